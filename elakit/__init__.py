@@ -1,0 +1,37 @@
+"""elakit: see, measure and mend concept bleeding in text-to-image diffusion models."""
+
+from elakit import errors, plot, regions
+from elakit import judge as judge
+from elakit.attention import Recording, RecordSpec, open_recording, record
+from elakit.bleeding import Bleeding
+from elakit.diagnose import Diagnosis, diagnose
+from elakit.generate import Run, compare, generate, open_run
+from elakit.guidance import ELA
+from elakit.models import load
+from elakit.prompt import Entity, Prompt, Token, parse
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ELA",
+    "Bleeding",
+    "Diagnosis",
+    "Entity",
+    "Prompt",
+    "RecordSpec",
+    "Recording",
+    "Run",
+    "Token",
+    "compare",
+    "diagnose",
+    "errors",
+    "generate",
+    "judge",
+    "load",
+    "open_recording",
+    "open_run",
+    "parse",
+    "plot",
+    "record",
+    "regions",
+]

@@ -1,0 +1,171 @@
+"""The command line: ``elakit diagnose``, ``run``, ``models`` and ``lab``."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import elakit
+from elakit.errors import ElakitError, OutputError, SettingError
+from elakit.guidance import METHODS
+from elakit.models import EMBEDDED
+from elakit.resources import data_path
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="See, measure and mend concept bleeding in text-to-image models.",
+)
+
+Prompt = Annotated[str, typer.Argument(help='Such as "a cat and a lion"; brackets override: "a [red car] and a [bird]".')]
+Model = Annotated[str, typer.Option(help="picture-world (embedded), a folder, or a hub id such as org/model.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by default float32 on CPU.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps; by default the model's own (picture-world: 25).")]
+Scale = Annotated[float | None, typer.Option(help="Classifier-free guidance; by default the model's own.")]
+Method = Annotated[str, typer.Option(help=f"Guidance method: {', '.join(METHODS)}.")]
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        typer.echo(f"elakit {elakit.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def diagnose(
+    prompt: Prompt,
+    seeds: Annotated[int, typer.Option(help="How many seeds: 0, 1, ...")] = 4,
+    first_seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
+    method: Method = "ela",
+    model: Model = "picture-world",
+    steps: Steps = None,
+    scale: Scale = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Annotated[Path, typer.Option(help="The HTML report to write.")] = Path("report.html"),
+) -> None:
+    """Draw a prompt plainly and guided over a few seeds, and write a report of what bleeds and what mends it."""
+    from elakit import report
+
+    if seeds < 1:
+        raise SettingError(f"--seeds {seeds}: give 1 or more.")
+    _check_writable(out)
+    pipe = _load(model, device, dtype)
+    with typer.progressbar(length=2 * seeds, label="drawing", file=sys.stderr) as bar:
+
+        def show(done: int, total: int, what: str) -> None:
+            bar.label = what
+            bar.update(done - bar.pos)
+
+        found = elakit.diagnose(
+            pipe, prompt, seeds=list(range(first_seed, first_seed + seeds)), method=method, steps=steps,
+            guidance_scale=scale, on_progress=show,
+        )  # fmt: skip
+        bar.update(2 * seeds - bar.pos)
+    command = shlex.join(["elakit", *sys.argv[1:]])
+    path = report.write(found, out, command)
+    typer.echo(_summary(found))
+    typer.echo(f"Report: {path.resolve()}")
+
+
+@app.command()
+def run(
+    prompt: Prompt,
+    out: Annotated[Path, typer.Option(help="Folder for picture, recording and settings.")],
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    method: Annotated[str, typer.Option(help=f"plain, or a guidance method: {', '.join(METHODS)}.")] = "plain",
+    model: Model = "picture-world",
+    steps: Steps = None,
+    scale: Scale = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a run that is there.")] = False,
+) -> None:
+    """Draw one picture, record its attention, and save both; open it again with elakit.open_run."""
+    if method not in ("plain", *METHODS):
+        raise SettingError(f"--method {method}: choose from plain, {', '.join(METHODS)}.")
+    _check_writable(out)
+    pipe = _load(model, device, dtype)
+    guidance = None if method == "plain" else METHODS[method]()
+    drawn = elakit.generate(pipe, prompt, seed=seed, steps=steps, guidance_scale=scale, guidance=guidance)
+    path = drawn.save(out, overwrite=overwrite)
+    typer.echo(repr(drawn.bleeding))
+    typer.echo(f"Run: {path.resolve()}")
+
+
+@app.command()
+def models() -> None:
+    """List the models that need no network, and say what else can be given."""
+    for model in EMBEDDED.values():
+        typer.echo(f"{model.name:16s}{model.summary}")
+    typer.echo("Also: a folder written by save_pretrained, or a hub id such as org/model (Stable Diffusion 1.x/2.x).")
+
+
+@app.command()
+def lab() -> None:
+    """Open the notebooks in JupyterLab."""
+    notebooks = data_path().parent / "notebooks"
+    if not notebooks.is_dir():
+        raise OutputError("The notebooks come with a checkout of the repository, not with the installed package.")
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyterlab", str(notebooks)]))
+
+
+def main() -> None:
+    """Entry point: errors a user can act on end as one line, not as a traceback."""
+    try:
+        app()
+    except ElakitError as error:
+        typer.secho(f"elakit: {error}", fg="red", err=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        typer.secho("elakit: interrupted", fg="red", err=True)
+        raise SystemExit(130) from None
+
+
+def _load(model: str, device: str | None, dtype: str | None) -> Any:
+    import diffusers
+    import transformers
+
+    # their loading bars would hide ours, and say nothing a user needs
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    return elakit.load(model, device=device, dtype=dtype)
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse an impossible output before hours of work, not after."""
+    if not out.parent.is_dir():
+        raise OutputError(f"--out {out}: the folder {out.parent} does not exist. Create it, or choose another.")
+    try:
+        probe = out.parent / f".{out.name}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"--out {out}: cannot write there ({error.strerror}). Choose another folder.") from error
+
+
+def _summary(found: elakit.Diagnosis) -> str:
+    count = len(found.pairs)
+    lines = [f'"{found.prompt.text}", {count} seed{"s" * (count > 1)}, {found.seconds:.0f} s']
+    if found.judged:
+        plain = found.count("right") + found.count("harmed")
+        guided = found.count("right") + found.count("mended")
+        lines.append(f"right by the judge: plain {plain} of {count}, {found.method} {guided} of {count}")
+        lines.append(f"mended {found.count('mended')}, harmed {found.count('harmed')}")
+    frame = found.to_frame()
+    for name in ("bleed", "intrusion", "overlap"):
+        before, after = frame[f"plain_{name}"].mean(), frame[f"guided_{name}"].mean()
+        lines.append(f"{name:10s}plain {before:.3f}   {found.method} {after:.3f}   (mean over steps, entities, seeds)")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

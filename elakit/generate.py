@@ -1,0 +1,339 @@
+"""One run: a pipeline, recorded and, if asked, guided; and what is known of it afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from elakit.attention import Recording, RecordSpec, open_recording, record
+from elakit.bleeding import Bleeding, measure
+from elakit.errors import OutputError, RecordingError, SettingError
+from elakit.guidance import Guide, Method, Trace
+from elakit.models import adapter_for, default_settings
+from elakit.prompt import Prompt, parse
+from elakit.regions import localize_steps
+
+# The maps that a run's regions and measures are taken from: the decoder's, at the size nearest to the paper's.
+ANALYSIS_LAYERS = "up"
+ANALYSIS_SIZE = 16
+
+
+@dataclass
+class Run:
+    """A finished picture with its attention.
+
+    Attributes
+    ----------
+    image : PIL.Image.Image
+    prompt : Prompt
+    seed : int
+    settings : dict
+        steps, guidance_scale, height, width, negative_prompt, model, method (None for a plain run).
+    recording : Recording or None
+        None when the run was not recorded.
+    guidance : Trace or None
+        What guidance did; None for a plain run.
+    """
+
+    image: Image.Image
+    prompt: Prompt
+    seed: int
+    settings: dict[str, Any]
+    recording: Recording | None = None
+    guidance: Trace | None = None
+    _derived: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def label(self) -> str:
+        """Short name of the run: "plain" or the method's."""
+        return self.guidance.method if self.guidance else "plain"
+
+    def entity_maps(self) -> xr.DataArray:
+        """Raw decoder maps of the entities, (step, token, y, x): what regions and measures are taken from."""
+        return self._analysed().maps("entities", ANALYSIS_LAYERS, self._analysis_size())
+
+    @cached_property
+    def regions(self) -> xr.DataArray:
+        """Region of each entity at each step, boolean (step, entity, y, x); they never overlap.
+
+        Localised in the recorded maps by `elakit.regions.localize_steps` with its defaults. The regions that a
+        guided run was anchored to are in ``run.guidance.regions``.
+        """
+        sot = self._analysed().maps("<start>", ANALYSIS_LAYERS, self._analysis_size())
+        return localize_steps(self.entity_maps(), sot)
+
+    @cached_property
+    def bleeding(self) -> Bleeding:
+        """Measures of bleeding, per step and overall."""
+        recording, size = self._analysed(), self._analysis_size()
+        mass = recording.maps(["<start>", "<end>"], ANALYSIS_LAYERS, size).mean(("y", "x"))
+        attributes, owners = None, None
+        if any(entity.attributes for entity in self.prompt.entities):
+            attributes = recording.maps("attributes", ANALYSIS_LAYERS, size)
+            owners = dict(zip(attributes.token.values.tolist(), attributes.entity.values.tolist(), strict=True))
+        return measure(
+            self.entity_maps(),
+            self.regions,
+            attributes,
+            owners,
+            start=mass.sel(token="<start>", drop=True),
+            end=mass.sel(token="<end>", drop=True),
+        )
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Write picture, settings, recording and trace to a folder, whole or not at all.
+
+        Parameters
+        ----------
+        folder : str or Path
+        overwrite : bool
+            Replace a run that is there; anything else there is never replaced.
+
+        Returns
+        -------
+        Path
+
+        Raises
+        ------
+        OutputError
+            The folder exists (and is no run, or `overwrite` is off) or cannot be written.
+        """
+        folder = Path(folder)
+        if folder.exists() and not (overwrite and (folder / "run.json").exists()):
+            remedy = "pass overwrite=True or " if (folder / "run.json").exists() else ""
+            raise OutputError(f"{folder} exists already; {remedy}choose another folder.")
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        try:
+            temporary.mkdir(parents=True)
+            self.image.save(temporary / "image.png")
+            if self.recording is not None:
+                self.recording.save(temporary / "recording.zarr")
+            if self.guidance is not None and self.guidance.regions is not None:
+                regions = self.guidance.regions
+                np.savez_compressed(temporary / "regions.npz", masks=regions.values, steps=regions.step.values)
+            (temporary / "run.json").write_text(json.dumps(self._to_dict(), indent=1), encoding="utf-8")
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(temporary, folder)
+        except OSError as error:
+            raise OutputError(f"Cannot write the run to {folder}: {error}. Choose a folder you may write to.") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return folder
+
+    def _to_dict(self) -> dict[str, Any]:
+        trace = None
+        if self.guidance is not None:
+            trace = {
+                "method": self.guidance.method,
+                "options": self.guidance.options,
+                "entities": self.guidance.entities,
+                "rows": self.guidance.rows,
+            }
+        return {"prompt": self.prompt.to_dict(), "seed": self.seed, "settings": self.settings, "guidance": trace}
+
+    def _analysed(self) -> Recording:
+        if self.recording is None:
+            raise RecordingError("This run was not recorded; generate it with record=True to see its attention.")
+        return self.recording
+
+    def _analysis_size(self) -> int:
+        sides = {max(size) for size in self._analysed().sizes}
+        return min(sides, key=lambda side: (abs(np.log(side / ANALYSIS_SIZE)), side))
+
+
+def generate(
+    pipe: Any,
+    prompt: str | Prompt,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    negative_prompt: str | None = None,
+    guidance: Method | None = None,
+    record: bool | RecordSpec = True,
+    progress: bool = True,
+) -> Run:
+    """Draw one picture, recorded and, if asked, guided.
+
+    The noise depends on the seed alone: a guided run starts from the plain run's noise, and a plain run draws the
+    picture of ``pipe(prompt, generator=torch.Generator().manual_seed(seed))``.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+        From `elakit.load`, or your own.
+    prompt : str or Prompt
+    seed : int
+    steps : int, optional
+        Denoising steps; by default the model's (25 for picture-world, else the pipeline's own default).
+    guidance_scale : float, optional
+        Of classifier-free guidance; by default the model's (4 for picture-world).
+    height, width : int, optional
+        Pixels; by default the model's.
+    negative_prompt : str, optional
+    guidance : Method, optional
+        Such as ``elakit.ELA()``; None draws plainly.
+    record : bool or RecordSpec
+        True keeps the prompt's words at every step and layer, averaged over heads.
+    progress : bool
+        Show the pipeline's progress bar.
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    SettingError
+        A number outside its range, or a `guidance` that is no method.
+    PromptError, ModelError, RecordingError
+        As `parse`, `adapter_for` and `record` raise them.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> pipe = elakit.load("picture-world")
+    >>> run = elakit.generate(pipe, "a [cat] and a [lion]", seed=1, steps=2, progress=False)
+    >>> run.image.size, run.regions.dims, bool((run.regions.sum("entity") > 1).any())
+    ((64, 64), ('step', 'entity', 'y', 'x'), False)
+    """
+    adapter = adapter_for(pipe)
+    parsed = parse(prompt, pipe)
+    defaults = default_settings(pipe)
+    steps = _whole("steps", defaults.steps if steps is None else steps, least=1)
+    seed = _whole("seed", seed, least=0)
+    scale = defaults.guidance_scale if guidance_scale is None else float(guidance_scale)
+    if not np.isfinite(scale) or scale < 0:
+        raise SettingError(f"guidance_scale={guidance_scale!r}: must be a number of 0 or more (1 or less switches it off).")
+    if guidance is not None and not all(hasattr(guidance, name) for name in ("loss", "step_sizes", "select")):
+        raise SettingError(f"guidance={guidance!r} is no guidance method; pass an instance, such as elakit.ELA().")
+    full_height, full_width = adapter.default_size()
+    height, width = height or full_height, width or full_width
+    latent = adapter.latent_size(height, width)
+    embeds, negative = adapter.encode(parsed.text, negative_prompt, guided=scale > 1)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    shape = (1, adapter.denoiser.config.in_channels, *latent)
+    device = pipe._execution_device
+    latents = randn_tensor(shape, generator=generator, device=device, dtype=embeds.dtype)
+    call: dict[str, Any] = {}
+    guide = None
+    if guidance is not None:
+        guide = Guide(pipe, guidance, parsed, embeds, steps, latent)
+        pipe.scheduler.set_timesteps(steps, device=device)
+        sigma = pipe.scheduler.init_noise_sigma
+        moved = guide.move(latents * sigma, 0, pipe.scheduler.timesteps[0])
+        latents = moved / sigma if guide.trace.rows else latents
+        call = {"callback_on_step_end": guide.on_step_end, "callback_on_step_end_tensor_inputs": ["latents"]}
+    spec = record if isinstance(record, RecordSpec) else RecordSpec()
+    with _progress_bar(pipe, progress), _recording(pipe, parsed, spec, bool(record)) as recording:
+        image = pipe(
+            prompt_embeds=embeds,
+            negative_prompt_embeds=negative,
+            num_inference_steps=steps,
+            guidance_scale=scale,
+            height=height,
+            width=width,
+            latents=latents,
+            generator=generator,
+            **call,
+        ).images[0]
+    settings = {
+        "model": str(getattr(pipe.config, "_name_or_path", type(pipe).__name__)),
+        "steps": steps,
+        "guidance_scale": scale,
+        "height": height,
+        "width": width,
+        "negative_prompt": negative_prompt,
+        "scheduler": type(pipe.scheduler).__name__,
+        "method": guide.trace.method if guide else None,
+    }
+    return Run(image, parsed, seed, settings, recording, guide.trace if guide else None)
+
+
+def open_run(folder: str | Path) -> Run:
+    """Open a run that `Run.save` wrote.
+
+    Parameters
+    ----------
+    folder : str or Path
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    OutputError
+        The folder holds no run.
+    """
+    folder = Path(folder)
+    try:
+        table = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        with Image.open(folder / "image.png") as file:
+            image = file.copy()
+    except (OSError, json.JSONDecodeError) as error:
+        raise OutputError(f"{folder} holds no elakit run ({error}). Give a folder that `run.save(...)` wrote.") from error
+    recording = open_recording(folder / "recording.zarr") if (folder / "recording.zarr").exists() else None
+    trace = None
+    if table["guidance"] is not None:
+        kept = table["guidance"]
+        trace = Trace(kept["method"], kept["options"], tuple(kept["entities"]), kept["rows"])
+        if (folder / "regions.npz").exists():
+            with np.load(folder / "regions.npz") as regions:
+                trace._regions.update(zip(regions["steps"].tolist(), regions["masks"], strict=True))
+    return Run(image, Prompt.from_dict(table["prompt"]), table["seed"], table["settings"], recording, trace)
+
+
+def compare(runs: list[Run]) -> pd.DataFrame:
+    """Overall measures of several runs side by side: one row a measure, one column a run.
+
+    Parameters
+    ----------
+    runs : list of Run
+        Of one prompt.
+    """
+    columns = {
+        f"{run.label} (seed {run.seed})": run.bleeding.overall().set_index(["measure", "entity", "other"])["value"]
+        for run in runs
+    }
+    return pd.DataFrame(columns)
+
+
+def _recording(pipe: Any, prompt: Prompt, spec: RecordSpec, wanted: bool) -> Any:
+    return record(pipe, prompt, spec) if wanted else nullcontext(None)
+
+
+class _progress_bar:
+    """Switch a pipeline's progress bar on or off, and back afterwards."""
+
+    def __init__(self, pipe: Any, shown: bool) -> None:
+        self.pipe, self.shown = pipe, shown
+
+    def __enter__(self) -> None:
+        self.before = dict(getattr(self.pipe, "_progress_bar_config", {}))
+        self.pipe.set_progress_bar_config(**{**self.before, "disable": not self.shown})
+
+    def __exit__(self, *_: object) -> None:
+        self.pipe.set_progress_bar_config(**self.before)
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise SettingError(f"{name}={value!r}: must be a whole number of {least} or more.")
+    return int(value)

@@ -1,0 +1,206 @@
+"""ELA: localise a region for each entity in its attention, and anchor the entity there.
+
+Zhang et al., "Easing Concept Bleeding in Diffusion via Entity Localization and Anchoring", ICML 2024 (PMLR 235:58955-58966).
+Known from the paper: decoder maps at 16 x 16, start-of-text read beside the entities, regions by differentiation and
+binarisation that do not overlap, one loss term an entity, z' = z - alpha * gradient, a slight step. The exact rules, the loss
+formula, the guided steps and alpha are not public; they are options here, and their defaults are ours, by measurement
+on the embedded model (``python -m benchmarks.ela``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elakit.attention.spec import select_layers
+from elakit.errors import SettingError
+from elakit.guidance.engine import Loss
+from elakit.models import AttentionLayer
+from elakit.prompt import Prompt
+from elakit.regions import THRESHOLD, localize
+
+NATIVE_SIZE = 16  # side of the maps the paper reads
+
+
+@dataclass
+class Anchors:
+    """Regions of a run once they are locked, bool (entity, y, x); None while they are localised anew at every step."""
+
+    masks: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class ELA:
+    """Entity Localization and Anchoring.
+
+    Parameters
+    ----------
+    step_size : float
+        alpha of z' = z - alpha * gradient. With ``gradient="normalised"`` it is the root mean square of the
+        latent's change (latents have unit variance at the start).
+    decay : float
+        Step size at the end of the guided steps, as a share of `step_size`; linear in between.
+    gradient : {"normalised", "raw"}
+    guided : float
+        Share of the denoising steps that are guided, from the first.
+    outside : float
+        Weight of (1 - share of the entity's attention that lies in its region) squared: the closest published form
+        is that of layout guidance (Chen et al., 2024).
+    presence : float
+        Weight of 1 - the largest attention inside the region.
+    intrusion : float
+        Weight of the mean attention inside the other entities' regions, relative to the mean in its own.
+    attributes : float
+        Weight of the `outside` term of each attribute's attention, with the region of its entity.
+    layers : str
+        Layers read: "up" (decoder), "down", "mid", "all" or a name pattern.
+    size : int, optional
+        Longer side of the maps read; by default 16, or what the model has nearest to it.
+    lock_from : int, optional
+        Denoising step from which the regions stay as they are; by default they are localised at every guided step.
+    differentiation, binarisation, threshold, min_cells
+        Localisation; see `elakit.regions.localize`.
+
+    Raises
+    ------
+    SettingError
+        A setting is outside its range.
+
+    Examples
+    --------
+    >>> ELA().name
+    'ela'
+    >>> ELA(guided=2)
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: ELA(guided=2): must be between 0 and 1 (a share of the denoising steps).
+    """
+
+    step_size: float = 0.05
+    decay: float = 0.5
+    gradient: Literal["normalised", "raw"] = "normalised"
+    guided: float = 0.5
+    outside: float = 1.0
+    presence: float = 1.0
+    intrusion: float = 0.5
+    attributes: float = 1.0
+    layers: str = "up"
+    size: int | None = None
+    lock_from: int | None = None
+    differentiation: str = "argmax"
+    binarisation: str = "background"
+    threshold: float = THRESHOLD
+    min_cells: int | None = None
+
+    name: ClassVar[str] = "ela"
+
+    def __post_init__(self) -> None:
+        def refuse(option: str, rule: str) -> None:
+            raise SettingError(f"ELA({option}={getattr(self, option)!r}): {rule}.")
+
+        for option in ("step_size", "outside", "presence", "intrusion", "attributes", "decay"):
+            value = getattr(self, option)
+            if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+                refuse(option, "must be a number of zero or more")
+        if not 0 <= self.guided <= 1:
+            refuse("guided", "must be between 0 and 1 (a share of the denoising steps)")
+        if self.gradient not in ("normalised", "raw"):
+            refuse("gradient", "must be 'normalised' or 'raw'")
+        if self.lock_from is not None and self.lock_from < 0:
+            refuse("lock_from", "must be a denoising step, 0 or more, or None")
+
+    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
+        """The layers of the chosen side whose maps are of the chosen size."""
+        chosen = select_layers(layers, self.layers)
+        sides = {layer.factor: math.ceil(max(latent) / layer.factor) for layer in chosen}
+        wanted = self.size or NATIVE_SIZE
+        factor = min(sides, key=lambda f: (abs(math.log(sides[f] / wanted)), f))
+        if self.size is not None and sides[factor] != self.size:
+            raise SettingError(
+                f"ELA(size={self.size}): the layers {self.layers!r} have maps of size {sorted(set(sides.values()))}."
+            )
+        return tuple(layer for layer in chosen if layer.factor == factor)
+
+    def begin(self, prompt: Prompt) -> Anchors:
+        """A run starts without locked regions."""
+        return Anchors()
+
+    def step_sizes(self, steps: int, prompt: Prompt) -> list[float]:
+        """Linear from `step_size` to `decay` of it over the guided steps; nothing where only one entity is named."""
+        count = round(self.guided * steps) if len(prompt.entities) > 1 else 0
+        sizes = np.linspace(self.step_size, self.step_size * self.decay, max(count, 1))[:count]
+        return [*map(float, sizes), *[0.0] * (steps - count)]
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """The raw gradient, or the gradient brought to a root mean square of one."""
+        if self.gradient == "raw":
+            return gradient
+        return gradient / gradient.pow(2).mean().sqrt().clamp_min(torch.finfo(gradient.dtype).tiny)
+
+    def loss(self, maps: Tensor, prompt: Prompt, step: int, state: Anchors) -> Loss:
+        """Anchoring loss: the mean over entities of the weighted terms.
+
+        Parameters
+        ----------
+        maps : Tensor, (token, y, x)
+            Raw probabilities.
+        prompt : Prompt
+        step : int
+        state : Anchors
+
+        Returns
+        -------
+        Loss
+            Its terms are the unweighted means of "outside", "presence", "intrusion", "attributes".
+        """
+        entities = torch.stack([maps[list(e.token_indices)].mean(0) for e in prompt.entities])
+        masks = state.masks
+        if masks is None:
+            masks = localize(
+                entities.detach(),
+                maps[0].detach(),
+                differentiation=self.differentiation,
+                binarisation=self.binarisation,
+                threshold=self.threshold,
+                min_cells=self.min_cells,
+            ).masks
+            if self.lock_from is not None and step >= self.lock_from:
+                state.masks = masks
+        regions = torch.from_numpy(masks).to(maps.device)
+        terms = {
+            "outside": _outside(entities, regions).mean(),
+            "presence": (1 - entities.masked_fill(~regions, 0).amax((1, 2))).mean(),
+            "intrusion": _intrusion(entities, regions).mean(),
+            "attributes": _attributes(maps, regions, prompt),
+        }
+        total = sum((getattr(self, name) * term for name, term in terms.items()), start=maps.new_zeros(()))
+        return Loss(total, {name: float(term.detach()) for name, term in terms.items()}, masks)
+
+
+def _outside(maps: Tensor, regions: Tensor) -> Tensor:
+    """(1 - share of each map's mass inside its region) squared; (n, y, x) -> (n,)."""
+    return (1 - (maps * regions).sum((1, 2)) / maps.sum((1, 2))).square()
+
+
+def _intrusion(maps: Tensor, regions: Tensor) -> Tensor:
+    """Mean of each map over the other entities' regions, relative to its mean over its own; (n, y, x) -> (n,)."""
+    cells = regions.sum((1, 2)).clamp_min(1).to(maps.dtype)
+    means = torch.einsum("eyx,fyx->ef", maps, regions.to(maps.dtype)) / cells
+    own = means.diagonal()
+    others = (means.sum(1) - own) / max(1, len(maps) - 1)
+    return others / (own + others)
+
+
+def _attributes(maps: Tensor, regions: Tensor, prompt: Prompt) -> Tensor:
+    """Mean `_outside` of every attribute token, with the region of the entity it belongs to; 0 without attributes."""
+    owners = [(token, i) for i, entity in enumerate(prompt.entities) for token in entity.attribute_indices]
+    if not owners:
+        return maps.new_zeros(())
+    tokens, entities = (list(column) for column in zip(*owners, strict=True))
+    return _outside(maps[tokens], regions[entities]).mean()

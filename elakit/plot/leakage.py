@@ -1,0 +1,265 @@
+"""The leakage matrix, and how bleeding goes over the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import xarray as xr
+
+from elakit.errors import SettingError
+from elakit.plot import style
+
+if TYPE_CHECKING:
+    from elakit.generate import Run
+
+# Light to dark in one hue, so that a printed value reads on every cell and grey prints keep the order.
+_SCALE = [[0, "#f7f9fb"], [0.25, "#c6d9e8"], [0.5, "#7faccb"], [0.75, "#35749f"], [1, "#0b3a5b"]]
+_DARK_FROM = 0.55
+_TITLES = {
+    "bleed": "bleed: outside its own region",
+    "intrusion": "intrusion: in the others' regions",
+    "spill": "spill: in the background",
+}
+
+
+def leakage(
+    run: Run | Iterable[Run],
+    *others: Run,
+    step: int | None = None,
+    attributes: bool = False,
+    panel: int | None = None,
+    title: str | None = None,
+) -> go.Figure:
+    """Where the attention of each entity lies: its share in every region, as a printed matrix.
+
+    Rows sum to 1; without bleeding the diagonal would hold 1s.
+
+    Parameters
+    ----------
+    run, *others : Run, or a sequence of Run
+        Several runs of one prompt are shown side by side.
+    step : int, optional
+        One denoising step (negative counts back from the last); by default the mean over all.
+    attributes : bool
+        Add a row for each attribute ("red" of the car), where the prompt has any.
+    panel : int, optional
+        Width of a matrix in pixels; by default what lets all fit a page.
+    title : str, optional
+        "" for none.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+
+    Raises
+    ------
+    SettingError
+        No run; a step that was not recorded.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> run = elakit.generate(elakit.load("picture-world"), "a [cat] and a [lion]", steps=1, progress=False)
+    >>> figure = leakage(run)
+    >>> figure.data[0].z.shape, bool(np.allclose(figure.data[0].z.sum(1), 1))
+    ((2, 3), True)
+    """
+    runs = _runs(run, others, "leakage")
+    matrices = [_matrix(each, step, attributes) for each in runs]
+    regions = [str(label) for label in matrices[0].region.values]
+    labels = [str(label) for label in matrices[0].row.values]
+    if any([str(label) for label in each.region.values] != regions for each in matrices):
+        raise SettingError("leakage compares runs of one prompt; these name other entities.")
+    most = 16
+    rows = [style.escape(style.shorten(label, most + 8)) for label in labels]
+    cell = (panel / len(regions)) if panel else float(np.clip((900 / len(runs) - 60) / len(regions), 46, 96))
+    slanted = max(len(label) for label in regions) * 7 > cell
+    left = 24 + 7 * max(min(len(label), most + 8) for label in labels)
+    bottom = 34 + (7 * min(max(map(len, regions)), most) * 0.75 if slanted else 18)
+    when = "mean over the steps" if step is None else f"step {int(matrices[0].step)}"
+    heading = f"Share of each entity's attention in each region, {when}" if title is None else title
+    figure = style.panels(
+        1, len(runs), width=cell * len(regions), height=min(cell, 64) * len(rows), gap=(36, 0),
+        margin=(left, 20, 30 if len(runs) > 1 else 12, bottom), title=style.escape(heading),
+    )  # fmt: skip
+    for i, (matrix, name) in enumerate(zip(matrices, style.run_names(runs), strict=True), start=1):
+        figure.add_trace(_heatmap(matrix.values, rows, regions, name), row=1, col=i)
+        _print_values(figure, matrix.values, i)
+        _frame_own(figure, matrix, i)
+        figure.update_xaxes(
+            tickvals=list(range(len(regions))), ticktext=[style.escape(style.shorten(label, most)) for label in regions],
+            tickangle=-40 if slanted else 0, showgrid=False, zeroline=False, range=[-0.5, len(regions) - 0.5],
+            title={"text": "region", "font": {"size": 11}, "standoff": 6}, row=1, col=i,
+        )  # fmt: skip
+        figure.update_yaxes(
+            tickvals=list(range(len(rows))), ticktext=rows if i == 1 else [""] * len(rows), showgrid=False,
+            zeroline=False, range=[len(rows) - 0.5, -0.5], row=1, col=i,
+        )  # fmt: skip
+        if len(runs) > 1:
+            style.over(figure, 1, i, f"<b>{style.escape(name)}</b>")
+    return figure
+
+
+def _matrix(run: Run, step: int | None, attributes: bool) -> xr.DataArray:
+    """Leakage (row, region) with coordinate owner (row): the entity whose region is a row's own."""
+    bleeding = run.bleeding
+    entities = bleeding.leakage.rename(entity="row")
+    parts = [entities.assign_coords(owner=("row", entities.row.values))]
+    if attributes and bleeding.attribute_leakage is not None:
+        words = bleeding.attribute_leakage.rename(attribute="row")
+        owners = words.owner.values
+        named = [f"{word} (of {owner})" for word, owner in zip(words.row.values, owners, strict=True)]
+        parts.append(words.assign_coords(row=named))
+    matrix = xr.concat(parts, "row") if len(parts) > 1 else parts[0]
+    if step is None:
+        return matrix.mean("step")
+    return matrix.sel(step=style.pick_steps(matrix.step.values, [step])[0])
+
+
+def _heatmap(values: np.ndarray, rows: Sequence[str], regions: Sequence[str], name: str) -> go.Heatmap:
+    about = [[f"{row} in {style.escape(region)}" for region in regions] for row in rows]
+    return go.Heatmap(
+        z=values, zmin=0, zmax=1, colorscale=_SCALE, showscale=False, xgap=2, ygap=2, name=style.escape(name),
+        customdata=about, hovertemplate="%{customdata}: %{z:.3f}<extra></extra>",
+    )  # fmt: skip
+
+
+def _print_values(figure: go.Figure, values: np.ndarray, column: int) -> None:
+    for (i, j), value in np.ndenumerate(values):
+        ink = "#ffffff" if value > _DARK_FROM else style.INK
+        figure.add_annotation(
+            text=f"{value:.2f}", x=j, y=i, showarrow=False, font={"size": 13, "color": ink}, row=1, col=column
+        )
+
+
+def _frame_own(figure: go.Figure, matrix: xr.DataArray, column: int) -> None:
+    """Outline each row's own region in its entity's colour."""
+    regions = [str(label) for label in matrix.region.values]
+    colours = style.entity_colours(regions[:-1])
+    for i, owner in enumerate(matrix.owner.values):
+        j = regions.index(str(owner))
+        figure.add_shape(
+            type="rect", x0=j - 0.47, x1=j + 0.47, y0=i - 0.46, y1=i + 0.46,
+            line={"color": colours[str(owner)], "width": 3}, row=1, col=column,
+        )  # fmt: skip
+
+
+def bleeding_over_steps(
+    runs: Run | Iterable[Run],
+    *others: Run,
+    measures: Sequence[str] = ("bleed", "intrusion"),
+    width: int = 440,
+    height: int = 240,
+    title: str | None = None,
+) -> go.Figure:
+    """Measures of bleeding at every step, the mean over entities; one panel a measure.
+
+    Runs of one method share a colour. Where there are several, each is a thin line and their mean a thick one. The
+    steps that were guided are shaded.
+
+    Parameters
+    ----------
+    runs, *others : Run, or a sequence of Run
+    measures : sequence of str
+        Names in ``run.bleeding.to_frame()``.
+    width, height : int
+        Of a panel in pixels.
+    title : str, optional
+        "" for none.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+
+    Raises
+    ------
+    SettingError
+        No run; a measure that is not there.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> run = elakit.generate(elakit.load("picture-world"), "a [cat] and a [lion]", steps=2, progress=False)
+    >>> [len(trace.y) for trace in bleeding_over_steps(run).data]
+    [2, 2]
+    """
+    every = _runs(runs, others, "bleeding_over_steps")
+    curves = [_curves(each, measures) for each in every]
+    names = list(dict.fromkeys(style.run_name(each) for each in every))
+    colours = {name: style.RUN_COLOURS[i % len(style.RUN_COLOURS)] for i, name in enumerate(sorted(names, key=_plain_first))}
+    figure = style.panels(
+        1, len(measures), width=width, height=height, gap=(34, 0), margin=(46, 16, 30, 84), shared_yaxes=True,
+        title=style.escape("Bleeding over the steps, mean over entities" if title is None else title),
+    )  # fmt: skip
+    for column, measure in enumerate(measures, start=1):
+        for name in names:
+            group = [(each, c[measure]) for each, c in zip(every, curves, strict=True) if style.run_name(each) == name]
+            for each, curve in group:
+                alone = len(group) == 1
+                label = name if alone else f"{name}, seed {each.seed}"
+                _line(figure, column, curve, label, colours[name], thick=alone, legend=alone and column == 1, group=name)
+            if len(group) > 1:
+                mean = pd.concat([curve for _, curve in group], axis=1).mean(axis=1)
+                label = f"{name}, mean of {len(group)} runs"
+                _line(figure, column, mean, label, colours[name], thick=True, legend=column == 1, group=name)
+        style.over(figure, 1, column, style.escape(_TITLES.get(measure, measure)), size=12, shift=6)
+    _shade_guided(figure, every, len(measures))
+    figure.update_xaxes(title={"text": "step", "font": {"size": 11}, "standoff": 4}, gridcolor=style.RULE, zeroline=False)
+    figure.update_yaxes(rangemode="tozero", gridcolor=style.RULE, zerolinecolor=style.RULE)
+    figure.update_layout(
+        showlegend=True,
+        legend={
+            "orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom",
+            "bgcolor": "rgba(0,0,0,0)",
+        },
+    )  # fmt: skip
+    return figure
+
+
+def _plain_first(name: str) -> tuple[bool, str]:
+    return name != "plain", name
+
+
+def _curves(run: Run, measures: Sequence[str]) -> pd.DataFrame:
+    """Mean over entities of each measure, (step, measure)."""
+    frame = run.bleeding.to_frame()
+    there = list(frame["measure"].unique())
+    if missing := [measure for measure in measures if measure not in there]:
+        raise SettingError(f"measures={list(measures)}: no {', '.join(missing)} here; there are {', '.join(there)}.")
+    if not measures:
+        raise SettingError(f"measures=[]: name one or more of {', '.join(there)}.")
+    chosen = frame[frame["measure"].isin(measures)]
+    return chosen.groupby(["step", "measure"])["value"].mean().unstack("measure")
+
+
+def _line(
+    figure: go.Figure, column: int, curve: pd.Series, name: str, colour: str, *, thick: bool, legend: bool, group: str
+) -> None:
+    figure.add_scatter(
+        x=curve.index.to_numpy(), y=curve.to_numpy(), mode="lines", name=style.escape(name), legendgroup=group,
+        showlegend=legend, line={"color": colour, "width": 3 if thick else 1}, opacity=1 if thick else 0.5,
+        hovertemplate=f"{style.escape(name)}, step %{{x}}: %{{y:.3f}}<extra></extra>", row=1, col=column,
+    )  # fmt: skip
+
+
+def _shade_guided(figure: go.Figure, runs: Sequence[Run], columns: int) -> None:
+    steps = [row["step"] for run in runs if run.guidance is not None for row in run.guidance.rows]
+    if not steps:
+        return
+    for column in range(1, columns + 1):
+        figure.add_vrect(
+            x0=min(steps) - 0.5, x1=max(steps) + 0.5, fillcolor="rgba(128, 128, 128, 0.12)", line_width=0, layer="below",
+            annotation={"text": "guided", "font": {"size": 10}, "opacity": 0.7},
+            annotation_position="top left", row=1, col=column,
+        )  # fmt: skip
+
+
+def _runs(first: Run | Iterable[Run], others: Sequence[Run], what: str) -> list[Run]:
+    runs = [*([first] if hasattr(first, "bleeding") else first), *others]  # type: ignore[list-item]
+    if not runs:
+        raise SettingError(f"{what}() needs at least one run.")
+    return runs

@@ -1,0 +1,204 @@
+"""Pictures: as they go into a page or a figure, several side by side, and with the entities' attention over them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+from PIL import Image
+
+from elakit.errors import SettingError
+from elakit.plot import style
+
+if TYPE_CHECKING:
+    from elakit.generate import Run
+
+# Pictures up to this side are kept losslessly; larger ones, of which a report may hold many, as JPEG.
+LOSSLESS_SIDE = 256
+
+
+def data_uri(image: Image.Image, most: int | None = None) -> str:
+    """A picture as a data URI: PNG up to 256 pixels a side, JPEG above.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+    most : int, optional
+        Longest side wanted; a larger picture is made smaller.
+
+    Examples
+    --------
+    >>> data_uri(Image.new("RGB", (2, 2)))[:30]
+    'data:image/png;base64,iVBORw0K'
+    """
+    image = image.convert("RGB")
+    if most is not None and max(image.size) > most:
+        image = image.copy()
+        image.thumbnail((most, most), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    if max(image.size) <= LOSSLESS_SIDE:
+        image.save(buffer, "PNG", optimize=True)
+        kind = "png"
+    else:
+        image.save(buffer, "JPEG", quality=90)
+        kind = "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def add_picture(
+    figure: go.Figure, image: Image.Image, row: int, column: int, rows: float, columns: float, *, opacity: float = 1.0
+) -> None:
+    """Put a picture below the traces of a panel whose axes count so many cells."""
+    subplot = figure.get_subplot(row, column)
+    figure.add_layout_image(
+        source=data_uri(_enlarged(image), 512), layer="below", sizing="stretch", opacity=opacity,
+        x=-0.5, y=-0.5, sizex=columns, sizey=rows, xanchor="left", yanchor="top",
+        xref=subplot.xaxis.plotly_name.replace("xaxis", "x"), yref=subplot.yaxis.plotly_name.replace("yaxis", "y"),
+    )  # fmt: skip
+
+
+def _enlarged(image: Image.Image) -> Image.Image:
+    """Small pictures enlarged pixel by pixel, since plotly's images are smoothed by the browser."""
+    factor = LOSSLESS_SIDE // max(image.size)
+    return image if factor < 2 else image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def pictures(*runs: Run, columns: int = 4, panel: int = 180, title: str | None = None) -> go.Figure:
+    """The runs' pictures side by side.
+
+    Parameters
+    ----------
+    *runs : Run
+    columns : int
+        Pictures in a row, at most.
+    panel : int
+        Width of a picture in pixels.
+    title : str, optional
+        By default the prompt; "" for none.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+
+    Raises
+    ------
+    SettingError
+        No run is given.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> run = elakit.generate(elakit.load("picture-world"), "a [cat] and a [lion]", steps=1, progress=False)
+    >>> len(pictures(run).layout.images)
+    1
+    """
+    if not runs:
+        raise SettingError("pictures() needs at least one run.")
+    across = min(max(1, columns), len(runs))
+    down = -(-len(runs) // across)
+    ratio = max(run.image.height / run.image.width for run in runs)
+    figure = style.panels(
+        down, across, width=panel, height=panel * ratio, gap=(14, 34), margin=(16, 16, 22, 16),
+        title=style.escape(style.shorten(runs[0].prompt.text, 90) if title is None else title),
+    )  # fmt: skip
+    for i, (run, name) in enumerate(zip(runs, style.run_names(runs), strict=True)):
+        row, column = divmod(i, across)
+        height, width = run.image.height, run.image.width
+        figure.add_scatter(x=[None], y=[None], row=row + 1, col=column + 1)  # an axis without a trace is not drawn
+        style.map_axes(figure, row + 1, column + 1, height, width)
+        add_picture(figure, run.image, row + 1, column + 1, height, width)
+        style.over(figure, row + 1, column + 1, style.escape(name))
+    return figure
+
+
+def entity_maps(
+    run: Run,
+    *others: Run,
+    step: int | None = None,
+    panel: int | None = None,
+    title: str | None = None,
+) -> go.Figure:
+    """Where each entity's attention lies, laid over the finished picture.
+
+    One row a run: the picture, then for every entity the picture in grey with the entity's map over it. An entity has
+    one colour scale in all rows, so a paler map is a weaker one.
+
+    Parameters
+    ----------
+    run, *others : Run
+        Of one prompt.
+    step : int, optional
+        One denoising step (negative counts back from the last); by default the mean over all.
+    panel : int, optional
+        Width of a panel in pixels; by default what lets a row fit a page.
+    title : str, optional
+        "" for none.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+
+    Raises
+    ------
+    SettingError
+        A step that was not recorded, or runs of other entities.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> run = elakit.generate(elakit.load("picture-world"), "a [cat] and a [lion]", steps=1, progress=False)
+    >>> [trace.name for trace in entity_maps(run).data if trace.type == "heatmap"]
+    ['cat', 'lion']
+    """
+    runs = (run, *others)
+    maps = [_chosen(each.entity_maps(), step) for each in runs]
+    entities = [str(label) for label in maps[0].token.values]
+    if any([str(label) for label in each.token.values] != entities for each in maps):
+        raise SettingError("entity_maps compares runs of one prompt; these name other entities.")
+    across = 1 + len(entities)
+    panel = panel or int(min(190, (1010 - 70) / across - 10))
+    ratio = run.image.height / run.image.width
+    when = "mean over the steps" if step is None else f"step {int(maps[0].step)}"
+    figure = style.panels(
+        len(runs), across, width=panel, height=panel * ratio, gap=(10, 10), margin=(64, 16, 24, 14),
+        title=style.escape("Attention of each entity" if title is None else title),
+        caption=f"{when[0].upper()}{when[1:]}. Full colour: the entity's largest value in this figure.",
+    )  # fmt: skip
+    colours = style.entity_colours(entities)
+    largest = {label: max(float(each.sel(token=label).max()) for each in maps) or 1.0 for label in entities}
+    for i, (each, values, name) in enumerate(zip(runs, maps, style.run_names(runs), strict=True), start=1):
+        rows, columns = values.sizes["y"], values.sizes["x"]
+        style.beside(figure, i, 1, style.escape(name).replace(", ", "<br>"))
+        for j in range(1, across + 1):
+            style.map_axes(figure, i, j, rows, columns)
+        figure.add_scatter(x=[None], y=[None], row=i, col=1)
+        add_picture(figure, each.image, i, 1, rows, columns)
+        for j, label in enumerate(entities, start=2):
+            add_picture(figure, each.image.convert("L"), i, j, rows, columns, opacity=0.55)
+            figure.add_trace(
+                _tint(values.sel(token=label).values, largest[label], colours[label], label, name), row=i, col=j
+            )
+    style.over(figure, 1, 1, "picture")
+    for j, label in enumerate(entities, start=2):
+        style.over(figure, 1, j, style.escape(style.shorten(label, panel // 7)))
+    return figure
+
+
+def _chosen(maps: xr.DataArray, step: int | None) -> xr.DataArray:
+    if step is None:
+        return maps.mean("step")
+    return maps.sel(step=style.pick_steps(maps.step.values, [step])[0])
+
+
+def _tint(values: np.ndarray, largest: float, colour: str, label: str, run: str) -> go.Heatmap:
+    """A map in one colour, the more opaque the larger."""
+    scale: list[Any] = [[0, style.rgba(colour, 0)], [1, style.rgba(colour, 0.9)]]
+    return go.Heatmap(
+        z=values, zmin=0, zmax=largest, colorscale=scale, showscale=False, name=style.escape(label),
+        hovertemplate=f"{style.escape(run)}, {style.escape(label)}<br>x %{{x}}, y %{{y}}<br>"
+        "probability %{z:.4f}<extra></extra>",
+    )  # fmt: skip

@@ -1,0 +1,159 @@
+"""Attention maps of the prompt's tokens over the denoising steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+
+from elakit.errors import SettingError
+from elakit.plot import style
+
+if TYPE_CHECKING:
+    from elakit.attention import Recording
+    from elakit.attention.recording import Normalise
+    from elakit.generate import Run
+
+Scale = Literal["token", "all", "map"]
+
+# A prompt of more tokens than this is shown by its entities' words, unless tokens are named.
+MOST_COLUMNS = 14
+_SHARED: dict[str, tuple[str, str]] = {
+    "token": ("highest<br>in column", "Each column has its own colour scale, 0 to the number above it."),
+    "map": ("highest<br>in map", "Each map has its own colour scale, from 0 to its largest value."),
+    "all": ("", "One colour scale for all maps."),
+}
+
+
+def token_maps(
+    run: Run | Recording,
+    *,
+    tokens: Any = None,
+    steps: int | Sequence[int] = 5,
+    layers: str | Sequence[str] = "up",
+    size: int | None = None,
+    normalise: Normalise = None,
+    scale: Scale = "token",
+    colours: str = style.MAP_COLOURS,
+    panel: int | None = None,
+    title: str | None = None,
+) -> go.Figure:
+    """Maps of each token at several steps: one row a step, one column a token.
+
+    Parameters
+    ----------
+    run : Run or Recording
+    tokens : optional
+        As `Recording.maps` takes them ("entities", "attributes", words). By default start-of-text, every word and the
+        end; of a prompt longer than 12 words, start, the entities' words and the end.
+    steps : int or sequence of int
+        How many steps, spread evenly with the first and the last; or which.
+    layers : str or sequence of str
+        Layers averaged: "up" (decoder), "down", "mid", "all" or name patterns.
+    size : int, optional
+        Larger side of the maps; by default the recorded one nearest to 16.
+    normalise : {None, "sum", "max", "minmax", "tokens", "start"}
+        As `Recording.maps` does it; None shows raw probabilities.
+    scale : {"token", "all", "map"}
+        What shares a colour scale: the maps of a token (start-of-text is far stronger than the words), all, or none.
+    colours : str
+        A plotly colour scale.
+    panel : int, optional
+        Width of a map in pixels; by default what lets a row fit a page, 64 to 110.
+    title : str, optional
+        "" for none.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+
+    Raises
+    ------
+    SettingError, RecordingError
+        An unknown option; a token, step, layer or size that was not recorded.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> run = elakit.generate(elakit.load("picture-world"), "a [cat] and a [lion]", steps=2, progress=False)
+    >>> figure = token_maps(run, tokens=["cat", "lion"])
+    >>> len([trace for trace in figure.data if trace.type == "heatmap"])
+    4
+    """
+    if scale not in get_args(Scale):
+        raise SettingError(f"scale={scale!r}: choose 'token', 'all' or 'map'.")
+    recording = style.recorded(run)
+    chosen = style.pick_steps(recording.steps, steps)
+    wanted, caption = tokens, _SHARED[scale][1]
+    if tokens is None:
+        wanted, left_out = _default_tokens(recording, normalise)
+        caption += " Of this long prompt, the entities' words." if left_out else ""
+    where = {"layers": layers, "size": style.map_size(recording) if size is None else size}
+    maps = recording.maps(wanted, steps=chosen, normalise=normalise, **where)
+    labels = [str(label) for label in maps.token.values]
+    height, width = maps.sizes["y"], maps.sizes["x"]
+    panel = panel or int(np.clip((1010 - 150) / len(labels) - 6, 64, 110))
+    what = "probability" if normalise is None else f"attention ({normalise})"
+    text = style.shorten(recording.prompt.text, 60)
+    figure = style.panels(
+        len(chosen), len(labels), width=panel, height=panel * height / width, gap=(6, 6),
+        margin=(64, 86, 42 if scale == "token" else 26, 10),
+        title=style.escape(f"Token maps of “{text}”" if title is None else title), caption=caption,
+    )  # fmt: skip
+    for j, label in enumerate(labels, start=1):
+        column_top = float(maps.sel(token=label).max())
+        for i, step in enumerate(chosen, start=1):
+            values = maps.sel(step=step, token=label).values
+            top = {"token": column_top, "all": float(maps.max()), "map": float(values.max())}[scale]
+            figure.add_trace(_heatmap(values, top, colours, maps, step, label, what), row=i, col=j)
+            style.map_axes(figure, i, j, height, width)
+        heading = style.escape(style.shorten(label, max(4, panel // 7)))
+        if scale == "token":
+            heading += f"<br><span style='font-size:10px'>{_number(column_top)}</span>"
+        style.over(figure, 1, j, heading)
+    for i, step in enumerate(chosen, start=1):
+        style.beside(figure, i, 1, f"step {step}")
+    _colour_bar(figure, colours, scale, float(maps.max()))
+    return figure
+
+
+def _default_tokens(recording: Recording, normalise: Normalise) -> tuple[Any, bool]:
+    """What to show when nothing is asked for, and whether words are left out."""
+    if len(recording.tokens) <= MOST_COLUMNS:
+        return None, False
+    words = {index for e in recording.prompt.entities for index in (*e.attribute_indices, *e.token_indices)}
+    labels = [token.label for token in recording.prompt.tokens if token.index in words]
+    kept = [label for label in labels if label in recording.tokens]
+    ends = [] if normalise == "tokens" else recording.tokens
+    return [*[end for end in ends if end == "<start>"], *kept, *[end for end in ends if end == "<end>"]], True
+
+
+def _heatmap(
+    values: np.ndarray, top: float, colours: str, maps: xr.DataArray, step: int, label: str, what: str
+) -> go.Heatmap:
+    timestep = float(maps.timestep.sel(step=step))
+    return go.Heatmap(
+        z=values, zmin=0, zmax=top or 1.0, colorscale=colours, showscale=False, name=style.escape(label),
+        meta={"step": step, "token": label},
+        hovertemplate=f"{style.escape(label)}, step {step} (t = {timestep:g})<br>x %{{x}}, y %{{y}}<br>"
+        f"{what} %{{z:.4g}}<extra></extra>",
+    )  # fmt: skip
+
+
+def _colour_bar(figure: go.Figure, colours: str, scale: Scale, top: float) -> None:
+    """A colour bar that belongs to no map, since the maps' scales differ."""
+    ends = ["0", _number(top) if scale == "all" else _SHARED[scale][0]]
+    bar = {
+        "thickness": 10, "len": 110, "lenmode": "pixels", "x": 1, "xpad": 14, "y": 1, "yanchor": "top", "ypad": 0,
+        "tickvals": [0, 1], "ticktext": ends, "tickfont": {"size": 10}, "outlinewidth": 0,
+    }  # fmt: skip
+    marker = {"color": [0], "cmin": 0, "cmax": 1, "colorscale": colours, "showscale": True, "colorbar": bar}
+    figure.add_scatter(x=[None], y=[None], mode="markers", marker=marker, hoverinfo="skip", row=1, col=1)
+
+
+def _number(value: float) -> str:
+    """A value in two digits."""
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"

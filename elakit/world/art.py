@@ -1,0 +1,124 @@
+"""The drawings that scenes are composed from: which file draws which noun, and its pixels.
+
+Drawings live in ``data/art/<artist>/``; ``index.json`` names those of each noun. Vector files are rasterised with
+resvg (the package ``resvg-py``, part of the extra ``elakit[train]``).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+from elakit.errors import SettingError
+from elakit.resources import data_path
+
+ARTISTS = ("fluent-3d", "fluent-flat", "noto", "noto-v1", "own")
+MARGIN = 2  # transparent pixels kept around a drawing, so that rotating it cuts nothing off
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One artist's drawing of one noun.
+
+    Attributes
+    ----------
+    noun : str
+    artist : str
+        One of ``ARTISTS``; "own" drawings were made for this project.
+    file : str
+        Path below ``data/art``.
+    view : {"body", "face"}
+    """
+
+    noun: str
+    artist: str
+    file: str
+    view: str
+
+    @property
+    def icon(self) -> str:
+        """Name of the drawing in its artist's set."""
+        return self.file.split("/")[-1].rsplit(".", 1)[0]
+
+
+@lru_cache(maxsize=1)
+def _index() -> dict[str, list[dict[str, str]]]:
+    return json.loads(data_path("art", "index.json").read_text(encoding="utf-8"))
+
+
+def drawings(noun: str, artists: tuple[str, ...] = ARTISTS) -> tuple[Drawing, ...]:
+    """The drawings of a noun, in the order of the index.
+
+    Parameters
+    ----------
+    noun : str
+    artists : tuple of str
+        Keep these artists' drawings only; a noun that none of them drew falls back to all of its drawings.
+
+    Raises
+    ------
+    SettingError
+        The noun or an artist is unknown.
+
+    Examples
+    --------
+    >>> [d.artist for d in drawings("lion", ("noto", "fluent-3d"))]
+    ['noto', 'fluent-3d']
+    """
+    index = _index()
+    if noun not in index:
+        raise SettingError(f"picture-world has no drawing of {noun!r}. Its nouns: {', '.join(index)}.")
+    if unknown := set(artists) - set(ARTISTS):
+        raise SettingError(f"Unknown artist {sorted(unknown)}. Choose from {', '.join(ARTISTS)}.")
+    every = tuple(Drawing(noun, row["file"].split("/")[0], row["file"], row["view"]) for row in index[noun])
+    return tuple(d for d in every if d.artist in artists) or every
+
+
+def rasterise(drawing: Drawing, size: int) -> np.ndarray:
+    """Pixels of a drawing, cropped to its ink and centred in a square.
+
+    Parameters
+    ----------
+    drawing : Drawing
+    size : int
+        Side of the square in pixels.
+
+    Returns
+    -------
+    ndarray, float32, (size, size, 4)
+        Straight (not premultiplied) RGBA in [0, 1].
+
+    Raises
+    ------
+    SettingError
+        A vector drawing is asked for and resvg-py is not installed.
+    """
+    path = data_path("art", *drawing.file.split("/"))
+    if path.suffix == ".svg":
+        try:
+            import resvg_py
+        except ImportError as error:
+            raise SettingError(
+                f"Drawing {drawing.file} is a vector file and needs resvg-py: pip install 'elakit[train]'."
+            ) from error
+        png = resvg_py.svg_to_bytes(
+            svg_string=path.read_text(encoding="utf-8"), width=2 * size, height=2 * size, skip_system_fonts=True
+        )
+        picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    else:
+        picture = Image.open(path).convert("RGBA")
+    ink = picture.getchannel("A").point(lambda alpha: 255 if alpha > 24 else 0).getbbox()
+    picture = picture.crop(ink)
+    scale = (size - 2 * MARGIN) / max(picture.size)
+    # "RGBa" is premultiplied: resizing straight alpha would bleed the colour of transparent pixels into the edges
+    small = picture.convert("RGBa").resize(
+        (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.Resampling.LANCZOS
+    )
+    canvas = Image.new("RGBa", (size, size))
+    canvas.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
+    return np.asarray(canvas.convert("RGBA"), np.float32) / 255

@@ -1,0 +1,47 @@
+"""Train the embedded model: ``python -m elakit.world.train``. Killed and started again, it goes on where it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from elakit.world.training.autoencoder import psnr, train_autoencoder
+from elakit.world.training.config import read_config
+from elakit.world.training.data import compose_scenes
+
+STAGES = ("vae", "denoiser", "judge")
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, sample sheets and the finished model.")] = Path(
+        "work/picture-world"
+    ),
+    config: Annotated[Path | None, typer.Option(help="Settings (TOML); by default those of the shipped model.")] = None,
+    stage: Annotated[str, typer.Option(help=f"One of {', '.join(STAGES)}, or all of them in this order.")] = "all",
+    device: Annotated[str, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = "",
+) -> None:
+    """Train picture-world: autoencoder, text encoder with denoiser, judge."""
+    if stage not in (*STAGES, "all"):
+        raise typer.BadParameter(f"{stage!r} is no stage; choose from {', '.join(STAGES)}, all.", param_hint="--stage")
+    settings = read_config(config)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.manual_seed(0)
+    if stage in ("vae", "all"):
+        vae = train_autoencoder(settings, compose_scenes(settings.world, 20_000, seed=1), out, where)
+        test = compose_scenes(settings.world, 256, seed=1_000_001)
+        print(f"autoencoder: PSNR {psnr(vae, test):.1f} dB on 256 new scenes")
+    if stage in ("denoiser", "all"):
+        from elakit.world.training.denoiser import train_denoiser
+
+        train_denoiser(settings, out, where)
+    if stage in ("judge", "all"):
+        from elakit.world.training.judge import train_judge
+
+        train_judge(settings, out, where)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,123 @@
+"""The settings of a training run, read from a TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from elakit.errors import SettingError
+from elakit.resources import data_path
+from elakit.world.scenes import World
+
+
+@dataclass(frozen=True)
+class VaeSettings:
+    """The autoencoder: architecture, loss weights and length of training (`samples` pictures)."""
+
+    channels: tuple[int, ...]
+    latent_channels: int
+    samples: int
+    batch: int
+    learning_rate: float
+    kl: float
+    edges: float
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """The tokenizer and the text encoder."""
+
+    positions: int
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class DenoiserSettings:
+    """The UNet and the diffusion training of UNet and text encoder."""
+
+    channels: tuple[int, ...]
+    heads: int
+    scenes: int
+    samples: int
+    batch: int
+    learning_rate: float
+    warmup: int
+    min_snr: float
+    drop_text: float
+    neutral_end: float
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """The segmenter that says what is in a picture."""
+
+    channels: tuple[int, ...]
+    scenes: int
+    samples: int
+    batch: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a training run."""
+
+    world: World
+    vae: VaeSettings
+    text: TextSettings
+    denoiser: DenoiserSettings
+    judge: JudgeSettings
+
+
+def read_config(path: Path | None = None) -> Config:
+    """Read a training configuration.
+
+    Parameters
+    ----------
+    path : Path, optional
+        A TOML file; by default the one that the shipped model was trained with.
+
+    Returns
+    -------
+    Config
+
+    Raises
+    ------
+    SettingError
+        The file is missing or is not TOML, or a setting is missing or unknown.
+
+    Examples
+    --------
+    >>> read_config().world.size
+    64
+    """
+    path = path or data_path("picture-world", "training.toml")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise SettingError(f"Cannot read the training configuration {path}: {error}.") from error
+    sections = {f.name: f.type for f in fields(Config)}
+    kinds = {
+        "world": World,
+        "vae": VaeSettings,
+        "text": TextSettings,
+        "denoiser": DenoiserSettings,
+        "judge": JudgeSettings,
+    }
+    if set(table) != set(sections):
+        raise SettingError(f"{path} has the sections {sorted(table)}; it must have exactly {sorted(sections)}.")
+    return Config(**{name: _section(kinds[name], table[name], name, path) for name in kinds})
+
+
+def _section(kind: type, values: dict[str, Any], name: str, path: Path) -> Any:
+    frozen = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    try:
+        return kind(**frozen)
+    except TypeError as error:
+        allowed = [f.name for f in fields(kind) if not f.name.startswith("_")]
+        raise SettingError(f"Section [{name}] of {path}: {error}. Its settings are {', '.join(allowed)}.") from error

@@ -1,0 +1,232 @@
+"""Train text encoder and denoiser together (v-prediction, min-SNR weights) and assemble the pipeline."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from elakit.world.tokenizer import train_tokenizer
+from elakit.world.training.config import Config
+from elakit.world.training.data import Scenes, compose_scenes
+from elakit.world.training.loop import Schedule, train
+
+SAMPLE_PROMPTS = (
+    "a red car", "a lion", "a frog", "a blue apple", "an elephant", "a yellow clock", "a purple bow", "a turtle",
+    "a cat and a lion", "a turtle and a purple clock", "a red car and a blue bird", "a cat and a frog",
+    "a monkey and a green balloon", "a black suitcase and a pink chair", "a bear and a rabbit", "a green crown and a bench",
+)  # fmt: skip
+GUIDANCE_SCALE = 4.0
+
+
+def build_unet(config: Config, width: int) -> UNet2DConditionModel:
+    """An untrained denoiser: text cross-attention at full and half latent size on both sides, none at a quarter."""
+    settings = config.denoiser
+    side = config.world.size // 2 ** (len(config.vae.channels) - 1)
+    return UNet2DConditionModel(
+        sample_size=side,
+        in_channels=config.vae.latent_channels,
+        out_channels=config.vae.latent_channels,
+        layers_per_block=1,
+        block_out_channels=settings.channels,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=width,
+        # diffusers reads this argument as the number of heads (its own documented misnomer)
+        attention_head_dim=settings.heads,
+        norm_num_groups=16,
+    )
+
+
+def build_text_encoder(config: Config, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """An untrained CLIP text encoder for the tokenizer."""
+    settings = config.text
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.width,
+            intermediate_size=3 * settings.width,
+            projection_dim=settings.width,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            max_position_embeddings=settings.positions,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            attn_implementation="eager",
+        )
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule, for a model that predicts v."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Scenes as the denoiser sees them: latents (n, c, h, w) of unit variance, token ids (n, positions)."""
+
+    latents: torch.Tensor
+    tokens: torch.Tensor
+
+
+def encode_scenes(scenes: Scenes, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device) -> Encoded:
+    """Encode every scene once."""
+    latents = []
+    for start in tqdm(range(0, len(scenes), 64), desc="encode", unit="batch", mininterval=5):
+        pictures = scenes.batch(np.arange(start, min(start + 64, len(scenes)))).to(device)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            mean = vae.encode(pictures).latent_dist.mode()
+        latents.append((mean.float() * vae.config.scaling_factor).half().cpu())
+    tokens = tokenizer(scenes.captions, padding="max_length", return_tensors="pt").input_ids
+    return Encoded(torch.cat(latents), tokens)
+
+
+def train_denoiser(config: Config, folder: Path, device: torch.device) -> StableDiffusionPipeline:
+    """Train text encoder and UNet on scenes of the world, and save the pipeline to ``folder/model``.
+
+    Parameters
+    ----------
+    config : Config
+    folder : Path
+        Must hold the trained autoencoder, ``vae/``.
+    device : torch.device
+
+    Returns
+    -------
+    StableDiffusionPipeline
+        With averaged weights.
+    """
+    settings = config.denoiser
+    vae = AutoencoderKL.from_pretrained(folder / "vae").to(device).eval()
+    tokenizer = train_tokenizer(config.text.vocabulary, config.text.positions)
+    data = _encoded(config, folder, vae, tokenizer, device)
+    torch.manual_seed(0)
+    text = build_text_encoder(config, tokenizer)
+    unet = build_unet(config, config.text.width)
+    # eager attention: on CPU the backward of fused attention in bf16 took over a third of a step (world/trial.md)
+    unet.set_attn_processor(AttnProcessor())
+    model = nn.ModuleDict({"text": text, "unet": unet}).to(device)
+    scheduler = build_scheduler()
+    alphas = scheduler.alphas_cumprod.to(device)
+    empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids.to(device)
+    rng = np.random.default_rng(2)
+
+    def loss(step: int) -> torch.Tensor:
+        rows = torch.from_numpy(rng.integers(len(data.latents), size=settings.batch))
+        latents, tokens = data.latents[rows].to(device).float(), data.tokens[rows].to(device)
+        tokens = torch.where(_chance(settings.drop_text, len(rows), device)[:, None], empty, tokens)
+        noise = torch.randn_like(latents)
+        times = torch.randint(len(alphas), (len(rows),), device=device)
+        signal = alphas[times].view(-1, 1, 1, 1)
+        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
+        target = signal.sqrt() * noise - (1 - signal).sqrt() * latents
+        with torch.autocast(device.type, torch.bfloat16):
+            states = model["text"](torch.cat([tokens, empty])).last_hidden_state
+            states, neutral = states[:-1], states[-1:]
+            ended = (tokens == tokenizer.eos_token_id) & _chance(settings.neutral_end, len(rows), device)[:, None]
+            states = torch.where(ended[..., None], neutral, states)
+            predicted = model["unet"](noisy, times, states).sample.float()
+        ratio = alphas[times] / (1 - alphas[times])
+        weight = ratio.clamp(max=settings.min_snr) / (ratio + 1)
+        return (weight * (predicted - target).pow(2).mean((1, 2, 3))).mean()
+
+    def checkpoint(average: nn.Module, step: int) -> None:
+        pipe = assemble(average, vae, tokenizer, scheduler)
+        save_pipeline(pipe, folder / "model")
+        sample_sheet(pipe).save(folder / f"samples-{step:06d}.png")
+
+    schedule = Schedule(
+        settings.samples, settings.batch, settings.learning_rate, settings.warmup, decay_from=0.6, average=0.9993
+    )
+    average = train(model, loss, schedule, folder, "denoiser", checkpoint_seconds=300, on_checkpoint=checkpoint)
+    return assemble(average, vae, tokenizer, scheduler)
+
+
+def assemble(
+    model: nn.Module, vae: AutoencoderKL, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler
+) -> StableDiffusionPipeline:
+    """The parts as a pipeline."""
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=model["text"],
+        tokenizer=tokenizer,
+        unet=model["unet"],
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    """Write the pipeline as fp16 safetensors; an unfinished write never replaces a good folder."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    half = StableDiffusionPipeline(
+        **{
+            name: copy.deepcopy(part).half() if isinstance(part, nn.Module) else part
+            for name, part in pipe.components.items()
+        },
+        requires_safety_checker=False,
+    )
+    half.save_pretrained(temporary, safe_serialization=True)
+    if folder.exists():
+        old = folder.with_name(folder.name + ".old")
+        os.replace(folder, old)
+        os.replace(temporary, folder)
+        for file in sorted(old.rglob("*"), reverse=True):
+            file.rmdir() if file.is_dir() else file.unlink()
+        old.rmdir()
+    else:
+        os.replace(temporary, folder)
+
+
+def sample_sheet(pipe: StableDiffusionPipeline, prompts: tuple[str, ...] = SAMPLE_PROMPTS) -> Image.Image:
+    """One picture a prompt, eight in a row, seed 0, twice the size."""
+    pictures = pipe(
+        list(prompts),
+        num_inference_steps=20,
+        guidance_scale=GUIDANCE_SCALE,
+        generator=[torch.Generator().manual_seed(0) for _ in prompts],
+    ).images
+    side = 2 * pictures[0].width
+    sheet = Image.new("RGB", (8 * side, side * (len(prompts) + 7) // 8))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (i % 8 * side, i // 8 * side))
+    return sheet
+
+
+def _encoded(
+    config: Config, folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device
+) -> Encoded:
+    path = folder / "encoded.pt"
+    if not path.exists():
+        data = encode_scenes(compose_scenes(config.world, config.denoiser.scenes, seed=2), vae, tokenizer, device)
+        torch.save({"latents": data.latents, "tokens": data.tokens}, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+    return Encoded(**torch.load(path, weights_only=True))
+
+
+def _chance(probability: float, count: int, device: torch.device) -> torch.Tensor:
+    return torch.rand(count, device=device) < probability

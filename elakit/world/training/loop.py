@@ -1,0 +1,146 @@
+"""A training loop that can be killed at any moment and goes on where its last checkpoint was."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Length of a training run and its learning rate.
+
+    Attributes
+    ----------
+    samples : int
+        Pictures seen until the end.
+    batch : int
+    learning_rate : float
+        After `warmup` steps; from `decay_from` of the run on it falls to zero along a cosine.
+    warmup : int
+    decay_from : float
+    average : float
+        Decay of the exponential moving average of the weights.
+    """
+
+    samples: int
+    batch: int
+    learning_rate: float
+    warmup: int = 200
+    decay_from: float = 0.5
+    average: float = 0.999
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return math.ceil(self.samples / self.batch)
+
+    def rate(self, step: int) -> float:
+        """Learning rate at a step.
+
+        Examples
+        --------
+        >>> s = Schedule(samples=1000, batch=1, learning_rate=1.0, warmup=100)
+        >>> s.rate(50), s.rate(400), round(s.rate(1000), 6)
+        (0.5, 1.0, 0.0)
+        """
+        done = step / self.steps
+        decay = max(0.0, (done - self.decay_from) / (1 - self.decay_from))
+        return self.learning_rate * min(1.0, step / max(1, self.warmup)) * (0.5 + 0.5 * math.cos(math.pi * decay))
+
+
+def train(
+    model: nn.Module,
+    loss: Callable[[int], torch.Tensor],
+    schedule: Schedule,
+    folder: Path,
+    name: str,
+    *,
+    checkpoint_seconds: float = 120.0,
+    on_checkpoint: Callable[[nn.Module, int], None] | None = None,
+) -> nn.Module:
+    """Train a model and return its averaged copy.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Holds everything that is trained; `loss` must use this very object.
+    loss : callable
+        Step number -> scalar loss of one batch.
+    schedule : Schedule
+    folder : Path
+        Where ``<name>.pt`` is kept; if it is there, training goes on from it.
+    name : str
+    checkpoint_seconds : float
+        Wall-clock seconds between checkpoints.
+    on_checkpoint : callable, optional
+        Called with the averaged model and the step after each checkpoint (to draw a sample sheet).
+
+    Returns
+    -------
+    nn.Module
+        The exponential moving average of the weights, in eval mode.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.pt"
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), schedule.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    start, history = 0, []
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, history = state["step"], state["history"]
+    saved = time.monotonic()
+    with tqdm(total=schedule.steps, initial=start, desc=name, unit="step", mininterval=5) as bar:
+        for step in range(start, schedule.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate(step + 1)
+            optimizer.zero_grad(set_to_none=True)
+            value = loss(step)
+            value.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            decay = min(schedule.average, (step + 1) / (step + 10))
+            with torch.no_grad():
+                for mean, current in zip(average.parameters(), model.parameters(), strict=True):
+                    mean.lerp_(current, 1 - decay)
+                for kept, current in zip(average.buffers(), model.buffers(), strict=True):
+                    kept.copy_(current)
+            if step % 50 == 0:
+                history.append((step, value.item()))
+                bar.set_postfix(loss=f"{value.item():.4f}")
+            bar.update()
+            last = step + 1 == schedule.steps
+            if last or time.monotonic() - saved > checkpoint_seconds:
+                _write(
+                    path,
+                    {
+                        "model": model.state_dict(),
+                        "average": average.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "step": step + 1,
+                        "history": history,
+                    },
+                )
+                if on_checkpoint is not None:
+                    on_checkpoint(average, step + 1)
+                saved = time.monotonic()
+    return average
+
+
+def _write(path: Path, state: dict) -> None:
+    """Whole or not at all: a kill while writing leaves the previous checkpoint."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)

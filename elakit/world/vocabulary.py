@@ -1,0 +1,34 @@
+"""The words of picture-world: the nouns and colours of the Attend-and-Excite benchmark, and how the world colours things.
+
+Source of the word lists: Chefer et al., "Attend-and-Excite", 2023, the prompt set of its evaluation.
+"""
+
+from __future__ import annotations
+
+ANIMALS = (
+    "cat", "dog", "bird", "bear", "lion", "horse", "elephant", "monkey", "frog", "turtle", "rabbit", "mouse",
+)  # fmt: skip
+OBJECTS = (
+    "backpack", "glasses", "crown", "suitcase", "chair", "balloon", "bow", "car", "bowl", "bench", "clock", "apple",
+)  # fmt: skip
+NOUNS = ANIMALS + OBJECTS
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "gray", "black", "white")
+
+# The colour a thing has in life: shown more often than the others, so that an unusual colour is hard (as in photographs).
+NATURAL_COLOUR = {
+    "cat": "orange", "dog": "brown", "bird": "blue", "bear": "brown", "lion": "orange", "horse": "brown",
+    "elephant": "gray", "monkey": "brown", "frog": "green", "turtle": "green", "rabbit": "white", "mouse": "gray",
+    "backpack": "red", "glasses": "black", "crown": "yellow", "suitcase": "brown", "chair": "brown",
+    "balloon": "red", "bow": "pink", "car": "red", "bowl": "blue", "bench": "brown", "clock": "red", "apple": "red",
+}  # fmt: skip
+
+
+def article(word: str) -> str:
+    """The indefinite article of a word by its first letter.
+
+    Examples
+    --------
+    >>> article("orange"), article("red")
+    ('an', 'a')
+    """
+    return "an" if word[0] in "aeiou" else "a"

@@ -1,0 +1,184 @@
+"""ELA steps along the true gradient, changes nothing it should not, and cleans up behind itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from elakit.errors import SettingError
+from elakit.generate import generate
+from elakit.guidance import ELA
+from elakit.guidance.ela import Anchors
+from elakit.guidance.engine import attention_maps, gradient
+from elakit.models import adapter_for
+from elakit.prompt import parse
+from tiny import tiny_pipeline
+
+PAIR = "a [red car] and a [blue bird]"
+
+
+def hooks_of(module: torch.nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+def setting(pipe: Any, text: str = PAIR, **options: Any) -> tuple[Any, ...]:
+    """What the engine's `gradient` takes, at the fourth of ten steps from fixed noise."""
+    adapter, prompt, method = adapter_for(pipe), parse(text, pipe), ELA(**options)
+    embeds, _ = adapter.encode(prompt.text, guided=False)
+    pipe.scheduler.set_timesteps(10)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)).to(embeds.dtype)
+    layers = method.select(adapter.layers(), (8, 8))
+    return adapter, method, prompt, layers, latents, pipe.scheduler.timesteps[3], embeds
+
+
+@pytest.mark.parametrize("term", ["outside", "presence", "intrusion", "attributes", "all"])
+def test_the_gradient_agrees_with_central_differences(term: str) -> None:
+    weights = {} if term == "all" else {t: float(t == term) for t in ("outside", "presence", "intrusion", "attributes")}
+    adapter, method, prompt, layers, latents, timestep, embeds = setting(tiny_pipeline(torch.float64), **weights)
+    first, _ = gradient(adapter, method, prompt, layers, latents, timestep, embeds, state=Anchors())
+
+    def at(z: torch.Tensor) -> tuple[float, torch.Tensor]:
+        # the regions are constants of the loss, so they are held while the latent is varied
+        loss, grad = gradient(adapter, method, prompt, layers, z, timestep, embeds, state=Anchors(first.regions))
+        return float(loss.total.detach()), grad
+
+    _, grad = at(latents)
+    step = 1e-5
+    for seed in range(5):
+        direction = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        numeric = (at(latents + step * direction)[0] - at(latents - step * direction)[0]) / (2 * step)
+        assert numeric == pytest.approx(float((grad * direction).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["raw", "normalised"])
+def test_one_slight_step_lowers_the_loss(dtype: torch.dtype, kind: str) -> None:
+    adapter, method, prompt, layers, latents, timestep, embeds = setting(tiny_pipeline(dtype), gradient=kind)
+    before, grad = gradient(adapter, method, prompt, layers, latents, timestep, embeds, state=Anchors())
+    assert grad.dtype == torch.float32
+    length = 0.05 / float(method.direction(grad).pow(2).mean().sqrt())
+    moved = latents.float() - length * method.direction(grad)
+    after, _ = gradient(adapter, method, prompt, layers, moved, timestep, embeds, state=Anchors(before.regions))
+    assert float(after.total) < float(before.total)
+
+
+def test_half_precision_finds_the_same_direction() -> None:
+    grads = []
+    for dtype in (torch.float32, torch.bfloat16):
+        adapter, method, prompt, layers, latents, timestep, embeds = setting(tiny_pipeline(dtype))
+        state = Anchors(np.stack([np.tri(8, dtype=bool), ~np.tri(8, dtype=bool)]))
+        grads.append(gradient(adapter, method, prompt, layers, latents, timestep, embeds, state=state)[1].flatten())
+    assert float(torch.cosine_similarity(*grads, dim=0)) > 0.97
+
+
+def test_the_pass_stops_after_the_last_layer_that_is_read_and_leaves_weights_alone() -> None:
+    pipe = tiny_pipeline()
+    run: list[str] = []
+    pipe.unet.conv_out.register_forward_hook(lambda *_: run.append("conv_out"))
+    adapter, method, prompt, _, latents, timestep, embeds = setting(pipe)
+    mid = [layer for layer in adapter.layers() if layer.place == "mid"]
+    up = {module for module in pipe.unet.up_blocks[0].modules()}
+    pipe.unet.up_blocks[0].resnets[0].register_forward_hook(lambda *_: run.append("up"))
+    maps = attention_maps(adapter, mid, latents, timestep, embeds)
+    assert not run
+    assert up
+    assert maps.shape == (1, 20, 4, 4)
+    assert torch.allclose(maps.sum(1), torch.ones(1, 4, 4), atol=1e-5)
+    wanted = [p.requires_grad for p in pipe.unet.parameters()]
+    generate(pipe, prompt, steps=3, guidance=method, progress=False)
+    assert [p.requires_grad for p in pipe.unet.parameters()] == wanted
+    assert all(p.grad is None for p in pipe.unet.parameters())
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "euler-ancestral", "pndm", "dpm++", "heun"])
+def test_ela_starts_from_the_plain_runs_noise_and_ends_where_its_window_ends(scheduler: str) -> None:
+    pipe = tiny_pipeline(scheduler=scheduler)
+    plain = generate(pipe, PAIR, seed=5, steps=4, progress=False)
+    ela = generate(pipe, PAIR, seed=5, steps=4, guidance=ELA(guided=0.5, step_size=0.3), progress=False)
+    still = generate(pipe, PAIR, seed=5, steps=4, guidance=ELA(step_size=0), progress=False)
+    assert ela.guidance is not None
+    assert ela.guidance.to_frame().index.tolist() == [0, 1]
+    assert np.any(np.asarray(ela.image) != np.asarray(plain.image))
+    assert np.array_equal(np.asarray(still.image), np.asarray(plain.image))
+    assert len(ela.recording.steps) == len(plain.recording.steps)
+
+
+def test_guidance_that_reads_records_nothing_of_its_own() -> None:
+    pipe = tiny_pipeline()
+    spec_off = generate(pipe, PAIR, seed=1, steps=3, guidance=ELA(), record=False, progress=False)
+    recorded = generate(pipe, PAIR, seed=1, steps=3, guidance=ELA(), progress=False)
+    assert np.array_equal(np.asarray(spec_off.image), np.asarray(recorded.image))
+    assert spec_off.recording is None
+    assert recorded.recording.steps == (0, 1, 2)
+
+
+def test_a_single_entity_is_left_alone() -> None:
+    pipe = tiny_pipeline()
+    plain = generate(pipe, "a [red car]", seed=2, steps=3, progress=False)
+    ela = generate(pipe, "a [red car]", seed=2, steps=3, guidance=ELA(), progress=False)
+    assert np.array_equal(np.asarray(plain.image), np.asarray(ela.image))
+    assert ela.guidance.to_frame().empty
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline()
+
+    def broken(*args: Any, **options: Any) -> Any:
+        loss, grad = gradient(*args, **options)
+        return loss, grad * float("nan")
+
+    monkeypatch.setattr("elakit.guidance.engine.gradient", broken)
+    plain = generate(pipe, PAIR, seed=2, steps=4, progress=False)
+    ela = generate(pipe, PAIR, seed=2, steps=4, guidance=ELA(guided=0.5), progress=False)
+    assert ela.guidance.skipped == 2
+    assert np.array_equal(np.asarray(plain.image), np.asarray(ela.image))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_hooks_are_gone_after_an_error_in_the_middle(error: type[BaseException]) -> None:
+    class Fails(ELA):
+        def loss(self, maps: Any, prompt: Any, step: int, state: Any) -> Any:
+            if step == 1:
+                raise error
+            return super().loss(maps, prompt, step, state)
+
+    pipe = tiny_pipeline()
+    before = hooks_of(pipe.unet)
+    with pytest.raises(error):
+        generate(pipe, PAIR, steps=4, guidance=Fails(), progress=False)
+    assert hooks_of(pipe.unet) == before
+    assert all(p.requires_grad for p in pipe.unet.parameters())
+    generate(pipe, PAIR, steps=2, progress=False)
+
+
+def test_regions_stay_once_they_are_locked() -> None:
+    pipe = tiny_pipeline()
+    ela = generate(pipe, PAIR, steps=6, guidance=ELA(guided=1, lock_from=2, step_size=0.5), progress=False)
+    regions = ela.guidance.regions
+    assert regions.sizes["step"] == 6
+    assert not (regions.sum("entity") > 1).any()
+    for step in (3, 4, 5):
+        assert np.array_equal(regions.sel(step=step), regions.sel(step=2))
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"step_size": -1}, "step_size"),
+        ({"step_size": float("nan")}, "step_size"),
+        ({"guided": 1.5}, "guided"),
+        ({"gradient": "adam"}, "gradient"),
+        ({"lock_from": -2}, "lock_from"),
+    ],
+)
+def test_options_out_of_range_are_named(options: dict[str, Any], part: str) -> None:
+    with pytest.raises(SettingError, match=part):
+        ELA(**options)
+
+
+def test_a_size_the_model_has_not_got_lists_those_it_has() -> None:
+    with pytest.raises(SettingError, match=r"size=16.*\[4, 8\]"):
+        generate(tiny_pipeline(), PAIR, steps=2, guidance=ELA(size=16), progress=False)

