@@ -86,7 +86,7 @@ WAYS: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
     "lora": (add_lora, {}),
     "channels last": (lambda pipe: pipe.unet.to(memory_format=torch.channels_last), {}),
     "not square": (lambda pipe: None, {"height": 32, "width": 48}),
-    "odd latent": (lambda pipe: None, {"height": 40, "width": 24, "guidance_scale": 1.0}),
+    "not square, unguided": (lambda pipe: None, {"height": 40, "width": 24, "guidance_scale": 1.0}),
     "several images": (lambda pipe: None, {"num_images_per_prompt": 3}),
     "negative prompt": (lambda pipe: None, {"negative_prompt": "a dog"}),
     "guidance ends midway": (
@@ -448,6 +448,19 @@ def test_the_plan_tells_exactly_what_is_kept(
     if recording.steps:
         assert tuple(resolution.size for resolution in plan.resolutions) == recording.sizes
         assert plan.tokens == recording.tokens
+
+
+@pytest.mark.parametrize("latent", [(7, 9), (8, 5), (3, 3)])
+def test_odd_latents_are_planned_as_the_network_rounds_them(latent: tuple[int, int], shared_pipe: Any) -> None:
+    adapter = adapter_for(shared_pipe)
+    prompt = parse(TEXT, shared_pipe)
+    embeds, _ = adapter.encode(prompt.text, guided=False)
+    shared_pipe._guidance_scale = 1.0
+    plan = RecordSpec().plan_layers(adapter.layers(), prompt, latent, kept=1, images=1)
+    with record(shared_pipe, prompt) as recording, torch.no_grad():
+        adapter.denoise(torch.zeros(1, 4, *latent), 10, embeds)
+    assert plan.bytes == recording.nbytes
+    assert tuple(resolution.size for resolution in plan.resolutions) == recording.sizes
 
 
 @pytest.fixture(scope="module")

@@ -185,9 +185,9 @@ class RecordSpec:
     Parameters
     ----------
     tokens : {"words", "entities", "all"} or sequence of int or str
-        Words of the prompt; tokens of its entities and their attributes; every position, each end-of-text and padding
-        position apart (``"<eot>"``, ``"<pad/1>"``...); or chosen ones (a word, a label such as ``"red#2"``, a phrase, a position). Start-of-text and
-        the summed mass of end-of-text and padding are kept always.
+        Words of the prompt; tokens of its entities and their attributes; every position, end-of-text (``"<eot>"``) and
+        each padding position (``"<pad/1>"``...) apart; or chosen ones (a word, a label such as ``"red#2"``, a phrase,
+        a position). Start-of-text and the summed mass of end-of-text and padding are kept always.
     layers : str or sequence of str
         As in `select_layers`.
     sizes : int or sequence of int, optional

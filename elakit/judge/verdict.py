@@ -131,7 +131,7 @@ def segment(pictures: np.ndarray) -> np.ndarray:
     -------
     ndarray of int, (n, size, size)
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = torch.tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     return load_segmenter()(pixels).argmax(1).numpy()
 
 

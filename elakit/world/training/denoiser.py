@@ -211,7 +211,7 @@ def sample_sheet(pipe: StableDiffusionPipeline, prompts: tuple[str, ...] = SAMPL
         generator=[torch.Generator().manual_seed(0) for _ in prompts],
     ).images
     side = 2 * pictures[0].width
-    sheet = Image.new("RGB", (8 * side, side * (len(prompts) + 7) // 8))
+    sheet = Image.new("RGB", (8 * side, side * ((len(prompts) + 7) // 8)))
     for i, picture in enumerate(pictures):
         sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (i % 8 * side, i // 8 * side))
     return sheet
