@@ -37,7 +37,9 @@ def option(text: str) -> tuple[str, Any]:
 def main(
     prompts: Annotated[int, typer.Option(help="Prompts of the 276, evenly spread.")] = 48,
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "1,3",
-    variants: Annotated[list[str] | None, typer.Option("--set", help="Options of a variant, comma-free: a=1 b=2.")] = None,
+    variants: Annotated[
+        list[str] | None, typer.Option("--set", help="Options of a variant, comma-free: a=1 b=2.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
 ) -> None:
     """Print success of plain generation and of ELA (each --set is one more variant), mended, harmed, and time."""
@@ -48,7 +50,7 @@ def main(
     outcomes: dict[str, list[bool]] = {name: [] for name in ("plain", *methods)}
     bleeding: dict[str, list[float]] = {name: [] for name in outcomes}
     seconds = dict.fromkeys(outcomes, 0.0)
-    for text in tqdm(benchmark_prompts(prompts), unit="prompt"):
+    for text in tqdm(benchmark_prompts(prompts), unit="prompt", mininterval=20):
         prompt = elakit.parse(text, pipe)
         for seed in numbers:
             for name, method in {"plain": None, **methods}.items():
@@ -58,6 +60,7 @@ def main(
                 outcomes[name].append(elakit.judge.judge(run.image, prompt).success)
                 bleeding[name].append(float(run.bleeding.to_frame().query("measure == 'bleed'")["value"].mean()))
     plain = np.array(outcomes["plain"])
+    drawn = [f"{text} (seed {seed})" for text in benchmark_prompts(prompts) for seed in numbers]
     print(f"{len(plain)} pictures: {prompts} prompts, seeds {seeds}")
     print(f"{'method':40s} right  mended harmed bleed  time/plain")
     for name, results in outcomes.items():
@@ -66,6 +69,10 @@ def main(
             f"{name:40s} {right.mean():5.3f}  {(right & ~plain).sum():4d}   {(~right & plain).sum():4d}   "
             f"{np.mean(bleeding[name]):5.3f}  {seconds[name] / seconds['plain']:.2f}"
         )
+    for name in methods:
+        right = np.array(outcomes[name])
+        for what, chosen in (("mended", right & ~plain), ("harmed", ~right & plain)):
+            print(f"{what} by {name}: " + "; ".join(drawn[i] for i in np.flatnonzero(chosen)))
 
 
 if __name__ == "__main__":

@@ -58,16 +58,13 @@ def load_figure(folder: Path = PAPER) -> Figure:
     return Figure(-coefficients[1:, None, None] * shown, sot, masks, coefficients, r2)
 
 
-def meeting(
-    figure: Figure, differentiation: Differentiation, step: float = 0.0005
-) -> list[tuple[float, float]]:
+def meeting(figure: Figure, differentiation: Differentiation, step: float = 0.0005) -> list[tuple[float, float]]:
     """Intervals of the background threshold in which both IoUs reach the bar."""
     runs: list[tuple[float, float]] = []
     for k in range(40, 600):
         t = k * step
         if (
-            localize(figure.maps, figure.sot, differentiation=differentiation, threshold=t).iou(figure.masks)
-            >= BAR
+            localize(figure.maps, figure.sot, differentiation=differentiation, threshold=t).iou(figure.masks) >= BAR
         ).all():
             joined = runs and k - round(runs[-1][1] / step) == 1
             runs[-1:] = [(runs[-1][0], t)] if joined else [*runs[-1:], (t, t)]

@@ -137,9 +137,7 @@ def leakage(maps: Any, masks: Any) -> np.ndarray:
     p = distribution(maps)
     regions = _masks(masks, "masks")
     if p.ndim < 3 or regions.ndim < 3:
-        raise SettingError(
-            f"maps {p.shape} and masks {regions.shape} need (..., entity, y, x) and (..., region, y, x)"
-        )
+        raise SettingError(f"maps {p.shape} and masks {regions.shape} need (..., entity, y, x) and (..., region, y, x)")
     _same_size(p, regions)
     check_disjoint(regions)
     regions = np.concatenate([regions, ~regions.any(axis=-3, keepdims=True)], axis=-3)
@@ -286,9 +284,7 @@ def soft_overlap(a: Any, b: Any) -> SoftOverlap:
     top = np.maximum(a.max(axis=(-2, -1), keepdims=True), b.max(axis=(-2, -1), keepdims=True))
     a, b = a / np.where(top > 0, top, 1.0), b / np.where(top > 0, top, 1.0)
     common = np.minimum(a, b).sum(axis=(-2, -1))
-    return SoftOverlap(
-        _ratio(common, np.maximum(a, b).sum(axis=(-2, -1))), _ratio(common, (a + b).sum(axis=(-2, -1)))
-    )
+    return SoftOverlap(_ratio(common, np.maximum(a, b).sum(axis=(-2, -1))), _ratio(common, (a + b).sum(axis=(-2, -1))))
 
 
 def divergence(a: Any, b: Any) -> Divergence:
@@ -322,9 +318,7 @@ def divergence(a: Any, b: Any) -> Divergence:
     _same_size(p, q)
     p, q = _broadcast(p, q)
     high_p, high_q = np.maximum(p, TINY), np.maximum(q, TINY)
-    symmetric = 0.5 * ((high_p - high_q) * (np.log(high_p) - np.log(high_q))).sum(
-        axis=(-2, -1)
-    )  # no term is negative
+    symmetric = 0.5 * ((high_p - high_q) * (np.log(high_p) - np.log(high_q))).sum(axis=(-2, -1))  # no term is negative
     middle = np.log(np.maximum((p + q) / 2, TINY))
     half = [(x * (np.log(np.maximum(x, TINY)) - middle)).sum(axis=(-2, -1)) for x in (p, q)]
     shannon = np.clip(0.5 * (half[0] + half[1]), 0.0, np.log(2))
@@ -461,9 +455,7 @@ class Bleeding:
             tables.append(("Attributes", bound))
         masses = overall[overall["measure"].isin(["start_mass", "end_mass"])]
         if len(masses):
-            tables.append(
-                ("Mass apart from the words", masses.set_index("measure")[["value"]].rename_axis(index=None))
-            )
+            tables.append(("Mass apart from the words", masses.set_index("measure")[["value"]].rename_axis(index=None)))
         return tables
 
     def _title(self) -> str:
@@ -660,18 +652,14 @@ def _add_attributes(
         )
     assert owners is not None
     if strange := sorted({owners[word] for word in words} - set(names)):
-        raise SettingError(
-            f"owners name {strange}, which are no entities of the maps; the entities are {names}"
-        )
+        raise SettingError(f"owners name {strange}, which are no entities of the maps; the entities are {names}")
     own = [names.index(owners[word]) for word in words]
 
     matrix = leakage(attributes.values, masks)
     overlap = _attribute_overlap(attributes.values, values)
     owned = [(word, owners[word]) for word in words]
     regions_and_rest = [*names, BACKGROUND]
-    table.add(
-        "attribute_leakage", [(w, r) for w in words for r in regions_and_rest], matrix.reshape(len(steps), -1)
-    )
+    table.add("attribute_leakage", [(w, r) for w in words for r in regions_and_rest], matrix.reshape(len(steps), -1))
     table.add("attribute_bleed", owned, bleed(matrix, own))
     table.add("attribute_intrusion", owned, intrusion(matrix, own))
     table.add("attribute_spill", owned, spill(matrix))
@@ -705,20 +693,14 @@ def _regions_of(regions: xr.DataArray | Regions, names: list[str], steps: np.nda
     if isinstance(regions, Regions):
         regions = regions.to_xarray()
     if not isinstance(regions, xr.DataArray):
-        raise SettingError(
-            f"regions are a {type(regions).__name__}; give Regions, or a DataArray (step, entity, y, x)"
-        )
+        raise SettingError(f"regions are a {type(regions).__name__}; give Regions, or a DataArray (step, entity, y, x)")
     if set(regions.dims) not in ({"step", "entity", "y", "x"}, {"entity", "y", "x"}):
-        raise SettingError(
-            f"regions have dimensions {regions.dims}; (step, entity, y, x) or (entity, y, x) are needed"
-        )
+        raise SettingError(f"regions have dimensions {regions.dims}; (step, entity, y, x) or (entity, y, x) are needed")
     found = _labels(regions, "regions")
     if sorted(found) != sorted(names):
         raise SettingError(f"regions are of {found}, maps of {names}; both need the same entities")
     if "step" in regions.dims and not np.array_equal(step_labels(regions), steps):
-        raise SettingError(
-            f"regions have steps {step_labels(regions)}, maps {steps}; give the same steps of both"
-        )
+        raise SettingError(f"regions have steps {step_labels(regions)}, maps {steps}; give the same steps of both")
     regions = regions.isel(entity=[found.index(name) for name in names]).transpose(..., "entity", "y", "x")
     return np.asarray(regions.values)
 
@@ -776,9 +758,7 @@ def _broadcast(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     try:
         a, b = np.broadcast_arrays(a, b)
     except ValueError:
-        raise SettingError(
-            f"leading dimensions {a.shape[:-2]} and {b.shape[:-2]} do not belong together"
-        ) from None
+        raise SettingError(f"leading dimensions {a.shape[:-2]} and {b.shape[:-2]} do not belong together") from None
     return a, b
 
 
@@ -791,9 +771,7 @@ def _ratio(part: Any, whole: Any) -> Any:
 def _matrix(matrix: Any) -> np.ndarray:
     values = as_array(matrix, "leakage matrix")
     if values.ndim < 2 or values.shape[-1] < 2:
-        raise SettingError(
-            f"leakage matrix has shape {values.shape}; it needs (..., entity, region + background)"
-        )
+        raise SettingError(f"leakage matrix has shape {values.shape}; it needs (..., entity, region + background)")
     return values
 
 
@@ -802,9 +780,7 @@ def _own(matrix: Any, own: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray
     rows, columns = values.shape[-2:]
     if own is None:
         if rows != columns - 1:
-            raise SettingError(
-                f"{rows} rows and {columns - 1} regions: say each row's own region with own=[...]"
-            )
+            raise SettingError(f"{rows} rows and {columns - 1} regions: say each row's own region with own=[...]")
         return values, np.arange(rows)
     return values, _owners(own, rows, columns - 1)
 
@@ -812,7 +788,5 @@ def _own(matrix: Any, own: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray
 def _owners(owners: Sequence[int], rows: int, count: int) -> np.ndarray:
     index = np.asarray(owners)
     if index.shape != (rows,) or index.dtype.kind not in "iu" or ((index < 0) | (index >= count)).any():
-        raise SettingError(
-            f"owners {list(owners)} do not fit: {rows} indices from 0 to {count - 1} are needed"
-        )
+        raise SettingError(f"owners {list(owners)} do not fit: {rows} indices from 0 to {count - 1} are needed")
     return index

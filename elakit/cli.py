@@ -23,7 +23,9 @@ app = typer.Typer(
     help="See, measure and mend concept bleeding in text-to-image models.",
 )
 
-Prompt = Annotated[str, typer.Argument(help='Such as "a cat and a lion"; brackets override: "a [red car] and a [bird]".')]
+Prompt = Annotated[
+    str, typer.Argument(help='Such as "a cat and a lion"; brackets override: "a [red car] and a [bird]".')
+]
 Model = Annotated[str, typer.Option(help="picture-world (embedded), a folder, or a hub id such as org/model.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by default float32 on CPU.")]
@@ -57,7 +59,7 @@ def diagnose(
 
     if seeds < 1:
         raise SettingError(f"--seeds {seeds}: give 1 or more.")
-    _check_writable(out)
+    report.check_path(out)
     pipe = _load(model, device, dtype)
     with typer.progressbar(length=2 * seeds, label="drawing", file=sys.stderr) as bar:
 
@@ -72,8 +74,10 @@ def diagnose(
         bar.update(2 * seeds - bar.pos)
     command = shlex.join(["elakit", *sys.argv[1:]])
     path = report.write(found, out, command)
-    typer.echo(_summary(found))
-    typer.echo(f"Report: {path.resolve()}")
+    typer.echo(f'"{found.prompt.text}", {seeds} seed{"s" * (seeds > 1)}, {found.seconds:.0f} s')
+    for sentence in report.summary(found):
+        typer.echo(sentence)
+    typer.echo(f"Report: {path}")
 
 
 @app.command()
@@ -92,7 +96,10 @@ def run(
     """Draw one picture, record its attention, and save both; open it again with elakit.open_run."""
     if method not in ("plain", *METHODS):
         raise SettingError(f"--method {method}: choose from plain, {', '.join(METHODS)}.")
-    _check_writable(out)
+    if not out.absolute().parent.is_dir():
+        raise OutputError(
+            f"--out {out}: there is no folder {out.parent}. Create it (mkdir -p), or choose one that exists."
+        )
     pipe = _load(model, device, dtype)
     guidance = None if method == "plain" else METHODS[method]()
     drawn = elakit.generate(pipe, prompt, seed=seed, steps=steps, guidance_scale=scale, guidance=guidance)
@@ -138,33 +145,6 @@ def _load(model: str, device: str | None, dtype: str | None) -> Any:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     return elakit.load(model, device=device, dtype=dtype)
-
-
-def _check_writable(out: Path) -> None:
-    """Refuse an impossible output before hours of work, not after."""
-    if not out.parent.is_dir():
-        raise OutputError(f"--out {out}: the folder {out.parent} does not exist. Create it, or choose another.")
-    try:
-        probe = out.parent / f".{out.name}.probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(f"--out {out}: cannot write there ({error.strerror}). Choose another folder.") from error
-
-
-def _summary(found: elakit.Diagnosis) -> str:
-    count = len(found.pairs)
-    lines = [f'"{found.prompt.text}", {count} seed{"s" * (count > 1)}, {found.seconds:.0f} s']
-    if found.judged:
-        plain = found.count("right") + found.count("harmed")
-        guided = found.count("right") + found.count("mended")
-        lines.append(f"right by the judge: plain {plain} of {count}, {found.method} {guided} of {count}")
-        lines.append(f"mended {found.count('mended')}, harmed {found.count('harmed')}")
-    frame = found.to_frame()
-    for name in ("bleed", "intrusion", "overlap"):
-        before, after = frame[f"plain_{name}"].mean(), frame[f"guided_{name}"].mean()
-        lines.append(f"{name:10s}plain {before:.3f}   {found.method} {after:.3f}   (mean over steps, entities, seeds)")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -158,9 +158,14 @@ def diagnose(
                 on_progress(2 * i + j, 2 * len(numbers), f"seed {seed}, {method.name if guidance else 'plain'}")
             runs.append(
                 generate(
-                    pipe, parsed, seed=seed, steps=steps, guidance_scale=guidance_scale, guidance=guidance,
+                    pipe,
+                    parsed,
+                    seed=seed,
+                    steps=steps,
+                    guidance_scale=guidance_scale,
+                    guidance=guidance,
                     progress=False,
-                )  # fmt: skip
+                )
             )
         verdicts = [judge(run.image, parsed) if known else None for run in runs]
         pairs.append(Pair(*runs, *verdicts))

@@ -21,7 +21,7 @@ from PIL import Image
 from elakit.attention import Recording, RecordSpec, open_recording, record
 from elakit.bleeding import Bleeding, measure
 from elakit.errors import OutputError, RecordingError, SettingError
-from elakit.guidance import Guide, Method, Trace
+from elakit.guidance import ELA, Guide, Method, Trace
 from elakit.models import adapter_for, default_settings
 from elakit.prompt import Prompt, parse
 from elakit.regions import localize_steps
@@ -69,11 +69,11 @@ class Run:
     def regions(self) -> xr.DataArray:
         """Region of each entity at each step, boolean (step, entity, y, x); they never overlap.
 
-        Localised in the recorded maps by `elakit.regions.localize_steps` with its defaults. The regions that a
-        guided run was anchored to are in ``run.guidance.regions``.
+        Localised in the recorded maps as `elakit.ELA` does by default. The regions that a guided run was anchored to
+        are in ``run.guidance.regions``.
         """
-        sot = self._analysed().maps("<start>", ANALYSIS_LAYERS, self._analysis_size())
-        return localize_steps(self.entity_maps(), sot)
+        rest = self._analysed().maps(["<start>", "<end>"], ANALYSIS_LAYERS, self._analysis_size())
+        return localize_steps(self.entity_maps(), rest.sum("token"), **ELA().localisation())
 
     @cached_property
     def bleeding(self) -> Bleeding:
@@ -129,7 +129,9 @@ class Run:
                 shutil.rmtree(folder)
             os.replace(temporary, folder)
         except OSError as error:
-            raise OutputError(f"Cannot write the run to {folder}: {error}. Choose a folder you may write to.") from error
+            raise OutputError(
+                f"Cannot write the run to {folder}: {error}. Choose a folder you may write to."
+            ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return folder
@@ -220,7 +222,9 @@ def generate(
     seed = _whole("seed", seed, least=0)
     scale = defaults.guidance_scale if guidance_scale is None else float(guidance_scale)
     if not np.isfinite(scale) or scale < 0:
-        raise SettingError(f"guidance_scale={guidance_scale!r}: must be a number of 0 or more (1 or less switches it off).")
+        raise SettingError(
+            f"guidance_scale={guidance_scale!r}: must be a number of 0 or more (1 or less switches it off)."
+        )
     if guidance is not None and not all(hasattr(guidance, name) for name in ("loss", "step_sizes", "select")):
         raise SettingError(f"guidance={guidance!r} is no guidance method; pass an instance, such as elakit.ELA().")
     full_height, full_width = adapter.default_size()
@@ -288,7 +292,9 @@ def open_run(folder: str | Path) -> Run:
         with Image.open(folder / "image.png") as file:
             image = file.copy()
     except (OSError, json.JSONDecodeError) as error:
-        raise OutputError(f"{folder} holds no elakit run ({error}). Give a folder that `run.save(...)` wrote.") from error
+        raise OutputError(
+            f"{folder} holds no elakit run ({error}). Give a folder that `run.save(...)` wrote."
+        ) from error
     recording = open_recording(folder / "recording.zarr") if (folder / "recording.zarr").exists() else None
     trace = None
     if table["guidance"] is not None:

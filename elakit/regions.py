@@ -125,9 +125,7 @@ class Regions:
         else:
             masks = np.asarray(other).astype(bool)
         if masks.shape != self.masks.shape:
-            raise SettingError(
-                f"cannot compare masks of shape {masks.shape} with {self.masks.shape}; resize one first"
-            )
+            raise SettingError(f"cannot compare masks of shape {masks.shape} with {self.masks.shape}; resize one first")
         common = (self.masks & masks).sum(axis=(1, 2))
         either = (self.masks | masks).sum(axis=(1, 2))
         return np.where(either == 0, 1.0, common / np.maximum(either, 1))
@@ -150,6 +148,7 @@ def localize(
     threshold: float = THRESHOLD,
     quantile: float = 0.8,
     normalise: bool = False,
+    subtract_pedestal: bool = False,
     min_cells: int | None = None,
     smooth: float = 0.0,
     keep_components: int | None = None,
@@ -181,6 +180,10 @@ def localize(
     normalise : bool
         Scale every map, start-of-text included, to 0..1 (min-max) first: entities then compete by shape, not
         by strength.
+    subtract_pedestal : bool
+        Subtract each entity's smallest value from its map first: attention that a word gets everywhere says
+        nothing of its place. The figure's maps are displayed so, hence the threshold was fitted to maps
+        without a pedestal; on recorded maps `elakit.ELA` and `Run.regions` switch it on.
     min_cells : int, optional
         Least area of a region. By default 2 % of the map, at least one cell (5 cells at 16x16). 0 turns the
         floor off, and an entity may then have an empty region. See Notes.
@@ -251,16 +254,13 @@ def localize(
     _check_options(differentiation, binarisation, threshold, quantile, min_cells, smooth, keep_components)
     values = as_array(_spatial_last(maps), "maps")
     if values.ndim != 3 or 0 in values.shape:
-        raise SettingError(
-            f"maps have shape {values.shape}; localize wants (entity, y, x), at least one of each"
-        )
+        raise SettingError(f"maps have shape {values.shape}; localize wants (entity, y, x), at least one of each")
     names = _names(maps, entities, len(values))
     if len(names) != len(values):
         raise SettingError(f"{len(names)} entity labels for {len(values)} maps; give one label a map")
     if binarisation == "background" and sot is None:
         raise SettingError(
-            'binarisation "background" compares with the start-of-text map:'
-            ' pass sot=..., or choose binarisation="otsu"'
+            'binarisation "background" compares with the start-of-text map: pass sot=..., or choose binarisation="otsu"'
         )
     cells = values[0].size
     least = _least_cells(min_cells, len(values), cells)
@@ -272,7 +272,7 @@ def localize(
             raise SettingError(
                 f"sot has shape {background.shape}, each entity's map {values.shape[1:]}; they must be equal"
             )
-    values, background = _prepare(values, background, smooth, normalise)
+    values, background = _prepare(values, background, smooth, normalise, subtract_pedestal)
 
     winner = values.argmax(axis=0) == np.arange(len(values))[:, None, None]  # first of equals
     scores = _differentiate(values, winner, differentiation)
@@ -320,9 +320,7 @@ def localize_steps(maps: xr.DataArray, sot: xr.DataArray | None = None, **option
     maps = steps_first(maps, "maps")
     if sot is not None:
         if not isinstance(sot, xr.DataArray):
-            raise SettingError(
-                f"sot is a {type(sot).__name__}; localize_steps wants a DataArray (step, y, x)"
-            )
+            raise SettingError(f"sot is a {type(sot).__name__}; localize_steps wants a DataArray (step, y, x)")
         if sot.sizes.get("token") == 1:
             sot = sot.isel(token=0)
         if set(sot.dims) != {"step", "y", "x"}:
@@ -400,9 +398,7 @@ def as_array(values: Any, what: str) -> np.ndarray:
             " (half precision may have overflowed: try dtype float32)"
         )
     if array.size and array.min() < 0:
-        raise SettingError(
-            f"{what}: lowest value {array.min():g}; give probabilities, which are never negative"
-        )
+        raise SettingError(f"{what}: lowest value {array.min():g}; give probabilities, which are never negative")
     return array
 
 
@@ -436,7 +432,7 @@ def step_labels(array: xr.DataArray) -> np.ndarray:
 
 
 def _prepare(
-    values: np.ndarray, background: np.ndarray | None, smooth: float, normalise: bool
+    values: np.ndarray, background: np.ndarray | None, smooth: float, normalise: bool, subtract_pedestal: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
     stack = values if background is None else np.concatenate([values, background[None]])
     if smooth:
@@ -445,7 +441,10 @@ def _prepare(
         low = stack.min(axis=(1, 2), keepdims=True)
         span = stack.max(axis=(1, 2), keepdims=True) - low
         stack = (stack - low) / np.where(span > 0, span, 1.0)  # a constant map becomes 0
-    return stack[: len(values)], None if background is None else stack[-1]
+    entities, rest = stack[: len(values)], None if background is None else stack[-1]
+    if subtract_pedestal:
+        entities = entities - entities.min(axis=(1, 2), keepdims=True)
+    return entities, rest
 
 
 def _differentiate(values: np.ndarray, winner: np.ndarray, how: str) -> np.ndarray:
@@ -541,9 +540,7 @@ def _spatial_last(maps: Any) -> Any:
 def _names(maps: Any, entities: Sequence[str] | None, count: int) -> tuple[str, ...]:
     if entities is not None:
         if isinstance(entities, str):
-            raise SettingError(
-                f"entities is the text {entities!r}; give a list of labels, such as [{entities!r}]"
-            )
+            raise SettingError(f"entities is the text {entities!r}; give a list of labels, such as [{entities!r}]")
         names = tuple(str(name) for name in entities)
     else:
         names = ()
@@ -562,9 +559,7 @@ def _names(maps: Any, entities: Sequence[str] | None, count: int) -> tuple[str, 
 def _least_cells(min_cells: int | None, count: int, cells: int) -> int:
     if min_cells is None:
         if count > cells:
-            raise SettingError(
-                f"{count} entities cannot have apart regions on a map of {cells} cells; use larger maps"
-            )
+            raise SettingError(f"{count} entities cannot have apart regions on a map of {cells} cells; use larger maps")
         return min(max(1, round(FLOOR * cells)), cells // count)
     if min_cells * count > cells:
         raise SettingError(
@@ -590,23 +585,15 @@ def _check_options(
         if value not in allowed:
             raise SettingError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, allowed))}")
     if not _is_number(threshold) or threshold < 0:
-        raise SettingError(
-            f"threshold={threshold!r}; it is a share of the start-of-text map, a number of at least 0"
-        )
+        raise SettingError(f"threshold={threshold!r}; it is a share of the start-of-text map, a number of at least 0")
     if not _is_number(quantile) or not 0 <= quantile <= 1:
         raise SettingError(f"quantile={quantile!r}; choose a number from 0 to 1")
     if not _is_number(smooth) or smooth < 0:
-        raise SettingError(
-            f"smooth={smooth!r}; it is a standard deviation in cells, a number of at least 0 (0 is off)"
-        )
+        raise SettingError(f"smooth={smooth!r}; it is a standard deviation in cells, a number of at least 0 (0 is off)")
     if min_cells is not None and (not _is_whole(min_cells) or min_cells < 0):
-        raise SettingError(
-            f"min_cells={min_cells!r}; choose a whole number of at least 0, or None for 2 % of the map"
-        )
+        raise SettingError(f"min_cells={min_cells!r}; choose a whole number of at least 0, or None for 2 % of the map")
     if keep_components is not None and (not _is_whole(keep_components) or keep_components < 1):
-        raise SettingError(
-            f"keep_components={keep_components!r}; choose a whole number of at least 1, or None for all"
-        )
+        raise SettingError(f"keep_components={keep_components!r}; choose a whole number of at least 1, or None for all")
 
 
 def _is_number(value: Any) -> bool:

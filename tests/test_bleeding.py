@@ -115,9 +115,7 @@ def test_permuting_the_entities_permutes_the_matrix(case, random):
     order = list(range(len(maps)))
     random.shuffle(order)
     straight = leakage(maps, masks)
-    np.testing.assert_allclose(
-        leakage(maps[order], masks[order]), straight[order][:, [*order, len(order)]], atol=1e-12
-    )
+    np.testing.assert_allclose(leakage(maps[order], masks[order]), straight[order][:, [*order, len(order)]], atol=1e-12)
 
 
 def test_tensors_are_taken_as_they_come():
@@ -292,9 +290,7 @@ def test_the_frame_is_the_users_own_to_change():
 def test_attributes_are_measured_in_the_regions_of_the_entities():
     maps, regions = story()
     # Black looks where the cat is, green where the frog is.
-    attributes = maps.assign_coords(token=["black", "green"], entity=("token", ["cat", "frog"])).isel(
-        token=[1, 0]
-    )
+    attributes = maps.assign_coords(token=["black", "green"], entity=("token", ["cat", "frog"])).isel(token=[1, 0])
     owners = {"green": "frog", "black": "cat"}
     start = xr.DataArray([0.9, 0.7], dims="step", coords={"step": [0, 5]})
     bleeding = measure(maps, regions, attributes, owners, start=start, end=start / 10)
@@ -306,12 +302,8 @@ def test_attributes_are_measured_in_the_regions_of_the_entities():
         good = value(frame, step=0, measure="attribute_margin", entity=word)
         bad = value(swapped, step=0, measure="attribute_margin", entity=word)
         assert good == pytest.approx(-bad) == pytest.approx(1 - 5 / 35)
-    assert value(
-        swapped, step=0, measure="attribute_intrusion", entity="black", other="frog"
-    ) == pytest.approx(0.8)
-    assert value(swapped, step=0, measure="attribute_bleed", entity="green", other="cat") == pytest.approx(
-        0.9
-    )
+    assert value(swapped, step=0, measure="attribute_intrusion", entity="black", other="frog") == pytest.approx(0.8)
+    assert value(swapped, step=0, measure="attribute_bleed", entity="green", other="cat") == pytest.approx(0.9)
     assert bleeding.attribute_leakage.sel(attribute="green").owner == "frog"
     np.testing.assert_allclose(bleeding.attribute_leakage.sel(attribute="black", step=0), MATRIX[0])
     assert value(frame, step=5, measure="start_mass") == pytest.approx(0.7)

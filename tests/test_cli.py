@@ -60,7 +60,7 @@ def test_run_saves_what_open_run_opens(
         (["diagnose", PAIR, "--steps", "-5"], ["steps=-5", "1 or more"]),
         (["diagnose", PAIR, "--seeds", "0"], ["--seeds 0", "1 or more"]),
         (["diagnose", PAIR, "--method", "magic"], ["magic", "ela"]),
-        (["diagnose", PAIR, "--out", "no/such/folder/r.html"], ["no/such/folder", "does not exist"]),
+        (["diagnose", PAIR, "--out", "no/such/folder/r.html"], ["no/such/folder", "there is no folder"]),
         (["diagnose", PAIR, "--device", "tpu9"], ["tpu9"]),
         (["diagnose", PAIR, "--dtype", "int8"], ["int8", "float32"]),
     ],
@@ -82,7 +82,11 @@ def test_wrong_input_names_the_value_and_the_remedy(
 
 def test_a_real_process_prints_no_traceback(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "elakit.cli", "diagnose", "   "], capture_output=True, text=True, cwd=tmp_path, check=False
+        [sys.executable, "-m", "elakit.cli", "diagnose", "   "],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("elakit: ")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from tiny import tiny_pipeline
 
 from elakit.errors import ModelError, OutputError, RecordingError, SettingError
 from elakit.generate import compare, generate, open_run
 from elakit.guidance import ELA
-from tiny import tiny_pipeline
 
 PAIR = "a [red car] and a [blue bird]"
 

@@ -20,9 +20,7 @@ from elakit.regions import BINARISATIONS, DIFFERENTIATIONS, Regions, localize, l
 RULES = [(d, b) for d in DIFFERENTIATIONS for b in BINARISATIONS]
 
 rules = st.sampled_from(RULES)
-stacks = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)).filter(
-    lambda s: s[0] <= s[1] * s[2]
-)
+stacks = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)).filter(lambda s: s[0] <= s[1] * s[2])
 # Few distinct values, so that ties, zeros and constant maps are common.
 coarse = st.sampled_from([0.0, 0.1, 0.2, 0.25, 0.5, 0.9])
 
@@ -414,3 +412,12 @@ def test_steps_that_do_not_belong_together_are_refused():
         localize_steps(maps.isel(step=0), binarisation="otsu")
     with pytest.raises(SettingError, match="no step"):
         localize_steps(maps.isel(step=slice(0, 0)), binarisation="otsu")
+
+
+def test_attention_that_a_word_gets_everywhere_says_nothing_of_its_place():
+    """A cat with a pedestal of .2 outshines the frog in the frog's place until the pedestal is taken off."""
+    cat, frog, sot = [[0.5, 0.2, 0.2]], [[0.0, 0.15, 0.0]], [[0.5, 0.65, 0.8]]
+    raw = localize([cat, frog], sot, min_cells=0)
+    assert raw.masks.astype(int).tolist() == [[[1, 1, 1]], [[0, 0, 0]]]
+    level = localize([cat, frog], sot, min_cells=0, subtract_pedestal=True)
+    assert level.masks.astype(int).tolist() == [[[1, 0, 0]], [[0, 1, 0]]]

@@ -48,7 +48,11 @@ def test_masks_are_exactly_the_pixels_that_an_entity_shows(seed: int, count: int
         left, top, right, bottom = entity.box
         assert entity.mask[top:bottom, left:right].sum() == entity.mask.sum()
     # the same scene with the first thing in another colour differs nowhere outside its mask's soft edge
-    other = compose((Subject(subjects[0].noun, "purple"), *subjects[1:]), dataclasses.replace(FLUENT, shadow=0), np.random.default_rng(seed))
+    other = compose(
+        (Subject(subjects[0].noun, "purple"), *subjects[1:]),
+        dataclasses.replace(FLUENT, shadow=0),
+        np.random.default_rng(seed),
+    )
     assert np.array_equal(other.entities[0].mask, masks[0])
 
 

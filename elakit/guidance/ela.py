@@ -1,10 +1,11 @@
 """ELA: localise a region for each entity in its attention, and anchor the entity there.
 
-Zhang et al., "Easing Concept Bleeding in Diffusion via Entity Localization and Anchoring", ICML 2024 (PMLR 235:58955-58966).
+Zhang et al., "Easing Concept Bleeding in Diffusion via Entity Localization and Anchoring", ICML 2024
+(PMLR 235:58955-58966).
 Known from the paper: decoder maps at 16 x 16, start-of-text read beside the entities, regions by differentiation and
-binarisation that do not overlap, one loss term an entity, z' = z - alpha * gradient, a slight step. The exact rules, the loss
-formula, the guided steps and alpha are not public; they are options here, and their defaults are ours, by measurement
-on the embedded model (``python -m benchmarks.ela``).
+binarisation that do not overlap, one loss term an entity, z' = z - alpha * gradient, a slight step. Not public, and
+therefore options here with defaults of our own, by measurement on the embedded model (``python -m benchmarks.ela``):
+the exact rules, the loss formula, the guided steps and alpha.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -64,7 +65,11 @@ class ELA:
         Longer side of the maps read; by default 16, or what the model has nearest to it.
     lock_from : int, optional
         Denoising step from which the regions stay as they are; by default they are localised at every guided step.
-    differentiation, binarisation, threshold, min_cells
+    background : {"start+end", "start"}
+        Attention that stands for the background in localisation: of start-of-text alone, as in the paper's figure, or
+        with that of end-of-text and padding. In Stable Diffusion start-of-text holds nearly all of it, in picture-world
+        the padding does.
+    differentiation, binarisation, threshold, subtract_pedestal, min_cells
         Localisation; see `elakit.regions.localize`.
 
     Raises
@@ -82,7 +87,7 @@ class ELA:
     elakit.errors.SettingError: ELA(guided=2): must be between 0 and 1 (a share of the denoising steps).
     """
 
-    step_size: float = 0.05
+    step_size: float = 0.1
     decay: float = 0.5
     gradient: Literal["normalised", "raw"] = "normalised"
     guided: float = 0.5
@@ -93,9 +98,11 @@ class ELA:
     layers: str = "up"
     size: int | None = None
     lock_from: int | None = None
+    background: Literal["start+end", "start"] = "start+end"
     differentiation: str = "argmax"
     binarisation: str = "background"
     threshold: float = THRESHOLD
+    subtract_pedestal: bool = True
     min_cells: int | None = None
 
     name: ClassVar[str] = "ela"
@@ -112,6 +119,8 @@ class ELA:
             refuse("guided", "must be between 0 and 1 (a share of the denoising steps)")
         if self.gradient not in ("normalised", "raw"):
             refuse("gradient", "must be 'normalised' or 'raw'")
+        if self.background not in ("start+end", "start"):
+            refuse("background", "must be 'start+end' or 'start'")
         if self.lock_from is not None and self.lock_from < 0:
             refuse("lock_from", "must be a denoising step, 0 or more, or None")
 
@@ -126,6 +135,11 @@ class ELA:
                 f"ELA(size={self.size}): the layers {self.layers!r} have maps of size {sorted(set(sides.values()))}."
             )
         return tuple(layer for layer in chosen if layer.factor == factor)
+
+    def localisation(self) -> dict[str, Any]:
+        """Its options of `elakit.regions.localize`."""
+        names = ("differentiation", "binarisation", "threshold", "subtract_pedestal", "min_cells")
+        return {name: getattr(self, name) for name in names}
 
     def begin(self, prompt: Prompt) -> Anchors:
         """A run starts without locked regions."""
@@ -162,14 +176,10 @@ class ELA:
         entities = torch.stack([maps[list(e.token_indices)].mean(0) for e in prompt.entities])
         masks = state.masks
         if masks is None:
-            masks = localize(
-                entities.detach(),
-                maps[0].detach(),
-                differentiation=self.differentiation,
-                binarisation=self.binarisation,
-                threshold=self.threshold,
-                min_cells=self.min_cells,
-            ).masks
+            background = maps[0]
+            if self.background == "start+end":
+                background = background + maps[prompt.end_index :].sum(0)
+            masks = localize(entities.detach(), background.detach(), **self.localisation()).masks
             if self.lock_from is not None and step >= self.lock_from:
                 state.masks = masks
         regions = torch.from_numpy(masks).to(maps.device)

@@ -1,16 +1,16 @@
-"""Runs any guidance method: one conditional pass up to the last layer its loss reads, its gradient, a step of the latent.
+"""Runs any guidance method: a conditional pass up to the last layer its loss reads, its gradient, a step of the latent.
 
 A method says which layers it reads, what it loses and how far to step (`Method`); this module does the rest, for every
 method alike: weights frozen, fused attention kept, the network beyond the last layer skipped, loss and gradient in at
-least float32, no gradient outside the guided steps. It enters a pipeline through given latents (before the first step) and
-``callback_on_step_end`` (before every later one), so no pipeline's ``__call__`` is copied.
+least float32, no gradient outside the guided steps. It enters a pipeline through given latents (before the first step)
+and ``callback_on_step_end`` (before every later one), so no pipeline's ``__call__`` is copied.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -151,7 +151,9 @@ def attention_maps(
         No layer is given, or their maps differ in size.
     """
     if not layers:
-        raise SettingError("Guidance reads no attention layer: none of the model's layers fits its `layers` and `size`.")
+        raise SettingError(
+            "Guidance reads no attention layer: none of the model's layers fits its `layers` and `size`."
+        )
     maps: list[Tensor] = []
 
     def collect(layer: AttentionLayer, query: Tensor, key: Tensor, size: tuple[int, int]) -> None:
@@ -160,11 +162,8 @@ def attention_maps(
         if layer is layers[-1]:
             raise _Enough
 
-    with tap(layers, collect):
-        try:
-            adapter.denoise(latents, timestep, embeds)
-        except _Enough:
-            pass
+    with tap(layers, collect), suppress(_Enough):
+        adapter.denoise(latents, timestep, embeds)
     sizes = {tuple(m.shape[-2:]) for m in maps}
     if len(sizes) > 1:
         raise SettingError(f"The layers read by guidance have maps of different sizes: {sorted(sizes)}. Set `size`.")

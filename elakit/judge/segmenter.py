@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from safetensors.torch import load_file
@@ -30,12 +31,9 @@ class Segmenter(nn.Module):
         super().__init__()
         self.stem = _convolve(3, channels[0], stride=2)
         self.down = nn.ModuleList(
-            nn.Sequential(_convolve(a, b, stride=2), _convolve(b, b))
-            for a, b in zip(channels, channels[1:], strict=False)
+            nn.Sequential(_convolve(a, b, stride=2), _convolve(b, b)) for a, b in pairwise(channels)
         )
-        self.up = nn.ModuleList(
-            _convolve(a + b, b) for a, b in zip(channels[:0:-1], channels[-2::-1], strict=True)
-        )
+        self.up = nn.ModuleList(_convolve(a + b, b) for a, b in zip(channels[:0:-1], channels[-2::-1], strict=True))
         self.head = nn.Conv2d(channels[0], CLASSES, 1)
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -71,7 +69,9 @@ def load_segmenter() -> Segmenter:
     """
     path = data_path("picture-world", "judge", "model.safetensors")
     if not path.exists():
-        raise ModelError(f"The judge's weights are missing ({path.name}). Train them: python -m elakit.world.train --stage judge.")
+        raise ModelError(
+            f"The judge's weights are missing ({path.name}). Train them: python -m elakit.world.train --stage judge."
+        )
     model = Segmenter()
     model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return model.eval()

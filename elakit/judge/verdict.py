@@ -92,7 +92,8 @@ def judge(image: Image.Image, prompt: Prompt) -> Verdict:
     --------
     >>> import elakit
     >>> from elakit.world.scenes import Subject, World, compose
-    >>> scene = compose((Subject("lion"), Subject("car", "blue")), World(artists=("fluent-3d",)), np.random.default_rng(5))
+    >>> world, rng = World(artists=("fluent-3d",)), np.random.default_rng(5)
+    >>> scene = compose((Subject("lion"), Subject("car", "blue")), world, rng)
     >>> prompt = elakit.parse("a [lion] and a [blue car]", elakit.load("picture-world"))
     >>> judge(Image.fromarray(scene.image), prompt).present
     {'lion': True, 'car': True}

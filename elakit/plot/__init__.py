@@ -1,7 +1,7 @@
 """Plotly figures of what a run shows: data in, figure out.
 
-Every function takes runs, gives a `plotly.graph_objects.Figure` and changes nothing else. Words of the prompt are escaped,
-since plotly reads labels as HTML.
+Every function takes runs, gives a `plotly.graph_objects.Figure` and changes nothing else. Words of the prompt are
+escaped, since plotly reads labels as HTML.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 # Light to dark in one hue, so that a printed value reads on every cell and grey prints keep the order.
 _SCALE = [[0, "#f7f9fb"], [0.25, "#c6d9e8"], [0.5, "#7faccb"], [0.75, "#35749f"], [1, "#0b3a5b"]]
-_DARK_FROM = 0.55
+_DARK_FROM = 0.68
 _TITLES = {
-    "bleed": "bleed: outside its own region",
-    "intrusion": "intrusion: in the others' regions",
-    "spill": "spill: in the background",
+    "bleed": "bleed (share outside its own region)",
+    "intrusion": "intrusion (share in the others' regions)",
+    "spill": "spill (share in the background)",
 }
 
 
@@ -77,31 +77,38 @@ def leakage(
     most = 16
     rows = [style.escape(style.shorten(label, most + 8)) for label in labels]
     cell = (panel / len(regions)) if panel else float(np.clip((900 / len(runs) - 60) / len(regions), 46, 96))
+    columns = [style.escape(style.shorten(label, most)) for label in regions]
     slanted = max(len(label) for label in regions) * 7 > cell
     left = 24 + 7 * max(min(len(label), most + 8) for label in labels)
     bottom = 34 + (7 * min(max(map(len, regions)), most) * 0.75 if slanted else 18)
     when = "mean over the steps" if step is None else f"step {int(matrices[0].step)}"
-    heading = f"Share of each entity's attention in each region, {when}" if title is None else title
-    figure = style.panels(
+    heading = "Where each entity's attention lies" if title is None else title
+    made = style.Panels(
         1, len(runs), width=cell * len(regions), height=min(cell, 64) * len(rows), gap=(36, 0),
         margin=(left, 20, 30 if len(runs) > 1 else 12, bottom), title=style.escape(heading),
+        caption=f"Share in each region, {when}. Framed: its own.",
     )  # fmt: skip
+    bare = {"showgrid": False, "zeroline": False, "ticks": "outside", "tickcolor": "rgba(0,0,0,0)"}
     for i, (matrix, name) in enumerate(zip(matrices, style.run_names(runs), strict=True), start=1):
-        figure.add_trace(_heatmap(matrix.values, rows, regions, name), row=1, col=i)
-        _print_values(figure, matrix.values, i)
-        _frame_own(figure, matrix, i)
-        figure.update_xaxes(
-            tickvals=list(range(len(regions))), ticktext=[style.escape(style.shorten(label, most)) for label in regions],
-            tickangle=-40 if slanted else 0, showgrid=False, zeroline=False, range=[-0.5, len(regions) - 0.5],
-            title={"text": "region", "font": {"size": 11}, "standoff": 6}, row=1, col=i,
-        )  # fmt: skip
-        figure.update_yaxes(
-            tickvals=list(range(len(rows))), ticktext=rows if i == 1 else [""] * len(rows), showgrid=False,
-            zeroline=False, range=[len(rows) - 0.5, -0.5], row=1, col=i,
+        made.add(1, i, _heatmap(matrix.values, rows, regions, name))
+        _print_values(made, matrix.values, i)
+        _frame_own(made, matrix, i)
+        made.axes(
+            1,
+            i,
+            {
+                **bare, "tickvals": list(range(len(regions))), "ticktext": columns, "range": [-0.5, len(regions) - 0.5],
+                "tickangle": -40 if slanted else 0, "ticklen": 4,
+                "title": {"text": "region", "font": {"size": 11}, "standoff": 6},
+            },
+            {
+                **bare, "tickvals": list(range(len(rows))), "ticktext": rows if i == 1 else [""] * len(rows),
+                "range": [len(rows) - 0.5, -0.5], "ticklen": 6,
+            },
         )  # fmt: skip
         if len(runs) > 1:
-            style.over(figure, 1, i, f"<b>{style.escape(name)}</b>")
-    return figure
+            made.over(1, i, f"<b>{style.escape(name)}</b>")
+    return made.figure()
 
 
 def _matrix(run: Run, step: int | None, attributes: bool) -> xr.DataArray:
@@ -120,32 +127,36 @@ def _matrix(run: Run, step: int | None, attributes: bool) -> xr.DataArray:
     return matrix.sel(step=style.pick_steps(matrix.step.values, [step])[0])
 
 
-def _heatmap(values: np.ndarray, rows: Sequence[str], regions: Sequence[str], name: str) -> go.Heatmap:
-    about = [[f"{row} in {style.escape(region)}" for region in regions] for row in rows]
-    return go.Heatmap(
-        z=values, zmin=0, zmax=1, colorscale=_SCALE, showscale=False, xgap=2, ygap=2, name=style.escape(name),
-        customdata=about, hovertemplate="%{customdata}: %{z:.3f}<extra></extra>",
-    )  # fmt: skip
+def _heatmap(values: np.ndarray, rows: Sequence[str], regions: Sequence[str], name: str) -> dict[str, Any]:
+    return {
+        "type": "heatmap",
+        "z": values,
+        "zmin": 0,
+        "zmax": 1,
+        "colorscale": _SCALE,
+        "showscale": False,
+        "xgap": 2,
+        "ygap": 2,
+        "name": style.escape(name),
+        "customdata": [[f"{row} in {style.escape(region)}" for region in regions] for row in rows],
+        "hovertemplate": "%{customdata}: %{z:.3f}<extra></extra>",
+    }
 
 
-def _print_values(figure: go.Figure, values: np.ndarray, column: int) -> None:
+def _print_values(made: style.Panels, values: np.ndarray, column: int) -> None:
     for (i, j), value in np.ndenumerate(values):
         ink = "#ffffff" if value > _DARK_FROM else style.INK
-        figure.add_annotation(
-            text=f"{value:.2f}", x=j, y=i, showarrow=False, font={"size": 13, "color": ink}, row=1, col=column
-        )
+        made.note(1, column, f"{value:.2f}", j, i, font={"size": 13, "color": ink})
 
 
-def _frame_own(figure: go.Figure, matrix: xr.DataArray, column: int) -> None:
+def _frame_own(made: style.Panels, matrix: xr.DataArray, column: int) -> None:
     """Outline each row's own region in its entity's colour."""
     regions = [str(label) for label in matrix.region.values]
     colours = style.entity_colours(regions[:-1])
     for i, owner in enumerate(matrix.owner.values):
         j = regions.index(str(owner))
-        figure.add_shape(
-            type="rect", x0=j - 0.47, x1=j + 0.47, y0=i - 0.46, y1=i + 0.46,
-            line={"color": colours[str(owner)], "width": 3}, row=1, col=column,
-        )  # fmt: skip
+        line = {"color": colours[str(owner)], "width": 3}
+        made.shape(1, column, type="rect", x0=j - 0.47, x1=j + 0.47, y0=i - 0.46, y1=i + 0.46, line=line)
 
 
 def bleeding_over_steps(
@@ -190,9 +201,11 @@ def bleeding_over_steps(
     every = _runs(runs, others, "bleeding_over_steps")
     curves = [_curves(each, measures) for each in every]
     names = list(dict.fromkeys(style.run_name(each) for each in every))
-    colours = {name: style.RUN_COLOURS[i % len(style.RUN_COLOURS)] for i, name in enumerate(sorted(names, key=_plain_first))}
-    figure = style.panels(
-        1, len(measures), width=width, height=height, gap=(34, 0), margin=(46, 16, 30, 84), shared_yaxes=True,
+    colours = {
+        name: style.RUN_COLOURS[i % len(style.RUN_COLOURS)] for i, name in enumerate(sorted(names, key=_plain_first))
+    }
+    made = style.Panels(
+        1, len(measures), width=width, height=height, gap=(34, 0), margin=(46, 16, 30, 76),
         title=style.escape("Bleeding over the steps, mean over entities" if title is None else title),
     )  # fmt: skip
     for column, measure in enumerate(measures, start=1):
@@ -201,23 +214,26 @@ def bleeding_over_steps(
             for each, curve in group:
                 alone = len(group) == 1
                 label = name if alone else f"{name}, seed {each.seed}"
-                _line(figure, column, curve, label, colours[name], thick=alone, legend=alone and column == 1, group=name)
+                _line(made, column, curve, label, colours[name], thick=alone, legend=alone and column == 1, group=name)
             if len(group) > 1:
                 mean = pd.concat([curve for _, curve in group], axis=1).mean(axis=1)
                 label = f"{name}, mean of {len(group)} runs"
-                _line(figure, column, mean, label, colours[name], thick=True, legend=column == 1, group=name)
-        style.over(figure, 1, column, style.escape(_TITLES.get(measure, measure)), size=12, shift=6)
-    _shade_guided(figure, every, len(measures))
-    figure.update_xaxes(title={"text": "step", "font": {"size": 11}, "standoff": 4}, gridcolor=style.RULE, zeroline=False)
-    figure.update_yaxes(rangemode="tozero", gridcolor=style.RULE, zerolinecolor=style.RULE)
-    figure.update_layout(
-        showlegend=True,
-        legend={
-            "orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom",
-            "bgcolor": "rgba(0,0,0,0)",
-        },
-    )  # fmt: skip
-    return figure
+                _line(made, column, mean, label, colours[name], thick=True, legend=column == 1, group=name)
+        made.over(1, column, style.escape(_TITLES.get(measure, measure)))
+        _shade_guided(made, every, column)
+        shared = {} if column == 1 else {"matches": "y", "showticklabels": False}
+        made.axes(
+            1,
+            column,
+            {
+                "title": {"text": "step", "font": {"size": 11}, "standoff": 4},
+                "gridcolor": style.RULE,
+                "zeroline": False,
+            },
+            {"rangemode": "tozero", "gridcolor": style.RULE, "zerolinecolor": style.RULE, **shared},
+        )
+    made.legend()
+    return made.figure()
 
 
 def _plain_first(name: str) -> tuple[bool, str]:
@@ -237,29 +253,49 @@ def _curves(run: Run, measures: Sequence[str]) -> pd.DataFrame:
 
 
 def _line(
-    figure: go.Figure, column: int, curve: pd.Series, name: str, colour: str, *, thick: bool, legend: bool, group: str
+    made: style.Panels, column: int, curve: pd.Series, name: str, colour: str, *, thick: bool, legend: bool, group: str
 ) -> None:
-    figure.add_scatter(
-        x=curve.index.to_numpy(), y=curve.to_numpy(), mode="lines", name=style.escape(name), legendgroup=group,
-        showlegend=legend, line={"color": colour, "width": 3 if thick else 1}, opacity=1 if thick else 0.5,
-        hovertemplate=f"{style.escape(name)}, step %{{x}}: %{{y:.3f}}<extra></extra>", row=1, col=column,
-    )  # fmt: skip
+    trace = {
+        "type": "scatter",
+        "mode": "lines",
+        "x": curve.index.to_numpy(),
+        "y": curve.to_numpy(),
+        "name": style.escape(name),
+        "legendgroup": group,
+        "showlegend": legend,
+        "line": {"color": colour, "width": 3 if thick else 1},
+        "opacity": 1 if thick else 0.5,
+        "hovertemplate": f"{style.escape(name)}, step %{{x}}: %{{y:.3f}}<extra></extra>",
+    }
+    made.add(1, column, trace)
 
 
-def _shade_guided(figure: go.Figure, runs: Sequence[Run], columns: int) -> None:
+def _shade_guided(made: style.Panels, runs: Sequence[Run], column: int) -> None:
     steps = [row["step"] for run in runs if run.guidance is not None for row in run.guidance.rows]
     if not steps:
         return
-    for column in range(1, columns + 1):
-        figure.add_vrect(
-            x0=min(steps) - 0.5, x1=max(steps) + 0.5, fillcolor="rgba(128, 128, 128, 0.12)", line_width=0, layer="below",
-            annotation={"text": "guided", "font": {"size": 10}, "opacity": 0.7},
-            annotation_position="top left", row=1, col=column,
-        )  # fmt: skip
+    start, stop = min(steps) - 0.5, max(steps) + 0.5
+    _, down = made.panel_axes(1, column)
+    made.shape(
+        1, column, type="rect", x0=start, x1=stop, y0=0, y1=1, yref=f"{down} domain", layer="below",
+        fillcolor="rgba(128, 128, 128, 0.12)", line={"width": 0},
+    )  # fmt: skip
+    made.note(
+        1,
+        column,
+        "guided",
+        start,
+        1,
+        yref=f"{down} domain",
+        xanchor="left",
+        yanchor="top",
+        font={"size": 10},
+        opacity=0.7,
+    )
 
 
 def _runs(first: Run | Iterable[Run], others: Sequence[Run], what: str) -> list[Run]:
-    runs = [*([first] if hasattr(first, "bleeding") else first), *others]  # type: ignore[list-item]
+    runs = [*([first] if hasattr(first, "bleeding") else first), *others]
     if not runs:
         raise SettingError(f"{what}() needs at least one run.")
     return runs

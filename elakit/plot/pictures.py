@@ -49,22 +49,22 @@ def data_uri(image: Image.Image, most: int | None = None) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def add_picture(
-    figure: go.Figure, image: Image.Image, row: int, column: int, rows: float, columns: float, *, opacity: float = 1.0
-) -> None:
-    """Put a picture below the traces of a panel whose axes count so many cells."""
-    subplot = figure.get_subplot(row, column)
-    figure.add_layout_image(
-        source=data_uri(_enlarged(image), 512), layer="below", sizing="stretch", opacity=opacity,
-        x=-0.5, y=-0.5, sizex=columns, sizey=rows, xanchor="left", yanchor="top",
-        xref=subplot.xaxis.plotly_name.replace("xaxis", "x"), yref=subplot.yaxis.plotly_name.replace("yaxis", "y"),
-    )  # fmt: skip
+def figure_uri(image: Image.Image) -> str:
+    """A picture as it goes into a figure, of a size that the figure needs."""
+    return data_uri(_enlarged(image), 512)
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
     """Small pictures enlarged pixel by pixel, since plotly's images are smoothed by the browser."""
     factor = LOSSLESS_SIDE // max(image.size)
-    return image if factor < 2 else image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    if factor < 2:
+        return image
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def _paled(image: Image.Image) -> Image.Image:
+    """A picture in light grey, for colours to lie on."""
+    return image.convert("L").point(lambda value: round(255 - 0.55 * (255 - value)))
 
 
 def pictures(*runs: Run, columns: int = 4, panel: int = 180, title: str | None = None) -> go.Figure:
@@ -101,18 +101,18 @@ def pictures(*runs: Run, columns: int = 4, panel: int = 180, title: str | None =
     across = min(max(1, columns), len(runs))
     down = -(-len(runs) // across)
     ratio = max(run.image.height / run.image.width for run in runs)
-    figure = style.panels(
+    made = style.Panels(
         down, across, width=panel, height=panel * ratio, gap=(14, 34), margin=(16, 16, 22, 16),
         title=style.escape(style.shorten(runs[0].prompt.text, 90) if title is None else title),
     )  # fmt: skip
     for i, (run, name) in enumerate(zip(runs, style.run_names(runs), strict=True)):
-        row, column = divmod(i, across)
+        row, column = (part + 1 for part in divmod(i, across))
         height, width = run.image.height, run.image.width
-        figure.add_scatter(x=[None], y=[None], row=row + 1, col=column + 1)  # an axis without a trace is not drawn
-        style.map_axes(figure, row + 1, column + 1, height, width)
-        add_picture(figure, run.image, row + 1, column + 1, height, width)
-        style.over(figure, row + 1, column + 1, style.escape(name))
-    return figure
+        made.map_axes(row, column, height, width)
+        made.add_nothing(row, column)
+        made.image(row, column, figure_uri(run.image), height, width)
+        made.over(row, column, style.escape(name))
+    return made.figure()
 
 
 def entity_maps(
@@ -163,7 +163,7 @@ def entity_maps(
     panel = panel or int(min(190, (1010 - 70) / across - 10))
     ratio = run.image.height / run.image.width
     when = "mean over the steps" if step is None else f"step {int(maps[0].step)}"
-    figure = style.panels(
+    made = style.Panels(
         len(runs), across, width=panel, height=panel * ratio, gap=(10, 10), margin=(64, 16, 24, 14),
         title=style.escape("Attention of each entity" if title is None else title),
         caption=f"{when[0].upper()}{when[1:]}. Full colour: the entity's largest value in this figure.",
@@ -172,20 +172,19 @@ def entity_maps(
     largest = {label: max(float(each.sel(token=label).max()) for each in maps) or 1.0 for label in entities}
     for i, (each, values, name) in enumerate(zip(runs, maps, style.run_names(runs), strict=True), start=1):
         rows, columns = values.sizes["y"], values.sizes["x"]
-        style.beside(figure, i, 1, style.escape(name).replace(", ", "<br>"))
-        for j in range(1, across + 1):
-            style.map_axes(figure, i, j, rows, columns)
-        figure.add_scatter(x=[None], y=[None], row=i, col=1)
-        add_picture(figure, each.image, i, 1, rows, columns)
+        made.beside(i, 1, style.escape(name).replace(", ", "<br>"))
+        made.map_axes(i, 1, rows, columns)
+        made.add_nothing(i, 1)
+        made.image(i, 1, figure_uri(each.image), rows, columns)
+        pale = figure_uri(_paled(each.image))
         for j, label in enumerate(entities, start=2):
-            add_picture(figure, each.image.convert("L"), i, j, rows, columns, opacity=0.55)
-            figure.add_trace(
-                _tint(values.sel(token=label).values, largest[label], colours[label], label, name), row=i, col=j
-            )
-    style.over(figure, 1, 1, "picture")
+            made.map_axes(i, j, rows, columns)
+            made.image(i, j, pale, rows, columns)
+            made.add(i, j, _tint(values.sel(token=label).values, largest[label], colours[label], label, name))
+    made.over(1, 1, "picture")
     for j, label in enumerate(entities, start=2):
-        style.over(figure, 1, j, style.escape(style.shorten(label, panel // 7)))
-    return figure
+        made.over(1, j, style.escape(style.shorten(label, panel // 7)))
+    return made.figure()
 
 
 def _chosen(maps: xr.DataArray, step: int | None) -> xr.DataArray:
@@ -194,11 +193,16 @@ def _chosen(maps: xr.DataArray, step: int | None) -> xr.DataArray:
     return maps.sel(step=style.pick_steps(maps.step.values, [step])[0])
 
 
-def _tint(values: np.ndarray, largest: float, colour: str, label: str, run: str) -> go.Heatmap:
+def _tint(values: np.ndarray, largest: float, colour: str, label: str, run: str) -> dict[str, Any]:
     """A map in one colour, the more opaque the larger."""
-    scale: list[Any] = [[0, style.rgba(colour, 0)], [1, style.rgba(colour, 0.9)]]
-    return go.Heatmap(
-        z=values, zmin=0, zmax=largest, colorscale=scale, showscale=False, name=style.escape(label),
-        hovertemplate=f"{style.escape(run)}, {style.escape(label)}<br>x %{{x}}, y %{{y}}<br>"
+    return {
+        "type": "heatmap",
+        "z": values,
+        "zmin": 0,
+        "zmax": largest,
+        "colorscale": [[0, style.rgba(colour, 0)], [1, style.rgba(colour, 0.9)]],
+        "showscale": False,
+        "name": style.escape(label),
+        "hovertemplate": f"{style.escape(run)}, {style.escape(label)}<br>x %{{x}}, y %{{y}}<br>"
         "probability %{z:.4f}<extra></extra>",
-    )  # fmt: skip
+    }

@@ -11,7 +11,7 @@ import xarray as xr
 
 from elakit.errors import SettingError
 from elakit.plot import style
-from elakit.plot.pictures import add_picture
+from elakit.plot.pictures import figure_uri
 
 if TYPE_CHECKING:
     from elakit.generate import Run
@@ -78,32 +78,26 @@ def region_evolution(
     rows, cells = regions.sizes["y"], regions.sizes["x"]
     panel = panel or int(min(150, (1010 - 40) / across - 10))
     default = "Regions found in the maps" if source == "recording" else "Regions the entities were anchored to"
-    figure = style.panels(
+    made = style.Panels(
         down, across, width=panel, height=panel * rows / cells, gap=(10, 32), margin=(16, 16, 26, 40),
         title=style.escape(f"{default}, {style.run_name(run)}" if title is None else title),
     )  # fmt: skip
     grey = run.entity_maps() if maps else None
+    colours = style.entity_colours(entities)
     for i, step in enumerate(shown):
         row, column = (part + 1 for part in divmod(i, across))
-        style.map_axes(figure, row, column, rows, cells)
+        made.map_axes(row, column, rows, cells)
         over_picture = picture and i == len(shown) - 1
         if over_picture:
-            add_picture(figure, run.image, row, column, rows, cells)
+            made.image(row, column, figure_uri(run.image), rows, cells)
         elif grey is not None and step in grey.step:
-            figure.add_trace(_faint(grey.sel(step=step), rows, cells), row=row, col=column)
+            made.add(row, column, _faint(grey.sel(step=step), rows, cells))
         for label in entities:
-            trace = _region(regions.sel(step=step, entity=label).values, label, entities, step, over_picture)
-            figure.add_trace(trace, row=row, col=column)
-        style.over(figure, row, column, f"picture, step {step}" if over_picture else f"step {step}")
-    style.entity_legend(figure, entities)
-    figure.update_layout(
-        showlegend=True,
-        legend={
-            "orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom",
-            "font": {"size": 12}, "itemwidth": 30, "bgcolor": "rgba(0,0,0,0)",
-        },
-    )  # fmt: skip
-    return figure
+            mask = regions.sel(step=step, entity=label).values
+            made.add(row, column, _region(mask, label, colours[label], step, over_picture))
+        made.over(row, column, f"picture, step {step}" if over_picture else f"step {step}")
+    made.entity_legend(entities)
+    return made.figure()
 
 
 def _regions(run: Run, source: Source) -> xr.DataArray:
@@ -122,24 +116,40 @@ def _regions(run: Run, source: Source) -> xr.DataArray:
     return regions
 
 
-def _faint(maps: xr.DataArray, rows: int, cells: int) -> go.Heatmap:
+def _faint(maps: xr.DataArray, rows: int, cells: int) -> dict[str, Any]:
     """The entities' maps of a step as one grey map, 0 to 1."""
     top = maps.max(("y", "x"))
     strongest = (maps / top.where(top > 0, 1)).max("token").values
     high, wide = strongest.shape
-    # Maps and regions may differ in size; both fill the panel, whose axes count the regions' cells.
-    return go.Heatmap(
-        z=strongest, zmin=0, zmax=1, colorscale=_GREYS, showscale=False, hoverinfo="skip", meta={"below": True},
-        x0=-0.5 + 0.5 * cells / wide, dx=cells / wide, y0=-0.5 + 0.5 * rows / high, dy=rows / high,
-    )  # fmt: skip
+    return {
+        "type": "heatmap",
+        "z": strongest,
+        "zmin": 0,
+        "zmax": 1,
+        "colorscale": _GREYS,
+        "showscale": False,
+        "hoverinfo": "skip",
+        "meta": {"below": True},
+        # Maps and regions may differ in size; both fill the panel, whose axes count the regions' cells.
+        "x0": -0.5 + 0.5 * cells / wide,
+        "dx": cells / wide,
+        "y0": -0.5 + 0.5 * rows / high,
+        "dy": rows / high,
+    }
 
 
-def _region(mask: np.ndarray, label: str, entities: Sequence[str], step: int, over_picture: bool) -> go.Heatmap:
-    colour = style.entity_colours(entities)[label]
-    scale: list[Any] = [[0, colour], [1, colour]]
-    return go.Heatmap(
-        z=np.where(mask, 1.0, np.nan).astype(np.float32), zmin=0, zmax=1, colorscale=scale, showscale=False,
-        opacity=0.55 if over_picture else 0.62, name=style.escape(label), legendgroup=label, hoverongaps=False,
-        meta={"step": step, "entity": label},
-        hovertemplate=f"{style.escape(label)}, step {step}<br>x %{{x}}, y %{{y}}<extra></extra>",
-    )  # fmt: skip
+def _region(mask: np.ndarray, label: str, colour: str, step: int, over_picture: bool) -> dict[str, Any]:
+    return {
+        "type": "heatmap",
+        "z": np.where(mask, 1.0, np.nan).astype(np.float32),
+        "zmin": 0,
+        "zmax": 1,
+        "colorscale": [[0, colour], [1, colour]],
+        "showscale": False,
+        "opacity": 0.55 if over_picture else 0.62,
+        "name": style.escape(label),
+        "legendgroup": label,
+        "hoverongaps": False,
+        "meta": {"step": step, "entity": label},
+        "hovertemplate": f"{style.escape(label)}, step {step}<br>x %{{x}}, y %{{y}}<extra></extra>",
+    }

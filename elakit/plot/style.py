@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from elakit.errors import RecordingError, SettingError
 
@@ -16,8 +15,8 @@ if TYPE_CHECKING:
     from elakit.attention import Recording
     from elakit.generate import Run
 
-# Okabe and Ito's colours, told apart with every common kind of colour blindness; the pair that differs most comes first.
-# Okabe & Ito, "Color Universal Design", 2008.
+# Told apart with every common kind of colour blindness (Okabe & Ito, "Color Universal Design", 2008); the pair that
+# differs most comes first.
 ENTITY_COLOURS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 # Of runs, where lines are compared: plain is grey, the methods follow.
 RUN_COLOURS = ("#767676", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
@@ -80,8 +79,8 @@ def method_name(label: str) -> str:
 
 def run_names(runs: Sequence[Run]) -> list[str]:
     """Names that tell runs apart: the method's, with the seed where one method occurs twice."""
-    names = [run_name(run) for run in runs]
-    return [name if names.count(name) == 1 else f"{name}, seed {run.seed}" for name, run in zip(names, runs, strict=True)]
+    names = list(map(run_name, runs))
+    return [n if names.count(n) == 1 else f"{n}, seed {run.seed}" for n, run in zip(names, runs, strict=True)]
 
 
 def recorded(run: Run | Recording) -> Recording:
@@ -146,19 +145,10 @@ def _span(steps: Sequence[int]) -> str:
     return f"{steps[0]} to {steps[-1]}" if whole else ", ".join(map(str, steps))
 
 
-def panels(
-    rows: int,
-    columns: int,
-    *,
-    width: float,
-    height: float,
-    gap: tuple[float, float] = (8, 8),
-    margin: tuple[float, float, float, float] = (56, 24, 20, 16),
-    title: str = "",
-    caption: str = "",
-    **subplots: Any,
-) -> go.Figure:
-    """A figure of equal panels whose sizes are pixels.
+class Panels:
+    """Equal panels in rows and columns whose sizes are pixels; collects traces and notes and makes the figure of them.
+
+    Built as plain dictionaries, because each addition to a plotly figure copies and checks all that is there already.
 
     Parameters
     ----------
@@ -171,93 +161,161 @@ def panels(
         Left, right, top and bottom, without title and caption, for which room is made when they are given.
     title, caption : str
         Escaped already.
-    **subplots
-        As `plotly.subplots.make_subplots` takes them.
     """
-    left, right, top, bottom = margin
-    inner_width = columns * width + (columns - 1) * gap[0]
-    inner_height = rows * height + (rows - 1) * gap[1]
-    figure = make_subplots(
-        rows, columns, horizontal_spacing=gap[0] / inner_width, vertical_spacing=gap[1] / inner_height, **subplots
-    )
-    # A title wider than the panels would be cut off at the figure's edge; bold letters are about 9 pixels wide.
-    right = max(right, 16 + 9 * len(title) - left - inner_width) if title else right
-    top += 40 if title else 0
-    bottom += 30 if caption else 0
-    figure.update_layout(
-        template="plotly_white",
-        width=round(inner_width + left + right),
-        height=round(inner_height + top + bottom),
-        margin={"l": left, "r": right, "t": top, "b": bottom, "pad": 0},
-        font={"family": FONT, "size": 12, "color": INK},
-        hoverlabel={"font": {"family": FONT, "size": 12}},
-        showlegend=False,
-    )
-    if title:
-        figure.update_layout(
-            title={
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        *,
+        width: float,
+        height: float,
+        gap: tuple[float, float] = (8, 8),
+        margin: tuple[float, float, float, float] = (56, 24, 20, 16),
+        title: str = "",
+        caption: str = "",
+    ) -> None:
+        left, right, top, bottom = margin
+        self.columns = columns
+        self.inner = columns * width + (columns - 1) * gap[0], rows * height + (rows - 1) * gap[1]
+        self.panel, self.gap = (width, height), gap
+        # What is wider than the panels would be cut off at the edge; letters of a title are up to 11 pixels wide.
+        right = max(right, 24 + 11 * len(title) - left - self.inner[0], 16 + 6.5 * len(caption) - self.inner[0])
+        top += 40 if title else 0
+        bottom += 30 if caption else 0
+        self.data: list[dict[str, Any]] = []
+        self.notes: list[dict[str, Any]] = []
+        self.shapes: list[dict[str, Any]] = []
+        self.images: list[dict[str, Any]] = []
+        self.layout: dict[str, Any] = {
+            "template": "plotly_white",
+            "width": round(self.inner[0] + left + right),
+            "height": round(self.inner[1] + top + bottom),
+            "margin": {"l": left, "r": right, "t": top, "b": bottom, "pad": 0},
+            "font": {"family": FONT, "size": 12, "color": INK},
+            "hoverlabel": {"font": {"family": FONT, "size": 12}},
+            "showlegend": False,
+        }
+        if title:
+            self.layout["title"] = {
                 "text": f"<b>{title}</b>", "font": {"size": 16}, "x": 0, "xref": "container", "xanchor": "left",
                 "pad": {"l": 16, "t": 14}, "y": 1, "yref": "container", "yanchor": "top",
+            }  # fmt: skip
+        if caption:
+            self.notes.append(
+                {
+                    "text": caption, "showarrow": False, "font": {"size": 11}, "opacity": 0.75, "align": "left",
+                    "x": 0, "xref": "paper", "xanchor": "left", "y": 0, "yref": "paper", "yanchor": "top",
+                    "yshift": -(bottom - 24),
+                }
+            )  # fmt: skip
+
+    def axes(self, row: int, column: int, x: dict[str, Any], y: dict[str, Any]) -> None:
+        """Set the axes of a panel; rows and columns count from 1."""
+        across, down = self.panel_axes(row, column)
+        (width, height), (gap_x, gap_y) = self.panel, self.gap
+        left, top = (column - 1) * (width + gap_x), (row - 1) * (height + gap_y)
+        span_x = [left / self.inner[0], min(1.0, (left + width) / self.inner[0])]
+        span_y = [max(0.0, 1 - (top + height) / self.inner[1]), 1 - top / self.inner[1]]
+        self.layout[across.replace("x", "xaxis")] = {"domain": span_x, "anchor": down, **x}
+        self.layout[down.replace("y", "yaxis")] = {"domain": span_y, "anchor": across, **y}
+
+    def map_axes(self, row: int, column: int, rows: float, columns: float) -> None:
+        """Axes of a panel that shows a map of so many cells: y downwards, no ticks, cells square."""
+        bare: dict[str, Any] = {
+            "showgrid": False, "zeroline": False, "showticklabels": False, "ticks": "", "constrain": "domain",
+            "showline": True, "mirror": True, "linewidth": 1, "linecolor": RULE,
+        }  # fmt: skip
+        across, _ = self.panel_axes(row, column)
+        self.axes(
+            row,
+            column,
+            {**bare, "range": [-0.5, columns - 0.5]},
+            {**bare, "range": [rows - 0.5, -0.5], "scaleanchor": across},
+        )
+
+    def add(self, row: int, column: int, trace: dict[str, Any]) -> None:
+        """Add a trace to a panel."""
+        across, down = self.panel_axes(row, column)
+        self.data.append({**trace, "xaxis": across, "yaxis": down})
+
+    def add_nothing(self, row: int, column: int) -> None:
+        """Have a panel's axes drawn although it holds no trace."""
+        self.add(row, column, {"type": "scatter", "x": [None], "y": [None], "hoverinfo": "skip", "showlegend": False})
+
+    def note(self, row: int, column: int, text: str, x: float, y: float, **options: Any) -> None:
+        """Write at a place of a panel, in the units of its axes."""
+        across, down = self.panel_axes(row, column)
+        self.notes.append({"text": text, "showarrow": False, "x": x, "y": y, "xref": across, "yref": down, **options})
+
+    def over(self, row: int, column: int, text: str) -> None:
+        """Write above a panel, in its middle."""
+        across, down = self.panel_axes(row, column)
+        self.notes.append(
+            {
+                "text": text, "showarrow": False, "x": 0.5, "xref": f"{across} domain", "y": 1,
+                "yref": f"{down} domain", "yanchor": "bottom", "yshift": 4,
             }
         )  # fmt: skip
-    if caption:
-        figure.add_annotation(
-            text=caption, showarrow=False, font={"size": 11}, opacity=0.75, align="left",
-            x=0, xref="paper", xanchor="left", y=0, yref="paper", yanchor="top", yshift=-(bottom - 24),
+
+    def beside(self, row: int, column: int, text: str) -> None:
+        """Write to the left of a panel, at half its height."""
+        across, down = self.panel_axes(row, column)
+        self.notes.append(
+            {
+                "text": text, "showarrow": False, "align": "right", "x": 0, "xref": f"{across} domain", "xshift": -8,
+                "xanchor": "right", "y": 0.5, "yref": f"{down} domain",
+            }
         )  # fmt: skip
-    return figure
 
+    def shape(self, row: int, column: int, **options: Any) -> None:
+        """Draw a shape in a panel."""
+        across, down = self.panel_axes(row, column)
+        self.shapes.append({"xref": across, "yref": down, **options})
 
-def map_axes(figure: go.Figure, row: int, column: int, rows: float, columns: float) -> None:
-    """Axes of a panel that shows a map of so many cells: y downwards, no ticks, cells square."""
-    bare: dict[str, Any] = {
-        "showgrid": False, "zeroline": False, "showticklabels": False, "ticks": "", "constrain": "domain",
-    }  # fmt: skip
-    figure.update_xaxes(**bare, range=[-0.5, columns - 0.5], row=row, col=column)
-    across = figure.get_subplot(row, column).xaxis.plotly_name.replace("xaxis", "x")
-    figure.update_yaxes(**bare, range=[rows - 0.5, -0.5], scaleanchor=across, row=row, col=column)
-
-
-def over(figure: go.Figure, row: int, column: int, text: str, *, size: int = 12, shift: float = 4) -> None:
-    """Write above a panel, in its middle."""
-    x, y = _domains(figure, row, column)
-    figure.add_annotation(
-        text=text, showarrow=False, font={"size": size}, x=0.5, xref=x, y=1, yref=y, yanchor="bottom", yshift=shift
-    )
-
-
-def beside(figure: go.Figure, row: int, column: int, text: str, *, size: int = 12) -> None:
-    """Write to the left of a panel, at half its height."""
-    x, y = _domains(figure, row, column)
-    figure.add_annotation(
-        text=text, showarrow=False, font={"size": size}, x=0, xref=x, xanchor="right", xshift=-8, y=0.5, yref=y,
-        align="right",
-    )  # fmt: skip
-
-
-def under(figure: go.Figure, row: int, column: int, text: str, *, size: int = 11, shift: float = 4) -> None:
-    """Write below a panel, in its middle."""
-    x, y = _domains(figure, row, column)
-    figure.add_annotation(
-        text=text, showarrow=False, font={"size": size}, x=0.5, xref=x, y=0, yref=y, yanchor="top", yshift=-shift
-    )
-
-
-def _domains(figure: go.Figure, row: int, column: int) -> tuple[str, str]:
-    subplot = figure.get_subplot(row, column)
-    return (
-        subplot.xaxis.plotly_name.replace("xaxis", "x") + " domain",
-        subplot.yaxis.plotly_name.replace("yaxis", "y") + " domain",
-    )
-
-
-def entity_legend(figure: go.Figure, entities: Sequence[str]) -> None:
-    """A legend that names the entities' colours; a click on one hides what is of its legend group."""
-    for label, colour in entity_colours(entities).items():
-        figure.add_scatter(
-            x=[None], y=[None], mode="markers", name=escape(shorten(label, 28)), legendgroup=label,
-            marker={"symbol": "square", "size": 12, "color": colour}, showlegend=True, row=1, col=1,
+    def image(self, row: int, column: int, source: str, rows: float, columns: float) -> None:
+        """Put a picture (a data URI) below the traces of a panel that shows so many cells."""
+        across, down = self.panel_axes(row, column)
+        self.images.append(
+            {
+                "source": source, "layer": "below", "sizing": "stretch", "xref": across, "yref": down,
+                "x": -0.5, "y": -0.5, "sizex": columns, "sizey": rows, "xanchor": "left", "yanchor": "top",
+            }
         )  # fmt: skip
+
+    def legend(self) -> None:
+        """Show the legend in a line at the bottom."""
+        self.layout["showlegend"] = True
+        self.layout["legend"] = {
+            "orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom",
+            "bgcolor": "rgba(0,0,0,0)",
+        }  # fmt: skip
+
+    def entity_legend(self, entities: Sequence[str]) -> None:
+        """A legend that names the entities' colours; a click on one hides what is of its legend group."""
+        for label, colour in entity_colours(entities).items():
+            marker = {"symbol": "square", "size": 12, "color": colour}
+            name = escape(shorten(label, 28))
+            self.add(
+                1,
+                1,
+                {
+                    "type": "scatter", "x": [None], "y": [None], "mode": "markers", "marker": marker, "name": name,
+                    "legendgroup": label, "showlegend": True,
+                },
+            )  # fmt: skip
+        self.legend()
+
+    def figure(self) -> go.Figure:
+        """The figure."""
+        layout = {**self.layout, "annotations": self.notes, "shapes": self.shapes, "images": self.images}
+        return go.Figure(data=self.data, layout=layout)
+
+    def panel_axes(self, row: int, column: int) -> tuple[str, str]:
+        """Names of a panel's axes, such as ("x3", "y3")."""
+        number = (row - 1) * self.columns + column
+        end = "" if number == 1 else str(number)
+        return f"x{end}", f"y{end}"
 
 
 def rgba(colour: str, alpha: float) -> str:

@@ -91,14 +91,14 @@ def token_maps(
     if tokens is None:
         wanted, left_out = _default_tokens(recording, normalise)
         caption += " Of this long prompt, the entities' words." if left_out else ""
-    where = {"layers": layers, "size": style.map_size(recording) if size is None else size}
-    maps = recording.maps(wanted, steps=chosen, normalise=normalise, **where)
+    size = style.map_size(recording) if size is None else size
+    maps = recording.maps(wanted, layers, size, steps=chosen, normalise=normalise)
     labels = [str(label) for label in maps.token.values]
     height, width = maps.sizes["y"], maps.sizes["x"]
     panel = panel or int(np.clip((1010 - 150) / len(labels) - 6, 64, 110))
     what = "probability" if normalise is None else f"attention ({normalise})"
     text = style.shorten(recording.prompt.text, 60)
-    figure = style.panels(
+    made = style.Panels(
         len(chosen), len(labels), width=panel, height=panel * height / width, gap=(6, 6),
         margin=(64, 86, 42 if scale == "token" else 26, 10),
         title=style.escape(f"Token maps of “{text}”" if title is None else title), caption=caption,
@@ -108,16 +108,16 @@ def token_maps(
         for i, step in enumerate(chosen, start=1):
             values = maps.sel(step=step, token=label).values
             top = {"token": column_top, "all": float(maps.max()), "map": float(values.max())}[scale]
-            figure.add_trace(_heatmap(values, top, colours, maps, step, label, what), row=i, col=j)
-            style.map_axes(figure, i, j, height, width)
+            made.add(i, j, _heatmap(values, top, colours, maps, step, label, what))
+            made.map_axes(i, j, height, width)
         heading = style.escape(style.shorten(label, max(4, panel // 7)))
         if scale == "token":
             heading += f"<br><span style='font-size:10px'>{_number(column_top)}</span>"
-        style.over(figure, 1, j, heading)
+        made.over(1, j, heading)
     for i, step in enumerate(chosen, start=1):
-        style.beside(figure, i, 1, f"step {step}")
-    _colour_bar(figure, colours, scale, float(maps.max()))
-    return figure
+        made.beside(i, 1, f"step {step}")
+    made.add(1, 1, _colour_bar(colours, scale, float(maps.max())))
+    return made.figure()
 
 
 def _default_tokens(recording: Recording, normalise: Normalise) -> tuple[Any, bool]:
@@ -133,17 +133,23 @@ def _default_tokens(recording: Recording, normalise: Normalise) -> tuple[Any, bo
 
 def _heatmap(
     values: np.ndarray, top: float, colours: str, maps: xr.DataArray, step: int, label: str, what: str
-) -> go.Heatmap:
+) -> dict[str, Any]:
     timestep = float(maps.timestep.sel(step=step))
-    return go.Heatmap(
-        z=values, zmin=0, zmax=top or 1.0, colorscale=colours, showscale=False, name=style.escape(label),
-        meta={"step": step, "token": label},
-        hovertemplate=f"{style.escape(label)}, step {step} (t = {timestep:g})<br>x %{{x}}, y %{{y}}<br>"
+    return {
+        "type": "heatmap",
+        "z": values,
+        "zmin": 0,
+        "zmax": top or 1.0,
+        "colorscale": colours,
+        "showscale": False,
+        "name": style.escape(label),
+        "meta": {"step": step, "token": label},
+        "hovertemplate": f"{style.escape(label)}, step {step} (t = {timestep:g})<br>x %{{x}}, y %{{y}}<br>"
         f"{what} %{{z:.4g}}<extra></extra>",
-    )  # fmt: skip
+    }
 
 
-def _colour_bar(figure: go.Figure, colours: str, scale: Scale, top: float) -> None:
+def _colour_bar(colours: str, scale: Scale, top: float) -> dict[str, Any]:
     """A colour bar that belongs to no map, since the maps' scales differ."""
     ends = ["0", _number(top) if scale == "all" else _SHARED[scale][0]]
     bar = {
@@ -151,9 +157,11 @@ def _colour_bar(figure: go.Figure, colours: str, scale: Scale, top: float) -> No
         "tickvals": [0, 1], "ticktext": ends, "tickfont": {"size": 10}, "outlinewidth": 0,
     }  # fmt: skip
     marker = {"color": [0], "cmin": 0, "cmax": 1, "colorscale": colours, "showscale": True, "colorbar": bar}
-    figure.add_scatter(x=[None], y=[None], mode="markers", marker=marker, hoverinfo="skip", row=1, col=1)
+    return {"type": "scatter", "x": [None], "y": [None], "mode": "markers", "marker": marker, "hoverinfo": "skip"}
 
 
 def _number(value: float) -> str:
-    """A value in two digits."""
-    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
+    """A value in two or three digits."""
+    if value >= 10:
+        return f"{value:.0f}"
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"

@@ -7,9 +7,23 @@ import numpy as np
 from elakit.errors import SettingError
 
 KINDS = ("plain", "gradient", "ground")
-_TONES = (
-    "f3ead7 e6eef5 dfeee0 f6e3e3 e9e2f3 cfd8dc bcd0c7 d8c3a5 a9bcd0 c9ada7 8fa3ad 93a17f 8794ab b09a7d 76858d"
-).split()
+_TONES = [
+    "f3ead7",
+    "e6eef5",
+    "dfeee0",
+    "f6e3e3",
+    "e9e2f3",
+    "cfd8dc",
+    "bcd0c7",
+    "d8c3a5",
+    "a9bcd0",
+    "c9ada7",
+    "8fa3ad",
+    "93a17f",
+    "8794ab",
+    "b09a7d",
+    "76858d",
+]
 _PALETTE = np.array([[int(tone[i : i + 2], 16) / 255 for i in (0, 2, 4)] for tone in _TONES], np.float32)
 
 

@@ -1,6 +1,6 @@
 """Give a drawing another colour: find its body by hue and lightness in CIE Lab, and paint that, keeping its shading.
 
-Eyes, outlines, wheels and noses stay as drawn, so that "a purple clock" is a clock with purple body, not a purple patch.
+Eyes, outlines, wheels and noses stay as drawn, so that a purple clock is a clock, and not a purple patch.
 """
 
 from __future__ import annotations
@@ -80,10 +80,7 @@ class BodyRule:
 
 
 _NOUN_RULES = {
-    **{
-        noun: BodyRule(62)
-        for noun in ("cat", "dog", "bear", "horse", "elephant", "monkey", "rabbit", "mouse")
-    },
+    **{noun: BodyRule(62) for noun in ("cat", "dog", "bear", "horse", "elephant", "monkey", "rabbit", "mouse")},
     "frog": BodyRule(85),
     "turtle": BodyRule(110),
     "lion": BodyRule(85),

@@ -180,7 +180,8 @@ def compose(subjects: tuple[Subject, ...], world: World, rng: np.random.Generato
 
     Examples
     --------
-    >>> scene = compose((Subject("lion"), Subject("car", "blue")), World(artists=("fluent-3d",)), np.random.default_rng(0))
+    >>> world, rng = World(artists=("fluent-3d",)), np.random.default_rng(0)
+    >>> scene = compose((Subject("lion"), Subject("car", "blue")), world, rng)
     >>> scene.caption, scene.image.shape, bool((scene.entities[0].mask & scene.entities[1].mask).any())
     ('a lion and a blue car', (64, 64, 3), False)
     """
@@ -195,9 +196,7 @@ def compose(subjects: tuple[Subject, ...], world: World, rng: np.random.Generato
     masks = alphas > 0.5
     for i in range(len(masks)):
         masks[i] &= ~masks[i + 1 :].any(0)
-    entities = tuple(
-        SceneEntity(s, d, _box(m), m) for s, d, m in zip(subjects, chosen, masks, strict=True)
-    )
+    entities = tuple(SceneEntity(s, d, _box(m), m) for s, d, m in zip(subjects, chosen, masks, strict=True))
     image = (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)
     return Scene(image, caption(subjects, bool(rng.random() < 0.5)), entities, kind)
 
@@ -219,7 +218,9 @@ def _layout(count: int, rng: np.random.Generator) -> list[_Place]:
         return [_Place(0.5 + rng.uniform(-0.12, 0.12), 0.5 + rng.uniform(-0.1, 0.1), rng.uniform(0.5, 0.8))]
     if count == 3:
         xs, ys = np.array([0.22, 0.5, 0.78]), 0.5 + rng.uniform(-0.18, 0.18, 3)
-        return [_Place(float(x), float(y), rng.uniform(0.3, 0.36)) for x, y in zip(rng.permutation(xs), ys, strict=True)]
+        return [
+            _Place(float(x), float(y), rng.uniform(0.3, 0.36)) for x, y in zip(rng.permutation(xs), ys, strict=True)
+        ]
     kind = rng.choice(["row", "diagonal", "stack"], p=[0.7, 0.15, 0.15])
     if kind == "row":
         y, near = 0.5 + rng.uniform(-0.1, 0.1), rng.uniform(-0.02, 0.03)

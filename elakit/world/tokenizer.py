@@ -1,21 +1,20 @@
-"""The embedded model's tokenizer: CLIP's byte-pair encoding, learnt from the captions of the world.
+"""The embedded model's tokenizer: CLIP's byte-pair encoding, learnt from the words of the world.
 
 Words of the world are one token each; any other text is spelt in smaller pieces, down to bytes.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable
+from itertools import pairwise
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
 from elakit.world.vocabulary import COLOURS, NOUNS
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-# CLIP's way to split a text before merging bytes: contractions, words, single digits, other symbols.
-_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 # Everyday words beside those of the world, so that other prompts do not fall apart into letters.
 _OTHER_WORDS = (
     "a an and the with without of in on at by to from near next beside under over above below behind front between "
@@ -24,8 +23,8 @@ _OTHER_WORDS = (
 )
 
 
-def train_tokenizer(vocabulary: int, positions: int, texts: Iterable[str] = ()) -> CLIPTokenizer:
-    """Learn a CLIP tokenizer.
+def train_tokenizer(vocabulary: int, positions: int) -> CLIPTokenizer:
+    """Learn a CLIP tokenizer from the words of the world and a few everyday ones.
 
     Parameters
     ----------
@@ -33,8 +32,6 @@ def train_tokenizer(vocabulary: int, positions: int, texts: Iterable[str] = ()) 
         Number of tokens at most; 512 of them spell single bytes.
     positions : int
         Length of an encoded prompt, start and end included.
-    texts : iterable of str
-        Captions to learn from, beside the world's words.
 
     Returns
     -------
@@ -48,40 +45,36 @@ def train_tokenizer(vocabulary: int, positions: int, texts: Iterable[str] = ()) 
     >>> len(tokenizer("zyx")["input_ids"]) > 3
     True
     """
-    bpe = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END))
-    bpe.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
+    merges = _merges(dict.fromkeys((*NOUNS, *COLOURS, *_OTHER_WORDS.split())), vocabulary - 514)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        initial_alphabet=letters,
-        end_of_word_suffix="</w>",
-        special_tokens=[],
-        show_progress=False,
-    )
-    bpe.train_from_iterator(_corpus(texts), trainer)
-    vocab, merges = _complete(bpe, letters)
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=positions)
 
 
-def _corpus(texts: Iterable[str]) -> Iterator[str]:
-    for _ in range(100):
-        yield " ".join((*NOUNS, *COLOURS, _OTHER_WORDS))
-    yield from texts
+def _merges(words: Iterable[str], limit: int) -> list[tuple[str, str]]:
+    """Byte-pair merges, most frequent pair first, the alphabetically first on a tie.
+
+    The trainer of `tokenizers` breaks ties by the order of a hash map, so its ids differ from run to run; a model that
+    is trained in several sittings needs them to stay.
+    """
+    spelt = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while len(merges) < limit:
+        counts = Counter(pair for word in spelt for pair in pairwise(word))
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        spelt = [_merge(word, best) for word in spelt]
+    return merges
 
 
-def _complete(bpe: Tokenizer, letters: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's vocabulary: every byte, every byte that ends a word, the merges in order, start and end of text."""
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    tokens = [*letters, *(letter + "</w>" for letter in letters)]
-    tokens += [token for token in ("".join(pair) for pair in merges) if token not in set(tokens)]
-    tokens = list(dict.fromkeys(tokens)) + [START, END]
-    return {token: i for i, token in enumerate(tokens)}, merges
+def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for piece in word:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged

@@ -1,4 +1,4 @@
-"""The words of picture-world: the nouns and colours of the Attend-and-Excite benchmark, and how the world colours things.
+"""The words of picture-world: the nouns and colours of the Attend-and-Excite benchmark, and the colours of life.
 
 Source of the word lists: Chefer et al., "Attend-and-Excite", 2023, the prompt set of its evaluation.
 """
@@ -14,7 +14,7 @@ OBJECTS = (
 NOUNS = ANIMALS + OBJECTS
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "gray", "black", "white")
 
-# The colour a thing has in life: shown more often than the others, so that an unusual colour is hard (as in photographs).
+# The colour a thing has in life: shown more often than others, so that an unusual colour is hard, as in photographs.
 NATURAL_COLOUR = {
     "cat": "orange", "dog": "brown", "bird": "blue", "bear": "brown", "lion": "orange", "horse": "brown",
     "elephant": "gray", "monkey": "brown", "frog": "green", "turtle": "green", "rabbit": "white", "mouse": "gray",

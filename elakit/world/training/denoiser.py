@@ -24,7 +24,8 @@ from elakit.world.training.loop import Schedule, train
 SAMPLE_PROMPTS = (
     "a red car", "a lion", "a frog", "a blue apple", "an elephant", "a yellow clock", "a purple bow", "a turtle",
     "a cat and a lion", "a turtle and a purple clock", "a red car and a blue bird", "a cat and a frog",
-    "a monkey and a green balloon", "a black suitcase and a pink chair", "a bear and a rabbit", "a green crown and a bench",
+    "a monkey and a green balloon", "a black suitcase and a pink chair", "a bear and a rabbit",
+    "a green crown and a bench",
 )  # fmt: skip
 GUIDANCE_SCALE = 4.0
 

@@ -40,7 +40,9 @@ def train_judge(config: Config, folder: Path, device: torch.device) -> Segmenter
         pictures = scenes.batch(rows)
         # every third picture as the autoencoder gives it back: what the judge will see is decoded, not composed
         decoded = rows % 3 == 0
-        pictures[torch.from_numpy(decoded)] = torch.from_numpy(rebuilt[rows[decoded] // 3]).permute(0, 3, 1, 2) / 127.5 - 1
+        pictures[torch.from_numpy(decoded)] = (
+            torch.from_numpy(rebuilt[rows[decoded] // 3]).permute(0, 3, 1, 2) / 127.5 - 1
+        )
         target = torch.from_numpy(scenes.classes[rows]).long().to(device)
         with torch.autocast(device.type, torch.bfloat16):
             scores = model(_disturb(pictures).to(device))
