@@ -144,18 +144,22 @@ def diagnose(
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not numbers:
         raise SettingError(f"seeds={seeds!r}: give a number of seeds of 1 or more, or a list of seeds.")
+    if len(set(numbers)) < len(numbers):
+        raise SettingError(f"seeds={seeds!r}: give each seed once.")
     if isinstance(method, str):
         if method not in METHODS:
             raise SettingError(f"Unknown method {method!r}. Choose from {', '.join(METHODS)}.")
-        method = METHODS[method]()
+        chosen: Method = METHODS[method]()
+    else:
+        chosen = method
     began = time.perf_counter()
     known = knows(parsed)
     pairs = []
     for i, seed in enumerate(numbers):
         runs = []
-        for j, guidance in enumerate((None, method)):
+        for j, guidance in enumerate((None, chosen)):
             if on_progress is not None:
-                on_progress(2 * i + j, 2 * len(numbers), f"seed {seed}, {method.name if guidance else 'plain'}")
+                on_progress(2 * i + j, 2 * len(numbers), f"seed {seed}, {chosen.name if guidance else 'plain'}")
             runs.append(
                 generate(
                     pipe,
@@ -168,9 +172,9 @@ def diagnose(
                 )
             )
         verdicts = [judge(run.image, parsed) if known else None for run in runs]
-        pairs.append(Pair(*runs, *verdicts))
-    options = {key: value for key, value in vars(method).items() if not key.startswith("_")}
-    return Diagnosis(parsed, method.name, options, tuple(pairs), time.perf_counter() - began)
+        pairs.append(Pair(runs[0], runs[1], verdicts[0], verdicts[1]))
+    options = {key: value for key, value in vars(chosen).items() if not key.startswith("_")}
+    return Diagnosis(parsed, chosen.name, options, tuple(pairs), time.perf_counter() - began)
 
 
 def _row(pair: Pair) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pandas as pd
@@ -52,7 +52,7 @@ class Loss:
 class Method(Protocol):
     """What the engine asks of a guidance method; methods are frozen dataclasses of their options."""
 
-    name: str
+    name: ClassVar[str]
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
         """The layers the loss reads, all of one map size; latent is (h, w)."""
@@ -195,7 +195,7 @@ def gradient(
     gradient : Tensor, (1, c, h, w)
         In float32 (float64 for float64 latents).
     """
-    model_dtype = adapter.denoiser.dtype
+    model_dtype: torch.dtype = next(adapter.denoiser.parameters()).dtype
     scale = _FP16_SCALE if model_dtype == torch.float16 else 1.0
     with torch.enable_grad():
         z = latents.detach().to(torch.promote_types(latents.dtype, torch.float32)).requires_grad_(True)

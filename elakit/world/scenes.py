@@ -231,7 +231,7 @@ def _layout(count: int, rng: np.random.Generator) -> list[_Place]:
     else:
         centres = [(0.5 + rng.uniform(-0.12, 0.12), y) for y in (0.26, 0.74)]
     order = rng.permutation(2)
-    return [_Place(*centres[i], rng.uniform(0.4, 0.5)) for i in order]
+    return [_Place(float(centres[i][0]), float(centres[i][1]), rng.uniform(0.4, 0.5)) for i in order]
 
 
 def _draw(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from elakit.world.training.data import Scenes, to_unit
 from elakit.world.training.loop import Schedule, train
 
 
-def build(config: Config) -> AutoencoderKL:
+def build(config: Config) -> Any:
     """An untrained autoencoder of the configuration."""
     stages = len(config.vae.channels)
     return AutoencoderKL(
@@ -31,7 +32,7 @@ def build(config: Config) -> AutoencoderKL:
     )
 
 
-def train_autoencoder(config: Config, scenes: Scenes, folder: Path, device: torch.device) -> AutoencoderKL:
+def train_autoencoder(config: Config, scenes: Scenes, folder: Path, device: torch.device) -> Any:
     """Train on scenes and save to ``folder/vae``; the scaling factor makes latents of unit variance.
 
     Parameters
@@ -48,7 +49,7 @@ def train_autoencoder(config: Config, scenes: Scenes, folder: Path, device: torc
         In eval mode.
     """
     settings = config.vae
-    model = build(config).to(device)
+    model: Any = build(config).to(device)
     rng = np.random.default_rng(1)
 
     def loss(step: int) -> torch.Tensor:
@@ -62,7 +63,7 @@ def train_autoencoder(config: Config, scenes: Scenes, folder: Path, device: torc
         edges = sum(F.l1_loss(rebuilt.diff(dim=axis), pictures.diff(dim=axis)) for axis in (-1, -2))
         return error + settings.edges * edges + settings.kl * posterior.kl().float().mean()
 
-    def sheet(average: torch.nn.Module, step: int) -> None:
+    def sheet(average: Any, step: int) -> None:
         pictures = scenes.batch(np.arange(16)).to(device)
         with torch.no_grad():
             rebuilt = average.decode(average.encode(pictures).latent_dist.mode()).sample
@@ -82,7 +83,7 @@ def train_autoencoder(config: Config, scenes: Scenes, folder: Path, device: torc
     return model
 
 
-def psnr(model: AutoencoderKL, scenes: Scenes, count: int = 256) -> float:
+def psnr(model: Any, scenes: Scenes, count: int = 256) -> float:
     """Mean peak signal-to-noise ratio of reconstructions, in dB, over the first `count` scenes."""
     with torch.no_grad():
         pictures = scenes.batch(np.arange(count)).to(model.device)

@@ -6,6 +6,7 @@ import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ class Encoded:
     tokens: torch.Tensor
 
 
-def encode_scenes(scenes: Scenes, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device) -> Encoded:
+def encode_scenes(scenes: Scenes, vae: Any, tokenizer: CLIPTokenizer, device: torch.device) -> Encoded:
     """Encode every scene once."""
     latents = []
     for start in tqdm(range(0, len(scenes), 64), desc="encode", unit="batch", mininterval=5):
@@ -126,7 +127,7 @@ def train_denoiser(config: Config, folder: Path, device: torch.device) -> Stable
     unet = build_unet(config, config.text.width)
     # eager attention: on CPU the backward of fused attention in bf16 took over a third of a step (world/trial.md)
     unet.set_attn_processor(AttnProcessor())
-    model = nn.ModuleDict({"text": text, "unet": unet}).to(device)
+    model: Any = nn.ModuleDict({"text": text, "unet": unet}).to(device)
     scheduler = build_scheduler()
     alphas = scheduler.alphas_cumprod.to(device)
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids.to(device)
@@ -151,7 +152,7 @@ def train_denoiser(config: Config, folder: Path, device: torch.device) -> Stable
         weight = ratio.clamp(max=settings.min_snr) / (ratio + 1)
         return (weight * (predicted - target).pow(2).mean((1, 2, 3))).mean()
 
-    def checkpoint(average: nn.Module, step: int) -> None:
+    def checkpoint(average: Any, step: int) -> None:
         pipe = assemble(average, vae, tokenizer, scheduler)
         save_pipeline(pipe, folder / "model")
         sample_sheet(pipe).save(folder / f"samples-{step:06d}.png")
@@ -164,7 +165,7 @@ def train_denoiser(config: Config, folder: Path, device: torch.device) -> Stable
 
 
 def assemble(
-    model: nn.Module, vae: AutoencoderKL, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler
+    model: Any, vae: Any, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler
 ) -> StableDiffusionPipeline:
     """The parts as a pipeline."""
     pipe = StableDiffusionPipeline(
@@ -219,7 +220,7 @@ def sample_sheet(pipe: StableDiffusionPipeline, prompts: tuple[str, ...] = SAMPL
 
 
 def _encoded(
-    config: Config, folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device
+    config: Config, folder: Path, vae: Any, tokenizer: CLIPTokenizer, device: torch.device
 ) -> Encoded:
     path = folder / "encoded.pt"
     if not path.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def train_judge(config: Config, folder: Path, device: torch.device) -> Segmenter
     return model
 
 
-def rebuild(scenes: Scenes, vae: AutoencoderKL, count: int, device: torch.device) -> np.ndarray:
+def rebuild(scenes: Scenes, vae: Any, count: int, device: torch.device) -> np.ndarray:
     """Every third scene encoded and decoded, uint8 (count, size, size, 3)."""
     pictures = []
     for start in range(0, count, 64):

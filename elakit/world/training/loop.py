@@ -9,10 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -59,15 +62,15 @@ class Schedule:
 
 
 def train(
-    model: nn.Module,
+    model: M,
     loss: Callable[[int], torch.Tensor],
     schedule: Schedule,
     folder: Path,
     name: str,
     *,
     checkpoint_seconds: float = 120.0,
-    on_checkpoint: Callable[[nn.Module, int], None] | None = None,
-) -> nn.Module:
+    on_checkpoint: Callable[[M, int], None] | None = None,
+) -> M:
     """Train a model and return its averaged copy.
 
     Parameters
@@ -115,8 +118,8 @@ def train(
             with torch.no_grad():
                 for mean, current in zip(average.parameters(), model.parameters(), strict=True):
                     mean.lerp_(current, 1 - decay)
-                for kept, current in zip(average.buffers(), model.buffers(), strict=True):
-                    kept.copy_(current)
+                for kept, seen in zip(average.buffers(), model.buffers(), strict=True):
+                    kept.copy_(seen)
             if step % 50 == 0:
                 history.append((step, value.item()))
                 bar.set_postfix(loss=f"{value.item():.4f}")
