@@ -35,7 +35,7 @@ def option(text: str) -> tuple[str, Any]:
 
 
 def main(
-    prompts: Annotated[int, typer.Option(help="Prompts of the 276, evenly spread.")] = 48,
+    prompts: Annotated[int, typer.Option(help="Prompts of the 276, evenly spread.")] = 46,
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "1,3",
     variants: Annotated[
         list[str] | None, typer.Option("--set", help="Options of a variant, comma-free: a=1 b=2.")

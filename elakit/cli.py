@@ -61,6 +61,7 @@ def diagnose(
         raise SettingError(f"--seeds {seeds}: give 1 or more.")
     report.check_path(out)
     pipe = _load(model, device, dtype)
+    parsed = elakit.parse(prompt, pipe)
     with typer.progressbar(length=2 * seeds, label="drawing", file=sys.stderr) as bar:
 
         def show(done: int, total: int, what: str) -> None:
@@ -68,7 +69,7 @@ def diagnose(
             bar.update(done - bar.pos)
 
         found = elakit.diagnose(
-            pipe, prompt, seeds=list(range(first_seed, first_seed + seeds)), method=method, steps=steps,
+            pipe, parsed, seeds=list(range(first_seed, first_seed + seeds)), method=method, steps=steps,
             guidance_scale=scale, on_progress=show,
         )  # fmt: skip
         bar.update(2 * seeds - bar.pos)

@@ -232,7 +232,7 @@ def generate(
     latent = adapter.latent_size(height, width)
     embeds, negative = adapter.encode(parsed.text, negative_prompt, guided=scale > 1)
     generator = torch.Generator("cpu").manual_seed(seed)
-    shape = (1, adapter.denoiser.config.in_channels, *latent)
+    shape = (1, pipe.unet.config.in_channels, *latent)
     device = pipe._execution_device
     latents = randn_tensor(shape, generator=generator, device=device, dtype=embeds.dtype)
     call: dict[str, Any] = {}

@@ -9,6 +9,8 @@ import difflib
 import inspect
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from transformers.utils import logging as transformers_logging
 
 from elakit.errors import ModelError, SettingError
 from elakit.models.stable_diffusion import AttentionLayer, StableDiffusion
@@ -186,7 +189,8 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
         dtype = _DTYPES[dtype]
     _check_index(str(name), _read_index(source))
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        with _no_remarks():
+            pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
         # What a damaged or incomplete model raises varies; the cause stays attached.
         raise ModelError(
@@ -195,6 +199,17 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
         ) from error
     adapter_for(pipe)
     return pipe.to(device)
+
+
+@contextmanager
+def _no_remarks() -> Iterator[None]:
+    """Keep transformers from remarking, at every load, that image processors nobody uses here want torchvision."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

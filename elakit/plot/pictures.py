@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,7 +68,13 @@ def _paled(image: Image.Image) -> Image.Image:
     return image.convert("L").point(lambda value: round(255 - 0.55 * (255 - value)))
 
 
-def pictures(*runs: Run, columns: int = 4, panel: int = 180, title: str | None = None) -> go.Figure:
+def pictures(
+    *runs: Run,
+    columns: int = 4,
+    panel: int = 180,
+    names: Sequence[str] | None = None,
+    title: str | None = None,
+) -> go.Figure:
     """The runs' pictures side by side.
 
     Parameters
@@ -77,6 +84,8 @@ def pictures(*runs: Run, columns: int = 4, panel: int = 180, title: str | None =
         Pictures in a row, at most.
     panel : int
         Width of a picture in pixels.
+    names : sequence of str, optional
+        What stands above each picture; by default its method, and its seed where that differs.
     title : str, optional
         By default the prompt; "" for none.
 
@@ -87,7 +96,7 @@ def pictures(*runs: Run, columns: int = 4, panel: int = 180, title: str | None =
     Raises
     ------
     SettingError
-        No run is given.
+        No run is given, or not as many names as runs.
 
     Examples
     --------
@@ -98,6 +107,8 @@ def pictures(*runs: Run, columns: int = 4, panel: int = 180, title: str | None =
     """
     if not runs:
         raise SettingError("pictures() needs at least one run.")
+    if names is not None and len(names) != len(runs):
+        raise SettingError(f"names has {len(names)} entries for {len(runs)} runs; give one a run.")
     across = min(max(1, columns), len(runs))
     down = -(-len(runs) // across)
     ratio = max(run.image.height / run.image.width for run in runs)
@@ -105,7 +116,7 @@ def pictures(*runs: Run, columns: int = 4, panel: int = 180, title: str | None =
         down, across, width=panel, height=panel * ratio, gap=(14, 34), margin=(16, 16, 22, 16),
         title=style.escape(style.shorten(runs[0].prompt.text, 90) if title is None else title),
     )  # fmt: skip
-    for i, (run, name) in enumerate(zip(runs, style.run_names(runs), strict=True)):
+    for i, (run, name) in enumerate(zip(runs, names or style.run_names(runs), strict=True)):
         row, column = (part + 1 for part in divmod(i, across))
         height, width = run.image.height, run.image.width
         made.map_axes(row, column, height, width)

@@ -164,9 +164,7 @@ def train_denoiser(config: Config, folder: Path, device: torch.device) -> Stable
     return assemble(average, vae, tokenizer, scheduler)
 
 
-def assemble(
-    model: Any, vae: Any, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler
-) -> StableDiffusionPipeline:
+def assemble(model: Any, vae: Any, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler) -> StableDiffusionPipeline:
     """The parts as a pipeline."""
     pipe = StableDiffusionPipeline(
         vae=vae,
@@ -219,9 +217,7 @@ def sample_sheet(pipe: StableDiffusionPipeline, prompts: tuple[str, ...] = SAMPL
     return sheet
 
 
-def _encoded(
-    config: Config, folder: Path, vae: Any, tokenizer: CLIPTokenizer, device: torch.device
-) -> Encoded:
+def _encoded(config: Config, folder: Path, vae: Any, tokenizer: CLIPTokenizer, device: torch.device) -> Encoded:
     path = folder / "encoded.pt"
     if not path.exists():
         data = encode_scenes(compose_scenes(config.world, config.denoiser.scenes, seed=2), vae, tokenizer, device)
