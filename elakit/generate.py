@@ -22,7 +22,7 @@ from elakit.attention import Recording, RecordSpec, open_recording, record
 from elakit.bleeding import Bleeding, measure
 from elakit.errors import OutputError, RecordingError, SettingError
 from elakit.guidance import ELA, Guide, Method, Trace
-from elakit.models import adapter_for, default_settings
+from elakit.models import adapter_for, default_settings, name_of
 from elakit.prompt import Prompt, parse
 from elakit.regions import localize_steps
 
@@ -258,7 +258,7 @@ def generate(
             **call,
         ).images[0]
     settings = {
-        "model": str(getattr(pipe.config, "_name_or_path", type(pipe).__name__)),
+        "model": name_of(pipe),
         "steps": steps,
         "guidance_scale": scale,
         "height": height,

@@ -500,7 +500,7 @@ def _settings(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     run, settings = pair.plain, pair.plain.settings
     recording = run.recording
     rows = [
-        ("model", _model(settings)),
+        ("model", str(settings.get("model"))),
         ("seeds", ", ".join(str(each.seed) for each in diagnosis.pairs)),
         ("steps", str(settings.get("steps"))),
         ("guidance scale", f"{settings.get('guidance_scale'):g}"),
@@ -521,18 +521,6 @@ def _settings(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     return rows
 
 
-def _model(settings: Mapping[str, Any]) -> str:
-    """The model as `elakit.load` takes it: an embedded one by its name, not by where it is installed."""
-    from elakit.models import EMBEDDED
-    from elakit.resources import data_path
-
-    name = str(settings.get("model"))
-    for model in EMBEDDED.values():
-        if Path(name) == data_path(model.folder):
-            return model.name
-    return name
-
-
 def _code(diagnosis: Diagnosis) -> str:
     """Python that draws the same pictures again."""
     settings = diagnosis.pairs[0].plain.settings
@@ -542,7 +530,7 @@ def _code(diagnosis: Diagnosis) -> str:
             "import elakit",
             "from elakit import report",
             "",
-            f"pipe = elakit.load({_model(settings)!r})",
+            f"pipe = elakit.load({str(settings.get('model'))!r})",
             "found = elakit.diagnose(",
             "    pipe,",
             f"    {_bracketed(diagnosis.prompt)!r},",

@@ -42,6 +42,7 @@ __all__ = [
     "adapter_for",
     "default_settings",
     "load",
+    "name_of",
 ]
 
 FAMILIES: tuple[type[StableDiffusion], ...] = (StableDiffusion,)
@@ -110,12 +111,22 @@ def default_settings(pipe: Any) -> DrawingSettings:
     ----------
     pipe : diffusers.DiffusionPipeline
     """
-    source = Path(str(getattr(pipe.config, "_name_or_path", "") or "."))
-    for model in EMBEDDED.values():
-        if source == data_path(model.folder):
-            return DrawingSettings(model.steps, model.guidance_scale)
+    if (model := EMBEDDED.get(name_of(pipe))) is not None:
+        return DrawingSettings(model.steps, model.guidance_scale)
     parameters = inspect.signature(type(pipe).__call__).parameters
     return DrawingSettings(parameters["num_inference_steps"].default, parameters["guidance_scale"].default)
+
+
+def name_of(pipe: Any) -> str:
+    """What to give `load` to have this pipeline again: an embedded model's name, a hub id or a folder; else its class.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+    """
+    source = str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
+    embedded = [model.name for model in EMBEDDED.values() if Path(source) == data_path(model.folder)]
+    return embedded[0] if embedded else source
 
 
 def adapter_for(pipe: Any) -> StableDiffusion:
