@@ -101,6 +101,8 @@ def run(
         raise OutputError(
             f"--out {out}: there is no folder {out.parent}. Create it (mkdir -p), or choose one that exists."
         )
+    if out.exists() and not (overwrite and (out / "run.json").exists()):
+        raise OutputError(f"--out {out} exists already. Choose another folder, or --overwrite a run that is there.")
     pipe = _load(model, device, dtype)
     guidance = None if method == "plain" else METHODS[method]()
     drawn = elakit.generate(pipe, prompt, seed=seed, steps=steps, guidance_scale=scale, guidance=guidance)
