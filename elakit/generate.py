@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -325,18 +326,15 @@ def _recording(pipe: Any, prompt: Prompt, spec: RecordSpec, wanted: bool) -> Any
     return record(pipe, prompt, spec) if wanted else nullcontext(None)
 
 
-class _progress_bar:
+@contextmanager
+def _progress_bar(pipe: Any, shown: bool) -> Iterator[None]:
     """Switch a pipeline's progress bar on or off, and back afterwards."""
-
-    def __init__(self, pipe: Any, shown: bool) -> None:
-        self.pipe, self.shown = pipe, shown
-
-    def __enter__(self) -> None:
-        self.before = dict(getattr(self.pipe, "_progress_bar_config", {}))
-        self.pipe.set_progress_bar_config(**{**self.before, "disable": not self.shown})
-
-    def __exit__(self, *_: object) -> None:
-        self.pipe.set_progress_bar_config(**self.before)
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**{**before, "disable": not shown})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
 
 
 def _whole(name: str, value: Any, least: int) -> int:

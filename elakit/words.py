@@ -138,10 +138,12 @@ def _align_by_offsets(
 
 def _align_by_words(text: str, words: Sequence[Span], tokenizer: Any) -> tuple[int, list[tuple[int, int, str]]]:
     """As `_align_by_offsets`, for tokenizers that report no offsets: by encoding word after word."""
-    whole = list(tokenizer(text, truncation=False, padding=False)["input_ids"])
+    whole = list(tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"])
     alone: list[tuple[int, int]] = []
     for at, (first, last) in enumerate(words):
-        ids = tokenizer(text[first:last], add_special_tokens=False, truncation=False, padding=False)["input_ids"]
+        ids = tokenizer(text[first:last], add_special_tokens=False, truncation=False, padding=False, verbose=False)[
+            "input_ids"
+        ]
         alone.extend((at, one) for one in ids)
     bare = [one for _, one in alone]
     start = next((at for at in range(len(whole) - len(bare) + 1) if bare and whole[at : at + len(bare)] == bare), None)
