@@ -16,7 +16,7 @@ from typing import Any
 
 from elakit.english import ARTICLES, load_reader, phrases
 from elakit.errors import ModelError, PromptError
-from elakit.words import Span, Token, label_words, split_words, tokenize, touching
+from elakit.words import Span, TextSequence, Token, encoder_length, label_words, split_words, tokenize, touching
 
 __all__ = ["Entity", "Prompt", "Token", "parse"]
 
@@ -57,7 +57,11 @@ class Prompt:
     entities : in the order of the text.
     tokens : those of words only, without start-of-text, end-of-text and padding.
     end_index : position of the first end-of-text.
-    length : positions the encoder takes, padding included (77 for CLIP).
+    length : positions the denoiser attends to, padding included (77 for CLIP; for T5 as many as the pipeline takes
+        unless told otherwise).
+    start_index : position of start-of-text; None where there is none (T5).
+    ends : stretches of end-of-text and padding, as (first, past the last), where that is not simply everything from
+        `end_index` on: Stable Diffusion 3 reads the prompt twice, with CLIP and then with T5.
     """
 
     text: str
@@ -65,14 +69,37 @@ class Prompt:
     tokens: tuple[Token, ...]
     end_index: int
     length: int
+    start_index: int | None = 0
+    ends: tuple[tuple[int, int | None], ...] = ()
+
+    def end_positions(self, length: int | None = None) -> tuple[int, ...]:
+        """Return the positions of end-of-text and padding.
+
+        Parameters
+        ----------
+        length : positions of the run's text, where they are not those of the prompt (``max_sequence_length``).
+
+        Examples
+        --------
+        >>> Prompt("a car", (), (), end_index=3, length=6).end_positions()
+        (3, 4, 5)
+        >>> Prompt("a car", (), (), 3, 12, ends=((3, 6), (9, None))).end_positions(length=10)
+        (3, 4, 5, 9)
+        """
+        length = self.length if length is None else length
+        stretches = self.ends or ((self.end_index, None),)
+        return tuple(
+            i for first, past in stretches for i in range(first, length if past is None else min(past, length))
+        )
 
     def find(self, which: str | int | Entity) -> tuple[int, ...]:
         """Return the positions of the tokens that stand for a word, an entity or a phrase.
 
         Parameters
         ----------
-        which : a word ("car"), a label of a word, a piece or an entity ("red#2", "giraffe/1"), words that
-            follow each other ("red car"), an `Entity` of this prompt, or a position. Capitals do not matter.
+        which : a word ("car"), a label of a word, a piece or an entity ("red#2", "giraffe/1", "car@t5"), words
+            that follow each other ("red car"), an `Entity` of this prompt, or a position. Capitals do not matter.
+            Where a model reads the prompt twice (Stable Diffusion 3) a word stands for its tokens in both.
 
         Returns
         -------
@@ -139,8 +166,16 @@ class Prompt:
                 Entity(**entity | {key: tuple(entity[key]) for key in _SEQUENCES}) for entity in plain["entities"]
             )
             tokens = tuple(Token(**token) for token in plain["tokens"])
-            return cls(plain["text"], entities, tokens, plain["end_index"], plain["length"])
-        except (KeyError, TypeError, AttributeError) as error:
+            return cls(
+                plain["text"],
+                entities,
+                tokens,
+                plain["end_index"],
+                plain["length"],
+                plain.get("start_index", 0),  # prompts written before T5 was read have a start
+                tuple((first, past) for first, past in plain.get("ends", ())),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PromptError(f"This is no prompt written by Prompt.to_dict: {error!r}.") from error
 
     @cached_property
@@ -186,7 +221,8 @@ def parse(text: str | Prompt, pipe: Any, nlp: Any = None) -> Prompt:
         The text is empty, too long for the encoder or names no entity, or its brackets are unbalanced,
         nested, empty or cut a word.
     ModelError
-        `pipe` has no tokenizer or one whose pieces cannot be aligned to words, or there is no spaCy model.
+        `pipe` has no tokenizer or one whose pieces cannot be aligned to words or that tells no length, or there is no
+        spaCy model.
 
     Examples
     --------
@@ -208,14 +244,14 @@ def parse(text: str | Prompt, pipe: Any, nlp: Any = None) -> Prompt:
         return text
     if not isinstance(text, str):
         raise PromptError(f"A prompt is a string, not {type(text).__name__}: {text!r}.")
-    tokenizer = getattr(pipe, "tokenizer", None)
-    if tokenizer is None:
-        raise ModelError(f"{type(pipe).__name__} has no tokenizer: give a text-to-image pipeline, see elakit.load.")
     plain, brackets = _read_brackets(text)
-    _check_text(plain, pipe, tokenizer)
+    sequences = _sequences(pipe)
+    for sequence in sequences:
+        _check_text(plain, pipe, sequence.tokenizer)
     words = split_words(plain)
     labels = label_words(plain, words)
-    tokens, end_index, length = tokenize(plain, words, labels, pipe, tokenizer)
+    found = tokenize(plain, words, labels, sequences)
+    tokens, end_index = found.tokens, found.ends[0][0]
     if brackets:
         marked = [_in_bracket(plain, words, span, at) for span, at in brackets]
     else:
@@ -223,8 +259,26 @@ def parse(text: str | Prompt, pipe: Any, nlp: Any = None) -> Prompt:
     if not marked:
         raise PromptError(f"No entity found in {text!r}. {_BRACKETS}")
     return Prompt(
-        plain, tuple(_entity(plain, words, labels, tokens, *one) for one in marked), tokens, end_index, length
+        plain,
+        tuple(_entity(plain, words, labels, tokens, *one) for one in marked),
+        tokens,
+        end_index,
+        found.length,
+        found.start,
+        found.ends if len(found.ends) > 1 else (),
     )
+
+
+def _sequences(pipe: Any) -> tuple[TextSequence, ...]:
+    """The token sequences a pipeline's denoiser attends to."""
+    tokenizer = getattr(pipe, "tokenizer", None)
+    if getattr(pipe, "transformer", None) is not None or (tokenizer is None and hasattr(pipe, "tokenizer_2")):
+        from elakit.models import adapter_for  # slow to import, and a prompt read for CLIP needs none of it
+
+        return adapter_for(pipe).text()
+    if tokenizer is None:
+        raise ModelError(f"{type(pipe).__name__} has no tokenizer: give a text-to-image pipeline, see elakit.load.")
+    return (TextSequence("clip", tokenizer, 0, encoder_length(pipe, tokenizer)),)
 
 
 def _check_text(text: str, pipe: Any, tokenizer: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -27,9 +27,10 @@ class Token:
 
     Attributes
     ----------
-    index : position in the encoder's sequence, start-of-text being 0.
+    index : position in the sequence that the denoiser attends to.
     text : the piece of the prompt it covers.
-    label : unique and readable: "car"; "red#2" of a word that occurs more than once; "giraffe/1" of a piece.
+    label : unique and readable: "car"; "red#2" of a word that occurs more than once; "giraffe/1" of a piece;
+        "car@clip" and "car@t5" where the model reads the prompt twice.
     word : which word of the prompt, counted from 0.
     """
 
@@ -37,6 +38,26 @@ class Token:
     text: str
     label: str
     word: int
+
+
+@dataclass(frozen=True)
+class TextSequence:
+    """One sequence of tokens that the denoiser attends to: most models have one, Stable Diffusion 3 has two.
+
+    Attributes
+    ----------
+    name : "clip" or "t5".
+    tokenizer : what cuts the text into tokens.
+    offset : position of its first token among those that the denoiser attends to.
+    length : positions it takes, padding included.
+    read : the text as the pipeline gives it to the tokenizer, character for character (PixArt lowers it).
+    """
+
+    name: str
+    tokenizer: Any
+    offset: int
+    length: int
+    read: Callable[[str], str] = str
 
 
 def split_words(text: str) -> tuple[Span, ...]:
@@ -75,36 +96,79 @@ def touching(words: Sequence[Span], span: Span) -> list[int]:
     return [at for at, (first, last) in enumerate(words) if first < span[1] and last > span[0]]
 
 
-def tokenize(
-    text: str, words: Sequence[Span], labels: Sequence[str], pipe: Any, tokenizer: Any
-) -> tuple[tuple[Token, ...], int, int]:
-    """Return the tokens of all words, the position of end-of-text and the positions the encoder takes.
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a prompt, in all the sequences that the denoiser attends to.
+
+    Attributes
+    ----------
+    tokens : those of words, by position.
+    start : position of start-of-text; None where the sequence has none (T5).
+    ends : of each sequence the positions from end-of-text on, as (first, past the last); None: to the end of the text.
+    length : positions of all sequences.
+    """
+
+    tokens: tuple[Token, ...]
+    start: int | None
+    ends: tuple[tuple[int, int | None], ...]
+    length: int
+
+
+def tokenize(text: str, words: Sequence[Span], labels: Sequence[str], sequences: Sequence[TextSequence]) -> Tokens:
+    """Find the tokens of all words.
+
+    With one sequence tokens are labelled as their words, with several also by the sequence: "car@clip", "car@t5".
 
     Raises
     ------
     PromptError
-        There are more tokens than the encoder takes.
+        There are more tokens than the encoder takes; of several encoders, than any takes (those that take fewer see
+        the beginning of the prompt only).
     ModelError
-        The tokenizer's pieces cannot be aligned to words, or it tells no length.
+        The tokenizer's pieces cannot be aligned to words.
     """
-    total, pieces = _align_by_offsets(text, words, tokenizer) or _align_by_words(text, words, tokenizer)
-    length = _encoder_length(pipe, tokenizer)
-    if total > length:
-        special = total - len(pieces)
-        # What is cut is the end of the text; the last positions are kept for the end-of-text.
-        lost = sorted({word for index, word, _ in pieces if index >= length - (total - 1 - pieces[-1][0])})
-        words_lost = text[words[lost[0]][0] : words[lost[-1]][1]]
-        raise PromptError(
-            f"The prompt has {len(pieces)} tokens, the encoder takes {length - special} "
-            f"({length} with its {special} special ones). It would lose {words_lost!r}: shorten the prompt."
+    tokens: list[Token] = []
+    ends: list[tuple[int, int | None]] = []
+    start = None
+    roomiest = max(sequences, key=lambda sequence: sequence.length)
+    for nth, sequence in enumerate(sequences):
+        seen = sequence.read(text)
+        total, pieces = _align_by_offsets(seen, words, sequence.tokenizer) or _align_by_words(
+            seen, words, sequence.tokenizer
         )
-    of_word = Counter(word for _, word, _ in pieces)
-    nth, tokens = Counter[int](), []
-    for index, word, piece in pieces:
-        nth[word] += 1
-        label = labels[word] if of_word[word] == 1 else f"{labels[word]}/{nth[word]}"
-        tokens.append(Token(index, piece, label, word))
-    return tuple(tokens), pieces[-1][0] + 1, length
+        closing = total - 1 - pieces[-1][0]  # end-of-text
+        if total > sequence.length and sequence is roomiest:
+            special = total - len(pieces)
+            # What is cut is the end of the text; the last positions are kept for the end-of-text.
+            lost = sorted({word for index, word, _ in pieces if index >= sequence.length - closing})
+            words_lost = text[words[lost[0]][0] : words[lost[-1]][1]]
+            raise PromptError(
+                f"The prompt has {len(pieces)} tokens, the encoder takes {sequence.length - special} "
+                f"({sequence.length} with its {special} special ones). It would lose {words_lost!r}: shorten the "
+                "prompt."
+            )
+        pieces = [piece for piece in pieces if piece[0] < sequence.length - closing]
+        if nth == 0 and _has_start(sequence.tokenizer, seen):
+            start = sequence.offset
+        last = nth == len(sequences) - 1
+        ends.append((sequence.offset + pieces[-1][0] + 1, None if last else sequence.offset + sequence.length))
+        suffix = f"@{sequence.name}" if len(sequences) > 1 else ""
+        of_word, done = Counter(word for _, word, _ in pieces), Counter[int]()
+        for index, word, piece in pieces:
+            done[word] += 1
+            label = labels[word] if of_word[word] == 1 else f"{labels[word]}/{done[word]}"
+            tokens.append(Token(sequence.offset + index, piece, label + suffix, word))
+    return Tokens(tuple(tokens), start, tuple(ends), sequences[-1].offset + sequences[-1].length)
+
+
+def _has_start(tokenizer: Any, text: str) -> bool:
+    """Whether the tokenizer opens each text with a token of its own."""
+    return bool(
+        list(tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"])[:1]
+        != list(tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False)["input_ids"])[
+            :1
+        ]
+    )
 
 
 def _align_by_offsets(
@@ -130,7 +194,9 @@ def _align_by_offsets(
         # A piece over two words (CLIP reads "'s" in "'small'") goes with the one it has most of, or the last.
         shared = {at: min(last, words[at][1]) - max(first, words[at][0]) for at in touching(words, (first, last))}
         if not shared:
-            return None
+            if text[first:last].strip():
+                return None
+            continue  # T5's mark of a space, where the word's first piece does not have it
         covered.update(shared)
         pieces.append((index, max(shared, key=lambda at: (shared[at], at)), text[first:last]))
     return (len(offsets), pieces) if len(covered) == len(words) else None
@@ -164,7 +230,8 @@ def _align_by_words(text: str, words: Sequence[Span], tokenizer: Any) -> tuple[i
     ]
 
 
-def _encoder_length(pipe: Any, tokenizer: Any) -> int:
+def encoder_length(pipe: Any, tokenizer: Any) -> int:
+    """Positions that a pipeline's text encoder takes, as its tokenizer or configuration tells."""
     length = getattr(tokenizer, "model_max_length", None)
     if length is None or length > 10**6:  # what tokenizers say when they know no limit
         length = getattr(getattr(getattr(pipe, "text_encoder", None), "config", None), "max_position_embeddings", None)

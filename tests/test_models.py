@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.errors as hub
@@ -12,21 +14,35 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     DDPMPipeline,
     DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPAGPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
 from httpx import Request, Response
-from tiny import tiny_pipeline
+from tiny import (
+    autoencoder,
+    ready,
+    t5_encoder,
+    tiny_flux,
+    tiny_pipeline,
+    tiny_pixart,
+    tiny_sd3,
+    tiny_sdxl,
+    tiny_t5_tokenizer,
+)
 
 import elakit.models
+from elakit.attention import Edit, edit, record
 from elakit.errors import ModelError, SettingError
-from elakit.models import EMBEDDED, DrawingSettings, adapter_for, default_settings, load
+from elakit.models import EMBEDDED, Adapter, DrawingSettings, adapter_for, default_settings, load
+from elakit.prompt import parse
 
 
 def picture(pipe: Any, **options: Any) -> np.ndarray:
@@ -129,10 +145,8 @@ def unconditional() -> Any:
     return DDPMPipeline(unet, DDPMScheduler())
 
 
-def of_two_encoders() -> Any:
-    parts = {name: part for name, part in tiny_pipeline().components.items() if name != "safety_checker"}
-    twice = {"text_encoder_2": parts["text_encoder"], "tokenizer_2": parts["tokenizer"]}
-    return StableDiffusionXLPipeline(**parts, **twice)
+def of_another_transformer() -> Any:
+    return SimpleNamespace(transformer=torch.nn.Linear(2, 2))
 
 
 def guided_thrice() -> Any:
@@ -154,9 +168,9 @@ def compiled() -> Any:
 @pytest.mark.parametrize(
     ("make", "part"),
     [
-        (object, "no UNet"),
+        (object, "no UNet; it has no transformer"),
         (unconditional, "UNet2DModel"),
-        (of_two_encoders, "SDXL"),
+        (of_another_transformer, "its transformer is a Linear"),
         (guided_thrice, "three passes"),
         (without_text, "no layer of its UNet attends to text"),
         (compiled, "_orig_mod"),
@@ -165,7 +179,71 @@ def compiled() -> Any:
 def test_an_unsupported_pipeline_is_refused_with_the_families(make: Any, part: str) -> None:
     with pytest.raises(ModelError, match=part) as error:
         adapter_for(make())
-    assert "Supported: Stable Diffusion 1.x/2.x" in str(error.value)
+    families = "Stable Diffusion 1.x/2.x; Stable Diffusion XL; PixArt-Alpha/Sigma; Stable Diffusion 3/3.5; FLUX.1"
+    assert f"Supported: {families}" in str(error.value)
+    assert "docs/adding-a-family.md" in str(error.value)
+
+
+def test_a_near_miss_is_told_without_the_reasons_of_other_kinds() -> None:
+    with pytest.raises(ModelError) as error:
+        adapter_for(guided_thrice())
+    assert str(error.value).startswith(
+        "StableDiffusionInstructPix2PixPipeline is not supported: it guides by three passes (text and image, image, "
+        "neither). Supported:"
+    )
+
+
+# -- adding a family -------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parent.parent / "docs" / "adding-a-family.md"
+
+
+def test_the_page_on_adding_a_family_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its example is a whole family that records; what it says an adapter has, `Adapter` has; what it names exists."""
+    page = PAGE.read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n# elakit/models/aura_flow\.py\n(.*?)```", page, flags=re.S)
+    made: dict[str, Any] = {}
+    exec(compile(code, str(PAGE), "exec"), made)
+    family = made["AuraFlow"]
+    asked = {name for name in vars(Adapter) if not name.startswith("_")} | set(Adapter.__annotations__)
+    assert set(re.findall(r"^\| `(\w+)", page, flags=re.M)) == asked
+    assert asked - {"pipe", "denoiser"} <= set(dir(family))
+    for named in re.findall(r"`((?:elakit|tests|docs)/[\w./-]+)`", page):
+        assert named == "elakit/models/aura_flow.py" or (PAGE.parent.parent / named).exists(), named
+    pipe = tiny_aura_flow()
+    with pytest.raises(ModelError, match="AuraFlowTransformer2DModel"):
+        adapter_for(pipe)
+    monkeypatch.setattr(elakit.models, "FAMILIES", (*elakit.models.FAMILIES, family))
+    prompt = parse("a [red car]", pipe)
+    options = {"max_sequence_length": 12, "height": 32, "width": 48}
+    plain = picture(pipe, **options)
+    with record(pipe, prompt) as recording:
+        assert np.array_equal(plain, picture(pipe, **options))
+    assert recording.maps("car").shape == (2, 1, 4, 6)
+    assert len(recording.layers) == 3
+    with edit(pipe, prompt, Edit("car", scale=0)), record(pipe, prompt) as recording:
+        assert not np.array_equal(plain, picture(pipe, **options))
+    assert float(recording.maps("car").max()) == 0
+    timesteps = pipe.scheduler.timesteps.tolist()
+    assert recording.maps("car")["timestep"].values.tolist() == pytest.approx(timesteps)
+
+
+def tiny_aura_flow() -> Any:
+    tokenizer = tiny_t5_tokenizer()
+    net: Any = AuraFlowTransformer2DModel(
+        sample_size=8,
+        num_mmdit_layers=1,
+        num_single_dit_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pos_embed_max_size=64,
+    )
+    pipe: Any = AuraFlowPipeline(
+        tokenizer, t5_encoder(tokenizer, 32), autoencoder(), net, FlowMatchEulerDiscreteScheduler()
+    )
+    return ready(pipe)
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
@@ -292,16 +370,22 @@ def test_a_wrong_family_is_refused_before_its_weights_are_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(elakit.models, "hf_hub_download", lambda *_: str(tmp_path / "index.json"))
-    flux = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
-    sdxl = {
-        "_class_name": "StableDiffusionXLPipeline",
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    }
-    for index, part in ((flux, "no UNet"), (sdxl, "two text encoders")):
+    sana = {"_class_name": "SanaPipeline", "transformer": ["diffusers", "SanaTransformer2DModel"]}
+    without = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+    for index, part in ((sana, "a SanaTransformer2DModel"), (without, "UNet2DModel, which does not attend")):
         (tmp_path / "index.json").write_text(json.dumps(index))
         with pytest.raises(ModelError, match=part):
             load("someone/some-model")
+
+
+@pytest.mark.parametrize("make", [tiny_sdxl, tiny_sd3, tiny_pixart, tiny_flux])
+@pytest.mark.usefixtures("no_network")
+def test_every_family_is_loaded_from_a_folder(make: Any, tmp_path: Path) -> None:
+    pipe = make()
+    pipe.save_pretrained(tmp_path)
+    loaded = load(tmp_path, device="cpu")
+    assert adapter_for(loaded).family == adapter_for(pipe).family
+    assert [layer.name for layer in adapter_for(loaded).layers()] == [x.name for x in adapter_for(pipe).layers()]
 
 
 def test_code_that_comes_with_a_model_is_never_run(copy: Path, tmp_path: Path) -> None:

@@ -27,13 +27,13 @@ from elakit.attention import (
     RecordSpec,
     open_recording,
     paused,
-    probabilities,
     record,
     resize,
     select_layers,
+    store,
     tap,
 )
-from elakit.attention.recording import build_node, build_tree
+from elakit.attention.store import build_node, build_tree
 from elakit.errors import OutputError, RecordingError, SettingError
 from elakit.models import AttentionLayer, adapter_for
 from elakit.prompt import Entity, Prompt, Token, parse
@@ -226,7 +226,7 @@ def test_norms_of_queries_and_keys_are_applied() -> None:
     layer = AttentionLayer("attn2", "up", 2, module, module, 1)
     picture, text = torch.randn(1, 15, 8).double(), torch.randn(1, 7, 6).double()
     seen: list[torch.Tensor] = []
-    with tap([layer], lambda layer, query, key, size: seen.append(probabilities(layer, query, key))):
+    with tap([layer], lambda layer, attend, size: seen.append(attend(slice(None)))):
         output = module(picture, encoder_hidden_states=text)
     value = module.to_v(text).unflatten(-1, (2, 4)).transpose(1, 2)
     rebuilt = module.to_out[0]((seen[0] @ value).transpose(1, 2).flatten(2))
@@ -238,7 +238,7 @@ def test_gradients_flow_through_the_tap(pipe: Any) -> None:
     latents = torch.randn(1, 4, 8, 8, requires_grad=True)
     embeds, _ = adapter.encode("a car", guided=False)
     maps: list[torch.Tensor] = []
-    with tap(adapter.layers()[-1:], lambda layer, query, key, size: maps.append(probabilities(layer, query, key))):
+    with tap(adapter.layers()[-1:], lambda layer, attend, size: maps.append(attend(slice(None)))):
         adapter.denoise(latents, 10, embeds)
     maps[0][..., 2].sum().backward()
     assert latents.grad is not None
@@ -349,17 +349,16 @@ def test_a_recording_keeps_no_model_alive(prompt: Prompt) -> None:
     assert recording.maps("car").shape == (1, 1, 8, 8)
 
 
-def test_fused_projections_are_refused_with_the_remedy(pipe: Any, prompt: Prompt) -> None:
-    pipe.fuse_qkv_projections()
-    with pytest.raises(RecordingError, match="unfuse_qkv_projections"), record(pipe, prompt):
-        pass
-    pipe.unfuse_qkv_projections()
+def test_projections_fused_inside_a_recording_are_refused_with_the_remedy(pipe: Any, prompt: Prompt) -> None:
     with record(pipe, prompt) as recording:
         draw(pipe, prompt.text, steps=1)
         pipe.fuse_qkv_projections()
-        with pytest.raises(RecordingError, match="not inside it"):
+        with pytest.raises(RecordingError, match=r"inside the recording\. Do that before"):
             draw(pipe, prompt.text, steps=1)
     assert recording.steps == (0,)
+    with record(pipe, prompt) as fused:
+        draw(pipe, prompt.text, steps=1)
+    np.testing.assert_allclose(fused.maps(), recording.maps(), atol=1e-5)
 
 
 def test_runs_in_one_block_follow_each_other_and_must_agree_in_shape(pipe: Any, prompt: Prompt) -> None:
@@ -414,6 +413,28 @@ def test_tokens_are_kept_as_asked(pipe: Any) -> None:
         labels(["zebra"])
     with pytest.raises(RecordingError, match="Position 99"):
         labels([99])
+
+
+def test_a_text_without_start_and_one_that_is_read_twice_are_kept_whole() -> None:
+    row = torch.arange(1.0, 11.0)
+    t5 = Prompt("red car", (), (Token(0, "red", "red", 0), Token(1, "car", "car", 1)), 2, 4, None)
+    kept = RecordSpec().channels(t5)
+    assert kept.labels == ("red", "car", "<end>")
+    assert kept.gather(row[:4]).tolist() == [1, 2, 3 + 4]
+    assert kept.gather(row[:6]).tolist() == [1, 2, 3 + 4 + 5 + 6]  # a run of a longer text
+    assert kept.gather(row[:3]).tolist() == [1, 2, 3]
+    with pytest.raises(RecordingError, match="2 text positions"):
+        kept.gather(row[:2])
+    both = (Token(1, "car", "car@clip", 0), Token(5, "car", "car@t5", 0))
+    entity = Entity("car", "car", (), (1, 5), (), "car")
+    twice = Prompt("car", (entity,), both, 2, 10, 0, ((2, 5), (6, None)))
+    kept = RecordSpec(tokens=["car"]).channels(twice)
+    assert kept.labels == ("<start>", "car@clip", "car@t5", "<end>")
+    assert kept.gather(row).tolist() == [1, 2, 6, 3 + 4 + 5 + 7 + 8 + 9 + 10]
+    everything = RecordSpec(tokens="all").channels(twice)
+    assert everything.labels[2:5] == ("<eot>", "<pad/1>", "<pad/2>")
+    assert everything.labels[6:9] == ("<eot#2>", "<pad#2/1>", "<pad#2/2>")
+    assert len(set(everything.labels)) == 11
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -497,7 +518,7 @@ def test_a_loop_of_ones_own_is_recorded_as_far_as_the_budget_goes(pipe: Any, pro
     with record(pipe, prompt, RecordSpec(budget=20 * one)) as recording, torch.no_grad():
         for step in range(20):
             adapter.denoise(torch.zeros(1, 4, 8, 8), 1000 - step, embeds)
-        with pytest.raises(RecordingError, match=r"Call 20 would take the recording to .* Raise RecordSpec\(budget"):
+        with pytest.raises(RecordingError, match=r"would take the recording to .* 20 steps. Raise RecordSpec\(budget"):
             adapter.denoise(torch.zeros(1, 4, 8, 8), 980, embeds)
     assert recording.steps == tuple(range(20))
     assert recording.maps("car")["timestep"].values.tolist() == [1000 - step for step in range(20)]
@@ -520,7 +541,10 @@ def test_a_prompt_of_another_encoder_is_refused(pipe: Any) -> None:
 @pytest.mark.parametrize(
     ("settings_", "part"),
     [
-        ({"heads": "some"}, "'mean' or 'all'"),
+        ({"heads": "some"}, "'mean', 'all' or a list"),
+        ({"heads": [0, 0]}, "different numbers"),
+        ({"heads": []}, "different numbers"),
+        ({"device": "cuda"}, "'cpu' or 'model'"),
         ({"dtype": "int8"}, "'float32'"),
         ({"budget": 0}, "positive"),
         ({"steps": 0}, "n >= 1"),
@@ -606,6 +630,28 @@ def test_pieces_of_a_word_are_averaged_under_one_label() -> None:
     assert recording.maps(["red", "<start>", "red"])["token"].values.tolist() == ["red", "<start>"]
 
 
+def test_a_word_read_by_two_encoders_is_one_map() -> None:
+    tokens = (Token(1, "red", "red@clip", 0), Token(2, "car", "car@clip", 1), Token(4, "red", "red@t5", 0))
+    tokens += (Token(5, "ca", "car/1@t5", 1), Token(6, "r", "car/2@t5", 1))
+    entity = Entity("red car", "car", ("red",), (2, 5, 6), (1, 4), "car")
+    prompt = Prompt("red car", (entity,), tokens, 3, 8, 0, ((3, 4), (7, None)))
+    channels = RecordSpec().channels(prompt)
+    values = np.arange(7, dtype="f4").reshape(1, 1, 1, 1, 1, 1, 7)
+    node = build_node(
+        values,
+        steps=[(0, 1.0, 1.0)],
+        layers=[("a", "double", 0)],
+        tokens=list(zip(channels.labels, channels.indices, strict=True)),
+        heads="mean",
+    )
+    recording = Recording(build_tree({"1x1": node}, prompt=prompt, family="test", model="Test", calls=1, expected=1))
+    for kind, label, value in (("entities", "car", (2 + 4 + 5) / 3), ("attributes", "red", (1 + 3) / 2)):
+        maps = recording.maps(kind)
+        assert maps["token"].values.tolist() == [label]
+        assert float(maps.squeeze()) == pytest.approx(value)
+    assert float(recording.maps("car@clip").squeeze()) == 2
+
+
 def test_normalisations() -> None:
     recording = made()
     raw = recording.maps(["<start>", "red", "giraffe/1", "giraffe/2"]).values
@@ -636,12 +682,13 @@ def test_maps_of_zeros_stay_zeros() -> None:
         assert not zeros.maps(normalise=how).values.any()
 
 
+@settings(deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
     seed=st.integers(0, 99),
 )
-def test_resizing_keeps_to_the_range_and_whole_ratios_keep_the_mean(
+def test_resizing_keeps_to_the_range_and_shrinking_keeps_the_mean(
     shape: tuple[int, int], size: tuple[int, int], seed: int
 ) -> None:
     maps = np.random.default_rng(seed).random((2, *shape))
@@ -649,8 +696,22 @@ def test_resizing_keeps_to_the_range_and_whole_ratios_keep_the_mean(
     assert resized.shape == (2, *size)
     assert maps.min() - 1e-9 <= resized.min()
     assert resized.max() <= maps.max() + 1e-9
-    if shape[0] % size[0] == 0 and shape[1] % size[1] == 0:
+    if size[0] <= shape[0] and size[1] <= shape[1]:
         np.testing.assert_allclose(resized.mean((-2, -1)), maps.mean((-2, -1)))
+
+
+@given(seed=st.integers(0, 99), old=st.integers(1, 9), new=st.integers(1, 24))
+@settings(deadline=None)
+def test_resizing_agrees_with_torch(seed: int, old: int, new: int) -> None:
+    maps = torch.from_numpy(np.random.default_rng(seed).random((1, 2, old, old)))
+    if new >= old:
+        truth = torch.nn.functional.interpolate(maps, size=(new, new), mode="bilinear", align_corners=False)
+    elif old % new == 0:
+        truth = torch.nn.functional.adaptive_avg_pool2d(maps, new)
+    else:  # each of `new` equal cells is the mean of what lies under it
+        fine = maps.repeat_interleave(new, -1).repeat_interleave(new, -2)
+        truth = torch.nn.functional.avg_pool2d(fine, old)
+    np.testing.assert_allclose(resize(maps.numpy(), (new, new)), truth, atol=1e-12)
 
 
 def test_steps_are_chosen_by_call_number() -> None:
@@ -751,7 +812,7 @@ def test_a_save_that_fails_leaves_the_old_recording(
 ) -> None:
     recording = made()
     path = recording.save(tmp_path / "kept")
-    write, rename = xr.DataTree.to_zarr, Path.rename
+    write, rename = store._write_tree, Path.rename
 
     def fail_writing(*args: Any, **kwargs: Any) -> None:
         write(*args, **kwargs)
@@ -762,7 +823,7 @@ def test_a_save_that_fails_leaves_the_old_recording(
             raise error
         return rename(self, target)
 
-    for owner, name, failing in ((xr.DataTree, "to_zarr", fail_writing), (Path, "rename", fail_renaming)):
+    for owner, name, failing in ((store, "_write_tree", fail_writing), (Path, "rename", fail_renaming)):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, failing)
             with pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt):

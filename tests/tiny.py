@@ -1,4 +1,4 @@
-"""Tiny pipelines with random weights: everything a Stable Diffusion pipeline has, in well under a second a picture."""
+"""Tiny pipelines with random weights, one a family: everything a real one has, in well under a second a picture."""
 
 from __future__ import annotations
 
@@ -13,16 +13,33 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     HeunDiscreteScheduler,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 SCHEDULERS: dict[str, type] = {
     "ddim": DDIMScheduler,
@@ -75,6 +92,46 @@ def tiny_unet(**changes: Any) -> Any:
     return UNet2DConditionModel(**{**settings, **changes})
 
 
+def _clip_encoder(tokenizer: CLIPTokenizer, length: int, kind: type = CLIPTextModel) -> Any:
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=length,
+            projection_dim=16,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def autoencoder(**changes: Any) -> Any:
+    """Autoencoder whose latents have a quarter of the picture's sides."""
+    settings: dict[str, Any] = {
+        "block_out_channels": (8, 8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+        "mid_block_add_attention": False,
+    }
+    return AutoencoderKL(**{**settings, **changes})
+
+
+def _sharpen(net: torch.nn.Module, *names: str) -> None:
+    """Make attention less even than fresh weights do, so that a test sees a wrong token, head or position."""
+    with torch.no_grad():
+        for name, weight in net.named_parameters():
+            if any(part in name for part in names):
+                weight.mul_(4)
+            elif any(f".norm{which}." in name for which in ("_q", "_k", "_added_q", "_added_k")):
+                weight.copy_(1 + torch.randn_like(weight))
+
+
 def tiny_pipeline(
     dtype: torch.dtype = torch.float32, scheduler: str = "ddim", seed: int = 0, length: int = 20, **unet: Any
 ) -> StableDiffusionPipeline:
@@ -94,34 +151,10 @@ def tiny_pipeline(
     tokenizer = tiny_tokenizer(length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=length,
-                projection_dim=16,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        text_encoder = _clip_encoder(tokenizer, length)
         net = tiny_unet(**unet)
-        vae: Any = AutoencoderKL(
-            block_out_channels=(8, 8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            norm_num_groups=4,
-            latent_channels=4,
-            mid_block_add_attention=False,
-        )
-    with torch.no_grad():
-        # Fresh weights attend almost evenly; sharper maps let a test see a wrong token, head or position.
-        for name, weight in net.named_parameters():
-            if ".attn2.to_q." in name or ".attn2.to_k." in name:
-                weight.mul_(4)
+        vae = autoencoder()
+    _sharpen(net, ".attn2.to_q.", ".attn2.to_k.")
     settings: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     settings["steps_offset"] = 1
     if scheduler == "ddim":
@@ -140,3 +173,157 @@ def tiny_pipeline(
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe if dtype == torch.float32 else pipe.to(dtype=dtype)
+
+
+def tiny_t5_tokenizer() -> T5Tokenizer:
+    """Unigram tokenizer of the corpus's words, "gira", "ffe" and letters; no start token, ``</s>`` at the end."""
+    words = [(f"▁{word}", -3.0) for word in CORPUS.split()]
+    pieces = [("▁gira", -4.0), ("ffe", -4.0), ("▁", -5.0)]
+    letters = [(letter, -8.0) for letter in "abcdefghijklmnopqrstuvwxyz,.!'"]
+    specials = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return T5Tokenizer(vocab=[*specials, *dict(words + pieces + letters).items()], extra_ids=0)
+
+
+def t5_encoder(tokenizer: T5Tokenizer, width: int) -> Any:
+    """T5 encoder of random weights with states of ``width`` channels."""
+    return T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    )
+
+
+def ready(pipe: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline without dropout and without a progress bar."""
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe if dtype == torch.float32 else pipe.to(dtype=dtype)
+
+
+def tiny_sdxl(dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """SDXL pipeline: no attention at the latent's own size, two text encoders side by side."""
+    tokenizer, length = tiny_tokenizer(), 20
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoders = _clip_encoder(tokenizer, length), _clip_encoder(tokenizer, length, CLIPTextModelWithProjection)
+        net = tiny_unet(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            cross_attention_dim=32,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=16 + 6 * 8,
+        )
+        vae = autoencoder()
+        _sharpen(net, ".attn2.to_q.", ".attn2.to_k.")
+    pipe = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=encoders[0],
+        text_encoder_2=encoders[1],
+        tokenizer=tokenizer,
+        tokenizer_2=tiny_tokenizer(),
+        unet=net,
+        scheduler=EulerDiscreteScheduler(),
+        add_watermarker=False,
+    )
+    return ready(pipe, dtype)
+
+
+def tiny_pixart(dtype: torch.dtype = torch.float32, seed: int = 0, sigma: bool = False) -> Any:
+    """PixArt pipeline, Alpha or Sigma: T5 tokens, patches of 2x2. Call it without resolution binning."""
+    tokenizer = tiny_t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = t5_encoder(tokenizer, 16)
+        net: Any = PixArtTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            cross_attention_dim=16,
+            caption_channels=16,
+            sample_size=8,
+            patch_size=2,
+            norm_num_groups=4,
+        )
+        vae = autoencoder()
+        _sharpen(net, ".attn2.to_q.", ".attn2.to_k.")
+    kind: Any = PixArtSigmaPipeline if sigma else PixArtAlphaPipeline
+    pipe = kind(
+        tokenizer=tokenizer, text_encoder=encoder, vae=vae, transformer=net, scheduler=DPMSolverMultistepScheduler()
+    )
+    return ready(pipe, dtype)
+
+
+def tiny_sd3(dtype: torch.dtype = torch.float32, seed: int = 0, t5: bool = True, **transformer: Any) -> Any:
+    """Stable Diffusion 3.5 pipeline: joint attention with norms of queries and keys, over CLIP and T5 tokens."""
+    tokenizer, length = tiny_tokenizer(), 20
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, second = (_clip_encoder(tokenizer, length, CLIPTextModelWithProjection) for _ in range(2))
+        t5_tokenizer = tiny_t5_tokenizer() if t5 else None
+        third = t5_encoder(t5_tokenizer, 32) if t5_tokenizer else None
+        settings: dict[str, Any] = {
+            "sample_size": 8,
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 32,
+            "caption_projection_dim": 16,
+            "pooled_projection_dim": 32,
+            "pos_embed_max_size": 16,
+            "qk_norm": "rms_norm",
+            "dual_attention_layers": (0,),
+        }
+        net: Any = SD3Transformer2DModel(**{**settings, **transformer})
+        vae = autoencoder(shift_factor=0.06)
+        _sharpen(net, ".attn.to_q.", ".attn.to_k.", ".attn.add_k_proj.")
+    pipe: Any = StableDiffusion3Pipeline(
+        transformer=net,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=first,
+        tokenizer=tokenizer,
+        text_encoder_2=second,
+        tokenizer_2=tiny_tokenizer(),
+        text_encoder_3=third,
+        tokenizer_3=t5_tokenizer,
+    )
+    return ready(pipe, dtype)
+
+
+def tiny_flux(dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """FLUX pipeline: one double and two single stream blocks, packed latents, rotary positions, distilled guidance."""
+    tokenizer, t5_tokenizer = tiny_tokenizer(), tiny_t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, second = _clip_encoder(tokenizer, 20), t5_encoder(t5_tokenizer, 32)
+        net: Any = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
+        )
+        vae = autoencoder(shift_factor=0.1)
+        _sharpen(net, ".attn.to_q.", ".attn.to_k.", ".attn.add_k_proj.")
+    pipe: Any = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=first,
+        tokenizer=tokenizer,
+        text_encoder_2=second,
+        tokenizer_2=t5_tokenizer,
+        transformer=net,
+    )
+    return ready(pipe, dtype)

@@ -1,16 +1,20 @@
-"""Attention of a run: reading it (taps), choosing what to keep (spec), recording it, and the recording itself."""
+"""Attention of a run: reading it (taps), choosing what to keep (spec), recording it, changing it (edit)."""
 
 from __future__ import annotations
 
+from elakit.attention.aggregate import resize
+from elakit.attention.edit import Edit, edit
 from elakit.attention.recorder import paused, record
-from elakit.attention.recording import Recording, open_recording, resize
+from elakit.attention.recording import Recording, open_recording
 from elakit.attention.spec import Plan, RecordSpec, select_layers
 from elakit.attention.taps import probabilities, tap
 
 __all__ = [
+    "Edit",
     "Plan",
     "RecordSpec",
     "Recording",
+    "edit",
     "open_recording",
     "paused",
     "probabilities",

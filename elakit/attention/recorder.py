@@ -5,34 +5,51 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from elakit.attention.recording import Recording, build_node, build_tree
-from elakit.attention.spec import RecordSpec, readable_bytes, select_layers, size_name
-from elakit.attention.taps import probabilities, tap
-from elakit.errors import RecordingError
-from elakit.models import AttentionLayer, StableDiffusion, adapter_for
+from elakit.attention.recording import Recording
+from elakit.attention.spec import Plan, RecordSpec, select_layers, size_name
+from elakit.attention.store import (
+    Layout,
+    Memory,
+    Moment,
+    RunningMean,
+    Sink,
+    Size,
+    Slots,
+    Staging,
+    ZarrStore,
+    build_tree,
+    free_path,
+    open_tree,
+    save_tree,
+)
+from elakit.attention.taps import Attend, leave_alone, tap
+from elakit.errors import RecordingError, SettingError
+from elakit.models import Adapter, AttentionLayer, adapter_for
 from elakit.prompt import Prompt, parse
-
-Size = tuple[int, int]
 
 # The recorder at work on a denoiser. Pipelines made of the same components share it, so the denoiser is the key.
 _ACTIVE: WeakKeyDictionary[nn.Module, _Recorder] = WeakKeyDictionary()
 
 
 @contextmanager
-def record(pipe: Any, prompt: Prompt | str, spec: RecordSpec | None = None) -> Iterator[Recording]:
+def record(
+    pipe: Any, prompt: Prompt | str, spec: RecordSpec | None = None, store: str | Path | None = None
+) -> Iterator[Recording]:
     """Record the cross-attention of whatever runs of ``pipe`` happen inside the ``with`` block.
 
     The picture is the same, bit for bit, as without recording. Kept are the probabilities of the conditional half, in
     float32 softmax, for each call of the denoiser (a step of most schedulers; Heun and PNDM make more calls).
+
+    Each layer's maps are brought down to the chosen tokens and heads where they are computed, into one buffer that is
+    as large as a step; from an accelerator it goes to the host in one copy a step, which nothing waits for.
 
     Parameters
     ----------
@@ -44,12 +61,17 @@ def record(pipe: Any, prompt: Prompt | str, spec: RecordSpec | None = None) -> I
         call cannot be noticed and would get this prompt's labels.
     spec : RecordSpec, optional
         What to keep; default: every word, the mean of the heads, all layers and steps.
+    store : str or pathlib.Path, optional
+        Folder of a Zarr store to write each step to when it is finished, instead of keeping it in memory. It must not
+        be there yet, and appears with the first step; a run that is killed leaves the steps before in it, for
+        `open_recording` or any reader of Zarr. With ``spec.accumulate`` it is written at the end.
 
     Yields
     ------
     Recording
         Grows with the run and is complete at the end of the block. After an error it holds the calls that were
         finished. Several runs in one block follow each other in it, when they have one size and number of images.
+        With a store its values stay on disk until they are used.
 
     Raises
     ------
@@ -58,6 +80,8 @@ def record(pipe: Any, prompt: Prompt | str, spec: RecordSpec | None = None) -> I
         the denoiser, before it computes anything); when the specification asks for what is not there.
     ModelError
         When the pipeline is of an unsupported family.
+    OutputError
+        When the store cannot be written: its path is taken, or the disk is full.
 
     Examples
     --------
@@ -75,7 +99,13 @@ def record(pipe: Any, prompt: Prompt | str, spec: RecordSpec | None = None) -> I
             "This pipeline is being recorded already. Leave the outer `with record(...)` first; passes that are not to "
             "be recorded go inside `with paused(pipe)`."
         )
-    recorder = _Recorder(adapter, parse(prompt, pipe), spec or RecordSpec())
+    spec = spec or RecordSpec()
+    if store is not None and spec.device == "model":
+        raise SettingError(
+            "RecordSpec(device='model') keeps everything on the model's device until the run is over, but a store is "
+            "written as the run goes. Leave one of them out."
+        )
+    recorder = _Recorder(adapter, parse(prompt, pipe), spec, None if store is None else free_path(store))
     recording = Recording(recorder.tree)
     with ExitStack() as stack:
         stack.callback(lambda: recording.settle(recorder.finish()))
@@ -92,7 +122,7 @@ def record(pipe: Any, prompt: Prompt | str, spec: RecordSpec | None = None) -> I
 
 @contextmanager
 def paused(pipe: Any) -> Iterator[None]:
-    """Run the denoiser without recording it, inside a recording or not: for guidance's own passes.
+    """Run the denoiser without recording or editing it, inside a recording or not: for guidance's own passes.
 
     Paused calls are not counted either, so that a guided run is keyed as a plain one is.
 
@@ -100,61 +130,56 @@ def paused(pipe: Any) -> Iterator[None]:
     ----------
     pipe : diffusers.DiffusionPipeline
     """
-    recorder = _ACTIVE.get(adapter_for(pipe).denoiser)
-    if recorder is None:
-        yield
-        return
-    recorder.pauses += 1
-    try:
-        yield
-    finally:
-        recorder.pauses -= 1
-
-
-@dataclass
-class _Buffer:
-    """Storage of one map size: (steps, images, layers, heads, y, x, tokens), more steps than filled."""
-
-    layers: tuple[str, ...]
-    values: np.ndarray
+    denoiser = adapter_for(pipe).denoiser
+    recorder = _ACTIVE.get(denoiser)
+    with leave_alone(denoiser):  # edits look there
+        if recorder is None:
+            yield
+            return
+        recorder.pauses += 1
+        try:
+            yield
+        finally:
+            recorder.pauses -= 1
 
 
 class _Recorder:
-    """State of one recording: what the current call has yielded, and the finished calls in buffers."""
+    """State of one recording: the call in progress, and the sink that takes the finished ones."""
 
-    def __init__(self, adapter: StableDiffusion, prompt: Prompt, spec: RecordSpec) -> None:
+    def __init__(self, adapter: Adapter, prompt: Prompt, spec: RecordSpec, store: Path | None = None) -> None:
         self.adapter = adapter
         self.prompt = prompt
         self.spec = spec
+        self.store = store
         self.channels = spec.channels(prompt)
         self.layers = select_layers(adapter.layers(), spec.layers)
         self.pauses = 0
         self.calls = 0
         self.expected: int | None = None
-        self._steps: list[tuple[int, float, float]] = []  # call, timestep, sigma of each finished call that is kept
+        self._kept = 0  # calls handed to the sink
         self._shape: tuple[int, Size] | None = None  # images, latent size: fixed by the first call
-        self._names: frozenset[str] = frozenset()
-        self._step_bytes = 0
-        self._capacity = 0
-        self._buffers: dict[Size, _Buffer] = {}
+        self._plan: Plan | None = None
+        self._planned = 0  # steps to make room for
+        self._places: dict[str, tuple[Size, int]] = {}  # map size of each layer, and its number among those of the size
+        self._sink: Sink | None = None
         self._counting = False  # inside a call of the pipeline's, not one of a paused pass
         self._rows: slice | None = None  # conditional rows of the call in progress; None: not kept
-        self._key = (0, math.nan, math.nan)
-        self._pending: dict[Size, list[tuple[AttentionLayer, Tensor]]] = {}
+        self._moment: Moment = (0, math.nan, math.nan)
+        self._slots: Slots | None = None  # where the call in progress puts its values
+        self._seen: set[str] = set()
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
     def before_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._counting, self._rows = False, None
-        self._pending.clear()
+        self._counting, self._rows, self._slots = False, None, None
+        self._seen.clear()
         if self.pauses:
             return
-        sample = args[0] if args else kwargs["sample"]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        if kwargs.get("encoder_attention_mask") is not None:
-            raise RecordingError("This run masks text positions (encoder_attention_mask); that is not recorded yet.")
-        rows = self.adapter.conditional_rows(sample.shape[0])
-        shape = (rows.stop - rows.start, (sample.shape[-2], sample.shape[-1]))
+        call = self.adapter.read_call(args, kwargs)
+        if not call.conditional:
+            return
+        rows = self.adapter.conditional_rows(call.batch)
+        shape = (rows.stop - rows.start, call.latent)
         if self._shape is None:
             self._begin(*shape)
         elif shape != self._shape:
@@ -164,27 +189,40 @@ class _Recorder:
             )
         self._counting = True
         if self.spec.keeps(self.calls, self.expected):
-            if len(self._steps) == self._capacity:
-                self._grow()
-            moment = float(torch.as_tensor(timestep).flatten()[0])
-            self._key = (self.calls, moment, _sigma(self.adapter.pipe.scheduler, moment))
+            if self._sink is not None:
+                self._sink.reserve(self._kept)
+            self._moment = (self.calls, call.timestep, _sigma(self.adapter.pipe.scheduler, call.timestep))
             self._rows = rows
 
-    def on_attention(self, layer: AttentionLayer, query: Tensor, key: Tensor, size: Size) -> None:
-        if self._rows is None or layer.name not in self._names:
+    def on_attention(self, layer: AttentionLayer, attend: Attend, size: Size) -> None:
+        if self._rows is None or layer.name not in self._places:
             return
         with torch.no_grad():
-            kept = probabilities(layer, query[self._rows], key[self._rows])  # (images, heads, h*w, text)
+            kept = self.channels.gather(attend(self._rows))  # (images, heads, h*w, tokens)
             if self.spec.heads == "mean":
                 kept = kept.mean(1, keepdim=True)
-            kept = self.channels.gather(kept).unflatten(2, size)
-        self._pending.setdefault(size, []).append((layer, kept))
+            elif self.spec.wanted_heads is not None:
+                # One by one: an index would have to be copied to the device.
+                kept = torch.stack([kept[:, head] for head in self.spec.wanted_heads], dim=1)
+            if self._slots is None:
+                self._slots = self._open_sink(kept).slots()
+            planned, place = self._places[layer.name]
+            slot = self._slots[planned][:, place]
+            kept = kept.unflatten(2, size)
+            if kept.shape != slot.shape:
+                raise RecordingError(
+                    f"Layer {layer.name} has maps (image, head, y, x, token) of {tuple(kept.shape)}, but "
+                    f"{tuple(slot.shape)} were planned from {_shape_text(*self._shape or (0, size))}. Leave it out "
+                    "with RecordSpec(layers=...), and please report it."
+                )
+            slot.copy_(kept)
+        self._seen.add(layer.name)
 
     def after_call(self, *_: Any) -> None:
         if self._rows is not None:
             self._commit()
         self.calls += self._counting
-        self._counting, self._rows = False, None
+        self._counting, self._rows, self._slots = False, None, None
 
     # -- storage -------------------------------------------------------------------------------------------------
 
@@ -193,75 +231,82 @@ class _Recorder:
         self.expected = _expected_calls(self.adapter.pipe)
         kept = sum(self.spec.keeps(call, self.expected) for call in range(self.expected or 1))
         plan = self.spec.plan_layers(self.adapter.layers(), self.prompt, latent, max(kept, 1), images)
-        self._step_bytes = plan.bytes // plan.steps
-        self._names = frozenset(name for resolution in plan.resolutions for name in resolution.layers)
-        self._capacity = kept if self.expected else min(8, self.spec.budget // self._step_bytes)
+        self._places = {
+            name: (resolution.size, place)
+            for resolution in plan.resolutions
+            for place, name in enumerate(resolution.layers)
+        }
+        self._planned = kept if self.expected else min(8, self.spec.budget // plan.step_bytes)
+        self._plan = plan
         self._shape = (images, latent)
 
-    def _grow(self) -> None:
-        """Double the buffers of a run that is longer than expected, as far as the budget goes."""
-        capacity = min(max(8, 2 * self._capacity), self.spec.budget // self._step_bytes)
-        if capacity <= self._capacity:
-            raise RecordingError(
-                f"Call {self.calls} would take the recording to "
-                f"{readable_bytes((self._capacity + 1) * self._step_bytes)}, past its budget of "
-                f"{readable_bytes(self.spec.budget)}. Raise RecordSpec(budget=...), or keep fewer steps, layers or "
-                "tokens."
-            )
-        for buffer in self._buffers.values():
-            longer = np.empty((capacity, *buffer.values.shape[1:]), buffer.values.dtype)
-            longer[: len(self._steps)] = buffer.values[: len(self._steps)]
-            buffer.values = longer
-        self._capacity = capacity
+    def _open_sink(self, kept: Tensor) -> Sink:
+        """The sink, made when the first values tell on which device they are."""
+        if self._sink is None:
+            assert self._plan is not None
+            layout = self._layout(self._plan)
+            most = self.spec.budget // self._plan.step_bytes
+            host = torch.device("cpu")
+            sink: Sink
+            if self.spec.accumulate:
+                sink = RunningMean(layout, kept.device)
+            elif self.spec.device == "model":
+                sink = Memory(layout, self._planned, most, kept.device)
+            else:
+                sink = ZarrStore(layout, self.store, most) if self.store else Memory(layout, self._planned, most, host)
+                sink = sink if kept.device == host else Staging(sink, kept.device)
+            sink.reserve(self._kept)
+            self._sink = sink
+        return self._sink
 
-    def _commit(self) -> None:
-        seen = {layer.name for members in self._pending.values() for layer, _ in members}
-        if seen != self._names:
-            raise RecordingError(
-                f"Layers that were to be recorded did not run as expected: {', '.join(sorted(self._names - seen))}. "
-                "Load LoRA weights, fuse or replace parts of the pipeline before the recording, not inside it."
-            )
-        for size, members in self._pending.items():
-            step = torch.stack([kept for _, kept in members], dim=1)  # (images, layers, heads, h, w, tokens)
-            if size not in self._buffers:
-                values = np.empty((self._capacity, *step.shape), self.spec.dtype)
-                self._buffers[size] = _Buffer(tuple(layer.name for layer, _ in members), values)
-            self._buffers[size].values[len(self._steps)] = step.cpu().numpy()
-        self._pending.clear()
-        self._steps.append(self._key)  # last: an interrupt above leaves the recording at the step before
-
-    def tree(self) -> xr.DataTree:
-        """The finished calls; a view of the buffers while the run goes on."""
-        n = len(self._steps)
-        order = [layer.name for layer in self.adapter.layers()]
-        places = {layer.name: layer.place for layer in self.adapter.layers()}
-        nodes = {
-            size_name(size): build_node(
-                buffer.values[:n],
-                steps=self._steps,
-                layers=[(name, places[name], order.index(name)) for name in buffer.layers],
-                tokens=list(zip(self.channels.labels, self.channels.indices, strict=True)),
-                heads=self.spec.heads,
-            )
-            for size, buffer in self._buffers.items()
-            if n
-        }
-        return build_tree(
-            nodes,
-            prompt=self.prompt,
-            family=self.adapter.family,
-            model=type(self.adapter.pipe).__name__,
-            calls=self.calls,
-            expected=self.expected,
+    def _layout(self, plan: Plan) -> Layout:
+        layers = self.adapter.layers()
+        about = {layer.name: (layer.name, layer.place, order) for order, layer in enumerate(layers)}
+        return Layout(
+            shapes={
+                each.size: (plan.images, len(each.layers), each.heads, *each.size, len(plan.tokens))
+                for each in plan.resolutions
+            },
+            layers={each.size: [about[name] for name in each.layers] for each in plan.resolutions},
+            tokens=list(zip(self.channels.labels, self.channels.indices, strict=True)),
+            heads=self.spec.wanted_heads or str(self.spec.heads),
+            dtype=getattr(torch, self.spec.dtype),
+            about=self._about(),
         )
 
+    def _about(self) -> dict[str, Any]:
+        return {
+            "prompt": self.prompt,
+            "family": self.adapter.family,
+            "model": type(self.adapter.pipe).__name__,
+            "expected": self.expected,
+        }
+
+    def _commit(self) -> None:
+        if missing := self._places.keys() - self._seen:
+            raise RecordingError(
+                f"Layers that were to be recorded did not run as expected: {', '.join(sorted(missing))}. "
+                "Load LoRA weights, fuse or replace parts of the pipeline before the recording, not inside it."
+            )
+        assert self._sink is not None
+        self._sink.commit(self._moment)
+        self._kept += 1
+
+    def tree(self) -> xr.DataTree:
+        """The finished calls so far."""
+        return self._empty() if self._sink is None else self._sink.tree(self.calls)
+
     def finish(self) -> xr.DataTree:
-        """The finished calls for good, without the room that a run cut off did not fill."""
-        n = len(self._steps)
-        for buffer in self._buffers.values():
-            if n < len(buffer.values):
-                buffer.values = buffer.values[:n].copy()
-        return self.tree()
+        """The finished calls for good."""
+        sink, self._slots = self._sink, None
+        if self.store is None or isinstance(sink, (ZarrStore, Staging)):
+            return self._empty() if sink is None else sink.finish(self.calls)
+        # A mean, or nothing at all: written only now.
+        tree = self._empty() if sink is None else sink.finish(self.calls)
+        return open_tree(save_tree(tree, self.store, overwrite=False))
+
+    def _empty(self) -> xr.DataTree:
+        return build_tree({}, calls=self.calls, **self._about())
 
 
 def _shape_text(images: int, latent: Size) -> str:

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import shutil
-import uuid
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 import xarray as xr
 
+from elakit.attention.aggregate import Normalise, layer_mean, normalised, softmax
 from elakit.attention.spec import START, find_tokens, readable_bytes, runs, select_layers
+from elakit.attention.store import is_recording, open_tree, save_tree
 from elakit.errors import OutputError, RecordingError, SettingError
 from elakit.prompt import Entity, Prompt
-
-DIMENSIONS = ("step", "image", "layer", "head", "y", "x", "token")
-_FORMAT = "elakit recording 1"
-
-Normalise = Literal["sum", "max", "minmax", "tokens", "start"] | None
 
 
 @dataclass(frozen=True)
@@ -43,7 +36,9 @@ class Recording:
     ``token_index(token)`` (position in the text encoder's sequence; -1 for ``"<end>"``).
 
     ``"<start>"`` is start-of-text and ``"<end>"`` the summed mass of end-of-text and padding, so with every word kept
-    the tokens of a position sum to 1.
+    the tokens of a position sum to 1 (in joint attention, to the share that the text gets beside the picture). Encoders
+    without a start-of-text token, such as T5, have no ``"<start>"``. A mean over steps
+    (``RecordSpec(accumulate=True)``) stands as one step, the last call's, with the means of timestep and sigma.
 
     Parameters
     ----------
@@ -72,6 +67,11 @@ class Recording:
     def steps(self) -> tuple[int, ...]:
         """Denoiser calls kept, counted from 0."""
         return tuple(int(step) for node in self._nodes()[:1] for step in node["step"].values)
+
+    @property
+    def averaged(self) -> int:
+        """Steps whose mean is kept as one; 0 where each is kept."""
+        return int(self.tree.attrs.get("averaged", 0))
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -121,7 +121,8 @@ class Recording:
         normalise : {None, "sum", "max", "minmax", "tokens", "start"}
             None: raw probability. ``"sum"``, ``"max"``, ``"minmax"``: over space, each map by itself (a map of zeros
             stays so, as does a constant one under "minmax"). ``"tokens"``: softmax of 100 x the map over all words of
-            the prompt, as Attend-and-Excite prepares its maps. ``"start"``: divided by the start-of-text map.
+            the prompt, as Attend-and-Excite prepares its maps. ``"start"``: divided by the start-of-text map, where
+            there is one.
         image : int
             Which of the pictures drawn at once.
 
@@ -146,17 +147,20 @@ class Recording:
         groups = self._groups(tokens, normalise)
         needed = dict.fromkeys(channel for group in groups for channel in group.channels)
         if normalise == "start":
-            needed |= dict.fromkeys(self._channels((0,), START))
+            needed |= dict.fromkeys(self._group(self.prompt, START).channels)
         elif normalise == "tokens":
             needed |= dict.fromkeys(self._all_words())
         channels = list(needed)
         picked = self._select(layers=layers, size=size, steps=steps)
-        values = self._layer_mean(picked, channels, image)  # (step, channel, y, x)
+        images = picked[0].sizes["image"]
+        if not -images <= image < images:
+            raise RecordingError(f"Image {image} was not recorded; there are {images} (0 to {images - 1}).")
+        values = layer_mean(picked, channels, image)  # (step, channel, y, x)
         column = {channel: i for i, channel in enumerate(channels)}
         start = values[:, [column[START]]] if normalise == "start" else None
         if normalise == "tokens":
             words = [column[word] for word in self._all_words()]
-            values[:, words] = _softmax(100 * values[:, words], axis=1)
+            values[:, words] = softmax(100 * values[:, words], axis=1)
         merged = np.stack([values[:, [column[c] for c in g.channels]].mean(1) for g in groups], axis=1)
         coords: dict[str, Any] = {
             "step": picked[0]["step"],
@@ -167,31 +171,12 @@ class Recording:
         if any(group.entity for group in groups):
             coords["entity"] = ("token", [group.entity for group in groups])
         return xr.DataArray(
-            _normalised(merged, normalise, start),
+            normalised(merged, normalise, start),
             dims=("step", "token", "y", "x"),
             coords=coords,
             name="probability" if normalise is None else f"attention ({normalise})",
             attrs={"normalise": normalise or "none", "image": image},
         )
-
-    def _layer_mean(self, nodes: list[xr.Dataset], channels: list[str], image: int) -> np.ndarray:
-        """Mean over heads and layers, every layer alike, at the largest size; (step, channel, y, x) float32."""
-        target = _size(nodes[0])
-        total: np.ndarray | None = None
-        count = 0
-        for node in nodes:
-            images = node.sizes["image"]
-            if not -images <= image < images:
-                raise RecordingError(f"Image {image} was not recorded; there are {images} (0 to {images - 1}).")
-            column = {str(token): i for i, token in enumerate(node["token"].values)}
-            picked = node["probability"].isel(image=image, token=[column[c] for c in channels])
-            mean = picked.mean(("layer", "head"), dtype=np.float32)
-            layers = node.sizes["layer"]
-            resized = layers * resize(mean.transpose("step", "token", "y", "x").values, target)
-            total = resized if total is None else total + resized
-            count += layers
-        assert total is not None
-        return total / np.float32(count)
 
     def _groups(self, tokens: Any, normalise: Normalise) -> list[_Group]:
         """What becomes one map each: a label and the channels that are averaged."""
@@ -234,8 +219,9 @@ class Recording:
                 words.setdefault(token.word, []).append(token)
         groups = []
         for pieces in words.values():
-            # A word of several pieces is labelled "giraffe/1", "giraffe/2"; together they are "giraffe".
-            label = pieces[0].label if len(pieces) == 1 else pieces[0].label.rpartition("/")[0]
+            # A word of several pieces is labelled "giraffe/1", "giraffe/2"; together they are "giraffe". So are
+            # "giraffe@clip" and "giraffe@t5" of a text that is read twice.
+            label = pieces[0].label if len(pieces) == 1 else re.sub(r"(?<=.)(/\d+)?(@\w+)?$", "", pieces[0].label)
             groups.append(_Group(label, self._channels([piece.index for piece in pieces], label), entity.label))
         return groups
 
@@ -386,31 +372,7 @@ class Recording:
         OutputError
             When the path is taken or cannot be written.
         """
-        target = Path(path).expanduser()
-        if target.exists() or target.is_symlink():
-            if not _is_recording(target):
-                raise OutputError(f"{target} exists and is not a recording; choose another path.")
-            if not overwrite:
-                raise OutputError(f"{target} holds a recording already; choose another path or give overwrite=True.")
-        part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
-        old = part.with_suffix(".old")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _write(self.tree, part)
-            if target.exists():
-                target.rename(old)
-            part.rename(target)
-        except OSError as error:
-            raise OutputError(
-                f"The recording cannot be written to {target}: {error.strerror or error}. Choose a folder you may "
-                "write to."
-            ) from error
-        finally:
-            if old.exists() and not target.exists():
-                old.rename(target)
-            shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-        return target
+        return save_tree(self.tree, path, overwrite)
 
     # -- looks ---------------------------------------------------------------------------------------------------
 
@@ -437,8 +399,9 @@ class Recording:
             return [("empty", "no step was recorded")]
         calls, expected = attrs["calls"], attrs["expected"]
         cut = f" (cut off: {calls} of {expected} calls ran)" if expected and calls < expected else f" of {calls} calls"
+        kept = f"mean of {self.averaged}" if self.averaged else _ranges(self.steps)
         rows = [
-            ("steps", _ranges(self.steps) + cut),
+            ("steps", kept + cut),
             ("images", str(nodes[0].sizes["image"])),
             ("tokens", " ".join(self.tokens)),
         ]
@@ -487,7 +450,9 @@ class _Group:
 
 
 def open_recording(path: str | Path) -> Recording:
-    """Open a saved recording; values are read when they are used.
+    """Open a recording on disk; values are read when they are used.
+
+    Of a run that was killed while it wrote a store, the recording holds the steps that were finished.
 
     Parameters
     ----------
@@ -503,124 +468,11 @@ def open_recording(path: str | Path) -> Recording:
     source = Path(path).expanduser()
     if not source.exists():
         raise OutputError(f"No recording at {source}: nothing is there.")
-    if not _is_recording(source):
-        raise RecordingError(f"{source} is not a recording; give a folder that `Recording.save` wrote.")
-    tree = xr.open_datatree(source, engine="zarr")
-    for node in tree.children.values():
-        for coordinate in node.coords.values():
-            coordinate.load()
-    return Recording(tree)
-
-
-def build_node(
-    values: np.ndarray,
-    *,
-    steps: Sequence[tuple[int, float, float]],
-    layers: Sequence[tuple[str, str, int]],
-    tokens: Sequence[tuple[str, int]],
-    heads: str,
-) -> xr.Dataset:
-    """One node of a recording's tree.
-
-    Parameters
-    ----------
-    values : numpy.ndarray, (step, image, layer, head, y, x, token)
-    steps : sequence of (call, timestep, sigma)
-    layers : sequence of (name, place, position in the forward pass)
-    tokens : sequence of (label, token position)
-    heads : {"mean", "all"}
-    """
-    calls, timesteps, sigmas = zip(*steps, strict=True)
-    names, places, order = zip(*layers, strict=True)
-    labels, indices = zip(*tokens, strict=True)
-    return xr.Dataset(
-        {"probability": (DIMENSIONS, values)},
-        coords={
-            "step": np.asarray(calls, dtype=np.int64),
-            "timestep": ("step", np.asarray(timesteps, dtype=np.float64)),
-            "sigma": ("step", np.asarray(sigmas, dtype=np.float64)),
-            "layer": np.asarray(names, dtype=str),
-            "place": ("layer", np.asarray(places, dtype=str)),
-            "order": ("layer", np.asarray(order, dtype=np.int64)),
-            "head": np.asarray(["mean"] if heads == "mean" else range(values.shape[3])),
-            "token": np.asarray(labels, dtype=str),
-            "token_index": ("token", np.asarray(indices, dtype=np.int64)),
-        },
-        attrs={"size": f"{values.shape[4]}x{values.shape[5]}"},
-    )
-
-
-def build_tree(
-    nodes: dict[str, xr.Dataset], *, prompt: Prompt, family: str, model: str, calls: int, expected: int | None
-) -> xr.DataTree:
-    """A recording's tree: nodes by size name, and what holds for the whole run as attributes."""
-    tree = xr.DataTree.from_dict(dict(nodes))
-    tree.attrs = {
-        "format": _FORMAT,
-        "prompt": json.dumps(prompt.to_dict(), ensure_ascii=False),
-        "family": family,
-        "model": model,
-        "calls": calls,
-        "expected": expected or 0,
-        "elakit": _version(),
-    }
-    return tree
-
-
-def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize maps as densities: bilinear along sides that grow, area mean along sides that shrink.
-
-    Parameters
-    ----------
-    maps : numpy.ndarray, (..., y, x)
-    size : (int, int)
-        Rows and columns wanted.
-
-    Returns
-    -------
-    numpy.ndarray, (..., rows, columns)
-
-    Examples
-    --------
-    >>> resize(np.array([[0.0, 4.0], [8.0, 0.0]]), (1, 1))
-    array([[3.]])
-    >>> resize(np.ones((2, 3, 3)), (6, 5)).shape
-    (2, 6, 5)
-    """
-    rows, columns = maps.shape[-2:]
-    if (rows, columns) == tuple(size):
-        return maps
-    x = torch.from_numpy(np.ascontiguousarray(maps)).reshape(-1, 1, rows, columns)
-    if size[0] < rows or size[1] < columns:
-        x = F.adaptive_avg_pool2d(x, (min(size[0], rows), min(size[1], columns)))
-    if x.shape[-2:] != tuple(size):
-        x = F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
-    return x.reshape(*maps.shape[:-2], *size).numpy()
-
-
-def _normalised(maps: np.ndarray, how: Normalise, start: np.ndarray | None) -> np.ndarray:
-    """Normalise over space; (step, token, y, x), ``start`` (step, 1, y, x)."""
-    space = (-2, -1)
-    if how == "start":
-        assert start is not None
-        return _divided(maps, np.broadcast_to(start, maps.shape))
-    if how == "sum":
-        return _divided(maps, maps.sum(space, keepdims=True))
-    if how == "max":
-        return _divided(maps, maps.max(space, keepdims=True))
-    if how == "minmax":
-        low = maps.min(space, keepdims=True)
-        return _divided(maps - low, maps.max(space, keepdims=True) - low)
-    return maps
-
-
-def _divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.divide(a, b, out=np.zeros_like(a), where=np.broadcast_to(b, a.shape) > 0)
-
-
-def _softmax(x: np.ndarray, axis: int) -> np.ndarray:
-    e = np.exp(x - x.max(axis, keepdims=True))
-    return e / e.sum(axis, keepdims=True)
+    if not is_recording(source):
+        raise RecordingError(
+            f"{source} is not a recording; give a folder that `Recording.save` or `record(..., store=...)` wrote."
+        )
+    return Recording(open_tree(source))
 
 
 def _size(node: xr.Dataset) -> tuple[int, int]:
@@ -653,35 +505,3 @@ def _positions(dimension: str, wanted: Any, there: list[Any]) -> list[int]:
 def _ranges(numbers: Sequence[int]) -> str:
     """``"0-4, 10, 15"``."""
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs(numbers))
-
-
-def _is_recording(path: Path) -> bool:
-    attributes = path / ".zattrs"
-    if not attributes.is_file():
-        return False
-    try:
-        return json.loads(attributes.read_text(encoding="utf-8")).get("format") == _FORMAT
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _write(tree: xr.DataTree, path: Path) -> None:
-    # Encoding that came with an opened store would clash with ours.
-    clean = xr.DataTree.from_dict({name: node.to_dataset().drop_encoding() for name, node in tree.children.items()})
-    clean.attrs = dict(tree.attrs)
-    encoding = {}
-    for name, node in clean.children.items():
-        shape = node["probability"].shape
-        step = int(np.prod(shape[1:])) * node["probability"].dtype.itemsize
-        # A few megabytes a chunk: single steps stay cheap to read, and files few.
-        chunk = (min(shape[0], max(1, 2**22 // step)), *shape[1:])
-        encoding[f"/{name}"] = {"probability": {"chunks": chunk}}
-    # Version 2 of the format has a settled layout for text coordinates; version 3 does not yet.
-    clean.to_zarr(path, mode="w-", zarr_format=2, encoding=encoding, consolidated=True)
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("elakit")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

@@ -15,7 +15,6 @@ from elakit.models import AttentionLayer, adapter_for
 from elakit.prompt import Prompt, parse
 
 START, END = "<start>", "<end>"
-PLACES = ("down", "mid", "up")
 _BYTES = {"float32": 4, "float16": 2}
 
 
@@ -42,8 +41,8 @@ def select_layers(layers: Sequence[L], pattern: str | Sequence[str] = "all") -> 
     layers : sequence
         Objects with ``name`` and ``place``, in forward order.
     pattern : str or sequence of str
-        ``"all"``, a place (``"down"``, ``"mid"``, ``"up"``), a glob on names such as ``"up_blocks.1.*"``, or several
-        of these.
+        ``"all"``, a place (``"down"``, ``"mid"``, ``"up"`` of a UNet; ``"double"``, ``"single"``, ``"block"`` of a
+        transformer), a glob on names such as ``"up_blocks.1.*"``, or several of these.
 
     Returns
     -------
@@ -70,14 +69,14 @@ def select_layers(layers: Sequence[L], pattern: str | Sequence[str] = "all") -> 
         fitting = {layer.name for layer in layers if each in ("all", layer.place) or fnmatchcase(layer.name, each)}
         if not fitting:
             names = "\n  ".join(layer.name for layer in layers)
+            places = ", ".join(dict.fromkeys(layer.place for layer in layers))
             raise RecordingError(
-                f"No layer fits {each!r}. Give 'all', a place that is there "
-                f"({', '.join(place for place in PLACES if any(layer.place == place for layer in layers))}), "
-                f"or a pattern such as 'up_blocks.1.*' that fits some of these names:\n  {names}"
+                f"No layer fits {each!r}. Give 'all', a place that is there ({places}), or a pattern such as "
+                f"'up_blocks.1.*' that fits some of these names:\n  {names}"
             )
         chosen |= fitting
     if not chosen:
-        raise RecordingError("No layer was asked for; give 'all', 'down', 'mid', 'up' or a pattern of names.")
+        raise RecordingError("No layer was asked for; give 'all', a place such as 'up', or a pattern of names.")
     return tuple(layer for layer in layers if layer.name in chosen)
 
 
@@ -96,16 +95,18 @@ class Channels:
     Attributes
     ----------
     labels : tuple of str
-        ``"<start>"``, the chosen tokens in the order of the text, ``"<end>"``.
+        ``"<start>"`` (not of encoders without a start-of-text token, such as T5), the chosen tokens in the order of the
+        text, ``"<end>"``.
     indices : tuple of int
         Their positions in the encoder's sequence; -1 for ``"<end>"``, which is a sum.
-    end : int
-        Position of the first end-of-text token; ``"<end>"`` is the mass of this and everything after it.
+    rest : tuple of (int, int or None)
+        First position and past the last of each stretch that ``"<end>"`` sums: end-of-text and padding, and everything
+        that may follow.
     """
 
     labels: tuple[str, ...]
     indices: tuple[int, ...]
-    end: int
+    rest: tuple[tuple[int, int | None], ...]
 
     def gather(self, probabilities: Tensor) -> Tensor:
         """Keep the chosen columns; (..., text positions) -> (..., len(labels)).
@@ -114,16 +115,24 @@ class Channels:
         ------
         RecordingError
             When the run's text has fewer positions than the prompt.
+
+        Examples
+        --------
+        >>> row = torch.tensor([0.5, 0.125, 0.25, 0.0625, 0.0625])
+        >>> Channels(("<start>", "car", "<end>"), (0, 2, -1), ((3, None),)).gather(row)
+        tensor([0.5000, 0.2500, 0.1250])
         """
         positions = probabilities.shape[-1]
-        if positions <= max(*self.indices, self.end):
+        needed = max(*self.indices, *(first for first, _ in self.rest))
+        if positions <= needed:
             raise RecordingError(
-                f"The run attends to {positions} text positions, but the prompt to record needs position "
-                f"{max(*self.indices, self.end)}. Parse the prompt with the pipeline you run, and pass its text."
+                f"The run attends to {positions} text positions, but the prompt to record needs position {needed}. "
+                "Parse the prompt with the pipeline you run, and pass its text."
             )
         # Slices of neighbouring columns rather than an index, which would have to be copied to the device.
         columns = [probabilities[..., first : last + 1] for first, last in runs(self.indices[:-1])]
-        return torch.cat([*columns, probabilities[..., self.end :].sum(-1, keepdim=True)], dim=-1)
+        ends = [probabilities[..., first:last].sum(-1, keepdim=True) for first, last in self.rest]
+        return torch.cat([*columns, sum(ends[1:], ends[0])], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -156,6 +165,8 @@ class Plan:
     dtype : str
     budget : int
         Bytes the specification allows.
+    accumulate : bool
+        Whether only the mean of the steps is kept.
     """
 
     resolutions: tuple[Resolution, ...]
@@ -164,15 +175,22 @@ class Plan:
     tokens: tuple[str, ...]
     dtype: str
     budget: int
+    accumulate: bool = False
 
     @property
     def bytes(self) -> int:
         """Bytes of the whole recording."""
         return sum(resolution.bytes for resolution in self.resolutions)
 
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of one step, or of the mean of all."""
+        return self.bytes if self.accumulate else self.bytes // max(self.steps, 1)
+
     def __str__(self) -> str:
+        steps = f"mean of {self.steps} steps" if self.accumulate else f"{self.steps} steps"
         lines = [
-            f"{readable_bytes(self.bytes)} of {readable_bytes(self.budget)}: {self.steps} steps x {self.images} "
+            f"{readable_bytes(self.bytes)} of {readable_bytes(self.budget)}: {steps} x {self.images} "
             f"image{'s' * (self.images > 1)} x {len(self.tokens)} tokens ({' '.join(self.tokens)}) in {self.dtype}"
         ]
         return "\n  ".join(lines + [str(resolution) for resolution in self.resolutions])
@@ -187,16 +205,23 @@ class RecordSpec:
     tokens : {"words", "entities", "all"} or sequence of int or str
         Words of the prompt; tokens of its entities and their attributes; every position, end-of-text (``"<eot>"``) and
         each padding position (``"<pad/1>"``...) apart; or chosen ones (a word, a label such as ``"red#2"``, a phrase,
-        a position). Start-of-text and the summed mass of end-of-text and padding are kept always.
+        a position). Start-of-text (where the encoder has one) and the summed mass of end-of-text and padding are kept
+        always.
     layers : str or sequence of str
         As in `select_layers`.
     sizes : int or sequence of int, optional
         Keep only maps whose larger side is one of these.
-    heads : {"mean", "all"}
+    heads : {"mean", "all"} or sequence of int
+        Their mean, every one, or those of these numbers, counted from 0.
     steps : slice or int, optional
         Denoiser calls to keep, counted from 0: a slice of them, or every n-th. Default: all.
     dtype : {"float32", "float16"}
         Of what is kept; probabilities are always computed in float32.
+    accumulate : bool
+        Keep only the mean over the kept steps, as one step whose timestep and sigma are means too.
+    device : {"cpu", "model"}
+        Where steps are kept while the run goes on: in host memory, to which each step is copied at its end without
+        waiting for it, or on the model's device until the run is over. Means are always summed on the model's device.
     budget : int
         Bytes a recording may take; a run that would take more is refused before it starts.
 
@@ -216,9 +241,11 @@ class RecordSpec:
     tokens: str | Sequence[int | str] = "words"
     layers: str | Sequence[str] = "all"
     sizes: int | Sequence[int] | None = None
-    heads: Literal["mean", "all"] = "mean"
+    heads: Literal["mean", "all"] | Sequence[int] = "mean"
     steps: slice | int | None = None
     dtype: Literal["float32", "float16"] = "float32"
+    accumulate: bool = False
+    device: Literal["cpu", "model"] = "cpu"
     budget: int = 2**30
 
     def __post_init__(self) -> None:
@@ -226,8 +253,13 @@ class RecordSpec:
             raise SettingError(
                 f"tokens is {self.tokens!r}; give 'words', 'entities', 'all' or a list such as [{self.tokens!r}]."
             )
-        if self.heads not in ("mean", "all"):
-            raise SettingError(f"heads is {self.heads!r}; give 'mean' or 'all'.")
+        if isinstance(self.heads, str):
+            if self.heads not in ("mean", "all"):
+                raise SettingError(f"heads is {self.heads!r}; give 'mean', 'all' or a list of numbers such as [0, 3].")
+        elif not len(self.heads) or len(set(self.heads)) < len(self.heads) or min(self.heads) < 0:
+            raise SettingError(f"heads is {self.heads}; list different numbers of heads, counted from 0.")
+        if self.device not in ("cpu", "model"):
+            raise SettingError(f"device is {self.device!r}; give 'cpu' or 'model'.")
         if self.dtype not in _BYTES:
             raise SettingError(f"dtype is {self.dtype!r}; give {' or '.join(map(repr, _BYTES))}.")
         if self.budget <= 0:
@@ -243,6 +275,11 @@ class RecordSpec:
     def wanted_sizes(self) -> tuple[int, ...] | None:
         """``sizes`` as a tuple; None for all."""
         return (self.sizes,) if isinstance(self.sizes, int) else None if self.sizes is None else tuple(self.sizes)
+
+    @property
+    def wanted_heads(self) -> tuple[int, ...] | None:
+        """Numbers of the heads, as a tuple; None for ``"mean"`` and ``"all"``."""
+        return None if isinstance(self.heads, str) else tuple(self.heads)
 
     def keeps(self, call: int, calls: int | None) -> bool:
         """Whether a denoiser call is kept, of ``calls`` expected (None: unknown)."""
@@ -276,11 +313,17 @@ class RecordSpec:
         else:
             named = (which for which in self.tokens if which not in (START, END))
             chosen = {i for which in named for i in find_tokens(prompt, which)}
-        indices = sorted(chosen - {0})
-        labels = [
-            words.get(i) or ("<eot>" if i == prompt.end_index else f"<pad/{i - prompt.end_index}>") for i in indices
-        ]
-        return Channels((START, *labels, END), (0, *indices, -1), prompt.end_index)
+        rest = prompt.ends or ((prompt.end_index, None),)
+        labels = dict(words)
+        for nth, (first, past) in enumerate(rest):
+            which = f"#{nth + 1}" if nth else ""  # of the second sequence, where the text is read twice
+            labels |= {i: f"<pad{which}/{i - first}>" for i in range(first + 1, past or prompt.length)}
+            labels[first] = f"<eot{which}>"
+        if prompt.start_index is not None:
+            labels[prompt.start_index] = START
+            chosen.add(prompt.start_index)
+        indices = sorted(chosen)
+        return Channels((*(labels.get(i, f"<{i}>") for i in indices), END), (*indices, -1), rest)
 
     def plan(
         self,
@@ -348,23 +391,38 @@ class RecordSpec:
         for size, members in sorted(by_size.items(), reverse=True):
             if wanted is not None and max(size) not in wanted:
                 continue
-            heads = 1 if self.heads == "mean" else members[0].heads
-            if self.heads == "all" and any(layer.heads != heads for layer in members):
-                raise RecordingError(
-                    f"Layers of size {size_name(size)} differ in their number of heads; record heads='mean', or choose "
-                    "layers that agree."
-                )
-            cells = kept * images * len(members) * heads * size[0] * size[1] * len(labels)
+            heads = self._heads_of(size, members)
+            steps = min(kept, 1) if self.accumulate else kept
+            cells = steps * images * len(members) * heads * size[0] * size[1] * len(labels)
             names = tuple(layer.name for layer in members)
             resolutions.append(Resolution(size, names, heads, cells * _BYTES[self.dtype]))
-        plan = Plan(tuple(resolutions), kept, images, labels, self.dtype, self.budget)
+        plan = Plan(tuple(resolutions), kept, images, labels, self.dtype, self.budget, self.accumulate)
         if plan.bytes > self.budget:
             raise RecordingError(f"This recording would pass its budget: {plan}\n{self._ways_out(plan)}")
         return plan
 
+    def _heads_of(self, size: tuple[int, int], members: Sequence[AttentionLayer]) -> int:
+        """How many heads are kept of the layers of one size."""
+        if self.heads == "mean":
+            return 1
+        counts = {layer.heads for layer in members}
+        if self.wanted_heads is not None:
+            if max(self.wanted_heads) >= min(counts):
+                raise RecordingError(
+                    f"There is no head {max(self.wanted_heads)} in all layers of size {size_name(size)}: some have "
+                    f"{min(counts)} (0 to {min(counts) - 1}). List heads that all have, or choose other layers."
+                )
+            return len(self.wanted_heads)
+        if len(counts) > 1:
+            raise RecordingError(
+                f"Layers of size {size_name(size)} differ in their number of heads; record heads='mean', or choose "
+                "layers that agree."
+            )
+        return members[0].heads
+
     def _ways_out(self, plan: Plan) -> str:
         ways = []
-        if self.heads == "all":
+        if self.heads != "mean":
             ways.append("heads='mean'")
         if self.dtype == "float32":
             ways.append("dtype='float16'")
@@ -374,8 +432,10 @@ class RecordSpec:
             ways.append("layers='up'")
         if self.tokens in ("all", "words"):
             ways.append("tokens='entities'")
-        if self.steps is None:
+        if self.steps is None and not self.accumulate:
             ways.append("steps=5 (every fifth)")
+        if not self.accumulate:
+            ways.append("accumulate=True")
         return f"Keep less with RecordSpec({' or '.join(ways)}), or allow it with budget={plan.bytes}."
 
 

@@ -21,9 +21,9 @@ import xarray as xr
 from torch import Tensor, nn
 
 from elakit.attention import paused
-from elakit.attention.taps import probabilities, tap
+from elakit.attention.taps import Attend, tap
 from elakit.errors import SettingError
-from elakit.models import AttentionLayer, StableDiffusion, adapter_for
+from elakit.models import Adapter, AttentionLayer, adapter_for
 from elakit.prompt import Prompt
 
 # fp16 gradients of a loss of order one underflow; scaling by a power of two loses no digit
@@ -121,7 +121,7 @@ class _Enough(Exception):
 
 
 def attention_maps(
-    adapter: StableDiffusion,
+    adapter: Adapter,
     layers: Sequence[AttentionLayer],
     latents: Tensor,
     timestep: Tensor,
@@ -131,7 +131,7 @@ def attention_maps(
 
     Parameters
     ----------
-    adapter : StableDiffusion
+    adapter : Adapter
     layers : sequence of AttentionLayer
         All of one map size, in forward order.
     latents : Tensor, (n, c, h, w)
@@ -156,8 +156,8 @@ def attention_maps(
         )
     maps: list[Tensor] = []
 
-    def collect(layer: AttentionLayer, query: Tensor, key: Tensor, size: tuple[int, int]) -> None:
-        mean = probabilities(layer, query, key).mean(1)  # (n, h*w, token)
+    def collect(layer: AttentionLayer, attend: Attend, size: tuple[int, int]) -> None:
+        mean = attend(slice(None)).mean(1)  # (n, h*w, token)
         maps.append(mean.transpose(1, 2).unflatten(2, size))
         if layer is layers[-1]:
             raise _Enough
@@ -171,7 +171,7 @@ def attention_maps(
 
 
 def gradient(
-    adapter: StableDiffusion,
+    adapter: Adapter,
     method: Method,
     prompt: Prompt,
     layers: Sequence[AttentionLayer],

@@ -1,6 +1,7 @@
 """Pipelines to work on: loading them, and one adapter file a family of architectures.
 
-A family is added by one file with a class like `StableDiffusion` and one entry in ``FAMILIES``.
+A family is added by one file with a class like `StableDiffusion` and one entry in ``FAMILIES``: see
+docs/adding-a-family.md.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,23 +30,34 @@ from huggingface_hub.errors import (
 from transformers.utils import logging as transformers_logging
 
 from elakit.errors import ModelError, SettingError
-from elakit.models.stable_diffusion import AttentionLayer, StableDiffusion
+from elakit.models.adapter import Adapter, AttentionLayer, Call, OtherKind
+from elakit.models.flux import Flux
+from elakit.models.pixart import PixArt
+from elakit.models.sd3 import StableDiffusion3
+from elakit.models.sdxl import StableDiffusionXL
+from elakit.models.stable_diffusion import StableDiffusion
 from elakit.resources import data_path
 
 __all__ = [
     "EMBEDDED",
     "FAMILIES",
+    "Adapter",
     "AttentionLayer",
+    "Call",
     "DrawingSettings",
     "EmbeddedModel",
+    "Flux",
+    "PixArt",
     "StableDiffusion",
+    "StableDiffusion3",
+    "StableDiffusionXL",
     "adapter_for",
     "default_settings",
     "load",
     "name_of",
 ]
 
-FAMILIES: tuple[type[StableDiffusion], ...] = (StableDiffusion,)
+FAMILIES: tuple[type[Adapter], ...] = (StableDiffusion, StableDiffusionXL, PixArt, StableDiffusion3, Flux)
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -129,7 +141,7 @@ def name_of(pipe: Any) -> str:
     return embedded[0] if embedded else source
 
 
-def adapter_for(pipe: Any) -> StableDiffusion:
+def adapter_for(pipe: Any) -> Adapter:
     """The adapter that knows where a pipeline attends to its text.
 
     Parameters
@@ -146,7 +158,7 @@ def adapter_for(pipe: Any) -> StableDiffusion:
     >>> adapter_for("a string")
     Traceback (most recent call last):
     ...
-    elakit.errors.ModelError: str is not supported: it has no UNet. Supported: Stable Diffusion 1.x/2.x...
+    elakit.errors.ModelError: str is not supported: it has no UNet; it has no transformer. Supported: Stable...
     """
     reasons = []
     for family in FAMILIES:
@@ -154,7 +166,7 @@ def adapter_for(pipe: Any) -> StableDiffusion:
         if reason is None:
             return family(pipe)
         reasons.append(reason)
-    raise _unsupported(type(pipe).__name__, "; ".join(reasons))
+    raise _unsupported(type(pipe).__name__, reasons)
 
 
 def load(name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Any:
@@ -314,20 +326,18 @@ def _check_index(name: str, index: dict[str, Any]) -> None:
                 f"Model {name!r} takes its {part} from {library!r}; elakit runs no code from models and knows only "
                 "diffusers and transformers."
             )
-    unet = index.get("unet") or [None, None]
-    if unet[1] is None:
-        raise _unsupported(f"Model {name!r} ({kind})", "it has no UNet")
-    if unet[1] != "UNet2DConditionModel":
-        raise _unsupported(f"Model {name!r} ({kind})", f"its UNet is a {unet[1]}, which does not attend to text")
-    if (index.get("tokenizer_2") or [None])[0] is not None:
-        raise _unsupported(f"Model {name!r} ({kind})", "it has two text encoders (SDXL), not supported yet")
+    reasons = [family.refusal_of_index(index) for family in FAMILIES]
+    if None not in reasons:
+        raise _unsupported(f"Model {name!r} ({kind})", [reason for reason in reasons if reason is not None])
 
 
-def _unsupported(what: str, why: str) -> ModelError:
+def _unsupported(what: str, reasons: Sequence[str]) -> ModelError:
+    """An error with the reasons of the families that come near, or of all when none does."""
+    near = [reason for reason in reasons if not isinstance(reason, OtherKind)]
     families = "; ".join(family.family for family in FAMILIES)
     return ModelError(
-        f"{what} is not supported: {why}. Supported: {families}. Load one of these, or add an adapter file in "
-        "elakit/models."
+        f"{what} is not supported: {'; '.join(dict.fromkeys(near or reasons))}. Supported: {families}. Load one of "
+        f"these, or add its family, one file: docs/adding-a-family.md in the repository tells how."
     )
 
 

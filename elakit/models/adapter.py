@@ -1,0 +1,254 @@
+"""What every family of architectures tells of itself: its layers, its calls, its text; see docs/adding-a-family.md."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import nn
+
+from elakit.errors import ModelError
+from elakit.words import TextSequence
+
+Place = Literal["down", "mid", "up", "double", "single", "block"]
+Kind = Literal["cross", "joint", "single"]
+Grid = Callable[[Sequence[Any], Mapping[str, Any]], tuple[int, int]]
+
+
+def argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
+    """An argument of a call, given by position or by name; None when it was not given.
+
+    Examples
+    --------
+    >>> argument(("sample", 981), {}, 1, "timestep"), argument((), {"timestep": 981}, 1, "timestep")
+    (981, 981)
+    """
+    return args[position] if len(args) > position else kwargs.get(name)
+
+
+def running(pipe: Any) -> Mapping[str, Any]:
+    """Local variables of the ``__call__`` of a pipeline that is running now; empty when it is not.
+
+    For what a pipeline keeps to itself: PixArt does not say otherwise whether it guides, nor FLUX which pass is the
+    negative one. They are read, never changed.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipe:
+            return frame.f_locals
+        frame = frame.f_back  # type: ignore[assignment]
+    return {}
+
+
+def stacked_rows(pipe: Any, batch: int, guided: bool) -> slice:
+    """Rows that see the prompt in ``[unconditional..., conditional..., perturbed...]``, as diffusers stacks a batch.
+
+    The last part is there with perturbed-attention guidance only, the first when ``guided``.
+
+    Raises
+    ------
+    ModelError
+        When the batch does not divide into those parts.
+
+    Examples
+    --------
+    >>> stacked_rows(None, 6, guided=True)
+    slice(3, 6, None)
+    """
+    parts = 1 + guided + bool(getattr(pipe, "do_perturbed_attention_guidance", False))
+    if batch % parts:
+        raise ModelError(
+            f"The denoiser was called with {batch} rows, but {type(pipe).__name__} guides now with {parts} "
+            "passes stacked in one batch. Calls of your own go inside `elakit.attention.paused(pipe)`."
+        )
+    images = batch // parts
+    return slice(guided * images, (guided + 1) * images)
+
+
+def scheduler_timestep(pipe: Any, wanted: float) -> float:
+    """The scheduler's own timestep nearest to a number that has been through the model's precision.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> scheduler_timestep(SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.tensor([999.0, 666.7]))), 668.0)
+    666.70...
+    """
+    known = getattr(pipe.scheduler, "timesteps", None)
+    if known is None or len(known) == 0:
+        return wanted
+    return min(known.tolist(), key=lambda one: abs(one - wanted))
+
+
+class OtherKind(str):
+    """A refusal that only says that the pipeline is of quite another kind: not worth telling beside a nearer one."""
+
+
+def compiled(module: Any, path: str) -> str | None:
+    """Why a denoiser under torch.compile is refused; None when it is not compiled.
+
+    Hooks would split its graph, or not be seen at all, and the picture would not be that of the compiled run.
+    """
+    if hasattr(module, "_orig_mod"):
+        return (
+            f"its {path.rpartition('.')[2]} was wrapped by torch.compile, inside which attention cannot be read "
+            f"without changing the picture; use the plain one, `{path} = {path}._orig_mod`, for recording and guidance"
+        )
+    parts = module.named_modules() if isinstance(module, nn.Module) else ()
+    inside = next((name for name, part in parts if getattr(part, "_compiled_call_impl", None) is not None), None)
+    if inside is None:
+        return None
+    return (
+        f"its {path.rpartition('.')[2]} was compiled in place ({inside or 'as a whole'}), inside which attention "
+        "cannot be read without changing the picture; load the pipeline again without `compile()`, or take it back "
+        f"with `for part in {path}.modules(): part._compiled_call_impl = None`"
+    )
+
+
+def picture_grid(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of a block whose input is a picture, (B, C, h, w)."""
+    picture = argument(args, kwargs, 0, "hidden_states")
+    return picture.shape[-2], picture.shape[-1]
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One layer of the denoiser in which picture positions attend to the text.
+
+    Attributes
+    ----------
+    name : str
+        Path of the attention module in the denoiser, such as
+        ``"up_blocks.1.attentions.0.transformer_blocks.0.attn2"``.
+    place : {"down", "mid", "up"} or {"double", "single"} or {"block"}
+        Side of a UNet; kind of block of an MM-DiT; "block" where all blocks are alike (PixArt).
+    heads : int
+        Attention heads.
+    module : torch.nn.Module
+        The attention module; its projections of queries and keys are what recording reads.
+    block : torch.nn.Module
+        The module around it whose call tells the size of the layer's maps: the block whose input is the picture,
+        (B, C, h, w), in a UNet; the whole denoiser in a transformer.
+    factor : int
+        Side of the latent divided by the side of this layer's maps.
+    kind : {"cross", "joint", "single"}
+        Whether keys are the text alone; picture and text, each with projections of its own; or picture and text in one
+        sequence.
+    text_first : bool
+        Where picture and text are keys side by side: whether the text comes first.
+    takes_mask : bool
+        Whether its processor heeds an ``attention_mask``; `elakit.attention.edit` goes another way where not.
+    grid : callable
+        ``grid(args, kwargs)`` of a call of ``block`` -> (h, w) of this layer's maps.
+    """
+
+    name: str
+    place: Place
+    heads: int
+    module: nn.Module
+    block: nn.Module
+    factor: int
+    kind: Kind = "cross"
+    text_first: bool = False
+    takes_mask: bool = True
+    grid: Grid = field(default=picture_grid, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the denoiser, read off its arguments before it runs.
+
+    Attributes
+    ----------
+    batch : int
+        Rows.
+    timestep : float
+        As the scheduler counts it, whatever the model is given.
+    latent : tuple of int
+        (h, w) of the latent before it is cut into patches: a layer's ``factor`` divides it.
+    conditional : bool
+        False for a pass of the pipeline's own that does not see the prompt (FLUX's negative prompt), or sees it
+        through a maimed network (skip-layer guidance of Stable Diffusion 3): such a call is neither kept nor counted.
+    """
+
+    batch: int
+    timestep: float
+    latent: tuple[int, int]
+    conditional: bool = True
+
+
+class Adapter(Protocol):
+    """What elakit asks of a family; one file in elakit/models each."""
+
+    family: ClassVar[str]
+    pipe: Any
+    denoiser: nn.Module
+
+    def __init__(self, pipe: Any) -> None:
+        """Serve a pipeline that `refusal` does not refuse."""
+
+    @classmethod
+    def refusal(cls, pipe: Any) -> str | None:
+        """Why this family cannot serve a pipeline; None when it can."""
+
+    @classmethod
+    def refusal_of_index(cls, index: Mapping[str, Any]) -> str | None:
+        """As `refusal`, from a ``model_index.json``: known before any weight is fetched."""
+
+    def layers(self) -> tuple[AttentionLayer, ...]:
+        """The layers in which the picture attends to the text, in the order in which a pass meets them."""
+
+    def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """What a call of the denoiser is, from its arguments."""
+
+    def conditional_rows(self, batch: int) -> slice:
+        """Rows of a denoiser batch that see the prompt; asked anew at each call, while the pipeline runs."""
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the latent (before it is cut into patches) of a picture of so many pixels."""
+
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the picture drawn when nothing else is asked."""
+
+    def text_length(self) -> int:
+        """Text positions the denoiser sees, start, end and padding included."""
+
+    def text(self) -> tuple[TextSequence, ...]:
+        """The token sequences the denoiser sees, in their order, and where each begins."""
+
+    def encode(
+        self, text: str, negative: str | None = None, guided: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Text states of prompt and negative prompt; `ModelError` where guidance is not supported yet."""
+
+    def denoise(
+        self, latents: torch.Tensor, timestep: torch.Tensor | float | int, embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """One conditional pass; `ModelError` where guidance is not supported yet."""
+
+
+class OnlyRecorded:
+    """Families whose runs are recorded, but not yet guided or drawn by `elakit.generate`."""
+
+    family: ClassVar[str]
+
+    def encode(
+        self, text: str, negative: str | None = None, guided: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Refuse."""
+        raise self._not_yet()
+
+    def denoise(
+        self, latents: torch.Tensor, timestep: torch.Tensor | float | int, embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """Refuse."""
+        raise self._not_yet()
+
+    def _not_yet(self) -> ModelError:
+        return ModelError(
+            f"{self.family} can be recorded, but `elakit.generate` and guidance do not know it yet: call the pipeline "
+            "yourself inside `with elakit.record(pipe, prompt) as recording:`."
+        )

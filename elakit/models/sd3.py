@@ -1,0 +1,70 @@
+"""Stable Diffusion 3 and 3.5: an MM-DiT, where picture and text (CLIP and T5) attend to both in one softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from diffusers import SD3Transformer2DModel
+from torch import nn
+
+from elakit.models.adapter import AttentionLayer, Call
+from elakit.models.transformer import TransformerAdapter
+from elakit.words import TextSequence
+
+
+class StableDiffusion3(TransformerAdapter):
+    """Adapter of Stable Diffusion 3 pipelines.
+
+    The text is two sequences, one behind the other: that of both CLIP encoders, whose states lie side by side, and that
+    of T5. Without T5 (``text_encoder_3=None``) its positions are there, empty; they count as padding.
+
+    Picture positions attend to picture and text at once, so over the text their rows do not sum to 1.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+    """
+
+    family: ClassVar[str] = "Stable Diffusion 3/3.5"
+    model: ClassVar[type[nn.Module]] = SD3Transformer2DModel
+    model_names: ClassVar[tuple[str, ...]] = ("SD3Transformer2DModel",)
+
+    @classmethod
+    def refusal(cls, pipe: Any) -> str | None:
+        """Why this adapter cannot serve a pipeline; None when it can."""
+        if reason := super().refusal(pipe):
+            return reason
+        return "it has no CLIP tokenizer" if getattr(pipe, "tokenizer", None) is None else None
+
+    def _make_layers(self) -> tuple[AttentionLayer, ...]:
+        return tuple(
+            AttentionLayer(
+                f"transformer_blocks.{i}.attn",
+                "double",
+                block.attn.heads,
+                block.attn,
+                self.denoiser,
+                self._patch,
+                kind="joint",
+                takes_mask=False,
+                grid=self._grid,
+            )
+            for i, block in enumerate(self.pipe.transformer.transformer_blocks)
+        )
+
+    def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """What a call of the transformer is; skip-layer guidance's own passes are told apart."""
+        return replace(super().read_call(args, kwargs), conditional=kwargs.get("skip_layers") is None)
+
+    def text(self) -> tuple[TextSequence, ...]:
+        """The sequence of both CLIP encoders, then that of T5 where it is loaded."""
+        clip = TextSequence("clip", self.pipe.tokenizer, 0, int(self.pipe.tokenizer_max_length))
+        if self.pipe.text_encoder_3 is None or self.pipe.tokenizer_3 is None:
+            return (clip,)
+        return clip, TextSequence("t5", self.pipe.tokenizer_3, clip.length, self._t5_length())
+
+    def text_length(self) -> int:
+        """Text positions the denoiser sees, those of an absent T5 included."""
+        return int(self.pipe.tokenizer_max_length) + self._t5_length()
