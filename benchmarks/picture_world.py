@@ -1,72 +1,300 @@
-"""The figures of the embedded model's card: ``python -m benchmarks.picture_world``."""
+"""The figures of the embedded model's card: ``python -m benchmarks.picture_world all``, or one part of it.
+
+Every part prints rows of a Markdown table with 95 % Wilson intervals. Verdicts on generated pictures are kept in
+``work/benchmarks`` as they come, so that a part that was stopped goes on; ``--fresh`` draws again.
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
+import resource
+import subprocess
+import sys
 import time
-from typing import Annotated
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 from PIL import Image
+from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
 import elakit
+from elakit.agreement import agreement_iou, downscale
+from elakit.errors import SettingError
 from elakit.judge import judge
-from elakit.judge.verdict import segment
-from elakit.world.scenes import sample
+from elakit.judge.segmenter import LEAST_AREA, find_things, segment
+from elakit.resources import data_path
+from elakit.world.mixtures import KINDS, sample_mixture
+from elakit.world.scenes import Scene, World, sample
 from elakit.world.training.autoencoder import psnr
 from elakit.world.training.config import read_config
 from elakit.world.training.data import compose_scenes
-from elakit.world.training.judge import rebuild
+from elakit.world.training.judge import judges_world, rebuild, unseen
 from elakit.world.vocabulary import COLOURS, NOUNS
 
+PARTS = ("vae", "judge", "singles", "pairs", "words", "attention", "cost", "sheet")
+SEEDS = 4
+BATCH = 12
+STEPS, GUIDANCE_SCALE = 25, 4.0
+Out = Annotated[Path, typer.Option(help="Folder for verdicts and the contact sheet.")]
 
-def draw(pipe, prompts: list[str], seed: int, batch: int = 16) -> list[Image.Image]:
-    pictures: list[Image.Image] = []
-    for start in tqdm(range(0, len(prompts), batch), unit="batch", leave=False):
-        part = prompts[start : start + batch]
-        generators = [torch.Generator().manual_seed(seed) for _ in part]
-        pictures += pipe(part, num_inference_steps=25, guidance_scale=4.0, generator=generators).images
-    return pictures
+app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 
-def main(
-    scenes: Annotated[int, typer.Option(help="Held-out scenes for autoencoder and judge.")] = 500,
-    singles: Annotated[int, typer.Option(help="Prompts of one noun and at most one colour, of 288.")] = 96,
-) -> None:
-    """Measure autoencoder, judge and denoiser; ``python -m benchmarks.ela`` measures pairs."""
+def show(what: str, hits: Any, bar: str = "") -> None:
+    """A row of the table: a share with its interval."""
+    hits = np.asarray(hits, bool)
+    low, high = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
+    print(f"| {what} | {hits.mean():.3f} ({low:.3f} to {high:.3f}, n = {len(hits)}) | {bar} |", flush=True)
+
+
+def right(scene: Scene, image: Image.Image, pipe: Any) -> tuple[bool, list[tuple[str | None, str | None]]]:
+    """Whether the judge sees exactly the scene's entities in their colours; and (asked, seen) of the colours."""
+    verdict = judge(image, elakit.parse(" and ".join(f"a [{e.subject.words}]" for e in scene.entities), pipe))
+    colours = [(c, verdict.colours[e]) for e, c in verdict.asked.items() if c and verdict.present[e]]
+    return verdict.success and not verdict.extra, colours
+
+
+def of_judge(scenes: list[Scene], pipe: Any) -> tuple[list[bool], list[bool]]:
+    seen = [right(scene, Image.fromarray(scene.image), pipe) for scene in tqdm(scenes, leave=False)]
+    return [r for r, _ in seen], [asked == got for _, colours in seen for asked, got in colours]
+
+
+@app.command()
+def vae(scenes: int = 500) -> None:
+    """Autoencoder: PSNR, and the judge's classes before and after it."""
+    pipe, world = elakit.load("picture-world"), read_config().world
+    data = compose_scenes(world, scenes, seed=1_000_002)
+    print(f"| autoencoder: PSNR, mean of {scenes} new scenes | {psnr(pipe.vae, data, scenes):.1f} dB | >= 28 dB |")
+    same = []
+    for start in range(0, scenes, 50):
+        pictures = data.pictures[start : start + 50]
+        before, after = segment(pictures).classes, segment(rebuild(pictures, pipe.vae, torch.device("cpu"))).classes
+        same += [_classes(a) == _classes(b) for a, b in zip(before, after, strict=True)]
+    show("autoencoder: judged classes the same after it", same, ">= .98")
+
+
+def _classes(seen: np.ndarray) -> set[int]:
+    return {int(c) for c in np.unique(seen) if c and (seen == c).mean() >= LEAST_AREA}
+
+
+@app.command("judge")
+def judge_(scenes: int = 1000) -> None:
+    """Judge: new scenes, drawings of artists it never saw, colours, hybrids."""
+    pipe, world = elakit.load("picture-world"), read_config().world
+    rng = np.random.default_rng(9_000_000)
+    whole, colours = of_judge([sample(world, rng) for _ in range(scenes)], pipe)
+    show("judge: picture-world's scenes, all entities right", whole, ">= .97")
+    show("judge: colour right on these", colours, ">= .97")
+    shares = replace(world, artists=World().artists)
+    known = shares.without(unseen)
+    whole, colours = of_judge([sample(known, rng) for _ in range(scenes)], pipe)
+    show("judge: scenes of all artists it learnt from, all entities right", whole, ">= .97")
+    show("judge: colour right on these", colours, ">= .97")
+    tested = [noun for noun in NOUNS if any(unseen(d) for d in shares.drawings(noun))]
+    strange = shares.without(lambda drawing: not unseen(drawing))
+    new = (sample(strange, rng) for _ in itertools.count())
+    new = list(itertools.islice((s for s in new if all(e.subject.noun in tested for e in s.entities)), scenes))
+    whole, colours = of_judge(new, pipe)
+    show(f"judge: artist it never saw ({len(tested)} nouns), all entities right", whole, ">= .91")
+    wide = judges_world(world)
+    told: dict[str, list[bool]] = {}
+    for i in tqdm(range(scenes), leave=False):
+        mixture = sample_mixture(wide, rng, (KINDS[i % len(KINDS)],))
+        told.setdefault(mixture.kind, []).append(_mixed(mixture.image))
+    pairs = replace(wide, entities=(0.0, 1.0, 0.0)).without(unseen)
+    apart = [not _mixed(sample(pairs, rng).image) for _ in tqdm(range(scenes // 2), leave=False)]
+    behind = [not _mixed(sample_mixture(wide, rng, ("occluded",)).image) for _ in tqdm(range(scenes // 2), leave=False)]
+    hits = [hit for row in told.values() for hit in row]
+    show("judge: hybrids told from pairs (all of the following)", [*hits, *apart, *behind], ">= .95")
+    for kind, row in told.items():
+        show(f"judge: hybrids seen as such, {kind}", row)
+    show("judge: pairs side by side seen as pairs", apart)
+    show("judge: pairs partly behind each other seen as pairs", behind)
+
+
+def _mixed(image: np.ndarray) -> bool:
+    return any(thing.mixed_with for thing in find_things(Image.fromarray(image)))
+
+
+def benchmark_prompts() -> list[str]:
+    table = json.loads(data_path("prompts", "attend_and_excite.json").read_text(encoding="utf-8"))
+    return [prompt for group in table.values() for prompt in group]
+
+
+def single_prompts() -> list[str]:
+    return [f"a {c} {n}" if c else f"a {n}" for n in NOUNS for c in (None, *COLOURS)]
+
+
+def verdicts(name: str, prompts: list[str], seeds: range, out: Path, fresh: bool, neutral: bool = False) -> list[dict]:
+    """Draw every prompt with every seed and judge it; what is in the file of an earlier run is not drawn again."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}.jsonl"
+    if fresh:
+        path.unlink(missing_ok=True)
+    kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    known = {(row["prompt"], row["seed"]) for row in kept}
+    jobs = [(prompt, seed) for seed in seeds for prompt in prompts if (prompt, seed) not in known]
     pipe = elakit.load("picture-world")
     pipe.set_progress_bar_config(disable=True)
-    world = read_config().world
-    rng = np.random.default_rng(9_000_000)
-    print(f"autoencoder PSNR: {psnr(pipe.vae, compose_scenes(world, 256, seed=1_000_001)):.1f} dB on 256 new scenes")
-    right, colours = [], []
-    for _ in range(scenes):
-        scene = sample(world, rng)
-        words = " and ".join(f"a [{entity.subject.words}]" for entity in scene.entities)
-        verdict = judge(Image.fromarray(scene.image), elakit.parse(words, pipe))
-        right.append(verdict.success)
-        colours += [verdict.colours[e] == c for e, c in verdict.asked.items() if c and verdict.present[e]]
-    print(f"judge on {scenes} new scenes: whole scene right {np.mean(right):.3f}, colour right {np.mean(colours):.3f}")
-    data = compose_scenes(world, 3 * 128, seed=1_000_002)
-    before, after = segment(data.pictures[::3]), segment(rebuild(data, pipe.vae, 128, torch.device("cpu")))
-    same = [set(np.unique(a)[1:]) == set(np.unique(b)[1:]) for a, b in zip(before, after, strict=True)]
-    print(f"judged classes the same after the autoencoder: {np.mean(same):.3f} of 128 scenes")
-    every = [f"a {c} {n}" if c else f"a {n}" for n in NOUNS for c in (None, *COLOURS)]
-    prompts = [every[i] for i in np.random.default_rng(0).permutation(len(every))[:singles]]
-    verdicts = [
-        judge(picture, elakit.parse(text, pipe)) for text, picture in zip(prompts, draw(pipe, prompts, 0), strict=True)
-    ]
-    there, success = ([f(v) for v in verdicts] for f in (lambda v: all(v.present.values()), lambda v: v.success))
+    with path.open("a") as file, tqdm(total=len(jobs), desc=name, unit="picture", mininterval=10) as bar:
+        for start in range(0, len(jobs), BATCH):
+            part = jobs[start : start + BATCH]
+            for (prompt, seed), picture in zip(part, draw(pipe, part, neutral), strict=True):
+                verdict = judge(picture, elakit.parse(prompt, pipe))
+                row = {
+                    "prompt": prompt,
+                    "seed": seed,
+                    "success": verdict.success,
+                    "present": all(verdict.present.values()),
+                    "failures": verdict.failures,
+                    "extra": verdict.extra,
+                    "said": str(verdict),
+                }
+                kept.append(row)
+                file.write(json.dumps(row) + "\n")
+            file.flush()
+            bar.update(len(part))
+    wanted = {(prompt, seed) for prompt in prompts for seed in seeds}
+    return [row for row in kept if (row["prompt"], row["seed"]) in wanted]
+
+
+@torch.no_grad()
+def draw(pipe: Any, jobs: list[tuple[str, int]], neutral: bool = False) -> list[Image.Image]:
+    """Pictures of (prompt, seed); `neutral` gives end-of-text and padding the states of an empty prompt."""
+    prompts = [prompt for prompt, _ in jobs]
+    tokens = pipe.tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids
+    states = pipe.text_encoder(tokens).last_hidden_state
+    states, empty = states[:-1], states[-1:]
+    if neutral:
+        states = torch.where((tokens[:-1] == pipe.tokenizer.eos_token_id)[..., None], empty, states)
+    generators = [torch.Generator().manual_seed(seed) for _, seed in jobs]
+    return pipe(
+        prompt_embeds=states,
+        negative_prompt_embeds=empty.expand_as(states),
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+        generator=generators,
+    ).images
+
+
+@app.command()
+def singles(seeds: int = SEEDS, out: Out = Path("work/benchmarks"), fresh: bool = False) -> None:
+    """Single entities: 24 nouns, as drawn and in 11 colours."""
+    rows = verdicts("singles", single_prompts(), range(seeds), out, fresh)
+    show(f"single entities, seeds 0 to {seeds - 1}: noun and colour right", [r["success"] for r in rows], ">= .95")
+    show("single entities: noun right", [r["present"] for r in rows])
+    show("single entities: nothing else in the picture", [not r["extra"] for r in rows])
+
+
+@app.command()
+def pairs(seeds: int = SEEDS, out: Out = Path("work/benchmarks"), fresh: bool = False) -> None:
+    """The 276 prompts of Attend-and-Excite: success, and what the failures are."""
+    rows = verdicts("pairs", benchmark_prompts(), range(seeds), out, fresh)
+    show(f"A&E prompts, seeds 0 to {seeds - 1}: success", [r["success"] for r in rows], ".35 to .70")
+    failed = [r for r in rows if not r["success"]]
+    for kind in ("neglect", "mixture", "wrong colour"):
+        show(f"A&E prompts: {kind} among the failures", [kind in r["failures"] for r in failed], ">= .10")
+    show("A&E prompts: all present", [r["present"] for r in rows])
+    table = json.loads(data_path("prompts", "attend_and_excite.json").read_text(encoding="utf-8"))
+    for group, prompts in table.items():
+        show(f"A&E prompts: success, {group}", [r["success"] for r in rows if r["prompt"] in set(prompts)])
+    held = read_config().world.held_out_pairs()
+    for what, never in (("shown together in training", False), ("never shown together", True)):
+        chosen = [r for r in rows if (frozenset(n for n in NOUNS if n in r["prompt"].split()) in held) == never]
+        show(f"A&E prompts: success, nouns {what}", [r["success"] for r in chosen])
+
+
+@app.command()
+def words(seeds: int = SEEDS, out: Out = Path("work/benchmarks"), fresh: bool = False) -> None:
+    """The words carry the meaning: end-of-text and padding replaced by an empty prompt's."""
+    plain = verdicts("pairs", benchmark_prompts(), range(seeds), out, fresh)
+    neutral = verdicts("neutral", benchmark_prompts(), range(seeds), out, fresh, neutral=True)
+    show("A&E prompts: all present, as it is", [r["present"] for r in plain])
+    show("A&E prompts: all present, end and padding neutral", [r["present"] for r in neutral], "at most .15 less")
+    show("A&E prompts: success, end and padding neutral", [r["success"] for r in neutral])
+
+
+@app.command()
+def attention(count: int = 276, seed: int = 0) -> None:
+    """The noun's own decoder map at 16 x 16 (Otsu) against the judge's mask, on pictures that succeed."""
+    pipe = elakit.load("picture-world")
+    found = []
+    for text in tqdm(benchmark_prompts()[:: max(1, 276 // count)], unit="picture", mininterval=10):
+        run = elakit.generate(pipe, text, seed=seed, progress=False)
+        verdict = judge(run.image, run.prompt)
+        if verdict.success:
+            maps = run.recording.maps("entities", "up", 16).mean("step").values
+            found += agreement_iou(maps, downscale(verdict.masks, maps.shape[-2:])).tolist()
     print(
-        f"single entities: noun and colour right {np.mean(success):.3f}, noun right {np.mean(there):.3f} "
-        f"({len(prompts)} of the {len(every)} combinations, seed 0)"
+        f"| noun's decoder map (Otsu) against judge's mask, mean IoU of {len(found)} | {np.mean(found):.3f} | >= .5 |"
     )
-    began = time.perf_counter()
-    elakit.generate(pipe, "a cat and a lion", seed=0, progress=False)
-    print(f"one recorded picture of 25 steps: {time.perf_counter() - began:.2f} s")
+
+
+@app.command()
+def cost(pictures: int = 5) -> None:
+    """Time of a recorded picture, against a plain one in turn, and peak memory of the process."""
+    pipe = elakit.load("picture-world")
+    pipe.set_progress_bar_config(disable=True)
+    draw(pipe, [("a cat", 0)])
+    plain, recorded = [], []
+    for seed in range(pictures):
+        began = time.perf_counter()
+        draw(pipe, [("a cat and a lion", seed)])
+        middle = time.perf_counter()
+        elakit.generate(pipe, "a cat and a lion", seed=seed, progress=False)
+        plain.append(middle - began)
+        recorded.append(time.perf_counter() - middle)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"| a recorded picture, 25 steps, batch 1, median of {pictures} | {np.median(recorded):.2f} s | <= 3 s |")
+    print(f"| its time relative to a plain one | {np.median(np.array(recorded) / plain):.2f} | |")
+    print(f"| peak memory of the process | {peak:.2f} GiB | < 2 GB |")
+
+
+@app.command()
+def sheet(out: Path = Path("work/benchmarks/contact_sheet.png")) -> None:
+    """36 pictures, seeds 0 to 35, unpicked: prompts of one, two and three things in turn."""
+    pipe = elakit.load("picture-world")
+    pipe.set_progress_bar_config(disable=True)
+    jobs = list(zip(sheet_prompts(), range(36), strict=True))
+    pictures = [p for start in range(0, 36, BATCH) for p in draw(pipe, jobs[start : start + BATCH])]
+    side = pictures[0].width
+    page = Image.new("RGB", (6 * side, 6 * side))
+    for i, picture in enumerate(pictures):
+        page.paste(picture, (i % 6 * side, i // 6 * side))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    page.save(out, optimize=True)
+    for row in range(6):
+        print("; ".join(prompt for prompt, _ in jobs[6 * row : 6 * row + 6]))
+
+
+def sheet_prompts() -> list[str]:
+    """18 single things (every noun before any comes again), 15 of the benchmark's pairs, 3 of three things."""
+    rng = np.random.default_rng(0)
+    nouns = rng.permutation(NOUNS)
+    single = [f"a {rng.choice(COLOURS)} {n}" if i % 2 else f"a {n}" for i, n in enumerate(nouns[:18])]
+    pairs_ = [str(p) for p in rng.choice(benchmark_prompts(), 15, replace=False)]
+    three = ["a red bird, a green car and a dog", "a cat, a lion and a frog", "a blue bowl next to an apple and a bear"]
+    order = rng.permutation(36)
+    every = [*single, *pairs_, *three]
+    return [every[i] for i in order]
+
+
+@app.command("all")
+def all_(fresh: bool = False) -> None:
+    """Every part in a process of its own."""
+    for part in PARTS:
+        command = [sys.executable, "-m", "benchmarks.picture_world", part]
+        subprocess.run(command + ["--fresh"] * (fresh and part in ("singles", "pairs", "words")), check=True)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        app()
+    except SettingError as error:
+        sys.exit(str(error))

@@ -1,6 +1,6 @@
 """elakit: see, measure and mend concept bleeding in text-to-image diffusion models."""
 
-from elakit import errors, plot, regions
+from elakit import agreement, errors, plot, regions
 from elakit import judge as judge
 from elakit.attention import Recording, RecordSpec, open_recording, record
 from elakit.bleeding import Bleeding
@@ -22,6 +22,7 @@ __all__ = [
     "Recording",
     "Run",
     "Token",
+    "agreement",
     "compare",
     "diagnose",
     "errors",

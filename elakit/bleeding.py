@@ -12,14 +12,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
+from elakit.agreement import (
+    agreement_iou,
+    area_mean,
+    as_maps,
+    as_masks,
+    auc,
+    broadcast,
+    downscale,
+    pointing_game,
+    same_size,
+    truth_masks,
+)
 from elakit.errors import SettingError
 from elakit.regions import Regions, as_array, check_disjoint, otsu_masks, step_labels, steps_first
+
+if TYPE_CHECKING:
+    from elakit.judge import Verdict
 
 __all__ = [
     "BACKGROUND",
@@ -38,6 +53,7 @@ __all__ = [
     "measure",
     "soft_overlap",
     "spill",
+    "truth_leakage",
 ]
 
 BACKGROUND = "background"
@@ -100,7 +116,7 @@ def distribution(maps: Any) -> np.ndarray:
     >>> distribution([[[1., 3.]], [[0., 0.]]]).tolist()
     [[[0.25, 0.75]], [[0.5, 0.5]]]
     """
-    values = _maps(maps, "maps")
+    values = as_maps(maps, "maps")
     # Dividing by the largest first keeps sums of subnormal numbers from vanishing or overflowing.
     top = values.max(axis=(-2, -1), keepdims=True)
     values = np.where(top > 0, values / np.where(top > 0, top, 1.0), 1.0)
@@ -135,18 +151,58 @@ def leakage(maps: Any, masks: Any) -> np.ndarray:
            [0. , 0.8, 0.2]])
     """
     p = distribution(maps)
-    regions = _masks(masks, "masks")
+    regions = as_masks(masks, "masks")
     if p.ndim < 3 or regions.ndim < 3:
         raise SettingError(f"maps {p.shape} and masks {regions.shape} need (..., entity, y, x) and (..., region, y, x)")
-    _same_size(p, regions)
+    same_size(p, regions)
     check_disjoint(regions)
     regions = np.concatenate([regions, ~regions.any(axis=-3, keepdims=True)], axis=-3)
-    try:
-        return np.einsum("...eyx,...ryx->...er", p, regions.astype(np.float64))
-    except ValueError:
-        raise SettingError(
-            f"leading dimensions of maps {p.shape[:-3]} and masks {regions.shape[:-3]} do not belong together"
-        ) from None
+    return _shares(p, regions)
+
+
+def truth_leakage(maps: Any, masks: Any) -> np.ndarray:
+    """Share of each map's mass on each thing in the finished picture, and on the rest of it.
+
+    Parameters
+    ----------
+    maps : array or tensor, (..., entity, y, x)
+        Attention maps, on any scale; finite and not negative.
+    masks : bool array, (..., thing, y, x)
+        Where each thing is in the picture, at any resolution. They may overlap, as those of two things fused
+        into one do.
+
+    Returns
+    -------
+    float array, (..., entity, thing + 1)
+        The last column is the rest of the picture. Rows sum to 1; a thing that is not there has a column of
+        zeros.
+
+    Raises
+    ------
+    SettingError
+        Shapes that do not belong together, NaN, infinite or negative values.
+
+    Notes
+    -----
+    A cell's mass is spread evenly over the pixels it covers, so that a cell that a thing half fills counts by
+    half. Pixels that several things share count for each in equal parts, whatever the order of the things.
+
+    Examples
+    --------
+    Four cells over a picture of eight pixels; the cat fills a cell and a half, the frog the last one:
+
+    >>> cat, frog = [[6., 2., 1., 1.]], [[0., 0., 4., 1.]]
+    >>> truth_leakage([cat, frog], [[[1, 1, 1, 0, 0, 0, 0, 0]], [[0, 0, 0, 0, 0, 0, 1, 1]]])
+    array([[0.7, 0.1, 0.2],
+           [0. , 0.2, 0.8]])
+    """
+    p = distribution(maps)
+    things = as_masks(masks, "masks")
+    if p.ndim < 3 or things.ndim < 3:
+        raise SettingError(f"maps {p.shape} and masks {things.shape} need (..., entity, y, x) and (..., thing, y, x)")
+    claims = things.sum(axis=-3, keepdims=True)
+    parts = np.concatenate([things / np.maximum(claims, 1), claims == 0], axis=-3)
+    return _shares(p, area_mean(parts, p.shape[-2:]))
 
 
 def bleed(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
@@ -234,9 +290,9 @@ def mask_overlap(a: Any, b: Any) -> MaskOverlap:
     >>> float(overlap.iou), float(overlap.dice), float(overlap.coefficient)
     (0.25, 0.4, 0.5)
     """
-    a, b = _masks(a, "a"), _masks(b, "b")
-    _same_size(a, b)
-    a, b = _broadcast(a, b)
+    a, b = as_masks(a, "a"), as_masks(b, "b")
+    same_size(a, b)
+    a, b = broadcast(a, b)
     both = (a & b).sum(axis=(-2, -1))
     size_a, size_b = a.sum(axis=(-2, -1)), b.sum(axis=(-2, -1))
     return MaskOverlap(
@@ -277,9 +333,9 @@ def soft_overlap(a: Any, b: Any) -> SoftOverlap:
     >>> float(overlap.ruzicka), round(float(overlap.astar), 3)
     (0.4, 0.286)
     """
-    a, b = _maps(a, "a"), _maps(b, "b")
-    _same_size(a, b)
-    a, b = _broadcast(a, b)
+    a, b = as_maps(a, "a"), as_maps(b, "b")
+    same_size(a, b)
+    a, b = broadcast(a, b)
     # Scaled by the pair's largest value, so that subnormal maps do not underflow.
     top = np.maximum(a.max(axis=(-2, -1), keepdims=True), b.max(axis=(-2, -1), keepdims=True))
     a, b = a / np.where(top > 0, top, 1.0), b / np.where(top > 0, top, 1.0)
@@ -315,8 +371,8 @@ def divergence(a: Any, b: Any) -> Divergence:
     [0.0, 0.0, 0.0]
     """
     p, q = distribution(a), distribution(b)
-    _same_size(p, q)
-    p, q = _broadcast(p, q)
+    same_size(p, q)
+    p, q = broadcast(p, q)
     high_p, high_q = np.maximum(p, TINY), np.maximum(q, TINY)
     symmetric = 0.5 * ((high_p - high_q) * (np.log(high_p) - np.log(high_q))).sum(axis=(-2, -1))  # no term is negative
     middle = np.log(np.maximum((p + q) / 2, TINY))
@@ -378,11 +434,18 @@ class Bleeding:
         The same for attributes, in the regions of the entities; coordinate `owner` (attribute).
     frame : DataFrame
         What :meth:`to_frame` gives.
+    truth_leakage : DataArray, float (step, entity, region), or None
+        As `leakage`, with the entities' places in the finished picture for regions; None where the picture was
+        not judged.
+    attribute_truth_leakage : DataArray, float (step, attribute, region), or None
+        The same for attributes.
     """
 
     leakage: xr.DataArray
     attribute_leakage: xr.DataArray | None
     frame: pd.DataFrame
+    truth_leakage: xr.DataArray | None = None
+    attribute_truth_leakage: xr.DataArray | None = None
 
     def to_frame(self) -> pd.DataFrame:
         """All measures as a tidy table.
@@ -410,11 +473,16 @@ class Bleeding:
             attribute_spill                       attribute      owner   0 to 1
             attribute_overlap (Ruzicka)           attribute      entity  0 to 1
             attribute_margin                      attribute      owner   -1 to 1
+            truth_iou, truth_auc, pointing        entity                 0 to 1, or NaN
+            truth_leakage                         entity         region  0 to 1
+            attribute_truth_leakage               attribute      region  0 to 1
             start_mass, end_mass                                         0 to 1
             ====================================  =============  ======  ===============
 
             Regions include "background". Mask overlap is of the Otsu mask of each map, soft overlap of the
-            maps as distributions; see :func:`measure`.
+            maps as distributions; see :func:`measure`. The measures called truth, and pointing, set attention
+            against the finished picture and are there only where it was judged: the first three are NaN for an
+            entity that is not in the picture (truth_auc also for one that fills it), the leakage onto it is 0.
         """
         return self.frame.copy()
 
@@ -424,7 +492,7 @@ class Bleeding:
         Returns
         -------
         DataFrame
-            Columns measure, entity, other, value.
+            Columns measure, entity, other, value; NaN where a measure is NaN at every step.
         """
         return self.frame.groupby(["measure", "entity", "other"], sort=False, as_index=False)["value"].mean()
 
@@ -453,6 +521,10 @@ class Bleeding:
             bound = wide(["attribute_margin", "attribute_intrusion"], ["entity", "other"])
             bound.index = pd.Index([f"{a} of {b}" for a, b in bound.index])
             tables.append(("Attributes", bound))
+        if self.truth_leakage is not None:
+            agreement = wide(["truth_iou", "truth_auc", "pointing"], ["entity"]).reindex(entities)
+            lies = self.truth_leakage.mean("step").to_pandas().rename(columns=lambda label: f"on {label}")
+            tables.append(("Attention against the picture", agreement.join(lies).rename_axis(index=None)))
         masses = overall[overall["measure"].isin(["start_mass", "end_mass"])]
         if len(masses):
             tables.append(("Mass apart from the words", masses.set_index("measure")[["value"]].rename_axis(index=None)))
@@ -463,12 +535,12 @@ class Bleeding:
         return f"Bleeding, means over {steps} step{'s' if steps != 1 else ''}"
 
     def __repr__(self) -> str:
-        blocks = [f"{title}\n{table.to_string(float_format='%.3f')}" for title, table in self._tables()]
+        blocks = [f"{title}\n{table.to_string(float_format='%.3f', na_rep='–')}" for title, table in self._tables()]
         return "\n\n".join([self._title(), *blocks])
 
     def _repr_html_(self) -> str:
         blocks = [
-            f"<p>{escape(title)}</p>\n{table.to_html(float_format='%.3f', border=0, escape=True)}"
+            f"<p>{escape(title)}</p>\n{table.to_html(float_format='%.3f', na_rep='–', border=0, escape=True)}"
             for title, table in self._tables()
         ]
         return "\n".join([f"<div><strong>{escape(self._title())}</strong>", *blocks, "</div>"])
@@ -482,6 +554,7 @@ def measure(
     *,
     start: xr.DataArray | None = None,
     end: xr.DataArray | None = None,
+    truth: Verdict | xr.DataArray | None = None,
 ) -> Bleeding:
     """Measure the bleeding of a run, step by step.
 
@@ -499,6 +572,9 @@ def measure(
     start, end : DataArray, (step,), optional
         Attention mass on start-of-text, and on end-of-text with padding (means over space, 0 to 1). Reported
         apart.
+    truth : Verdict or DataArray, bool (entity, y, x), optional
+        Where each entity is in the finished picture, at any resolution, as a judge saw it; an empty mask where it
+        is not. Attention is then set against the picture too.
 
     Returns
     -------
@@ -515,6 +591,11 @@ def measure(
     Mask overlap binarises each map by itself with Otsu's threshold, because regions never
     overlap. Soft overlap is taken of the maps as distributions, so that it tells of places and not of one
     entity's map being weaker.
+
+    With `truth`, truth_iou, truth_auc and pointing are :func:`elakit.agreement.agreement_iou`,
+    :func:`~elakit.agreement.auc` and :func:`~elakit.agreement.pointing_game` of each map against the entity's mask,
+    brought to the maps' grid by :func:`~elakit.agreement.downscale`; truth_leakage and attribute_truth_leakage are
+    :func:`truth_leakage`, which takes the masks as they are.
 
     Examples
     --------
@@ -533,6 +614,15 @@ def measure(
     [[0.8, 0.1, 0.1], [0.0, 0.8, 0.2]]
     >>> bleeding.to_frame().query("measure == 'bleed'")[["entity", "value"]].round(3).values.tolist()
     [['cat', 0.2], ['frog', 0.2]]
+
+    In the picture the frog came to be where the cat's attention was, and the cat is missing:
+
+    >>> seen = regions.copy(data=[[[False, False, False, False]], [[True, True, False, False]]])
+    >>> judged = measure(maps, regions, truth=seen)
+    >>> judged.truth_leakage.sel(step=0, region="frog").values.round(3).tolist()
+    [0.8, 0.0]
+    >>> judged.to_frame().query("measure == 'pointing'")["value"].tolist()
+    [nan, 0.0]
     """
     maps = steps_first(maps, "maps")
     names = _labels(maps, "maps")
@@ -565,10 +655,18 @@ def measure(
     attribute_leak = None
     if attributes is not None:
         attribute_leak = _add_attributes(table, names, values, masks, steps, attributes, owners)
+    truth_leak, attribute_truth = None, None
+    if truth is not None:
+        seen = truth_masks(truth, names, values.shape[-2:])
+        _add_agreement(table, names, values, seen)
+        truth_leak = _add_truth_leakage(table, leak, values, seen)
+        if attributes is not None and attribute_leak is not None:
+            words = steps_first(attributes, "attributes").values
+            attribute_truth = _add_truth_leakage(table, attribute_leak, words, seen)
     for name, mass in (("start_mass", start), ("end_mass", end)):
         if mass is not None:
             table.add(name, [("", "")], _mass(mass, name.split("_")[0], steps)[:, None])
-    return Bleeding(leak, attribute_leak, table.frame())
+    return Bleeding(leak, attribute_leak, table.frame(), truth_leak, attribute_truth)
 
 
 # --- parts of measure ---------------------------------------------------------------------------------------
@@ -678,6 +776,22 @@ def _add_attributes(
     )
 
 
+def _add_agreement(table: _Table, names: list[str], values: np.ndarray, seen: np.ndarray) -> None:
+    alone = [(name, "") for name in names]
+    cells = downscale(seen, values.shape[-2:])
+    for name, function in (("truth_iou", agreement_iou), ("truth_auc", auc), ("pointing", pointing_game)):
+        table.add(name, alone, function(values, cells))
+
+
+def _add_truth_leakage(table: _Table, leak: xr.DataArray, values: np.ndarray, seen: np.ndarray) -> xr.DataArray:
+    """The leakage of entities or attributes again, with what is in the picture for regions."""
+    matrix = truth_leakage(values, seen)
+    name = str(leak.name).replace("leakage", "truth_leakage")
+    rows, regions = (leak[leak.dims[i]].values.tolist() for i in (1, 2))
+    table.add(name, [(row, region) for row in rows for region in regions], matrix.reshape(len(matrix), -1))
+    return leak.copy(data=matrix).rename(name)
+
+
 def _attribute_overlap(attributes: Any, entities: Any) -> np.ndarray:
     """Ruzicka overlap of every attribute with every entity as distributions, (..., attribute, entity)."""
     words, things = distribution(attributes), distribution(entities)
@@ -733,33 +847,14 @@ def _mass(mass: xr.DataArray, what: str, steps: np.ndarray) -> np.ndarray:
 # --- arguments ----------------------------------------------------------------------------------------------
 
 
-def _maps(maps: Any, what: str) -> np.ndarray:
-    values = as_array(maps, what)
-    if values.ndim < 2 or 0 in values.shape[-2:]:
-        raise SettingError(f"{what} have shape {values.shape}; they need (..., y, x) with at least one cell")
-    return values
-
-
-def _masks(masks: Any, what: str) -> np.ndarray:
-    values = as_array(masks, what)
-    if values.ndim < 2 or ((values != 0) & (values != 1)).any():
-        raise SettingError(
-            f"{what} must be boolean masks (..., y, x); binarise maps first, for instance with otsu_masks"
-        )
-    return values.astype(bool)
-
-
-def _same_size(a: np.ndarray, b: np.ndarray) -> None:
-    if a.shape[-2:] != b.shape[-2:]:
-        raise SettingError(f"sizes {a.shape[-2:]} and {b.shape[-2:]} (y, x) differ; resize one first")
-
-
-def _broadcast(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _shares(p: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Mass of each distribution (..., entity, y, x) in each part (..., part, y, x) of space."""
     try:
-        a, b = np.broadcast_arrays(a, b)
+        return np.einsum("...eyx,...ryx->...er", p, parts.astype(np.float64))
     except ValueError:
-        raise SettingError(f"leading dimensions {a.shape[:-2]} and {b.shape[:-2]} do not belong together") from None
-    return a, b
+        raise SettingError(
+            f"leading dimensions of maps {p.shape[:-3]} and masks {parts.shape[:-3]} do not belong together"
+        ) from None
 
 
 def _ratio(part: Any, whole: Any) -> Any:

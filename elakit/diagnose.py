@@ -12,7 +12,7 @@ import pandas as pd
 from elakit.errors import SettingError
 from elakit.generate import Run, generate
 from elakit.guidance import METHODS, Method
-from elakit.judge import Verdict, judge, knows
+from elakit.judge import Verdict
 from elakit.prompt import Prompt, parse
 
 Outcome = Literal["mended", "harmed", "right", "wrong"]
@@ -153,7 +153,6 @@ def diagnose(
     else:
         chosen = method
     began = time.perf_counter()
-    known = knows(parsed)
     pairs = []
     for i, seed in enumerate(numbers):
         runs = []
@@ -171,8 +170,7 @@ def diagnose(
                     progress=False,
                 )
             )
-        verdicts = [judge(run.image, parsed) if known else None for run in runs]
-        pairs.append(Pair(runs[0], runs[1], verdicts[0], verdicts[1]))
+        pairs.append(Pair(runs[0], runs[1], runs[0].verdict, runs[1].verdict))
     options = {key: value for key, value in vars(chosen).items() if not key.startswith("_")}
     return Diagnosis(parsed, chosen.name, options, tuple(pairs), time.perf_counter() - began)
 

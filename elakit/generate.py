@@ -23,7 +23,8 @@ from elakit.attention import Recording, RecordSpec, open_recording, record
 from elakit.bleeding import Bleeding, measure
 from elakit.errors import OutputError, RecordingError, SettingError
 from elakit.guidance import ELA, Guide, Method, Trace
-from elakit.models import adapter_for, default_settings, name_of
+from elakit.judge import Verdict, judge, knows
+from elakit.models import EMBEDDED, adapter_for, default_settings, name_of
 from elakit.prompt import Prompt, parse
 from elakit.regions import localize_steps
 
@@ -77,8 +78,44 @@ class Run:
         return localize_steps(self.entity_maps(), rest.sum("token"), **ELA().localisation())
 
     @cached_property
+    def verdict(self) -> Verdict | None:
+        """What the judge sees in the picture; None where it cannot tell.
+
+        It knows the pictures of the embedded model, and prompts of that model's nouns and colours. Judge others with
+        `elakit.judge.judge` and a detector of your own, and pass what it says to `measure`.
+        """
+        if self.settings.get("model") not in EMBEDDED or not knows(self.prompt):
+            return None
+        return judge(self.image, self.prompt)
+
+    @cached_property
     def bleeding(self) -> Bleeding:
-        """Measures of bleeding, per step and overall."""
+        """Measures of bleeding, per step and overall; of a judged picture also how attention agrees with it.
+
+        That is ``run.measure(run.verdict)``.
+        """
+        return self.measure(self.verdict)
+
+    def measure(self, truth: Verdict | xr.DataArray | None = None) -> Bleeding:
+        """Measure bleeding with your own word on what is in the picture.
+
+        Parameters
+        ----------
+        truth : Verdict or DataArray, bool (entity, y, x), optional
+            Where each entity is in the picture: a verdict, or masks of the whole picture at any resolution, empty for
+            what is not there. None leaves the picture out.
+
+        Returns
+        -------
+        Bleeding
+
+        Raises
+        ------
+        RecordingError
+            The run was not recorded.
+        SettingError
+            A truth of other entities or of another shape than the picture's.
+        """
         recording, size = self._analysed(), self._analysis_size()
         mass = recording.maps(["<start>", "<end>"], ANALYSIS_LAYERS, size).mean(("y", "x"))
         attributes, owners = None, None
@@ -92,6 +129,7 @@ class Run:
             owners,
             start=mass.sel(token="<start>", drop=True),
             end=mass.sel(token="<end>", drop=True),
+            truth=truth,
         )
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:

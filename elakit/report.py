@@ -54,6 +54,14 @@ MEANINGS: dict[str, str] = {
     "attribute_overlap": "overlap (Ruzicka) of an attribute's map with an entity's",
     "attribute_margin": "overlap of an attribute with its own entity less the most with another (below 0: bound to the "
     "wrong one)",
+    "truth_iou": "overlap of an entity's map, cut at its Otsu threshold, with where the judge sees it in the finished "
+    "picture: intersection over union",
+    "truth_auc": "chance that a place on the entity, as the judge sees it, has more of its attention than one beside "
+    "it (1 always, .5 no better than a guess)",
+    "pointing": "whether the peak of an entity's attention lies on it in the finished picture (share of the steps)",
+    "truth_leakage": "share of an entity's attention that lies on a thing in the finished picture; a row sums to 1",
+    "attribute_truth_leakage": "share of an attribute's attention that lies on a thing in the finished picture; a row "
+    "sums to 1",
     "start_mass": "share of all attention on the start-of-text token",
     "end_mass": "share of all attention on end-of-text and padding",
 }
@@ -339,27 +347,12 @@ def _card(diagnosis: Diagnosis, pair: Pair, most: int = THUMBNAIL) -> _Card:
 
 
 def _picture(diagnosis: Diagnosis, run: Run, verdict: Verdict | None, name: str, most: int) -> _Picture:
-    seen = _seen(verdict) if verdict is not None else ()
+    seen = verdict.findings() if verdict is not None else ()
     judged = "".join(f" {said}." for said, _ in seen)
     alt = f"Picture of “{diagnosis.prompt.text}”, seed {run.seed}, {name}.{judged}"
     success = None if verdict is None else bool(verdict.success)
     width, height = run.image.size
     return _Picture(data_uri(run.image, most), alt, name, seen, success, width, height)
-
-
-def _seen(verdict: Verdict) -> tuple[tuple[str, bool], ...]:
-    said = []
-    for entity in verdict.entities:
-        asked, colour = verdict.asked[entity], verdict.colours[entity]
-        if not verdict.present[entity]:
-            said.append((f"{entity}: missing", False))
-        elif asked is None:
-            said.append((f"{entity}: there", True))
-        elif asked == colour:
-            said.append((f"{entity}: {colour}", True))
-        else:
-            said.append((f"{entity}: {colour or 'no colour'} instead of {asked}", False))
-    return tuple(said)
 
 
 def _guided(pair: Pair) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from elakit.bleeding import (
     measure,
     soft_overlap,
     spill,
+    truth_leakage,
 )
 from elakit.errors import SettingError
 from elakit.regions import localize, localize_steps
@@ -122,6 +124,41 @@ def test_tensors_are_taken_as_they_come():
     maps = torch.tensor(np.stack([CAT, FROG]), dtype=torch.bfloat16, requires_grad=True)
     masks = torch.tensor(np.stack([CAT_REGION, FROG_REGION]))
     np.testing.assert_allclose(leakage(maps, masks), MATRIX)
+
+
+def test_leakage_onto_the_picture_is_that_onto_its_cells():
+    # The regions as things in a picture of 4 x 12 pixels, two rows and three columns a cell.
+    picture = np.stack([CAT_REGION, FROG_REGION]).repeat(2, axis=1).repeat(3, axis=2)
+    np.testing.assert_allclose(truth_leakage([CAT, FROG], picture), MATRIX)
+    # Moved a pixel to the right, each row loses a third of its first cell and gains a third of the one after its last:
+    # the cat has 8 * 2/3 + 4 + 2/3 in the upper row and 4 * 2/3 + 0 in the lower, of 20.
+    moved = np.roll(picture, 1, axis=2)
+    assert truth_leakage([CAT, FROG], moved)[0, 0] == pytest.approx((12 + 2 / 3) / 20)
+
+
+def test_things_fused_into_one_share_its_attention():
+    body, tail = np.array([[1, 1, 0, 0], [1, 1, 0, 0]], bool), np.array([[0, 0, 1, 0], [0, 0, 0, 0]], bool)
+    # Both are seen on the body (16 of the cat's 20 are there, 3 of the frog's 10), the frog also on the tail.
+    fused = np.stack([body, body | tail])
+    matrix = truth_leakage([CAT, FROG], fused)
+    np.testing.assert_allclose(matrix, [[0.4, 0.5, 0.1], [0.15, 0.55, 0.3]])
+    np.testing.assert_allclose(truth_leakage([CAT, FROG], fused[::-1]), matrix[:, [1, 0, 2]])
+
+
+def test_nothing_lies_on_what_is_missing():
+    np.testing.assert_allclose(
+        truth_leakage([CAT, FROG], [CAT_REGION & False, CAT_REGION]), [[0, 0.8, 0.2], [0, 0.1, 0.9]]
+    )
+
+
+@given(maps_and_masks(), st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_rows_sum_to_one_on_any_picture(case, seed, high, wide):
+    maps, _ = case
+    things = np.random.default_rng(seed).random((3, high, wide)) < 0.4
+    matrix = truth_leakage(maps, things)
+    np.testing.assert_allclose(matrix.sum(axis=-1), 1, atol=1e-12)
+    assert matrix.min() >= 0
 
 
 # --- overlap ------------------------------------------------------------------------------------------------
@@ -280,6 +317,45 @@ def test_a_run_is_measured_per_step_and_overall():
     assert len(overall) * 2 == len(frame)
 
 
+def test_attention_is_set_against_the_picture():
+    maps, regions = story()
+    # At twice the maps' size the cat is where its region is; the frog is missing.
+    large = (CAT_REGION, FROG_REGION & False)
+    truth = xr.DataArray(
+        np.stack(large).repeat(2, axis=1).repeat(2, axis=2),
+        dims=("entity", "y", "x"),
+        coords={"entity": ["cat", "frog"]},
+    )
+    attributes = maps.assign_coords(token=["black", "green"])
+    bleeding = measure(maps, regions, attributes, {"black": "cat", "green": "frog"}, truth=truth)
+
+    frame, overall = bleeding.to_frame(), bleeding.overall()
+    # On the cat 8 4 4, beside it 2 0 0 1 1: every pair is in order. Otsu cuts 8 4 4 from the rest.
+    for name in ("truth_iou", "truth_auc", "pointing"):
+        assert value(frame, step=0, measure=name, entity="cat") == 1
+        assert np.isnan(value(frame, step=0, measure=name, entity="frog"))
+        assert np.isnan(value(overall, measure=name, entity="frog"))
+        assert overall[overall["measure"] == name]["value"].mean() == 1  # what is missing is left out of a mean
+    assert value(frame, step=0, measure="truth_leakage", entity="frog", other="cat") == pytest.approx(0.1)
+    assert value(frame, step=0, measure="truth_leakage", entity="frog", other="frog") == 0
+    assert value(overall, measure="truth_leakage", entity="frog", other="background") == pytest.approx(0.95)
+    assert value(frame, step=0, measure="attribute_truth_leakage", entity="green", other="cat") == pytest.approx(0.1)
+    assert bleeding.truth_leakage.timestep.values.tolist() == [981, 701]
+    np.testing.assert_allclose(bleeding.truth_leakage.sel(step=0), [[0.8, 0, 0.2], [0.1, 0, 0.9]])
+    assert bleeding.attribute_truth_leakage.owner.values.tolist() == ["cat", "frog"]
+
+    text = repr(bleeding)
+    assert "Attention against the picture" in text
+    assert re.search(r"frog +– +– +– +0.050 +0.000 +0.950", text)
+    assert "–" in bleeding._repr_html_()
+    # What does not ask for the picture is as it was.
+    plain = measure(maps, regions, attributes, {"black": "cat", "green": "frog"})
+    assert "picture" not in repr(plain)
+    pd.testing.assert_frame_equal(
+        frame[~frame["measure"].str.contains("truth|pointing")].reset_index(drop=True), plain.to_frame()
+    )
+
+
 def test_the_frame_is_the_users_own_to_change():
     bleeding = measure(*story())
     frame = bleeding.to_frame()
@@ -394,6 +470,9 @@ def test_it_reads_well_as_text_and_as_html():
         (lambda: leakage([CAT], [CAT_REGION[:, :3]]), "resize"),
         (lambda: leakage([CAT], [CAT]), "boolean masks"),
         (lambda: leakage([CAT * np.nan], [CAT_REGION]), "NaN"),
+        (lambda: truth_leakage([CAT], CAT_REGION), "need"),
+        (lambda: truth_leakage([CAT], [CAT]), "boolean masks"),
+        (lambda: truth_leakage(np.ones((2, 1, 2, 4)), np.zeros((3, 1, 2, 4), bool)), "leading dimensions"),
         (lambda: leakage([-CAT], [CAT_REGION]), "never negative"),
         (lambda: leakage(np.ones((2, 1, 2, 4)), np.zeros((3, 1, 2, 4), bool)), "leading dimensions"),
         (lambda: bleed([[0.5, 0.3, 0.2]]), "own="),
@@ -431,6 +510,10 @@ def test_parts_that_do_not_belong_together_are_refused():
         (lambda: measure(maps, regions, start=maps.isel(token=0)), "take the mean"),
         (lambda: measure(maps, regions, end=xr.DataArray([0.5], dims="step")), "same steps"),
         (lambda: measure(maps.assign_coords(token=["cat", "background"]), regions), "rename"),
+        (lambda: measure(maps, regions, truth=regions), "a picture has no steps"),
+        (lambda: measure(maps, regions, truth=regions.isel(step=0, entity=[0])), "same entities"),
+        (lambda: measure(maps, regions, truth=regions.isel(step=0, x=slice(2))), "another shape"),
+        (lambda: measure(maps, regions, truth=regions.isel(step=0) * 0.5), "boolean"),
     ]
     for call, says in cases:
         with pytest.raises(SettingError, match=says):

@@ -8,8 +8,9 @@ from PIL import Image
 
 import elakit
 from elakit.errors import PromptError
-from elakit.judge import judge, knows
+from elakit.judge import Thing, Verdict, judge, knows
 from elakit.judge.colour import name_colour
+from elakit.world.mixtures import KINDS, compose_mixture
 from elakit.world.scenes import Subject, World, compose, sample
 from elakit.world.training.config import read_config
 
@@ -50,6 +51,79 @@ def test_what_is_not_there_is_missed_and_a_wrong_colour_is_wrong(pipe, world: Wo
     assert str(painted) == "car: red instead of blue"
 
 
+def test_a_hybrid_is_no_success_and_is_named(pipe, world: World) -> None:
+    rng = np.random.default_rng(11)
+    hybrids, pairs, named = [], [], []
+    prompt = elakit.parse("a [cat] and a [car]", pipe)
+    for i in range(40):
+        subjects = (Subject("cat"), Subject("car"))
+        hybrid = judge(Image.fromarray(compose_mixture(subjects, KINDS[i % 4], world, rng).image), prompt)
+        hybrids.append(hybrid.mixture and not hybrid.success and "mixture" in hybrid.failures)
+        named.append(any({"cat", "car"} & set(nouns) for nouns in hybrid.mixtures))
+        pairs.append(judge(Image.fromarray(compose(subjects, world, rng).image), prompt).mixture)
+    assert np.mean(hybrids) >= 0.85
+    assert np.mean(named) >= 0.75
+    assert np.mean(pairs) <= 0.1
+
+
+def test_what_nobody_asked_for_is_counted(pipe, world: World) -> None:
+    rng = np.random.default_rng(4)
+    seen = []
+    for _ in range(20):
+        scene = compose((Subject("lion"), Subject("apple", "red"), Subject("bow", "pink")), world, rng)
+        verdict = judge(Image.fromarray(scene.image), elakit.parse("a [lion]", pipe))
+        seen.append((sorted(verdict.extra), verdict.counts.get("lion"), verdict.success))
+    assert np.mean([s == (["apple", "bow"], 1, True) for s in seen]) >= 0.8
+
+
+def entity_prompt():
+    return elakit.parse("a [bird] and a [red chair]", elakit.load("picture-world"))
+
+
+def verdict_of(things: list[Thing], prompt) -> Verdict:
+    return judge(Image.new("RGB", (8, 8), (200, 20, 30)), prompt, lambda image, nouns: things)
+
+
+def thing(noun: str, columns: slice, colour: str | None, mixed_with: tuple[str, ...] = ()) -> Thing:
+    mask = np.zeros((8, 8), bool)
+    mask[:, columns] = True
+    return Thing(noun, mask, 0.9, colour, mixed_with)
+
+
+def test_a_verdict_tells_neglect_mixture_and_wrong_colour_apart() -> None:
+    prompt = entity_prompt()
+    bird, chair = thing("bird", slice(0, 4), "blue"), thing("chair", slice(4, 8), "red")
+    right = verdict_of([bird, chair], prompt)
+    assert (right.success, right.failures) == (True, ())
+    neglected = verdict_of([chair], prompt)
+    assert (neglected.success, neglected.failures) == (False, ("neglect",))
+    # the bird is hidden in the chair: not missing, fused
+    fused = verdict_of([thing("chair", slice(0, 8), "red", ("bird",))], prompt)
+    assert (fused.success, fused.failures, fused.mixtures) == (False, ("mixture",), (("chair", "bird"),))
+    painted = verdict_of([bird, thing("chair", slice(4, 8), "brown")], prompt)
+    assert (painted.success, painted.failures) == (False, ("wrong colour",))
+    assert str(painted) == "bird: blue; chair: brown instead of red"
+
+
+def test_a_colour_that_runs_over_to_a_thing_without_one_is_wrong() -> None:
+    # nobody asked for a red bird, and the chair beside it should be red
+    verdict = verdict_of([thing("bird", slice(0, 4), "red"), thing("chair", slice(4, 8), "red")], entity_prompt())
+    assert verdict.failures == ("wrong colour",)
+    assert verdict.right_colour == {"bird": False, "chair": True}
+    assert verdict.leak == {"bird": 1.0, "chair": 0.0}  # the picture is red all over
+    # a green bird is nobody's leak
+    assert verdict_of(
+        [thing("bird", slice(0, 4), "green"), thing("chair", slice(4, 8), "red")], entity_prompt()
+    ).success
+
+
+def test_a_detector_may_know_other_nouns() -> None:
+    prompt = elakit.parse("a [giraffe] and a [red car]", elakit.load("picture-world"))
+    verdict = verdict_of([thing("giraffe", slice(0, 4), "yellow"), thing("car", slice(4, 8), "red")], prompt)
+    assert verdict.success
+    assert verdict.masks.sum((1, 2)).tolist() == [32, 32]
+
+
 def test_two_of_a_noun_are_told_apart_by_their_colours(pipe, world: World) -> None:
     rng = np.random.default_rng(3)
     right = []
@@ -62,8 +136,8 @@ def test_two_of_a_noun_are_told_apart_by_their_colours(pipe, world: World) -> No
 
 def test_masks_lie_where_the_things_are(pipe, world: World) -> None:
     scene = compose((Subject("lion"), Subject("car", "blue")), world, np.random.default_rng(5))
-    verdict = judge(Image.fromarray(scene.image).resize((128, 128)), prompt_of(scene, pipe))
-    assert verdict.masks.shape == (2, 128, 128)
+    verdict = judge(Image.fromarray(scene.image).resize((256, 256)), prompt_of(scene, pipe))
+    assert verdict.masks.shape == (2, 256, 256)
     for mask, entity in zip(verdict.masks[:, ::2, ::2], scene.entities, strict=True):
         assert (mask & entity.mask).sum() / (mask | entity.mask).sum() > 0.7
 

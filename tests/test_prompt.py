@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiny import tiny_t5_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
@@ -425,3 +426,43 @@ def test_an_apostrophe_tied_to_the_next_word_goes_with_that_word(pipe):
     assert spelled(pipe, prompt.text, prompt.find("dog")) == "dog"
     with pytest.raises(PromptError, match="no token of its own"):
         parse("the ' [red dog] 'small", pipe).find("'#2")
+
+
+# --- T5 -------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def t5_pipe() -> SimpleNamespace:
+    """A pipeline whose only tokenizer is T5's, without a start token."""
+    tokenizer = tiny_t5_tokenizer()
+    tokenizer.model_max_length = 64
+    return SimpleNamespace(tokenizer=tokenizer)
+
+
+@settings(max_examples=200, deadline=None)
+@given(before=texts, name=texts, after=texts)
+@example(before="a  ", name="red   car", after="!")
+@example(before="the ", name="'small' 'dog'", after="'s tail")
+@example(before="a ", name="green 🐸", after="❤️")
+@example(before="🐸 ", name="giraffe", after="")
+def test_t5_tokens_of_an_entity_stand_where_its_words_stand(before, name, after):
+    text = before + name + after
+    pipe = t5_pipe()
+    try:
+        prompt = parse(f"{before}[{name}]{after}", pipe)
+    except (PromptError, ModelError):  # nothing named, a word cut, or too long: told elsewhere
+        return
+    encoded = pipe.tokenizer(text, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    assert prompt.start_index is None
+    assert ids[prompt.end_index] == pipe.tokenizer.eos_token_id
+    assert prompt.end_positions() == tuple(range(prompt.end_index, 64))
+    words = split_words(text)
+    for token in prompt.tokens:
+        first, last = offsets[token.index]
+        assert first < words[token.word][1]
+        assert last > words[token.word][0]
+    # Each visible character of a word is covered by one of the tokens.
+    covered = {at for token in prompt.tokens for at in range(*offsets[token.index])}
+    assert {at for word in words for at in range(*word) if not text[at].isspace()} <= covered
+    assert len({token.label for token in prompt.tokens}) == len(prompt.tokens)

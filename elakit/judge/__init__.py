@@ -1,5 +1,6 @@
-"""What is in a finished picture-world picture: which nouns, where, in which colour."""
+"""What is in a finished picture: which nouns, where, in which colour, and what is fused."""
 
-from elakit.judge.verdict import Verdict, judge, knows
+from elakit.judge.things import Detector, Thing
+from elakit.judge.verdict import FAILURES, Verdict, judge, knows
 
-__all__ = ["Verdict", "judge", "knows"]
+__all__ = ["FAILURES", "Detector", "Thing", "Verdict", "judge", "knows"]

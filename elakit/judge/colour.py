@@ -5,9 +5,13 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+from scipy.ndimage import binary_erosion
 from skimage.color import rgb2lab
 
 from elakit.world.recolour import PAINTS, fade
+
+# Things whose colour is that of their frame: what is inside it is glass.
+FRAMED = frozenset({"glasses"})
 
 
 @lru_cache(maxsize=1)
@@ -54,3 +58,27 @@ def name_colour(rgb: np.ndarray) -> str | None:
         return None
     counts = np.bincount(name_pixels(rgb), minlength=len(PAINTS))
     return list(PAINTS)[int(counts.argmax())]
+
+
+def thing_colour(rgb: np.ndarray, mask: np.ndarray, noun: str) -> str | None:
+    """The colour of a thing in a picture: that of most of its pixels, or of its rim if it is a frame around glass.
+
+    Parameters
+    ----------
+    rgb : ndarray, uint8 or float in [0, 1], (y, x, 3)
+    mask : ndarray, bool, (y, x)
+    noun : str
+
+    Examples
+    --------
+    >>> picture = np.full((16, 16, 3), 255, np.uint8)
+    >>> picture[2:9, 2:14], picture[4:7, 4:12] = (200, 20, 30), (180, 220, 250)
+    >>> mask = np.zeros((16, 16), bool)
+    >>> mask[2:9, 2:14] = True
+    >>> thing_colour(picture, mask, "glasses")
+    'red'
+    """
+    if noun in FRAMED:
+        thickness = max(1, round(min(mask.shape) / 64))
+        mask = mask & ~binary_erosion(mask, iterations=thickness)
+    return name_colour(rgb[mask])

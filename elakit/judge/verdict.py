@@ -1,27 +1,26 @@
-"""The verdict on a picture: is every entity of the prompt there, and in its colour?"""
+"""The verdict on a picture: is every entity of the prompt there, by itself, and in its colour?"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from PIL import Image
-from skimage.measure import label as components
 
 from elakit.errors import PromptError
-from elakit.judge.colour import name_colour
-from elakit.judge.segmenter import load_segmenter
+from elakit.judge.colour import name_pixels
+from elakit.judge.segmenter import find_things
+from elakit.judge.things import Detector, Thing
 from elakit.prompt import Entity, Prompt
-from elakit.world.vocabulary import COLOURS, NOUNS
+from elakit.world.recolour import PAINTS
+from elakit.world.vocabulary import COLOURS, NOUNS, USUAL_COLOURS
 
-# An entity is there if one connected patch of it covers this share of the picture. In the world's scenes the smallest
-# thing (glasses in a pair) covers about 2 %.
-LEAST_AREA = 0.012
-JUDGED_SIZE = 64  # pixels; pictures of another size are resized to what the judge was trained on
+# What can be wrong with a picture.
+FAILURES = ("neglect", "mixture", "wrong colour")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Verdict:
     """What the judge sees.
 
@@ -30,13 +29,21 @@ class Verdict:
     entities : tuple of str
         Labels of the prompt's entities.
     present : dict of str to bool
-        Whether each entity is in the picture.
+        Whether each entity is in the picture, be it as part of a hybrid.
     colours : dict of str to str or None
         The colour it has; None where it is absent.
     asked : dict of str to str or None
         The colour the prompt asks for; None where it asks for none.
     masks : ndarray, bool, (entity, y, x)
-        Where each entity is; two entities of the same noun share the noun's patches, the largest first.
+        Where each entity is; two entities of the same noun share the noun's things, the largest first.
+    leak : dict of str to float
+        Share of each entity's pixels that have a colour asked for another entity and not for itself; 0 where absent.
+    mixtures : tuple of tuple of str
+        The nouns of each hybrid in the picture, such as ("cat", "lion").
+    things : tuple of Thing
+        Everything that was found, asked for or not.
+    nouns : dict of str to str
+        The noun of each entity.
     """
 
     entities: tuple[str, ...]
@@ -44,25 +51,74 @@ class Verdict:
     colours: dict[str, str | None]
     asked: dict[str, str | None]
     masks: np.ndarray
+    leak: dict[str, float] = field(default_factory=dict)
+    mixtures: tuple[tuple[str, ...], ...] = ()
+    things: tuple[Thing, ...] = ()
+    nouns: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def mixture(self) -> bool:
+        """Whether two things share one place: a hybrid."""
+        return bool(self.mixtures)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many there are of every noun that was found."""
+        return dict(Counter(thing.noun for thing in self.things))
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Nouns that are there more often than asked for, once for each thing too many, hybrids aside."""
+        found = Counter(thing.noun for thing in self.things if not thing.mixed_with)
+        return tuple((found - Counter(self.nouns.values())).elements())
 
     @property
     def right_colour(self) -> dict[str, bool]:
-        """Whether each entity is there in the colour it was asked for (any, where none was asked)."""
-        return {e: self.present[e] and self.asked[e] in (None, self.colours[e]) for e in self.entities}
+        """Whether each entity is there in its colour.
+
+        Where none was asked for, any is right but one that was asked for another entity and is none that the thing is
+        drawn in: a bird that turned red beside "a red chair". Only for nouns whose usual colours are known.
+        """
+        return {e: self.present[e] and not self._miscoloured(e) for e in self.entities}
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What is wrong, of "neglect" (a thing is missing, and not hidden in a hybrid), "mixture", "wrong colour"."""
+        fused = {noun for mixture in self.mixtures for noun in mixture}
+        missing = any(not self.present[e] and self.nouns.get(e) not in fused for e in self.entities)
+        painted = any(self.present[e] and self._miscoloured(e) for e in self.entities)
+        return tuple(name for name, wrong in zip(FAILURES, (missing, self.mixture, painted), strict=True) if wrong)
 
     @property
     def success(self) -> bool:
-        """All entities present, each in its colour."""
-        return all(self.right_colour.values())
+        """All entities present, each in its colour, none fused with another."""
+        return all(self.right_colour.values()) and not self.mixture
+
+    def _miscoloured(self, entity: str) -> bool:
+        asked, seen = self.asked[entity], self.colours[entity]
+        if asked is not None:
+            return asked != seen
+        others = {colour for other, colour in self.asked.items() if other != entity}
+        usual = USUAL_COLOURS.get(self.nouns.get(entity, ""))
+        return usual is not None and seen in others and seen not in usual
+
+    def findings(self) -> tuple[tuple[str, bool], ...]:
+        """What to say of each entity and of each hybrid, and whether that is as it should be."""
+        said = []
+        for entity in self.entities:
+            seen, asked = self.colours[entity] or "there", self.asked[entity]
+            if not self.present[entity]:
+                said.append((f"{entity}: missing", False))
+            elif self._miscoloured(entity):
+                said.append((f"{entity}: {seen} {f'instead of {asked}' if asked else 'as another'}", False))
+            else:
+                said.append((f"{entity}: {seen}", True))
+        said += [(f"a hybrid of {' and '.join(mixture)}", False) for mixture in self.mixtures]
+        return tuple(said)
 
     def __str__(self) -> str:
-        """One line, such as "car: red; bird: missing"."""
-        parts = []
-        for entity in self.entities:
-            seen = (self.colours[entity] or "there") if self.present[entity] else "missing"
-            wrong = self.present[entity] and not self.right_colour[entity]
-            parts.append(f"{entity}: {seen}" + (f" instead of {self.asked[entity]}" if wrong else ""))
-        return "; ".join(parts)
+        """One line, such as "car: red; bird: missing" or "cat: orange; lion: brown; a hybrid of cat and lion"."""
+        return "; ".join(text for text, _ in self.findings())
 
 
 def knows(prompt: Prompt) -> bool:
@@ -70,13 +126,16 @@ def knows(prompt: Prompt) -> bool:
     return all(_noun(e) in NOUNS and all(a.lower() in COLOURS for a in e.attributes) for e in prompt.entities)
 
 
-def judge(image: Image.Image, prompt: Prompt) -> Verdict:
-    """Judge a picture of the embedded model.
+def judge(image: Image.Image, prompt: Prompt, detector: Detector | None = None) -> Verdict:
+    """Judge a picture.
 
     Parameters
     ----------
     image : PIL.Image.Image
     prompt : Prompt
+    detector : Detector, optional
+        What finds the things: one of `elakit.judge.detectors` for pictures of other models. Default: the embedded
+        judge, which knows pictures of picture-world.
 
     Returns
     -------
@@ -86,79 +145,89 @@ def judge(image: Image.Image, prompt: Prompt) -> Verdict:
     Raises
     ------
     PromptError
-        The prompt has a noun or an attribute that picture-world does not know.
+        The prompt has a noun or an attribute that picture-world does not know, and no detector is given.
 
     Examples
     --------
     >>> import elakit
     >>> from elakit.world.scenes import Subject, World, compose
-    >>> world, rng = World(artists=("fluent-3d",)), np.random.default_rng(5)
+    >>> world, rng = World(artists=("noto",)), np.random.default_rng(5)
     >>> scene = compose((Subject("lion"), Subject("car", "blue")), world, rng)
     >>> prompt = elakit.parse("a [lion] and a [blue car]", elakit.load("picture-world"))
-    >>> judge(Image.fromarray(scene.image), prompt).present
-    {'lion': True, 'car': True}
+    >>> verdict = judge(Image.fromarray(scene.image), prompt)
+    >>> verdict.present, verdict.success, verdict.counts
+    ({'lion': True, 'car': True}, True, {'lion': 1, 'car': 1})
     """
-    if not knows(prompt):
+    if detector is None and not knows(prompt):
         raise PromptError(
             f"The judge cannot judge {prompt.text!r}: it knows the nouns {', '.join(NOUNS)} and the colours "
-            f"{', '.join(COLOURS)}. Measures on attention need no judge: run.bleeding."
+            f"{', '.join(COLOURS)}. For other pictures pass a detector (elakit.judge.detectors.load_detector); "
+            "measures on attention need no judge: run.bleeding."
         )
-    rgb = image.convert("RGB")
-    small = np.asarray(rgb.resize((JUDGED_SIZE, JUDGED_SIZE), Image.Resampling.BOX))
-    classes = segment(small[None])[0]
-    masks = np.zeros((len(prompt.entities), JUDGED_SIZE, JUDGED_SIZE), bool)
-    for noun in {_noun(entity) for entity in prompt.entities}:
-        owners = [i for i, entity in enumerate(prompt.entities) if _noun(entity) == noun]
-        patches = _patches(classes == 1 + NOUNS.index(noun))
-        _assign(masks, patches, owners, small, prompt)
-    present, colours, asked = {}, {}, {}
-    for entity, mask in zip(prompt.entities, masks, strict=True):
-        present[entity.label] = bool(mask.any())
-        colours[entity.label] = name_colour(small[mask])
-        asked[entity.label] = _colour(entity)
-    full = np.stack([np.asarray(Image.fromarray(m).resize(rgb.size, Image.Resampling.NEAREST)) for m in masks])
-    return Verdict(tuple(present), present, colours, asked, full)
-
-
-@torch.no_grad()
-def segment(pictures: np.ndarray) -> np.ndarray:
-    """Class of every pixel: 0 background, 1 + index in ``NOUNS`` elsewhere.
-
-    Parameters
-    ----------
-    pictures : ndarray, uint8, (n, size, size, 3)
-
-    Returns
-    -------
-    ndarray of int, (n, size, size)
-    """
-    pixels = torch.tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return load_segmenter()(pixels).argmax(1).numpy()
-
-
-def _patches(mask: np.ndarray) -> list[np.ndarray]:
-    """Connected patches large enough to be a thing, the largest first."""
-    labelled, count = components(mask, return_num=True, connectivity=2)
-    patches = [labelled == i for i in range(1, count + 1)]
-    return sorted((p for p in patches if p.mean() >= LEAST_AREA), key=lambda p: -int(p.sum()))
+    rgb = np.asarray(image.convert("RGB"))
+    nouns = [_noun(entity) for entity in prompt.entities]
+    things = (detector or find_things)(image, tuple(dict.fromkeys(nouns)))
+    masks = np.zeros((len(nouns), *rgb.shape[:2]), bool)
+    colours: list[str | None] = [None] * len(nouns)
+    for noun in dict.fromkeys(nouns):
+        owners = [i for i, other in enumerate(nouns) if other == noun]
+        _assign(masks, colours, [thing for thing in things if thing.noun == noun], owners, prompt)
+    labels = [entity.label for entity in prompt.entities]
+    asked = [_colour(entity) for entity in prompt.entities]
+    return Verdict(
+        entities=tuple(labels),
+        present={label: bool(mask.any()) for label, mask in zip(labels, masks, strict=True)},
+        colours=dict(zip(labels, colours, strict=True)),
+        asked=dict(zip(labels, asked, strict=True)),
+        masks=masks,
+        leak={label: _leak(rgb[mask], asked, i) for i, (label, mask) in enumerate(zip(labels, masks, strict=True))},
+        mixtures=_mixtures(things),
+        things=tuple(things),
+        nouns=dict(zip(labels, nouns, strict=True)),
+    )
 
 
 def _assign(
-    masks: np.ndarray, patches: list[np.ndarray], owners: list[int], pixels: np.ndarray, prompt: Prompt
+    masks: np.ndarray, colours: list[str | None], things: list[Thing], owners: list[int], prompt: Prompt
 ) -> None:
-    """Give a noun's patches to its entities: all to a single one; else one each, those of the asked colour first."""
+    """Give a noun's things to its entities: all to a single one; else one each, those of the asked colour first.
+
+    Whole things go before parts of hybrids.
+    """
+    things = sorted(things, key=lambda thing: (bool(thing.mixed_with), -thing.area))
     if len(owners) == 1:
-        for patch in patches:
-            masks[owners[0]] |= patch
+        i, asked = owners[0], _colour(prompt.entities[owners[0]])
+        for thing in things:
+            masks[i] |= thing.mask
+        if things:
+            whole = [thing for thing in things if not thing.mixed_with] or things
+            # several of one noun: the one that is right speaks for the entity
+            colours[i] = next((t.colour for t in whole if t.colour == asked), whole[0].colour)
         return
-    left = list(patches)
+    left = list(things)
     for i in sorted(owners, key=lambda i: _colour(prompt.entities[i]) is None):
         asked = _colour(prompt.entities[i])
-        match = next((p for p in left if asked is not None and name_colour(pixels[p]) == asked), None)
-        chosen = match if match is not None else next(iter(left), None)
+        chosen = next((t for t in left if asked is not None and t.colour == asked), next(iter(left), None))
         if chosen is not None:
-            masks[i] = chosen
-            left = [p for p in left if p is not chosen]
+            masks[i], colours[i] = chosen.mask, chosen.colour
+            left = [thing for thing in left if thing is not chosen]
+
+
+def _mixtures(things: list[Thing]) -> tuple[tuple[str, ...], ...]:
+    """Every hybrid once, its nouns in the order of their size."""
+    found: dict[frozenset[str], tuple[str, ...]] = {}
+    for thing in sorted(things, key=lambda thing: -thing.area):
+        if thing.mixed_with:
+            nouns = (thing.noun, *thing.mixed_with)
+            found.setdefault(frozenset(nouns), nouns)
+    return tuple(found.values())
+
+
+def _leak(pixels: np.ndarray, asked: list[str | None], own: int) -> float:
+    others = {colour for i, colour in enumerate(asked) if i != own and colour is not None and colour != asked[own]}
+    if not len(pixels) or not others:
+        return 0.0
+    return float(np.isin(name_pixels(pixels), [list(PAINTS).index(colour) for colour in others]).mean())
 
 
 def _noun(entity: Entity) -> str:
@@ -166,4 +235,5 @@ def _noun(entity: Entity) -> str:
 
 
 def _colour(entity: Entity) -> str | None:
-    return entity.attributes[-1].lower() if entity.attributes else None
+    """The last of an entity's attributes that is a colour."""
+    return next((a.lower() for a in reversed(entity.attributes) if a.lower() in COLOURS), None)

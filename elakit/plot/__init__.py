@@ -6,9 +6,18 @@ escaped, since plotly reads labels as HTML.
 
 from __future__ import annotations
 
+from elakit.plot.agreement import agreement
 from elakit.plot.leakage import bleeding_over_steps, leakage
 from elakit.plot.pictures import entity_maps, pictures
 from elakit.plot.regions import region_evolution
 from elakit.plot.token_maps import token_maps
 
-__all__ = ["bleeding_over_steps", "entity_maps", "leakage", "pictures", "region_evolution", "token_maps"]
+__all__ = [
+    "agreement",
+    "bleeding_over_steps",
+    "entity_maps",
+    "leakage",
+    "pictures",
+    "region_evolution",
+    "token_maps",
+]

@@ -63,7 +63,7 @@ def _enlarged(image: Image.Image) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def _paled(image: Image.Image) -> Image.Image:
+def paled(image: Image.Image) -> Image.Image:
     """A picture in light grey, for colours to lie on."""
     return image.convert("L").point(lambda value: round(255 - 0.55 * (255 - value)))
 
@@ -187,7 +187,7 @@ def entity_maps(
         made.map_axes(i, 1, rows, columns)
         made.add_nothing(i, 1)
         made.image(i, 1, figure_uri(each.image), rows, columns)
-        pale = figure_uri(_paled(each.image))
+        pale = figure_uri(paled(each.image))
         for j, label in enumerate(entities, start=2):
             made.map_axes(i, j, rows, columns)
             made.image(i, j, pale, rows, columns)

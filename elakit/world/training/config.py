@@ -14,15 +14,27 @@ from elakit.world.scenes import World
 
 @dataclass(frozen=True)
 class VaeSettings:
-    """The autoencoder: architecture, loss weights and length of training (`samples` pictures)."""
+    """The autoencoder: architecture, loss weights and length of training (`samples` pictures).
 
-    channels: tuple[int, ...]
+    The first `crop_share` of the samples are squares of `crop` pixels around an entity: most of a scene is background,
+    and crops teach more a second. The rest are whole scenes. `noise` is added to the latents, `pull` draws them to 0.
+    Afterwards the decoder alone learns from `polish` samples more.
+    """
+
+    width: int
+    encoder_blocks: tuple[int, ...]
+    decoder_blocks: tuple[int, ...]
     latent_channels: int
+    scenes: int
     samples: int
+    crop: int
+    crop_share: float
     batch: int
     learning_rate: float
-    kl: float
+    noise: float
+    pull: float
     edges: float
+    polish: int
 
 
 @dataclass(frozen=True)
@@ -54,10 +66,17 @@ class DenoiserSettings:
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """The segmenter that says what is in a picture."""
+    """The segmenter that says what is in a picture.
+
+    Of the `scenes`, a share shows hybrids (`mixtures`) and one shows a thing partly behind another (`occluded`); a
+    share of all is seen through the autoencoder (`rebuilt`), as generated pictures are.
+    """
 
     channels: tuple[int, ...]
     scenes: int
+    mixtures: float
+    occluded: float
+    rebuilt: float
     samples: int
     batch: int
     learning_rate: float
@@ -94,7 +113,7 @@ def read_config(path: Path | None = None) -> Config:
     Examples
     --------
     >>> read_config().world.size
-    64
+    128
     """
     path = path or data_path("picture-world", "training.toml")
     try:

@@ -24,7 +24,7 @@ class Scenes:
     captions : list of str
     classes : ndarray, uint8, (n, size, size)
         0 for the background, 1 + index in ``NOUNS`` elsewhere.
-    colours : ndarray, int8, (n, 2)
+    colours : ndarray, int8, (n, 3)
         Index in ``COLOURS`` of each entity's colour, -1 for "as drawn" or no entity.
     """
 
@@ -55,7 +55,7 @@ def compose_scenes(world: World, count: int, seed: int) -> Scenes:
     rng = np.random.default_rng(seed)
     pictures = np.empty((count, world.size, world.size, 3), np.uint8)
     classes = np.zeros((count, world.size, world.size), np.uint8)
-    colours = np.full((count, 2), -1, np.int8)
+    colours = np.full((count, 3), -1, np.int8)
     captions = []
     for i in tqdm(range(count), desc="scenes", unit="scene", mininterval=5):
         scene = sample(world, rng)

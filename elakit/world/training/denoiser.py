@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from elakit.world.scenes import World, sample
 from elakit.world.tokenizer import train_tokenizer
 from elakit.world.training.config import Config
-from elakit.world.training.data import Scenes, compose_scenes
 from elakit.world.training.loop import Schedule, train
 
 SAMPLE_PROMPTS = (
@@ -29,12 +29,13 @@ SAMPLE_PROMPTS = (
     "a green crown and a bench",
 )  # fmt: skip
 GUIDANCE_SCALE = 4.0
+ENCODED_AT_ONCE = 64
 
 
 def build_unet(config: Config, width: int) -> UNet2DConditionModel:
     """An untrained denoiser: text cross-attention at full and half latent size on both sides, none at a quarter."""
     settings = config.denoiser
-    side = config.world.size // 2 ** (len(config.vae.channels) - 1)
+    side = config.world.size // 2 ** (len(config.vae.encoder_blocks) - 1)
     return UNet2DConditionModel(
         sample_size=side,
         in_channels=config.vae.latent_channels,
@@ -91,16 +92,20 @@ class Encoded:
     tokens: torch.Tensor
 
 
-def encode_scenes(scenes: Scenes, vae: Any, tokenizer: CLIPTokenizer, device: torch.device) -> Encoded:
-    """Encode every scene once."""
-    latents = []
-    for start in tqdm(range(0, len(scenes), 64), desc="encode", unit="batch", mininterval=5):
-        pictures = scenes.batch(np.arange(start, min(start + 64, len(scenes)))).to(device)
+def encode_scenes(
+    world: World, count: int, seed: int, vae: Any, tokenizer: CLIPTokenizer, device: torch.device
+) -> Encoded:
+    """Compose scenes and encode each once; a few at a time, since pictures take 24 times the room of latents."""
+    latents, tokens, rng = [], [], np.random.default_rng(seed)
+    for start in tqdm(range(0, count, ENCODED_AT_ONCE), desc="encode", unit="batch", mininterval=5):
+        scenes = [sample(world, rng) for _ in range(min(ENCODED_AT_ONCE, count - start))]
+        pixels = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).to(device)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            mean = vae.encode(pictures).latent_dist.mode()
+            mean = vae.encode(pixels.float() / 127.5 - 1).latents
         latents.append((mean.float() * vae.config.scaling_factor).half().cpu())
-    tokens = tokenizer(scenes.captions, padding="max_length", return_tensors="pt").input_ids
-    return Encoded(torch.cat(latents), tokens)
+        captions = [scene.caption for scene in scenes]
+        tokens.append(tokenizer(captions, padding="max_length", return_tensors="pt").input_ids)
+    return Encoded(torch.cat(latents), torch.cat(tokens))
 
 
 def train_denoiser(config: Config, folder: Path, device: torch.device) -> StableDiffusionPipeline:
@@ -119,7 +124,7 @@ def train_denoiser(config: Config, folder: Path, device: torch.device) -> Stable
         With averaged weights.
     """
     settings = config.denoiser
-    vae = AutoencoderKL.from_pretrained(folder / "vae").to(device).eval()
+    vae = AutoencoderTiny.from_pretrained(folder / "vae").to(device).eval()
     tokenizer = train_tokenizer(config.text.vocabulary, config.text.positions)
     data = _encoded(config, folder, vae, tokenizer, device)
     torch.manual_seed(0)
@@ -131,10 +136,9 @@ def train_denoiser(config: Config, folder: Path, device: torch.device) -> Stable
     scheduler = build_scheduler()
     alphas = scheduler.alphas_cumprod.to(device)
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids.to(device)
-    rng = np.random.default_rng(2)
 
     def loss(step: int) -> torch.Tensor:
-        rows = torch.from_numpy(rng.integers(len(data.latents), size=settings.batch))
+        rows = torch.randint(len(data.latents), (settings.batch,))
         latents, tokens = data.latents[rows].to(device).float(), data.tokens[rows].to(device)
         tokens = torch.where(_chance(settings.drop_text, len(rows), device)[:, None], empty, tokens)
         noise = torch.randn_like(latents)
@@ -220,7 +224,7 @@ def sample_sheet(pipe: StableDiffusionPipeline, prompts: tuple[str, ...] = SAMPL
 def _encoded(config: Config, folder: Path, vae: Any, tokenizer: CLIPTokenizer, device: torch.device) -> Encoded:
     path = folder / "encoded.pt"
     if not path.exists():
-        data = encode_scenes(compose_scenes(config.world, config.denoiser.scenes, seed=2), vae, tokenizer, device)
+        data = encode_scenes(config.world, config.denoiser.scenes, 2, vae, tokenizer, device)
         torch.save({"latents": data.latents, "tokens": data.tokens}, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
     return Encoded(**torch.load(path, weights_only=True))

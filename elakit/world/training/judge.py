@@ -1,25 +1,92 @@
-"""Train the judge: a segmenter of composed scenes, a third of them seen through the autoencoder."""
+"""Train the judge: a segmenter of composed scenes and hybrids, some of them seen through the autoencoder."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
-from elakit.judge.segmenter import Segmenter
+from elakit.judge.segmenter import CLASSES, Segmenter
+from elakit.world.art import ARTISTS, Drawing, drawings
+from elakit.world.mixtures import KINDS, UNCERTAIN, sample_mixture
+from elakit.world.scenes import World, sample
 from elakit.world.training.config import Config
-from elakit.world.training.data import Scenes, compose_scenes
 from elakit.world.training.loop import Schedule, train
+from elakit.world.vocabulary import NOUNS
+
+# Whose drawings the judge never sees in training, where a noun has three artists or more: the first who drew it.
+UNSEEN_ARTISTS = ("noto-v1", "fluent-flat")
+LEAST_ARTISTS = 3
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What the judge learns from, or is tested on.
+
+    Attributes
+    ----------
+    pictures : ndarray, uint8, (n, size, size, 3)
+    classes : ndarray, uint8, (n, size, size)
+        0 background, 1 + index in ``NOUNS`` elsewhere, ``UNCERTAIN`` where a blend shows two as much.
+    mixed : ndarray, bool, (n, size, size)
+        Pixels of a hybrid.
+    """
+
+    pictures: np.ndarray
+    classes: np.ndarray
+    mixed: np.ndarray
+
+
+def unseen(drawing: Drawing) -> bool:
+    """Whether a drawing is kept out of the judge's training.
+
+    Examples
+    --------
+    >>> [d.artist for d in drawings("crown") if unseen(d)], [d.artist for d in drawings("bench") if unseen(d)]
+    (['noto-v1'], [])
+    """
+    artists = {d.artist for d in drawings(drawing.noun)}
+    first = next((artist for artist in UNSEEN_ARTISTS if artist in artists), None)
+    return len(artists) >= LEAST_ARTISTS and drawing.artist == first
+
+
+def judges_world(world: World) -> World:
+    """The world that the judge learns from: all artists but the unseen, more crowded, every pair, colours alike."""
+    wide = replace(world, artists=ARTISTS, entities=(0.3, 0.4, 0.3), held_out=0.0, natural=0.15)
+    return wide.without(unseen)
+
+
+def compose_examples(config: Config, seed: int, count: int | None = None) -> Examples:
+    """Compose scenes, hybrids and half-hidden things in the configuration's shares, shuffled."""
+    settings, rng = config.judge, np.random.default_rng(seed)
+    world, count, size = judges_world(config.world), count or config.judge.scenes, config.world.size
+    pictures = np.empty((count, size, size, 3), np.uint8)
+    classes, mixed = np.zeros((count, size, size), np.uint8), np.zeros((count, size, size), bool)
+    for i in tqdm(range(count), desc="examples", unit="scene", mininterval=5):
+        draw = rng.random()
+        if draw < settings.mixtures + settings.occluded:
+            mixture = sample_mixture(world, rng, KINDS if draw < settings.mixtures else ("occluded",))
+            numbers = np.full(256, UNCERTAIN, np.uint8)
+            numbers[: 1 + len(mixture.subjects)] = [0, *(1 + NOUNS.index(s.noun) for s in mixture.subjects)]
+            pictures[i], classes[i], mixed[i] = mixture.image, numbers[mixture.owner], mixture.mixed
+        else:
+            scene = sample(world, rng)
+            pictures[i] = scene.image
+            for entity in scene.entities:
+                classes[i][entity.mask] = 1 + NOUNS.index(entity.subject.noun)
+    return Examples(pictures, classes, mixed)
 
 
 def train_judge(config: Config, folder: Path, device: torch.device) -> Segmenter:
-    """Train on new scenes and save to ``folder/judge/model.safetensors`` (fp16).
+    """Train and save to ``folder/judge/model.safetensors`` (fp16).
 
     Parameters
     ----------
@@ -29,25 +96,31 @@ def train_judge(config: Config, folder: Path, device: torch.device) -> Segmenter
     device : torch.device
     """
     settings = config.judge
-    scenes = compose_scenes(config.world, settings.scenes, seed=3)
-    vae = AutoencoderKL.from_pretrained(folder / "vae").to(device).eval()
-    rebuilt = rebuild(scenes, vae, settings.scenes // 3, device)
+    examples = compose_examples(config, seed=3)
+    vae = AutoencoderTiny.from_pretrained(folder / "vae").to(device).eval()
+    through = np.flatnonzero(np.random.default_rng(5).random(len(examples.pictures)) < settings.rebuilt)
+    for start in tqdm(range(0, len(through), 64), desc="rebuild", unit="batch", mininterval=5):
+        rows = through[start : start + 64]
+        examples.pictures[rows] = rebuild(examples.pictures[rows], vae, device)
     torch.manual_seed(1)
     model = Segmenter(settings.channels).to(device)
-    rng = np.random.default_rng(4)
 
     def loss(step: int) -> Tensor:
-        rows = rng.integers(len(scenes), size=settings.batch)
-        pictures = scenes.batch(rows)
-        # every third picture as the autoencoder gives it back: what the judge will see is decoded, not composed
-        decoded = rows % 3 == 0
-        pictures[torch.from_numpy(decoded)] = (
-            torch.from_numpy(rebuilt[rows[decoded] // 3]).permute(0, 3, 1, 2) / 127.5 - 1
-        )
-        target = torch.from_numpy(scenes.classes[rows]).long().to(device)
+        rng = np.random.default_rng((4, step))
+        rows = rng.integers(len(examples.pictures), size=settings.batch)
+        pictures = torch.from_numpy(examples.pictures[rows]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        target = torch.from_numpy(examples.classes[rows]).long()
+        mixed = torch.from_numpy(examples.mixed[rows]).float()
+        pictures, target, mixed = _move(_disturb(pictures), target, mixed)
+        target, mixed = target.to(device), mixed.to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            scores = model(_disturb(pictures).to(device))
-        return F.cross_entropy(scores.float(), target)
+            scores = model(pictures.to(device))
+        scores = scores.float()
+        things = (target > 0).float()
+        hybrid = F.binary_cross_entropy_with_logits(scores[:, CLASSES], mixed, reduction="none")
+        return F.cross_entropy(scores[:, :CLASSES], target, ignore_index=UNCERTAIN) + 0.3 * (
+            hybrid * things
+        ).sum() / things.sum().clamp(min=1)
 
     schedule = Schedule(settings.samples, settings.batch, settings.learning_rate, average=0.998)
     model = train(model, loss, schedule, folder, "judge")
@@ -59,22 +132,37 @@ def train_judge(config: Config, folder: Path, device: torch.device) -> Segmenter
     return model
 
 
-def rebuild(scenes: Scenes, vae: Any, count: int, device: torch.device) -> np.ndarray:
-    """Every third scene encoded and decoded, uint8 (count, size, size, 3)."""
-    pictures = []
-    for start in range(0, count, 64):
-        batch = scenes.batch(3 * np.arange(start, min(start + 64, count))).to(device)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            decoded = vae.decode(vae.encode(batch).latent_dist.sample()).sample
-        pictures.append(((decoded.float().clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).cpu().numpy())
-    return np.concatenate(pictures)
+def rebuild(pictures: np.ndarray, vae: Any, device: torch.device) -> np.ndarray:
+    """Pictures encoded and decoded, uint8 (n, size, size, 3)."""
+    batch = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        decoded = vae.decode(vae.encode(batch).latents).sample
+    return ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _disturb(pictures: Tensor) -> Tensor:
     """Noise, blur, contrast and brightness, a little of each, differing per picture."""
     n = len(pictures)
-    blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="reflect"), 3, 1)
+    blurred = F.avg_pool2d(F.pad(pictures, (2, 2, 2, 2), mode="reflect"), 5, 1)
     amount = torch.rand(n, 1, 1, 1) * (torch.rand(n, 1, 1, 1) < 0.5)
     pictures = torch.lerp(pictures, blurred, amount)
     pictures = pictures * (1 + 0.15 * torch.randn(n, 1, 1, 1)) + 0.08 * torch.randn(n, 3, 1, 1)
-    return pictures + 0.05 * torch.rand(n, 1, 1, 1) * torch.randn_like(pictures)
+    return pictures + 0.06 * torch.rand(n, 1, 1, 1) * torch.randn_like(pictures)
+
+
+def _move(pictures: Tensor, target: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn, stretch and shear half of the pictures with their truth: other artists draw other shapes."""
+    n = len(pictures)
+    angle = torch.randn(n) * 0.15
+    stretch = 1 + 0.15 * torch.randn(n, 2)
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).view(n, 2, 2)
+    shear = torch.eye(2).repeat(n, 1, 1)
+    shear[:, 0, 1] = torch.randn(n) * 0.15
+    matrix = turn @ shear * stretch[:, None]
+    matrix = torch.where((torch.rand(n) < 0.5)[:, None, None], matrix, torch.eye(2))
+    grid = F.affine_grid(F.pad(matrix, (0, 1)), list(pictures.shape), align_corners=False)
+    pictures = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    # border padding would smear things that are cut by the edge; their truth is smeared the same way
+    truth = torch.stack([target.float(), mixed], 1)
+    truth = F.grid_sample(truth, grid, mode="nearest", padding_mode="border", align_corners=False)
+    return pictures, truth[:, 0].long(), truth[:, 1]

@@ -78,7 +78,7 @@ def train(
     model : nn.Module
         Holds everything that is trained; `loss` must use this very object.
     loss : callable
-        Step number -> scalar loss of one batch.
+        Step number -> scalar loss of one batch. Torch's random numbers are seeded with the step before each call.
     schedule : Schedule
     folder : Path
         Where ``<name>.pt`` is kept; if it is there, training goes on from it.
@@ -110,6 +110,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step + 1)
             optimizer.zero_grad(set_to_none=True)
+            torch.manual_seed(step)  # a training that was killed sees what it would have seen
             value = loss(step)
             value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

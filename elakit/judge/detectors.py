@@ -1,0 +1,535 @@
+"""Zero-shot detectors and segmenters of transformers as judges of real pictures (Stable Diffusion, SDXL, photographs).
+
+Each is an object called with a picture and nouns that answers with things, so it fits wherever the embedded judge
+does. Each keeps to the post-processing its authors published; what its thresholds mean is said with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from skimage.measure import label as components
+from torch.nn import functional as F
+from transformers import AutoProcessor, PreTrainedConfig
+
+from elakit.errors import ModelError, PromptError, SettingError
+from elakit.judge.colour import name_colour
+from elakit.judge.things import Detector, Thing
+
+__all__ = ["ClipSegSegmenter", "GroundingDinoDetector", "OwlDetector", "Sam", "load_detector", "mark_coinciding"]
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_COLOUR_PIXELS = 4096  # of a thing, drawn evenly: enough to name its colour, and a megapixel would take gigabytes
+
+
+@dataclass(frozen=True, eq=False)
+class Sam:
+    """Segment Anything: turns boxes into masks.
+
+    Parameters
+    ----------
+    model : transformers.SamModel
+        Such as ``facebook/sam-vit-base``.
+    processor : transformers.SamProcessor
+    """
+
+    model: Any
+    processor: Any
+
+    def __post_init__(self) -> None:
+        _check_model(self.model, "sam")
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image, boxes: Sequence[tuple[int, int, int, int]]) -> np.ndarray:
+        """Masks of what is in each box.
+
+        Parameters
+        ----------
+        image : PIL.Image.Image
+        boxes : sequence of (left, top, right, bottom)
+            In pixels.
+
+        Returns
+        -------
+        ndarray, bool, (box, y, x)
+        """
+        rgb = image.convert("RGB")
+        if not len(boxes):
+            return np.zeros((0, rgb.height, rgb.width), bool)
+        inputs = self.processor(rgb, input_boxes=[[[float(x) for x in box] for box in boxes]], return_tensors="pt")
+        sizes = inputs.pop("original_sizes"), inputs.pop("reshaped_input_sizes")
+        # A box leaves little doubt of what is meant, so one mask each is asked for, as the authors advise.
+        outputs = self.model(**_ready(inputs, self.model), multimask_output=False)
+        return self.processor.post_process_masks(outputs.pred_masks.float().cpu(), *sizes)[0][:, 0].numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class OwlDetector:
+    """OWL-ViT or OWLv2. Each box goes to the noun it fits best.
+
+    Parameters
+    ----------
+    model : transformers.OwlViTForObjectDetection or transformers.Owlv2ForObjectDetection
+    processor : transformers.OwlViTProcessor or transformers.Owlv2Processor
+    threshold : float
+        Boxes score above this. The default is transformers' own.
+    nms : float
+        Of two boxes of one noun with a larger IoU than this only the surer stays.
+    query : str
+        What is asked for; ``{noun}`` stands for the noun.
+    masks : Sam, optional
+        Refines boxes to masks; without it a thing's mask is its whole box, and its colour that of the box.
+
+    Raises
+    ------
+    ModelError
+        The model is of another family.
+    SettingError
+        A setting is outside its range.
+    """
+
+    model: Any
+    processor: Any
+    threshold: float = 0.1
+    nms: float = 0.5
+    query: str = "a photo of a {noun}"
+    masks: Sam | None = None
+
+    def __post_init__(self) -> None:
+        _check_model(self.model, "owlvit", "owlv2")
+        _check_shares(threshold=self.threshold, nms=self.nms)
+        _check_query(self.query)
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image, nouns: Sequence[str]) -> list[Thing]:
+        """Things in the picture that are one of the nouns, the surest first."""
+        asked = _distinct(nouns)
+        if not asked:
+            return []
+        rgb = image.convert("RGB")
+        texts = [self.query.replace("{noun}", noun) for noun in asked]
+        length = self.model.config.text_config.max_position_embeddings
+        inputs = self.processor(
+            images=rgb, text=[texts], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        outputs = self.model(**_ready(inputs, self.model))
+        # Single precision from here on: a half cannot tell the pixels of a large picture apart.
+        outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
+        # Knows that OWLv2's boxes are shares of the picture padded to a square, and OWL-ViT's of the picture.
+        found = self.processor.post_process_grounded_object_detection(
+            outputs, threshold=self.threshold, target_sizes=[(rgb.height, rgb.width)]
+        )[0]
+        owners = [asked[i] for i in found["labels"].tolist()]
+        return _things(rgb, owners, found["scores"], found["boxes"], self.nms, self.masks)
+
+
+@dataclass(frozen=True, eq=False)
+class GroundingDinoDetector:
+    """Grounding DINO, asked for all nouns in one text: "cat. frog.". A box may get several nouns.
+
+    Parameters
+    ----------
+    model : transformers.GroundingDinoForObjectDetection
+    processor : transformers.GroundingDinoProcessor
+    threshold : float
+        A box is kept when its strongest token scores above this.
+    text_threshold : float
+        A kept box is called by each noun whose tokens score above this on average; that average is the thing's score.
+    nms : float
+        Of two boxes of one noun with a larger IoU than this only the surer stays.
+    masks : Sam, optional
+        Refines boxes to masks; without it a thing's mask is its whole box, and its colour that of the box.
+
+    Raises
+    ------
+    ModelError
+        The model is of another family.
+    SettingError
+        A setting is outside its range.
+    """
+
+    model: Any
+    processor: Any
+    threshold: float = 0.3
+    text_threshold: float = 0.25
+    nms: float = 0.5
+    masks: Sam | None = None
+
+    def __post_init__(self) -> None:
+        _check_model(self.model, "grounding-dino")
+        _check_shares(threshold=self.threshold, text_threshold=self.text_threshold, nms=self.nms)
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image, nouns: Sequence[str]) -> list[Thing]:
+        """Things in the picture that are one of the nouns, the surest first."""
+        asked = _distinct(nouns)
+        if not asked:
+            return []
+        rgb = image.convert("RGB")
+        # Full stops and question marks are what the model parts phrases by, so none may be within one.
+        text = " ".join(re.sub(r"[.?]", " ", noun) + "." for noun in asked)
+        inputs = self.processor(images=rgb, text=text, return_tensors="pt")
+        spans = self._spans(inputs["input_ids"][0].tolist())
+        if len(inputs["input_ids"][0]) > self.model.config.max_text_len:
+            raise SettingError(
+                f"{len(asked)} nouns make {len(inputs['input_ids'][0])} tokens; the detector reads "
+                f"{self.model.config.max_text_len}. Ask in several calls."
+            )
+        outputs = self.model(**_ready(inputs, self.model))
+        tokens = outputs.logits[0].float().sigmoid()  # (box, token)
+        kept = tokens.amax(1) > self.threshold
+        scores = torch.stack([tokens[kept][:, span].mean(1) for span in spans], 1)  # (box, noun)
+        rows, columns = (scores > self.text_threshold).nonzero(as_tuple=True)
+        x, y, width, height = outputs.pred_boxes[0].float()[kept][rows].unbind(1)
+        corners = torch.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], 1)
+        corners = corners * corners.new_tensor([rgb.width, rgb.height, rgb.width, rgb.height])
+        owners = [asked[i] for i in columns.tolist()]
+        return _things(rgb, owners, scores[rows, columns], corners, self.nms, self.masks)
+
+    def _spans(self, ids: list[int]) -> list[list[int]]:
+        """Positions of each noun's tokens: those between the start and the first full stop, and so on."""
+        tokenizer = self.processor.tokenizer
+        stop = tokenizer.convert_tokens_to_ids(".")
+        spans: list[list[int]] = [[]]
+        for position, token in enumerate(ids):
+            if token == stop:
+                spans.append([])
+            elif token not in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id):
+                spans[-1].append(position)
+        return spans[:-1]
+
+
+@dataclass(frozen=True, eq=False)
+class ClipSegSegmenter:
+    """CLIPSeg: a heat map per noun; each pixel goes to its strongest noun, each connected patch is a thing.
+
+    A thing's score is its mean heat. Patches cannot coincide, so this one never sees things as mixed.
+
+    Parameters
+    ----------
+    model : transformers.CLIPSegForImageSegmentation
+    processor : transformers.CLIPSegProcessor
+    threshold : float
+        Pixels are hotter than this.
+    least_area : float
+        Patches cover at least this share of the picture.
+    query : str
+        What is asked for; ``{noun}`` stands for the noun.
+
+    Raises
+    ------
+    ModelError
+        The model is of another family.
+    SettingError
+        A setting is outside its range.
+    """
+
+    model: Any
+    processor: Any
+    threshold: float = 0.4
+    least_area: float = 0.01
+    query: str = "a photo of a {noun}"
+
+    def __post_init__(self) -> None:
+        _check_model(self.model, "clipseg")
+        _check_shares(threshold=self.threshold, least_area=self.least_area)
+        _check_query(self.query)
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image, nouns: Sequence[str]) -> list[Thing]:
+        """Things in the picture that are one of the nouns, the surest first."""
+        asked = _distinct(nouns)
+        if not asked:
+            return []
+        rgb = image.convert("RGB")
+        heat = self.heat(rgb, asked)
+        strongest = heat.argmax(0)
+        things = []
+        for i, noun in enumerate(asked):
+            labelled, count = components((strongest == i) & (heat[i] > self.threshold), return_num=True, connectivity=2)
+            areas = np.bincount(labelled.ravel(), minlength=count + 1) / labelled.size
+            for patch in 1 + np.flatnonzero(areas[1:] >= self.least_area):
+                mask = labelled == patch
+                things.append(Thing(noun, mask, float(heat[i][mask].mean()), _colour(rgb, mask)))
+        return sorted(things, key=lambda thing: -thing.score)
+
+    @torch.no_grad()
+    def heat(self, image: Image.Image, nouns: Sequence[str]) -> np.ndarray:
+        """How much each pixel looks like each noun.
+
+        Returns
+        -------
+        ndarray, float32 in [0, 1], (noun, y, x)
+            At the picture's size.
+        """
+        texts = [self.query.replace("{noun}", noun) for noun in nouns]
+        length = self.model.config.text_config.max_position_embeddings
+        inputs = self.processor(
+            text=texts, images=image, padding=True, max_length=length, truncation=True, return_tensors="pt"
+        )
+        inputs = _ready(inputs, self.model)
+        inputs["pixel_values"] = inputs["pixel_values"].expand(len(texts), -1, -1, -1)
+        logits = self.model(**inputs).logits.float()
+        logits = logits.reshape(len(texts), 1, *logits.shape[-2:])
+        full = F.interpolate(logits, (image.height, image.width), mode="bilinear", align_corners=False)
+        return full[:, 0].sigmoid().cpu().numpy()
+
+
+# By the model_type of a checkpoint's config: the adapter, and transformers' class.
+_FAMILIES: dict[str, tuple[Any, str]] = {
+    "owlvit": (OwlDetector, "OwlViTForObjectDetection"),
+    "owlv2": (OwlDetector, "Owlv2ForObjectDetection"),
+    "grounding-dino": (GroundingDinoDetector, "GroundingDinoForObjectDetection"),
+    "clipseg": (ClipSegSegmenter, "CLIPSegForImageSegmentation"),
+}
+
+
+def load_detector(
+    name: str | Path,
+    *,
+    sam: str | Path | Sam | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Detector:
+    """Load a detector for real pictures; safetensors only, and no code that comes with a model is ever run.
+
+    Parameters
+    ----------
+    name : str or pathlib.Path
+        A folder that ``save_pretrained`` wrote (model and processor), or a hub id. Recommended:
+        ``google/owlv2-base-patch16-ensemble``, ``IDEA-Research/grounding-dino-tiny``, or, to segment,
+        ``CIDAS/clipseg-rd64-refined``.
+    sam : str, pathlib.Path or Sam, optional
+        Refines the boxes of OWL and Grounding DINO to masks; recommended wherever colours matter:
+        ``facebook/sam-vit-base``.
+    device : str or torch.device, optional
+        Default: CUDA where there is one, else the CPU.
+    dtype : torch.dtype
+    **options
+        Settings of `OwlDetector`, `GroundingDinoDetector` or `ClipSegSegmenter`, such as ``threshold``.
+
+    Returns
+    -------
+    Detector
+
+    Raises
+    ------
+    ModelError
+        When the model cannot be had or is of an unsupported family.
+    SettingError
+        When the family has no such setting, or it is outside its range.
+
+    Examples
+    --------
+    >>> detector = load_detector("google/owlv2-base-patch16-ensemble", threshold=0.2)  # doctest: +SKIP
+    >>> detector(image, ["cat", "frog"])  # doctest: +SKIP
+    [Thing(noun='cat', ...)]
+    >>> load_detector("owlv2")
+    Traceback (most recent call last):
+    ...
+    elakit.errors.ModelError: Detector 'owlv2' is neither a folder nor a hub id ...
+    """
+    chosen = _device(device)
+    kind = _model_type(name)
+    if kind not in _FAMILIES:
+        raise _unsupported(f"Detector {str(name)!r}", kind)
+    adapter, class_name = _FAMILIES[kind]
+    settings = [field.name for field in fields(adapter) if field.name not in ("model", "processor", "masks")]
+    for option in options:
+        if option not in settings:
+            raise SettingError(f"{option!r} is no setting of {adapter.__name__}; it has {', '.join(settings)}.")
+    if sam is not None and adapter is ClipSegSegmenter:
+        raise SettingError("sam is given, but CLIPSeg finds masks by itself; leave sam out or load a box detector.")
+    if sam is not None and not isinstance(sam, Sam):
+        if (sam_kind := _model_type(sam)) != "sam":
+            raise ModelError(f"sam is {str(sam)!r}, a {sam_kind!r} model; give a SAM such as 'facebook/sam-vit-base'.")
+        sam = Sam(*_load(sam, "SamModel", chosen, dtype))
+    if sam is not None:
+        options["masks"] = sam
+    return adapter(*_load(name, class_name, chosen, dtype), **options)
+
+
+def mark_coinciding(things: Sequence[Thing], iou: float = 0.9) -> list[Thing]:
+    """Mark things of different nouns in one place as mixed: one thing called by two names.
+
+    Parameters
+    ----------
+    things : sequence of Thing
+    iou : float
+        Two boxes are in one place when their intersection over union is larger.
+
+    Returns
+    -------
+    list of Thing
+        In the same order; ``mixed_with`` has grown by the nouns a thing coincides with.
+
+    Raises
+    ------
+    SettingError
+        ``iou`` is outside [0, 1].
+
+    References
+    ----------
+    .. [1] Chen et al., "A Cat Is A Cat (Not A Dog!): Unraveling Information Mix-ups in Text-to-Image Encoders through
+       Causal Analysis and Embedding Optimization", 2024: two boxes that overlap by more than 90 % are a mixture.
+
+    Examples
+    --------
+    >>> mask = np.ones((4, 4), bool)
+    >>> [t.mixed_with for t in mark_coinciding([Thing("cat", mask, 0.8, "gray"), Thing("dog", mask, 0.7, "gray")])]
+    [('dog',), ('cat',)]
+    """
+    _check_shares(iou=iou)
+    overlaps = _ious(np.array([thing.box for thing in things], float).reshape(-1, 4))
+    marked = []
+    for thing, row in zip(things, overlaps, strict=True):
+        others = [other.noun for other, overlap in zip(things, row, strict=True) if overlap > iou]
+        names = dict.fromkeys([*thing.mixed_with, *others])
+        marked.append(replace(thing, mixed_with=tuple(noun for noun in names if noun != thing.noun)))
+    return marked
+
+
+def _things(
+    rgb: Image.Image, nouns: list[str], scores: torch.Tensor, corners: torch.Tensor, nms: float, sam: Sam | None
+) -> list[Thing]:
+    """Things of boxes (n, 4) in picture pixels: inside the picture, without duplicates, marked, refined, coloured."""
+    sides = [rgb.width, rgb.height, rgb.width, rgb.height]
+    boxes = np.clip(np.rint(corners.cpu().numpy()), 0, sides).astype(int)
+    sure = scores.cpu().numpy()
+    things = []
+    for i in _suppress(boxes, sure, nouns, nms):
+        left, top, right, bottom = boxes[i]
+        mask = np.zeros((rgb.height, rgb.width), bool)
+        mask[top:bottom, left:right] = True
+        things.append(Thing(nouns[i], mask, float(sure[i]), None))
+    # Before masks are refined: what coincides is the detector's boxes.
+    things = mark_coinciding(things)
+    if sam is not None:
+        refined = sam(rgb, [thing.box for thing in things])
+        things = [replace(t, mask=mask) if mask.any() else t for t, mask in zip(things, refined, strict=True)]
+    return [replace(thing, colour=_colour(rgb, thing.mask)) for thing in things]
+
+
+def _suppress(boxes: np.ndarray, scores: np.ndarray, nouns: list[str], iou: float) -> list[int]:
+    """Which boxes stay, the surest first: none without a pixel, and none on a surer one of its own noun."""
+    visible = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    order = [int(i) for i in np.argsort(-scores, kind="stable") if visible[i]]
+    overlaps = _ious(boxes.astype(float))
+    kept: list[int] = []
+    for i in order:
+        if not any(nouns[i] == nouns[k] and overlaps[i, k] > iou for k in kept):
+            kept.append(i)
+    return kept
+
+
+def _ious(boxes: np.ndarray) -> np.ndarray:
+    """Intersection over union of every two boxes: (n, 4) -> (n, n); 0 where both are empty."""
+    low, high = np.maximum(boxes[:, None, :2], boxes[None, :, :2]), np.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
+    shared = np.clip(high - low, 0, None).prod(-1)
+    areas = np.clip(boxes[:, 2:] - boxes[:, :2], 0, None).prod(-1)
+    union = areas[:, None] + areas[None] - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+
+def _colour(rgb: Image.Image, mask: np.ndarray) -> str | None:
+    pixels = np.asarray(rgb)[mask]
+    if len(pixels) > _COLOUR_PIXELS:
+        pixels = pixels[np.random.default_rng(0).choice(len(pixels), _COLOUR_PIXELS, replace=False)]
+    return name_colour(pixels)
+
+
+def _distinct(nouns: Sequence[str]) -> list[str]:
+    """Nouns to ask for: lower case, each once, in order."""
+    if isinstance(nouns, str):
+        raise PromptError(f"nouns is the string {nouns!r}; give a list, such as [{nouns!r}].")
+    names = list(dict.fromkeys(" ".join(noun.lower().split()) for noun in nouns))
+    if any(not re.search(r"\w", name) for name in names):
+        raise PromptError(f"nouns are {list(nouns)!r}; each needs at least one letter.")
+    return names
+
+
+def _ready(inputs: Mapping[str, Any], model: Any) -> dict[str, torch.Tensor]:
+    """A processor's answer on the model's device and, where it is not of whole numbers, in its dtype."""
+    return {
+        name: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
+        for name, value in inputs.items()
+    }
+
+
+def _check_model(model: Any, *kinds: str) -> None:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in kinds:
+        raise _unsupported(type(model).__name__, kind, kinds)
+    model.eval()
+
+
+def _check_shares(**settings: float) -> None:
+    for name, value in settings.items():
+        if not 0 <= value <= 1:
+            raise SettingError(f"{name} is {value}; it must lie between 0 and 1.")
+
+
+def _check_query(query: str) -> None:
+    if "{noun}" not in query:
+        raise SettingError(f"query is {query!r}; it must hold '{{noun}}' where the noun goes.")
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise SettingError(f"device is {device!r}; give 'cpu', 'cuda' or 'cuda:1', for example.") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise SettingError(f"device is {str(chosen)!r}, but this machine has no usable CUDA device; use 'cpu'.")
+    return chosen
+
+
+def _model_type(name: str | Path) -> str:
+    """A checkpoint's family, from its config alone: a wrong one is refused before its weights are fetched."""
+    if not Path(name).is_dir() and not (isinstance(name, str) and _HUB_ID.fullmatch(name)):
+        raise ModelError(
+            f"Detector {str(name)!r} is neither a folder nor a hub id such as 'google/owlv2-base-patch16-ensemble'."
+        )
+    try:
+        kind = PreTrainedConfig.get_config_dict(str(name))[0].get("model_type")
+    except (OSError, ValueError) as error:
+        raise _unavailable(name, _first_line(error)) from error
+    if not isinstance(kind, str):
+        raise _unavailable(name, "its config.json is missing or names no model_type")
+    return kind
+
+
+def _load(name: str | Path, class_name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    try:
+        processor = AutoProcessor.from_pretrained(str(name), trust_remote_code=False)
+        model = getattr(transformers, class_name).from_pretrained(str(name), use_safetensors=True, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError, ImportError) as error:
+        # What a damaged or incomplete checkpoint raises varies; the cause stays attached.
+        raise _unavailable(name, _first_line(error)) from error
+    return model.to(device), processor
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _unavailable(name: str | Path, why: str) -> ModelError:
+    return ModelError(
+        f"Detector {str(name)!r} could not be loaded: {why}. It must hold a config, a processor and safetensors "
+        f"weights. Without a network, fetch it elsewhere (`hf download {name}`) and give its folder."
+    )
+
+
+def _unsupported(what: str, kind: str | None, kinds: Sequence[str] = tuple(_FAMILIES)) -> ModelError:
+    return ModelError(f"{what} has model type {kind!r}, which is not supported here. Supported: {', '.join(kinds)}.")

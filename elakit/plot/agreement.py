@@ -1,0 +1,264 @@
+"""Attention against the finished picture: does it lie where the judge sees the entity?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+from skimage.measure import approximate_polygon, find_contours
+
+from elakit.agreement import downscale, truth_masks
+from elakit.errors import SettingError
+from elakit.plot import style
+from elakit.plot.pictures import figure_uri, paled
+from elakit.regions import otsu_masks
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from elakit.generate import Run
+    from elakit.judge import Verdict
+
+_MEASURES = {
+    "truth_iou": "IoU (Otsu cut, outline)",
+    "truth_auc": "AUC (0.5 is chance)",
+    "pointing": "pointing (peak inside)",
+}
+# Outlines are traced at this many pixels a side at most, which is finer than a panel shows.
+_TRACED = 128
+_HEADING, _CURVE_GAP = 50, 24  # pixels above and between the curves
+
+
+def agreement(
+    run: Run,
+    truth: Verdict | xr.DataArray | None = None,
+    *,
+    steps: int | Sequence[int] = 4,
+    panel: int | None = None,
+    title: str | None = None,
+) -> go.Figure:
+    """Each entity's attention at several steps against where the entity is in the finished picture.
+
+    One row an entity: the picture with the entity's outline, then its map at each step over the picture in grey, with
+    the outline, the map's own edge (Otsu's threshold) and its peak. Below, the measures of agreement at every step.
+
+    Parameters
+    ----------
+    run : Run
+    truth : Verdict or DataArray, bool (entity, y, x), optional
+        Where each entity is, at any resolution; by default what the judge sees (``run.verdict``).
+    steps : int or sequence of int
+        How many steps to show, spread evenly with the first and the last; or which.
+    panel : int, optional
+        Width of a panel in pixels; by default what lets a row fit a page.
+    title : str, optional
+        "" for none.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+
+    Raises
+    ------
+    SettingError
+        The judge cannot tell what is in the picture and no `truth` is given; a truth of other entities or of another
+        shape; steps that are not there.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> run = elakit.generate(elakit.load("picture-world"), "a [cat] and a [lion]", steps=2, progress=False)
+    >>> [trace.name for trace in agreement(run).data if trace.type == "heatmap"]
+    ['cat', 'cat', 'lion', 'lion']
+    """
+    known = run.verdict if truth is None else truth
+    if known is None:
+        raise SettingError(
+            "The embedded judge cannot tell what is in this picture: it knows the embedded model's pictures, nouns and "
+            "colours. Give truth: a Verdict, or masks as a DataArray (entity, y, x)."
+        )
+    maps = run.entity_maps()
+    frame = run.measure(known).to_frame()
+    entities = [str(label) for label in maps.token.values]
+    chosen = style.pick_steps(maps.step.values, steps)
+    rows, columns = maps.sizes["y"], maps.sizes["x"]
+    seen = truth_masks(known, entities, (rows, columns))
+
+    across = max(1 + len(chosen), len(_MEASURES))
+    panel = panel or int(min(180, (1010 - 110) / across - 10))
+    height = panel * run.image.height / run.image.width
+    default = f"Attention against the picture, {style.run_name(run)}"
+    made = style.Panels(
+        len(entities) + 1, across, width=panel, height=height, gap=(10, 28), margin=(94, 16, 26, 44),
+        title=style.escape(default if title is None else title),
+        caption="Black: where it is in the picture. Colour: its attention, from 0 to the map's largest value (dot); "
+        "dotted: Otsu's threshold.",
+    )  # fmt: skip
+    colours = style.entity_colours(entities)
+    picture, pale = figure_uri(run.image), figure_uri(paled(run.image))
+    for i, (label, mask) in enumerate(zip(entities, seen, strict=True), start=1):
+        outline = _outline(mask, rows, columns)
+        name = style.escape(style.shorten(label, 12))
+        made.beside(i, 1, f"<span style='color:{colours[label]}'>■</span> {name}")
+        made.map_axes(i, 1, rows, columns)
+        made.image(i, 1, picture, rows, columns)
+        _draw_outline(made, i, 1, outline, label)
+        _below(made, i, 1, _share(mask), rows, columns)
+        for j, step in enumerate(chosen, start=2):
+            values = maps.sel(step=step, token=label).values
+            made.map_axes(i, j, rows, columns)
+            made.image(i, j, pale, rows, columns)
+            made.add(i, j, _heat(values, colours[label], label, step))
+            _draw_otsu(made, i, j, values, colours[label])
+            _draw_outline(made, i, j, outline, label)
+            _draw_peak(made, i, j, values, colours[label])
+            _below(made, i, j, _numbers(frame, step, label, panel), rows, columns)
+    for j, heading in enumerate(["picture", *(f"step {step}" for step in chosen)], start=1):
+        made.over(1, j, heading)
+    _draw_curves(made, len(entities) + 1, frame, colours, chosen, height)
+    return made.figure()
+
+
+def _share(mask: np.ndarray) -> str:
+    if not mask.any():
+        return "not in the picture"
+    return f"{mask.mean():.0%} of the picture" if mask.mean() >= 0.005 else "under 1% of the picture"
+
+
+def _numbers(frame: pd.DataFrame, step: int, label: str, panel: int) -> str:
+    """IoU and AUC of a map, as far as there is room; nothing for an entity that is not in the picture."""
+    part = frame[(frame["step"] == step) & (frame["entity"] == label)].set_index("measure")["value"]
+    said = [("IoU", part["truth_iou"]), ("AUC", part["truth_auc"])][: 2 if panel >= 110 else 1]
+    return ", ".join(f"{name} {value:.2f}" for name, value in said if not np.isnan(value))
+
+
+def _below(made: style.Panels, row: int, column: int, text: str, rows: int, columns: int) -> None:
+    """Write below a panel that shows so many cells, in its middle."""
+    options: dict[str, Any] = {"yanchor": "top", "yshift": -1, "font": {"size": 11}, "opacity": 0.75}
+    if text:
+        made.note(row, column, text, (columns - 1) / 2, rows - 0.5, **options)
+
+
+def _outline(mask: np.ndarray, rows: int, columns: int) -> tuple[list[float | None], list[float | None]]:
+    """Edges of a mask as closed lines, in cells of a map of so many; None between two lines."""
+    high, wide = mask.shape
+    if max(high, wide) > _TRACED:
+        factor = _TRACED / max(high, wide)
+        mask = downscale(mask, (max(1, round(high * factor)), max(1, round(wide * factor))))
+        high, wide = mask.shape
+    x: list[float | None] = []
+    y: list[float | None] = []
+    # A rim of empty pixels, so that lines close at the picture's edge too; then cut back to the picture.
+    for line in find_contours(np.pad(mask.astype(float), 1), 0.5):
+        points = approximate_polygon(line, 0.3) - 0.5
+        down, right = (np.clip(points[:, axis], 0, side) for axis, side in ((0, high), (1, wide)))
+        x += [*(right * columns / wide - 0.5).round(3).tolist(), None]
+        y += [*(down * rows / high - 0.5).round(3).tolist(), None]
+    return x[:-1], y[:-1]
+
+
+def _draw_outline(
+    made: style.Panels, row: int, column: int, outline: tuple[list[float | None], list[float | None]], label: str
+) -> None:
+    # White below black is seen on every picture.
+    for colour, width in (("#ffffff", 4.5), ("#000000", 1.8)):
+        made.add(
+            row,
+            column,
+            {
+                "type": "scatter", "mode": "lines", "x": outline[0] or [None], "y": outline[1] or [None],
+                "line": {"color": colour, "width": width}, "hoverinfo": "skip", "showlegend": False,
+                "name": style.escape(label), "meta": {"outline": label},
+            },
+        )  # fmt: skip
+
+
+def _draw_otsu(made: style.Panels, row: int, column: int, values: np.ndarray, colour: str) -> None:
+    """The edge of the cells above Otsu's threshold, along the cells."""
+    x: list[float | None] = []
+    y: list[float | None] = []
+    mask = np.pad(otsu_masks(values), 1)
+    for i, j in np.argwhere(mask[1:] != mask[:-1]).tolist():  # between a cell and the one below it
+        x += [j - 1.5, j - 0.5, None]
+        y += [i - 0.5, i - 0.5, None]
+    for i, j in np.argwhere(mask[:, 1:] != mask[:, :-1]).tolist():  # between a cell and the one to its right
+        x += [j - 0.5, j - 0.5, None]
+        y += [i - 1.5, i - 0.5, None]
+    trace = {
+        "type": "scatter", "mode": "lines", "x": x or [None], "y": y or [None], "hoverinfo": "skip",
+        "line": {"color": colour, "width": 1.5, "dash": "dot"}, "showlegend": False, "meta": {"otsu": True},
+    }  # fmt: skip
+    made.add(row, column, trace)
+
+
+def _draw_peak(made: style.Panels, row: int, column: int, values: np.ndarray, colour: str) -> None:
+    """A dot on the largest value, on all of them where there are several; none on a constant map."""
+    peaks = np.argwhere(values == values.max()) if np.ptp(values) > 0 else np.empty((0, 2))
+    marker = {"size": 9, "color": colour, "line": {"color": "#ffffff", "width": 2}}
+    trace = {
+        "type": "scatter", "mode": "markers", "x": peaks[:, 1].tolist(), "y": peaks[:, 0].tolist(), "marker": marker,
+        "hoverinfo": "skip", "showlegend": False, "meta": {"peak": True},
+    }  # fmt: skip
+    made.add(row, column, trace)
+
+
+def _heat(values: np.ndarray, colour: str, label: str, step: int) -> dict[str, Any]:
+    """A map in one colour, from nothing to its largest value, since agreement does not depend on strength."""
+    return {
+        "type": "heatmap",
+        "z": values,
+        "zmin": 0,
+        "zmax": float(values.max()) or 1.0,
+        "colorscale": [[0, style.rgba(colour, 0)], [1, style.rgba(colour, 0.9)]],
+        "showscale": False,
+        "name": style.escape(label),
+        "meta": {"step": step, "entity": label},
+        "hovertemplate": f"{style.escape(label)}, step {step}<br>x %{{x}}, y %{{y}}<br>"
+        "probability %{z:.4f}<extra></extra>",
+    }
+
+
+def _draw_curves(
+    made: style.Panels, row: int, frame: pd.DataFrame, colours: dict[str, str], chosen: Sequence[int], height: float
+) -> None:
+    """The measures at every step in a last row, which they divide among themselves; the steps shown are marked."""
+    inner, whole = made.inner
+    width = (inner - (len(_MEASURES) - 1) * _CURVE_GAP) / len(_MEASURES)
+    up = [0, max(0.4 * height, height - _HEADING) / whole]
+    for column, (measure, heading) in enumerate(_MEASURES.items(), start=1):
+        left = (column - 1) * (width + _CURVE_GAP)
+        part = frame[frame["measure"] == measure]
+        for below, (label, colour) in enumerate(reversed(colours.items())):
+            curve = part[part["entity"] == label]
+            name = style.escape(label)
+            # Lines drawn later are thinner, so that lines which coincide are all seen.
+            thick = 2.2 + 1.8 * min(len(colours) - 1 - below, 3)
+            trace = {
+                "type": "scatter", "mode": "lines+markers", "x": curve["step"].to_numpy(),
+                "y": curve["value"].to_numpy(), "name": name, "showlegend": False,
+                "line": {"color": colour, "width": thick}, "marker": {"size": thick + 2.5, "color": colour},
+                "meta": {"measure": measure, "entity": label},
+                "hovertemplate": f"{name}, step %{{x}}: %{{y:.3f}}<extra></extra>",
+            }  # fmt: skip
+            made.add(row, column, trace)
+        made.over(row, column, heading)
+        dotted = {"color": style.FAINT, "width": 1, "dash": "dot"}
+        for step in chosen:
+            made.shape(row, column, type="line", x0=step, x1=step, y0=0, y1=1, line=dotted, layer="below")
+        steps = part["step"]
+        made.axes(
+            row,
+            column,
+            {
+                "domain": [left / inner, min(1.0, (left + width) / inner)], "zeroline": False, "showgrid": False,
+                "range": [steps.min() - 0.5, steps.max() + 0.5],
+                "title": {"text": "step", "font": {"size": 11}, "standoff": 4},
+            },
+            {
+                "domain": up, "range": [-0.04, 1.04], "gridcolor": style.RULE, "zerolinecolor": style.RULE,
+                "showticklabels": column == 1, "tickvals": [0, 0.5, 1],
+            },
+        )  # fmt: skip

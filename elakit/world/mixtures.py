@@ -1,0 +1,162 @@
+"""Hybrids: two things in one place, composed with their truth, so that the judge learns what a mixture looks like.
+
+Generated pictures fuse entities in many ways; these are the ways that can be drawn: one thing painted over another, one
+seen through the other, half of each, or one's looks inside the other's outline.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from elakit.errors import SettingError
+from elakit.world.backgrounds import background
+from elakit.world.scenes import Place, Subject, World, blend, mean_colour, sample_subjects, sprite_layer, sprite_of
+
+KINDS = ("overlaid", "blended", "halves", "filled")
+UNCERTAIN = 255  # class of pixels that are as much of the one as of the other
+LEAST_SHARE = 0.2  # of a hybrid's pixels that each of its two things must show
+TRIES = 12  # placements before two drawings are given up: glasses cover no fifth of a lion
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A picture with a hybrid in it, or with two things that merely cover each other in part.
+
+    Attributes
+    ----------
+    image : ndarray, uint8, (size, size, 3)
+    subjects : tuple of Subject
+        The two that meet; a third, if any, stands apart.
+    owner : ndarray, uint8, (size, size)
+        1 + index in `subjects` of what a pixel shows; 0 for the background, ``UNCERTAIN`` where that cannot be said.
+    mixed : ndarray, bool, (size, size)
+        Pixels of the hybrid; all False for "occluded".
+    kind : str
+        One of `KINDS`, or "occluded".
+    """
+
+    image: np.ndarray
+    subjects: tuple[Subject, ...]
+    owner: np.ndarray
+    mixed: np.ndarray
+    kind: str
+
+
+def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng: np.random.Generator) -> Mixture:
+    """Draw a hybrid of the first two subjects, the third beside it.
+
+    Parameters
+    ----------
+    subjects : tuple of Subject
+        Two or three.
+    kind : str
+        One of `KINDS`; or "occluded": one thing in front of another, which shows at least 70 % of itself.
+    world : World
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    Mixture
+
+    Raises
+    ------
+    SettingError
+        The kind is unknown, or the two cannot be drawn so (one is too small to be seen in the other).
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> mixture = compose_mixture((Subject("cat"), Subject("frog")), "halves", World(artists=("noto",)), rng)
+    >>> mixture.image.shape, bool(mixture.mixed.any())
+    ((128, 128, 3), True)
+    """
+    if kind not in (*KINDS, "occluded"):
+        raise SettingError(f"Unknown kind {kind!r}. Choose from {', '.join((*KINDS, 'occluded'))}.")
+    alone = len(subjects) == 2
+    for _ in range(TRIES):
+        sprites = [sprite_of(s, world, rng) for s in subjects]
+        scale = rng.uniform(0.45, 0.75) if alone else rng.uniform(0.4, 0.52)
+        x = 0.5 + rng.uniform(-0.1, 0.1) if alone else rng.choice([0.27, 0.73])
+        place = Place(x, 0.5 + rng.uniform(-0.1, 0.1), scale)
+        layer, owned, mixed = _meet(sprites[0], sprites[1], kind, place, world, rng)
+        shares = [(owned == i).sum() / max(1, (owned > 0).sum()) for i in (1, 2)]
+        if kind == "blended" or min(shares) >= LEAST_SHARE:
+            break
+    else:
+        raise SettingError(
+            f"A {subjects[0].noun} and a {subjects[1].noun} cannot be {kind}: one hides the other. Choose other nouns."
+        )
+    canvas, _ = background(world.backgrounds, [mean_colour(sprite) for sprite in sprites], world.size, rng)
+    owner = np.zeros((world.size, world.size), np.uint8)
+    if not alone:
+        beside = Place(1 - x, 0.5 + rng.uniform(-0.1, 0.1), rng.uniform(0.36, 0.46))
+        third = sprite_layer(sprites[2], beside, world, rng)
+        canvas = blend(canvas, third, world.shadow)
+        owner[third[..., 3] > 0.5] = 3
+    canvas = blend(canvas, layer, world.shadow)
+    inside = layer[..., 3] > 0.5
+    owner[inside] = owned[inside]
+    image = (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    return Mixture(image, subjects, owner, mixed & inside, kind)
+
+
+def sample_mixture(world: World, rng: np.random.Generator, kinds: tuple[str, ...] = KINDS) -> Mixture:
+    """A random hybrid: any two nouns of the world, a third thing beside them in 3 of 10 pictures."""
+    kind = str(rng.choice(kinds))
+    while True:
+        subjects = sample_subjects(world, rng)
+        if len(subjects) < 2:
+            continue
+        with suppress(SettingError):
+            return compose_mixture(subjects[: 3 if rng.random() < 0.3 else 2], kind, world, rng)
+
+
+def _meet(
+    first: Image.Image, second: Image.Image, kind: str, place: Place, world: World, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two sprites as one premultiplied layer, what each pixel shows (0, 1, 2, UNCERTAIN), and what is hybrid."""
+    size = world.size
+    apart = {"overlaid": 0.3, "occluded": 0.85}.get(kind, 0.08) * place.scale
+    angle = rng.uniform(0, 2 * np.pi)
+    reach = apart * (rng.uniform(0.75, 1) if kind == "occluded" else rng.uniform(0, 1))
+    scales = (place.scale, place.scale) if kind != "occluded" else (place.scale * 0.7, place.scale * 0.7)
+    offset = np.array([np.cos(angle), np.sin(angle)]) * reach / 2
+    a = sprite_layer(first, Place(place.x - offset[0], place.y - offset[1], scales[0]), world, rng)
+    b = sprite_layer(
+        second, Place(place.x + offset[0], place.y + offset[1], scales[1] * rng.uniform(0.85, 1.1)), world, rng
+    )
+    alphas = np.stack([a[..., 3], b[..., 3]])
+    owned = np.zeros((size, size), np.uint8)
+    if kind in ("overlaid", "occluded"):
+        layer = a * (1 - b[..., 3:]) + b
+        owned[alphas[0] > 0.5] = 1
+        owned[alphas[1] > 0.5] = 2
+        if kind == "occluded":
+            seen = (owned == 1).sum() / max(1, (alphas[0] > 0.5).sum())
+            # too much covered to be a pair, or not touching: drawn again
+            owned = owned if 0.7 <= seen < 1 else np.zeros_like(owned)
+            return layer, owned, np.zeros((size, size), bool)
+    elif kind == "blended":
+        weight = rng.uniform(0.35, 0.65)
+        layer = weight * a + (1 - weight) * b
+        layer[..., 3] = np.maximum(layer[..., 3], alphas.max(0) * 0.85)
+        strength = alphas * np.array([weight, 1 - weight])[:, None, None]
+        owned = np.where(alphas.max(0) > 0.5, 1 + strength.argmax(0), 0).astype(np.uint8)
+        if abs(weight - 0.5) < 0.08:
+            owned[alphas.min(0) > 0.5] = UNCERTAIN
+    elif kind == "halves":
+        y, x = np.mgrid[0:size, 0:size] / size
+        turn, shift = rng.uniform(0, 2 * np.pi), rng.uniform(-0.2, 0.2) * place.scale
+        side = (x - place.x) * np.cos(turn) + (y - place.y) * np.sin(turn) - shift
+        share = 1 / (1 + np.exp(-side * size / rng.uniform(0.5, 4)))[..., None]
+        layer = share * a + (1 - share) * b
+        owned = np.where(layer[..., 3] > 0.5, np.where(share[..., 0] > 0.5, 1, 2), 0).astype(np.uint8)
+    else:  # filled: the second's looks inside the first's outline
+        layer = a * (1 - b[..., 3:]) + b * a[..., 3:]
+        owned[alphas[0] > 0.5] = 1
+        owned[(alphas > 0.5).all(0)] = 2
+    return layer.astype(np.float32), owned, owned > 0
