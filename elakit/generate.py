@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from elakit.attention import Recording, RecordSpec, open_recording, record
@@ -183,6 +182,7 @@ class Run:
                 "options": self.guidance.options,
                 "entities": self.guidance.entities,
                 "rows": self.guidance.rows,
+                "searched": self.guidance.searched,
             }
         return {"prompt": self.prompt.to_dict(), "seed": self.seed, "settings": self.settings, "guidance": trace}
 
@@ -196,11 +196,41 @@ class Run:
         return min(sides, key=lambda side: (abs(np.log(side / ANALYSIS_SIZE)), side))
 
 
+@overload
 def generate(
     pipe: Any,
     prompt: str | Prompt,
     *,
-    seed: int = 0,
+    seed: int = ...,
+    steps: int | None = ...,
+    guidance_scale: float | None = ...,
+    height: int | None = ...,
+    width: int | None = ...,
+    negative_prompt: str | None = ...,
+    guidance: Method | None = ...,
+    record: bool | RecordSpec = ...,
+    progress: bool = ...,
+) -> Run: ...
+@overload
+def generate(
+    pipe: Any,
+    prompt: str | Prompt,
+    *,
+    seed: Sequence[int],
+    steps: int | None = ...,
+    guidance_scale: float | None = ...,
+    height: int | None = ...,
+    width: int | None = ...,
+    negative_prompt: str | None = ...,
+    guidance: Method | None = ...,
+    record: bool | RecordSpec = ...,
+    progress: bool = ...,
+) -> list[Run]: ...
+def generate(
+    pipe: Any,
+    prompt: str | Prompt,
+    *,
+    seed: int | Sequence[int] = 0,
     steps: int | None = None,
     guidance_scale: float | None = None,
     height: int | None = None,
@@ -209,18 +239,20 @@ def generate(
     guidance: Method | None = None,
     record: bool | RecordSpec = True,
     progress: bool = True,
-) -> Run:
-    """Draw one picture, recorded and, if asked, guided.
+) -> Run | list[Run]:
+    """Draw a picture, or one a seed in one batch, recorded and, if asked, guided.
 
     The noise depends on the seed alone: a guided run starts from the plain run's noise, and a plain run draws the
-    picture of ``pipe(prompt, generator=torch.Generator().manual_seed(seed))``.
+    picture of ``pipe(prompt, generator=torch.Generator().manual_seed(seed))``. In a batch each picture is guided by its
+    own loss; batches differ from single pictures by the rounding of the arithmetic only.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
         From `elakit.load`, or your own.
     prompt : str or Prompt
-    seed : int
+    seed : int or sequence of int
+        A sequence draws a picture for each, in one batch.
     steps : int, optional
         Denoising steps; by default the model's (25 for picture-world, else the pipeline's own default).
     guidance_scale : float, optional
@@ -237,7 +269,8 @@ def generate(
 
     Returns
     -------
-    Run
+    Run, or list of Run
+        A list for a sequence of seeds.
 
     Raises
     ------
@@ -253,49 +286,49 @@ def generate(
     >>> run = elakit.generate(pipe, "a [cat] and a [lion]", seed=1, steps=2, progress=False)
     >>> run.image.size, run.regions.dims, bool((run.regions.sum("entity") > 1).any())
     ((64, 64), ('step', 'entity', 'y', 'x'), False)
+    >>> [r.seed for r in elakit.generate(pipe, "a [cat] and a [lion]", seed=[1, 2], steps=2, progress=False)]
+    [1, 2]
     """
     adapter = adapter_for(pipe)
     parsed = parse(prompt, pipe)
     defaults = default_settings(pipe)
     steps = _whole("steps", defaults.steps if steps is None else steps, least=1)
-    seed = _whole("seed", seed, least=0)
+    seeds = [_whole("seed", one, least=0) for one in _each(seed)]
     scale = defaults.guidance_scale if guidance_scale is None else float(guidance_scale)
     if not np.isfinite(scale) or scale < 0:
         raise SettingError(
             f"guidance_scale={guidance_scale!r}: must be a number of 0 or more (1 or less switches it off)."
         )
-    if guidance is not None and not all(hasattr(guidance, name) for name in ("loss", "step_sizes", "select")):
+    if guidance is not None and (
+        isinstance(guidance, type) or not all(hasattr(guidance, name) for name in ("loss", "plan", "select"))
+    ):
         raise SettingError(f"guidance={guidance!r} is no guidance method; pass an instance, such as elakit.ELA().")
     full_height, full_width = adapter.default_size()
     height, width = height or full_height, width or full_width
     latent = adapter.latent_size(height, width)
-    embeds, negative = adapter.encode(parsed.text, negative_prompt, guided=scale > 1)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    shape = (1, pipe.unet.config.in_channels, *latent)
-    device = pipe._execution_device
-    latents = randn_tensor(shape, generator=generator, device=device, dtype=embeds.dtype)
+    conditioning = adapter.encode(parsed.text, negative_prompt, guided=scale > 1, size=(height, width))
+    generators = [torch.Generator("cpu").manual_seed(one) for one in seeds]
+    latents = torch.cat([adapter.noise(generator, height, width) for generator in generators])
     call: dict[str, Any] = {}
     guide = None
     if guidance is not None:
-        guide = Guide(pipe, guidance, parsed, embeds, steps, latent)
-        pipe.scheduler.set_timesteps(steps, device=device)
-        sigma = pipe.scheduler.init_noise_sigma
-        moved = guide.move(latents * sigma, 0, pipe.scheduler.timesteps[0])
-        latents = moved / sigma if guide.trace.rows else latents
-        call = {"callback_on_step_end": guide.on_step_end, "callback_on_step_end_tensor_inputs": ["latents"]}
+        noise_scale = adapter.set_timesteps(steps, height, width)
+        guide = Guide(pipe, guidance, parsed, conditioning, latent, len(seeds))
+        latents = guide.start(latents, noise_scale, pipe.scheduler.timesteps[0])
+        call = adapter.on_step(guide.on_step_end)
     spec = record if isinstance(record, RecordSpec) else RecordSpec()
     with _progress_bar(pipe, progress), _recording(pipe, parsed, spec, bool(record)) as recording:
-        image = pipe(
-            prompt_embeds=embeds,
-            negative_prompt_embeds=negative,
+        images = pipe(
             num_inference_steps=steps,
             guidance_scale=scale,
             height=height,
             width=width,
+            num_images_per_prompt=len(seeds),
             latents=latents,
-            generator=generator,
+            generator=generators if len(seeds) > 1 else generators[0],
+            **conditioning.call,
             **call,
-        ).images[0]
+        ).images
     settings = {
         "model": name_of(pipe),
         "steps": steps,
@@ -304,9 +337,20 @@ def generate(
         "width": width,
         "negative_prompt": negative_prompt,
         "scheduler": type(pipe.scheduler).__name__,
-        "method": guide.trace.method if guide else None,
+        "method": guidance.name if guidance is not None else None,
     }
-    return Run(image, parsed, seed, settings, recording, guide.trace if guide else None)
+    runs = [
+        Run(
+            image,
+            parsed,
+            one,
+            dict(settings),
+            recording.isel(image=[i]) if recording is not None and len(seeds) > 1 else recording,
+            guide.traces[i] if guide else None,
+        )
+        for i, (one, image) in enumerate(zip(seeds, images, strict=True))
+    ]
+    return runs if isinstance(seed, Sequence) else runs[0]
 
 
 def open_run(folder: str | Path) -> Run:
@@ -338,7 +382,7 @@ def open_run(folder: str | Path) -> Run:
     trace = None
     if table["guidance"] is not None:
         kept = table["guidance"]
-        trace = Trace(kept["method"], kept["options"], tuple(kept["entities"]), kept["rows"])
+        trace = Trace(kept["method"], kept["options"], tuple(kept["entities"]), kept["rows"], kept.get("searched", []))
         if (folder / "regions.npz").exists():
             with np.load(folder / "regions.npz") as regions:
                 trace._regions.update(zip(regions["steps"].tolist(), regions["masks"], strict=True))
@@ -373,6 +417,12 @@ def _progress_bar(pipe: Any, shown: bool) -> Iterator[None]:
         yield
     finally:
         pipe.set_progress_bar_config(**before)
+
+
+def _each(seed: int | Sequence[int]) -> Sequence[int]:
+    if isinstance(seed, str | bytes) or (isinstance(seed, Sequence) and not seed):
+        raise SettingError(f"seed={seed!r}: must be a whole number, or a list with one for each picture.")
+    return seed if isinstance(seed, Sequence) else [seed]
 
 
 def _whole(name: str, value: Any, least: int) -> int:

@@ -188,7 +188,7 @@ def test_guidance_in_an_edited_run_sees_the_model_as_it_is(pipe: Any) -> None:
     """Its own passes are neither edited nor counted, so the edit acts in the steps that were meant."""
     adapter = adapter_for(pipe)
     prompt = parse(TEXT, pipe)
-    embeds, _ = adapter.encode(prompt.text, guided=False)
+    embeds = adapter.encode(prompt.text, guided=False)
     own: list[float] = []
 
     def own_pass(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def test_a_region_of_any_resolution_acts_by_its_share(scale: float, shares: list
     layer = adapter_for(pipe).layers()[0]
     region = np.array(shares)[:, None]
     seen: dict[str, torch.Tensor] = {}
-    embeds, _ = adapter_for(pipe).encode(prompt.text, guided=False)
+    embeds = adapter_for(pipe).encode(prompt.text, guided=False)
     latents = torch.linspace(-2, 2, 256).reshape(1, 4, 8, 8)
 
     def run(key: str) -> None:

@@ -61,7 +61,7 @@ def test_layers_and_their_factors_are_those_of_a_pass(pipe: Any) -> None:
             lambda _, args, name=layer.name: sizes.update({name: tuple(args[0].shape[-2:])})
         )
     height, width = adapter.latent_size(32, 64)
-    embeds, _ = adapter.encode("a red car", guided=False)
+    embeds = adapter.encode("a red car", guided=False)
     adapter.denoise(torch.zeros(1, 4, height, width), 5, embeds)
     assert list(sizes) == [layer.name for layer in adapter.layers()]  # forward order
     for layer in adapter.layers():
@@ -120,12 +120,12 @@ def test_encoding_and_denoising_are_the_pipelines_own(pipe: Any) -> None:
     picture(pipe, negative_prompt="a dog", guidance_scale=5.0)
     handle.remove()
     sample, timestep, text, predicted = seen["call"]
-    embeds, negative = adapter.encode("a red car", "a dog", guided=True)
-    assert negative is not None
-    assert torch.equal(torch.cat([negative, embeds]), text)
+    conditioning = adapter.encode("a red car", "a dog", guided=True)
+    both = [conditioning.call["negative_prompt_embeds"], conditioning.call["prompt_embeds"]]
+    assert torch.equal(torch.cat(both), text)
     with torch.no_grad():
-        torch.testing.assert_close(adapter.denoise(sample[1:], timestep, embeds), predicted[1:])
-    assert adapter.encode("a red car", guided=False)[1] is None
+        torch.testing.assert_close(adapter.denoise(sample[1:], timestep, conditioning), predicted[1:])
+    assert "negative_prompt_embeds" not in adapter.encode("a red car", guided=False).call
 
 
 def test_pipelines_with_the_same_unet_are_served(pipe: Any) -> None:

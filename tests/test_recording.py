@@ -236,7 +236,7 @@ def test_norms_of_queries_and_keys_are_applied() -> None:
 def test_gradients_flow_through_the_tap(pipe: Any) -> None:
     adapter = adapter_for(pipe)
     latents = torch.randn(1, 4, 8, 8, requires_grad=True)
-    embeds, _ = adapter.encode("a car", guided=False)
+    embeds = adapter.encode("a car", guided=False)
     maps: list[torch.Tensor] = []
     with tap(adapter.layers()[-1:], lambda layer, attend, size: maps.append(attend(slice(None)))):
         adapter.denoise(latents, 10, embeds)
@@ -321,7 +321,7 @@ def test_nested_recording_is_refused_and_the_outer_one_goes_on(pipe: Any, prompt
 
 def test_paused_passes_are_neither_kept_nor_counted(pipe: Any, prompt: Prompt) -> None:
     adapter = adapter_for(pipe)
-    embeds, _ = adapter.encode(prompt.text, guided=False)
+    embeds = adapter.encode(prompt.text, guided=False)
 
     def own_pass(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         with paused(pipe):
@@ -475,7 +475,7 @@ def test_the_plan_tells_exactly_what_is_kept(
 def test_odd_latents_are_planned_as_the_network_rounds_them(latent: tuple[int, int], shared_pipe: Any) -> None:
     adapter = adapter_for(shared_pipe)
     prompt = parse(TEXT, shared_pipe)
-    embeds, _ = adapter.encode(prompt.text, guided=False)
+    embeds = adapter.encode(prompt.text, guided=False)
     shared_pipe._guidance_scale = 1.0
     plan = RecordSpec().plan_layers(adapter.layers(), prompt, latent, kept=1, images=1)
     with record(shared_pipe, prompt) as recording, torch.no_grad():
@@ -513,7 +513,7 @@ def test_a_run_over_budget_is_refused_before_anything_is_computed(pipe: Any, pro
 
 def test_a_loop_of_ones_own_is_recorded_as_far_as_the_budget_goes(pipe: Any, prompt: Prompt) -> None:
     adapter = adapter_for(pipe)
-    embeds, _ = adapter.encode(prompt.text, guided=False)
+    embeds = adapter.encode(prompt.text, guided=False)
     one = RecordSpec().plan(pipe, prompt, steps=1).bytes
     with record(pipe, prompt, RecordSpec(budget=20 * one)) as recording, torch.no_grad():
         for step in range(20):

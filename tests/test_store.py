@@ -283,7 +283,7 @@ def test_another_recording_that_came_first_is_never_replaced(pipe: Any, prompt: 
 
 def test_a_store_keeps_to_the_budget(pipe: Any, prompt: Prompt, tmp_path: Path) -> None:
     adapter = adapter_for(pipe)
-    embeds, _ = adapter.encode(prompt.text, guided=False)
+    embeds = adapter.encode(prompt.text, guided=False)
     one = RecordSpec().plan(pipe, prompt, steps=1).bytes
     spec = RecordSpec(budget=3 * one)
     with record(pipe, prompt, spec, store=tmp_path / "run.zarr") as recording, torch.no_grad():

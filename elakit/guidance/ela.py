@@ -21,7 +21,8 @@ from torch import Tensor
 
 from elakit.attention.spec import select_layers
 from elakit.errors import SettingError
-from elakit.guidance.engine import Loss
+from elakit.guidance.layout import Layout, apart, check_layout, layout_masks
+from elakit.guidance.method import Attention, Loss, Update, nearest_size
 from elakit.models import AttentionLayer
 from elakit.prompt import Prompt
 from elakit.regions import THRESHOLD, localize
@@ -31,7 +32,10 @@ NATIVE_SIZE = 16  # side of the maps the paper reads
 
 @dataclass
 class Anchors:
-    """Regions of a run once they are locked, bool (entity, y, x); None while they are localised anew at every step."""
+    """Regions of a picture's run once they are locked, bool (entity, y, x); None while each step localises its own.
+
+    Whoever sets them, in the middle of a run too, steers it from the next guided step on.
+    """
 
     masks: np.ndarray | None = None
 
@@ -65,6 +69,9 @@ class ELA:
         Longer side of the maps read; by default 16, or what the model has nearest to it.
     lock_from : int, optional
         Denoising step from which the regions stay as they are; by default they are localised at every guided step.
+    regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x), optional
+        Where each entity belongs, in the order of the prompt, given by hand instead of localised: boxes in shares of
+        the picture, or masks. A cell of two entities goes to the smaller region.
     background : {"start+end", "start"}
         Attention that stands for the background in localisation: of start-of-text alone, as in the paper's figure, or
         with that of end-of-text and padding. In Stable Diffusion start-of-text holds nearly all of it, in picture-world
@@ -98,6 +105,7 @@ class ELA:
     layers: str = "up"
     size: int | None = None
     lock_from: int | None = None
+    regions: Layout | None = None
     background: Literal["start+end", "start"] = "start+end"
     differentiation: str = "argmax"
     binarisation: str = "background"
@@ -106,6 +114,7 @@ class ELA:
     min_cells: int | None = None
 
     name: ClassVar[str] = "ela"
+    reads_self: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         def refuse(option: str, rule: str) -> None:
@@ -123,18 +132,12 @@ class ELA:
             refuse("background", "must be 'start+end' or 'start'")
         if self.lock_from is not None and self.lock_from < 0:
             refuse("lock_from", "must be a denoising step, 0 or more, or None")
+        if self.regions is not None:
+            object.__setattr__(self, "regions", check_layout(self.regions, "ELA(regions=...)"))
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
         """The layers of the chosen side whose maps are of the chosen size."""
-        chosen = select_layers(layers, self.layers)
-        sides = {layer.factor: math.ceil(max(latent) / layer.factor) for layer in chosen}
-        wanted = self.size or NATIVE_SIZE
-        factor = min(sides, key=lambda f: (abs(math.log(sides[f] / wanted)), f))
-        if self.size is not None and sides[factor] != self.size:
-            raise SettingError(
-                f"ELA(size={self.size}): the layers {self.layers!r} have maps of size {sorted(set(sides.values()))}."
-            )
-        return tuple(layer for layer in chosen if layer.factor == factor)
+        return nearest_size(select_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, "ELA")
 
     def localisation(self) -> dict[str, Any]:
         """Its options of `elakit.regions.localize`."""
@@ -145,11 +148,11 @@ class ELA:
         """A run starts without locked regions."""
         return Anchors()
 
-    def step_sizes(self, steps: int, prompt: Prompt) -> list[float]:
+    def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
         """Linear from `step_size` to `decay` of it over the guided steps; nothing where only one entity is named."""
-        count = round(self.guided * steps) if len(prompt.entities) > 1 else 0
+        count = round(self.guided * len(noise)) if len(prompt.entities) > 1 else 0
         sizes = np.linspace(self.step_size, self.step_size * self.decay, max(count, 1))[:count]
-        return [*map(float, sizes), *[0.0] * (steps - count)]
+        return [Update(float(size)) for size in sizes]
 
     def direction(self, gradient: Tensor) -> Tensor:
         """The raw gradient, or the gradient brought to a root mean square of one."""
@@ -157,13 +160,12 @@ class ELA:
             return gradient
         return gradient / gradient.pow(2).mean().sqrt().clamp_min(torch.finfo(gradient.dtype).tiny)
 
-    def loss(self, maps: Tensor, prompt: Prompt, step: int, state: Anchors) -> Loss:
+    def loss(self, attention: Attention, prompt: Prompt, step: int, state: Anchors) -> Loss:
         """Anchoring loss: the mean over entities of the weighted terms.
 
         Parameters
         ----------
-        maps : Tensor, (token, y, x)
-            Raw probabilities.
+        attention : Attention
         prompt : Prompt
         step : int
         state : Anchors
@@ -173,12 +175,15 @@ class ELA:
         Loss
             Its terms are the unweighted means of "outside", "presence", "intrusion", "attributes".
         """
+        maps = attention.mean
         entities = torch.stack([maps[list(e.token_indices)].mean(0) for e in prompt.entities])
+        if state.masks is None and self.regions is not None:
+            state.masks = apart(layout_masks(self.regions, (maps.shape[1], maps.shape[2]), len(entities)))
         masks = state.masks
         if masks is None:
-            background = maps[0]
+            background = maps[prompt.start_index or 0]
             if self.background == "start+end":
-                background = background + maps[prompt.end_index :].sum(0)
+                background = background + maps[list(prompt.end_positions(len(maps)))].sum(0)
             masks = localize(entities.detach(), background.detach(), **self.localisation()).masks
             if self.lock_from is not None and step >= self.lock_from:
                 state.masks = masks

@@ -1,9 +1,9 @@
 """Runs any guidance method: a conditional pass up to the last layer its loss reads, its gradient, a step of the latent.
 
-A method says which layers it reads, what it loses and how far to step (`Method`); this module does the rest, for every
-method alike: weights frozen, fused attention kept, the network beyond the last layer skipped, loss and gradient in at
-least float32, no gradient outside the guided steps. It enters a pipeline through given latents (before the first step)
-and ``callback_on_step_end`` (before every later one), so no pipeline's ``__call__`` is copied.
+A method says which layers it reads, what it loses and how far to step (`elakit.guidance.method`); this module does the
+rest, for every method alike: weights frozen, fused attention kept, the network beyond the last layer skipped, loss and
+gradient in at least float32, no gradient outside the guided steps. It enters a pipeline through given latents (before
+the first step) and its step callback (before every later one), so no pipeline's ``__call__`` is copied.
 """
 
 from __future__ import annotations
@@ -11,163 +11,84 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-import xarray as xr
 from torch import Tensor, nn
 
 from elakit.attention import paused
 from elakit.attention.taps import Attend, tap
 from elakit.errors import SettingError
-from elakit.models import Adapter, AttentionLayer, adapter_for
+from elakit.guidance.method import Attention, Loss, Method, NoiseSearch, Update
+from elakit.guidance.trace import Trace
+from elakit.models import Adapter, AttentionLayer, Conditioning, adapter_for
 from elakit.prompt import Prompt
 
 # fp16 gradients of a loss of order one underflow; scaling by a power of two loses no digit
 _FP16_SCALE = 256.0
 
 
-@dataclass(frozen=True)
-class Loss:
-    """What a method loses on one set of maps.
-
-    Attributes
-    ----------
-    total : Tensor, scalar
-        Carries the gradient.
-    terms : dict of str to float
-        Its named parts, for the trace.
-    regions : ndarray, bool, (entity, y, x), optional
-        The regions it anchors to.
-    """
-
-    total: Tensor
-    terms: dict[str, float]
-    regions: np.ndarray | None = None
-
-
-class Method(Protocol):
-    """What the engine asks of a guidance method; methods are frozen dataclasses of their options."""
-
-    name: ClassVar[str]
-
-    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The layers the loss reads, all of one map size; latent is (h, w)."""
-
-    def begin(self, prompt: Prompt) -> Any:
-        """State of a run (such as locked regions), handed to every `loss` of it."""
-
-    def step_sizes(self, steps: int, prompt: Prompt) -> Sequence[float]:
-        """Step size of each denoising step; 0 leaves a step alone."""
-
-    def loss(self, maps: Tensor, prompt: Prompt, step: int, state: Any) -> Loss:
-        """Loss on raw attention probabilities, (token, y, x), averaged over heads and the selected layers."""
-
-    def direction(self, gradient: Tensor) -> Tensor:
-        """The gradient as it is stepped along (raw, or brought to a fixed length)."""
-
-
-@dataclass
-class Trace:
-    """What guidance did, step by step.
-
-    Attributes
-    ----------
-    rows : list of dict
-        One a guided step: step, timestep, step_size, loss, its terms, gradient_norm, moved (root mean square of the
-        latent's change), seconds, skipped (the gradient was not finite, so the latent was left alone).
-    """
-
-    method: str
-    options: dict[str, Any]
-    entities: tuple[str, ...]
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    _regions: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
-
-    def to_frame(self) -> pd.DataFrame:
-        """The rows as a frame, indexed by step."""
-        frame = pd.DataFrame(self.rows)
-        return frame.set_index("step") if len(frame) else frame
-
-    @property
-    def regions(self) -> xr.DataArray | None:
-        """Regions that were anchored to: boolean (step, entity, y, x); None if the method has none."""
-        if not self._regions:
-            return None
-        return xr.DataArray(
-            np.stack(list(self._regions.values())),
-            dims=("step", "entity", "y", "x"),
-            coords={"step": list(self._regions), "entity": list(self.entities)},
-            name="regions",
-        )
-
-    @property
-    def skipped(self) -> int:
-        """Steps whose gradient was not finite."""
-        return sum(bool(row["skipped"]) for row in self.rows)
-
-    def add(self, row: dict[str, Any], regions: np.ndarray | None) -> None:
-        """Append a step."""
-        self.rows.append(row)
-        if regions is not None:
-            self._regions[row["step"]] = regions
-
-
 class _Enough(Exception):
     """Ends a pass after the last layer that is read."""
 
 
-def attention_maps(
+def read_attention(
     adapter: Adapter,
     layers: Sequence[AttentionLayer],
     latents: Tensor,
     timestep: Tensor,
-    embeds: Tensor,
-) -> Tensor:
+    conditioning: Conditioning,
+    *,
+    reads_self: bool = False,
+) -> list[Attention]:
     """Attention of a conditional pass, stopped after the last of the layers; differentiable.
 
     Parameters
     ----------
     adapter : Adapter
     layers : sequence of AttentionLayer
-        All of one map size, in forward order.
+        In forward order.
     latents : Tensor, (n, c, h, w)
         Scaled by the scheduler.
     timestep : Tensor, scalar
-    embeds : Tensor, (n, positions, channels)
-        Text states of the prompt.
+    conditioning : Conditioning
+    reads_self : bool
+        Also the self-attention of the layers' blocks.
 
     Returns
     -------
-    Tensor, float32 or float64, (n, token, y, x)
-        Raw probabilities, averaged over heads, then layers.
+    list of Attention
+        One a picture; probabilities in float32 or float64.
 
     Raises
     ------
     SettingError
-        No layer is given, or their maps differ in size.
+        No layer is given, or there is no self-attention to read.
     """
     if not layers:
         raise SettingError(
             "Guidance reads no attention layer: none of the model's layers fits its `layers` and `size`."
         )
-    maps: list[Tensor] = []
+    beside = adapter.self_layers(layers) if reads_self else ()
+    cross: list[Tensor] = []  # a layer, (n, heads, token, y, x)
+    own: list[Tensor] = []  # a layer, (n, heads, y, x, y, x)
 
     def collect(layer: AttentionLayer, attend: Attend, size: tuple[int, int]) -> None:
-        mean = attend(slice(None)).mean(1)  # (n, h*w, token)
-        maps.append(mean.transpose(1, 2).unflatten(2, size))
-        if layer is layers[-1]:
+        attention = attend(slice(None)).unflatten(2, size)  # (n, heads, y, x, keys)
+        if layer in beside:
+            own.append(attention.unflatten(-1, size))
+        else:
+            cross.append(attention.movedim(-1, 2))
+        if layer is layers[-1]:  # self-attention comes before it in its block
             raise _Enough
 
-    with tap(layers, collect), suppress(_Enough):
-        adapter.denoise(latents, timestep, embeds)
-    sizes = {tuple(m.shape[-2:]) for m in maps}
-    if len(sizes) > 1:
-        raise SettingError(f"The layers read by guidance have maps of different sizes: {sorted(sizes)}. Set `size`.")
-    return torch.stack(maps).mean(0)
+    with tap([*beside, *layers], collect), suppress(_Enough):
+        adapter.denoise(latents, timestep, conditioning)
+    return [
+        Attention(tuple(layer[i] for layer in cross), tuple(layer[i] for layer in own)) for i in range(len(latents))
+    ]
 
 
 def gradient(
@@ -177,33 +98,45 @@ def gradient(
     layers: Sequence[AttentionLayer],
     latents: Tensor,
     timestep: Tensor,
-    embeds: Tensor,
+    conditioning: Conditioning,
     *,
     step: int = 0,
-    state: Any = None,
-) -> tuple[Loss, Tensor]:
-    """A method's loss at a latent, and its gradient there.
+    states: Sequence[Any] | None = None,
+) -> tuple[list[Loss], Tensor]:
+    """A method's loss at each latent of a batch, and its gradient there.
 
     Parameters
     ----------
-    latents : Tensor, (1, c, h, w)
+    latents : Tensor, (n, c, h, w)
         As the scheduler keeps them (not scaled).
+    states : sequence of n
+        Of the pictures; by default those of a run's beginning.
 
     Returns
     -------
-    loss : Loss
-    gradient : Tensor, (1, c, h, w)
-        In float32 (float64 for float64 latents).
+    losses : list of Loss
+        One a picture.
+    gradient : Tensor, (n, c, h, w)
+        In float32 (float64 for float64 latents); pictures do not see each other.
     """
+    states = [method.begin(prompt) for _ in latents] if states is None else states
     model_dtype: torch.dtype = next(adapter.denoiser.parameters()).dtype
     scale = _FP16_SCALE if model_dtype == torch.float16 else 1.0
     with torch.enable_grad():
         z = latents.detach().to(torch.promote_types(latents.dtype, torch.float32)).requires_grad_(True)
-        scaled = adapter.pipe.scheduler.scale_model_input(z, timestep)
-        maps = attention_maps(adapter, layers, scaled.to(model_dtype), timestep, embeds.to(model_dtype))
-        loss = method.loss(maps[0], prompt, step, state)
-        (grad,) = torch.autograd.grad(loss.total * scale, z)
-    return loss, grad / scale
+        scaled = _scaled(adapter, z, timestep).to(model_dtype)
+        attention = read_attention(adapter, layers, scaled, timestep, conditioning, reads_self=method.reads_self)
+        losses = [method.loss(a, prompt, step, state) for a, state in zip(attention, states, strict=True)]
+        total = torch.stack([loss.total for loss in losses]).sum()
+        # A loss may be constant where nothing is left to gain.
+        grad = torch.autograd.grad(total * scale, z)[0] if total.requires_grad else torch.zeros_like(z)
+    return losses, grad / scale
+
+
+def _scaled(adapter: Adapter, latents: Tensor, timestep: Tensor) -> Tensor:
+    """The denoiser's input; flow-matching schedulers do not scale."""
+    scale = getattr(adapter.pipe.scheduler, "scale_model_input", None)
+    return latents if scale is None else scale(latents, timestep)
 
 
 @contextmanager
@@ -219,64 +152,161 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def noise_levels(scheduler: Any) -> list[float]:
+    """Ratio of noise to signal (standard deviations) at each timestep of a scheduler that is set.
+
+    Examples
+    --------
+    >>> from diffusers import DDIMScheduler
+    >>> scheduler = DDIMScheduler()
+    >>> scheduler.set_timesteps(3)
+    >>> [round(level, 2) for level in noise_levels(scheduler)]
+    [7.66, 1.63, 0.01]
+    """
+    timesteps = scheduler.timesteps
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None:  # flow matching: signal 1 - sigma, noise sigma
+        return [float(s / (1 - s).clamp_min(1e-3)) for s in scheduler.sigmas[: len(timesteps)]]
+    kept = alphas[timesteps.round().long().cpu().clamp(0, len(alphas) - 1)]
+    return [float(((1 - a) / a).sqrt()) for a in kept]
+
+
 class Guide:
-    """One guided run: moves the latent before each denoising step, and keeps the trace.
+    """One guided run: moves the latents before each denoising step, and keeps a trace a picture.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
+        Its scheduler is set to the run's timesteps.
     method : Method
     prompt : Prompt
-    embeds : Tensor, (1, positions, channels)
-        Text states of the prompt.
-    steps : int
-        Denoising steps of the run.
+    conditioning : Conditioning
     latent : tuple of int
         (h, w) of the latent.
+    pictures : int
+        In the batch.
     """
 
     def __init__(
-        self, pipe: Any, method: Method, prompt: Prompt, embeds: Tensor, steps: int, latent: tuple[int, int]
+        self,
+        pipe: Any,
+        method: Method,
+        prompt: Prompt,
+        conditioning: Conditioning,
+        latent: tuple[int, int],
+        pictures: int = 1,
     ) -> None:
         self.adapter = adapter_for(pipe)
-        self.method, self.prompt, self.embeds = method, prompt, embeds
+        self.method, self.prompt, self.conditioning = method, prompt, conditioning
         self.layers = method.select(self.adapter.layers(), latent)
-        self.sizes = tuple(method.step_sizes(steps, prompt))
-        self.state = method.begin(prompt)
-        options = {k: v for k, v in vars(method).items() if not k.startswith("_")}
-        self.trace = Trace(method.name, options, tuple(e.label for e in prompt.entities))
+        self.updates = tuple(method.plan(noise_levels(pipe.scheduler), prompt))
+        self.states = [method.begin(prompt) for _ in range(pictures)]
+        options, labels = options_of(method), tuple(e.label for e in prompt.entities)
+        self.traces = [Trace(method.name, options, labels) for _ in range(pictures)]
+
+    def start(self, noise: Tensor, scale: float, timestep: Tensor) -> Tensor:
+        """The noise that a run starts from, moved for its first step.
+
+        Parameters
+        ----------
+        noise : Tensor, (n, c, h, w)
+            Of unit variance.
+        scale : float
+            The scheduler's own starting latents are so many times the noise.
+        timestep : Tensor, scalar
+            The first.
+
+        Returns
+        -------
+        Tensor, (n, c, h, w)
+            The very same object where the method leaves the start alone.
+        """
+        method = self.method
+        if isinstance(method, NoiseSearch) and len(self.prompt.entities) > 1:
+            rows = range(len(noise))
+            noise = torch.cat([self._search(method, noise[i : i + 1], scale, timestep, i) for i in rows])
+        latents = noise * scale
+        moved = self.move(latents, 0, timestep)
+        return noise if moved is latents else moved / scale
 
     def move(self, latents: Tensor, step: int, timestep: Tensor) -> Tensor:
-        """The latent moved for a denoising step about to run; unchanged outside the guided steps."""
-        if step >= len(self.sizes) or not self.sizes[step]:
+        """The latents moved for a denoising step about to run; the same object outside the guided steps."""
+        update = self.updates[step] if step < len(self.updates) else Update(0.0)
+        if not update.size:
             return latents
         began = time.perf_counter()
+        z = latents.detach().to(torch.promote_types(latents.dtype, torch.float32)).clone()
+        last: dict[int, tuple[Loss, Tensor]] = {}
+        refinements = [0] * len(z)
+        pending = list(range(len(z)))
         with paused(self.adapter.pipe), frozen(self.adapter.denoiser):
-            loss, grad = gradient(
-                self.adapter, self.method, self.prompt, self.layers, latents, timestep, self.embeds,
-                step=step, state=self.state,
-            )  # fmt: skip
-        finite = bool(torch.isfinite(grad).all())
-        change = self.sizes[step] * self.method.direction(grad) if finite else torch.zeros_like(grad)
-        self.trace.add(
-            {
-                "step": step,
-                "timestep": float(timestep),
-                "step_size": self.sizes[step],
-                "loss": float(loss.total.detach()),
-                **loss.terms,
-                "gradient_norm": float(grad.norm()),
-                "moved": float(change.pow(2).mean().sqrt()),
-                "seconds": time.perf_counter() - began,
-                "skipped": not finite,
-            },
-            loss.regions,
-        )
-        return (latents - change).to(latents.dtype)
+            for attempt in range(update.repeats + 1):
+                losses, grads = self._gradient(z[pending], step, timestep, pending)
+                going = []
+                for i, loss, grad in zip(pending, losses, grads, strict=True):
+                    last[i] = loss, grad
+                    low = update.until is not None and float(loss.total.detach()) <= update.until
+                    if attempt < update.repeats and not low and bool(torch.isfinite(grad).all()):
+                        z[i] -= update.size * self.method.direction(grad)
+                        refinements[i] += 1
+                        going.append(i)
+                pending = going
+                if not pending:
+                    break
+        seconds = time.perf_counter() - began
+        for i, (loss, grad) in last.items():
+            finite = bool(torch.isfinite(grad).all())
+            if update.final and finite:
+                z[i] -= update.size * self.method.direction(grad)
+            self.traces[i].add(
+                {
+                    "step": step,
+                    "timestep": float(timestep),
+                    "step_size": update.size,
+                    "loss": float(loss.total.detach()),
+                    **loss.terms,
+                    "gradient_norm": float(grad.norm()),
+                    "moved": float((z[i] - latents[i]).pow(2).mean().sqrt()),
+                    "refinements": refinements[i],
+                    "seconds": seconds,
+                    "skipped": not finite,
+                },
+                loss.regions,
+            )
+        return z.to(latents.dtype)
 
-    def on_step_end(self, pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's ``callback_on_step_end``: moves the latent for the step that follows."""
+    def on_step_end(self, step: int, latents: Tensor) -> Tensor:
+        """To be called after each denoising step: moves the latents for the one that follows."""
+        timesteps = self.adapter.pipe.scheduler.timesteps
         following = step + 1
-        if following < len(pipe.scheduler.timesteps):
-            tensors["latents"] = self.move(tensors["latents"], following, pipe.scheduler.timesteps[following])
-        return tensors
+        return self.move(latents, following, timesteps[following]) if following < len(timesteps) else latents
+
+    def _gradient(
+        self, latents: Tensor, step: int, timestep: Tensor, pictures: Sequence[int]
+    ) -> tuple[list[Loss], Tensor]:
+        return gradient(
+            self.adapter, self.method, self.prompt, self.layers, latents, timestep, self.conditioning,
+            step=step, states=[self.states[i] for i in pictures],
+        )  # fmt: skip
+
+    def _search(self, method: NoiseSearch, noise: Tensor, scale: float, timestep: Tensor, picture: int) -> Tensor:
+        model_dtype: torch.dtype = next(self.adapter.denoiser.parameters()).dtype
+
+        def attend(trial: Tensor) -> Attention:
+            scaled = _scaled(self.adapter, trial * scale, timestep).to(model_dtype)
+            return read_attention(
+                self.adapter, self.layers, scaled, timestep, self.conditioning, reads_self=self.method.reads_self
+            )[0]
+
+        with paused(self.adapter.pipe), frozen(self.adapter.denoiser), torch.enable_grad():
+            found, rows = method.search(noise.detach().float(), attend, self.prompt)
+        self.traces[picture].searched.extend(rows)
+        return found.detach().to(noise.dtype)
+
+
+def options_of(method: Any) -> dict[str, Any]:
+    """A method's options as plain values, fit for JSON."""
+    if not is_dataclass(method):
+        return {}
+    values = {field.name: getattr(method, field.name) for field in fields(method)}
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}

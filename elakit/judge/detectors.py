@@ -23,10 +23,10 @@ from transformers import AutoProcessor, PreTrainedConfig
 from elakit.errors import ModelError, PromptError, SettingError
 from elakit.judge.colour import name_colour
 from elakit.judge.things import Detector, Thing
+from elakit.models import HUB_ID, device_named, first_line
 
 __all__ = ["ClipSegSegmenter", "GroundingDinoDetector", "OwlDetector", "Sam", "load_detector", "mark_coinciding"]
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _COLOUR_PIXELS = 4096  # of a thing, drawn evenly: enough to name its colour, and a megapixel would take gigabytes
 
 
@@ -338,7 +338,7 @@ def load_detector(
     ...
     elakit.errors.ModelError: Detector 'owlv2' is neither a folder nor a hub id ...
     """
-    chosen = _device(device)
+    chosen = device_named(device)
     kind = _model_type(name)
     if kind not in _FAMILIES:
         raise _unsupported(f"Detector {str(name)!r}", kind)
@@ -483,30 +483,18 @@ def _check_query(query: str) -> None:
         raise SettingError(f"query is {query!r}; it must hold '{{noun}}' where the noun goes.")
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise SettingError(f"device is {device!r}; give 'cpu', 'cuda' or 'cuda:1', for example.") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise SettingError(f"device is {str(chosen)!r}, but this machine has no usable CUDA device; use 'cpu'.")
-    return chosen
-
-
 def _model_type(name: str | Path) -> str:
     """A checkpoint's family, from its config alone: a wrong one is refused before its weights are fetched."""
-    if not Path(name).is_dir() and not (isinstance(name, str) and _HUB_ID.fullmatch(name)):
+    if not Path(name).is_dir() and not (isinstance(name, str) and HUB_ID.fullmatch(name)):
         raise ModelError(
             f"Detector {str(name)!r} is neither a folder nor a hub id such as 'google/owlv2-base-patch16-ensemble'."
         )
     try:
         kind = PreTrainedConfig.get_config_dict(str(name))[0].get("model_type")
     except (OSError, ValueError) as error:
-        raise _unavailable(name, _first_line(error)) from error
+        raise _unavailable(name, first_line(error)) from error
     if not isinstance(kind, str):
-        raise _unavailable(name, "its config.json is missing or names no model_type")
+        raise _unavailable(name, "its config.json is missing or names no model_type.")
     return kind
 
 
@@ -516,17 +504,13 @@ def _load(name: str | Path, class_name: str, device: torch.device, dtype: torch.
         model = getattr(transformers, class_name).from_pretrained(str(name), use_safetensors=True, dtype=dtype)
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError, ImportError) as error:
         # What a damaged or incomplete checkpoint raises varies; the cause stays attached.
-        raise _unavailable(name, _first_line(error)) from error
+        raise _unavailable(name, first_line(error)) from error
     return model.to(device), processor
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _unavailable(name: str | Path, why: str) -> ModelError:
     return ModelError(
-        f"Detector {str(name)!r} could not be loaded: {why}. It must hold a config, a processor and safetensors "
+        f"Detector {str(name)!r} could not be loaded: {why} It must hold a config, a processor and safetensors "
         f"weights. Without a network, fetch it elsewhere (`hf download {name}`) and give its folder."
     )
 

@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
 from transformers.utils import logging as transformers_logging
 
 from elakit.errors import ModelError, SettingError
-from elakit.models.adapter import Adapter, AttentionLayer, Call, OtherKind
+from elakit.models.adapter import Adapter, AttentionLayer, Call, Conditioning, OtherKind
 from elakit.models.flux import Flux
 from elakit.models.pixart import PixArt
 from elakit.models.sd3 import StableDiffusion3
@@ -44,6 +44,7 @@ __all__ = [
     "Adapter",
     "AttentionLayer",
     "Call",
+    "Conditioning",
     "DrawingSettings",
     "EmbeddedModel",
     "Flux",
@@ -60,7 +61,7 @@ __all__ = [
 FAMILIES: tuple[type[Adapter], ...] = (StableDiffusion, StableDiffusionXL, PixArt, StableDiffusion3, Flux)
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
     ...
     elakit.errors.ModelError: Unknown model 'picture-wold'. Did you mean 'picture-world'? ...
     """
-    device = _device(device)
+    device = device_named(device)
     source = _source(name)
     if dtype is None:
         plain = device.type == "cpu" or str(name) in EMBEDDED
@@ -217,7 +218,7 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
         # What a damaged or incomplete model raises varies; the cause stays attached.
         raise ModelError(
-            f"Model {str(name)!r} could not be loaded: {_first_line(error)} "
+            f"Model {str(name)!r} could not be loaded: {first_line(error)} "
             "elakit loads safetensors weights only; convert others with `pipe.save_pretrained(folder)`."
         ) from error
     adapter_for(pipe)
@@ -235,7 +236,8 @@ def _no_remarks() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def device_named(device: str | torch.device | None) -> torch.device:
+    """The device of a name, by default CUDA where there is one; `SettingError` for one that is not there."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -269,7 +271,7 @@ def _source(name: str | Path) -> str:
         return str(path)
     if text and path.exists():
         raise ModelError(f"Model {text!r} is a single file. {expected}")
-    if isinstance(name, str) and _HUB_ID.fullmatch(text):
+    if isinstance(name, str) and HUB_ID.fullmatch(text):
         return text
     close = difflib.get_close_matches(text.lower(), EMBEDDED, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -284,7 +286,7 @@ def _read_index(source: str) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"The model_index.json of {source!r} cannot be read: {_first_line(error)}") from error
+        raise ModelError(f"The model_index.json of {source!r} cannot be read: {first_line(error)}") from error
     if not isinstance(index, dict):
         raise ModelError(f"The model_index.json of {source!r} is not a table of components.")
     return index
@@ -306,7 +308,7 @@ def _download_index(hub_id: str) -> str:
         why = "it is not a diffusers pipeline (no model_index.json)."
         cause = error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        why = _first_line(error)
+        why = first_line(error)
         cause = error
     raise ModelError(
         f"Model {hub_id!r} cannot be had: {why} Give an embedded model ({', '.join(EMBEDDED)}: no network needed), "
@@ -341,7 +343,7 @@ def _unsupported(what: str, reasons: Sequence[str]) -> ModelError:
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """An error's first line as a sentence; a library's further lines are advice on its own API."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if line.endswith(".") else f"{line}."

@@ -180,6 +180,41 @@ class Call:
     conditional: bool = True
 
 
+@dataclass(frozen=True)
+class Conditioning:
+    """A prompt as a pipeline's call and its denoiser want it.
+
+    Attributes
+    ----------
+    call : dict
+        Arguments of the pipeline's ``__call__`` that stand for the prompt and the negative prompt.
+    inputs : dict
+        Arguments of the denoiser for one conditional row; tensors, or dicts of tensors.
+    """
+
+    call: dict[str, Any]
+    inputs: dict[str, Any]
+
+    def rows(self, count: int, dtype: torch.dtype) -> dict[str, Any]:
+        """The denoiser's arguments for so many rows, numbers with a point in a precision.
+
+        Examples
+        --------
+        >>> Conditioning({}, {"states": torch.ones(1, 2), "more": {"ids": torch.ones(1, 3)}}).rows(4, torch.float64)
+        {'states': tensor([[1., 1.],...dtype=torch.float64), 'more': {'ids': tensor(...)}}
+        """
+
+        def spread(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: spread(part) for name, part in value.items()}
+            if not isinstance(value, torch.Tensor):
+                return value
+            value = value.to(dtype) if value.is_floating_point() else value
+            return value.expand(count, *value.shape[1:])
+
+        return {name: spread(value) for name, value in self.inputs.items()}
+
+
 class Adapter(Protocol):
     """What elakit asks of a family; one file in elakit/models each."""
 
@@ -220,14 +255,26 @@ class Adapter(Protocol):
         """The token sequences the denoiser sees, in their order, and where each begins."""
 
     def encode(
-        self, text: str, negative: str | None = None, guided: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Text states of prompt and negative prompt; `ModelError` where guidance is not supported yet."""
+        self, text: str, negative: str | None = None, guided: bool = True, size: tuple[int, int] | None = None
+    ) -> Conditioning:
+        """What the pipeline makes of a prompt; ``size`` is the picture's (height, width), by default the model's."""
 
     def denoise(
-        self, latents: torch.Tensor, timestep: torch.Tensor | float | int, embeds: torch.Tensor
+        self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
     ) -> torch.Tensor:
-        """One conditional pass; `ModelError` where guidance is not supported yet."""
+        """One conditional pass: (n, c, h, w) of latents scaled by the scheduler -> a prediction of their shape."""
+
+    def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
+        """The layers of self-attention that stand before given layers in their blocks; `ModelError` without any."""
+
+    def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
+        """Noise of unit variance that a picture starts from, with one row, as the pipeline takes ``latents``."""
+
+    def set_timesteps(self, steps: int, height: int, width: int) -> float:
+        """Set the scheduler as the pipeline's call will; how many times the noise its first latents are."""
+
+    def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+        """Arguments of the pipeline's call that make it pass (step, latents) through ``move`` after each step."""
 
 
 class OnlyRecorded:
@@ -236,14 +283,30 @@ class OnlyRecorded:
     family: ClassVar[str]
 
     def encode(
-        self, text: str, negative: str | None = None, guided: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, text: str, negative: str | None = None, guided: bool = True, size: tuple[int, int] | None = None
+    ) -> Conditioning:
         """Refuse."""
         raise self._not_yet()
 
     def denoise(
-        self, latents: torch.Tensor, timestep: torch.Tensor | float | int, embeds: torch.Tensor
+        self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
     ) -> torch.Tensor:
+        """Refuse."""
+        raise self._not_yet()
+
+    def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
+        """Refuse."""
+        raise self._not_yet()
+
+    def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
+        """Refuse."""
+        raise self._not_yet()
+
+    def set_timesteps(self, steps: int, height: int, width: int) -> float:
+        """Refuse."""
+        raise self._not_yet()
+
+    def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Refuse."""
         raise self._not_yet()
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from elakit.models.adapter import Conditioning
 from elakit.models.unet import UNetAdapter
 
 
@@ -28,31 +29,20 @@ class StableDiffusion(UNetAdapter):
 
     @torch.no_grad()
     def encode(
-        self, text: str, negative: str | None = None, guided: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, text: str, negative: str | None = None, guided: bool = True, size: tuple[int, int] | None = None
+    ) -> Conditioning:
         """Text states, as the pipeline itself computes them.
-
-        Returns
-        -------
-        prompt_embeds : torch.Tensor, (1, positions, channels)
-        negative_embeds : torch.Tensor, (1, positions, channels), or None
-            None when not ``guided``.
-        """
-        prompt_embeds, negative_embeds = self.pipe.encode_prompt(
-            text, self.pipe._execution_device, 1, guided, negative_prompt=negative if guided else None
-        )
-        return prompt_embeds, negative_embeds if guided else None
-
-    def denoise(
-        self, latents: torch.Tensor, timestep: torch.Tensor | float | int, embeds: torch.Tensor
-    ) -> torch.Tensor:
-        """One pass of the denoiser: prediction of the same shape as ``latents``; gradients flow when enabled.
 
         Parameters
         ----------
-        latents : torch.Tensor, (B, C, h, w)
-            Already scaled by the scheduler's ``scale_model_input``.
-        timestep : torch.Tensor, float or int
-        embeds : torch.Tensor, (B, positions, channels)
+        text, negative : str
+        guided : bool
+            With classifier-free guidance; without it there are no negative states.
+        size : tuple of int, optional
+            Not needed by this family.
         """
-        return self.denoiser(latents, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+        embeds, negative_embeds = self.pipe.encode_prompt(
+            text, self.pipe._execution_device, 1, guided, negative_prompt=negative if guided else None
+        )
+        call = {"prompt_embeds": embeds} | ({"negative_prompt_embeds": negative_embeds} if guided else {})
+        return Conditioning(call, {"encoder_hidden_states": embeds})

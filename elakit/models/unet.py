@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from elakit.errors import ModelError, SettingError
-from elakit.models.adapter import AttentionLayer, Call, OtherKind, Place, argument, compiled, stacked_rows
+from elakit.models.adapter import (
+    AttentionLayer,
+    Call,
+    Conditioning,
+    OtherKind,
+    Place,
+    argument,
+    compiled,
+    stacked_rows,
+)
 from elakit.words import TextSequence
 
 # Pipelines with the right UNet whose batch holds the conditional half somewhere else, or that run passes of their own.
@@ -127,6 +138,49 @@ class UNetAdapter:
         height, width = (side, side) if isinstance(side, int) else side
         return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
 
+    def denoise(
+        self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
+    ) -> torch.Tensor:
+        """One conditional pass; gradients flow when enabled.
+
+        Parameters
+        ----------
+        latents : torch.Tensor, (n, c, h, w)
+            Already scaled by the scheduler's ``scale_model_input``.
+        timestep : torch.Tensor, float or int
+        conditioning : Conditioning
+
+        Returns
+        -------
+        torch.Tensor, (n, c, h, w)
+        """
+        return self.denoiser(latents, timestep, **conditioning.rows(len(latents), latents.dtype), return_dict=False)[0]
+
+    def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
+        """The layers of self-attention that stand before given layers in their blocks.
+
+        Raises
+        ------
+        ModelError
+            A block has none.
+        """
+        return tuple(_self_layer(self.denoiser, layer) for layer in beside)
+
+    def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
+        """Noise of unit variance that a picture starts from, (1, c, h, w)."""
+        shape = (1, self.pipe.unet.config.in_channels, *self.latent_size(height, width))
+        dtype = next(self.denoiser.parameters()).dtype
+        return randn_tensor(shape, generator=generator, device=self.pipe._execution_device, dtype=dtype)
+
+    def set_timesteps(self, steps: int, height: int, width: int) -> float:
+        """Set the scheduler as the pipeline's call will; how many times the noise its first latents are."""
+        self.pipe.scheduler.set_timesteps(steps, device=self.pipe._execution_device)
+        return float(self.pipe.scheduler.init_noise_sigma)
+
+    def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+        """Arguments of the pipeline's call that make it pass (step, latents) through ``move`` after each step."""
+        return step_callback(move)
+
     def text_length(self) -> int:
         """Positions the text encoder takes, start, end and padding included."""
         return int(self._tokenizer(self.pipe).model_max_length)
@@ -134,6 +188,26 @@ class UNetAdapter:
     def text(self) -> tuple[TextSequence, ...]:
         """One sequence of CLIP tokens."""
         return (TextSequence("clip", self._tokenizer(self.pipe), 0, self.text_length()),)
+
+
+def step_callback(move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+    """The ``callback_on_step_end`` that passes (step, latents) through ``move``."""
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {**tensors, "latents": move(step, tensors["latents"])}
+
+    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents"]}
+
+
+def _self_layer(denoiser: nn.Module, beside: AttentionLayer) -> AttentionLayer:
+    name = beside.name.rpartition(".")[0] + ".attn1"
+    try:
+        module = denoiser.get_submodule(name)
+    except AttributeError:
+        module = None
+    if not isinstance(module, Attention) or module.is_cross_attention:
+        raise ModelError(f"There is no self-attention beside {beside.name}; choose a method that does not read it.")
+    return replace(beside, name=name, heads=module.heads, module=module)
 
 
 def check_sides(height: int, width: int, factor: int) -> None:

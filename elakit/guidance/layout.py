@@ -1,0 +1,127 @@
+"""Regions given by hand, as boxes or masks, for methods that take a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from elakit.errors import SettingError
+
+Box = tuple[float, float, float, float]
+Layout = Sequence[Box] | np.ndarray
+
+
+def check_layout(layout: Any, who: str) -> Layout:
+    """A layout, if it is one: boxes as tuples of numbers, masks as a boolean array.
+
+    Parameters
+    ----------
+    layout : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
+        One an entity, in the order of the prompt. Boxes are in shares of the picture, 0 to 1.
+    who : str
+        Who was given it, for the message.
+
+    Raises
+    ------
+    SettingError
+        It is neither, a box has no area or leaves the picture, or a mask is empty.
+
+    Examples
+    --------
+    >>> check_layout([(0, 0, 0.5, 1), (0.5, 0, 1, 1)], "ELA")
+    ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
+    """
+    how = (
+        "give one box an entity, (left, top, right, bottom) in shares of the picture such as (0, 0, 0.5, 1), "
+        "or boolean masks (entity, y, x)"
+    )
+    if isinstance(layout, np.ndarray) and layout.ndim == 3 and layout.dtype == np.bool_:
+        if empty := [i for i, mask in enumerate(layout) if not mask.any()]:
+            raise SettingError(f"{who}: mask {empty[0]} is empty; {how}.")
+        return layout
+    try:
+        boxes = tuple(tuple(float(side) for side in box) for box in layout)
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"{who}: {layout!r} is no layout; {how}.") from error
+    for box in boxes:
+        if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+            raise SettingError(f"{who}: {box} is no box within the picture; {how}.")
+    return boxes  # type: ignore[return-value]
+
+
+def layout_masks(layout: Layout, size: tuple[int, int], entities: int) -> np.ndarray:
+    """A layout on the grid of a map.
+
+    Parameters
+    ----------
+    layout : boxes or masks, as `check_layout` gives them
+    size : tuple of int
+        (rows, columns) of the map.
+    entities : int
+        Of the prompt.
+
+    Returns
+    -------
+    ndarray, bool, (entity, y, x)
+        Cells whose centre lies in the box, or most of which lies in the mask; at least one an entity.
+
+    Raises
+    ------
+    SettingError
+        There are not as many regions as entities.
+
+    Examples
+    --------
+    >>> layout_masks([(0, 0, 0.5, 1), (0.9, 0, 1, 0.1)], (2, 4), 2).astype(int).tolist()
+    [[[1, 1, 0, 0], [1, 1, 0, 0]], [[0, 0, 0, 1], [0, 0, 0, 0]]]
+    """
+    if len(layout) != entities:
+        raise SettingError(f"The layout has {len(layout)} regions, the prompt {entities} entities; give one for each.")
+    if isinstance(layout, np.ndarray):
+        covered = np.stack([_shares(mask, size) for mask in layout])
+    else:
+        covered = np.stack([_inside(box, size) for box in layout])
+    masks = covered > 0.5
+    for mask, share in zip(masks, covered, strict=True):
+        if not mask.any():
+            mask.flat[share.argmax()] = True
+    return masks
+
+
+def apart(masks: np.ndarray) -> np.ndarray:
+    """Masks that do not overlap: a cell of two goes to the smaller, which has more to lose.
+
+    Examples
+    --------
+    >>> apart(np.array([[[1, 1, 1]], [[0, 1, 1]]], bool)).astype(int).tolist()
+    [[[1, 0, 0]], [[0, 1, 1]]]
+    """
+    free = np.ones(masks.shape[1:], bool)
+    result = np.zeros_like(masks)
+    for i in np.argsort(masks.sum((1, 2)), kind="stable"):
+        result[i] = masks[i] & free
+        free &= ~masks[i]
+    return result
+
+
+def _inside(box: Box, size: tuple[int, int]) -> np.ndarray:
+    """1 for cells whose centre lies inside, less the further away it is elsewhere; (y, x)."""
+    rows, columns = ((np.arange(n) + 0.5) / n for n in size)
+    outside_y = np.maximum(np.maximum(box[1] - rows, rows - box[3]), 0)[:, None]
+    outside_x = np.maximum(np.maximum(box[0] - columns, columns - box[2]), 0)[None]
+    distance = np.hypot(outside_y, outside_x)
+    return np.where(distance == 0, 1.0, 0.5 / (1 + distance))
+
+
+def _shares(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Share of each cell that a mask covers, (y, x)."""
+    for axis, cells in enumerate(size):
+        edges = np.linspace(0, mask.shape[axis], cells + 1)
+        total = np.insert(np.cumsum(mask, axis=axis, dtype=float), 0, 0, axis=axis)
+        at = np.minimum(edges.astype(int), mask.shape[axis] - 1)
+        low, high = np.take(total, at, axis=axis), np.take(total, at + 1, axis=axis)
+        part = np.expand_dims(edges - at, 1 - axis)
+        mask = np.diff(low + (high - low) * part, axis=axis) / np.expand_dims(np.diff(edges), 1 - axis)
+    return mask

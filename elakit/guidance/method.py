@@ -1,0 +1,161 @@
+"""What a guidance method is: it reads attention, says what it loses, and how far the latent goes against that loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elakit.errors import SettingError
+from elakit.models import AttentionLayer
+from elakit.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention of one picture in one pass, with its gradient.
+
+    Attributes
+    ----------
+    cross : tuple of Tensor, each (head, token, y, x)
+        Raw probabilities of the selected layers, in forward order: how much of each cell's attention each token gets.
+    own : tuple of Tensor, each (head, y, x, y, x)
+        Self-attention of the same blocks, for methods that ask for it (``reads_self``): from a cell, to all cells.
+
+    Examples
+    --------
+    >>> layer = torch.tensor([[[[0.2]], [[0.8]]], [[[0.4]], [[0.6]]]])  # two heads, two tokens, one cell
+    >>> Attention((layer,)).mean.flatten()
+    tensor([0.3000, 0.7000])
+    """
+
+    cross: tuple[Tensor, ...]
+    own: tuple[Tensor, ...] = ()
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Cross-attention averaged over heads, then layers: (token, y, x)."""
+        return _mean(self.cross, 2)
+
+    @cached_property
+    def own_mean(self) -> Tensor:
+        """Self-attention averaged over heads, then layers: (y, x, y, x)."""
+        return _mean(self.own, 2)
+
+
+def _mean(layers: Sequence[Tensor], spatial: int) -> Tensor:
+    sizes = {tuple(layer.shape[-spatial:]) for layer in layers}
+    if len(sizes) != 1:
+        raise SettingError(f"The layers read by guidance have maps of different sizes: {sorted(sizes)}. Set `size`.")
+    return torch.stack([layer.mean(0) for layer in layers]).mean(0)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a method loses on the attention of one picture.
+
+    Attributes
+    ----------
+    total : Tensor, scalar
+        Carries the gradient.
+    terms : dict of str to float
+        Its named parts, for the trace.
+    regions : ndarray, bool, (entity, y, x), optional
+        The regions it anchors to.
+    """
+
+    total: Tensor
+    terms: dict[str, float]
+    regions: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """How the latent is moved before one denoising step.
+
+    Attributes
+    ----------
+    size : float
+        Step size along the method's direction; 0 leaves the step alone.
+    repeats : int
+        Further steps of that size taken first (refinement), each from a new gradient; at most so many.
+    until : float, optional
+        Refinement ends once the loss is not above this.
+    final : bool
+        Whether one step follows the refinement, however low the loss is.
+    """
+
+    size: float
+    repeats: int = 0
+    until: float | None = None
+    final: bool = True
+
+
+class Method(Protocol):
+    """What the engine asks of a guidance method; methods are frozen dataclasses of their options."""
+
+    name: ClassVar[str]
+    reads_self: ClassVar[bool]
+
+    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
+        """The layers the loss reads, in forward order; latent is (h, w)."""
+
+    def begin(self, prompt: Prompt) -> Any:
+        """State of one picture's run (such as locked regions), handed to every `loss` of it."""
+
+    def plan(self, noise: Sequence[float], prompt: Prompt) -> Sequence[Update]:
+        """What is done before each step; `noise` is each step's ratio of noise to signal (standard deviations)."""
+
+    def loss(self, attention: Attention, prompt: Prompt, step: int, state: Any) -> Loss:
+        """Loss on one picture's attention."""
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """The gradient of one picture as it is stepped along (raw, or brought to a fixed length)."""
+
+
+@runtime_checkable
+class NoiseSearch(Protocol):
+    """A method that also chooses the noise a run starts from."""
+
+    def search(
+        self, noise: Tensor, attend: Callable[[Tensor], Attention], prompt: Prompt
+    ) -> tuple[Tensor, Iterable[dict[str, Any]]]:
+        """Better noise, (1, c, h, w) of unit variance, and a row for the trace per trial.
+
+        `attend` gives the attention of a pass from given noise at the first timestep; gradients flow.
+        """
+
+
+def nearest_size(
+    layers: Sequence[AttentionLayer], latent: tuple[int, int], size: int | None, native: int, who: str
+) -> tuple[AttentionLayer, ...]:
+    """Of some layers those whose maps' longer side is `size`, or nearest to `native`.
+
+    Parameters
+    ----------
+    layers : sequence of AttentionLayer
+    latent : tuple of int
+        (h, w).
+    size : int, optional
+        Must be there.
+    native : int
+        Side of the maps that a method's authors read.
+    who : str
+        Name of the method, for the message.
+
+    Raises
+    ------
+    SettingError
+        No layer has maps of that size.
+    """
+    sides = {layer.factor: -(-max(latent) // layer.factor) for layer in layers}
+    if size is not None and size not in sides.values():
+        raise SettingError(f"{who}(size={size}): the layers have maps of size {sorted(set(sides.values()))}.")
+    wanted = size or native
+    factor = min(sides, key=lambda f: (abs(np.log(sides[f] / wanted)), f))
+    return tuple(layer for layer in layers if layer.factor == factor)
