@@ -24,10 +24,11 @@ from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
 import elakit
-from elakit.agreement import agreement_iou, downscale
+from elakit.agreement import agreement_iou
 from elakit.errors import SettingError
 from elakit.judge import judge
 from elakit.judge.segmenter import LEAST_AREA, find_things, segment
+from elakit.masks import downscale
 from elakit.resources import data_path
 from elakit.world.mixtures import KINDS, sample_mixture
 from elakit.world.scenes import Scene, World, sample

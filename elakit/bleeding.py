@@ -18,19 +18,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from elakit.agreement import (
-    agreement_iou,
-    area_mean,
-    as_maps,
-    as_masks,
-    auc,
-    broadcast,
-    downscale,
-    pointing_game,
-    same_size,
-    truth_masks,
-)
+from elakit.agreement import agreement_iou, as_maps, auc, broadcast, pointing_game, same_size, truth_masks
 from elakit.errors import SettingError
+from elakit.masks import area_mean, as_masks, downscale
 from elakit.regions import Regions, as_array, check_disjoint, otsu_masks, step_labels, steps_first
 
 if TYPE_CHECKING:
@@ -594,7 +584,7 @@ def measure(
 
     With `truth`, truth_iou, truth_auc and pointing are :func:`elakit.agreement.agreement_iou`,
     :func:`~elakit.agreement.auc` and :func:`~elakit.agreement.pointing_game` of each map against the entity's mask,
-    brought to the maps' grid by :func:`~elakit.agreement.downscale`; truth_leakage and attribute_truth_leakage are
+    brought to the maps' grid by :func:`~elakit.masks.downscale`; truth_leakage and attribute_truth_leakage are
     :func:`truth_leakage`, which takes the masks as they are.
 
     Examples

@@ -1,4 +1,4 @@
-"""The command line: ``elakit diagnose``, ``run``, ``models`` and ``lab``."""
+"""The command line: ``elakit diagnose``, ``run``, ``bench``, ``models`` and ``lab``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import typer
 
 import elakit
+from elakit.bench.cli import app as bench
 from elakit.errors import ElakitError, OutputError, SettingError
 from elakit.guidance import METHODS
-from elakit.models import EMBEDDED
+from elakit.models import EMBEDDED, FAMILIES
 from elakit.resources import data_path
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="See, measure and mend concept bleeding in text-to-image models.",
 )
+app.add_typer(bench, name="bench")
 
 Prompt = Annotated[
     str, typer.Argument(help='Such as "a cat and a lion"; brackets override: "a [red car] and a [bird]".')
@@ -116,7 +118,8 @@ def models() -> None:
     """List the models that need no network, and say what else can be given."""
     for model in EMBEDDED.values():
         typer.echo(f"{model.name:16s}{model.summary}")
-    typer.echo("Also: a folder written by save_pretrained, or a hub id such as org/model (Stable Diffusion 1.x/2.x).")
+    families = ", ".join(family.family for family in FAMILIES)
+    typer.echo(f"Also: a folder that save_pretrained wrote, or a hub id such as org/model; families: {families}.")
 
 
 @app.command()

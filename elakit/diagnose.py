@@ -12,6 +12,7 @@ import pandas as pd
 from elakit.errors import SettingError
 from elakit.generate import Run, generate
 from elakit.guidance import METHODS, Method
+from elakit.guidance.engine import options_of
 from elakit.judge import Verdict
 from elakit.prompt import Prompt, parse
 
@@ -171,8 +172,7 @@ def diagnose(
                 )
             )
         pairs.append(Pair(runs[0], runs[1], runs[0].verdict, runs[1].verdict))
-    options = {key: value for key, value in vars(chosen).items() if not key.startswith("_")}
-    return Diagnosis(parsed, chosen.name, options, tuple(pairs), time.perf_counter() - began)
+    return Diagnosis(parsed, chosen.name, options_of(chosen), tuple(pairs), time.perf_counter() - began)
 
 
 def _row(pair: Pair) -> dict[str, Any]:

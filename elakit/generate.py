@@ -27,8 +27,7 @@ from elakit.models import EMBEDDED, adapter_for, default_settings, name_of
 from elakit.prompt import Prompt, parse
 from elakit.regions import localize_steps
 
-# The maps that a run's regions and measures are taken from: the decoder's, at the size nearest to the paper's.
-ANALYSIS_LAYERS = "up"
+# A run's regions and measures are taken from the decoder's maps, at the size nearest to the paper's.
 ANALYSIS_SIZE = 16
 
 
@@ -63,8 +62,11 @@ class Run:
         return self.guidance.method if self.guidance else "plain"
 
     def entity_maps(self) -> xr.DataArray:
-        """Raw decoder maps of the entities, (step, token, y, x): what regions and measures are taken from."""
-        return self._analysed().maps("entities", ANALYSIS_LAYERS, self._analysis_size())
+        """Raw maps of the entities, (step, token, y, x): what regions and measures are taken from.
+
+        Of the decoder, or of all layers where the model has none (PixArt, Stable Diffusion 3, FLUX).
+        """
+        return self._maps("entities")
 
     @cached_property
     def regions(self) -> xr.DataArray:
@@ -73,8 +75,7 @@ class Run:
         Localised in the recorded maps as `elakit.ELA` does by default. The regions that a guided run was anchored to
         are in ``run.guidance.regions``.
         """
-        rest = self._analysed().maps(["<start>", "<end>"], ANALYSIS_LAYERS, self._analysis_size())
-        return localize_steps(self.entity_maps(), rest.sum("token"), **ELA().localisation())
+        return localize_steps(self.entity_maps(), self._rest().sum("token"), **ELA().localisation())
 
     @cached_property
     def verdict(self) -> Verdict | None:
@@ -115,18 +116,18 @@ class Run:
         SettingError
             A truth of other entities or of another shape than the picture's.
         """
-        recording, size = self._analysed(), self._analysis_size()
-        mass = recording.maps(["<start>", "<end>"], ANALYSIS_LAYERS, size).mean(("y", "x"))
+        mass = self._rest().mean(("y", "x"))
+        there = mass.token.values.tolist()
         attributes, owners = None, None
         if any(entity.attributes for entity in self.prompt.entities):
-            attributes = recording.maps("attributes", ANALYSIS_LAYERS, size)
+            attributes = self._maps("attributes")
             owners = dict(zip(attributes.token.values.tolist(), attributes.entity.values.tolist(), strict=True))
         return measure(
             self.entity_maps(),
             self.regions,
             attributes,
             owners,
-            start=mass.sel(token="<start>", drop=True),
+            start=mass.sel(token="<start>", drop=True) if "<start>" in there else None,
             end=mass.sel(token="<end>", drop=True),
             truth=truth,
         )
@@ -191,6 +192,16 @@ class Run:
             raise RecordingError("This run was not recorded; generate it with record=True to see its attention.")
         return self.recording
 
+    def _maps(self, tokens: str | Sequence[str]) -> xr.DataArray:
+        """Maps of the layers and of the size that are analysed."""
+        recording = self._analysed()
+        return recording.maps(tokens, recording.decoder, self._analysis_size())
+
+    def _rest(self) -> xr.DataArray:
+        """Maps of start-of-text, where the text encoder has one, and of end-of-text with padding."""
+        kept = self._analysed().tokens
+        return self._maps([token for token in ("<start>", "<end>") if token in kept])
+
     def _analysis_size(self) -> int:
         sides = {max(size) for size in self._analysed().sizes}
         return min(sides, key=lambda side: (abs(np.log(side / ANALYSIS_SIZE)), side))
@@ -243,8 +254,9 @@ def generate(
     """Draw a picture, or one a seed in one batch, recorded and, if asked, guided.
 
     The noise depends on the seed alone: a guided run starts from the plain run's noise, and a plain run draws the
-    picture of ``pipe(prompt, generator=torch.Generator().manual_seed(seed))``. In a batch each picture is guided by its
-    own loss; batches differ from single pictures by the rounding of the arithmetic only.
+    picture of ``pipe(prompt, generator=torch.Generator().manual_seed(seed))`` (PixArt's without resolution binning). In
+    a batch each picture is guided by its own loss; batches differ from single pictures by the rounding of the
+    arithmetic only.
 
     Parameters
     ----------
@@ -256,10 +268,12 @@ def generate(
     steps : int, optional
         Denoising steps; by default the model's (25 for picture-world, else the pipeline's own default).
     guidance_scale : float, optional
-        Of classifier-free guidance; by default the model's (4 for picture-world).
+        Of classifier-free guidance; by default the model's (4 for picture-world). FLUX has guidance distilled into the
+        model: there it is an input of each pass, and 1 does not switch it off.
     height, width : int, optional
         Pixels; by default the model's.
     negative_prompt : str, optional
+        Needs classifier-free guidance: it has no effect with a scale of 1 or less, and FLUX refuses it.
     guidance : Method, optional
         Such as ``elakit.ELA()``; None draws plainly.
     record : bool or RecordSpec
@@ -275,7 +289,7 @@ def generate(
     Raises
     ------
     SettingError
-        A number outside its range, or a `guidance` that is no method.
+        A number outside its range, a `guidance` that is no method, or a negative prompt for FLUX.
     PromptError, ModelError, RecordingError
         As `parse`, `adapter_for` and `record` raise them.
 
@@ -306,7 +320,9 @@ def generate(
     full_height, full_width = adapter.default_size()
     height, width = height or full_height, width or full_width
     latent = adapter.latent_size(height, width)
-    conditioning = adapter.encode(parsed.text, negative_prompt, guided=scale > 1, size=(height, width))
+    conditioning = adapter.encode(
+        parsed.text, negative_prompt, guided=scale > 1, size=(height, width), guidance_scale=scale
+    )
     generators = [torch.Generator("cpu").manual_seed(one) for one in seeds]
     latents = torch.cat([adapter.noise(generator, height, width) for generator in generators])
     call: dict[str, Any] = {}
@@ -323,10 +339,9 @@ def generate(
             guidance_scale=scale,
             height=height,
             width=width,
-            num_images_per_prompt=len(seeds),
             latents=latents,
             generator=generators if len(seeds) > 1 else generators[0],
-            **conditioning.call,
+            **conditioning.arguments(len(seeds)),
             **call,
         ).images
     settings = {

@@ -506,7 +506,8 @@ def _settings(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     rows += [(f"{method_name(diagnosis.method)}: {name}", str(value)) for name, value in diagnosis.options.items()]
     if recording is not None:
         maps = run.entity_maps()
-        rows.append(("maps measured", f"{maps.sizes['y']} × {maps.sizes['x']}, mean of the decoder's layers and heads"))
+        layers = "the decoder's layers" if recording.decoder == "up" else "all layers"
+        rows.append(("maps measured", f"{maps.sizes['y']} × {maps.sizes['x']}, mean of {layers} and heads"))
     traces = [each.guided.guidance for each in diagnosis.pairs if each.guided.guidance is not None]
     if skipped := sum(trace.skipped for trace in traces):
         rows.append(("steps left alone", f"{skipped} (the gradient was not finite)"))

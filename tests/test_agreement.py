@@ -15,10 +15,11 @@ from hypothesis.extra.numpy import arrays
 from tiny import tiny_pipeline
 
 from elakit import plot
-from elakit.agreement import agreement_iou, auc, coverage, downscale, pointing_game, truth_masks
+from elakit.agreement import agreement_iou, auc, pointing_game, truth_masks
 from elakit.errors import RecordingError, SettingError
 from elakit.generate import Run, generate
 from elakit.judge import Verdict
+from elakit.masks import coverage, downscale
 from elakit.regions import localize, otsu_masks
 from elakit.report import MEANINGS
 

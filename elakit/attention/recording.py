@@ -17,6 +17,7 @@ from elakit.attention.aggregate import Normalise, layer_mean, normalised, softma
 from elakit.attention.spec import START, find_tokens, readable_bytes, runs, select_layers
 from elakit.attention.store import is_recording, open_tree, save_tree
 from elakit.errors import OutputError, RecordingError, SettingError
+from elakit.models.adapter import decoder_side
 from elakit.prompt import Entity, Prompt
 
 
@@ -77,6 +78,11 @@ class Recording:
     def layers(self) -> tuple[str, ...]:
         """Names of the layers, in forward order."""
         return tuple(layer.name for layer in self._layers())
+
+    @property
+    def decoder(self) -> str:
+        """Layers in which the picture takes shape, as `maps` takes them: "up", or "all" of a model without sides."""
+        return decoder_side(layer.place for layer in self._layers())
 
     @property
     def tokens(self) -> tuple[str, ...]:

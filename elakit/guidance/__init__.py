@@ -1,10 +1,48 @@
 """Guidance: one engine that runs training-free methods, and each method in a file of its own."""
 
+from typing import Any
+
+from elakit.guidance.astar import AStar
+from elakit.guidance.attend_excite import AttendAndExcite
+from elakit.guidance.box_diff import BoxDiff
+from elakit.guidance.conform import CONFORM
+from elakit.guidance.divide_bind import DivideAndBind
+from elakit.guidance.ebama import EBAMA
 from elakit.guidance.ela import ELA
 from elakit.guidance.engine import Guide
+from elakit.guidance.initno import InitNO
+from elakit.guidance.layout_guidance import LayoutGuidance
 from elakit.guidance.method import Attention, Loss, Method, NoiseSearch, Update
+from elakit.guidance.self_cross import SelfCross
+from elakit.guidance.syngen import SynGen
 from elakit.guidance.trace import Trace
 
-__all__ = ["ELA", "METHODS", "Attention", "Guide", "Loss", "Method", "NoiseSearch", "Trace", "Update"]
+__all__ = [
+    "CONFORM",
+    "EBAMA",
+    "ELA",
+    "METHODS",
+    "AStar",
+    "AttendAndExcite",
+    "Attention",
+    "BoxDiff",
+    "DivideAndBind",
+    "Guide",
+    "InitNO",
+    "LayoutGuidance",
+    "Loss",
+    "Method",
+    "NoiseSearch",
+    "SelfCross",
+    "SynGen",
+    "Trace",
+    "Update",
+]
 
-METHODS: dict[str, type[ELA]] = {ELA.name: ELA}
+# Layout guidance and BoxDiff cannot be built without regions.
+METHODS: dict[str, type[Any]] = {
+    method.name: method
+    for method in (
+        ELA, AttendAndExcite, SynGen, DivideAndBind, AStar, EBAMA, CONFORM, SelfCross, InitNO, LayoutGuidance, BoxDiff,
+    )
+}  # fmt: skip

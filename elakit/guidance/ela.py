@@ -24,6 +24,7 @@ from elakit.errors import SettingError
 from elakit.guidance.layout import Layout, apart, check_layout, layout_masks
 from elakit.guidance.method import Attention, Loss, Update, nearest_size
 from elakit.models import AttentionLayer
+from elakit.models.adapter import decoder_side
 from elakit.prompt import Prompt
 from elakit.regions import THRESHOLD, localize
 
@@ -64,7 +65,8 @@ class ELA:
     attributes : float
         Weight of the `outside` term of each attribute's attention, with the region of its entity.
     layers : str
-        Layers read: "up" (decoder), "down", "mid", "all" or a name pattern.
+        Layers read: "up" (decoder; all layers of a model that has none, such as PixArt, Stable Diffusion 3 and FLUX),
+        "down", "mid", "double", "single", "all" or a name pattern.
     size : int, optional
         Longer side of the maps read; by default 16, or what the model has nearest to it.
     lock_from : int, optional
@@ -75,7 +77,8 @@ class ELA:
     background : {"start+end", "start"}
         Attention that stands for the background in localisation: of start-of-text alone, as in the paper's figure, or
         with that of end-of-text and padding. In Stable Diffusion start-of-text holds nearly all of it, in picture-world
-        the padding does.
+        the padding does. Models that read the prompt with T5 alone (PixArt, FLUX) have no start-of-text; there it is
+        end-of-text and padding either way.
     differentiation, binarisation, threshold, subtract_pedestal, min_cells
         Localisation; see `elakit.regions.localize`.
 
@@ -137,14 +140,15 @@ class ELA:
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
         """The layers of the chosen side whose maps are of the chosen size."""
-        return nearest_size(select_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, "ELA")
+        wanted = decoder_side(layer.place for layer in layers) if self.layers == "up" else self.layers
+        return nearest_size(select_layers(layers, wanted), latent, self.size, NATIVE_SIZE, "ELA")
 
     def localisation(self) -> dict[str, Any]:
         """Its options of `elakit.regions.localize`."""
         names = ("differentiation", "binarisation", "threshold", "subtract_pedestal", "min_cells")
         return {name: getattr(self, name) for name in names}
 
-    def begin(self, prompt: Prompt) -> Anchors:
+    def begin(self, prompt: Prompt, steps: int) -> Anchors:
         """A run starts without locked regions."""
         return Anchors()
 
@@ -181,9 +185,7 @@ class ELA:
             state.masks = apart(layout_masks(self.regions, (maps.shape[1], maps.shape[2]), len(entities)))
         masks = state.masks
         if masks is None:
-            background = maps[prompt.start_index or 0]
-            if self.background == "start+end":
-                background = background + maps[list(prompt.end_positions(len(maps)))].sum(0)
+            background = self._background(maps, prompt)
             masks = localize(entities.detach(), background.detach(), **self.localisation()).masks
             if self.lock_from is not None and step >= self.lock_from:
                 state.masks = masks
@@ -196,6 +198,13 @@ class ELA:
         }
         total = sum((getattr(self, name) * term for name, term in terms.items()), start=maps.new_zeros(()))
         return Loss(total, {name: float(term.detach()) for name, term in terms.items()}, masks)
+
+    def _background(self, maps: Tensor, prompt: Prompt) -> Tensor:
+        """Attention that stands for the background; (token, y, x) -> (y, x)."""
+        end = maps[list(prompt.end_positions(len(maps)))].sum(0)
+        if prompt.start_index is None:
+            return end
+        return maps[prompt.start_index] + end if self.background == "start+end" else maps[prompt.start_index]
 
 
 def _outside(maps: Tensor, regions: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def read_attention(
     adapter : Adapter
     layers : sequence of AttentionLayer
         In forward order.
-    latents : Tensor, (n, c, h, w)
+    latents : Tensor, (n, c, h, w), or packed as the pipeline has them (FLUX)
         Scaled by the scheduler.
     timestep : Tensor, scalar
     conditioning : Conditioning
@@ -107,7 +107,7 @@ def gradient(
 
     Parameters
     ----------
-    latents : Tensor, (n, c, h, w)
+    latents : Tensor, (n, c, h, w), or packed as the pipeline has them (FLUX)
         As the scheduler keeps them (not scaled).
     states : sequence of n
         Of the pictures; by default those of a run's beginning.
@@ -116,10 +116,11 @@ def gradient(
     -------
     losses : list of Loss
         One a picture.
-    gradient : Tensor, (n, c, h, w)
+    gradient : Tensor, of the latents' shape
         In float32 (float64 for float64 latents); pictures do not see each other.
     """
-    states = [method.begin(prompt) for _ in latents] if states is None else states
+    if states is None:
+        states = [method.begin(prompt, len(adapter.pipe.scheduler.timesteps)) for _ in latents]
     model_dtype: torch.dtype = next(adapter.denoiser.parameters()).dtype
     scale = _FP16_SCALE if model_dtype == torch.float16 else 1.0
     with torch.enable_grad():
@@ -131,6 +132,10 @@ def gradient(
         # A loss may be constant where nothing is left to gain.
         grad = torch.autograd.grad(total * scale, z)[0] if total.requires_grad else torch.zeros_like(z)
     return losses, grad / scale
+
+
+def _goal(loss: Loss) -> float:
+    return float(loss.total.detach()) if loss.goal is None else loss.goal
 
 
 def _scaled(adapter: Adapter, latents: Tensor, timestep: Tensor) -> Tensor:
@@ -161,11 +166,12 @@ def noise_levels(scheduler: Any) -> list[float]:
     >>> scheduler = DDIMScheduler()
     >>> scheduler.set_timesteps(3)
     >>> [round(level, 2) for level in noise_levels(scheduler)]
-    [7.66, 1.63, 0.01]
+    [9.49, 1.46, 0.01]
     """
     timesteps = scheduler.timesteps
     alphas = getattr(scheduler, "alphas_cumprod", None)
-    if alphas is None:  # flow matching: signal 1 - sigma, noise sigma
+    if alphas is None or getattr(scheduler.config, "use_flow_sigmas", False):
+        # Flow matching: signal 1 - sigma, noise sigma.
         return [float(s / (1 - s).clamp_min(1e-3)) for s in scheduler.sigmas[: len(timesteps)]]
     kept = alphas[timesteps.round().long().cpu().clamp(0, len(alphas) - 1)]
     return [float(((1 - a) / a).sqrt()) for a in kept]
@@ -200,7 +206,7 @@ class Guide:
         self.method, self.prompt, self.conditioning = method, prompt, conditioning
         self.layers = method.select(self.adapter.layers(), latent)
         self.updates = tuple(method.plan(noise_levels(pipe.scheduler), prompt))
-        self.states = [method.begin(prompt) for _ in range(pictures)]
+        self.states = [method.begin(prompt, len(pipe.scheduler.timesteps)) for _ in range(pictures)]
         options, labels = options_of(method), tuple(e.label for e in prompt.entities)
         self.traces = [Trace(method.name, options, labels) for _ in range(pictures)]
 
@@ -209,7 +215,7 @@ class Guide:
 
         Parameters
         ----------
-        noise : Tensor, (n, c, h, w)
+        noise : Tensor, (n, c, h, w), or packed as the pipeline has it (FLUX)
             Of unit variance.
         scale : float
             The scheduler's own starting latents are so many times the noise.
@@ -218,7 +224,7 @@ class Guide:
 
         Returns
         -------
-        Tensor, (n, c, h, w)
+        Tensor, of the noise's shape
             The very same object where the method leaves the start alone.
         """
         method = self.method
@@ -235,6 +241,7 @@ class Guide:
         if not update.size:
             return latents
         began = time.perf_counter()
+        unit = self._unit(latents, timestep)
         z = latents.detach().to(torch.promote_types(latents.dtype, torch.float32)).clone()
         last: dict[int, tuple[Loss, Tensor]] = {}
         refinements = [0] * len(z)
@@ -245,9 +252,9 @@ class Guide:
                 going = []
                 for i, loss, grad in zip(pending, losses, grads, strict=True):
                     last[i] = loss, grad
-                    low = update.until is not None and float(loss.total.detach()) <= update.until
+                    low = update.until is not None and _goal(loss) <= update.until
                     if attempt < update.repeats and not low and bool(torch.isfinite(grad).all()):
-                        z[i] -= update.size * self.method.direction(grad)
+                        z[i] -= self._change(update.size, grad, unit)
                         refinements[i] += 1
                         going.append(i)
                 pending = going
@@ -257,7 +264,7 @@ class Guide:
         for i, (loss, grad) in last.items():
             finite = bool(torch.isfinite(grad).all())
             if update.final and finite:
-                z[i] -= update.size * self.method.direction(grad)
+                z[i] -= self._change(update.size, grad, unit)
             self.traces[i].add(
                 {
                     "step": step,
@@ -265,8 +272,8 @@ class Guide:
                     "step_size": update.size,
                     "loss": float(loss.total.detach()),
                     **loss.terms,
-                    "gradient_norm": float(grad.norm()),
-                    "moved": float((z[i] - latents[i]).pow(2).mean().sqrt()),
+                    "gradient_norm": float(grad.norm()) / unit,
+                    "moved": float((z[i] - latents[i]).pow(2).mean().sqrt()) * unit,
                     "refinements": refinements[i],
                     "seconds": seconds,
                     "skipped": not finite,
@@ -274,6 +281,17 @@ class Guide:
                 loss.regions,
             )
         return z.to(latents.dtype)
+
+    def _unit(self, latents: Tensor, timestep: Tensor) -> float:
+        """What brings the scheduler's latents to unit variance: 1 for most, less for Euler, LMS and Heun."""
+        return float(_scaled(self.adapter, torch.ones((), device=latents.device), timestep))
+
+    def _change(self, size: float, gradient: Tensor, unit: float) -> Tensor:
+        """A step of the scheduler's latents z that is of the size asked for in latents of unit variance, u = unit * z.
+
+        Step sizes were chosen there. dL/du is dL/dz divided by unit, and a step of u divided by unit is one of z.
+        """
+        return size * self.method.direction(gradient / unit) / unit
 
     def on_step_end(self, step: int, latents: Tensor) -> Tensor:
         """To be called after each denoising step: moves the latents for the one that follows."""

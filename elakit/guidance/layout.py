@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from elakit.errors import SettingError
+from elakit.masks import downscale
 
 Box = tuple[float, float, float, float]
 Layout = Sequence[Box] | np.ndarray
@@ -80,14 +81,8 @@ def layout_masks(layout: Layout, size: tuple[int, int], entities: int) -> np.nda
     if len(layout) != entities:
         raise SettingError(f"The layout has {len(layout)} regions, the prompt {entities} entities; give one for each.")
     if isinstance(layout, np.ndarray):
-        covered = np.stack([_shares(mask, size) for mask in layout])
-    else:
-        covered = np.stack([_inside(box, size) for box in layout])
-    masks = covered > 0.5
-    for mask, share in zip(masks, covered, strict=True):
-        if not mask.any():
-            mask.flat[share.argmax()] = True
-    return masks
+        return downscale(layout, size)
+    return np.stack([_cells(box, size) for box in layout])
 
 
 def apart(masks: np.ndarray) -> np.ndarray:
@@ -106,22 +101,10 @@ def apart(masks: np.ndarray) -> np.ndarray:
     return result
 
 
-def _inside(box: Box, size: tuple[int, int]) -> np.ndarray:
-    """1 for cells whose centre lies inside, less the further away it is elsewhere; (y, x)."""
+def _cells(box: Box, size: tuple[int, int]) -> np.ndarray:
+    """Cells whose centre lies in a box, or else the one that holds the box's own centre; bool (y, x)."""
     rows, columns = ((np.arange(n) + 0.5) / n for n in size)
-    outside_y = np.maximum(np.maximum(box[1] - rows, rows - box[3]), 0)[:, None]
-    outside_x = np.maximum(np.maximum(box[0] - columns, columns - box[2]), 0)[None]
-    distance = np.hypot(outside_y, outside_x)
-    return np.where(distance == 0, 1.0, 0.5 / (1 + distance))
-
-
-def _shares(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Share of each cell that a mask covers, (y, x)."""
-    for axis, cells in enumerate(size):
-        edges = np.linspace(0, mask.shape[axis], cells + 1)
-        total = np.insert(np.cumsum(mask, axis=axis, dtype=float), 0, 0, axis=axis)
-        at = np.minimum(edges.astype(int), mask.shape[axis] - 1)
-        low, high = np.take(total, at, axis=axis), np.take(total, at + 1, axis=axis)
-        part = np.expand_dims(edges - at, 1 - axis)
-        mask = np.diff(low + (high - low) * part, axis=axis) / np.expand_dims(np.diff(edges), 1 - axis)
-    return mask
+    inside = ((rows >= box[1]) & (rows <= box[3]))[:, None] & ((columns >= box[0]) & (columns <= box[2]))
+    if not inside.any():
+        inside[int((box[1] + box[3]) / 2 * size[0]), int((box[0] + box[2]) / 2 * size[1])] = True
+    return inside

@@ -67,11 +67,14 @@ class Loss:
         Its named parts, for the trace.
     regions : ndarray, bool, (entity, y, x), optional
         The regions it anchors to.
+    goal : float, optional
+        What refinement is to bring down to `Update.until`; by default the total.
     """
 
     total: Tensor
     terms: dict[str, float]
     regions: np.ndarray | None = None
+    goal: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Update:
     repeats : int
         Further steps of that size taken first (refinement), each from a new gradient; at most so many.
     until : float, optional
-        Refinement ends once the loss is not above this.
+        Refinement ends once the loss (its `goal`, if it has one) is not above this.
     final : bool
         Whether one step follows the refinement, however low the loss is.
     """
@@ -105,8 +108,8 @@ class Method(Protocol):
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
         """The layers the loss reads, in forward order; latent is (h, w)."""
 
-    def begin(self, prompt: Prompt) -> Any:
-        """State of one picture's run (such as locked regions), handed to every `loss` of it."""
+    def begin(self, prompt: Prompt, steps: int) -> Any:
+        """State of one picture's run of so many steps (such as locked regions), handed to every `loss` of it."""
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> Sequence[Update]:
         """What is done before each step; `noise` is each step's ratio of noise to signal (standard deviations)."""
@@ -125,7 +128,7 @@ class NoiseSearch(Protocol):
     def search(
         self, noise: Tensor, attend: Callable[[Tensor], Attention], prompt: Prompt
     ) -> tuple[Tensor, Iterable[dict[str, Any]]]:
-        """Better noise, (1, c, h, w) of unit variance, and a row for the trace per trial.
+        """Better noise, one row of unit variance, and a row for the trace per trial.
 
         `attend` gives the attention of a pass from given noise at the first timestep; gradients flow.
         """

@@ -21,9 +21,9 @@ class Trace:
         The method's, as plain values.
     entities : tuple of str
     rows : list of dict
-        One a guided step: step, timestep, step_size, loss, its terms, gradient_norm, moved (root mean square of the
-        latent's change), refinements (steps taken before the last one), seconds (of the whole batch), skipped (the
-        gradient was not finite, so the latent was left alone).
+        One a guided step: step, timestep, step_size, loss, its terms, gradient_norm and moved (root mean square of the
+        latent's change), both in latents of unit variance, refinements (steps taken before the last one), seconds (of
+        the whole batch), skipped (the gradient was not finite, so the latent was left alone).
     searched : list of dict
         One a trial of the starting noise, for methods that choose it.
     """

@@ -65,6 +65,10 @@ class Segmenter(nn.Module):
         Tensor, (n, 26, h, w)
             Background, the nouns in the order of ``NOUNS``, hybrid.
         """
+        return F.interpolate(self.halved(pictures), size=pictures.shape[-2:], mode="bilinear", align_corners=False)
+
+    def halved(self, pictures: Tensor) -> Tensor:
+        """The scores at half resolution, as the network computes them: (n, 26, h / 2, w / 2)."""
         x = self.stem(pictures)
         skips = []
         for down in self.down:
@@ -72,7 +76,7 @@ class Segmenter(nn.Module):
             x = down(x)
         for up, skip in zip(self.up, reversed(skips), strict=True):
             x = up(torch.cat([F.interpolate(x, size=skip.shape[-2:], mode="nearest"), skip], 1))
-        return F.interpolate(self.head(x), size=pictures.shape[-2:], mode="bilinear", align_corners=False)
+        return self.head(x)
 
 
 @lru_cache(maxsize=1)

@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from elakit.masks import bounding_box
+
 
 @dataclass(frozen=True, eq=False)
 class Thing:
@@ -44,11 +46,8 @@ class Thing:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) in pixels; right and bottom exclusive; zeros for an empty mask."""
-        rows, columns = np.flatnonzero(self.mask.any(1)), np.flatnonzero(self.mask.any(0))
-        if not len(rows):
-            return (0, 0, 0, 0)
-        return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+        """(left, top, right, bottom) in pixels; see `elakit.masks.bounding_box`."""
+        return bounding_box(self.mask)
 
     @property
     def area(self) -> float:

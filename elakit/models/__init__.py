@@ -18,6 +18,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -213,7 +214,7 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
         dtype = _DTYPES[dtype]
     _check_index(str(name), _read_index(source))
     try:
-        with _no_remarks():
+        with _no_remarks(embedded=str(name) in EMBEDDED):
             pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
         # What a damaged or incomplete model raises varies; the cause stays attached.
@@ -226,14 +227,21 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
 
 
 @contextmanager
-def _no_remarks() -> Iterator[None]:
-    """Keep transformers from remarking, at every load, that image processors nobody uses here want torchvision."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+def _no_remarks(embedded: bool) -> Iterator[None]:
+    """Keep libraries from remarking, at every load, on what is as it should be.
+
+    transformers does on image processors that nobody uses here and that want torchvision; diffusers on embedded models,
+    whose autoencoder is an ``AutoencoderTiny``.
+    """
+    loggers = [transformers_logging, *([diffusers_logging] if embedded else [])]
+    before = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(before)
+        for logger, verbosity in zip(loggers, before, strict=True):
+            logger.set_verbosity(verbosity)
 
 
 def device_named(device: str | torch.device | None) -> torch.device:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -41,6 +42,24 @@ def running(pipe: Any) -> Mapping[str, Any]:
             return frame.f_locals
         frame = frame.f_back  # type: ignore[assignment]
     return {}
+
+
+def call_default(pipe: Any, name: str) -> Any:
+    """What a pipeline's ``__call__`` takes where an argument is not given."""
+    return inspect.signature(type(pipe).__call__).parameters[name].default
+
+
+def decoder_side(places: Iterable[str]) -> str:
+    """Layers in which the picture takes shape, as `select_layers` takes them, of a model whose layers are so placed.
+
+    Examples
+    --------
+    >>> decoder_side(["down", "mid", "up"])
+    'up'
+    >>> decoder_side(["double", "single"])  # a transformer has no sides
+    'all'
+    """
+    return "up" if {"down", "mid", "up"} & set(places) else "all"
 
 
 def stacked_rows(pipe: Any, batch: int, guided: bool) -> slice:
@@ -187,13 +206,31 @@ class Conditioning:
     Attributes
     ----------
     call : dict
-        Arguments of the pipeline's ``__call__`` that stand for the prompt and the negative prompt.
+        Arguments of the pipeline's ``__call__`` that stand for the prompt and the negative prompt, for one picture, and
+        what else the family's call must be told.
     inputs : dict
         Arguments of the denoiser for one conditional row; tensors, or dicts of tensors.
+    shared : dict
+        Arguments of the denoiser that all rows have in common (FLUX's positions).
     """
 
     call: dict[str, Any]
     inputs: dict[str, Any]
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    def arguments(self, pictures: int) -> dict[str, Any]:
+        """The call's arguments for so many pictures; not every pipeline repeats given states for each by itself.
+
+        Examples
+        --------
+        >>> arguments = Conditioning({"prompt_embeds": torch.ones(1, 2, 3), "negative_prompt": None}, {}).arguments(4)
+        >>> arguments["prompt_embeds"].shape, arguments["negative_prompt"]
+        (torch.Size([4, 2, 3]), None)
+        """
+        return {
+            name: torch.cat([value] * pictures) if isinstance(value, torch.Tensor) else value
+            for name, value in self.call.items()
+        }
 
     def rows(self, count: int, dtype: torch.dtype) -> dict[str, Any]:
         """The denoiser's arguments for so many rows, numbers with a point in a precision.
@@ -212,7 +249,7 @@ class Conditioning:
             value = value.to(dtype) if value.is_floating_point() else value
             return value.expand(count, *value.shape[1:])
 
-        return {name: spread(value) for name, value in self.inputs.items()}
+        return {name: spread(value) for name, value in self.inputs.items()} | self.shared
 
 
 class Adapter(Protocol):
@@ -255,14 +292,27 @@ class Adapter(Protocol):
         """The token sequences the denoiser sees, in their order, and where each begins."""
 
     def encode(
-        self, text: str, negative: str | None = None, guided: bool = True, size: tuple[int, int] | None = None
+        self,
+        text: str,
+        negative: str | None = None,
+        guided: bool = True,
+        size: tuple[int, int] | None = None,
+        guidance_scale: float | None = None,
     ) -> Conditioning:
-        """What the pipeline makes of a prompt; ``size`` is the picture's (height, width), by default the model's."""
+        """What the pipeline makes of a prompt.
+
+        ``guided`` says whether there is a negative part, for classifier-free guidance (FLUX never has one). ``size`` is
+        the picture's (height, width), by default the model's. ``guidance_scale`` matters to models into which guidance
+        is distilled, whose input it is; by default the pipeline's.
+        """
 
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
     ) -> torch.Tensor:
-        """One conditional pass: (n, c, h, w) of latents scaled by the scheduler -> a prediction of their shape."""
+        """One conditional pass over n rows of latents, as the pipeline keeps them, scaled by the scheduler.
+
+        ``timestep`` is the scheduler's own number, whatever the model is given.
+        """
 
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
         """The layers of self-attention that stand before given layers in their blocks; `ModelError` without any."""
@@ -275,43 +325,3 @@ class Adapter(Protocol):
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Arguments of the pipeline's call that make it pass (step, latents) through ``move`` after each step."""
-
-
-class OnlyRecorded:
-    """Families whose runs are recorded, but not yet guided or drawn by `elakit.generate`."""
-
-    family: ClassVar[str]
-
-    def encode(
-        self, text: str, negative: str | None = None, guided: bool = True, size: tuple[int, int] | None = None
-    ) -> Conditioning:
-        """Refuse."""
-        raise self._not_yet()
-
-    def denoise(
-        self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
-    ) -> torch.Tensor:
-        """Refuse."""
-        raise self._not_yet()
-
-    def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
-        """Refuse."""
-        raise self._not_yet()
-
-    def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
-        """Refuse."""
-        raise self._not_yet()
-
-    def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Refuse."""
-        raise self._not_yet()
-
-    def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-        """Refuse."""
-        raise self._not_yet()
-
-    def _not_yet(self) -> ModelError:
-        return ModelError(
-            f"{self.family} can be recorded, but `elakit.generate` and guidance do not know it yet: call the pipeline "
-            "yourself inside `with elakit.record(pipe, prompt) as recording:`."
-        )

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from elakit.errors import ModelError
-from elakit.models.adapter import AttentionLayer, Call, OtherKind, argument, running, scheduler_timestep
+from elakit.errors import ModelError, SettingError
+from elakit.models.adapter import (
+    AttentionLayer,
+    Call,
+    Conditioning,
+    OtherKind,
+    argument,
+    call_default,
+    running,
+    scheduler_timestep,
+)
 from elakit.models.transformer import TransformerAdapter
 from elakit.words import TextSequence
 
@@ -134,3 +144,83 @@ class Flux(TransformerAdapter):
     def text(self) -> tuple[TextSequence, ...]:
         """One sequence of T5 tokens, without a start token."""
         return (TextSequence("t5", self.pipe.tokenizer_2, 0, self._t5_length()),)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        text: str,
+        negative: str | None = None,
+        guided: bool = True,
+        size: tuple[int, int] | None = None,
+        guidance_scale: float | None = None,
+    ) -> Conditioning:
+        """Text states of T5, the pooled state of CLIP, positions of text and picture, and the scale of guidance.
+
+        Parameters
+        ----------
+        text : str
+        negative : str, optional
+            There is no place for one.
+        guided : bool
+            Not needed by this family: no call has a negative part.
+        size : tuple of int, optional
+            (height, width) of the picture; by default the model's.
+        guidance_scale : float, optional
+            By default the pipeline's. Not used by a model without an input for it (FLUX.1 schnell).
+
+        Raises
+        ------
+        SettingError
+            A negative prompt is given.
+        """
+        if negative:
+            raise SettingError(
+                f"negative_prompt={negative!r}: {self.family} has its guidance distilled into the model and makes no "
+                "pass for a negative prompt. Leave it out, or call the pipeline yourself with `true_cfg_scale`, inside "
+                "`with elakit.record(pipe, prompt) as recording:`."
+            )
+        device = self.pipe._execution_device
+        embeds, pooled, text_ids = self.pipe.encode_prompt(text, device=device, max_sequence_length=self._t5_length())
+        rows, columns = self.latent_size(*(size or self.default_size()))
+        image_ids = self.pipe._prepare_latent_image_ids(
+            1, rows // self._patch, columns // self._patch, device, embeds.dtype
+        )
+        guidance = None
+        if self.pipe.transformer.config.guidance_embeds:
+            scale = call_default(self.pipe, "guidance_scale") if guidance_scale is None else guidance_scale
+            guidance = torch.tensor([float(scale)], device=device)
+        return Conditioning(
+            {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled},
+            {"encoder_hidden_states": embeds, "pooled_projections": pooled, "guidance": guidance},
+            {"txt_ids": text_ids, "img_ids": image_ids},
+        )
+
+    def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
+        """A thousandth of the scheduler's number, in the model's precision."""
+        return super()._given(timestep, latents).to(latents.dtype) / 1000
+
+    @property
+    def _channels(self) -> int:
+        """Of the latent before it is packed, four cells into one."""
+        return super()._channels // self._patch**2
+
+    def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
+        """Noise of unit variance that a picture starts from, packed: (1, cells, 4c)."""
+        noise = super().noise(generator, height, width)
+        packed: torch.Tensor = self.pipe._pack_latents(noise, *noise.shape)
+        return packed
+
+    def set_timesteps(self, steps: int, height: int, width: int) -> float:
+        """Set the scheduler as the pipeline's call will; its first latents are the noise itself."""
+        from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps  # slow to import without a pipeline
+
+        scheduler = self.pipe.scheduler
+        own = getattr(scheduler.config, "use_flow_sigmas", False)  # then the scheduler itself knows the noise levels
+        retrieve_timesteps(
+            scheduler,
+            steps,
+            self.pipe._execution_device,
+            sigmas=None if own else np.linspace(1.0, 1 / steps, steps),
+            mu=self._shift(height, width, 1.15),
+        )
+        return 1.0

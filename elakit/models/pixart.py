@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from diffusers import PixArtTransformer2DModel
 from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import nn
 
 from elakit.errors import PromptError
-from elakit.models.adapter import AttentionLayer
+from elakit.models.adapter import AttentionLayer, Conditioning
 from elakit.models.transformer import TransformerAdapter
 from elakit.words import TextSequence
 
@@ -18,6 +20,9 @@ class PixArt(TransformerAdapter):
     """Adapter of PixArt pipelines.
 
     T5 tokens have no start-of-text; padding is masked, so its attention is 0. The pipeline reads prompts in lower case.
+
+    `elakit.generate` draws at the very size that is asked for: the pipeline's own resolution binning, which draws at
+    the nearest size that it knows and resizes the picture, is off.
 
     Parameters
     ----------
@@ -56,10 +61,66 @@ class PixArt(TransformerAdapter):
         """One sequence of T5 tokens, without a start token."""
         return (TextSequence("t5", self.pipe.tokenizer, 0, self._t5_length(), self._as_read),)
 
+    @torch.no_grad()
+    def encode(
+        self,
+        text: str,
+        negative: str | None = None,
+        guided: bool = True,
+        size: tuple[int, int] | None = None,
+        guidance_scale: float | None = None,
+    ) -> Conditioning:
+        """Text states with the mask of their padding, and the size of the picture where the model is told it.
+
+        Parameters
+        ----------
+        text, negative : str
+        guided : bool
+            With classifier-free guidance; without it there are no negative states.
+        size : tuple of int, optional
+            (height, width) of the picture; by default the model's.
+        guidance_scale : float, optional
+            Not needed by this family.
+        """
+        embeds, mask, negative_embeds, negative_mask = self.pipe.encode_prompt(
+            text,
+            guided,
+            negative_prompt=negative or "",
+            device=self.pipe._execution_device,
+            clean_caption=_cleans(),
+            max_sequence_length=self._t5_length(),
+        )
+        # The pipeline's default of the negative prompt is a text, which it does not take beside states.
+        call = {"prompt_embeds": embeds, "prompt_attention_mask": mask, "negative_prompt": None}
+        if guided:
+            call |= {"negative_prompt_embeds": negative_embeds, "negative_prompt_attention_mask": negative_mask}
+        sizes: dict[str, torch.Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if self.pipe.transformer.use_additional_conditions:
+            height, width = size or self.default_size()
+            sizes["resolution"] = embeds.new_tensor([[height, width]])
+            sizes["aspect_ratio"] = embeds.new_tensor([[height / width]])
+        inputs = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask, "added_cond_kwargs": sizes}
+        return Conditioning(call | {"use_resolution_binning": False}, inputs)
+
+    def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+        """Arguments of the pipeline's call that make it pass (step, latents) through ``move`` after each step.
+
+        Its callback cannot give latents back, so they are changed in place. It is not called between the model's calls
+        of one step (Heun), so these are not guided.
+        """
+
+        def callback(step: int, timestep: Any, latents: torch.Tensor) -> None:
+            scheduler = self.pipe.scheduler
+            call = min((step + 1) * scheduler.order, len(scheduler.timesteps)) - 1  # the callback counts whole steps
+            moved = move(call, latents)
+            if moved is not latents:
+                latents.copy_(moved)
+
+        return {"callback": callback, "callback_steps": 1}
+
     def _as_read(self, text: str) -> str:
         """The text as the pipeline gives it to the tokenizer, character for character; it lowers and cleans prompts."""
-        clean = is_bs4_available() and is_ftfy_available()  # what the pipeline asks, too
-        (read,) = self.pipe._text_preprocessing(text, clean_caption=clean)
+        (read,) = self.pipe._text_preprocessing(text, clean_caption=_cleans())
         lowered = text.lower()
         if read != lowered.strip() or len(lowered) != len(text):
             raise PromptError(
@@ -67,3 +128,8 @@ class PixArt(TransformerAdapter):
                 "the pipeline reads it."
             )
         return lowered
+
+
+def _cleans() -> bool:
+    """Whether the pipeline cleans captions: it does where what it needs for that is installed."""
+    return bool(is_bs4_available() and is_ftfy_available())

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from diffusers import SD3Transformer2DModel
 from torch import nn
 
-from elakit.models.adapter import AttentionLayer, Call
+from elakit.models.adapter import AttentionLayer, Call, Conditioning
 from elakit.models.transformer import TransformerAdapter
 from elakit.words import TextSequence
 
@@ -68,3 +69,45 @@ class StableDiffusion3(TransformerAdapter):
     def text_length(self) -> int:
         """Text positions the denoiser sees, those of an absent T5 included."""
         return int(self.pipe.tokenizer_max_length) + self._t5_length()
+
+    @torch.no_grad()
+    def encode(
+        self,
+        text: str,
+        negative: str | None = None,
+        guided: bool = True,
+        size: tuple[int, int] | None = None,
+        guidance_scale: float | None = None,
+    ) -> Conditioning:
+        """Text states of all encoders, and the pooled states of both CLIP encoders.
+
+        Parameters
+        ----------
+        text, negative : str
+        guided : bool
+            With classifier-free guidance; without it there are no negative states.
+        size : tuple of int, optional
+            Not needed by this family.
+        guidance_scale : float, optional
+            Not needed by this family.
+        """
+        embeds, negative_embeds, pooled, negative_pooled = self.pipe.encode_prompt(
+            text,
+            None,
+            None,
+            device=self.pipe._execution_device,
+            do_classifier_free_guidance=guided,
+            negative_prompt=negative if guided else None,
+            max_sequence_length=self._t5_length(),
+        )
+        call = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        if guided:
+            call |= {"negative_prompt_embeds": negative_embeds, "negative_pooled_prompt_embeds": negative_pooled}
+        return Conditioning(call, {"encoder_hidden_states": embeds, "pooled_projections": pooled})
+
+    def set_timesteps(self, steps: int, height: int, width: int) -> float:
+        """Set the scheduler as the pipeline's call will; its first latents are the noise itself."""
+        scheduler = self.pipe.scheduler
+        shift = {"mu": self._shift(height, width, 1.16)} if scheduler.config.get("use_dynamic_shifting") else {}
+        scheduler.set_timesteps(steps, device=self.pipe._execution_device, **shift)
+        return 1.0

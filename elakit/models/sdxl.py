@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from elakit.models.adapter import OnlyRecorded
+import torch
+
+from elakit.models.adapter import Conditioning
 from elakit.models.unet import UNetAdapter
 
 
-class StableDiffusionXL(OnlyRecorded, UNetAdapter):
+class StableDiffusionXL(UNetAdapter):
     """Adapter of SDXL pipelines (text-to-image, img2img, inpainting, ControlNet).
 
     Both encoders cut the text into the same tokens and their states are laid side by side, so a position stands for
@@ -28,3 +30,50 @@ class StableDiffusionXL(OnlyRecorded, UNetAdapter):
         # The refiner has the second encoder only.
         first = getattr(pipe, "tokenizer", None)
         return first if first is not None else getattr(pipe, "tokenizer_2", None)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        text: str,
+        negative: str | None = None,
+        guided: bool = True,
+        size: tuple[int, int] | None = None,
+        guidance_scale: float | None = None,
+    ) -> Conditioning:
+        """Text states of both encoders, the second one's pooled state and the size of the picture.
+
+        Parameters
+        ----------
+        text, negative : str
+        guided : bool
+            With classifier-free guidance; without it there are no negative states.
+        size : tuple of int, optional
+            (height, width) of the picture; by default the model's.
+        guidance_scale : float, optional
+            For UNets into which guidance is distilled; by default the pipeline's.
+        """
+        device = self.pipe._execution_device
+        embeds, negative_embeds, pooled, negative_pooled = self.pipe.encode_prompt(
+            text,
+            device=device,
+            do_classifier_free_guidance=guided,
+            negative_prompt=negative if guided else None,
+        )
+        second = self.pipe.text_encoder_2
+        size = size or self.default_size()
+        time_ids = self.pipe._get_add_time_ids(
+            size,
+            (0, 0),
+            size,
+            dtype=embeds.dtype,
+            text_encoder_projection_dim=pooled.shape[-1] if second is None else second.config.projection_dim,
+        )
+        call = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        if guided:
+            call |= {"negative_prompt_embeds": negative_embeds, "negative_pooled_prompt_embeds": negative_pooled}
+        inputs = {
+            "encoder_hidden_states": embeds,
+            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids.to(device)},
+            **self._distilled(guidance_scale),
+        }
+        return Conditioning(call, inputs)

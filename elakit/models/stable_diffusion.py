@@ -29,7 +29,12 @@ class StableDiffusion(UNetAdapter):
 
     @torch.no_grad()
     def encode(
-        self, text: str, negative: str | None = None, guided: bool = True, size: tuple[int, int] | None = None
+        self,
+        text: str,
+        negative: str | None = None,
+        guided: bool = True,
+        size: tuple[int, int] | None = None,
+        guidance_scale: float | None = None,
     ) -> Conditioning:
         """Text states, as the pipeline itself computes them.
 
@@ -40,9 +45,11 @@ class StableDiffusion(UNetAdapter):
             With classifier-free guidance; without it there are no negative states.
         size : tuple of int, optional
             Not needed by this family.
+        guidance_scale : float, optional
+            For UNets into which guidance is distilled; by default the pipeline's.
         """
         embeds, negative_embeds = self.pipe.encode_prompt(
             text, self.pipe._execution_device, 1, guided, negative_prompt=negative if guided else None
         )
         call = {"prompt_embeds": embeds} | ({"negative_prompt_embeds": negative_embeds} if guided else {})
-        return Conditioning(call, {"encoder_hidden_states": embeds})
+        return Conditioning(call, {"encoder_hidden_states": embeds, **self._distilled(guidance_scale)})

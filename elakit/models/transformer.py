@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from elakit.errors import ModelError
 from elakit.models.adapter import (
     AttentionLayer,
     Call,
-    OnlyRecorded,
+    Conditioning,
     OtherKind,
     argument,
+    call_default,
     compiled,
     running,
     stacked_rows,
 )
-from elakit.models.unet import check_sides
+from elakit.models.unet import check_sides, self_layer, step_callback
 from elakit.words import TextSequence
 
 
-class TransformerAdapter(OnlyRecorded):
-    """Base of the families with a transformer, which names its layers and its text."""
+class TransformerAdapter:
+    """Base of the families with a transformer, which names its layers and its text.
+
+    A family is recorded with that alone. To be guided and drawn by `elakit.generate` it also says how it encodes a
+    prompt, and which timestep its model is given where that is not the scheduler's.
+    """
 
     family: ClassVar[str]
     model: ClassVar[type[nn.Module]]
@@ -108,6 +113,103 @@ class TransformerAdapter(OnlyRecorded):
         side = self.pipe.transformer.config.sample_size * self.pipe.vae_scale_factor
         return side, side
 
+    def encode(
+        self,
+        text: str,
+        negative: str | None = None,
+        guided: bool = True,
+        size: tuple[int, int] | None = None,
+        guidance_scale: float | None = None,
+    ) -> Conditioning:
+        """Refuse: a family that has no ``encode`` of its own is only recorded."""
+        raise ModelError(
+            f"{self.family} can be recorded, but `elakit.generate` and guidance do not know it yet: call the pipeline "
+            "yourself inside `with elakit.record(pipe, prompt) as recording:`."
+        )
+
+    def denoise(
+        self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
+    ) -> torch.Tensor:
+        """One conditional pass; gradients flow when enabled.
+
+        Parameters
+        ----------
+        latents : torch.Tensor, (n, ...)
+            As the pipeline keeps them.
+        timestep : torch.Tensor, float or int
+            The scheduler's.
+        conditioning : Conditioning
+
+        Returns
+        -------
+        torch.Tensor, (n, ...)
+            What the model puts out, a learned variance included.
+        """
+        return self.denoiser(
+            hidden_states=latents,
+            timestep=self._given(timestep, latents),
+            **conditioning.rows(len(latents), latents.dtype),
+            return_dict=False,
+        )[0]
+
+    def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
+        """The timestep as the model is given it, one a row."""
+        return torch.as_tensor(timestep, device=latents.device).expand(len(latents))
+
+    def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
+        """The layers of self-attention that stand before given layers in their blocks.
+
+        Raises
+        ------
+        ModelError
+            There is none: in joint attention the picture attends to itself and to the text at once.
+        """
+        joint = next((layer for layer in beside if layer.kind != "cross"), None)
+        if joint is not None:
+            raise ModelError(
+                f"{self.family} has joint attention, no separate self-attention: in {joint.name} picture and text "
+                "attend to both in one softmax. Choose a method that does not read self-attention."
+            )
+        return tuple(self_layer(self.denoiser, layer) for layer in beside)
+
+    @property
+    def _channels(self) -> int:
+        """Of the latent."""
+        return int(self.pipe.transformer.config.in_channels)
+
+    def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
+        """Noise of unit variance that a picture starts from, (1, c, h, w)."""
+        shape = (1, self._channels, *self.latent_size(height, width))
+        dtype = next(self.denoiser.parameters()).dtype
+        return randn_tensor(shape, generator=generator, device=self.pipe._execution_device, dtype=dtype)
+
+    def set_timesteps(self, steps: int, height: int, width: int) -> float:
+        """Set the scheduler as the pipeline's call will; how many times the noise its first latents are."""
+        self.pipe.scheduler.set_timesteps(steps, device=self.pipe._execution_device)
+        return float(getattr(self.pipe.scheduler, "init_noise_sigma", 1.0))
+
+    def _shift(self, height: int, width: int, largest: float) -> float:
+        """How far the timesteps of a flow are shifted for a picture's size (``mu``), as diffusers' pipelines do it.
+
+        ``largest`` is the pipeline's own default of ``max_shift``, for schedulers that do not say.
+        """
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift  # slow to import without a pipeline
+
+        rows, columns = self.latent_size(height, width)
+        config = self.pipe.scheduler.config
+        shift: float = calculate_shift(
+            (rows // self._patch) * (columns // self._patch),
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", largest),
+        )
+        return shift
+
+    def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+        """Arguments of the pipeline's call that make it pass (step, latents) through ``move`` after each step."""
+        return step_callback(move)
+
     def text(self) -> tuple[TextSequence, ...]:
         """The token sequences the denoiser sees."""
         raise NotImplementedError
@@ -119,4 +221,4 @@ class TransformerAdapter(OnlyRecorded):
 
     def _t5_length(self) -> int:
         """T5 positions of a call that sets none."""
-        return int(inspect.signature(type(self.pipe).__call__).parameters["max_sequence_length"].default)
+        return int(call_default(self.pipe, "max_sequence_length"))

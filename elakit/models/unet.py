@@ -21,6 +21,7 @@ from elakit.models.adapter import (
     OtherKind,
     Place,
     argument,
+    call_default,
     compiled,
     stacked_rows,
 )
@@ -156,6 +157,15 @@ class UNetAdapter:
         """
         return self.denoiser(latents, timestep, **conditioning.rows(len(latents), latents.dtype), return_dict=False)[0]
 
+    def _distilled(self, guidance_scale: float | None) -> dict[str, Any]:
+        """The scale of guidance as an input, where it is distilled into the UNet (latent consistency models)."""
+        width = self.pipe.unet.config.time_cond_proj_dim
+        if width is None:
+            return {}
+        scale = call_default(self.pipe, "guidance_scale") if guidance_scale is None else guidance_scale
+        embedding = self.pipe.get_guidance_scale_embedding(torch.tensor([scale - 1.0]), embedding_dim=width)
+        return {"timestep_cond": embedding.to(self.pipe._execution_device)}
+
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
         """The layers of self-attention that stand before given layers in their blocks.
 
@@ -164,7 +174,7 @@ class UNetAdapter:
         ModelError
             A block has none.
         """
-        return tuple(_self_layer(self.denoiser, layer) for layer in beside)
+        return tuple(self_layer(self.denoiser, layer) for layer in beside)
 
     def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
         """Noise of unit variance that a picture starts from, (1, c, h, w)."""
@@ -199,7 +209,8 @@ def step_callback(move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str
     return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents"]}
 
 
-def _self_layer(denoiser: nn.Module, beside: AttentionLayer) -> AttentionLayer:
+def self_layer(denoiser: nn.Module, beside: AttentionLayer) -> AttentionLayer:
+    """The layer of self-attention that stands before one of cross-attention in its block."""
     name = beside.name.rpartition(".")[0] + ".attn1"
     try:
         module = denoiser.get_submodule(name)

@@ -10,8 +10,9 @@ import plotly.graph_objects as go
 import xarray as xr
 from skimage.measure import approximate_polygon, find_contours
 
-from elakit.agreement import downscale, truth_masks
+from elakit.agreement import truth_masks
 from elakit.errors import SettingError
+from elakit.masks import downscale
 from elakit.plot import style
 from elakit.plot.pictures import figure_uri, paled
 from elakit.regions import otsu_masks

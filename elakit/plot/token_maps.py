@@ -33,7 +33,7 @@ def token_maps(
     *,
     tokens: Any = None,
     steps: int | Sequence[int] = 5,
-    layers: str | Sequence[str] = "up",
+    layers: str | Sequence[str] | None = None,
     size: int | None = None,
     normalise: Normalise = None,
     scale: Scale = "token",
@@ -51,8 +51,9 @@ def token_maps(
         end; of a prompt longer than 12 words, start, the entities' words and the end.
     steps : int or sequence of int
         How many steps, spread evenly with the first and the last; or which.
-    layers : str or sequence of str
-        Layers averaged: "up" (decoder), "down", "mid", "all" or name patterns.
+    layers : str or sequence of str, optional
+        Layers averaged: "up" (decoder), "down", "mid", "all" or name patterns; by default the decoder's, or all of a
+        model that has none.
     size : int, optional
         Larger side of the maps; by default the recorded one nearest to 16.
     normalise : {None, "sum", "max", "minmax", "tokens", "start"}
@@ -92,7 +93,7 @@ def token_maps(
         wanted, left_out = _default_tokens(recording, normalise)
         caption += " Of this long prompt, the entities' words." if left_out else ""
     size = style.map_size(recording) if size is None else size
-    maps = recording.maps(wanted, layers, size, steps=chosen, normalise=normalise)
+    maps = recording.maps(wanted, layers or recording.decoder, size, steps=chosen, normalise=normalise)
     labels = [str(label) for label in maps.token.values]
     height, width = maps.sizes["y"], maps.sizes["x"]
     panel = panel or int(np.clip((1010 - 150) / len(labels) - 6, 64, 110))

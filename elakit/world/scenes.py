@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from elakit.errors import SettingError
+from elakit.masks import bounding_box
 from elakit.world.art import ARTISTS, Drawing, drawings, rasterise
 from elakit.world.backgrounds import background
 from elakit.world.recolour import recolour, rule_for
@@ -252,7 +253,7 @@ def compose(subjects: tuple[Subject, ...], world: World, rng: np.random.Generato
     masks = alphas > 0.5
     for i in range(len(masks)):
         masks[i] &= ~masks[i + 1 :].any(0)
-    entities = tuple(SceneEntity(s, d, _box(m), m) for s, d, m in zip(subjects, chosen, masks, strict=True))
+    entities = tuple(SceneEntity(s, d, bounding_box(m), m) for s, d, m in zip(subjects, chosen, masks, strict=True))
     image = (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)
     wording = str(rng.choice(FREE_WORDINGS)) if rng.random() < world.free_captions else BENCHMARK_WORDING
     return Scene(image, caption(subjects, bool(rng.random() < 0.5), wording), entities, kind, layout)
@@ -350,10 +351,3 @@ def mean_colour(sprite: Image.Image) -> np.ndarray:
     """Mean RGB of a sprite's ink."""
     pixels = np.asarray(sprite.resize((8, 8), Image.Resampling.BOX), np.float32)
     return pixels[..., :3].sum((0, 1)) / max(1.0, float(pixels[..., 3].sum()))
-
-
-def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return (0, 0, 0, 0)
-    return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)

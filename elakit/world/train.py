@@ -24,7 +24,7 @@ def main(
     stage: Annotated[str, typer.Option(help=f"One of {', '.join(STAGES)}, or all of them in this order.")] = "all",
     device: Annotated[str, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = "",
 ) -> None:
-    """Train picture-world: autoencoder, its decoder once more, text encoder with denoiser, judge."""
+    """Train picture-world: autoencoder, its decoder once more (with ``polish``), text encoder with denoiser, judge."""
     if stage not in (*STAGES, "all"):
         raise typer.BadParameter(f"{stage!r} is no stage; choose from {', '.join(STAGES)}, all.", param_hint="--stage")
     settings = read_config(config)
@@ -36,7 +36,7 @@ def main(
         scenes = compose_scenes(crowded, settings.vae.scenes, seed=1)
         test = compose_scenes(settings.world, 256, seed=1_000_001)
         for name, part in (("vae", train_autoencoder), ("decoder", train_decoder)):
-            if stage in (name, "all"):
+            if stage in (name, "all") and (name == "vae" or settings.vae.polish):
                 vae = part(settings, scenes, out, where)
                 print(f"{name}: PSNR {psnr(vae, test):.1f} dB on 256 new scenes")
     if stage in ("denoiser", "all"):

@@ -104,17 +104,21 @@ def train_judge(config: Config, folder: Path, device: torch.device) -> Segmenter
         examples.pictures[rows] = rebuild(examples.pictures[rows], vae, device)
     torch.manual_seed(1)
     model = Segmenter(settings.channels).to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng((4, step))
         rows = rng.integers(len(examples.pictures), size=settings.batch)
         pictures = torch.from_numpy(examples.pictures[rows]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        target = torch.from_numpy(examples.classes[rows]).long()
-        mixed = torch.from_numpy(examples.mixed[rows]).float()
-        pictures, target, mixed = _move(_disturb(pictures), target, mixed)
-        target, mixed = target.to(device), mixed.to(device)
+        target = torch.from_numpy(examples.classes[rows])
+        mixed = torch.from_numpy(examples.mixed[rows])
+        pictures, target, mixed = _move(_disturb(_restyle(pictures, target)), target, mixed)
+        # the loss is taken where the network computes, at half resolution: a pixel of every 2 x 2, another each time
+        y, x = rng.integers(2, size=2)
+        target, mixed = target[:, y::2, x::2].to(device), mixed[:, y::2, x::2].to(device)
+        pictures = pictures.to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
-            scores = model(pictures.to(device))
+            scores = model.halved(pictures)
         scores = scores.float()
         things = (target > 0).float()
         hybrid = F.binary_cross_entropy_with_logits(scores[:, CLASSES], mixed, reduction="none")
@@ -140,6 +144,34 @@ def rebuild(pictures: np.ndarray, vae: Any, device: torch.device) -> np.ndarray:
     return ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+def _restyle(pictures: Tensor, target: Tensor) -> Tensor:
+    """Give some pictures another artist's manner: other hues, tones, flat colours, dark outlines.
+
+    Things must be known by their shape: animals come in their own colours in training, and not from every artist.
+    """
+    n = len(pictures)
+
+    def some(share: float) -> Tensor:
+        return torch.rand(n, 1, 1, 1) < share
+
+    grey = pictures.mean(1, keepdim=True)
+    mixing = torch.eye(3) + 0.35 * torch.randn(n, 3, 3)
+    mixing = mixing / mixing.sum(2, keepdim=True).clamp(min=0.5)  # greys stay nearly grey
+    hued = torch.einsum("nij,njyx->niyx", mixing, pictures - grey) + grey
+    pictures = torch.where(some(0.3), hued, pictures)
+    pictures = torch.where(some(0.1), grey, pictures)
+    curve = torch.exp(0.4 * torch.randn(n, 1, 1, 1))
+    toned = ((pictures.clamp(-1, 1) + 1) / 2).pow(curve) * 2 - 1
+    pictures = torch.where(some(0.3), toned, pictures)
+    levels = torch.randint(3, 8, (n, 1, 1, 1)).float()
+    pictures = torch.where(some(0.15), ((pictures + 1) / 2 * levels).round() / levels * 2 - 1, pictures)
+    edge = torch.zeros_like(target, dtype=torch.bool)
+    edge[:, 1:] |= target[:, 1:] != target[:, :-1]
+    edge[:, :, 1:] |= target[:, :, 1:] != target[:, :, :-1]
+    line = F.max_pool2d(edge[:, None].float(), 3, 1, 1)
+    return torch.lerp(pictures, torch.full_like(pictures, -0.9), line * some(0.15) * torch.rand(n, 1, 1, 1))
+
+
 def _disturb(pictures: Tensor) -> Tensor:
     """Noise, blur, contrast and brightness, a little of each, differing per picture."""
     n = len(pictures)
@@ -151,18 +183,21 @@ def _disturb(pictures: Tensor) -> Tensor:
 
 
 def _move(pictures: Tensor, target: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn, stretch and shear half of the pictures with their truth: other artists draw other shapes."""
+    """Turn, stretch, shear and bend half of the pictures with their truth: other artists draw other shapes."""
     n = len(pictures)
+    moved = torch.rand(n) < 0.5
     angle = torch.randn(n) * 0.15
     stretch = 1 + 0.15 * torch.randn(n, 2)
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).view(n, 2, 2)
     shear = torch.eye(2).repeat(n, 1, 1)
     shear[:, 0, 1] = torch.randn(n) * 0.15
     matrix = turn @ shear * stretch[:, None]
-    matrix = torch.where((torch.rand(n) < 0.5)[:, None, None], matrix, torch.eye(2))
+    matrix = torch.where(moved[:, None, None], matrix, torch.eye(2))
     grid = F.affine_grid(F.pad(matrix, (0, 1)), list(pictures.shape), align_corners=False)
+    bend = F.interpolate(torch.randn(n, 2, 6, 6) * 0.04, size=pictures.shape[-2:], mode="bicubic", align_corners=False)
+    grid = grid + (bend * moved[:, None, None, None]).permute(0, 2, 3, 1)
+    # border padding smears things that are cut by the edge, and their truth in the same way
     pictures = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
-    # border padding would smear things that are cut by the edge; their truth is smeared the same way
-    truth = torch.stack([target.float(), mixed], 1)
+    truth = torch.stack([target.float(), mixed.float()], 1)
     truth = F.grid_sample(truth, grid, mode="nearest", padding_mode="border", align_corners=False)
     return pictures, truth[:, 0].long(), truth[:, 1]

@@ -1,0 +1,134 @@
+"""CONFORM: maps of an object and its attributes attract each other, maps of different objects repel each other.
+
+Meral et al., "CONFORM: Contrast is All You Need For High-Fidelity Text-to-Image Diffusion Models", CVPR 2024
+(arXiv:2312.06059), and its official code (github.com/gemlab-vt/CONFORM). One class is an object with its attributes;
+its members are their maps of this pass and of the last pass of the step before. NT-Xent, with s the cosine of two
+maps and tau the temperature, as the mean over all ordered pairs (i, p) of one class:
+
+    -log( exp(s_ip / tau) / (exp(s_ip / tau) + sum over n of other classes of exp(s_in / tau)) )
+
+Maps are raw probabilities (the code's notebook switches the softmax over tokens off), smoothed as in Attend-and-Excite.
+Step size and guided steps are Attend-and-Excite's; 20 further steps are taken at steps 0, 10 and 20 of 50, however low
+the loss is. A class of one map has no pair before the second step; where no class has any, the first step does nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from elakit.attention.spec import select_layers
+from elakit.guidance.astar import Memory
+from elakit.guidance.method import Attention, Loss, Update, nearest_size
+from elakit.guidance.options import check_guided, check_numbers, check_whole, refuse
+from elakit.guidance.preprocess import GUIDED, NATIVE_SIZE, REFINED, STEP_SIZE, schedule, smooth
+from elakit.models import AttentionLayer
+from elakit.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class CONFORM:
+    """Contrast of attention maps.
+
+    Parameters
+    ----------
+    step_size : float
+        Of the first step, 20 by the authors; it falls as Attend-and-Excite's does.
+    guided : float
+        Share of the denoising steps that are guided, from the first; 25 of 50 by default in the authors' code, 30 in
+        its notebook.
+    refinements : int
+        Further steps taken at 0, 0.2 and 0.4 of the denoising steps; 20 by the authors.
+    temperature : float
+        tau, 0.5 by the authors.
+    layers : str
+        Layers read: "up" (decoder), "down", "mid", "all" or a name pattern.
+    size : int, optional
+        Longer side of the maps read; by default 16, or what the model has nearest to it.
+
+    Raises
+    ------
+    SettingError
+        A setting is outside its range.
+
+    Examples
+    --------
+    >>> CONFORM().name
+    'conform'
+    >>> CONFORM(temperature=0)
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: CONFORM(temperature=0): must be a number above 0.
+    """
+
+    step_size: float = STEP_SIZE
+    guided: float = GUIDED
+    refinements: int = 20
+    temperature: float = 0.5
+    layers: str = "all"
+    size: int | None = None
+
+    name: ClassVar[str] = "conform"
+    reads_self: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "step_size", "temperature")
+        check_guided(self)
+        if self.temperature == 0:
+            refuse(self, "temperature", "a number above 0")
+        check_whole(self, "refinements")
+
+    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
+        """The chosen layers whose maps are of the chosen size."""
+        return nearest_size(select_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, "CONFORM")
+
+    def begin(self, prompt: Prompt, steps: int) -> Memory:
+        """A run starts without a step before."""
+        return Memory()
+
+    def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
+        """Updates and refinement; nothing where only one entity is named."""
+        if len(prompt.entities) < 2:
+            return []
+        # The loss is 0 only where there is no pair to learn from: then further passes are spared.
+        refine = dict.fromkeys(REFINED, 0.0)
+        return schedule(len(noise), self.step_size, guided=self.guided, refine=refine, tries=self.refinements)
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """The raw gradient."""
+        return gradient
+
+    def loss(self, attention: Attention, prompt: Prompt, step: int, state: Memory) -> Loss:
+        """NT-Xent over this step's maps and those of the step before; its term is "contrast"."""
+        maps = attention.mean
+        members = [maps[list(e.token_indices)].mean(0) for e in prompt.entities]
+        owners = list(range(len(members)))
+        for i, entity in enumerate(prompt.entities):
+            members += [maps[index] for index in entity.attribute_indices]
+            owners += [i] * len(entity.attribute_indices)
+        vectors = smooth(torch.stack(members)).flatten(1)
+        classes = torch.tensor(owners, device=maps.device)
+        before = state.recall(step, vectors)
+        if before is not None:
+            vectors, classes = torch.cat([vectors, before]), classes.repeat(2)
+        total = _contrast(vectors, classes, self.temperature)
+        return Loss(total, {"contrast": float(total.detach())})
+
+
+def _contrast(vectors: Tensor, classes: Tensor, temperature: float) -> Tensor:
+    """NT-Xent; 0 where no class has two members or there is one class only."""
+    length = vectors.norm(dim=1, keepdim=True)
+    vectors = vectors / torch.where(length > 0, length, 1)
+    scores = vectors @ vectors.T / temperature
+    same = classes[:, None] == classes
+    pairs = same & ~torch.eye(len(classes), dtype=torch.bool, device=classes.device)
+    if not pairs.any() or same.all():
+        return vectors.new_zeros(())
+    rivals = scores.masked_fill(same, -math.inf).logsumexp(1, keepdim=True)
+    return F.softplus(rivals - scores)[pairs].mean()

@@ -1,0 +1,61 @@
+"""Checks of methods' options; each names the method, the option, its value and the rule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NoReturn
+
+from elakit.errors import SettingError
+
+
+def refuse(method: Any, option: str, rule: str) -> NoReturn:
+    """Refuse an option: "SynGen(guided=2): must be ...".
+
+    Raises
+    ------
+    SettingError
+    """
+    raise SettingError(f"{type(method).__name__}({option}={getattr(method, option)!r}): must be {rule}.")
+
+
+def check_numbers(method: Any, *options: str) -> None:
+    """Refuse options that are no finite numbers of zero or more."""
+    for option in options:
+        if not is_number(getattr(method, option)):
+            refuse(method, option, "a number of zero or more")
+
+
+def check_whole(method: Any, *options: str, least: int = 0) -> None:
+    """Refuse options that are no whole numbers of at least so many."""
+    for option in options:
+        value = getattr(method, option)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            refuse(method, option, f"a whole number of {least} or more")
+
+
+def check_guided(method: Any) -> None:
+    """Refuse a ``guided`` that is no share."""
+    if not is_number(method.guided, most=1):
+        refuse(method, "guided", "between 0 and 1 (a share of the denoising steps)")
+
+
+def check_refine(method: Any, goal: str) -> None:
+    """Refuse a ``refine`` that is not (share, number, whole number) each, two at one share too; lists become tuples."""
+    rule = f"a sequence of (share of the steps, {goal}, most steps taken), such as ((0.0, 0.05, 20),)"
+    try:
+        entries = tuple((share, least, most) for share, least, most in method.refine)
+    except (TypeError, ValueError):
+        refuse(method, "refine", rule)
+    for share, least, most in entries:
+        whole = isinstance(most, int) and is_number(most)
+        if not (is_number(share, most=1) and is_number(least) and whole):
+            refuse(method, "refine", rule)
+    if len({share for share, _, _ in entries}) < len(entries):
+        refuse(method, "refine", "a sequence that names each share of the steps once")
+    object.__setattr__(method, "refine", entries)
+
+
+def is_number(value: Any, most: float = math.inf) -> bool:
+    """Whether a value is a finite number from 0 to `most`."""
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    return real and math.isfinite(value) and 0 <= value <= most
