@@ -69,7 +69,8 @@ class JudgeSettings:
     """The segmenter that says what is in a picture.
 
     Of the `scenes`, a share shows hybrids (`mixtures`) and one shows a thing partly behind another (`occluded`); a
-    share of all is seen through the autoencoder (`rebuilt`), as generated pictures are.
+    share of all is seen through the autoencoder (`rebuilt`), as generated pictures are, and one redrawn by the denoiser
+    from some noise (`redrawn`): its drawings are a little askew, and no hybrids for that.
     """
 
     channels: tuple[int, ...]
@@ -77,6 +78,7 @@ class JudgeSettings:
     mixtures: float
     occluded: float
     rebuilt: float
+    redrawn: float
     samples: int
     batch: int
     learning_rate: float

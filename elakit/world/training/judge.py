@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 from elakit.judge.segmenter import CLASSES, Segmenter
 from elakit.world.art import ARTISTS, Drawing, drawings
 from elakit.world.mixtures import KINDS, UNCERTAIN, sample_mixture
-from elakit.world.scenes import World, sample
+from elakit.world.scenes import World, caption, sample
 from elakit.world.training.config import Config
 from elakit.world.training.loop import Schedule, train
 from elakit.world.vocabulary import NOUNS
@@ -25,6 +26,9 @@ from elakit.world.vocabulary import NOUNS
 # Whose drawings the judge never sees in training, where a noun has three artists or more: the first who drew it.
 UNSEEN_ARTISTS = ("noto-v1", "fluent-flat")
 LEAST_ARTISTS = 3
+# Redrawing takes the last so many of the steps, which leaves a thing what and where it is; a hybrid bears fewer before
+# the denoiser has made one thing of it.
+REDRAW_STEPS, REDRAWN_STEPS, REDRAWN_STEPS_OF_HYBRIDS = 12, (4, 8), (2, 3)
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,13 @@ class Examples:
         0 background, 1 + index in ``NOUNS`` elsewhere, ``UNCERTAIN`` where a blend shows two as much.
     mixed : ndarray, bool, (n, size, size)
         Pixels of a hybrid.
+    captions : list of str
     """
 
     pictures: np.ndarray
     classes: np.ndarray
     mixed: np.ndarray
+    captions: list[str]
 
 
 def unseen(drawing: Drawing) -> bool:
@@ -70,6 +76,7 @@ def compose_examples(config: Config, seed: int, count: int | None = None) -> Exa
     world, count, size = judges_world(config.world), count or config.judge.scenes, config.world.size
     pictures = np.empty((count, size, size, 3), np.uint8)
     classes, mixed = np.zeros((count, size, size), np.uint8), np.zeros((count, size, size), bool)
+    captions = []
     for i in tqdm(range(count), desc="examples", unit="scene", mininterval=5):
         draw = rng.random()
         if draw < settings.mixtures + settings.occluded:
@@ -77,12 +84,14 @@ def compose_examples(config: Config, seed: int, count: int | None = None) -> Exa
             numbers = np.full(256, UNCERTAIN, np.uint8)
             numbers[: 1 + len(mixture.subjects)] = [0, *(1 + NOUNS.index(s.noun) for s in mixture.subjects)]
             pictures[i], classes[i], mixed[i] = mixture.image, numbers[mixture.owner], mixture.mixed
+            captions.append(caption(mixture.subjects))
         else:
             scene = sample(world, rng)
             pictures[i] = scene.image
+            captions.append(scene.caption)
             for entity in scene.entities:
                 classes[i][entity.mask] = 1 + NOUNS.index(entity.subject.noun)
-    return Examples(pictures, classes, mixed)
+    return Examples(pictures, classes, mixed, captions)
 
 
 def train_judge(config: Config, folder: Path, device: torch.device) -> Segmenter:
@@ -92,16 +101,21 @@ def train_judge(config: Config, folder: Path, device: torch.device) -> Segmenter
     ----------
     config : Config
     folder : Path
-        Must hold the trained autoencoder, ``vae/``.
+        Must hold the trained autoencoder, ``vae/``, and pipeline, ``model/``.
     device : torch.device
     """
     settings = config.judge
     examples = compose_examples(config, seed=3)
     vae = AutoencoderTiny.from_pretrained(folder / "vae").to(device).eval()
-    through = np.flatnonzero(np.random.default_rng(5).random(len(examples.pictures)) < settings.rebuilt)
-    for start in tqdm(range(0, len(through), 64), desc="rebuild", unit="batch", mininterval=5):
-        rows = through[start : start + 64]
+    draw = np.random.default_rng(5).random(len(examples.pictures))
+    for rows in _batches(np.flatnonzero(draw < settings.rebuilt), "rebuild"):
         examples.pictures[rows] = rebuild(examples.pictures[rows], vae, device)
+    pipe = StableDiffusionPipeline.from_pretrained(folder / "model", dtype=torch.float32).to(device)
+    again, hybrid = draw > 1 - settings.redrawn, examples.mixed.any((1, 2))
+    for chosen, steps in ((again & ~hybrid, REDRAWN_STEPS), (again & hybrid, REDRAWN_STEPS_OF_HYBRIDS)):
+        for rows in _batches(np.flatnonzero(chosen), "redraw"):
+            captions = [examples.captions[row] for row in rows]
+            examples.pictures[rows] = redraw(examples.pictures[rows], captions, pipe, steps, seed=int(rows[0]))
     torch.manual_seed(1)
     model = Segmenter(settings.channels).to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -142,6 +156,45 @@ def rebuild(pictures: np.ndarray, vae: Any, device: torch.device) -> np.ndarray:
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
         decoded = vae.decode(vae.encode(batch).latents).sample
     return ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+@torch.no_grad()
+def redraw(pictures: np.ndarray, captions: list[str], pipe: Any, steps: tuple[int, int], seed: int) -> np.ndarray:
+    """Pictures as the denoiser would draw them: brought back from noise that leaves things where and what they are.
+
+    Parameters
+    ----------
+    pictures : ndarray, uint8, (n, size, size, 3)
+    captions : list of str
+    pipe : StableDiffusionPipeline
+    steps : tuple of int
+        Least and most of the last of ``REDRAW_STEPS``.
+    seed : int
+
+    Returns
+    -------
+    ndarray, uint8, (n, size, size, 3)
+    """
+    device, rng = pipe.unet.device, np.random.default_rng((6, seed))
+    batch = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
+    tokens = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
+    pipe.scheduler.set_timesteps(REDRAW_STEPS)
+    timesteps = pipe.scheduler.timesteps[-int(rng.integers(*steps, endpoint=True)) :]
+    with torch.autocast(device.type, torch.bfloat16):
+        latents = pipe.vae.encode(batch).latents * pipe.vae.config.scaling_factor
+        states = pipe.text_encoder(tokens).last_hidden_state
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+        latents = pipe.scheduler.add_noise(latents.float(), noise, timesteps[:1].expand(len(latents)))
+        for timestep in timesteps:
+            predicted = pipe.unet(latents, timestep, states).sample.float()
+            latents = pipe.scheduler.step(predicted, timestep, latents).prev_sample
+        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    return ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _batches(rows: np.ndarray, what: str) -> Iterator[np.ndarray]:
+    for start in tqdm(range(0, len(rows), 64), desc=what, unit="batch", mininterval=5):
+        yield rows[start : start + 64]
 
 
 def _restyle(pictures: Tensor, target: Tensor) -> Tensor:
