@@ -43,6 +43,8 @@ SEEDS = 4
 BATCH = 12
 STEPS, GUIDANCE_SCALE = 25, 4.0
 Out = Annotated[Path, typer.Option(help="Folder for verdicts and the contact sheet.")]
+Scale = Annotated[float, typer.Option(help="Of classifier-free guidance.")]
+Every = Annotated[int, typer.Option(help="Draw every n-th prompt only.")]
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
@@ -132,10 +134,18 @@ def single_prompts() -> list[str]:
     return [f"a {c} {n}" if c else f"a {n}" for n in NOUNS for c in (None, *COLOURS)]
 
 
-def verdicts(name: str, prompts: list[str], seeds: range, out: Path, fresh: bool, neutral: bool = False) -> list[dict]:
+def verdicts(
+    name: str,
+    prompts: list[str],
+    seeds: range,
+    out: Path,
+    fresh: bool,
+    neutral: bool = False,
+    scale: float = GUIDANCE_SCALE,
+) -> list[dict]:
     """Draw every prompt with every seed and judge it; what is in the file of an earlier run is not drawn again."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{name}.jsonl"
+    path = out / (f"{name}.jsonl" if scale == GUIDANCE_SCALE else f"{name}-scale-{scale:g}.jsonl")
     if fresh:
         path.unlink(missing_ok=True)
     kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -146,7 +156,7 @@ def verdicts(name: str, prompts: list[str], seeds: range, out: Path, fresh: bool
     with path.open("a") as file, tqdm(total=len(jobs), desc=name, unit="picture", mininterval=10) as bar:
         for start in range(0, len(jobs), BATCH):
             part = jobs[start : start + BATCH]
-            for (prompt, seed), picture in zip(part, draw(pipe, part, neutral), strict=True):
+            for (prompt, seed), picture in zip(part, draw(pipe, part, neutral, scale), strict=True):
                 verdict = judge(picture, elakit.parse(prompt, pipe))
                 row = {
                     "prompt": prompt,
@@ -166,7 +176,9 @@ def verdicts(name: str, prompts: list[str], seeds: range, out: Path, fresh: bool
 
 
 @torch.no_grad()
-def draw(pipe: Any, jobs: list[tuple[str, int]], neutral: bool = False) -> list[Image.Image]:
+def draw(
+    pipe: Any, jobs: list[tuple[str, int]], neutral: bool = False, scale: float = GUIDANCE_SCALE
+) -> list[Image.Image]:
     """Pictures of (prompt, seed); `neutral` gives end-of-text and padding the states of an empty prompt."""
     prompts = [prompt for prompt, _ in jobs]
     tokens = pipe.tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids
@@ -179,36 +191,55 @@ def draw(pipe: Any, jobs: list[tuple[str, int]], neutral: bool = False) -> list[
         prompt_embeds=states,
         negative_prompt_embeds=empty.expand_as(states),
         num_inference_steps=STEPS,
-        guidance_scale=GUIDANCE_SCALE,
+        guidance_scale=scale,
         generator=generators,
     ).images
 
 
 @app.command()
-def singles(seeds: int = SEEDS, out: Out = Path("work/benchmarks"), fresh: bool = False) -> None:
+def singles(
+    seeds: int = SEEDS,
+    out: Out = Path("work/benchmarks"),
+    fresh: bool = False,
+    scale: Scale = GUIDANCE_SCALE,
+    every: Every = 1,
+) -> None:
     """Single entities: 24 nouns, as drawn and in 11 colours."""
-    rows = verdicts("singles", single_prompts(), range(seeds), out, fresh)
-    show(f"single entities, seeds 0 to {seeds - 1}: noun and colour right", [r["success"] for r in rows], ">= .95")
+    rows = verdicts("singles", single_prompts()[::every], range(seeds), out, fresh, scale=scale)
+    show(
+        f"single entities, seeds 0 to {seeds - 1}, scale {scale:g}: noun and colour right",
+        [r["success"] for r in rows],
+        ">= .95",
+    )
     show("single entities: noun right", [r["present"] for r in rows])
     show("single entities: nothing else in the picture", [not r["extra"] for r in rows])
 
 
 @app.command()
-def pairs(seeds: int = SEEDS, out: Out = Path("work/benchmarks"), fresh: bool = False) -> None:
+def pairs(
+    seeds: int = SEEDS,
+    out: Out = Path("work/benchmarks"),
+    fresh: bool = False,
+    scale: Scale = GUIDANCE_SCALE,
+    every: Every = 1,
+) -> None:
     """The 276 prompts of Attend-and-Excite: success, and what the failures are."""
-    rows = verdicts("pairs", benchmark_prompts(), range(seeds), out, fresh)
-    show(f"A&E prompts, seeds 0 to {seeds - 1}: success", [r["success"] for r in rows], ".35 to .70")
+    rows = verdicts("pairs", benchmark_prompts()[::every], range(seeds), out, fresh, scale=scale)
+    show(f"A&E prompts, seeds 0 to {seeds - 1}, scale {scale:g}: success", [r["success"] for r in rows], ".35 to .70")
     failed = [r for r in rows if not r["success"]]
     for kind in ("neglect", "mixture", "wrong colour"):
-        show(f"A&E prompts: {kind} among the failures", [kind in r["failures"] for r in failed], ">= .10")
+        if failed:
+            show(f"A&E prompts: {kind} among the failures", [kind in r["failures"] for r in failed], ">= .10")
     show("A&E prompts: all present", [r["present"] for r in rows])
     table = json.loads(data_path("prompts", "attend_and_excite.json").read_text(encoding="utf-8"))
     for group, prompts in table.items():
-        show(f"A&E prompts: success, {group}", [r["success"] for r in rows if r["prompt"] in set(prompts)])
+        if chosen := [r["success"] for r in rows if r["prompt"] in set(prompts)]:
+            show(f"A&E prompts: success, {group}", chosen)
     held = read_config().world.held_out_pairs()
     for what, never in (("shown together in training", False), ("never shown together", True)):
         chosen = [r for r in rows if (frozenset(n for n in NOUNS if n in r["prompt"].split()) in held) == never]
-        show(f"A&E prompts: success, nouns {what}", [r["success"] for r in chosen])
+        if chosen:
+            show(f"A&E prompts: success, nouns {what}", [r["success"] for r in chosen])
 
 
 @app.command()
