@@ -21,11 +21,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from elakit.attention.spec import select_layers
-from elakit.guidance.method import Attention, Loss, Update, nearest_size
+from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers
-from elakit.guidance.preprocess import NATIVE_SIZE, STEP_SIZE, entity_maps, schedule
-from elakit.models import AttentionLayer
+from elakit.guidance.preprocess import STEP_SIZE, entity_maps, schedule
+from elakit.guidance.reading import ReadsOneSize
 from elakit.prompt import Prompt
 from elakit.regions import otsu_masks
 
@@ -64,7 +63,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class AStar:
+class AStar(ReadsOneSize):
     """A-STAR.
 
     Parameters
@@ -77,10 +76,8 @@ class AStar:
         Weight of L_seg; the authors' is 1.
     retention : float
         Weight of L_ret; the authors' is 1.
-    layers : str
-        Layers read: "up" (decoder), "down", "mid", "all" or a name pattern.
-    size : int, optional
-        Longer side of the maps read; by default 16, or what the model has nearest to it.
+    layers, size
+        What is read; see `elakit.guidance.reading.ReadsOneSize`.
 
     Raises
     ------
@@ -101,19 +98,12 @@ class AStar:
     guided: float = 1.0
     segregation: float = 1.0
     retention: float = 1.0
-    layers: str = "all"
-    size: int | None = None
 
     name: ClassVar[str] = "a-star"
-    reads_self: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_numbers(self, "step_size", "segregation", "retention")
         check_guided(self)
-
-    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The chosen layers whose maps are of the chosen size."""
-        return nearest_size(select_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, "AStar")
 
     def begin(self, prompt: Prompt, steps: int) -> Memory:
         """A run starts with nothing to retain."""
@@ -122,10 +112,6 @@ class AStar:
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
         """One update before each guided step; nothing where only one entity is named."""
         return schedule(len(noise), self.step_size, guided=self.guided) if len(prompt.entities) > 1 else []
-
-    def direction(self, gradient: Tensor) -> Tensor:
-        """The raw gradient."""
-        return gradient
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Memory) -> Loss:
         """L_seg + L_ret; its terms are the two, unweighted."""

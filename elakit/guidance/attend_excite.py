@@ -32,18 +32,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from elakit.attention.spec import select_layers
-from elakit.guidance.method import Attention, Loss, Update, nearest_size
+from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers, check_refine
-from elakit.guidance.preprocess import GUIDED, NATIVE_SIZE, REFINED, STEP_SIZE, Refinement, entity_maps, schedule
-from elakit.models import AttentionLayer
+from elakit.guidance.preprocess import GUIDED, REFINED, STEP_SIZE, Refinement, entity_maps, schedule
+from elakit.guidance.reading import ReadsOneSize
 from elakit.prompt import Prompt
 
 
 @dataclass(frozen=True)
-class AttendAndExcite:
+class AttendAndExcite(ReadsOneSize):
     """Attend-and-Excite.
 
     Parameters
@@ -55,10 +52,8 @@ class AttendAndExcite:
     refine : sequence of (float, float, int)
         Refinements: the share of the steps at which each takes place, the largest attention that every entity is to
         reach, and the most steps taken to get there; empty for none.
-    layers : str
-        Layers read: "all", "up", "down", "mid" or a name pattern.
-    size : int, optional
-        Longer side of the maps read; by default 16, or what the model has nearest to it.
+    layers, size
+        What is read; see `elakit.guidance.reading.ReadsOneSize`.
 
     Raises
     ------
@@ -78,23 +73,13 @@ class AttendAndExcite:
     step_size: float = STEP_SIZE
     guided: float = GUIDED
     refine: tuple[Refinement, ...] = tuple(zip(REFINED, (0.05, 0.5, 0.8), (20, 20, 20), strict=True))
-    layers: str = "all"
-    size: int | None = None
 
     name: ClassVar[str] = "attend-and-excite"
-    reads_self: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_numbers(self, "step_size")
         check_guided(self)
         check_refine(self, "largest attention to reach")
-
-    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """All layers whose maps are of the chosen size."""
-        return nearest_size(select_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, "AttendAndExcite")
-
-    def begin(self, prompt: Prompt, steps: int) -> None:
-        """No state."""
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
         """Falling steps with refinement; nothing where only one entity is named."""
@@ -103,10 +88,6 @@ class AttendAndExcite:
         until: dict[float, float | None] = {share: 1 - least for share, least, _ in self.refine}
         tries = [most for _, _, most in self.refine]
         return schedule(len(noise), self.step_size, guided=self.guided, refine=until, tries=tries)
-
-    def direction(self, gradient: Tensor) -> Tensor:
-        """The raw gradient."""
-        return gradient
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
         """1 - the largest attention of the most neglected entity; its term "neglect" is the mean over entities."""

@@ -24,18 +24,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elakit.attention.spec import select_layers
 from elakit.guidance.layout import Layout, check_layout, layout_masks
-from elakit.guidance.method import Attention, Loss, Update, nearest_size
+from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers, check_whole, refuse
-from elakit.guidance.preprocess import GUIDED, NATIVE_SIZE, STEP_SIZE, entity_maps, schedule
+from elakit.guidance.preprocess import GUIDED, STEP_SIZE, entity_maps, schedule
+from elakit.guidance.reading import ReadsOneSize
 from elakit.masks import bounding_box
-from elakit.models import AttentionLayer
 from elakit.prompt import Prompt
 
 
 @dataclass(frozen=True)
-class BoxDiff:
+class BoxDiff(ReadsOneSize):
     """BoxDiff; needs regions.
 
     Parameters
@@ -51,10 +50,8 @@ class BoxDiff:
         Share of a region's cells that count, the strongest; 0.2 by the authors.
     edge : int
         Cells to either side of a box's edge that count in the corner term; 1 by the authors.
-    layers : str
-        Layers read: "up" (decoder), "down", "mid", "all" or a name pattern.
-    size : int, optional
-        Longer side of the maps read; by default 16, or what the model has nearest to it.
+    layers, size
+        What is read; see `elakit.guidance.reading.ReadsOneSize`.
 
     Raises
     ------
@@ -76,11 +73,8 @@ class BoxDiff:
     guided: float = GUIDED
     share: float = 0.2
     edge: int = 1
-    layers: str = "all"
-    size: int | None = None
 
     name: ClassVar[str] = "boxdiff"
-    reads_self: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "regions", check_layout(self.regions, "BoxDiff(regions=...)"))
@@ -90,21 +84,9 @@ class BoxDiff:
             refuse(self, "share", "above 0 and at most 1 (a share of a region's cells)")
         check_whole(self, "edge")
 
-    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The chosen layers whose maps are of the chosen size."""
-        return nearest_size(select_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, "BoxDiff")
-
-    def begin(self, prompt: Prompt, steps: int) -> Any:
-        """A run has no state."""
-        return None
-
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
         """One update before each guided step; nothing where only one entity is named."""
         return schedule(len(noise), self.step_size, guided=self.guided) if len(prompt.entities) > 1 else []
-
-    def direction(self, gradient: Tensor) -> Tensor:
-        """The raw gradient."""
-        return gradient
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Any) -> Loss:
         """Sum of the terms "inner", "outer" and "corner", each summed over entities."""

@@ -23,17 +23,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from elakit.attention.spec import select_layers
 from elakit.guidance.astar import Memory
-from elakit.guidance.method import Attention, Loss, Update, nearest_size
+from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers, check_whole, refuse
-from elakit.guidance.preprocess import GUIDED, NATIVE_SIZE, REFINED, STEP_SIZE, schedule, smooth
-from elakit.models import AttentionLayer
+from elakit.guidance.preprocess import GUIDED, REFINED, STEP_SIZE, schedule, smooth
+from elakit.guidance.reading import ReadsOneSize
 from elakit.prompt import Prompt
 
 
 @dataclass(frozen=True)
-class CONFORM:
+class CONFORM(ReadsOneSize):
     """Contrast of attention maps.
 
     Parameters
@@ -47,10 +46,8 @@ class CONFORM:
         Further steps taken at 0, 0.2 and 0.4 of the denoising steps; 20 by the authors.
     temperature : float
         tau, 0.5 by the authors.
-    layers : str
-        Layers read: "up" (decoder), "down", "mid", "all" or a name pattern.
-    size : int, optional
-        Longer side of the maps read; by default 16, or what the model has nearest to it.
+    layers, size
+        What is read; see `elakit.guidance.reading.ReadsOneSize`.
 
     Raises
     ------
@@ -71,11 +68,8 @@ class CONFORM:
     guided: float = GUIDED
     refinements: int = 20
     temperature: float = 0.5
-    layers: str = "all"
-    size: int | None = None
 
     name: ClassVar[str] = "conform"
-    reads_self: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_numbers(self, "step_size", "temperature")
@@ -83,10 +77,6 @@ class CONFORM:
         if self.temperature == 0:
             refuse(self, "temperature", "a number above 0")
         check_whole(self, "refinements")
-
-    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The chosen layers whose maps are of the chosen size."""
-        return nearest_size(select_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, "CONFORM")
 
     def begin(self, prompt: Prompt, steps: int) -> Memory:
         """A run starts without a step before."""
@@ -99,10 +89,6 @@ class CONFORM:
         # The loss is 0 only where there is no pair to learn from: then further passes are spared.
         refine = dict.fromkeys(REFINED, 0.0)
         return schedule(len(noise), self.step_size, guided=self.guided, refine=refine, tries=self.refinements)
-
-    def direction(self, gradient: Tensor) -> Tensor:
-        """The raw gradient."""
-        return gradient
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Memory) -> Loss:
         """NT-Xent over this step's maps and those of the step before; its term is "contrast"."""

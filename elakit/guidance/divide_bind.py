@@ -29,12 +29,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from elakit.attention.spec import select_layers
-from elakit.guidance.method import Attention, Loss, Update, nearest_size
+from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers, check_refine, refuse
 from elakit.guidance.preprocess import (
     GUIDED,
-    NATIVE_SIZE,
     REFINED,
     STEP_SIZE,
     Refinement,
@@ -42,15 +40,15 @@ from elakit.guidance.preprocess import (
     smooth,
     word_softmax,
 )
+from elakit.guidance.reading import ReadsOneSize
 from elakit.guidance.syngen import attribute_words
-from elakit.models import AttentionLayer
 from elakit.prompt import Prompt
 
 _FAINT = 1e-8
 
 
 @dataclass(frozen=True)
-class DivideAndBind:
+class DivideAndBind(ReadsOneSize):
     """Divide & Bind.
 
     Parameters
@@ -65,10 +63,8 @@ class DivideAndBind:
     refine : sequence of (float, float, int)
         Refinements: the share of the steps at which each takes place, the total variation that every entity is to
         reach, and the most steps taken to get there; empty for none.
-    layers : str
-        Layers read: "all", "up", "down", "mid" or a name pattern.
-    size : int, optional
-        Longer side of the maps read; by default 16, or what the model has nearest to it.
+    layers, size
+        What is read; see `elakit.guidance.reading.ReadsOneSize`.
 
     Raises
     ------
@@ -89,11 +85,8 @@ class DivideAndBind:
     guided: float = GUIDED
     binding: tuple[tuple[float, float], ...] = tuple(zip(REFINED, (1.0, 5.0, 10.0), strict=True))
     refine: tuple[Refinement, ...] = tuple(zip(REFINED, (0.05, 0.2, 0.3), (50, 20, 20), strict=True))
-    layers: str = "all"
-    size: int | None = None
 
     name: ClassVar[str] = "divide-and-bind"
-    reads_self: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_numbers(self, "step_size")
@@ -108,10 +101,6 @@ class DivideAndBind:
             refuse(self, "binding", rule)
         object.__setattr__(self, "binding", entries)
 
-    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """All layers whose maps are of the chosen size."""
-        return nearest_size(select_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, "DivideAndBind")
-
     def begin(self, prompt: Prompt, steps: int) -> int:
         """Steps of the run, which the weight of the binding depends on."""
         return steps
@@ -123,10 +112,6 @@ class DivideAndBind:
         until: dict[float, float | None] = {share: -least for share, least, _ in self.refine}
         tries = [most for _, _, most in self.refine]
         return schedule(len(noise), self.step_size, guided=self.guided, refine=until, tries=tries)
-
-    def direction(self, gradient: Tensor) -> Tensor:
-        """The raw gradient."""
-        return gradient
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: int) -> Loss:
         """The loss of the worst entity.

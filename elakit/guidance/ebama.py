@@ -25,17 +25,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from elakit.attention.spec import select_layers
-from elakit.guidance.method import Attention, Loss, Update, nearest_size
+from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers
-from elakit.guidance.preprocess import GUIDED, NATIVE_SIZE, STEP_SIZE, entity_maps, schedule
+from elakit.guidance.preprocess import GUIDED, STEP_SIZE, entity_maps, schedule
+from elakit.guidance.reading import ReadsOneSize
 from elakit.guidance.syngen import attribute_words, other_tokens
-from elakit.models import AttentionLayer
 from elakit.prompt import Prompt
 
 
 @dataclass(frozen=True)
-class EBAMA:
+class EBAMA(ReadsOneSize):
     """Energy-based attention map alignment.
 
     Parameters
@@ -46,10 +45,8 @@ class EBAMA:
         Share of the denoising steps that are guided, from the first; .5.
     intensity : float
         Weight of the objects' largest attention, .5.
-    layers : str
-        Layers read: "all", "up", "down", "mid" or a name pattern.
-    size : int, optional
-        Longer side of the maps read; by default 16, or what the model has nearest to it.
+    layers, size
+        What is read; see `elakit.guidance.reading.ReadsOneSize`.
 
     Raises
     ------
@@ -69,32 +66,18 @@ class EBAMA:
     step_size: float = STEP_SIZE
     guided: float = GUIDED
     intensity: float = 0.5
-    layers: str = "all"
-    size: int | None = None
 
     name: ClassVar[str] = "ebama"
-    reads_self: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_numbers(self, "step_size", "intensity")
         check_guided(self)
-
-    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """All layers whose maps are of the chosen size."""
-        return nearest_size(select_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, "EBAMA")
-
-    def begin(self, prompt: Prompt, steps: int) -> None:
-        """No state."""
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
         """Equal steps; nothing where only one entity is named."""
         if len(prompt.entities) < 2:
             return []
         return schedule(len(noise), self.step_size, guided=self.guided, last=1)
-
-    def direction(self, gradient: Tensor) -> Tensor:
-        """The raw gradient."""
-        return gradient
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
         """The sum over objects; its terms are "attract", "repel" and, not weighted, "intensity"."""

@@ -31,11 +31,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from elakit.attention.spec import select_layers
-from elakit.guidance.method import Attention, Loss, Update, nearest_size
+from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers, check_whole
-from elakit.guidance.preprocess import GUIDED, NATIVE_SIZE, REFINED, STEP_SIZE, entity_maps, schedule, smooth
-from elakit.models import AttentionLayer
+from elakit.guidance.preprocess import GUIDED, REFINED, STEP_SIZE, entity_maps, schedule, smooth
+from elakit.guidance.reading import ReadsOneSize
 from elakit.prompt import Prompt
 
 _GATE = 0.5  # the conflict counts once cross is not above it
@@ -44,7 +43,7 @@ _SCALE = 256.0  # of the loss: gradients survive half precision, and a power of 
 
 
 @dataclass(frozen=True)
-class InitNO:
+class InitNO(ReadsOneSize):
     """Initial noise optimisation.
 
     Parameters
@@ -67,10 +66,8 @@ class InitNO:
         Share of the denoising steps that are guided, from the first; 25 of 50 by the authors. 0: noise alone.
     refinements : int
         At most so many further steps at 0.2 and 0.4 of the denoising steps; 20 by the authors.
-    layers : str
-        Layers read: "up" (decoder), "down", "mid", "all" or a name pattern.
-    size : int, optional
-        Longer side of the maps read; by default 16, or what the model has nearest to it.
+    layers, size
+        What is read; see `elakit.guidance.reading.ReadsOneSize`.
 
     Raises
     ------
@@ -97,8 +94,6 @@ class InitNO:
     step_size: float = STEP_SIZE
     guided: float = GUIDED
     refinements: int = 20
-    layers: str = "all"
-    size: int | None = None
 
     name: ClassVar[str] = "initno"
     reads_self: ClassVar[bool] = True
@@ -108,14 +103,6 @@ class InitNO:
         check_guided(self)
         check_whole(self, "rounds", "iterations", "last_iterations", least=1)
         check_whole(self, "refinements")
-
-    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The chosen layers whose maps are of the chosen size; self-attention is read beside them."""
-        return nearest_size(select_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, "InitNO")
-
-    def begin(self, prompt: Prompt, steps: int) -> Any:
-        """A run has no state."""
-        return None
 
     def search(
         self, noise: Tensor, attend: Callable[[Tensor], Attention], prompt: Prompt
@@ -155,10 +142,6 @@ class InitNO:
             return []
         refine = dict.fromkeys(REFINED[1:], self.stop_cross)
         return schedule(len(noise), self.step_size, guided=self.guided, refine=refine, tries=self.refinements)
-
-    def direction(self, gradient: Tensor) -> Tensor:
-        """The raw gradient."""
-        return gradient
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Any) -> Loss:
         """The cross term; "conflict" is only told."""

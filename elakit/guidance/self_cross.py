@@ -24,17 +24,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from elakit.attention.spec import select_layers
-from elakit.guidance.method import Attention, Loss, Update, nearest_size
+from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers, check_whole
-from elakit.guidance.preprocess import GUIDED, NATIVE_SIZE, REFINED, STEP_SIZE, entity_maps, schedule, smooth
-from elakit.models import AttentionLayer
+from elakit.guidance.preprocess import GUIDED, REFINED, STEP_SIZE, entity_maps, schedule, smooth
+from elakit.guidance.reading import ReadsOneSize
 from elakit.prompt import Prompt
 from elakit.regions import otsu_masks
 
 
 @dataclass(frozen=True)
-class SelfCross:
+class SelfCross(ReadsOneSize):
     """Self-Cross guidance on top of Attend-and-Excite's loss.
 
     Parameters
@@ -51,10 +50,8 @@ class SelfCross:
         Of the overlap of self- and cross-attention; 1 by the authors.
     gate : float
         The overlap counts once the base loss is not above this; 0.5 by the authors.
-    layers : str
-        Layers read: "up" (decoder), "down", "mid", "all" or a name pattern.
-    size : int, optional
-        Longer side of the maps read; by default 16, or what the model has nearest to it.
+    layers, size
+        What is read; see `elakit.guidance.reading.ReadsOneSize`.
 
     Raises
     ------
@@ -77,8 +74,6 @@ class SelfCross:
     until: float = 0.5
     weight: float = 1.0
     gate: float = 0.5
-    layers: str = "all"
-    size: int | None = None
 
     name: ClassVar[str] = "self-cross"
     reads_self: ClassVar[bool] = True
@@ -88,24 +83,12 @@ class SelfCross:
         check_guided(self)
         check_whole(self, "refinements")
 
-    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The chosen layers whose maps are of the chosen size; self-attention is read beside them."""
-        return nearest_size(select_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, "SelfCross")
-
-    def begin(self, prompt: Prompt, steps: int) -> Any:
-        """A run has no state."""
-        return None
-
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
         """Updates and refinement; nothing where only one entity is named."""
         if len(prompt.entities) < 2:
             return []
         refine = dict.fromkeys(REFINED[1:], self.until)
         return schedule(len(noise), self.step_size, guided=self.guided, refine=refine, tries=self.refinements)
-
-    def direction(self, gradient: Tensor) -> Tensor:
-        """The raw gradient."""
-        return gradient
 
     def base(self, entities: Tensor) -> Tensor:
         """The loss that the overlap is added to, from the prepared maps (entity, y, x): Attend-and-Excite's."""

@@ -24,18 +24,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from elakit.attention.spec import select_layers
-from elakit.guidance.method import Attention, Loss, Update, nearest_size
+from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers, refuse
-from elakit.guidance.preprocess import GUIDED, NATIVE_SIZE, STEP_SIZE, schedule
-from elakit.models import AttentionLayer
+from elakit.guidance.preprocess import GUIDED, STEP_SIZE, schedule
+from elakit.guidance.reading import ReadsOneSize
 from elakit.prompt import Entity, Prompt
 
 _OFF_ZERO = 1e-9  # far below any attention that matters; the logarithm of an empty cell stays finite
 
 
 @dataclass(frozen=True)
-class SynGen:
+class SynGen(ReadsOneSize):
     """SynGen, syntax-guided generation.
 
     Parameters
@@ -46,10 +45,8 @@ class SynGen:
         Share of the denoising steps that are guided, from the first; .5.
     lone_nouns : bool
         Whether nouns without attributes are driven from the other words too; they are not in the paper's main results.
-    layers : str
-        Layers read: "all", "up", "down", "mid" or a name pattern.
-    size : int, optional
-        Longer side of the maps read; by default 16, or what the model has nearest to it.
+    layers, size
+        What is read; see `elakit.guidance.reading.ReadsOneSize`.
 
     Raises
     ------
@@ -69,11 +66,8 @@ class SynGen:
     step_size: float = STEP_SIZE
     guided: float = GUIDED
     lone_nouns: bool = False
-    layers: str = "all"
-    size: int | None = None
 
     name: ClassVar[str] = "syngen"
-    reads_self: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_numbers(self, "step_size")
@@ -81,23 +75,12 @@ class SynGen:
         if not isinstance(self.lone_nouns, bool):
             refuse(self, "lone_nouns", "True or False")
 
-    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """All layers whose maps are of the chosen size."""
-        return nearest_size(select_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, "SynGen")
-
-    def begin(self, prompt: Prompt, steps: int) -> None:
-        """No state."""
-
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
         """Equal steps; nothing where only one entity is named, or none has attributes."""
         paired = self.lone_nouns or any(entity.attribute_indices for entity in prompt.entities)
         if len(prompt.entities) < 2 or not paired:
             return []
         return schedule(len(noise), self.step_size, guided=self.guided, last=1)
-
-    def direction(self, gradient: Tensor) -> Tensor:
-        """The raw gradient."""
-        return gradient
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
         """The sum over pairs; its terms are "alike", of a noun and its attributes, and "unlike", of all else."""

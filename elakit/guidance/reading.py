@@ -1,0 +1,45 @@
+"""What most methods have in common: they read maps of one size and step along the gradient as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from elakit.attention.spec import select_layers
+from elakit.guidance.method import nearest_size
+from elakit.guidance.preprocess import NATIVE_SIZE
+from elakit.models import AttentionLayer
+from elakit.prompt import Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadsOneSize:
+    """Base of the methods that read layers of one map size, without a state, along the raw gradient.
+
+    Parameters
+    ----------
+    layers : str
+        Layers read: "all", "up" (decoder), "down", "mid" or a name pattern.
+    size : int, optional
+        Longer side of the maps read; by default 16, or what the model has nearest to it.
+    """
+
+    layers: str = "all"
+    size: int | None = None
+
+    reads_self: ClassVar[bool] = False
+
+    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
+        """The chosen layers whose maps are of the chosen size."""
+        return nearest_size(select_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, type(self).__name__)
+
+    def begin(self, prompt: Prompt, steps: int) -> Any:
+        """No state."""
+        return None
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """The raw gradient."""
+        return gradient
