@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 import xarray as xr
 from PIL import Image
+from torch import Tensor
 
 from elakit.attention import Recording, RecordSpec, open_recording, record
 from elakit.bleeding import Bleeding, measure
@@ -207,6 +208,37 @@ class Run:
         return min(sides, key=lambda side: (abs(np.log(side / ANALYSIS_SIZE)), side))
 
 
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """A run after one of its steps.
+
+    Attributes
+    ----------
+    step : int
+        The one that has just been made, counted from 0.
+    steps : int
+        That were asked for.
+    latents : Tensor
+        As the pipeline keeps them, one row a picture.
+    runs : callable
+        ``runs()`` gives the runs as they are: pictures decoded from the latents, which are noisy before the end,
+        recordings of the steps made, traces so far. What is made of a `Run` can be made of these: measures, regions,
+        figures, features.
+    """
+
+    step: int
+    steps: int
+    latents: Tensor
+    runs: Callable[[], list[Run]]
+
+
+class _Stopped(Exception):
+    """Ends a pipeline's call after a step."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+
 @overload
 def generate(
     pipe: Any,
@@ -220,6 +252,7 @@ def generate(
     negative_prompt: str | None = ...,
     guidance: Method | None = ...,
     record: bool | RecordSpec = ...,
+    stop_if: Callable[[Progress], object] | None = ...,
     progress: bool = ...,
 ) -> Run: ...
 @overload
@@ -235,6 +268,7 @@ def generate(
     negative_prompt: str | None = ...,
     guidance: Method | None = ...,
     record: bool | RecordSpec = ...,
+    stop_if: Callable[[Progress], object] | None = ...,
     progress: bool = ...,
 ) -> list[Run]: ...
 def generate(
@@ -249,6 +283,7 @@ def generate(
     negative_prompt: str | None = None,
     guidance: Method | None = None,
     record: bool | RecordSpec = True,
+    stop_if: Callable[[Progress], object] | None = None,
     progress: bool = True,
 ) -> Run | list[Run]:
     """Draw a picture, or one a seed in one batch, recorded and, if asked, guided.
@@ -278,6 +313,10 @@ def generate(
         Such as ``elakit.ELA()``; None draws plainly.
     record : bool or RecordSpec
         True keeps the prompt's words at every step and layer, averaged over heads.
+    stop_if : callable, optional
+        Called with the `Progress` after each step, before guidance moves the latents for the next one. The run ends
+        there once it says yes: the picture is then that of the latents as they are, and ``settings["stopped"]`` the
+        number of steps made.
     progress : bool
         Show the pipeline's progress bar.
 
@@ -302,6 +341,12 @@ def generate(
     ((64, 64), ('step', 'entity', 'y', 'x'), False)
     >>> [r.seed for r in elakit.generate(pipe, "a [cat] and a [lion]", seed=[1, 2], steps=2, progress=False)]
     [1, 2]
+
+    Give up after two of five steps:
+
+    >>> early = elakit.generate(pipe, "a [cat]", steps=5, stop_if=lambda so_far: so_far.step == 1, progress=False)
+    >>> early.settings["stopped"], early.recording.steps
+    (2, (0, 1))
     """
     adapter = adapter_for(pipe)
     parsed = parse(prompt, pipe)
@@ -325,25 +370,6 @@ def generate(
     )
     generators = [torch.Generator("cpu").manual_seed(one) for one in seeds]
     latents = torch.cat([adapter.noise(generator, height, width) for generator in generators])
-    call: dict[str, Any] = {}
-    guide = None
-    if guidance is not None:
-        noise_scale = adapter.set_timesteps(steps, height, width)
-        guide = Guide(pipe, guidance, parsed, conditioning, latent, len(seeds))
-        latents = guide.start(latents, noise_scale, pipe.scheduler.timesteps[0])
-        call = adapter.on_step(guide.on_step_end)
-    spec = record if isinstance(record, RecordSpec) else RecordSpec()
-    with _progress_bar(pipe, progress), _recording(pipe, parsed, spec, bool(record)) as recording:
-        images = pipe(
-            num_inference_steps=steps,
-            guidance_scale=scale,
-            height=height,
-            width=width,
-            latents=latents,
-            generator=generators if len(seeds) > 1 else generators[0],
-            **conditioning.arguments(len(seeds)),
-            **call,
-        ).images
     settings = {
         "model": name_of(pipe),
         "steps": steps,
@@ -354,17 +380,53 @@ def generate(
         "scheduler": type(pipe.scheduler).__name__,
         "method": guidance.name if guidance is not None else None,
     }
-    runs = [
-        Run(
-            image,
-            parsed,
-            one,
-            dict(settings),
-            recording.isel(image=[i]) if recording is not None and len(seeds) > 1 else recording,
-            guide.traces[i] if guide else None,
-        )
-        for i, (one, image) in enumerate(zip(seeds, images, strict=True))
-    ]
+    call: dict[str, Any] = {}
+    guide = None
+    if guidance is not None:
+        noise_scale = adapter.set_timesteps(steps, height, width)
+        guide = Guide(pipe, guidance, parsed, conditioning, latent, len(seeds))
+        latents = guide.start(latents, noise_scale, pipe.scheduler.timesteps[0])
+
+    def runs_of(images: Sequence[Image.Image], recording: Recording | None) -> list[Run]:
+        return [
+            Run(
+                image,
+                parsed,
+                one,
+                dict(settings),
+                recording.isel(image=[i]) if recording is not None and len(seeds) > 1 else recording,
+                guide.traces[i] if guide else None,
+            )
+            for i, (one, image) in enumerate(zip(seeds, images, strict=True))
+        ]
+
+    def after(step: int, latents: Tensor) -> Tensor:
+        if stop_if is not None:
+            so_far = Progress(step, steps, latents, lambda: runs_of(adapter.decode(latents, height, width), recording))
+            if stop_if(so_far):
+                raise _Stopped(so_far)
+        return guide.on_step_end(step, latents) if guide else latents
+
+    if guide is not None or stop_if is not None:
+        call = adapter.on_step(after)
+    spec = record if isinstance(record, RecordSpec) else RecordSpec()
+    with _progress_bar(pipe, progress), _recording(pipe, parsed, spec, bool(record)) as recording:
+        try:
+            images = pipe(
+                num_inference_steps=steps,
+                guidance_scale=scale,
+                height=height,
+                width=width,
+                latents=latents,
+                generator=generators if len(seeds) > 1 else generators[0],
+                **conditioning.arguments(len(seeds)),
+                **call,
+            ).images
+        except _Stopped as stopped:
+            settings["stopped"] = stopped.progress.step + 1
+            images = adapter.decode(stopped.progress.latents, height, width)
+            pipe.maybe_free_model_hooks()  # the call's own end was not reached
+    runs = runs_of(images, recording)
     return runs if isinstance(seed, Sequence) else runs[0]
 
 

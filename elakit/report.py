@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -561,12 +561,12 @@ def _method_code(name: str, options: Mapping[str, Any]) -> str:
 
     if name not in METHODS:
         return repr(name)
-    defaults = vars(METHODS[name]())
+    defaults = {field.name: field.default for field in fields(METHODS[name])}
     changed = {key: value for key, value in options.items() if key not in defaults or defaults[key] != value}
     if not changed:
         return repr(name)
     arguments = ", ".join(f"{key}={value!r}" for key, value in changed.items())
-    return f"elakit.{METHODS[name].__name__}({arguments})"
+    return f"elakit.guidance.{METHODS[name].__name__}({arguments})"
 
 
 def _versions() -> Sequence[tuple[str, str]]:

@@ -12,7 +12,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from tiny import tiny_pipeline
 
 from elakit.errors import ModelError, OutputError, RecordingError, SettingError
-from elakit.generate import compare, generate, open_run
+from elakit.generate import Progress, compare, generate, open_run
 from elakit.guidance import ELA
 
 PAIR = "a [red car] and a [blue bird]"
@@ -30,6 +30,37 @@ def test_the_picture_is_the_one_the_pipeline_draws_itself(scheduler: str, scale:
         generator=torch.Generator().manual_seed(9),
     ).images[0]
     assert np.array_equal(np.asarray(run.image), np.asarray(own))
+
+
+def test_a_run_may_be_watched_and_ended_after_any_step() -> None:
+    pipe = tiny_pipeline()
+    seen: list[tuple[int, int, int]] = []
+
+    def third_step(so_far: Progress) -> bool:
+        (run,) = so_far.runs()
+        assert run.recording is not None
+        seen.append((so_far.step, run.recording.steps[-1], len(run.guidance.rows) if run.guidance else 0))
+        return so_far.step == 2
+
+    run = generate(pipe, PAIR, seed=9, steps=6, guidance=ELA(), stop_if=third_step, progress=False)
+    # a step's end is told before guidance moves the latents for the next
+    assert seen == [(0, 0, 1), (1, 1, 2), (2, 2, 3)]
+    assert run.settings["stopped"] == 3
+    assert run.recording.steps == (0, 1, 2)
+    whole = generate(pipe, PAIR, seed=9, steps=6, guidance=ELA(), progress=False)
+    assert "stopped" not in whole.settings
+    assert np.array_equal(run.entity_maps(), whole.entity_maps().isel(step=slice(0, 3)))
+
+
+def test_watching_changes_nothing_and_an_error_of_the_watcher_is_its_own() -> None:
+    pipe = tiny_pipeline()
+    plain = generate(pipe, PAIR, seed=[1, 2], steps=3, progress=False)
+    watched = generate(pipe, PAIR, seed=[1, 2], steps=3, stop_if=lambda so_far: len(so_far.runs()) > 2, progress=False)
+    for one, other in zip(plain, watched, strict=True):
+        assert np.array_equal(np.asarray(one.image), np.asarray(other.image))
+    with pytest.raises(ZeroDivisionError):
+        generate(pipe, PAIR, steps=3, stop_if=lambda so_far: 1 / so_far.step, progress=False)
+    generate(pipe, PAIR, steps=1, progress=False)
 
 
 def test_a_run_is_saved_whole_and_opens_as_it_was(tmp_path: Path) -> None:

@@ -127,6 +127,27 @@ def test_a_single_entity_is_left_alone() -> None:
     assert ela.guidance.to_frame().empty
 
 
+def test_a_picture_that_needs_no_help_is_left_alone_from_there_on() -> None:
+    pipe = tiny_pipeline()
+    plain = generate(pipe, PAIR, seed=[5, 6], steps=6, record=False, progress=False)
+    always = generate(pipe, PAIR, seed=[5, 6], steps=6, guidance=ELA(), record=False, progress=False)
+    losses = [run.guidance.to_frame()["loss"].iloc[0] for run in always]
+    between = float(np.mean(losses))
+    better = int(np.argmin(losses))
+    runs = generate(pipe, PAIR, seed=[5, 6], steps=6, guidance=ELA(enough=between), record=False, progress=False)
+    assert len(runs[better].guidance.rows) == 1
+    assert np.array_equal(np.asarray(runs[better].image), np.asarray(plain[better].image))
+    worse = runs[1 - better].guidance.to_frame()
+    assert worse["moved"].iloc[0] > 0
+    assert (worse["loss"].iloc[:-1] > between).all()
+
+
+def test_every_other_step_may_be_guided() -> None:
+    run = generate(tiny_pipeline(), PAIR, seed=5, steps=8, guidance=ELA(every=2), record=False, progress=False)
+    assert run.guidance is not None
+    assert run.guidance.to_frame().index.tolist() == [0, 2]
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny_pipeline()
 

@@ -422,3 +422,14 @@ def test_a_family_without_an_encoding_is_recorded_but_not_drawn(monkeypatch: pyt
     monkeypatch.delattr(StableDiffusion3, "encode")
     with pytest.raises(ModelError, match=r"with elakit\.record"):
         generate(shared("sd3"), PAIR, progress=False)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_run_ended_after_its_last_step_gives_the_picture_of_one_that_was_not(name: str) -> None:
+    pipe = shared(name)
+    whole = generate(pipe, PAIR, seed=2, steps=3, record=False, progress=False, **SIZE)
+    ended = generate(
+        pipe, PAIR, seed=2, steps=3, record=False, progress=False, stop_if=lambda so_far: so_far.step == 2, **SIZE
+    )
+    assert ended.settings["stopped"] == 3
+    assert np.array_equal(np.asarray(ended.image), np.asarray(whole.image))

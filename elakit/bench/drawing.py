@@ -18,6 +18,7 @@ from elakit.guidance import Trace
 from elakit.judge import FAILURES, Detector, Verdict, judge
 from elakit.judge.detectors import load_detector
 from elakit.models import load
+from elakit.prediction import features
 
 # Columns that are means of a measure of bleeding over steps and entities.
 BLEEDING = ("bleed", "intrusion", "spill", "ruzicka", "attribute_bleed")
@@ -78,6 +79,7 @@ def _row(unit: Unit, run: Run, seconds: float) -> dict[str, Any]:
         **{name: float(overall.get(name, np.nan)) for name in BLEEDING},
         **_guided(run.guidance),
         "seconds": seconds,
+        "features": features(run).to_numpy(np.float32).ravel(),
     }
 
 

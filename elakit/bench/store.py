@@ -29,7 +29,7 @@ SCHEMA = pa.schema(
         "bleed": _NUMBER, "intrusion": _NUMBER, "spill": _NUMBER, "ruzicka": _NUMBER, "attribute_bleed": _NUMBER,
         "loss_first": _NUMBER, "loss_last": _NUMBER, "skipped": _WHOLE, "refinements": _WHOLE, "seconds": _NUMBER,
         "model": _TEXT, "steps": _WHOLE, "guidance_scale": _NUMBER, "device": _TEXT, "dtype": _TEXT,
-        "detector": _TEXT, "key": _TEXT,
+        "detector": _TEXT, "key": _TEXT, "features": pa.list_(pa.float32()),
     }
 )  # fmt: skip
 # Settings that pictures are compared within, and what tells a picture from every other.
@@ -52,8 +52,8 @@ def table(folder: str | Path) -> pd.DataFrame:
         wrong_colour, extra (things too many), present (share of the entities), score (mean of the things', how clean
         the drawing is); bleed, intrusion, spill, ruzicka, attribute_bleed (means over steps and entities); loss_first,
         loss_last, skipped, refinements (of the guidance); seconds (of drawing a picture); model, steps,
-        guidance_scale, device, dtype, detector; key (of the unit). Empty where there is nothing to say. A picture that
-        two units have in common is there once.
+        guidance_scale, device, dtype, detector; key (of the unit); features (`elakit.prediction.features`, share by
+        share). Empty where there is nothing to say. A picture that two units have in common is there once.
 
     Raises
     ------

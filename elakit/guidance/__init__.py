@@ -8,7 +8,7 @@ from elakit.guidance.box_diff import BoxDiff
 from elakit.guidance.conform import CONFORM
 from elakit.guidance.divide_bind import DivideAndBind
 from elakit.guidance.ebama import EBAMA
-from elakit.guidance.ela import ELA
+from elakit.guidance.ela import ELA, PaperELA
 from elakit.guidance.engine import Guide
 from elakit.guidance.initno import InitNO
 from elakit.guidance.layout_guidance import LayoutGuidance
@@ -33,6 +33,7 @@ __all__ = [
     "Loss",
     "Method",
     "NoiseSearch",
+    "PaperELA",
     "SelfCross",
     "SynGen",
     "Trace",
@@ -43,6 +44,7 @@ __all__ = [
 METHODS: dict[str, type[Any]] = {
     method.name: method
     for method in (
-        ELA, AttendAndExcite, SynGen, DivideAndBind, AStar, EBAMA, CONFORM, SelfCross, InitNO, LayoutGuidance, BoxDiff,
+        ELA, PaperELA, AttendAndExcite, SynGen, DivideAndBind, AStar, EBAMA, CONFORM, SelfCross, InitNO, LayoutGuidance,
+        BoxDiff,
     )
 }  # fmt: skip

@@ -117,7 +117,7 @@ def gradient(
     losses : list of Loss
         One a picture.
     gradient : Tensor, of the latents' shape
-        In float32 (float64 for float64 latents); pictures do not see each other.
+        In float32 (float64 for float64 latents); pictures do not see each other. Zero where all losses are low enough.
     """
     if states is None:
         states = [method.begin(prompt, len(adapter.pipe.scheduler.timesteps)) for _ in latents]
@@ -130,7 +130,8 @@ def gradient(
         losses = [method.loss(a, prompt, step, state) for a, state in zip(attention, states, strict=True)]
         total = torch.stack([loss.total for loss in losses]).sum()
         # A loss may be constant where nothing is left to gain.
-        grad = torch.autograd.grad(total * scale, z)[0] if total.requires_grad else torch.zeros_like(z)
+        wanted = total.requires_grad and not all(loss.enough for loss in losses)
+        grad = torch.autograd.grad(total * scale, z)[0] if wanted else torch.zeros_like(z)
     return losses, grad / scale
 
 
@@ -209,6 +210,7 @@ class Guide:
         self.states = [method.begin(prompt, len(pipe.scheduler.timesteps)) for _ in range(pictures)]
         options, labels = options_of(method), tuple(e.label for e in prompt.entities)
         self.traces = [Trace(method.name, options, labels) for _ in range(pictures)]
+        self.done: set[int] = set()  # pictures with nothing left to mend
 
     def start(self, noise: Tensor, scale: float, timestep: Tensor) -> Tensor:
         """The noise that a run starts from, moved for its first step.
@@ -236,22 +238,25 @@ class Guide:
         return noise if moved is latents else moved / scale
 
     def move(self, latents: Tensor, step: int, timestep: Tensor) -> Tensor:
-        """The latents moved for a denoising step about to run; the same object outside the guided steps."""
+        """The latents moved for a denoising step about to run; the same object where nothing is to be moved."""
         update = self.updates[step] if step < len(self.updates) else Update(0.0)
-        if not update.size:
+        pending = [i for i in range(len(latents)) if i not in self.done]
+        if not update.size or not pending:
             return latents
         began = time.perf_counter()
         unit = self._unit(latents, timestep)
         z = latents.detach().to(torch.promote_types(latents.dtype, torch.float32)).clone()
         last: dict[int, tuple[Loss, Tensor]] = {}
         refinements = [0] * len(z)
-        pending = list(range(len(z)))
         with paused(self.adapter.pipe), frozen(self.adapter.denoiser):
             for attempt in range(update.repeats + 1):
                 losses, grads = self._gradient(z[pending], step, timestep, pending)
                 going = []
                 for i, loss, grad in zip(pending, losses, grads, strict=True):
                     last[i] = loss, grad
+                    if loss.enough:
+                        self.done.add(i)
+                        continue
                     low = update.until is not None and _goal(loss) <= update.until
                     if attempt < update.repeats and not low and bool(torch.isfinite(grad).all()):
                         z[i] -= self._change(update.size, grad, unit)
@@ -263,7 +268,7 @@ class Guide:
         seconds = time.perf_counter() - began
         for i, (loss, grad) in last.items():
             finite = bool(torch.isfinite(grad).all())
-            if update.final and finite:
+            if update.final and finite and i not in self.done:
                 z[i] -= self._change(update.size, grad, unit)
             self.traces[i].add(
                 {
@@ -280,7 +285,8 @@ class Guide:
                 },
                 loss.regions,
             )
-        return z.to(latents.dtype)
+        # the same object, so that the start's noise is not scaled and back, which would round it
+        return latents if torch.equal(z, latents.to(z.dtype)) else z.to(latents.dtype)
 
     def _unit(self, latents: Tensor, timestep: Tensor) -> float:
         """What brings the scheduler's latents to unit variance: 1 for most, less for Euler, LMS and Heun."""

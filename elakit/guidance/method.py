@@ -69,12 +69,15 @@ class Loss:
         The regions it anchors to.
     goal : float, optional
         What refinement is to bring down to `Update.until`; by default the total.
+    enough : bool
+        Nothing is left to mend: the picture is left alone from here on, and costs no more passes.
     """
 
     total: Tensor
     terms: dict[str, float]
     regions: np.ndarray | None = None
     goal: float | None = None
+    enough: bool = False
 
 
 @dataclass(frozen=True)

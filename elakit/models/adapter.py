@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
+from PIL import Image
 from torch import nn
 
 from elakit.errors import ModelError
@@ -42,6 +43,31 @@ def running(pipe: Any) -> Mapping[str, Any]:
             return frame.f_locals
         frame = frame.f_back  # type: ignore[assignment]
     return {}
+
+
+@torch.no_grad()
+def decoded(pipe: Any, latents: torch.Tensor) -> list[Image.Image]:
+    """Pictures of latents, (n, c, h, w), as the pipelines of all families decode theirs at the end."""
+    vae, config = pipe.vae, pipe.vae.config
+    mean, spread = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
+    if mean is not None and spread is not None:
+        shape = (1, -1, 1, 1)
+        latents = latents * latents.new_tensor(spread).view(shape) / config.scaling_factor
+        latents = latents + latents.new_tensor(mean).view(shape)
+    else:
+        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+    precision = vae.dtype
+    # what the autoencoder of Stable Diffusion XL computes in half precision overflows
+    upcast = precision == torch.float16 and getattr(config, "force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        pictures = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
+    finally:
+        if upcast:
+            vae.to(precision)
+    images: list[Image.Image] = pipe.image_processor.postprocess(pictures.detach(), output_type="pil")
+    return images
 
 
 def call_default(pipe: Any, name: str) -> Any:
@@ -322,6 +348,9 @@ class Adapter(Protocol):
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
         """Set the scheduler as the pipeline's call will; how many times the noise its first latents are."""
+
+    def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
+        """Pictures of latents as the pipeline keeps them; of a run's middle too, where they are noisy."""
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Arguments of the pipeline's call that make it pass (step, latents) through ``move`` after each step."""

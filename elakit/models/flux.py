@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
+from PIL import Image
 from torch import nn
 
 from elakit.errors import ModelError, SettingError
@@ -224,3 +225,9 @@ class Flux(TransformerAdapter):
             mu=self._shift(height, width, 1.15),
         )
         return 1.0
+
+    def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
+        """Pictures of packed latents, (n, cells, 4c); of a run's middle too, where they are noisy."""
+        return super().decode(
+            self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor), height, width
+        )

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from torch import nn
 
 from elakit.errors import ModelError
@@ -18,6 +19,7 @@ from elakit.models.adapter import (
     argument,
     call_default,
     compiled,
+    decoded,
     running,
     stacked_rows,
 )
@@ -205,6 +207,10 @@ class TransformerAdapter:
             config.get("max_shift", largest),
         )
         return shift
+
+    def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
+        """Pictures of latents, (n, c, h, w); of a run's middle too, where they are noisy."""
+        return decoded(self.pipe, latents)
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Arguments of the pipeline's call that make it pass (step, latents) through ``move`` after each step."""

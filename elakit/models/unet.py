@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from torch import nn
 
 from elakit.errors import ModelError, SettingError
@@ -23,6 +24,7 @@ from elakit.models.adapter import (
     argument,
     call_default,
     compiled,
+    decoded,
     stacked_rows,
 )
 from elakit.words import TextSequence
@@ -186,6 +188,10 @@ class UNetAdapter:
         """Set the scheduler as the pipeline's call will; how many times the noise its first latents are."""
         self.pipe.scheduler.set_timesteps(steps, device=self.pipe._execution_device)
         return float(self.pipe.scheduler.init_noise_sigma)
+
+    def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
+        """Pictures of latents, (n, c, h, w); of a run's middle too, where they are noisy."""
+        return decoded(self.pipe, latents)
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Arguments of the pipeline's call that make it pass (step, latents) through ``move`` after each step."""

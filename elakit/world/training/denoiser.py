@@ -17,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from elakit.models import EMBEDDED
 from elakit.world.scenes import World, sample
 from elakit.world.tokenizer import train_tokenizer
 from elakit.world.training.config import Config
@@ -28,7 +29,6 @@ SAMPLE_PROMPTS = (
     "a monkey and a green balloon", "a black suitcase and a pink chair", "a bear and a rabbit",
     "a green crown and a bench",
 )  # fmt: skip
-GUIDANCE_SCALE = 4.0
 ENCODED_AT_ONCE = 64
 
 
@@ -211,7 +211,7 @@ def sample_sheet(pipe: StableDiffusionPipeline, prompts: tuple[str, ...] = SAMPL
     pictures = pipe(
         list(prompts),
         num_inference_steps=20,
-        guidance_scale=GUIDANCE_SCALE,
+        guidance_scale=EMBEDDED["picture-world"].guidance_scale,
         generator=[torch.Generator().manual_seed(0) for _ in prompts],
     ).images
     side = 2 * pictures[0].width

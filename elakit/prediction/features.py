@@ -1,0 +1,111 @@
+"""What attention tells of a picture before it is finished: one row of numbers a run and share of its steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from elakit.errors import SettingError
+from elakit.generate import Run
+
+# Shares of the steps after which a failure can be foretold.
+SHARES = (0.1, 0.2, 0.3, 0.5, 1.0)
+
+# Measures of `elakit.Bleeding.to_frame`, and the value of the worst entity or pair: what prompts fail by.
+_WORST: dict[str, Callable[..., Any]] = {
+    "bleed": np.max,
+    "intrusion": np.max,
+    "spill": np.max,
+    "iou": np.max,
+    "ruzicka": np.max,
+    "hellinger": np.min,
+    "symmetric_kl": np.min,
+    "attribute_intrusion": np.max,
+    "attribute_spill": np.max,
+    "attribute_margin": np.min,
+    "start_mass": np.max,
+    "end_mass": np.max,
+}
+# Where a prompt has no pair, or no attribute, nothing is amiss with it.
+_ABSENT = {"hellinger": 1.0, "symmetric_kl": 10.0, "attribute_margin": 1.0}
+_ON_MAPS = ("peak", "peak_ratio", "mass", "mass_ratio", "area", "area_ratio", "concentration")
+QUANTITIES = (*_WORST, *(f"{name}_mean" for name in ("bleed", "intrusion", "spill")), *_ON_MAPS)
+_ABOUT = ("entities", "attributes")
+# Each quantity at the last step, and its mean over the steps until then.
+FEATURES = (*_ABOUT, *(f"{name}_{when}" for name in QUANTITIES for when in ("last", "mean")))
+
+
+def features(run: Run) -> pd.DataFrame:
+    """Features of a run's attention after each of `SHARES` of its steps.
+
+    Parameters
+    ----------
+    run : Run
+        Recorded; the judge is not asked, and nothing after the share is looked at.
+
+    Returns
+    -------
+    DataFrame, float
+        A row a share (index "share"), columns `FEATURES`.
+
+    Raises
+    ------
+    SettingError
+        The prompt names no entity.
+    RecordingError
+        The run was not recorded, or not a step of it.
+
+    Notes
+    -----
+    Of measures that there are several of, an entity's, a pair's or an attribute's, the worst is taken, because one is
+    enough to make a picture fail; of three also the mean over entities. On the maps (means of the decoder's layers at
+    16 x 16): "peak" is the largest attention of the least attended entity and "peak_ratio" that, as a share of the most
+    attended one's; "mass" and "area" are the same for mean attention and for the region's share of the picture;
+    "concentration" is the least share of a map's mass that its strongest tenth of the cells holds.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> run = elakit.generate(elakit.load("picture-world"), "a [cat] and a [lion]", steps=4, progress=False)
+    >>> table = features(run)
+    >>> table.shape == (len(SHARES), len(FEATURES)), table.index.tolist()
+    (True, [0.1, 0.2, 0.3, 0.5, 1.0])
+    >>> table["entities"].tolist()
+    [2.0, 2.0, 2.0, 2.0, 2.0]
+    """
+    if not run.prompt.entities:
+        raise SettingError("The prompt names no entity; mark what is to be in the picture with brackets.")
+    series = _per_step(run)
+    so_far = series.expanding().mean()
+    rows = []
+    for share in SHARES:
+        step = max(math.ceil(share * len(series) - 1e-9), 1) - 1
+        about = [len(run.prompt.entities), sum(len(entity.attributes) for entity in run.prompt.entities)]
+        pairs = zip(series.iloc[step], so_far.iloc[step], strict=True)
+        rows.append([*about, *(value for pair in pairs for value in pair)])
+    return pd.DataFrame(rows, index=pd.Index(SHARES, name="share"), columns=list(FEATURES), dtype=float)
+
+
+def _per_step(run: Run) -> pd.DataFrame:
+    """`QUANTITIES` at each step; a row a step."""
+    maps = run.entity_maps().values  # (step, entity, y, x)
+    regions = run.regions.values
+    frame = run.measure().to_frame()
+    columns: dict[str, Any] = {}
+    for name, worst in _WORST.items():
+        values = frame.loc[frame["measure"] == name].groupby("step", sort=True)["value"].agg(worst)
+        columns[name] = values.to_numpy() if len(values) else np.full(len(maps), _ABSENT.get(name, 0.0))
+    for name in ("bleed", "intrusion", "spill"):
+        columns[f"{name}_mean"] = frame.loc[frame["measure"] == name].groupby("step", sort=True)["value"].mean()
+    peaks, masses, areas = maps.max((2, 3)), maps.mean((2, 3)), regions.mean((2, 3))
+    for name, values in (("peak", peaks), ("mass", masses), ("area", areas)):
+        columns[name] = values.min(1)
+        columns[f"{name}_ratio"] = values.min(1) / np.maximum(values.max(1), 1e-12)
+    cells = np.sort(maps.reshape(*maps.shape[:2], -1), axis=2)
+    strongest = max(cells.shape[2] // 10, 1)
+    columns["concentration"] = (cells[..., -strongest:].sum(2) / np.maximum(cells.sum(2), 1e-12)).min(1)
+    return pd.DataFrame({name: np.asarray(columns[name], float) for name in QUANTITIES})
