@@ -1,4 +1,4 @@
-"""The command line: ``elakit diagnose``, ``run``, ``bench``, ``models`` and ``lab``."""
+"""The command line: ``elakit diagnose``, ``run``, ``bench``, ``predict``, ``models`` and ``lab``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from elakit.bench.cli import app as bench
 from elakit.errors import ElakitError, OutputError, SettingError
 from elakit.guidance import METHODS
 from elakit.models import EMBEDDED, FAMILIES
+from elakit.prediction.cli import app as predict
 from elakit.resources import data_path
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
     help="See, measure and mend concept bleeding in text-to-image models.",
 )
 app.add_typer(bench, name="bench")
+app.add_typer(predict, name="predict")
 
 Prompt = Annotated[
     str, typer.Argument(help='Such as "a cat and a lion"; brackets override: "a [red car] and a [bird]".')

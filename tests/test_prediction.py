@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from tiny import tiny_pipeline
 
-from elakit.errors import RecordingError, SettingError
+from elakit.errors import OutputError, RecordingError, SettingError
 from elakit.generate import Run, generate
-from elakit.prediction import FEATURES, SHARES, features
+from elakit.prediction import FEATURES, OUTCOMES, SHARES, Predictor, features, load_predictor
+from elakit.prediction.fit import fit
+from elakit.world.vocabulary import NOUNS
 
 PAIR = "a [red car] and a [blue bird]"
 
@@ -23,8 +27,11 @@ def run() -> Run:
 def test_steps_that_are_still_to_come_are_not_looked_at(run: Run) -> None:
     assert run.recording is not None
     first_half = replace(run, recording=run.recording.isel(step=slice(0, 5)))
-    assert np.allclose(features(run).loc[0.5], features(first_half).loc[1.0])
-    assert not np.allclose(features(run).loc[0.5], features(run).loc[1.0])
+    early, late = features(first_half), features(run)
+    assert early.index.tolist() == [0.1, 0.2, 0.3, 0.5]
+    assert late.index.tolist() == list(SHARES)
+    assert np.allclose(early, late.loc[:0.5])
+    assert not np.allclose(late.loc[0.5], late.loc[1.0])
 
 
 def test_the_worst_entity_pair_and_attribute_count(run: Run) -> None:
@@ -54,3 +61,76 @@ def test_what_cannot_be_foretold_says_why(run: Run) -> None:
         features(replace(run, recording=None))
     with pytest.raises(SettingError, match="brackets"):
         features(replace(run, prompt=replace(run.prompt, entities=())))
+
+
+# --- the predictor ------------------------------------------------------------------------------------------
+
+
+def sweep(pictures: int = 600) -> pd.DataFrame:
+    """A made-up sweep in which the worst bleed, late in the run, decides how likely a picture is to fail."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(pictures, len(SHARES), len(FEATURES)))
+    cause = 2 * values[:, -1, FEATURES.index("bleed_last")] - 1
+    failed = rng.random(pictures) < 1 / (1 + np.exp(-cause))
+    return pd.DataFrame(
+        {
+            "prompt": [f"a {NOUNS[i % 20]} and a {NOUNS[i % 20 + 1]}" for i in range(pictures)],
+            "suite": "made-up", "method": "plain", "model": "picture-world", "steps": 25, "guidance_scale": 4.0,
+            "success": ~failed, "neglect": failed, "mixture": False, "wrong_colour": False,
+            "features": list(values.astype(np.float32).reshape(pictures, -1)),
+        }
+    )  # fmt: skip
+
+
+def test_a_cause_is_found_and_its_probability_is_right() -> None:
+    table = sweep()
+    predictor, quality = fit(table)
+    own = quality[quality["by"] == "predictor"].set_index(["outcome", "share"])
+    assert own.loc[("failure", 1.0), "auroc"] > 0.75
+    assert own.loc[("failure", 1.0), "ece"] < 0.06
+    assert 0.4 < own.loc[("failure", 0.1), "auroc"] < 0.6  # nothing is to be seen that early
+    weights = predictor.weights[-1, 0]
+    assert int(np.abs(weights).argmax()) == FEATURES.index("bleed_last")
+    # what it was made from: logit = 2 bleed - 1
+    assert weights.max() == pytest.approx(2, abs=0.7)
+    assert predictor.intercepts[-1, 0] == pytest.approx(-1, abs=0.5)
+
+
+def test_an_outcome_that_never_came_is_foretold_as_rare() -> None:
+    predictor, _ = fit(sweep())
+    table = pd.DataFrame(np.zeros((len(SHARES), len(FEATURES))), index=list(SHARES), columns=list(FEATURES))
+    assert (predictor.foretell(table)["mixture"] < 0.01).all()
+
+
+def test_a_predictor_is_saved_and_opened_as_it_was(tmp_path: Path, run: Run) -> None:
+    predictor, _ = fit(sweep(100))
+    again = load_predictor(predictor.save(tmp_path / "predictor.json"))
+    assert again.foretell(run).equals(predictor.foretell(run))
+    assert again.about == predictor.about
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(OutputError, match="elakit predict fit"):
+        load_predictor(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize(("intercept", "stopped"), [(5.0, 3), (-5.0, None)])
+def test_a_run_that_is_likely_to_fail_is_ended_where_it_is_asked(intercept: float, stopped: int | None) -> None:
+    shape = (len(SHARES), len(OUTCOMES))
+    predictor = Predictor(np.zeros((*shape, len(FEATURES))), np.full(shape, intercept))
+    run = generate(tiny_pipeline(), PAIR, steps=10, stop_if=predictor.stop_if(above=0.9), progress=False)
+    assert run.settings.get("stopped") == stopped
+
+
+@pytest.mark.parametrize(
+    ("options", "part"), [({"outcome": "rain"}, "neglect"), ({"after": 0.25}, "0.3"), ({"above": 2}, "probability")]
+)
+def test_wrong_conditions_are_refused(options: dict[str, object], part: str) -> None:
+    shape = (len(SHARES), len(OUTCOMES))
+    with pytest.raises(SettingError, match=part):
+        Predictor(np.zeros((*shape, len(FEATURES))), np.zeros(shape)).stop_if(**options)  # type: ignore[arg-type]
+
+
+def test_a_sweep_that_cannot_be_learnt_from_says_why() -> None:
+    with pytest.raises(SettingError, match="20 judged pictures"):
+        fit(sweep(20))
+    with pytest.raises(SettingError, match="new folder"):
+        fit(sweep(100).assign(features=None))

@@ -50,7 +50,7 @@ def features(run: Run) -> pd.DataFrame:
     Returns
     -------
     DataFrame, float
-        A row a share (index "share"), columns `FEATURES`.
+        A row a share (index "share") that the run has reached, columns `FEATURES`.
 
     Raises
     ------
@@ -81,13 +81,28 @@ def features(run: Run) -> pd.DataFrame:
         raise SettingError("The prompt names no entity; mark what is to be in the picture with brackets.")
     series = _per_step(run)
     so_far = series.expanding().mean()
-    rows = []
-    for share in SHARES:
-        step = max(math.ceil(share * len(series) - 1e-9), 1) - 1
-        about = [len(run.prompt.entities), sum(len(entity.attributes) for entity in run.prompt.entities)]
+    about = [len(run.prompt.entities), sum(len(entity.attributes) for entity in run.prompt.entities)]
+    rows = {}
+    for share, step in _reached(run).items():
         pairs = zip(series.iloc[step], so_far.iloc[step], strict=True)
-        rows.append([*about, *(value for pair in pairs for value in pair)])
-    return pd.DataFrame(rows, index=pd.Index(SHARES, name="share"), columns=list(FEATURES), dtype=float)
+        rows[share] = [*about, *(value for pair in pairs for value in pair)]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=list(FEATURES), dtype=float)
+    return table.rename_axis("share")
+
+
+def _reached(run: Run) -> dict[float, int]:
+    """Position of the last step kept within each share of the run, of the shares that it has come to."""
+    assert run.recording is not None
+    calls = run.recording.steps
+    total = run.recording.tree.attrs.get("expected") or calls[-1] + 1
+    stride = calls[1] - calls[0] if len(calls) > 1 else 1
+    reached = {}
+    for share in SHARES:
+        end = math.ceil(share * total - 1e-9)
+        within = sum(call < end for call in calls)
+        if within and end <= calls[-1] + stride:
+            reached[share] = within - 1
+    return reached
 
 
 def _per_step(run: Run) -> pd.DataFrame:

@@ -1,0 +1,38 @@
+"""The command line of failure foretold: ``elakit predict fit``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from elakit.report import check_path
+
+app = typer.Typer(no_args_is_help=True, help="Foretell from a run's first steps whether its picture fails, and how.")
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps ``fit`` a command of its own."""
+
+
+@app.command("fit")
+def fit(
+    sweep: Annotated[Path, typer.Argument(help="Folder of a sweep with judged pictures: elakit bench run.")],
+    out: Annotated[Path, typer.Option(help="The predictor to write.")] = Path("predictor.json"),
+    method: Annotated[str, typer.Option(help="Whose pictures are learnt from.")] = "plain",
+) -> None:
+    """Fit a predictor on a sweep, and print how well it foretells prompts that were held out."""
+    from elakit.bench import table
+    from elakit.prediction.fit import fit as fit_to
+
+    check_path(out)
+    predictor, quality = fit_to(table(sweep), method)
+    predictor.save(out)
+    typer.echo(str(predictor.about))
+    wide = quality.pivot(index=["outcome", "by"], columns="share", values="auroc")
+    typer.echo("Area under the ROC curve, by share of the steps:\n" + wide.to_string(float_format="%.3f"))
+    own = quality[quality["by"] == "predictor"].set_index(["outcome", "share"])[["rate", "ece", "brier", "pictures"]]
+    typer.echo("The predictor's calibration:\n" + own.to_string(float_format="%.3f"))
+    typer.echo(f"Kept in {out}. From Python: elakit.prediction.load_predictor({str(out)!r}).")
