@@ -5,7 +5,8 @@ from elakit import judge as judge
 from elakit.attention import Recording, RecordSpec, open_recording, record
 from elakit.bleeding import Bleeding
 from elakit.diagnose import Diagnosis, diagnose
-from elakit.generate import Run, compare, generate, open_run
+from elakit.explorer import Explorer, explore
+from elakit.generate import Progress, Run, compare, generate, open_run
 from elakit.guidance import ELA
 from elakit.models import load
 from elakit.prompt import Entity, Prompt, Token, parse
@@ -17,6 +18,8 @@ __all__ = [
     "Bleeding",
     "Diagnosis",
     "Entity",
+    "Explorer",
+    "Progress",
     "Prompt",
     "RecordSpec",
     "Recording",
@@ -26,6 +29,7 @@ __all__ = [
     "compare",
     "diagnose",
     "errors",
+    "explore",
     "generate",
     "judge",
     "load",

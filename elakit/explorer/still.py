@@ -1,0 +1,138 @@
+"""A picture of the explorer for places without widgets: saved notebooks on GitHub and nbviewer, mail, print."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+from PIL import Image, ImageDraw, ImageFont
+
+from elakit.errors import ElakitError
+from elakit.explorer.colours import lookup
+from elakit.generate import Run
+from elakit.plot import style
+from elakit.plot.pictures import paled
+
+# Pixels; the picture has twice as many as it is shown with, for sharp text.
+_SCALE = 2
+_PANEL, _GAP, _HEAD, _MARGIN = 168, 10, 24, 14
+_MOST_ENTITIES = 5
+_OPACITY = 0.72
+
+
+def png(runs: Sequence[Run]) -> tuple[bytes, int]:
+    """One row a run: its picture, and each entity's attention at the middle step with the regions.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        Recorded ones.
+
+    Returns
+    -------
+    bytes
+        A PNG.
+    int
+        Width that it is to be shown with, in pixels.
+    """
+    maps = [_middle(run) for run in runs]
+    across = 1 + max(0 if each is None else each.sizes["token"] for each in maps)
+    heights = [_PANEL * run.image.height // run.image.width for run in runs]
+    width = 2 * _MARGIN + across * _PANEL + (across - 1) * _GAP
+    foot = 44
+    height = 2 * _MARGIN + sum(heights) + len(runs) * (_HEAD + _GAP) + foot
+    canvas = Image.new("RGB", (width * _SCALE, height * _SCALE), "#ffffff")
+    draw = ImageDraw.Draw(canvas)
+    tops = [0.0 if each is None else float(each.max()) for each in maps]
+    top = max(tops) or 1.0
+    y = _MARGIN
+    for run, name, values, high in zip(runs, style.run_names(runs), maps, heights, strict=True):
+        _write(draw, _MARGIN, y, name)
+        _paste(canvas, run.image.convert("RGB"), 0, y + _HEAD, high)
+        labels = [] if values is None else [str(label) for label in values.token.values]
+        colours = style.entity_colours([entity.label for entity in run.prompt.entities])
+        for i, label in enumerate(labels, start=1):
+            assert values is not None
+            x = _MARGIN + i * (_PANEL + _GAP)
+            _square(draw, x, y, colours.get(label, style.FAINT))
+            _write(draw, x + 16, y, f"{style.shorten(label, 16)}, step {int(values.step)}")
+            _paste(canvas, _overlay(run.image, values.sel(token=label).values, top), i, y + _HEAD, high)
+            _outline(draw, run, int(values.step), i, y + _HEAD, high, colours)
+        y += _HEAD + high + _GAP
+    _colour_bar(canvas, draw, y + 4, top)
+    note = "The explorer needs a running notebook; this is its middle step."
+    _write(draw, width - _MARGIN, y + 2, note, style.FAINT, right=True)
+    out = io.BytesIO()
+    canvas.save(out, "PNG", optimize=True)
+    return out.getvalue(), width
+
+
+def _middle(run: Run) -> xr.DataArray | None:
+    """Maps of the entities (token, y, x) at the middle step; None where no entity was recorded."""
+    try:
+        maps = run.entity_maps()
+    except ElakitError:
+        return None
+    return maps.isel(step=maps.sizes["step"] // 2, token=slice(_MOST_ENTITIES))
+
+
+def _overlay(picture: Image.Image, values: np.ndarray, top: float) -> Image.Image:
+    """A map in colours over the picture in grey, cell by cell."""
+    levels = (values / top * 255).clip(0, 255).astype(np.uint8)
+    coloured = Image.fromarray(lookup("viridis")[levels])
+    size = _PANEL * _SCALE, _PANEL * _SCALE * picture.height // picture.width
+    base = paled(picture).convert("RGB").resize(size)
+    return Image.blend(base, coloured.resize(size, Image.Resampling.NEAREST), _OPACITY)
+
+
+def _paste(canvas: Image.Image, picture: Image.Image, column: int, y: int, height: int) -> None:
+    size = _PANEL * _SCALE, height * _SCALE
+    enlarged = Image.Resampling.NEAREST if picture.width < _PANEL else Image.Resampling.LANCZOS
+    left = _MARGIN + column * (_PANEL + _GAP)
+    canvas.paste(picture.resize(size, enlarged), (left * _SCALE, y * _SCALE))
+
+
+def _outline(
+    draw: ImageDraw.ImageDraw, run: Run, step: int, column: int, y: int, height: int, colours: dict[str, str]
+) -> None:
+    """Edges of the regions along the cells, each a little inside its region so that neighbours are both seen."""
+    regions = run.regions.sel(step=step)
+    rows, columns = regions.sizes["y"], regions.sizes["x"]
+    left, top = (_MARGIN + column * (_PANEL + _GAP)) * _SCALE, y * _SCALE
+    wide, high = _PANEL * _SCALE / columns, height * _SCALE / rows
+    for ink, thick in (("#ffffff", 6), (None, 3)):
+        for label in map(str, regions.entity.values):
+            mask = np.pad(regions.sel(entity=label).values, 1)
+            for i, j in np.argwhere(mask):
+                x0, y0 = left + (j - 1) * wide + 2, top + (i - 1) * high + 2
+                x1, y1 = x0 + wide - 4, y0 + high - 4
+                sides = [
+                    (mask[i - 1, j], (x0, y0, x1, y0)),
+                    (mask[i + 1, j], (x0, y1, x1, y1)),
+                    (mask[i, j - 1], (x0, y0, x0, y1)),
+                    (mask[i, j + 1], (x1, y0, x1, y1)),
+                ]
+                for inside, line in sides:
+                    if not inside:
+                        draw.line(line, fill=ink or colours.get(label, style.INK), width=thick)
+
+
+def _colour_bar(canvas: Image.Image, draw: ImageDraw.ImageDraw, y: int, top: float) -> None:
+    bar = Image.fromarray(lookup("viridis")[None])
+    canvas.paste(bar.resize((120 * _SCALE, 10 * _SCALE)), (_MARGIN * _SCALE, y * _SCALE))
+    _write(draw, _MARGIN, y + 12, "0", style.FAINT)
+    _write(draw, _MARGIN + 120, y + 12, f"{top:.2g} probability", style.FAINT)
+
+
+def _square(draw: ImageDraw.ImageDraw, x: int, y: int, colour: str) -> None:
+    corners = [x * _SCALE, (y + 4) * _SCALE, (x + 10) * _SCALE, (y + 14) * _SCALE]
+    draw.rectangle(corners, fill=colour)
+
+
+def _write(
+    draw: ImageDraw.ImageDraw, x: int, y: int, text: str, colour: str = style.INK, *, right: bool = False
+) -> None:
+    font = ImageFont.load_default(13 * _SCALE)
+    draw.text((x * _SCALE, y * _SCALE), text, fill=colour, font=font, anchor="ra" if right else "la")
