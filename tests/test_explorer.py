@@ -123,6 +123,54 @@ def test_settings_are_checked_and_say_what_there_is(plain: Run) -> None:
         elakit.explore(plain, colour="red")
 
 
+def test_what_is_done_in_the_browser_is_known_to_python(plain: Run) -> None:
+    explorer = elakit.explore(plain)
+    seen: list[tuple[str, Any]] = []
+    explorer.observe(lambda change: seen.append((change["name"], change["new"])), ["step", "tokens", "token"])
+    explorer.set_state({"step": 1, "tokens": ["car", "bird", "<start>"], "token": "<start>", "playing": True})
+    assert (explorer.step, explorer.token, explorer.playing) == (1, "<start>", True)
+    for change in (("step", 1), ("token", "<start>"), ("tokens", ["car", "bird", "<start>"])):
+        assert change in seen
+    with pytest.raises(SettingError, match="0 to 3"):
+        explorer.set_state({"step": 99})
+    assert explorer.step == 1
+    sent = explorer.get_state()
+    assert {"step", "tokens", "layer", "size", "head", "normalisation", "shared_scale", "playing"} <= set(sent)
+
+
+def test_the_size_follows_layers_that_do_not_have_it(plain: Run) -> None:
+    explorer = elakit.explore(plain)
+    assert (explorer.layer, explorer.size) == ("up", 8)
+    explorer.layer = "mid"
+    assert explorer.size == 4
+    explorer.layer = "all"
+    assert explorer.size == 4
+
+
+def test_what_is_left_out_to_stay_small_is_said(plain: Run) -> None:
+    whole, small = elakit.explore(plain), elakit.explore(plain, budget=2_000)
+    assert not whole._meta["notes"]
+    assert len(small._maps) < len(whole._maps)
+    assert "2 of 4 steps" in " ".join(small._meta["notes"])
+    assert small._meta["choices"]["step"] == [0, 3]
+    with pytest.raises(SettingError, match="0, 3"):
+        small.step = 1
+
+
+def test_heads_are_chosen_where_they_were_kept(plain: Run) -> None:
+    with pytest.raises(SettingError, match="'mean'"):
+        elakit.explore(plain, head=0)
+    run = draw(steps=2, record=elakit.RecordSpec(heads="all"))
+    explorer = elakit.explore(run, head=1)
+    assert explorer._meta["choices"]["head"] == ["mean", 0, 1]
+    sent = unpacked(explorer, 0, 0)
+    layer = explorer._meta["runs"][0]["layers"][0]
+    word = [each["label"] for each in explorer._meta["runs"][0]["words"]].index("car")
+    assert run.recording is not None
+    recorded = run.recording.sel(head=1, layer=layer["name"]).maps("car").isel(token=0).values
+    assert np.abs(sent[:, 1, word] - recorded).max() <= recorded.max() / 500 + 1e-6
+
+
 @pytest.mark.parametrize(
     ("runs", "error", "part"),
     [
@@ -166,11 +214,22 @@ def test_saved_notebooks_show_a_picture(plain: Run, guided: Run) -> None:
     assert np.asarray(picture).std() > 10
 
 
-def test_one_entity_and_five_and_none_can_be_explored() -> None:
-    for text, measures in (("a [cat]", True), ("a [cat], a [dog], a [bird], a [car] and a [frog]", True)):
+def test_one_entity_and_five_can_be_explored() -> None:
+    for text in ("a [cat]", "a [cat], a [dog], a [bird], a [car] and a [frog]"):
         explorer = elakit.explore(draw(text, steps=2))
-        assert bool(explorer.measure) == measures
+        assert explorer.measure == "bleed"
+        assert explorer._meta["runs"][0]["regions"]
         assert len(explorer.tokens) == text.count("[")
+
+
+def test_a_recording_without_the_entities_has_no_regions_and_says_so() -> None:
+    run = draw(steps=2)
+    assert run.recording is not None
+    explorer = elakit.explore(replace(run, recording=run.recording.sel(token="red"), _derived={}))
+    about = explorer._meta["runs"][0]
+    assert (explorer.measure, explorer.tokens, about["regions"], about["measures"]) == ("", ["red"], None, {})
+    assert "No regions and no measures" in about["notes"][0]
+    assert "image/png" in explorer._repr_mimebundle_()[0]
 
 
 def test_runs_of_other_prompts_and_lengths_stand_side_by_side(plain: Run) -> None:
@@ -178,3 +237,11 @@ def test_runs_of_other_prompts_and_lengths_stand_side_by_side(plain: Run) -> Non
     assert [run["prompt"] for run in explorer._meta["runs"]] == [plain.prompt.text, "a cat"]
     assert explorer._meta["choices"]["step"] == list(range(7))  # of the run that has most of them
     assert {"car", "bird", "cat"} <= set(explorer._meta["choices"]["tokens"])
+
+
+def test_runs_of_other_map_sizes_open_with_all_sizes(plain: Run) -> None:
+    other = draw(height=48, width=32)
+    explorer = elakit.explore(plain, other)
+    assert explorer._meta["runs"][1]["layers"][0]["recorded"] == [12, 8]
+    assert explorer.size is None
+    assert elakit.explore(plain).size == 8

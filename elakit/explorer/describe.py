@@ -89,12 +89,12 @@ def describe(runs: Sequence[Run], budget: int) -> Payload:
     ]
     # Steps are named by the run that has most of them; the others show what is nearest by share of the run.
     reference = max(range(len(about)), key=lambda i: len(about[i]["steps"]))
-    recording = style.recorded(runs[reference])
+    layer, size = _default_maps(about, style.recorded(runs[reference]))
     choices = _choices(about, about[reference]["steps"])
     default = {
         "tokens": _default_tokens(about),
-        "layer": recording.decoder,
-        "size": style.map_size(recording),
+        "layer": layer,
+        "size": size,
         "measure": "bleed" if "bleed" in choices["measure"] else next(iter(choices["measure"]), ""),
         "step": choices["step"][len(choices["step"]) // 2],
     }
@@ -176,8 +176,8 @@ def _chips(prompt: Prompt, words: Sequence[Word]) -> list[dict[str, Any]]:
     chips: list[dict[str, Any]] = []
     last = 0
     for i, (first, past) in enumerate(split_words(prompt.text)):
-        token = place.get(_label(pieces[i])) if i in pieces else None
-        chips.append({"text": prompt.text[first:past], "gap": first > last, "token": token})
+        where = place.get(_label(pieces[i])) if i in pieces else None
+        chips.append({"text": prompt.text[first:past], "gap": first > last, "token": where})
         last = past
     names = {START: "start", END: "end"}
     return chips + [
@@ -299,6 +299,26 @@ def _default_tokens(about: Sequence[dict[str, Any]]) -> list[str]:
     """The entities' words; of a recording that has none of them, its first word."""
     nouns = dict.fromkeys(word["label"] for run in about for word in run["words"] if word["entity"] is not None)
     return list(nouns) or [about[0]["words"][0]["label"]]
+
+
+def _default_maps(about: Sequence[dict[str, Any]], recording: Recording) -> tuple[str, int | None]:
+    """The layers and the size that regions are taken from, as far as every run has them."""
+    layer, size = recording.decoder, style.map_size(recording)
+    if any(not sizes_of(run["layers"], layer) for run in about):
+        layer = "all"
+    return layer, size if all(size in sizes_of(run["layers"], layer) for run in about) else None
+
+
+def sizes_of(layers: Sequence[dict[str, Any]], layer: str) -> set[int]:
+    """Map sizes of the layers that a choice names: "all", a place, or the name of one.
+
+    Examples
+    --------
+    >>> layers = [{"name": "a", "place": "down", "size": 32}, {"name": "b", "place": "mid", "size": 8}]
+    >>> sizes_of(layers, "mid"), sizes_of(layers, "a"), sizes_of(layers, "up")
+    ({8}, {32}, set())
+    """
+    return {each["size"] for each in layers if layer in ("all", each["place"], each["name"])}
 
 
 def _meanings(measures: Sequence[str]) -> dict[str, str]:

@@ -102,17 +102,17 @@ def _outline(
     rows, columns = regions.sizes["y"], regions.sizes["x"]
     left, top = (_MARGIN + column * (_PANEL + _GAP)) * _SCALE, y * _SCALE
     wide, high = _PANEL * _SCALE / columns, height * _SCALE / rows
-    for ink, thick in (("#ffffff", 6), (None, 3)):
+    for ink, thick in (("#ffffff", 7), (None, 3)):
         for label in map(str, regions.entity.values):
             mask = np.pad(regions.sel(entity=label).values, 1)
             for i, j in np.argwhere(mask):
-                x0, y0 = left + (j - 1) * wide + 2, top + (i - 1) * high + 2
-                x1, y1 = x0 + wide - 4, y0 + high - 4
+                x0, y0 = round(left + (j - 1) * wide), round(top + (i - 1) * high)
+                x1, y1 = round(left + j * wide), round(top + i * high)
                 sides = [
-                    (mask[i - 1, j], (x0, y0, x1, y0)),
-                    (mask[i + 1, j], (x0, y1, x1, y1)),
-                    (mask[i, j - 1], (x0, y0, x0, y1)),
-                    (mask[i, j + 1], (x1, y0, x1, y1)),
+                    (mask[i - 1, j], (x0, y0 + 2, x1, y0 + 2)),
+                    (mask[i + 1, j], (x0, y1 - 2, x1, y1 - 2)),
+                    (mask[i, j - 1], (x0 + 2, y0, x0 + 2, y1)),
+                    (mask[i, j + 1], (x1 - 2, y0, x1 - 2, y1)),
                 ]
                 for inside, line in sides:
                     if not inside:

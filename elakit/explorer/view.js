@@ -6,7 +6,7 @@ const SHARED = [
   "smooth", "colours", "speed", "playing",
 ];
 const PLACES = { down: "down (encoder)", mid: "middle", up: "up (decoder)" };
-const VALUES = { none: "probability", sum: "share of each map", start: "relative to start-of-text" };
+const VALUES = { none: "probability", sum: "share of map", start: "× start-of-text" };
 const SPEEDS = [2, 4, 8, 15, 30];
 const PLAY = "M4 2.5v11l9-5.5z", PAUSE = "M4 2.5h3v11H4zM9.5 2.5h3v11h-3z";
 const players = new WeakMap(); // the view that plays a model, where it has several
@@ -229,7 +229,7 @@ class View {
     const layerText = (value) => {
       const one = named.get(value);
       if (one) return `${one.short} · ${grid(one.recorded)}`;
-      return value === "all" ? `all ${count("all")} layers` : `${PLACES[value] ?? value}: ${count(value)}`;
+      return value === "all" ? `all ${count("all")} layers` : `${PLACES[value] ?? value}: ${plural(count(value), "layer")}`;
     };
     const sizeText = (value) => {
       if (value === null) return "all sizes";
@@ -244,6 +244,7 @@ class View {
       this.select("shared_scale", "Colour scale", [true, false], (value) => (value ? "one for all" : "one for each map")),
       this.select("colours", "Colours", colours, (value) => value),
     ].filter(Boolean);
+    fields[0].field.classList.add("elx-wide");
     this.sizeField = fields[1].select;
     this.opacity = h("input", {
       type: "range", min: 0, max: 100, "aria-label": "Opacity of attention over the picture",
@@ -376,12 +377,13 @@ class View {
   draw() {
     const positions = this.positions[this.position()], colours = this.palettes[this.get("colours")];
     const chosen = Object.fromEntries(["layer", "size", "head", "normalisation"].map((name) => [name, this.get(name)]));
-    const shared = this.get("shared_scale"), token = this.get("token"), opacity = this.get("opacity");
+    const shared = this.get("shared_scale"), opacity = this.get("opacity");
     const top = shared ? this.sharedTop(chosen) : 0;
     const rendering = this.get("smooth") ? "auto" : "pixelated";
     this.drawBar(top, shared, colours);
     this.columns.forEach((column, r) => {
-      const position = positions[r], { run, maps } = column, series = maps.series(token, chosen), there = typeof series !== "string";
+      const position = positions[r], { run, maps } = column, token = this.wordIn(run);
+      const series = maps.series(token, chosen), there = typeof series !== "string";
       column.canvas.hidden = !there;
       say(column.none, there || opacity === 0 ? "" : `${series[0].toUpperCase()}${series.slice(1)}.`);
       if (there) paint(column.canvas, series, position, shared ? top : series.tops[position], colours);
@@ -400,6 +402,14 @@ class View {
       }
       this.describe(column, position, series, token, opacity);
     });
+  }
+
+  /** The word to show large in a run: the chosen one or, of a prompt without it, the entity at the same place. */
+  wordIn(run) {
+    const token = this.get("token"), has = (each, label) => each.words.find((word) => word.label === label);
+    if (has(run, token)) return token;
+    const entity = this.meta.runs.map((each) => has(each, token)?.entity ?? null).find((each) => each !== null);
+    return run.words.find((word) => word.entity !== null && word.entity === entity)?.label ?? token;
   }
 
   /** What is under the pointer in every run, or where attention is highest; and the same for screen readers. */
@@ -457,6 +467,10 @@ class View {
     this.ticks.forEach((tick, i) => say(tick, marks[i]));
     say(this.unit, this.meta.units[this.get("normalisation")]);
   }
+}
+
+function plural(count, noun) {
+  return `${count} ${noun}${count === 1 ? "" : "s"}`;
 }
 
 function render({ model, el }) {

@@ -14,7 +14,7 @@ import traitlets as t
 from elakit.attention import Recording
 from elakit.errors import RecordingError, SettingError
 from elakit.explorer import page, still
-from elakit.explorer.describe import describe
+from elakit.explorer.describe import describe, sizes_of
 from elakit.explorer.packing import BUDGET
 from elakit.generate import Run
 
@@ -66,11 +66,13 @@ class Explorer(anywidget.AnyWidget):
     tokens : list of str
         Words that are shown small under each picture, by their labels ("car", "red#2"), and "<start>" and "<end>".
     token : str
-        The one that is shown large; one that is not among `tokens` is added to them.
+        The one that is shown large; one that is not among `tokens` is added to them. A run whose prompt lacks it shows
+        the entity at the same place of its own prompt.
     layer : str
         "all", a place ("down", "mid", "up") or the name of a layer; the mean where there are several.
     size : int or None
-        Only maps whose larger side is this one; None for the mean over all sizes.
+        Only maps whose larger side is this one; None for the mean over all sizes. Choosing layers that have no such
+        maps chooses the size they have, or None where they have several.
     head : int or "mean"
         One head of every layer, where heads were kept.
     normalisation : {"none", "sum", "start"}
@@ -149,8 +151,9 @@ class Explorer(anywidget.AnyWidget):
         return str(self._meta["default"]["layer"])
 
     @t.default("size")
-    def _default_size(self) -> int:
-        return int(self._meta["default"]["size"])
+    def _default_size(self) -> int | None:
+        size = self._meta["default"]["size"]
+        return None if size is None else int(size)
 
     @t.default("measure")
     def _default_measure(self) -> str:
@@ -173,7 +176,7 @@ class Explorer(anywidget.AnyWidget):
         value, steps = proposal["value"], self._meta["choices"]["step"]
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
         step = int(value) + (steps[-1] + 1 if value < 0 else 0) if whole else None
-        if step not in steps:
+        if step is None or step not in steps:
             dense = len(steps) > 1 and steps == list(range(steps[0], steps[-1] + 1))
             there = f"{steps[0]} to {steps[-1]}" if dense else ", ".join(map(str, steps))
             raise RefusedError(f"step={value!r}: there are {there}; negative ones count back from the last.")
@@ -213,6 +216,12 @@ class Explorer(anywidget.AnyWidget):
     def _keep_token(self, change: Any) -> None:
         if self.token not in change["new"]:
             self.token = change["new"][0]
+
+    @t.observe("layer")
+    def _keep_size(self, change: Any) -> None:
+        sizes = {size for run in self._meta["runs"] for size in sizes_of(run["layers"], change["new"])}
+        if self.size is not None and self.size not in sizes:
+            self.size = sizes.pop() if len(sizes) == 1 else None
 
     # -- looks -----------------------------------------------------------------------------------------------------
 
@@ -290,7 +299,7 @@ def explore(*runs: Run | Sequence[Run], budget: int = BUDGET, **settings: Any) -
     ...
     elakit.explorer.widget.RefusedError: tokens: 'zebra' is not there; choose one or more of 'a#1', 'cat', ...
     """
-    flat = [run for each in runs for run in (each if isinstance(each, list | tuple) else [each])]
+    flat: list[Any] = [run for each in runs for run in (each if isinstance(each, list | tuple) else [each])]
     return Explorer(*flat, budget=budget, **settings)
 
 
