@@ -234,7 +234,7 @@ def shoot(explorer: elakit.Explorer, folder: Path, chromium: str) -> None:
     with tempfile.TemporaryDirectory() as temporary, sync_playwright() as playwright:
         path = explorer.to_html(Path(temporary, "explorer.html"))
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1240, "height": 752}, reduced_motion="reduce")
+        page = browser.new_page(viewport={"width": 1240, "height": 770}, reduced_motion="reduce")
         page.goto(path.as_uri())
         page.evaluate(FIRST_VIEW)
         for scheme in ("light", "dark"):

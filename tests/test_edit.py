@@ -40,6 +40,46 @@ def test_an_edit_that_changes_nothing_leaves_the_picture_as_it_is(name: str) -> 
         assert np.array_equal(plain, draw(pipe, **family.options))
 
 
+CROSS = [name for name in FAMILIES if adapter_for(FAMILIES[name].make()).layers()[0].kind == "cross"]
+
+
+@pytest.mark.parametrize("name", CROSS)
+def test_logits_are_replaced_by_another_tokens_in_the_region(name: str) -> None:
+    family = FAMILIES[name]
+    pipe = family.make()
+    (car,), (red,) = (parse(TEXT, pipe).find(word) for word in ("car", "red"))
+    plain, before = observe(pipe, lambda: draw(pipe, **family.options))
+    with edit(pipe, TEXT, Edit("car", like="red", region=LEFT)):
+        changed, after = observe(pipe, lambda: draw(pipe, **family.options))
+    first, now = before[0].maps, after[0].maps
+    logits = first.log()
+    logits[..., car] = logits[..., red]  # logits up to the same constant in each cell
+    by_hand = logits.softmax(-1)
+    inside = torch.zeros(before[0].size, dtype=torch.bool)
+    inside[:, : before[0].size[1] // 2] = True
+    inside = inside.flatten()
+    torch.testing.assert_close(now[:, :, inside], by_hand[:, :, inside], atol=1e-5, rtol=0)
+    torch.testing.assert_close(now[:, :, ~inside], first[:, :, ~inside], atol=1e-6, rtol=0)
+    assert not np.array_equal(plain, changed)
+
+
+@pytest.mark.parametrize("name", CROSS)
+def test_a_token_made_like_itself_changes_nothing(name: str) -> None:
+    family = FAMILIES[name]
+    pipe = family.make()
+    plain = draw(pipe, **family.options)
+    with edit(pipe, TEXT, Edit("car", like="car")):
+        assert np.array_equal(plain, draw(pipe, **family.options))
+
+
+def test_what_cannot_be_replaced_says_so() -> None:
+    with pytest.raises(SettingError, match="give two"):
+        Edit("car", like="red", scale=0)
+    pipe = tiny_flux()
+    with pytest.raises(RecordingError, match="Use scale or add"), edit(pipe, TEXT, Edit("car", like="red")):
+        pass
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_in_the_region_weights_are_scaled_and_elsewhere_they_are_left(name: str) -> None:
     family = FAMILIES[name]

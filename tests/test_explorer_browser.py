@@ -162,6 +162,13 @@ def test_a_click_into_the_plot_goes_to_its_step(page: Any) -> None:
     assert page.locator(".elx-step").inner_text() == "step 5 / 5"
 
 
+def test_a_row_of_the_table_picks_its_lines_out_of_the_plot(page: Any) -> None:
+    seen = "[...document.querySelectorAll('.elx-line')].map((line) => Number(getComputedStyle(line).opacity))"
+    assert page.evaluate(seen) == [1, 1, 1, 1]
+    page.locator(".elx-values tbody tr", has_text="bird").hover()
+    assert [value == 1 for value in page.evaluate(seen)] == [False, False, True, True]  # car, then bird, in two runs
+
+
 def test_a_pointer_over_the_picture_reads_a_cell(page: Any) -> None:
     page.locator(".elx-stage").first.hover(position={"x": 20, "y": 20})
     settle(page)

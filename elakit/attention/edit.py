@@ -42,6 +42,10 @@ class Edit:
         logarithm is added to their logits. 0 masks them, 1 changes nothing.
     add : float
         Added to their logits. ``scale=2`` and ``add=math.log(2)`` do the same.
+    like : str, int or Entity, optional
+        Another token, whose logits replace theirs (the mean over its positions, where it has several): the picture then
+        attends to them exactly as to it, but still reads their own values. Not together with ``scale`` or ``add``, and
+        for cross-attention only (Stable Diffusion, SDXL, PixArt).
     region : array, (y, x), optional
         Where in the picture, at any resolution: booleans, or shares from 0 to 1. Default: everywhere.
     steps : int, slice or sequence of int, optional
@@ -57,7 +61,8 @@ class Edit:
     Notes
     -----
     Where an attention of p is changed by a factor of f it becomes ``f p / (1 + (f - 1) p)``, if it is the only one that
-    is changed; f is ``scale * exp(add)``. In a cell that the region covers by a share r, f is ``1 + r (f - 1)``.
+    is changed; f is ``scale * exp(add)``. In a cell that the region covers by a share r, f is ``1 + r (f - 1)``; logits
+    that are replaced become ``(1 - r)`` of their own and ``r`` of the other's.
 
     Examples
     --------
@@ -72,6 +77,7 @@ class Edit:
     tokens: str | int | Entity | Sequence[str | int | Entity]
     scale: float = 1.0
     add: float = 0.0
+    like: str | int | Entity | None = None
     region: Any = None
     steps: int | slice | Sequence[int] | None = None
     layers: str | Sequence[str] = "all"
@@ -83,6 +89,10 @@ class Edit:
             raise SettingError(f"add is {self.add}; give a finite number, such as 2.0 (0 changes nothing).")
         if abs(self.add) > 100:
             raise SettingError(f"add is {self.add}; give a number from -100 to 100, or scale=0 to mask.")
+        if self.like is not None and not (self.scale == 1 and self.add == 0):
+            raise SettingError(
+                f"like={self.like!r} with scale or add: an edit either replaces logits or changes them; give two edits."
+            )
         if not isinstance(self.tokens, str | int | Entity) and not self.tokens:
             raise SettingError("tokens names nothing; give a word of the prompt, an entity or a position.")
         steps = self.steps
@@ -105,7 +115,7 @@ class Edit:
 
     def acts(self, call: int) -> bool:
         """Whether it changes anything in a call of the denoiser."""
-        if self.factor == 1.0:
+        if self.factor == 1.0 and self.like is None:
             return False
         if isinstance(self.steps, slice):
             return call in range(call + 1)[self.steps]
@@ -179,8 +189,15 @@ class _Editor:
         self.active: tuple[int, ...] = ()  # edits that act in it
         known = adapter.layers()
         self.named = [{layer.name for layer in select_layers(known, each.layers)} for each in edits]
-        for each in edits:
-            _positions(prompt, each, prompt.length)
+        for i, each in enumerate(edits):
+            _positions(prompt, each.tokens, prompt.length)
+            if each.like is not None:
+                _positions(prompt, each.like, prompt.length)
+                if joint := [layer.name for layer in known if layer.name in self.named[i] and layer.kind != "cross"]:
+                    raise RecordingError(
+                        f"like={each.like!r}: layer {joint[0]} attends to picture and text at once, where logits "
+                        "cannot be replaced. Use scale or add, or a model with cross-attention."
+                    )
         self.layers = [layer for layer in known if any(layer.name in names for names in self.named)]
         self.masked = _Masked()
         self._made: dict[Any, Tensor | None] = {}
@@ -206,10 +223,24 @@ class _Editor:
         if key not in self._made:
             bias = torch.zeros(size[0] * size[1], text, dtype=torch.float64)
             for i in acting:
-                bias[:, _positions(self.prompt, self.edits[i], text)] += _log_factor(self.edits[i], size)
+                bias[:, _positions(self.prompt, self.edits[i].tokens, text)] += _log_factor(self.edits[i], size)
             bias = bias.clamp(min=_NEVER)
             self._made[key] = bias.to(like.device, like.dtype) if bool(bias.any()) else None
         return self._made[key]
+
+    def replaced(
+        self, layer: AttentionLayer, size: tuple[int, int], text: int
+    ) -> list[tuple[list[int], list[int], Tensor]]:
+        """What is replaced in a layer: positions, those that they become like, and the share of it in each cell."""
+        found = []
+        for i in self.active:
+            change = self.edits[i]
+            if change.like is None or layer.name not in self.named[i]:
+                continue
+            there, like = (_positions(self.prompt, which, text) for which in (change.tokens, change.like))
+            if there != like:
+                found.append((there, like, _share(change, size).reshape(-1, 1)))
+        return found
 
 
 class _LayerHook:
@@ -239,20 +270,54 @@ class _LayerHook:
             words = argument(args, kwargs, 1, "encoder_hidden_states")
             text = (words[0] if isinstance(words, tuple) else words).shape[1]  # an IP-Adapter comes in a tuple
         small = self.editor.bias(self.layer, self.size, text, picture)
-        if small is None:
+        replaced = self.editor.replaced(self.layer, self.size, text)
+        if small is None and not replaced:
             return None
-        bias = self._of_all_keys(small)
+        bias = None if small is None else self._of_all_keys(small)
+        if replaced:
+            instead = self._differences(picture, words[0] if isinstance(words, tuple) else words, replaced)
+            bias = instead if bias is None else bias.repeat_interleave(self.layer.heads, dim=0) + instead
+        assert bias is not None
         given = argument(args, kwargs, 2, "attention_mask")
         if given is not None:
             if given.dtype == torch.bool:
                 given = torch.zeros_like(given, dtype=bias.dtype).masked_fill(~given, _NEVER)
             given = given.unsqueeze(1) if given.ndim == 3 and bias.ndim == 4 else given
+            if given.ndim == 3 and 1 < len(given) < len(bias):
+                given = given.repeat_interleave(self.layer.heads, dim=0)
         mask = bias if given is None else bias + given
         if not self.layer.takes_mask:
             self.editor.masked.bias = bias
         if len(args) > 2:
             return (*args[:2], mask, *args[3:]), kwargs
         return args, {**kwargs, "attention_mask": mask}
+
+    @torch.no_grad()
+    def _differences(
+        self, picture: Tensor, words: Tensor, replaced: Sequence[tuple[list[int], list[int], Tensor]]
+    ) -> Tensor:
+        """What brings logits to those of other tokens, (rows x heads, h*w, text).
+
+        Queries and keys are projected once more: the layer's own come only after its mask is prepared.
+        """
+        module: Any = self.layer.module
+        if getattr(module, "norm_cross", None):
+            words = module.norm_encoder_hidden_states(words)
+        query, key = (x.unflatten(-1, (self.layer.heads, -1)) for x in (module.to_q(picture), module.to_k(words)))
+        query, key = (
+            x if norm is None else norm(x)
+            for x, norm in zip(
+                (query, key), (getattr(module, name, None) for name in ("norm_q", "norm_k")), strict=True
+            )
+        )
+        logits = module.scale * torch.einsum("rnhd,rkhd->rhnk", query.float(), key.float())
+        bias = torch.zeros_like(logits)
+        for there, like, share in replaced:
+            wanted = logits[..., like].mean(-1, keepdim=True)
+            bias[..., there] += share.to(logits) * (wanted - logits[..., there])
+        seen = torch.zeros(len(bias), 1, 1, 1, dtype=torch.bool, device=bias.device)
+        seen[self.editor.rows] = True
+        return torch.where(seen, bias, torch.zeros_like(bias)).flatten(0, 1).to(picture.dtype)
 
     def _of_all_keys(self, small: Tensor) -> Tensor:
         """(h*w, text) -> (rows, h*w, text) for cross-attention, (rows, 1, queries, keys) for joint attention."""
@@ -303,15 +368,19 @@ def _region(region: Any) -> Tensor:
 
 def _log_factor(change: Edit, size: tuple[int, int]) -> Tensor:
     """Logarithm of the factor of each cell, (h*w, 1)."""
-    share = torch.ones(size, dtype=torch.float64)
-    if change.region is not None:
-        share = F.interpolate(_region(change.region)[None, None], size=size, mode="area")[0, 0]
-    return torch.log1p(share * (change.factor - 1)).clamp(min=_NEVER).reshape(-1, 1)
+    return torch.log1p(_share(change, size) * (change.factor - 1)).clamp(min=_NEVER).reshape(-1, 1)
 
 
-def _positions(prompt: Prompt, change: Edit, length: int) -> list[int]:
+def _share(change: Edit, size: tuple[int, int]) -> Tensor:
+    """Share of each cell that the region covers, (h, w)."""
+    if change.region is None:
+        return torch.ones(size, dtype=torch.float64)
+    return F.interpolate(_region(change.region)[None, None], size=size, mode="area")[0, 0]
+
+
+def _positions(prompt: Prompt, tokens: Any, length: int) -> list[int]:
     found: set[int] = set()
-    for which in _as_sequence(change.tokens):
+    for which in _as_sequence(tokens):
         if which == START:
             if prompt.start_index is None:
                 raise RecordingError("This model's text has no start token; give '<end>' or a word.")

@@ -257,6 +257,8 @@ def _measures(
         line = {
             "name": _line_name(str(measure), str(entity), str(other), colours),
             "colour": colours.get(str(entity)) or colours.get(str(other)),
+            # of a pair of entities, whose swatch has both colours
+            "second": colours.get(str(other)) if str(entity) in colours else None,
             "values": [_number(value, 5) for value in values],
         }
         lines.setdefault(str(measure), []).append(line)

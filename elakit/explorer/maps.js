@@ -51,7 +51,7 @@ class RunMaps {
       return withTops({ ...raw, data: raw.data.map((value, i) => (start.data[i] > 0 ? value / start.data[i] : 0)) });
     }
     const column = this.columnOf.get(word);
-    if (column === undefined) return `“${word}” is not in this prompt`;
+    if (column === undefined) return `no attention of “${word}” was recorded here`;
     const fits = (layer) => chosen.layer === "all" || chosen.layer === layer.place || chosen.layer === layer.name;
     const layers = this.run.layers.filter(fits);
     if (!layers.length) return "this model has no such layer";

@@ -158,10 +158,14 @@ def quantise(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     >>> levels.tolist(), float(scales)
     ([[0, 128, 255]], 0.5)
     """
-    values = np.nan_to_num(maps, nan=0.0, posinf=0.0).clip(0)
-    tops = values.max(axis=(-2, -1)).astype(np.float32)
-    factors = 255 / np.where(tops > 0, tops, 1).astype(np.float64)
-    return np.rint(values * factors[..., None, None]).clip(0, 255).astype(np.uint8), tops
+    values = np.asarray(maps, np.float32)
+    if not np.isfinite(values).all() or values.min(initial=0) < 0:
+        values = np.nan_to_num(values, nan=0.0, posinf=0.0).clip(0)
+    tops = values.max(axis=(-2, -1))
+    # Divided before it is multiplied, since 255 / top may be more than a float32 holds.
+    levels = values / np.where(tops > 0, tops, 1)[..., None, None]
+    levels *= 255
+    return np.rint(levels, out=levels).astype(np.uint8), tops
 
 
 def pack(source: Source, fit: Fit, buffer: Buffer) -> list[dict[str, Any]]:

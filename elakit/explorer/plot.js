@@ -106,7 +106,8 @@ class Plot {
     this.y = (value) => height - bottom - ((value - low) / (high - low)) * (height - top - bottom);
     const svg = h("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img" });
     svg.setAttribute("aria-label", `${measure.replaceAll("_", " ")} over the steps; the table below has the values`);
-    this.shade(svg, top, height - bottom);
+    const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
+    const note = this.shade(svg, top, height - bottom, mean > (low + high) / 2);
     for (const tick of ticks) {
       const y = this.y(tick);
       svg.append(h("line", { class: "elx-grid", x1: left, x2: width - right, y1: y, y2: y }));
@@ -126,33 +127,41 @@ class Plot {
     this.meta.runs.forEach((run, r) => head.append(h("th", { scope: "col" }, dashSample(r), run.name)));
     const body = h("tbody");
     for (const line of lines) {
-      const swatch = h("span", { class: "elx-swatch", "--c": line.colour ?? "currentColor" });
-      const row = h("tr", {}, h("th", { scope: "row", title: line.name }, swatch, line.name));
+      const swatch = h("span", { class: "elx-swatch", "--c": line.colour ?? "currentColor", "--d": line.second });
+      const own = [], light = (on) => {
+        svg.classList.toggle("elx-dimmed", on);
+        for (const part of own) part.classList.toggle("elx-hot", on);
+      };
+      const row = h("tr", { onpointerenter: () => light(true), onpointerleave: () => light(false) }, h("th", { scope: "row", title: line.name }, swatch, line.name));
       this.meta.runs.forEach((run, r) => {
         const cell = h("td", {}, "–"), values = line.runs[r];
         row.append(cell);
         if (!values) return;
         const style = { "--c": line.colour ?? "currentColor", "stroke-dasharray": DASHES[r % DASHES.length] || null };
-        svg.append(h("path", { class: "elx-line", d: this.path(run, values), ...style }));
-        this.marks.push({ r, values, cell, dot: h("circle", { class: "elx-dot", r: 3.5, "--c": style["--c"] }) });
+        const path = h("path", { class: "elx-line", d: this.path(run, values), ...style });
+        const dot = h("circle", { class: "elx-dot", r: 3.5, "--c": style["--c"] });
+        svg.append(path);
+        own.push(path, dot);
+        this.marks.push({ r, values, cell, dot });
       });
       body.append(row);
     }
-    svg.append(...this.marks.map((mark) => mark.dot));
+    svg.append(...this.marks.map((mark) => mark.dot), note); // the note on top of the lines
     this.holder.replaceChildren(svg);
     this.table.replaceChildren(h("table", {}, h("thead", {}, head), body));
   }
 
-  /** The steps in which guidance moved the picture. */
-  shade(svg, top, bottom) {
+  /** Shade the steps in which guidance moved the picture; gives the words for it, which keep off the lines. */
+  shade(svg, top, bottom, below) {
     for (const run of this.meta.runs.filter((each) => each.guided.length)) {
       const half = run.calls > 1 ? 0.5 / (run.calls - 1) : 0.5;
       const from = this.x(Math.max(0, run.guided[0] / Math.max(1, run.calls - 1) - half));
       const to = this.x(Math.min(1, run.guided.at(-1) / Math.max(1, run.calls - 1) + half));
       svg.append(h("rect", { class: "elx-guided", x: from, y: top, width: Math.max(2, to - from), height: bottom - top }));
-      svg.append(h("text", { class: "elx-note", x: from + 4, y: top + 11 }, `${run.name} guides`));
-      return; // one band is enough: runs that are compared are guided alike, and bands would hide each other
+      // One band is enough: runs that are compared are guided alike, and bands would hide each other.
+      return h("text", { class: "elx-note", x: from + 5, y: below ? bottom - 6 : top + 13 }, `${run.name} guides`);
     }
+    return "";
   }
 
   path(run, values) {

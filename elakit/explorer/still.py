@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import binary_erosion
 
 from elakit.errors import ElakitError
 from elakit.explorer.colours import lookup
@@ -59,7 +60,7 @@ def png(runs: Sequence[Run]) -> tuple[bytes, int]:
             _square(draw, x, y, colours.get(label, style.FAINT))
             _write(draw, x + 16, y, f"{style.shorten(label, 16)}, step {int(values.step)}")
             _paste(canvas, _overlay(run.image, values.sel(token=label).values, top), i, y + _HEAD, high)
-            _outline(draw, run, int(values.step), i, y + _HEAD, high, colours)
+            _outline(canvas, run, int(values.step), i, y + _HEAD, high, colours)
         y += _HEAD + high + _GAP
     _colour_bar(canvas, draw, y + 4, top)
     note = "The explorer needs a running notebook; this is its middle step."
@@ -95,28 +96,18 @@ def _paste(canvas: Image.Image, picture: Image.Image, column: int, y: int, heigh
 
 
 def _outline(
-    draw: ImageDraw.ImageDraw, run: Run, step: int, column: int, y: int, height: int, colours: dict[str, str]
+    canvas: Image.Image, run: Run, step: int, column: int, y: int, height: int, colours: dict[str, str]
 ) -> None:
-    """Edges of the regions along the cells, each a little inside its region so that neighbours are both seen."""
+    """Edges of the regions along the cells, each inside its region so that neighbours are both seen."""
     regions = run.regions.sel(step=step)
-    rows, columns = regions.sizes["y"], regions.sizes["x"]
-    left, top = (_MARGIN + column * (_PANEL + _GAP)) * _SCALE, y * _SCALE
-    wide, high = _PANEL * _SCALE / columns, height * _SCALE / rows
-    for ink, thick in (("#ffffff", 7), (None, 3)):
-        for label in map(str, regions.entity.values):
-            mask = np.pad(regions.sel(entity=label).values, 1)
-            for i, j in np.argwhere(mask):
-                x0, y0 = round(left + (j - 1) * wide), round(top + (i - 1) * high)
-                x1, y1 = round(left + j * wide), round(top + i * high)
-                sides = [
-                    (mask[i - 1, j], (x0, y0 + 2, x1, y0 + 2)),
-                    (mask[i + 1, j], (x0, y1 - 2, x1, y1 - 2)),
-                    (mask[i, j - 1], (x0 + 2, y0, x0 + 2, y1)),
-                    (mask[i, j + 1], (x1 - 2, y0, x1 - 2, y1)),
-                ]
-                for inside, line in sides:
-                    if not inside:
-                        draw.line(line, fill=ink or colours.get(label, style.INK), width=thick)
+    corner = (_MARGIN + column * (_PANEL + _GAP)) * _SCALE, y * _SCALE
+    size = _PANEL * _SCALE, height * _SCALE
+    for label in map(str, regions.entity.values):
+        region = Image.fromarray(regions.sel(entity=label).values).resize(size, Image.Resampling.NEAREST)
+        inside = np.asarray(region, bool)
+        for depth, ink in ((5, "#ffffff"), (3, colours.get(label, style.INK))):
+            edge = inside & ~binary_erosion(inside, np.ones((3, 3)), iterations=depth)
+            canvas.paste(ink, corner, Image.fromarray(edge))
 
 
 def _colour_bar(canvas: Image.Image, draw: ImageDraw.ImageDraw, y: int, top: float) -> None:

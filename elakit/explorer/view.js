@@ -190,6 +190,7 @@ class View {
       button.hidden = !word;
       return { label, canvas, button };
     });
+    thumbs.style.setProperty("--thumbs", 1 + column.small.filter(({ button }) => !button.hidden).length);
     thumbs.replaceChildren(column.bare, ...column.small.map((each) => each.button));
   }
 
@@ -206,8 +207,7 @@ class View {
       oninput: () => this.go(Number(this.slider.value)),
     });
     this.stepText = h("output", { class: "elx-step" });
-    const speeds = [...new Set([...SPEEDS, this.get("speed")])].sort((a, b) => a - b);
-    const speed = this.select("speed", "Speed", speeds, (value) => `${value} steps/s`);
+    const speed = this.select("speed", "Speed", [...SPEEDS], (value) => `${value} steps/s`);
     return h("div", { class: "elx-transport" }, this.playButton, this.slider, this.stepText, speed.select);
   }
 
@@ -263,7 +263,11 @@ class View {
   select(name, title, values, text, pick = (value) => this.put({ [name]: value })) {
     const select = h("select", { "aria-label": title, onchange: () => pick(values[select.selectedIndex]) });
     select.append(...values.map((value) => h("option", {}, text(value))));
-    this.controls.push(() => (select.selectedIndex = values.indexOf(this.get(name))));
+    this.controls.push(() => {
+      const value = this.get(name);
+      if (!values.includes(value)) select.append(h("option", {}, text(values[values.push(value) - 1]))); // a speed of Python's
+      select.selectedIndex = values.indexOf(value);
+    });
     return { select, field: h("label", { class: "elx-field" }, h("span", {}, title), select) };
   }
 
