@@ -338,7 +338,7 @@ def generate(
     >>> pipe = elakit.load("picture-world")
     >>> run = elakit.generate(pipe, "a [cat] and a [lion]", seed=1, steps=2, progress=False)
     >>> run.image.size, run.regions.dims, bool((run.regions.sum("entity") > 1).any())
-    ((64, 64), ('step', 'entity', 'y', 'x'), False)
+    ((128, 128), ('step', 'entity', 'y', 'x'), False)
     >>> [r.seed for r in elakit.generate(pipe, "a [cat] and a [lion]", seed=[1, 2], steps=2, progress=False)]
     [1, 2]
 

@@ -4,8 +4,7 @@ Zhang et al., "Easing Concept Bleeding in Diffusion via Entity Localization and 
 (PMLR 235:58955-58966).
 Known from the paper: decoder maps at 16 x 16, start-of-text read beside the entities, regions by differentiation and
 binarisation that do not overlap, one loss term an entity, z' = z - alpha * gradient, a slight step. Not public, and
-therefore options here with defaults of our own, by measurement on the embedded model (``python -m benchmarks.ela``):
-the exact rules, the loss formula, the guided steps and alpha.
+therefore options here with defaults of our own: the exact rules, the loss formula, the guided steps and alpha.
 """
 
 from __future__ import annotations
