@@ -130,8 +130,11 @@ def segment(pictures: np.ndarray) -> Seen:
 
     Examples
     --------
-    >>> segment(np.full((1, 128, 128, 3), 200, np.uint8)).classes.max()
-    np.int64(0)
+    >>> from elakit.world.scenes import Subject, World, compose
+    >>> scene = compose((Subject("frog"),), World(artists=("noto",)), np.random.default_rng(0))
+    >>> classes = segment(scene.image[None]).classes[0]
+    >>> NOUNS[int(np.median(classes[scene.entities[0].mask])) - 1]
+    'frog'
     """
     pixels = torch.tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     model = load_segmenter()
