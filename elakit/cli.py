@@ -13,7 +13,7 @@ import typer
 import elakit
 from elakit.bench.cli import app as bench
 from elakit.errors import ElakitError, OutputError, SettingError
-from elakit.guidance import METHODS
+from elakit.guidance import METHODS, without_regions
 from elakit.models import EMBEDDED, FAMILIES
 from elakit.prediction.cli import app as predict
 from elakit.resources import data_path
@@ -108,7 +108,7 @@ def run(
     if out.exists() and not (overwrite and (out / "run.json").exists()):
         raise OutputError(f"--out {out} exists already. Choose another folder, or --overwrite a run that is there.")
     pipe = _load(model, device, dtype)
-    guidance = None if method == "plain" else METHODS[method]()
+    guidance = None if method == "plain" else without_regions(method)
     drawn = elakit.generate(pipe, prompt, seed=seed, steps=steps, guidance_scale=scale, guidance=guidance)
     path = drawn.save(out, overwrite=overwrite)
     typer.echo(repr(drawn.bleeding))

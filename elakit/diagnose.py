@@ -11,7 +11,7 @@ import pandas as pd
 
 from elakit.errors import SettingError
 from elakit.generate import Run, generate
-from elakit.guidance import METHODS, Method
+from elakit.guidance import METHODS, Method, without_regions
 from elakit.guidance.engine import options_of
 from elakit.judge import Verdict
 from elakit.prompt import Prompt, parse
@@ -150,7 +150,7 @@ def diagnose(
     if isinstance(method, str):
         if method not in METHODS:
             raise SettingError(f"Unknown method {method!r}. Choose from {', '.join(METHODS)}.")
-        chosen: Method = METHODS[method]()
+        chosen: Method = without_regions(method)
     else:
         chosen = method
     began = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from elakit.errors import SettingError
 from elakit.guidance.astar import AStar
 from elakit.guidance.attend_excite import AttendAndExcite
 from elakit.guidance.box_diff import BoxDiff
@@ -38,6 +39,7 @@ __all__ = [
     "SynGen",
     "Trace",
     "Update",
+    "without_regions",
 ]
 
 # Layout guidance and BoxDiff cannot be built without regions.
@@ -48,3 +50,29 @@ METHODS: dict[str, type[Any]] = {
         BoxDiff,
     )
 }  # fmt: skip
+
+
+def without_regions(name: str) -> Any:
+    """A method of `METHODS` with its defaults, for places where no regions can be given.
+
+    Raises
+    ------
+    SettingError
+        It cannot do without.
+
+    Examples
+    --------
+    >>> without_regions("ela").name
+    'ela'
+    >>> without_regions("boxdiff")
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: boxdiff needs regions, one for each entity: draw it from Python, with ...
+    """
+    try:
+        return METHODS[name]()
+    except TypeError as error:
+        raise SettingError(
+            f"{name} needs regions, one for each entity: draw it from Python, with "
+            f"elakit.generate(..., guidance=elakit.guidance.{METHODS[name].__name__}(regions=...))."
+        ) from error

@@ -1,0 +1,91 @@
+"""Sphinx's settings: Markdown pages, docstrings in numpydoc's form, and the saved notebooks, which are not run.
+
+``python -m sphinx -W --keep-going -b html docs docs/_build`` builds the site. The pages ask no other host for anything.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import plotly
+import plotly.io
+
+import elakit
+
+DOCS = Path(__file__).parent
+FIGURE, WIDGET = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"
+PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+
+
+def figure_html(figure: dict[str, Any], number: int) -> str:
+    """A saved plotly figure as HTML; the page's first one (0) brings plotly, the site's own copy of it."""
+    shown = {"data": figure["data"], "layout": figure.get("layout", {})}
+    return plotly.io.to_html(
+        shown,
+        config={"displaylogo": False},
+        include_plotlyjs=False if number else f"../_static/{PLOTLY.name}",
+        full_html=False,
+        validate=False,
+        div_id=f"figure-{number}",
+    )
+
+
+def copy_notebooks(source: Path, target: Path) -> None:
+    """Copy notebooks into the sources: figures as HTML, widgets as the picture that is saved beside them."""
+    target.mkdir(exist_ok=True)
+    for old in target.glob("*.ipynb"):
+        if not (source / old.name).exists():
+            old.unlink()
+    for path in sorted(source.glob("*.ipynb")):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        notebook["metadata"].pop("widgets", None)
+        figures = 0
+        for cell in notebook["cells"]:
+            for output in cell.get("outputs", []):
+                data = output.get("data", {})
+                data.pop(WIDGET, None)
+                if FIGURE in data:
+                    output["data"] = {"text/html": figure_html(data[FIGURE], figures)}
+                    figures += 1
+        text = json.dumps(notebook)
+        copy = target / path.name
+        # left alone where nothing has changed, so that Sphinx does not read it again
+        if not copy.exists() or copy.read_text(encoding="utf-8") != text:
+            copy.write_text(text, encoding="utf-8")
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Copy the notebooks before the sources are read."""
+    copy_notebooks(DOCS.parent / "notebooks", DOCS / "_notebooks")
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+project = "elakit"
+author = "the authors of elakit"
+copyright = author
+release = version = elakit.__version__
+html_title = f"elakit {release}"
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc", "myst_nb"]
+exclude_patterns = ["_build", "_templates", "jupyter_execute"]
+templates_path = ["_templates"]
+# autosummary writes its pages with the first of them
+source_suffix = {".rst": "restructuredtext", ".md": "myst-nb", ".ipynb": "myst-nb"}
+
+nb_execution_mode = "off"
+nb_ipywidgets_js = {}  # would be fetched from another host
+myst_heading_anchors = 3
+
+default_role = "py:obj"
+autosummary_generate = True
+autosummary_ignore_module_all = False
+autodoc_typehints = "none"  # the docstrings have them, with shapes
+autodoc_member_order = "bysource"
+numpydoc_show_class_members = False
+numpydoc_attributes_as_param_list = True
+
+html_theme = "furo"
+html_static_path = [str(PLOTLY)]
+html_copy_source = False
