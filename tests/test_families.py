@@ -236,7 +236,7 @@ def test_a_recording_holds_what_the_taps_saw(name: str) -> None:
     prompt = parse(TEXT, pipe)
     options = family.options | {"height": 32, "width": 48}
     plain, seen = observe(pipe, lambda: draw(pipe, **options))
-    with record(pipe, prompt, RecordSpec(heads="all")) as recording:
+    with record(pipe, prompt, RecordSpec(heads="all", dtype="float32")) as recording:
         assert np.array_equal(plain, draw(pipe, **options))
     layers = adapter_for(pipe).layers()
     assert recording.steps == (0, 1)

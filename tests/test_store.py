@@ -81,7 +81,7 @@ def test_a_store_holds_what_memory_would(scheduler: str, tmp_path: Path) -> None
 
 
 def test_a_store_is_read_without_elakit(pipe: Any, prompt: Prompt, tmp_path: Path) -> None:
-    with record(pipe, prompt, store=tmp_path / "run.zarr") as recording:
+    with record(pipe, prompt, RecordSpec(dtype="float32"), store=tmp_path / "run.zarr") as recording:
         draw(pipe, prompt.text)
     tree = xr.open_datatree(tmp_path / "run.zarr", engine="zarr")
     assert json.loads(tree.attrs["prompt"])["text"] == prompt.text
@@ -100,7 +100,7 @@ def test_a_store_is_a_step_a_chunk_and_can_be_read_while_it_grows(pipe: Any, pro
         seen.append(open_recording(path).maps("car").values)
         return tensors
 
-    with record(pipe, prompt, store=path) as recording:
+    with record(pipe, prompt, RecordSpec(dtype="float32"), store=path) as recording:
         assert not path.exists()
         draw(pipe, prompt.text, callback_on_step_end=look)
     final = recording.maps("car").values
@@ -131,11 +131,11 @@ import sys
 sys.path.insert(0, {tests!r})
 import torch
 from tiny import tiny_pipeline
-from elakit.attention import record
+from elakit.attention import RecordSpec, record
 from elakit.prompt import parse
 pipe = tiny_pipeline()
 prompt = parse({text!r}, pipe)
-with record(pipe, prompt, store={path!r}):
+with record(pipe, prompt, RecordSpec(dtype="float32"), store={path!r}):
     pipe(prompt.text, num_inference_steps=900, generator=torch.Generator().manual_seed(7), output_type="latent")
 """
 
@@ -158,7 +158,7 @@ def test_a_run_that_is_killed_leaves_a_store_that_opens(pipe: Any, prompt: Promp
     assert cut.steps == tuple(range(len(cut.steps)))
     assert "cut off" in repr(cut)
     np.testing.assert_allclose(cut.maps().sum("token"), 1, atol=1e-5)
-    with record(pipe, prompt, RecordSpec(steps=slice(0, 5))) as whole:
+    with record(pipe, prompt, RecordSpec(steps=slice(0, 5), dtype="float32")) as whole:
         handle = stop_at(pipe, 5, RuntimeError("enough"))
         with pytest.raises(RuntimeError, match="enough"):
             draw(pipe, prompt.text, steps=900)
@@ -170,9 +170,9 @@ def layout(images: int = 1, dtype: torch.dtype = torch.float32) -> Layout:
     """Two sizes, three layers, two tokens."""
     prompt = Prompt("car", (), (Token(1, "car", "car", 0),), 2, 4)
     return Layout(
-        shapes={(2, 3): (images, 2, 1, 2, 3, 2), (1, 1): (images, 1, 1, 1, 1, 2)},
-        layers={(2, 3): [("a", "down", 0), ("c", "up", 2)], (1, 1): [("b", "mid", 1)]},
-        tokens=[("<start>", 0), ("<end>", -1)],
+        shapes={"2x3": (images, 2, 1, 2, 3, 2), "1x1": (images, 1, 1, 1, 1, 2)},
+        layers={"2x3": [("a", "down", 0), ("c", "up", 2)], "1x1": [("b", "mid", 1)]},
+        tokens={name: [("<start>", 0), ("<end>", -1)] for name in ("2x3", "1x1")},
         heads="mean",
         dtype=dtype,
         about={"prompt": prompt, "family": "test", "model": "Test", "expected": 9},
@@ -182,8 +182,8 @@ def layout(images: int = 1, dtype: torch.dtype = torch.float32) -> Layout:
 def fill(sink: Any, step: int) -> None:
     """Hand a sink a step whose values tell which step, size and place they are."""
     sink.reserve(step)
-    for size, slot in sink.slots().items():
-        slot.copy_((torch.arange(slot.numel()) + 100 * step + 10 * size[0]).view(slot.shape))
+    for name, slot in sink.slots().items():
+        slot.copy_((torch.arange(slot.numel()) + 100 * step + 10 * int(name[0])).view(slot.shape))
     sink.commit((2 * step, 900.0 - step, 0.5))
 
 
@@ -301,9 +301,9 @@ def test_a_store_keeps_to_the_budget(pipe: Any, prompt: Prompt, tmp_path: Path) 
 def test_a_mean_is_the_mean_of_what_is_kept(scheduler: str, tmp_path: Path) -> None:
     pipe = tiny_pipeline(scheduler=scheduler)
     prompt = parse(TEXT, pipe)
-    with record(pipe, prompt, RecordSpec(steps=2)) as each:
+    with record(pipe, prompt, RecordSpec(steps=2, dtype="float32")) as each:
         plain = draw(pipe, prompt.text, steps=5)
-    spec = RecordSpec(steps=2, accumulate=True)
+    spec = RecordSpec(dtype="float32", steps=2, accumulate=True)
     with record(pipe, prompt, spec, store=tmp_path / "mean.zarr") as mean:
         assert torch.equal(plain, draw(pipe, prompt.text, steps=5))
     for recording in (mean, open_recording(tmp_path / "mean.zarr")):
@@ -337,10 +337,13 @@ def test_a_mean_takes_the_bytes_of_one_step_and_says_so(shared_pipe: Any) -> Non
 
 
 def test_a_mean_cut_off_is_that_of_the_full_steps(pipe: Any, prompt: Prompt) -> None:
-    with record(pipe, prompt) as whole:
+    with record(pipe, prompt, RecordSpec(dtype="float32")) as whole:
         draw(pipe, prompt.text, steps=4)
     stop_at(pipe, 3, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt), record(pipe, prompt, RecordSpec(accumulate=True)) as recording:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        record(pipe, prompt, RecordSpec(accumulate=True, dtype="float32")) as recording,
+    ):
         draw(pipe, prompt.text, steps=4)
     assert recording.averaged == 3
     np.testing.assert_allclose(recording.maps()[0], whole.maps(steps=slice(0, 3)).mean("step"), atol=1e-6)
@@ -378,9 +381,9 @@ def test_whatever_is_asked_for_is_a_part_of_everything(
 ) -> None:
     prompt = parse(TEXT, shared_pipe)
     size = {"height": side[0], "width": side[1]}
-    with record(shared_pipe, prompt, RecordSpec(tokens="all", heads="all")) as everything:
+    with record(shared_pipe, prompt, RecordSpec(tokens="all", heads="all", dtype="float32")) as everything:
         draw(shared_pipe, prompt.text, steps=2, **size)
-    spec = RecordSpec(tokens=tokens, heads=heads, layers=layers, device=device, steps=every)
+    spec = RecordSpec(tokens=tokens, heads=heads, layers=layers, device=device, steps=every, dtype="float32")
     with record(shared_pipe, prompt, spec) as some:
         draw(shared_pipe, prompt.text, steps=2, **size)
     assert some.nbytes == spec.plan(shared_pipe, prompt, steps=2, **size).bytes

@@ -62,6 +62,37 @@ def _node_mean(node: xr.Dataset, channels: Sequence[str], image: int) -> np.ndar
     return np.moveaxis(np.concatenate(means), -1, 1)
 
 
+def refined(maps: np.ndarray, node: xr.Dataset, image: int, times: int) -> np.ndarray:
+    """Maps spread over cells that attend to each other: ``times`` x the self-attention matrix, applied to each.
+
+    Parameters
+    ----------
+    maps : numpy.ndarray, (step, channel, y, x)
+    node : xarray.Dataset
+        Of self-attention, with the same steps.
+    image, times : int
+
+    Returns
+    -------
+    numpy.ndarray, (step, channel, rows, columns)
+        At the size of the self-attention; a cell's value is the mean of those it attends to, by its attention.
+
+    References
+    ----------
+    Wang et al., "Diffusion model is secretly a training-free open vocabulary semantic segmenter" (DiffSegmenter, 2023)
+    """
+    size = node.sizes["y"], node.sizes["x"]
+    among = node["probability"].isel(image=image, layer=0, head=0)
+    values = resize(maps, size).reshape(*maps.shape[:2], -1)  # (step, channel, cell)
+    spread = np.empty_like(values)
+    for step, channels in enumerate(values):
+        matrix = among.isel(step=step).values.reshape(values.shape[-1], -1).astype(np.float32)  # (cell, attended cell)
+        for _ in range(times):
+            channels = channels @ matrix.T
+        spread[step] = channels
+    return spread.reshape(*maps.shape[:2], *size)
+
+
 def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize maps as densities: bilinear along sides that grow, area mean along sides that shrink.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from elakit.attention.recording import Recording
 from elakit.attention.spec import Plan, RecordSpec, select_layers, size_name
 from elakit.attention.store import (
+    SELF,
     Layout,
     Memory,
     Moment,
@@ -31,7 +32,7 @@ from elakit.attention.store import (
     save_tree,
 )
 from elakit.attention.taps import Attend, leave_alone, tap
-from elakit.errors import RecordingError, SettingError
+from elakit.errors import ModelError, RecordingError, SettingError
 from elakit.models import Adapter, AttentionLayer, adapter_for
 from elakit.prompt import Prompt, parse
 
@@ -153,6 +154,11 @@ class _Recorder:
         self.store = store
         self.channels = spec.channels(prompt)
         self.layers = select_layers(adapter.layers(), spec.layers)
+        if spec.self_attention is not None:
+            try:
+                self.layers += adapter.self_layers(self.layers)
+            except ModelError as error:
+                raise RecordingError(f"self_attention={spec.self_attention} cannot be kept: {error}") from error
         self.pauses = 0
         self.calls = 0
         self.expected: int | None = None
@@ -160,7 +166,8 @@ class _Recorder:
         self._shape: tuple[int, Size] | None = None  # images, latent size: fixed by the first call
         self._plan: Plan | None = None
         self._planned = 0  # steps to make room for
-        self._places: dict[str, tuple[Size, int]] = {}  # map size of each layer, and its number among those of the size
+        self._places: dict[str, tuple[str, int]] = {}  # node of each layer, and its number among those there
+        self._shares: dict[str, float] = {}  # of layers of self-attention, which are averaged, in the mean
         self._sink: Sink | None = None
         self._counting = False  # inside a call of the pipeline's, not one of a paused pass
         self._rows: slice | None = None  # conditional rows of the call in progress; None: not kept
@@ -198,16 +205,19 @@ class _Recorder:
         if self._rows is None or layer.name not in self._places:
             return
         with torch.no_grad():
-            kept = self.channels.gather(attend(self._rows))  # (images, heads, h*w, tokens)
-            if self.spec.heads == "mean":
+            kept = attend(self._rows)  # (images, heads, h*w, text positions or cells)
+            share = self._shares.get(layer.name)
+            if share is None:
+                kept = self.channels.gather(kept)
+            if self.spec.heads == "mean" or share is not None:
                 kept = kept.mean(1, keepdim=True)
             elif self.spec.wanted_heads is not None:
                 # One by one: an index would have to be copied to the device.
                 kept = torch.stack([kept[:, head] for head in self.spec.wanted_heads], dim=1)
             if self._slots is None:
                 self._slots = self._open_sink(kept).slots()
-            planned, place = self._places[layer.name]
-            slot = self._slots[planned][:, place]
+            node, place = self._places[layer.name]
+            slot = self._slots[node][:, place]
             kept = kept.unflatten(2, size)
             if kept.shape != slot.shape:
                 raise RecordingError(
@@ -215,7 +225,12 @@ class _Recorder:
                     f"{tuple(slot.shape)} were planned from {_shape_text(*self._shape or (0, size))}. Leave it out "
                     "with RecordSpec(layers=...), and please report it."
                 )
-            slot.copy_(kept)
+            if share is None:
+                slot.copy_(kept)
+            elif self._shares.keys() & self._seen:
+                slot.add_(kept * share)
+            else:
+                slot.copy_(kept * share)
         self._seen.add(layer.name)
 
     def after_call(self, *_: Any) -> None:
@@ -232,10 +247,17 @@ class _Recorder:
         kept = sum(self.spec.keeps(call, self.expected) for call in range(self.expected or 1))
         plan = self.spec.plan_layers(self.adapter.layers(), self.prompt, latent, max(kept, 1), images)
         self._places = {
-            name: (resolution.size, place)
+            name: (size_name(resolution.size), place)
             for resolution in plan.resolutions
+            if not resolution.of_self
             for place, name in enumerate(resolution.layers)
         }
+        for resolution in plan.resolutions:
+            if resolution.of_self:
+                beside = [layer for layer in self.adapter.layers() if layer.name in resolution.layers]
+                names = [layer.name for layer in self.adapter.self_layers(beside)]
+                self._shares = dict.fromkeys(names, 1 / len(names))
+                self._places |= dict.fromkeys(names, (SELF + size_name(resolution.size), 0))
         self._planned = kept if self.expected else min(8, self.spec.budget // plan.step_bytes)
         self._plan = plan
         self._shape = (images, latent)
@@ -262,13 +284,25 @@ class _Recorder:
     def _layout(self, plan: Plan) -> Layout:
         layers = self.adapter.layers()
         about = {layer.name: (layer.name, layer.place, order) for order, layer in enumerate(layers)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        named: dict[str, list[tuple[str, str, int]]] = {}
+        tokens: dict[str, list[tuple[str, int]]] = {}
+        for each in plan.resolutions:
+            rows, columns = each.size
+            if each.of_self:
+                node = SELF + size_name(each.size)
+                shapes[node] = (plan.images, 1, 1, rows, columns, rows * columns)
+                named[node] = [("mean", "mean", 0)]
+                tokens[node] = [(f"{i // columns},{i % columns}", i) for i in range(rows * columns)]
+            else:
+                node = size_name(each.size)
+                shapes[node] = (plan.images, len(each.layers), each.heads, rows, columns, len(plan.tokens))
+                named[node] = [about[name] for name in each.layers]
+                tokens[node] = list(zip(self.channels.labels, self.channels.indices, strict=True))
         return Layout(
-            shapes={
-                each.size: (plan.images, len(each.layers), each.heads, *each.size, len(plan.tokens))
-                for each in plan.resolutions
-            },
-            layers={each.size: [about[name] for name in each.layers] for each in plan.resolutions},
-            tokens=list(zip(self.channels.labels, self.channels.indices, strict=True)),
+            shapes=shapes,
+            layers=named,
+            tokens=tokens,
             heads=self.spec.wanted_heads or str(self.spec.heads),
             dtype=getattr(torch, self.spec.dtype),
             about=self._about(),

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from elakit.attention.aggregate import Normalise, layer_mean, normalised, softmax
+from elakit.attention.aggregate import Normalise, layer_mean, normalised, refined, softmax
 from elakit.attention.spec import START, find_tokens, readable_bytes, runs, select_layers
-from elakit.attention.store import is_recording, open_tree, save_tree
+from elakit.attention.store import SELF, is_recording, open_tree, save_tree
 from elakit.errors import OutputError, RecordingError, SettingError
 from elakit.models.adapter import decoder_side
 from elakit.prompt import Entity, Prompt
@@ -40,6 +40,9 @@ class Recording:
     the tokens of a position sum to 1 (in joint attention, to the share that the text gets beside the picture). Encoders
     without a start-of-text token, such as T5, have no ``"<start>"``. A mean over steps
     (``RecordSpec(accumulate=True)``) stands as one step, the last call's, with the means of timestep and sigma.
+
+    ``RecordSpec(self_attention=16)`` adds a node such as ``"self-16x16"``, the mean self-attention, whose ``token`` are
+    the cells that are attended to (``"row,column"``).
 
     Parameters
     ----------
@@ -97,7 +100,7 @@ class Recording:
     @property
     def nbytes(self) -> int:
         """Bytes of the probabilities."""
-        return sum(node["probability"].nbytes for node in self._nodes())
+        return sum(node["probability"].nbytes for node in [*self._nodes(), *self._self_nodes().values()])
 
     # -- aggregation ---------------------------------------------------------------------------------------------
 
@@ -109,6 +112,7 @@ class Recording:
         steps: int | slice | Sequence[int] | None = None,
         normalise: Normalise = None,
         image: int = 0,
+        refine: int = 0,
     ) -> xr.DataArray:
         """Token maps: the mean over layers and heads, one map a step and token.
 
@@ -131,6 +135,10 @@ class Recording:
             there is one.
         image : int
             Which of the pictures drawn at once.
+        refine : int
+            Spread the maps so many times along the self-attention that was kept
+            (``RecordSpec(self_attention=16)``), and at its size: cells of one object attend to each other. Comes before
+            any normalisation.
 
         Returns
         -------
@@ -162,6 +170,8 @@ class Recording:
         if not -images <= image < images:
             raise RecordingError(f"Image {image} was not recorded; there are {images} (0 to {images - 1}).")
         values = layer_mean(picked, channels, image)  # (step, channel, y, x)
+        if refine:
+            values = refined(values, self._self_node(picked[0]["step"].values, refine), image, refine)
         column = {channel: i for i, channel in enumerate(channels)}
         start = values[:, [column[START]]] if normalise == "start" else None
         if normalise == "tokens":
@@ -294,6 +304,10 @@ class Recording:
                 images = list(range(node.sizes["image"]))
                 node = node.isel(image=_positions("image", [image] if np.isscalar(image) else image, images))
             nodes[node.attrs["size"]] = node
+        kept = next(iter(nodes.values()))["step"].values
+        for name, node in self._self_nodes().items():
+            node = node.sel(step=kept)
+            nodes[name] = node if image is None else node.isel(image=[image] if np.isscalar(image) else image)
         return self._with(nodes)
 
     def isel(self, **positions: int | slice | Sequence[int]) -> Recording:
@@ -315,7 +329,9 @@ class Recording:
                 )
             indexers[dimension] = [where] if isinstance(where, (int, np.integer)) else where
         try:
-            return self._with({node.attrs["size"]: node.isel(indexers) for node in self._nodes()})
+            nodes = {node.attrs["size"]: node.isel(indexers) for node in self._nodes()}
+            shared = {name: where for name, where in indexers.items() if name in ("step", "image")}
+            return self._with(nodes | {name: node.isel(shared) for name, node in self._self_nodes().items()})
         except IndexError as error:
             there = {name: self._first().sizes[name] for name in indexers}
             raise RecordingError(f"Position outside the recording, which has {there}: {positions}.") from error
@@ -423,13 +439,30 @@ class Recording:
                     f"layers {layers}; {heads}; {readable_bytes(node['probability'].nbytes)}",
                 )
             )
+        rows += [
+            (f"self-attention {node.attrs['size']}", readable_bytes(node["probability"].nbytes))
+            for node in self._self_nodes().values()
+        ]
         return [*rows, ("in all", f"{readable_bytes(self.nbytes)}, {nodes[0]['probability'].dtype}")]
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def _nodes(self) -> list[xr.Dataset]:
-        nodes = [node.to_dataset() for node in self.tree.children.values()]
+        nodes = [node.to_dataset() for name, node in self.tree.children.items() if not name.startswith(SELF)]
         return sorted(nodes, key=_size, reverse=True)
+
+    def _self_nodes(self) -> dict[str, xr.Dataset]:
+        return {name: node.to_dataset() for name, node in self.tree.children.items() if name.startswith(SELF)}
+
+    def _self_node(self, steps: np.ndarray, refine: int) -> xr.Dataset:
+        """Self-attention of these steps."""
+        if refine < 0:
+            raise SettingError(f"refine is {refine}; give 0 for maps as they are, or how often to spread them: 1, 2.")
+        for node in self._self_nodes().values():
+            return node.sel(step=steps)
+        raise RecordingError(
+            "No self-attention was recorded, which refine needs; record it with RecordSpec(self_attention=16)."
+        )
 
     def _first(self) -> xr.Dataset:
         nodes = self._nodes()

@@ -31,10 +31,11 @@ from elakit.prompt import Prompt
 
 DIMENSIONS = ("step", "image", "layer", "head", "y", "x", "token")
 FORMAT = "elakit recording 1"
+SELF = "self-"  # begins the name of a node of self-attention, whose tokens are the cells of the map
 
 Size: TypeAlias = tuple[int, int]
 Moment: TypeAlias = tuple[int, float, float]  # call, timestep, sigma
-Slots: TypeAlias = dict[Size, Tensor]  # of each size (image, layer, head, y, x, token)
+Slots: TypeAlias = dict[str, Tensor]  # of each node (image, layer, head, y, x, token)
 
 # Steps whose call, timestep and sigma share a file.
 _STEPS = 512
@@ -128,37 +129,41 @@ class Layout:
 
     Attributes
     ----------
-    shapes : dict of (h, w) to shape
-        (image, layer, head, y, x, token) of each map size.
-    layers : dict of (h, w) to list of (name, place, position in the forward pass)
-    tokens : list of (label, position)
+    shapes : dict of str to shape
+        (image, layer, head, y, x, token) of each node.
+    layers : dict of str to list of (name, place, position in the forward pass)
+    tokens : dict of str to list of (label, position)
     heads : {"mean", "all"} or sequence of int
     dtype : torch.dtype
     about : dict
         Prompt, family, model and expected calls, as `build_tree` takes them.
     """
 
-    shapes: dict[Size, tuple[int, ...]]
-    layers: dict[Size, list[tuple[str, str, int]]]
-    tokens: list[tuple[str, int]]
+    shapes: dict[str, tuple[int, ...]]
+    layers: dict[str, list[tuple[str, str, int]]]
+    tokens: dict[str, list[tuple[str, int]]]
     heads: str | Sequence[int]
     dtype: torch.dtype
     about: dict[str, Any] = field(repr=False)
 
     def slots(self, dtype: torch.dtype | None = None, **options: Any) -> tuple[Tensor, Slots]:
-        """Room for one step: one flat tensor, so that one copy moves it all, and its parts by size."""
+        """Room for one step: one flat tensor, so that one copy moves it all, and its parts by node."""
         counts = [int(np.prod(shape)) for shape in self.shapes.values()]
         flat = torch.empty(sum(counts), dtype=dtype or self.dtype, **options)
         parts = zip(self.shapes.items(), flat.split(counts), strict=True)
-        return flat, {size: part.view(shape) for (size, shape), part in parts}
+        return flat, {name: part.view(shape) for (name, shape), part in parts}
 
-    def tree(self, values: dict[Size, np.ndarray], steps: Sequence[Moment], calls: int, averaged: int = 0) -> Any:
-        """The recording's tree; ``values`` of each size, (step, image, layer, head, y, x, token)."""
+    def tree(self, values: dict[str, np.ndarray], steps: Sequence[Moment], calls: int, averaged: int = 0) -> Any:
+        """The recording's tree; ``values`` of each node, (step, image, layer, head, y, x, token)."""
         nodes = {
-            size_name(size): build_node(
-                array, steps=steps, layers=self.layers[size], tokens=self.tokens, heads=self.heads
+            name: build_node(
+                array,
+                steps=steps,
+                layers=self.layers[name],
+                tokens=self.tokens[name],
+                heads="mean" if name.startswith(SELF) else self.heads,
             )
-            for size, array in values.items()
+            for name, array in values.items()
             if steps
         }
         return build_tree(nodes, calls=calls, averaged=averaged, **self.about)
@@ -209,8 +214,8 @@ class Memory:
 
     def _room(self, capacity: int) -> Slots:
         return {
-            size: torch.empty((capacity, *shape), dtype=self.layout.dtype, device=self.device)
-            for size, shape in self.layout.shapes.items()
+            name: torch.empty((capacity, *shape), dtype=self.layout.dtype, device=self.device)
+            for name, shape in self.layout.shapes.items()
         }
 
     def reserve(self, step: int) -> None:
@@ -221,13 +226,13 @@ class Memory:
         if step >= capacity:
             raise _over_budget(self.layout, step, self._most)
         longer, taken = self._room(capacity), len(self._steps)
-        for size, values in self._values.items():
-            longer[size][:taken] = values[:taken]
+        for name, values in self._values.items():
+            longer[name][:taken] = values[:taken]
         self._values, self._capacity = longer, capacity
 
     def slots(self) -> Slots:
         """The next step's own place in the arrays."""
-        return {size: values[len(self._steps)] for size, values in self._values.items()}
+        return {name: values[len(self._steps)] for name, values in self._values.items()}
 
     def commit(self, moment: Moment) -> None:
         """Count the step whose values are in place."""
@@ -235,14 +240,14 @@ class Memory:
 
     def tree(self, calls: int) -> xr.DataTree:
         """A view of the arrays (a copy where they are not on the host)."""
-        taken = {size: values[: len(self._steps)].cpu().numpy() for size, values in self._values.items()}
+        taken = {name: values[: len(self._steps)].cpu().numpy() for name, values in self._values.items()}
         return self.layout.tree(taken, self._steps, calls)
 
     def finish(self, calls: int) -> xr.DataTree:
         """The arrays, without the room that a run cut off did not fill."""
         full = len(self._steps) == self._capacity
         self._values = {
-            size: values[: len(self._steps)].to("cpu", copy=not full) for size, values in self._values.items()
+            name: values[: len(self._steps)].to("cpu", copy=not full) for name, values in self._values.items()
         }
         return self.tree(calls)
 
@@ -284,9 +289,9 @@ class RunningMean:
             return self.layout.tree({}, (), calls)
         mean = (total / len(moments)).to(self.layout.dtype).cpu().numpy()
         values, first = {}, 0
-        for size, shape in self.layout.shapes.items():
+        for name, shape in self.layout.shapes.items():
             count = int(np.prod(shape))
-            values[size] = mean[first : first + count].reshape(1, *shape)
+            values[name] = mean[first : first + count].reshape(1, *shape)
             first += count
         _, timesteps, sigmas = zip(*moments, strict=True)
         moment = (moments[-1][0], float(np.mean(timesteps)), float(np.mean(sigmas)))
@@ -328,7 +333,7 @@ class ZarrStore:
         """Write the step, then the metadata that make it part of the store."""
         try:
             if not self._steps:
-                values = {size: slot.numpy()[None] for size, slot in self._slots.items()}
+                values = {name: slot.numpy()[None] for name, slot in self._slots.items()}
                 write_whole(self.layout.tree(values, [moment], moment[0] + 1), self.path, step_chunk=1)
                 self._metadata = json.loads((self.path / ".zmetadata").read_text(encoding="utf-8"))
             else:
@@ -340,8 +345,8 @@ class ZarrStore:
     def _append(self, steps: list[Moment]) -> None:
         metadata = json.loads(json.dumps(self._metadata))
         described = metadata["metadata"]
-        for size, slot in self._slots.items():
-            folder = self.path / size_name(size)
+        for node, slot in self._slots.items():
+            folder = self.path / node
             for image, values in enumerate(slot.numpy()):
                 _write_chunk(folder / "probability", (len(steps) - 1, image, 0, 0, 0, 0, 0), values)
             nth = (len(steps) - 1) // _STEPS
@@ -351,7 +356,7 @@ class ZarrStore:
                 padded[: len(column)] = column
                 _write_chunk(folder / name, (nth,), padded)
             for name in ("probability", "step", "timestep", "sigma"):
-                array = described[f"{size_name(size)}/{name}/.zarray"]
+                array = described[f"{node}/{name}/.zarray"]
                 array["shape"][0] = len(steps)
                 _write_json(folder / name / ".zarray", array)
         described[".zattrs"]["calls"] = steps[-1][0] + 1
@@ -428,8 +433,8 @@ class Staging:
             arrived, host, moment = self._under_way.pop(0)
             if arrived is not None:
                 arrived.synchronize()
-            for size, slot in self._sink.slots().items():
-                slot.copy_(host[size])
+            for name, slot in self._sink.slots().items():
+                slot.copy_(host[name])
             self._sink.commit(moment)
 
     def tree(self, calls: int) -> xr.DataTree:

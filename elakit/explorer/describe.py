@@ -12,6 +12,7 @@ import pandas as pd
 import xarray as xr
 
 from elakit.attention import Recording
+from elakit.attention.store import SELF
 from elakit.errors import ElakitError, RecordingError
 from elakit.explorer.colours import TABLES
 from elakit.explorer.packing import Buffer, Fit, Source, fit_to, pack
@@ -120,7 +121,7 @@ def nodes_of(recording: Recording) -> tuple[xr.Dataset, ...]:
     RecordingError
         Nothing was recorded.
     """
-    nodes = [node.to_dataset() for node in recording.tree.children.values()]
+    nodes = [node.to_dataset() for name, node in recording.tree.children.items() if not name.startswith(SELF)]
     if not nodes or not nodes[0].sizes["step"]:
         raise RecordingError("The recording is empty: the run ended before its first step was finished. Draw it again.")
     return tuple(sorted(nodes, key=lambda node: (node.sizes["y"], node.sizes["x"]), reverse=True))

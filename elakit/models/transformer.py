@@ -170,7 +170,7 @@ class TransformerAdapter:
         if joint is not None:
             raise ModelError(
                 f"{self.family} has joint attention, no separate self-attention: in {joint.name} picture and text "
-                "attend to both in one softmax. Choose a method that does not read self-attention."
+                "attend to both in one softmax. Go without what reads self-attention."
             )
         return tuple(self_layer(self.denoiser, layer) for layer in beside)
 

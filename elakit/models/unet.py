@@ -223,7 +223,7 @@ def self_layer(denoiser: nn.Module, beside: AttentionLayer) -> AttentionLayer:
     except AttributeError:
         module = None
     if not isinstance(module, Attention) or module.is_cross_attention:
-        raise ModelError(f"There is no self-attention beside {beside.name}; choose a method that does not read it.")
+        raise ModelError(f"There is no self-attention beside {beside.name}; go without what reads it.")
     return replace(beside, name=name, heads=module.heads, module=module)
 
 

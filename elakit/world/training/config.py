@@ -68,9 +68,10 @@ class DenoiserSettings:
 class JudgeSettings:
     """The segmenter that says what is in a picture.
 
-    Of the `scenes`, a share shows hybrids (`mixtures`) and one shows a thing partly behind another (`occluded`); a
-    share of all is seen through the autoencoder (`rebuilt`), as generated pictures are, and one redrawn by the denoiser
-    from some noise (`redrawn`): its drawings are a little askew, and no hybrids for that.
+    Of the `scenes`, a share shows hybrids (`mixtures`), one shows a thing partly behind another (`occluded`) and one
+    nothing at all (`empty`); a share of all is seen through the autoencoder (`rebuilt`), as generated pictures are, and
+    one redrawn by the denoiser from some noise (`redrawn`): its drawings are a little askew, and no hybrids for that.
+    The same is learnt from whole drawings of single things, so many (`drawn`).
     """
 
     channels: tuple[int, ...]
@@ -79,6 +80,8 @@ class JudgeSettings:
     occluded: float
     rebuilt: float
     redrawn: float
+    empty: float
+    drawn: int
     samples: int
     batch: int
     learning_rate: float

@@ -1,0 +1,152 @@
+"""Self-attention kept beside the maps, and maps spread along it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from diffusers.models.attention_processor import AttnProcessor
+from tiny import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sdxl
+
+from elakit.attention import RecordSpec, open_recording, record
+from elakit.attention.aggregate import refined
+from elakit.errors import RecordingError, SettingError
+from elakit.prompt import parse
+
+TEXT = "a [red car] and a [blue bird]"
+
+
+def draw(pipe: Any, text: str, steps: int = 3, **options: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return pipe(text, num_inference_steps=steps, generator=generator, output_type="latent", **options).images
+
+
+class Watching(AttnProcessor):
+    """A plain processor that keeps the probabilities that a layer computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+
+    def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        scores, attn.get_attention_scores = attn.get_attention_scores, self._keep(attn)
+        try:
+            return super().__call__(attn, *args, **kwargs)
+        finally:
+            attn.get_attention_scores = scores
+
+    def _keep(self, attn: Any) -> Any:
+        compute = type(attn).get_attention_scores
+
+        def keep(*args: Any) -> torch.Tensor:
+            self.seen.append(compute(attn, *args))
+            return self.seen[-1]
+
+        return keep
+
+
+def test_it_is_the_mean_of_what_the_layers_of_its_size_computed() -> None:
+    pipe = tiny_pipeline()
+    prompt = parse(TEXT, pipe)
+    plain = draw(pipe, prompt.text)
+    spec = RecordSpec(self_attention=8, dtype="float32")
+    with record(pipe, prompt, spec) as recording:
+        assert torch.equal(draw(pipe, prompt.text), plain)
+    beside = [name for name in recording.layers if name in recording.tree["8x8"]["layer"].values]
+    watchers = {name.replace("attn2", "attn1"): Watching() for name in beside}
+    pipe.unet.set_attn_processor(
+        {name: watchers.get(name.removesuffix(".processor"), AttnProcessor()) for name in pipe.unet.attn_processors}
+    )
+    draw(pipe, prompt.text)
+    # (steps, layers, conditional half of the heads, cells, cells)
+    seen = torch.stack([torch.stack([w.seen[step] for w in watchers.values()]) for step in range(3)])
+    expected = seen.unflatten(2, (2, -1))[:, :, 1].mean((1, 2))
+    kept = recording.tree["self-8x8"]["probability"].values.reshape(3, 64, 64)
+    np.testing.assert_allclose(kept, expected, atol=1e-5)
+    assert spec.plan(pipe, prompt, steps=3).bytes == recording.nbytes
+    assert recording.sizes == ((8, 8), (4, 4))
+    assert "self-attention 8x8" in repr(recording)
+
+
+def node(matrix: np.ndarray, size: tuple[int, int]) -> xr.Dataset:
+    values = matrix.reshape(1, 1, 1, 1, *size, -1)
+    return xr.Dataset({"probability": (("step", "image", "layer", "head", "y", "x", "token"), values)})
+
+
+def test_cells_that_attend_to_each_other_share_their_values() -> None:
+    maps = np.array([[[[1.0, 0.0], [0.5, 0.5]]]], np.float32)
+    alone = np.eye(4)
+    np.testing.assert_array_equal(refined(maps, node(alone, (2, 2)), 0, 3), maps)
+    together = np.full((4, 4), 0.25)
+    np.testing.assert_allclose(refined(maps, node(together, (2, 2)), 0, 1), np.full((1, 1, 2, 2), 0.5))
+    # The first row's two cells attend to each other alike, the others to themselves.
+    rows = np.eye(4)
+    rows[:2, :2] = 0.5
+    np.testing.assert_allclose(refined(maps, node(rows, (2, 2)), 0, 1), [[[[0.5, 0.5], [0.5, 0.5]]]])
+    # The first looks at the second alone: one hop takes its value, and not the other way round.
+    hop = np.eye(4)
+    hop[0] = [0, 1, 0, 0]
+    np.testing.assert_allclose(refined(maps, node(hop, (2, 2)), 0, 1)[0, 0], [[0, 0], [0.5, 0.5]])
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(tiny_pipeline, {}), (tiny_sdxl, {}), (tiny_pixart, {"use_resolution_binning": False})],
+)
+def test_refined_maps_come_at_its_size_from_memory_and_disk(make: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    pipe = make()
+    prompt = parse(TEXT, pipe)
+    side = max(RecordSpec().plan(pipe, prompt, steps=1).resolutions[-1].size)
+    spec = RecordSpec(self_attention=side)
+    with record(pipe, prompt, spec) as kept:
+        draw(pipe, prompt.text, num_images_per_prompt=2, **options)
+    with record(pipe, prompt, spec, store=tmp_path / "run.zarr"):
+        draw(pipe, prompt.text, num_images_per_prompt=2, **options)
+    opened = open_recording(tmp_path / "run.zarr")
+    maps = kept.maps("entities", refine=2, image=1)
+    assert maps.shape[-2:] == (side, side)
+    xr.testing.assert_identical(maps, opened.maps("entities", refine=2, image=1))
+    part = opened.sel(step=[0, 2], image=1, token="car")
+    np.testing.assert_array_equal(part.maps("car", refine=2), kept.maps("car", steps=[0, 2], refine=2, image=1))
+    one = kept.isel(step=-1)
+    np.testing.assert_array_equal(one.maps("bird", refine=1), kept.maps("bird", steps=-1, refine=1))
+    # Rows of self-attention sum to 1, so maps stay between their least and their most.
+    raw = kept.maps("entities", size=side)
+    assert float(maps.max()) <= float(kept.maps("entities", image=1).max()) + 1e-3
+    assert float(raw.min()) >= 0
+
+
+def test_a_mean_over_steps_keeps_it_too() -> None:
+    pipe = tiny_pipeline()
+    prompt = parse(TEXT, pipe)
+    with record(pipe, prompt, RecordSpec(self_attention=4, dtype="float32")) as each:
+        draw(pipe, prompt.text)
+    with record(pipe, prompt, RecordSpec(self_attention=4, dtype="float32", accumulate=True)) as mean:
+        draw(pipe, prompt.text)
+    whole = each.tree["self-4x4"]["probability"].mean("step")
+    np.testing.assert_allclose(mean.tree["self-4x4"]["probability"][0], whole, atol=1e-6)
+
+
+def test_what_cannot_be_had_is_said() -> None:
+    pipe = tiny_pipeline()
+    prompt = parse(TEXT, pipe)
+    with record(pipe, prompt) as recording:
+        draw(pipe, prompt.text, steps=1)
+    with pytest.raises(RecordingError, match=r"RecordSpec\(self_attention=16\)"):
+        recording.maps("car", refine=1)
+    with pytest.raises(RecordingError, match="8x8, 4x4"):
+        RecordSpec(self_attention=5).plan(pipe, prompt, steps=1)
+    with pytest.raises(SettingError, match="larger side"):
+        RecordSpec(self_attention=0)
+    with record(pipe, prompt, RecordSpec(self_attention=4)) as recording:
+        draw(pipe, prompt.text, steps=1)
+    with pytest.raises(SettingError, match="refine is -1"):
+        recording.maps("car", refine=-1)
+    flux = tiny_flux()
+    text = parse(TEXT, flux)
+    with pytest.raises(RecordingError, match="joint attention"), record(flux, text, RecordSpec(self_attention=4)):
+        pass
