@@ -1,0 +1,9 @@
+"""Why a prompt fails: what goes wrong in its pictures, where it starts, and what causes it.
+
+Pure functions over finished runs and the pipeline's text encoder: nothing is drawn here.
+"""
+
+from elakit.causes.find import find
+from elakit.causes.findings import CAUSE_KINDS, FAILURE_KINDS, Cause, Failure, Findings, wilson
+
+__all__ = ["CAUSE_KINDS", "FAILURE_KINDS", "Cause", "Failure", "Findings", "find", "wilson"]
