@@ -114,10 +114,10 @@ def two_cells(*left: float) -> Attention:
     [
         # each pair's others: -1/2 [(.7 + 1.2)/2 + (1/12 + .3)/2] and -1/2 [(.3 + 1.2)/2 + (1/12 + .7)/2]
         (1, 0.3 + 1 / 15, -2 * 0.5 * (0.95 + 0.1916667)),
-        # the bird's second piece is just like blue (0, so the first one counts); it is among the car's others, and the
-        # mean over what is other than the bird runs over both pieces:
-        # -1/2 [(.7 + 1.2 + .7)/3 + (1/12 + .3 + 1/12)/3] and -1/2 [(.3 + 1.2 + 1/12 + .7)/4 + (1/12 + .7)/2]
-        (2, 0.3 + 1 / 15, -0.5 * (0.8666667 + 0.1555556) - 0.5 * (0.5708333 + 0.3916667)),
+        # the bird's second piece is just like blue (0, so the first one counts), and one of the car's others; of each
+        # other than the bird the piece counts that is less like it, for red and car the first one too:
+        # -1/2 [(.7 + 1.2 + .7)/3 + (1/12 + .3 + 1/12)/3] and -1/2 [(.3 + 1.2)/2 + (1/12 + .7)/2]
+        (2, 0.3 + 1 / 15, -0.5 * (0.8666667 + 0.1555556) - 0.5 * (0.75 + 0.3916667)),
     ],
 )
 def test_syngen_draws_pairs_together_and_away_from_the_other_words(pieces: int, alike: float, unlike: float) -> None:
@@ -128,7 +128,7 @@ def test_syngen_draws_pairs_together_and_away_from_the_other_words(pieces: int, 
     assert float(loss.total) == pytest.approx((alike + unlike) * math.log(2), rel=1e-5)
 
 
-@pytest.mark.parametrize(("lone", "car"), [(False, 0.0), (True, -(0.3 + 0.7 + 1.2) / 3 / 2)])
+@pytest.mark.parametrize(("lone", "car"), [(False, 0.0), (True, -(0.3 + 0.7 + 1.2) / 3)])
 def test_syngen_leaves_nouns_without_attributes_out_unless_asked(lone: bool, car: float) -> None:
     # "red" is a word like any other now; the bird's pair is as above
     loss = loss_of(SynGen(lone_nouns=lone), two_cells(1 / 2, 4 / 5, 1 / 3, 1 / 5), hand_made(car=()))
@@ -146,13 +146,14 @@ def test_divide_and_bind_weighs_variation_against_binding(steps: int, step: int,
     # Smoothing mixes the two columns, and nothing varies along y, so all can be done on pairs of numbers.
     soft = {name: (MIDDLE * a + SIDES * b, MIDDLE * b + SIDES * a) for name, (a, b) in COLUMNS.items()}
 
-    def above(values: tuple[float, ...], share: float) -> list[float]:
-        spread = [math.exp(value) / (2 * sum(map(math.exp, values))) for value in values]
-        return [max(0, value - share * max(spread)) + 1e-5 for value in spread]
+    def spread(values: tuple[float, ...]) -> list[float]:
+        return [math.exp(value) / (2 * sum(map(math.exp, values))) for value in values]
 
     def binding(attribute: str, noun: str, share: float) -> float:
         scale = max(soft[noun]) / max(soft[attribute])
-        p, q = above(soft[noun], share), above(tuple(scale * value for value in soft[attribute]), share)
+        both = spread(soft[noun]), spread(tuple(scale * value for value in soft[attribute]))
+        cut = share * max(both[0])  # the noun's threshold serves both
+        p, q = ([max(0, value - cut) + 1e-5 for value in values] for values in both)
         halves = [
             (a * math.log(2 * a / (a + b)) + b * math.log(2 * b / (a + b))) / 2 for a, b in zip(p, q, strict=True)
         ]
@@ -178,6 +179,19 @@ def test_an_attribute_in_proportion_to_its_noun_is_bound_and_more_of_it_changes_
     assert loss.terms["variation"] > 0.01
 
 
+def test_divide_and_bind_reads_attributes_from_the_finer_maps_thinned_out() -> None:
+    shares = torch.rand(5, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (coarse,) = of_shares(shares / shares.sum(0)).cross
+    fine = torch.rand(1, 7, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    fine[..., ::2, ::2] = coarse  # of two by two cells the first is kept
+    alone, both = (loss_of(DivideAndBind(), Attention(layers), hand_made()) for layers in ((coarse,), (fine, coarse)))
+    assert both.terms == pytest.approx(alone.terms, rel=1e-12)
+    fine[0, 1, ::2, ::2] += 0.01 * shares[0]  # red
+    changed = loss_of(DivideAndBind(), Attention((fine, coarse)), hand_made())
+    assert changed.terms["variation"] == alone.terms["variation"]
+    assert changed.terms["binding"] > 1.01 * alone.terms["binding"]
+
+
 def test_ebama_draws_attributes_to_objects_and_objects_from_the_rest() -> None:
     # Cosines: red-car and car-bird 1/sqrt 2, blue-bird and red-bird 1/2, car-blue 0; so the attributes are .2928932 and
     # .5 away, and the others on the mean (1 + .2928932)/2 from the car, (.5 + .2928932)/2 from the bird. Maps as faint
@@ -191,6 +205,18 @@ def test_ebama_draws_attributes_to_objects_and_objects_from_the_rest() -> None:
     assert float(loss.total) == pytest.approx(-0.45, abs=1e-4)
     without = loss_of(EBAMA(intensity=0), attention_of(faint), hand_made())
     assert float(without.total) == pytest.approx(-0.25)
+
+
+def test_ebama_takes_the_least_alike_piece_and_repels_once_for_every_attribute() -> None:
+    # "a red old car" of one object, "car" in two pieces. Cosines with its pieces: a 0, 1; red 1, 0; old 1/sqrt 2 twice.
+    names = ["a", "red", "old", "ca", "r"]
+    tokens = tuple(Token(i, name, f"{name}/{i}", min(i, 4) - 1) for i, name in enumerate(names, start=1))
+    car = Entity("a red old car", "car", ("red", "old"), (4, 5), (2, 3), "car")
+    prompt = Prompt("a red old car", (car,), tokens, 6, 8)
+    maps = 1e-7 * torch.tensor([[0, 1], [1, 0], [1, 1], [1, 0], [0, 1]], dtype=torch.float64).view(5, 1, 2)
+    loss = loss_of(EBAMA(intensity=0), attention_of(maps.expand(-1, 2, -1)), prompt)
+    assert loss.terms["attract"] == pytest.approx(1 + 0.2928932)
+    assert loss.terms["repel"] == pytest.approx(-2 * 1)
 
 
 # -- every method ------------------------------------------------------------------------------------------------------
@@ -343,7 +369,10 @@ def test_options_of_their_own_are_named_with_the_rule(kind: type, options: dict[
 def test_a_size_the_model_has_not_got_lists_those_it_has(method: Any) -> None:
     layers = adapter_for(tiny_pipeline()).layers()
     assert {layer.factor for layer in method.select(layers, (8, 8))} == {1}
-    assert {layer.factor for layer in replace(method, size=4).select(layers, (8, 8))} == {2}
+    finer = {1} if isinstance(method, DivideAndBind) else set()  # of attributes
+    assert {layer.factor for layer in replace(method, size=4).select(layers, (8, 8))} == {2} | finer
+    if finer:
+        assert {layer.factor for layer in replace(method, size=4, binding=()).select(layers, (8, 8))} == {2}
     with pytest.raises(SettingError, match=rf"^{type(method).__name__}\(size=16\).*\[4, 8\]"):
         replace(method, size=16).select(layers, (8, 8))
 

@@ -7,9 +7,9 @@ Agarwal et al., "A-STAR: Test-time Attention Segregation and Retention for Text-
     L_ret = sum over m of  1 - sum_p min(A_m, B_m) / sum_p (A_m + B_m)
     z' = z - alpha * gradient of (L_seg + L_ret), before every denoising step
 
-No code is public. The paper leaves open, and we decide: maps are prepared as in Attend-and-Excite, so that A_m, from 0
-to 1, compares with B_m, which is 0 or 1; B_m is what exceeds Otsu's threshold; alpha is Attend-and-Excite's; the first
-step, which has none before it, retains nothing.
+No official code is public: the equations alone were checked. The paper leaves open, and we decide: maps are prepared as
+in Attend-and-Excite, so that A_m, from 0 to 1, compares with B_m, which is 0 or 1; B_m is what exceeds Otsu's
+threshold; alpha is Attend-and-Excite's; the first step, which has none before it, retains nothing.
 """
 
 from __future__ import annotations

@@ -1,18 +1,23 @@
 """EBAMA: attributes are drawn to their object, the object away from all other words, and no object is to be neglected.
 
 Zhang, Yu and Wu, "Object-Conditioned Energy-Based Attention Map Alignment in Text-to-Image Diffusion Models", ECCV
-2024, arXiv:2404.07389, and its official code.
+2024, arXiv:2404.07389, and its official code (github.com/YasminZhang/EBAMA), checked against its compute_loss.py,
+diffusion_pipeline.py, syngen_diffusion_pipeline.py, inference.py and ours.py.
 
 With d = 1 - cosine of two raw maps, and A' = smooth(softmax over tokens of 100 A) as in Attend-and-Excite:
 
-    L = sum over objects s of [sum over its attributes m of d(m, s) - mean over u of d(s, u)]
+    L = sum over objects s of [sum over its attributes m of d(m, s) - k_s mean over u of d(s, u)]
         - .5 sum over objects s of max over cells of A'_s
 
-u being the prompt's tokens other than the object and its attributes. Step 20 over the first 25 of 50 steps, no
-refinement.
+u being the prompt's tokens other than the object and its attributes, function words included, and k_s the number of
+its attributes, at least 1: their code repels once for every pair of object and attribute. Of words of several tokens
+d is that of the least alike pieces, before the mean over u. Step 20 over the first 25 of 50 steps, no refinement.
 
-Left open, and decided here: words of several tokens have the mean of their maps (u are single tokens); maps are
-compared as they are, not smoothed; a prompt of fewer than two entities is left alone.
+Decided here: A'_s of an object of several tokens is the mean of theirs (their code takes the first one's); a prompt of
+fewer than two entities is left alone. The pipeline that they released last guides all 50 steps, as it lost the
+condition on the step that the one of their experiments had; the latter's 25 are ours. One stored version of their code
+adds an attribute's pieces up instead of taking the least alike. Not kept: gradient passes of latents that have not been
+through the scheduler's ``scale_model_input``.
 """
 
 from __future__ import annotations
@@ -21,7 +26,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -84,23 +88,25 @@ class EBAMA(ReadsOneSize):
         maps = attention.mean
         attract = repel = maps.new_zeros(())
         for entity in prompt.entities:
-            noun = maps[list(entity.token_indices)].mean(0, keepdim=True)
-            if words := attribute_words(prompt, entity):
-                attract = attract + unlikeness(noun, torch.stack([maps[word].mean(0) for word in words])).sum()
-            if rest := other_tokens(prompt, entity):
-                repel = repel - unlikeness(noun, maps[rest]).mean()
+            noun, rest = list(entity.token_indices), other_tokens(prompt, entity)
+            attributes = attribute_words(prompt, entity)
+            for word in attributes:
+                attract = attract + unlikeness(maps[noun], maps[word]).amax()
+            if rest:
+                repel = repel - max(1, len(attributes)) * unlikeness(maps[noun], maps[rest]).amax(0).mean()
         strongest = -entity_maps(maps, prompt).amax((1, 2)).sum()
         terms = {"attract": attract, "repel": repel, "intensity": strongest}
         total = attract + repel + self.intensity * strongest
         return Loss(total, {name: float(term.detach()) for name, term in terms.items()})
 
 
-def unlikeness(a: Tensor, b: Tensor) -> Tensor:
-    """1 - cosine of maps, (n or 1, y, x) each -> (n,); an empty map is unlike any.
+def unlikeness(some: Tensor, others: Tensor) -> Tensor:
+    """1 - cosine of every two maps, (n, y, x) and (m, y, x) -> (n, m); an empty map is unlike any.
 
     Examples
     --------
+    >>> import torch
     >>> unlikeness(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[3.0, 0.0]], [[3.0, 4.0]], [[0.0, 0.0]]]))
-    tensor([0.0000, 0.4000, 1.0000])
+    tensor([[0.0000, 0.4000, 1.0000]])
     """
-    return 1 - (F.normalize(a.flatten(1), dim=1) * F.normalize(b.flatten(1), dim=1)).sum(1)
+    return 1 - F.normalize(some.flatten(1), dim=1) @ F.normalize(others.flatten(1), dim=1).T

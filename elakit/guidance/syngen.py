@@ -1,19 +1,24 @@
 """SynGen: an attribute's attention is to be like its noun's, and both unlike that of all other words.
 
 Rassin, Hirsch, Glickman, Ravfogel, Goldberg and Chechik, "Linguistic Binding in Diffusion Models: Enhancing Attribute
-Correspondence through Attention Map Alignment", NeurIPS 2023, arXiv:2306.08877, and its official code.
+Correspondence through Attention Map Alignment", NeurIPS 2023, arXiv:2306.08877, and its official code
+(github.com/RoyiRa/Linguistic-Binding-in-Diffusion-Models), checked against its compute_loss.py and
+syngen_diffusion_pipeline.py.
 
 With each token's map p brought to a sum of 1 over space, and D(p, q) = (KL(p||q) + KL(q||p)) / 2:
 
     L = sum over pairs (noun n, attribute m) of  D(m, n) - 1/2 [mean over u of D(n, u) + mean over u of D(m, u)]
 
-u being the prompt's tokens other than the noun and its attributes. Step 20 over the first 25 of 50 steps, no
-refinement, no smoothing, no softmax over tokens.
+u being the prompt's tokens other than the noun and its attributes, function words included. Of words of several tokens
+each divergence is that of the least alike piece, before the mean over u. Step 20 over the first 25 of 50 steps, no
+refinement, no smoothing, no softmax over tokens. A noun without attributes takes no part unless asked to, and then
+loses the whole mean of D(n, u), with a minus.
 
-Left open, and decided here: the pairs are those that `elakit.parse` reads (or the brackets say), not a parse of our
-own; of words of several tokens D(m, n) is that of the least alike pieces, as in its code, and the means of the other
-two terms run over the pieces too; maps are kept off zero by 1e-9; a noun without attributes that is asked to take part
-has half the mean of D(n, u) as its loss; a prompt of fewer than two entities, or without any pair, is left alone.
+Decided here: the pairs are those that `elakit.parse` reads (or the brackets say), not a parse of our own; maps are kept
+off zero by 1e-9 (their code clips distributions at the least float); a prompt of fewer than two entities, or without
+any pair, is left alone. Mistakes of their code that are not kept: gradient passes get latents that have not been
+through the scheduler's ``scale_model_input``; the first prompt's pairs serve all later ones; of a batch only the last
+picture is kept.
 """
 
 from __future__ import annotations
@@ -94,9 +99,9 @@ class SynGen(ReadsOneSize):
             attributes = [[at[i] for i in word] for word in attribute_words(prompt, entity)]
             for word in attributes:
                 alike = alike + between[word][:, noun].amax()
-                unlike = unlike - (_mean(between, noun, rest) + _mean(between, word, rest)) / 2
+                unlike = unlike - (_apart(between, noun, rest) + _apart(between, word, rest)) / 2
             if self.lone_nouns and not attributes:
-                unlike = unlike - _mean(between, noun, rest) / 2
+                unlike = unlike - _apart(between, noun, rest)
         return Loss(alike + unlike, {"alike": float(alike.detach()), "unlike": float(unlike.detach())})
 
 
@@ -149,6 +154,6 @@ def divergence(maps: Tensor) -> Tensor:
     return ((p[:, None] - p) * (log[:, None] - log)).sum(-1) / 2
 
 
-def _mean(between: Tensor, some: list[int], others: list[int]) -> Tensor:
-    """Mean divergence of some tokens from others; 0 where the prompt has no others."""
-    return between[some][:, others].mean() if others else between.new_zeros(())
+def _apart(between: Tensor, word: list[int], others: list[int]) -> Tensor:
+    """Mean over other tokens of how far a word's least alike piece is from each; 0 where the prompt has no others."""
+    return between[word][:, others].amax(0).mean() if others else between.new_zeros(())
