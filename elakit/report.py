@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -19,9 +17,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from elakit import plot
-from elakit.errors import OutputError
+from elakit.files import check_path, write_file
 from elakit.plot.pictures import data_uri
 from elakit.plot.style import entity_colours, method_name
+from elakit.rewording import bracketed, entity_spans
 
 if TYPE_CHECKING:
     from elakit.diagnose import Diagnosis, Pair
@@ -155,55 +154,7 @@ def write(diagnosis: Diagnosis, path: str | Path, command: str = "") -> Path:
         The path is a folder, or its folder does not exist or cannot be written to.
     """
     target = check_path(path)
-    page = render(diagnosis, command)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        part.write_text(page, encoding="utf-8")
-        os.replace(part, target)
-    except OSError as error:
-        raise OutputError(
-            f"The report cannot be written to {path}: {error.strerror or error}. Choose a path you may write to."
-        ) from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-    return target
-
-
-def check_path(path: str | Path) -> Path:
-    """Refuse, before any work is done, a path that a report cannot be written to.
-
-    Parameters
-    ----------
-    path : str or Path
-
-    Returns
-    -------
-    Path
-        Absolute.
-
-    Raises
-    ------
-    OutputError
-        The path is a folder, or its folder does not exist or cannot be written to.
-
-    Examples
-    --------
-    >>> check_path("no-such-folder/report.html")
-    Traceback (most recent call last):
-    ...
-    elakit.errors.OutputError: The report cannot be written to no-such-folder/report.html: there is no folder ...
-    """
-    target = Path(path).expanduser().absolute()
-    wrong = f"The report cannot be written to {path}:"
-    if not str(path) or target.is_dir():
-        raise OutputError(f"{wrong} it is a folder. Give the name of a file, such as {Path(path, 'report.html')}.")
-    if not target.parent.is_dir():
-        raise OutputError(
-            f"{wrong} there is no folder {target.parent}. Create it (mkdir -p) or choose one that exists."
-        )
-    if not os.access(target.parent, os.W_OK):
-        raise OutputError(f"{wrong} the folder {target.parent} may not be written to. Choose another one.")
+    write_file(target, render(diagnosis, command).encode())
     return target
 
 
@@ -320,21 +271,10 @@ def _marked(prompt: Prompt) -> list[tuple[str, str | None]]:
     """The prompt in pieces, each with the label of the entity that it names, or None."""
     pieces: list[tuple[str, str | None]] = []
     at = 0
-    for start, stop, label in _spans(prompt):
+    for start, stop, label in entity_spans(prompt):
         pieces += [(prompt.text[at:start], None), (prompt.text[start:stop], label)]
         at = stop
     return [(text, label) for text, label in [*pieces, (prompt.text[at:], None)] if text]
-
-
-def _spans(prompt: Prompt) -> list[tuple[int, int, str]]:
-    """Where the entities stand in the text: (first, past the last character, label)."""
-    found, at = [], 0
-    for entity in prompt.entities:
-        start = prompt.text.find(entity.text, at)
-        if start >= 0:
-            at = start + len(entity.text)
-            found.append((start, at, entity.label))
-    return found
 
 
 def _card(diagnosis: Diagnosis, pair: Pair, most: int = THUMBNAIL) -> _Card:
@@ -527,7 +467,7 @@ def _code(diagnosis: Diagnosis) -> str:
             f"pipe = elakit.load({str(settings.get('model'))!r})",
             "found = elakit.diagnose(",
             "    pipe,",
-            f"    {_bracketed(diagnosis.prompt)!r},",
+            f"    {bracketed(diagnosis.prompt)!r},",
             f"    seeds={seeds},",
             f"    method={_method_code(diagnosis.method, diagnosis.options)},",
             f"    steps={settings.get('steps')},",
@@ -536,23 +476,6 @@ def _code(diagnosis: Diagnosis) -> str:
             'report.write(found, "report.html")',
         ]
     )
-
-
-def _bracketed(prompt: Prompt) -> str:
-    """The prompt with its entities in brackets, where brackets can say what they are."""
-    spans = _spans(prompt)
-    words = {token.index: token.text for token in prompt.tokens}
-    if len(spans) != len(prompt.entities) or any(c in prompt.text for c in "[]") or not words:
-        return prompt.text
-    for entity in prompt.entities:
-        inside = [word.strip(".,;:!?\"'").lower() for word in entity.text.split()]
-        said = [word for word in inside if word not in ("a", "an", "the", "and", "or")]
-        if said != [word.lower() for word in (*entity.attributes, entity.noun)]:
-            return prompt.text
-    text = prompt.text
-    for start, stop, _ in reversed(spans):
-        text = f"{text[:start]}[{text[start:stop]}]{text[stop:]}"
-    return text
 
 
 def _method_code(name: str, options: Mapping[str, Any]) -> str:

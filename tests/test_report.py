@@ -230,7 +230,7 @@ def test_a_failed_write_leaves_what_was_there(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OutputError, match=r"report\.html: No space left on device"):
+    with pytest.raises(OutputError, match=r"report\.html cannot be written: No space left"):
         report.write(found, target)
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]

@@ -20,8 +20,8 @@ from elakit.bench.suites import SUITES, read_prompts, spread, suite
 from elakit.bench.sweep import run as run_units
 from elakit.bench.units import Unit, plan, sweepable
 from elakit.errors import ModelError, SettingError
+from elakit.files import check_path
 from elakit.models import EMBEDDED, HUB_ID, device_named
-from elakit.report import check_path
 
 DTYPES = ("float32", "float16", "bfloat16")
 

@@ -19,8 +19,8 @@ from scipy.stats import binomtest
 from elakit.bench.store import PICTURE, SETTINGS, failures, write_file
 from elakit.bench.store import table as read_table
 from elakit.bench.units import PLAIN, canonical
+from elakit.files import check_path
 from elakit.plot.style import ENTITY_COLOURS, FAINT, FONT, INK, RUN_COLOURS, escape
-from elakit.report import check_path
 
 DRAWS, SEED, LEVEL = 2000, 0, 95  # of the bootstrap
 

@@ -6,9 +6,7 @@ Every file is written to a temporary name and renamed, so that whatever is kille
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import pyarrow.parquet
 
 from elakit.bench.units import Unit
 from elakit.errors import OutputError, SettingError
+from elakit.files import write_file
 
 _TEXT, _WHOLE, _NUMBER, _YES = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 SCHEMA = pa.schema(
@@ -133,30 +132,6 @@ def failures(folder: str | Path) -> dict[str, str]:
     """Key and error of each unit that failed."""
     paths = sorted((Path(folder) / "failed").glob("*.json"))
     return {path.stem: json.loads(path.read_text(encoding="utf-8"))["error"] for path in paths}
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; one that is there is replaced.
-
-    Raises
-    ------
-    OutputError
-        It cannot be written.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut may leave the name without the content
-        os.replace(part, path)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}. Make room, or choose a folder you may write to."
-        ) from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def _describe(units: Iterable[Unit]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from elakit.report import check_path
+from elakit.files import check_path
 
 app = typer.Typer(no_args_is_help=True, help="Foretell from a run's first steps whether its picture fails, and how.")
 
