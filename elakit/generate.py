@@ -224,12 +224,16 @@ class Progress:
         ``runs()`` gives the runs as they are: pictures decoded from the latents, which are noisy before the end,
         recordings of the steps made, traces so far. What is made of a `Run` can be made of these: measures, regions,
         figures, features.
+    states : sequence
+        What the method holds of each picture's run, as its ``begin`` gave it; none of a plain run. ELA's are
+        `elakit.guidance.Anchors`, and ``anchors.steer(regions)`` steers the run from here on.
     """
 
     step: int
     steps: int
     latents: Tensor
     runs: Callable[[], list[Run]]
+    states: Sequence[Any] = ()
 
 
 class _Stopped(Exception):
@@ -402,7 +406,13 @@ def generate(
 
     def after(step: int, latents: Tensor) -> Tensor:
         if stop_if is not None:
-            so_far = Progress(step, steps, latents, lambda: runs_of(adapter.decode(latents, height, width), recording))
+            so_far = Progress(
+                step,
+                steps,
+                latents,
+                lambda: runs_of(adapter.decode(latents, height, width), recording),
+                guide.states if guide else (),
+            )
             if stop_if(so_far):
                 raise _Stopped(so_far)
         return guide.on_step_end(step, latents) if guide else latents

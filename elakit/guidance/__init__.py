@@ -9,8 +9,8 @@ from elakit.guidance.box_diff import BoxDiff
 from elakit.guidance.conform import CONFORM
 from elakit.guidance.divide_bind import DivideAndBind
 from elakit.guidance.ebama import EBAMA
-from elakit.guidance.ela import ELA, PaperELA
-from elakit.guidance.engine import Guide
+from elakit.guidance.ela import ELA, Anchors, PaperELA
+from elakit.guidance.engine import Guide, checkpointing
 from elakit.guidance.initno import InitNO
 from elakit.guidance.layout_guidance import LayoutGuidance
 from elakit.guidance.method import Attention, Loss, Method, NoiseSearch, Update
@@ -24,6 +24,7 @@ __all__ = [
     "ELA",
     "METHODS",
     "AStar",
+    "Anchors",
     "AttendAndExcite",
     "Attention",
     "BoxDiff",
@@ -39,6 +40,7 @@ __all__ = [
     "SynGen",
     "Trace",
     "Update",
+    "checkpointing",
     "without_regions",
 ]
 

@@ -34,12 +34,38 @@ NATIVE_SIZE = 16  # side of the maps the paper reads
 
 @dataclass
 class Anchors:
-    """Regions of a picture's run once they are locked, bool (entity, y, x); None while each step localises its own.
+    """What a picture's run is anchored to, beside what each step localises.
 
-    Whoever sets them, in the middle of a run too, steers it from the next guided step on.
+    Whoever changes it, in the middle of a run too, steers the run from the next guided step on.
+
+    Attributes
+    ----------
+    masks : ndarray, bool (entity, y, x), or None
+        Regions of all entities once they are locked; None while each step localises its own.
+    given : layout or None
+        Regions by hand, as `ELA` takes them.
     """
 
     masks: np.ndarray | None = None
+    given: Layout | None = None
+
+    def steer(self, given: Layout | None) -> None:
+        """Anchor to regions by hand from here on; what was locked is localised once more.
+
+        Raises
+        ------
+        SettingError
+            It is no layout.
+
+        Examples
+        --------
+        >>> anchors = Anchors()
+        >>> anchors.steer([(0, 0, 0.5, 1), None])  # the second entity is still localised
+        >>> anchors.given
+        ((0.0, 0.0, 0.5, 1.0), None)
+        """
+        self.given = None if given is None else check_layout(given, "Anchors.steer", partial=True)
+        self.masks = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +104,8 @@ class ELA:
         Denoising step from which the regions stay as they are; by default they are localised at every guided step.
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x), optional
         Where each entity belongs, in the order of the prompt, given by hand instead of localised: boxes in shares of
-        the picture, or masks. A cell of two entities goes to the smaller region.
+        the picture, or masks. A cell of two entities goes to the smaller region. In a sequence None stands for an
+        entity that is localised, in the cells that the others leave it.
     background : {"start+end", "start"}
         Attention that stands for the background in localisation: of start-of-text alone, as in the paper's figure, or
         with that of end-of-text and padding. In Stable Diffusion start-of-text holds nearly all of it, in picture-world
@@ -147,7 +174,7 @@ class ELA:
         if self.lock_from is not None and self.lock_from < 0:
             refuse("lock_from", "must be a denoising step, 0 or more, or None")
         if self.regions is not None:
-            object.__setattr__(self, "regions", check_layout(self.regions, "ELA(regions=...)"))
+            object.__setattr__(self, "regions", check_layout(self.regions, "ELA(regions=...)", partial=True))
 
     @staticmethod
     def paper() -> PaperELA:
@@ -166,11 +193,11 @@ class ELA:
 
     def begin(self, prompt: Prompt, steps: int) -> Anchors:
         """A run starts without locked regions."""
-        return Anchors()
+        return Anchors(given=self.regions)
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Linear from `step_size` to `decay` of it over the guided steps; nothing where only one entity is named."""
-        count = round(self.guided * len(noise)) if len(prompt.entities) > 1 else 0
+        """Linear from `step_size` to `decay` of it over the guided steps; nothing for one entity without a region."""
+        count = round(self.guided * len(noise)) if len(prompt.entities) > 1 or self.regions is not None else 0
         sizes = np.linspace(self.step_size, self.step_size * self.decay, max(count, 1))[:count]
         return [Update(float(size) if step % self.every == 0 else 0.0) for step, size in enumerate(sizes)]
 
@@ -197,12 +224,10 @@ class ELA:
         """
         maps = attention.mean
         entities = torch.stack([maps[list(e.token_indices)].mean(0) for e in prompt.entities])
-        if state.masks is None and self.regions is not None:
-            state.masks = apart(layout_masks(self.regions, (maps.shape[1], maps.shape[2]), len(entities)))
         masks = state.masks
         if masks is None:
             background = self._background(maps, prompt)
-            masks = localize(entities.detach(), background.detach(), **self.localisation()).masks
+            masks = self._regions(entities.detach(), background.detach(), state.given)
             if self.lock_from is not None and step >= self.lock_from:
                 state.masks = masks
         regions = torch.from_numpy(masks).to(maps.device)
@@ -215,6 +240,21 @@ class ELA:
         total = sum((getattr(self, name) * term for name, term in terms.items()), start=maps.new_zeros(()))
         enough = self.enough is not None and float(total.detach()) <= self.enough
         return Loss(total, {name: float(term.detach()) for name, term in terms.items()}, masks, enough=enough)
+
+    def _regions(self, entities: Tensor, background: Tensor, given: Layout | None) -> np.ndarray:
+        """Regions given by hand, and those of the other entities, localised in the cells that are left."""
+        if given is None:
+            return localize(entities, background, **self.localisation()).masks
+        masks = apart(layout_masks(given, (entities.shape[1], entities.shape[2]), len(entities)))
+        rest = [i for i, region in enumerate(given) if region is None]
+        if not rest:
+            return masks
+        taken = torch.from_numpy(masks.any(0)).to(entities.device)
+        # of no more use there than where it is least
+        lowest = entities[rest].masked_fill(taken, math.inf).amin((1, 2), keepdim=True)
+        visible = torch.where(taken, lowest.nan_to_num(posinf=0), entities[rest])
+        masks[rest] = localize(visible, background, **self.localisation()).masks & ~masks.any(0)
+        return masks
 
     def _background(self, maps: Tensor, prompt: Prompt) -> Tensor:
         """Attention that stands for the background; (token, y, x) -> (y, x)."""

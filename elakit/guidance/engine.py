@@ -333,4 +333,10 @@ def options_of(method: Any) -> dict[str, Any]:
     if not is_dataclass(method):
         return {}
     values = {field.name: getattr(method, field.name) for field in fields(method)}
-    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_plain(each) for each in value)
+    return value.tolist() if isinstance(value, np.ndarray) else value

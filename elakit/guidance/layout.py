@@ -11,18 +11,21 @@ from elakit.errors import SettingError
 from elakit.masks import downscale
 
 Box = tuple[float, float, float, float]
-Layout = Sequence[Box] | np.ndarray
+Region = Box | np.ndarray
+Layout = Sequence[Region | None] | np.ndarray
 
 
-def check_layout(layout: Any, who: str) -> Layout:
-    """A layout, if it is one: boxes as tuples of numbers, masks as a boolean array.
+def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
+    """A layout, if it is one: boxes as tuples of numbers, masks as boolean arrays.
 
     Parameters
     ----------
-    layout : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
+    layout : sequence of (left, top, right, bottom) or of ndarray, bool, (y, x); or ndarray, bool, (entity, y, x)
         One an entity, in the order of the prompt. Boxes are in shares of the picture, 0 to 1.
     who : str
         Who was given it, for the message.
+    partial : bool
+        Whether None may stand for an entity that has no region.
 
     Raises
     ------
@@ -33,6 +36,8 @@ def check_layout(layout: Any, who: str) -> Layout:
     --------
     >>> check_layout([(0, 0, 0.5, 1), (0.5, 0, 1, 1)], "ELA")
     ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
+    >>> check_layout([None, (0.5, 0, 1, 1)], "ELA", partial=True)
+    (None, (0.5, 0.0, 1.0, 1.0))
     """
     how = (
         "give one box an entity, (left, top, right, bottom) in shares of the picture such as (0, 0, 0.5, 1), "
@@ -43,13 +48,24 @@ def check_layout(layout: Any, who: str) -> Layout:
             raise SettingError(f"{who}: mask {empty[0]} is empty; {how}.")
         return layout
     try:
-        boxes = tuple(tuple(float(side) for side in box) for box in layout)
+        regions = tuple(None if partial and region is None else _region(region) for region in layout)
     except (TypeError, ValueError) as error:
         raise SettingError(f"{who}: {layout!r} is no layout; {how}.") from error
-    for box in boxes:
-        if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-            raise SettingError(f"{who}: {box} is no box within the picture; {how}.")
-    return boxes  # type: ignore[return-value]
+    for i, region in enumerate(regions):
+        if isinstance(region, np.ndarray):
+            if not region.any():
+                raise SettingError(f"{who}: mask {i} is empty; {how}.")
+        elif region is not None and not (
+            len(region) == 4 and 0 <= region[0] < region[2] <= 1 and 0 <= region[1] < region[3] <= 1
+        ):
+            raise SettingError(f"{who}: {region} is no box within the picture; {how}.")
+    return regions
+
+
+def _region(region: Any) -> Region:
+    if isinstance(region, np.ndarray) and region.ndim == 2 and region.dtype == np.bool_:
+        return region
+    return tuple(float(side) for side in region)  # type: ignore[return-value]
 
 
 def layout_masks(layout: Layout, size: tuple[int, int], entities: int) -> np.ndarray:
@@ -66,7 +82,7 @@ def layout_masks(layout: Layout, size: tuple[int, int], entities: int) -> np.nda
     Returns
     -------
     ndarray, bool, (entity, y, x)
-        Cells whose centre lies in the box, or most of which lies in the mask; at least one an entity.
+        Cells whose centre lies in the box, or most of which lies in the mask; at least one an entity, none for None.
 
     Raises
     ------
@@ -82,7 +98,13 @@ def layout_masks(layout: Layout, size: tuple[int, int], entities: int) -> np.nda
         raise SettingError(f"The layout has {len(layout)} regions, the prompt {entities} entities; give one for each.")
     if isinstance(layout, np.ndarray):
         return downscale(layout, size)
-    return np.stack([_cells(box, size) for box in layout])
+    return np.stack([_on_grid(region, size) for region in layout])
+
+
+def _on_grid(region: Region | None, size: tuple[int, int]) -> np.ndarray:
+    if region is None:
+        return np.zeros(size, bool)
+    return downscale(region[None], size)[0] if isinstance(region, np.ndarray) else _cells(region, size)
 
 
 def apart(masks: np.ndarray) -> np.ndarray:
