@@ -17,7 +17,7 @@ from elakit.errors import SettingError
 from elakit.generate import generate, open_run
 from elakit.guidance import ELA, Update
 from elakit.guidance.ela import Anchors
-from elakit.guidance.engine import gradient, read_attention
+from elakit.guidance.engine import gradient, reading
 from elakit.guidance.layout import apart, layout_masks
 from elakit.models import adapter_for
 from elakit.prompt import Prompt, parse
@@ -86,7 +86,8 @@ def test_the_pass_stops_after_the_last_layer_that_is_read_and_leaves_weights_alo
     adapter, method, prompt, _, latents, timestep, embeds = setting(pipe)
     mid = [layer for layer in adapter.layers() if layer.place == "mid"]
     pipe.unet.up_blocks[0].resnets[0].register_forward_hook(lambda *_: run.append("up"))
-    maps = read_attention(adapter, mid, latents, timestep, embeds)[0].mean
+    with reading(adapter, mid) as read:
+        maps = read(latents, timestep, embeds)[0].mean
     assert not run
     assert maps.shape == (20, 4, 4)
     assert torch.allclose(maps.sum(0), torch.ones(4, 4), atol=1e-5)
@@ -248,8 +249,10 @@ def test_refinement_ends_at_its_loss_or_its_limit_and_one_step_follows(until: fl
 def test_self_attention_is_read_beside_cross_attention_and_sums_to_one() -> None:
     pipe = tiny_pipeline()
     adapter, _, _, layers, latents, timestep, embeds = setting(pipe)
-    (seen,) = read_attention(adapter, layers, latents, timestep, embeds, reads_self=True)
-    plain = read_attention(adapter, layers, latents, timestep, embeds)[0]
+    with reading(adapter, layers, reads_self=True) as read:
+        (seen,) = read(latents, timestep, embeds)
+    with reading(adapter, layers) as read:
+        plain = read(latents, timestep, embeds)[0]
     assert len(seen.own) == len(seen.cross) == len(layers)
     assert torch.equal(seen.mean, plain.mean)
     assert torch.allclose(seen.own_mean.sum((-2, -1)), torch.ones(seen.own_mean.shape[:2]), atol=1e-5)

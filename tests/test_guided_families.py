@@ -25,7 +25,7 @@ from elakit.errors import ModelError, RecordingError, SettingError
 from elakit.generate import generate
 from elakit.guidance import ELA, Attention
 from elakit.guidance.ela import Anchors
-from elakit.guidance.engine import gradient, noise_levels, read_attention
+from elakit.guidance.engine import checkpointing, gradient, noise_levels, reading
 from elakit.models import StableDiffusion3, adapter_for
 from elakit.prompt import parse
 
@@ -336,6 +336,26 @@ def test_the_gradient_agrees_with_central_differences(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_checkpoints_leave_the_gradient_as_it_is(name: str) -> None:
+    pipe = shared(name)
+    adapter, prompt, method = adapter_for(pipe), parse(PAIR, pipe), ELA()
+    conditioning = adapter.encode(prompt.text, guided=False, size=(32, 32))
+    latents = adapter.noise(torch.Generator().manual_seed(3), 32, 32) * adapter.set_timesteps(10, 32, 32)
+    layers = method.select(adapter.layers(), (8, 8))
+    passes: list[str] = []
+    handle = layers[0].block.register_forward_pre_hook(lambda *_: passes.append("block"))
+    at = adapter, method, prompt, layers, latents, pipe.scheduler.timesteps[3], conditioning
+    (plain,), wanted = gradient(*at)
+    once = len(passes)
+    with checkpointing(pipe):
+        (loss,), grad = gradient(*at)
+    handle.remove()
+    assert float(loss.total.detach()) == float(plain.total.detach())
+    torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max()))
+    assert len(passes) >= 2 * once  # something has been computed again
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_batch_guides_each_picture_by_its_own_loss(name: str) -> None:
     pipe = shared(name)
     options: dict[str, Any] = {"steps": 2, "guidance": ELA(step_size=0.3, guided=1), "progress": False, **SIZE}
@@ -377,8 +397,8 @@ def test_self_attention_is_read_where_it_is_separate(name: str) -> None:
     assert [layer.name for layer in adapter.self_layers(layers)] == [x.name.replace("attn2", "attn1") for x in layers]
     conditioning = adapter.encode(PLAIN, guided=False, size=(32, 48))
     latents = adapter.noise(torch.Generator().manual_seed(3), 32, 48)
-    with torch.no_grad():
-        (seen,) = read_attention(adapter, layers, latents, torch.tensor(500), conditioning, reads_self=True)
+    with torch.no_grad(), reading(adapter, layers, reads_self=True) as read:
+        (seen,) = read(latents, torch.tensor(500), conditioning)
     assert len(seen.own) == len(seen.cross) == len(layers)
     cells = FAMILIES[name].cells
     assert seen.own_mean.shape == (*cells, *cells)

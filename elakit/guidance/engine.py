@@ -9,7 +9,7 @@ the first step) and its step callback (before every later one), so no pipeline's
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -34,33 +34,28 @@ class _Enough(Exception):
     """Ends a pass after the last layer that is read."""
 
 
-def read_attention(
-    adapter: Adapter,
-    layers: Sequence[AttentionLayer],
-    latents: Tensor,
-    timestep: Tensor,
-    conditioning: Conditioning,
-    *,
-    reads_self: bool = False,
-) -> list[Attention]:
-    """Attention of a conditional pass, stopped after the last of the layers; differentiable.
+ReadAttention = Callable[[Tensor, Tensor, Conditioning], list[Attention]]
+
+
+@contextmanager
+def reading(adapter: Adapter, layers: Sequence[AttentionLayer], *, reads_self: bool = False) -> Iterator[ReadAttention]:
+    """Inside, attention of conditional passes can be had, stopped after the last of the layers; differentiable.
+
+    Gradients are to be taken inside too: with gradient checkpointing the backward runs parts of the pass again.
 
     Parameters
     ----------
     adapter : Adapter
     layers : sequence of AttentionLayer
         In forward order.
-    latents : Tensor, (n, c, h, w), or packed as the pipeline has them (FLUX)
-        Scaled by the scheduler.
-    timestep : Tensor, scalar
-    conditioning : Conditioning
     reads_self : bool
         Also the self-attention of the layers' blocks.
 
-    Returns
-    -------
-    list of Attention
-        One a picture; probabilities in float32 or float64.
+    Yields
+    ------
+    callable
+        ``read(latents, timestep, conditioning)``, of latents (n, c, h, w), or packed as the pipeline has them (FLUX),
+        scaled by the scheduler, gives an `Attention` a picture; probabilities in float32 or float64.
 
     Raises
     ------
@@ -74,9 +69,12 @@ def read_attention(
     beside = adapter.self_layers(layers) if reads_self else ()
     cross: list[Tensor] = []  # a layer, (n, heads, token, y, x)
     own: list[Tensor] = []  # a layer, (n, heads, y, x, y, x)
+    forward = False
 
     def collect(layer: AttentionLayer, attend: Attend, size: tuple[int, int]) -> None:
         attention = attend(slice(None)).unflatten(2, size)  # (n, heads, y, x, keys)
+        if not forward:  # a checkpoint computes again what the backward needs, this attention with it
+            return
         if layer in beside:
             own.append(attention.unflatten(-1, size))
         else:
@@ -84,11 +82,22 @@ def read_attention(
         if layer is layers[-1]:  # self-attention comes before it in its block
             raise _Enough
 
-    with tap([*beside, *layers], collect), suppress(_Enough):
-        adapter.denoise(latents, timestep, conditioning)
-    return [
-        Attention(tuple(layer[i] for layer in cross), tuple(layer[i] for layer in own)) for i in range(len(latents))
-    ]
+    def read(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> list[Attention]:
+        nonlocal forward
+        cross.clear()
+        own.clear()
+        forward = True
+        try:
+            with suppress(_Enough):
+                adapter.denoise(latents, timestep, conditioning)
+        finally:
+            forward = False
+        return [
+            Attention(tuple(layer[i] for layer in cross), tuple(layer[i] for layer in own)) for i in range(len(latents))
+        ]
+
+    with tap([*beside, *layers], collect):
+        yield read
 
 
 def gradient(
@@ -123,10 +132,9 @@ def gradient(
         states = [method.begin(prompt, len(adapter.pipe.scheduler.timesteps)) for _ in latents]
     model_dtype: torch.dtype = next(adapter.denoiser.parameters()).dtype
     scale = _FP16_SCALE if model_dtype == torch.float16 else 1.0
-    with torch.enable_grad():
+    with torch.enable_grad(), reading(adapter, layers, reads_self=method.reads_self) as read:
         z = latents.detach().to(torch.promote_types(latents.dtype, torch.float32)).requires_grad_(True)
-        scaled = _scaled(adapter, z, timestep).to(model_dtype)
-        attention = read_attention(adapter, layers, scaled, timestep, conditioning, reads_self=method.reads_self)
+        attention = read(_scaled(adapter, z, timestep).to(model_dtype), timestep, conditioning)
         losses = [method.loss(a, prompt, step, state) for a, state in zip(attention, states, strict=True)]
         total = torch.stack([loss.total for loss in losses]).sum()
         # A loss may be constant where nothing is left to gain.
@@ -156,6 +164,47 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def checkpointing(pipe: Any) -> Iterator[None]:
+    """Guidance inside keeps less for its backward, which computes it again: less memory, more time.
+
+    It is diffusers' own gradient checkpointing, a residual or transformer block at a time, switched on for passes with
+    a gradient alone and put back as it was afterwards, whatever happens. Gradients are the same; passes of the sampler
+    cost nothing more.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+
+    Raises
+    ------
+    SettingError
+        The model has no checkpoints.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> pipe = elakit.load("picture-world")
+    >>> with checkpointing(pipe):
+    ...     run = elakit.generate(pipe, "a [bear] and a [red car]", seed=0, steps=2, guidance=elakit.ELA(guided=0.5))
+    >>> pipe.unet.is_gradient_checkpointing
+    False
+    """
+    denoiser: Any = adapter_for(pipe).denoiser
+    switches = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    before = [(module, {name: vars(module).get(name) for name in switches}) for module in denoiser.modules()]
+    try:
+        denoiser.enable_gradient_checkpointing()
+    except (AttributeError, ValueError) as error:
+        raise SettingError(f"{type(denoiser).__name__} has no gradient checkpointing: guide without it.") from error
+    try:
+        yield
+    finally:
+        for module, values in before:
+            for name in vars(module).keys() & values:
+                setattr(module, name, values[name])
 
 
 def noise_levels(scheduler: Any) -> list[float]:
@@ -315,14 +364,17 @@ class Guide:
 
     def _search(self, method: NoiseSearch, noise: Tensor, scale: float, timestep: Tensor, picture: int) -> Tensor:
         model_dtype: torch.dtype = next(self.adapter.denoiser.parameters()).dtype
+        with (
+            paused(self.adapter.pipe),
+            frozen(self.adapter.denoiser),
+            torch.enable_grad(),
+            reading(self.adapter, self.layers, reads_self=self.method.reads_self) as read,
+        ):
 
-        def attend(trial: Tensor) -> Attention:
-            scaled = _scaled(self.adapter, trial * scale, timestep).to(model_dtype)
-            return read_attention(
-                self.adapter, self.layers, scaled, timestep, self.conditioning, reads_self=self.method.reads_self
-            )[0]
+            def attend(trial: Tensor) -> Attention:
+                scaled = _scaled(self.adapter, trial * scale, timestep).to(model_dtype)
+                return read(scaled, timestep, self.conditioning)[0]
 
-        with paused(self.adapter.pipe), frozen(self.adapter.denoiser), torch.enable_grad():
             found, rows = method.search(noise.detach().float(), attend, self.prompt)
         self.traces[picture].searched.extend(rows)
         return found.detach().to(noise.dtype)
