@@ -5,5 +5,6 @@ Pure functions over finished runs and the pipeline's text encoder: nothing is dr
 
 from elakit.causes.find import find
 from elakit.causes.findings import CAUSE_KINDS, FAILURE_KINDS, Cause, Failure, Findings, wilson
+from elakit.causes.profile import profile
 
-__all__ = ["CAUSE_KINDS", "FAILURE_KINDS", "Cause", "Failure", "Findings", "find", "wilson"]
+__all__ = ["CAUSE_KINDS", "FAILURE_KINDS", "Cause", "Failure", "Findings", "find", "profile", "wilson"]
