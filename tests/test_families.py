@@ -13,15 +13,23 @@ import torch
 from accelerate import cpu_offload_with_hook
 from diffusers import (
     ControlNetModel,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxFillPipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
     FluxKontextPipeline,
+    SD3ControlNetModel,
+    StableDiffusion3ControlNetPipeline,
     StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import IPAdapterAttnProcessor, SD3IPAdapterJointAttnProcessor2_0
@@ -30,7 +38,7 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from PIL import Image
-from tiny import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl
+from tiny import autoencoder, ready, tiny_flux, tiny_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl
 from torch import Tensor
 
 from elakit.attention import RecordSpec, record, tap
@@ -572,58 +580,91 @@ def test_projections_that_are_fused_inside_a_recording_are_refused(pipe: Any) ->
     assert observe(pipe, lambda: draw(pipe))[1]
 
 
-def relatives() -> dict[str, Callable[[], tuple[Any, dict[str, Any]]]]:
-    picture = Image.fromarray(np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).astype("uint8"))
-    mask = Image.fromarray(np.triu(np.full((32, 32), 255, "uint8")))
+@dataclass
+class Relative:
+    """Another pipeline of a family: its class, family, options of its calls, and how its components differ."""
 
-    def img2img() -> tuple[Any, dict[str, Any]]:
-        pipe = StableDiffusionImg2ImgPipeline(**tiny_pipeline().components, requires_safety_checker=False)
-        return pipe, {"image": picture, "strength": 0.9}
+    pipeline: Any
+    family: str
+    options: dict[str, Any]
+    make: Callable[[], Any] | None = None  # what has the components, where the family's own do not do
+    extra: Callable[[dict[str, Any]], dict[str, Any]] = lambda parts: {}  # components to add or to replace
 
-    def inpaint() -> tuple[Any, dict[str, Any]]:
-        pipe = StableDiffusionInpaintPipeline(**tiny_pipeline().components, requires_safety_checker=False)
-        return pipe, {"image": picture, "mask_image": mask, "height": 32, "width": 32}
-
-    def controlnet() -> tuple[Any, dict[str, Any]]:
-        parts = tiny_pipeline().components
+    def build(self) -> Any:
+        parts = (self.make or FAMILIES[self.family].make)().components
+        parts = {key: part for key, part in parts.items() if part is not None}
+        switches = {"sd": {"requires_safety_checker": False}, "sdxl": {"add_watermarker": False}}.get(self.family, {})
+        if self.family == "sd":
+            switches |= {"safety_checker": None, "feature_extractor": None}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            net = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(16, 16, 16))
-        pipe = StableDiffusionControlNetPipeline(**parts, controlnet=net.eval(), requires_safety_checker=False)
-        return pipe, {"image": picture}
-
-    def sdxl_img2img() -> tuple[Any, dict[str, Any]]:
-        parts = {k: v for k, v in tiny_sdxl().components.items() if v is not None}
-        return StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False), {"image": picture, "strength": 0.9}
-
-    def sd3_img2img() -> tuple[Any, dict[str, Any]]:
-        parts = {k: v for k, v in tiny_sd3().components.items() if v is not None}
-        options = {"image": picture, "strength": 0.9, "height": 32, "width": 32}
-        return StableDiffusion3Img2ImgPipeline(**parts), options | SHORT
-
-    def flux_img2img() -> tuple[Any, dict[str, Any]]:
-        parts = {k: v for k, v in tiny_flux().components.items() if v is not None}
-        options = {"image": picture, "strength": 0.9, "height": 32, "width": 32}
-        return FluxImg2ImgPipeline(**parts), options | SHORT
-
-    def flux_inpaint() -> tuple[Any, dict[str, Any]]:
-        parts = {k: v for k, v in tiny_flux().components.items() if v is not None}
-        options = {"image": picture, "mask_image": mask, "strength": 0.9, "height": 32, "width": 32}
-        return FluxInpaintPipeline(**parts), options | SHORT
-
-    transformers = {"sd3 img2img": sd3_img2img, "flux img2img": flux_img2img, "flux inpaint": flux_inpaint}
-    return transformers | {
-        "img2img": img2img,
-        "inpaint": inpaint,
-        "controlnet": controlnet,
-        "sdxl img2img": sdxl_img2img,
-    }
+            return ready(self.pipeline(**parts | self.extra(parts) | switches))
 
 
-@pytest.mark.parametrize("name", relatives())
+def _controlnet_of_unet(parts: dict[str, Any]) -> dict[str, Any]:
+    return {"controlnet": ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(16, 16, 16))}
+
+
+def _controlnet_of_sd3(parts: dict[str, Any]) -> dict[str, Any]:
+    net = parts["transformer"]
+    return {"controlnet": SD3ControlNetModel.from_transformer(net, num_layers=1, num_extra_conditioning_channels=0)}
+
+
+def _controlnet_of_flux(parts: dict[str, Any]) -> dict[str, Any]:
+    sides = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    return {"controlnet": FluxControlNetModel.from_transformer(parts["transformer"], **sides)}
+
+
+PICTURE = Image.fromarray(np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).astype("uint8"))
+MASK = Image.fromarray(np.triu(np.full((32, 32), 255, "uint8")))
+SIDES = {"height": 32, "width": 32}
+AGAIN = {"image": PICTURE, "strength": 0.9}
+FILLED = AGAIN | {"mask_image": MASK} | SIDES
+RELATIVES = {
+    "img2img": Relative(StableDiffusionImg2ImgPipeline, "sd", AGAIN),
+    "inpaint": Relative(StableDiffusionInpaintPipeline, "sd", FILLED | {"strength": 1.0}),
+    "inpaint, a UNet for it": Relative(  # of latents, those of the picture, and the mask
+        StableDiffusionInpaintPipeline, "sd", FILLED | {"strength": 1.0}, lambda: tiny_pipeline(in_channels=9)
+    ),
+    "controlnet": Relative(StableDiffusionControlNetPipeline, "sd", {"image": PICTURE}, extra=_controlnet_of_unet),
+    "sdxl img2img": Relative(StableDiffusionXLImg2ImgPipeline, "sdxl", AGAIN),
+    "sdxl inpaint": Relative(StableDiffusionXLInpaintPipeline, "sdxl", FILLED),
+    "sdxl controlnet": Relative(
+        StableDiffusionXLControlNetPipeline, "sdxl", {"image": PICTURE}, extra=_controlnet_of_unet
+    ),
+    "sd3 img2img": Relative(StableDiffusion3Img2ImgPipeline, "sd3", AGAIN | SIDES | SHORT),
+    "sd3 inpaint": Relative(
+        StableDiffusion3InpaintPipeline,
+        "sd3",
+        FILLED | SHORT,
+        lambda: tiny_sd3(in_channels=16, out_channels=16),  # it takes no other
+        lambda parts: {"vae": autoencoder(shift_factor=0.06, latent_channels=16)},
+    ),
+    "sd3 controlnet": Relative(
+        StableDiffusion3ControlNetPipeline,
+        "sd3",
+        {"control_image": PICTURE} | SIDES | SHORT,
+        lambda: tiny_sd3(dual_attention_layers=()),
+        _controlnet_of_sd3,
+    ),
+    "flux img2img": Relative(FluxImg2ImgPipeline, "flux", AGAIN | SIDES | SHORT),
+    "flux inpaint": Relative(FluxInpaintPipeline, "flux", FILLED | SHORT),
+    "flux fill": Relative(  # of latents, those of the picture, and the mask, all packed
+        FluxFillPipeline,
+        "flux",
+        {"image": PICTURE, "mask_image": MASK} | SIDES | SHORT,
+        lambda: tiny_flux(in_channels=16 + 16 + 64, out_channels=16),
+    ),
+    "flux controlnet": Relative(
+        FluxControlNetPipeline, "flux", {"control_image": PICTURE} | SIDES | SHORT, extra=_controlnet_of_flux
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
 def test_other_pipelines_of_a_family_are_read_alike(name: str) -> None:
-    pipe, options = relatives()[name]()
-    pipe.set_progress_bar_config(disable=True)
+    relative = RELATIVES[name]
+    pipe, options = relative.build(), relative.options
     made: list[int] = []
     handle = denoiser(pipe).register_forward_pre_hook(lambda *_: made.append(1))
     plain = draw(pipe, **options)
@@ -635,6 +676,9 @@ def test_other_pipelines_of_a_family_are_read_alike(name: str) -> None:
     assert {one.maps.shape[0] for one in seen} == {1}
     assert calls <= set(pipe.scheduler.timesteps.tolist())  # the scheduler's own numbers, not the model's
     assert len(calls) == len(made)
+    truth = independent(pipe, lambda: draw(pipe, **options), FAMILIES[relative.family].guided)
+    for one, expected in zip(seen, truth, strict=True):
+        np.testing.assert_allclose(one.maps.numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

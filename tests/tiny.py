@@ -298,23 +298,24 @@ def tiny_sd3(dtype: torch.dtype = torch.float32, seed: int = 0, t5: bool = True,
     return ready(pipe, dtype)
 
 
-def tiny_flux(dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+def tiny_flux(dtype: torch.dtype = torch.float32, seed: int = 0, **transformer: Any) -> Any:
     """FLUX pipeline: one double and two single stream blocks, packed latents, rotary positions, distilled guidance."""
     tokenizer, t5_tokenizer = tiny_tokenizer(), tiny_t5_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         first, second = _clip_encoder(tokenizer, 20), t5_encoder(t5_tokenizer, 32)
-        net: Any = FluxTransformer2DModel(
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            pooled_projection_dim=16,
-            guidance_embeds=True,
-            axes_dims_rope=(4, 6, 6),
-        )
+        settings: dict[str, Any] = {
+            "in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 32,
+            "pooled_projection_dim": 16,
+            "guidance_embeds": True,
+            "axes_dims_rope": (4, 6, 6),
+        }
+        net: Any = FluxTransformer2DModel(**{**settings, **transformer})
         vae = autoencoder(shift_factor=0.1)
         _sharpen(net, ".attn.to_q.", ".attn.to_k.", ".attn.add_k_proj.")
     pipe: Any = FluxPipeline(
