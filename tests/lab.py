@@ -165,7 +165,7 @@ class Lab:
         """Console errors and foreign requests; a test asserts that there are none."""
         return [*self.console, *(f"request to {url}" for url in self.foreign)]
 
-    def open(self, name: str, timeout: float = 60, width: int = 1300, height: int = 1000) -> Notebook:
+    def open(self, name: str, timeout: float = 120, width: int = 1300, height: int = 1000) -> Notebook:
         """Open a notebook of the folder in a page of its own, and wait until its kernel is idle.
 
         Parameters
