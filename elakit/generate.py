@@ -223,7 +223,7 @@ class Progress:
     runs : callable
         ``runs()`` gives the runs as they are: pictures decoded from the latents, which are noisy before the end,
         recordings of the steps made, traces so far. What is made of a `Run` can be made of these: measures, regions,
-        figures, features.
+        figures, features. ``runs(decode=False)`` spares the decoder: the pictures are blank.
     states : sequence
         What the method holds of each picture's run, as its ``begin`` gave it; none of a plain run. ELA's are
         `elakit.guidance.Anchors`, and ``anchors.steer(regions)`` steers the run from here on.
@@ -232,8 +232,11 @@ class Progress:
     step: int
     steps: int
     latents: Tensor
-    runs: Callable[[], list[Run]]
+    runs: Callable[..., list[Run]]
     states: Sequence[Any] = ()
+
+
+GuideIf = Callable[[Progress], bool | Sequence[bool] | None]
 
 
 class _Stopped(Exception):
@@ -255,6 +258,7 @@ def generate(
     width: int | None = ...,
     negative_prompt: str | None = ...,
     guidance: Method | None = ...,
+    guide_if: GuideIf | None = ...,
     record: bool | RecordSpec = ...,
     stop_if: Callable[[Progress], object] | None = ...,
     progress: bool = ...,
@@ -271,6 +275,7 @@ def generate(
     width: int | None = ...,
     negative_prompt: str | None = ...,
     guidance: Method | None = ...,
+    guide_if: GuideIf | None = ...,
     record: bool | RecordSpec = ...,
     stop_if: Callable[[Progress], object] | None = ...,
     progress: bool = ...,
@@ -286,6 +291,7 @@ def generate(
     width: int | None = None,
     negative_prompt: str | None = None,
     guidance: Method | None = None,
+    guide_if: GuideIf | None = None,
     record: bool | RecordSpec = True,
     stop_if: Callable[[Progress], object] | None = None,
     progress: bool = True,
@@ -315,6 +321,10 @@ def generate(
         Needs classifier-free guidance: it has no effect with a scale of 1 or less, and FLUX refuses it.
     guidance : Method, optional
         Such as ``elakit.ELA()``; None draws plainly.
+    guide_if : callable, optional
+        Guide only where it is needed: called with the `Progress` after each step until it answers, with True or False,
+        or a list with one for each picture; None means to be asked again. Until then nothing is guided, and pictures
+        that do not need it never are. Such as ``elakit.prediction.load_predictor().guide_if()``.
     record : bool or RecordSpec
         True keeps the prompt's words at every step and layer, averaged over heads.
     stop_if : callable, optional
@@ -366,6 +376,8 @@ def generate(
         isinstance(guidance, type) or not all(hasattr(guidance, name) for name in ("loss", "plan", "select"))
     ):
         raise SettingError(f"guidance={guidance!r} is no guidance method; pass an instance, such as elakit.ELA().")
+    if guide_if is not None and guidance is None:
+        raise SettingError("guide_if says which pictures need guidance, but none is given: guidance=elakit.ELA().")
     full_height, full_width = adapter.default_size()
     height, width = height or full_height, width or full_width
     latent = adapter.latent_size(height, width)
@@ -389,7 +401,8 @@ def generate(
     if guidance is not None:
         noise_scale = adapter.set_timesteps(steps, height, width)
         guide = Guide(pipe, guidance, parsed, conditioning, latent, len(seeds))
-        latents = guide.start(latents, noise_scale, pipe.scheduler.timesteps[0])
+        if guide_if is None:
+            latents = guide.start(latents, noise_scale, pipe.scheduler.timesteps[0])
 
     def runs_of(images: Sequence[Image.Image], recording: Recording | None) -> list[Run]:
         return [
@@ -404,18 +417,22 @@ def generate(
             for i, (one, image) in enumerate(zip(seeds, images, strict=True))
         ]
 
+    waiting = guide_if is not None
+
     def after(step: int, latents: Tensor) -> Tensor:
-        if stop_if is not None:
-            so_far = Progress(
-                step,
-                steps,
-                latents,
-                lambda: runs_of(adapter.decode(latents, height, width), recording),
-                guide.states if guide else (),
-            )
-            if stop_if(so_far):
-                raise _Stopped(so_far)
-        return guide.on_step_end(step, latents) if guide else latents
+        nonlocal waiting
+
+        def runs(decode: bool = True) -> list[Run]:
+            blank = [Image.new("RGB", (width, height))] * len(seeds)
+            return runs_of(adapter.decode(latents, height, width) if decode else blank, recording)
+
+        so_far = Progress(step, steps, latents, runs, guide.states if guide else ())
+        if stop_if is not None and stop_if(so_far):
+            raise _Stopped(so_far)
+        if waiting and guide and guide_if is not None and (answer := guide_if(so_far)) is not None:
+            waiting = False
+            guide.only(_one_each(answer, len(seeds)))
+        return guide.on_step_end(step, latents) if guide and not waiting else latents
 
     if guide is not None or stop_if is not None:
         call = adapter.on_step(after)
@@ -437,6 +454,9 @@ def generate(
             images = adapter.decode(stopped.progress.latents, height, width)
             pipe.maybe_free_model_hooks()  # the call's own end was not reached
     runs = runs_of(images, recording)
+    if guide is not None and guide_if is not None:
+        for i, run in enumerate(runs):
+            run.settings["guided"] = not waiting and i not in guide.left_alone
     return runs if isinstance(seed, Sequence) else runs[0]
 
 
@@ -510,6 +530,15 @@ def _each(seed: int | Sequence[int]) -> Sequence[int]:
     if isinstance(seed, str | bytes) or (isinstance(seed, Sequence) and not seed):
         raise SettingError(f"seed={seed!r}: must be a whole number, or a list with one for each picture.")
     return seed if isinstance(seed, Sequence) else [seed]
+
+
+def _one_each(answer: bool | Sequence[bool], pictures: int) -> list[bool]:
+    answers = [bool(answer)] * pictures if isinstance(answer, bool | np.bool_) else [bool(one) for one in answer]
+    if len(answers) != pictures:
+        raise SettingError(
+            f"guide_if gave {len(answers)} answers for {pictures} pictures; give True, False, or one each."
+        )
+    return answers
 
 
 def _whole(name: str, value: Any, least: int) -> int:

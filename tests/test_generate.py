@@ -42,12 +42,12 @@ def test_a_run_may_be_watched_and_ended_after_any_step() -> None:
         seen.append((so_far.step, run.recording.steps[-1], len(run.guidance.rows) if run.guidance else 0))
         return so_far.step == 2
 
-    run = generate(pipe, PAIR, seed=9, steps=6, guidance=ELA(guided=0.5), stop_if=third_step, progress=False)
+    run = generate(pipe, PAIR, seed=9, steps=6, guidance=ELA(start=0, guided=0.5), stop_if=third_step, progress=False)
     # a step's end is told before guidance moves the latents for the next
     assert seen == [(0, 0, 1), (1, 1, 2), (2, 2, 3)]
     assert run.settings["stopped"] == 3
     assert run.recording.steps == (0, 1, 2)
-    whole = generate(pipe, PAIR, seed=9, steps=6, guidance=ELA(guided=0.5), progress=False)
+    whole = generate(pipe, PAIR, seed=9, steps=6, guidance=ELA(start=0, guided=0.5), progress=False)
     assert "stopped" not in whole.settings
     assert np.array_equal(run.entity_maps(), whole.entity_maps().isel(step=slice(0, 3)))
 
@@ -134,3 +134,44 @@ def test_a_pipeline_without_text_is_refused() -> None:
     )  # fmt: skip
     with pytest.raises(ModelError, match="Supported: Stable Diffusion"):
         generate(DDPMPipeline(net, DDPMScheduler()), PAIR)
+
+
+def test_only_pictures_that_need_it_are_guided() -> None:
+    pipe = tiny_pipeline()
+    asked: list[int] = []
+
+    def second_alone(so_far: Progress) -> list[bool] | None:
+        asked.append(so_far.step)
+        assert [run.recording is not None and run.recording.steps[-1] for run in so_far.runs(decode=False)] == [
+            so_far.step
+        ] * 2
+        return [False, True] if so_far.step == 1 else None
+
+    options: dict[str, Any] = {"seed": [1, 2], "steps": 5, "progress": False}
+    plain = generate(pipe, PAIR, **options)
+    ela = ELA(step_size=0.3, start=0, guided=1)
+    first, second = generate(pipe, PAIR, guidance=ela, guide_if=second_alone, **options)
+    assert asked == [0, 1]  # until it has answered, and no longer
+    assert np.array_equal(np.asarray(first.image), np.asarray(plain[0].image))
+    assert not np.array_equal(np.asarray(second.image), np.asarray(plain[1].image))
+    assert first.settings["guided"] is False
+    assert second.settings["guided"] is True
+    assert first.guidance is not None
+    assert not first.guidance.rows
+    assert second.guidance is not None
+    assert [row["step"] for row in second.guidance.rows] == [2, 3, 4]  # guidance has waited
+    assert "guided" not in plain[0].settings
+
+
+def test_a_picture_that_is_never_said_to_need_guidance_is_the_plain_one() -> None:
+    pipe = tiny_pipeline()
+    plain = generate(pipe, PAIR, seed=3, steps=3, progress=False)
+    ela = ELA(step_size=0.3, start=0, guided=1)
+    for answer in (False, None):
+        run = generate(pipe, PAIR, seed=3, steps=3, guidance=ela, guide_if=lambda _, a=answer: a, progress=False)
+        assert np.array_equal(np.asarray(run.image), np.asarray(plain.image))
+        assert run.settings["guided"] is False
+    with pytest.raises(SettingError, match=r"guidance=elakit.ELA\(\)"):
+        generate(pipe, PAIR, guide_if=lambda _: True)
+    with pytest.raises(SettingError, match="2 answers for 1 pictures"):
+        generate(pipe, PAIR, steps=2, guidance=ela, guide_if=lambda _: [True, False], progress=False)

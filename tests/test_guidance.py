@@ -101,7 +101,7 @@ def test_the_pass_stops_after_the_last_layer_that_is_read_and_leaves_weights_alo
 def test_ela_starts_from_the_plain_runs_noise_and_ends_where_its_window_ends(scheduler: str) -> None:
     pipe = tiny_pipeline(scheduler=scheduler)
     plain = generate(pipe, PAIR, seed=5, steps=4, progress=False)
-    ela = generate(pipe, PAIR, seed=5, steps=4, guidance=ELA(guided=0.5, step_size=0.3), progress=False)
+    ela = generate(pipe, PAIR, seed=5, steps=4, guidance=ELA(start=0, guided=0.5, step_size=0.3), progress=False)
     still = generate(pipe, PAIR, seed=5, steps=4, guidance=ELA(step_size=0), progress=False)
     assert ela.guidance is not None
     # Heun and PNDM call the model more often than they step; the window is a share of the calls
@@ -118,14 +118,6 @@ def test_guidance_that_reads_records_nothing_of_its_own() -> None:
     assert np.array_equal(np.asarray(spec_off.image), np.asarray(recorded.image))
     assert spec_off.recording is None
     assert recorded.recording.steps == (0, 1, 2)
-
-
-def test_a_single_entity_is_left_alone() -> None:
-    pipe = tiny_pipeline()
-    plain = generate(pipe, "a [red car]", seed=2, steps=3, progress=False)
-    ela = generate(pipe, "a [red car]", seed=2, steps=3, guidance=ELA(), progress=False)
-    assert np.array_equal(np.asarray(plain.image), np.asarray(ela.image))
-    assert ela.guidance.to_frame().empty
 
 
 def test_a_picture_that_needs_no_help_is_left_alone_from_there_on() -> None:
@@ -148,7 +140,7 @@ def test_every_other_step_may_be_guided() -> None:
         tiny_pipeline(), PAIR, seed=5, steps=8, guidance=ELA(every=2, guided=0.5), record=False, progress=False
     )
     assert run.guidance is not None
-    assert run.guidance.to_frame().index.tolist() == [0, 2]
+    assert run.guidance.to_frame().index.tolist() == [1, 3]  # of 8 steps the first is made before guidance begins
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +176,7 @@ def test_hooks_are_gone_after_an_error_in_the_middle(error: type[BaseException])
 
 def test_regions_stay_once_they_are_locked() -> None:
     pipe = tiny_pipeline()
-    ela = generate(pipe, PAIR, steps=6, guidance=ELA(guided=1, lock_from=2, step_size=0.5), progress=False)
+    ela = generate(pipe, PAIR, steps=6, guidance=ELA(start=0, guided=1, lock_from=2, step_size=0.5), progress=False)
     regions = ela.guidance.regions
     assert regions.sizes["step"] == 6
     assert not (regions.sum("entity") > 1).any()
@@ -326,3 +318,9 @@ def test_a_layout_that_is_none_is_refused_with_an_example(layout: Any, part: str
 def test_a_layout_needs_a_region_for_each_entity() -> None:
     with pytest.raises(SettingError, match="1 regions, the prompt 2 entities"):
         generate(tiny_pipeline(), PAIR, steps=2, guidance=ELA(regions=[(0, 0, 1, 1)]), progress=False)
+
+
+@pytest.mark.parametrize(("options", "first"), [({}, 3), ({"start": 0}, 0), ({"regions": [(0, 0, 0.5, 1), None]}, 0)])
+def test_localised_regions_wait_for_maps_that_are_no_noise(options: dict[str, Any], first: int, prompt: Prompt) -> None:
+    sizes = [update.size for update in ELA(step_size=0.1, decay=0.5, guided=0.08, **options).plan([1.0] * 25, prompt)]
+    assert sizes == [0.0] * first + [0.1, 0.05]

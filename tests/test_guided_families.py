@@ -245,7 +245,7 @@ def test_pixarts_steps_of_two_calls_are_counted_as_calls() -> None:
     call = adapter_for(pipe).on_step(lambda step, latents: called.append(step) or latents)
     own(pipe, FAMILIES["pixart-alpha"], output_type="latent", **call)
     assert called == [1, 3, 4]
-    run = generate(pipe, PAIR, steps=3, guidance=ELA(guided=1), progress=False, **SIZE)
+    run = generate(pipe, PAIR, steps=3, guidance=ELA(start=0, guided=1), progress=False, **SIZE)
     assert run.guidance is not None
     assert run.guidance.to_frame().index.tolist() == [0, 2, 4]
 

@@ -260,6 +260,12 @@ class Guide:
         options, labels = options_of(method), tuple(e.label for e in prompt.entities)
         self.traces = [Trace(method.name, options, labels) for _ in range(pictures)]
         self.done: set[int] = set()  # pictures with nothing left to mend
+        self.left_alone: set[int] = set()  # those of them that never were to be guided
+
+    def only(self, needed: Sequence[bool]) -> None:
+        """Leave alone, from here on, the pictures that do not need guidance."""
+        self.left_alone = {i for i, one in enumerate(needed) if not one}
+        self.done |= self.left_alone
 
     def start(self, noise: Tensor, scale: float, timestep: Tensor) -> Tensor:
         """The noise that a run starts from, moved for its first step.

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from elakit.errors import OutputError, SettingError
-from elakit.generate import Progress, Run
+from elakit.generate import GuideIf, Progress, Run
 from elakit.prediction.features import FEATURES, SHARES, features
 from elakit.resources import data_path
 
@@ -101,6 +101,47 @@ class Predictor:
         SettingError
             No such outcome or share, or a probability outside 0 to 1.
         """
+        probabilities = self._asked(above, outcome, after)
+
+        def stop(so_far: Progress) -> bool:
+            found = probabilities(so_far)
+            return found is not None and min(found) > above
+
+        return stop
+
+    def guide_if(self, above: float = 0.3, outcome: str = "failure", after: float = 0.1) -> GuideIf:
+        """For ``elakit.generate(guide_if=...)``: guide the pictures that are likely to fail, and no others.
+
+        Parameters
+        ----------
+        above, outcome, after
+            As in `stop_if`, but each picture of a batch counts for itself.
+
+        Raises
+        ------
+        SettingError
+            No such outcome or share, or a probability outside 0 to 1.
+
+        Examples
+        --------
+        >>> import elakit
+        >>> nothing = Predictor(np.zeros((5, 4, len(FEATURES))), np.zeros((5, 4)))
+        >>> options = dict(guidance=elakit.ELA(start=0.5), steps=4, progress=False)
+        >>> pipe = elakit.load("picture-world")
+        >>> run = elakit.generate(pipe, "a [cat] and a [lion]", guide_if=nothing.guide_if(above=0.6), **options)
+        >>> run.settings["guided"], len(run.guidance.rows)
+        (False, 0)
+        """
+        probabilities = self._asked(above, outcome, after)
+
+        def needed(so_far: Progress) -> list[bool] | None:
+            found = probabilities(so_far)
+            return None if found is None else [each > above for each in found]
+
+        return needed
+
+    def _asked(self, above: float, outcome: str, after: float) -> Callable[[Progress], list[float] | None]:
+        """Each picture's probability after the step that a share of the steps ends with; None after the others."""
         if outcome not in self.outcomes:
             raise SettingError(f"outcome={outcome!r}: choose from {', '.join(self.outcomes)}.")
         if after not in self.shares:
@@ -108,12 +149,12 @@ class Predictor:
         if not 0 <= above <= 1:
             raise SettingError(f"above={above!r}: give a probability, 0 to 1.")
 
-        def stop(so_far: Progress) -> bool:
+        def probabilities(so_far: Progress) -> list[float] | None:
             if so_far.step + 1 != int(np.ceil(after * so_far.steps - 1e-9)):
-                return False
-            return all(float(self.foretell(run)[outcome].iloc[-1]) > above for run in so_far.runs())
+                return None
+            return [float(self.foretell(run)[outcome].iloc[-1]) for run in so_far.runs(decode=False)]
 
-        return stop
+        return probabilities
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON, whole or not at all.
