@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from elakit.guidance import ELA, Attention, Guide, NoiseSearch
 from elakit.guidance.astar import AStar, Memory
 from elakit.guidance.box_diff import BoxDiff
 from elakit.guidance.conform import CONFORM
-from elakit.guidance.engine import gradient, noise_levels
+from elakit.guidance.engine import noise_levels
 from elakit.guidance.initno import InitNO
 from elakit.guidance.layout_guidance import LayoutGuidance
 from elakit.guidance.self_cross import SelfCross
@@ -203,63 +202,7 @@ def test_losses_and_gradients_are_finite_where_maps_are_empty_or_constant(name: 
             assert all(bool(torch.isfinite(grad).all()) for grad in grads if grad is not None)
 
 
-@every_method
-def test_the_order_of_entities_does_not_matter(name: str) -> None:
-    torch.manual_seed(0)
-    method = METHODS[name]()
-    turned = replace(method, regions=HALVES[::-1]) if hasattr(method, "regions") else method
-    reverse = replace(PROMPT, entities=PROMPT.entities[::-1])
-    states = method.begin(PROMPT, 50), method.begin(reverse, 50)
-    for step in (0, 1):
-        cross, own = torch.rand(2, 6, 4, 4).softmax(1), torch.rand(2, 4, 4, 16).softmax(-1).unflatten(-1, (4, 4))
-        seen = Attention((cross,), (own,))
-        loss = method.loss(seen, PROMPT, step, states[0])
-        assert float(turned.loss(seen, reverse, step, states[1]).total) == pytest.approx(float(loss.total), rel=1e-5)
-        assert float(loss.total) > 0
-
-
 # -- on a pipeline -----------------------------------------------------------------------------------------------------
-
-
-def setting(name: str, dtype: torch.dtype) -> tuple[Callable[[torch.Tensor], tuple[float, torch.Tensor]], torch.Tensor]:
-    """Loss and gradient at a latent of the second of ten steps, after a first one, and a latent."""
-    pipe = tiny_pipeline(dtype)
-    adapter, prompt, method = adapter_for(pipe), parse(PAIR, pipe), METHODS[name]()
-    embeds = adapter.encode(prompt.text, guided=False)
-    pipe.scheduler.set_timesteps(10)
-    before, latents = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(3)).to(dtype)
-    layers = method.select(adapter.layers(), (8, 8))
-    kept = method.begin(prompt, 50)
-
-    def at(z: torch.Tensor, step: int = 1, state: Any = None) -> tuple[float, torch.Tensor]:
-        state = copy.deepcopy(kept) if state is None else state
-        (loss,), grad = gradient(
-            adapter, method, prompt, layers, z, pipe.scheduler.timesteps[step], embeds, step=step, states=[state]
-        )
-        return float(loss.total.detach()), grad
-
-    at(before, 0, kept)
-    return at, latents
-
-
-@every_method
-def test_the_gradient_agrees_with_central_differences(name: str) -> None:
-    at, latents = setting(name, torch.float64)
-    _, grad = at(latents)
-    assert float(grad.abs().max()) > 0
-    step = 1e-5
-    for seed in range(3):
-        direction = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        numeric = (at(latents + step * direction)[0] - at(latents - step * direction)[0]) / (2 * step)
-        assert numeric == pytest.approx(float((grad * direction).sum()), rel=1e-4, abs=1e-9)
-
-
-@every_method
-def test_one_slight_step_lowers_the_loss(name: str) -> None:
-    at, latents = setting(name, torch.float32)
-    loss, grad = at(latents)
-    moved = latents - 0.02 * grad / grad.pow(2).mean().sqrt()
-    assert at(moved)[0] < loss
 
 
 @every_method
@@ -276,17 +219,6 @@ def test_a_whole_run_leaves_a_trace_and_options_that_can_be_written(name: str) -
     assert run.settings["method"] == name == run.guidance.method
     assert bool(run.guidance.searched) == isinstance(method, NoiseSearch) == (name == "initno")
     assert (run.guidance.regions is not None) == hasattr(method, "regions")
-
-
-@every_method
-def test_a_single_entity_is_left_alone(name: str) -> None:
-    pipe = tiny_pipeline()
-    plain = generate(pipe, "a [red car]", seed=2, steps=2, record=False, progress=False)
-    run = generate(pipe, "a [red car]", seed=2, steps=2, guidance=METHODS[name](), record=False, progress=False)
-    assert np.array_equal(np.asarray(plain.image), np.asarray(run.image))
-    assert run.guidance is not None
-    assert run.guidance.to_frame().empty
-    assert not run.guidance.searched
 
 
 def test_schedules_are_those_of_fifty_steps() -> None:
