@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_families import FAMILIES, IMAGE_EMBEDS, TEXT, draw, ip_adapter, observe
+from test_families import FAMILIES, IMAGES, TEXT, draw, ip_adapter, observe
 from tiny import tiny_flux, tiny_pipeline, tiny_sd3
 from torch.overrides import _get_current_function_mode_stack
 
@@ -214,14 +214,23 @@ def test_autocast_is_edited_too(pipe: Any) -> None:
     assert max(float(one.maps[..., 3].max()) for one in seen) == 0
 
 
-def test_an_image_prompt_is_left_as_it_is(pipe: Any) -> None:
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_prompt_is_left_as_it_is(name: str) -> None:
+    """With an IP-Adapter a layer attends to its picture in a second attention, whose keys are no words."""
+    family = FAMILIES[name]
+    pipe = family.make()
     ip_adapter(pipe)
-    plain = draw(pipe, **IMAGE_EMBEDS)
-    with edit(pipe, TEXT, Edit("car", scale=0)):
-        changed, seen = observe(pipe, lambda: draw(pipe, **IMAGE_EMBEDS))
+    prompt = parse(TEXT, pipe)
+    options = family.options | IMAGES[name]
+    plain = draw(pipe, **options)
+    with edit(pipe, prompt, Edit("car")):
+        assert np.array_equal(plain, draw(pipe, **options))
+    with edit(pipe, prompt, Edit("car", scale=0)):
+        changed, seen = observe(pipe, lambda: draw(pipe, **options))
     assert not np.array_equal(plain, changed)
-    assert max(float(one.maps[..., 3].max()) for one in seen) == 0
-    assert {one.maps.shape[-1] for one in seen} == {20}
+    for one in seen:
+        assert one.maps.shape[-1] == {"sd3": 34, "flux": 14}.get(name, 20)
+        assert float(one.maps[..., list(prompt.find("car"))].max()) == 0
 
 
 def test_guidance_in_an_edited_run_sees_the_model_as_it_is(pipe: Any) -> None:

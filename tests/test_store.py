@@ -17,7 +17,9 @@ import torch
 import xarray as xr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import tiny_pipeline
+from tiny import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from elakit.attention import RecordSpec, open_recording, record
 from elakit.attention import store as stores
@@ -250,6 +252,84 @@ def test_every_sink_gives_back_what_it_was_given(
         assert tree[size]["step"].values.tolist() == list(range(0, 2 * steps, 2))
         assert tree[size]["timestep"].values.tolist() == [900.0 - step for step in range(steps)]
     assert tree.attrs["calls"] == 40
+
+
+# -- on an accelerator, as far as a processor can tell -----------------------------------------------------------------
+
+
+class OnHost(Layout):
+    """Makes room on the host, whatever device is asked for."""
+
+    def slots(self, dtype: torch.dtype | None = None, **options: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return super().slots(dtype)
+
+
+class Copies(TorchFunctionMode):
+    """Notes every copy into a tensor that is there, and whether it waits."""
+
+    def __init__(self, log: list[str]) -> None:
+        super().__init__()
+        self.log = log
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.copy_:
+            self.log.append("copy that waits for nothing" if (kwargs or {}).get("non_blocking") else "copy")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_leaves_the_accelerator_in_one_copy_that_nothing_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Event:
+        def record(self, stream: Any) -> None:
+            log.append("event")
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    known = layout()
+    sink = Memory(OnHost(**vars(known)), capacity=3, most=9, device=torch.device("cpu"))
+    staging = Staging(sink, torch.device("cuda"))
+    for step in range(3):
+        staging.reserve(step)
+        for slot in staging.slots().values():
+            slot.fill_(step)
+        with Copies(log):
+            staging.commit((step, 0.0, 0.0))
+    to_the_host, into_the_recording = ["copy that waits for nothing", "event"], ["wait", "copy", "copy"]
+    assert log == [*to_the_host, *(to_the_host + into_the_recording) * 2]  # each is taken when the next is on its way
+    tree = staging.finish(calls=3)
+    for size in known.shapes:
+        assert [set(values.ravel()) for values in tree[size]["probability"].values] == [{0.0}, {1.0}, {2.0}]
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations for which a host would wait for its accelerator."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        names = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "item")
+        self.count += func.__name__.split(".")[0] in names
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl, tiny_pixart, tiny_sd3, tiny_flux])
+def test_no_layer_makes_the_host_wait(make: Any) -> None:
+    pipe = make()
+    options: dict[str, Any] = {"use_resolution_binning": False} if make is tiny_pixart else {}
+    options |= {"height": 32, "width": 32} if make is tiny_flux else {}
+    prompt = parse(TEXT, pipe)
+    names = [layer.name for layer in adapter_for(pipe).layers()]
+    counts = []
+    for spec in (RecordSpec(layers=names[:1]), RecordSpec(), RecordSpec(heads=[1, 0])):
+        with Waits() as waits, record(pipe, prompt, spec) as recording:
+            draw(pipe, prompt.text, steps=2, **options)
+        counts.append(waits.count)
+        assert len(recording.layers) == (1 if spec.layers != "all" else len(names))
+    assert counts[0] == counts[1] == counts[2]
 
 
 def test_a_path_that_is_taken_is_refused_before_the_run(pipe: Any, prompt: Prompt, tmp_path: Path) -> None:

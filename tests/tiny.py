@@ -10,6 +10,8 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -17,6 +19,9 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -26,6 +31,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
 )
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -43,11 +49,17 @@ from transformers import (
 
 SCHEDULERS: dict[str, type] = {
     "ddim": DDIMScheduler,
+    "ddpm": DDPMScheduler,
     "euler": EulerDiscreteScheduler,
     "euler-ancestral": EulerAncestralDiscreteScheduler,
     "pndm": PNDMScheduler,
     "dpm++": DPMSolverMultistepScheduler,
     "heun": HeunDiscreteScheduler,
+    "kdpm2": KDPM2DiscreteScheduler,
+    "lms": LMSDiscreteScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "deis": DEISMultistepScheduler,
+    "lcm": LCMScheduler,
 }
 
 # "giraffe", "crocodile" and other words outside this corpus split into pieces.
@@ -140,7 +152,8 @@ def tiny_pipeline(
     Parameters
     ----------
     dtype : torch.dtype
-    scheduler : {"ddim", "euler", "euler-ancestral", "pndm", "dpm++", "heun"}
+    scheduler : str
+        One of `SCHEDULERS`.
     seed : int
         Of the weights; torch's own generator is left as it was.
     length : int
