@@ -13,6 +13,7 @@ from tiny import tiny_pipeline
 from elakit.errors import OutputError, RecordingError, SettingError
 from elakit.generate import Run, generate
 from elakit.prediction import FEATURES, OUTCOMES, SHARES, Predictor, features, load_predictor
+from elakit.prediction.contest import CONTEST, contest
 from elakit.prediction.fit import fit
 from elakit.world.vocabulary import NOUNS
 
@@ -91,8 +92,8 @@ def test_a_cause_is_found_and_its_probability_is_right() -> None:
     assert 0.4 < own.loc[("failure", 0.1), "auroc"] < 0.6  # nothing is to be seen that early
     weights = predictor.weights[-1, 0]
     assert int(np.abs(weights).argmax()) == FEATURES.index("bleed_last")
-    # what it was made from: logit = 2 bleed - 1
-    assert weights.max() == pytest.approx(2, abs=0.7)
+    # made from logit = 2 bleed - 1; some of it goes to features that happen to go with it, of so many
+    assert 0.5 < weights.max() < 2.5
     assert predictor.intercepts[-1, 0] == pytest.approx(-1, abs=0.5)
 
 
@@ -134,3 +135,44 @@ def test_a_sweep_that_cannot_be_learnt_from_says_why() -> None:
         fit(sweep(20))
     with pytest.raises(SettingError, match="new folder"):
         fit(sweep(100).assign(features=None))
+
+
+# --- how maps stand to each other ---------------------------------------------------------------------------
+
+
+def told(
+    *entities: np.ndarray, attributes: tuple[np.ndarray, ...] = (), owners: tuple[int, ...] = ()
+) -> dict[str, float]:
+    rest = np.full((4, 4), 0.1)
+    return dict(
+        zip(CONTEST, contest(np.stack(entities), rest, np.array(attributes).reshape(-1, 4, 4), owners), strict=True)
+    )
+
+
+def test_an_entity_that_wins_no_cell_is_told_from_one_that_has_a_place() -> None:
+    strong, weak, apart = np.zeros((3, 4, 4))
+    strong[:2], weak[:2], apart[3] = 0.6, 0.2, 0.2
+    neglected, present = told(strong, weak), told(strong, apart)
+    assert neglected["won_least"] == neglected["won_last"] == 0
+    assert present["won_least"] == pytest.approx(1)
+    assert neglected["won_first"] == pytest.approx(1)
+    assert neglected["peak_won_last"] == 0
+    assert present["peak_won_last"] == pytest.approx(0.2)
+    assert neglected["lead_last"] == pytest.approx(0, abs=1e-6)  # its best cells are those where neither has anything
+    assert present["lead_last"] == pytest.approx(0.2)
+    assert neglected["common"] == pytest.approx(1)  # the same place, scaled
+    assert present["common"] == pytest.approx(0, abs=1e-6)
+    assert neglected["distance"] == pytest.approx(0, abs=1e-6)
+    assert present["distance"] == pytest.approx(0.75 - 0.125)
+    assert (neglected["joint_blobs"], present["joint_blobs"]) == (1, 1)
+
+
+def test_an_attribute_on_the_wrong_thing_is_bound_below_zero() -> None:
+    left, right = np.zeros((2, 4, 4))
+    left[:, 0], right[:, 3] = 1, 1
+    assert told(left, right, attributes=(left,), owners=(0,))["bound"] == pytest.approx(1)
+    wrong = told(left, right, attributes=(left, left), owners=(0, 1))
+    assert wrong["bound"] == pytest.approx(-1)
+    assert wrong["misbound"] == pytest.approx(1)
+    alone = told(left)
+    assert (alone["bound"], alone["misbound"], alone["won_least"], alone["common"]) == (1, 0, pytest.approx(1), 0)

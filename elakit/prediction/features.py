@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from elakit.errors import SettingError
+from elakit.attention import Recording
+from elakit.errors import RecordingError, SettingError
 from elakit.generate import Run
+from elakit.prediction.contest import CONTEST, contest
 
 # Shares of the steps after which a failure can be foretold.
 SHARES = (0.1, 0.2, 0.3, 0.5, 1.0)
@@ -35,8 +39,15 @@ _ABSENT = {"hellinger": 1.0, "symmetric_kl": 10.0, "attribute_margin": 1.0}
 _ON_MAPS = ("peak", "peak_ratio", "mass", "mass_ratio", "area", "area_ratio", "concentration")
 QUANTITIES = (*_WORST, *(f"{name}_mean" for name in ("bleed", "intrusion", "spill")), *_ON_MAPS)
 _ABOUT = ("entities", "attributes")
-# Each quantity at the last step, and its mean over the steps until then.
-FEATURES = (*_ABOUT, *(f"{name}_{when}" for name in QUANTITIES for when in ("last", "mean")))
+# Whose maps `contest` describes: the decoder's at the size that is analysed, at the last step and averaged over the
+# second half of the steps; the encoder's of that size and the decoder's coarser ones, at the last step.
+_GRIDS = ("decoder", "settled", "encoder", "coarse")
+# Each quantity at the last step, and its mean over the steps until then; and how the maps stand to each other.
+FEATURES = (
+    *_ABOUT,
+    *(f"{name}_{when}" for name in QUANTITIES for when in ("last", "mean")),
+    *(f"{grid}_{name}" for grid in _GRIDS for name in CONTEST),
+)
 
 
 def features(run: Run) -> pd.DataFrame:
@@ -65,7 +76,8 @@ def features(run: Run) -> pd.DataFrame:
     enough to make a picture fail; of three also the mean over entities. On the maps (means of the decoder's layers at
     16 x 16): "peak" is the largest attention of the least attended entity and "peak_ratio" that, as a share of the most
     attended one's; "mass" and "area" are the same for mean attention and for the region's share of the picture;
-    "concentration" is the least share of a map's mass that its strongest tenth of the cells holds.
+    "concentration" is the least share of a map's mass that its strongest tenth of the cells holds. How the maps stand
+    to each other is told by `elakit.prediction.contest`, of four sets of maps.
 
     Examples
     --------
@@ -79,15 +91,55 @@ def features(run: Run) -> pd.DataFrame:
     """
     if not run.prompt.entities:
         raise SettingError("The prompt names no entity; mark what is to be in the picture with brackets.")
-    series = _per_step(run)
+    series, grids = _per_step(run), _grids(run)
+    numbers = {entity.label: i for i, entity in enumerate(run.prompt.entities)}
     so_far = series.expanding().mean()
     about = [len(run.prompt.entities), sum(len(entity.attributes) for entity in run.prompt.entities)]
     rows = {}
     for share, step in _reached(run).items():
         pairs = zip(series.iloc[step], so_far.iloc[step], strict=True)
         rows[share] = [*about, *(value for pair in pairs for value in pair)]
+        for name in _GRIDS:
+            grid = grids.get(name, grids["decoder"])
+            steps = slice((step + 1) // 2 if name == "settled" else step, step + 1)
+            entities, rest, attributes = (part[steps].mean(0) for part in (grid.entities, grid.rest, grid.attributes))
+            rows[share].extend(contest(entities, rest, attributes, [numbers[owner] for owner in grid.owners]))
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(FEATURES), dtype=float)
     return table.rename_axis("share")
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Maps of a run: entities (step, entity, y, x), rest (step, y, x), attributes (step, attribute, y, x)."""
+
+    entities: np.ndarray
+    rest: np.ndarray
+    attributes: np.ndarray
+    owners: tuple[str, ...]
+
+
+def _grids(run: Run) -> dict[str, _Grid]:
+    """Maps by the name of their set; sets that the model or the recording lacks are left out."""
+    recording = run.recording
+    assert recording is not None
+    size = max(run.entity_maps().shape[-2:])
+    coarse = max((max(each) for each in recording.sizes if max(each) < size), default=size)
+    wanted = {"decoder": (recording.decoder, size), "encoder": ("down", size), "coarse": (recording.decoder, coarse)}
+    found = {}
+    for name, (layers, side) in wanted.items():
+        with suppress(RecordingError):
+            found[name] = _grid(recording, layers, side)
+    return found
+
+
+def _grid(recording: Recording, layers: str, size: int) -> _Grid:
+    entities = recording.maps("entities", layers, size).values
+    ends = [token for token in ("<start>", "<end>") if token in recording.tokens]
+    attributes, owners = np.zeros((len(entities), 0, *entities.shape[-2:])), ()
+    if any(entity.attributes for entity in recording.prompt.entities):
+        maps = recording.maps("attributes", layers, size)
+        attributes, owners = maps.values, tuple(maps.entity.values.tolist())
+    return _Grid(entities, recording.maps(ends, layers, size).values.sum(1), attributes, owners)
 
 
 def _reached(run: Run) -> dict[float, int]:

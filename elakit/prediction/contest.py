@@ -1,0 +1,124 @@
+"""How the maps of a picture's entities stand to each other: who holds which cells, by how much, in how many pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.ndimage import label
+
+# Of each entity; "others" is the largest of the other entities' maps in each cell, "rest" start, end and padding.
+_OF_ENTITY = (
+    "peak",
+    "mean",
+    "log_peak",
+    "won",  # share of its map, less its least value, in cells where it is above the others
+    "won_scaled",  # the same with each map brought to a maximum of 1
+    "cells_won",
+    "lead",  # mean of the sixteenth of the cells in which it is farthest above the others
+    "lead_over_rest",
+    "peak_won",  # its largest value in cells that it wins, and in cells that it loses
+    "peak_lost",
+    "spread",
+    "entropy",
+    "top_tenth",  # share of its map in the strongest tenth of the cells
+    "above_rest",
+    "blobs",  # pieces above two fifths of its range
+)
+# Of the picture: the closest two entities, what no entity holds, and the attribute that fares worst.
+_OF_PICTURE = ("correlation", "common", "distance", "rest_mean", "rest_least", "joint_blobs", "bound", "misbound")
+CONTEST = (*(f"{name}_{which}" for which in ("least", "most", "first", "last") for name in _OF_ENTITY), *_OF_PICTURE)
+_TINY = 1e-9
+
+
+def contest(entities: np.ndarray, rest: np.ndarray, attributes: np.ndarray, owners: Sequence[int]) -> np.ndarray:
+    """Describe maps of one step by numbers.
+
+    Parameters
+    ----------
+    entities : ndarray, float, (entity, y, x)
+        Raw attention.
+    rest : ndarray, float, (y, x)
+        Of start-of-text, end-of-text and padding.
+    attributes : ndarray, float, (attribute, y, x)
+        May be none.
+    owners : sequence of int
+        Number of the entity that each attribute belongs to.
+
+    Returns
+    -------
+    ndarray, float, (len(CONTEST),)
+        Of the entities' numbers the least and the most, and the first and the last entity's own: a text encoder that
+        reads from left to right treats them differently. One entity wins every cell, and is far from none.
+
+    Examples
+    --------
+    >>> left, right = np.zeros((2, 4, 4))
+    >>> left[:, 0], right[:, 3] = 0.5, 0.25
+    >>> found = dict(zip(CONTEST, contest(np.stack([left, right]), np.full((4, 4), 0.1), np.zeros((0, 4, 4)), [])))
+    >>> [round(float(found[name]), 2) for name in ("peak_least", "won_least", "common", "distance", "blobs_most")]
+    [0.25, 1.0, 0.0, 0.75, 1.0]
+    """
+    y, x = np.mgrid[: rest.shape[0], : rest.shape[1]] / np.array(rest.shape)[:, None, None]
+    shares = [_share(one) for one in entities]
+    centres = [np.array([(p * y).sum(), (p * x).sum()]) for p in shares]
+    rows = []
+    for i, (one, p, centre) in enumerate(zip(entities, shares, centres, strict=True)):
+        others = np.delete(entities, i, 0)
+        against = others.max(0) if len(others) else np.full_like(one, -1.0)
+        scaled = np.max([_scaled(other) for other in others], 0) if len(others) else against
+        won = one > against
+        strongest = np.sort((one - against).ravel())[::-1]
+        lead = strongest[: max(4, one.size // 16)].mean() if len(others) else one.max()
+        rows.append(
+            [
+                one.max(),
+                one.mean(),
+                np.log(one.max() + 1e-6),
+                p[won].sum(),
+                p[_scaled(one) > scaled].sum(),
+                won.mean(),
+                lead,
+                lead / (rest.mean() + 1e-6),
+                one.max(where=won, initial=0.0),
+                one.max(where=~won, initial=0.0),
+                np.sqrt((p * ((y - centre[0]) ** 2 + (x - centre[1]) ** 2)).sum()),
+                -(p * np.log(p + 1e-12)).sum(),
+                np.sort(p.ravel())[::-1][: one.size // 10].sum(),
+                (one > rest).mean(),
+                label(_scaled(one) > 0.4)[1],
+            ]
+        )
+    each = np.array(rows)
+    pairs = [(i, j) for i in range(len(entities)) for j in range(i)]
+    closest = [
+        max((_correlation(entities[i], entities[j]) for i, j in pairs), default=-1.0),
+        max((np.minimum(shares[i], shares[j]).sum() for i, j in pairs), default=0.0),
+        min((np.hypot(*(centres[i] - centres[j])) for i, j in pairs), default=1.0),
+        rest.mean(),
+        rest.min(),
+        label(entities.sum(0) > 0.4 * entities.sum(0).max())[1],
+    ]
+    bound, misbound = [1.0], [0.0]
+    for attribute, owner in zip(attributes, owners, strict=True):
+        common = [np.minimum(_share(attribute), p).sum() for p in shares]
+        wrong = max((value for i, value in enumerate(common) if i != owner), default=0.0)
+        bound.append(common[owner] - wrong)
+        misbound.append(wrong)
+    return np.array([*each.min(0), *each.max(0), *each[0], *each[-1], *closest, min(bound), max(misbound)])
+
+
+def _share(values: np.ndarray) -> np.ndarray:
+    """A map above its least value, as a distribution."""
+    above = values - values.min()
+    return above / (above.sum() + _TINY)
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    above = values - values.min()
+    return above / (above.max() + _TINY)
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).sum() / (np.sqrt((a**2).sum() * (b**2).sum()) + _TINY))
