@@ -6,25 +6,33 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+from notebooks import run
+
+NOTEBOOKS = sorted(run.HERE.glob("*.ipynb"))
+pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path: Path) -> None:
+    saved = [bool(cell.outputs) for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    shown = [bool(cell.outputs) for cell in run.execute(path).cells if cell.cell_type == "code"]
+    assert saved == shown, f"outputs are stale: python notebooks/run.py {path.name}"
+
+
+def test_its_outputs_are_those_of_its_code(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
-    saved = [bool(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"]
-    NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
-    ).execute()
-    shown = [bool(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"]
-    assert saved == shown, "outputs are stale: run the notebook and save it"
+    assert not run.is_stale(notebook), f"its code has changed since it was run: python notebooks/run.py {path.name}"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "cells were run out of order"
+    # the check sees a change of code, and none of prose
+    notebook.cells[0].source += "\n\nMore."
+    assert not run.is_stale(notebook)
+    code[-1].source += "\n1"
+    assert run.is_stale(notebook)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_is_small_and_holds_no_error(path: Path) -> None:
-    assert path.stat().st_size < 3_000_000
+    assert path.stat().st_size < run.MOST_BYTES
     notebook = nbformat.read(path, as_version=4)
     assert notebook.cells[0].source.startswith("# ")
     assert notebook.cells[0].source.splitlines()[0].endswith("?")
