@@ -5,6 +5,7 @@ from elakit import judge as judge
 from elakit.attention import Recording, RecordSpec, open_recording, record
 from elakit.bleeding import Bleeding
 from elakit.diagnose import Diagnosis, diagnose
+from elakit.diagnosis import open_diagnosis
 from elakit.explorer import Explorer, explore
 from elakit.generate import Progress, Run, compare, generate, open_run
 from elakit.guidance import ELA
@@ -33,6 +34,7 @@ __all__ = [
     "generate",
     "judge",
     "load",
+    "open_diagnosis",
     "open_recording",
     "open_run",
     "parse",

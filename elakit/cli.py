@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,7 @@ import typer
 import elakit
 from elakit.bench.cli import app as bench
 from elakit.errors import ElakitError, OutputError, SettingError
+from elakit.files import write_file
 from elakit.guidance import METHODS, without_regions
 from elakit.models import EMBEDDED, FAMILIES
 from elakit.prediction.cli import app as predict
@@ -27,9 +30,8 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(predict, name="predict")
 
-Prompt = Annotated[
-    str, typer.Argument(help='Such as "a cat and a lion"; brackets override: "a [red car] and a [bird]".')
-]
+PROMPT = 'Such as "a cat and a lion"; brackets override: "a [red car] and a [bird]".'
+Prompt = Annotated[str, typer.Argument(help=PROMPT)]
 Model = Annotated[str, typer.Option(help="picture-world (embedded), a folder, or a hub id such as org/model.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by default float32 on CPU.")]
@@ -47,41 +49,84 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def diagnose(
-    prompt: Prompt,
+    prompt: Annotated[str | None, typer.Argument(help=f"{PROMPT} Or give --prompts.")] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds: 0, 1, ...")] = 4,
     first_seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
     method: Method = "ela",
+    remedies: Annotated[
+        str,
+        typer.Option(
+            help="What else to try where a picture is wrong: all, none, or some of the methods, another-seed, swapped, "
+            "next-to, regions, with commas between them."
+        ),
+    ] = "all",
     model: Model = "picture-world",
     steps: Steps = None,
     scale: Scale = None,
     device: Device = None,
     dtype: Dtype = None,
-    out: Annotated[Path, typer.Option(help="The HTML report to write.")] = Path("report.html"),
+    predictor: Annotated[
+        Path | None, typer.Option(help="Foretells failures: a file that `elakit predict fit` wrote.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML report to write, by default report.html; with --prompts a folder.")
+    ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="Folder to keep all runs in as they are drawn; what is there is not drawn again."),
+    ] = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Also write what was found as JSON, for programs.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Diagnose a text file of prompts, one a line, into the folder --out; resumable.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="With --prompts: processes that draw.")] = None,
 ) -> None:
-    """Draw a prompt plainly and guided over a few seeds, and write a report of what bleeds and what mends it."""
+    """Draw a prompt over a few seeds; report what goes wrong, why, and which remedy mends it."""
     from elakit import report
+    from elakit.diagnosis.remedies import check
+    from elakit.prediction import load_predictor
 
     if seeds < 1:
         raise SettingError(f"--seeds {seeds}: give 1 or more.")
-    report.check_path(out)
+    if first_seed < 0:
+        raise SettingError(f"--first-seed {first_seed}: give 0 or more.")
+    asked = _remedies(remedies)
+    check(asked)
+    if (prompt is None) == (prompts is None):
+        raise SettingError('Give one prompt, such as "a cat and a lion", or a file of prompts with --prompts.')
+    if prompts is not None:
+        raise SettingError("--prompts is not there yet.")
+    assert prompt is not None
+    target = report.check_path(out or Path("report.html"))
+    if json_out is not None:
+        report.check_path(json_out)
+    foretell = None if predictor is None else load_predictor(predictor)
     pipe = _load(model, device, dtype)
     parsed = elakit.parse(prompt, pipe)
-    with typer.progressbar(length=2 * seeds, label="drawing", file=sys.stderr) as bar:
+    with typer.progressbar(length=100, label="drawing", file=sys.stderr, show_eta=False) as bar:
 
         def show(done: int, total: int, what: str) -> None:
-            bar.label = what
-            bar.update(done - bar.pos)
+            bar.label = f"{done} of {total} pictures, {what}"
+            bar.update(100 * done // max(total, 1) - bar.pos)
+            bar.render_progress()
 
         found = elakit.diagnose(
-            pipe, parsed, seeds=list(range(first_seed, first_seed + seeds)), method=method, steps=steps,
-            guidance_scale=scale, on_progress=show,
+            pipe, parsed, seeds=list(range(first_seed, first_seed + seeds)), method=method, remedies=asked, steps=steps,
+            guidance_scale=scale, predictor=foretell, folder=keep, on_progress=show,
         )  # fmt: skip
-        bar.update(2 * seeds - bar.pos)
-    command = shlex.join(["elakit", *sys.argv[1:]])
-    path = report.write(found, out, command)
+        bar.label = "done"
+        bar.update(100 - bar.pos)
+    path = report.write(found, target, shlex.join(["elakit", *sys.argv[1:]]))
     typer.echo(f'"{found.prompt.text}", {seeds} seed{"s" * (seeds > 1)}, {found.seconds:.0f} s')
     for sentence in report.summary(found):
         typer.echo(sentence)
+    if json_out is not None:
+        write_file(json_out.absolute(), json.dumps(found.to_dict(), indent=1).encode())
+        typer.echo(f"JSON: {json_out.absolute()}")
+    if keep is not None:
+        typer.echo(f"Runs: {keep.absolute()}")
     typer.echo(f"Report: {path}")
 
 
@@ -91,6 +136,13 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder for picture, recording and settings.")],
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     method: Annotated[str, typer.Option(help=f"plain, or a guidance method: {', '.join(METHODS)}.")] = "plain",
+    regions: Annotated[
+        str | None,
+        typer.Option(
+            help="A box for each entity, for methods that take regions: left,top,right,bottom in shares of the "
+            'picture, with semicolons between them, such as "0,0,0.5,1;0.5,0,1,1".'
+        ),
+    ] = None,
     model: Model = "picture-world",
     steps: Steps = None,
     scale: Scale = None,
@@ -107,8 +159,10 @@ def run(
         )
     if out.exists() and not (overwrite and (out / "run.json").exists()):
         raise OutputError(f"--out {out} exists already. Choose another folder, or --overwrite a run that is there.")
+    if method == "plain" and regions is not None:
+        raise SettingError(f"--regions {regions}: plain drawing takes no regions; add --method ela.")
+    guidance = None if method == "plain" else _guidance(method, regions)
     pipe = _load(model, device, dtype)
-    guidance = None if method == "plain" else without_regions(method)
     drawn = elakit.generate(pipe, prompt, seed=seed, steps=steps, guidance_scale=scale, guidance=guidance)
     path = drawn.save(out, overwrite=overwrite)
     typer.echo(repr(drawn.bleeding))
@@ -143,6 +197,27 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.secho("elakit: interrupted", fg="red", err=True)
         raise SystemExit(130) from None
+
+
+def _remedies(text: str) -> bool | list[str]:
+    if text in ("all", "none"):
+        return text == "all"
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _guidance(method: str, regions: str | None) -> Any:
+    """A method, with the boxes it is to hold the entities in."""
+    if regions is None:
+        return without_regions(method)
+    if "regions" not in {field.name for field in fields(METHODS[method])}:
+        raise SettingError(f"--regions: {method} takes no regions; use ela, layout-guidance or boxdiff.")
+    try:
+        boxes = [tuple(float(side) for side in box.split(",")) for box in regions.split(";")]
+    except ValueError:
+        raise SettingError(
+            f'--regions {regions}: write left,top,right,bottom for each entity, such as "0,0,0.5,1;0.5,0,1,1".'
+        ) from None
+    return METHODS[method](regions=boxes)
 
 
 def _load(model: str, device: str | None, dtype: str | None) -> Any:

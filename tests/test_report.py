@@ -17,7 +17,7 @@ from PIL import Image
 from tiny import tiny_pipeline
 
 from elakit import report
-from elakit.diagnose import Diagnosis, Pair
+from elakit.diagnosis import Diagnosis, Pair
 from elakit.errors import OutputError
 from elakit.generate import Run, generate
 from elakit.guidance import ELA

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from elakit.attention import RecordSpec
-from elakit.errors import OutputError, SettingError
+from elakit.errors import ElakitError, OutputError, SettingError
 from elakit.files import write_file
 from elakit.generate import Progress, Run, generate, open_run
 from elakit.guidance import Method
 from elakit.guidance.engine import options_of
-from elakit.models import EMBEDDED, name_of
+from elakit.models import EMBEDDED, default_settings, name_of
 from elakit.prompt import Prompt
 
 OnProgress = Callable[[int, int, str], object]
@@ -59,7 +59,7 @@ class Drawer:
     SettingError
         A batch of less than 1.
     OutputError
-        The folder cannot be written to, or is something else.
+        The folder cannot be written to, or is of something else.
 
     Examples
     --------
@@ -83,7 +83,10 @@ class Drawer:
     ) -> None:
         if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
             raise SettingError(f"batch={batch!r}: must be a whole number of 1 or more.")
-        self.pipe, self.steps, self.guidance_scale, self.batch = pipe, steps, guidance_scale, batch
+        defaults = default_settings(pipe)
+        self.pipe, self.batch = pipe, batch
+        self.steps = defaults.steps if steps is None else steps
+        self.guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
         self.shelf = None if folder is None else Shelf(folder)
         self.done, self.total = 0, 0
         self._on_progress = on_progress or (lambda done, total, what: None)
@@ -91,6 +94,10 @@ class Drawer:
     def expect(self, pictures: int) -> None:
         """So many pictures more will be drawn."""
         self.total += pictures
+
+    def skip(self, pictures: int) -> None:
+        """So many of those expected will not be drawn after all."""
+        self.total -= pictures
 
     def draw(
         self,
@@ -120,24 +127,28 @@ class Drawer:
         -------
         Drawn
         """
-        spec = record or RecordSpec()
-        keys = {seed: self._key(prompt, seed, guidance, spec, stop_after) for seed in seeds}
+        about = {
+            "model": name_of(self.pipe), "steps": self.steps, "guidance_scale": self.guidance_scale,
+            "scheduler": type(self.pipe.scheduler).__name__, "method": getattr(guidance, "name", None),
+        }  # fmt: skip
+        if stop_after is not None and stop_after < self.steps:
+            about["stopped"] = stop_after
+        options = options_of(guidance)
+        keys = {seed: key_of(prompt, seed, about, options) for seed in seeds}
         kept = {} if self.shelf is None else self.shelf.take(keys)
         runs = {seed: replace(run, prompt=prompt) for seed, (run, _) in kept.items()}
         seconds = {seed: took for seed, (_, took) in kept.items()}
-        self._tell(len(kept), what)
         self.done += len(kept)
         missing = [seed for seed in seeds if seed not in runs]
         size = self.batch or (len(missing) if name_of(self.pipe) in EMBEDDED else 1)
         for batch in (missing[i : i + size] for i in range(0, len(missing), max(size, 1))):
-            began = time.perf_counter()
-            for run in self._batch(prompt, batch, guidance, spec, what, stop_after):
-                runs[run.seed] = run
-            took = (time.perf_counter() - began) / len(batch)
-            for seed in batch:
-                seconds[seed] = took
+            began = perf_counter()
+            drawn = self._batch(prompt, batch, guidance, record, what, stop_after)
+            took = (perf_counter() - began) / len(batch)
+            for run in drawn:
+                runs[run.seed], seconds[run.seed] = run, took
                 if self.shelf is not None:
-                    self.shelf.put(keys[seed], runs[seed], took)
+                    self.shelf.put(keys[run.seed], run, took)
             self.done += len(batch)
         self._tell(0, what)
         return Drawn(tuple(runs[seed] for seed in seeds), sum(seconds.values()) / max(len(seconds), 1))
@@ -147,12 +158,12 @@ class Drawer:
         prompt: Prompt,
         seeds: Sequence[int],
         guidance: Method | None,
-        spec: RecordSpec,
+        record: RecordSpec | None,
         what: str,
         stop_after: int | None,
     ) -> list[Run]:
         def after(so_far: Progress) -> bool:
-            made, last = so_far.step + 1, stop_after or so_far.steps
+            made, last = so_far.step + 1, min(stop_after or so_far.steps, so_far.steps)
             self._tell(min(len(seeds) * made // last, len(seeds)), what)
             return made == stop_after and made < so_far.steps
 
@@ -164,7 +175,7 @@ class Drawer:
             steps=self.steps,
             guidance_scale=self.guidance_scale,
             guidance=guidance,
-            record=spec,
+            record=record or RecordSpec(),
             stop_if=after,
             progress=False,
         )
@@ -173,20 +184,9 @@ class Drawer:
         done = self.done + more
         self._on_progress(done, max(self.total, done), what)
 
-    def _key(self, prompt: Prompt, seed: int, guidance: Method | None, spec: RecordSpec, stop_after: int | None) -> str:
-        """Name of a run: equal for runs that would come out equal."""
-        about = {
-            "prompt": prompt.to_dict(), "seed": seed, "model": name_of(self.pipe), "dtype": str(self.pipe.dtype),
-            "scheduler": type(self.pipe.scheduler).__name__, "steps": self.steps,
-            "guidance_scale": self.guidance_scale, "method": getattr(guidance, "name", None),
-            "options": options_of(guidance), "record": repr(spec), "stop_after": stop_after,
-        }  # fmt: skip
-        text = json.dumps(about, sort_keys=True, default=repr)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
 
 class Shelf:
-    """Runs in a folder, each written whole with the time it took.
+    """Runs in a folder, each written whole, with the time it took.
 
     Parameters
     ----------
@@ -212,11 +212,11 @@ class Shelf:
                 f"The runs cannot be kept in {folder}: {error.strerror or error}. Give a folder you may write to."
             ) from error
 
-    def take(self, keys: dict[int, str]) -> dict[int, tuple[Run, float]]:
-        """Those of the runs asked for that are there, by seed, with their seconds."""
+    def take(self, keys: Mapping[int, str]) -> dict[int, tuple[Run, float]]:
+        """Those of the runs asked for that are there and whole, by seed, with the seconds each took."""
         found = {}
         for seed, key in keys.items():
-            with suppress(OutputError, OSError, ValueError, KeyError):
+            with suppress(ElakitError, OSError, ValueError, KeyError):
                 times = json.loads((self.folder / "runs" / f"{key}.json").read_text(encoding="utf-8"))
                 found[seed] = (open_run(self.folder / "runs" / key), float(times["seconds"]))
         return found
@@ -225,3 +225,30 @@ class Shelf:
         """Keep a run."""
         run.save(self.folder / "runs" / key, overwrite=True)
         write_file(self.folder / "runs" / f"{key}.json", json.dumps({"seconds": seconds}).encode())
+
+    def has(self, key: str) -> bool:
+        """Whether a run is there."""
+        return (self.folder / "runs" / f"{key}.json").exists()
+
+
+def key_of(prompt: Prompt, seed: int, settings: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """Name of a run in its folder: equal for runs that come out equal.
+
+    Parameters
+    ----------
+    prompt : Prompt
+    seed : int
+    settings : mapping
+        As in `Run.settings`; of it count model, scheduler, steps, guidance_scale, method and stopped.
+    options : mapping
+        Of the method.
+    """
+    names = ("model", "scheduler", "steps", "guidance_scale", "method", "stopped")
+    counted = {name: settings.get(name) for name in names} | {"guidance_scale": float(settings["guidance_scale"])}
+    about = [prompt.to_dict(), seed, counted, options]
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+
+
+def key_of_run(run: Run) -> str:
+    """Name of a finished run in its folder, the one it would have been drawn under."""
+    return key_of(run.prompt, run.seed, run.settings, run.guidance.options if run.guidance else {})
