@@ -97,7 +97,12 @@ def diagnose(
     if (prompt is None) == (prompts is None):
         raise SettingError('Give one prompt, such as "a cat and a lion", or a file of prompts with --prompts.')
     if prompts is not None:
-        raise SettingError("--prompts is not there yet.")
+        _diagnose_many(
+            prompts, out or Path("diagnoses"), seeds=list(range(first_seed, first_seed + seeds)), method=method,
+            remedies=asked, model=model, steps=steps, guidance_scale=scale, device=device, dtype=dtype,
+            predictor=predictor, workers=workers,
+        )  # fmt: skip
+        return
     assert prompt is not None
     target = report.check_path(out or Path("report.html"))
     if json_out is not None:
@@ -197,6 +202,29 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.secho("elakit: interrupted", fg="red", err=True)
         raise SystemExit(130) from None
+
+
+def _diagnose_many(file: Path, out: Path, **settings: Any) -> None:
+    from tqdm.auto import tqdm
+
+    from elakit.bench.suites import read_prompts
+    from elakit.survey import diagnose_many
+
+    texts = read_prompts(file)
+    again = shlex.join(["elakit", *sys.argv[1:]])
+    try:
+        with tqdm(total=len(texts), unit="prompt", dynamic_ncols=True) as bar:
+            done = diagnose_many(texts, out, on_progress=lambda done, _: bar.update(done - bar.n), **settings)
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted; what is finished is kept in {out}. Go on with\n  {again}", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"{done.there + done.done} of {len(texts)} prompts are diagnosed.")
+    for prompt, error in list(done.failed.items())[:5]:
+        typer.echo(f"{prompt!r} failed: {error.splitlines()[0]}", err=True)
+    typer.echo(f"Summary: {done.page}")
+    if done.failed:
+        typer.echo(f"{len(done.failed)} failed; try them again with\n  {again}", err=True)
+        raise typer.Exit(1)
 
 
 def _remedies(text: str) -> bool | list[str]:
