@@ -9,6 +9,7 @@ from elakit.diagnosis import open_diagnosis
 from elakit.explorer import Explorer, explore
 from elakit.generate import Progress, Run, compare, generate, open_run
 from elakit.guidance import ELA
+from elakit.live import live
 from elakit.models import load
 from elakit.prompt import Entity, Prompt, Token, parse
 
@@ -33,6 +34,7 @@ __all__ = [
     "explore",
     "generate",
     "judge",
+    "live",
     "load",
     "open_diagnosis",
     "open_recording",

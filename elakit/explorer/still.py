@@ -23,13 +23,17 @@ _MOST_ENTITIES = 5
 _OPACITY = 0.72
 
 
-def png(runs: Sequence[Run]) -> tuple[bytes, int]:
+def png(
+    runs: Sequence[Run], note: str = "The explorer needs a running notebook; this is its middle step."
+) -> tuple[bytes, int]:
     """One row a run: its picture, and each entity's attention at the middle step with the regions.
 
     Parameters
     ----------
     runs : sequence of Run
         Recorded ones.
+    note : str
+        What stands at the foot.
 
     Returns
     -------
@@ -63,7 +67,6 @@ def png(runs: Sequence[Run]) -> tuple[bytes, int]:
             _outline(canvas, run, int(values.step), i, y + _HEAD, high, colours)
         y += _HEAD + high + _GAP
     _colour_bar(canvas, draw, y + 4, top)
-    note = "The explorer needs a running notebook; this is its middle step."
     _write(draw, width - _MARGIN, y + 2, note, style.FAINT, right=True)
     out = io.BytesIO()
     canvas.save(out, "PNG", optimize=True)
