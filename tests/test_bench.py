@@ -189,6 +189,20 @@ def test_a_unit_knows_its_method_with_every_option() -> None:
     assert plan(["a cat"], [1], ["plain"])[0].guidance() is None
 
 
+def test_a_unit_may_guide_only_what_is_likely_to_fail() -> None:
+    always, sometimes = plan(["a cat"], [1], ["ela", ("ela", {"guide_above": 0.25})])
+    assert always.only_if() is None
+    assert sometimes.only_if() == {"above": 0.25, "after": 0.1}
+    assert always.guidance() == sometimes.guidance() == ELA()
+    assert always.key != sometimes.key
+    for options, said in (
+        ({"guide_above": 2}, "guide_above=2: give a number from 0 to 1"),
+        ({"guide_after": 0.3}, "too"),
+    ):
+        with pytest.raises(SettingError, match=said):
+            settle("ela", options)
+
+
 def test_what_cannot_be_drawn_is_refused_before_anything_is(monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclass(frozen=True)
     class NeedsRegions:

@@ -140,7 +140,7 @@ def test_every_other_step_may_be_guided() -> None:
         tiny_pipeline(), PAIR, seed=5, steps=8, guidance=ELA(every=2, guided=0.5), record=False, progress=False
     )
     assert run.guidance is not None
-    assert run.guidance.to_frame().index.tolist() == [1, 3]  # of 8 steps the first is made before guidance begins
+    assert run.guidance.to_frame().index.tolist() == [2, 4]  # of 8 steps two are made before guidance begins
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +320,7 @@ def test_a_layout_needs_a_region_for_each_entity() -> None:
         generate(tiny_pipeline(), PAIR, steps=2, guidance=ELA(regions=[(0, 0, 1, 1)]), progress=False)
 
 
-@pytest.mark.parametrize(("options", "first"), [({}, 3), ({"start": 0}, 0), ({"regions": [(0, 0, 0.5, 1), None]}, 0)])
+@pytest.mark.parametrize(("options", "first"), [({}, 5), ({"start": 0}, 0), ({"regions": [(0, 0, 0.5, 1), None]}, 0)])
 def test_localised_regions_wait_for_maps_that_are_no_noise(options: dict[str, Any], first: int, prompt: Prompt) -> None:
     sizes = [update.size for update in ELA(step_size=0.1, decay=0.5, guided=0.08, **options).plan([1.0] * 25, prompt)]
     assert sizes == [0.0] * first + [0.1, 0.05]

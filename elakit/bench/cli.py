@@ -38,7 +38,12 @@ def run(
     seeds: Annotated[str, typer.Option(help="Comma-separated; drawn in one batch.")] = "1,3",
     methods: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(sweepable())}.")] = "plain,ela",
     options: Annotated[
-        list[str] | None, typer.Option("--set", help="method.option=value, such as ela.step_size=0.1; several times.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="method.option=value, such as ela.step_size=0.1; several times. Every method takes guide_above=0.2: "
+            "only pictures that are likelier than that to fail are guided.",
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="So many prompts of each suite, evenly spread.")] = None,
     batch: Annotated[int | None, typer.Option(help="Most seeds in a batch; by default all of them.")] = None,

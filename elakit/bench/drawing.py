@@ -18,7 +18,7 @@ from elakit.guidance import Trace
 from elakit.judge import FAILURES, Detector, Verdict, judge
 from elakit.judge.detectors import load_detector
 from elakit.models import load
-from elakit.prediction import features
+from elakit.prediction import features, load_predictor
 
 # Columns that are means of a measure of bleeding over steps and entities.
 BLEEDING = ("bleed", "intrusion", "spill", "ruzicka", "attribute_bleed")
@@ -48,6 +48,8 @@ def draw(unit: Unit) -> list[dict[str, Any]]:
     """
     with _lock:  # threads of one process share the pipeline, which is recorded and guided by hooks
         pipe = _pipeline(unit.model, unit.device, unit.dtype)
+        only_if = unit.only_if()
+        guide_if = None if only_if is None else load_predictor().guide_if(**only_if)
         began = time.perf_counter()
         runs = generate(
             pipe,
@@ -56,6 +58,7 @@ def draw(unit: Unit) -> list[dict[str, Any]]:
             steps=unit.steps,
             guidance_scale=unit.guidance_scale,
             guidance=unit.guidance(),
+            guide_if=guide_if,
             record=RecordSpec(tokens="entities"),
             progress=False,
         )

@@ -14,6 +14,9 @@ from elakit.guidance import METHODS, Method
 from elakit.guidance.engine import options_of
 
 PLAIN = "plain"
+# Options beside a method's own: guide only pictures whose probability of failure, foretold by the shipped predictor
+# after `guide_after` of the steps (default .2), is above `guide_above`.
+ONLY_IF = ("guide_above", "guide_after")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,15 @@ class Unit:
 
     def guidance(self) -> Method | None:
         """Its method with its options; None where it is drawn plainly."""
-        return None if self.method == PLAIN else _build(self.method, json.loads(self.options))
+        if self.method == PLAIN:
+            return None
+        options = json.loads(self.options)
+        return _build(self.method, {name: value for name, value in options.items() if name not in ONLY_IF})
+
+    def only_if(self) -> dict[str, float] | None:
+        """`above` and `after` of `elakit.prediction.Predictor.guide_if`; None where every picture is guided."""
+        options = json.loads(self.options)
+        return {name.removeprefix("guide_"): options[name] for name in ONLY_IF} if ONLY_IF[0] in options else None
 
 
 def canonical(value: Any) -> str:
@@ -90,7 +101,7 @@ def settle(method: str, options: Mapping[str, Any]) -> str:
     ----------
     method : str
     options : mapping of str
-        Those that are not left at their defaults.
+        Those that are not left at their defaults, and those of `ONLY_IF`.
 
     Raises
     ------
@@ -117,6 +128,8 @@ def settle(method: str, options: Mapping[str, Any]) -> str:
         )
     if method not in METHODS:
         raise SettingError(f"There is no method {method!r}. Choose from {', '.join(sweepable())}.")
+    only_if = _only_if(method, options)
+    options = {name: value for name, value in options.items() if name not in ONLY_IF}
     defaults = {field.name: field.default for field in fields(METHODS[method]) if field.init}
     if strange := [option for option in options if option not in defaults]:
         raise SettingError(f"{method} has no option {strange[0]!r}. It has {', '.join(defaults)}.")
@@ -137,7 +150,20 @@ def settle(method: str, options: Mapping[str, Any]) -> str:
         raise SettingError(
             f"{method}: the options {dict(options)} cannot be kept as JSON; use numbers, text and lists."
         )
-    return text
+    return canonical(json.loads(text) | only_if)
+
+
+def _only_if(method: str, options: Mapping[str, Any]) -> dict[str, float]:
+    """The options of `ONLY_IF`, both or none of them."""
+    given = {name: options[name] for name in ONLY_IF if name in options}
+    if not given:
+        return {}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise SettingError(f"{method}.{name}={value!r}: give a number from 0 to 1.")
+    if ONLY_IF[0] not in given:
+        raise SettingError(f"{method}.{ONLY_IF[1]} says when to ask; give {method}.{ONLY_IF[0]} too, such as 0.2.")
+    return {ONLY_IF[1]: 0.2} | {name: float(value) for name, value in given.items()}
 
 
 def plan(

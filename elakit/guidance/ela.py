@@ -4,8 +4,8 @@ Zhang et al., "Easing Concept Bleeding in Diffusion via Entity Localization and 
 (PMLR 235:58955-58966).
 Known from the paper: decoder maps at 16 x 16, start-of-text read beside the entities, regions by differentiation and
 binarisation that do not overlap, one loss term an entity, z' = z - alpha * gradient, a slight step. Not public, and
-therefore options here with our own defaults: the exact rules, the loss formula, the guided steps and alpha. Step size
-and guided share were chosen on the embedded model (46 prompts, seeds 0 and 2).
+therefore options here with our own defaults: the exact rules, the loss formula, the guided steps and alpha. Step size,
+start and guided share were chosen on the embedded model (46 prompts, seeds 0, 2, 4 and 6; docs/howto/guide.md).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from elakit.prompt import Prompt
 from elakit.regions import THRESHOLD, localize
 
 NATIVE_SIZE = 16  # side of the maps the paper reads
-LATE = 0.12  # share of the steps before guidance begins where regions are localised
+LATE = 0.2  # share of the steps before guidance begins where regions are localised
 
 
 @dataclass
@@ -84,7 +84,7 @@ class ELA:
     start : float, optional
         Share of the denoising steps that are made before guidance begins. In the first few the maps are nearly noise:
         regions found there are no entity's, and holding entities in them harms pictures that would have come out right.
-        By default .12, and 0 where regions are given by hand, which are right from the first step on.
+        By default .2, and 0 where regions are given by hand, which are right from the first step on.
     guided : float
         Share of the denoising steps that are guided, from there on.
     every : int
@@ -134,7 +134,7 @@ class ELA:
     elakit.errors.SettingError: ELA(guided=2): must be between 0 and 1 (a share of the denoising steps).
     """
 
-    step_size: float = 0.05
+    step_size: float = 0.1
     decay: float = 0.5
     gradient: Literal["normalised", "raw"] = "normalised"
     start: float | None = None

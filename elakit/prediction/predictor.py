@@ -109,7 +109,7 @@ class Predictor:
 
         return stop
 
-    def guide_if(self, above: float = 0.3, outcome: str = "failure", after: float = 0.1) -> GuideIf:
+    def guide_if(self, above: float = 0.25, outcome: str = "failure", after: float = 0.2) -> GuideIf:
         """For ``elakit.generate(guide_if=...)``: guide the pictures that are likely to fail, and no others.
 
         Parameters
