@@ -110,7 +110,7 @@ def settle(method: str, options: Mapping[str, Any]) -> str:
 
     Examples
     --------
-    >>> settle("ela", {}) == settle("ela", {"step_size": 0.05}), settle("plain", {})
+    >>> settle("ela", {}) == settle("ela", {"step_size": 0.1}), settle("plain", {})
     (True, '{}')
     >>> settle("ela", {"alpha": 1})
     Traceback (most recent call last):
