@@ -21,11 +21,12 @@ PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 
 def figure_html(figure: dict[str, Any], number: int) -> str:
     """A saved plotly figure as HTML; the page's first one (0) brings plotly, the site's own copy of it."""
-    shown = {"data": figure["data"], "layout": figure.get("layout", {})}
+    shown = {"data": figure["data"], "layout": figure.get("layout", {}), "frames": figure.get("frames", [])}
     return plotly.io.to_html(
         shown,
         config={"displaylogo": False},
         include_plotlyjs=False if number else f"../_static/{PLOTLY.name}",
+        auto_play=False,
         full_html=False,
         validate=False,
         div_id=f"figure-{number}",

@@ -16,9 +16,6 @@ from elakit.plot import style
 if TYPE_CHECKING:
     from elakit.generate import Run
 
-# Light to dark in one hue, so that a printed value reads on every cell and grey prints keep the order.
-_SCALE = [[0, "#f7f9fb"], [0.25, "#c6d9e8"], [0.5, "#7faccb"], [0.75, "#35749f"], [1, "#0b3a5b"]]
-_DARK_FROM = 0.68
 _TITLES = {
     "bleed": "bleed (share outside its own region)",
     "intrusion": "intrusion (share in the others' regions)",
@@ -133,7 +130,7 @@ def _heatmap(values: np.ndarray, rows: Sequence[str], regions: Sequence[str], na
         "z": values,
         "zmin": 0,
         "zmax": 1,
-        "colorscale": _SCALE,
+        "colorscale": style.SHARES,
         "showscale": False,
         "xgap": 2,
         "ygap": 2,
@@ -145,7 +142,7 @@ def _heatmap(values: np.ndarray, rows: Sequence[str], regions: Sequence[str], na
 
 def _print_values(made: style.Panels, values: np.ndarray, column: int) -> None:
     for (i, j), value in np.ndenumerate(values):
-        ink = "#ffffff" if value > _DARK_FROM else style.INK
+        ink = "#ffffff" if value > style.DARK_FROM else style.INK
         made.note(1, column, f"{value:.2f}", j, i, font={"size": 13, "color": ink})
 
 

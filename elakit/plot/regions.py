@@ -100,6 +100,111 @@ def region_evolution(
     return made.figure()
 
 
+def region_animation(
+    run: Run,
+    *,
+    source: Source = "recording",
+    steps: int | Sequence[int] | None = None,
+    speed: float = 4,
+    panel: int = 300,
+    title: str | None = None,
+) -> go.Figure:
+    """The entities' regions moving from step to step: over their maps, and over the finished picture.
+
+    Parameters
+    ----------
+    run : Run
+    source : {"recording", "guidance"}
+        As in `region_evolution`.
+    steps : int or sequence of int, optional
+        How many steps, spread evenly with the first and the last; or which; by default all.
+    speed : float
+        Steps a second.
+    panel : int
+        Width of a panel in pixels.
+    title : str, optional
+        "" for none.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        With a slider, and a button that plays. An image of it shows the first step.
+
+    Raises
+    ------
+    SettingError
+        As `region_evolution`; a speed that is not above 0.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> run = elakit.generate(elakit.load("picture-world"), "a [cat] and a [lion]", steps=3, progress=False)
+    >>> [frame.name for frame in region_animation(run).frames]
+    ['0', '1', '2']
+    """
+    if not speed > 0:
+        raise SettingError(f"speed={speed!r}: give steps a second, above 0.")
+    regions = _regions(run, source)
+    entities = [str(label) for label in regions.entity.values]
+    there = regions.step.values
+    chosen = style.pick_steps(there, len(there) if steps is None else steps)
+    rows, cells = regions.sizes["y"], regions.sizes["x"]
+    what = "Regions found in the maps" if source == "recording" else "Regions the entities were anchored to"
+    made = style.Panels(
+        1, 2, width=panel, height=panel * rows / cells, gap=(16, 0), margin=(16, 16, 26, 116),
+        title=style.escape(f"{what}, {style.run_name(run)}" if title is None else title),
+    )  # fmt: skip
+    maps, colours = run.entity_maps(), style.entity_colours(entities)
+    for column, heading in ((1, "over attention"), (2, "over the finished picture")):
+        made.map_axes(1, column, rows, cells)
+        made.over(1, column, heading)
+    made.image(1, 2, figure_uri(run.image), rows, cells)
+
+    def traces(step: int) -> list[tuple[int, dict[str, Any]]]:
+        """Panel and trace, in an order that is the same at every step."""
+        below = _faint(maps.sel(step=step), rows, cells)
+        masks = {label: regions.sel(step=step, entity=label).values for label in entities}
+        over = [
+            (column, _region(masks[label], label, colours[label], step, column == 2))
+            for column in (1, 2)
+            for label in entities
+        ]
+        return [(1, below), *over]
+
+    for column, trace in traces(chosen[0]):
+        made.add(1, column, trace)
+    made.entity_legend(entities)
+    moving = list(range(1 + 2 * len(entities)))
+    frames = [{"name": str(s), "data": [trace for _, trace in traces(s)], "traces": moving} for s in chosen]
+    made.layout |= _transport(chosen, speed)
+    figure = made.figure()
+    figure.frames = frames
+    return figure
+
+
+def _transport(steps: Sequence[int], speed: float) -> dict[str, Any]:
+    """A button that plays and pauses, and a slider, below the panels."""
+    pace = {"duration": 1000 / speed, "redraw": True}
+    play = {"frame": pace, "transition": {"duration": 0}, "fromcurrent": True, "mode": "immediate"}
+    stop = {"frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}, "mode": "immediate"}
+    buttons = [
+        {"label": "▶ play", "method": "animate", "args": [None, play]},
+        {"label": "❚❚ pause", "method": "animate", "args": [[None], stop]},
+    ]
+    place = {"y": 0, "yanchor": "top"}
+    slider = {
+        **place, "x": 0.36, "len": 0.64, "pad": {"t": 6, "b": 0, "l": 0, "r": 0}, "active": 0, "ticklen": 3,
+        "minorticklen": 0,
+        "font": {"size": 10}, "currentvalue": {"prefix": "step ", "font": {"size": 12}, "xanchor": "left", "offset": 8},
+        "steps": [{"label": str(step), "method": "animate", "args": [[str(step)], stop]} for step in steps],
+    }  # fmt: skip
+    menu = {
+        **place, "type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "pad": {"t": 22, "r": 0},
+        "showactive": False, "buttons": buttons, "font": {"size": 12},
+    }  # fmt: skip
+    return {"sliders": [slider], "updatemenus": [menu]}
+
+
 def _regions(run: Run, source: Source) -> xr.DataArray:
     if source not in get_args(Source):
         raise SettingError(f"source={source!r}: choose 'recording' or 'guidance'.")

@@ -21,6 +21,9 @@ ENTITY_COLOURS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E0
 # Of runs, where lines are compared: plain is grey, the methods follow.
 RUN_COLOURS = ("#767676", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
 MAP_COLOURS = "Viridis"
+# Light to dark in one hue, so that a printed value reads on every cell and grey prints keep the order.
+SHARES = [[0, "#f7f9fb"], [0.25, "#c6d9e8"], [0.5, "#7faccb"], [0.75, "#35749f"], [1, "#0b3a5b"]]
+DARK_FROM = 0.68  # share of the scale beyond which values are printed in white
 INK, FAINT, RULE = "#1f2328", "#6e7781", "rgba(128, 128, 128, 0.28)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Liberation Sans', sans-serif"
 ANALYSIS_SIZE = 16

@@ -1,0 +1,172 @@
+"""Where in the network bleeding is: by layer and head, or by layer and step."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import plotly.graph_objects as go
+
+from elakit.errors import SettingError
+from elakit.plot import style
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Across = Literal["head", "step"]
+
+_PLACES = {"down": "encoder", "mid": "middle", "up": "decoder"}
+# Values are printed where a row has no more cells than this.
+_PRINTED = 12
+
+
+def bleeding_by_layer(
+    table: pd.DataFrame,
+    measure: str = "bleed",
+    *,
+    across: Across | None = None,
+    panel: int | None = None,
+    title: str | None = None,
+) -> go.Figure:
+    """A measure of bleeding by layer, from the first (top) to the last: one column a head, or one a step.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns layer, head, step, measure and value, and, if there are, place ("down", "mid", "up") and order (of the
+        layers): what `elakit.causes.profile` gives. Cells are means over what is not shown, such as entities.
+    measure : str
+        One that the table has.
+    across : {"head", "step"}, optional
+        By default heads, where the table has them, else steps.
+    panel : int, optional
+        Width of the matrix in pixels.
+    title : str, optional
+        "" for none.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        Beside the matrix, each layer's mean.
+
+    Raises
+    ------
+    SettingError
+        A measure or a column that the table lacks; another value of `across`.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> table = pd.DataFrame({"layer": ["down.0", "down.0", "up.0"], "head": [0, 1, 0], "step": 0,
+    ...     "measure": "bleed", "value": [0.2, 0.4, 0.9]})
+    >>> bleeding_by_layer(table).data[0].z.tolist()
+    [[0.2, 0.4], [0.9, nan]]
+    """
+    part, across = _chosen(table, measure, across)
+    layers = list(dict.fromkeys(part["layer"]))
+    matrix = part.pivot_table(index="layer", columns=across, values="value", aggfunc="mean", sort=True).loc[layers]
+    means = part.groupby("layer")["value"].mean().loc[layers]
+    count = matrix.shape[1]
+    labels = _labels(part, layers)
+    width = panel or int(np.clip(46 * count, 240, 620))
+    low, high = float(np.nanmin(matrix.values)), float(np.nanmax(matrix.values))
+    span = low, high if high > low else low + 1e-9
+    # the mean stands apart, in a column that is wide enough to print in
+    unit = count / width
+    mean_from, mean_to = count - 0.5 + 14 * unit, count - 0.5 + (14 + 46) * unit
+    rest = "steps and entities" if across == "head" else "heads and entities"
+    heading = f"{measure.capitalize().replace('_', ' ')} by layer and {across}"
+    made = style.Panels(
+        1, 1, width=width + 60, height=30 * len(layers), margin=(24 + 6.6 * max(map(len, labels)), 62, 12, 44),
+        title=style.escape(heading if title is None else title), caption=f"Mean over {rest}; layers in their order.",
+    )  # fmt: skip
+    names = [style.escape(f"{across} {name}") for name in matrix.columns]
+    made.add(1, 1, {**_heatmap(matrix.values, names, labels, span), **_bar(span)})
+    column = means.to_numpy()[:, None]
+    made.add(1, 1, {**_heatmap(column, ["mean"], labels, span), "x": [mean_from, mean_to]})
+    shown = list(range(0, count, -(-count // _PRINTED)))
+    middle = (mean_from + mean_to) / 2
+    bare = {"showgrid": False, "zeroline": False, "ticks": "outside", "ticklen": 4, "tickcolor": "rgba(0,0,0,0)"}
+    made.axes(
+        1,
+        1,
+        {
+            **bare, "range": [-0.5, mean_to], "tickvals": [*shown, middle], "tickangle": 0,
+            "ticktext": [*(style.escape(matrix.columns[i]) for i in shown), "mean"],
+            "title": {"text": across, "font": {"size": 11}, "standoff": 4},
+        },
+        {**bare, "range": [len(layers) - 0.5, -0.5], "tickvals": list(range(len(layers))), "ticktext": labels},
+    )  # fmt: skip
+    if count <= _PRINTED:
+        _print(made, matrix.values, list(range(count)), span)
+    _print(made, column, [middle], span)
+    return made.figure()
+
+
+def _chosen(table: pd.DataFrame, measure: str, across: Across | None) -> tuple[pd.DataFrame, Across]:
+    """The rows of a measure, in the order of the layers, and what the columns are."""
+    needed = ("layer", "head", "step", "measure", "value")
+    if missing := [name for name in needed if name not in table]:
+        raise SettingError(
+            f"bleeding_by_layer: the table lacks {', '.join(missing)}; elakit.causes.profile(run) gives one with all."
+        )
+    there = sorted(table["measure"].unique())
+    if measure not in there:
+        raise SettingError(f"measure={measure!r}: no {measure} here; there are {', '.join(there)}.")
+    part = table[table["measure"] == measure]
+    if across is None:
+        across = "head" if part["head"].nunique() > 1 else "step"
+    if across not in get_args(Across):
+        raise SettingError(f"across={across!r}: choose 'head' or 'step'.")
+    if "order" in part:
+        part = part.sort_values("order", kind="stable")
+    return part, across
+
+
+def _labels(part: pd.DataFrame, layers: list[str]) -> list[str]:
+    """Short names: the place in words, and the numbers that tell the layers of it apart."""
+    places = [next((words for name, words in _PLACES.items() if layer.startswith(name)), "") for layer in layers]
+    if not all(places):
+        return [style.escape(style.shorten(layer, 40)) for layer in layers]
+    labels = {}
+    for place in dict.fromkeys(places):
+        numbers = {n: re.findall(r"\d+", n) for n, where in zip(layers, places, strict=True) if where == place}
+        # numbers that all layers of the place share say nothing
+        shortest = min(map(len, numbers.values()))
+        told = [i for i in range(shortest) if len({parts[i] for parts in numbers.values()}) > 1]
+        labels |= {name: " ".join([place, ".".join(parts[i] for i in told)]).strip() for name, parts in numbers.items()}
+    return [labels[layer] for layer in layers]
+
+
+def _heatmap(values: np.ndarray, columns: list[str], rows: list[str], span: tuple[float, float]) -> dict[str, Any]:
+    return {
+        "type": "heatmap",
+        "z": values,
+        "zmin": span[0],
+        "zmax": span[1],
+        "colorscale": style.SHARES,
+        "showscale": False,
+        "xgap": 1,
+        "ygap": 2,
+        "hoverongaps": False,
+        "customdata": [[f"{row}, {column}" for column in columns] for row in rows],
+        "hovertemplate": "%{customdata}: %{z:.3f}<extra></extra>",
+    }
+
+
+def _bar(span: tuple[float, float]) -> dict[str, Any]:
+    bar = {
+        "thickness": 10, "len": 110, "lenmode": "pixels", "x": 1, "xpad": 14, "y": 1, "yanchor": "top", "ypad": 0,
+        "tickvals": list(span), "ticktext": [f"{end:.2f}" for end in span], "tickfont": {"size": 10},
+        "outlinewidth": 0,
+    }  # fmt: skip
+    return {"showscale": True, "colorbar": bar}
+
+
+def _print(made: style.Panels, values: np.ndarray, columns: list[float], span: tuple[float, float]) -> None:
+    for (i, j), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            dark = (value - span[0]) / (span[1] - span[0]) > style.DARK_FROM
+            ink = "#ffffff" if dark else style.INK
+            made.note(1, 1, f"{value:.2f}", columns[j], i, font={"size": 12, "color": ink})

@@ -1,0 +1,147 @@
+"""Methods side by side: what each gets right, mends, harms and costs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from elakit.errors import SettingError
+from elakit.plot import style
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Column of the summary, heading above it.
+_PANELS = {
+    "success": "right",
+    "mended": "mended, of those plain<br>gets wrong",
+    "harmed": "harmed, of those plain<br>gets right",
+    "seconds": "time, relative to plain",
+}
+_PLAIN = "plain"
+_LEVEL = 0.05
+
+
+def method_comparison(summary: pd.DataFrame, *, panel: int = 200, title: str | None = None) -> go.Figure:
+    """Each method's share of right pictures, what it mends and harms of plain generation's, and its time.
+
+    Parameters
+    ----------
+    summary : DataFrame
+        One row a method, as `elakit.bench.summary` gives it: columns success, mended, harmed and seconds, each with
+        _low and _high (drawn as whiskers), and, if there is, p_holm. Methods are ordered by success, below plain.
+    panel : int
+        Width of a panel in pixels.
+    title : str, optional
+        "" for none.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+        Full dots are methods whose success differs from plain's (``p_holm`` below 0.05).
+
+    Raises
+    ------
+    SettingError
+        A table that lacks a column, or has no row.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from elakit import bench
+    >>> methods, success = ["plain", "ela"] * 3, [0, 1, 0, 1, 1, 1]
+    >>> table = pd.DataFrame({"prompt": list("aabbcc"), "method": methods, "success": success})
+    >>> [round(float(x), 2) for x in method_comparison(bench.summary(table)).data[0].x]
+    [0.33, 1.0]
+    """
+    needed = [f"{name}{end}" for name in _PANELS for end in ("", "_low", "_high")]
+    if missing := [name for name in needed if name not in summary]:
+        raise SettingError(
+            f"method_comparison: the table lacks {', '.join(missing)}; elakit.bench.summary makes one that has all."
+        )
+    if summary.empty:
+        raise SettingError("method_comparison: the table has no row; draw something first (elakit bench run).")
+    found = _ordered(summary)
+    plain = [_is_plain(name) for name in found.index]
+    labels = [style.escape(style.shorten(style.method_name(str(name)), 40)) for name in found.index]
+    colours = [style.RUN_COLOURS[0] if is_plain else style.RUN_COLOURS[2] for is_plain in plain]
+    p = found["p_holm"].to_numpy(dtype=float) if "p_holm" in found else np.full(len(found), np.nan)
+    told = [is_plain or bool(value < _LEVEL) for is_plain, value in zip(plain, p, strict=True)]
+    row = 30
+    made = style.Panels(
+        1, len(_PANELS), width=panel, height=row * len(found), gap=(28, 0),
+        margin=(24 + 7 * max(map(len, labels)), 24, 44, 34),
+        title=style.escape(f"{len(found)} methods compared" if title is None else title),
+        caption="Whiskers: 95 % intervals over prompts. Full dots differ from plain in what is right (p < 0.05, "
+        "McNemar with Holm's correction).",
+    )  # fmt: skip
+    for column, (name, heading) in enumerate(_PANELS.items(), start=1):
+        made.add(1, column, _dots(found, name, labels, colours, told))
+        made.over(1, column, heading)
+        reference = 1.0 if name == "seconds" else _plains(found, plain) if name == "success" else None
+        if reference is not None:
+            dotted = {"color": style.FAINT, "width": 1, "dash": "dot"}
+            ends = {"y0": -0.5, "y1": len(found) - 0.5, "x0": reference, "x1": reference}
+            made.shape(1, column, type="line", line=dotted, layer="below", **ends)
+        left = {"ticktext": labels, "ticks": "outside", "ticklen": 6, "tickcolor": "rgba(0,0,0,0)"}
+        made.axes(
+            1,
+            column,
+            _scale(found, name),
+            {
+                "range": [len(found) - 0.5, -0.5], "tickvals": list(range(len(found))), "gridcolor": style.RULE,
+                "zeroline": False, **(left if column == 1 else {"showticklabels": False}),
+            },
+        )  # fmt: skip
+    return made.figure()
+
+
+def _is_plain(name: object) -> bool:
+    return str(name).split(",")[0] == _PLAIN
+
+
+def _ordered(summary: pd.DataFrame) -> pd.DataFrame:
+    """Plain first, then the best; where nothing was judged, as they came."""
+    keys = [(not _is_plain(name), -value) for name, value in summary["success"].fillna(-1).items()]
+    return summary.iloc[sorted(range(len(keys)), key=keys.__getitem__)]
+
+
+def _plains(found: pd.DataFrame, plain: list[bool]) -> float | None:
+    """What plain generation gets right, where there is one row of it."""
+    values = found["success"].to_numpy(dtype=float)[plain]
+    return float(values[0]) if len(values) == 1 and not np.isnan(values[0]) else None
+
+
+def _dots(found: pd.DataFrame, name: str, labels: list[str], colours: list[str], told: list[bool]) -> dict[str, Any]:
+    values = found[name].to_numpy(dtype=float)
+    filled = [colour if full else "#ffffff" for colour, full in zip(colours, told, strict=True)]
+    unit = ".2f" if name == "seconds" else ".1%"
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": values,
+        "y": list(range(len(found))),
+        "customdata": labels,
+        "error_x": {
+            "type": "data", "symmetric": False, "color": style.FAINT, "thickness": 1.5, "width": 4,
+            "array": found[f"{name}_high"].to_numpy(dtype=float) - values,
+            "arrayminus": values - found[f"{name}_low"].to_numpy(dtype=float),
+        },
+        "marker": {"size": 11, "color": filled, "line": {"color": colours, "width": 2}},
+        "hovertemplate": f"%{{customdata}}: %{{x:{unit}}}<extra></extra>",
+        "meta": {"measure": name},
+    }  # fmt: skip
+
+
+def _scale(found: pd.DataFrame, name: str) -> dict[str, Any]:
+    """The axis of a panel: shares from 0, times on a logarithmic axis where they differ much."""
+    axis: dict[str, Any] = {"gridcolor": style.RULE, "zerolinecolor": style.RULE}
+    top = float(np.nanmax([0.0, *found[f"{name}_high"], *found[name]]))
+    if name != "seconds":
+        return {**axis, "tickformat": ".0%", "range": [-0.03, min(1.0, top * 1.1) + 0.03], "nticks": 5}
+    if top > 6:
+        ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500) if t < 1.5 * top]
+        return {**axis, "type": "log", "range": [np.log10(0.8), np.log10(top * 1.2)], "tickvals": ticks}
+    return {**axis, "range": [0, max(top, 1.0) * 1.1], "nticks": 5}
