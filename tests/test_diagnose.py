@@ -131,14 +131,14 @@ def test_nothing_to_mend_is_said(drawn: list[Run]) -> None:
 def test_failures_and_causes_are_told_in_order(drawn: list[Run]) -> None:
     findings = Findings(
         drawn[0].prompt, (0, 1, 2, 3), True,
-        (Failure("missing", "bird", "car", "car", seeds=(0, 1), of=4, step=3, layers=("up_blocks.1.attn2",)),),
+        (Failure("missing", "bird", "car", "car", (0, 1), of=4, step=1, layers=("up_blocks.1.attentions.0.attn2",)),),
         (Cause("captured", "bird", "car", sentence="The car takes the bird's place.", explains=("missing",)),),
     )  # fmt: skip
     best = tried(drawn, "nnyy", "ynyy")
     told = diagnosis_of(best, [best], findings).to_dict()["verdict"]
     assert told["wrong"] == [
-        "In 2 of 4 the bird is missing, and 'car' holds its place (15 to 85 % of all pictures, it shows from step 4 of "
-        "2, first in up_blocks.1.attn2)."
+        "In 2 of 4 the bird is missing, and 'car' holds its place (15 to 85 % of all pictures, it shows from step 1 of "
+        "0 to 1, first in up block 1, attention 0)."
     ]
     assert told["why"] == ["The car takes the bird's place."]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from elakit.diagnosis.measures import measure_table
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 # Of failures and causes so many are told in the verdict; the page lists all.
 MOST = 3
+_LAYER = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.attentions\.(\d+)")
 # From so many pictures on the order of the remedies is not called a matter of chance.
 ENOUGH = 20
 
@@ -61,6 +63,21 @@ def plural(word: str, count: int) -> str:
     return word if count == 1 else f"{word}s"
 
 
+def layer(name: str) -> str:
+    """A layer's name as people say it; one that is not a UNet's is left as it is.
+
+    Examples
+    --------
+    >>> layer("up_blocks.2.attentions.1.transformer_blocks.0.attn2"), layer("transformer_blocks.3.attn")
+    ('up block 2, attention 1', 'transformer_blocks.3.attn')
+    """
+    found = _LAYER.match(name)
+    if found is None:
+        return name
+    side, block, attention = found.groups()
+    return f"{side} block{' ' + block if block else ''}, attention {attention}"
+
+
 def guided(pair: Pair) -> bool:
     """Whether guidance took any step."""
     return pair.guided.guidance is not None and bool(pair.guided.guidance.rows)
@@ -79,9 +96,9 @@ def failure(found: Failure, steps: int) -> str:
     low, high = found.interval
     where = [f"{_percent(low)} to {_percent(high)} % of all pictures"]
     if found.step is not None:
-        where.append(f"it shows from step {found.step + 1} of {steps}")
+        where.append(f"it shows from step {found.step} of 0 to {steps - 1}")
     if found.layers:
-        where.append(f"first in {found.layers[0]}")
+        where.append(f"first in {layer(found.layers[0])}")
     return f"{said} ({', '.join(where)})."
 
 

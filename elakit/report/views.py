@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from elakit.diagnosis import commands
 from elakit.diagnosis.remedies import Tried, bleed
-from elakit.diagnosis.sentences import plural
+from elakit.diagnosis.sentences import layer, plural
 from elakit.plot.pictures import data_uri
 from elakit.plot.style import method_name
 from elakit.rewording import entity_spans
@@ -141,11 +141,11 @@ def failures(diagnosis: Diagnosis) -> list[Reason]:
     for one in diagnosis.findings.failures:
         facts = [f"{plural('seed', len(one.seeds))} {', '.join(map(str, one.seeds))}"]
         if one.step is not None:
-            facts.append(f"from step {one.step + 1} of {steps}")
+            facts.append(f"from step {one.step} of 0 to {steps - 1}")
         if one.layers:
-            facts.append(f"first in {', '.join(one.layers[:2])}")
+            facts.append(f"first in {' and '.join(map(layer, one.layers[:2]))}")
         if one.heads:
-            facts.append("heads " + ", ".join(f"{number} of {layer}" for layer, number in one.heads[:2]))
+            facts.append("heads " + ", ".join(f"{number} of {layer(name)}" for name, number in one.heads[:2]))
         facts.append("seen in the pictures" if one.judged else "read off the attention alone")
         found.append(Reason(one.sentence, one.kind, Bar(one.rate, *one.interval), tuple(facts)))
     return found
@@ -158,9 +158,9 @@ def causes(diagnosis: Diagnosis) -> list[Reason]:
     found = []
     for one in diagnosis.findings.causes:
         facts = [f"{one.confidence:.0%} sure", f"{one.strength:.0%} strong"]
-        facts.append("before the picture" if one.step is None else f"from step {one.step + 1}")
+        facts.append("before the picture" if one.step is None else f"from step {one.step}")
         if one.layers:
-            facts.append(f"most in {one.layers[0]}")
+            facts.append(f"most in {layer(one.layers[0])}")
         if one.explains:
             facts.append(f"explains: {', '.join(one.explains)}")
         evidence = tuple((name.replace("_", " "), f"{value:.3g}") for name, value in one.evidence.items())

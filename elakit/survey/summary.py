@@ -17,6 +17,7 @@ import pyarrow.parquet
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from elakit.causes import wilson
+from elakit.diagnosis.sentences import plural
 from elakit.files import write_file
 from elakit.report.views import Bar
 
@@ -129,7 +130,7 @@ def _page(summed: pd.DataFrame, tried: pd.DataFrame, pictures: dict[str, Any], o
                 | {
                     "plain": _bar(row["rate"], row["low"], row["high"]),
                     "mended_bar": _bar(row["best_rate"], row["best_low"], row["best_high"]),
-                    "pictures_shown": pictures.get(row["prompt"], {}),
+                    "pictures_shown": {"plain": None, "best": None} | pictures[row["prompt"]],
                 }
                 for row in rows
             ],
@@ -150,20 +151,24 @@ def _said(done: pd.DataFrame, failed: pd.DataFrame, waiting: Sequence[str]) -> l
         low, high = (round(100 * end) for end in wilson(right, of))
         whole = int((judged["right"] == judged["pictures"]).sum())
         said.append(
-            f"Drawn plainly, {right} of {of} pictures of {len(judged)} prompts show everything that is asked for "
-            f"({low} to {high} %); {whole} prompts come out right from every seed."
+            f"Drawn plainly, {right} of {of} pictures of {_prompts(len(judged))} show everything that is asked for "
+            f"({low} to {high} %); from every seed right: {_prompts(whole)}."
         )
         fails = judged[judged["right"] < judged["pictures"]]
         helped = fails[fails["best"].notna()]
         if len(fails):
-            said.append(f"Of the {len(fails)} others a remedy that was tried did better for {len(helped)}.")
+            said.append(f"A remedy that was tried did better for {len(helped)} of the {len(fails)} others.")
     if len(done) > len(judged):
-        said.append(f"{len(done) - len(judged)} prompts could not be judged; theirs are measures of attention only.")
+        said.append(f"Not judged, and told by measures of attention only: {_prompts(len(done) - len(judged))}.")
     if len(failed):
-        said.append(f"{len(failed)} prompts could not be diagnosed; their errors stand below.")
+        said.append(f"Not diagnosed, with the errors below: {_prompts(len(failed))}.")
     if waiting:
-        said.append(f"{len(waiting)} prompts are still to come: run the same command again.")
+        said.append(f"Still to come when the same command is run again: {_prompts(len(waiting))}.")
     return said or ["Nothing is finished yet."]
+
+
+def _prompts(count: int) -> str:
+    return f"{count} {plural('prompt', count)}"
 
 
 def _failures(done: pd.DataFrame) -> list[_Share]:
@@ -171,12 +176,12 @@ def _failures(done: pd.DataFrame) -> list[_Share]:
     counts = Counter(kind for kinds in done["failures"].dropna() for kind in set(kinds.split("; ")) if kind)
     causes = done.groupby("cause")["prompt"].count() if len(done) else pd.Series(dtype=int)
     shares = [
-        _Share(kind, f"{count} of {len(done)} prompts", Bar(count / len(done), *wilson(count, len(done))), ())
+        _Share(kind, f"{count} of {_prompts(len(done))}", Bar(count / len(done), *wilson(count, len(done))), ())
         for kind, count in counts.most_common()
     ]
     return shares + [
         _Share(
-            f"cause: {kind}", f"{count} of {len(done)} prompts", Bar(count / len(done), *wilson(count, len(done))), ()
+            f"cause: {kind}", f"{count} of {_prompts(len(done))}", Bar(count / len(done), *wilson(count, len(done))), ()
         )
         for kind, count in causes.sort_values(ascending=False).items()
         if kind
@@ -190,7 +195,7 @@ def _remedies(tried: pd.DataFrame) -> list[_Share]:
     for title, part in judged.groupby("title"):
         right, of = int(part["right"].sum()), int(part["pictures"].sum())
         facts = (
-            f"{len(part)} prompts",
+            _prompts(len(part)),
             f"mended {int(part['mended'].sum())}",
             f"harmed {int(part['harmed'].sum())}",
             f"{float(np.median(part['cost'].astype(float))):.1f} × the time",
