@@ -25,8 +25,9 @@ from tqdm.auto import tqdm
 
 import elakit
 from elakit.agreement import agreement_iou
+from elakit.bench import table as bench_table
 from elakit.errors import SettingError
-from elakit.judge import judge
+from elakit.judge import FAILURES, judge
 from elakit.judge.segmenter import LEAST_AREA, find_things, segment
 from elakit.masks import downscale
 from elakit.models import EMBEDDED
@@ -183,6 +184,21 @@ def verdicts(
     return [row for row in kept if (row["prompt"], row["seed"]) in wanted]
 
 
+def of_sweep(folder: Path) -> list[dict]:
+    """Verdicts of the plain pictures of `elakit bench run --suite attend-and-excite`, as `verdicts` gives them."""
+    table = bench_table(folder).query("method == 'plain' and suite == 'attend-and-excite'")
+    return [
+        {
+            "prompt": row.prompt,
+            "seed": int(row.seed),
+            "success": bool(row.success),
+            "present": row.present == 1,
+            "failures": [name for name in FAILURES if getattr(row, name.replace(" ", "_"))],
+        }
+        for row in table.itertuples()
+    ]
+
+
 @torch.no_grad()
 def draw(
     pipe: Any, jobs: list[tuple[str, int]], neutral: bool = False, scale: float = GUIDANCE_SCALE
@@ -230,12 +246,19 @@ def pairs(
     fresh: bool = False,
     scale: Scale = GUIDANCE_SCALE,
     every: Every = 1,
+    sweep: Annotated[
+        Path | None, typer.Option(help="Read verdicts of plain pictures from this sweep instead of drawing.")
+    ] = None,
 ) -> None:
     """The 276 prompts of Attend-and-Excite: success, and what the failures are."""
-    rows = verdicts("pairs", benchmark_prompts()[::every], range(seeds), out, fresh, scale=scale)
-    show(f"A&E prompts, seeds 0 to {seeds - 1}, scale {scale:g}: success", [r["success"] for r in rows], ".35 to .70")
+    if sweep is None:
+        rows = verdicts("pairs", benchmark_prompts()[::every], range(seeds), out, fresh, scale=scale)
+    else:
+        rows = of_sweep(sweep)
+    drawn = ", ".join(map(str, sorted({row["seed"] for row in rows})))
+    show(f"A&E prompts, seeds {drawn}, scale {scale:g}: success", [r["success"] for r in rows], ".35 to .70")
     failed = [r for r in rows if not r["success"]]
-    for kind in ("neglect", "mixture", "wrong colour"):
+    for kind in FAILURES:
         if failed:
             show(f"A&E prompts: {kind} among the failures", [kind in r["failures"] for r in failed], ">= .10")
     show("A&E prompts: all present", [r["present"] for r in rows])
@@ -251,10 +274,11 @@ def pairs(
 
 
 @app.command()
-def words(seeds: int = SEEDS, out: Out = Path("work/benchmarks"), fresh: bool = False) -> None:
+def words(seeds: int = SEEDS, out: Out = Path("work/benchmarks"), fresh: bool = False, every: Every = 1) -> None:
     """The words carry the meaning: end-of-text and padding replaced by an empty prompt's."""
-    plain = verdicts("pairs", benchmark_prompts(), range(seeds), out, fresh)
-    neutral = verdicts("neutral", benchmark_prompts(), range(seeds), out, fresh, neutral=True)
+    prompts = benchmark_prompts()[::every]
+    plain = verdicts("pairs", prompts, range(seeds), out, fresh)
+    neutral = verdicts("neutral", prompts, range(seeds), out, fresh, neutral=True)
     show("A&E prompts: all present, as it is", [r["present"] for r in plain])
     show("A&E prompts: all present, end and padding neutral", [r["present"] for r in neutral], "at most .15 less")
     show("A&E prompts: success, end and padding neutral", [r["success"] for r in neutral])

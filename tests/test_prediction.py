@@ -85,7 +85,7 @@ def sweep(pictures: int = 600) -> pd.DataFrame:
 
 def test_a_cause_is_found_and_its_probability_is_right() -> None:
     table = sweep()
-    predictor, quality = fit(table)
+    predictor, quality, _ = fit(table)
     own = quality[quality["by"] == "predictor"].set_index(["outcome", "share"])
     assert own.loc[("failure", 1.0), "auroc"] > 0.75
     assert own.loc[("failure", 1.0), "ece"] < 0.06
@@ -98,13 +98,13 @@ def test_a_cause_is_found_and_its_probability_is_right() -> None:
 
 
 def test_an_outcome_that_never_came_is_foretold_as_rare() -> None:
-    predictor, _ = fit(sweep())
+    predictor, *_ = fit(sweep())
     table = pd.DataFrame(np.zeros((len(SHARES), len(FEATURES))), index=list(SHARES), columns=list(FEATURES))
     assert (predictor.foretell(table)["mixture"] < 0.01).all()
 
 
 def test_a_predictor_is_saved_and_opened_as_it_was(tmp_path: Path, run: Run) -> None:
-    predictor, _ = fit(sweep(100))
+    predictor, *_ = fit(sweep(100))
     again = load_predictor(predictor.save(tmp_path / "predictor.json"))
     assert again.foretell(run).equals(predictor.foretell(run))
     assert again.about == predictor.about

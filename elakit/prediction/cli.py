@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from elakit.files import check_path
@@ -25,14 +26,20 @@ def fit(
 ) -> None:
     """Fit a predictor on a sweep, and print how well it foretells prompts that were held out."""
     from elakit.bench import table
+    from elakit.prediction.fit import confusion
     from elakit.prediction.fit import fit as fit_to
 
     check_path(out)
-    predictor, quality = fit_to(table(sweep), method)
+    predictor, quality, held_out = fit_to(table(sweep), method)
     predictor.save(out)
     typer.echo(str(predictor.about))
     wide = quality.pivot(index=["outcome", "by"], columns="share", values="auroc")
     typer.echo("Area under the ROC curve, by share of the steps:\n" + wide.to_string(float_format="%.3f"))
     own = quality[quality["by"] == "predictor"].set_index(["outcome", "share"])[["rate", "ece", "brier", "pictures"]]
     typer.echo("The predictor's calibration:\n" + own.to_string(float_format="%.3f"))
+    counts = confusion(held_out)
+    right = float(np.nanmean(np.diag(counts) / counts.sum(axis=1).replace(0, np.nan)))
+    typer.echo(
+        f"Kinds of failure told apart after the whole run, {right:.0%} right on average (chance: 33 %):\n{counts}"
+    )
     typer.echo(f"Kept in {out}. From Python: elakit.prediction.load_predictor({str(out)!r}).")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -34,7 +34,15 @@ BASELINES = {
 BINS = 10
 
 
-def fit(table: pd.DataFrame, method: str = "plain") -> tuple[Predictor, pd.DataFrame]:
+class Fit(NamedTuple):
+    """A predictor, how well it foretells, and what it foretold of pictures that it was not fitted on."""
+
+    predictor: Predictor
+    quality: pd.DataFrame
+    held_out: pd.DataFrame
+
+
+def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
     """Fit logistic models on the pictures of a sweep.
 
     Parameters
@@ -52,6 +60,8 @@ def fit(table: pd.DataFrame, method: str = "plain") -> tuple[Predictor, pd.DataF
         On pictures whose nouns were held out (`FOLDS` folds; prompts of other nouns than picture-world's one by
         one): share, outcome, by ("predictor", or one of `BASELINES`), auroc, ece (expected calibration error, ten
         bins), brier, rate (of the outcome), pictures. Of a single number there is an auroc only.
+    held_out : DataFrame
+        The same pictures one by one: a column (outcome, share) for the probability of each, and (outcome, "came").
 
     Raises
     ------
@@ -77,12 +87,14 @@ def fit(table: pd.DataFrame, method: str = "plain") -> tuple[Predictor, pd.DataF
     }
     weights = np.zeros((len(SHARES), len(OUTCOMES), len(FEATURES)))
     intercepts = np.zeros(weights.shape[:2])
-    quality = []
+    quality: list[dict[str, Any]] = []
+    foretold: dict[tuple[str, float | str], np.ndarray] = {(name, "came"): came for name, came in truth.items()}
     for s, share in enumerate(SHARES):
         for o, outcome in enumerate(OUTCOMES):
             x, y = values[:, s], truth[outcome]
             about = {"share": share, "outcome": outcome}
             weights[s, o], intercepts[s, o], held_out = _fit_one(x, y, groups)
+            foretold[outcome, share] = held_out
             quality.append(about | {"by": "predictor"} | _quality(held_out, y))
             for name, (feature, sign) in BASELINES.items():
                 quality.append(about | {"by": name, "auroc": _auroc(sign * x[:, FEATURES.index(feature)], y)})
@@ -95,7 +107,40 @@ def fit(table: pd.DataFrame, method: str = "plain") -> tuple[Predictor, pd.DataF
         "steps": sorted({int(steps) for steps in rows["steps"]}),
         "guidance_scale": sorted({float(scale) for scale in rows["guidance_scale"]}),
     }
-    return Predictor(weights, intercepts, about=about), pd.DataFrame(quality)
+    return Fit(Predictor(weights, intercepts, about=about), pd.DataFrame(quality), pd.DataFrame(foretold))
+
+
+def confusion(held_out: pd.DataFrame, share: float = 1.0) -> pd.DataFrame:
+    """Which kind of failure was foretold of pictures that failed in one way only.
+
+    Parameters
+    ----------
+    held_out : DataFrame
+        From `fit`.
+    share : float
+        Of the steps.
+
+    Returns
+    -------
+    DataFrame, int
+        Rows: what came; columns: what was foretold, the kind whose probability is most above its mean over all
+        pictures, because the rare kinds would never be the likeliest.
+
+    Examples
+    --------
+    >>> kinds = OUTCOMES[1:]
+    >>> came = {(kind, "came"): [kind == each for each in kinds] for kind in kinds}
+    >>> sure = {(kind, 1.0): [0.9 if kind == each else 0.1 for each in kinds] for kind in kinds}
+    >>> confusion(pd.DataFrame(came | sure)).to_numpy().tolist()
+    [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    """
+    kinds = list(OUTCOMES[1:])
+    came = np.stack([held_out[kind, "came"].to_numpy(bool) for kind in kinds], 1)
+    lift = np.stack([held_out[kind, share] / held_out[kind, share].mean() for kind in kinds], 1)
+    once = came.sum(1) == 1
+    counts = np.zeros((len(kinds), len(kinds)), int)
+    np.add.at(counts, (came[once].argmax(1), lift[once].argmax(1)), 1)
+    return pd.DataFrame(counts, pd.Index(kinds, name="came"), pd.Index(kinds, name="foretold"))
 
 
 def _fit_one(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
