@@ -326,3 +326,39 @@ def test_the_diagnosis_itself_is_told_as_code_and_command(world: Any) -> None:
     assert "remedies=['swapped']" in code(found)
     assert command(elakit.diagnose(world, WORLD, seeds=[2, 5], steps=2)) == ""
     assert remedy_module.check(True) == DEFAULT
+
+
+def test_the_command_writes_a_page_json_and_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["diagnose", WORLD, "--seeds", "1", "--steps", "2", "--remedies", "swapped"]
+    assert call(monkeypatch, *words, "--json", "found.json", "--keep", "kept") == 0
+    printed = capsys.readouterr().out
+    assert printed.strip().endswith(f"Report: {tmp_path / 'report.html'}")
+    told = json.loads((tmp_path / "found.json").read_text())
+    assert told["verdict"]["mend"][0] in printed
+    assert json.loads(json.dumps(elakit.open_diagnosis("kept").to_dict())) == told
+    assert "swapped" in [one["name"] for one in told["remedies"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["diagnose"], "Give one prompt"),
+        (["diagnose", WORLD, "--remedies", "magic"], "no remedy 'magic'"),
+        (["diagnose", WORLD, "--json", "no/such/found.json"], "there is no folder"),
+        (["diagnose", WORLD, "--predictor", "none.json"], "holds no predictor"),
+        (["diagnose", "--prompts", "none.txt"], "none.txt cannot be read"),
+        (["run", WORLD, "--out", "run", "--regions", "0,0,1,1"], "plain drawing takes no regions"),
+        (["run", WORLD, "--out", "run", "--method", "syngen", "--regions", "0,0,1,1"], "syngen takes no regions"),
+        (["run", WORLD, "--out", "run", "--method", "ela", "--regions", "left"], "write left,top,right,bottom"),
+    ],
+)
+def test_wrong_words_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *words) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
