@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 from elakit.attention import RecordSpec
@@ -32,7 +32,8 @@ class Drawn:
     runs : tuple of Run
         One a seed.
     seconds : float
-        Wall-clock time of a picture, as it was when they were drawn.
+        Time of a picture, as it was when they were drawn: processor time where the model runs on the processor, which
+        does not depend on what else runs there, else wall-clock time.
     """
 
     runs: tuple[Run, ...]
@@ -140,11 +141,12 @@ class Drawer:
         seconds = {seed: took for seed, (_, took) in kept.items()}
         self.done += len(kept)
         missing = [seed for seed in seeds if seed not in runs]
+        clock = process_time if self.pipe.device.type == "cpu" else perf_counter
         size = self.batch or (len(missing) if name_of(self.pipe) in EMBEDDED else 1)
         for batch in (missing[i : i + size] for i in range(0, len(missing), max(size, 1))):
-            began = perf_counter()
+            began = clock()
             drawn = self._batch(prompt, batch, guidance, record, what, stop_after)
-            took = (perf_counter() - began) / len(batch)
+            took = (clock() - began) / len(batch)
             for run in drawn:
                 runs[run.seed], seconds[run.seed] = run, took
                 if self.shelf is not None:

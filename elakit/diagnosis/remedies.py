@@ -90,7 +90,7 @@ class Tried:
     runs : tuple of Run
         In the same order; empty where it was not tried or failed.
     seconds : float
-        Wall-clock time of a picture, with all that was drawn for it.
+        Time of a picture, with all that was drawn for it; see `Drawn`.
     cost : float
         The same, relative to a plain picture; NaN where nothing was drawn.
     status : {"tried", "failed", "not tried"}
