@@ -1,39 +1,53 @@
-"""What guidance costs: ``python -m benchmarks.guidance`` (SD 1.5's shape, random weights, half of the steps guided).
+"""What guidance costs, in SD 1.5's shape with random weights: time and memory depend on shapes alone.
 
-Runs the pipeline plainly, with ELA, with our Attend-and-Excite and with diffusers' own, in turns and without
-refinement, and prints time relative to the plain run, extra peak memory, and the bytes that one gradient pass keeps for
-its backward.
-Weights do not matter: time and memory depend on shapes alone.
+``python -m benchmarks.guidance count`` counts, without computing anything, the operations of a gradient pass and the
+bytes that it keeps for its backward, and what a run with half of its steps guided comes to, relative to the plain one.
+``python -m benchmarks.guidance time`` runs the pipeline plainly and guided, in turns and without refinement, and prints
+time relative to the plain run, on the clock and of the processor (the latter hardly minds what else runs), extra peak
+memory, and bytes kept. The number of steps does not matter: each of a kind takes the same.
 """
 
 from __future__ import annotations
 
-import platform
 import statistics
+import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import torch
 import typer
 from diffusers import DDIMScheduler, StableDiffusionAttendAndExcitePipeline
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import elakit
-from benchmarks.recording import pipeline, timed
-from elakit.guidance import AttendAndExcite
+from benchmarks.recording import pipeline
+from benchmarks.shapes import DTYPES, machine, timed, unet
+from elakit.guidance import AttendAndExcite, checkpointing
+from elakit.guidance.engine import frozen, reading
+from elakit.models import Conditioning, adapter_for
 
 PROMPT = "a [red car] and a [blue bird]"
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+HALF = 0.501  # of one step too, which is how what is kept is counted
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+app = typer.Typer(add_completion=False)
+Tiny = Annotated[bool, typer.Option(help="The same layers with few channels, to see that this works.")]
+Side = Annotated[int, typer.Option(help="Side of the picture in pixels.")]
 
 
 def kept_bytes(run: Callable[[], Any], weights: torch.nn.Module) -> int:
     """Bytes that autograd keeps for a backward while `run` runs, each storage once, weights left out."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in weights.parameters()}
-    seen: dict[int, tuple[int, Any]] = {}  # holding on to a tensor keeps its address from being used again
+    own = {parameter.untyped_storage()._cdata for parameter in weights.parameters()}
+    seen: dict[int, tuple[int, Any]] = {}  # holding on to a storage keeps its address from being used again
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes(), tensor.detach()
+        if storage._cdata not in own:
+            seen[storage._cdata] = storage.nbytes(), storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -41,10 +55,122 @@ def kept_bytes(run: Callable[[], Any], weights: torch.nn.Module) -> int:
     return sum(size for size, _ in seen.values())
 
 
-def main(
-    tiny: Annotated[bool, typer.Option(help="The same layers with few channels, to see that this works.")] = False,
+class Operations(TorchDispatchMode):
+    """Floating-point operations of matrix products, convolutions and attention, as torch counts them."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        elif func._overloadpacket is _CPU_ATTENTION:
+            self.total += sdpa_flop_count(*(x.shape for x in args[:3]))
+        elif func._overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            self.total += sdpa_backward_flop_count(*(x.shape for x in args[:4]))
+        return out
+
+
+def of_diffusers(pipe: Any) -> Any:
+    """Diffusers' own Attend-and-Excite around a pipeline's parts."""
+    parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
+    theirs: Any = StableDiffusionAttendAndExcitePipeline(**parts, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    return theirs
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a way of guiding costs.
+
+    Attributes
+    ----------
+    guided, unguided : int
+        Operations that it adds to a guided step, and to one that is not.
+    kept : int
+        Bytes kept for the backward.
+    """
+
+    guided: int
+    unguided: int
+    kept: int
+
+    def ratio(self, step: int) -> float:
+        """Operations of a run with half of its steps guided, relative to those of plain steps of so many operations."""
+        return 1 + (self.guided + self.unguided) / 2 / step
+
+
+def costs(tiny: bool = False, size: int = 512) -> tuple[int, dict[str, Cost]]:
+    """Operations of a plain step, and the costs of ways of guiding, in single precision; nothing is computed.
+
+    As nothing is computed, the maps' sum of squares stands for ELA's loss, whose own part is slight.
+    """
+    pipe = pipeline(False, True, "cpu", torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        pipe.unet = unet(False, tiny).eval()
+        adapter, prompt = adapter_for(pipe), elakit.parse(PROMPT, pipe)
+        nouns = [index for entity in prompt.entities for index in entity.token_indices]
+        latent, timestep = torch.randn(1, 4, size // 8, size // 8), torch.tensor(500)
+        text = Conditioning({}, {"encoder_hidden_states": torch.randn(1, 77, pipe.unet.config.cross_attention_dim)})
+        layers = elakit.ELA(size=size // 32).select(adapter.layers(), (size // 8, size // 8))
+
+        def plain() -> None:
+            with torch.no_grad():
+                adapter.denoise(torch.cat([latent] * 2), timestep, text)
+
+        def ela() -> None:
+            with frozen(pipe.unet), torch.enable_grad(), reading(adapter, layers) as read:
+                z = latent.clone().requires_grad_(True)
+                (seen,) = read(z, timestep, text)
+                torch.autograd.grad(seen.mean.square().sum(), z)
+
+        theirs = of_diffusers(pipe)
+
+        def excite(backward: bool = True) -> None:
+            with torch.enable_grad():
+                z = latent.clone().requires_grad_(True)
+                theirs.unet(z, timestep, **text.inputs)
+                peaks = theirs._aggregate_and_get_max_attention_per_token(indices=nouns)
+                if backward:
+                    theirs._update_latent(z, torch.stack(peaks).sum(), 20.0)
+
+        def operations(run: Callable[[], None]) -> int:
+            with Operations() as counted:
+                run()
+            return counted.total
+
+        step = operations(plain)
+        ways = {"elakit: ELA": Cost(operations(ela), 0, kept_bytes(ela, pipe.unet))}
+        with checkpointing(pipe):
+            ways["elakit: ELA, checkpoints"] = Cost(operations(ela), 0, kept_bytes(ela, pipe.unet))
+        theirs.attention_store = sys.modules[type(theirs).__module__].AttentionStore((size // 32, size // 32))
+        theirs.register_attention_control()
+        # its unguided steps run the pass, too, and do nothing with it
+        ways["diffusers: Attend-and-Excite"] = Cost(
+            operations(excite), operations(lambda: excite(False)), kept_bytes(excite, pipe.unet)
+        )
+    return step, ways
+
+
+@app.command()
+def count(tiny: Tiny = False, size: Side = 512) -> None:
+    """Print operations and kept bytes of gradient passes in single precision; nothing is computed."""
+    step, ways = costs(tiny, size)
+    print(f"SD 1.5's shape{' (tiny)' if tiny else ''}, {size} px, float32; a plain step with classifier-free guidance")
+    print(f"takes {step / 1e12:.2f} x 10^12 operations\n")
+    print("| way | operations of a pass | of a run, x plain | kept for a backward |")
+    print("|---|---|---|---|")
+    for name, cost in ways.items():
+        pass_, kept = f"{cost.guided / 1e12:.2f} x 10^12", f"{cost.kept / 1e9:.2f} GB"
+        print(f"| {name} | {pass_} | {cost.ratio(step):.2f} | {kept} |")
+
+
+@app.command("time")
+def take_time(
+    tiny: Tiny = False,
     steps: Annotated[int, typer.Option(help="Denoising steps; half of them are guided.")] = 50,
-    size: Annotated[int, typer.Option(help="Side of the picture in pixels.")] = 512,
+    size: Side = 512,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="By default bfloat16 on cuda, else float32.")] = None,
     repeats: Annotated[int, typer.Option(help="Runs of each way, in turns; medians are told.")] = 3,
@@ -52,26 +178,24 @@ def main(
     """Print time, extra peak memory and kept activations of guided runs beside those of the plain one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    pipe = pipeline(False, tiny, device, _DTYPES[dtype])
+    pipe = pipeline(False, tiny, device, DTYPES[dtype])
     pipe.scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )
-    theirs = StableDiffusionAttendAndExcitePipeline(**pipe.components, requires_safety_checker=False)
-    theirs.set_progress_bar_config(disable=True)
-    prompt = elakit.parse(PROMPT, pipe)
+    theirs, prompt = of_diffusers(pipe), elakit.parse(PROMPT, pipe)
     nouns = [index for entity in prompt.entities for index in entity.token_indices]
 
-    def ours(guidance: Any, count: int) -> None:
+    def ours(guidance: Any, steps: int) -> None:
         elakit.generate(
-            pipe, prompt, steps=count, height=size, width=size, guidance=guidance, record=False, progress=False
+            pipe, prompt, steps=steps, height=size, width=size, guidance=guidance, record=False, progress=False
         )
 
-    def diffusers_own(count: int) -> None:
+    def diffusers_own(steps: int) -> None:
         theirs(
             prompt.text,
             token_indices=nouns,
-            num_inference_steps=count,
-            max_iter_to_alter=(count + 1) // 2,
+            num_inference_steps=steps,
+            max_iter_to_alter=(steps + 1) // 2,
             thresholds={},
             attn_res=(size // 32, size // 32),
             height=size,
@@ -79,37 +203,48 @@ def main(
             generator=torch.Generator().manual_seed(0),
         )
 
+    def checkpointed(steps: int) -> None:
+        with checkpointing(pipe):
+            ours(ela, steps)
+
+    read: dict[str, Any] = {"guided": HALF, "size": size // 32}
+    ela, excite = elakit.ELA(every=1, enough=None, **read), AttendAndExcite(refine=(), **read)
     ways: dict[str, Callable[[int], None]] = {
-        "plain": lambda count: ours(None, count),
-        "elakit: ELA": lambda count: ours(elakit.ELA(size=size // 32), count),
-        "elakit: Attend-and-Excite": lambda count: ours(AttendAndExcite(refine=(), size=size // 32), count),
+        "plain": lambda steps: ours(None, steps),
+        "elakit: ELA": lambda steps: ours(ela, steps),
+        "elakit: ELA, checkpoints": checkpointed,
+        "elakit: Attend-and-Excite": lambda steps: ours(excite, steps),
         "diffusers: Attend-and-Excite": diffusers_own,
     }
     kept = dict.fromkeys(ways, 0)
     for name, run in ways.items():
         if name != "plain":
-            kept[name] = kept_bytes(lambda run=run: run(1), pipe.unet)
+            kept[name] = kept_bytes(partial(run, 1), pipe.unet)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    of_cpu: dict[str, list[float]] = {name: [] for name in ways}
     peaks: dict[str, list[int]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, run in ways.items():
-            took, peak = timed(device, lambda run=run: run(steps))
+            began = time.process_time()
+            took, peak = timed(device, partial(run, steps))
+            of_cpu[name].append(time.process_time() - began)
             seconds[name].append(took)
             peaks[name].append(peak)
-    where = torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    print(
-        f"SD 1.5's shape{' (tiny)' if tiny else ''}, {size} px, {steps} steps, {steps // 2} guided, {dtype}, {where},"
-    )
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, median of {repeats} runs in turns\n")
-    print("| way | seconds | x plain | extra peak memory | kept for a backward |")
-    print("|---|---|---|---|---|")
+    shape = f"SD 1.5's shape{' (tiny)' if tiny else ''}, {size} px"
+    print(f"{shape}, {steps} steps, {(steps + 1) // 2} guided, {dtype}, median of {repeats} runs in turns")
+    print(f"{machine(device)}\n")
+    print("| way | seconds | x plain | x plain, processor | extra peak memory | kept for a backward |")
+    print("|---|---|---|---|---|---|")
     for name in ways:
-        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds["plain"], strict=True))
+        ratio, cpu_ratio = (
+            statistics.median(a / b for a, b in zip(took[name], took["plain"], strict=True))
+            for took in (seconds, of_cpu)
+        )
         print(
-            f"| {name} | {statistics.median(seconds[name]):.1f} | {ratio:.2f} | "
+            f"| {name} | {statistics.median(seconds[name]):.1f} | {ratio:.2f} | {cpu_ratio:.2f} | "
             f"{statistics.median(peaks[name]) / 1e9:.2f} GB | {kept[name] / 1e9:.2f} GB |"
         )
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()
