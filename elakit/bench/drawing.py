@@ -49,7 +49,7 @@ def draw(unit: Unit) -> list[dict[str, Any]]:
     with _lock:  # threads of one process share the pipeline, which is recorded and guided by hooks
         pipe = _pipeline(unit.model, unit.device, unit.dtype)
         only_if = unit.only_if()
-        guide_if = None if only_if is None else load_predictor().guide_if(**only_if)
+        guide_if = load_predictor().guide_if(only_if["above"], after=only_if["after"]) if only_if else None
         began = time.perf_counter()
         runs = generate(
             pipe,
