@@ -546,6 +546,35 @@ def hooks_of(pipe: Any) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("error", [RuntimeError("out of luck"), KeyboardInterrupt()])
+def test_a_run_that_breaks_off_leaves_no_hooks_and_its_finished_steps(name: str, error: BaseException) -> None:
+    family = FAMILIES[name]
+    pipe = family.make()
+    prompt = parse(TEXT, pipe)
+    plain = draw(pipe, **family.options)
+    before = hooks_of(pipe)
+    last = adapter_for(pipe).layers()[-1].module
+    runs: list[int] = []
+
+    def break_off(*_: Any) -> None:
+        runs.append(1)
+        if len(runs) == 2:
+            raise error  # in the second step, after all layers but one
+
+    handle = last.register_forward_pre_hook(break_off)
+    with pytest.raises(type(error)), record(pipe, prompt) as recording:
+        draw(pipe, **family.options)
+    handle.remove()
+    assert hooks_of(pipe) == before
+    assert recording.steps == (0,)
+    assert "cut off" in repr(recording)
+    with record(pipe, prompt) as again, pytest.raises(RecordingError, match="already"), record(pipe, prompt):
+        pass
+    assert again.steps == ()
+    assert np.array_equal(plain, draw(pipe, **family.options))
+
+
 def test_lora_weights_count() -> None:
     for name, family in FAMILIES.items():
         pipe = family.make()
