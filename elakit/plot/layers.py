@@ -129,7 +129,7 @@ def _labels(part: pd.DataFrame, layers: list[str]) -> list[str]:
     places = [next((words for name, words in _PLACES.items() if layer.startswith(name)), "") for layer in layers]
     if not all(places):
         return [style.escape(style.shorten(layer, 40)) for layer in layers]
-    labels = {}
+    labels: dict[str, str] = {}
     for place in dict.fromkeys(places):
         numbers = {n: re.findall(r"\d+", n) for n, where in zip(layers, places, strict=True) if where == place}
         # numbers that all layers of the place share say nothing
