@@ -1,0 +1,112 @@
+"""Pictures of every figure for the docs: ``python -m benchmarks.gallery`` writes docs/gallery/*.png.
+
+Draws what the figures show with picture-world; the small sweep that the comparison of methods needs goes to ``--sweep``
+and is gone on with where it is there. Chromium makes the pictures of plotly's figures.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import plotly
+import plotly.graph_objects as go
+import typer
+from PIL import Image
+
+import elakit
+from elakit import bench, causes, plot
+from tests import lab
+
+ROOT = Path(__file__).parents[1]
+PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+PROMPT, SEED = "a [bear] and a [blue clock]", 0
+METHODS = ["plain", "ela", "attend-and-excite", "syngen"]
+SUITE, PROMPTS = "attend-and-excite", 12
+COLOURS = 256  # of a palette: small files, no difference to be seen
+
+
+def figures(sweep: Path) -> Iterator[tuple[str, go.Figure]]:
+    """Name and figure, one by one."""
+    pipe = elakit.load("picture-world")
+    spec = elakit.RecordSpec(heads="all")
+    prompt = elakit.parse(PROMPT, pipe)
+    plain = elakit.generate(pipe, prompt, seed=SEED, record=spec)
+    ela = elakit.generate(pipe, prompt, seed=SEED, record=spec, guidance=elakit.ELA())
+    yield "pictures", plot.pictures(plain, ela)
+    yield "token-maps", plot.token_maps(plain)
+    yield "entity-maps", plot.entity_maps(plain, ela)
+    yield "region-evolution", plot.region_evolution(plain)
+    yield "region-animation", shown_at(plot.region_animation(ela), len(ela.regions.step) // 2)
+    yield "leakage", plot.leakage(plain, ela)
+    yield "leakage-attributes", plot.leakage(plain, attributes=True)
+    yield "bleeding-over-steps", plot.bleeding_over_steps(plain, ela)
+    yield "agreement", plot.agreement(plain)
+    table = causes.profile(plain)
+    yield "bleeding-by-head", plot.bleeding_by_layer(table)
+    yield "bleeding-by-step", plot.bleeding_by_layer(table, "intrusion", across="step")
+    found = bench.table(swept(sweep))
+    yield "method-comparison", plot.method_comparison(bench.summary(found))
+    yield "sweep-failures", bench.figures(found)["failures"]
+
+
+def swept(folder: Path) -> Path:
+    """The folder of a small sweep, which is drawn as far as it is not there."""
+    prompts = {SUITE: bench.spread(bench.suite(SUITE), PROMPTS)}
+    bench.run(bench.plan(prompts, seeds=[1], methods=METHODS), folder)
+    return folder
+
+
+def shown_at(figure: go.Figure, frame: int) -> go.Figure:
+    """An animation that opens at one of its frames."""
+    shown = figure.frames[frame]
+    for place, trace in zip(shown.traces, shown.data, strict=True):
+        figure.data[place].update(z=trace.z)
+    figure.layout.sliders[0].active = frame
+    return figure
+
+
+def picture(browser: Any, figure: go.Figure, scale: float = 1.5) -> bytes:
+    """A figure as a PNG of few colours."""
+    layout = figure.layout
+    page = browser.new_page(
+        viewport={"width": int(layout.width or 760), "height": int(layout.height or 450)}, device_scale_factor=scale
+    )
+    page.set_content("<style>body { margin: 0 }</style><div id=figure></div>")
+    page.add_script_tag(path=str(PLOTLY))
+    page.evaluate(
+        "(f) => Plotly.newPlot('figure', f.data, f.layout, { staticPlot: true })", json.loads(figure.to_json())
+    )
+    page.wait_for_timeout(300)  # pictures inside a figure are decoded
+    png = page.screenshot()
+    page.close()
+    few = (
+        Image.open(io.BytesIO(png))
+        .convert("RGB")
+        .quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    )
+    made = io.BytesIO()
+    few.save(made, "PNG", optimize=True)
+    return made.getvalue()
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = ROOT / "docs" / "gallery",
+    sweep: Annotated[Path, typer.Option(help="Folder of the sweep.")] = ROOT / "work" / "gallery-sweep",
+    only: Annotated[str, typer.Option(help="Part of the names of the figures to make.")] = "",
+) -> None:
+    """Write the pictures, and print the size of each."""
+    out.mkdir(parents=True, exist_ok=True)
+    with lab.browse() as browser:
+        for name, figure in figures(sweep):
+            if only in name:
+                (out / f"{name}.png").write_bytes(picture(browser, figure))
+                print(f"{name}.png: {(out / f'{name}.png').stat().st_size / 1000:.0f} kB", flush=True)
+    print(f"all: {sum(path.stat().st_size for path in out.glob('*.png')) / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,54 @@
+"""Every notebook in a real JupyterLab: ``python -m benchmarks.notebooks``, or with parts of the names of some.
+
+Opens each in headless Chromium, runs all its cells there, and prints the seconds that took, what cells raised, console
+errors and requests that would have left localhost. Ends with 1 where there is any of these.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tests import lab
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="Parts of their names; by default all.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that a notebook may take.")] = 600,
+    pictures: Annotated[Path | None, typer.Option(help="Folder for a picture of each, run.")] = None,
+) -> None:
+    """Run the notebooks and print a row for each."""
+    chosen = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if not names or any(n in path.name for n in names)]
+    wrong = False
+    print(
+        "| notebook | seconds | errors | console errors | requests to other hosts |\n|---|---|---|---|---|", flush=True
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for path in chosen:  # copies, so that nothing that is saved by itself changes the notebooks
+            shutil.copy(path, folder)
+        with lab.open_lab(Path(folder)) as running:
+            for path in chosen:
+                console, foreign = len(running.console), len(running.foreign)
+                notebook = running.open(path.name)
+                seconds = notebook.run(timeout)
+                errors = notebook.errors()
+                said = running.console[console:], running.foreign[foreign:]
+                if pictures is not None:
+                    pictures.mkdir(parents=True, exist_ok=True)
+                    notebook.page.screenshot(path=pictures / f"{path.stem}.png")
+                notebook.close()
+                print(f"| {path.stem} | {seconds:.0f} | {len(errors)} | {len(said[0])} | {len(said[1])} |", flush=True)
+                for line in (*errors, *said[0], *said[1]):
+                    wrong = True
+                    print(f"  {line}", flush=True)
+    raise typer.Exit(int(wrong))
+
+
+if __name__ == "__main__":
+    typer.run(main)
