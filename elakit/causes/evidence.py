@@ -16,7 +16,6 @@ from skimage.measure import label
 
 from elakit.attention.recording import Recording
 from elakit.bleeding import distribution, soft_overlap
-from elakit.regions import otsu_masks
 
 # Attention below this is taken for none at all.
 NOTHING = 1e-9
@@ -82,30 +81,30 @@ class Maps:
         return overlap(self.entities, self.entities)
 
     @cached_property
-    def margins(self) -> np.ndarray:
-        """Overlap of an attribute's place with its own noun's less that with another's, (step, attribute, entity).
+    def astray(self) -> np.ndarray:
+        """Attention to an attribute at f's place, as a share of that at f's and at its own entity's, (step, a, f).
 
-        0 for its own.
+        .5: it attends to both alike; 1: to f's place alone. For its own entity .5.
         """
-        found = overlap(self.attributes, self.entities)
-        own = np.take_along_axis(found, np.array(self.owners, int).reshape(1, -1, 1), axis=-1)
-        return own - found
+        there = np.stack([at_place(self.entities, each) for each in np.moveaxis(self.attributes, 1, 0)], axis=1)
+        own = np.take_along_axis(there, np.array(self.owners, int).reshape(1, -1, 1), axis=-1)
+        return there / np.maximum(there + own, NOTHING)
+
+    @cached_property
+    def attribute_held(self) -> np.ndarray:
+        """Share that attribute a has of the attention of it and of noun f, at f's place, (step, a, f)."""
+        return np.stack([held_by(self.entities, each) for each in np.moveaxis(self.attributes, 1, 0)], axis=1)
 
     @cached_property
     def split(self) -> np.ndarray:
-        """Attention in the second largest part of a map's Otsu mask, as a share of the largest's, (step, entity)."""
-        masks = otsu_masks(self.entities)
-        found = [second_part(m, a) for m, a in zip(masks.reshape(-1, *masks.shape[-2:]), self._flat, strict=True)]
-        return np.array(found).reshape(masks.shape[:2])
+        """How far each place is in two parts that lie apart, (step, entity); `parted`."""
+        found = [parted(place) for place in places(self.entities).reshape(-1, *self.entities.shape[-2:])]
+        return np.array(found).reshape(self.entities.shape[:2])
 
     @cached_property
     def swap(self) -> np.ndarray:
         """How much two entities change places about each step, (step, e, f); see `swaps`."""
         return swaps(self.entities)
-
-    @property
-    def _flat(self) -> np.ndarray:
-        return self.entities.reshape(-1, *self.entities.shape[-2:])
 
 
 def read(recording: Recording, layers: str = "all", size: int | None = None) -> Maps:
@@ -163,8 +162,17 @@ def places(maps: np.ndarray) -> np.ndarray:
     return distribution(maps - maps.min(axis=(-2, -1), keepdims=True))
 
 
+def freed(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
+    """Where maps would stand out if a rival token were not there, weighted to their core, (step, entity, y, x).
+
+    Attention sums to 1 over the tokens, so without the rival a map A would be A / (1 - rival). Squared, so that the few
+    cells where a map is strong count more than the many where it is weak.
+    """
+    return distribution(places(maps / np.maximum(1.0 - rival[:, None], NOTHING)) ** 2)
+
+
 def held_by(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
-    """Share a rival has of the attention of it and each map, where the map stands out.
+    """Share a rival has of the attention of it and each map, where the map would stand out without it.
 
     Parameters
     ----------
@@ -182,7 +190,12 @@ def held_by(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
     [[0.75, 0.5]]
     """
     share = rival[:, None] / np.maximum(rival[:, None] + maps, NOTHING)
-    return np.asarray((places(maps) * share).sum(axis=(-2, -1)))
+    return np.asarray((freed(maps, rival) * share).sum(axis=(-2, -1)))
+
+
+def at_place(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
+    """Attention to a rival where each map would stand out without it, (step, entity)."""
+    return np.asarray((freed(maps, rival) * rival[:, None]).sum(axis=(-2, -1)))
 
 
 def localisation(maps: np.ndarray) -> np.ndarray:
@@ -203,19 +216,32 @@ def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.asarray(soft_overlap(places(a)[:, :, None], places(b)[:, None, :]).ruzicka)
 
 
-def second_part(mask: np.ndarray, attention: np.ndarray) -> float:
-    """Attention in the second largest connected part of a mask, as a share of the largest's.
+def parted(place: np.ndarray) -> float:
+    """How far a place is in two parts that lie apart: 0 one part, 1 two alike, half the picture's side apart.
+
+    Parameters
+    ----------
+    place : ndarray, (y, x)
+
+    Notes
+    -----
+    Parts are connected cells of more than a quarter of the largest (squared) value. The result is the second largest
+    part's weight as a share of the largest's, times the distance of their centres in half sides, at most 1.
 
     Examples
     --------
-    >>> second_part(np.array([[1, 1, 0, 1]], bool), np.array([[2.0, 2.0, 0.0, 3.0]]))
-    0.75
+    >>> parted(np.array([[2.0, 0.0, 0.0, 2.0]])), parted(np.array([[2.0, 2.0, 0.0, 0.0]]))
+    (1.0, 0.0)
     """
-    parts, count = label(mask, connectivity=2, return_num=True)
+    weight = place**2
+    parts, count = label(weight > weight.max() / 4, connectivity=2, return_num=True)
     if count < 2:
         return 0.0
-    sums = np.sort(np.bincount(parts.ravel(), weights=attention.ravel())[1:])
-    return float(sums[-2] / max(sums[-1], NOTHING))
+    sums = np.bincount(parts.ravel(), weights=weight.ravel())[1:]
+    second, first = np.argsort(sums)[-2:]
+    centres = [np.argwhere(parts == which + 1).mean(0) for which in (first, second)]
+    distance = float(np.linalg.norm(centres[0] - centres[1])) / (max(place.shape) / 2)
+    return float(sums[second] / max(sums[first], NOTHING)) * min(distance, 1.0)
 
 
 def swaps(maps: np.ndarray) -> np.ndarray:

@@ -21,8 +21,8 @@ CauseKind = Literal[
     "region split",
     "regions swap",
 ]
-FAILURE_KINDS: tuple[str, ...] = get_args(FailureKind)
-CAUSE_KINDS: tuple[str, ...] = get_args(CauseKind)
+FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
+CAUSE_KINDS: tuple[CauseKind, ...] = get_args(CauseKind)
 
 # Normal quantile of a 95 % interval.
 _Z = 1.959963984540054

@@ -35,8 +35,8 @@ class Leak:
     token : str
         Label of the attribute.
     share : float
-        Change of the noun's state by the attribute's being in the prompt, along what it does to the noun when it is its
-        own: 0 nothing, 1 as if it had been asked for the noun.
+        How far the attribute's being in the prompt moves the noun's state towards what it is when the attribute is its
+        own: 0 not at all, 1 as if it had been asked for the noun.
     change : float
         Length of that change, as a share of the state's length.
     """
@@ -87,7 +87,8 @@ def text_states(pipe: Any, prompt: Prompt) -> States:
     Notes
     -----
     With s(v | text) the state of noun v (the mean over its tokens), the share of attribute w that leaked into it is
-    ``<s(v | prompt) - s(v | prompt without w), d> / <d, d>``, where ``d = s(v | "a w v") - s(v | "a v")``.
+    ``<s(v | prompt) - s(v | prompt without w), d> / <d, d>``, where ``d = s(v | "a w v") - s(v | "a u v")`` and u are
+    the noun's own attributes, if it has any.
 
     Examples
     --------
@@ -127,7 +128,8 @@ def _leaks(encoder: _Encoder, prompt: Prompt) -> Iterator[Leak]:
                 here = encoder.noun(_marked(prompt, entity))
                 moved = here - encoder.noun(_marked(prompt, entity, without=word))
                 said = prompt.text[slice(*split_words(prompt.text)[word])]
-                towards = encoder.noun(f"a {said} [{entity.noun}]") - encoder.noun(f"a [{entity.noun}]")
+                own = " ".join(["a", *entity.attributes, f"[{entity.noun}]"])
+                towards = encoder.noun(f"a {said} [{entity.noun}]") - encoder.noun(own)
                 yield Leak(
                     entity.label,
                     owner.label,

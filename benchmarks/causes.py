@@ -1,0 +1,371 @@
+"""Are causes named right where they are known? ``python -m benchmarks.causes report`` plants them in picture-world.
+
+A planted case starts from a prompt and a seed that come out right. Then something is broken on purpose, by an edit of
+the attention or of the text encoder's states. The case counts where the same seed comes out wrong with it, so that the
+plant is what made it fail. `elakit.causes.find` is given the broken run, and not told. Nulls are runs that come out
+right, and right runs whose picture was exchanged for another prompt's: something is wrong with it, and nothing in the
+attention.
+
+Pairs of nouns and seeds for choosing thresholds (``--split calibrate``) and for the report are different. ``draw``
+comes first; runs are kept in ``work/benchmarks/causes`` as they come, so that what was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import typer
+from tqdm.auto import tqdm
+
+import elakit
+from elakit.attention import Edit, edit
+from elakit.causes.weigh import MUTUAL
+from elakit.models import adapter_for
+from elakit.prompt import Entity, Prompt
+from elakit.world.vocabulary import COLOURS, NOUNS
+
+OUT = Path("work/benchmarks/causes")
+# Seeds of each split, and how many prompts with colours and without.
+SEEDS = {"calibrate": range(5000, 5004), "report": range(6000, 6004)}
+PROMPTS = {"calibrate": (8, 6), "report": (9, 7)}
+# Words picture-world has never been shown.
+STRANGE = ("zebra", "piano", "robot", "wolf", "teapot", "umbrella", "penguin", "guitar", "castle", "camel", "violin")
+
+app = typer.Typer(help=__doc__, no_args_is_help=True)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What was planted: the kind of cause, whom it hits, who is at fault."""
+
+    kind: str
+    entity: str = ""
+    other: str = ""
+    token: str = ""
+
+
+@dataclass(frozen=True)
+class Plant:
+    """A way of breaking a run.
+
+    Attributes
+    ----------
+    name : str
+        What is done.
+    coloured : bool
+        Whether both things need a colour of their own.
+    make : callable
+        (pipe, run that is right) -> context in which it is drawn again, and what is then true.
+    """
+
+    name: str
+    coloured: bool
+    make: Callable[[Any, elakit.Run], tuple[Any, Truth]]
+
+
+def _parts(run: elakit.Run) -> tuple[Entity, Entity, np.ndarray, np.ndarray]:
+    """Both entities, and where they are in the picture."""
+    first, second = run.prompt.entities
+    return first, second, run.verdict.masks[0], run.verdict.masks[1]
+
+
+def attribute_moved(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
+    """The first thing's colour is attended to where the second is."""
+    a, b, _, there = _parts(run)
+    (colour,) = a.attribute_indices
+    change = edit(pipe, run.prompt, Edit(colour, add=4, region=there))
+    return change, Truth("attribute misplaced", a.label, b.label, _label(run.prompt, colour))
+
+
+def noun_moved(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
+    """The first noun is attended to where the second thing is, to which the second noun is confined."""
+    a, b, _, there = _parts(run)
+    edits = [Edit(a, add=6, region=there), Edit(b, add=-6, region=~there)]
+    return edit(pipe, run.prompt, edits), Truth("captured", b.label, a.label)
+
+
+def noun_copied(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
+    """The second noun is attended to exactly as the first is."""
+    a, b, _, _ = _parts(run)
+    return edit(pipe, run.prompt, Edit(b, like=a)), Truth("captured", b.label, a.label)
+
+
+def noun_masked(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
+    """The second noun is attended to nowhere."""
+    b = run.prompt.entities[1]
+    return edit(pipe, run.prompt, Edit(b, scale=0)), Truth("token ignored", b.label)
+
+
+def noun_spread(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
+    """The second noun is attended to as "and" is: everywhere a little."""
+    b = run.prompt.entities[1]
+    return edit(pipe, run.prompt, Edit(b, like="and")), Truth("never localised", b.label)
+
+
+def start_raised(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
+    """Start-of-text is attended to instead of words."""
+    return edit(pipe, run.prompt, Edit("<start>", add=8)), Truth("start-of-text competition", token="<start>")
+
+
+def start_raised_there(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
+    """Start-of-text is attended to instead of words where the second thing is, to which its noun is confined."""
+    _, b, _, there = _parts(run)
+    edits = [Edit("<start>", add=8, region=there), Edit(b, add=-6, region=~there)]
+    return edit(pipe, run.prompt, edits), Truth("start-of-text competition", b.label, token="<start>")
+
+
+def noun_split(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
+    """The second noun is drawn to two corners, and from where its thing is."""
+    b = run.prompt.entities[1]
+    corners = np.zeros((16, 16), bool)
+    corners[:5, :5] = corners[-5:, -5:] = True
+    edits = [Edit(b, add=10, region=corners), Edit(b, add=-10, region=~corners)]
+    return edit(pipe, run.prompt, edits), Truth("region split", b.label)
+
+
+def nouns_swapped(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
+    """After a third of the steps each noun is attended to as the other."""
+    a, b, _, _ = _parts(run)
+    late = slice(run.settings["steps"] // 3, None)
+    edits = [Edit(a, like=b, steps=late), Edit(b, like=a, steps=late)]
+    return edit(pipe, run.prompt, edits), Truth("regions swap", a.label, b.label)
+
+
+def state_zeroed(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
+    """The second noun's text state is zero."""
+    b = run.prompt.entities[1]
+    zero = torch.zeros(pipe.text_encoder.config.hidden_size)
+    return states(pipe, b.noun, lambda own: zero), Truth("token ignored", b.label)
+
+
+def state_replaced(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
+    """The second noun's text state is the first's."""
+    a, b, _, _ = _parts(run)
+    other = state(pipe, run.prompt.text, a.noun)
+    change = states(pipe, b.noun, lambda own: other, beside=a.noun)
+    return change, Truth("text states alike", b.label, a.label)
+
+
+def state_leaked(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
+    """The second noun's text state is what it is in the first's colour."""
+    a, b, _, _ = _parts(run)
+    painted = state(pipe, f"a {a.attributes[0]} {b.noun}", b.noun)
+    change = states(pipe, b.noun, lambda own: painted, beside=a.attributes[0])
+    return change, Truth("text leakage", b.label, a.label, _label(run.prompt, a.attribute_indices[0]))
+
+
+def state_mixed(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
+    """The second noun's text state is half the first's colour."""
+    a, b, _, _ = _parts(run)
+    colour = state(pipe, run.prompt.text, a.attributes[0])
+    change = states(pipe, b.noun, lambda own: (own + colour) / 2, beside=a.attributes[0])
+    return change, Truth("text leakage", b.label, a.label, _label(run.prompt, a.attribute_indices[0]))
+
+
+PLANTS = (
+    Plant("colour attended to on the other thing", True, attribute_moved),
+    Plant("noun attended to in the other's place", False, noun_moved),
+    Plant("noun attended to as the other", False, noun_copied),
+    Plant("noun masked", False, noun_masked),
+    Plant("noun attended to everywhere", False, noun_spread),
+    Plant("start-of-text raised", False, start_raised),
+    Plant("start-of-text raised in its place", False, start_raised_there),
+    Plant("noun drawn to two corners", False, noun_split),
+    Plant("nouns swapped midway", False, nouns_swapped),
+    Plant("text state zeroed", False, state_zeroed),
+    Plant("text state of the other noun", False, state_replaced),
+    Plant("text state in the other's colour", True, state_leaked),
+    Plant("text state mixed with the other's colour", True, state_mixed),
+)
+
+
+def state(pipe: Any, text: str, word: str) -> torch.Tensor:
+    """Text state of a word, (channels,)."""
+    (position,) = elakit.parse(f"[{text}]" if "[" not in text else text, pipe).find(word)
+    return adapter_for(pipe).encode(text, guided=False).inputs["encoder_hidden_states"][0, position].clone()
+
+
+@contextmanager
+def states(
+    pipe: Any, word: str, change: Callable[[torch.Tensor], torch.Tensor], beside: str | None = None
+) -> Iterator[None]:
+    """Break the text encoder: it gives another state for a word, in texts that also have the word `beside`."""
+
+    def number(one: str) -> int:
+        (found,) = pipe.tokenizer(one, add_special_tokens=False)["input_ids"]
+        return int(found)
+
+    wanted, needed = number(word), number(beside or word)
+
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        ids = args[0] if args else kwargs["input_ids"]
+        for row, text in enumerate(ids.tolist()):
+            if needed in text:
+                for position, each in enumerate(text):
+                    if each == wanted:
+                        output[0][row, position] = change(output[0][row, position])
+
+    handle = pipe.text_encoder.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _label(prompt: Prompt, position: int) -> str:
+    return next(token.label for token in prompt.tokens if token.index == position)
+
+
+def prompts(split: str) -> Iterator[tuple[bool, str]]:
+    """Prompts of a split without end, coloured and not in turns; no pair of nouns is in both splits."""
+    rng = np.random.default_rng(20)
+    pairs = list(itertools.combinations(NOUNS, 2))
+    rng.shuffle(pairs)
+    chosen = pairs[list(SEEDS).index(split) :: 2]
+    for i, pair in enumerate(chosen):
+        nouns = rng.permutation(pair)
+        colours = rng.permutation(COLOURS)[:2] if i % 2 else ("", "")
+        yield (
+            bool(i % 2),
+            " and ".join(f"a [{f'{colour} {noun}'.strip()}]" for colour, noun in zip(colours, nouns, strict=True)),
+        )
+
+
+@app.command()
+def draw(split: str = "report") -> None:
+    """Draw the runs of a split; what is there already is left as it is."""
+    pipe = elakit.load("picture-world")
+    left = {True: PROMPTS[split][0], False: PROMPTS[split][1]}
+    for coloured, text in prompts(split):
+        if not any(left.values()):
+            break
+        if not left[coloured]:
+            continue
+        folder = OUT / split / "-".join(text.replace("[", "").replace("]", "").split())
+        if not (folder / "done.json").exists():
+            _draw(pipe, text, coloured, SEEDS[split], folder)
+        left[coloured] -= json.loads((folder / "done.json").read_text())["right"] is not None
+    for i, noun in enumerate(STRANGE):
+        if i % 2 == list(SEEDS).index(split) and not (folder := OUT / split / f"strange {noun}").exists():
+            text = f"a [{noun}] and a [car]" if i % 4 < 2 else f"a [cat] and a [{noun}]"
+            elakit.generate(pipe, text, seed=SEEDS[split][0], progress=False).save(folder)
+
+
+def _draw(pipe: Any, text: str, coloured: bool, seeds: range, folder: Path) -> None:
+    """One prompt: the first seed that comes out right, as it is and broken in every way."""
+    drawn = (elakit.generate(pipe, text, seed=seed, progress=False) for seed in seeds)
+    right = next((run for run in drawn if run.verdict.success), None)
+    if right is not None:
+        right.save(folder / "clean", overwrite=True)
+        for plant in PLANTS:
+            if plant.coloured == coloured:
+                context, _ = plant.make(pipe, right)
+                with context:
+                    broken = elakit.generate(pipe, right.prompt, seed=right.seed, progress=False)
+                broken.save(folder / plant.name, overwrite=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = {"text": text, "coloured": coloured, "right": right.seed if right else None}
+    (folder / "done.json").write_text(json.dumps(done))
+    print(done, flush=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What was planted in a run, and what was named."""
+
+    plant: str
+    truth: Truth
+    prompt: str
+    failed: bool
+    named: elakit.causes.Cause | None
+    findings: elakit.causes.Findings
+
+    @property
+    def right(self) -> bool:
+        """Whether the cause named first is the planted one: its kind, whom it hits, and who is at fault."""
+        if self.named is None or not self.truth.kind:
+            return self.named is None and not self.truth.kind
+        truth, named = self.truth, self.named
+        if named.kind != truth.kind or (truth.token and named.token != truth.token):
+            return False
+        if truth.kind in MUTUAL:
+            return {named.entity, named.other} == {truth.entity, truth.other}
+        return truth.entity in ("", named.entity) and truth.other in ("", named.other)
+
+
+def cases(split: str) -> Iterator[Case]:
+    """Every run that was drawn for a split, looked into."""
+    pipe = elakit.load("picture-world")
+    folders = sorted(folder for folder in (OUT / split).iterdir() if (folder / "clean").exists())
+    for i, folder in enumerate(tqdm(folders, leave=False)):
+        clean = elakit.open_run(folder / "clean")
+        yield _case(pipe, "nothing", Truth(""), clean)
+        other = elakit.open_run(folders[i - 1] / "clean").image
+        yield _case(pipe, "nothing, but the picture is another's", Truth(""), replace(clean, image=other, _derived={}))
+        for plant in PLANTS:
+            if (folder / plant.name).exists():
+                context, truth = plant.make(pipe, clean)
+                with context:
+                    yield _case(pipe, plant.name, truth, elakit.open_run(folder / plant.name))
+    for folder in sorted((OUT / split).glob("strange *")):
+        run = elakit.open_run(folder)
+        noun = folder.name.partition(" ")[2]
+        yield _case(pipe, "a noun the model was never shown", Truth("ambiguous word", noun), run)
+
+
+def _case(pipe: Any, plant: str, truth: Truth, run: elakit.Run) -> Case:
+    findings = elakit.causes.find(pipe, [run])
+    failed = run.verdict is None or not run.verdict.success
+    return Case(plant, truth, run.prompt.text, failed, next(iter(findings.causes), None), findings)
+
+
+@app.command()
+def report(split: str = "report", verbose: bool = False) -> None:
+    """Name the causes of what `draw` has drawn; print the share named right and the confusion matrix."""
+    found = list(cases(split))
+    counted = [case for case in found if case.failed or case.plant == "nothing"]
+    names = dict.fromkeys(case.plant for case in found)
+    print("| planted | tried | broke the picture | named right |")
+    print("|---|---|---|---|")
+    for name in names:
+        mine = [case for case in counted if case.plant == name]
+        print(f"| {name} | {sum(case.plant == name for case in found)} | {len(mine)} | {_share(mine)} |")
+    planted = [case for case in counted if case.truth.kind]
+    print(f"| **all plants** | {sum(bool(c.truth.kind) for c in found)} | {len(planted)} | **{_share(planted)}** |")
+    nulls = [case for case in counted if not case.truth.kind]
+    print(f"| **all with nothing planted** | {len(nulls)} | | **{_share(nulls)}** |\n")
+    kinds = [*dict.fromkeys(case.truth.kind for case in planted), ""]
+    told = [*dict.fromkeys([*kinds, *(case.named.kind for case in counted if case.named)])]
+    told.append(told.pop(told.index("")))
+    print("| planted, named → | " + " | ".join(kind or "none" for kind in told) + " |")
+    print("|---" * (len(told) + 1) + "|")
+    for kind in kinds:
+        row = Counter(case.named.kind if case.named else "" for case in counted if case.truth.kind == kind)
+        print(f"| {kind or 'nothing'} | " + " | ".join(str(row[other] or "") for other in told) + " |")
+    print("\n| confidence of the first cause | cases | right |\n|---|---|---|")
+    for low, high in ((0.0, 0.6), (0.6, 0.75), (0.75, 0.9), (0.9, 1.01)):
+        within = [case for case in counted if case.named and low <= case.named.confidence < high]
+        print(f"| {low:.2f} to {min(high, 1):.2f} | {len(within)} | {_share(within)} |")
+    if verbose:
+        for case in counted:
+            if not case.right:
+                print("", case.plant, case.truth, case.findings, sep="\n")
+
+
+def _share(found: list[Case]) -> str:
+    right = sum(case.right for case in found)
+    low, high = elakit.causes.wilson(right, len(found))
+    return f"{right} of {len(found)} ({low:.2f} to {high:.2f})" if found else "–"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,207 @@
+"""Signs of causes: which numbers speak for which cause, and how strongly.
+
+A `Scale` says what is usual in pictures that come out right and what is as bad as it gets; both were read off
+picture-world (``python -m benchmarks.causes --split calibrate``: prompts and seeds that are in no test).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+
+from elakit.causes.evidence import Maps, places
+from elakit.causes.findings import CAUSE_KINDS, CauseKind
+from elakit.causes.text import States
+
+# What a sign speaks for: kind, entity, other, token.
+Key: TypeAlias = tuple[CauseKind, str, str, str]
+
+# A sign weaker than this is none.
+LEAST = 0.15
+# Steps before this share of the run show noise rather than things.
+FIRST = 0.08
+# An entity with less than this share beside an idle word at its own place is not read at all: who holds its place, or
+# whether start-of-text does, then says nothing.
+READ = 0.15
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From what is usual (0) to what is as bad as it gets (1).
+
+    Examples
+    --------
+    >>> Scale(0.2, 0.6)(0.3), Scale(0.2, 0.6)(0.1), Scale(0.05, 0.01)(0.02)
+    (0.25, 0.0, 0.75)
+    """
+
+    usual: float
+    worst: float
+
+    def __call__(self, value: float) -> float:
+        """Strength of a value, 0 to 1."""
+        return round(min(max((value - self.usual) / (self.worst - self.usual), 0.0), 1.0), 6)
+
+
+SCALES = {
+    "length": Scale(0.5, 0.0),
+    "likeness": Scale(0.4, 0.9),
+    "leak": Scale(0.45, 0.75),
+    "standing": Scale(0.15, 0.0),
+    "start_held": Scale(0.5, 0.9),
+    "swap": Scale(0.08, 0.2),
+    "held": Scale(0.75, 0.95),
+    "alike": Scale(0.8, 0.97),
+    "astray": Scale(0.54, 0.63),
+    "attribute_held": Scale(0.52, 0.68),
+    "on_other": Scale(0.5, 0.7),
+    "localised": Scale(0.05, 0.025),
+    "split": Scale(0.35, 0.8),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Sign:
+    """One number that speaks for one cause, in one run (or for all, where it lies before the picture).
+
+    Attributes
+    ----------
+    kind, entity, other, token : str
+        As of a `Cause`.
+    measure : str
+        Name of the number, a key of `SCALES`.
+    value : float
+        The number: its mean over the steps that count; of a swap the largest.
+    series : ndarray, (step,)
+        It at each step; empty where it lies before the picture.
+    evidence : dict of str to float
+        Further numbers, by name.
+    """
+
+    kind: CauseKind
+    entity: str
+    other: str
+    token: str
+    measure: str
+    value: float
+    series: np.ndarray = field(default_factory=lambda: np.empty(0))
+    evidence: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Key:
+        """What it speaks for."""
+        return self.kind, self.entity, self.other, self.token
+
+    @property
+    def strength(self) -> float:
+        """How strongly it speaks, 0 to 1."""
+        return SCALES[self.measure](self.value)
+
+    def since(self) -> int | None:
+        """Position of the first step from which on it speaks in four fifths of the steps; None where it never does."""
+        speaks = np.array([SCALES[self.measure](value) > 0 for value in self.series], bool)
+        if self.measure == "swap":
+            return int(speaks.argmax()) if speaks.any() else None
+        for step in np.flatnonzero(speaks).tolist():
+            if speaks[step:].mean() >= 0.8:
+                return int(step)
+        return None
+
+
+def of_text(states: States) -> Iterator[Sign]:
+    """Signs that lie before the picture, in the text encoder's states."""
+    names = states.entities
+    for i, entity in enumerate(names):
+        yield Sign("token ignored", entity, "", entity, "length", states.length[i])
+        for j in range(len(names)):
+            if j != i:
+                yield Sign("text states alike", entity, names[j], names[j], "likeness", float(states.alike[i, j]))
+    for leak in states.leaks:
+        yield Sign(
+            "text leakage", leak.entity, leak.other, leak.token, "leak", leak.share, evidence={"change": leak.change}
+        )
+
+
+def of_maps(
+    maps: Maps,
+    entities: Sequence[str],
+    attributes: Sequence[str],
+    covered: np.ndarray | None = None,
+    kinds: Collection[CauseKind] = CAUSE_KINDS,
+) -> Iterator[Sign]:
+    """Signs in the attention of a run, of a layer or of a head.
+
+    Parameters
+    ----------
+    maps : Maps
+    entities, attributes : sequence of str
+        Labels.
+    covered : ndarray, (entity, y, x), optional
+        Share of each cell that each entity covers in the finished picture.
+    kinds : collection of str
+        Signs of other causes are not looked for.
+    """
+    late = slice(min(int(np.ceil(FIRST * len(maps.steps))), len(maps.steps) - 1), None)
+
+    def mean(series: np.ndarray) -> float:
+        return float(series[late].mean())
+
+    for i, entity in enumerate(entities):
+        standing, start = mean(maps.standing[:, i]), mean(maps.start_held[:, i])
+        about = {"presence": mean(maps.presence[:, i]), "localised": mean(maps.localised[:, i])}
+        yield Sign("token ignored", entity, "", entity, "standing", standing, maps.standing[:, i], about)
+        if standing < READ:
+            continue
+        rivals = [mean(maps.held[:, i, j]) if j != i else 0.0 for j in range(len(entities))]
+        if start > max(rivals):
+            series = maps.start_held[:, i]
+            yield Sign("start-of-text competition", entity, "", "<start>", "start_held", start, series, about)
+        yield Sign("never localised", entity, "", entity, "localised", about["localised"], maps.localised[:, i], about)
+        if "region split" in kinds:
+            parted = maps.split[:, i] * np.minimum(maps.localised[:, i] / 0.2, 1.0)
+            yield Sign("region split", entity, "", entity, "split", mean(parted), parted, about)
+        for j, other in enumerate(entities):
+            if j == i:
+                continue
+            both = {"held": rivals[j], "overlap": mean(maps.alike[:, i, j]), **about}
+            if rivals[j] > start:
+                yield Sign("captured", entity, other, other, "held", rivals[j], maps.held[:, i, j], both)
+            yield Sign("captured", entity, other, other, "alike", both["overlap"], maps.alike[:, i, j], both)
+            if "regions swap" in kinds:
+                swap = maps.swap[:, i, j]
+                yield Sign("regions swap", entity, other, other, "swap", float(swap.max()), swap, both)
+    if len(maps.owners) and "attribute misplaced" in kinds:
+        yield from _of_attributes(maps, entities, attributes, covered, late)
+
+
+def _of_attributes(
+    maps: Maps, entities: Sequence[str], attributes: Sequence[str], covered: np.ndarray | None, late: slice
+) -> Iterator[Sign]:
+    place = places(maps.attributes)
+    for a, (attribute, owner) in enumerate(zip(attributes, maps.owners, strict=True)):
+        for j, other in enumerate(entities):
+            if j == owner:
+                continue
+            astray, held = maps.astray[:, a, j], maps.attribute_held[:, a, j]
+            series = {"astray": astray}
+            if float(astray[late].mean()) > 0.3:  # else it is strong there because it is strong everywhere
+                series["attribute_held"] = held
+            if covered is not None:
+                there, own = ((place[:, a] * covered[e]).sum((-2, -1)) for e in (j, owner))
+                if float(there[late].mean()) > float(own[late].mean()):
+                    series["on_other"] = there
+            about = {name: float(values[late].mean()) for name, values in series.items()}
+            for name, values in series.items():
+                yield Sign("attribute misplaced", entities[owner], other, attribute, name, about[name], values, about)
+
+
+def strongest(signs: Iterable[Sign]) -> dict[Key, Sign]:
+    """Of the signs for each cause the strongest."""
+    found: dict[Key, Sign] = {}
+    for sign in signs:
+        if sign.key not in found or sign.strength > found[sign.key].strength:
+            found[sign.key] = sign
+    return found
