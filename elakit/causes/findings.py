@@ -164,7 +164,7 @@ class Cause:
     strength : float
         How marked it is, 0 (as in pictures that come out right) to 1 (as if nothing else were there).
     confidence : float
-        How sure we are that this is it, 0 to 1: calibrated on planted causes, see ``docs/causes.md``.
+        How sure we are that this is it, 0 to 1; ``docs/causes.md`` has how often causes of a confidence were right.
     step : int or None
         Denoiser call from which on it shows; None for a cause that lies before the picture.
     layers : tuple of str
