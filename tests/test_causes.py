@@ -243,3 +243,14 @@ def test_findings_without_causes_read_well() -> None:
     found = Findings(prompt, (0, 1), True, (Failure("missing", "bird", seeds=(1,), of=2),))
     assert "No cause was found" in found.verdict
     assert found.unexplained == found.failures
+
+
+def test_a_cause_that_few_failing_runs_show_is_less_sure() -> None:
+    with edit(pipe(), PROMPT, Edit("bird", scale=0)):
+        (hidden,) = elakit.generate(pipe(), PROMPT, seed=[3], steps=6, progress=False)
+    plain = replace(right_runs()[0], _derived={})
+    for run in (hidden, plain):
+        run.__dict__["verdict"] = without(run.verdict, "bird")
+    alone, among = find(pipe(), [hidden]).causes[0], find(pipe(), [hidden, plain]).causes[0]
+    assert (among.kind, among.seeds, among.strength) == ("token ignored", (3,), alone.strength)
+    assert among.confidence == pytest.approx(0.75 * alone.confidence)

@@ -55,7 +55,7 @@ def before_the_picture(runs: Sequence[Run], states: States) -> list[Cause]:
 
 
 def in_attention(failing: Sequence[Reading], right: Sequence[Reading]) -> list[Cause]:
-    """Causes in the attention of the runs that fail; those that right runs show too are less sure.
+    """Causes in the attention of the runs that fail; less sure where few of them show it, or right runs do too.
 
     Parameters
     ----------
@@ -63,15 +63,16 @@ def in_attention(failing: Sequence[Reading], right: Sequence[Reading]) -> list[C
     """
     found = []
     for key in dict.fromkeys(key for reading in failing for key in reading.signs):
-        strength = _strength(failing, key)
-        if strength < LEAST:
-            continue
         shown = [r for r in failing if key in r.signs and r.signs[key].strength >= LEAST]
+        if not shown:
+            continue
+        strength = _strength(shown, key)
         signs = [reading.signs[key] for reading in shown]
         tables = [{**sign.evidence, sign.measure: sign.value} for sign in signs]
         names = dict.fromkeys(name for table in tables for name in table)
         evidence = {name: mean(table[name] for table in tables if name in table) for name in names}
         cause = _cause(key, strength, [reading.run for reading in shown], evidence)
+        cause = replace(cause, confidence=cause.confidence * (0.5 + 0.5 * len(shown) / len(failing)))
         if right:
             elsewhere = _strength(right, key)
             evidence["strength in right pictures"] = elsewhere
