@@ -392,7 +392,9 @@ def test_process_a_worker_that_dies_is_replaced(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_process_a_sweep_that_was_ended_gives_the_same_table(tmp_path: Path, thread: Executor, stop: int) -> None:
     killed, whole, lock = tmp_path / "killed", tmp_path / "whole", tmp_path / "lock"
-    code = "import sys, test_bench as t; t.run(t.units(), sys.argv[1], workers=1, draw=t.stall)"
+    # a shell that runs tests in the background has them ignore Ctrl-C, and so does what they start
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code = heed + "import sys, test_bench as t; t.run(t.units(), sys.argv[1], workers=1, draw=t.stall)"
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "ELAKIT_TEST_LOCK": str(lock), "PYTHONPATH": path}
     with (tmp_path / "log").open("w") as log:
