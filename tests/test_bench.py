@@ -192,7 +192,7 @@ def test_a_unit_knows_its_method_with_every_option() -> None:
 def test_a_unit_may_guide_only_what_is_likely_to_fail() -> None:
     always, sometimes = plan(["a cat"], [1], ["ela", ("ela", {"guide_above": 0.25})])
     assert always.only_if() is None
-    assert sometimes.only_if() == {"above": 0.25, "after": 0.1}
+    assert sometimes.only_if() == {"above": 0.25, "after": 0.2}
     assert always.guidance() == sometimes.guidance() == ELA()
     assert always.key != sometimes.key
     for options, said in (

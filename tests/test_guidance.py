@@ -206,7 +206,7 @@ def test_a_size_the_model_has_not_got_lists_those_it_has() -> None:
 
 def test_a_batch_guides_each_picture_by_its_own_loss() -> None:
     pipe = tiny_pipeline()
-    method = ELA(step_size=0.3, guided=1)
+    method = ELA(step_size=0.3, start=0, guided=1)
     batch = generate(pipe, PAIR, seed=[4, 9], steps=3, guidance=method, progress=False)
     for run in batch:
         alone = generate(pipe, PAIR, seed=run.seed, steps=3, guidance=method, progress=False)

@@ -272,7 +272,7 @@ def test_ela_starts_from_the_plain_runs_noise_and_moves_the_guided_steps_only(na
     pipe = shared(name)
     options: dict[str, Any] = {"seed": 5, "steps": 4, "progress": False, **SIZE}
     plain, starts = inputs(pipe, lambda: generate(pipe, PAIR, record=False, **options))
-    ela, moved = inputs(pipe, lambda: generate(pipe, PAIR, guidance=ELA(step_size=0.3, guided=0.5), **options))
+    ela, moved = inputs(pipe, lambda: generate(pipe, PAIR, guidance=ELA(step_size=0.3, start=0, guided=0.5), **options))
     still = generate(pipe, PAIR, record=False, guidance=ELA(step_size=0), **options)
     assert np.array_equal(np.asarray(still.image), np.asarray(plain.image))
     assert np.any(np.asarray(ela.image) != np.asarray(plain.image))
