@@ -13,9 +13,7 @@ import pytest
 
 pytestmark = [
     *lab.MARKS,
-    pytest.mark.skip(
-        reason="its waits end too early on a busy machine: let them wait for the panel"
-    ),
+    pytest.mark.skip(reason="its waits end too early on a busy machine: let them wait for the panel"),
 ]
 STEPS = 12
 CELLS = (
