@@ -259,7 +259,7 @@ def test_a_flow_may_have_another_solver() -> None:
     assert np.array_equal(np.asarray(plain.image), np.asarray(own(pipe, FAMILIES["sd3"])[0]))
     sigmas = pipe.scheduler.sigmas[1:3]
     assert noise_levels(pipe.scheduler)[1:] == pytest.approx((sigmas / (1 - sigmas)).tolist())
-    ela = generate(pipe, PAIR, seed=9, steps=3, guidance=ELA(guided=1), record=False, progress=False, **SIZE)
+    ela = generate(pipe, PAIR, seed=9, steps=3, guidance=ELA(start=0, guided=1), record=False, progress=False, **SIZE)
     assert ela.guidance is not None
     assert ela.guidance.to_frame().index.tolist() == [0, 1, 2]
 
