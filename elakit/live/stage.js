@@ -344,6 +344,7 @@ class Stage {
       this.stepped = key;
       const marks = Array.from({ length: steps }, (_, i) => h("i", { class: guided.includes(i) ? "ell-guided" : "" }));
       this.steps.replaceChildren(...marks);
+      this.steps.style.gap = steps > 100 ? "0" : "";
     }
     [...this.steps.children].forEach((mark, i) => mark.classList.toggle("ell-made", i < made));
     for (const [name, value] of [["valuemin", 0], ["valuemax", steps], ["valuenow", made]]) this.steps.setAttribute(`aria-${name}`, value);
