@@ -76,7 +76,7 @@ class Run:
         Localised in the recorded maps as `elakit.ELA` does by default. The regions that a guided run was anchored to
         are in ``run.guidance.regions``.
         """
-        return localize_steps(self.entity_maps(), self._rest().sum("token"), **ELA().localisation())
+        return localize_steps(self.entity_maps(), self._rest().sum("token"), **ELA().rule())
 
     @cached_property
     def verdict(self) -> Verdict | None:
@@ -437,7 +437,8 @@ def generate(
     if guide is not None or stop_if is not None:
         call = adapter.on_step(after)
     spec = record if isinstance(record, RecordSpec) else RecordSpec()
-    with _progress_bar(pipe, progress), _recording(pipe, parsed, spec, bool(record)) as recording:
+    holding = nullcontext() if guide is None else guide.holding()
+    with _progress_bar(pipe, progress), _recording(pipe, parsed, spec, bool(record)) as recording, holding:
         try:
             images = pipe(
                 num_inference_steps=steps,

@@ -22,7 +22,7 @@ from elakit.errors import SettingError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Binarisation", "Differentiation", "Regions", "localize", "localize_steps", "otsu_masks"]
+__all__ = ["Binarisation", "Differentiation", "Regions", "divide", "localize", "localize_steps", "otsu_masks"]
 
 Differentiation = Literal["argmax", "subtract-max", "subtract-mean", "none"]
 Binarisation = Literal["background", "otsu", "mean-std", "quantile"]
@@ -283,6 +283,59 @@ def localize(
         masks = np.stack([_largest_components(mask, keep_components) for mask in masks])
     masks, floored = _fill_to_floor(masks, scores, values, least)
     return Regions(masks, scores, floored, names)
+
+
+def divide(maps: np.ndarray | torch.Tensor, free: np.ndarray | None = None) -> np.ndarray:
+    """Divide a picture between its entities: strips of equal width, in the order in which attention has the entities.
+
+    Early in a run a map says little of where its entity's edges will be, but already which entity is to be left of
+    which. Strips run across the longer side, so that square pictures are divided from left to right.
+
+    Parameters
+    ----------
+    maps : array or tensor, (entity, y, x)
+        Raw probabilities; the lowest of each map is subtracted first.
+    free : bool array, (y, x), optional
+        Cells that are there to be divided; by default all.
+
+    Returns
+    -------
+    bool array, (entity, y, x)
+        Every free cell is in one mask. With fewer free columns (or rows) than entities some are empty.
+
+    Raises
+    ------
+    SettingError
+        Maps are not finite, negative or of another shape.
+
+    Examples
+    --------
+    The lion is a little more to the left, so it gets the left half:
+
+    >>> cat, lion = [[.2, .2, .3, .3]], [[.1, .4, .1, .1]]
+    >>> divide(np.array([cat, lion])).astype(int).tolist()
+    [[[0, 0, 1, 1]], [[1, 1, 0, 0]]]
+    """
+    values = as_array(maps, "maps")
+    if values.ndim != 3 or 0 in values.shape:
+        raise SettingError(f"maps have shape {values.shape}; divide wants (entity, y, x), at least one of each")
+    wide = values.shape[2] >= values.shape[1]
+    cells = np.ones(values.shape[1:], bool) if free is None else np.asarray(free, bool)
+    if not wide:
+        values, cells = values.swapaxes(1, 2), cells.T
+    along = (values - values.min((1, 2), keepdims=True)).sum(1)  # (entity, x)
+    mass = along.sum(1)
+    places = np.arange(values.shape[2]) + 0.5
+    # an entity without a place of its own belongs in the middle
+    centres = np.where(mass > 0, along @ places / np.where(mass > 0, mass, 1), places.mean())
+    order = np.argsort(centres, kind="stable")
+    widths = cells.sum(0)
+    middle = (widths.cumsum() - widths / 2) / max(1, widths.sum())  # of each column, in shares of the free cells
+    strip = np.minimum((middle * len(values)).astype(int), len(values) - 1)
+    masks = np.zeros(values.shape, bool)
+    for nth, entity in enumerate(order):
+        masks[entity] = cells & (strip == nth)
+    return masks if wide else masks.swapaxes(1, 2)
 
 
 def localize_steps(maps: xr.DataArray, sot: xr.DataArray | None = None, **options: Any) -> xr.DataArray:

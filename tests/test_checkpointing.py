@@ -18,6 +18,7 @@ from elakit.models import adapter_for
 PAIR = "a [red car] and a [blue bird]"
 HALVES = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
 FEW: dict[str, dict[str, Any]] = {  # passes, where there would be many
+    "ela": {"anchoring": "gradient"},
     "layout-guidance": {"regions": HALVES, "guided": 0.5, "iterations": 2},
     "boxdiff": {"regions": HALVES},
     "conform": {"refinements": 1},

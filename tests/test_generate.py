@@ -42,12 +42,22 @@ def test_a_run_may_be_watched_and_ended_after_any_step() -> None:
         seen.append((so_far.step, run.recording.steps[-1], len(run.guidance.rows) if run.guidance else 0))
         return so_far.step == 2
 
-    run = generate(pipe, PAIR, seed=9, steps=6, guidance=ELA(start=0, guided=0.5), stop_if=third_step, progress=False)
+    run = generate(
+        pipe,
+        PAIR,
+        seed=9,
+        steps=6,
+        guidance=ELA(anchoring="gradient", start=0, guided=0.5),
+        stop_if=third_step,
+        progress=False,
+    )
     # a step's end is told before guidance moves the latents for the next
     assert seen == [(0, 0, 1), (1, 1, 2), (2, 2, 3)]
     assert run.settings["stopped"] == 3
     assert run.recording.steps == (0, 1, 2)
-    whole = generate(pipe, PAIR, seed=9, steps=6, guidance=ELA(start=0, guided=0.5), progress=False)
+    whole = generate(
+        pipe, PAIR, seed=9, steps=6, guidance=ELA(anchoring="gradient", start=0, guided=0.5), progress=False
+    )
     assert "stopped" not in whole.settings
     assert np.array_equal(run.entity_maps(), whole.entity_maps().isel(step=slice(0, 3)))
 

@@ -1,4 +1,4 @@
-"""ELA steps along the true gradient, changes nothing it should not, and cleans up behind itself."""
+"""ELA's gradient is the true one, it changes nothing it should not, and cleans up behind itself."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from elakit.models import adapter_for
 from elakit.prompt import Prompt, parse
 
 PAIR = "a [red car] and a [blue bird]"
+GRADIENT: dict[str, Any] = {"anchoring": "gradient", "localisation": "maps"}  # the paper's way
 
 
 def hooks_of(module: torch.nn.Module) -> int:
@@ -101,8 +102,10 @@ def test_the_pass_stops_after_the_last_layer_that_is_read_and_leaves_weights_alo
 def test_ela_starts_from_the_plain_runs_noise_and_ends_where_its_window_ends(scheduler: str) -> None:
     pipe = tiny_pipeline(scheduler=scheduler)
     plain = generate(pipe, PAIR, seed=5, steps=4, progress=False)
-    ela = generate(pipe, PAIR, seed=5, steps=4, guidance=ELA(start=0, guided=0.5, step_size=0.3), progress=False)
-    still = generate(pipe, PAIR, seed=5, steps=4, guidance=ELA(step_size=0), progress=False)
+    ela = generate(
+        pipe, PAIR, seed=5, steps=4, guidance=ELA(**GRADIENT, start=0, guided=0.5, step_size=0.3), progress=False
+    )
+    still = generate(pipe, PAIR, seed=5, steps=4, guidance=ELA(**GRADIENT, step_size=0), progress=False)
     assert ela.guidance is not None
     # Heun and PNDM call the model more often than they step; the window is a share of the calls
     assert ela.guidance.to_frame().index.tolist() == list(range(round(len(pipe.scheduler.timesteps) / 2)))
@@ -123,11 +126,13 @@ def test_guidance_that_reads_records_nothing_of_its_own() -> None:
 def test_a_picture_that_needs_no_help_is_left_alone_from_there_on() -> None:
     pipe = tiny_pipeline()
     plain = generate(pipe, PAIR, seed=[5, 6], steps=6, record=False, progress=False)
-    always = generate(pipe, PAIR, seed=[5, 6], steps=6, guidance=ELA(), record=False, progress=False)
+    always = generate(pipe, PAIR, seed=[5, 6], steps=6, guidance=ELA(**GRADIENT), record=False, progress=False)
     losses = [run.guidance.to_frame()["loss"].iloc[0] for run in always]
     between = float(np.mean(losses))
     better = int(np.argmin(losses))
-    runs = generate(pipe, PAIR, seed=[5, 6], steps=6, guidance=ELA(enough=between), record=False, progress=False)
+    runs = generate(
+        pipe, PAIR, seed=[5, 6], steps=6, guidance=ELA(**GRADIENT, enough=between), record=False, progress=False
+    )
     assert len(runs[better].guidance.rows) == 1
     assert np.array_equal(np.asarray(runs[better].image), np.asarray(plain[better].image))
     worse = runs[1 - better].guidance.to_frame()
@@ -137,7 +142,13 @@ def test_a_picture_that_needs_no_help_is_left_alone_from_there_on() -> None:
 
 def test_every_other_step_may_be_guided() -> None:
     run = generate(
-        tiny_pipeline(), PAIR, seed=5, steps=8, guidance=ELA(every=2, guided=0.5), record=False, progress=False
+        tiny_pipeline(),
+        PAIR,
+        seed=5,
+        steps=8,
+        guidance=ELA(**GRADIENT, every=2, guided=0.5),
+        record=False,
+        progress=False,
     )
     assert run.guidance is not None
     assert run.guidance.to_frame().index.tolist() == [2, 4]  # of 8 steps two are made before guidance begins
@@ -152,7 +163,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(monkeypatch: pytes
 
     monkeypatch.setattr("elakit.guidance.engine.gradient", broken)
     plain = generate(pipe, PAIR, seed=2, steps=4, progress=False)
-    ela = generate(pipe, PAIR, seed=2, steps=4, guidance=ELA(guided=0.5), progress=False)
+    ela = generate(pipe, PAIR, seed=2, steps=4, guidance=ELA(**GRADIENT, guided=0.5), progress=False)
     assert ela.guidance.skipped == 2
     assert np.array_equal(np.asarray(plain.image), np.asarray(ela.image))
 
@@ -176,7 +187,9 @@ def test_hooks_are_gone_after_an_error_in_the_middle(error: type[BaseException])
 
 def test_regions_stay_once_they_are_locked() -> None:
     pipe = tiny_pipeline()
-    ela = generate(pipe, PAIR, steps=6, guidance=ELA(start=0, guided=1, lock_from=2, step_size=0.5), progress=False)
+    ela = generate(
+        pipe, PAIR, steps=6, guidance=ELA(**GRADIENT, start=0, guided=1, lock_from=2, step_size=0.5), progress=False
+    )
     regions = ela.guidance.regions
     assert regions.sizes["step"] == 6
     assert not (regions.sum("entity") > 1).any()
@@ -192,6 +205,9 @@ def test_regions_stay_once_they_are_locked() -> None:
         ({"guided": 1.5}, "guided"),
         ({"gradient": "adam"}, "gradient"),
         ({"lock_from": -2}, "lock_from"),
+        ({"anchoring": "glue"}, "anchoring"),
+        ({"localisation": "boxes"}, "localisation"),
+        ({"push": -1}, "push"),
     ],
 )
 def test_options_out_of_range_are_named(options: dict[str, Any], part: str) -> None:
@@ -206,7 +222,7 @@ def test_a_size_the_model_has_not_got_lists_those_it_has() -> None:
 
 def test_a_batch_guides_each_picture_by_its_own_loss() -> None:
     pipe = tiny_pipeline()
-    method = ELA(step_size=0.3, start=0, guided=1)
+    method = ELA(**GRADIENT, step_size=0.3, start=0, guided=1)
     batch = generate(pipe, PAIR, seed=[4, 9], steps=3, guidance=method, progress=False)
     for run in batch:
         alone = generate(pipe, PAIR, seed=run.seed, steps=3, guidance=method, progress=False)
@@ -320,7 +336,15 @@ def test_a_layout_needs_a_region_for_each_entity() -> None:
         generate(tiny_pipeline(), PAIR, steps=2, guidance=ELA(regions=[(0, 0, 1, 1)]), progress=False)
 
 
-@pytest.mark.parametrize(("options", "first"), [({}, 5), ({"start": 0}, 0), ({"regions": [(0, 0, 0.5, 1), None]}, 0)])
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        (GRADIENT, 5),
+        ({**GRADIENT, "start": 0}, 0),
+        ({**GRADIENT, "localisation": "strips"}, 0),
+        ({"regions": [(0, 0, 0.5, 1), None]}, 0),
+    ],
+)
 def test_localised_regions_wait_for_maps_that_are_no_noise(options: dict[str, Any], first: int, prompt: Prompt) -> None:
     sizes = [update.size for update in ELA(step_size=0.1, decay=0.5, guided=0.08, **options).plan([1.0] * 25, prompt)]
     assert sizes == [0.0] * first + [0.1, 0.05]

@@ -32,6 +32,7 @@ from elakit.prompt import parse
 PAIR = "a [red car] and a [blue bird]"
 PLAIN = "a red car and a blue bird"
 SIZE = {"height": 32, "width": 48}
+GRADIENT: dict[str, Any] = {"anchoring": "gradient", "start": 0}
 
 
 @dataclass
@@ -245,7 +246,7 @@ def test_pixarts_steps_of_two_calls_are_counted_as_calls() -> None:
     call = adapter_for(pipe).on_step(lambda step, latents: called.append(step) or latents)
     own(pipe, FAMILIES["pixart-alpha"], output_type="latent", **call)
     assert called == [1, 3, 4]
-    run = generate(pipe, PAIR, steps=3, guidance=ELA(start=0, guided=1), progress=False, **SIZE)
+    run = generate(pipe, PAIR, steps=3, guidance=ELA(**GRADIENT, guided=1), progress=False, **SIZE)
     assert run.guidance is not None
     assert run.guidance.to_frame().index.tolist() == [0, 2, 4]
 
@@ -259,9 +260,11 @@ def test_a_flow_may_have_another_solver() -> None:
     assert np.array_equal(np.asarray(plain.image), np.asarray(own(pipe, FAMILIES["sd3"])[0]))
     sigmas = pipe.scheduler.sigmas[1:3]
     assert noise_levels(pipe.scheduler)[1:] == pytest.approx((sigmas / (1 - sigmas)).tolist())
-    ela = generate(pipe, PAIR, seed=9, steps=3, guidance=ELA(start=0, guided=1), record=False, progress=False, **SIZE)
-    assert ela.guidance is not None
-    assert ela.guidance.to_frame().index.tolist() == [0, 1, 2]
+    options: dict[str, Any] = {"seed": 9, "steps": 3, "record": False, "progress": False, **SIZE}
+    for method, guided in ((ELA(**GRADIENT, guided=1), [0, 1, 2]), (ELA(), [1, 2])):
+        ela = generate(pipe, PAIR, guidance=method, **options)
+        assert ela.guidance is not None
+        assert ela.guidance.to_frame().index.tolist() == guided
 
 
 # -- guided ------------------------------------------------------------------------------------------------------------
@@ -272,8 +275,9 @@ def test_ela_starts_from_the_plain_runs_noise_and_moves_the_guided_steps_only(na
     pipe = shared(name)
     options: dict[str, Any] = {"seed": 5, "steps": 4, "progress": False, **SIZE}
     plain, starts = inputs(pipe, lambda: generate(pipe, PAIR, record=False, **options))
-    ela, moved = inputs(pipe, lambda: generate(pipe, PAIR, guidance=ELA(step_size=0.3, start=0, guided=0.5), **options))
-    still = generate(pipe, PAIR, record=False, guidance=ELA(step_size=0), **options)
+    method = ELA(**GRADIENT, step_size=0.3, guided=0.5)
+    ela, moved = inputs(pipe, lambda: generate(pipe, PAIR, guidance=method, **options))
+    still = generate(pipe, PAIR, record=False, guidance=ELA(**GRADIENT, step_size=0), **options)
     assert np.array_equal(np.asarray(still.image), np.asarray(plain.image))
     assert np.any(np.asarray(ela.image) != np.asarray(plain.image))
     assert len(moved) == len(starts) + 2
@@ -289,7 +293,13 @@ def test_ela_starts_from_the_plain_runs_noise_and_moves_the_guided_steps_only(na
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_run_is_guided_and_recorded_at_once_without_classifier_free_guidance(name: str) -> None:
     family, pipe = FAMILIES[name], shared(name)
-    options: dict[str, Any] = {"seed": 1, "steps": 2, "guidance": ELA(), "guidance_scale": 1.0, "progress": False}
+    options: dict[str, Any] = {
+        "seed": 1,
+        "steps": 2,
+        "guidance": ELA(**GRADIENT),
+        "guidance_scale": 1.0,
+        "progress": False,
+    }
     run = generate(pipe, PAIR, **options, **SIZE)
     alone = generate(pipe, PAIR, record=False, **options, **SIZE)
     assert np.array_equal(np.asarray(run.image), np.asarray(alone.image))
@@ -358,7 +368,12 @@ def test_checkpoints_leave_the_gradient_as_it_is(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_batch_guides_each_picture_by_its_own_loss(name: str) -> None:
     pipe = shared(name)
-    options: dict[str, Any] = {"steps": 2, "guidance": ELA(step_size=0.3, guided=1), "progress": False, **SIZE}
+    options: dict[str, Any] = {
+        "steps": 2,
+        "guidance": ELA(**GRADIENT, step_size=0.3, guided=1),
+        "progress": False,
+        **SIZE,
+    }
     batch = generate(pipe, PAIR, seed=[4, 9], **options)
     losses = []
     for run in batch:
@@ -376,10 +391,26 @@ def test_half_precision_is_drawn_and_guided(name: str) -> None:
     pipe = family.make(torch.bfloat16)
     plain = generate(pipe, PAIR, seed=9, steps=3, record=False, progress=False, **SIZE)
     assert np.array_equal(np.asarray(plain.image), np.asarray(own(pipe, family)[0]))
-    ela = generate(pipe, PAIR, seed=9, steps=3, guidance=ELA(step_size=0.3), record=False, progress=False, **SIZE)
+    ela = generate(
+        pipe, PAIR, seed=9, steps=3, guidance=ELA(**GRADIENT, step_size=0.3), record=False, progress=False, **SIZE
+    )
     assert np.any(np.asarray(ela.image) != np.asarray(plain.image))
     assert ela.guidance is not None
     assert ela.guidance.skipped == 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_every_family_words_stay_where_they_are_held(name: str) -> None:
+    pipe = shared(name)
+    ela = ELA(anchoring="logits", regions=[(0, 0, 0.5, 1), (0.5, 0, 1, 1)], push=50.0)
+    run = generate(pipe, PAIR, seed=2, steps=2, guidance=ela, progress=False, **SIZE)
+    car, bird = run.entity_maps().isel(step=-1).values
+    half = car.shape[1] // 2
+    assert float(car[:, half:].sum()) < 1e-6 < float(car[:, :half].sum())
+    assert float(bird[:, :half].sum()) < 1e-6 < float(bird[:, half:].sum())
+    options: dict[str, Any] = {"seed": 2, "steps": 2, "record": False, "progress": False, **SIZE}
+    still = generate(pipe, PAIR, guidance=ELA(push=0), **options)
+    assert np.array_equal(np.asarray(still.image), np.asarray(generate(pipe, PAIR, **options).image))
 
 
 # -- what a family has not got -----------------------------------------------------------------------------------------
@@ -422,14 +453,14 @@ def test_a_text_without_a_start_has_its_end_for_background(background: Any) -> N
     prompt = parse(PAIR, shared("flux"))
     maps = torch.rand(1, 20, 4, 6, generator=torch.Generator().manual_seed(0))
     maps[:, prompt.end_index :] *= 0.01  # else no word would stand out
-    expected = ELA().loss(Attention((maps,)), prompt, 0, Anchors())
+    expected = ELA(localisation="maps").loss(Attention((maps,)), prompt, 0, Anchors())
     first = maps.clone()
     first[:, 0] *= 1000  # "a", the first word
-    loss = ELA(background=background).loss(Attention((first,)), prompt, 0, Anchors())
+    loss = ELA(localisation="maps", background=background).loss(Attention((first,)), prompt, 0, Anchors())
     assert np.array_equal(loss.regions, expected.regions)
     last = maps.clone()
     last[:, -1] *= 1000  # padding
-    loss = ELA(background=background).loss(Attention((last,)), prompt, 0, Anchors())
+    loss = ELA(localisation="maps", background=background).loss(Attention((last,)), prompt, 0, Anchors())
     assert loss.regions.sum() < expected.regions.sum()
 
 

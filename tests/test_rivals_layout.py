@@ -242,7 +242,7 @@ def test_schedules_are_those_of_fifty_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "refinements"), [(LayoutGuidance(HALVES, iterations=2, until=0), 2), (ELA(start=0), 0)]
+    ("method", "refinements"), [(LayoutGuidance(HALVES, iterations=2, until=0), 2), (ELA(anchoring="gradient"), 0)]
 )
 def test_a_picture_is_moved_alike_however_the_scheduler_keeps_its_latents(method: Any, refinements: int) -> None:
     start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)

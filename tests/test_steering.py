@@ -87,7 +87,7 @@ def test_what_is_locked_is_localised_once_more_when_a_region_is_taken_back(pipe:
         if so_far.step == 3:
             so_far.states[0].steer(None)
 
-    run = draw(pipe, prompt, ELA(guided=1, lock_from=0, regions=[LEFT, None]), stop_if=steer)
+    run = draw(pipe, prompt, ELA(localisation="maps", guided=1, lock_from=0, regions=[LEFT, None]), stop_if=steer)
     assert run.guidance is not None
     assert run.guidance.regions is not None
     regions = run.guidance.regions.values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from elakit.attention.aggregate import resize
-from elakit.attention.edit import Edit, edit
+from elakit.attention.edit import Edit, biased, edit
 from elakit.attention.recorder import paused, record
 from elakit.attention.recording import Recording, open_recording
 from elakit.attention.spec import Plan, RecordSpec, select_layers
@@ -14,6 +14,7 @@ __all__ = [
     "Plan",
     "RecordSpec",
     "Recording",
+    "biased",
     "edit",
     "open_recording",
     "paused",

@@ -7,7 +7,7 @@ layers take anyway, by hooks, so that no processor is replaced and recording see
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -164,28 +164,126 @@ def edit(pipe: Any, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> Itera
     >>> float(car[:, :8].max()), bool(car[:, 8:].min() > 0)
     (0.0, True)
     """
-    adapter = adapter_for(pipe)
-    editor = _Editor(adapter, parse(prompt, pipe), [edits] if isinstance(edits, Edit) else list(edits))
+    with _hooked(_Editor(adapter_for(pipe), parse(prompt, pipe), [edits] if isinstance(edits, Edit) else list(edits))):
+        yield
+
+
+BiasOf = Callable[[AttentionLayer, tuple[int, int], int], Tensor | None]
+
+
+@contextmanager
+def biased(pipe: Any, bias_of: BiasOf) -> Iterator[None]:
+    """Add to the attention's scores in each pass inside, for each picture of a batch its own: the ground of guidance.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+        Of a supported family.
+    bias_of : callable
+        ``bias_of(layer, (h, w), text positions)`` is asked as each layer runs, and gives what is added to the scores
+        before the softmax, (picture, h*w, text positions); None adds nothing, and leaves the pass as it is bit for bit.
+
+    Notes
+    -----
+    As in `edit`, only rows that see the prompt are changed, and passes inside `paused` are not.
+
+    Examples
+    --------
+    >>> import elakit, torch
+    >>> pipe = elakit.load("picture-world")
+    >>> prompt = elakit.parse("a [cat] and a [lion]", pipe)
+    >>> def no_lion(layer, size, positions):
+    ...     bias = torch.zeros(1, size[0] * size[1], positions)
+    ...     bias[..., list(prompt.entities[1].token_indices)] = -50
+    ...     return bias
+    >>> with biased(pipe, no_lion), elakit.record(pipe, prompt) as recording:
+    ...     image = pipe(prompt.text, num_inference_steps=1).images[0]
+    >>> float(recording.maps("lion").max()) < 1e-6 < float(recording.maps("cat").max())
+    True
+    """
+    with _hooked(_Bias(adapter_for(pipe), bias_of)):
+        yield
+
+
+@contextmanager
+def _hooked(source: _Source) -> Iterator[None]:
     with ExitStack() as hooks:
-        if not all(layer.takes_mask for layer in editor.layers):
-            hooks.enter_context(editor.masked)
-        hooks.callback(adapter.denoiser.register_forward_pre_hook(editor.before_call, with_kwargs=True).remove)
-        for layer in editor.layers:
-            for handle in _LayerHook(editor, layer).hook():
+        if not all(layer.takes_mask for layer in source.layers):
+            hooks.enter_context(source.masked)
+        hooks.callback(source.adapter.denoiser.register_forward_pre_hook(source.before_call, with_kwargs=True).remove)
+        for layer in source.layers:
+            for handle in _LayerHook(source, layer).hook():
                 hooks.callback(handle.remove)
         yield
 
 
-class _Editor:
-    """The edits of one block, and the call in progress."""
+class _Source:
+    """Where biases come from, and the call in progress."""
+
+    def __init__(self, adapter: Any, layers: Sequence[AttentionLayer]) -> None:
+        self.adapter = adapter
+        self.layers = layers
+        self.rows = slice(0, 0)  # of the call in progress that see the prompt
+        self.batch = 0
+        self.masked = _Masked()
+
+    def before_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.masked.bias = None
+        self.end()
+        if is_left_alone(self.adapter.denoiser):
+            return
+        call = self.adapter.read_call(args, kwargs)
+        self.batch = call.batch
+        if call.conditional:
+            self.rows = self.adapter.conditional_rows(call.batch)
+            self.begin()
+
+    def begin(self) -> None:
+        """A call that sees the prompt begins."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """The last one is over."""
+        raise NotImplementedError
+
+    def bias(self, layer: AttentionLayer, size: tuple[int, int], text: int, like: Tensor) -> Tensor | None:
+        """What is added to the scores of a layer, (h*w, text positions) or (row that sees the prompt, h*w, text
+        positions); None when that is nothing."""
+        raise NotImplementedError
+
+    def replaced(
+        self, layer: AttentionLayer, size: tuple[int, int], text: int
+    ) -> list[tuple[list[int], list[int], Tensor]]:
+        """What is replaced in a layer: positions, those that they become like, and the share of it in each cell."""
+        return []
+
+
+class _Bias(_Source):
+    """A bias a picture."""
+
+    def __init__(self, adapter: Any, bias_of: BiasOf) -> None:
+        super().__init__(adapter, adapter.layers())
+        self.bias_of = bias_of
+        self.going = False
+
+    def begin(self) -> None:
+        self.going = True
+
+    def end(self) -> None:
+        self.going = False
+
+    def bias(self, layer: AttentionLayer, size: tuple[int, int], text: int, like: Tensor) -> Tensor | None:
+        bias = self.bias_of(layer, size, text) if self.going else None
+        return None if bias is None else bias.clamp(min=_NEVER).to(like.device, like.dtype)
+
+
+class _Editor(_Source):
+    """The edits of one block."""
 
     def __init__(self, adapter: Any, prompt: Prompt, edits: Sequence[Edit]) -> None:
-        self.adapter = adapter
         self.prompt = prompt
         self.edits = edits
         self.calls = 0
-        self.rows = slice(0, 0)  # of the call in progress that see the prompt
-        self.batch = 0
         self.active: tuple[int, ...] = ()  # edits that act in it
         known = adapter.layers()
         self.named = [{layer.name for layer in select_layers(known, each.layers)} for each in edits]
@@ -198,24 +296,17 @@ class _Editor:
                         f"like={each.like!r}: layer {joint[0]} attends to picture and text at once, where logits "
                         "cannot be replaced. Use scale or add, or a model with cross-attention."
                     )
-        self.layers = [layer for layer in known if any(layer.name in names for names in self.named)]
-        self.masked = _Masked()
+        super().__init__(adapter, [layer for layer in known if any(layer.name in names for names in self.named)])
         self._made: dict[Any, Tensor | None] = {}
 
-    def before_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.active, self.masked.bias = (), None
-        if is_left_alone(self.adapter.denoiser):
-            return
-        call = self.adapter.read_call(args, kwargs)
-        self.batch = call.batch
-        if not call.conditional:
-            return
-        self.rows = self.adapter.conditional_rows(call.batch)
+    def begin(self) -> None:
         self.active = tuple(i for i, each in enumerate(self.edits) if each.acts(self.calls))
         self.calls += 1
 
+    def end(self) -> None:
+        self.active = ()
+
     def bias(self, layer: AttentionLayer, size: tuple[int, int], text: int, like: Tensor) -> Tensor | None:
-        """What is added to the scores of a layer, (h*w, text positions); None when that is nothing."""
         acting = tuple(i for i in self.active if layer.name in self.named[i])
         if not acting:
             return None
@@ -231,7 +322,6 @@ class _Editor:
     def replaced(
         self, layer: AttentionLayer, size: tuple[int, int], text: int
     ) -> list[tuple[list[int], list[int], Tensor]]:
-        """What is replaced in a layer: positions, those that they become like, and the share of it in each cell."""
         found = []
         for i in self.active:
             change = self.edits[i]
@@ -246,8 +336,8 @@ class _Editor:
 class _LayerHook:
     """Gives one layer its bias."""
 
-    def __init__(self, editor: _Editor, layer: AttentionLayer) -> None:
-        self.editor = editor
+    def __init__(self, source: _Source, layer: AttentionLayer) -> None:
+        self.source = source
         self.layer = layer
         self.size = (0, 0)
 
@@ -269,8 +359,8 @@ class _LayerHook:
         else:
             words = argument(args, kwargs, 1, "encoder_hidden_states")
             text = (words[0] if isinstance(words, tuple) else words).shape[1]  # an IP-Adapter comes in a tuple
-        small = self.editor.bias(self.layer, self.size, text, picture)
-        replaced = self.editor.replaced(self.layer, self.size, text)
+        small = self.source.bias(self.layer, self.size, text, picture)
+        replaced = self.source.replaced(self.layer, self.size, text)
         if small is None and not replaced:
             return None
         bias = None if small is None else self._of_all_keys(small)
@@ -287,7 +377,7 @@ class _LayerHook:
                 given = given.repeat_interleave(self.layer.heads, dim=0)
         mask = bias if given is None else bias + given
         if not self.layer.takes_mask:
-            self.editor.masked.bias = bias
+            self.source.masked.bias = bias
         if len(args) > 2:
             return (*args[:2], mask, *args[3:]), kwargs
         return args, {**kwargs, "attention_mask": mask}
@@ -316,24 +406,26 @@ class _LayerHook:
             wanted = logits[..., like].mean(-1, keepdim=True)
             bias[..., there] += share.to(logits) * (wanted - logits[..., there])
         seen = torch.zeros(len(bias), 1, 1, 1, dtype=torch.bool, device=bias.device)
-        seen[self.editor.rows] = True
+        seen[self.source.rows] = True
         return torch.where(seen, bias, torch.zeros_like(bias)).flatten(0, 1).to(picture.dtype)
 
     def _of_all_keys(self, small: Tensor) -> Tensor:
-        """(h*w, text) -> (rows, h*w, text) for cross-attention, (rows, 1, queries, keys) for joint attention."""
-        rows = small.new_zeros(self.editor.batch, 1, 1)
-        rows[self.editor.rows] = 1
+        """A bias of rows that see the prompt -> of all rows and keys.
+
+        (h*w, text) or (row that sees it, h*w, text) -> (row, h*w, text) for cross-attention, (row, 1, query, key) for
+        joint attention.
+        """
+        cells, words = small.shape[-2:]
+        every = small.new_zeros(self.source.batch, cells, words)
+        every[self.source.rows] = small
         if self.layer.kind == "cross":
-            # Not a product: where a row is not to be changed nothing may become -0.
-            return torch.where(rows.bool(), small, torch.zeros_like(small))
-        cells, words = small.shape
+            return every
         before, after = (words, 0) if self.layer.text_first else (0, words)
         columns = (0, cells) if self.layer.text_first else (cells, 0)
-        whole = F.pad(small, (*columns, before, after))
-        return torch.where(rows.bool(), whole, torch.zeros_like(whole)).unsqueeze(1)
+        return F.pad(every, (*columns, before, after)).unsqueeze(1)
 
     def leave(self, *_: Any) -> None:
-        self.editor.masked.bias = None
+        self.source.masked.bias = None
 
 
 class _Masked(TorchFunctionMode):

@@ -3,14 +3,15 @@
 A method says which layers it reads, what it loses and how far to step (`elakit.guidance.method`); this module does the
 rest, for every method alike: weights frozen, fused attention kept, the network beyond the last layer skipped, loss and
 gradient in at least float32, no gradient outside the guided steps. It enters a pipeline through given latents (before
-the first step) and its step callback (before every later one), so no pipeline's ``__call__`` is copied.
+the first step) and its step callback (before every later one), so no pipeline's ``__call__`` is copied. Methods that
+hold attention in the pipeline's own passes do it by hooks (`elakit.guidance.holding`).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from elakit.attention import paused
 from elakit.attention.taps import Attend, tap
 from elakit.errors import SettingError
-from elakit.guidance.method import Attention, Loss, Method, NoiseSearch, Update
+from elakit.guidance.holding import Holder
+from elakit.guidance.method import Attention, Hold, Holds, Loss, Method, NoiseSearch, Update
 from elakit.guidance.trace import Trace
 from elakit.models import Adapter, AttentionLayer, Conditioning, adapter_for
 from elakit.prompt import Prompt
@@ -256,11 +258,21 @@ class Guide:
         self.method, self.prompt, self.conditioning = method, prompt, conditioning
         self.layers = method.select(self.adapter.layers(), latent)
         self.updates = tuple(method.plan(noise_levels(pipe.scheduler), prompt))
+        self.pictures = pictures
         self.states = [method.begin(prompt, len(pipe.scheduler.timesteps)) for _ in range(pictures)]
         options, labels = options_of(method), tuple(e.label for e in prompt.entities)
         self.traces = [Trace(method.name, options, labels) for _ in range(pictures)]
         self.done: set[int] = set()  # pictures with nothing left to mend
         self.left_alone: set[int] = set()  # those of them that never were to be guided
+        self.holder: Holder | None = None
+        if isinstance(method, Holds) and any(update.hold for update in self.updates):
+            self.holder = Holder(self.adapter, self.layers, pictures)
+        rows, columns = (-(-side // self.layers[0].factor) for side in latent) if self.layers else (0, 0)
+        self.map_size = rows, columns  # of what is read
+
+    def holding(self) -> AbstractContextManager[None]:
+        """To be entered around the pipeline's call: the passes inside are held as the method says."""
+        return nullcontext() if self.holder is None else self.holder()
 
     def only(self, needed: Sequence[bool]) -> None:
         """Leave alone, from here on, the pictures that do not need guidance."""
@@ -289,6 +301,7 @@ class Guide:
             rows = range(len(noise))
             noise = torch.cat([self._search(method, noise[i : i + 1], scale, timestep, i) for i in rows])
         latents = noise * scale
+        self._hold(0)
         moved = self.move(latents, 0, timestep)
         return noise if moved is latents else moved / scale
 
@@ -357,8 +370,50 @@ class Guide:
     def on_step_end(self, step: int, latents: Tensor) -> Tensor:
         """To be called after each denoising step: moves the latents for the one that follows."""
         timesteps = self.adapter.pipe.scheduler.timesteps
+        self._held(step, timesteps[step])
         following = step + 1
-        return self.move(latents, following, timesteps[following]) if following < len(timesteps) else latents
+        if following == len(timesteps):
+            return latents
+        self._hold(following)
+        return self.move(latents, following, timesteps[following])
+
+    def _hold(self, step: int) -> None:
+        """What is held in the pass of a step about to run."""
+        if self.holder is None or not isinstance(self.method, Holds):
+            return
+        held: list[Hold | None] = [None] * self.pictures
+        if step < len(self.updates) and self.updates[step].hold:
+            for i in set(range(self.pictures)) - self.done:
+                seen = self.holder.attention(i) if self.holder.seen else None
+                held[i] = self.method.hold(seen, self.map_size, self.prompt, step, self.states[i])
+        self.holder.hold(held)
+
+    def _held(self, step: int, timestep: Tensor) -> None:
+        """Trace what a step's pass was held to."""
+        if self.holder is None:
+            return
+        for i, one in enumerate(self.holder.held):
+            if one is None:
+                continue
+            began = time.perf_counter()
+            loss = self.method.loss(self.holder.attention(i), self.prompt, step, self.states[i])
+            if loss.enough:
+                self.done.add(i)
+            self.traces[i].add(
+                {
+                    "step": step,
+                    "timestep": float(timestep),
+                    "step_size": 0.0,
+                    "loss": float(loss.total),
+                    **loss.terms,
+                    "gradient_norm": 0.0,
+                    "moved": 0.0,
+                    "refinements": 0,
+                    "seconds": time.perf_counter() - began,
+                    "skipped": False,
+                },
+                one.masks,
+            )
 
     def _gradient(
         self, latents: Tensor, step: int, timestep: Tensor, pictures: Sequence[int]

@@ -94,12 +94,34 @@ class Update:
         Refinement ends once the loss (its `goal`, if it has one) is not above this.
     final : bool
         Whether one step follows the refinement, however low the loss is.
+    hold : bool
+        Whether attention is held in the step's own pass (see `Holds`).
     """
 
     size: float
     repeats: int = 0
     until: float | None = None
     final: bool = True
+    hold: bool = False
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Where in a picture words may be attended to.
+
+    Attributes
+    ----------
+    masks : ndarray, bool, (entity, y, x)
+        At any resolution; an entity without a cell is not held.
+    tokens : tuple of tuple of int
+        Positions of each entity's words.
+    push : float
+        Subtracted from the scores of an entity's words outside its mask.
+    """
+
+    masks: np.ndarray
+    tokens: tuple[tuple[int, ...], ...]
+    push: float
 
 
 class Method(Protocol):
@@ -122,6 +144,20 @@ class Method(Protocol):
 
     def direction(self, gradient: Tensor) -> Tensor:
         """The gradient of one picture as it is stepped along (raw, or brought to a fixed length)."""
+
+
+@runtime_checkable
+class Holds(Protocol):
+    """A method that also changes attention in the denoiser's own passes, where its plan says so."""
+
+    def hold(
+        self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Any
+    ) -> Hold | None:
+        """What is held in a step's pass of one picture, or None, given the attention of the pass before it.
+
+        Before the first pass there is none; size is (rows, columns) of the maps that are read. `Method.loss` is asked
+        afterwards, with the attention of the pass that was held.
+        """
 
 
 @runtime_checkable

@@ -1,0 +1,89 @@
+"""Holding attention in the denoiser's own passes: words are kept to their regions without a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elakit.attention import biased
+from elakit.attention.taps import Attend, is_left_alone, tap
+from elakit.guidance.method import Attention, Hold
+from elakit.models import Adapter, AttentionLayer
+
+
+class Holder:
+    """What is held of each picture of a run, and the attention that its last pass had.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    layers : sequence of AttentionLayer
+        Whose attention is read; all layers are held.
+    pictures : int
+        In the batch.
+    """
+
+    def __init__(self, adapter: Adapter, layers: Sequence[AttentionLayer], pictures: int) -> None:
+        self.adapter = adapter
+        self.layers = layers
+        self.held: list[Hold | None] = [None] * pictures
+        self._rows: slice | None = None  # of the pass in progress that see the prompt; None: not read
+        self._read: dict[str, Tensor] = {}  # a layer, (picture, head, token, y, x)
+        self._made: dict[tuple[tuple[int, int], int], Tensor | None] = {}
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Inside, passes are read and held."""
+        counted = self.adapter.denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
+        try:
+            with tap(self.layers, self._collect), biased(self.adapter.pipe, self._bias):
+                yield
+        finally:
+            counted.remove()
+
+    @property
+    def seen(self) -> bool:
+        """Whether a pass has been read."""
+        return bool(self._read)
+
+    def attention(self, picture: int) -> Attention:
+        """Of the last pass that saw the prompt, as it was held."""
+        return Attention(tuple(self._read[layer.name][picture] for layer in self.layers))
+
+    def hold(self, held: Sequence[Hold | None]) -> None:
+        """Hold these from the next pass on."""
+        self.held = list(held)
+        self._made.clear()
+
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = None if is_left_alone(self.adapter.denoiser) else self.adapter.read_call(args, kwargs)
+        self._rows = self.adapter.conditional_rows(call.batch) if call is not None and call.conditional else None
+
+    def _collect(self, layer: AttentionLayer, attend: Attend, size: tuple[int, int]) -> None:
+        if self._rows is not None:
+            self._read[layer.name] = attend(self._rows).detach().unflatten(2, size).movedim(-1, 2)
+
+    def _bias(self, layer: AttentionLayer, size: tuple[int, int], text: int) -> Tensor | None:
+        if not any(self.held):
+            return None
+        if (size, text) not in self._made:
+            bias = torch.zeros(len(self.held), size[0] * size[1], text)
+            for row, held in zip(bias, self.held, strict=True):
+                if held is not None:
+                    _push(row, held, size)
+            self._made[size, text] = bias if bool(bias.any()) else None
+        return self._made[size, text]
+
+
+def _push(bias: Tensor, held: Hold, size: tuple[int, int]) -> None:
+    """Subtract where words are not to be attended to; in place, (h*w, text positions)."""
+    masks = torch.from_numpy(held.masks).float()
+    share = F.interpolate(masks[None], size=size, mode="area")[0].flatten(1)
+    for positions, inside, mask in zip(held.tokens, share, masks, strict=True):
+        if bool(mask.any()):
+            bias[:, list(positions)] -= held.push * (1 - inside[:, None])
