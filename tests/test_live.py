@@ -24,7 +24,7 @@ from elakit.live.words import chips, marks_of, turned
 
 PAIR = "a [red car] and a [blue bird]"
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
-ALL = ELA(guided=1, start=0)  # guides every step
+ALL = ELA(anchoring="gradient", localisation="maps", guided=1, start=0)  # guides every step
 PATIENCE = 60  # seconds that a run may take at most
 
 

@@ -18,7 +18,7 @@ PATIENCE = 60  # seconds; only a machine that is very busy takes more than one
 STEPS = 12
 CELLS = (
     "from tiny import tiny_pipeline\nimport elakit\nfrom elakit.guidance import ELA",
-    "method = ELA(guided=1, start=0)\n"
+    'method = ELA(anchoring="gradient", localisation="maps", guided=1, start=0)\n'
     f"panel = elakit.live(tiny_pipeline(), 'a [red car] and a [bird]', seed=1, steps={STEPS}, guidance=method)\npanel",
 )
 # of the last run: where the first entity's region begins and ends at each step, (left, top, right, bottom) in cells

@@ -40,7 +40,7 @@ def plain() -> Run:
 
 @pytest.fixture(scope="module")
 def guided() -> Run:
-    return draw(guidance=ELA(guided=0.5))
+    return draw(guidance=ELA())
 
 
 def heatmaps(figure: go.Figure) -> list[go.Heatmap]:

@@ -487,7 +487,7 @@ class Panel:
             updates = method.plan([1.0] * self.steps, self._prompt) if method and self._prompt else ()
         except ElakitError:
             return []
-        return [step for step, update in enumerate(updates[: self.steps]) if update.size]
+        return [step for step, update in enumerate(updates[: self.steps]) if update.size or update.hold]
 
     def _note(self, guided: list[int]) -> str:
         """What a person should know before drawing a region."""
