@@ -141,9 +141,9 @@ def costs(tiny: bool = False, size: int = 512) -> tuple[int, dict[str, Cost]]:
             return counted.total
 
         step = operations(plain)
-        ways = {"elakit: ELA": Cost(operations(ela), 0, kept_bytes(ela, pipe.unet))}
+        ways = {"elakit: ELA by gradient": Cost(operations(ela), 0, kept_bytes(ela, pipe.unet))}
         with checkpointing(pipe):
-            ways["elakit: ELA, checkpoints"] = Cost(operations(ela), 0, kept_bytes(ela, pipe.unet))
+            ways["elakit: ELA by gradient, checkpoints"] = Cost(operations(ela), 0, kept_bytes(ela, pipe.unet))
         theirs.attention_store = sys.modules[type(theirs).__module__].AttentionStore((size // 32, size // 32))
         theirs.register_attention_control()
         # its unguided steps run the pass, too, and do nothing with it
@@ -205,14 +205,15 @@ def take_time(
 
     def checkpointed(steps: int) -> None:
         with checkpointing(pipe):
-            ours(ela, steps)
+            ours(by_gradient, steps)
 
     read: dict[str, Any] = {"guided": HALF, "size": size // 32}
-    ela, excite = elakit.ELA(every=1, enough=None, **read), AttendAndExcite(refine=(), **read)
+    by_gradient, excite = elakit.ELA(anchoring="gradient", **read), AttendAndExcite(refine=(), **read)
     ways: dict[str, Callable[[int], None]] = {
         "plain": lambda steps: ours(None, steps),
-        "elakit: ELA": lambda steps: ours(ela, steps),
-        "elakit: ELA, checkpoints": checkpointed,
+        "elakit: ELA": lambda steps: ours(elakit.ELA(start=0, size=read["size"]), steps),
+        "elakit: ELA by gradient": lambda steps: ours(by_gradient, steps),
+        "elakit: ELA by gradient, checkpoints": checkpointed,
         "elakit: Attend-and-Excite": lambda steps: ours(excite, steps),
         "diffusers: Attend-and-Excite": diffusers_own,
     }
@@ -231,7 +232,8 @@ def take_time(
             seconds[name].append(took)
             peaks[name].append(peak)
     shape = f"SD 1.5's shape{' (tiny)' if tiny else ''}, {size} px"
-    print(f"{shape}, {steps} steps, {(steps + 1) // 2} guided, {dtype}, median of {repeats} runs in turns")
+    print(f"{shape}, {steps} steps, half of them guided (ELA: all but the first), {dtype}")
+    print(f"median of {repeats} runs in turns")
     print(f"{machine(device)}\n")
     print("| way | seconds | x plain | x plain, processor | extra peak memory | kept for a backward |")
     print("|---|---|---|---|---|---|")

@@ -11,6 +11,8 @@ from typing import Any
 
 import plotly
 import plotly.io
+from docutils import nodes
+from latex2mathml.converter import convert
 
 import elakit
 
@@ -57,8 +59,16 @@ def copy_notebooks(source: Path, target: Path) -> None:
             copy.write_text(text, encoding="utf-8")
 
 
+def visit_math(writer: Any, node: nodes.Element) -> None:
+    """A formula as MathML, which browsers show by themselves."""
+    display = "block" if isinstance(node, nodes.math_block) else "inline"
+    writer.body.append(convert(node.astext(), display=display))
+    raise nodes.SkipNode
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Copy the notebooks before the sources are read."""
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
     copy_notebooks(DOCS.parent / "notebooks", DOCS / "_notebooks")
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
@@ -75,6 +85,8 @@ templates_path = ["_templates"]
 # autosummary writes its pages with the first of them
 source_suffix = {".rst": "restructuredtext", ".md": "myst-nb", ".ipynb": "myst-nb"}
 
+html_math_renderer = "mathml"
+myst_enable_extensions = ["dollarmath"]
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}  # would be fetched from another host
 myst_heading_anchors = 3

@@ -41,7 +41,7 @@ def run(
         list[str] | None,
         typer.Option(
             "--set",
-            help="method.option=value, such as ela.step_size=0.1; several times. Every method takes guide_above=0.2: "
+            help="method.option=value, such as ela.push=3; several times. Every method takes guide_above=0.2: "
             "only pictures that are likelier than that to fail are guided.",
         ),
     ] = None,
@@ -152,7 +152,7 @@ def _methods(text: str, settings: list[str]) -> list[tuple[str, dict[str, Any]]]
         target, equals, value = setting.partition("=")
         method, dot, option = target.strip().partition(".")
         if not (equals and dot and option):
-            raise SettingError(f"--set {setting}: write method.option=value, such as ela.step_size=0.1.")
+            raise SettingError(f"--set {setting}: write method.option=value, such as ela.push=3.")
         if method not in chosen:
             raise SettingError(f"--set {setting}: {method!r} is not among --methods {text}; add it there.")
         if option in chosen[method]:

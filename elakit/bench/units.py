@@ -110,12 +110,12 @@ def settle(method: str, options: Mapping[str, Any]) -> str:
 
     Examples
     --------
-    >>> settle("ela", {}) == settle("ela", {"step_size": 0.1}), settle("plain", {})
+    >>> settle("ela", {}) == settle("ela", {"push": 5.0}), settle("plain", {})
     (True, '{}')
     >>> settle("ela", {"alpha": 1})
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: ela has no option 'alpha'. It has step_size, decay, ...
+    elakit.errors.SettingError: ela has no option 'alpha'. It has anchoring, localisation, ...
     """
     if method == PLAIN:
         if options:
@@ -207,7 +207,7 @@ def plan(
 
     Examples
     --------
-    >>> units = plan(["a cat and a lion"], [1, 3], ["plain", ("ela", {"step_size": 0.2})])
+    >>> units = plan(["a cat and a lion"], [1, 3], ["plain", ("ela", {"push": 3.0})])
     >>> [(unit.method, unit.seeds) for unit in units]
     [('plain', (1, 3)), ('ela', (1, 3))]
     """
