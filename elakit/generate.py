@@ -73,8 +73,8 @@ class Run:
     def regions(self) -> xr.DataArray:
         """Region of each entity at each step, boolean (step, entity, y, x); they never overlap.
 
-        Localised in the recorded maps, as ``elakit.ELA(localisation="maps")`` does. The regions that a guided run was anchored to
-        are in ``run.guidance.regions``.
+        Localised in the recorded maps, as ``elakit.ELA(localisation="maps")`` does. The regions that a guided run was
+        anchored to are in ``run.guidance.regions``.
         """
         return localize_steps(self.entity_maps(), self._rest().sum("token"), **ELA().rule())
 

@@ -273,13 +273,33 @@ def _figures(found: pd.DataFrame) -> dict[str, go.Figure]:
     cost = go.Figure(
         go.Scatter(
             x=found["seconds"], y=found["success"], error_x=_whiskers(found, "seconds"),
-            error_y=_whiskers(found, "success"), mode="markers+text", text=names, textposition="top center",
+            error_y=_whiskers(found, "success"), mode="markers+text", text=names,
+            textposition=_label_places(found["seconds"], found["success"]),
             marker={"size": 11, "color": colours}, hovertemplate="%{text}: %{y:.1%}, %{x:.2f}<extra></extra>",
         )
     )  # fmt: skip
     times = {"title": "time of a picture, relative to plain generation", "rangemode": "tozero"}
     cost.update_layout(_layout("Right pictures against time", 9, xaxis=times, yaxis=shares))
     return {"success": success, "failures": wrong, "time": cost}
+
+
+def _label_places(x: pd.Series, y: pd.Series) -> list[str]:
+    """Beside each point, the side that is farthest from other points and from labels placed before."""
+    shifts = {"top center": (0, 0.07), "bottom center": (0, -0.07), "middle right": (0.1, 0), "middle left": (-0.1, 0)}
+    points = np.stack([x / max(x.max(), 1e-9), y / max(y.max(), 1e-9)], 1)
+    taken = [tuple(point) for point in points]
+    places = []
+    for point in points:
+
+        def room(name: str, at: np.ndarray = point) -> float:
+            label = at + shifts[name]
+            away = [np.hypot(*(label - other)) for other in taken if tuple(at) != other]
+            return float(min(away, default=1.0)) if 0 <= label[0] <= 1.05 else 0.0
+
+        best = max(shifts, key=room)
+        taken.append(tuple(point + shifts[best]))
+        places.append(best)
+    return places
 
 
 def _layout(title: str, rows: int, **axes: Any) -> dict[str, Any]:

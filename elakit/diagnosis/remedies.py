@@ -29,7 +29,7 @@ Kind = Literal["guidance", "seed", "wording", "regions"]
 Status = Literal["tried", "failed", "not tried"]
 
 # What is tried where nothing else is said, beside the method that is compared anyway.
-DEFAULT = ("attend-and-excite", "syngen", "another-seed", "swapped", "next-to", "regions")
+DEFAULT = ("conform", "ebama", "another-seed", "swapped", "next-to", "regions")
 OTHERS = ("another-seed", "swapped", "next-to", "regions")
 # Of how many seeds one is chosen, and after which share of their steps.
 TRIES, SHARE = 4, 0.3
