@@ -550,6 +550,12 @@ def test_what_was_not_judged_or_has_no_plain_says_nothing() -> None:
     assert set(figures(frame)) == {"success", "failures", "time"}
 
 
+def test_labels_of_methods_that_cost_and_do_the_same_stay_apart() -> None:
+    same = [pictures(name, [1, 0, 1, 1], seconds=2.0) for name in ("plain", "ela", "syngen", "conform")]
+    (points,) = figures(pd.concat(same))["time"].data
+    assert len(set(points.textposition)) == 3  # a label to the right would leave the figure
+
+
 def test_the_report_is_whole_and_escaped(tmp_path: Path, thread: Executor) -> None:
     nasty = "<script>alert(1)</script> | `x`"
     folder, out = tmp_path / "sweep", tmp_path / "page.html"
@@ -677,7 +683,7 @@ def test_suites_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         (["--seeds", "1;3"], ["--seeds 1;3", "1,3"]),
         (["--seeds", "1,1"], ["[1, 1]", "each once"]),
         (["--methods", "plain,magic"], ["'magic'", "plain, ela"]),
-        (["--set", "step_size=1"], ["--set step_size=1", "ela.step_size=0.1"]),
+        (["--set", "step_size=1"], ["--set step_size=1", "ela.push=3"]),
         (["--set", "ela.stepsize=1"], ["'stepsize'", "step_size"]),
         (["--set", "ela.guided=2"], ["guided=2", "between 0 and 1"]),
         (["--methods", "plain", "--set", "ela.guided=1"], ["'ela'", "--methods plain"]),

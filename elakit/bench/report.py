@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from html import escape as escape_html
 from pathlib import Path
@@ -286,18 +286,19 @@ def _figures(found: pd.DataFrame) -> dict[str, go.Figure]:
 def _label_places(x: pd.Series, y: pd.Series) -> list[str]:
     """Beside each point, the side that is farthest from other points and from labels placed before."""
     shifts = {"top center": (0, 0.07), "bottom center": (0, -0.07), "middle right": (0.1, 0), "middle left": (-0.1, 0)}
-    points = np.stack([x / max(x.max(), 1e-9), y / max(y.max(), 1e-9)], 1)
-    taken = [tuple(point) for point in points]
+    points = np.nan_to_num(np.stack([x / max(x.max(), 1e-9), y / max(y.max(), 1e-9)], 1))
+    labels: list[np.ndarray] = []
     places = []
-    for point in points:
+    for i, point in enumerate(points):
+        taken = [*np.delete(points, i, 0), *labels]
 
-        def room(name: str, at: np.ndarray = point) -> float:
+        def room(name: str, at: np.ndarray = point, taken: Sequence[np.ndarray] = taken) -> float:
             label = at + shifts[name]
-            away = [np.hypot(*(label - other)) for other in taken if tuple(at) != other]
-            return float(min(away, default=1.0)) if 0 <= label[0] <= 1.05 else 0.0
+            within = 0 <= label[0] <= 1.05
+            return min((float(np.hypot(*(label - other))) for other in taken), default=1.0) if within else 0.0
 
         best = max(shifts, key=room)
-        taken.append(tuple(point + shifts[best]))
+        labels.append(point + shifts[best])
         places.append(best)
     return places
 
