@@ -21,6 +21,7 @@ from elakit.errors import ElakitError, SettingError
 from elakit.generate import Run
 from elakit.guidance import ELA, METHODS, Method, without_regions
 from elakit.guidance.engine import options_of
+from elakit.plot.style import method_name
 from elakit.prediction import FEATURES, Predictor
 from elakit.prompt import Prompt, parse
 from elakit.rewording import next_to, swapped
@@ -35,9 +36,6 @@ OTHERS = ("another-seed", "swapped", "next-to", "regions")
 TRIES, SHARE = 4, 0.3
 
 _TITLES = {
-    "ela": "ELA", "ela-paper": "ELA as in the paper", "attend-and-excite": "Attend-and-Excite", "syngen": "SynGen",
-    "divide-and-bind": "Divide & Bind", "a-star": "A-STAR", "ebama": "EBAMA", "conform": "CONFORM",
-    "self-cross": "Self-Cross guidance", "initno": "InitNO", "layout-guidance": "Layout guidance", "boxdiff": "BoxDiff",
     "another-seed": "Another seed", "swapped": "The other order", "next-to": "“next to”",
     "regions": "Regions by hand, with ELA",
 }  # fmt: skip
@@ -75,7 +73,7 @@ class Remedy:
     @property
     def title(self) -> str:
         """What it is called in sentences and headings."""
-        return _TITLES.get(self.name, self.name)
+        return _TITLES.get(self.name, method_name(self.name))
 
 
 @dataclass(frozen=True)

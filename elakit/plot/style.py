@@ -28,7 +28,11 @@ INK, FAINT, RULE = "#1f2328", "#6e7781", "rgba(128, 128, 128, 0.28)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Liberation Sans', sans-serif"
 ANALYSIS_SIZE = 16
 
-_METHOD_NAMES = {"ela": "ELA"}
+_METHOD_NAMES = {
+    "ela": "ELA", "ela-paper": "ELA as in the paper", "attend-and-excite": "Attend-and-Excite", "syngen": "SynGen",
+    "divide-and-bind": "Divide & Bind", "a-star": "A-STAR", "ebama": "EBAMA", "conform": "CONFORM",
+    "self-cross": "Self-Cross guidance", "initno": "InitNO", "layout-guidance": "Layout guidance", "boxdiff": "BoxDiff",
+}  # fmt: skip
 
 
 def escape(text: object) -> str:
