@@ -33,7 +33,7 @@ class Holder:
         self.layers = layers
         self.held: list[Hold | None] = [None] * pictures
         self._rows: slice | None = None  # of the pass in progress that see the prompt; None: not read
-        self._read: dict[str, Tensor] = {}  # a layer, (picture, head, token, y, x)
+        self._read: dict[str, Tensor] = {}  # a layer, (picture, 1, token, y, x)
         self._made: dict[tuple[tuple[int, int], int], Tensor | None] = {}
 
     @contextmanager
@@ -66,7 +66,9 @@ class Holder:
 
     def _collect(self, layer: AttentionLayer, attend: Attend, size: tuple[int, int]) -> None:
         if self._rows is not None:
-            self._read[layer.name] = attend(self._rows).detach().unflatten(2, size).movedim(-1, 2)
+            # the mean over heads is all that is read, and all heads of a large model would take gigabytes
+            mean = attend(self._rows).detach().mean(1, keepdim=True)
+            self._read[layer.name] = mean.unflatten(2, size).movedim(-1, 2)
 
     def _bias(self, layer: AttentionLayer, size: tuple[int, int], text: int) -> Tensor | None:
         if not any(self.held):
