@@ -24,7 +24,9 @@ from tests import lab
 ROOT = Path(__file__).parents[1]
 PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 PROMPT, SEED = "a [bear] and a [blue clock]", 0
-METHODS = ["plain", "ela", "attend-and-excite", "syngen"]
+METHODS = ["plain", "ela", "ela-paper", "ebama", "conform"]
+PAIRS = ("a bear and a blue clock", "a cat and a lion", "a white car and a black bowl")
+SEEDS = [1, 3, 5, 7]
 SUITE, PROMPTS = "attend-and-excite", 12
 COLOURS = 256  # of a palette: small files, no difference to be seen
 
@@ -48,9 +50,22 @@ def figures(sweep: Path) -> Iterator[tuple[str, go.Figure]]:
     table = causes.profile(plain)
     yield "bleeding-by-head", plot.bleeding_by_layer(table)
     yield "bleeding-by-step", plot.bleeding_by_layer(table, "intrusion", across="step")
+    yield "pairs", pairs(pipe)
     found = bench.table(swept(sweep))
     yield "method-comparison", plot.method_comparison(bench.summary(found))
     yield "sweep-failures", bench.figures(found)["failures"]
+
+
+def pairs(pipe: Any) -> go.Figure:
+    """Of each of `PAIRS` a row of plain pictures, and a row of ELA's from the same noise."""
+    drawn = [
+        (name, run)
+        for text in PAIRS
+        for name, guidance in (("plain", None), ("ELA", elakit.ELA()))
+        for run in elakit.generate(pipe, text, seed=SEEDS, guidance=guidance, record=False, progress=False)
+    ]
+    names = [f"{name}, seed {run.seed}" for name, run in drawn]
+    return plot.pictures(*(run for _, run in drawn), names=names, columns=len(SEEDS), panel=150, title="")
 
 
 def swept(folder: Path) -> Path:
