@@ -7,7 +7,7 @@ binarisation that do not overlap, one loss term an entity, z' = z - alpha * grad
 therefore options here: the exact rules, the loss formula, the guided steps and alpha.
 
 `ELA` has what measured best on the embedded model (46 prompts, seeds 0, 2, 4 and 6; docs/evidence.md), and that departs
-from the paper: the first step's maps only say who is to be left of whom, the picture is divided accordingly, and words
+from the paper: the maps of an early step only say who is to be left of whom, the picture is divided accordingly, and words
 are kept to their part in the denoiser's own passes, which takes no gradient. `PaperELA` is the paper's way.
 """
 
@@ -89,7 +89,7 @@ class ELA:
         default "logits", and "gradient" where regions are given by hand: it also brings an entity to where the model
         would not have put it.
     localisation : {"strips", "maps"}
-        Regions: strips of equal width, in the order in which the first maps have the entities, kept for the whole run
+        Regions: strips of equal width, in the order in which early maps have the entities, kept for the whole run
         (`elakit.regions.divide`); or where the maps of each guided step have the entity, as in the paper
         (`elakit.regions.localize`). Strips suit entities that stand beside each other, not one that
         wears, holds or is inside another.
