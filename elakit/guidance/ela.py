@@ -7,8 +7,8 @@ binarisation that do not overlap, one loss term an entity, z' = z - alpha * grad
 therefore options here: the exact rules, the loss formula, the guided steps and alpha.
 
 `ELA` has what measured best on the embedded model (46 prompts, seeds 0, 2, 4 and 6; docs/evidence.md), and that departs
-from the paper: the maps of an early step only say who is to be left of whom, the picture is divided accordingly, and words
-are kept to their part in the denoiser's own passes, which takes no gradient. `PaperELA` is the paper's way.
+from the paper: the maps of an early step only say who is to be left of whom, the picture is divided accordingly, and
+words are kept to their part in the denoiser's own passes, which takes no gradient. `PaperELA` is the paper's way.
 """
 
 from __future__ import annotations
