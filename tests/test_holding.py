@@ -181,3 +181,17 @@ def test_nothing_is_hooked_where_nothing_is_to_be_held() -> None:
     pipe.scheduler.set_timesteps(3)
     guide = Guide(pipe, ELA(), prompt, adapter_for(pipe).encode(prompt.text, guided=False), (8, 8))
     assert guide.holder is None
+
+
+def test_passes_that_are_not_needed_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    hold = Holder.hold
+
+    def noted(holder: Holder, held: list[Hold | None], *, read: bool) -> None:
+        told.append(read)
+        hold(holder, held, read=read)
+
+    monkeypatch.setattr(Holder, "hold", noted)
+    generate(tiny_pipeline(), PAIR, seed=1, steps=8, guidance=ELA(start=0.25, guided=0.25), progress=False)
+    # the pass before the held ones says where things are; the held ones, steps 2 and 3, are traced
+    assert told == [False, True, True, True, False, False, False, False]

@@ -338,21 +338,15 @@ class Guide:
             finite = bool(torch.isfinite(grad).all())
             if update.final and finite and i not in self.done:
                 z[i] -= self._change(update.size, grad, unit)
-            self.traces[i].add(
-                {
-                    "step": step,
-                    "timestep": float(timestep),
-                    "step_size": update.size,
-                    "loss": float(loss.total.detach()),
-                    **loss.terms,
-                    "gradient_norm": float(grad.norm()) / unit,
-                    "moved": float((z[i] - latents[i]).pow(2).mean().sqrt()) * unit,
-                    "refinements": refinements[i],
-                    "seconds": seconds,
-                    "skipped": not finite,
-                },
-                loss.regions,
-            )
+            row = _row(
+                step, timestep, loss, seconds,
+                step_size=update.size,
+                gradient_norm=float(grad.norm()) / unit,
+                moved=float((z[i] - latents[i]).pow(2).mean().sqrt()) * unit,
+                refinements=refinements[i],
+                skipped=not finite,
+            )  # fmt: skip
+            self.traces[i].add(row, loss.regions)
         # the same object, so that the start's noise is not scaled and back, which would round it
         return latents if torch.equal(z, latents.to(z.dtype)) else z.to(latents.dtype)
 
@@ -382,11 +376,14 @@ class Guide:
         if self.holder is None or not isinstance(self.method, Holds):
             return
         held: list[Hold | None] = [None] * self.pictures
+        pending = set(range(self.pictures)) - self.done
         if step < len(self.updates) and self.updates[step].hold:
-            for i in set(range(self.pictures)) - self.done:
+            for i in pending:
                 seen = self.holder.attention(i) if self.holder.seen else None
                 held[i] = self.method.hold(seen, self.map_size, self.prompt, step, self.states[i])
-        self.holder.hold(held)
+        # a held pass is traced, and the one before it says where things are
+        follows = any(update.hold for update in self.updates[step : step + 2])
+        self.holder.hold(held, read=follows and bool(pending))
 
     def _held(self, step: int, timestep: Tensor) -> None:
         """Trace what a step's pass was held to."""
@@ -399,21 +396,7 @@ class Guide:
             loss = self.method.loss(self.holder.attention(i), self.prompt, step, self.states[i])
             if loss.enough:
                 self.done.add(i)
-            self.traces[i].add(
-                {
-                    "step": step,
-                    "timestep": float(timestep),
-                    "step_size": 0.0,
-                    "loss": float(loss.total),
-                    **loss.terms,
-                    "gradient_norm": 0.0,
-                    "moved": 0.0,
-                    "refinements": 0,
-                    "seconds": time.perf_counter() - began,
-                    "skipped": False,
-                },
-                one.masks,
-            )
+            self.traces[i].add(_row(step, timestep, loss, time.perf_counter() - began), one.masks)
 
     def _gradient(
         self, latents: Tensor, step: int, timestep: Tensor, pictures: Sequence[int]
@@ -439,6 +422,33 @@ class Guide:
             found, rows = method.search(noise.detach().float(), attend, self.prompt)
         self.traces[picture].searched.extend(rows)
         return found.detach().to(noise.dtype)
+
+
+def _row(
+    step: int,
+    timestep: Tensor,
+    loss: Loss,
+    seconds: float,
+    *,
+    step_size: float = 0.0,
+    gradient_norm: float = 0.0,
+    moved: float = 0.0,
+    refinements: int = 0,
+    skipped: bool = False,
+) -> dict[str, Any]:
+    """A step of the trace; where nothing is said of a gradient, none was taken."""
+    return {
+        "step": step,
+        "timestep": float(timestep),
+        "step_size": step_size,
+        "loss": float(loss.total.detach()),
+        **loss.terms,
+        "gradient_norm": gradient_norm,
+        "moved": moved,
+        "refinements": refinements,
+        "seconds": seconds,
+        "skipped": skipped,
+    }
 
 
 def options_of(method: Any) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class Holder:
         self.adapter = adapter
         self.layers = layers
         self.held: list[Hold | None] = [None] * pictures
+        self._reads = True  # whether passes are
         self._rows: slice | None = None  # of the pass in progress that see the prompt; None: not read
         self._read: dict[str, Tensor] = {}  # a layer, (picture, 1, token, y, x)
         self._made: dict[tuple[tuple[int, int], int], Tensor | None] = {}
@@ -55,13 +56,15 @@ class Holder:
         """Of the last pass that saw the prompt, as it was held."""
         return Attention(tuple(self._read[layer.name][picture] for layer in self.layers))
 
-    def hold(self, held: Sequence[Hold | None]) -> None:
-        """Hold these from the next pass on."""
+    def hold(self, held: Sequence[Hold | None], *, read: bool = True) -> None:
+        """Hold these from the next pass on, and read the passes, which takes time, or do not."""
         self.held = list(held)
+        self._reads = read
         self._made.clear()
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = None if is_left_alone(self.adapter.denoiser) else self.adapter.read_call(args, kwargs)
+        left = not self._reads or is_left_alone(self.adapter.denoiser)
+        call = None if left else self.adapter.read_call(args, kwargs)
         self._rows = self.adapter.conditional_rows(call.batch) if call is not None and call.conditional else None
 
     def _collect(self, layer: AttentionLayer, attend: Attend, size: tuple[int, int]) -> None:
