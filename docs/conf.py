@@ -100,5 +100,6 @@ numpydoc_show_class_members = False
 numpydoc_attributes_as_param_list = True
 
 html_theme = "furo"
-html_static_path = [str(PLOTLY)]
+html_static_path = [str(PLOTLY), "style"]
+html_css_files = ["elakit.css"]
 html_copy_source = False

@@ -323,6 +323,12 @@ def test_t5_tokens_have_no_start_and_are_found_by_word() -> None:
     assert Prompt.from_dict(prompt.to_dict()) == prompt
 
 
+def test_ways_to_record_less_name_layers_that_the_model_has() -> None:
+    pipe = tiny_flux()
+    with pytest.raises(RecordingError, match=r"layers='(double|single)' or"):
+        RecordSpec(budget=1).plan(pipe, parse("a [red car] and a [red giraffe]", pipe), steps=2)
+
+
 def test_stable_diffusion_3_reads_a_prompt_twice() -> None:
     pipe = tiny_sd3()
     prompt = parse("a [red car] and a [red giraffe]", pipe)

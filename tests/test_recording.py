@@ -507,6 +507,7 @@ def test_a_run_over_budget_is_refused_before_anything_is_computed(pipe: Any, pro
         "8x8: 3 layers",
         "dtype='float16'",
         "sizes=4",
+        "layers='up'",
         "budget=55296",
     ):
         assert part in str(planned.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -414,7 +415,7 @@ class RecordSpec:
             resolutions.append(self._of_self(by_size, min(kept, 1) if self.accumulate else kept, images))
         plan = Plan(tuple(resolutions), kept, images, labels, self.dtype, self.budget, self.accumulate)
         if plan.bytes > self.budget:
-            raise RecordingError(f"This recording would pass its budget: {plan}\n{self._ways_out(plan)}")
+            raise RecordingError(f"This recording would pass its budget: {plan}\n{self._ways_out(plan, layers)}")
         return plan
 
     def _of_self(self, by_size: dict[tuple[int, int], list[AttentionLayer]], steps: int, images: int) -> Resolution:
@@ -448,8 +449,9 @@ class RecordSpec:
             )
         return members[0].heads
 
-    def _ways_out(self, plan: Plan) -> str:
+    def _ways_out(self, plan: Plan, layers: Sequence[AttentionLayer]) -> str:
         ways = []
+        places = Counter(layer.place for layer in layers)
         if self.heads != "mean":
             ways.append("heads='mean'")
         if self.dtype == "float32":
@@ -458,8 +460,8 @@ class RecordSpec:
             ways.append("self_attention=None")
         if len(plan.resolutions) > 1 and not plan.resolutions[1].of_self:
             ways.append(f"sizes={max(plan.resolutions[1].size)}")
-        if self.layers == "all":
-            ways.append("layers='up'")
+        if self.layers == "all" and len(places) > 1:
+            ways.append(f"layers={'up' if 'up' in places else min(places, key=places.__getitem__)!r}")
         if self.tokens in ("all", "words"):
             ways.append("tokens='entities'")
         if self.steps is None and not self.accumulate:
