@@ -111,12 +111,12 @@ class Hold:
 
     Attributes
     ----------
-    masks : ndarray, bool, (entity, y, x)
-        At any resolution; an entity without a cell is not held.
+    masks : ndarray, bool, (n, y, x)
+        At any resolution; words whose mask has no cell are not held.
     tokens : tuple of tuple of int
-        Positions of each entity's words.
+        Positions of the words of each mask.
     push : float
-        Subtracted from the scores of an entity's words outside its mask.
+        Subtracted from the words' scores outside their mask.
     """
 
     masks: np.ndarray
