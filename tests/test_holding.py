@@ -175,26 +175,6 @@ def test_a_hold_covers_a_coarse_layers_cells_by_their_share() -> None:
     assert bias[0].tolist() == [[0, 0, -2, -2, 0], [0, 0, -4, -4, 0]] * 2
 
 
-def test_an_attribute_of_both_is_heard_in_both_regions() -> None:
-    pipe = tiny_pipeline()
-    ela = ELA(regions=[LEFT, RIGHT], anchoring="logits")
-    for text, where in (
-        ("a [red car] and a [blue bird]", {"red": 0, "blue": 1}),
-        ("a [red car] and a [red bird]", {"red": ...}),
-    ):
-        prompt = parse(text, pipe)
-        hold = ela.hold(None, (2, 4), prompt, 0, ela.begin(prompt, 4))
-        assert hold is not None
-        masks = dict(zip(hold.tokens, hold.masks, strict=True))
-        assert len(masks) == 2 + len(where)
-        for i, entity in enumerate(prompt.entities):
-            assert np.array_equal(masks[entity.token_indices][0], [i == 0] * 2 + [i == 1] * 2)
-        for word, owner in where.items():
-            expected = [True] * 4 if owner is ... else [owner == 0] * 2 + [owner == 1] * 2
-            positions = tuple(token.index for token in prompt.tokens if token.text == word)
-            assert np.array_equal(masks[positions][0], expected)
-
-
 def test_nothing_is_hooked_where_nothing_is_to_be_held() -> None:
     pipe = tiny_pipeline()
     prompt = parse("a [red car]", pipe)

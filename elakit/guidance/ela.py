@@ -94,8 +94,7 @@ class ELA:
         (`elakit.regions.localize`). Strips suit entities that stand beside each other, not one that
         wears, holds or is inside another.
     push : float
-        Subtracted from the scores of an entity's words, attributes too, outside its region; for "logits" only. An
-        attribute that several entities have is held to the regions of all of them.
+        Subtracted from the scores of an entity's words, attributes too, outside its region; for "logits" only.
     start : float, optional
         Share of the denoising steps that are made before guidance begins. By default 0 where regions are given by hand
         and for strips with "gradient", .08 for strips with "logits", and .2 where the maps of each step give the
@@ -271,7 +270,7 @@ class ELA:
         else:
             return None
         state.held = masks
-        return Hold(*_words(masks, prompt), self.push)
+        return Hold(masks, tuple((*e.token_indices, *e.attribute_indices) for e in prompt.entities), self.push)
 
     def direction(self, gradient: Tensor) -> Tensor:
         """The raw gradient, or the gradient brought to a root mean square of one."""
@@ -375,23 +374,6 @@ class PaperELA(ELA):
     subtract_pedestal: bool = False
 
     name: ClassVar[str] = "ela-paper"
-
-
-def _words(masks: np.ndarray, prompt: Prompt) -> tuple[np.ndarray, tuple[tuple[int, ...], ...]]:
-    """Where words may be attended to, (n, y, x), and which they are: entities, then the attributes that they have.
-
-    An attribute of several entities may be attended to in the region of each: "a white bow and a white car" has two
-    words for one colour, which pictures are used to hear from both.
-    """
-    text = {token.index: token.text for token in prompt.tokens}
-    positions: dict[str, list[int]] = {}
-    owners: dict[str, set[int]] = {}
-    for i, entity in enumerate(prompt.entities):
-        for position in entity.attribute_indices:
-            positions.setdefault(text[position], []).append(position)
-            owners.setdefault(text[position], set()).add(i)
-    shared = [masks[sorted(those)].any(0) for those in owners.values()]
-    return np.stack([*masks, *shared]), (*(e.token_indices for e in prompt.entities), *map(tuple, positions.values()))
 
 
 def _entities(maps: Tensor, prompt: Prompt) -> Tensor:

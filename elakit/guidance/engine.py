@@ -396,7 +396,7 @@ class Guide:
             loss = self.method.loss(self.holder.attention(i), self.prompt, step, self.states[i])
             if loss.enough:
                 self.done.add(i)
-            self.traces[i].add(_row(step, timestep, loss, time.perf_counter() - began), loss.regions)
+            self.traces[i].add(_row(step, timestep, loss, time.perf_counter() - began), one.masks)
 
     def _gradient(
         self, latents: Tensor, step: int, timestep: Tensor, pictures: Sequence[int]

@@ -111,12 +111,12 @@ class Hold:
 
     Attributes
     ----------
-    masks : ndarray, bool, (n, y, x)
-        At any resolution; words whose mask has no cell are not held.
+    masks : ndarray, bool, (entity, y, x)
+        At any resolution; an entity without a cell is not held.
     tokens : tuple of tuple of int
-        Positions of the words of each mask.
+        Positions of each entity's words.
     push : float
-        Subtracted from the words' scores outside their mask.
+        Subtracted from the scores of an entity's words outside its mask.
     """
 
     masks: np.ndarray
