@@ -30,7 +30,8 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(predict, name="predict")
 
-PROMPT = 'Such as "a cat and a lion"; brackets override: "a [red car] and a [bird]".'
+# backslashes: rich, which shows the help, would take the brackets for markup
+PROMPT = r'Such as "a cat and a lion"; brackets override: "a \[red car] and a \[bird]".'
 Prompt = Annotated[str, typer.Argument(help=PROMPT)]
 Model = Annotated[str, typer.Option(help="picture-world (embedded), a folder, or a hub id such as org/model.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")]

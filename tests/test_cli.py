@@ -26,6 +26,14 @@ def test_help_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert len(capsys.readouterr().out) > 10
 
 
+@pytest.mark.parametrize("command", ["run", "diagnose"])
+def test_help_shows_how_brackets_are_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    call(monkeypatch, command, "--help")
+    assert "a [red car] and a [bird]" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
 def test_diagnose_ends_with_a_report_and_its_path(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
