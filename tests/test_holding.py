@@ -184,14 +184,14 @@ def test_nothing_is_hooked_where_nothing_is_to_be_held() -> None:
 
 
 def test_passes_that_are_not_needed_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[bool] = []
-    hold = Holder.hold
+    read: list[bool] = []
+    before = Holder._before
 
-    def noted(holder: Holder, held: list[Hold | None], *, read: bool) -> None:
-        told.append(read)
-        hold(holder, held, read=read)
+    def noted(holder: Holder, *args: Any) -> None:
+        before(holder, *args)
+        read.append(holder._rows is not None)
 
-    monkeypatch.setattr(Holder, "hold", noted)
+    monkeypatch.setattr(Holder, "_before", noted)
     generate(tiny_pipeline(), PAIR, seed=1, steps=8, guidance=ELA(start=0.25, guided=0.25), progress=False)
     # the pass before the held ones says where things are; the held ones, steps 2 and 3, are traced
-    assert told == [False, True, True, True, False, False, False, False]
+    assert read == [False, True, True, True, False, False, False, False]
