@@ -1,4 +1,4 @@
-"""The embedded judge's network: what every pixel of a picture shows, and whether it is part of a hybrid."""
+"""The embedded judge's network: what every pixel of an image shows, and whether it is part of a hybrid."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from elakit.errors import ModelError
-from elakit.judge.colour import thing_colour
+from elakit.judge.color import thing_color
 from elakit.judge.things import Thing
 from elakit.resources import data_path
 from elakit.world.vocabulary import NOUNS
 
 CLASSES = 1 + len(NOUNS)
 CHANNELS = (16, 48, 96, 160, 224)
-SIZE = 128  # pixels; pictures of another size are resized to what the judge was trained on
-# A thing is there if one connected patch of it covers this share of the picture. In the world's scenes the smallest
+SIZE = 128  # pixels; images of another size are resized to what the judge was trained on
+# A thing is there if one connected patch of it covers this share of the image. In the world's scenes the smallest
 # (glasses among three) covers about 1.5 %.
 LEAST_AREA = 0.008
 # A patch this much smaller than a larger one that it touches is a speck in the larger one's drawing, not a thing.
@@ -41,7 +41,7 @@ class Segmenter(nn.Module):
     Parameters
     ----------
     channels : tuple of int
-        Widths at 1/2, 1/4, 1/8, ... of the picture's side.
+        Widths at 1/2, 1/4, 1/8, ... of the image's side.
     """
 
     def __init__(self, channels: tuple[int, ...] = CHANNELS) -> None:
@@ -53,12 +53,12 @@ class Segmenter(nn.Module):
         self.up = nn.ModuleList(_convolve(a + b, b) for a, b in zip(channels[:0:-1], channels[-2::-1], strict=True))
         self.head = nn.Conv2d(channels[0], CLASSES + 1, 1)
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Class scores, and the logit of being part of a hybrid.
 
         Parameters
         ----------
-        pictures : Tensor, (n, 3, h, w)
+        images : Tensor, (n, 3, h, w)
             In [-1, 1]; sides are multiples of 32.
 
         Returns
@@ -66,11 +66,11 @@ class Segmenter(nn.Module):
         Tensor, (n, 26, h, w)
             Background, the nouns in the order of ``NOUNS``, hybrid.
         """
-        return F.interpolate(self.halved(pictures), size=pictures.shape[-2:], mode="bilinear", align_corners=False)
+        return F.interpolate(self.halved(images), size=images.shape[-2:], mode="bilinear", align_corners=False)
 
-    def halved(self, pictures: Tensor) -> Tensor:
+    def halved(self, images: Tensor) -> Tensor:
         """The scores at half resolution, as the network computes them: (n, 26, h / 2, w / 2)."""
-        x = self.stem(pictures)
+        x = self.stem(images)
         skips = []
         for down in self.down:
             skips.append(x)
@@ -103,7 +103,7 @@ def load_segmenter() -> Segmenter:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the judge's network makes of some pictures.
+    """What the judge's network makes of some images.
 
     Attributes
     ----------
@@ -120,12 +120,12 @@ class Seen:
 
 
 @torch.no_grad()
-def segment(pictures: np.ndarray) -> Seen:
+def segment(images: np.ndarray) -> Seen:
     """Look at every pixel.
 
     Parameters
     ----------
-    pictures : ndarray, uint8, (n, size, size, 3)
+    images : ndarray, uint8, (n, size, size, 3)
 
     Examples
     --------
@@ -135,7 +135,7 @@ def segment(pictures: np.ndarray) -> Seen:
     >>> NOUNS[int(np.median(classes[scene.entities[0].mask])) - 1]
     'frog'
     """
-    pixels = torch.tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = torch.tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     model = load_segmenter()
     # the mirror image is a second opinion
     scores = (model(pixels) + model(pixels.flip(-1)).flip(-1)) / 2
@@ -144,7 +144,7 @@ def segment(pictures: np.ndarray) -> Seen:
 
 
 def find_things(image: Image.Image, nouns: Sequence[str] = ()) -> list[Thing]:
-    """All things of picture-world in a picture, the largest first: the embedded judge as a detector.
+    """All things of picture-world in an image, the largest first: the embedded judge as a detector.
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ def find_things(image: Image.Image, nouns: Sequence[str] = ()) -> list[Thing]:
     --------
     >>> from elakit.world.scenes import Subject, World, compose
     >>> scene = compose((Subject("apple", "green"),), World(artists=("noto",)), np.random.default_rng(0))
-    >>> [(thing.noun, thing.colour, thing.mixed_with) for thing in find_things(Image.fromarray(scene.image))]
+    >>> [(thing.noun, thing.color, thing.mixed_with) for thing in find_things(Image.fromarray(scene.image))]
     [('apple', 'green', ())]
     """
     rgb = image.convert("RGB")
@@ -192,7 +192,7 @@ def find_things(image: Image.Image, nouns: Sequence[str] = ()) -> list[Thing]:
                 NOUNS[value - 1],
                 np.asarray(Image.fromarray(mask).resize(full[::-1], Image.Resampling.NEAREST)),
                 float(probabilities[value][mask].mean()),
-                thing_colour(pixels, mask, NOUNS[value - 1]),
+                thing_color(pixels, mask, NOUNS[value - 1]),
                 tuple(dict.fromkeys(NOUNS[p - 1] for p in partners)),
             )
         )
@@ -203,8 +203,8 @@ def _patches(classes: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """Connected patches of one class, with their class, the largest first."""
     patches: list[tuple[int, np.ndarray]] = []
     for value in np.unique(classes[classes > 0]):
-        labelled, count = components(classes == value, return_num=True, connectivity=2)
-        patches += [(int(value), labelled == i) for i in range(1, count + 1)]
+        labeled, count = components(classes == value, return_num=True, connectivity=2)
+        patches += [(int(value), labeled == i) for i in range(1, count + 1)]
     return sorted(patches, key=lambda patch: -int(patch[1].sum()))
 
 

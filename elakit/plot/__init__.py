@@ -7,10 +7,10 @@ Words of the prompt are escaped, since plotly reads labels as HTML.
 from __future__ import annotations
 
 from elakit.plot.agreement import agreement
+from elakit.plot.images import entity_maps, images
 from elakit.plot.layers import bleeding_by_layer
 from elakit.plot.leakage import bleeding_over_steps, leakage
 from elakit.plot.methods import method_comparison
-from elakit.plot.pictures import entity_maps, pictures
 from elakit.plot.regions import region_animation, region_evolution
 from elakit.plot.token_maps import token_maps
 
@@ -19,9 +19,9 @@ __all__ = [
     "bleeding_by_layer",
     "bleeding_over_steps",
     "entity_maps",
+    "images",
     "leakage",
     "method_comparison",
-    "pictures",
     "region_animation",
     "region_evolution",
     "token_maps",

@@ -1,6 +1,6 @@
 """The drawings that scenes are composed from: which file draws which noun, and its pixels.
 
-Drawings live in ``data/art/<artist>/``; ``index.json`` names those of each noun. Vector files are rasterised with
+Drawings live in ``data/art/<artist>/``; ``index.json`` names those of each noun. Vector files are rasterized with
 resvg (the package ``resvg-py``, part of the extra ``elakit[train]``).
 """
 
@@ -79,8 +79,8 @@ def drawings(noun: str, artists: tuple[str, ...] = ARTISTS) -> tuple[Drawing, ..
     return tuple(d for d in every if d.artist in artists) or every
 
 
-def rasterise(drawing: Drawing, size: int) -> np.ndarray:
-    """Pixels of a drawing, cropped to its ink and centred in a square.
+def rasterize(drawing: Drawing, size: int) -> np.ndarray:
+    """Pixels of a drawing, cropped to its ink and centerd in a square.
 
     Parameters
     ----------
@@ -109,15 +109,15 @@ def rasterise(drawing: Drawing, size: int) -> np.ndarray:
         png = resvg_py.svg_to_bytes(
             svg_string=path.read_text(encoding="utf-8"), width=2 * size, height=2 * size, skip_system_fonts=True
         )
-        picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+        image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     else:
-        picture = Image.open(path).convert("RGBA")
-    ink = picture.getchannel("A").point(lambda alpha: 255 if alpha > 24 else 0).getbbox()
-    picture = picture.crop(ink)
-    scale = (size - 2 * MARGIN) / max(picture.size)
-    # "RGBa" is premultiplied: resizing straight alpha would bleed the colour of transparent pixels into the edges
-    small = picture.convert("RGBa").resize(
-        (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.Resampling.LANCZOS
+        image = Image.open(path).convert("RGBA")
+    ink = image.getchannel("A").point(lambda alpha: 255 if alpha > 24 else 0).getbbox()
+    image = image.crop(ink)
+    scale = (size - 2 * MARGIN) / max(image.size)
+    # "RGBa" is premultiplied: resizing straight alpha would bleed the color of transparent pixels into the edges
+    small = image.convert("RGBa").resize(
+        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS
     )
     canvas = Image.new("RGBa", (size, size))
     canvas.paste(small, ((size - small.width) // 2, (size - small.height) // 2))

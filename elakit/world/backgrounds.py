@@ -1,4 +1,4 @@
-"""Quiet backgrounds, in colours away from those of the things on them."""
+"""Quiet backgrounds, in colors away from those of the things on them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def background(
     kinds : tuple of str
         Choose among these of `KINDS`.
     avoid : list of ndarray, (3,)
-        Mean RGB colours of what will stand on it, if anything.
+        Mean RGB colors of what will stand on it, if anything.
     size : int
         Side in pixels.
     rng : numpy.random.Generator
@@ -71,10 +71,10 @@ def background(
 
 
 def _tone(avoid: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """A tone of the palette, the farthest of a few draws from the colours to avoid."""
+    """A tone of the palette, the farthest of a few draws from the colors to avoid."""
     tones = _PALETTE[rng.integers(len(_PALETTE), size=6)] + rng.normal(0, 0.02, (6, 3)).astype(np.float32)
     if not avoid:
         return tones[0]
-    distance = np.min([np.abs(tones - colour).sum(1) for colour in avoid], axis=0)
+    distance = np.min([np.abs(tones - color).sum(1) for color in avoid], axis=0)
     clear = np.flatnonzero(distance > 0.6)
     return tones[clear[0] if len(clear) else distance.argmax()]

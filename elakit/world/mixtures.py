@@ -1,6 +1,6 @@
 """Hybrids: two things in one place, composed with their truth, so that the judge learns what a mixture looks like.
 
-Generated pictures fuse entities in many ways; these are the ways that can be drawn: one thing painted over another, one
+Generated images fuse entities in many ways; these are the ways that can be drawn: one thing painted over another, one
 seen through the other, half of each, or one's looks inside the other's outline.
 """
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from elakit.errors import SettingError
 from elakit.world.backgrounds import background
-from elakit.world.scenes import Place, Subject, World, blend, mean_colour, sample_subjects, sprite_layer, sprite_of
+from elakit.world.scenes import Place, Subject, World, blend, mean_color, sample_subjects, sprite_layer, sprite_of
 
 KINDS = ("overlaid", "blended", "halves", "filled")
 UNCERTAIN = 255  # class of pixels that are as much of the one as of the other
@@ -24,7 +24,7 @@ TRIES = 12  # placements before two drawings are given up: glasses cover no fift
 
 @dataclass(frozen=True)
 class Mixture:
-    """A picture with a hybrid in it, or with two things that merely cover each other in part.
+    """An image with a hybrid in it, or with two things that merely cover each other in part.
 
     Attributes
     ----------
@@ -90,7 +90,7 @@ def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng:
         raise SettingError(
             f"A {subjects[0].noun} and a {subjects[1].noun} cannot be {kind}: one hides the other. Choose other nouns."
         )
-    canvas, _ = background(world.backgrounds, [mean_colour(sprite) for sprite in sprites], world.size, rng)
+    canvas, _ = background(world.backgrounds, [mean_color(sprite) for sprite in sprites], world.size, rng)
     owner = np.zeros((world.size, world.size), np.uint8)
     if not alone:
         beside = Place(1 - x, 0.5 + rng.uniform(-0.1, 0.1), rng.uniform(0.36, 0.46))
@@ -105,7 +105,7 @@ def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng:
 
 
 def sample_mixture(world: World, rng: np.random.Generator, kinds: tuple[str, ...] = KINDS) -> Mixture:
-    """A random hybrid: any two nouns of the world, a third thing beside them in 3 of 10 pictures."""
+    """A random hybrid: any two nouns of the world, a third thing beside them in 3 of 10 images."""
     kind = str(rng.choice(kinds))
     while True:
         subjects = sample_subjects(world, rng)

@@ -1,7 +1,7 @@
-"""Captioned scenes whose truth is known: every entity's noun, colour, box and exact mask.
+"""Captioned scenes whose truth is known: every entity's noun, color, box and exact mask.
 
 A scene is one to three drawings on a quiet background. A `World` says how often a scene has one, two or three entities,
-how its caption is worded, which pairs of nouns are never shown together, and how strongly things keep the colour they
+how its caption is worded, which pairs of nouns are never shown together, and how strongly things keep the color they
 have in life. Few pairs and a strong prior make a model that bleeds.
 """
 
@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image
 
 from elakit.errors import SettingError
-from elakit.masks import bounding_box
-from elakit.world.art import ARTISTS, Drawing, drawings, rasterise
+from elakit.measures.masks import bounding_box
+from elakit.world.art import ARTISTS, Drawing, drawings, rasterize
 from elakit.world.backgrounds import background
-from elakit.world.recolour import recolour, rule_for
-from elakit.world.vocabulary import ANIMALS, COLOURS, NATURAL_COLOUR, NOUNS, article
+from elakit.world.recolor import recolor, rule_for
+from elakit.world.vocabulary import ANIMALS, COLORS, NATURAL_COLOR, NOUNS, article
 
 SPRITE_SIZE = 112  # pixels; larger than any entity in a 128 px scene
 
@@ -31,15 +31,15 @@ FREE_WORDINGS = ("next to", "beside", "with", "list", "picture", "bare")
 
 @dataclass(frozen=True)
 class Subject:
-    """What a caption asks for: a noun, and a colour or None for "as drawn"."""
+    """What a caption asks for: a noun, and a color or None for "as drawn"."""
 
     noun: str
-    colour: str | None = None
+    color: str | None = None
 
     @property
     def words(self) -> str:
-        """The noun with its colour, without an article: "red car"."""
-        return f"{self.colour} {self.noun}" if self.colour else self.noun
+        """The noun with its color, without an article: "red car"."""
+        return f"{self.color} {self.noun}" if self.color else self.noun
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class SceneEntity:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture with its caption and its truth.
+    """An image with its caption and its truth.
 
     Attributes
     ----------
@@ -103,7 +103,7 @@ class World:
     held_out : float
         Share of noun pairs that no scene shows together.
     natural : float
-        Probability that a coloured entity has its natural colour (`NATURAL_COLOUR`); otherwise any colour.
+        Probability that a colored entity has its natural color (`NATURAL_COLOR`); otherwise any color.
     shadow : float
         Darkness of the drop shadow, 0 to 1.
     backgrounds : tuple of str
@@ -203,14 +203,14 @@ def sample_subjects(world: World, rng: np.random.Generator) -> tuple[Subject, ..
     while True:
         nouns = [str(noun) for noun in rng.choice(NOUNS, count, replace=False)]
         if not any(frozenset(pair) in held_out for pair in itertools.combinations(nouns, 2)):
-            return tuple(Subject(noun, _sample_colour(noun, world, rng)) for noun in nouns)
+            return tuple(Subject(noun, _sample_color(noun, world, rng)) for noun in nouns)
 
 
-def _sample_colour(noun: str, world: World, rng: np.random.Generator) -> str | None:
-    # the benchmark leaves animals uncoloured and colours most objects
+def _sample_color(noun: str, world: World, rng: np.random.Generator) -> str | None:
+    # the benchmark leaves animals uncolored and colors most objects
     if rng.random() < (0.6 if noun in ANIMALS else 0.15):
         return None
-    return NATURAL_COLOUR[noun] if rng.random() < world.natural else str(rng.choice(COLOURS))
+    return NATURAL_COLOR[noun] if rng.random() < world.natural else str(rng.choice(COLORS))
 
 
 def compose(subjects: tuple[Subject, ...], world: World, rng: np.random.Generator) -> Scene:
@@ -243,8 +243,8 @@ def compose(subjects: tuple[Subject, ...], world: World, rng: np.random.Generato
     if not 1 <= len(subjects) <= 3:
         raise SettingError(f"A scene has one to three subjects, not {len(subjects)}.")
     chosen = [world.drawings(s.noun)[rng.integers(len(world.drawings(s.noun)))] for s in subjects]
-    sprites = [_sprite(drawing, s.colour) for drawing, s in zip(chosen, subjects, strict=True)]
-    canvas, kind = background(world.backgrounds, [mean_colour(sprite) for sprite in sprites], world.size, rng)
+    sprites = [_sprite(drawing, s.color) for drawing, s in zip(chosen, subjects, strict=True)]
+    canvas, kind = background(world.backgrounds, [mean_color(sprite) for sprite in sprites], world.size, rng)
     alphas = np.zeros((len(subjects), world.size, world.size), np.float32)
     layout, places = _layout(len(subjects), rng)
     for i, (place, sprite) in enumerate(zip(places, sprites, strict=True)):
@@ -268,7 +268,7 @@ def sample(world: World, rng: np.random.Generator) -> Scene:
 class Place:
     """Where a sprite is drawn."""
 
-    x: float  # centre, as a share of the scene's side
+    x: float  # center, as a share of the scene's side
     y: float
     scale: float  # longest side of the sprite, likewise
 
@@ -280,25 +280,25 @@ def _layout(count: int, rng: np.random.Generator) -> tuple[str, list[Place]]:
     if count == 3:
         kind = str(rng.choice(["three", "triangle"]))
         if kind == "three":
-            centres = [(x, 0.5 + rng.uniform(-0.18, 0.18)) for x in (0.2, 0.5, 0.8)]
+            centers = [(x, 0.5 + rng.uniform(-0.18, 0.18)) for x in (0.2, 0.5, 0.8)]
             small, large = 0.3, 0.36
         else:
             y, way = 0.5, rng.choice([-1, 1])
-            centres = [(0.26, y + way * 0.2), (0.74, y + way * 0.2), (0.5 + rng.uniform(-0.08, 0.08), y - way * 0.22)]
+            centers = [(0.26, y + way * 0.2), (0.74, y + way * 0.2), (0.5 + rng.uniform(-0.08, 0.08), y - way * 0.22)]
             small, large = 0.36, 0.44
     else:
         small, large = 0.4, 0.5
         kind = str(rng.choice(["row", "diagonal", "stack"], p=[0.7, 0.15, 0.15]))
         if kind == "row":
             y, near = 0.5 + rng.uniform(-0.1, 0.1), rng.uniform(-0.02, 0.03)
-            centres = [(x, y + rng.uniform(-0.06, 0.06)) for x in (0.25 - near, 0.75 + near)]
+            centers = [(x, y + rng.uniform(-0.06, 0.06)) for x in (0.25 - near, 0.75 + near)]
         elif kind == "diagonal":
             rise = rng.choice([-0.2, 0.2])
-            centres = [(0.27, 0.5 - rise), (0.73, 0.5 + rise)]
+            centers = [(0.27, 0.5 - rise), (0.73, 0.5 + rise)]
         else:
-            centres = [(0.5 + rng.uniform(-0.12, 0.12), y) for y in (0.26, 0.74)]
+            centers = [(0.5 + rng.uniform(-0.12, 0.12), y) for y in (0.26, 0.74)]
     order = rng.permutation(count)
-    return kind, [Place(float(centres[i][0]), float(centres[i][1]), rng.uniform(small, large)) for i in order]
+    return kind, [Place(float(centers[i][0]), float(centers[i][1]), rng.uniform(small, large)) for i in order]
 
 
 def sprite_layer(sprite: Image.Image, place: Place, world: World, rng: np.random.Generator) -> np.ndarray:
@@ -325,17 +325,17 @@ def blend(canvas: np.ndarray, layer: np.ndarray, shadow: float) -> np.ndarray:
 
 
 def sprite_of(subject: Subject, world: World, rng: np.random.Generator) -> Image.Image:
-    """One of the world's drawings of a subject, in its colour."""
+    """One of the world's drawings of a subject, in its color."""
     every = world.drawings(subject.noun)
-    return _sprite(every[rng.integers(len(every))], subject.colour)
+    return _sprite(every[rng.integers(len(every))], subject.color)
 
 
 @lru_cache(maxsize=4096)
-def _sprite(drawing: Drawing, colour: str | None) -> Image.Image:
-    """A drawing in a colour as a premultiplied picture (what Pillow can rotate and resize without halos)."""
+def _sprite(drawing: Drawing, color: str | None) -> Image.Image:
+    """A drawing in a color as a premultiplied image (what Pillow can rotate and resize without halos)."""
     rgba = _natural_sprite(drawing)
-    if colour is not None:
-        rgba = recolour(rgba, colour, rule_for(drawing))
+    if color is not None:
+        rgba = recolor(rgba, color, rule_for(drawing))
     rgba = np.dstack([rgba[..., :3] * rgba[..., 3:], rgba[..., 3]])
     return Image.frombuffer(
         "RGBa", rgba.shape[1::-1], (rgba * 255 + 0.5).astype(np.uint8).tobytes(), "raw", "RGBa", 0, 1
@@ -344,10 +344,10 @@ def _sprite(drawing: Drawing, colour: str | None) -> Image.Image:
 
 @lru_cache(maxsize=256)
 def _natural_sprite(drawing: Drawing) -> np.ndarray:
-    return rasterise(drawing, SPRITE_SIZE)
+    return rasterize(drawing, SPRITE_SIZE)
 
 
-def mean_colour(sprite: Image.Image) -> np.ndarray:
+def mean_color(sprite: Image.Image) -> np.ndarray:
     """Mean RGB of a sprite's ink."""
     pixels = np.asarray(sprite.resize((8, 8), Image.Resampling.BOX), np.float32)
     return pixels[..., :3].sum((0, 1)) / max(1.0, float(pixels[..., 3].sum()))

@@ -1,4 +1,4 @@
-"""Train the autoencoder (AutoencoderTiny): pictures to latents and back."""
+"""Train the autoencoder (AutoencoderTiny): images to latents and back."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from elakit.world.training.loop import Schedule, train
 def build(config: Config) -> Any:
     """An untrained autoencoder of the configuration.
 
-    ``AutoencoderTiny`` has no group norm, which in narrow layers throws a picture's overall colours away, and which
-    makes crops look unlike whole pictures.
+    ``AutoencoderTiny`` has no group norm, which in narrow layers throws an image's overall colors away, and which
+    makes crops look unlike whole images.
     """
     settings = config.vae
     widths = (settings.width,) * len(settings.encoder_blocks)
@@ -72,7 +72,7 @@ def train_autoencoder(config: Config, scenes: Scenes, folder: Path, device: torc
 
 
 def train_decoder(config: Config, scenes: Scenes, folder: Path, device: torch.device) -> Any:
-    """Train the decoder of ``folder/vae`` on, with the encoder as it is: sharper pictures, the same latents.
+    """Train the decoder of ``folder/vae`` on, with the encoder as it is: sharper images, the same latents.
 
     Parameters
     ----------
@@ -109,53 +109,53 @@ def train_decoder(config: Config, scenes: Scenes, folder: Path, device: torch.de
 
 
 def _batch(config: Config, scenes: Scenes, rng: np.random.Generator, whole: bool) -> torch.Tensor:
-    """Random pictures, (batch, 3, side, side) in [-1, 1]: crops around entities, or whole scenes."""
+    """Random images, (batch, 3, side, side) in [-1, 1]: crops around entities, or whole scenes."""
     rows = rng.integers(len(scenes), size=config.vae.batch)
-    pictures = scenes.batch(rows)
+    images = scenes.batch(rows)
     if not whole:
-        pictures = _crops(pictures, scenes.classes[rows], config.vae.crop, rng)
-    return pictures.contiguous(memory_format=torch.channels_last)
+        images = _crops(images, scenes.classes[rows], config.vae.crop, rng)
+    return images.contiguous(memory_format=torch.channels_last)
 
 
-def _loss(model: Any, pictures: torch.Tensor, config: Config) -> torch.Tensor:
-    """Absolute error of pixels and of differences between neighbouring pixels, and a pull on the latents."""
+def _loss(model: Any, images: torch.Tensor, config: Config) -> torch.Tensor:
+    """Absolute error of pixels and of differences between neighboring pixels, and a pull on the latents."""
     settings = config.vae
-    with torch.autocast(pictures.device.type, torch.bfloat16):
-        latents = model.encode(pictures).latents
-        # the decoder bounds latents to -3..3; noise makes neighbouring latents mean neighbouring pictures
+    with torch.autocast(images.device.type, torch.bfloat16):
+        latents = model.encode(images).latents
+        # the decoder bounds latents to -3..3; noise makes neighboring latents mean neighboring images
         rebuilt = model.decode(latents + settings.noise * torch.randn_like(latents)).sample
     rebuilt = rebuilt.float()
-    error = F.l1_loss(rebuilt, pictures)
-    edges = sum(F.l1_loss(rebuilt.diff(dim=axis), pictures.diff(dim=axis)) for axis in (-1, -2))
+    error = F.l1_loss(rebuilt, images)
+    edges = sum(F.l1_loss(rebuilt.diff(dim=axis), images.diff(dim=axis)) for axis in (-1, -2))
     return error + settings.edges * edges + settings.pull * latents.float().pow(2).mean()
 
 
 def _sheet(model: Any, config: Config, scenes: Scenes, folder: Path) -> None:
     """Sixteen scenes and, below them, what is made of them, twice the size."""
-    pictures, size = scenes.batch(np.arange(16)).to(model.device), config.world.size
+    images, size = scenes.batch(np.arange(16)).to(model.device), config.world.size
     with torch.no_grad():
-        rebuilt = model.decode(model.encode(pictures).latents).sample
-    pixels = (torch.cat([pictures, rebuilt]).cpu() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        rebuilt = model.decode(model.encode(images).latents).sample
+    pixels = (torch.cat([images, rebuilt]).cpu() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     grid = pixels.reshape(4, 8, size, size, 3).transpose(0, 2, 1, 3, 4).reshape(4 * size, 8 * size, 3)
     sheet = Image.fromarray((grid * 255).round().astype(np.uint8))
     sheet.resize((16 * size, 8 * size), Image.Resampling.NEAREST).save(folder / "vae.png")
 
 
-def _crops(pictures: torch.Tensor, classes: np.ndarray, side: int, rng: np.random.Generator) -> torch.Tensor:
-    """A square of each picture whose centre is near a pixel of an entity."""
+def _crops(images: torch.Tensor, classes: np.ndarray, side: int, rng: np.random.Generator) -> torch.Tensor:
+    """A square of each image whose center is near a pixel of an entity."""
     cut = []
-    for picture, truth in zip(pictures, classes, strict=True):
+    for image, truth in zip(images, classes, strict=True):
         rows, columns = np.nonzero(truth)
         i, limit = rng.integers(len(rows)), truth.shape[0] - side
         top, left = (int(np.clip(at[i] - side // 2, 0, limit)) for at in (rows, columns))
-        cut.append(picture[:, top : top + side, left : left + side])
+        cut.append(image[:, top : top + side, left : left + side])
     return torch.stack(cut)
 
 
 def psnr(model: Any, scenes: Scenes, count: int = 256) -> float:
     """Mean peak signal-to-noise ratio of reconstructions, in dB, over the first `count` scenes."""
     with torch.no_grad():
-        pictures = scenes.batch(np.arange(count)).to(model.device)
-        rebuilt = model.decode(model.encode(pictures).latents).sample.clamp(-1, 1)
-    error = (to_unit(rebuilt) - to_unit(pictures)).pow(2).mean((1, 2, 3))
+        images = scenes.batch(np.arange(count)).to(model.device)
+        rebuilt = model.decode(model.encode(images).latents).sample.clamp(-1, 1)
+    error = (to_unit(rebuilt) - to_unit(images)).pow(2).mean((1, 2, 3))
     return float((-10 * error.log10()).mean())

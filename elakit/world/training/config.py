@@ -14,7 +14,7 @@ from elakit.world.scenes import World
 
 @dataclass(frozen=True)
 class VaeSettings:
-    """The autoencoder: architecture, loss weights and length of training (`samples` pictures).
+    """The autoencoder: architecture, loss weights and length of training (`samples` images).
 
     The first `crop_share` of the samples are squares of `crop` pixels around an entity: most of a scene is background,
     and crops teach more a second. The rest are whole scenes. `noise` is added to the latents, `pull` draws them to 0.
@@ -66,12 +66,12 @@ class DenoiserSettings:
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """The segmenter that says what is in a picture.
+    """The segmenter that says what is in an image.
 
     Of the `scenes`, a share shows hybrids (`mixtures`), one shows a thing partly behind another (`occluded`) and one
-    nothing at all (`empty`); a share of all is seen through the autoencoder (`rebuilt`), as generated pictures are, and
+    nothing at all (`empty`); a share of all is seen through the autoencoder (`rebuilt`), as generated images are, and
     one redrawn by the denoiser from some noise (`redrawn`): its drawings are a little askew, and no hybrids for that.
-    The same is learnt from whole drawings of single things, so many (`drawn`).
+    The same is learned from whole drawings of single things, so many (`drawn`).
     """
 
     channels: tuple[int, ...]

@@ -95,7 +95,7 @@ class Encoded:
 def encode_scenes(
     world: World, count: int, seed: int, vae: Any, tokenizer: CLIPTokenizer, device: torch.device
 ) -> Encoded:
-    """Compose scenes and encode each once; a few at a time, since pictures take 24 times the room of latents."""
+    """Compose scenes and encode each once; a few at a time, since images take 24 times the room of latents."""
     latents, tokens, rng = [], [], np.random.default_rng(seed)
     for start in tqdm(range(0, count, ENCODED_AT_ONCE), desc="encode", unit="batch", mininterval=5):
         scenes = [sample(world, rng) for _ in range(min(ENCODED_AT_ONCE, count - start))]
@@ -207,17 +207,17 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
 
 
 def sample_sheet(pipe: StableDiffusionPipeline, prompts: tuple[str, ...] = SAMPLE_PROMPTS) -> Image.Image:
-    """One picture a prompt, eight in a row, seed 0, twice the size."""
-    pictures = pipe(
+    """One image a prompt, eight in a row, seed 0, twice the size."""
+    images = pipe(
         list(prompts),
         num_inference_steps=20,
         guidance_scale=EMBEDDED["picture-world"].guidance_scale,
         generator=[torch.Generator().manual_seed(0) for _ in prompts],
     ).images
-    side = 2 * pictures[0].width
+    side = 2 * images[0].width
     sheet = Image.new("RGB", (8 * side, side * ((len(prompts) + 7) // 8)))
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (i % 8 * side, i // 8 * side))
+    for i, image in enumerate(images):
+        sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (i % 8 * side, i // 8 * side))
     return sheet
 
 

@@ -25,7 +25,7 @@ class Schedule:
     Attributes
     ----------
     samples : int
-        Pictures seen until the end.
+        Images seen until the end.
     batch : int
     learning_rate : float
         After `warmup` steps; from `decay_from` of the run on it falls to zero along a cosine.
@@ -44,7 +44,7 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimizer steps of the whole run."""
         return math.ceil(self.samples / self.batch)
 
     def rate(self, step: int) -> float:

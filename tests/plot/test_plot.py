@@ -1,0 +1,315 @@
+"""Figures show the numbers of the run they are made from, and words of a prompt are never read as markup."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import plotly.io
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tiny import tiny_pipeline
+
+from elakit import plot
+from elakit.errors import RecordingError, SettingError
+from elakit.generation import Run, generate
+from elakit.guidance import ELA
+from elakit.plot.style import ENTITY_COLORS, escape, pick_steps
+
+PAIR = "a [red car] and a [blue bird]"
+STEPS = 6
+
+
+def draw(text: str = PAIR, guidance: ELA | None = None, length: int = 20, **options: Any) -> Run:
+    return generate(
+        tiny_pipeline(length=length), text, steps=STEPS, guidance_scale=3, guidance=guidance, progress=False, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def plain() -> Run:
+    return draw()
+
+
+@pytest.fixture(scope="module")
+def guided() -> Run:
+    return draw(guidance=ELA())
+
+
+def heatmaps(figure: go.Figure) -> list[go.Heatmap]:
+    return [trace for trace in figure.data if trace.type == "heatmap"]
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every string of a figure that plotly draws as HTML."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if key not in ("meta", "legendgroup", "source", "template"):
+                yield from texts(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from texts(part)
+    elif isinstance(value, str):
+        yield value
+
+
+def every_figure(run: Run, other: Run) -> list[go.Figure]:
+    return [
+        plot.token_maps(run),
+        plot.region_evolution(run),
+        plot.region_evolution(other, source="guidance"),
+        plot.leakage(run, other, attributes=True),
+        plot.bleeding_over_steps([run, other]),
+        plot.entity_maps(run, other),
+        plot.images(run, other),
+    ]
+
+
+# --- token maps ---------------------------------------------------------------------------------------------
+
+
+def test_token_maps_are_the_recorded_ones(plain: Run) -> None:
+    traces = heatmaps(plot.token_maps(plain))
+    steps = [0, 1, 3, 4, 5]
+    assert len(traces) == len(steps) * len(plain.recording.tokens)
+    maps = plain.recording.maps(layers="up", size=8, steps=steps)
+    for trace in traces:
+        expected = maps.sel(step=trace.meta["step"], token=trace.meta["token"]).values
+        np.testing.assert_array_equal(trace.z, expected)
+
+
+def test_each_token_has_one_color_scale_unless_said_otherwise(plain: Run) -> None:
+    maps = plain.recording.maps(["car", "bird"], layers="up", size=8)
+    by_token = {t.meta["token"]: t.zmax for t in heatmaps(plot.token_maps(plain, tokens=["car", "bird"], steps=STEPS))}
+    assert by_token == pytest.approx({token: float(maps.sel(token=token).max()) for token in ("car", "bird")})
+    shared = heatmaps(plot.token_maps(plain, tokens=["car", "bird"], steps=STEPS, scale="all"))
+    assert {trace.zmax for trace in shared} == {float(maps.max())}
+    alone = heatmaps(plot.token_maps(plain, scale="map"))
+    assert all(trace.zmax == trace.z.max() for trace in alone)
+    assert all(trace.zmin == 0 for trace in (*shared, *alone))
+
+
+def test_token_maps_are_drawn_downwards_with_square_cells(plain: Run) -> None:
+    figure = plot.token_maps(plain, tokens="car", steps=1)
+    low, high = figure.layout.yaxis.range
+    assert low > high
+    assert figure.layout.yaxis.scaleanchor == "x"
+
+
+def test_options_choose_what_is_shown(plain: Run) -> None:
+    figure = plot.token_maps(
+        plain.recording, tokens="entities", steps=[0, -1], layers="down", size=4, normalize="sum", title="Mine"
+    )
+    traces = heatmaps(figure)
+    assert [(t.meta["step"], t.meta["token"]) for t in traces] == [(0, "car"), (5, "car"), (0, "bird"), (5, "bird")]
+    assert all(t.z.shape == (4, 4) and t.z.sum() == pytest.approx(1, abs=1e-5) for t in traces)
+    assert figure.layout.title.text == "<b>Mine</b>"
+
+
+def test_a_long_prompt_is_shown_by_its_entities() -> None:
+    run = draw("a very long story of a [red car] that goes over the hills to a [blue bird] in a far land", length=60)
+    shown = {trace.meta["token"] for trace in heatmaps(plot.token_maps(run))}
+    words = {token.label for token in run.prompt.tokens if token.text in ("red", "car", "blue", "bird")}
+    assert shown == {"<start>", "<end>"} | words
+    assert plot.token_maps(run).layout.width < 1100
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"scale": "row"}, SettingError, "'token', 'all' or 'map'"),
+        ({"steps": 0}, SettingError, "1 or more"),
+        ({"steps": [3, 99]}, SettingError, "99"),
+        ({"tokens": "zebra"}, RecordingError, "zebra"),
+        ({"size": 7}, RecordingError, "7"),
+        ({"normalize": "best"}, SettingError, "best"),
+    ],
+)
+def test_wrong_options_are_named(plain: Run, options: dict[str, Any], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        plot.token_maps(plain, **options)
+
+
+def test_a_run_without_recording_says_so() -> None:
+    run = draw(record=False)
+    for function in (plot.token_maps, plot.region_evolution, plot.leakage, plot.entity_maps):
+        with pytest.raises(RecordingError, match="record=True"):
+            function(run)
+    assert len(plot.images(run).layout.images) == 1
+
+
+# --- regions ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["recording", "guidance"])
+def test_regions_are_those_of_the_run(guided: Run, source: Any) -> None:
+    regions = guided.regions if source == "recording" else guided.guidance.regions
+    figure = plot.region_evolution(guided, source=source, steps=3)
+    shown = [trace for trace in heatmaps(figure) if trace.legendgroup]
+    assert len(shown) == (3 + 1) * 2
+    for trace in shown:
+        mask = regions.sel(step=trace.meta["step"], entity=trace.meta["entity"]).values
+        np.testing.assert_array_equal(trace.z == 1, mask)
+        assert np.isnan(trace.z[~mask]).all()
+    assert shown[-1].meta["step"] == int(regions.step[-1])
+    assert len(figure.layout.images) == 1
+
+
+def test_entities_keep_their_colors_in_every_figure(plain: Run) -> None:
+    legend = {t.name: t.marker.color for t in plot.region_evolution(plain).data if t.type == "scatter"}
+    assert legend == {"car": ENTITY_COLORS[0], "bird": ENTITY_COLORS[1]}
+    frames = {shape.line.color for shape in plot.leakage(plain).layout.shapes}
+    assert frames == set(legend.values())
+    assert len(set(ENTITY_COLORS)) == len(ENTITY_COLORS)
+
+
+def test_image_and_maps_can_be_left_out(plain: Run) -> None:
+    figure = plot.region_evolution(plain, steps=2, image=False, maps=False, columns=1)
+    assert len(heatmaps(figure)) == 4
+    assert not figure.layout.images
+    assert figure.layout.height > figure.layout.width
+
+
+def test_regions_of_guidance_need_guidance(plain: Run) -> None:
+    with pytest.raises(SettingError, match="drawn plainly"):
+        plot.region_evolution(plain, source="guidance")
+    with pytest.raises(SettingError, match="anchored nothing"):
+        plot.region_evolution(draw("a [red car]", ELA()), source="guidance")
+    with pytest.raises(SettingError, match="choose 'recording' or 'guidance'"):
+        plot.region_evolution(plain, source="map")  # type: ignore[arg-type]
+
+
+# --- leakage and curves -------------------------------------------------------------------------------------
+
+
+def test_the_printed_leakage_is_the_measured_one(plain: Run, guided: Run) -> None:
+    figure = plot.leakage(plain, guided)
+    printed = [note.text for note in figure.layout.annotations if re.fullmatch(r"\d\.\d\d", note.text)]
+    expected = [run.bleeding.leakage.mean("step").values for run in (plain, guided)]
+    for trace, values in zip(heatmaps(figure), expected, strict=True):
+        np.testing.assert_allclose(trace.z, values)
+    assert printed == [f"{value:.2f}" for values in expected for value in values.ravel()]
+    one = plot.leakage([plain], step=-1)
+    np.testing.assert_array_equal(one.data[0].z, plain.bleeding.leakage.isel(step=-1).values)
+
+
+def test_attributes_get_rows_of_their_own(plain: Run) -> None:
+    figure = plot.leakage(plain, attributes=True)
+    measured = plain.bleeding
+    both = np.concatenate([measured.leakage.mean("step"), measured.attribute_leakage.mean("step")])
+    np.testing.assert_allclose(figure.data[0].z, both)
+    assert list(figure.layout.yaxis.ticktext) == ["car", "bird", "red (of car)", "blue (of bird)"]
+
+
+def test_curves_are_means_over_entities(plain: Run, guided: Run) -> None:
+    figure = plot.bleeding_over_steps(plain, guided, measures=["bleed", "spill"])
+    frame = plain.bleeding.to_frame()
+    bleed = frame[frame["measure"] == "bleed"].groupby("step")["value"].mean()
+    first = figure.data[0]
+    assert (first.name, list(first.x)) == ("plain", list(range(STEPS)))
+    np.testing.assert_allclose(first.y, bleed.to_numpy())
+    shaded = figure.layout.shapes[0]
+    steps = guided.guidance.to_frame().index
+    assert (shaded.x0, shaded.x1) == (steps.min() - 0.5, steps.max() + 0.5)
+
+
+def test_runs_of_one_method_are_averaged(plain: Run) -> None:
+    other = draw(seed=1)
+    lines = plot.bleeding_over_steps([plain, other], measures=["bleed"]).data
+    assert [line.name for line in lines] == ["plain, seed 0", "plain, seed 1", "plain, mean of 2 runs"]
+    np.testing.assert_allclose(lines[2].y, (lines[0].y + lines[1].y) / 2)
+
+
+def test_what_cannot_be_compared_is_refused(plain: Run) -> None:
+    alone = draw("a [red car]")
+    for function in (plot.leakage, plot.entity_maps):
+        with pytest.raises(SettingError, match="one prompt"):
+            function(plain, alone)
+    for function in (plot.leakage, plot.bleeding_over_steps):
+        with pytest.raises(SettingError, match="at least one run"):
+            function([])
+    with pytest.raises(SettingError, match=r"no iou here; there are .*bleed"):
+        plot.bleeding_over_steps(alone, measures=["iou"])
+
+
+# --- images -----------------------------------------------------------------------------------------------
+
+
+def test_entity_maps_share_a_scale_between_runs(plain: Run, guided: Run) -> None:
+    traces = heatmaps(plot.entity_maps(plain, guided))
+    means = [run.entity_maps().mean("step") for run in (plain, guided)]
+    for trace, (run, label) in zip(traces, [(i, e) for i in (0, 1) for e in ("car", "bird")], strict=True):
+        np.testing.assert_allclose(trace.z, means[run].sel(token=label).values)
+        assert trace.zmax == pytest.approx(max(float(mean.sel(token=label).max()) for mean in means))
+
+
+def test_images_keep_their_pixels(plain: Run) -> None:
+    source = plot.images(plain).layout.images[0].source
+    shown = Image.open(io.BytesIO(base64.b64decode(source.split(",")[1])))
+    assert shown.width % plain.image.width == 0
+    small = shown.resize(plain.image.size, Image.Resampling.NEAREST)
+    np.testing.assert_array_equal(np.asarray(small), np.asarray(plain.image.convert("RGB")))
+
+
+# --- all figures --------------------------------------------------------------------------------------------
+
+
+def test_words_are_never_read_as_markup() -> None:
+    text = "a [<b>car</b>] and a [<script>alert(1)</script> $5$ %{z} <i>]"
+    runs = draw(text, length=60), draw(text, ELA(), length=60)
+    ours = re.compile(r"</?b>|<br>|<span style='font-size:10px'>|</span>|<extra></extra>")
+    for figure in every_figure(*runs):
+        drawn = list(texts(figure.to_dict()))
+        assert drawn
+        for each in drawn:
+            assert "<" not in ours.sub("", each), each
+            assert "$" not in each
+            assert not set(re.findall(r"%{(\w+)", each)) - {"x", "y", "z", "customdata"}
+
+
+def test_labels_in_angle_brackets_are_shown(plain: Run) -> None:
+    headings = [note.text for note in plot.token_maps(plain).layout.annotations]
+    assert any(text.startswith("&lt;start&gt;") for text in headings)
+
+
+def test_figures_change_nothing_and_come_out_the_same(plain: Run, guided: Run) -> None:
+    template = plotly.io.templates.default
+    before = plain.recording.maps().values.copy()
+    first, second = ([f.to_json() for f in every_figure(plain, guided)] for _ in range(2))
+    assert first == second
+    assert plotly.io.templates.default == template
+    np.testing.assert_array_equal(plain.recording.maps().values, before)
+
+
+def test_one_entity_and_many_are_drawn() -> None:
+    many = draw("a [car], a [bird], a [dog], a [cat], a [frog], a [lion], a [bear] and a [clock]", length=60)
+    for function in (plot.token_maps, plot.region_evolution, plot.entity_maps):
+        assert function(many).layout.width <= 1060  # a page
+    assert plot.leakage(many, many).layout.width <= 1060
+    alone = draw("a [dog]")
+    assert plot.leakage(alone).data[0].z.shape == (1, 2)
+    assert len(heatmaps(plot.entity_maps(alone))) == 1
+
+
+@given(st.integers(1, 200), st.integers(1, 30))
+def test_steps_are_spread_from_first_to_last(there: int, wanted: int) -> None:
+    picked = pick_steps(range(there), wanted)
+    assert picked == sorted(set(picked))
+    assert len(picked) == min(there, wanted)
+    assert picked[-1] == there - 1
+    assert wanted == 1 or picked[0] == 0
+    gaps = np.diff(picked)
+    assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
+
+
+@given(st.text())
+def test_escaped_text_holds_no_markup(text: str) -> None:
+    escaped = escape(text)
+    assert not set("<>$%") & set(escaped)
