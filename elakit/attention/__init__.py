@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from elakit.attention.aggregate import resize
 from elakit.attention.edit import Edit, biased, edit
 from elakit.attention.recorder import paused, record
 from elakit.attention.recording import Recording, open_recording
@@ -20,7 +19,6 @@ __all__ = [
     "paused",
     "probabilities",
     "record",
-    "resize",
     "select_layers",
     "tap",
 ]
