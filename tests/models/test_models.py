@@ -38,10 +38,19 @@ from tiny import (
     tiny_t5_tokenizer,
 )
 
-import elakit.models
 from elakit.attention import Edit, edit, record
 from elakit.errors import ModelError, SettingError
-from elakit.models import EMBEDDED, Adapter, DrawingSettings, adapter_for, default_settings, load
+from elakit.models import (
+    EMBEDDED,
+    Adapter,
+    GenerationSettings,
+    adapter_for,
+    default_settings,
+    dispatch,
+    embedded,
+    load,
+    source,
+)
 from elakit.prompt import parse
 
 
@@ -213,7 +222,7 @@ def test_the_page_on_adding_a_family_is_right(monkeypatch: pytest.MonkeyPatch) -
     pipe = tiny_aura_flow()
     with pytest.raises(ModelError, match="AuraFlowTransformer2DModel"):
         adapter_for(pipe)
-    monkeypatch.setattr(elakit.models, "FAMILIES", (*elakit.models.FAMILIES, family))
+    monkeypatch.setattr(dispatch, "FAMILIES", (*dispatch.FAMILIES, family))
     prompt = parse("a [red car]", pipe)
     options = {"max_sequence_length": 12, "height": 32, "width": 48}
     plain = image(pipe, **options)
@@ -276,7 +285,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the network was asked")
 
-    monkeypatch.setattr(elakit.models, "hf_hub_download", refuse)
+    monkeypatch.setattr(source, "hf_hub_download", refuse)
 
 
 @pytest.mark.usefixtures("no_network")
@@ -295,18 +304,18 @@ def test_a_folder_gives_the_pipeline_that_was_saved(folder: Path) -> None:
 def test_an_embedded_model_is_looked_up_in_the_shipped_data(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(elakit.models, "data_path", lambda *parts: folder.parent.joinpath("tiny"))
+    monkeypatch.setattr(embedded, "data_path", lambda *parts: folder.parent.joinpath("tiny"))
     pipe = load("picture-world", device="cpu")
     assert pipe.unet.dtype == torch.float32
     model = EMBEDDED["picture-world"]
-    assert default_settings(pipe) == DrawingSettings(model.steps, model.guidance_scale)
-    monkeypatch.setattr(elakit.models, "data_path", lambda *parts: tmp_path.joinpath(*parts))
+    assert default_settings(pipe) == GenerationSettings(model.steps, model.guidance_scale)
+    monkeypatch.setattr(embedded, "data_path", lambda *parts: tmp_path.joinpath(*parts))
     with pytest.raises(ModelError, match="missing from this installation"):
         load("picture-world")
 
 
 def test_other_pipelines_keep_their_own_defaults(pipe: Any) -> None:
-    assert default_settings(pipe) == DrawingSettings(50, 7.5)
+    assert default_settings(pipe) == GenerationSettings(50, 7.5)
 
 
 @pytest.mark.usefixtures("no_network")
@@ -359,7 +368,7 @@ def test_a_hub_id_that_cannot_be_had_says_why(kind: Any, part: str, monkeypatch:
     def fail(*_: Any) -> None:
         raise hub_error(kind)
 
-    monkeypatch.setattr(elakit.models, "hf_hub_download", fail)
+    monkeypatch.setattr(source, "hf_hub_download", fail)
     with pytest.raises(ModelError, match=part) as error:
         load("someone/some-model")
     assert "'someone/some-model'" in str(error.value)
@@ -369,7 +378,7 @@ def test_a_hub_id_that_cannot_be_had_says_why(kind: Any, part: str, monkeypatch:
 def test_a_wrong_family_is_refused_before_its_weights_are_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(elakit.models, "hf_hub_download", lambda *_: str(tmp_path / "index.json"))
+    monkeypatch.setattr(source, "hf_hub_download", lambda *_: str(tmp_path / "index.json"))
     sana = {"_class_name": "SanaPipeline", "transformer": ["diffusers", "SanaTransformer2DModel"]}
     without = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
     for index, part in ((sana, "a SanaTransformer2DModel"), (without, "UNet2DModel, which does not attend")):
