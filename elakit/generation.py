@@ -439,7 +439,7 @@ def generate(
         try:
             images = pipe(
                 num_inference_steps=steps,
-                guidance_scale=scale,
+                **{adapter.scale_argument: scale},
                 height=height,
                 width=width,
                 latents=latents,

@@ -272,7 +272,9 @@ def parse(text: str | Prompt, pipe: Any, nlp: Any = None) -> Prompt:
 def _sequences(pipe: Any) -> tuple[TextSequence, ...]:
     """The token sequences a pipeline's denoiser attends to."""
     tokenizer = getattr(pipe, "tokenizer", None)
-    if getattr(pipe, "transformer", None) is not None or (tokenizer is None and hasattr(pipe, "tokenizer_2")):
+    encoder = getattr(pipe, "text_encoder", None)
+    other = getattr(pipe, "unet", None) is not None and encoder is not None and "CLIP" not in type(encoder).__name__
+    if getattr(pipe, "transformer", None) is not None or other or (tokenizer is None and hasattr(pipe, "tokenizer_2")):
         from elakit.models import adapter_for  # slow to import, and a prompt read for CLIP needs none of it
 
         return adapter_for(pipe).text()

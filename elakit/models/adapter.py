@@ -294,7 +294,7 @@ class Conditioning:
         Arguments of the pipeline's ``__call__`` that stand for the prompt and the negative prompt, for one image, and
         further arguments that the family needs.
     inputs : dict
-        Arguments of the denoiser for one conditional row: tensors, lists of tensors with one per row, or dicts of these.
+        Arguments of the denoiser for one conditional row: tensors, lists with one tensor per row, or dicts of these.
     shared : dict
         Arguments of the denoiser that all rows have in common (FLUX's positions).
     """

@@ -73,6 +73,6 @@ def unsupported(what: str, reasons: Sequence[str]) -> ModelError:
     kinds = list(dict.fromkeys(near or reasons))
     families = "; ".join(family.family for family in FAMILIES)
     return ModelError(
-        f"{what} is not supported: {'; '.join(kinds)}. Supported: {families}. Load a pipeline of one of these families, "
-        "or add its family in one file: docs/developing/adding-a-family.md in the repository describes how."
+        f"{what} is not supported: {'; '.join(kinds)}. Supported: {families}. Load a pipeline of one of these "
+        "families, or add its family in one file: docs/developing/adding-a-family.md in the repository describes how."
     )

@@ -98,7 +98,7 @@ def default_settings(pipe: Pipeline) -> GenerationSettings:
 
 
 def name_of(pipe: Pipeline) -> str:
-    """Name under which `load` finds this pipeline again: an embedded model's name, a hub id or a folder; else its class.
+    """Name under which `load` finds a pipeline again: an embedded model, a hub id or a folder; else its class.
 
     Parameters
     ----------

@@ -220,9 +220,7 @@ def _variants(folder: Path, variant: str | None) -> str:
     names = [path.name.removesuffix(".safetensors").split(".") for path in folder.glob("*/*.safetensors")]
     known = sorted({parts[1].split("-")[0] for parts in names if len(parts) > 1})
     if known and variant not in known:
-        return (
-            f"The folder has weights of variant {' and '.join(repr(one) for one in known)}: pass variant={known[0]!r}. "
-        )
+        return f"Its folder has the variants {', '.join(known)}: pass variant={known[0]!r}. "
     return ""
 
 

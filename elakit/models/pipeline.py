@@ -8,8 +8,8 @@ from typing import Any, Protocol
 class Pipeline(Protocol):
     """A diffusers pipeline of any supported family.
 
-    The components that it has (``unet`` or ``transformer``, text encoders, ``vae``, ``scheduler``) depend on the family,
-    so that attribute access is not checked any further.
+    Its components (``unet`` or ``transformer``, text encoders, ``vae``, ``scheduler``) depend on the family, so that
+    attribute access is not checked any further.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

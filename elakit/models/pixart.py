@@ -117,7 +117,7 @@ class PixArt(TransformerAdapter):
         return {"callback": callback, "callback_steps": 1}
 
     def _as_read(self, text: str) -> str:
-        """Text as the pipeline passes it to the tokenizer, character for character; it lowercases and cleans prompts."""
+        """Text as the pipeline passes it to the tokenizer, character for character: lowercase and clean."""
         (read,) = self.pipe._text_preprocessing(text, clean_caption=_cleans())
         lowered = text.lower()
         if read != lowered.strip() or len(lowered) != len(text):

@@ -17,8 +17,8 @@ from elakit.tokens import TextSequence
 class StableDiffusion3(TransformerAdapter):
     """Adapter of Stable Diffusion 3 pipelines.
 
-    The text consists of two sequences: that of both CLIP encoders, whose states are concatenated along the channels, and
-    that of T5. Without T5 (``text_encoder_3=None``) its positions exist but are empty; they count as padding.
+    The text consists of two sequences: that of both CLIP encoders, whose states are concatenated along the channels,
+    and that of T5. Without T5 (``text_encoder_3=None``) its positions exist but are empty; they count as padding.
 
     Image locations attend to image and text in one softmax, so that their rows do not sum to 1 over the text.
 
@@ -54,7 +54,7 @@ class StableDiffusion3(TransformerAdapter):
         )
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Rows, timestep and latent size of a call of the transformer; passes of skip-layer guidance are not conditional."""
+        """Rows, timestep and latent size of a call of the transformer; skip-layer passes are not conditional."""
         return replace(super().read_call(args, kwargs), conditional=kwargs.get("skip_layers") is None)
 
     def text(self) -> tuple[TextSequence, ...]:

@@ -117,7 +117,7 @@ class TransformerAdapter:
         return stacked_rows(self.pipe, batch, bool(guided))
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the latent of an image of ``height`` x ``width`` pixels, before it is divided into patches.
+        """Rows and columns of the latent of an image of ``height`` x ``width`` pixels, before division into patches.
 
         Raises
         ------
