@@ -199,8 +199,8 @@ def _component(name: str, part: str, kind: Any, folder: Path, dtype: torch.dtype
             f"The {part} of model {name!r} ({kind.__name__}) does not fit its files: {'; '.join(faults)}. Download or "
             "save the model again, or use a release of diffusers and transformers that reads these names."
         )
-    module.eval()
-    return module  # type: ignore[no-any-return]
+    loaded: nn.Module = module.eval()
+    return loaded
 
 
 def _typed(kind: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:

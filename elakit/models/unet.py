@@ -255,6 +255,7 @@ def step_callback(move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str
 def self_layer(denoiser: nn.Module, beside: AttentionLayer) -> AttentionLayer:
     """Self-attention layer in the block of a cross-attention layer."""
     name = beside.name.rpartition(".")[0] + ".attn1"
+    module: Any
     try:
         module = denoiser.get_submodule(name)
     except AttributeError:
