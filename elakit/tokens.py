@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import itemgetter
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from elakit.errors import ModelError, PromptError
 
@@ -66,6 +66,11 @@ class TextSequence:
     length : number of positions, including padding.
     read : maps the prompt to the text that the pipeline passes to the tokenizer, character for character (PixArt
         lower-cases it).
+    before, after : text that the pipeline puts around the prompt, such as a chat template.
+    dropped : number of leading tokens whose states the pipeline removes (those of a template).
+    padding : the side on which the tokenizer pads. With "left", positions are valid only for a text of exactly
+        ``length`` positions.
+    specials : True if the tokenizer adds special tokens. A chat template contains its own.
     """
 
     name: str
@@ -73,6 +78,16 @@ class TextSequence:
     offset: int
     length: int
     read: Callable[[str], str] = str
+    before: str = ""
+    after: str = ""
+    dropped: int = 0
+    padding: Literal["left", "right"] = "right"
+    specials: bool = True
+
+    def tokenized(self, text: str, **options: Any) -> Any:
+        """Return the tokenizer's output for a text, without truncation or padding."""
+        options = {"add_special_tokens": self.specials} | options
+        return self.tokenizer(text, truncation=False, padding=False, verbose=False, **options)
 
 
 def split_words(text: str, borders: Iterable[int] = ()) -> tuple[Span, ...]:
@@ -202,10 +217,11 @@ def tokenize(text: str, words: Sequence[Span], labels: Sequence[str], sequences:
     start = None
     longest = max(sequences, key=lambda sequence: sequence.length)
     for nth, sequence in enumerate(sequences):
-        read = sequence.read(text)
-        total, pieces = _align_by_offsets(read, words, sequence.tokenizer) or _align_by_words(
-            read, words, sequence.tokenizer
-        )
+        read = sequence.before + sequence.read(text) + sequence.after
+        spans = [(first + len(sequence.before), last + len(sequence.before)) for first, last in words]
+        total, pieces = _align_by_offsets(read, spans, sequence) or _align_by_words(read, spans, sequence)
+        total -= sequence.dropped
+        pieces = [(index - sequence.dropped, word, piece) for index, word, piece in pieces]
         closing = total - 1 - pieces[-1][0]  # number of end-of-text tokens
         if total > sequence.length and sequence is longest:
             special = total - len(pieces)
@@ -218,10 +234,14 @@ def tokenize(text: str, words: Sequence[Span], labels: Sequence[str], sequences:
                 "Shorten the prompt."
             )
         pieces = [piece for piece in pieces if piece[0] < sequence.length - closing]
-        if nth == 0 and _has_start(sequence.tokenizer, read):
+        shift = max(0, sequence.length - total) if sequence.padding == "left" else 0
+        pieces = [(index + shift, word, piece) for index, word, piece in pieces]
+        if nth == 0 and _has_start(sequence, read):
             start = sequence.offset
         last = nth == len(sequences) - 1
         ends.append((sequence.offset + pieces[-1][0] + 1, None if last else sequence.offset + sequence.length))
+        if shift:
+            ends.append((sequence.offset, sequence.offset + shift))
         suffix = f"@{sequence.name}" if len(sequences) > 1 else ""
         of_word, done = Counter(word for _, word, _ in pieces), Counter[int]()
         for index, word, piece in pieces:
@@ -236,33 +256,26 @@ def _shortened(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[:limit]}…"
 
 
-def _has_start(tokenizer: Any, text: str) -> bool:
+def _has_start(sequence: TextSequence, text: str) -> bool:
     """Return True if the tokenizer begins each text with a special token."""
-    options = {"truncation": False, "padding": False, "verbose": False}
-    whole = list(tokenizer(text, **options)["input_ids"])
-    bare = list(tokenizer(text, add_special_tokens=False, **options)["input_ids"])
+    whole = list(sequence.tokenized(text)["input_ids"])
+    bare = list(sequence.tokenized(text, add_special_tokens=False)["input_ids"])
     return whole[:1] != bare[:1]
 
 
 def _align_by_offsets(
-    text: str, words: Sequence[Span], tokenizer: Any
+    text: str, words: Sequence[Span], sequence: TextSequence
 ) -> tuple[int, list[tuple[int, int, str]]] | None:
     """Return the number of tokens and (index, word, piece) for the tokens of words; None without usable offsets."""
-    if not getattr(tokenizer, "is_fast", False):
+    if not getattr(sequence.tokenizer, "is_fast", False):
         return None
-    encoded = tokenizer(
-        text,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-        truncation=False,
-        padding=False,
-        verbose=False,
-    )
+    encoded = sequence.tokenized(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    first_of_prompt, end_of_prompt = len(sequence.before), len(text) - len(sequence.after)
     special, offsets = encoded["special_tokens_mask"], encoded["offset_mapping"]
     pieces: list[tuple[int, int, str]] = []
     covered: set[int] = set()
     for index, (first, last) in enumerate(offsets):
-        if special[index]:
+        if special[index] or last <= first_of_prompt or first >= end_of_prompt:
             continue
         # A piece may cover two words (CLIP reads "'s" in "'small'"). It is assigned to the word that it shares most
         # characters with, or to the last of these.
@@ -276,19 +289,17 @@ def _align_by_offsets(
     return (len(offsets), pieces) if len(covered) == len(words) else None
 
 
-def _align_by_words(text: str, words: Sequence[Span], tokenizer: Any) -> tuple[int, list[tuple[int, int, str]]]:
+def _align_by_words(text: str, words: Sequence[Span], sequence: TextSequence) -> tuple[int, list[tuple[int, int, str]]]:
     """Return the same as `_align_by_offsets` for a tokenizer without offsets, by encoding each word separately."""
-    whole = list(tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"])
+    tokenizer = sequence.tokenizer
+    whole = list(sequence.tokenized(text)["input_ids"])
     alone: list[tuple[int, int]] = []
     for at, (first, last) in enumerate(words):
-        ids = tokenizer(text[first:last], add_special_tokens=False, truncation=False, padding=False, verbose=False)[
-            "input_ids"
-        ]
+        ids = sequence.tokenized(text[first:last], add_special_tokens=False)["input_ids"]
         alone.extend((at, one) for one in ids)
     bare = [one for _, one in alone]
-    # A tokenizer puts at most a few special tokens in front.
-    starts = range(min(len(whole) - len(bare) + 1, 8))
-    start = next((at for at in starts if bare and whole[at : at + len(bare)] == bare), None)
+    starts = range(len(whole) - len(bare) + 1)
+    start = next((at for at in starts if bare and whole[at] == bare[0] and whole[at : at + len(bare)] == bare), None)
     if start is None:
         raise ModelError(
             f"{type(tokenizer).__name__} reports no usable character offsets, and it splits {_shortened(text)!r} "
