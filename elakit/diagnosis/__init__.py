@@ -3,26 +3,7 @@
 `elakit.diagnose` makes it, `elakit.diagnosis.report` shows it.
 """
 
-from elakit.diagnosis.drawer import Drawer
-from elakit.diagnosis.measures import MEANINGS, measure_table
-from elakit.diagnosis.remedies import DEFAULT, Remedy, Tried, ranked
-from elakit.diagnosis.result import Diagnosis, Outcome, Pair
-from elakit.diagnosis.sentences import summary, told
-from elakit.diagnosis.store import open_diagnosis, save
+import lazy_loader
 
-__all__ = [
-    "DEFAULT",
-    "MEANINGS",
-    "Diagnosis",
-    "Drawer",
-    "Outcome",
-    "Pair",
-    "Remedy",
-    "Tried",
-    "measure_table",
-    "open_diagnosis",
-    "ranked",
-    "save",
-    "summary",
-    "told",
-]
+# The names and their modules are in __init__.pyi, for type checkers too; each module is imported when it is needed.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

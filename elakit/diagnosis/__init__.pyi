@@ -1,0 +1,14 @@
+from .drawer import Drawer as Drawer
+from .measures import MEANINGS as MEANINGS
+from .measures import measure_table as measure_table
+from .remedies import DEFAULT as DEFAULT
+from .remedies import Remedy as Remedy
+from .remedies import Tried as Tried
+from .remedies import ranked as ranked
+from .result import Diagnosis as Diagnosis
+from .result import Outcome as Outcome
+from .result import Pair as Pair
+from .sentences import summary as summary
+from .sentences import told as told
+from .store import open_diagnosis as open_diagnosis
+from .store import save as save

@@ -1,0 +1,2 @@
+from . import agreement as agreement
+from . import masks as masks

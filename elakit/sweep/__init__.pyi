@@ -1,0 +1,14 @@
+from .drawing import draw as draw
+from .report import figures as figures
+from .report import summary as summary
+from .report import write as write
+from .store import table as table
+from .suites import SUITES as SUITES
+from .suites import Suite as Suite
+from .suites import read_prompts as read_prompts
+from .suites import spread as spread
+from .suites import suite as suite
+from .sweep import Outcome as Outcome
+from .sweep import run as run
+from .units import Unit as Unit
+from .units import plan as plan
