@@ -3,7 +3,26 @@
 `elakit.diagnose` makes it, `elakit.diagnosis.report` shows it.
 """
 
-import lazy_loader
+from elakit.diagnosis.drawer import Drawer
+from elakit.diagnosis.measures import MEANINGS, measure_table
+from elakit.diagnosis.remedies import DEFAULT, Remedy, Tried, ranked
+from elakit.diagnosis.result import Diagnosis, Outcome, Pair
+from elakit.diagnosis.sentences import summary, told
+from elakit.diagnosis.store import open_diagnosis, save
 
-# The names and their modules are in __init__.pyi, for type checkers too; each module is imported when it is needed.
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ = [
+    "DEFAULT",
+    "MEANINGS",
+    "Diagnosis",
+    "Drawer",
+    "Outcome",
+    "Pair",
+    "Remedy",
+    "Tried",
+    "measure_table",
+    "open_diagnosis",
+    "ranked",
+    "save",
+    "summary",
+    "told",
+]

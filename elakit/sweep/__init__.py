@@ -3,7 +3,26 @@
 ``elakit sweep run`` and ``elakit sweep report`` are this on the command line.
 """
 
-import lazy_loader
+from elakit.sweep.drawing import draw
+from elakit.sweep.report import figures, summary, write
+from elakit.sweep.store import table
+from elakit.sweep.suites import SUITES, Suite, read_prompts, spread, suite
+from elakit.sweep.sweep import Outcome, run
+from elakit.sweep.units import Unit, plan
 
-# The names and their modules are in __init__.pyi, for type checkers too; each module is imported when it is needed.
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ = [
+    "SUITES",
+    "Outcome",
+    "Suite",
+    "Unit",
+    "draw",
+    "figures",
+    "plan",
+    "read_prompts",
+    "run",
+    "spread",
+    "suite",
+    "summary",
+    "table",
+    "write",
+]
