@@ -1,4 +1,3 @@
-from .aggregate import resize as resize
 from .edit import Edit as Edit
 from .edit import biased as biased
 from .edit import edit as edit
