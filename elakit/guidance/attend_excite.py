@@ -80,6 +80,7 @@ class AttendAndExcite(ReadsOneSize):
     normalize_eot: bool = False
 
     name: ClassVar[str] = "attend-and-excite"
+    title: ClassVar[str] = "Attend-and-Excite"
 
     def __post_init__(self) -> None:
         check_numbers(self, "step_size")

@@ -87,6 +87,9 @@ class BoxDiff(ReadsOneSize):
     normalize_eot: bool = False
 
     name: ClassVar[str] = "boxdiff"
+    title: ClassVar[str] = "BoxDiff"
+    takes_regions: ClassVar[bool] = True
+    needs_regions: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "regions", check_layout(self.regions, "BoxDiff(regions=...)"))

@@ -100,6 +100,7 @@ class DivideAndBind(ReadsOneSize):
     variation: str = "released"
 
     name: ClassVar[str] = "divide-and-bind"
+    title: ClassVar[str] = "Divide & Bind"
 
     def __post_init__(self) -> None:
         check_numbers(self, "step_size")

@@ -120,12 +120,13 @@ def quantized_otsu(maps: Tensor) -> np.ndarray:
     Returns
     -------
     ndarray, bool, (n, y, x)
-        Locations at or above the threshold.
+        Locations at or above the threshold, which is the highest level of the lower class: locations of that level
+        belong to the mask, as in the official code.
 
     Examples
     --------
-    >>> quantized_otsu(torch.tensor([[[0.1, 0.12, 0.9, 0.8]]])).astype(int).tolist()
-    [[[0, 0, 1, 1]]]
+    >>> quantized_otsu(torch.tensor([[[0.0, 0.1, 0.9, 0.8]]])).astype(int).tolist()
+    [[[0, 1, 1, 1]]]
     """
     values = maps.detach().cpu().numpy()
     levels = (values * _LEVELS).astype(np.uint16)
@@ -149,7 +150,7 @@ def clean_background(maps: Tensor) -> Tensor:
 
     Examples
     --------
-    >>> clean_background(torch.tensor([[[0.9, 0.8, 0.0, 0.85]]]))
+    >>> clean_background(torch.tensor([[[0.9, 0.8, 0.0, 0.1, 0.0, 0.85]]]))
     tensor(0.8500)
     """
     total = maps.new_zeros(())

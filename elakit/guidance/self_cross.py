@@ -101,6 +101,7 @@ class SelfCross(ReadsOneSize):
     clean: float = 0.1
 
     name: ClassVar[str] = "self-cross"
+    title: ClassVar[str] = "Self-Cross guidance"
     reads_self: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -126,11 +126,14 @@ def test_self_cross_counts_attention_to_where_the_other_entity_is() -> None:
     loss = method.loss(seen, PROMPT, 0, method.begin(PROMPT, 50))
     assert loss.terms["excite"] == pytest.approx(0, abs=1e-6)
     assert loss.terms["self_cross"] == pytest.approx(12 / 16, abs=1e-4)
-    # outside the half's component nothing exceeds its smallest value: A < 1 - A
+    # the mask holds the columns of 1, 1 - A and A, and outside it the map is 0
     assert loss.terms["clean"] == 0
     assert total(SelfCross(top=1, weight=2), seen) == pytest.approx(24 / 16, abs=1e-4)
-    # Locations of each half attend to that half alone: S is 1/8 of the smoothed half, A/8 where the other is 1 - A.
-    reach = sum(min(s / 8, a) for s, a in zip((1, 1 - A, A, 0), (0, A, 1 - A, 1), strict=True))
+    # Locations attend to their own half alone. Those of 1 and 1 - A lie in the entity's half, that of A in the other.
+    own, other = (1, 1 - A, A, 0), (0, A, 1 - A, 1)
+    mine, theirs = (2 - A) / 2, A / 2
+    spread = [(mine * o + theirs * t) / 8 for o, t in zip(own, other, strict=True)]
+    reach = sum(min(s, a) for s, a in zip(spread, other, strict=True))
     assert total(method, replace(APART, own=(HALVED[None],))) == pytest.approx(4 * reach, abs=1e-4)
 
 
