@@ -10,12 +10,12 @@ On the sharpened and smoothed maps A' of Attend-and-Excite, with its steps:
     L = max over entities s of (-TV_s + c JSD(P_r, P_s))
 
 where r is the attribute of s. The second term of TV is the released code's; the paper's total variation compares
-neighboring rows (``variation="repaired"``). P_s is ReLU(x - q max x) + 1e-5 with x = A'_s after a softmax over space and q = .3 where
-TV_s < .1, else .2; P_r is ReLU(y - q max x) + 1e-5, with y the same for A'_r, which is first scaled to the maximum of
-A'_s. P is not normalized again. c is 1, 5 and 10 from steps 0, 10 and 20 of 50. Attributes are read from the layers with
-maps finer than the entities' (64 and 32 rows in Stable Diffusion), subsampled to the entities' size; a model without
-finer maps reads them where it reads the entities. At these three steps, updates are repeated until the smallest TV is
-.05, .2 and .3, at most 50, 20 and 20 times; one more follows.
+neighboring rows (``variation="repaired"``). P_s is ReLU(x - q max x) + 1e-5 with x = A'_s after a softmax over space
+and q = .3 where TV_s < .1, else .2; P_r is ReLU(y - q max x) + 1e-5, with y the same for A'_r, which is first scaled to
+the maximum of A'_s. P is not normalized again. c is 1, 5 and 10 from steps 0, 10 and 20 of 50. Attributes are read from
+the layers with maps finer than the entities' (64 and 32 rows in Stable Diffusion), subsampled to the entities' size; a
+model without finer maps reads them where it reads the entities. At these three steps, updates are repeated until the
+smallest TV is .05, .2 and .3, at most 50, 20 and 20 times; one more follows.
 
 Loss and gradient equal those of the official code to rounding, for both values of `variation`
 (``tests/guidance/test_parity.py``). The released total variation is 1.2 to 1.4 times the repaired one on blobs and 1.4
@@ -24,11 +24,11 @@ to 1.6 times on picture-world's maps; the thresholds of refinement belong to the
 
 Intended differences: words of several tokens have the mean of their maps; an entity with several attributes has the
 mean of their divergences (the official code takes one attribute per entity); an attribute with almost no attention is
-scaled up by at most the noun's maximum / 1e-8; the schedule is kept in shares of the run's steps; a prompt of fewer than
-two entities is not guided. What we take to be mistakes of the official code is not kept: refinement compares the TV of
-before its latest update, so it takes one update more than needed; the later version does not pass its limit of updates
-on and makes up to 100 at step 0 and 50 later; gradient passes get latents that have not been through the scheduler's
-``scale_model_input``.
+scaled up by at most the noun's maximum / 1e-8; the schedule is kept in shares of the run's steps; a prompt of fewer
+than two entities is not guided. What we take to be mistakes of the official code is not kept: refinement compares the
+TV of before its latest update, so it takes one update more than needed; the later version does not pass its limit of
+updates on and makes up to 100 at step 0 and 50 later; gradient passes get latents that have not been through the
+scheduler's ``scale_model_input``.
 """
 
 from __future__ import annotations

@@ -10,11 +10,11 @@ timestep, prepared as in Attend-and-Excite, and R_i the smoothed self-attention 
 
 The noise z0 becomes z = z0 exp(v / 2) + m; Adam moves m and v, from 0, against cross + clean + conflict (without the
 conflict while cross is above 0.5) while the KL divergence of N(m, exp v) from N(0, 1), a mean over elements, stays at
-0.001 or less. The noise is accepted once cross < 0.2 and conflict < 0.3. Up to 5 rounds of 10 passes start from noise of
-their own, the first from the noise given; if none is accepted, the start that came nearest gets 50 more passes. The
-draws after the first are a function of the noise given, so that a run depends on its seed alone.
-The official code goes on to update latents (its example runs so), and so does this: along the cross term at
-Attend-and-Excite's step sizes and guided steps, with refinement at steps 10 and 20 of 50 along cross + 0.1 clean +
+0.001 or less. The noise is accepted once cross < 0.2 and conflict < 0.3. Up to 5 rounds of 10 passes start from noise
+of their own, the first from the noise given; if none is accepted, the start that came nearest gets 50 more passes. The
+draws after the first are a function of the noise given, so that a run depends on its seed alone. The official code goes
+on to update latents (its example runs so), and so does this: along the cross term at Attend-and-Excite's step sizes and
+guided steps, with refinement at steps 10 and 20 of 50 along cross + 0.1 clean +
 0.1 alignment + conflict until cross is at most 0.2 and conflict at most 0.3. ``guided=0`` only chooses the noise.
 
 The terms and their gradients equal those of the official code (``tests/guidance/test_parity.py``; the conflict to a

@@ -14,15 +14,15 @@ The authors' latents are those of the LMS scheduler, signal plus noise of standa
 variance, which the engine moves, the same move is 30 sigma^2 / (1 + sigma^2): 30 at the first step of Stable Diffusion,
 not 6000. The authors leave to the user which tokens an entity has; here they are those of its noun.
 
-E and its gradient equal those of the official code to rounding (``tests/guidance/test_parity.py``). Intended difference:
-a box that contains no whole location keeps the one at its center (in the official code it is empty).
+E and its gradient equal those of the official code to rounding (``tests/guidance/test_parity.py``). Intended
+difference: a box that contains no whole location keeps the one at its center (in the official code it is empty).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -53,8 +53,9 @@ class LayoutGuidance:
     until : float
         Guidance ends with the update of the pass whose loss is not above this value; 0.2 in the official code.
     layers : str, optional
-        Layers read: "up", "down", "mid", "all" or a name pattern; by default the middle block and the first upward block
-        that has cross-attention, and all layers of a model without such blocks (PixArt, Stable Diffusion 3, FLUX).
+        Layers read: "up", "down", "mid", "all" or a name pattern; by default the middle block and the first upward
+        block that has cross-attention, and all layers of a model without such blocks (PixArt, Stable Diffusion 3,
+        FLUX).
 
     Raises
     ------

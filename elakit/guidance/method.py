@@ -197,8 +197,8 @@ def nearest_size(
 ) -> tuple[AttentionLayer, ...]:
     """Layers whose maps' longer side is `size`, or by default the size of the outer blocks nearest to `native`.
 
-    The middle block alone is never read by default: at 768 pixels Stable Diffusion's maps have 96, 48 and 24 rows in the
-    downward and upward blocks and 12 in the middle one, and the authors' codes read the five layers of 24 rows.
+    The middle block alone is never read by default: at 768 pixels Stable Diffusion's maps have 96, 48 and 24 rows in
+    the downward and upward blocks and 12 in the middle one, and the authors' codes read the five layers of 24 rows.
 
     Parameters
     ----------

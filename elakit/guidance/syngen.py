@@ -10,9 +10,9 @@ With each token's map p normalized to sum 1 over space, and D(p, q) = (KL(p||q) 
     L = sum over pairs (noun n, attribute m) of  D(m, n) - 1/2 [mean over u of D(n, u) + mean over u of D(m, u)]
 
 where u runs over the prompt's tokens other than the noun and its attributes, function words included. For words of
-several tokens each divergence is that of the least similar piece, before the mean over u. Step size 20 over the first 25
-of 50 steps, no refinement, no smoothing, no softmax over tokens. A noun without attributes takes no part by default; with
-``lone_nouns`` it contributes the whole mean of D(n, u), with a minus sign.
+several tokens each divergence is that of the least similar piece, before the mean over u. Step size 20 over the first
+25 of 50 steps, no refinement, no smoothing, no softmax over tokens. A noun without attributes takes no part by default;
+with ``lone_nouns`` it contributes the whole mean of D(n, u), with a minus sign.
 
 Loss and gradient equal those of the official code to a relative 5e-7 (``tests/guidance/test_parity.py``). Intended
 differences: the pairs are those of `elakit.parse` (or of the brackets); 1e-9 is added to each map, where the official

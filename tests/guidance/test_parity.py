@@ -121,8 +121,8 @@ def computed(row: dict[str, Any]) -> tuple[Callable[[Attention, Prompt, int], Te
 
 def test_every_method_with_public_code_is_compared() -> None:
     assert {row["method"] for row in REFERENCE["rows"]} == {
-        "attend-and-excite", "boxdiff", "conform", "divide-and-bind", "ebama", "initno", "layout-guidance", "self-cross",
-        "syngen",
+        "attend-and-excite", "boxdiff", "conform", "divide-and-bind", "ebama", "initno", "layout-guidance",
+        "self-cross", "syngen",
     }  # fmt: skip
 
 
