@@ -19,6 +19,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxKontextPipeline,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     QwenImagePipeline,
@@ -28,8 +29,9 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tiny import CORPUS, _sharpen, autoencoder, ready, t5_encoder, tiny_t5_tokenizer
+from tiny import CORPUS, _sharpen, autoencoder, ready, t5_encoder, tiny_flux, tiny_t5_tokenizer
 from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
@@ -46,7 +48,8 @@ from transformers import (
 
 _CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }} "
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{{ message['content'][0]['text'] }}{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{{ message['content'][0]['text'] }}{% endif %}"
     "<|im_end|> {% endfor %}"
 )
 _LANGUAGE: dict[str, Any] = {
@@ -64,6 +67,7 @@ def chat_tokenizer(padding_side: str = "right", start: bool = False) -> PreTrain
     """Byte-level BPE of the corpus's words with a chat template, and a start token if asked."""
     backend = Tokenizer(BPE())
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = ByteLevelDecoder()
     specials = ["<pad>", "<bos>", "<|im_start|>", "<|im_end|>"]
     trainer = BpeTrainer(
         vocab_size=10_000, initial_alphabet=sorted(ByteLevel.alphabet()), special_tokens=specials, show_progress=False
@@ -115,12 +119,15 @@ def tiny_flux2(seed: int = 0, klein: bool = False) -> Any:
     parts = {"vae": vae, "text_encoder": encoder, "tokenizer": tokenizer, "transformer": net}
     kind: Any = Flux2KleinPipeline if klein else Flux2Pipeline
     pipe = ready(kind(scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), **parts))
-    layers = pipe.encode_prompt
+    # The defaults name layers that the tiny encoder does not have.
+    plain = kind.encode_prompt
 
-    def encode_prompt(*args: Any, **kwargs: Any) -> Any:  # the defaults name layers that the tiny encoder lacks
-        return layers(*args, **{**kwargs, "text_encoder_out_layers": (1, 2, 3)})
+    class Tiny(kind):
+        def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+            return plain(self, *args, **{**kwargs, "text_encoder_out_layers": (1, 2, 3)})
 
-    pipe.encode_prompt = encode_prompt
+    Tiny.__name__ = kind.__name__
+    pipe.__class__ = Tiny
     return pipe
 
 
@@ -148,19 +155,6 @@ def tiny_z_image(seed: int = 0) -> Any:
         _sharpen(net, ".attention.to_q.", ".attention.to_k.")
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     return ready(ZImagePipeline(scheduler, vae, encoder, tokenizer, net))  # type: ignore[call-arg]
-
-
-class _WithStates(torch.nn.Module):
-    """A language model that answers with hidden states as Qwen2.5-VL does."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.config = model.config
-        self.dtype = torch.float32
-
-    def forward(self, **inputs: Any) -> Any:
-        return self.model(**inputs)
 
 
 def tiny_qwen_image(seed: int = 0) -> Any:
@@ -257,7 +251,12 @@ def tiny_lumina2(seed: int = 0) -> Any:
             axes_lens=(256, 64, 64),
             cap_feat_dim=16,
         )
-        vae = autoencoder(shift_factor=0.1, block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+        vae = autoencoder(
+            shift_factor=0.1,
+            block_out_channels=(8, 8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
         _sharpen(net, ".attn.to_q.", ".attn.to_k.")
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     return ready(Lumina2Pipeline(net, scheduler, vae, encoder, tokenizer))  # type: ignore[call-arg]
@@ -308,6 +307,12 @@ def tiny_chroma(seed: int = 0) -> Any:
     return ready(ChromaPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), **parts))
 
 
+def tiny_kontext() -> Any:
+    """FLUX Kontext pipeline of the components of the tiny FLUX."""
+    parts = {name: part for name, part in tiny_flux().components.items() if part is not None}
+    return ready(FluxKontextPipeline(**parts))
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "FLUX.2": tiny_flux2,
     "FLUX.2 Klein": lambda: tiny_flux2(klein=True),
@@ -317,4 +322,5 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "Lumina 2": tiny_lumina2,
     "AuraFlow": tiny_aura_flow,
     "Chroma": tiny_chroma,
+    "FLUX.1 Kontext": tiny_kontext,
 }
