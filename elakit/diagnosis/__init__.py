@@ -1,28 +1,30 @@
-"""A diagnosis: what was drawn, what was found, what fixes it, and all that in words, code and files.
+"""Diagnosis of a prompt: images with and without guidance, failures, causes and remedies, as text, code and files.
 
-`elakit.diagnose` makes it, `elakit.diagnosis.report` shows it.
+`elakit.diagnose` makes a diagnosis, and `elakit.diagnosis.report` writes it as an HTML page.
 """
 
-from elakit.diagnosis.drawer import Drawer
+from elakit.diagnosis.data import DiagnosisData, Outcome, Pair
 from elakit.diagnosis.measures import MEANINGS, measure_table
-from elakit.diagnosis.remedies import DEFAULT, Remedy, Tried, ranked
-from elakit.diagnosis.result import Diagnosis, Outcome, Pair
-from elakit.diagnosis.sentences import summary, told
-from elakit.diagnosis.store import open_diagnosis, save
+from elakit.diagnosis.procedure import diagnose
+from elakit.diagnosis.remedies import Remedy, RemedyResult, ranked
+from elakit.diagnosis.result import Diagnosis, open_diagnosis
+from elakit.diagnosis.sentences import statements, summary
+from elakit.diagnosis.trials import DEFAULT, OTHERS
 
 __all__ = [
     "DEFAULT",
     "MEANINGS",
+    "OTHERS",
     "Diagnosis",
-    "Drawer",
+    "DiagnosisData",
     "Outcome",
     "Pair",
     "Remedy",
-    "Tried",
+    "RemedyResult",
+    "diagnose",
     "measure_table",
     "open_diagnosis",
     "ranked",
-    "save",
+    "statements",
     "summary",
-    "told",
 ]

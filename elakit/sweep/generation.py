@@ -1,7 +1,8 @@
-"""Draw a unit: its images, judged and measured, as rows of the sweep's table."""
+"""Generation of a unit: its images, judged and measured, as rows of the sweep's table."""
 
 from __future__ import annotations
 
+import io
 import time
 from functools import lru_cache
 from threading import Lock
@@ -10,6 +11,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import transformers
+from PIL import Image
 
 from elakit.attention import RecordSpec
 from elakit.generation import Run, generate
@@ -20,36 +22,38 @@ from elakit.models import load
 from elakit.prediction import features, load_predictor
 from elakit.sweep.units import Unit
 
-# Columns that are means of a measure of bleeding over steps and entities.
+# Columns that hold the mean of a bleeding measure over steps and entities.
 BLEEDING = ("bleed", "intrusion", "spill", "ruzicka", "attribute_bleed")
 
 _lock = Lock()
 
 
-def draw(unit: Unit) -> list[dict[str, Any]]:
-    """Draw a unit's seeds in one batch, judge and measure them.
+def generate_unit(unit: Unit, *, keep_images: bool = False) -> list[dict[str, Any]]:
+    """Generate the images of a unit in one batch, judge and measure them.
 
-    The model is loaded once a process, and stays loaded until another is asked for.
+    The pipeline stays loaded in the process until a unit of another model is generated.
 
     Parameters
     ----------
     unit : Unit
+    keep_images : bool
+        Also return each image as PNG bytes, in the column "png".
 
     Returns
     -------
     list of dict
-        One row a seed; the columns are those of `elakit.sweep.table`.
+        One row per seed, with the columns of `elakit.sweep.table`.
 
     Examples
     --------
-    >>> rows = draw(Unit("picture-world", "a [cat] and a [lion]", (1, 3), steps=2))
+    >>> rows = generate_unit(Unit("picture-world", "a [cat] and a [lion]", (1, 3), steps=2))
     >>> [(row["seed"], row["method"], row["steps"], row["skipped"]) for row in rows]
     [(1, 'plain', 2, 0), (3, 'plain', 2, 0)]
     """
-    with _lock:  # threads of one process share the pipeline, which is recorded and guided by hooks
+    with _lock:  # threads of one process share the pipeline, which is recorded and guided through hooks
         pipe = _pipeline(unit.model, unit.device, unit.dtype)
-        only_if = unit.only_if()
-        guide_if = load_predictor().guide_if(only_if["above"], after=only_if["after"]) if only_if else None
+        condition = unit.condition()
+        guide_if = load_predictor().guide_if(condition["above"], after=condition["after"]) if condition else None
         began = time.perf_counter()
         runs = generate(
             pipe,
@@ -63,11 +67,26 @@ def draw(unit: Unit) -> list[dict[str, Any]]:
             progress=False,
         )
         seconds = (time.perf_counter() - began) / len(runs)
-        return [_row(unit, run, seconds) for run in runs]
+        rows = [_row(unit, run, seconds, pipe.device.type) for run in runs]
+        return [row | {"png": png(run.image)} for row, run in zip(rows, runs, strict=True)] if keep_images else rows
 
 
-def _row(unit: Unit, run: Run, seconds: float) -> dict[str, Any]:
-    if unit.detector is None:
+def png(image: Image.Image) -> bytes:
+    """Encode an image as PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def blocked(run: Run) -> bool:
+    """Whether the pipeline's safety checker replaced the image of a run."""
+    return bool(run.settings.get("nsfw"))
+
+
+def _row(unit: Unit, run: Run, seconds: float, device: str) -> dict[str, Any]:
+    if blocked(run):
+        verdict = None  # the safety checker's black image says nothing about the method
+    elif unit.detector is None:
         verdict = run.verdict
     else:
         verdict = judge(run.image, run.prompt, _detector(unit.detector, unit.device))
@@ -75,9 +94,11 @@ def _row(unit: Unit, run: Run, seconds: float) -> dict[str, Any]:
     return {
         **unit.labels(),
         "seed": run.seed,
-        # what the model chose where the unit does not say
+        # the values used, where the unit leaves them to the model
         "steps": run.settings["steps"],
         "guidance_scale": run.settings["guidance_scale"],
+        "device": device,
+        "blocked": blocked(run),
         **_judged(verdict),
         **{name: float(overall.get(name, np.nan)) for name in BLEEDING},
         **_guided(run.guidance),
@@ -88,11 +109,11 @@ def _row(unit: Unit, run: Run, seconds: float) -> dict[str, Any]:
 
 def _judged(verdict: Verdict | None) -> dict[str, Any]:
     if verdict is None:
-        return {}  # columns without a value are empty
-    wrong = {name.replace(" ", "_"): name in verdict.failures for name in FAILURES}
+        return {}  # columns without a value stay empty
+    failures = {name.replace(" ", "_"): name in verdict.failures for name in FAILURES}
     return {
         "success": verdict.success,
-        **wrong,
+        **failures,
         "extra": len(verdict.extra),
         "present": float(np.mean(list(verdict.present.values()))),
         "score": float(np.mean([thing.score for thing in verdict.things])) if verdict.things else np.nan,
@@ -111,7 +132,7 @@ def _guided(trace: Trace | None) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _pipeline(model: str, device: str | None, dtype: str | None) -> Any:
-    # loading bars of many workers would run into each other, and into the sweep's own
+    # the loading bars of several workers would interleave with each other and with the sweep's own bar
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     return load(model, device=device, dtype=dtype)
