@@ -1,4 +1,4 @@
-"""What every family of architectures tells of itself: its layers, its calls, its text; see docs/adding-a-family.md."""
+"""Contract of the model adapters: layers, denoiser calls and text sequences (docs/developing/adding-a-family.md)."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES, IMAGES, TEXT, draw, ip_adapter, observe
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_families import FAMILIES, IMAGES, TEXT, draw, ip_adapter, observe
 from tiny import tiny_flux, tiny_pipeline, tiny_sd3
 from torch.overrides import _get_current_function_mode_stack
 

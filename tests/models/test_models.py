@@ -181,7 +181,7 @@ def test_an_unsupported_pipeline_is_refused_with_the_families(make: Any, part: s
         adapter_for(make())
     families = "Stable Diffusion 1.x/2.x; Stable Diffusion XL; PixArt-Alpha/Sigma; Stable Diffusion 3/3.5; FLUX.1"
     assert f"Supported: {families}" in str(error.value)
-    assert "docs/adding-a-family.md" in str(error.value)
+    assert "docs/developing/adding-a-family.md" in str(error.value)
 
 
 def test_a_near_miss_is_told_without_the_reasons_of_other_kinds() -> None:
@@ -195,7 +195,7 @@ def test_a_near_miss_is_told_without_the_reasons_of_other_kinds() -> None:
 
 # -- adding a family -------------------------------------------------------------------------------------------------
 
-PAGE = Path(__file__).parents[2] / "docs" / "adding-a-family.md"
+PAGE = Path(__file__).parents[2] / "docs" / "developing" / "adding-a-family.md"
 
 
 def test_the_page_on_adding_a_family_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
