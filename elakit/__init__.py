@@ -4,8 +4,7 @@ from elakit import errors, plot, regions
 from elakit import judge as judge
 from elakit.attention import Recording, RecordSpec, open_recording, record
 from elakit.bleeding import Bleeding
-from elakit.diagnosis import open_diagnosis
-from elakit.diagnosis.procedure import Diagnosis, diagnose
+from elakit.diagnosis import Diagnosis, diagnose, open_diagnosis
 from elakit.generation import Progress, Run, compare, generate, open_run
 from elakit.guidance import ELA
 from elakit.measures import agreement

@@ -86,7 +86,7 @@ def diagnose(
 ) -> None:
     """Draw a prompt over a few seeds; report what goes wrong, why, and which remedy fixes it."""
     from elakit.diagnosis import report
-    from elakit.diagnosis.remedies import check
+    from elakit.diagnosis.trials import check
     from elakit.prediction import load_predictor
 
     if seeds < 1:
@@ -219,7 +219,7 @@ def _diagnose_many(file: Path, out: Path, **settings: Any) -> None:
     except KeyboardInterrupt:
         typer.echo(f"Interrupted; what is finished is kept in {out}. Go on with\n  {again}", err=True)
         raise typer.Exit(130) from None
-    typer.echo(f"{done.there + done.done} of {len(texts)} prompts are diagnosed.")
+    typer.echo(f"{done.earlier + done.diagnosed} of {len(texts)} prompts are diagnosed.")
     for prompt, error in list(done.failed.items())[:5]:
         typer.echo(f"{prompt!r} failed: {error.splitlines()[0]}", err=True)
     typer.echo(f"Summary: {done.page}")

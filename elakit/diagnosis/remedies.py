@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from elakit.generation import Run
-from elakit.guidance import Method, method_title
+from elakit.guidance import Method
+from elakit.plot.style import method_name as method_title
 from elakit.prompt import Prompt
 from elakit.statistics import wilson
 
@@ -18,9 +19,11 @@ Kind = Literal["guidance", "seed", "wording", "regions"]
 Status = Literal["tried", "failed", "not tried"]
 
 _TITLES = {
-    "another-seed": "Another seed", "swapped": "Entities in the opposite order", "next-to": "“next to” instead of “and”",
+    "another-seed": "Another seed",
+    "swapped": "Entities in the opposite order",
+    "next-to": "“next to” instead of “and”",
     "regions": "Regions side by side",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,12 @@
 
 from elakit.sweep.charts import figures
 from elakit.sweep.comparison import summary
+from elakit.sweep.export import export_images
 from elakit.sweep.generation import generate_unit
 from elakit.sweep.prompts import BENCHMARKS, Benchmark, read_prompts, spread
 from elakit.sweep.report import write
+from elakit.sweep.scorers import SCORERS
+from elakit.sweep.scoring import score
 from elakit.sweep.store import table
 from elakit.sweep.suites import SUITES, Suite, suite
 from elakit.sweep.sweep import Outcome, run
@@ -15,16 +18,19 @@ from elakit.sweep.units import Unit, plan, shard
 
 __all__ = [
     "BENCHMARKS",
+    "SCORERS",
     "SUITES",
     "Benchmark",
     "Outcome",
     "Suite",
     "Unit",
+    "export_images",
     "figures",
     "generate_unit",
     "plan",
     "read_prompts",
     "run",
+    "score",
     "shard",
     "spread",
     "suite",

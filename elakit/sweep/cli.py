@@ -1,4 +1,4 @@
-"""The command line of sweeps: ``elakit sweep run``, ``report``, ``suites`` and ``methods``."""
+"""The command line of sweeps: ``elakit sweep run``, ``report``, ``score``, ``export``, ``suites`` and ``methods``."""
 
 from __future__ import annotations
 
@@ -126,6 +126,10 @@ def run(
         raise typer.Exit(130) from None
     report = shlex.join(["elakit", "sweep", "report", str(out)])
     typer.echo(f"{_kept(mine, out, keep_images)} of {total} images are in {out}. Summarize them with\n  {report}")
+    if keep_images and _kept(mine, out, keep_images):
+        from elakit.sweep import export_images
+
+        typer.echo(f"The images and their metadata are exported to {export_images(out)}.")
     if outcome.failed:
         count, error = len(outcome.failed), next(iter(outcome.failed.values())).splitlines()[0]
         typer.echo(f"{count} unit{'s' * (count > 1)} failed; the first error is\n  {error}", err=True)
@@ -155,6 +159,57 @@ def report(
     page = write(folder, out)
     typer.echo(page.with_suffix(".md").read_text(encoding="utf-8"))
     typer.echo(f"Report: {page}")
+
+
+@app.command("score")
+def score(
+    folder: Annotated[Path, typer.Argument(help="Folder of a sweep that was run with --keep-images.")],
+    scorers: Annotated[
+        list[str] | None,
+        typer.Option("--scorer", help="NAME or NAME=MODEL, see --list. May be given several times."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="List the scorers with their default models, and exit.")] = False,
+) -> None:
+    """Score the kept images of a sweep, and add the scores to its table.
+
+    Example: elakit sweep score results/animals --scorer clip --scorer detector=google/owlv2-base-patch16
+    """
+    from tqdm.auto import tqdm
+
+    from elakit.sweep import SCORERS
+    from elakit.sweep import score as score_sweep
+
+    if show:
+        for kind in SCORERS.values():
+            typer.echo(f"{kind.name:10s}{kind.model or '(name a model)':42s}{kind.summary}")
+        return
+    if not scorers:
+        raise SettingError(f"Give at least one --scorer: {', '.join(SCORERS)}.")
+    with tqdm(unit="image", dynamic_ncols=True) as bar:
+
+        def show_progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        score_sweep(folder, scorers, device=device, on_progress=show_progress)
+    typer.echo(
+        f"Scores: {folder / 'scores'}. Summarize them with\n  {shlex.join(['elakit', 'sweep', 'report', str(folder)])}"
+    )
+
+
+@app.command("export")
+def export(
+    folder: Annotated[Path, typer.Argument(help="Folder of a sweep that was run with --keep-images.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: export in the folder.")] = None,
+) -> None:
+    """Export kept images in the layouts that T2I-CompBench, GenEval 2 and t2v_metrics read.
+
+    Example: elakit sweep export results/animals
+    """
+    from elakit.sweep import export_images
+
+    typer.echo(f"Export: {export_images(folder, out)}")
 
 
 @app.command("suites")

@@ -10,7 +10,7 @@ import pandas as pd
 
 from elakit.statistics import bootstrap, holm, mcnemar
 from elakit.sweep.options import PLAIN, canonical
-from elakit.sweep.store import IMAGE, SETTINGS
+from elakit.sweep.store import IMAGE, SCHEMA, SETTINGS
 
 RESAMPLES, LEVEL = 2000, 95  # number of bootstrap resamples, confidence level in percent
 SHARES = ("success", "neglect", "mixture", "wrong_color")
@@ -60,6 +60,38 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     found = pd.DataFrame(rows, index=pd.Index(names, name="method"))
     found["p_holm"] = holm(found["p"].to_numpy())
     return found
+
+
+def score_summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean of each column that `elakit.sweep.score` added, by method, with bootstrap intervals over prompts.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From `elakit.sweep.table`.
+
+    Returns
+    -------
+    DataFrame
+        Columns method (its label), score, images, value, low, high. Empty without scores.
+    """
+    own = [name for name in table.columns if name not in SCHEMA.names and name != "variant"]
+    numeric = [
+        name for name in own if pd.api.types.is_numeric_dtype(table[name]) or table[name].dropna().isin([0, 1]).all()
+    ]
+    labels = pd.Series(variants(table), index=table.index)
+    rows = []
+    for label in sorted(labels.unique(), key=lambda name: (not str(name).startswith(PLAIN), name)):
+        for name in numeric:
+            values = table.loc[labels == label, ["prompt", name]].dropna()
+            if len(values):
+                found = bootstrap(
+                    values[name].to_numpy(float), None, values["prompt"].to_numpy(str), resamples=RESAMPLES
+                )
+                rows.append((label, name, len(values), *found))
+            else:
+                rows.append((label, name, 0, np.nan, np.nan, np.nan))
+    return pd.DataFrame(rows, columns=["method", "score", "images", "value", "low", "high"])
 
 
 def variants(table: pd.DataFrame) -> list[str]:

@@ -20,6 +20,7 @@ from elakit.judge import FAILURES, Detector, Verdict, judge
 from elakit.judge.detectors import load_detector
 from elakit.models import load
 from elakit.prediction import features, load_predictor
+from elakit.sweep.options import canonical
 from elakit.sweep.units import Unit
 
 # Columns that hold the mean of a bleeding measure over steps and entities.
@@ -99,6 +100,7 @@ def _row(unit: Unit, run: Run, seconds: float, device: str) -> dict[str, Any]:
         "guidance_scale": run.settings["guidance_scale"],
         "device": device,
         "blocked": blocked(run),
+        "parsed": canonical(run.prompt.to_dict()),
         **_judged(verdict),
         **{name: float(overall.get(name, np.nan)) for name in BLEEDING},
         **_guided(run.guidance),

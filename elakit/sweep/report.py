@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from elakit.files import check_path, write_file, write_text
 from elakit.sweep.charts import summary_figures
-from elakit.sweep.comparison import LEVEL, RESAMPLES, short, summary
+from elakit.sweep.comparison import LEVEL, RESAMPLES, score_summary, short, summary
 from elakit.sweep.options import PLAIN
 from elakit.sweep.store import SETTINGS, failures
 from elakit.sweep.store import table as read_table
@@ -59,10 +59,13 @@ def write(folder: str | Path, out: str | Path | None = None) -> Path:
     if len(suites) > 1:
         parts += [(name or "Own prompts", summary(table[table["suite"] == name])) for name in suites]
     sections = [(heading, _cells(found)) for heading, found in parts]
+    scores = score_summary(table)
     shown = {
         "settings": _settings(table),
         "headings": ["method", "images", *(heading for _, heading, _ in MEASURES), "p (Holm)"],
         "meanings": [(heading, meaning) for _, heading, meaning in MEASURES],
+        "scores": _score_cells(scores),
+        "score_headings": ["method", *dict.fromkeys(scores["score"])],
         "notes": _notes(table, len(failures(folder))),
         "level": LEVEL,
         "resamples": f"{RESAMPLES:,}",
@@ -74,7 +77,8 @@ def write(folder: str | Path, out: str | Path | None = None) -> Path:
     write_file(page.with_suffix(".csv"), csv_bytes(pd.concat(dict(parts), names=["prompts of"]).reset_index()))
     marked = [(_marked(heading), [[_marked(cell) for cell in row] for row in rows]) for heading, rows in sections]
     settings = [(name, _marked(value)) for name, value in _settings(table)]
-    text = _environment().get_template("sweep.md.jinja").render(**{**shown, "settings": settings}, sections=marked)
+    plain = {"settings": settings, "scores": [[_marked(cell) for cell in row] for row in shown["scores"]]}
+    text = _environment().get_template("sweep.md.jinja").render(**{**shown, **plain}, sections=marked)
     write_text(page.with_suffix(".md"), text)
     text = _environment().get_template("sweep.html.jinja").render(**shown, sections=sections, plots=plots)
     write_text(page, text)
@@ -126,6 +130,17 @@ def _cells(found: pd.DataFrame) -> list[list[str]]:
                 cells.append(f"{value:.1%} ({low:.1%}–{high:.1%})")
         p = row["p_holm"]
         rows.append([*cells, "–" if np.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"])
+    return rows
+
+
+def _score_cells(scores: pd.DataFrame) -> list[list[str]]:
+    """Format the scores, one row per method and one column per score."""
+    names = list(dict.fromkeys(scores["score"]))
+    rows = []
+    for method in dict.fromkeys(scores["method"]):
+        own = scores[scores["method"] == method].set_index("score")
+        cells = [f"{v.value:.3f} ({v.low:.3f}–{v.high:.3f})" for v in (own.loc[name] for name in names)]
+        rows.append([str(method), *("–" if cell.startswith("nan") else cell for cell in cells)])
     return rows
 
 

@@ -18,6 +18,7 @@ import pyarrow.parquet
 
 from elakit.errors import OutputError, SettingError
 from elakit.files import read_json, write_file, write_json
+from elakit.prompt import Prompt
 from elakit.sweep.units import Unit
 
 _TEXT, _INTEGER, _NUMBER, _BOOLEAN = pa.string(), pa.int64(), pa.float64(), pa.bool_()
@@ -29,7 +30,7 @@ SCHEMA = pa.schema(
         "bleed": _NUMBER, "intrusion": _NUMBER, "spill": _NUMBER, "ruzicka": _NUMBER, "attribute_bleed": _NUMBER,
         "loss_first": _NUMBER, "loss_last": _NUMBER, "skipped": _INTEGER, "refinements": _INTEGER, "seconds": _NUMBER,
         "model": _TEXT, "steps": _INTEGER, "guidance_scale": _NUMBER, "device": _TEXT, "dtype": _TEXT,
-        "detector": _TEXT, "key": _TEXT, "features": pa.list_(pa.float32()),
+        "detector": _TEXT, "key": _TEXT, "parsed": _TEXT, "features": pa.list_(pa.float32()),
     }
 )  # fmt: skip
 # Settings within which images are compared, and the columns that identify an image. The device is not among them: the
@@ -47,12 +48,14 @@ class Result:
     images: dict[int, bytes] = field(default_factory=dict)
 
 
-def table(folder: str | Path) -> pd.DataFrame:
+def table(folder: str | Path, scores: bool = True) -> pd.DataFrame:
     """Read all images of a sweep, one per row, in an order that does not depend on when each was generated.
 
     Parameters
     ----------
     folder : str or Path
+    scores : bool
+        Join the columns of `elakit.sweep.score`.
 
     Returns
     -------
@@ -62,8 +65,8 @@ def table(folder: str | Path) -> pd.DataFrame:
         score); blocked (the safety checker replaced the image, which is therefore not judged); bleed, intrusion,
         spill, ruzicka, attribute_bleed (means over steps and entities); loss_first, loss_last, skipped, refinements
         (of the guidance); seconds (generation time per image); model, steps, guidance_scale, device, dtype, detector;
-        key (of the unit); features (`elakit.prediction.features`, share by share). Unknown values are missing. An
-        image that two units have in common appears once.
+        key (of the unit); parsed (the prompt as JSON, see `parsed_prompt`); features (`elakit.prediction.features`,
+        share by share). Unknown values are missing. An image that two units have in common appears once.
 
     Raises
     ------
@@ -90,7 +93,40 @@ def table(folder: str | Path) -> pd.DataFrame:
     kinds = {_INTEGER: pd.Int64Dtype(), _BOOLEAN: pd.BooleanDtype()}
     frame: pd.DataFrame = pa.concat_tables(tables).to_pandas(types_mapper=kinds.get)
     frame = frame.sort_values([*IDENTITY, "key"], kind="stable").drop_duplicates(list(IDENTITY))
-    return frame.reset_index(drop=True)
+    return _with_scores(folder, frame.reset_index(drop=True)) if scores else frame.reset_index(drop=True)
+
+
+def score_file(folder: Path, scorer: str) -> Path:
+    """Path of the scores of a scorer."""
+    return folder / "scores" / f"{scorer}.parquet"
+
+
+def parsed_prompt(text: str) -> Prompt:
+    """Prompt of a row of the table, from its column "parsed".
+
+    Raises
+    ------
+    OutputError
+        The text does not contain a prompt, as in sweeps of older releases.
+    """
+    try:
+        return Prompt.from_dict(json.loads(text))
+    except (TypeError, ValueError, KeyError) as error:
+        raise OutputError(
+            "The sweep does not contain the parsed prompts. Run it again into a new folder with this release."
+        ) from error
+
+
+def _with_scores(folder: Path, frame: pd.DataFrame) -> pd.DataFrame:
+    for path in sorted((folder / "scores").glob("*.parquet")):
+        try:
+            scores = pyarrow.parquet.read_table(path, partitioning=None).to_pandas().drop(columns="model")
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise OutputError(
+                f"The scores in {path} cannot be read: {error}. Delete the file and score again."
+            ) from error
+        frame = frame.merge(scores, on=["key", "seed"], how="left")
+    return frame
 
 
 def _read(path: Path) -> pa.Table:

@@ -28,7 +28,21 @@ from plotly.offline import get_plotlyjs
 
 from elakit.errors import OutputError, SettingError
 from elakit.guidance import ELA, METHODS
-from elakit.sweep import BENCHMARKS, SUITES, Unit, figures, plan, read_prompts, report, run, store, suite, summary, sweep, table
+from elakit.sweep import (
+    BENCHMARKS,
+    SUITES,
+    Unit,
+    figures,
+    plan,
+    read_prompts,
+    report,
+    run,
+    store,
+    suite,
+    summary,
+    sweep,
+    table,
+)
 from elakit.sweep.options import method_options
 from elakit.world.vocabulary import COLORS, NOUNS
 

@@ -10,7 +10,8 @@ from markupsafe import Markup
 
 from elakit import plot
 from elakit.diagnosis.data import DiagnosisData, Pair
-from elakit.guidance import Trace, method_title
+from elakit.guidance import Trace
+from elakit.plot.style import method_name as method_title
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ def describe_regions(trace: Trace) -> str:
         return f"{source}. The latent was moved along the gradient of the loss in each of the {moved} guided steps."
     if moved == 0:
         return f"{source}. Attention was changed within the denoiser's calls; the latent was not moved."
-    return f"{source}. The latent was moved along the gradient of the loss in {moved} of {len(trace.rows)} guided steps."
+    return (
+        f"{source}. The latent was moved along the gradient of the loss in {moved} of {len(trace.rows)} guided steps."
+    )
 
 
 def _figure(key: str, heading: str, figure: go.Figure, text: str) -> Figure:

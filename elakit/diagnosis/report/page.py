@@ -21,8 +21,9 @@ from elakit.diagnosis.report import views
 from elakit.diagnosis.report.figures import figures
 from elakit.diagnosis.sentences import plural, statements
 from elakit.files import check_path, write_text
-from elakit.guidance import Trace, method_title
+from elakit.guidance import Trace
 from elakit.plot.style import entity_colors
+from elakit.plot.style import method_name as method_title
 
 
 def render(diagnosis: DiagnosisData, command: str = "") -> str:
@@ -151,8 +152,10 @@ def _why_example(diagnosis: DiagnosisData, example: Pair) -> str:
         return ""
     if example.outcome == "fixed":
         others = diagnosis.count("fixed") > 1
-        return f"Of the {diagnosis.count('fixed')} fixed seeds, the one with the highest plain bleed." if others else (
-            "The only fixed seed."
+        return (
+            f"Of the {diagnosis.count('fixed')} fixed seeds, the one with the highest plain bleed."
+            if others
+            else ("The only fixed seed.")
         )
     none = f"{method_title(diagnosis.method)} fixed no seed; " if diagnosis.judged else ""
     said = f"{none}this is the seed with the highest plain bleed."
