@@ -6,7 +6,6 @@ import json
 import shlex
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +14,7 @@ import typer
 import elakit
 from elakit.errors import ElakitError, OutputError, SettingError
 from elakit.files import write_file
-from elakit.guidance import METHODS, without_regions
-from elakit.models import EMBEDDED, FAMILIES
+from elakit.guidance.registry import METHODS, without_regions
 from elakit.prediction.cli import app as predict
 from elakit.resources import data_path
 from elakit.sweep.cli import app as sweep
@@ -178,6 +176,8 @@ def run(
 @app.command()
 def models() -> None:
     """List the models that need no network, and say what else can be given."""
+    from elakit.models import EMBEDDED, FAMILIES
+
     for model in EMBEDDED.values():
         typer.echo(f"{model.name:16s}{model.summary}")
     families = ", ".join(family.family for family in FAMILIES)
@@ -209,7 +209,7 @@ def _diagnose_many(file: Path, out: Path, **settings: Any) -> None:
     from tqdm.auto import tqdm
 
     from elakit.diagnosis.survey import diagnose_many
-    from elakit.sweep.suites import read_prompts
+    from elakit.sweep.prompts import read_prompts
 
     texts = read_prompts(file)
     again = shlex.join(["elakit", *sys.argv[1:]])
@@ -238,7 +238,7 @@ def _guidance(method: str, regions: str | None) -> Any:
     """A method, with the boxes it is to hold the entities in."""
     if regions is None:
         return without_regions(method)
-    if "regions" not in {field.name for field in fields(METHODS[method])}:
+    if not METHODS[method].takes_regions:
         raise SettingError(f"--regions: {method} takes no regions; use ela, layout-guidance or boxdiff.")
     try:
         boxes = [tuple(float(side) for side in box.split(",")) for box in regions.split(";")]

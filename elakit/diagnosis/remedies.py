@@ -10,8 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from elakit.generation import Run
-from elakit.guidance import Method
-from elakit.plot.style import method_name as method_title
+from elakit.guidance import Method, method_title
 from elakit.prompt import Prompt
 from elakit.statistics import wilson
 

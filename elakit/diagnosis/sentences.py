@@ -8,7 +8,7 @@ from elakit.causes import Failure
 from elakit.diagnosis.data import DiagnosisData, Outcome, explains
 from elakit.diagnosis.measures import measure_table
 from elakit.diagnosis.remedies import RemedyResult, bleed
-from elakit.plot.style import method_name as method_title
+from elakit.guidance import method_title
 
 # Number of failures and causes in the summary; the report lists all.
 MOST = 3

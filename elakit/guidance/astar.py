@@ -25,8 +25,8 @@ from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers
 from elakit.guidance.preprocess import STEP_SIZE, entity_maps, schedule
 from elakit.guidance.reading import ReadsOneSize
+from elakit.measures.masks import otsu_masks
 from elakit.prompt import Prompt
-from elakit.regions import otsu_masks
 
 
 @dataclass
@@ -100,6 +100,7 @@ class AStar(ReadsOneSize):
     retention: float = 1.0
 
     name: ClassVar[str] = "a-star"
+    title: ClassVar[str] = "A-STAR"
 
     def __post_init__(self) -> None:
         check_numbers(self, "step_size", "segregation", "retention")

@@ -28,8 +28,8 @@ from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers, check_whole
 from elakit.guidance.preprocess import GUIDED, REFINED, STEP_SIZE, entity_maps, schedule, smooth
 from elakit.guidance.reading import ReadsOneSize
+from elakit.measures.masks import otsu_masks
 from elakit.prompt import Prompt
-from elakit.regions import otsu_masks
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class SelfCross(ReadsOneSize):
     gate: float = 0.5
 
     name: ClassVar[str] = "self-cross"
+    title: ClassVar[str] = "Self-Cross guidance"
     reads_self: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

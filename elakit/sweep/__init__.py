@@ -3,38 +3,7 @@
 ``elakit sweep run`` and ``elakit sweep report`` are the command line of this package.
 """
 
-from elakit.sweep.charts import figures
-from elakit.sweep.comparison import summary
-from elakit.sweep.export import export_images
-from elakit.sweep.generation import generate_unit
-from elakit.sweep.prompts import BENCHMARKS, Benchmark, read_prompts, spread
-from elakit.sweep.report import write
-from elakit.sweep.scorers import SCORERS
-from elakit.sweep.scoring import score
-from elakit.sweep.store import table
-from elakit.sweep.suites import SUITES, Suite, suite
-from elakit.sweep.sweep import Outcome, run
-from elakit.sweep.units import Unit, plan, shard
+import lazy_loader
 
-__all__ = [
-    "BENCHMARKS",
-    "SCORERS",
-    "SUITES",
-    "Benchmark",
-    "Outcome",
-    "Suite",
-    "Unit",
-    "export_images",
-    "figures",
-    "generate_unit",
-    "plan",
-    "read_prompts",
-    "run",
-    "score",
-    "shard",
-    "spread",
-    "suite",
-    "summary",
-    "table",
-    "write",
-]
+# The names and their modules are in __init__.pyi, for type checkers too; each module is imported when it is needed.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
 
 from elakit import checks
@@ -111,12 +111,7 @@ def sweepable() -> list[str]:
     >>> sweepable()[0], "ela" in sweepable()
     ('plain', True)
     """
-    required = {
-        name
-        for name, kind in METHODS.items()
-        if any(f.init and f.default is MISSING and f.default_factory is MISSING for f in fields(kind))
-    }
-    return [PLAIN, *(name for name in METHODS if name not in required)]
+    return [PLAIN, *(name for name, kind in METHODS.items() if not kind.needs_regions)]
 
 
 def _condition(method: str, options: Mapping[str, Any]) -> dict[str, float]:

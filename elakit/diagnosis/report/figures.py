@@ -10,8 +10,7 @@ from markupsafe import Markup
 
 from elakit import plot
 from elakit.diagnosis.data import DiagnosisData, Pair
-from elakit.guidance import Trace
-from elakit.plot.style import method_name as method_title
+from elakit.guidance import Trace, method_title
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,8 @@ from elakit.diagnosis.report import views
 from elakit.diagnosis.report.figures import figures
 from elakit.diagnosis.sentences import plural, statements
 from elakit.files import check_path, write_text
-from elakit.guidance import Trace
+from elakit.guidance import Trace, method_title
 from elakit.plot.style import entity_colors
-from elakit.plot.style import method_name as method_title
 
 
 def render(diagnosis: DiagnosisData, command: str = "") -> str:

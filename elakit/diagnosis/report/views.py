@@ -10,9 +10,9 @@ from elakit.diagnosis.data import DiagnosisData, Pair
 from elakit.diagnosis.remedies import RemedyResult, bleed
 from elakit.diagnosis.sentences import first_step, layer_name, plural, steps_of
 from elakit.generation import Run
+from elakit.guidance import method_title
 from elakit.judge import Verdict
 from elakit.plot.images import data_uri
-from elakit.plot.style import method_name as method_title
 from elakit.prompt import Prompt
 from elakit.rewording import entity_spans
 
