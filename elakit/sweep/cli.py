@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from elakit.cli_options import DTYPES, Device, Dtype, Model, Scale, Steps
 from elakit.errors import ModelError, SettingError
 
 if TYPE_CHECKING:
     from elakit.sweep import Unit
-
-DTYPES = ("float32", "float16", "bfloat16")
 
 app = typer.Typer(no_args_is_help=True, help="Compare methods over suites of prompts, and summarize the results.")
 
@@ -56,13 +55,11 @@ def run(
     dask: Annotated[
         str | None, typer.Option(help="Address of a Dask scheduler whose workers are used, such as tcp://host:8786.")
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="picture-world (embedded), a folder, or a hub id such as org/model.")
-    ] = "picture-world",
-    steps: Annotated[int | None, typer.Option(help="Number of denoising steps. Default: the model's.")] = None,
-    scale: Annotated[float | None, typer.Option(help="Classifier-free guidance scale. Default: the model's.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"Data type of the weights: {', '.join(DTYPES)}.")] = None,
+    model: Model = "picture-world",
+    steps: Steps = None,
+    scale: Scale = None,
+    device: Device = None,
+    dtype: Dtype = None,
     detector: Annotated[
         str | None,
         typer.Option(help="Detector that judges images of other models: a folder or hub id, such as an OWLv2."),
@@ -168,7 +165,7 @@ def score(
         list[str] | None,
         typer.Option("--scorer", help="NAME or NAME=MODEL, see --list. May be given several times."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")] = None,
+    device: Device = None,
     show: Annotated[bool, typer.Option("--list", help="List the scorers with their default models, and exit.")] = False,
 ) -> None:
     """Score the kept images of a sweep, and add the scores to its table.

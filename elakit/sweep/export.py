@@ -15,7 +15,7 @@ from elakit.errors import OutputError
 from elakit.files import replace_folder, write_file, write_json, write_text
 from elakit.sweep.comparison import variants
 from elakit.sweep.report import csv_bytes
-from elakit.sweep.store import image_path
+from elakit.sweep.store import image_path, parsed_prompt
 from elakit.sweep.store import table as read_table
 
 MAX_NAME = 200  # bytes of the prompt in a file name; file systems allow 255 in total
@@ -56,6 +56,7 @@ def export_images(folder: str | Path, out: str | Path | None = None) -> Path:
     folder = Path(folder)
     table = read_table(folder, scores=False)
     table["variant"] = variants(table)
+    table["prompt"] = [_text(row.parsed, row.prompt) for row in table.itertuples()]
     paths = [image_path(folder, row.key, row.seed) for row in table.itertuples()]
     table["source"] = [str(path) if path.exists() else None for path in paths]
     table = table[table["source"].notna()]
@@ -127,6 +128,11 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def _text(parsed: Any, prompt: str) -> str:
+    """Text that the model read: the prompt without the brackets that mark entities."""
+    return prompt if pd.isna(parsed) else parsed_prompt(parsed).text
 
 
 def _plain(value: Any) -> Any:

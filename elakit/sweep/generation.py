@@ -6,22 +6,20 @@ import io
 import time
 from functools import lru_cache
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import diffusers
 import numpy as np
-import transformers
-from PIL import Image
 
-from elakit.attention import RecordSpec
-from elakit.generation import Run, generate
-from elakit.guidance import Trace
-from elakit.judge import FAILURES, Detector, Verdict, judge
-from elakit.judge.detectors import load_detector
-from elakit.models import load
-from elakit.prediction import features, load_predictor
 from elakit.sweep.options import canonical
 from elakit.sweep.units import Unit
+
+# Models are imported by the functions that use them: planning, reports and workers of other functions do without.
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from elakit.generation import Run
+    from elakit.guidance import Trace
+    from elakit.judge import Detector, Verdict
 
 # Columns that hold the mean of a bleeding measure over steps and entities.
 BLEEDING = ("bleed", "intrusion", "spill", "ruzicka", "attribute_bleed")
@@ -51,6 +49,10 @@ def generate_unit(unit: Unit, *, keep_images: bool = False) -> list[dict[str, An
     >>> [(row["seed"], row["method"], row["steps"], row["skipped"]) for row in rows]
     [(1, 'plain', 2, 0), (3, 'plain', 2, 0)]
     """
+    from elakit.attention import RecordSpec
+    from elakit.generation import generate
+    from elakit.prediction import load_predictor
+
     with _lock:  # threads of one process share the pipeline, which is recorded and guided through hooks
         pipe = _pipeline(unit.model, unit.device, unit.dtype)
         condition = unit.condition()
@@ -85,6 +87,9 @@ def blocked(run: Run) -> bool:
 
 
 def _row(unit: Unit, run: Run, seconds: float, device: str) -> dict[str, Any]:
+    from elakit.judge import judge
+    from elakit.prediction import features
+
     if blocked(run):
         verdict = None  # the safety checker's black image says nothing about the method
     elif unit.detector is None:
@@ -110,6 +115,8 @@ def _row(unit: Unit, run: Run, seconds: float, device: str) -> dict[str, Any]:
 
 
 def _judged(verdict: Verdict | None) -> dict[str, Any]:
+    from elakit.judge import FAILURES
+
     if verdict is None:
         return {}  # columns without a value stay empty
     failures = {name.replace(" ", "_"): name in verdict.failures for name in FAILURES}
@@ -134,6 +141,11 @@ def _guided(trace: Trace | None) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _pipeline(model: str, device: str | None, dtype: str | None) -> Any:
+    import diffusers
+    import transformers
+
+    from elakit.models import load
+
     # the loading bars of several workers would interleave with each other and with the sweep's own bar
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -142,4 +154,6 @@ def _pipeline(model: str, device: str | None, dtype: str | None) -> Any:
 
 @lru_cache(maxsize=1)
 def _detector(name: str, device: str | None) -> Detector:
+    from elakit.judge.detectors import load_detector
+
     return load_detector(name, device=device)

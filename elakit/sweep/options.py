@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elakit import checks
 from elakit.errors import SettingError
-from elakit.guidance import METHODS, Method
-from elakit.guidance.engine import options_of
+from elakit.guidance.registry import METHODS
+
+if TYPE_CHECKING:
+    from elakit.guidance import Method
 
 PLAIN = "plain"
 # Options that every method takes beside its own: guide only images whose failure probability, predicted by the shipped
@@ -59,6 +61,8 @@ def method_options(method: str, options: Mapping[str, Any]) -> str:
                 f"plain has no options, but {', '.join(options)} is set. Set options of a method instead."
             )
         return "{}"
+    from elakit.guidance.engine import options_of
+
     if method in METHODS and method not in sweepable():
         raise SettingError(
             f"{method} needs one region per entity, and the prompts of a suite have none. Use elakit.generate with "
@@ -98,6 +102,8 @@ def build_method(method: str, options: Mapping[str, Any]) -> Method:
     options : mapping of str to object
         Options equal to their defaults keep the default's type, which JSON may not preserve.
     """
+    from elakit.guidance.engine import options_of
+
     usual = json.loads(canonical(options_of(METHODS[method]())))
     changed = {name: _as_tuples(value) for name, value in options.items() if name not in usual or value != usual[name]}
     return METHODS[method](**changed)

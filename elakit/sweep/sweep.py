@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
@@ -11,8 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from elakit import checks
 from elakit.errors import OutputError, SettingError
@@ -219,11 +219,19 @@ def _results(
 def _call(generate: Generate, unit: Unit, threads: int | None) -> store.Result | _Failure:
     """Generate a unit in a worker."""
     if threads is not None:
-        torch.set_num_threads(threads)
+        _set_threads(threads)
     try:
         return store.as_result(unit, generate(unit))
     except Exception as error:  # a failing unit must not end the sweep
         return _failure(error)
+
+
+def _set_threads(threads: int) -> None:
+    """Set the number of torch threads, without importing torch in a worker that does not need it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+    else:
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)  # read when torch is imported
 
 
 def _failure(error: Exception) -> _Failure:

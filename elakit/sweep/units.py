@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elakit import checks
 from elakit.errors import SettingError
-from elakit.guidance import Method
 from elakit.sweep.options import CONDITION, PLAIN, build_method, canonical, method_options, sweepable
+
+if TYPE_CHECKING:
+    from elakit.guidance import Method
 
 MAX_STEPS = 1000  # training steps of the schedulers in diffusers
 

@@ -13,8 +13,6 @@ from threading import Thread
 from types import TracebackType
 from typing import Any, Protocol
 
-import torch
-
 from elakit.errors import OutputError, SettingError
 
 WAIT = 30  # seconds that a Dask scheduler may take to get its first worker
@@ -197,7 +195,11 @@ def visible_gpus(device: str | None) -> tuple[str, ...]:
     device : str or None
         None or "cuda" selects all GPUs; a device with a number, such as "cuda:1", or another kind selects none.
     """
-    if device not in (None, "cuda") or not torch.cuda.is_available():
+    if device not in (None, "cuda"):
+        return ()
+    import torch
+
+    if not torch.cuda.is_available():
         return ()
     named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     count = torch.cuda.device_count()

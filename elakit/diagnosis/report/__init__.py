@@ -1,6 +1,8 @@
 """Report of a diagnosis: one self-contained HTML page."""
 
-import lazy_loader
+from elakit.diagnosis.measures import MEANINGS, measure_table
+from elakit.diagnosis.report.page import render, write
+from elakit.diagnosis.sentences import summary
+from elakit.files import check_path
 
-# The names and their modules are in __init__.pyi, for type checkers too; each module is imported when it is needed.
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ = ["MEANINGS", "check_path", "measure_table", "render", "summary", "write"]

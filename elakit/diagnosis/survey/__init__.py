@@ -3,7 +3,8 @@
 The command line is ``elakit diagnose --prompts FILE --out FOLDER``.
 """
 
-import lazy_loader
+from elakit.diagnosis.survey.cases import Case, plan_cases
+from elakit.diagnosis.survey.run import Survey, diagnose_many
+from elakit.diagnosis.survey.summary import remedies, table, write
 
-# The names and their modules are in __init__.pyi, for type checkers too; each module is imported when it is needed.
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ = ["Case", "Survey", "diagnose_many", "plan_cases", "remedies", "table", "write"]
