@@ -160,7 +160,7 @@ def report(
 
 @app.command("score")
 def score(
-    folder: Annotated[Path, typer.Argument(help="Folder of a sweep that was run with --keep-images.")],
+    folder: Annotated[Path | None, typer.Argument(help="Folder of a sweep that was run with --keep-images.")] = None,
     scorers: Annotated[
         list[str] | None,
         typer.Option("--scorer", help="NAME or NAME=MODEL, see --list. May be given several times."),
@@ -181,8 +181,8 @@ def score(
         for kind in SCORERS.values():
             typer.echo(f"{kind.name:10s}{kind.model or '(name a model)':42s}{kind.summary}")
         return
-    if not scorers:
-        raise SettingError(f"Give at least one --scorer: {', '.join(SCORERS)}.")
+    if folder is None or not scorers:
+        raise SettingError(f"Give the folder of a sweep and at least one --scorer: {', '.join(SCORERS)}.")
     with tqdm(unit="image", dynamic_ncols=True) as bar:
 
         def show_progress(done: int, total: int) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import call
 from PIL import Image
-from test_cli import call
 from tiny import tiny_pipeline
 
 import elakit

@@ -9,7 +9,7 @@ from typing import Any
 
 import lab
 import pytest
-from test_report import Page
+from pages import Page
 from tiny import tiny_pipeline
 
 import elakit

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_report import Page
+from pages import Page
 
 from elakit.diagnosis.survey import diagnose_many, plan_cases, table
 from elakit.diagnosis.survey.summary import write

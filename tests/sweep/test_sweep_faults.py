@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from commands import call
 from PIL import Image
-from test_cli import call
 
 import elakit
 from elakit.errors import OutputError, SettingError
