@@ -160,7 +160,7 @@ def _settings(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _remedies(diagnosis: DiagnosisData) -> list[str]:
-    """Remedies beside the method, in the order in which they are tried."""
+    """Remedies other than the method, in the order in which they are tried."""
     names = [result.remedy.name for result in diagnosis.remedies if result.remedy.name != diagnosis.method]
     order: Sequence[str] = [*DEFAULT, *(name for name in names if name not in DEFAULT)]
     return [name for name in order if name in names]

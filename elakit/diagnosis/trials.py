@@ -17,7 +17,7 @@ from elakit.prediction import FEATURES, Predictor
 from elakit.prompt import Prompt, parse
 from elakit.rewording import next_to, swapped
 
-# Remedies that are tried by default, beside the method that is compared in any case.
+# Remedies that are tried by default, in addition to the method that is always compared.
 DEFAULT = ("conform", "ebama", "another-seed", "swapped", "next-to", "regions")
 OTHERS = ("another-seed", "swapped", "next-to", "regions")
 # Number of seeds to choose from, and the share of their steps after which one is chosen.

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from elakit.guidance import Method
 
 PLAIN = "plain"
-# Options that every method takes beside its own: guide only images whose failure probability, predicted by the shipped
-# predictor after a share `guide_after` of the steps (.2 by default), exceeds `guide_above`.
+# Options that every method takes in addition to its own: guide only images whose probability of failure, predicted by
+# the shipped predictor after a share `guide_after` of the steps (.2 by default), exceeds `guide_above`.
 CONDITION = ("guide_above", "guide_after")
 
 

@@ -53,10 +53,10 @@ def test_every_seed_is_shown_twice_and_the_example_large(found: Diagnosis, page:
     images = Page(page).all("img")
     assert len(images) == 2 * len(found.pairs) + 2
     assert all(image["alt"] and "a red car and a blue bird" in image["alt"] for image in images)
-    drawn = [run.image for pair in found.pairs for run in (pair.plain, pair.guided)]
-    for image, image in zip(images, drawn, strict=False):
-        kept = Image.open(io.BytesIO(base64.b64decode((image["src"] or "").split(",")[1])))
-        np.testing.assert_array_equal(np.asarray(kept), np.asarray(image.convert("RGB")))
+    generated = [run.image for pair in found.pairs for run in (pair.plain, pair.guided)]
+    for element, expected in zip(images, generated, strict=False):
+        shown = Image.open(io.BytesIO(base64.b64decode((element["src"] or "").split(",")[1])))
+        np.testing.assert_array_equal(np.asarray(shown), np.asarray(expected.convert("RGB")))
 
 
 def test_the_table_holds_the_measures(found: Diagnosis, page: str) -> None:

@@ -32,7 +32,8 @@ def pretend(unit):
 prompts = [f"a cat and a {noun}" for noun in ("dog", "frog", "lion", "bear", "bird")]
 index = int(sys.argv[2])
 with ThreadPoolExecutor(1) as pool:
-    run(plan(prompts, [1, 3]), sys.argv[1], pool, generate=pretend, shard=(index, 3) if index else None)
+    units = plan(prompts, [1, 3], ["plain"], batch=1)
+    run(units, sys.argv[1], pool, generate=pretend, shard=(index, 3) if index else None)
 """
 
 
