@@ -186,6 +186,8 @@ class AttentionLayer:
         Where image and text are keys side by side: whether the text comes first.
     takes_mask : bool
         Whether its processor heeds an ``attention_mask``; `elakit.attention.edit` goes another way where not.
+    reads : {"text", "image"}
+        Keys whose attention is read: the text, or the image's own locations (self-attention).
     grid : callable
         ``grid(args, kwargs)`` of a call of ``block`` -> (h, w) of this layer's maps.
     """
@@ -199,6 +201,7 @@ class AttentionLayer:
     kind: Kind = "cross"
     text_first: bool = False
     takes_mask: bool = True
+    reads: Literal["text", "image"] = "text"
     grid: Grid = field(default=image_grid, compare=False, repr=False)
 
 

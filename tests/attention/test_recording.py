@@ -30,10 +30,10 @@ from elakit.attention import (
     record,
     resize,
     select_layers,
-    store,
     tap,
+    zarr_store,
 )
-from elakit.attention.store import build_node, build_tree
+from elakit.attention.layout import build_node, build_tree
 from elakit.errors import OutputError, RecordingError, SettingError
 from elakit.models import AttentionLayer, adapter_for
 from elakit.prompt import Entity, Prompt, Token, parse
@@ -521,7 +521,7 @@ def test_a_loop_of_ones_own_is_recorded_as_far_as_the_budget_goes(pipe: Any, pro
     with record(pipe, prompt, RecordSpec(budget=20 * one)) as recording, torch.no_grad():
         for step in range(20):
             adapter.denoise(torch.zeros(1, 4, 8, 8), 1000 - step, embeds)
-        with pytest.raises(RecordingError, match=r"would take the recording to .* 20 steps. Raise RecordSpec\(budget"):
+        with pytest.raises(RecordingError, match=r"would bring the recording to .* 20 steps. Raise RecordSpec\(budget"):
             adapter.denoise(torch.zeros(1, 4, 8, 8), 980, embeds)
     assert recording.steps == tuple(range(20))
     assert recording.maps("car")["timestep"].values.tolist() == [1000 - step for step in range(20)]
@@ -815,7 +815,7 @@ def test_a_save_that_fails_leaves_the_old_recording(
 ) -> None:
     recording = made()
     path = recording.save(tmp_path / "kept")
-    write, rename = store._write_tree, Path.rename
+    write, rename = zarr_store._write_tree, Path.rename
 
     def fail_writing(*args: Any, **kwargs: Any) -> None:
         write(*args, **kwargs)
@@ -826,7 +826,7 @@ def test_a_save_that_fails_leaves_the_old_recording(
             raise error
         return rename(self, target)
 
-    for owner, name, failing in ((store, "_write_tree", fail_writing), (Path, "rename", fail_renaming)):
+    for owner, name, failing in ((zarr_store, "_write_tree", fail_writing), (Path, "rename", fail_renaming)):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, failing)
             with pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt):
@@ -845,7 +845,7 @@ def test_opening_what_is_no_recording_says_so(tmp_path: Path) -> None:
 
 def test_looks() -> None:
     text = repr(made())
-    for part in ("red giraffe <b>", "0, 3 of 4 calls", "4x6: layers 1 down, 1 up; 2 heads", "giraffe/1"):
+    for part in ("red giraffe <b>", "0, 3 of 4 denoiser calls", "4x6: layers 1 down, 1 up; 2 heads", "giraffe/1"):
         assert part in text
     html = made()._repr_html_()
     assert "giraffe <b>" not in html

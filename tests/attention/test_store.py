@@ -21,9 +21,10 @@ from tiny import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elakit.attention import RecordSpec, open_recording, record
-from elakit.attention import store as stores
-from elakit.attention.store import Layout, Memory, RunningMean, Staging, ZarrStore
+from elakit.attention import RecordSpec, open_recording, record, zarr_store
+from elakit.attention.layout import Layout, NodeLayout
+from elakit.attention.sinks import Memory, RunningMean, Staging
+from elakit.attention.zarr_store import ZarrStore
 from elakit.errors import OutputError, RecordingError, SettingError
 from elakit.models import adapter_for
 from elakit.prompt import Prompt, Token, parse
@@ -171,11 +172,13 @@ def test_a_run_that_is_killed_leaves_a_store_that_opens(pipe: Any, prompt: Promp
 def layout(images: int = 1, dtype: torch.dtype = torch.float32) -> Layout:
     """Two sizes, three layers, two tokens."""
     prompt = Prompt("car", (), (Token(1, "car", "car", 0),), 2, 4)
+    tokens = [("<start>", 0), ("<end>", -1)]
+    large = NodeLayout(
+        shape=(images, 2, 1, 2, 3, 2), layers=[("a", "down", 0), ("c", "up", 2)], tokens=tokens, heads="mean"
+    )
+    small = NodeLayout(shape=(images, 1, 1, 1, 1, 2), layers=[("b", "mid", 1)], tokens=tokens, heads="mean")
     return Layout(
-        shapes={"2x3": (images, 2, 1, 2, 3, 2), "1x1": (images, 1, 1, 1, 1, 2)},
-        layers={"2x3": [("a", "down", 0), ("c", "up", 2)], "1x1": [("b", "mid", 1)]},
-        tokens={name: [("<start>", 0), ("<end>", -1)] for name in ("2x3", "1x1")},
-        heads="mean",
+        nodes={"2x3": large, "1x1": small},
         dtype=dtype,
         about={"prompt": prompt, "family": "test", "model": "Test", "expected": 9},
     )
@@ -193,17 +196,17 @@ def fill(sink: Any, step: int) -> None:
 def test_a_write_that_breaks_off_anywhere_leaves_the_steps_before(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sink = ZarrStore(layout(), tmp_path / "run.zarr", most=99)
+    sink = ZarrStore(layout(), tmp_path / "run.zarr", limit=99)
     for step in range(8):
         fill(sink, step)
-    replace = stores._replace
+    replace = zarr_store._replace
 
     def fail(path: Path, content: bytes) -> None:
         if broken in (path.name, path.parent.name):
             raise OSError(28, "No space left on device")
         replace(path, content)
 
-    monkeypatch.setattr(stores, "_replace", fail)
+    monkeypatch.setattr(zarr_store, "_replace", fail)
     with pytest.raises(OutputError, match="No space left"):
         fill(sink, 8)
     killed = open_recording(tmp_path / "run.zarr")
@@ -232,10 +235,10 @@ def test_every_sink_gives_back_what_it_was_given(
     tmp_path_factory: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stores, "_STEPS", chunk)  # a run may fill several files of step labels
+    monkeypatch.setattr(zarr_store, "_STEPS", chunk)  # a run may fill several files of step labels
     shape, cpu = layout(images, torch.float16 if half else torch.float32), torch.device("cpu")
     path = tmp_path_factory.mktemp("sink") / "run.zarr"
-    inner: Any = ZarrStore(shape, path, most=12) if "zarr" in kind else Memory(shape, capacity, 12, cpu)
+    inner: Any = ZarrStore(shape, path, limit=12) if "zarr" in kind else Memory(shape, capacity, 12, cpu)
     sink = Staging(inner, cpu) if "staged" in kind else inner
     for step in range(steps):
         fill(sink, step)
@@ -290,7 +293,7 @@ def test_a_step_leaves_the_accelerator_in_one_copy_that_nothing_waits_for(monkey
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     known = layout()
-    sink = Memory(OnHost(**vars(known)), capacity=3, most=9, device=torch.device("cpu"))
+    sink = Memory(OnHost(**vars(known)), capacity=3, limit=9, device=torch.device("cpu"))
     staging = Staging(sink, torch.device("cuda"))
     for step in range(3):
         staging.reserve(step)
@@ -301,7 +304,7 @@ def test_a_step_leaves_the_accelerator_in_one_copy_that_nothing_waits_for(monkey
     to_the_host, into_the_recording = ["copy that waits for nothing", "event"], ["wait", "copy", "copy"]
     assert log == [*to_the_host, *(to_the_host + into_the_recording) * 2]  # each is taken when the next is on its way
     tree = staging.finish(calls=3)
-    for size in known.shapes:
+    for size in known.nodes:
         assert [set(values.ravel()) for values in tree[size]["probability"].values] == [{0.0}, {1.0}, {2.0}]
 
 
