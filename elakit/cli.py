@@ -6,7 +6,6 @@ import json
 import shlex
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -238,7 +237,7 @@ def _guidance(method: str, regions: str | None) -> Any:
     """A method, with the boxes it is to hold the entities in."""
     if regions is None:
         return without_regions(method)
-    if "regions" not in {field.name for field in fields(METHODS[method])}:
+    if not METHODS[method].takes_regions:
         raise SettingError(f"--regions: {method} takes no regions; use ela, layout-guidance or boxdiff.")
     try:
         boxes = [tuple(float(side) for side in box.split(",")) for box in regions.split(";")]

@@ -41,10 +41,10 @@ __all__ = [
     "Trace",
     "Update",
     "checkpointing",
+    "method_title",
     "without_regions",
 ]
 
-# Layout guidance and BoxDiff cannot be built without regions.
 METHODS: dict[str, type[Any]] = {
     method.name: method
     for method in (
@@ -52,15 +52,27 @@ METHODS: dict[str, type[Any]] = {
         BoxDiff,
     )
 }  # fmt: skip
+"""Guidance methods by name. Each class carries its metadata: see `elakit.guidance.Method`."""
+
+
+def method_title(name: str) -> str:
+    """Display name of a method; other names, such as "plain", are returned as they are.
+
+    Examples
+    --------
+    >>> method_title("attend-and-excite"), method_title("plain")
+    ('Attend-and-Excite', 'plain')
+    """
+    return METHODS[name].title if name in METHODS else name
 
 
 def without_regions(name: str) -> Any:
-    """A method of `METHODS` with its defaults, for places where no regions can be given.
+    """A method of `METHODS` with its default options, for uses in which no regions can be given.
 
     Raises
     ------
     SettingError
-        It cannot do without.
+        The method needs regions.
 
     Examples
     --------
@@ -69,12 +81,11 @@ def without_regions(name: str) -> Any:
     >>> without_regions("boxdiff")
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: boxdiff needs regions, one for each entity: draw it from Python, with ...
+    elakit.errors.SettingError: boxdiff needs regions, one per entity: call elakit.generate(..., ...
     """
-    try:
-        return METHODS[name]()
-    except TypeError as error:
+    if METHODS[name].needs_regions:
         raise SettingError(
-            f"{name} needs regions, one for each entity: draw it from Python, with "
+            f"{name} needs regions, one per entity: call "
             f"elakit.generate(..., guidance=elakit.guidance.{METHODS[name].__name__}(regions=...))."
-        ) from error
+        )
+    return METHODS[name]()

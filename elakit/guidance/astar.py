@@ -100,6 +100,7 @@ class AStar(ReadsOneSize):
     retention: float = 1.0
 
     name: ClassVar[str] = "a-star"
+    title: ClassVar[str] = "A-STAR"
 
     def __post_init__(self) -> None:
         check_numbers(self, "step_size", "segregation", "retention")

@@ -75,6 +75,7 @@ class AttendAndExcite(ReadsOneSize):
     refine: tuple[Refinement, ...] = tuple(zip(REFINED, (0.05, 0.5, 0.8), (20, 20, 20), strict=True))
 
     name: ClassVar[str] = "attend-and-excite"
+    title: ClassVar[str] = "Attend-and-Excite"
 
     def __post_init__(self) -> None:
         check_numbers(self, "step_size")

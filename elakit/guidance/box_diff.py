@@ -75,6 +75,9 @@ class BoxDiff(ReadsOneSize):
     edge: int = 1
 
     name: ClassVar[str] = "boxdiff"
+    title: ClassVar[str] = "BoxDiff"
+    takes_regions: ClassVar[bool] = True
+    needs_regions: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "regions", check_layout(self.regions, "BoxDiff(regions=...)"))

@@ -70,6 +70,7 @@ class CONFORM(ReadsOneSize):
     temperature: float = 0.5
 
     name: ClassVar[str] = "conform"
+    title: ClassVar[str] = "CONFORM"
 
     def __post_init__(self) -> None:
         check_numbers(self, "step_size", "temperature")

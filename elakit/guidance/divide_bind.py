@@ -89,6 +89,7 @@ class DivideAndBind(ReadsOneSize):
     refine: tuple[Refinement, ...] = tuple(zip(REFINED, (0.05, 0.2, 0.3), (50, 20, 20), strict=True))
 
     name: ClassVar[str] = "divide-and-bind"
+    title: ClassVar[str] = "Divide & Bind"
 
     def __post_init__(self) -> None:
         check_numbers(self, "step_size")

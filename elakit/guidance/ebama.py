@@ -72,6 +72,7 @@ class EBAMA(ReadsOneSize):
     intensity: float = 0.5
 
     name: ClassVar[str] = "ebama"
+    title: ClassVar[str] = "EBAMA"
 
     def __post_init__(self) -> None:
         check_numbers(self, "step_size", "intensity")

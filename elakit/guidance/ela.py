@@ -182,6 +182,9 @@ class ELA:
     min_cells: int | None = None
 
     name: ClassVar[str] = "ela"
+    title: ClassVar[str] = "ELA"
+    takes_regions: ClassVar[bool] = True
+    needs_regions: ClassVar[bool] = False
     reads_self: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -374,6 +377,7 @@ class PaperELA(ELA):
     subtract_pedestal: bool = False
 
     name: ClassVar[str] = "ela-paper"
+    title: ClassVar[str] = "ELA as in the paper"
 
 
 def _entities(maps: Tensor, prompt: Prompt) -> Tensor:

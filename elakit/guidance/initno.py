@@ -96,6 +96,7 @@ class InitNO(ReadsOneSize):
     refinements: int = 20
 
     name: ClassVar[str] = "initno"
+    title: ClassVar[str] = "InitNO"
     reads_self: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -76,6 +76,9 @@ class LayoutGuidance:
     layers: str | None = None
 
     name: ClassVar[str] = "layout-guidance"
+    title: ClassVar[str] = "Layout guidance"
+    takes_regions: ClassVar[bool] = True
+    needs_regions: ClassVar[bool] = True
     reads_self: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -125,9 +125,25 @@ class Hold:
 
 
 class Method(Protocol):
-    """What the engine asks of a guidance method; methods are frozen dataclasses of their options."""
+    """Interface of a guidance method; methods are frozen dataclasses whose fields are their options.
+
+    Attributes
+    ----------
+    name : str
+        Key in `elakit.guidance.METHODS`, on the command line and in files, such as "attend-and-excite".
+    title : str
+        Name shown in figures, reports and widgets, such as "Attend-and-Excite".
+    takes_regions, needs_regions : bool
+        Whether the method has an option ``regions`` (one region per entity, given by hand), and whether that option
+        is required.
+    reads_self : bool
+        Whether the loss reads self-attention, too.
+    """
 
     name: ClassVar[str]
+    title: ClassVar[str]
+    takes_regions: ClassVar[bool]
+    needs_regions: ClassVar[bool]
     reads_self: ClassVar[bool]
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:

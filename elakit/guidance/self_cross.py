@@ -76,6 +76,7 @@ class SelfCross(ReadsOneSize):
     gate: float = 0.5
 
     name: ClassVar[str] = "self-cross"
+    title: ClassVar[str] = "Self-Cross guidance"
     reads_self: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

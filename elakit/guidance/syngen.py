@@ -73,6 +73,7 @@ class SynGen(ReadsOneSize):
     lone_nouns: bool = False
 
     name: ClassVar[str] = "syngen"
+    title: ClassVar[str] = "SynGen"
 
     def __post_init__(self) -> None:
         check_numbers(self, "step_size")

@@ -10,6 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from elakit.errors import RecordingError, SettingError
+from elakit.guidance import method_title
 
 if TYPE_CHECKING:
     from elakit.attention import Recording
@@ -27,12 +28,6 @@ DARK_FROM = 0.68  # share of the scale beyond which values are printed in white
 INK, FAINT, RULE = "#1f2328", "#6e7781", "rgba(128, 128, 128, 0.28)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Liberation Sans', sans-serif"
 ANALYSIS_SIZE = 16
-
-_METHOD_NAMES = {
-    "ela": "ELA", "ela-paper": "ELA as in the paper", "attend-and-excite": "Attend-and-Excite", "syngen": "SynGen",
-    "divide-and-bind": "Divide & Bind", "a-star": "A-STAR", "ebama": "EBAMA", "conform": "CONFORM",
-    "self-cross": "Self-Cross guidance", "initno": "InitNO", "layout-guidance": "Layout guidance", "boxdiff": "BoxDiff",
-}  # fmt: skip
 
 
 def escape(text: object) -> str:
@@ -70,18 +65,7 @@ def entity_colors(entities: Sequence[str]) -> dict[str, str]:
 
 def run_name(run: Run) -> str:
     """What a run is called in figures: "plain", or the name of its method."""
-    return method_name(run.label)
-
-
-def method_name(label: str) -> str:
-    """A method's name as people write it.
-
-    Examples
-    --------
-    >>> method_name("ela"), method_name("plain")
-    ('ELA', 'plain')
-    """
-    return _METHOD_NAMES.get(label, label)
+    return method_title(run.label)
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:

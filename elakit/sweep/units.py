@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from elakit.errors import SettingError
@@ -248,12 +248,7 @@ def sweepable() -> list[str]:
     >>> sweepable()[0], "ela" in sweepable()
     ('plain', True)
     """
-    needy = {
-        name
-        for name, kind in METHODS.items()
-        if any(f.init and f.default is MISSING and f.default_factory is MISSING for f in fields(kind))
-    }
-    return [PLAIN, *(name for name in METHODS if name not in needy)]
+    return [PLAIN, *(name for name, kind in METHODS.items() if not kind.needs_regions)]
 
 
 def _build(method: str, options: Mapping[str, Any]) -> Method:

@@ -246,5 +246,5 @@ def test_paths_that_cannot_be_written_are_refused_before_any_work(
         report.check_path("")
     assert report.check_path(tmp_path / "report.html") == tmp_path / "report.html"
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(OutputError, match="may not be written to"):
+    with pytest.raises(OutputError, match="is not writable"):
         report.check_path(tmp_path / "report.html")

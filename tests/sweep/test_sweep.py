@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
 from elakit.errors import OutputError, SettingError
-from elakit.guidance import ELA, METHODS
+from elakit.guidance import ELA
 from elakit.sweep import SUITES, Unit, figures, plan, read_prompts, report, run, store, suite, summary, sweep, table
 from elakit.sweep.units import settle
 from elakit.world.vocabulary import COLORS, NOUNS
@@ -203,14 +202,9 @@ def test_a_unit_may_guide_only_what_is_likely_to_fail() -> None:
             settle("ela", options)
 
 
-def test_what_cannot_be_drawn_is_refused_before_anything_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    @dataclass(frozen=True)
-    class NeedsRegions:
-        regions: Any
-
-    monkeypatch.setitem(METHODS, "boxes", NeedsRegions)  # type: ignore[arg-type]
+def test_what_cannot_be_drawn_is_refused_before_anything_is() -> None:
     for method, options, said in (
-        ("boxes", {}, "boxes needs regions.*ela"),
+        ("boxdiff", {}, "boxdiff needs regions.*ela"),
         ("magic", {}, "'magic'.*plain, ela"),
         ("plain", {"step_size": 1}, "plain has no options.*step_size"),
         ("ela", {"stepsize": 1}, "'stepsize'.*step_size"),

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import ipywidgets as w
 
 from elakit.errors import SettingError
-from elakit.guidance import METHODS
 
 REGIONS = "regions"  # are drawn, not typed
 KINDS: dict[Any, str] = {float: "number", int: "whole", bool: "switch", str: "words"}
@@ -65,18 +64,6 @@ def options(method: type[Any]) -> tuple[Option, ...]:
         Option(field.name, *_kind(hints[field.name]), _default(field), about.get(field.name, ""))
         for field in fields(method)
         if field.name != REGIONS
-    )
-
-
-def takes_regions(name: str) -> bool:
-    """Whether a method of that name takes regions by hand."""
-    return name in METHODS and any(field.name == REGIONS for field in fields(METHODS[name]))
-
-
-def needs_regions(name: str) -> bool:
-    """Whether it cannot do without them."""
-    return takes_regions(name) and any(
-        field.name == REGIONS and field.default is MISSING for field in fields(METHODS[name])
     )
 
 
