@@ -1,4 +1,4 @@
-"""Attention of a run: reading it (taps), choosing what to keep (spec), recording it, changing it (edit)."""
+"""Attention of a run: reading it (taps), selecting what to keep (spec), recording it, changing it (edit)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from elakit.attention.aggregate import resize
 from elakit.attention.edit import Edit, biased, edit
 from elakit.attention.recorder import paused, record
 from elakit.attention.recording import Recording, open_recording
-from elakit.attention.spec import Plan, RecordSpec, select_layers
+from elakit.attention.spec import Plan, RecordSpec, SelfAttention, select_layers
 from elakit.attention.taps import probabilities, tap
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Plan",
     "RecordSpec",
     "Recording",
+    "SelfAttention",
     "biased",
     "edit",
     "open_recording",

@@ -1,8 +1,8 @@
 """Which calls of a denoiser belong to the run that is recorded or edited, and which of their rows see the prompt.
 
 Everything is established from the call itself: from the pipeline whose ``__call__`` is running, not from the pipeline
-that was given to `record` and what it remembers of its last run; in a loop without a pipeline, from the text states that
-the denoiser is given.
+that was given to `record` and what it remembers of its last run; in a loop without a pipeline, from the text states
+that the denoiser is given.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ class Watch:
             for text in texts:
                 if text != self.prompt.text and not _same_tokens(adapter, text, self.prompt.text):
                     raise RecordingError(
-                        f"{type(adapter.pipe).__name__} was called with {name}={text!r}, but the prompt to record or to "
-                        f"edit is {self.prompt.text!r}: its tokens would get the labels of other words. Call the "
+                        f"{type(adapter.pipe).__name__} was called with {name}={text!r}, but the prompt to record or "
+                        f"to edit is {self.prompt.text!r}: its tokens would get the labels of other words. Call the "
                         "pipeline with `prompt.text`, and give each prompt a block of its own."
                     )
 
@@ -164,10 +164,10 @@ class Watch:
         if not where or where != list(range(where[0], where[-1] + 1)):
             assert self.prompt is not None
             raise RecordingError(
-                f"{type(self.adapter.denoiser).__name__} was called outside a pipeline's call, and none of its rows has "
-                f"the text states of {self.prompt.text!r}, so it cannot be known which rows see the prompt. Call the "
-                "pipeline; or give the denoiser the states that `pipe.encode_prompt(prompt.text, ...)` returns; or put "
-                "passes that do not see the prompt inside `with elakit.attention.paused(pipe):`."
+                f"{type(self.adapter.denoiser).__name__} was called outside a pipeline's call, and none of its rows "
+                f"has the text states of {self.prompt.text!r}, so it cannot be known which rows see the prompt. Call "
+                "the pipeline; or give the denoiser the states that `pipe.encode_prompt(prompt.text, ...)` returns; "
+                "or put passes that do not see the prompt inside `with elakit.attention.paused(pipe):`."
             )
         return slice(where[0], where[-1] + 1)
 

@@ -18,8 +18,8 @@ _PRE, _POST = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"), ("_forwa
 class Hooks:
     """Hooks that are placed together and removed together, whatever happens.
 
-    A hook is noted before it is placed, so that an interrupt at any moment leaves none behind. It acts only in the thread
-    that placed it (and in the threads that compute gradients): another thread that runs the same module is not
+    A hook is noted before it is placed, so that an interrupt at any moment leaves none behind. It acts only in the
+    thread that placed it (and in the threads that compute gradients): another thread that runs the same module is not
     affected. A copy of the module (`copy.deepcopy`, `pickle`) gets hooks that do nothing and remove themselves.
 
     Examples

@@ -51,7 +51,7 @@ def location_labels(size: Size) -> list[tuple[str, int]]:
 
 
 def build_node(
-    values: np.ndarray | BackendArray,
+    values: np.ndarray | LazyArray,
     *,
     steps: Sequence[Moment],
     layers: Sequence[tuple[str, str, int]],
@@ -63,7 +63,7 @@ def build_node(
 
     Parameters
     ----------
-    values : numpy.ndarray or BackendArray, (step, image, layer, head, y, x, token)
+    values : numpy.ndarray or LazyArray, (step, image, layer, head, y, x, token)
         An array in memory, or one that is read when it is used.
     steps : sequence of (call, timestep, sigma)
     layers : sequence of (name, place, position in the forward pass)
@@ -77,7 +77,7 @@ def build_node(
     names, places, order = zip(*layers, strict=True)
     labels, indices = zip(*tokens, strict=True)
     numbers: Any = ["mean"] if heads == "mean" else range(values.shape[3]) if heads == "all" else list(heads)
-    lazy = isinstance(values, BackendArray)
+    lazy = isinstance(values, LazyArray)
     data = xr.Variable(DIMENSIONS, indexing.LazilyIndexedArray(values) if lazy else values)
     return xr.Dataset(
         {"probability": data},
@@ -184,7 +184,7 @@ class Layout:
         return flat, {name: part.view(node.shape) for (name, node), part in parts}
 
     def tree(
-        self, values: Mapping[str, np.ndarray | BackendArray], steps: Sequence[Moment], calls: int, averaged: int = 0
+        self, values: Mapping[str, np.ndarray | LazyArray], steps: Sequence[Moment], calls: int, averaged: int = 0
     ) -> xr.DataTree:
         """Build the recording's tree from the values of each node, (step, image, layer, head, y, x, token)."""
         nodes = {}

@@ -36,11 +36,12 @@ def record(
     """Record the cross-attention of the runs of ``pipe`` inside the ``with`` block.
 
     The image is the same, bit for bit, as without recording. The probabilities of the conditional half are kept, from a
-    softmax in float32, for each call of the denoiser (one per step with most schedulers; Heun and PNDM make more calls).
+    softmax in float32, for each call of the denoiser (one per step with most schedulers; Heun and PNDM make more
+    calls).
 
-    What is recorded is established from the running call: its rows, its attention masks, its weights. A run of a sibling
-    pipeline with the same denoiser (`AutoPipelineForImage2Image.from_pipe(pipe)`) and a loop of your own are recorded as
-    they run. Runs in other threads, and runs that a callback starts inside a run, are not recorded.
+    What is recorded is established from the running call: its rows, its attention masks, its weights. A run of a
+    sibling pipeline with the same denoiser (`AutoPipelineForImage2Image.from_pipe(pipe)`) and a loop of your own are
+    recorded as they run. Runs in other threads, and runs that a callback starts inside a run, are not recorded.
 
     The maps of each layer are reduced to the selected tokens and heads where they are computed, into one buffer of the
     size of a step; it leaves an accelerator in one copy per step, which nothing waits for.
@@ -252,7 +253,9 @@ class _Recorder:
             elif self.spec.device == "model":
                 sink = Memory(layout, self._planned, limit, kept.device)
             else:
-                sink = ZarrStore(layout, self.store, limit) if self.store else Memory(layout, self._planned, limit, host)
+                sink = (
+                    ZarrStore(layout, self.store, limit) if self.store else Memory(layout, self._planned, limit, host)
+                )
                 sink = sink if kept.device == host else Staging(sink, kept.device)
             sink.reserve(self._kept)
             self._sink = sink
@@ -292,7 +295,8 @@ class _Recorder:
         if missing := self._places.keys() - self._seen:
             raise RecordingError(
                 f"Layers to be recorded did not run: {', '.join(sorted(name for _, name in missing))}. Load LoRA "
-                "weights, fuse or replace parts of the pipeline, and disable caches before the recording, not inside it."
+                "weights, fuse or replace parts of the pipeline, and disable caches before the recording, not "
+                "inside it."
             )
         assert self._sink is not None
         self._sink.commit(self._moment)

@@ -204,7 +204,11 @@ class Recording:
             raise RecordingError(f"Image {image} was not recorded; there are {images} (0 to {images - 1}).")
         values = layer_mean(picked, channels, image)  # (step, channel, y, x)
         if refine:
-            values = refined(values, self._self_node(picked[0]["step"].values, refine), image, refine)
+            if refine < 0:
+                raise SettingError(
+                    f"refine is {refine}; give 0 for unrefined maps, or the number of propagations: 1, 2."
+                )
+            values = refined(values, self._self_node().sel(step=picked[0]["step"].values), image, refine)
         column = {channel: i for i, channel in enumerate(channels)}
         start = values[:, [column[START]]] if normalize == "start" else None
         if normalize == "tokens":
@@ -297,6 +301,58 @@ class Recording:
     def _all_words(self) -> tuple[str, ...]:
         indices = [token.index for token in self.prompt.tokens]
         return self._channels(indices, "normalize='tokens' (a softmax over every word of the prompt)")
+
+    def self_attention(
+        self,
+        layers: str | Sequence[str] = "all",
+        steps: int | slice | Sequence[int] | None = None,
+        image: int = 0,
+        head: int | None = None,
+    ) -> xr.DataArray:
+        """Return self-attention: what each location attends to in the image, the mean over layers and heads.
+
+        Parameters
+        ----------
+        layers : str or sequence of str
+            As in `select_layers`, if the layers were kept apart (``SelfAttention(each_layer=True)``).
+        steps : int, slice or sequence of int, optional
+            As in `maps`.
+        image : int
+            Index of the image in the batch.
+        head : int, optional
+            Number of one head, if the heads were kept apart.
+
+        Returns
+        -------
+        xarray.DataArray, (step, y, x, y_key, x_key)
+            float32. Rows (over y_key and x_key) sum to 1; in joint attention, to the share that the image gets beside
+            the text.
+
+        Raises
+        ------
+        RecordingError
+            When it was not recorded; the message lists what was.
+        """
+        node = self._self_node()
+        members = [_Layer(str(n), str(p)) for n, p in zip(node["layer"].values, node["place"].values, strict=True)]
+        if layers != "all":
+            names = [layer.name for layer in select_layers(members, layers)]
+            node = node.isel(layer=[i for i, layer in enumerate(members) if layer.name in names])
+        if head is not None:
+            node = node.isel(head=_positions("head", [head], list(node["head"].values)))
+        calls = list(self.steps)
+        wanted = calls if steps is None else _calls(steps, calls)
+        node = node.isel(step=_positions("step", wanted, calls))
+        if not -node.sizes["image"] <= image < node.sizes["image"]:
+            raise RecordingError(f"Image {image} was not recorded; there are {node.sizes['image']}.")
+        size = _size(node)
+        values = node["probability"].isel(image=image).values.mean((1, 2), dtype=np.float32)
+        return xr.DataArray(
+            values.reshape(len(wanted), *size, *size),
+            dims=("step", "y", "x", "y_key", "x_key"),
+            coords={name: node[name] for name in ("step", "timestep", "sigma")},
+            name="probability",
+        )
 
     # -- selection -----------------------------------------------------------------------------------------------
 
@@ -488,15 +544,10 @@ class Recording:
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
-    def _self_node(self, steps: np.ndarray, refine: int) -> xr.Dataset:
-        """Self-attention of these steps."""
-        if refine < 0:
-            raise SettingError(f"refine is {refine}; give 0 for unrefined maps, or the number of propagations: 1, 2.")
+    def _self_node(self) -> xr.Dataset:
         for node in self.nodes("image"):
-            return node.sel(step=steps)
-        raise RecordingError(
-            "No self-attention was recorded, which refine needs; record it with RecordSpec(self_attention=16)."
-        )
+            return node
+        raise RecordingError("No self-attention was recorded; record it with RecordSpec(self_attention=16).")
 
     def _first(self) -> xr.Dataset:
         nodes = self.nodes()

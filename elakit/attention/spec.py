@@ -178,7 +178,9 @@ class Resolution:
         layers = f"{len(self.layers)} layer{'s' * (len(self.layers) > 1)}"
         heads = "head mean" if self.heads == 1 else f"{self.heads} heads"
         what = "self-attention at " if self.keys == "image" else ""
-        return f"{what}{size_name(self.size)}: {'mean of ' * self.averaged}{layers}, {heads}, {readable_bytes(self.bytes)}"
+        return (
+            f"{what}{size_name(self.size)}: {'mean of ' * self.averaged}{layers}, {heads}, {readable_bytes(self.bytes)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -521,9 +523,7 @@ class RecordSpec:
         return f"Keep less with RecordSpec({' or '.join(ways)}), or allow it with budget={plan.bytes}."
 
 
-def _by_size(
-    layers: Sequence[AttentionLayer], latent: tuple[int, int]
-) -> dict[tuple[int, int], list[AttentionLayer]]:
+def _by_size(layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> dict[tuple[int, int], list[AttentionLayer]]:
     """Layers by the size of their maps."""
     found: dict[tuple[int, int], list[AttentionLayer]] = {}
     for layer in layers:

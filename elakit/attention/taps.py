@@ -1,8 +1,8 @@
 """Attention that layers compute, read by hooks: no processor is replaced, nothing is computed twice.
 
 A tap keeps the queries and keys that the layer's own projections return, so that LoRA, attention slicing, fused
-projections, fused attention kernels and IP-Adapters keep working. It computes probabilities only where they are asked for,
-and only for the rows of the batch that are asked for.
+projections, fused attention kernels and IP-Adapters keep working. It computes probabilities only where they are asked
+for, and only for the rows of the batch that are asked for.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def tap(layers: Sequence[AttentionLayer], on_attention: OnAttention) -> Iterator
     Raises
     ------
     RecordingError
-        When a layer has an attention processor that is not from diffusers, before the block; inside it, when a layer ran
-        without projections that can be read, or its projections were replaced.
+        When a layer has an attention processor that is not from diffusers, before the block; inside it, when a layer
+        ran without projections that can be read, or its projections were replaced.
 
     Notes
     -----
@@ -66,8 +66,8 @@ def tap(layers: Sequence[AttentionLayer], on_attention: OnAttention) -> Iterator
     "joint" and "single": Stable Diffusion 3, FLUX) image and text are keys side by side: the softmax is over both, the
     columns of one of them are returned, and rows sum to its share of the attention.
 
-    Hooks are placed on the projections that the layers have on entry: load LoRA weights and fuse projections before. All
-    hooks are removed on exit, whatever happens.
+    Hooks are placed on the projections that the layers have on entry: load LoRA weights and fuse projections before.
+    All hooks are removed on exit, whatever happens.
 
     Examples
     --------
@@ -102,8 +102,8 @@ def check_processor(layer: AttentionLayer) -> None:
     if not processor.__module__.startswith(("diffusers.", "builtins")):
         raise RecordingError(
             f"Layer {layer.name} has the attention processor {processor.__module__}.{processor.__qualname__}, which is "
-            "not from diffusers: it may change attention scores in a way that cannot be read. Set the default processor "
-            "(`pipe.unet.set_default_attn_processor()`), and change scores with `elakit.attention.edit`."
+            "not from diffusers: it may change attention scores in a way that cannot be read. Set the default "
+            "processor (`pipe.unet.set_default_attn_processor()`), and change scores with `elakit.attention.edit`."
         )
 
 
@@ -204,8 +204,8 @@ class _Tap:
         if query.shape[1] != locations:
             raise RecordingError(
                 f"Layer {self.layer.name} attends from {query.shape[1]} positions, but its maps have {self.size[0]} x "
-                f"{self.size[1]} locations: positions were merged (ToMe) or added. Undo that before the block (for ToMe: "
-                "`tomesd.remove_patch(pipe)`, or `merge_crossattn=False`)."
+                f"{self.size[1]} locations: positions were merged (ToMe) or added. Undo that before the block (for "
+                "ToMe: `tomesd.remove_patch(pipe)`, or `merge_crossattn=False`)."
             )
         mask = scores_mask(self.mask, self.layer, batch, key.shape[1])
         if mask is not None and len(mask) > 1:
@@ -308,7 +308,8 @@ def probabilities(
     Returns
     -------
     torch.Tensor, (B, heads, n, keys of ``columns``)
-        float32 whatever the model's precision (float64 stays float64); differentiable. Each row sums to 1 over all keys.
+        float32 whatever the model's precision (float64 stays float64); differentiable. Each row sums to 1 over all
+        keys.
 
     Examples
     --------

@@ -162,9 +162,9 @@ class TransformerAdapter:
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
         """Layers that read self-attention, one for each of the given layers.
 
-        These are the layers of self-attention in the same blocks. In joint attention, where image and text are keys side
-        by side, they are the given layers themselves: their attention to the keys of the image, whose rows sum to the
-        share that the image gets beside the text.
+        These are the layers of self-attention in the same blocks. In joint attention, where image and text are keys
+        side by side, they are the given layers themselves: their attention to the keys of the image, whose rows sum to
+        the share that the image gets beside the text.
 
         Raises
         ------

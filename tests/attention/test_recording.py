@@ -836,7 +836,7 @@ def test_a_save_that_fails_leaves_the_old_recording(
 
 
 def test_opening_what_is_no_recording_says_so(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="nothing is there"):
+    with pytest.raises(OutputError, match="does not exist"):
         open_recording(tmp_path / "nowhere")
     xr.Dataset({"a": ("x", [1])}).to_zarr(tmp_path / "other", zarr_format=2)
     with pytest.raises(RecordingError, match=r"Recording\.save"):
