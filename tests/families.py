@@ -17,17 +17,21 @@ from diffusers import (
     FluxFillPipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
+    PixArtSigmaPAGPipeline,
     SD3ControlNetModel,
     StableDiffusion3ControlNetPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3InpaintPipeline,
+    StableDiffusion3PAGPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionPAGPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPAGPipeline,
 )
 from diffusers.models.attention_processor import IPAdapterAttnProcessor, SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
@@ -385,6 +389,7 @@ IMAGE = Image.fromarray(np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).asty
 MASK = Image.fromarray(np.triu(np.full((32, 32), 255, "uint8")))
 SIDES = {"height": 32, "width": 32}
 AGAIN = {"image": IMAGE, "strength": 0.9}
+PERTURBED = {"pag_scale": 3.0}
 FILLED = AGAIN | {"mask_image": MASK} | SIDES
 RELATIVES = {
     "img2img": Relative(StableDiffusionImg2ImgPipeline, "sd", AGAIN),
@@ -413,6 +418,12 @@ RELATIVES = {
         lambda: tiny_sd3(dual_attention_layers=()),
         _controlnet_of_sd3,
     ),
+    "perturbed-attention guidance": Relative(StableDiffusionPAGPipeline, "sd", PERTURBED),
+    "sdxl perturbed-attention guidance": Relative(StableDiffusionXLPAGPipeline, "sdxl", PERTURBED),
+    "pixart perturbed-attention guidance": Relative(
+        PixArtSigmaPAGPipeline, "pixart-sigma", PERTURBED | FAMILIES["pixart-sigma"].options
+    ),
+    "sd3 perturbed-attention guidance": Relative(StableDiffusion3PAGPipeline, "sd3", PERTURBED | SIDES | SHORT),
     "flux img2img": Relative(FluxImg2ImgPipeline, "flux", AGAIN | SIDES | SHORT),
     "flux inpaint": Relative(FluxInpaintPipeline, "flux", FILLED | SHORT),
     "flux fill": Relative(  # of latents, those of the image, and the mask, all packed

@@ -102,8 +102,9 @@ def check_processor(layer: AttentionLayer) -> None:
     if not processor.__module__.startswith(("diffusers.", "builtins")):
         raise RecordingError(
             f"Layer {layer.name} has the attention processor {processor.__module__}.{processor.__qualname__}, which is "
-            "not from diffusers: it may change attention scores in a way that cannot be read. Set the default "
-            "processor (`pipe.unet.set_default_attn_processor()`), and change scores with `elakit.attention.edit`."
+            "not from diffusers: it may change attention scores in a way that cannot be read. Set one of diffusers, "
+            "such as `pipe.unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor2_0())`, and "
+            "change scores with `elakit.attention.edit`."
         )
 
 

@@ -142,7 +142,14 @@ def compiled(module: Any, path: str) -> str | None:
             f"its {path.rpartition('.')[2]} was wrapped by torch.compile, inside which attention cannot be read "
             f"without changing the image; use the plain one, `{path} = {path}._orig_mod`, for recording and guidance"
         )
-    parts = module.named_modules() if isinstance(module, nn.Module) else ()
+    parts = list(module.named_modules()) if isinstance(module, nn.Module) else []
+    for name, part in parts:
+        if hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable"):
+            owner = f"{path}.{name}" if name else path
+            return (
+                f"the forward method of {owner} was wrapped by torch.compile, inside which attention cannot be read "
+                f"without changing the image; set the original one back, for example with `del {owner}.forward`"
+            )
     inside = next((name for name, part in parts if getattr(part, "_compiled_call_impl", None) is not None), None)
     if inside is None:
         return None
