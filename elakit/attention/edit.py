@@ -16,18 +16,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from elakit.attention.calls import SeenCall, Watch
+from elakit.attention.calls import NEVER, additive, biasing
 from elakit.attention.hooks import Hooks
+from elakit.attention.running import SeenCall, Watch
 from elakit.attention.spec import END, START, find_tokens, select_layers
 from elakit.attention.taps import ADDED_SCORES, check_processor, scores_mask
 from elakit.errors import RecordingError, SettingError
 from elakit.models import Adapter, AttentionLayer, adapter_for
+from elakit.models.adapter import Layout as CallLayout
 from elakit.models.adapter import argument
 from elakit.prompt import Entity, Prompt, parse
-
-_NEVER = -1e4  # what diffusers adds to hide a position; half precision can represent it, and its exponential is 0
 
 
 @dataclass(frozen=True, eq=False)  # regions are arrays, whose == is not a single truth value
@@ -214,7 +213,7 @@ def _hooked(source: _Source) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(source.watch.close)
         if not all(layer.takes_mask for layer in source.layers):
-            stack.enter_context(source.masked)
+            stack.enter_context(biasing(source.pending.bias_of))
         hooks = stack.enter_context(Hooks())
         hooks.before(source.adapter.denoiser, source.before_call)
         for layer in source.layers:
@@ -230,10 +229,10 @@ class _Source:
         self.layers = layers
         self.watch = Watch(adapter, prompt)
         self.seen: SeenCall | None = None  # the call in progress
-        self.masked = _Masked()
+        self.pending = _Pending()
 
     def before_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.masked.bias = None
+        self.pending.clear()
         self.end()
         self.seen = self.watch.read(args, kwargs)
         if self.seen is not None:
@@ -275,7 +274,7 @@ class _Bias(_Source):
 
     def bias(self, layer: AttentionLayer, size: tuple[int, int], text: int, like: Tensor) -> Tensor | None:
         bias = self.bias_of(layer, size, text) if self.going else None
-        return None if bias is None else bias.clamp(min=_NEVER).to(like.device, like.dtype)
+        return None if bias is None else bias.clamp(min=NEVER).to(like.device, like.dtype)
 
 
 class _Editor(_Source):
@@ -292,7 +291,9 @@ class _Editor(_Source):
             _positions(prompt, each.tokens, prompt.length)
             if each.like is not None:
                 _positions(prompt, each.like, prompt.length)
-                if joint := [layer.name for layer in known if layer.name in self.named[i] and layer.kind != "cross"]:
+                if joint := [
+                    layer.name for layer in known if layer.name in self.named[i] and not _takes_other_logits(layer)
+                ]:
                     raise RecordingError(
                         f"like={each.like!r}: layer {joint[0]} has joint attention to image and text, where logits "
                         "cannot be replaced. Use scale or add, or a model with cross-attention."
@@ -317,7 +318,7 @@ class _Editor(_Source):
             bias = torch.zeros(size[0] * size[1], text, dtype=torch.float64)
             for i in acting:
                 bias[:, self._positions(self.edits[i].tokens, text)] += _log_factor(self.edits[i], size)
-            bias = bias.clamp(min=_NEVER)
+            bias = bias.clamp(min=NEVER)
             self._made[key] = bias.to(like.device, like.dtype) if bool(bias.any()) else None
         return self._made[key]
 
@@ -347,6 +348,7 @@ class _LayerHook:
         self.source = source
         self.layer = layer
         self.size = (0, 0)
+        self.layout: CallLayout | None = None
 
     def place(self, hooks: Hooks) -> None:
         hooks.before(self.layer.block, self.enter_block)
@@ -355,10 +357,17 @@ class _LayerHook:
         hooks.after(self.layer.module, self.leave, always=True)
 
     def enter_block(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.size = self.layer.grid(args, kwargs)
+        self.layout = None if self.layer.layout is None else self.layer.layout(args, kwargs)
+        self.size = self.layer.grid(args, kwargs) if self.layout is None else self.layout.size
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.source.seen is None:
+            return None
+        if self.layout is not None:
+            pending = self.source.pending
+            like = argument(args, kwargs, 0, "hidden_states")
+            pending.small = self.source.bias(self.layer, self.size, self.layout.text[1], like)
+            pending.rows, pending.layout = self.source.seen.rows, self.layout
             return None
         image = argument(args, kwargs, 0, "hidden_states")
         if self.layer.kind == "single":
@@ -378,14 +387,13 @@ class _LayerHook:
             bias = instead if bias is None else bias.repeat_interleave(self.layer.heads, dim=0) + instead
         assert bias is not None
         if not self.layer.takes_mask:
-            self.source.masked.bias = bias
+            self.source.pending.full = bias
             ADDED_SCORES[module] = bias if module not in ADDED_SCORES else ADDED_SCORES[module] + bias
             return None
         mask = bias
         given = scores_mask(argument(args, kwargs, 2, "attention_mask"), self.layer, batch, bias.shape[-1])
         if given is not None:
-            if given.dtype == torch.bool:
-                given = torch.zeros_like(given, dtype=bias.dtype).masked_fill(~given, _NEVER)
+            given = additive(given, bias.dtype)
             # (row, 1 or head, query, key)
             mask = (bias.unflatten(0, (batch, -1)) if self.layer.kind == "cross" else bias) + given
             mask = mask.flatten(0, 1) if self.layer.kind == "cross" else mask
@@ -439,29 +447,39 @@ class _LayerHook:
         return F.pad(every, (*columns, before, after)).unsqueeze(1)
 
     def leave(self, module: nn.Module, *_: Any) -> None:
-        self.source.masked.bias = None
+        self.source.pending.clear()
         ADDED_SCORES.pop(module, None)
 
 
-class _Masked(TorchFunctionMode):
-    """Adds a bias where attention is computed: for processors that ignore their attention mask."""
+class _Pending:
+    """The bias of the layer that is running, for processors that ignore their mask: it is added at the call."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.bias: Tensor | None = None
+        self.small: Tensor | None = None  # (rows that see the prompt or 1, h*w, text positions)
+        self.rows = slice(0, 0)
+        self.layout: CallLayout | None = None
+        self.full: Tensor | None = None  # of all rows, queries and keys
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if self.bias is not None and func is F.scaled_dot_product_attention:
-            query, key = (argument(args, kwargs, i, name) for i, name in enumerate(("query", "key")))
+    def bias_of(self, query: Tensor, key: Tensor) -> Tensor | None:
+        sides = query.shape[-2], key.shape[-2]
+        if self.full is not None:
             # The attention of an IP-Adapter to its image has other keys.
-            if (query.shape[-2], key.shape[-2]) == tuple(self.bias.shape[-2:]):
-                given = argument(args, kwargs, 3, "attn_mask")
-                bias = self.bias.to(query.dtype)
-                args, rest = args[:3], args[4:]
-                kwargs |= dict(zip(("dropout_p", "is_causal"), rest, strict=False))
-                kwargs["attn_mask"] = bias if given is None else bias + given
-        return func(*args, **kwargs)
+            return self.full if sides == tuple(self.full.shape[-2:]) else None
+        if self.small is None or self.layout is None:
+            return None
+        small, layout, self.small = self.small, self.layout, None  # only the first call of the layer is to the text
+        bias = small.new_zeros(query.shape[0], 1, *sides)
+        locations, (first, count) = small.shape[-2], layout.text
+        bias[self.rows, 0, layout.image : layout.image + locations, first : first + count] = small
+        return bias
+
+    def clear(self) -> None:
+        self.small = self.full = self.layout = None
+
+
+def _takes_other_logits(layer: AttentionLayer) -> bool:
+    """Whether logits of the layer can be replaced: its keys are the text alone, and hooks see its projections."""
+    return layer.kind == "cross" and layer.layout is None
 
 
 def _as_sequence(what: Any) -> tuple[Any, ...]:
@@ -475,7 +493,7 @@ def _region(region: Any) -> Tensor:
 
 def _log_factor(change: Edit, size: tuple[int, int]) -> Tensor:
     """Logarithm of the factor at each location, (h*w, 1)."""
-    return torch.log1p(_share(change, size) * (change.factor - 1)).clamp(min=_NEVER).reshape(-1, 1)
+    return torch.log1p(_share(change, size) * (change.factor - 1)).clamp(min=NEVER).reshape(-1, 1)
 
 
 def _share(change: Edit, size: tuple[int, int]) -> Tensor:

@@ -13,10 +13,10 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from elakit.attention.calls import SeenCall, Watch
 from elakit.attention.hooks import Hooks, leave_alone
 from elakit.attention.layout import Layout, Moment, NodeLayout, Size, Slots, build_tree, location_labels, node_name
 from elakit.attention.recording import Recording
+from elakit.attention.running import SeenCall, Watch
 from elakit.attention.sinks import Memory, RunningMean, Sink, Staging
 from elakit.attention.spec import Plan, RecordSpec, Resolution, select_layers, size_name
 from elakit.attention.taps import Attend, tap

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from elakit.attention.calls import AttentionCall, OnCall, watching
 from elakit.attention.hooks import Hooks
 from elakit.errors import RecordingError
 from elakit.models import AttentionLayer
@@ -84,9 +85,17 @@ def tap(layers: Sequence[AttentionLayer], on_attention: OnAttention) -> Iterator
     """
     for layer in layers:
         check_processor(layer)
-    with Hooks() as hooks:
+    with ExitStack() as stack:
+        hooks = stack.enter_context(Hooks())
+        captured = []
         for layer in layers:
-            _Tap(layer, on_attention).place(hooks)
+            if layer.layout is None:
+                _Tap(layer, on_attention).place(hooks)
+            else:
+                captured.append(_Capture(layer, on_attention))
+                captured[-1].place(hooks)
+        if captured:
+            stack.enter_context(watching(_to_all(captured)))
         yield
 
 
@@ -274,6 +283,76 @@ def scores_mask(mask: Tensor | None, layer: AttentionLayer, batch: int, keys: in
             f"{keys} keys. Give one of shape ({batch}, {keys}), or ({batch}, 1, 1, {keys})."
         )
     return mask
+
+
+def _to_all(captured: Sequence[_Capture]) -> OnCall:
+    def see(call: AttentionCall) -> None:
+        for one in captured:
+            one.see(call)
+
+    return see
+
+
+class _Capture:
+    """The attention call of one layer whose queries and keys are read where attention is computed."""
+
+    def __init__(self, layer: AttentionLayer, on_attention: OnAttention) -> None:
+        assert layer.layout is not None
+        self.layer = layer
+        self.layout_of = layer.layout
+        self.on_attention = on_attention
+        self.running = False
+        self.call: AttentionCall | None = None
+
+    def place(self, hooks: Hooks) -> None:
+        hooks.before(self.layer.block, self._enter_block)
+        hooks.before(self.layer.module, self._enter)
+        hooks.after(self.layer.module, self._leave)
+
+    def _enter_block(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.layout = self.layout_of(args, kwargs)
+        self.running, self.call = False, None
+
+    def _enter(self, *_: Any) -> None:
+        check_processor(self.layer)
+        self.running, self.call = True, None
+
+    def see(self, call: AttentionCall) -> None:
+        """Keep the first attention call of the layer; later ones are those to an image prompt."""
+        if self.running and self.call is None:
+            self.call = call
+
+    def _leave(self, *_: Any) -> None:
+        self.running = False
+        if self.call is None:
+            raise RecordingError(
+                f"Layer {self.layer.name} ran without calling F.scaled_dot_product_attention, where it is read. Set "
+                "the default attention processor and `set_attention_backend('native')` before the recording."
+            )
+        try:
+            self.on_attention(self.layer, self.attend, self.layout.size)
+        finally:
+            self.call = None
+
+    def attend(self, rows: slice) -> Tensor:
+        assert self.call is not None
+        query, key, mask = self.call.query[rows], self.call.key[rows], self.call.mask
+        locations = math.prod(self.layout.size)
+        queries = slice(self.layout.image, self.layout.image + locations)
+        if mask is not None:
+            mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+            mask = mask[rows] if mask.shape[0] > 1 else mask
+            mask = mask[..., queries, :] if mask.shape[-2] > 1 else mask
+        if key.shape[1] != query.shape[1]:  # grouped queries
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        first, count = self.layout.text
+        columns: slice | None = slice(first, first + count)
+        if self.layer.reads == "image":
+            columns = queries  # in joint attention, queries and keys are the same sequence
+        elif (first, count) == (0, key.shape[-2]):
+            columns = None
+        query, key = query[..., queries, :].transpose(1, 2), key.transpose(1, 2)
+        return probabilities(query, key, columns, mask=mask, scale=self.call.scale)
 
 
 def _rotate(x: Tensor, rotary: Sequence[Tensor]) -> Tensor:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elakit.attention import biased
-from elakit.attention.calls import Watch
 from elakit.attention.hooks import Hooks
+from elakit.attention.running import Watch
 from elakit.attention.taps import Attend, tap
 from elakit.guidance.method import Attention, Hold
 from elakit.models import Adapter, AttentionLayer
