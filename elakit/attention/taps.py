@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import FunctionType
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -107,8 +108,9 @@ def check_processor(layer: AttentionLayer) -> None:
     RecordingError
         When the processor's class is defined elsewhere.
     """
-    processor = type(getattr(layer.module, "processor", None))
-    if not processor.__module__.startswith(("diffusers.", "builtins")):
+    processor = getattr(layer.module, "processor", None)
+    processor = processor if isinstance(processor, FunctionType) else type(processor)
+    if processor is not type(None) and not processor.__module__.startswith("diffusers."):
         raise RecordingError(
             f"Layer {layer.name} has the attention processor {processor.__module__}.{processor.__qualname__}, which is "
             "not from diffusers: it may change attention scores in a way that cannot be read. Set one of diffusers, "

@@ -257,6 +257,36 @@ def test_every_sink_gives_back_what_it_was_given(
     assert tree.attrs["calls"] == 40
 
 
+@pytest.mark.parametrize("runs", [(3,), (10, 10), (10, 14), (24,)])
+def test_memory_never_takes_more_than_its_steps(runs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a run that ends early nor several runs in a block need room for a second copy."""
+    allocated = 0
+    empty = torch.empty
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal allocated
+        made = empty(*args, **kwargs)
+        allocated += made.nbytes
+        return made
+
+    monkeypatch.setattr(torch, "empty", counted)
+    planned, most = 10, 24
+    sink = Memory(layout(), planned, most, torch.device("cpu"))
+    for step in range(sum(runs)):
+        fill(sink, step)
+    blocks = [block["2x3"] for block in sink._blocks]
+    tree = sink.finish(calls=sum(runs))
+    assert allocated <= most * layout().step_bytes
+    values = tree["2x3"]["probability"]
+    if sum(runs) <= planned:
+        assert np.shares_memory(values.values, blocks[0].numpy())
+    assert values.values[:, 0, 0, 0, 0, 0, 0].tolist() == [100 * step + 20 for step in range(sum(runs))]
+    np.testing.assert_array_equal(values.isel(step=-1).values, values.values[-1])
+    if sum(runs) == most:
+        with pytest.raises(RecordingError, match="room for 24 steps"):
+            fill(sink, most)
+
+
 # -- on an accelerator, as far as a processor can tell -----------------------------------------------------------------
 
 
