@@ -215,7 +215,8 @@ def _open_node(path: Path, name: str, described: Mapping[str, Any]) -> xr.Datase
         values = stored[variable].whole()
         if values.shape != (shape[dimension],):
             raise _damaged(path / name / variable / ".zarray", f"its shape is {values.shape}")
-        values.tolist()  # text that is not Unicode raises an error here and not later
+        if values.dtype.kind == "U":
+            "".join(values.tolist()).encode()  # text that is not Unicode raises an error here and not later
         coordinates[variable] = (dimension, values)
     attributes = described[f"{name}/.zattrs"]
     if attributes["size"] != f"{shape['y']}x{shape['x']}" or attributes["keys"] not in ("text", "image"):

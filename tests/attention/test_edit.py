@@ -73,7 +73,7 @@ def test_a_token_made_like_itself_changes_nothing(name: str) -> None:
 
 
 def test_what_cannot_be_replaced_says_so() -> None:
-    with pytest.raises(SettingError, match="give two"):
+    with pytest.raises(SettingError, match="Give two"):
         Edit("car", like="red", scale=0)
     pipe = tiny_flux()
     with pytest.raises(RecordingError, match="Use scale or add"), edit(pipe, TEXT, Edit("car", like="red")):
@@ -299,7 +299,7 @@ def _pipe() -> Any:
         ({"scale": -1.0}, "scale is -1.0"),
         ({"scale": math.inf}, "scale is inf"),
         ({"add": 1000.0}, "-100 to 100"),
-        ({"tokens": []}, "names nothing"),
+        ({"tokens": []}, "tokens is empty"),
         ({"steps": -1}, "count calls from the start"),
         ({"steps": slice(-3, None)}, "count calls from the start"),
         ({"steps": slice(0, 3, -1)}, "stride"),
@@ -316,7 +316,10 @@ def test_edits_that_make_no_sense_are_refused(options: dict[str, Any], part: str
 def test_what_is_not_there_is_refused_before_the_run(pipe: Any) -> None:
     with pytest.raises(RecordingError, match="'zebra' is not in"), edit(pipe, TEXT, Edit("zebra", scale=0)):
         pass
-    with pytest.raises(RecordingError, match="No layer fits 'double'"), edit(pipe, TEXT, Edit("car", layers="double")):
+    with (
+        pytest.raises(RecordingError, match="No layer matches 'double'"),
+        edit(pipe, TEXT, Edit("car", layers="double")),
+    ):
         pass
     with pytest.raises(RecordingError, match="no start token"), edit(tiny_flux(), TEXT, Edit("<start>", scale=0)):
         pass

@@ -10,12 +10,14 @@ import pytest
 import torch
 import xarray as xr
 from diffusers.models.attention_processor import AttnProcessor
-from tiny import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sdxl
+from tiny import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl
+from witness import witness
 
-from elakit.attention import RecordSpec, open_recording, record
+from elakit.attention import RecordSpec, SelfAttention, open_recording, record
 from elakit.attention.aggregate import refined
 from elakit.errors import RecordingError, SettingError
-from elakit.prompt import parse
+from elakit.models import adapter_for
+from elakit.prompt import Prompt, parse
 
 TEXT = "a [red car] and a [blue bird]"
 
@@ -146,7 +148,58 @@ def test_what_cannot_be_had_is_said() -> None:
         draw(pipe, prompt.text, steps=1)
     with pytest.raises(SettingError, match="refine is -1"):
         recording.maps("car", refine=-1)
-    flux = tiny_flux()
-    text = parse(TEXT, flux)
-    with pytest.raises(RecordingError, match="joint attention"), record(flux, text, RecordSpec(self_attention=4)):
-        pass
+
+
+JOINT = {
+    "sd3": (tiny_sd3, {"max_sequence_length": 14}),
+    "flux": (tiny_flux, {"max_sequence_length": 14, "height": 32, "width": 32}),
+}
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_in_joint_attention_it_is_the_attention_to_the_keys_of_the_image(name: str, tmp_path: Path) -> None:
+    """Compared with what the attention call received; with the text's share it sums to 1."""
+    make, options = JOINT[name]
+    pipe = make()
+    prompt = parse(TEXT, pipe)
+    plain = draw(pipe, prompt.text, steps=1, **options)
+    own = SelfAttention(size=4, heads="all", each_layer=True)
+    spec = RecordSpec(self_attention=own, heads="all", dtype="float32")
+    path = tmp_path / "run.zarr"
+    with witness(adapter_for(pipe).layers()) as seen, record(pipe, prompt, spec, store=path) as recording:
+        assert torch.equal(plain, draw(pipe, prompt.text, steps=1, **options))
+    assert spec.plan(pipe, prompt, steps=1, height=32, width=32).bytes == recording.nbytes
+    (node,) = open_recording(path).nodes("image")
+    for one, layer in zip(seen, recording.layers, strict=True):
+        row = len(one.probabilities) - 1  # the last one sees the prompt
+        image = slice(-16, None) if one.layer.text_first else slice(0, 16)
+        truth = one.probabilities[row][:, image, image]
+        kept = node["probability"].sel(layer=layer).isel(step=0, image=0).values.reshape(2, 16, 16)
+        np.testing.assert_allclose(kept, truth, atol=1e-6)
+    one_layer = recording.layers[-1]
+    total = recording.self_attention(layers=one_layer, head=1).sum(("y_key", "x_key"))
+    text = recording.sel(layer=one_layer, head=1).maps().sum("token")
+    np.testing.assert_allclose(total + text, 1, atol=1e-5)
+    assert recording.self_attention().dims == ("step", "y", "x", "y_key", "x_key")
+    assert np.isfinite(recording.maps("car", refine=1)).all()
+
+
+def test_layers_and_heads_of_self_attention_are_selected(pipe: Any, prompt: Prompt) -> None:
+    every = SelfAttention(size=8, heads="all", each_layer=True)
+    with record(pipe, prompt, RecordSpec(self_attention=every, dtype="float32")) as whole:
+        draw(pipe, prompt.text, steps=2)
+    part = SelfAttention(size=8, layers="up", heads=[1], each_layer=True)
+    with record(pipe, prompt, RecordSpec(self_attention=part, layers="down", dtype="float32")) as some:
+        draw(pipe, prompt.text, steps=2)
+    with record(pipe, prompt, RecordSpec(self_attention=8, dtype="float32")) as mean:
+        draw(pipe, prompt.text, steps=2)
+    np.testing.assert_allclose(some.self_attention(), whole.self_attention("up", head=1), atol=1e-6)
+    np.testing.assert_allclose(mean.self_attention(), whole.self_attention(), atol=1e-6)
+    np.testing.assert_allclose(mean.maps("car", refine=1, size=8), whole.maps("car", refine=1, size=8), atol=1e-5)
+    with pytest.raises(RecordingError, match="No layer matches 'mid'"):
+        whole.self_attention("mid")
+    with pytest.raises(RecordingError, match="No head 5"):
+        whole.self_attention(head=5)
+    for wrong in ({"size": 0}, {"size": 8, "heads": []}, {"size": 8, "each_layer": 1}):
+        with pytest.raises(SettingError):
+            SelfAttention(**wrong)
