@@ -1,4 +1,4 @@
-"""Edits: attention that is changed on purpose changes where, when and as much as was asked, and nothing else."""
+"""Edits change attention where, when and as much as they say, and nothing else."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_logits_are_replaced_by_another_tokens_in_the_region(name: str) -> None:
         changed, after = observe(pipe, lambda: draw(pipe, **family.options))
     first, now = before[0].maps, after[0].maps
     logits = first.log()
-    logits[..., car] = logits[..., red]  # logits up to the same constant in each cell
+    logits[..., car] = logits[..., red]  # logits up to a constant at each location
     by_hand = logits.softmax(-1)
     inside = torch.zeros(before[0].size, dtype=torch.bool)
     inside[:, : before[0].size[1] // 2] = True
@@ -95,7 +95,7 @@ def test_in_the_region_weights_are_scaled_and_elsewhere_they_are_left(name: str)
     plain, before = observe(pipe, lambda: draw(pipe, **family.options))
     with edit(pipe, prompt, Edit("giraffe", scale=3.0, add=0.5, region=LEFT)):
         changed, after = observe(pipe, lambda: draw(pipe, **family.options))
-    first, now = before[0].maps, after[0].maps  # later layers see another image
+    first, now = before[0].maps, after[0].maps  # later layers have another input
     pieces = list(prompt.find("giraffe"))
     factor = 3 * math.exp(0.5)
     share = first[..., pieces].sum(-1, keepdim=True)
@@ -108,7 +108,7 @@ def test_in_the_region_weights_are_scaled_and_elsewhere_they_are_left(name: str)
     torch.testing.assert_close(now[:, :, inside], by_hand[:, :, inside], atol=1e-5, rtol=0)
     torch.testing.assert_close(now[:, :, ~inside], first[:, :, ~inside], atol=1e-6, rtol=0)
     assert not np.array_equal(plain, changed)
-    # Not only what is read: what the layer puts out has changed, there and for those rows alone.
+    # Not only the recorded values: the layer's output has changed too, there and for those rows only.
     was, _, became, _ = outputs  # of two steps
     rows = adapter_for(pipe).conditional_rows(len(was)) if not family.guided else slice(1, 2)
     change = (became - was).abs()
@@ -216,7 +216,7 @@ def test_autocast_is_edited_too(pipe: Any) -> None:
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_an_image_prompt_is_left_as_it_is(name: str) -> None:
-    """With an IP-Adapter a layer attends to its image in a second attention, whose keys are no words."""
+    """The attention of a layer to the image of an IP-Adapter has keys that are not words, and is not edited."""
     family = FAMILIES[name]
     pipe = family.make()
     ip_adapter(pipe)
@@ -234,7 +234,7 @@ def test_an_image_prompt_is_left_as_it_is(name: str) -> None:
 
 
 def test_guidance_in_an_edited_run_sees_the_model_as_it_is(pipe: Any) -> None:
-    """Its own passes are neither edited nor counted, so the edit acts in the steps that were meant."""
+    """Passes of guidance itself are neither edited nor counted, so an edit acts in the intended steps."""
     adapter = adapter_for(pipe)
     prompt = parse(TEXT, pipe)
     embeds = adapter.encode(prompt.text, guided=False)

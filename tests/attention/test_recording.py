@@ -1,4 +1,4 @@
-"""Recording: the image stays as it is, the numbers are right, the price is known, and what is kept can be read."""
+"""Recording: the image is unchanged, the numbers are right, the size is known before, and recordings can be read."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TEXT = "a [red car] and a [blue bird]"
 
 
 def draw(pipe: Any, text: str | list[str], steps: int = 3, **options: Any) -> np.ndarray:
-    """An image from a fixed seed, as an array."""
+    """Generate an image from a fixed seed, as an array."""
     options = {"generator": torch.Generator().manual_seed(7), "output_type": "np"} | options
     return pipe(text, num_inference_steps=steps, **options).images
 
@@ -144,7 +144,8 @@ def test_image_to_image_keeps_only_the_calls_that_ran(pipe: Any, prompt: Prompt)
 
 
 def independent(pipe: Any, run: Callable[[], Any], guided: bool) -> dict[str, list[np.ndarray]]:
-    """Probabilities from the layers' inputs and weights alone; of each layer one (B, heads, n, text) a call."""
+    """Compute probabilities from the layers' inputs and weights alone; per layer one array (B, heads, n, text) per
+    call."""
     found: dict[str, list[np.ndarray]] = {}
     handles = []
 
@@ -389,7 +390,7 @@ def test_heads_steps_and_sizes_are_kept_as_asked(pipe: Any, prompt: Prompt) -> N
             draw(pipe, prompt.text, steps=5)
         mean = wholes.isel(step=steps).mean("head")
         halves = part.tree["8x8"]["probability"].squeeze("head")
-        assert halves.dtype == np.float16  # half the room, and three digits of it
+        assert halves.dtype == np.float16  # half the size, three significant digits
         np.testing.assert_allclose(halves, mean, rtol=1e-3, atol=1e-7)
         assert part.steps == tuple(mean["step"].values)
     with record(pipe, prompt, RecordSpec(sizes=4, layers=["mid", "up_blocks.*"], dtype="float32")) as small:
@@ -402,7 +403,7 @@ def test_heads_steps_and_sizes_are_kept_as_asked(pipe: Any, prompt: Prompt) -> N
 def test_tokens_are_kept_as_asked(pipe: Any) -> None:
     prompt = parse("a [red car] and a [giraffe]", pipe)
     pieces = [token.label for token in prompt.tokens if token.label.startswith("giraffe")]
-    assert len(pieces) > 1  # a word the tiny tokenizer has to split
+    assert len(pieces) > 1  # a word that the tiny tokenizer splits
 
     def labels(tokens: Any) -> tuple[str, ...]:
         return RecordSpec(tokens=tokens).channels(prompt).labels
@@ -423,7 +424,7 @@ def test_a_text_without_start_and_one_that_is_read_twice_are_kept_whole() -> Non
     kept = RecordSpec().channels(t5)
     assert kept.labels == ("red", "car", "<end>")
     assert kept.gather(row[:4]).tolist() == [1, 2, 3 + 4]
-    assert kept.gather(row[:6]).tolist() == [1, 2, 3 + 4 + 5 + 6]  # a run of a longer text
+    assert kept.gather(row[:6]).tolist() == [1, 2, 3 + 4 + 5 + 6]  # a run with more text positions
     assert kept.gather(row[:3]).tolist() == [1, 2, 3]
     with pytest.raises(RecordingError, match="2 text positions"):
         kept.gather(row[:2])
@@ -576,7 +577,7 @@ def test_a_selection_that_fits_nothing_lists_what_is_there(pipe: Any, prompt: Pr
 
 
 def made(values: dict[str, np.ndarray] | None = None) -> Recording:
-    """A recording of known numbers: 2 steps, 2 images; layers "down" and "up" at 4x6, "mid" at 2x3; two heads."""
+    """A recording with known numbers: 2 steps, 2 images; layers "down" and "up" at 4x6, "mid" at 2x3; two heads."""
     tokens = [Token(1, "red", "red", 0), Token(2, "gir", "giraffe/1", 1), Token(3, "affe", "giraffe/2", 1)]
     prompt = Prompt(
         text="red giraffe <b>",
@@ -605,7 +606,7 @@ def test_maps_are_the_mean_over_layers_and_heads() -> None:
     assert one.dims == ("step", "token", "y", "x")
     assert one.shape == (2, 1, 4, 6)
     np.testing.assert_allclose(one[:, 0], raw["4x6"][:, 1, 1, :, :, :, 1].mean(1), rtol=1e-6)
-    # Every layer weighs the same, and small maps grow to the large ones.
+    # Every layer has the same weight, and small maps are resized to the large ones.
     every = recording.maps("red")
     grown = resize(raw["2x3"][:, 0, 0, :, :, :, 1].mean(1), (4, 6))
     large = raw["4x6"][:, 0, :, :, :, :, 1].mean(2)
@@ -711,7 +712,7 @@ def test_resizing_agrees_with_torch(seed: int, old: int, new: int) -> None:
         truth = torch.nn.functional.interpolate(maps, size=(new, new), mode="bilinear", align_corners=False)
     elif old % new == 0:
         truth = torch.nn.functional.adaptive_avg_pool2d(maps, new)
-    else:  # each of `new` equal cells is the mean of what lies under it
+    else:  # each of `new` equal intervals is the mean over what it covers
         fine = maps.repeat_interleave(new, -1).repeat_interleave(new, -2)
         truth = torch.nn.functional.avg_pool2d(fine, old)
     np.testing.assert_allclose(resize(maps.numpy(), (new, new)), truth, atol=1e-12)

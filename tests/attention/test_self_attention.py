@@ -1,4 +1,4 @@
-"""Self-attention kept beside the maps, and maps spread along it."""
+"""Self-attention that is kept beside the maps, and maps that are propagated along it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_it_is_the_mean_of_what_the_layers_of_its_size_computed() -> None:
         {name: watchers.get(name.removesuffix(".processor"), AttnProcessor()) for name in pipe.unet.attn_processors}
     )
     draw(pipe, prompt.text)
-    # (steps, layers, conditional half of the heads, cells, cells)
+    # (steps, layers, heads of the conditional half, locations, locations)
     seen = torch.stack([torch.stack([w.seen[step] for w in watchers.values()]) for step in range(3)])
     expected = seen.unflatten(2, (2, -1))[:, :, 1].mean((1, 2))
     kept = recording.tree["self-8x8"]["probability"].values.reshape(3, 64, 64)
@@ -79,17 +79,17 @@ def node(matrix: np.ndarray, size: tuple[int, int]) -> xr.Dataset:
     return xr.Dataset({"probability": (("step", "image", "layer", "head", "y", "x", "token"), values)})
 
 
-def test_cells_that_attend_to_each_other_share_their_values() -> None:
+def test_locations_that_attend_to_each_other_share_their_values() -> None:
     maps = np.array([[[[1.0, 0.0], [0.5, 0.5]]]], np.float32)
     alone = np.eye(4)
     np.testing.assert_array_equal(refined(maps, node(alone, (2, 2)), 0, 3), maps)
     together = np.full((4, 4), 0.25)
     np.testing.assert_allclose(refined(maps, node(together, (2, 2)), 0, 1), np.full((1, 1, 2, 2), 0.5))
-    # The first row's two cells attend to each other alike, the others to themselves.
+    # The two locations of the first row attend to each other equally, the others to themselves.
     rows = np.eye(4)
     rows[:2, :2] = 0.5
     np.testing.assert_allclose(refined(maps, node(rows, (2, 2)), 0, 1), [[[[0.5, 0.5], [0.5, 0.5]]]])
-    # The first looks at the second alone: one hop takes its value, and not the other way round.
+    # The first location attends to the second only and takes its value; the second keeps its own.
     hop = np.eye(4)
     hop[0] = [0, 1, 0, 0]
     np.testing.assert_allclose(refined(maps, node(hop, (2, 2)), 0, 1)[0, 0], [[0, 0], [0.5, 0.5]])
@@ -116,7 +116,7 @@ def test_refined_maps_come_at_its_size_from_memory_and_disk(make: Any, options: 
     np.testing.assert_array_equal(part.maps("car", refine=2), kept.maps("car", steps=[0, 2], refine=2, image=1))
     one = kept.isel(step=-1)
     np.testing.assert_array_equal(one.maps("bird", refine=1), kept.maps("bird", steps=-1, refine=1))
-    # Rows of self-attention sum to 1, so maps stay between their least and their most.
+    # Rows of self-attention sum to 1, so maps stay between their minimum and maximum.
     raw = kept.maps("entities", size=side)
     assert float(maps.max()) <= float(kept.maps("entities", image=1).max()) + 1e-3
     assert float(raw.min()) >= 0

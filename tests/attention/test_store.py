@@ -1,4 +1,4 @@
-"""Recordings on disk and in the running: a store grows with its run, whatever ends the run; means need no steps."""
+"""Destinations of steps: a store on disk that grows with the run, memory, and running means."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ TEXT = "a [red car] and a [blue bird]"
 
 
 def draw(pipe: Any, text: str, steps: int = 3, **options: Any) -> torch.Tensor:
-    """Latents of an image from a fixed seed."""
+    """Generate the latents of an image from a fixed seed."""
     options = {"generator": torch.Generator().manual_seed(7), "output_type": "latent"} | options
     return pipe(text, num_inference_steps=steps, **options).images
 
 
 def stop_at(pipe: Any, call: int, error: BaseException) -> Any:
-    """Raise in the middle of a call of the denoiser, after some of its layers have run."""
+    """Raise an error in the middle of a denoiser call, after some of its layers have run."""
     calls = 0
 
     def hook(*_: Any) -> None:
@@ -77,7 +77,7 @@ def test_a_store_holds_what_memory_would(scheduler: str, tmp_path: Path) -> None
         for name, node in kept.tree.children.items():
             xr.testing.assert_identical(recording.tree[name].to_dataset().load(), node.to_dataset())
     xr.testing.assert_identical(opened.maps("entities", normalize="start"), kept.maps("entities", normalize="start"))
-    # What was saved from memory, from the store, or from a part of it, is the same kind of folder.
+    # A recording saved from memory, from the store, or from a part of it has the same format.
     again = open_recording(opened.sel(step=[0, 2], token="car").save(tmp_path / "part"))
     assert again.steps == (0, 2)
     np.testing.assert_array_equal(again.maps("car"), kept.maps("car", steps=[0, 2]))
@@ -90,7 +90,7 @@ def test_a_store_is_read_without_elakit(pipe: Any, prompt: Prompt, tmp_path: Pat
     assert json.loads(tree.attrs["prompt"])["text"] == prompt.text
     seen = tree["8x8"]["probability"].sel(token="car", step=2).mean(("layer", "head")).squeeze("image", drop=True)
     np.testing.assert_allclose(seen, recording.maps("car", size=8)[-1, 0], rtol=1e-6)
-    # Also by readers that do not know consolidated metadata: every array's own file tells the same shape.
+    # Also for readers without consolidated metadata: the file of every array has the same shape.
     for path in (tmp_path / "run.zarr").rglob(".zarray"):
         described = json.loads(path.read_text())
         assert described["shape"] == list(tree[path.parent.parent.name][path.parent.name].shape)
@@ -185,7 +185,7 @@ def layout(images: int = 1, dtype: torch.dtype = torch.float32) -> Layout:
 
 
 def fill(sink: Any, step: int) -> None:
-    """Hand a sink a step whose values tell which step, size and place they are."""
+    """Give a sink a step whose values encode step, size and position."""
     sink.reserve(step)
     for name, slot in sink.slots().items():
         slot.copy_((torch.arange(slot.numel()) + 100 * step + 10 * int(name[0])).view(slot.shape))
@@ -235,7 +235,7 @@ def test_every_sink_gives_back_what_it_was_given(
     tmp_path_factory: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(zarr_store, "_STEPS", chunk)  # a run may fill several files of step labels
+    monkeypatch.setattr(zarr_store, "_STEPS", chunk)  # a run may fill several files of step coordinates
     shape, cpu = layout(images, torch.float16 if half else torch.float32), torch.device("cpu")
     path = tmp_path_factory.mktemp("sink") / "run.zarr"
     inner: Any = ZarrStore(shape, path, limit=12) if "zarr" in kind else Memory(shape, capacity, 12, cpu)
@@ -291,14 +291,14 @@ def test_memory_never_takes_more_than_its_steps(runs: tuple[int, ...], monkeypat
 
 
 class OnHost(Layout):
-    """Makes room on the host, whatever device is asked for."""
+    """Allocates on the host, whatever the device."""
 
     def slots(self, dtype: torch.dtype | None = None, **options: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return super().slots(dtype)
 
 
 class Copies(TorchFunctionMode):
-    """Notes every copy into a tensor that is there, and whether it waits."""
+    """Logs every copy into an existing tensor, and whether it waits."""
 
     def __init__(self, log: list[str]) -> None:
         super().__init__()
@@ -332,14 +332,17 @@ def test_a_step_leaves_the_accelerator_in_one_copy_that_nothing_waits_for(monkey
         with Copies(log):
             staging.commit((step, 0.0, 0.0))
     to_the_host, into_the_recording = ["copy that waits for nothing", "event"], ["wait", "copy", "copy"]
-    assert log == [*to_the_host, *(to_the_host + into_the_recording) * 2]  # each is taken when the next is on its way
+    assert log == [
+        *to_the_host,
+        *(to_the_host + into_the_recording) * 2,
+    ]  # each step is handed on when the next one is under way
     tree = staging.finish(calls=3)
     for size in known.nodes:
         assert [set(values.ravel()) for values in tree[size]["probability"].values] == [{0.0}, {1.0}, {2.0}]
 
 
 class Waits(TorchDispatchMode):
-    """Counts operations for which a host would wait for its accelerator."""
+    """Counts operations that would make a host wait for its accelerator."""
 
     count = 0
 

@@ -1,4 +1,4 @@
-"""Families: each is read right, whatever way it is run, and draws the same image as without reading."""
+"""Families: the attention of each is read correctly in every way of running it, and the image is unchanged."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_numbers_are_right_and_the_image_is_the_same(name: str, size: tuple[
         total = one.maps.sum(-1)
         if by_name[one.layer].kind == "cross":
             torch.testing.assert_close(total, torch.ones_like(total))
-        else:  # the image attends to itself, too
+        else:  # the image also attends to itself
             assert float(total.min()) > 0
             assert float(total.max()) < 1
     timesteps = pipe.scheduler.timesteps.tolist()
@@ -113,7 +113,7 @@ def test_only_rows_that_see_the_prompt_are_read(name: str) -> None:
     image, guided = observe(pipe, lambda: draw(pipe, **options))
     assert np.array_equal(plain, image)
     assert [one.layer for one in guided] == [one.layer for one in alone]
-    # The first step of both starts from the same noise, and so sees the same.
+    # The first step of both starts from the same noise, so its attention is the same.
     first = len(adapter_for(pipe).layers())
     for one, other in zip(guided[:first], alone[:first], strict=True):
         torch.testing.assert_close(one.maps, other.maps)
@@ -162,7 +162,7 @@ def test_stable_diffusion_3_reads_a_prompt_twice() -> None:
     assert prompt.start_index == 0
     ends = prompt.end_positions(20 + 14)
     assert ends == (*range(clip.end_index, 20), *range(20 + t5.end_index, 34))
-    # Every position is a word's, the start's or an end's.
+    # Every position belongs to a word, the start or an end.
     assert sorted([0, *(token.index for token in prompt.tokens), *ends]) == list(range(34))
     assert len({token.label for token in prompt.tokens}) == len(prompt.tokens)
     assert Prompt.from_dict(prompt.to_dict()) == prompt
@@ -221,7 +221,7 @@ def test_whatever_way_it_is_run_the_image_stays_and_the_numbers_are_right(way: s
     with witness(adapter_for(pipe).layers()) as seen, record(pipe, prompt, spec) as recording:
         assert torch.equal(plain, torch.as_tensor(draw(pipe, **options)))
     assert hooks_of(pipe) == before
-    # Projections of half precision are rounded before we see them.
+    # Projections in half precision are rounded before they are read.
     tolerance = {"bfloat16": 0.1, "float16": 0.01}.get(way, 1e-5)
     if way != "attention slicing":  # it computes attention without the function that the witness watches
         compare(recording, seen, guided=family.guided, tolerance=tolerance)
@@ -266,7 +266,7 @@ def test_lora_weights_count() -> None:
 
 
 def test_fused_projections_of_stable_diffusion_3_are_read_as_they_run() -> None:
-    """There diffusers leaves out the norms of queries and keys; so do we."""
+    """diffusers skips the norms of queries and keys there, and so does the tap."""
     fused, plain = (tiny_sd3(dual_attention_layers=()) for _ in range(2))
     fused.transformer.fuse_qkv_projections()
     for block in plain.transformer.transformer_blocks:
@@ -311,7 +311,7 @@ def test_other_pipelines_of_a_family_are_read_alike(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_read_can_be_differentiated(name: str) -> None:
-    """How much is attended to a word has a gradient at the latent, and a step along it does what it says."""
+    """Attention to a word has a gradient with respect to the latent, and a step along it increases the attention."""
     family = FAMILIES[name]
     pipe = family.make()
     net = denoiser(pipe)
@@ -379,7 +379,7 @@ def test_sdxl_at_1024_pixels_has_maps_of_64_and_32_rows_only() -> None:
 def test_places_and_sizes_of_the_transformers() -> None:
     flux = adapter_for(tiny_flux())
     assert [layer.place for layer in flux.layers()] == ["double", "single", "single"]
-    assert flux.default_size() == (512, 512)  # 128 latent rows, of 4 pixels in the tiny one
+    assert flux.default_size() == (512, 512)  # 128 latent rows of 4 pixels
     assert flux.text_length() == 512
     sd3 = adapter_for(tiny_sd3())
     assert {layer.place for layer in sd3.layers()} == {"double"}
