@@ -224,7 +224,7 @@ def test_lora_weights_count(pipe: Any, prompt: Prompt) -> None:
 def test_norms_of_queries_and_keys_are_applied() -> None:
     module = Attention(query_dim=8, cross_attention_dim=6, heads=2, dim_head=4, qk_norm="rms_norm").double()
     torch.nn.init.normal_(module.norm_q.weight)
-    layer = AttentionLayer("attn2", "up", 2, module, module, 1)
+    layer = AttentionLayer("attn2", "up", 2, module, module, 1, grid=lambda args, kwargs: (3, 5))
     image, text = torch.randn(1, 15, 8).double(), torch.randn(1, 7, 6).double()
     seen: list[torch.Tensor] = []
     with tap([layer], lambda layer, attend, size: seen.append(attend(slice(None)))):
@@ -354,7 +354,7 @@ def test_projections_fused_inside_a_recording_are_refused_with_the_remedy(pipe: 
     with record(pipe, prompt) as recording:
         draw(pipe, prompt.text, steps=1)
         pipe.fuse_qkv_projections()
-        with pytest.raises(RecordingError, match=r"inside the recording\. Do that before"):
+        with pytest.raises(RecordingError, match=r"was replaced inside the recording\. Load LoRA weights"):
             draw(pipe, prompt.text, steps=1)
     assert recording.steps == (0,)
     with record(pipe, prompt) as fused:
@@ -548,12 +548,16 @@ def test_a_prompt_of_another_encoder_is_refused(pipe: Any) -> None:
         ({"heads": "some"}, "'mean', 'all' or a list"),
         ({"heads": [0, 0]}, "different numbers"),
         ({"heads": []}, "different numbers"),
-        ({"device": "cuda"}, "'cpu' or 'model'"),
-        ({"dtype": "int8"}, "'float32'"),
-        ({"budget": 0}, "positive"),
-        ({"steps": 0}, "n >= 1"),
+        ({"device": "cuda"}, "one of 'cpu', 'model'"),
+        ({"dtype": "int8"}, "one of 'float32', 'float16'"),
+        ({"budget": 0}, "whole number of 1 or more"),
+        ({"budget": float("nan")}, "whole number of 1 or more"),
+        ({"budget": 1e9}, "whole number of 1 or more"),
+        ({"accumulate": "no"}, "True or False"),
+        ({"steps": 0}, "every n-th call"),
         ({"steps": slice(None, None, -1)}, "stride"),
-        ({"sizes": -16}, "positive"),
+        ({"sizes": -16}, "larger side"),
+        ({"self_attention": float("nan")}, "larger side"),
         ({"tokens": "car"}, r"\['car'\]"),
     ],
 )
@@ -566,7 +570,7 @@ def test_a_selection_that_fits_nothing_lists_what_is_there(pipe: Any, prompt: Pr
     layers = adapter_for(pipe).layers()
     with pytest.raises(RecordingError, match=r"up_blocks\.1\.attentions\.1"):
         select_layers(layers, "encoder")
-    with pytest.raises(RecordingError, match="No layer was asked for"):
+    with pytest.raises(RecordingError, match="No layer is selected"):
         select_layers(layers, [])
     with pytest.raises(RecordingError, match="8x8, 4x4"):
         RecordSpec(sizes=16).plan(pipe, prompt, steps=1)
