@@ -7,7 +7,7 @@ from elakit.bleeding import Bleeding
 from elakit.diagnosis import open_diagnosis
 from elakit.diagnosis.procedure import Diagnosis, diagnose
 from elakit.generation import Progress, Run, compare, generate, open_run
-from elakit.guidance import ELA
+from elakit.guidance import ELA, RegionalAttention
 from elakit.measures import agreement
 from elakit.models import load
 from elakit.prompt import Entity, Prompt, Token, parse
@@ -26,6 +26,7 @@ __all__ = [
     "Prompt",
     "RecordSpec",
     "Recording",
+    "RegionalAttention",
     "Run",
     "Token",
     "agreement",

@@ -3,17 +3,21 @@
 from typing import Any
 
 from elakit.errors import SettingError
+from elakit.guidance.anchoring import LatentStep
 from elakit.guidance.astar import AStar
 from elakit.guidance.attend_excite import AttendAndExcite
 from elakit.guidance.box_diff import BoxDiff
 from elakit.guidance.conform import CONFORM
 from elakit.guidance.divide_bind import DivideAndBind
 from elakit.guidance.ebama import EBAMA
-from elakit.guidance.ela import ELA, Anchors, PaperELA
+from elakit.guidance.ela import ELA
 from elakit.guidance.engine import Guide, checkpointing
 from elakit.guidance.initno import InitNO
 from elakit.guidance.layout_guidance import LayoutGuidance
+from elakit.guidance.localization import Anchors, FromMaps
+from elakit.guidance.metadata import as_code, build, option_values, options, options_of
 from elakit.guidance.method import Attention, Loss, Method, NoiseSearch, Update
+from elakit.guidance.regional_attention import RegionalAttention
 from elakit.guidance.self_cross import SelfCross
 from elakit.guidance.syngen import SynGen
 from elakit.guidance.trace import Trace
@@ -29,27 +33,34 @@ __all__ = [
     "Attention",
     "BoxDiff",
     "DivideAndBind",
+    "FromMaps",
     "Guide",
     "InitNO",
+    "LatentStep",
     "LayoutGuidance",
     "Loss",
     "Method",
     "NoiseSearch",
-    "PaperELA",
+    "RegionalAttention",
     "SelfCross",
     "SynGen",
     "Trace",
     "Update",
+    "as_code",
+    "build",
     "checkpointing",
     "method_title",
+    "option_values",
+    "options",
+    "options_of",
     "without_regions",
 ]
 
 METHODS: dict[str, type[Any]] = {
     method.name: method
     for method in (
-        ELA, PaperELA, AttendAndExcite, SynGen, DivideAndBind, AStar, EBAMA, CONFORM, SelfCross, InitNO, LayoutGuidance,
-        BoxDiff,
+        ELA, RegionalAttention, AttendAndExcite, SynGen, DivideAndBind, AStar, EBAMA, CONFORM, SelfCross, InitNO,
+        LayoutGuidance, BoxDiff,
     )
 }  # fmt: skip
 """Guidance methods by name. Each class carries its metadata: see `elakit.guidance.Method`."""
