@@ -24,12 +24,10 @@ from elakit.bleeding import Bleeding, measure
 from elakit.errors import OutputError, RecordingError, SettingError
 from elakit.guidance import FromMaps, Guide, Method, Trace
 from elakit.judge import Verdict, judge, knows
+from elakit.measures.arrays import nearest_size
 from elakit.models import EMBEDDED, adapter_for, default_settings, name_of
 from elakit.prompt import Prompt, parse
 from elakit.regions import localize_steps
-
-# A run's regions and measures are taken from the decoder's maps, at the size nearest to the paper's.
-ANALYSIS_SIZE = 16
 
 
 @dataclass
@@ -204,8 +202,7 @@ class Run:
         return self._maps([token for token in ("<start>", "<end>") if token in kept])
 
     def _analysis_size(self) -> int:
-        sides = {max(size) for size in self._analyzed().sizes}
-        return min(sides, key=lambda side: (abs(np.log(side / ANALYSIS_SIZE)), side))
+        return nearest_size(max(size) for size in self._analyzed().sizes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import xarray as xr
 from scipy.ndimage import gaussian_filter
-from skimage.filters import threshold_otsu
 from skimage.measure import label
 
 from elakit.errors import SettingError
+from elakit.measures.arrays import as_array
+from elakit.measures.masks import check_disjoint, is_constant, otsu_thresholds
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Binarization", "Differentiation", "Regions", "divide", "localize", "localize_steps", "otsu_masks"]
+__all__ = ["Binarization", "Differentiation", "Regions", "divide", "localize", "localize_steps"]
 
 Differentiation = Literal["argmax", "subtract-max", "subtract-mean", "none"]
 Binarization = Literal["background", "otsu", "mean-std", "quantile"]
@@ -252,7 +253,7 @@ def localize(
     (False, False, True)
     """
     _check_options(differentiation, binarization, threshold, quantile, min_area, smooth, keep_components)
-    values = as_array(_spatial_last(maps), "maps")
+    values = as_array(maps, "maps")
     if values.ndim != 3 or 0 in values.shape:
         raise SettingError(f"maps have shape {values.shape}; localize wants (entity, y, x), at least one of each")
     names = _names(maps, entities, len(values))
@@ -267,7 +268,7 @@ def localize(
 
     background = None
     if sot is not None:
-        background = as_array(_spatial_last(sot), "sot")
+        background = as_array(sot, "sot")
         if background.shape != values.shape[1:]:
             raise SettingError(
                 f"sot has shape {background.shape}, each entity's map {values.shape[1:]}; they must be equal"
@@ -403,62 +404,7 @@ def localize_steps(maps: xr.DataArray, sot: xr.DataArray | None = None, **option
     )
 
 
-def otsu_masks(maps: np.ndarray | torch.Tensor | Sequence[Any]) -> np.ndarray:
-    """Binarize each map by itself with Otsu's threshold; the masks may overlap.
-
-    Parameters
-    ----------
-    maps : array or tensor, (..., y, x)
-        Finite and not negative.
-
-    Returns
-    -------
-    bool array, (..., y, x)
-        A constant map has nothing above its threshold: its mask is empty.
-
-    Raises
-    ------
-    SettingError
-        NaN, infinite or negative values, or fewer than two dimensions.
-
-    Examples
-    --------
-    >>> otsu_masks([[.1, .1, .9], [.2, .8, 1.]]).astype(int)
-    array([[0, 0, 1],
-           [0, 1, 1]])
-    """
-    values = as_array(maps, "maps")
-    if values.ndim < 2:
-        raise SettingError(f"maps have shape {values.shape}; they need (..., y, x)")
-    flat = values.reshape(-1, *values.shape[-2:])
-    return (flat > _otsu(flat)).reshape(values.shape)
-
-
 # --- shared with elakit.bleeding ----------------------------------------------------------------------------
-
-
-def as_array(values: Any, what: str) -> np.ndarray:
-    """Copy maps to float64 numpy, tensors off device and graph; refuse NaN, infinite and negative values."""
-    if hasattr(values, "detach"):
-        values = values.detach().cpu().double().numpy()  # numpy has no bfloat16
-    try:
-        array = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise SettingError(f"{what} cannot be read as an array of numbers: {error}") from None
-    if bad := int((~np.isfinite(array)).sum()):
-        raise SettingError(
-            f"{what}: {bad} of {array.size} values are NaN or infinite; attention must be finite"
-            " (half precision may have overflowed: try dtype float32)"
-        )
-    if array.size and array.min() < 0:
-        raise SettingError(f"{what}: lowest value {array.min():g}; give probabilities, which are never negative")
-    return array
-
-
-def check_disjoint(masks: np.ndarray) -> None:
-    """Refuse masks (..., region, y, x) of which two share a cell."""
-    if shared := int((masks.sum(axis=-3) > 1).sum()):
-        raise SettingError(f"{shared} cells belong to more than one region; regions must not overlap")
 
 
 def steps_first(maps: xr.DataArray, what: str) -> xr.DataArray:
@@ -523,27 +469,11 @@ def _thresholds(
         assert background is not None  # localize has refused it
         return threshold * background[None]
     if how == "otsu":
-        return _otsu(scores)
+        return otsu_thresholds(scores)
     if how == "mean-std":
         tops = scores.mean(axis=(1, 2), keepdims=True) + scores.std(axis=(1, 2), keepdims=True)
-        return np.where(_constant(scores), scores.max(axis=(1, 2), keepdims=True), tops)
+        return np.where(is_constant(scores), scores.max(axis=(1, 2), keepdims=True), tops)
     return np.quantile(scores, quantile, axis=(1, 2), keepdims=True)
-
-
-def _otsu(maps: np.ndarray) -> np.ndarray:
-    """Otsu's threshold of each map, (n, 1, 1); of a constant map its value."""
-    tops = maps.max(axis=(1, 2), keepdims=True)
-    for i in np.flatnonzero(~_constant(maps)):
-        low, span = maps[i].min(), np.ptp(maps[i])
-        # Scaled to 0..1, so that a tiny range is histogrammed as finely as a large one.
-        tops[i] = low + span * threshold_otsu((maps[i] - low) / span)
-    return tops
-
-
-def _constant(maps: np.ndarray) -> np.ndarray:
-    """Whether each map has one value only, rounding apart; bool (n, 1, 1)."""
-    high = maps.max(axis=(1, 2), keepdims=True)
-    return np.asarray(high - maps.min(axis=(1, 2), keepdims=True) <= 1e-9 * high)
 
 
 def _largest_components(mask: np.ndarray, keep: int) -> np.ndarray:
@@ -582,12 +512,6 @@ def _fill_to_floor(
 
 
 # --- arguments ----------------------------------------------------------------------------------------------
-
-
-def _spatial_last(maps: Any) -> Any:
-    if isinstance(maps, xr.DataArray) and {"y", "x"} <= set(maps.dims):
-        return maps.transpose(..., "y", "x").values
-    return maps
 
 
 def _names(maps: Any, entities: Sequence[str] | None, count: int) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from elakit.errors import ModelError, PromptError
 
@@ -51,6 +51,10 @@ class TextSequence:
     offset : position of its first token among those that the denoiser attends to.
     length : positions it takes, padding included.
     read : the text as the pipeline gives it to the tokenizer, character for character (PixArt lowers it).
+    before, after : what the pipeline puts around it, such as a chat template.
+    dropped : number of leading tokens whose states the pipeline throws away (those of a template).
+    padding : the side on which the tokenizer pads. With "left" the positions hold for exactly ``length`` of them.
+    specials : whether the tokenizer adds special tokens of its own; a chat template brings them with it.
     """
 
     name: str
@@ -58,6 +62,16 @@ class TextSequence:
     offset: int
     length: int
     read: Callable[[str], str] = str
+    before: str = ""
+    after: str = ""
+    dropped: int = 0
+    padding: Literal["left", "right"] = "right"
+    specials: bool = True
+
+    def tokenized(self, text: str, **options: Any) -> Any:
+        """What the tokenizer makes of a text, neither cut nor padded."""
+        options = {"add_special_tokens": self.specials} | options
+        return self.tokenizer(text, truncation=False, padding=False, verbose=False, **options)
 
 
 def split_words(text: str) -> tuple[Span, ...]:
@@ -132,10 +146,12 @@ def tokenize(text: str, words: Sequence[Span], labels: Sequence[str], sequences:
     start = None
     roomiest = max(sequences, key=lambda sequence: sequence.length)
     for nth, sequence in enumerate(sequences):
-        seen = sequence.read(text)
-        total, pieces = _align_by_offsets(seen, words, sequence.tokenizer) or _align_by_words(
-            seen, words, sequence.tokenizer
-        )
+        seen = sequence.before + sequence.read(text) + sequence.after
+        spans = [(first + len(sequence.before), last + len(sequence.before)) for first, last in words]
+        total, pieces = _align_by_offsets(seen, spans, sequence) or _align_by_words(seen, spans, sequence)
+        shift = -sequence.dropped
+        total += shift
+        pieces = [(index + shift, word, piece) for index, word, piece in pieces]
         closing = total - 1 - pieces[-1][0]  # end-of-text
         if total > sequence.length and sequence is roomiest:
             special = total - len(pieces)
@@ -148,10 +164,14 @@ def tokenize(text: str, words: Sequence[Span], labels: Sequence[str], sequences:
                 "prompt."
             )
         pieces = [piece for piece in pieces if piece[0] < sequence.length - closing]
-        if nth == 0 and _has_start(sequence.tokenizer, seen):
+        shift = max(0, sequence.length - total) if sequence.padding == "left" else 0
+        pieces = [(index + shift, word, piece) for index, word, piece in pieces]
+        if nth == 0 and _has_start(sequence, seen):
             start = sequence.offset
         last = nth == len(sequences) - 1
         ends.append((sequence.offset + pieces[-1][0] + 1, None if last else sequence.offset + sequence.length))
+        if shift:
+            ends.append((sequence.offset, sequence.offset + shift))
         suffix = f"@{sequence.name}" if len(sequences) > 1 else ""
         of_word, done = Counter(word for _, word, _ in pieces), Counter[int]()
         for index, word, piece in pieces:
@@ -161,35 +181,26 @@ def tokenize(text: str, words: Sequence[Span], labels: Sequence[str], sequences:
     return Tokens(tuple(tokens), start, tuple(ends), sequences[-1].offset + sequences[-1].length)
 
 
-def _has_start(tokenizer: Any, text: str) -> bool:
+def _has_start(sequence: TextSequence, text: str) -> bool:
     """Whether the tokenizer opens each text with a token of its own."""
-    return bool(
-        list(tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"])[:1]
-        != list(tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False)["input_ids"])[
-            :1
-        ]
-    )
+    with_specials = list(sequence.tokenized(text)["input_ids"])
+    without = list(sequence.tokenized(text, add_special_tokens=False)["input_ids"])
+    return with_specials[:1] != without[:1]
 
 
 def _align_by_offsets(
-    text: str, words: Sequence[Span], tokenizer: Any
+    text: str, words: Sequence[Span], sequence: TextSequence
 ) -> tuple[int, list[tuple[int, int, str]]] | None:
     """Return the number of tokens and (index, word, piece) of those of words; None without good offsets."""
-    if not getattr(tokenizer, "is_fast", False):
+    if not getattr(sequence.tokenizer, "is_fast", False):
         return None
-    encoded = tokenizer(
-        text,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-        truncation=False,
-        padding=False,
-        verbose=False,
-    )
+    encoded = sequence.tokenized(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    part = len(sequence.before), len(text) - len(sequence.after)  # of the prompt, which a template may surround
     special, offsets = encoded["special_tokens_mask"], encoded["offset_mapping"]
     pieces: list[tuple[int, int, str]] = []
     covered: set[int] = set()
     for index, (first, last) in enumerate(offsets):
-        if special[index]:
+        if special[index] or last <= part[0] or first >= part[1]:
             continue
         # A piece over two words (CLIP reads "'s" in "'small'") goes with the one it has most of, or the last.
         shared = {at: min(last, words[at][1]) - max(first, words[at][0]) for at in touching(words, (first, last))}
@@ -202,17 +213,16 @@ def _align_by_offsets(
     return (len(offsets), pieces) if len(covered) == len(words) else None
 
 
-def _align_by_words(text: str, words: Sequence[Span], tokenizer: Any) -> tuple[int, list[tuple[int, int, str]]]:
+def _align_by_words(text: str, words: Sequence[Span], sequence: TextSequence) -> tuple[int, list[tuple[int, int, str]]]:
     """As `_align_by_offsets`, for tokenizers that report no offsets: by encoding word after word."""
-    whole = list(tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"])
+    whole = list(sequence.tokenized(text)["input_ids"])
     alone: list[tuple[int, int]] = []
     for at, (first, last) in enumerate(words):
-        ids = tokenizer(text[first:last], add_special_tokens=False, truncation=False, padding=False, verbose=False)[
-            "input_ids"
-        ]
+        ids = sequence.tokenized(text[first:last], add_special_tokens=False)["input_ids"]
         alone.extend((at, one) for one in ids)
     bare = [one for _, one in alone]
     start = next((at for at in range(len(whole) - len(bare) + 1) if bare and whole[at : at + len(bare)] == bare), None)
+    tokenizer = sequence.tokenizer
     if start is None:
         raise ModelError(
             f"{type(tokenizer).__name__} reports no usable offsets and splits {text!r} unlike its words one "

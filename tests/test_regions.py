@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from elakit.errors import SettingError
-from elakit.regions import BINARIZATIONS, DIFFERENTIATIONS, Regions, localize, localize_steps, otsu_masks
+from elakit.measures.masks import otsu_masks
+from elakit.regions import BINARIZATIONS, DIFFERENTIATIONS, Regions, localize, localize_steps
 
 RULES = [(d, b) for d in DIFFERENTIATIONS for b in BINARIZATIONS]
 
@@ -356,7 +357,7 @@ GOOD = np.ones((2, 3, 4))
         (np.ones((0, 3, 4)), None, {"binarization": "otsu"}, "at least one"),
         (GOOD * np.nan, GOOD[0], {}, "24 of 24 values are NaN"),
         (GOOD, GOOD[0] * np.inf, {}, "sot: 12 of 12 values are NaN or infinite"),
-        (-GOOD, GOOD[0], {}, "lowest value -1"),
+        (-GOOD, GOOD[0], {}, "the lowest value is -1"),
         ([["a", "b"]], None, {"binarization": "otsu"}, "cannot be read"),
         (
             GOOD,
@@ -388,7 +389,7 @@ def test_wrong_input_names_the_value_and_the_remedy(maps, sot, options, says):
 def test_regions_drawn_by_hand_must_not_overlap():
     masks = np.zeros((2, 2, 2), bool)
     masks[:, 0, 0] = True
-    with pytest.raises(SettingError, match="1 cells belong to more than one region"):
+    with pytest.raises(SettingError, match="1 locations belong to more than one region"):
         Regions(masks, masks.astype(float), (False, False), ("cat", "frog"))
     with pytest.raises(SettingError, match="booleans"):
         Regions(masks.astype(float), masks.astype(float), (False, False), ("cat", "frog"))

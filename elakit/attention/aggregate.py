@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 import xarray as xr
+
+from elakit.measures.arrays import resize
 
 Normalize = Literal["sum", "max", "minmax", "tokens", "start"] | None
 
@@ -91,54 +92,6 @@ def refined(maps: np.ndarray, node: xr.Dataset, image: int, times: int) -> np.nd
             channels = channels @ matrix.T
         spread[step] = channels
     return spread.reshape(*maps.shape[:2], *size)
-
-
-def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize maps as densities: bilinear along sides that grow, area mean along sides that shrink.
-
-    Parameters
-    ----------
-    maps : numpy.ndarray, (..., y, x)
-    size : (int, int)
-        Rows and columns wanted.
-
-    Returns
-    -------
-    numpy.ndarray, (..., rows, columns)
-        A map that shrinks keeps its mean, also where a cell is cut in two.
-
-    Examples
-    --------
-    >>> resize(np.array([[0.0, 4.0], [8.0, 0.0]]), (1, 1))
-    array([[3.]])
-    >>> resize(np.array([[0.0, 6.0, 0.0]]), (1, 2))
-    array([[2., 2.]])
-    >>> resize(np.ones((2, 3, 3)), (6, 5)).shape
-    (2, 6, 5)
-    """
-    rows, columns = maps.shape[-2:]
-    if columns != size[1]:
-        maps = maps @ _weights(columns, size[1]).T.astype(maps.dtype)
-    if rows != size[0]:
-        maps = _weights(rows, size[0]).astype(maps.dtype) @ maps
-    return maps
-
-
-@lru_cache(maxsize=64)
-def _weights(old: int, new: int) -> np.ndarray:
-    """Share of each old cell in each new one, (new, old); rows sum to 1."""
-    if new < old:  # overlap of the intervals [j, j + 1] of old cells and [i, i + 1] * old / new of new ones
-        edges = np.arange(new + 1) * (old / new)
-        cells = np.arange(old)
-        overlap = np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
-        return overlap.clip(0) * (new / old)
-    centers = ((np.arange(new) + 0.5) * (old / new) - 0.5).clip(0, old - 1)
-    left = np.minimum(centers.astype(int), max(old - 2, 0))
-    share = centers - left
-    weights = np.zeros((new, old))
-    weights[np.arange(new), left] = 1 - share
-    weights[np.arange(new), np.minimum(left + 1, old - 1)] += share
-    return weights
 
 
 def normalized(maps: np.ndarray, how: Normalize, start: np.ndarray | None) -> np.ndarray:

@@ -16,16 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from elakit.attention.calls import NEVER, additive, biasing
 from elakit.attention.spec import END, START, find_tokens, select_layers
 from elakit.attention.taps import is_left_alone
 from elakit.errors import RecordingError, SettingError
 from elakit.models import AttentionLayer, adapter_for
-from elakit.models.adapter import argument
+from elakit.models.adapter import Layout, argument
 from elakit.prompt import Entity, Prompt, parse
-
-_NEVER = -1e4  # what diffusers adds to hide a position; half precision has room for it, and its exponential is 0
 
 
 @dataclass(frozen=True, eq=False)  # regions are arrays, which have no one answer to ==
@@ -209,7 +207,7 @@ def biased(pipe: Any, bias_of: BiasOf) -> Iterator[None]:
 def _hooked(source: _Source) -> Iterator[None]:
     with ExitStack() as hooks:
         if not all(layer.takes_mask for layer in source.layers):
-            hooks.enter_context(source.masked)
+            hooks.enter_context(biasing(source.pending.bias_of))
         hooks.callback(source.adapter.denoiser.register_forward_pre_hook(source.before_call, with_kwargs=True).remove)
         for layer in source.layers:
             for handle in _LayerHook(source, layer).hook():
@@ -225,10 +223,10 @@ class _Source:
         self.layers = layers
         self.rows = slice(0, 0)  # of the call in progress that see the prompt
         self.batch = 0
-        self.masked = _Masked()
+        self.pending = _Pending()
 
     def before_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.masked.bias = None
+        self.pending.clear()
         self.end()
         if is_left_alone(self.adapter.denoiser):
             return
@@ -274,7 +272,7 @@ class _Bias(_Source):
 
     def bias(self, layer: AttentionLayer, size: tuple[int, int], text: int, like: Tensor) -> Tensor | None:
         bias = self.bias_of(layer, size, text) if self.going else None
-        return None if bias is None else bias.clamp(min=_NEVER).to(like.device, like.dtype)
+        return None if bias is None else bias.clamp(min=NEVER).to(like.device, like.dtype)
 
 
 class _Editor(_Source):
@@ -291,7 +289,9 @@ class _Editor(_Source):
             _positions(prompt, each.tokens, prompt.length)
             if each.like is not None:
                 _positions(prompt, each.like, prompt.length)
-                if joint := [layer.name for layer in known if layer.name in self.named[i] and layer.kind != "cross"]:
+                if joint := [
+                    layer.name for layer in known if layer.name in self.named[i] and not _takes_other_logits(layer)
+                ]:
                     raise RecordingError(
                         f"like={each.like!r}: layer {joint[0]} attends to image and text at once, where logits "
                         "cannot be replaced. Use scale or add, or a model with cross-attention."
@@ -315,7 +315,7 @@ class _Editor(_Source):
             bias = torch.zeros(size[0] * size[1], text, dtype=torch.float64)
             for i in acting:
                 bias[:, _positions(self.prompt, self.edits[i].tokens, text)] += _log_factor(self.edits[i], size)
-            bias = bias.clamp(min=_NEVER)
+            bias = bias.clamp(min=NEVER)
             self._made[key] = bias.to(like.device, like.dtype) if bool(bias.any()) else None
         return self._made[key]
 
@@ -340,6 +340,7 @@ class _LayerHook:
         self.source = source
         self.layer = layer
         self.size = (0, 0)
+        self.layout: Layout | None = None
 
     def hook(self) -> list[Any]:
         # Before all other hooks of the layer, so that recording sees the bias.
@@ -350,9 +351,16 @@ class _LayerHook:
         ]
 
     def enter_block(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.size = self.layer.grid(args, kwargs)
+        self.layout = None if self.layer.layout is None else self.layer.layout(args, kwargs)
+        self.size = self.layer.grid(args, kwargs) if self.layout is None else self.layout.size
 
     def enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.layout is not None:
+            pending = self.source.pending
+            like = argument(args, kwargs, 0, "hidden_states")
+            pending.small = self.source.bias(self.layer, self.size, self.layout.text[1], like)
+            pending.rows, pending.layout = self.source.rows, self.layout
+            return None
         image = argument(args, kwargs, 0, "hidden_states")
         if self.layer.kind == "single":
             text = image.shape[1] - self.size[0] * self.size[1]
@@ -370,14 +378,13 @@ class _LayerHook:
         assert bias is not None
         given = argument(args, kwargs, 2, "attention_mask")
         if given is not None:
-            if given.dtype == torch.bool:
-                given = torch.zeros_like(given, dtype=bias.dtype).masked_fill(~given, _NEVER)
+            given = additive(given, bias.dtype)
             given = given.unsqueeze(1) if given.ndim == 3 and bias.ndim == 4 else given
             if given.ndim == 3 and 1 < len(given) < len(bias):
                 given = given.repeat_interleave(self.layer.heads, dim=0)
         mask = bias if given is None else bias + given
         if not self.layer.takes_mask:
-            self.source.masked.bias = bias
+            self.source.pending.full = bias
         if len(args) > 2:
             return (*args[:2], mask, *args[3:]), kwargs
         return args, {**kwargs, "attention_mask": mask}
@@ -425,28 +432,38 @@ class _LayerHook:
         return F.pad(every, (*columns, before, after)).unsqueeze(1)
 
     def leave(self, *_: Any) -> None:
-        self.source.masked.bias = None
+        self.source.pending.clear()
 
 
-class _Masked(TorchFunctionMode):
-    """Adds a bias where attention is computed, while there is one: for processors that leave their mask unread."""
+class _Pending:
+    """The bias of the layer that is running, for processors that do not read a mask: it is added at the call."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.bias: Tensor | None = None
+        self.small: Tensor | None = None  # (rows that see the prompt or 1, h*w, text positions)
+        self.rows = slice(0, 0)
+        self.layout: Layout | None = None
+        self.full: Tensor | None = None  # of all rows, queries and keys
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if self.bias is not None and func is F.scaled_dot_product_attention:
-            query, key = (argument(args, kwargs, i, name) for i, name in enumerate(("query", "key")))
+    def bias_of(self, query: Tensor, key: Tensor) -> Tensor | None:
+        sides = query.shape[-2], key.shape[-2]
+        if self.full is not None:
             # An IP-Adapter's attention to its image has other keys.
-            if (query.shape[-2], key.shape[-2]) == tuple(self.bias.shape[-2:]):
-                given = argument(args, kwargs, 3, "attn_mask")
-                bias = self.bias.to(query.dtype)
-                args, rest = args[:3], args[4:]
-                kwargs |= dict(zip(("dropout_p", "is_causal"), rest, strict=False))
-                kwargs["attn_mask"] = bias if given is None else bias + given
-        return func(*args, **kwargs)
+            return self.full if sides == tuple(self.full.shape[-2:]) else None
+        if self.small is None or self.layout is None:
+            return None
+        small, layout, self.small = self.small, self.layout, None  # only the first call of the layer is to the text
+        bias = small.new_zeros(query.shape[0], 1, *sides)
+        locations, (first, count) = small.shape[-2], layout.text
+        bias[self.rows, 0, layout.image : layout.image + locations, first : first + count] = small
+        return bias
+
+    def clear(self) -> None:
+        self.small = self.full = self.layout = None
+
+
+def _takes_other_logits(layer: AttentionLayer) -> bool:
+    """Whether logits of the layer can be replaced: its keys are the text alone, and hooks see its projections."""
+    return layer.kind == "cross" and layer.layout is None
 
 
 def _as_sequence(what: Any) -> tuple[Any, ...]:
@@ -460,7 +477,7 @@ def _region(region: Any) -> Tensor:
 
 def _log_factor(change: Edit, size: tuple[int, int]) -> Tensor:
     """Logarithm of the factor of each cell, (h*w, 1)."""
-    return torch.log1p(_share(change, size) * (change.factor - 1)).clamp(min=_NEVER).reshape(-1, 1)
+    return torch.log1p(_share(change, size) * (change.factor - 1)).clamp(min=NEVER).reshape(-1, 1)
 
 
 def _share(change: Edit, size: tuple[int, int]) -> Tensor:

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from elakit.attention.calls import AttentionCall, OnCall, watching
 from elakit.errors import RecordingError
 from elakit.models import AttentionLayer
 from elakit.models.adapter import argument
@@ -77,8 +78,15 @@ def tap(layers: Sequence[AttentionLayer], on_attention: OnAttention) -> Iterator
     attn2 (1, 2, 15, 7) (3, 5)
     """
     with ExitStack() as hooks:
+        captured = []
         for layer in layers:
-            _Tap(layer, on_attention).hook(hooks)
+            if layer.layout is None:
+                _Tap(layer, on_attention).hook(hooks)
+            else:
+                captured.append(_Capture(layer, on_attention))
+                captured[-1].hook(hooks)
+        if captured:
+            hooks.enter_context(watching(_to_all(captured)))
         yield
 
 
@@ -215,6 +223,75 @@ class _Tap:
         """Apply the layer's normalization, which acts on each head, if the layer did; (rows, n, heads, d) -> same."""
         norm: Any = getattr(self.layer.module, _NORMS[part], None)
         return norm(x) if part in self.normed else x
+
+
+def _to_all(captured: Sequence[_Capture]) -> OnCall:
+    def see(call: AttentionCall) -> None:
+        for one in captured:
+            one.see(call)
+
+    return see
+
+
+class _Capture:
+    """The attention call of one layer whose queries and keys are read where attention is computed."""
+
+    def __init__(self, layer: AttentionLayer, on_attention: OnAttention) -> None:
+        assert layer.layout is not None
+        self.layer = layer
+        self.layout_of = layer.layout
+        self.on_attention = on_attention
+        self.running = False
+        self.call: AttentionCall | None = None
+
+    def hook(self, hooks: ExitStack) -> None:
+        module = self.layer.module
+        for handle in (
+            self.layer.block.register_forward_pre_hook(self._enter_block, with_kwargs=True),
+            module.register_forward_pre_hook(self._enter),
+            module.register_forward_hook(self._leave),
+        ):
+            hooks.callback(handle.remove)
+
+    def _enter_block(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.layout = self.layout_of(args, kwargs)
+        self.running, self.call = False, None
+
+    def _enter(self, *_: Any) -> None:
+        self.running, self.call = True, None
+
+    def see(self, call: AttentionCall) -> None:
+        """Keep the first attention call of the layer; later ones are those to an image prompt."""
+        if self.running and self.call is None:
+            self.call = call
+
+    def _leave(self, *_: Any) -> None:
+        self.running = False
+        if self.call is None:
+            raise RecordingError(
+                f"Layer {self.layer.name} ran without calling F.scaled_dot_product_attention, where it is read. Set "
+                "the default attention processor and `set_attention_backend('native')` before the recording."
+            )
+        try:
+            self.on_attention(self.layer, self.attend, self.layout.size)
+        finally:
+            self.call = None
+
+    def attend(self, rows: slice) -> Tensor:
+        assert self.call is not None
+        query, key, mask = self.call.query[rows], self.call.key[rows], self.call.mask
+        locations = math.prod(self.layout.size)
+        queries = slice(self.layout.image, self.layout.image + locations)
+        if mask is not None:
+            mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+            mask = mask[rows] if mask.shape[0] > 1 else mask
+            mask = mask[..., queries, :] if mask.shape[-2] > 1 else mask
+        if key.shape[1] != query.shape[1]:  # grouped queries
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        first, count = self.layout.text
+        columns = None if (first, count) == (0, key.shape[-2]) else slice(first, first + count)
+        query, key = query[..., queries, :].transpose(1, 2), key.transpose(1, 2)
+        return probabilities(query, key, columns, mask=mask, scale=self.call.scale)
 
 
 def _rotate(x: Tensor, rotary: Sequence[Tensor]) -> Tensor:

@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from elakit.attention.aggregate import resize
 from elakit.attention.recording import Recording
 from elakit.attention.store import SELF
 from elakit.bleeding import measure
 from elakit.errors import RecordingError
 from elakit.generation import Run
+from elakit.measures.arrays import resize
 
 # What is told of each layer; `elakit.Bleeding.to_frame` says what they mean.
 MEASURES = (

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elakit.diagnosis.remedies import DEFAULT, Tried
-from elakit.guidance import METHODS, as_code
-from elakit.guidance import options as method_options
+from elakit.guidance import METHODS, as_code, method_options
 from elakit.models import EMBEDDED, HUB_ID
 from elakit.rewording import bracketed
 

@@ -46,13 +46,13 @@ class Option:
 REQUIRED: Any = MISSING
 
 
-def options(method: type[Any]) -> tuple[Option, ...]:
+def method_options(method: type[Any]) -> tuple[Option, ...]:
     """Options of a method's class, parts expanded, in the order of the dataclass.
 
     Examples
     --------
     >>> from elakit.guidance import ELA
-    >>> [option.name for option in options(ELA)][:2], options(ELA)[-1].name
+    >>> [option.name for option in method_options(ELA)][:2], method_options(ELA)[-1].name
     (['localize.differentiation', 'localize.binarization'], 'size')
     """
     hints = typing.get_type_hints(method)
@@ -60,7 +60,7 @@ def options(method: type[Any]) -> tuple[Option, ...]:
     for each in fields(method):
         hint = hints[each.name]
         if is_part(hint):
-            found += [Option(f"{each.name}.{o.name}", o.owner, o.hint, o.default) for o in options(hint)]
+            found += [Option(f"{each.name}.{o.name}", o.owner, o.hint, o.default) for o in method_options(hint)]
         else:
             default = each.default if each.default_factory is MISSING else each.default_factory()
             found.append(Option(each.name, method, hint, default))
@@ -116,7 +116,7 @@ def build(method: type[Any], values: Mapping[str, Any]) -> Any:
     ...
     elakit.errors.SettingError: ELA has no option 'step_size'. Did you mean 'anchor.step_size'? ...
     """
-    known = options(method)
+    known = method_options(method)
     names = [option.name for option in known]
     for name in values:
         if name not in names:

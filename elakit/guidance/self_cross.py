@@ -28,8 +28,8 @@ from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers, check_whole
 from elakit.guidance.preprocess import GUIDED, REFINED, STEP_SIZE, entity_maps, schedule, smooth
 from elakit.guidance.reading import ReadsOneSize
+from elakit.measures.masks import otsu_masks
 from elakit.prompt import Prompt
-from elakit.regions import otsu_masks
 
 
 @dataclass(frozen=True)

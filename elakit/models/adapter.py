@@ -160,6 +160,28 @@ def image_grid(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where image and text stand in an attention call that is read as it is made.
+
+    Attributes
+    ----------
+    size : tuple of int
+        (h, w) of the layer's maps.
+    image : int
+        Position of the first image location among the queries.
+    text : tuple of int
+        Position of the first text token among the keys, and the number of text tokens.
+    """
+
+    size: tuple[int, int]
+    image: int
+    text: tuple[int, int]
+
+
+LayoutOf = Callable[[Sequence[Any], Mapping[str, Any]], Layout]
+
+
+@dataclass(frozen=True)
 class AttentionLayer:
     """One layer of the denoiser in which image positions attend to the text.
 
@@ -188,6 +210,10 @@ class AttentionLayer:
         Whether its processor heeds an ``attention_mask``; `elakit.attention.edit` goes another way where not.
     grid : callable
         ``grid(args, kwargs)`` of a call of ``block`` -> (h, w) of this layer's maps.
+    layout : callable, optional
+        ``layout(args, kwargs)`` of a call of ``block`` -> `Layout`. A layer that has one is read and biased where it
+        calls `torch.nn.functional.scaled_dot_product_attention`, not by hooks on its projections: for layers that do
+        more between projection and softmax than the hooks know. Give ``takes_mask=False`` with it.
     """
 
     name: str
@@ -200,6 +226,7 @@ class AttentionLayer:
     text_first: bool = False
     takes_mask: bool = True
     grid: Grid = field(default=image_grid, compare=False, repr=False)
+    layout: LayoutOf | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

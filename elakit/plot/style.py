@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from elakit.errors import RecordingError, SettingError
 from elakit.guidance import method_title
+from elakit.measures.arrays import nearest_size
 
 if TYPE_CHECKING:
     from elakit.attention import Recording
@@ -27,7 +28,6 @@ SHARES = [[0, "#f7f9fb"], [0.25, "#c6d9e8"], [0.5, "#7faccb"], [0.75, "#35749f"]
 DARK_FROM = 0.68  # share of the scale beyond which values are printed in white
 INK, FAINT, RULE = "#1f2328", "#6e7781", "rgba(128, 128, 128, 0.28)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Liberation Sans', sans-serif"
-ANALYSIS_SIZE = 16
 
 
 def escape(text: object) -> str:
@@ -91,8 +91,7 @@ def recorded(run: Run | Recording) -> Recording:
 
 def map_size(recording: Recording) -> int:
     """The recorded map size (larger side) nearest to 16, the one regions and measures are taken at."""
-    sides = {max(size) for size in recording.sizes}
-    return min(sides, key=lambda side: (abs(np.log(side / ANALYSIS_SIZE)), side))
+    return nearest_size(max(size) for size in recording.sizes)
 
 
 def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:

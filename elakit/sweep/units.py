@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from elakit.errors import SettingError
-from elakit.guidance import METHODS, Method, build
-from elakit.guidance import options as method_options
+from elakit.guidance import METHODS, Method, build, method_options
 from elakit.guidance.metadata import options_of
 
 PLAIN = "plain"

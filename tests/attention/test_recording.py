@@ -28,13 +28,13 @@ from elakit.attention import (
     open_recording,
     paused,
     record,
-    resize,
     select_layers,
     store,
     tap,
 )
 from elakit.attention.store import build_node, build_tree
 from elakit.errors import OutputError, RecordingError, SettingError
+from elakit.measures.arrays import resize
 from elakit.models import AttentionLayer, adapter_for
 from elakit.prompt import Entity, Prompt, Token, parse
 

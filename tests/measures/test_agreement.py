@@ -15,13 +15,14 @@ from hypothesis.extra.numpy import arrays
 from tiny import tiny_pipeline
 
 from elakit import plot
+from elakit.bleeding import truth_masks
 from elakit.diagnosis.report import MEANINGS
 from elakit.errors import RecordingError, SettingError
 from elakit.generation import Run, generate
 from elakit.judge import Verdict
-from elakit.measures.agreement import agreement_iou, auc, pointing_game, truth_masks
-from elakit.measures.masks import coverage, downscale
-from elakit.regions import localize, otsu_masks
+from elakit.measures.agreement import agreement_iou, auc, pointing_game
+from elakit.measures.masks import coverage, downscale, otsu_masks
+from elakit.regions import localize
 
 PAIR = "a [red car] and a [blue bird]"
 STEPS = 4
@@ -177,7 +178,7 @@ def test_steps_and_entities_are_carried_along():
         (MAP * np.nan, CAR, "NaN"),
         (-MAP, CAR, "never negative"),
         (MAP, MAP, "boolean masks"),
-        (MAP[0], CAR, "need"),
+        (MAP[0], CAR, "shape must be"),
         (np.stack([MAP] * 2), np.stack([CAR] * 3), "leading dimensions"),
     ],
 )
@@ -213,7 +214,7 @@ def test_truth_has_the_shape_of_the_image():
     assert truth_masks(wide, ["car", "bird"], (16, 24)).shape == (2, 512, 768)
     # 520 pixels are 65 latent cells, halved twice and rounded up: 17.
     truth_masks(seen(np.ones((2, 520, 512))), ["car", "bird"], (17, 16))
-    with pytest.raises(SettingError, match=r"512 x 768 pixels .* 24 x 16 cells"):
+    with pytest.raises(SettingError, match=r"512 x 768 pixels .* 24 x 16 locations"):
         truth_masks(wide, ["car", "bird"], (24, 16))
 
 
@@ -221,7 +222,7 @@ def test_truth_has_the_shape_of_the_image():
     ("truth", "says"),
     [
         (np.stack([CAR, CAR]), "give a Verdict, or masks as"),
-        (seen([CAR, CAR], ("car", "dog")), r"truth is of \['car', 'dog'\], maps of \['car', 'bird'\]"),
+        (seen([CAR, CAR], ("car", "dog")), r"truth has the entities \['car', 'dog'\], maps \['car', 'bird'\]"),
         (seen([CAR], ("car",)), "same entities"),
         (seen([CAR, CAR]).expand_dims(step=2), "an image has no steps"),
         (seen([CAR, CAR]) * 0.3, "boolean"),
@@ -264,7 +265,7 @@ def embedded(monkeypatch: pytest.MonkeyPatch, text: str = PAIR) -> tuple[Run, li
         return Verdict(labels, {}, {}, {}, corner(drawn, labels).values)
 
     # By the module's name: elakit.generate is the function.
-    monkeypatch.setattr(importlib.import_module("elakit.generate"), "judge", judge)
+    monkeypatch.setattr(importlib.import_module("elakit.generation"), "judge", judge)
     return drawn, judged
 
 

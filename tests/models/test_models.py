@@ -209,7 +209,7 @@ def test_the_page_on_adding_a_family_is_right(monkeypatch: pytest.MonkeyPatch) -
     assert set(re.findall(r"^\| `(\w+)", page, flags=re.M)) == asked
     assert asked - {"pipe", "denoiser"} <= set(dir(family))
     for named in re.findall(r"`((?:elakit|tests|docs)/[\w./-]+)`", page):
-        assert named == "elakit/models/aura_flow.py" or (PAGE.parent.parent / named).exists(), named
+        assert named == "elakit/models/aura_flow.py" or (Path(__file__).parents[2] / named).exists(), named
     pipe = tiny_aura_flow()
     with pytest.raises(ModelError, match="AuraFlowTransformer2DModel"):
         adapter_for(pipe)

@@ -63,7 +63,7 @@ def options(method: type[Any]) -> tuple[Option, ...]:
     """
     return tuple(
         Option(each.name, *_kind(each.hint), each.default, descriptions(each.owner).get(each.field_name, ""))
-        for each in metadata.options(method)
+        for each in metadata.method_options(method)
         if each.name != REGIONS
     )
 
