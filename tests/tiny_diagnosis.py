@@ -11,8 +11,7 @@ from tiny import tiny_pipeline
 
 from elakit.diagnosis import Diagnosis, Pair
 from elakit.generation import Run, generate
-from elakit.guidance import ELA
-from elakit.guidance.engine import options_of
+from elakit.guidance import ELA, build, options_of
 from elakit.judge import Verdict
 
 PAIR = "a [red car] and a [blue bird]"
@@ -30,17 +29,15 @@ def verdict(run: Run, right: bool) -> Verdict:
 
 def diagnosis(text: str = PAIR, seeds: int = 1, judged: str = "", length: int = 20, **options: Any) -> Diagnosis:
     """A diagnosis; `judged` says for each seed whether plain and guided are right: "nyyy" for two seeds."""
-    pipe, pairs = tiny_pipeline(length=length), []
+    pipe, pairs, ela = tiny_pipeline(length=length), [], build(ELA, options)
     for seed in range(seeds):
         runs = [
             generate(pipe, text, seed=seed, steps=4, guidance_scale=3, guidance=guidance, progress=False)
-            for guidance in (None, ELA(**options))
+            for guidance in (None, ela)
         ]
         said = [verdict(run, right == "y") for run, right in zip(runs, judged[2 * seed :], strict=False)]
         pairs.append(Pair(*runs, *said))
-    return Diagnosis(
-        prompt=runs[0].prompt, method="ela", options=options_of(ELA(**options)), pairs=tuple(pairs), seconds=12.0
-    )
+    return Diagnosis(prompt=runs[0].prompt, method="ela", options=options_of(ela), pairs=tuple(pairs), seconds=12.0)
 
 
 @cache

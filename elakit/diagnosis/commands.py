@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from elakit.diagnosis.data import DiagnosisData
 from elakit.diagnosis.remedies import RemedyResult
 from elakit.diagnosis.trials import DEFAULT
-from elakit.guidance import METHODS
+from elakit.guidance import METHODS, as_code, method_options
 from elakit.models import EMBEDDED, HUB_ID
 from elakit.rewording import bracketed
 
@@ -87,8 +86,8 @@ def changed(name: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
     """Options that differ from their defaults; None for a method that is not in `elakit.guidance.METHODS`."""
     if name not in METHODS:
         return None
-    defaults = {field.name: field.default for field in fields(METHODS[name])}
-    return {key: value for key, value in options.items() if defaults.get(key, MISSING) != value}
+    defaults = {option.name: option.default for option in method_options(METHODS[name])}
+    return {key: value for key, value in options.items() if key not in defaults or defaults[key] != value}
 
 
 def _shown(result: RemedyResult) -> int:
@@ -175,5 +174,4 @@ def _method(name: str, options: Mapping[str, Any]) -> str:
 def _call(name: str, options: Mapping[str, Any]) -> str:
     if name not in METHODS:
         return f"...  # your own {name}"
-    arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    return f"elakit.guidance.{METHODS[name].__name__}({arguments})"
+    return as_code(METHODS[name], options)

@@ -13,7 +13,7 @@ from elakit.attention import RecordSpec
 from elakit.diagnosis.run_store import RunStore, run_key
 from elakit.generation import Progress, Run, generate
 from elakit.guidance import Method
-from elakit.guidance.engine import options_of
+from elakit.guidance.metadata import options_of
 from elakit.models import EMBEDDED, default_settings, name_of
 from elakit.prompt import Prompt
 

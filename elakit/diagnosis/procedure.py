@@ -17,7 +17,7 @@ from elakit.diagnosis.trials import SHARE, check, guidance_remedy, images_of, tr
 from elakit.errors import ElakitError, OutputError, SettingError
 from elakit.generation import Run
 from elakit.guidance import METHODS, Method, without_regions
-from elakit.guidance.engine import options_of
+from elakit.guidance.metadata import options_of
 from elakit.models import name_of
 from elakit.prediction import Predictor, load_predictor
 from elakit.prompt import Prompt, parse

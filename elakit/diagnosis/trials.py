@@ -12,7 +12,7 @@ from elakit.diagnosis.remedies import Kind, Remedy, RemedyResult
 from elakit.errors import ElakitError, SettingError
 from elakit.generation import Run
 from elakit.guidance import ELA, METHODS, Method, without_regions
-from elakit.guidance.engine import options_of
+from elakit.guidance.metadata import options_of
 from elakit.prediction import FEATURES, Predictor
 from elakit.prompt import Prompt, parse
 from elakit.rewording import next_to, swapped

@@ -37,8 +37,9 @@ def run(
         list[str] | None,
         typer.Option(
             "--set",
-            help="Option of a method as METHOD.OPTION=VALUE. May be given several times. Every method takes "
-            "guide_above=0.2, which guides only images with a higher predicted probability of failure.",
+            help="Option of a method as METHOD.OPTION=VALUE, such as ela.anchor.step_size=0.2. May be given several "
+            "times. Every method takes guide_above=0.2, which guides only images with a higher predicted probability "
+            "of failure.",
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Largest number of prompts per suite, evenly spaced.")] = None,
@@ -225,13 +226,11 @@ def list_suites() -> None:
 @app.command("methods")
 def list_methods() -> None:
     """List the methods that a sweep can run, with the options for --set."""
-    from dataclasses import fields
-
-    from elakit.guidance import METHODS
+    from elakit.guidance import METHODS, method_options
     from elakit.sweep.options import sweepable
 
     for name in sweepable():
-        options = ", ".join(field.name for field in fields(METHODS[name]) if field.init) if name in METHODS else ""
+        options = ", ".join(option.name for option in method_options(METHODS[name])) if name in METHODS else ""
         typer.echo(f"{name:20s}{options}")
 
 
@@ -262,7 +261,7 @@ def _methods(text: str, settings: list[str]) -> list[tuple[str, dict[str, Any]]]
         target, equals, value = setting.partition("=")
         method, dot, option = target.strip().partition(".")
         if not (equals and dot and option):
-            raise SettingError(f"--set {setting}: write METHOD.OPTION=VALUE, such as ela.guide_above=0.2.")
+            raise SettingError(f"--set {setting}: write METHOD.OPTION=VALUE, such as ela.anchor.step_size=0.2.")
         if method not in chosen:
             raise SettingError(f"--set {setting}: {method!r} is not among --methods {text}. Add it there.")
         if option in chosen[method]:

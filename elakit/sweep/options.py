@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from elakit import checks
@@ -31,7 +30,7 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def method_options(method: str, options: Mapping[str, Any]) -> str:
+def canonical_options(method: str, options: Mapping[str, Any]) -> str:
     """Return all options of a method, including defaults, as canonical JSON.
 
     Parameters
@@ -48,12 +47,12 @@ def method_options(method: str, options: Mapping[str, Any]) -> str:
 
     Examples
     --------
-    >>> method_options("plain", {}), method_options("ela", {}) == method_options("ela", {})
-    ('{}', True)
-    >>> method_options("ela", {"alpha": 1})
+    >>> canonical_options("ela", {}) == canonical_options("ela", {"anchor.step_size": 0.1})
+    True
+    >>> canonical_options("ela", {"alpha": 1})
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: ela has no option 'alpha'. Its options are ...
+    elakit.errors.SettingError: ELA has no option 'alpha'. ...
     """
     if method == PLAIN:
         if options:
@@ -61,7 +60,7 @@ def method_options(method: str, options: Mapping[str, Any]) -> str:
                 f"plain has no options, but {', '.join(options)} is set. Set options of a method instead."
             )
         return "{}"
-    from elakit.guidance.engine import options_of
+    from elakit.guidance.metadata import build, method_options, options_of
 
     if method in METHODS and method not in sweepable():
         raise SettingError(
@@ -72,16 +71,14 @@ def method_options(method: str, options: Mapping[str, Any]) -> str:
         raise SettingError(f"There is no method {method!r}. Choose from {', '.join(sweepable())}.")
     condition = _condition(method, options)
     own = {name: value for name, value in options.items() if name not in CONDITION}
-    defaults = {field.name: field.default for field in fields(METHODS[method]) if field.init}
-    if unknown := [name for name in own if name not in defaults]:
-        raise SettingError(f"{method} has no option {unknown[0]!r}. Its options are {', '.join(defaults)}.")
+    defaults = {option.name: option.default for option in method_options(METHODS[method])}
     # 1 and 1.0 are the same setting and must give the same key
     values = {
-        name: float(value) if isinstance(defaults[name], float) and type(value) is int else value
+        name: float(value) if isinstance(defaults.get(name), float) and type(value) is int else value
         for name, value in own.items()
     }
     try:
-        text = canonical(options_of(METHODS[method](**values)))
+        text = canonical(options_of(build(METHODS[method], values)))
         # workers rebuild the method from this text, so values that JSON cannot represent are refused here
         unchanged = canonical(options_of(build_method(method, json.loads(text)))) == text
     except SettingError:
@@ -102,11 +99,12 @@ def build_method(method: str, options: Mapping[str, Any]) -> Method:
     options : mapping of str to object
         Options equal to their defaults keep the default's type, which JSON may not preserve.
     """
-    from elakit.guidance.engine import options_of
+    from elakit.guidance.metadata import build, options_of
 
     usual = json.loads(canonical(options_of(METHODS[method]())))
     changed = {name: _as_tuples(value) for name, value in options.items() if name not in usual or value != usual[name]}
-    return METHODS[method](**changed)
+    built: Method = build(METHODS[method], changed)
+    return built
 
 
 def sweepable() -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from elakit import checks
 from elakit.errors import SettingError
-from elakit.sweep.options import CONDITION, PLAIN, build_method, canonical, method_options, sweepable
+from elakit.sweep.options import CONDITION, PLAIN, build_method, canonical, canonical_options, sweepable
 
 if TYPE_CHECKING:
     from elakit.guidance import Method
@@ -124,7 +124,7 @@ def plan(
     ------
     SettingError
         There is no prompt, seed or method, `prompts` is a single string, a seed is repeated, a number is out of range,
-        or `elakit.sweep.options.method_options` refuses an option.
+        or `elakit.sweep.options.canonical_options` refuses an option.
 
     Examples
     --------
@@ -145,7 +145,7 @@ def plan(
     if batch is not None:
         batch = checks.whole_number(batch, "batch", 1)
     pairs: list[tuple[str, Mapping[str, Any]]] = [(one, {}) if isinstance(one, str) else one for one in methods]
-    chosen = [(name, method_options(name, options)) for name, options in pairs]
+    chosen = [(name, canonical_options(name, options)) for name, options in pairs]
     if not chosen:
         raise SettingError(f"There is no method. Choose from {', '.join(sweepable())}.")
     size = batch or len(numbers)

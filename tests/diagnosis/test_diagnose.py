@@ -260,9 +260,7 @@ def counting(monkeypatch: pytest.MonkeyPatch, fail_after: int = 10**6) -> list[i
     return seen
 
 
-def test_an_interrupted_diagnosis_reuses_its_runs(
-    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_diagnosis_reuses_its_runs(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"seeds": 2, "steps": 2, "remedies": ["swapped", "regions"]}
     whole = elakit.diagnose(world, WORLD, **settings)
     with monkeypatch.context() as patch:

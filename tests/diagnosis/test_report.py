@@ -86,8 +86,8 @@ def test_it_says_how_to_do_it_again(found: Diagnosis, page: str) -> None:
 
 
 def test_options_of_the_method_are_in_the_code_and_the_settings() -> None:
-    html = report.render(diagnosis(step_size=0.01))
-    assert "method=elakit.guidance.ELA(step_size=0.01)" in html
+    html = report.render(diagnosis(**{"anchor.step_size": 0.01}))
+    assert "method=elakit.guidance.ELA(anchor=elakit.guidance.LatentStep(step_size=0.01))" in html
     assert "elakit diagnose" not in Page(html).text
 
 

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
 from elakit.errors import OutputError, SettingError
-from elakit.guidance import ELA
+from elakit.guidance import ELA, LatentStep
 from elakit.sweep import (
     BENCHMARKS,
     SUITES,
@@ -42,7 +42,7 @@ from elakit.sweep import (
     sweep,
     table,
 )
-from elakit.sweep.options import method_options
+from elakit.sweep.options import canonical_options
 from elakit.world.vocabulary import COLORS, NOUNS
 
 PROMPTS = [f"a cat and a {noun}" for noun in ("dog", "frog", "lion", "bear", "bird")]
@@ -165,10 +165,10 @@ def test_prompts_come_from_a_file_too(tmp_path: Path) -> None:
 OPTIONS = st.fixed_dictionaries(
     {},
     optional={
-        "step_size": st.floats(0, 2),
-        "decay": st.integers(0, 3),
-        "gradient": st.sampled_from(["raw", "normalized"]),
-        "lock_from": st.none() | st.integers(0, 9),
+        "anchor.step_size": st.floats(0, 2),
+        "anchor.decay": st.integers(0, 3),
+        "anchor.gradient": st.sampled_from(["raw", "normalized"]),
+        "localize.lock_from": st.none() | st.integers(0, 9),
     },
 )
 
@@ -190,15 +190,15 @@ def test_a_plan_holds_each_unit_once_and_keys_know_no_order(
     assert len(set(keys)) == len(keys)
     turned = [(name, dict(reversed(some.items()))) for name, some in (("ela", again), ("ela", options))]
     assert {unit.key for unit in plan(prompts[::-1], seeds[::-1], ["plain", *turned], batch=batch)} == set(keys)
-    variants = 1 + len({method_options("ela", options), method_options("ela", again)})
+    variants = 1 + len({canonical_options("ela", options), canonical_options("ela", again)})
     images = [(unit.prompt, unit.method, unit.options, seed) for unit in planned for seed in unit.seeds]
     assert len(images) == len(set(images)) == len(set(prompts)) * len(seeds) * variants
 
 
 def test_a_unit_knows_its_method_with_every_option() -> None:
-    (unit,) = plan(["a cat"], [1], [("ela", {"guided": 1, "regions": [(0, 0, 0.5, 1)]})])
-    assert unit.guidance() == ELA(guided=1.0, regions=[(0, 0, 0.5, 1)])
-    assert json.loads(unit.options)["step_size"] == ELA().step_size
+    (unit,) = plan(["a cat"], [1], [("ela", {"anchor.guided": 1, "regions": [(0, 0, 0.5, 1)]})])
+    assert unit.guidance() == ELA(anchor=LatentStep(guided=1.0), regions=[(0, 0, 0.5, 1)])
+    assert json.loads(unit.options)["anchor.step_size"] == ELA().anchor.step_size
     assert plan(["a cat"], [1], ["plain"])[0].guidance() is None
 
 
@@ -213,7 +213,7 @@ def test_a_unit_may_guide_only_what_is_likely_to_fail() -> None:
         ({"guide_after": 0.3}, "too"),
     ):
         with pytest.raises(SettingError, match=said):
-            method_options("ela", options)
+            canonical_options("ela", options)
 
 
 def test_what_cannot_be_generated_is_refused_before_anything_is() -> None:
@@ -221,10 +221,10 @@ def test_what_cannot_be_generated_is_refused_before_anything_is() -> None:
         ("boxdiff", {}, "boxdiff needs one region per entity.*ela"),
         ("magic", {}, "'magic'.*plain, ela"),
         ("plain", {"step_size": 1}, "plain has no options.*step_size"),
-        ("ela", {"stepsize": 1}, "'stepsize'.*step_size"),
-        ("ela", {"step_size": -1}, "step_size=-1"),
-        ("ela", {"guided": "often"}, "often"),
-        ("ela", {"threshold": float("nan")}, "threshold"),
+        ("ela", {"step_size": 1}, "'step_size'.*Did you mean 'anchor.step_size'"),
+        ("ela", {"anchor.step_size": -1}, "step_size=-1"),
+        ("ela", {"anchor.guided": "often"}, "guided='often'"),
+        ("ela", {"localize.threshold": float("nan")}, "threshold"),
     ):
         with pytest.raises(SettingError, match=said):
             plan(["a cat"], [1], [(method, options)])
@@ -530,18 +530,18 @@ def test_variants_and_settings_are_told_apart_and_each_is_set_against_its_own_pl
         [
             images("plain", [0, 0], steps=10, options="{}"),
             images("plain", [1, 1], steps=20, options="{}"),
-            images("ela", [1, 1], steps=10, options='{"decay":0.5,"step_size":0.1}'),
-            images("ela", [0, 1], steps=10, options='{"decay":0.5,"step_size":0.2}'),
-            images("ela", [0, 1], steps=20, options='{"decay":0.5,"step_size":0.1}'),
+            images("ela", [1, 1], steps=10, options='{"anchor.decay":0.5,"anchor.step_size":0.1}'),
+            images("ela", [0, 1], steps=10, options='{"anchor.decay":0.5,"anchor.step_size":0.2}'),
+            images("ela", [0, 1], steps=20, options='{"anchor.decay":0.5,"anchor.step_size":0.1}'),
         ]
     )
     found = summary(frame)
     assert found.index.tolist() == [
         "plain, steps 10",
         "plain, steps 20",
-        "ela(step_size=0.1), steps 10",
-        "ela(step_size=0.1), steps 20",
-        "ela(step_size=0.2), steps 10",
+        "ela(anchor.step_size=0.1), steps 10",
+        "ela(anchor.step_size=0.1), steps 20",
+        "ela(anchor.step_size=0.2), steps 10",
     ]
     assert found["fixed_count"].tolist() == [0, 0, 2, 0, 1]
     assert found["broken_count"].tolist() == [0, 0, 0, 1, 0]
@@ -624,7 +624,8 @@ def test_a_sweep_from_the_command_line_ends_in_a_report(
 ) -> None:
     pretended(pretend)
     out = tmp_path / "x"
-    words = ["run", "--suite", "animals", "--limit", "3", "--set", "ela.step_size=0.2", "--set", "ela.gradient=raw"]
+    words = ["run", "--suite", "animals", "--limit", "3", "--set", "ela.anchor.step_size=0.2"]
+    words += ["--set", "ela.anchor.gradient=raw"]
     assert call(monkeypatch, *words, "--out", str(out)) == 0
     printed = capsys.readouterr()
     assert f"12 of 12 images are in {out}" in printed.out
@@ -632,7 +633,7 @@ def test_a_sweep_from_the_command_line_ends_in_a_report(
     found = table(out)
     assert set(found["prompt"]) == {suite("animals")[i] for i in (0, 32, 65)}
     options = json.loads(found.loc[found["method"] == "ela", "options"].iloc[0])
-    assert (options["step_size"], options["gradient"]) == (0.2, "raw")
+    assert (options["anchor.step_size"], options["anchor.gradient"]) == (0.2, "raw")
     assert call(monkeypatch, "report", str(out)) == 0
     printed = capsys.readouterr()
     assert printed.out.strip().endswith(f"Report: {out / 'report.html'}")
@@ -692,10 +693,10 @@ def test_suites_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         (["--seeds", "1,1"], ["seeds=1", "more than once"]),
         (["--methods", "plain,magic"], ["'magic'", "plain, ela"]),
         (["--set", "step_size=1"], ["--set step_size=1", "METHOD.OPTION=VALUE"]),
-        (["--set", "ela.stepsize=1"], ["'stepsize'", "step_size"]),
-        (["--set", "ela.guided=2"], ["guided=2", "between 0 and 1"]),
-        (["--methods", "plain", "--set", "ela.guided=1"], ["'ela'", "--methods plain"]),
-        (["--set", "ela.guided=0", "--set", "ela.guided=1"], ["set twice"]),
+        (["--set", "ela.step_size=1"], ["'step_size'", "anchor.step_size"]),
+        (["--set", "ela.anchor.guided=2"], ["guided=2", "from 0 to 1"]),
+        (["--methods", "plain", "--set", "ela.anchor.guided=1"], ["'ela'", "--methods plain"]),
+        (["--set", "ela.anchor.guided=0", "--set", "ela.anchor.guided=1"], ["set twice"]),
         (["--limit", "0"], ["limit=0"]),
         (["--steps", "0"], ["steps=0"]),
         (["--model", "image-wold"], ["--model image-wold", "picture-world"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -219,15 +219,12 @@ def acting_options(diagnosis: DiagnosisData) -> list[tuple[str, str]]:
     """Options of the method that acted, as name and value: none if no step was guided, and none that is unset."""
     if not any(pair.was_guided for pair in diagnosis.pairs):
         return []
-    return [(name, str(value)) for name, value in _flat(diagnosis.options) if value is not None]
-
-
-def _flat(options: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Options of a method and of its parts, with dotted names."""
-    found: list[tuple[str, Any]] = []
-    for name, value in options.items():
-        found += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
-    return found
+    given = diagnosis.options.get("regions") is not None  # then nothing is localized
+    return [
+        (name, str(value))
+        for name, value in diagnosis.options.items()
+        if value is not None and not (given and name.startswith("localize."))
+    ]
 
 
 def _guided_steps(traces: Sequence[Trace]) -> str:

@@ -21,7 +21,7 @@ from elakit.files import read_json, write_json
 from elakit.models import load
 from elakit.plot.images import data_uri
 from elakit.prediction import load_predictor
-from elakit.sweep.options import method_options
+from elakit.sweep.options import canonical_options
 from elakit.sweep.units import MAX_STEPS, Unit, check_prompts
 
 # Longest side of the images in the summary, in pixels.
@@ -112,7 +112,7 @@ def plan_cases(
             prompt=text,
             seeds=numbers,
             method=method,
-            options=method_options(method, {}),
+            options=canonical_options(method, {}),
             steps=steps,
             guidance_scale=guidance_scale,
             device=device,
