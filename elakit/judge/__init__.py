@@ -1,6 +1,6 @@
-"""What is in a finished image: which nouns, where, in which color, and what is fused."""
+"""The judge: which nouns a finished image shows, where, in which color, and which of them are fused."""
 
 from elakit.judge.things import Detector, Thing
-from elakit.judge.verdict import FAILURES, Verdict, judge, knows
+from elakit.judge.verdict import FAILURES, Verdict, is_black, judge, knows
 
-__all__ = ["FAILURES", "Detector", "Thing", "Verdict", "judge", "knows"]
+__all__ = ["FAILURES", "Detector", "Thing", "Verdict", "is_black", "judge", "knows"]
