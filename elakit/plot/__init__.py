@@ -1,12 +1,14 @@
-"""Plotly figures of what a run shows: data in, figure out.
+"""Plotly figures of runs and of tables.
 
-Every function takes runs, or a table made of runs, gives a `plotly.graph_objects.Figure` and changes nothing else.
-Words of the prompt are escaped, since plotly reads labels as HTML.
+Every function takes runs, or a table of runs, returns a `plotly.graph_objects.Figure` and has no side effect. Figures
+are at most 900 pixels wide unless a panel size is given. Words of the prompt are escaped, because plotly reads labels
+as HTML.
 """
 
 from __future__ import annotations
 
 from elakit.plot.agreement import agreement
+from elakit.plot.animation import save_animation
 from elakit.plot.images import entity_maps, images
 from elakit.plot.layers import bleeding_by_layer
 from elakit.plot.leakage import bleeding_over_steps, leakage
@@ -24,5 +26,6 @@ __all__ = [
     "method_comparison",
     "region_animation",
     "region_evolution",
+    "save_animation",
     "token_maps",
 ]
