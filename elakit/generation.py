@@ -361,8 +361,8 @@ def _call_arguments(pipe: Any, call: Mapping[str, Any] | None, guidance: Method 
     if guidance is not None and (call or _takes_image(pipe)):
         raise SettingError(
             f"guidance={guidance.name} is not possible with {kind if _takes_image(pipe) else 'call=...'}: guidance "
-            "computes its own passes of the denoiser, which see neither an image nor further arguments. Generate without guidance, or "
-            "use a text-to-image pipeline."
+            "computes its own passes of the denoiser, which see neither an image nor further arguments. Generate "
+            "without guidance, or use a text-to-image pipeline."
         )
     accepted = inspect.signature(pipe.__call__).parameters
     for name in call:

@@ -159,34 +159,26 @@ def test_there_is_no_import_circle(grain: str) -> None:
         pytest.fail(" -> ".join(error.args[1]))
 
 
+def exported(package: str) -> Iterator[tuple[str, str]]:
+    """Names that a package imports from its modules, and the module of each; modules themselves are left out."""
+    path = modules()[package]
+    path = path.with_suffix(".pyi") if path.with_suffix(".pyi").is_file() else path
+    for node in at_import(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            home = f"{package}.{node.module}" if node.level else node.module
+            yield from (
+                (alias.asname or alias.name, home) for alias in node.names if f"{home}.{alias.name}" not in modules()
+            )
+
+
 def test_no_public_name_hides_a_module() -> None:
-    hidden = set()
-    for package, path in modules().items():
-        if path.name != "__init__.py":
-            continue
-        public = stub(package) or {
-            alias.asname or alias.name: node.module or ""
-            for node in at_import(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(node, ast.ImportFrom)
-            for alias in node.names
-        }
-        hidden |= {
-            f"{package}.{name}"
-            for name, home in public.items()
-            if f"{package}.{name}" in modules() and f"{package}.{name}" not in (home, f"{home}.{name}")
-        } | {
-            f"{package}.{name}" for name, home in public.items() if home == f"{package}.{name}" and defines(home, name)
-        }
+    packages = [name for name, path in modules().items() if path.name == "__init__.py"]
+    hidden = {
+        f"{package}.{name}" for package in packages for name, _ in exported(package) if f"{package}.{name}" in modules()
+    }
     assert hidden <= SHADOWS_TO_REMOVE, "\n".join(sorted(hidden - SHADOWS_TO_REMOVE))
     if hidden:
         pytest.xfail("\n".join(sorted(hidden)))
-
-
-def defines(module: str, name: str) -> bool:
-    """Whether a module defines a name of its own name, as ``edit.py`` with a function ``edit`` does."""
-    tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
-    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    return any(isinstance(node, kinds) and node.name == name for node in tree.body)
 
 
 @pytest.mark.parametrize("package", [name for name, path in modules().items() if path.with_suffix(".pyi").is_file()])
