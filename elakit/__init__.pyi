@@ -26,6 +26,7 @@ from .diagnosis.procedure import diagnose as diagnose
 from .generation import Progress as Progress
 from .generation import generate as generate
 from .guidance import ELA as ELA
+from .guidance import RegionalAttention as RegionalAttention
 from .measures import agreement as agreement
 from .models import load as load
 from .prompt import Entity as Entity

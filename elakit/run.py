@@ -22,7 +22,7 @@ from elakit import files
 from elakit.attention import Recording, open_recording
 from elakit.bleeding import Bleeding, measure
 from elakit.errors import ElakitError, OutputError, RecordingError
-from elakit.guidance import ELA, Trace
+from elakit.guidance import FromMaps, Trace
 from elakit.judge import Verdict, judge, knows
 from elakit.measures.arrays import nearest_size
 from elakit.models import EMBEDDED
@@ -83,10 +83,11 @@ class Run:
     def regions(self) -> xr.DataArray:
         """Region of each entity at each step, boolean (step, entity, y, x); regions are disjoint.
 
-        They are localized in the recorded maps. The regions that a guided run was anchored to are in
+        They are localized in the recorded maps as `elakit.ELA` does (`elakit.guidance.FromMaps` with its defaults). The
+        regions that a guided run was anchored to are in
         ``run.guidance.regions``.
         """
-        return localize_steps(self.entity_maps(), self._special_maps().sum("token"), **ELA().rule())
+        return localize_steps(self.entity_maps(), self._special_maps().sum("token"), **FromMaps().rule())
 
     @cached_property
     def verdict(self) -> Verdict | None:
