@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from judged_run import STEPS, corner, embedded, seen
+from judged_run import STEPS, corner, embedded, generated_run, seen
 
 from elakit.bleeding import truth_masks
 from elakit.diagnosis.report import MEANINGS

@@ -1,6 +1,6 @@
 """The judge: which nouns a finished image shows, where, in which color, and which of them are fused."""
 
-from elakit.judge.things import Detector, Thing
-from elakit.judge.verdict import FAILURES, Verdict, is_black, judge, knows
+import lazy_loader
 
-__all__ = ["FAILURES", "Detector", "Thing", "Verdict", "is_black", "judge", "knows"]
+# The names and their modules are in __init__.pyi, for type checkers too; each module is imported when it is needed.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

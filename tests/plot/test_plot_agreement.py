@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from judged_run import STEPS, corner, embedded, seen
+from judged_run import STEPS, corner, embedded, generated_run, seen
 
 from elakit import plot
 from elakit.errors import SettingError
