@@ -394,6 +394,10 @@ class Adapter(Protocol):
     def refusal_of_index(cls, index: Mapping[str, Any]) -> str | None:
         """Same as `refusal`, from a ``model_index.json``: known before any weight is downloaded."""
 
+    @property
+    def image_optional(self) -> bool:
+        """Whether the pipeline's call generates from text alone although it also takes an image."""
+
     def is_current(self) -> bool:
         """Whether the pipeline still is as the adapter found it: same denoiser, not compiled since."""
 

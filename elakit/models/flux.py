@@ -19,6 +19,7 @@ from elakit.models.adapter import (
     argument,
     call_default,
     encoded,
+    is_a,
     scheduler_timestep,
 )
 from elakit.models.pipeline import Pipeline
@@ -85,6 +86,11 @@ class Flux(TransformerAdapter):
             for stack, place, kind in kinds
             for i, block in enumerate(getattr(net, stack))
         )
+
+    @property
+    def image_optional(self) -> bool:
+        """Whether the pipeline's call generates from text alone although it also takes an image."""
+        return is_a(self.pipe, "FluxKontextPipeline")
 
     @property
     def _captured(self) -> bool:

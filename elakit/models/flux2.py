@@ -51,6 +51,11 @@ class Flux2(Flux):
         return None
 
     @property
+    def image_optional(self) -> bool:
+        """Whether the pipeline's call generates from text alone although it also takes an image."""
+        return is_a(self.pipe, "Flux2Pipeline", "Flux2KleinPipeline")
+
+    @property
     def _captured(self) -> bool:
         return True
 

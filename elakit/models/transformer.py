@@ -81,6 +81,11 @@ class TransformerAdapter:
         """Reason why a pipeline class with the family's transformer is not supported; None if it is."""
         return None
 
+    @property
+    def image_optional(self) -> bool:
+        """Whether the pipeline's call generates from text alone although it also takes an image."""
+        return False
+
     def is_current(self) -> bool:
         """Whether the pipeline still is as the adapter found it: same denoiser, not compiled since."""
         transformer = getattr(self.pipe, "transformer", None)

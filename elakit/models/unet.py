@@ -106,6 +106,11 @@ class UNetAdapter:
     def _other_encoder(cls, name: str) -> str:
         return f"its text encoder is a {name}, not a {' or '.join(cls.encoders)}"
 
+    @property
+    def image_optional(self) -> bool:
+        """Whether the pipeline's call generates from text alone although it also takes an image."""
+        return False
+
     def is_current(self) -> bool:
         """Whether the pipeline still is as the adapter found it: same denoiser, not compiled since."""
         unet = getattr(self.pipe, "unet", None)
