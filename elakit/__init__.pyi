@@ -29,6 +29,7 @@ from .generation import compare as compare
 from .generation import generate as generate
 from .generation import open_run as open_run
 from .guidance import ELA as ELA
+from .guidance import RegionalAttention as RegionalAttention
 from .measures import agreement as agreement
 from .models import load as load
 from .prompt import Entity as Entity

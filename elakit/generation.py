@@ -22,7 +22,7 @@ from torch import Tensor
 from elakit.attention import Recording, RecordSpec, open_recording, record
 from elakit.bleeding import Bleeding, measure
 from elakit.errors import OutputError, RecordingError, SettingError
-from elakit.guidance import ELA, Guide, Method, Trace
+from elakit.guidance import FromMaps, Guide, Method, Trace
 from elakit.judge import Verdict, judge, knows
 from elakit.measures.arrays import nearest_size
 from elakit.models import EMBEDDED, adapter_for, default_settings, name_of
@@ -71,10 +71,10 @@ class Run:
     def regions(self) -> xr.DataArray:
         """Region of each entity at each step, boolean (step, entity, y, x); they never overlap.
 
-        Localized in the recorded maps, as ``elakit.ELA(localization="maps")`` does. The regions that a guided run was
-        anchored to are in ``run.guidance.regions``.
+        Localized in the recorded maps, as ``elakit.ELA()`` does (`elakit.guidance.FromMaps` with its defaults). The
+        regions that a guided run was anchored to are in ``run.guidance.regions``.
         """
-        return localize_steps(self.entity_maps(), self._rest().sum("token"), **ELA().rule())
+        return localize_steps(self.entity_maps(), self._rest().sum("token"), **FromMaps().rule())
 
     @cached_property
     def verdict(self) -> Verdict | None:
@@ -277,6 +277,7 @@ def generate(
     stop_if: Callable[[Progress], object] | None = ...,
     progress: bool = ...,
 ) -> list[Run]: ...
+@torch.inference_mode(False)
 def generate(
     pipe: Any,
     prompt: str | Prompt,

@@ -13,7 +13,7 @@ from tiny import tiny_pipeline
 
 from elakit.errors import ModelError, OutputError, RecordingError, SettingError
 from elakit.generation import Progress, compare, generate, open_run
-from elakit.guidance import ELA
+from elakit.guidance import ELA, LatentStep
 
 PAIR = "a [red car] and a [blue bird]"
 
@@ -47,7 +47,7 @@ def test_a_run_may_be_watched_and_ended_after_any_step() -> None:
         PAIR,
         seed=9,
         steps=6,
-        guidance=ELA(anchoring="gradient", start=0, guided=0.5),
+        guidance=ELA(anchor=LatentStep(start=0, guided=0.5)),
         stop_if=third_step,
         progress=False,
     )
@@ -55,9 +55,7 @@ def test_a_run_may_be_watched_and_ended_after_any_step() -> None:
     assert seen == [(0, 0, 1), (1, 1, 2), (2, 2, 3)]
     assert run.settings["stopped"] == 3
     assert run.recording.steps == (0, 1, 2)
-    whole = generate(
-        pipe, PAIR, seed=9, steps=6, guidance=ELA(anchoring="gradient", start=0, guided=0.5), progress=False
-    )
+    whole = generate(pipe, PAIR, seed=9, steps=6, guidance=ELA(anchor=LatentStep(start=0, guided=0.5)), progress=False)
     assert "stopped" not in whole.settings
     assert np.array_equal(run.entity_maps(), whole.entity_maps().isel(step=slice(0, 3)))
 
@@ -159,7 +157,7 @@ def test_only_images_that_need_it_are_guided() -> None:
 
     options: dict[str, Any] = {"seed": [1, 2], "steps": 5, "progress": False}
     plain = generate(pipe, PAIR, **options)
-    ela = ELA(step_size=0.3, start=0, guided=1)
+    ela = ELA(anchor=LatentStep(step_size=0.3, start=0, guided=1))
     first, second = generate(pipe, PAIR, guidance=ela, guide_if=second_alone, **options)
     assert asked == [0, 1]  # until it has answered, and no longer
     assert np.array_equal(np.asarray(first.image), np.asarray(plain[0].image))
@@ -176,7 +174,7 @@ def test_only_images_that_need_it_are_guided() -> None:
 def test_a_image_that_is_never_said_to_need_guidance_is_the_plain_one() -> None:
     pipe = tiny_pipeline()
     plain = generate(pipe, PAIR, seed=3, steps=3, progress=False)
-    ela = ELA(step_size=0.3, start=0, guided=1)
+    ela = ELA(anchor=LatentStep(step_size=0.3, start=0, guided=1))
     for answer in (False, None):
         run = generate(pipe, PAIR, seed=3, steps=3, guidance=ela, guide_if=lambda _, a=answer: a, progress=False)
         assert np.array_equal(np.asarray(run.image), np.asarray(plain.image))

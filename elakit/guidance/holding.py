@@ -91,4 +91,4 @@ def _push(bias: Tensor, held: Hold, size: tuple[int, int]) -> None:
     share = F.interpolate(masks[None], size=size, mode="area")[0].flatten(1)
     for positions, inside, mask in zip(held.tokens, share, masks, strict=True):
         if bool(mask.any()):
-            bias[:, list(positions)] -= held.push * (1 - inside[:, None])
+            bias[:, list(positions)] -= held.strength * (1 - inside[:, None])

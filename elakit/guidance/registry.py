@@ -45,7 +45,7 @@ class Methods(MutableMapping[str, type[Any]]):
 METHODS = Methods(
     {
         "ela": "ela:ELA",
-        "ela-paper": "ela:PaperELA",
+        "regional-attention": "regional_attention:RegionalAttention",
         "attend-and-excite": "attend_excite:AttendAndExcite",
         "syngen": "syngen:SynGen",
         "divide-and-bind": "divide_bind:DivideAndBind",
