@@ -181,8 +181,9 @@ def _attention(diagnosis: DiagnosisData) -> list[str]:
     before, after = (float(table["bleed", run].mean()) for run in ("plain", "guided"))
     fell = int((table["bleed", "guided"] < table["bleed", "plain"]).sum())
     return [
-        f"On average, {before:.0%} of an entity's attention lies outside its own region without guidance, and "
-        f"{after:.0%} with {method}. The share is lower with {method} for {fell} of {count} {plural('seed', count)}."
+        f"On average, {_percent(before)} % of an entity's attention lies outside its own region without guidance, and "
+        f"{_percent(after)} % with {method}. The share is lower with {method} for {fell} of {count} "
+        f"{plural('seed', count)}."
     ]
 
 
