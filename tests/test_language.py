@@ -253,7 +253,7 @@ RULES = [
          "generated"),
     Rule(r"\b(?:drawn|draws|draw) (?:plainly|alone|anew|again|so|by the model)\b", "generated"),
     Rule(r"\bworkers? that draws?\b|\bprocesses that draw\b|\bwhose workers draw\b", "generate"),
-    Rule(r"\bcells?\b(?<!notebook cell)(?<!notebook cells)(?<!table cell)(?<!table cells)(?<!code cell)(?<!code cells)",
+    Rule(r"\bcells?\b(?<!notebook cell)(?<!notebook cells)(?<!table cell)(?<!table cells)(?<!code cell)(?<!code cells)(?! phone)",
          "location (map), patch (transformer); table cell, notebook cell", paths=r"^(?!tests/lab|tests/test_notebooks|benchmarks/notebooks)"),
     Rule(r"\b(?:drawn|draws|draw|drawing)\b(?! (?:from|at random|an? (?:box|line|region|figure|bar|curve)|the (?:box|line|region|figure|bar|curve)))",
          "generate, generated; sample (random numbers)", paths=r"^elakit/(?:sweep|diagnosis|causes|prediction|guidance|models|judge|attention|cli|generation|run|bleeding)"),
