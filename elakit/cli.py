@@ -14,8 +14,7 @@ import typer
 import elakit
 from elakit.errors import ElakitError, OutputError, SettingError
 from elakit.files import write_file
-from elakit.guidance import METHODS, without_regions
-from elakit.models import EMBEDDED, FAMILIES
+from elakit.guidance.registry import METHODS, without_regions
 from elakit.prediction.cli import app as predict
 from elakit.resources import data_path
 from elakit.sweep.cli import app as sweep
@@ -177,6 +176,8 @@ def run(
 @app.command()
 def models() -> None:
     """List the models that need no network, and say what else can be given."""
+    from elakit.models import EMBEDDED, FAMILIES
+
     for model in EMBEDDED.values():
         typer.echo(f"{model.name:16s}{model.summary}")
     families = ", ".join(family.family for family in FAMILIES)

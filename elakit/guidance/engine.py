@@ -113,6 +113,7 @@ def gradient(
     *,
     step: int = 0,
     states: Sequence[Any] | None = None,
+    refining: Callable[[Loss], bool] | None = None,
 ) -> tuple[list[Loss], Tensor]:
     """A method's loss at each latent of a batch, and its gradient there.
 
@@ -122,6 +123,8 @@ def gradient(
         As the scheduler keeps them (not scaled).
     states : sequence of n
         Of the images; by default those of a run's beginning.
+    refining : callable, optional
+        Whether an update of refinement follows a loss, so that the gradient is that of `Loss.refinement`.
 
     Returns
     -------
@@ -138,7 +141,11 @@ def gradient(
         z = latents.detach().to(torch.promote_types(latents.dtype, torch.float32)).requires_grad_(True)
         attention = read(_scaled(adapter, z, timestep).to(model_dtype), timestep, conditioning)
         losses = [method.loss(a, prompt, step, state) for a, state in zip(attention, states, strict=True)]
-        total = torch.stack([loss.total for loss in losses]).sum()
+        objectives = [
+            loss.refinement if loss.refinement is not None and refining is not None and refining(loss) else loss.total
+            for loss in losses
+        ]
+        total = torch.stack(objectives).sum()
         # A loss may be constant where nothing is left to gain.
         wanted = total.requires_grad and not all(loss.enough for loss in losses)
         grad = torch.autograd.grad(total * scale, z)[0] if wanted else torch.zeros_like(z)
@@ -318,15 +325,18 @@ class Guide:
         refinements = [0] * len(z)
         with paused(self.adapter.pipe), frozen(self.adapter.denoiser):
             for attempt in range(update.repeats + 1):
-                losses, grads = self._gradient(z[pending], step, timestep, pending)
+
+                def refining(loss: Loss, extra: bool = attempt < update.repeats) -> bool:
+                    return extra and not (update.until is not None and _goal(loss) <= update.until)
+
+                losses, grads = self._gradient(z[pending], step, timestep, pending, refining)
                 going = []
                 for i, loss, grad in zip(pending, losses, grads, strict=True):
                     last[i] = loss, grad
                     if loss.enough:
                         self.done.add(i)
                         continue
-                    low = update.until is not None and _goal(loss) <= update.until
-                    if attempt < update.repeats and not low and bool(torch.isfinite(grad).all()):
+                    if refining(loss) and bool(torch.isfinite(grad).all()):
                         z[i] -= self._change(update.size, grad, unit)
                         refinements[i] += 1
                         going.append(i)
@@ -399,11 +409,16 @@ class Guide:
             self.traces[i].add(_row(step, timestep, loss, time.perf_counter() - began), one.masks)
 
     def _gradient(
-        self, latents: Tensor, step: int, timestep: Tensor, images: Sequence[int]
+        self,
+        latents: Tensor,
+        step: int,
+        timestep: Tensor,
+        images: Sequence[int],
+        refining: Callable[[Loss], bool],
     ) -> tuple[list[Loss], Tensor]:
         return gradient(
             self.adapter, self.method, self.prompt, self.layers, latents, timestep, self.conditioning,
-            step=step, states=[self.states[i] for i in images],
+            step=step, states=[self.states[i] for i in images], refining=refining,
         )  # fmt: skip
 
     def _search(self, method: NoiseSearch, noise: Tensor, scale: float, timestep: Tensor, image: int) -> Tensor:

@@ -36,7 +36,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "a-star": lambda: AStar(),
     "conform": lambda: CONFORM(refinements=1),
     "self-cross": lambda: SelfCross(gate=1, refinements=1),
-    "layout-guidance": lambda: LayoutGuidance(HALVES, guided=1, iterations=2),
+    "layout-guidance": lambda: LayoutGuidance(HALVES, guided=1, iterations=2, until=0),
     "boxdiff": lambda: BoxDiff(HALVES),
     "initno": lambda: InitNO(rounds=2, iterations=1, last_iterations=1, refinements=1),
 }
@@ -119,26 +119,42 @@ def test_conform_has_nothing_to_compare_at_the_first_step_without_attributes() -
     assert float(CONFORM().loss(APART, replace(PROMPT, entities=entities), 1, state).total) > 0
 
 
-def test_self_cross_counts_what_cells_attend_to_where_the_other_is() -> None:
+def test_self_cross_counts_attention_to_where_the_other_entity_is() -> None:
     seen = replace(APART, own=(ALIKE[None],))
-    # All cells attend alike to all 16: the minimum with 1, 1 - A, A, 0 is 1/16 in three columns of four.
-    loss = SelfCross().loss(seen, PROMPT, 0, None)
-    assert loss.terms == {"excite": pytest.approx(0, abs=1e-6), "self_cross": pytest.approx(12 / 16)}
-    assert total(SelfCross(weight=2), seen) == pytest.approx(24 / 16, abs=1e-5)
-    # Cells of each half attend to that half alone: S is 1/8 of the smoothed half, A/8 where the other is 1 - A.
-    reach = sum(min(s / 8, a) for s, a in zip((1, 1 - A, A, 0), (0, A, 1 - A, 1), strict=True))
-    assert total(SelfCross(), replace(APART, own=(HALVED[None],))) == pytest.approx(4 * reach)
+    # All locations attend equally to all 16: the minimum with 1, 1 - A, A, 0 is 1/16 in three columns of four.
+    method = SelfCross(top=1)
+    loss = method.loss(seen, PROMPT, 0, method.begin(PROMPT, 50))
+    assert loss.terms["excite"] == pytest.approx(0, abs=1e-6)
+    assert loss.terms["self_cross"] == pytest.approx(12 / 16, abs=1e-4)
+    # the mask holds the columns of 1, 1 - A and A, and outside it the map is 0
+    assert loss.terms["clean"] == 0
+    assert total(SelfCross(top=1, weight=2), seen) == pytest.approx(24 / 16, abs=1e-4)
+    # Locations attend to their own half alone. Those of 1 and 1 - A lie in the entity's half, that of A in the other.
+    own, other = (1, 1 - A, A, 0), (0, A, 1 - A, 1)
+    mine, theirs = (2 - A) / 2, A / 2
+    spread = [(mine * o + theirs * t) / 8 for o, t in zip(own, other, strict=True)]
+    reach = sum(min(s, a) for s, a in zip(spread, other, strict=True))
+    assert total(method, replace(APART, own=(HALVED[None],))) == pytest.approx(4 * reach, abs=1e-4)
+
+
+def test_self_cross_takes_the_mean_of_the_largest_values_as_the_maximum() -> None:
+    seen = replace(APART, own=(ALIKE[None],))
+    method = SelfCross(top=8)
+    # a smoothed half holds 1 and 1 - A in four locations each
+    assert method.loss(seen, PROMPT, 0, method.begin(PROMPT, 50)).terms["excite"] == pytest.approx(A / 2, abs=1e-6)
 
 
 def test_self_cross_waits_until_every_entity_is_there() -> None:
     # A hundredth becomes a difference of 1: the softmax over red, car, blue, bird gives e / (e + 3) at most.
     seen = attention((NONE, LEFT / 100, NONE, RIGHT / 100), own=ALIKE)
     base = 1 - math.e / (math.e + 3)
-    loss = SelfCross().loss(seen, PROMPT, 0, None)
+    method = SelfCross(top=1, clean=0)
+    loss = method.loss(seen, PROMPT, 0, method.begin(PROMPT, 50))
     assert base > 0.5
     assert float(loss.total) == pytest.approx(base, abs=1e-5)
     assert loss.terms["self_cross"] > 0.1
-    assert total(SelfCross(gate=0.6), seen) == pytest.approx(base + loss.terms["self_cross"], abs=1e-5)
+    open_gate = SelfCross(top=1, clean=0, gate=0.6)
+    assert total(open_gate, seen) == pytest.approx(base + loss.terms["self_cross"], abs=1e-5)
 
 
 def test_layout_guidance_averages_heads_entities_and_layers_of_any_size() -> None:
@@ -148,9 +164,33 @@ def test_layout_guidance_averages_heads_entities_and_layers_of_any_size() -> Non
     wanted = ((0 + 0.25) / 2 + (1 + 0.25) / 2) / 2
     assert total(LayoutGuidance(HALVES), Attention((fine,))) == pytest.approx(wanted)
     assert total(LayoutGuidance(HALVES), Attention((coarse, fine))) == pytest.approx((0.25 + wanted) / 2)
-    loss = LayoutGuidance(HALVES).loss(Attention((coarse, fine)), PROMPT, 0, None)
+    method = LayoutGuidance(HALVES)
+    loss = method.loss(Attention((coarse, fine)), PROMPT, 0, method.begin(PROMPT, 50))
     assert loss.regions is not None
     assert np.array_equal(loss.regions, np.stack([LEFT.numpy() > 0, RIGHT.numpy() > 0]))
+
+
+def test_layout_guidance_ends_after_the_update_of_the_pass_that_meets_the_threshold() -> None:
+    method = LayoutGuidance(HALVES)
+    state = method.begin(PROMPT, 50)
+    apart, crossed = Attention(APART.cross), attention((NONE, RIGHT, NONE, LEFT))
+    assert not method.loss(crossed, PROMPT, 0, state).enough
+    assert not method.loss(apart, PROMPT, 0, state).enough  # below .2, and still followed by its update
+    assert method.loss(crossed, PROMPT, 1, state).enough
+
+
+def test_layout_guidance_truncates_boxes_to_whole_locations() -> None:
+    method = LayoutGuidance([(0.2, 0, 0.7, 1), (0.5, 0, 1, 1)])  # columns .8 to 2.8 of four become 0 to 2
+    masks = method.loss(APART, PROMPT, 0, method.begin(PROMPT, 50)).regions
+    assert masks is not None
+    assert masks[0].astype(int).tolist() == [[1, 1, 0, 0]] * 4
+
+
+def test_boxdiff_refines_along_the_most_neglected_entity() -> None:
+    loss = BoxDiff(HALVES).loss(attention((NONE, LEFT, NONE, NONE)), PROMPT, 0, None)
+    # the bird has nothing in its box: 1 - the share that four equal words get of it
+    assert loss.refinement is not None
+    assert float(loss.refinement) == loss.goal == pytest.approx(0.75, abs=1e-6)
 
 
 def test_boxdiff_sums_what_is_weak_inside_strong_outside_and_wrong_at_edges() -> None:
@@ -178,13 +218,18 @@ def test_boxdiff_takes_masks_too() -> None:
     assert total(BoxDiff(masks[::-1].copy()), APART) > total(BoxDiff(masks), APART)
 
 
-def test_initno_steps_along_the_neglect_and_tells_the_conflict() -> None:
+def test_initno_steps_along_the_neglect_and_refines_along_all_terms() -> None:
     seen = attention((NONE, LEFT / 100, NONE, RIGHT / 100), own=ALIKE)
-    loss = InitNO().loss(seen, PROMPT, 0, None)
+    loss = InitNO().loss(seen, PROMPT, 0, InitNO().begin(PROMPT, 50))
     assert float(loss.total) == pytest.approx(1 - math.e / (math.e + 3), abs=1e-5)
-    assert loss.terms["conflict"] == pytest.approx(0.5)  # both attend alike: half of what they have together
+    assert loss.terms["conflict"] == pytest.approx(0.5)  # equal maps: the minimum is half of the sum
+    assert loss.refinement is not None
+    expected = loss.terms["excite"] + loss.terms["conflict"] + 0.1 * loss.terms["clean"]
+    assert float(loss.refinement) == pytest.approx(expected, abs=1e-6)
+    assert loss.goal == pytest.approx(max(loss.terms["excite"] / 0.2, 0.5 / 0.3))  # 1 where both thresholds are met
     # the smoothed halves share A and A of 2 + 2 in each row
-    assert InitNO().loss(replace(APART, own=(HALVED[None],)), PROMPT, 0, None).terms["conflict"] == pytest.approx(A / 2)
+    halved = InitNO().loss(replace(APART, own=(HALVED[None],)), PROMPT, 0, InitNO().begin(PROMPT, 50))
+    assert halved.terms["conflict"] == pytest.approx(A / 2)
 
 
 @every_method
@@ -231,10 +276,14 @@ def test_schedules_are_those_of_fifty_steps() -> None:
     assert astar[0].size == 20
     assert astar[49].size == pytest.approx(20 * math.sqrt(0.5))
     assert {i: u.repeats for i, u in enumerate(conform) if u.repeats} == {0: 20, 10: 20, 20: 20}
-    assert {i: u.until for i, u in enumerate(cross) if u.repeats} == {10: 0.5, 20: 0.5}
-    assert {i: u.until for i, u in enumerate(initno) if u.repeats} == {10: 0.2, 20: 0.2}
-    assert not any(u.repeats for u in astar + box)
-    assert {(u.repeats, u.until, u.final) for u in layout} == {(5, 0.2, False)}
+    assert {i: u.until for i, u in enumerate(cross) if u.repeats} == {10: 0.2, 20: 0.2}
+    assert {i: u.until for i, u in enumerate(initno) if u.repeats} == {10: 1, 20: 1}
+    assert not any(u.repeats for u in astar)
+    assert {i: (u.repeats, u.until) for i, u in enumerate(box) if u.repeats} == {
+        0: (20, 0.95), 10: (20, 0.5), 20: (20, pytest.approx(0.2))
+    }  # fmt: skip
+    # at most 5 updates: 4 while the loss is high, and the one that always follows
+    assert {(u.repeats, u.until, u.final) for u in layout} == {(4, 0.2, True)}
     assert layout[0].size == pytest.approx(30 * 14**2 / (1 + 14**2))
 
 
@@ -242,7 +291,7 @@ def test_schedules_are_those_of_fifty_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "refinements"), [(LayoutGuidance(HALVES, iterations=2, until=0), 2), (ELA(anchoring="gradient"), 0)]
+    ("method", "refinements"), [(LayoutGuidance(HALVES, iterations=3, until=0), 2), (ELA(anchoring="gradient"), 0)]
 )
 def test_a_image_is_moved_alike_however_the_scheduler_keeps_its_latents(method: Any, refinements: int) -> None:
     start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
