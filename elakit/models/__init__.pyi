@@ -3,6 +3,8 @@ from .adapter import AttentionLayer as AttentionLayer
 from .adapter import Call as Call
 from .adapter import Conditioning as Conditioning
 from .adapter import Layout as Layout
+from .aura_flow import AuraFlow as AuraFlow
+from .chroma import Chroma as Chroma
 from .device import device_named as device_named
 from .dispatch import FAMILIES as FAMILIES
 from .dispatch import adapter_for as adapter_for
@@ -12,11 +14,16 @@ from .embedded import GenerationSettings as GenerationSettings
 from .embedded import default_settings as default_settings
 from .embedded import name_of as name_of
 from .flux import Flux as Flux
+from .flux2 import Flux2 as Flux2
 from .loading import load as load
+from .lumina2 import Lumina2 as Lumina2
 from .pipeline import Pipeline as Pipeline
 from .pixart import PixArt as PixArt
+from .qwen_image import QwenImage as QwenImage
+from .sana import Sana as Sana
 from .sd3 import StableDiffusion3 as StableDiffusion3
 from .sdxl import StableDiffusionXL as StableDiffusionXL
 from .source import HUB_ID as HUB_ID
 from .source import first_line as first_line
 from .stable_diffusion import StableDiffusion as StableDiffusion
+from .z_image import ZImage as ZImage

@@ -7,12 +7,19 @@ from typing import Any
 
 from elakit.errors import ModelError
 from elakit.models.adapter import Adapter, OtherKind
+from elakit.models.aura_flow import AuraFlow
+from elakit.models.chroma import Chroma
 from elakit.models.flux import Flux
+from elakit.models.flux2 import Flux2
+from elakit.models.lumina2 import Lumina2
 from elakit.models.pipeline import Pipeline
 from elakit.models.pixart import PixArt
+from elakit.models.qwen_image import QwenImage
+from elakit.models.sana import Sana
 from elakit.models.sd3 import StableDiffusion3
 from elakit.models.sdxl import StableDiffusionXL
 from elakit.models.stable_diffusion import StableDiffusion
+from elakit.models.z_image import ZImage
 
 FAMILIES: tuple[type[Adapter], ...] = (
     StableDiffusion,
@@ -20,6 +27,13 @@ FAMILIES: tuple[type[Adapter], ...] = (
     PixArt,
     StableDiffusion3,
     Flux,
+    Flux2,
+    ZImage,
+    QwenImage,
+    Sana,
+    Chroma,
+    AuraFlow,
+    Lumina2,
 )
 
 _KEPT = "_elakit_adapter"  # where a pipeline keeps its adapter: they are freed together

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -19,7 +18,6 @@ from elakit.models.adapter import (
     Place,
     argument,
     call_default,
-    running,
     scheduler_timestep,
 )
 from elakit.models.pipeline import Pipeline
@@ -47,6 +45,7 @@ class Flux(TransformerAdapter):
 
     family: ClassVar[str] = "FLUX.1"
     models: ClassVar[tuple[str, ...]] = ("FluxTransformer2DModel",)
+    positions: ClassVar[dict[str, int]] = {"timestep": 3, "img_ids": 4}  # among the arguments of the denoiser
 
     def __init__(self, pipe: Pipeline) -> None:
         super().__init__(pipe)
@@ -65,7 +64,7 @@ class Flux(TransformerAdapter):
             ("transformer_blocks", "double", "joint"),
             ("single_transformer_blocks", "single", "single"),
         )
-        kontext = "Kontext" in type(self.pipe).__name__
+        captured = self._captured
         return tuple(
             AttentionLayer(
                 name=f"{stack}.{i}.attn",
@@ -76,29 +75,34 @@ class Flux(TransformerAdapter):
                 factor=self._patch,
                 kind=kind,
                 text_first=True,
-                takes_mask=not kontext,
+                takes_mask=not captured,
                 grid=self._grid,
-                layout=self._layout if kontext else None,
+                layout=self._layout if captured else None,
             )
             for stack, place, kind in kinds
             for i, block in enumerate(getattr(net, stack))
         )
 
     @property
+    def _captured(self) -> bool:
+        """Whether layers are read at the attention call; Kontext's sequence has more than text and image."""
+        return "Kontext" in type(self.pipe).__name__
+
+    @property
     def _patch(self) -> int:
         return 2  # the pipeline's packing, not the model's patch size, which is 1
 
     def _grid(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-        ids = argument(args, kwargs, 4, "img_ids")
+        ids = argument(args, kwargs, self.positions["img_ids"], "img_ids")
         if self._seen is None or self._seen[0] is not ids:  # once per run, as it waits for the device
-            flat = ids.reshape(-1, ids.shape[-1])
+            flat = ids[0] if ids.ndim == 3 else ids
             generated = flat[flat[:, 0] == 0]  # the locations of Kontext's input image have another first number
             rows, columns = (generated[:, 1:3].amax(0) + 1).int().tolist()
-            patches = argument(args, kwargs, 0, "hidden_states").shape[1] if len(generated) == len(flat) else None
-            if rows * columns != len(generated) or patches not in (None, len(generated)):
+            patches = argument(args, kwargs, 0, "hidden_states").shape[1]
+            if rows * columns != len(generated) or patches != len(flat):
                 raise ModelError(
-                    f"The transformer was called with {patches or len(generated)} image patches that do not form one "
-                    f"image of {rows} x {columns}; only runs of one image size can be recorded."
+                    f"The transformer was called with {patches} image patches, {len(generated)} of them for an image "
+                    f"of {rows} x {columns} patches; only runs of one image size can be recorded."
                 )
             self._seen = ids, (rows, columns)
         return self._seen[1]
@@ -111,14 +115,14 @@ class Flux(TransformerAdapter):
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """Rows, timestep and latent size (before packing) of a call of the transformer."""
         rows, columns = self._grid(args, kwargs)
-        negative = running(self.pipe).get("negative_prompt_embeds")
-        text = argument(args, kwargs, 1, "encoder_hidden_states")
         batch = argument(args, kwargs, 0, "hidden_states").shape[0]
         return Call(
             batch,
-            self._timestep(torch.as_tensor(argument(args, kwargs, 3, "timestep")).flatten()[0]),
+            self._timestep(
+                torch.as_tensor(argument(args, kwargs, self.positions["timestep"], "timestep")).flatten()[0]
+            ),
             (rows * self._patch, columns * self._patch),
-            conditional=negative is None or text is not negative,
+            conditional=not self._is_negative(argument(args, kwargs, 1, "encoder_hidden_states")),
         )
 
     def _timestep(self, given: torch.Tensor) -> float:
@@ -209,17 +213,7 @@ class Flux(TransformerAdapter):
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
         """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""
-        from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
-
-        scheduler = self.pipe.scheduler
-        own = getattr(scheduler.config, "use_flow_sigmas", False)  # then the scheduler computes the noise levels itself
-        retrieve_timesteps(
-            scheduler,
-            steps,
-            self.pipe._execution_device,
-            sigmas=None if own else np.linspace(1.0, 1 / steps, steps),
-            mu=self._shift(height, width, 1.15),
-        )
+        self._set_flow(steps, self._shift(height, width, 1.15))
         return 1.0
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -116,6 +117,11 @@ class TransformerAdapter:
             guided = running(self.pipe).get("do_classifier_free_guidance", False)
         return stacked_rows(self.pipe, batch, bool(guided))
 
+    def _is_negative(self, text: Any) -> bool:
+        """Whether text states are those of the negative prompt, in pipelines that make a pass of its own for it."""
+        negative = running(self.pipe).get("negative_prompt_embeds")
+        return negative is not None and text is negative
+
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the latent of an image of ``height`` x ``width`` pixels, before division into patches.
 
@@ -217,18 +223,30 @@ class TransformerAdapter:
 
         ``largest`` is the pipeline's default of ``max_shift``, for schedulers whose configuration has none.
         """
+        rows, columns = self.latent_size(height, width)
+        return self._flow_shift((rows // self._patch) * (columns // self._patch), largest)
+
+    def _flow_shift(self, patches: int, largest: float) -> float:
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-        rows, columns = self.latent_size(height, width)
         config = self.pipe.scheduler.config
         shift: float = calculate_shift(
-            (rows // self._patch) * (columns // self._patch),
+            patches,
             config.get("base_image_seq_len", 256),
             config.get("max_image_seq_len", 4096),
             config.get("base_shift", 0.5),
             config.get("max_shift", largest),
         )
         return shift
+
+    def _set_flow(self, steps: int, shift: float) -> None:
+        """Set the timesteps of flow matching: noise levels from 1 to 1/steps, shifted by the scheduler."""
+        from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
+
+        scheduler = self.pipe.scheduler
+        own = getattr(scheduler.config, "use_flow_sigmas", False)  # then the scheduler computes the noise levels itself
+        sigmas = None if own else np.linspace(1.0, 1 / steps, steps)
+        retrieve_timesteps(scheduler, steps, self.pipe._execution_device, sigmas=sigmas, mu=shift)
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
         """Images of latents, (n, c, h, w), also of the noisy latents in the middle of a run."""

@@ -18,7 +18,6 @@ from elakit.generation import Run
 from elakit.plot import style
 from elakit.plot.images import LOSSLESS_SIDE, data_uri
 from elakit.prompt import Prompt
-from elakit.tokens import split_words
 from elakit.widgets.explorer.colors import TABLES
 from elakit.widgets.explorer.packing import Buffer, Fit, Source, fit_to, pack
 
@@ -176,7 +175,7 @@ def _chips(prompt: Prompt, words: Sequence[Word]) -> list[dict[str, Any]]:
         pieces.setdefault(token.word, []).append(token)
     chips: list[dict[str, Any]] = []
     last = 0
-    for i, (first, past) in enumerate(split_words(prompt.text)):
+    for i, (first, past) in enumerate(prompt.words):
         where = place.get(_label(pieces[i])) if i in pieces else None
         chips.append({"text": prompt.text[first:past], "gap": first > last, "token": where})
         last = past
