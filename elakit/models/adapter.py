@@ -85,6 +85,30 @@ def decoded(pipe: Pipeline, latents: torch.Tensor) -> list[Image.Image]:
     return images
 
 
+@torch.no_grad()
+def encoded(pipe: Pipeline, image: Image.Image) -> torch.Tensor:
+    """Latents of an image, (1, c, h, w): the inverse of `decoded`."""
+    vae, config = pipe.vae, pipe.vae.config
+    pixels = pipe.image_processor.preprocess(image.convert("RGB"))
+    precision = vae.dtype
+    # Activations of Stable Diffusion XL's autoencoder overflow in half precision.
+    upcast = precision == torch.float16 and getattr(config, "force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        found = vae.encode(pixels.to(vae.device, vae.dtype))
+    finally:
+        if upcast:
+            vae.to(precision)
+    latents: torch.Tensor = found.latents if hasattr(found, "latents") else found.latent_dist.mode()
+    mean, spread = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
+    if mean is not None and spread is not None:
+        shape = (1, -1, 1, 1)
+        latents = latents - latents.new_tensor(mean).view(shape)
+        return latents * config.scaling_factor / latents.new_tensor(spread).view(shape)
+    return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+
+
 def call_default(pipe: Pipeline, name: str) -> Any:
     """Default of an argument of a pipeline's ``__call__``."""
     return inspect.signature(type(pipe).__call__).parameters[name].default
@@ -168,7 +192,14 @@ def compiled(module: Any, path: str) -> str | None:
             f"its {name} was wrapped by torch.compile, inside which attention cannot be read without changing the "
             f"image; use the original module, `{path} = {path}._orig_mod`, for recording and guidance"
         )
-    parts = module.named_modules() if isinstance(module, nn.Module) else ()
+    parts = list(module.named_modules()) if isinstance(module, nn.Module) else []
+    for part_name, part in parts:
+        if hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable"):
+            owner = f"{path}.{part_name}" if part_name else path
+            return (
+                f"the forward method of {owner} was wrapped by torch.compile, inside which attention cannot be read "
+                f"without changing the image; set the original one back, for example with `del {owner}.forward`"
+            )
     inside = next((part_name for part_name, part in parts if _is_compiled(part)), None)
     if inside is None:
         return None
@@ -180,8 +211,7 @@ def compiled(module: Any, path: str) -> str | None:
 
 
 def _is_compiled(part: nn.Module) -> bool:
-    forward = vars(part).get("forward")
-    return getattr(part, "_compiled_call_impl", None) is not None or hasattr(forward, "_torchdynamo_orig_callable")
+    return getattr(part, "_compiled_call_impl", None) is not None
 
 
 def image_grid(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
@@ -240,6 +270,8 @@ class AttentionLayer:
     takes_mask : bool
         Whether the attention processor applies an ``attention_mask``; if not, `elakit.attention.edit` adds its bias
         where attention is computed.
+    reads : {"text", "image"}
+        Keys whose attention is read: the text, or the image's own locations (self-attention).
     grid : callable
         ``grid(args, kwargs)`` of a call of ``block`` -> (h, w) of this layer's maps.
     layout : callable, optional
@@ -257,6 +289,7 @@ class AttentionLayer:
     kind: Kind = "cross"
     text_first: bool = False
     takes_mask: bool = True
+    reads: Literal["text", "image"] = "text"
     grid: Grid = field(default=image_grid, compare=False, repr=False)
     layout: LayoutOf | None = field(default=None, compare=False, repr=False)
 
@@ -361,6 +394,10 @@ class Adapter(Protocol):
     def refusal_of_index(cls, index: Mapping[str, Any]) -> str | None:
         """Same as `refusal`, from a ``model_index.json``: known before any weight is downloaded."""
 
+    @property
+    def image_optional(self) -> bool:
+        """Whether the pipeline's call generates from text alone although it also takes an image."""
+
     def is_current(self) -> bool:
         """Whether the pipeline still is as the adapter found it: same denoiser, not compiled since."""
 
@@ -409,7 +446,7 @@ class Adapter(Protocol):
         """
 
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
-        """Self-attention layers in the blocks of the given layers; `ModelError` if there are none."""
+        """Layers that read self-attention, one for each of the given layers; `ModelError` if a block has none."""
 
     def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
         """Initial noise of unit variance for one image, in the form in which the pipeline takes ``latents``."""
@@ -419,6 +456,9 @@ class Adapter(Protocol):
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
         """Images of latents in the pipeline's form, also of the noisy latents in the middle of a run."""
+
+    def encode_image(self, image: Image.Image) -> torch.Tensor:
+        """Latents of an image for one row, in the pipeline's form."""
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Arguments of the pipeline's call that pass (step, latents) through ``move`` after each step."""

@@ -25,6 +25,7 @@ class Chroma(Flux):
 
     family: ClassVar[str] = "Chroma"
     models: ClassVar[tuple[str, ...]] = ("ChromaTransformer2DModel",)
+    text_arguments: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt",),)
     positions: ClassVar[dict[str, int]] = {"timestep": 2, "img_ids": 3}
 
     @classmethod

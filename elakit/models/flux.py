@@ -18,6 +18,8 @@ from elakit.models.adapter import (
     Place,
     argument,
     call_default,
+    encoded,
+    is_a,
     scheduler_timestep,
 )
 from elakit.models.pipeline import Pipeline
@@ -45,6 +47,8 @@ class Flux(TransformerAdapter):
 
     family: ClassVar[str] = "FLUX.1"
     models: ClassVar[tuple[str, ...]] = ("FluxTransformer2DModel",)
+    # The image attends to the text that T5 reads: prompt_2, or prompt if there is none.
+    text_arguments: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt_2", "prompt"),)
     positions: ClassVar[dict[str, int]] = {"timestep": 3, "img_ids": 4}  # among the arguments of the denoiser
 
     def __init__(self, pipe: Pipeline) -> None:
@@ -82,6 +86,11 @@ class Flux(TransformerAdapter):
             for stack, place, kind in kinds
             for i, block in enumerate(getattr(net, stack))
         )
+
+    @property
+    def image_optional(self) -> bool:
+        """Whether the pipeline's call generates from text alone although it also takes an image."""
+        return is_a(self.pipe, "FluxKontextPipeline")
 
     @property
     def _captured(self) -> bool:
@@ -124,6 +133,11 @@ class Flux(TransformerAdapter):
             (rows * self._patch, columns * self._patch),
             conditional=not self._is_negative(argument(args, kwargs, 1, "encoder_hidden_states")),
         )
+
+    @property
+    def text_limit(self) -> int:
+        """Largest number of text positions; what follows them are image tokens (Redux)."""
+        return self._t5_length()
 
     def _timestep(self, given: torch.Tensor) -> float:
         """The scheduler's timestep; the model is given a thousandth of it, rounded to the model's precision."""
@@ -215,6 +229,12 @@ class Flux(TransformerAdapter):
         """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""
         self._set_flow(steps, self._shift(height, width, 1.15))
         return 1.0
+
+    def encode_image(self, image: Image.Image) -> torch.Tensor:
+        """Packed latents of an image, (1, patches, 4c)."""
+        latents = encoded(self.pipe, image)
+        packed: torch.Tensor = self.pipe._pack_latents(latents, *latents.shape)
+        return packed
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
         """Images of packed latents, (n, patches, 4c), also of the noisy latents in the middle of a run."""

@@ -12,6 +12,7 @@ from elakit.models.adapter import Conditioning, call_default, is_a
 from elakit.models.chat import chat_sequence
 from elakit.models.flux import Flux
 from elakit.models.pipeline import Pipeline
+from elakit.models.transformer import TransformerAdapter
 from elakit.models.unet import seeded_noise
 from elakit.tokens import TextSequence
 
@@ -33,6 +34,7 @@ class Flux2(Flux):
 
     family: ClassVar[str] = "FLUX.2"
     models: ClassVar[tuple[str, ...]] = ("Flux2Transformer2DModel",)
+    text_arguments: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt",),)
     positions: ClassVar[dict[str, int]] = {"timestep": 2, "img_ids": 3}
 
     @classmethod
@@ -47,6 +49,11 @@ class Flux2(Flux):
         if "KV" in pipeline:
             return "it keeps keys of its input images from step to step (Klein KV), which cannot be read yet"
         return None
+
+    @property
+    def image_optional(self) -> bool:
+        """Whether the pipeline's call generates from text alone although it also takes an image."""
+        return is_a(self.pipe, "Flux2Pipeline", "Flux2KleinPipeline")
 
     @property
     def _captured(self) -> bool:
@@ -159,6 +166,10 @@ class Flux2(Flux):
         patches = (rows // self._patch) * (columns // self._patch)
         self._set_flow(steps, compute_empirical_mu(image_seq_len=patches, num_steps=steps))
         return 1.0
+
+    def encode_image(self, image: Image.Image) -> torch.Tensor:
+        """Raise a `ModelError`: latents of existing images are not supported for this family yet."""
+        return TransformerAdapter.encode_image(self, image)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:

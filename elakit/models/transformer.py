@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from elakit.models.adapter import (
     call_default,
     compiled,
     decoded,
+    encoded,
     is_a,
     modular,
     running,
@@ -78,6 +80,11 @@ class TransformerAdapter:
     def _refusal_of_relative(cls, pipeline: str) -> str | None:
         """Reason why a pipeline class with the family's transformer is not supported; None if it is."""
         return None
+
+    @property
+    def image_optional(self) -> bool:
+        """Whether the pipeline's call generates from text alone although it also takes an image."""
+        return False
 
     def is_current(self) -> bool:
         """Whether the pipeline still is as the adapter found it: same denoiser, not compiled since."""
@@ -183,20 +190,21 @@ class TransformerAdapter:
         return torch.as_tensor(timestep, device=latents.device).expand(len(latents))
 
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
-        """Self-attention layers in the blocks of the given layers.
+        """Layers that read self-attention, one for each of the given layers.
+
+        These are the self-attention layers of the same blocks. In joint attention, where image and text are keys
+        together, they are the given layers themselves: their attention to the keys of the image, whose rows sum to the
+        share of attention that the image gets beside the text.
 
         Raises
         ------
         ModelError
-            When there are none: in joint attention the image attends to itself and to the text in one softmax.
+            When a block has no self-attention.
         """
-        joint = next((layer for layer in beside if layer.kind != "cross"), None)
-        if joint is not None:
-            raise ModelError(
-                f"{self.family} has joint attention, no separate self-attention: in {joint.name} image and text "
-                "attend to both in one softmax. Leave out the option or method that reads self-attention."
-            )
-        return tuple(self_layer(self.denoiser, layer) for layer in beside)
+        return tuple(
+            self_layer(self.denoiser, layer) if layer.kind == "cross" else replace(layer, reads="image")
+            for layer in beside
+        )
 
     @property
     def _channels(self) -> int:
@@ -251,6 +259,20 @@ class TransformerAdapter:
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
         """Images of latents, (n, c, h, w), also of the noisy latents in the middle of a run."""
         return decoded(self.pipe, latents)
+
+    def encode_image(self, image: Image.Image) -> torch.Tensor:
+        """Latents of an image, (1, c, h, w).
+
+        Raises
+        ------
+        ModelError
+            When the family decodes latents in its own way and has no inverse of it.
+        """
+        if type(self).decode is not TransformerAdapter.decode:
+            raise ModelError(
+                f"{self.family} cannot encode an existing image yet; record a run of the pipeline instead."
+            )
+        return encoded(self.pipe, image)
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Arguments of the pipeline's call that pass (step, latents) through ``move`` after each step."""

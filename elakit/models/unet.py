@@ -22,6 +22,7 @@ from elakit.models.adapter import (
     call_default,
     compiled,
     decoded,
+    encoded,
     is_a,
     modular,
     stacked_rows,
@@ -104,6 +105,11 @@ class UNetAdapter:
     @classmethod
     def _other_encoder(cls, name: str) -> str:
         return f"its text encoder is a {name}, not a {' or '.join(cls.encoders)}"
+
+    @property
+    def image_optional(self) -> bool:
+        """Whether the pipeline's call generates from text alone although it also takes an image."""
+        return False
 
     def is_current(self) -> bool:
         """Whether the pipeline still is as the adapter found it: same denoiser, not compiled since."""
@@ -215,6 +221,10 @@ class UNetAdapter:
         """Images of latents, (n, c, h, w), also of the noisy latents in the middle of a run."""
         return decoded(self.pipe, latents)
 
+    def encode_image(self, image: Image.Image) -> torch.Tensor:
+        """Latents of an image, (1, c, h, w)."""
+        return encoded(self.pipe, image)
+
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Arguments of the pipeline's call that pass (step, latents) through ``move`` after each step."""
         return step_callback(move)
@@ -264,7 +274,7 @@ def self_layer(denoiser: nn.Module, beside: AttentionLayer) -> AttentionLayer:
         raise ModelError(
             f"There is no self-attention layer beside {beside.name}; leave out the option or method that reads it."
         )
-    return replace(beside, name=name, heads=module.heads, module=module)
+    return replace(beside, name=name, heads=module.heads, module=module, reads="image")
 
 
 def check_sides(height: int, width: int, factor: int) -> None:

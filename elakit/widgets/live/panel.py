@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import fields
 from html import escape
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from elakit.errors import ElakitError, PromptError, SettingError
 from elakit.generation import Run
-from elakit.guidance import ELA, METHODS, Method, method_title
+from elakit.guidance import ELA, METHODS, Method, build, method_title, option_values
 from elakit.guidance.layout import Region, check_layout
 from elakit.models import adapter_for, default_settings
 from elakit.plot.style import entity_colors
@@ -184,7 +183,7 @@ class Panel:
             missing = [label for label, region in self._regions().items() if region is None]
             if missing:
                 raise SettingError(f"{self.method} needs a region for each entity: draw {', '.join(missing)}.")
-        method: Method = METHODS[self.method](**options)
+        method: Method = build(METHODS[self.method], options)
         return method
 
     # -- regions by hand -------------------------------------------------------------------------------------------
@@ -344,8 +343,7 @@ class Panel:
         if METHODS.get(guidance.name) is not type(guidance):
             raise SettingError(f"guidance={guidance!r}: the panel has the methods {', '.join(METHODS)}, and plain.")
         self.method = guidance.name
-        names = [field.name for field in fields(guidance) if field.name != REGIONS]  # type: ignore[arg-type]
-        self.options = {name: getattr(guidance, name) for name in names}
+        self.options = {name: value for name, value in option_values(guidance).items() if name != REGIONS}
 
     # -- what people do --------------------------------------------------------------------------------------------
 
@@ -508,7 +506,7 @@ class Panel:
                 return f"{name} needs a region for each entity."
             alone = self._prompt is not None and len(self._prompt.entities) == 1 and not self.regions
             return f"{name} leaves an entity alone that is by itself, unless you draw its region." if alone else ""
-        if not issubclass(METHODS[self.method], ELA):
+        if not METHODS[self.method].steerable:
             return f"{name} keeps to the regions it began with: what you draw now counts from the next run on."
         if not guided or self._session.made > guided[-1]:
             return "Guidance of this run is over: what you draw now counts from the next run on."
@@ -603,7 +601,7 @@ def live(
     Examples
     --------
     >>> import elakit
-    >>> pipe, method = elakit.load("picture-world"), elakit.ELA(guided=1)
+    >>> pipe, method = elakit.load("picture-world"), elakit.RegionalAttention(start=0)
     >>> panel = elakit.live(pipe, "a [red car] and a [bird]", steps=4, guidance=method)
     >>> panel.draw("car", (0, 0, 0.5, 1))  # the bird is localized
     >>> panel.step(2)
