@@ -24,7 +24,7 @@ from tests import lab
 ROOT = Path(__file__).parents[1]
 PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 PROMPT, SEED = "a [bear] and a [blue clock]", 0
-METHODS = ["plain", "ela", "ela-paper", "ebama", "conform"]
+METHODS = ["plain", "ela", "regional-attention", "ebama", "conform"]
 PAIRS = ("a bear and a blue clock", "a cat and a lion", "a white car and a black bowl")
 SEEDS = [1, 3, 5, 7]
 SUITE, PROMPTS = "attend-and-excite", 12

@@ -150,7 +150,7 @@ def localize(
     quantile: float = 0.8,
     normalize: bool = False,
     subtract_pedestal: bool = False,
-    min_cells: int | None = None,
+    min_area: int | None = None,
     smooth: float = 0.0,
     keep_components: int | None = None,
     entities: Sequence[str] | None = None,
@@ -185,7 +185,7 @@ def localize(
         Subtract each entity's smallest value from its map first: attention that a word gets everywhere says
         nothing of its place. The figure's maps are displayed so, hence the threshold was fitted to maps
         without a pedestal; on recorded maps `elakit.ELA` and `Run.regions` switch it on.
-    min_cells : int, optional
+    min_area : int, optional
         Least area of a region. By default 2 % of the map, at least one cell (5 cells at 16x16). 0 turns the
         floor off, and an entity may then have an empty region. See Notes.
     smooth : float
@@ -204,7 +204,7 @@ def localize(
     ------
     SettingError
         Unknown option or number out of range; wrong shapes; NaN, infinite or negative values; "background"
-        without `sot`; more entities x `min_cells` than the map has cells.
+        without `sot`; more entities x `min_area` than the map has cells.
 
     Notes
     -----
@@ -220,10 +220,10 @@ def localize(
     .996, so in units of SoT's range the raw maps are .312 x cat and 1.022 x frog. SoT's own lowest value is
     lost and taken as 0.
 
-    *Floor.* A region smaller than `min_cells` keeps its cells and is filled up, one cell at a time, with the
+    *Floor.* A region smaller than `min_area` keeps its cells and is filled up, one cell at a time, with the
     free cell where the entity's score is highest, then where its map is highest, then the first in reading
     order. Where several entities are short, the highest of their candidates is served first. Only when no
-    cell is free are cells taken from regions larger than `min_cells`. With the default, the floor shrinks on
+    cell is free are cells taken from regions larger than `min_area`. With the default, the floor shrinks on
     maps too small to give every entity that much.
 
     Maps that are constant, zero or equal are no error: nothing stands out, so regions come from ties and the
@@ -252,7 +252,7 @@ def localize(
     >>> localize([cat, frog, [[.0, .0, .0, .005]]], sot).floored
     (False, False, True)
     """
-    _check_options(differentiation, binarization, threshold, quantile, min_cells, smooth, keep_components)
+    _check_options(differentiation, binarization, threshold, quantile, min_area, smooth, keep_components)
     values = as_array(maps, "maps")
     if values.ndim != 3 or 0 in values.shape:
         raise SettingError(f"maps have shape {values.shape}; localize wants (entity, y, x), at least one of each")
@@ -264,7 +264,7 @@ def localize(
             'binarization "background" compares with the start-of-text map: pass sot=..., or choose binarization="otsu"'
         )
     cells = values[0].size
-    least = _least_cells(min_cells, len(values), cells)
+    least = _least_cells(min_area, len(values), cells)
 
     background = None
     if sot is not None:
@@ -533,17 +533,17 @@ def _names(maps: Any, entities: Sequence[str] | None, count: int) -> tuple[str, 
     return names
 
 
-def _least_cells(min_cells: int | None, count: int, cells: int) -> int:
-    if min_cells is None:
+def _least_cells(min_area: int | None, count: int, cells: int) -> int:
+    if min_area is None:
         if count > cells:
             raise SettingError(f"{count} entities cannot have apart regions on a map of {cells} cells; use larger maps")
         return min(max(1, round(FLOOR * cells)), cells // count)
-    if min_cells * count > cells:
+    if min_area * count > cells:
         raise SettingError(
-            f"min_cells={min_cells} for {count} entities needs {min_cells * count} cells of {cells};"
+            f"min_area={min_area} for {count} entities needs {min_area * count} cells of {cells};"
             f" at most {cells // count} are possible"
         )
-    return min_cells
+    return min_area
 
 
 def _check_options(
@@ -551,7 +551,7 @@ def _check_options(
     binarization: str,
     threshold: float,
     quantile: float,
-    min_cells: int | None,
+    min_area: int | None,
     smooth: float,
     keep_components: int | None,
 ) -> None:
@@ -567,8 +567,8 @@ def _check_options(
         raise SettingError(f"quantile={quantile!r}; choose a number from 0 to 1")
     if not _is_number(smooth) or smooth < 0:
         raise SettingError(f"smooth={smooth!r}; it is a standard deviation in cells, a number of at least 0 (0 is off)")
-    if min_cells is not None and (not _is_whole(min_cells) or min_cells < 0):
-        raise SettingError(f"min_cells={min_cells!r}; choose a whole number of at least 0, or None for 2 % of the map")
+    if min_area is not None and (not _is_whole(min_area) or min_area < 0):
+        raise SettingError(f"min_area={min_area!r}; choose a whole number of at least 0, or None for 2 % of the map")
     if keep_components is not None and (not _is_whole(keep_components) or keep_components < 1):
         raise SettingError(f"keep_components={keep_components!r}; choose a whole number of at least 1, or None for all")
 

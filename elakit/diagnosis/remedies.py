@@ -20,7 +20,7 @@ from elakit.diagnosis.drawer import Drawer
 from elakit.errors import ElakitError, SettingError
 from elakit.generation import Run
 from elakit.guidance import ELA, METHODS, Method, method_title, without_regions
-from elakit.guidance.engine import options_of
+from elakit.guidance.metadata import options_of
 from elakit.prediction import FEATURES, Predictor
 from elakit.prompt import Prompt, parse
 from elakit.rewording import next_to, swapped

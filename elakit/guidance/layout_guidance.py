@@ -83,6 +83,7 @@ class LayoutGuidance:
     title: ClassVar[str] = "Layout guidance"
     takes_regions: ClassVar[bool] = True
     needs_regions: ClassVar[bool] = True
+    steerable: ClassVar[bool] = False
     reads_self: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -118,13 +118,13 @@ class Hold:
         At any resolution; an entity without a cell is not held.
     tokens : tuple of tuple of int
         Positions of each entity's words.
-    push : float
-        Subtracted from the scores of an entity's words outside its mask.
+    strength : float
+        Amount subtracted from the scores of an entity's words outside its mask.
     """
 
     masks: np.ndarray
     tokens: tuple[tuple[int, ...], ...]
-    push: float
+    strength: float
 
 
 class Method(Protocol):
@@ -139,6 +139,8 @@ class Method(Protocol):
     takes_regions, needs_regions : bool
         Whether the method has an option ``regions`` (one region per entity, given by hand), and whether that option
         is required.
+    steerable : bool
+        Whether regions can be changed during a run, through ``steer`` of the state (see `Anchors`).
     reads_self : bool
         Whether the loss reads self-attention, too.
     """
@@ -147,6 +149,7 @@ class Method(Protocol):
     title: ClassVar[str]
     takes_regions: ClassVar[bool]
     needs_regions: ClassVar[bool]
+    steerable: ClassVar[bool]
     reads_self: ClassVar[bool]
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:

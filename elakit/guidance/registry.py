@@ -45,7 +45,7 @@ class Methods(MutableMapping[str, type[Any]]):
 METHODS = Methods(
     {
         "ela": "ela:ELA",
-        "ela-paper": "ela:PaperELA",
+        "regional-attention": "regional_attention:RegionalAttention",
         "attend-and-excite": "attend_excite:AttendAndExcite",
         "syngen": "syngen:SynGen",
         "divide-and-bind": "divide_bind:DivideAndBind",
@@ -54,6 +54,7 @@ METHODS = Methods(
         "conform": "conform:CONFORM",
         "self-cross": "self_cross:SelfCross",
         "initno": "initno:InitNO",
+        "predicated-diffusion": "predicated_diffusion:PredicatedDiffusion",
         "layout-guidance": "layout_guidance:LayoutGuidance",
         "boxdiff": "box_diff:BoxDiff",
     }

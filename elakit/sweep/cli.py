@@ -41,8 +41,8 @@ def run(
         list[str] | None,
         typer.Option(
             "--set",
-            help="method.option=value, such as ela.push=3; several times. Every method takes guide_above=0.2: "
-            "only images that are likelier than that to fail are guided.",
+            help="method.option=value, such as ela.anchor.step_size=0.2; several times. Every method takes "
+            "guide_above=0.2: only images that are likelier than that to fail are guided.",
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="So many prompts of each suite, evenly spread.")] = None,
@@ -152,7 +152,7 @@ def _methods(text: str, settings: list[str]) -> list[tuple[str, dict[str, Any]]]
         target, equals, value = setting.partition("=")
         method, dot, option = target.strip().partition(".")
         if not (equals and dot and option):
-            raise SettingError(f"--set {setting}: write method.option=value, such as ela.push=3.")
+            raise SettingError(f"--set {setting}: write method.option=value, such as ela.anchor.step_size=0.2.")
         if method not in chosen:
             raise SettingError(f"--set {setting}: {method!r} is not among --methods {text}; add it there.")
         if option in chosen[method]:

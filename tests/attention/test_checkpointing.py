@@ -11,14 +11,14 @@ from tiny import tiny_pipeline
 
 import elakit
 from elakit.errors import SettingError
-from elakit.guidance import METHODS, checkpointing
+from elakit.guidance import METHODS, LatentStep, checkpointing
 from elakit.guidance.engine import frozen, gradient
 from elakit.models import adapter_for
 
 PAIR = "a [red car] and a [blue bird]"
 HALVES = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
 FEW: dict[str, dict[str, Any]] = {  # passes, where there would be many
-    "ela": {"anchoring": "gradient"},
+    "ela": {"anchor": LatentStep(start=0)},
     "layout-guidance": {"regions": HALVES, "guided": 0.5, "iterations": 2},
     "boxdiff": {"regions": HALVES},
     "conform": {"refinements": 1},

@@ -19,7 +19,7 @@ from tiny import tiny_pipeline
 from elakit.diagnosis import Diagnosis, Pair, report
 from elakit.errors import OutputError
 from elakit.generation import Run, generate
-from elakit.guidance import ELA
+from elakit.guidance import ELA, build, options_of
 from elakit.judge import Verdict
 from elakit.prompt import parse
 
@@ -39,15 +39,15 @@ def verdict(run: Run, right: bool) -> Verdict:
 
 def diagnosis(text: str = PAIR, seeds: int = 1, judged: str = "", length: int = 20, **options: Any) -> Diagnosis:
     """A diagnosis by a tiny pipeline; judged says of each seed whether plain and guided are right: "nyyy" two seeds."""
-    pipe, pairs = tiny_pipeline(length=length), []
+    pipe, pairs, ela = tiny_pipeline(length=length), [], build(ELA, options)
     for seed in range(seeds):
         runs = [
             generate(pipe, text, seed=seed, steps=4, guidance_scale=3, guidance=guidance, progress=False)
-            for guidance in (None, ELA(**options))
+            for guidance in (None, ela)
         ]
         said = [verdict(run, right == "y") for run, right in zip(runs, judged[2 * seed :], strict=False)]
         pairs.append(Pair(*runs, *said))
-    return Diagnosis(runs[0].prompt, "ela", dict(vars(ELA(**options))), tuple(pairs), 12.0)
+    return Diagnosis(runs[0].prompt, "ela", options_of(ela), tuple(pairs), 12.0)
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +146,8 @@ def test_it_says_how_to_do_it_again(found: Diagnosis, page: str) -> None:
 
 
 def test_options_of_the_method_are_in_the_code_and_the_settings() -> None:
-    html = report.render(diagnosis(step_size=0.01))
-    assert "method=elakit.guidance.ELA(step_size=0.01)" in html
+    html = report.render(diagnosis(**{"anchor.step_size": 0.01}))
+    assert "method=elakit.guidance.ELA(anchor=elakit.guidance.LatentStep(step_size=0.01))" in html
     assert "elakit diagnose" not in Page(html).text
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,14 @@ from tiny import tiny_pipeline
 
 from elakit.errors import SettingError
 from elakit.generation import generate, open_run
-from elakit.guidance import ELA, Update
-from elakit.guidance.ela import Anchors
+from elakit.guidance import ELA, Anchors, AttendAndExcite, FromMaps, LatentStep, RegionalAttention, Update
 from elakit.guidance.engine import gradient, reading
 from elakit.guidance.layout import apart, layout_masks
 from elakit.models import adapter_for
 from elakit.prompt import Prompt, parse
 
 PAIR = "a [red car] and a [blue bird]"
-GRADIENT: dict[str, Any] = {"anchoring": "gradient", "localization": "maps"}  # the paper's way
+HALVES = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
 
 
 def hooks_of(module: torch.nn.Module) -> int:
@@ -32,7 +33,7 @@ def hooks_of(module: torch.nn.Module) -> int:
 
 def setting(pipe: Any, text: str = PAIR, **options: Any) -> tuple[Any, ...]:
     """What the engine's `gradient` takes, at the fourth of ten steps from fixed noise."""
-    adapter, prompt, method = adapter_for(pipe), parse(text, pipe), ELA(**options)
+    adapter, prompt, method = adapter_for(pipe), parse(text, pipe), ELA(anchor=LatentStep(**options))
     embeds = adapter.encode(prompt.text, guided=False)
     pipe.scheduler.set_timesteps(10)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)).to(pipe.unet.dtype)
@@ -103,9 +104,9 @@ def test_ela_starts_from_the_plain_runs_noise_and_ends_where_its_window_ends(sch
     pipe = tiny_pipeline(scheduler=scheduler)
     plain = generate(pipe, PAIR, seed=5, steps=4, progress=False)
     ela = generate(
-        pipe, PAIR, seed=5, steps=4, guidance=ELA(**GRADIENT, start=0, guided=0.5, step_size=0.3), progress=False
+        pipe, PAIR, seed=5, steps=4, guidance=ELA(anchor=LatentStep(start=0, guided=0.5, step_size=0.3)), progress=False
     )
-    still = generate(pipe, PAIR, seed=5, steps=4, guidance=ELA(**GRADIENT, step_size=0), progress=False)
+    still = generate(pipe, PAIR, seed=5, steps=4, guidance=ELA(anchor=LatentStep(step_size=0)), progress=False)
     assert ela.guidance is not None
     # Heun and PNDM call the model more often than they step; the window is a share of the calls
     assert ela.guidance.to_frame().index.tolist() == list(range(round(len(pipe.scheduler.timesteps) / 2)))
@@ -126,12 +127,12 @@ def test_guidance_that_reads_records_nothing_of_its_own() -> None:
 def test_a_image_that_needs_no_help_is_left_alone_from_there_on() -> None:
     pipe = tiny_pipeline()
     plain = generate(pipe, PAIR, seed=[5, 6], steps=6, record=False, progress=False)
-    always = generate(pipe, PAIR, seed=[5, 6], steps=6, guidance=ELA(**GRADIENT), record=False, progress=False)
+    always = generate(pipe, PAIR, seed=[5, 6], steps=6, guidance=ELA(), record=False, progress=False)
     losses = [run.guidance.to_frame()["loss"].iloc[0] for run in always]
     between = float(np.mean(losses))
     better = int(np.argmin(losses))
     runs = generate(
-        pipe, PAIR, seed=[5, 6], steps=6, guidance=ELA(**GRADIENT, enough=between), record=False, progress=False
+        pipe, PAIR, seed=[5, 6], steps=6, guidance=ELA(anchor=LatentStep(enough=between)), record=False, progress=False
     )
     assert len(runs[better].guidance.rows) == 1
     assert np.array_equal(np.asarray(runs[better].image), np.asarray(plain[better].image))
@@ -146,7 +147,7 @@ def test_every_other_step_may_be_guided() -> None:
         PAIR,
         seed=5,
         steps=8,
-        guidance=ELA(**GRADIENT, every=2, guided=0.5),
+        guidance=ELA(anchor=LatentStep(every=2, guided=0.5)),
         record=False,
         progress=False,
     )
@@ -163,7 +164,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(monkeypatch: pytes
 
     monkeypatch.setattr("elakit.guidance.engine.gradient", broken)
     plain = generate(pipe, PAIR, seed=2, steps=4, progress=False)
-    ela = generate(pipe, PAIR, seed=2, steps=4, guidance=ELA(**GRADIENT, guided=0.5), progress=False)
+    ela = generate(pipe, PAIR, seed=2, steps=4, guidance=ELA(anchor=LatentStep(guided=0.5)), progress=False)
     assert ela.guidance.skipped == 2
     assert np.array_equal(np.asarray(plain.image), np.asarray(ela.image))
 
@@ -179,7 +180,7 @@ def test_hooks_are_gone_after_an_error_in_the_middle(error: type[BaseException])
     pipe = tiny_pipeline()
     before = hooks_of(pipe.unet)
     with pytest.raises(error):
-        generate(pipe, PAIR, steps=4, guidance=Fails(guided=0.5), progress=False)
+        generate(pipe, PAIR, steps=4, guidance=Fails(anchor=LatentStep(guided=0.5)), progress=False)
     assert hooks_of(pipe.unet) == before
     assert all(p.requires_grad for p in pipe.unet.parameters())
     generate(pipe, PAIR, steps=2, progress=False)
@@ -188,7 +189,11 @@ def test_hooks_are_gone_after_an_error_in_the_middle(error: type[BaseException])
 def test_regions_stay_once_they_are_locked() -> None:
     pipe = tiny_pipeline()
     ela = generate(
-        pipe, PAIR, steps=6, guidance=ELA(**GRADIENT, start=0, guided=1, lock_from=2, step_size=0.5), progress=False
+        pipe,
+        PAIR,
+        steps=6,
+        guidance=ELA(localize=FromMaps(lock_from=2), anchor=LatentStep(start=0, guided=1, step_size=0.5)),
+        progress=False,
     )
     regions = ela.guidance.regions
     assert regions.sizes["step"] == 6
@@ -198,21 +203,77 @@ def test_regions_stay_once_they_are_locked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "part"),
+    ("part", "options", "named"),
     [
-        ({"step_size": -1}, "step_size"),
-        ({"step_size": float("nan")}, "step_size"),
-        ({"guided": 1.5}, "guided"),
-        ({"gradient": "adam"}, "gradient"),
-        ({"lock_from": -2}, "lock_from"),
-        ({"anchoring": "glue"}, "anchoring"),
-        ({"localization": "boxes"}, "localization"),
-        ({"push": -1}, "push"),
+        (LatentStep, {"step_size": -1}, "step_size=-1"),
+        (LatentStep, {"step_size": float("nan")}, "step_size=nan"),
+        (LatentStep, {"guided": 1.5}, "guided=1.5"),
+        (LatentStep, {"gradient": "adam"}, "gradient='adam'"),
+        (LatentStep, {"every": 0}, "every=0"),
+        (LatentStep, {"outside": 0, "presence": 0, "intrusion": 0, "attributes": 0}, "outside=0"),
+        (FromMaps, {"lock_from": -2}, "lock_from=-2"),
+        (FromMaps, {"differentiation": "nonsense"}, "differentiation='nonsense'"),
+        (FromMaps, {"threshold": float("nan")}, "threshold=nan"),
+        (FromMaps, {"min_area": -5}, "min_area=-5"),
+        (FromMaps, {"smooth": -1}, "smooth=-1"),
     ],
 )
-def test_options_out_of_range_are_named(options: dict[str, Any], part: str) -> None:
-    with pytest.raises(SettingError, match=part):
-        ELA(**options)
+def test_a_part_names_the_option_that_is_out_of_range(part: Any, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(SettingError, match=re.escape(f"{part.__name__}({named})")):
+        part(**options)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: FromMaps(binarization="otsu", threshold=0.2), "threshold.*binarization='background' only"),
+        (lambda: FromMaps(quantile=0.5), "quantile.*binarization='quantile' only"),
+        (lambda: FromMaps(binarization="mean-std", background="start"), "background.*only"),
+        (lambda: ELA(regions=HALVES, localize=FromMaps(smooth=1)), "localize.*left out"),
+        (lambda: RegionalAttention(layout="maps", regions=HALVES), "layout='maps'.*None"),
+        (lambda: ELA(localize="maps"), "localize='maps'.*a FromMaps"),
+        (lambda: ELA(anchor=FromMaps()), "anchor=.*a LatentStep"),
+    ],
+)
+def test_an_option_without_effect_is_refused(make: Any, said: str) -> None:
+    with pytest.raises(SettingError, match=said):
+        make()
+
+
+def test_a_misspelled_option_is_refused() -> None:
+    with pytest.raises(TypeError, match="stepsize"):
+        LatentStep(stepsize=1)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("method", [ELA(), RegionalAttention(), AttendAndExcite()], ids=lambda method: method.name)
+def test_a_run_too_short_for_a_method_is_reported(method: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Distilled models take one step, where most methods guide none."""
+    pipe = tiny_pipeline()
+    with caplog.at_level(logging.WARNING, "elakit"):
+        generate(pipe, PAIR, steps=1, guidance=method, record=False, progress=False)
+    assert f"{method.title} does nothing in a run of 1 steps" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "elakit"):
+        generate(pipe, PAIR, steps=8, guidance=method, record=False, progress=False)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler"])
+def test_guidance_works_inside_inference_mode(scheduler: str) -> None:
+    pipe = tiny_pipeline(scheduler=scheduler)
+    method = ELA(anchor=LatentStep(start=0, guided=0.5, step_size=0.3))
+    outside = generate(pipe, PAIR, seed=5, steps=4, guidance=method, record=False, progress=False)
+    with torch.inference_mode():
+        inside = generate(pipe, PAIR, seed=5, steps=4, guidance=method, record=False, progress=False)
+    assert np.array_equal(np.asarray(outside.image), np.asarray(inside.image))
+    assert (inside.guidance.to_frame().moved > 0).all()
+
+
+def test_a_model_loaded_inside_inference_mode_is_refused() -> None:
+    with torch.inference_mode():
+        pipe = tiny_pipeline()
+    with pytest.raises(SettingError, match=r"loaded inside torch\.inference_mode"):
+        generate(pipe, PAIR, steps=4, guidance=ELA(), record=False, progress=False)
 
 
 def test_a_size_the_model_has_not_got_lists_those_it_has() -> None:
@@ -222,7 +283,7 @@ def test_a_size_the_model_has_not_got_lists_those_it_has() -> None:
 
 def test_a_batch_guides_each_image_by_its_own_loss() -> None:
     pipe = tiny_pipeline()
-    method = ELA(**GRADIENT, step_size=0.3, start=0, guided=1)
+    method = ELA(anchor=LatentStep(step_size=0.3, start=0, guided=1))
     batch = generate(pipe, PAIR, seed=[4, 9], steps=3, guidance=method, progress=False)
     for run in batch:
         alone = generate(pipe, PAIR, seed=run.seed, steps=3, guidance=method, progress=False)
@@ -238,14 +299,18 @@ def test_a_batch_guides_each_image_by_its_own_loss() -> None:
 class Refined(ELA):
     """ELA that steps on until its loss is low enough."""
 
+    def __init__(self, until: float) -> None:
+        super().__init__()
+        object.__setattr__(self, "until", until)
+
     def plan(self, noise: Any, prompt: Prompt) -> list[Update]:
-        return [Update(0.05, repeats=self.lock_from or 0, until=self.threshold) for _ in noise]
+        return [Update(0.05, repeats=3, until=vars(self)["until"]) for _ in noise]
 
 
 @pytest.mark.parametrize(("until", "taken"), [(0.0, 3), (100.0, 0)])
 def test_refinement_ends_at_its_loss_or_its_limit_and_one_step_follows(until: float, taken: int) -> None:
     pipe = tiny_pipeline()
-    run = generate(pipe, PAIR, steps=2, guidance=Refined(lock_from=3, threshold=until), progress=False)
+    run = generate(pipe, PAIR, steps=2, guidance=Refined(until), progress=False)
     assert run.guidance is not None
     frame = run.guidance.to_frame()
     assert frame.refinements.tolist() == [taken, taken]
@@ -337,14 +402,12 @@ def test_a_layout_needs_a_region_for_each_entity() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "first"),
-    [
-        (GRADIENT, 5),
-        ({**GRADIENT, "start": 0}, 0),
-        ({**GRADIENT, "localization": "strips"}, 0),
-        ({"regions": [(0, 0, 0.5, 1), None]}, 0),
-    ],
+    ("regions", "start", "first"),
+    [(None, None, 5), (None, 0, 0), (HALVES, None, 0), ([(0, 0, 0.5, 1), None], None, 5)],
 )
-def test_localized_regions_wait_for_maps_that_are_no_noise(options: dict[str, Any], first: int, prompt: Prompt) -> None:
-    sizes = [update.size for update in ELA(step_size=0.1, decay=0.5, guided=0.08, **options).plan([1.0] * 25, prompt)]
+def test_localized_regions_wait_for_maps_that_are_not_noise(
+    regions: Any, start: float | None, first: int, prompt: Prompt
+) -> None:
+    anchor = LatentStep(start=start, step_size=0.1, decay=0.5, guided=0.08)
+    sizes = [update.size for update in ELA(anchor=anchor, regions=regions).plan([1.0] * 25, prompt)]
     assert sizes == [0.0] * first + [0.1, 0.05]

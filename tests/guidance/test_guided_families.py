@@ -23,8 +23,7 @@ from torch import Tensor
 
 from elakit.errors import ModelError, RecordingError, SettingError
 from elakit.generation import generate
-from elakit.guidance import ELA, Attention
-from elakit.guidance.ela import Anchors
+from elakit.guidance import ELA, Anchors, Attention, FromMaps, LatentStep, RegionalAttention
 from elakit.guidance.engine import checkpointing, gradient, noise_levels, reading
 from elakit.models import StableDiffusion3, adapter_for
 from elakit.prompt import parse
@@ -32,7 +31,6 @@ from elakit.prompt import parse
 PAIR = "a [red car] and a [blue bird]"
 PLAIN = "a red car and a blue bird"
 SIZE = {"height": 32, "width": 48}
-GRADIENT: dict[str, Any] = {"anchoring": "gradient", "start": 0}
 
 
 @dataclass
@@ -246,7 +244,7 @@ def test_pixarts_steps_of_two_calls_are_counted_as_calls() -> None:
     call = adapter_for(pipe).on_step(lambda step, latents: called.append(step) or latents)
     own(pipe, FAMILIES["pixart-alpha"], output_type="latent", **call)
     assert called == [1, 3, 4]
-    run = generate(pipe, PAIR, steps=3, guidance=ELA(**GRADIENT, guided=1), progress=False, **SIZE)
+    run = generate(pipe, PAIR, steps=3, guidance=ELA(anchor=LatentStep(start=0, guided=1)), progress=False, **SIZE)
     assert run.guidance is not None
     assert run.guidance.to_frame().index.tolist() == [0, 2, 4]
 
@@ -261,7 +259,7 @@ def test_a_flow_may_have_another_solver() -> None:
     sigmas = pipe.scheduler.sigmas[1:3]
     assert noise_levels(pipe.scheduler)[1:] == pytest.approx((sigmas / (1 - sigmas)).tolist())
     options: dict[str, Any] = {"seed": 9, "steps": 3, "record": False, "progress": False, **SIZE}
-    for method, guided in ((ELA(**GRADIENT, guided=1), [0, 1, 2]), (ELA(), [1, 2])):
+    for method, guided in ((ELA(anchor=LatentStep(start=0, guided=1)), [0, 1, 2]), (RegionalAttention(), [1, 2])):
         ela = generate(pipe, PAIR, guidance=method, **options)
         assert ela.guidance is not None
         assert ela.guidance.to_frame().index.tolist() == guided
@@ -275,9 +273,9 @@ def test_ela_starts_from_the_plain_runs_noise_and_moves_the_guided_steps_only(na
     pipe = shared(name)
     options: dict[str, Any] = {"seed": 5, "steps": 4, "progress": False, **SIZE}
     plain, starts = inputs(pipe, lambda: generate(pipe, PAIR, record=False, **options))
-    method = ELA(**GRADIENT, step_size=0.3, guided=0.5)
+    method = ELA(anchor=LatentStep(start=0, step_size=0.3, guided=0.5))
     ela, moved = inputs(pipe, lambda: generate(pipe, PAIR, guidance=method, **options))
-    still = generate(pipe, PAIR, record=False, guidance=ELA(**GRADIENT, step_size=0), **options)
+    still = generate(pipe, PAIR, record=False, guidance=ELA(anchor=LatentStep(step_size=0)), **options)
     assert np.array_equal(np.asarray(still.image), np.asarray(plain.image))
     assert np.any(np.asarray(ela.image) != np.asarray(plain.image))
     assert len(moved) == len(starts) + 2
@@ -296,7 +294,7 @@ def test_a_run_is_guided_and_recorded_at_once_without_classifier_free_guidance(n
     options: dict[str, Any] = {
         "seed": 1,
         "steps": 2,
-        "guidance": ELA(**GRADIENT),
+        "guidance": ELA(anchor=LatentStep(start=0)),
         "guidance_scale": 1.0,
         "progress": False,
     }
@@ -370,7 +368,7 @@ def test_a_batch_guides_each_image_by_its_own_loss(name: str) -> None:
     pipe = shared(name)
     options: dict[str, Any] = {
         "steps": 2,
-        "guidance": ELA(**GRADIENT, step_size=0.3, guided=1),
+        "guidance": ELA(anchor=LatentStep(start=0, step_size=0.3, guided=1)),
         "progress": False,
         **SIZE,
     }
@@ -392,7 +390,14 @@ def test_half_precision_is_drawn_and_guided(name: str) -> None:
     plain = generate(pipe, PAIR, seed=9, steps=3, record=False, progress=False, **SIZE)
     assert np.array_equal(np.asarray(plain.image), np.asarray(own(pipe, family)[0]))
     ela = generate(
-        pipe, PAIR, seed=9, steps=3, guidance=ELA(**GRADIENT, step_size=0.3), record=False, progress=False, **SIZE
+        pipe,
+        PAIR,
+        seed=9,
+        steps=3,
+        guidance=ELA(anchor=LatentStep(start=0, step_size=0.3)),
+        record=False,
+        progress=False,
+        **SIZE,
     )
     assert np.any(np.asarray(ela.image) != np.asarray(plain.image))
     assert ela.guidance is not None
@@ -402,14 +407,14 @@ def test_half_precision_is_drawn_and_guided(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_in_every_family_words_stay_where_they_are_held(name: str) -> None:
     pipe = shared(name)
-    ela = ELA(anchoring="logits", regions=[(0, 0, 0.5, 1), (0.5, 0, 1, 1)], push=50.0)
-    run = generate(pipe, PAIR, seed=2, steps=2, guidance=ela, progress=False, **SIZE)
+    method = RegionalAttention(regions=[(0, 0, 0.5, 1), (0.5, 0, 1, 1)], strength=50.0)
+    run = generate(pipe, PAIR, seed=2, steps=2, guidance=method, progress=False, **SIZE)
     car, bird = run.entity_maps().isel(step=-1).values
     half = car.shape[1] // 2
     assert float(car[:, half:].sum()) < 1e-6 < float(car[:, :half].sum())
     assert float(bird[:, :half].sum()) < 1e-6 < float(bird[:, half:].sum())
     options: dict[str, Any] = {"seed": 2, "steps": 2, "record": False, "progress": False, **SIZE}
-    still = generate(pipe, PAIR, guidance=ELA(push=0), **options)
+    still = generate(pipe, PAIR, guidance=RegionalAttention(strength=0), **options)
     assert np.array_equal(np.asarray(still.image), np.asarray(generate(pipe, PAIR, **options).image))
 
 
@@ -417,15 +422,12 @@ def test_in_every_family_words_stay_where_they_are_held(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_self_attention_is_read_where_it_is_separate(name: str) -> None:
+def test_self_attention_is_read_in_every_family(name: str) -> None:
     pipe = shared(name)
     adapter = adapter_for(pipe)
     layers = ELA().select(adapter.layers(), (8, 12))
-    if name in ("sd3", "flux"):
-        with pytest.raises(ModelError, match="joint attention, no separate self-attention"):
-            adapter.self_layers(layers)
-        return
-    assert [layer.name for layer in adapter.self_layers(layers)] == [x.name.replace("attn2", "attn1") for x in layers]
+    own = [layer.name.replace("attn2", "attn1") if layer.kind == "cross" else layer.name for layer in layers]
+    assert [layer.name for layer in adapter.self_layers(layers)] == own
     conditioning = adapter.encode(PLAIN, guided=False, size=(32, 48))
     latents = adapter.noise(torch.Generator().manual_seed(3), 32, 48)
     with torch.no_grad(), reading(adapter, layers, reads_self=True) as read:
@@ -433,7 +435,10 @@ def test_self_attention_is_read_where_it_is_separate(name: str) -> None:
     assert len(seen.own) == len(seen.cross) == len(layers)
     cells = FAMILIES[name].cells
     assert seen.own_mean.shape == (*cells, *cells)
-    assert torch.allclose(seen.own_mean.sum((-2, -1)), torch.ones(cells), atol=1e-5)
+    total = seen.own_mean.sum((-2, -1))
+    if name in ("sd3", "flux"):  # image and text share one softmax
+        total = total + torch.stack([layer.mean(0).sum(0) for layer in seen.cross]).mean(0)
+    assert torch.allclose(total, torch.ones(cells), atol=1e-5)
 
 
 def test_a_model_without_a_decoder_side_is_read_everywhere() -> None:
@@ -453,14 +458,14 @@ def test_a_text_without_a_start_has_its_end_for_background(background: Any) -> N
     prompt = parse(PAIR, shared("flux"))
     maps = torch.rand(1, 20, 4, 6, generator=torch.Generator().manual_seed(0))
     maps[:, prompt.end_index :] *= 0.01  # else no word would stand out
-    expected = ELA(localization="maps").loss(Attention((maps,)), prompt, 0, Anchors())
+    expected = ELA().loss(Attention((maps,)), prompt, 0, Anchors())
     first = maps.clone()
     first[:, 0] *= 1000  # "a", the first word
-    loss = ELA(localization="maps", background=background).loss(Attention((first,)), prompt, 0, Anchors())
+    loss = ELA(localize=FromMaps(background=background)).loss(Attention((first,)), prompt, 0, Anchors())
     assert np.array_equal(loss.regions, expected.regions)
     last = maps.clone()
     last[:, -1] *= 1000  # padding
-    loss = ELA(localization="maps", background=background).loss(Attention((last,)), prompt, 0, Anchors())
+    loss = ELA(localize=FromMaps(background=background)).loss(Attention((last,)), prompt, 0, Anchors())
     assert loss.regions.sum() < expected.regions.sum()
 
 

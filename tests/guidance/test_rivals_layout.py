@@ -17,7 +17,7 @@ from tiny import tiny_pipeline
 
 from elakit.errors import SettingError
 from elakit.generation import generate
-from elakit.guidance import ELA, Attention, Guide, NoiseSearch
+from elakit.guidance import ELA, Attention, Guide, LatentStep, NoiseSearch
 from elakit.guidance.astar import AStar, Memory
 from elakit.guidance.box_diff import BoxDiff
 from elakit.guidance.conform import CONFORM
@@ -291,7 +291,8 @@ def test_schedules_are_those_of_fifty_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "refinements"), [(LayoutGuidance(HALVES, iterations=3, until=0), 2), (ELA(anchoring="gradient"), 0)]
+    ("method", "refinements"),
+    [(LayoutGuidance(HALVES, iterations=3, until=0), 2), (ELA(anchor=LatentStep(start=0)), 0)],
 )
 def test_a_image_is_moved_alike_however_the_scheduler_keeps_its_latents(method: Any, refinements: int) -> None:
     start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)

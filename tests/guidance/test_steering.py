@@ -10,7 +10,7 @@ import pytest
 import elakit
 from elakit.errors import SettingError
 from elakit.generation import Progress, Run
-from elakit.guidance import ELA
+from elakit.guidance import ELA, FromMaps, LatentStep
 from elakit.prompt import Prompt
 
 LEFT, RIGHT = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
@@ -28,7 +28,7 @@ def halves(regions: Any) -> tuple[bool, bool]:
 
 
 def test_an_entity_without_a_region_is_localized_where_the_others_leave_room(pipe: Any, prompt: Prompt) -> None:
-    run = draw(pipe, prompt, ELA(guided=1, regions=[LEFT, None]))
+    run = draw(pipe, prompt, ELA(anchor=LatentStep(guided=1, start=0), regions=[LEFT, None]))
     assert run.guidance is not None
     assert run.guidance.regions is not None
     for regions in run.guidance.regions.values:
@@ -40,7 +40,7 @@ def test_an_entity_without_a_region_is_localized_where_the_others_leave_room(pip
 
 
 def test_regions_that_leave_no_room_leave_the_others_unanchored(pipe: Any, prompt: Prompt) -> None:
-    run = draw(pipe, prompt, ELA(guided=1, regions=[(0, 0, 1, 1), None]))
+    run = draw(pipe, prompt, ELA(anchor=LatentStep(guided=1, start=0), regions=[(0, 0, 1, 1), None]))
     assert run.guidance is not None
     assert run.guidance.regions is not None
     assert not run.guidance.regions.sel(entity="bird").any()
@@ -50,7 +50,7 @@ def test_regions_that_leave_no_room_leave_the_others_unanchored(pipe: Any, promp
 def test_masks_and_boxes_may_be_mixed(pipe: Any, prompt: Prompt) -> None:
     mask = np.zeros((32, 32), bool)
     mask[:, :16] = True
-    run = draw(pipe, prompt, ELA(guided=1, regions=[mask, RIGHT]))
+    run = draw(pipe, prompt, ELA(anchor=LatentStep(guided=1, start=0), regions=[mask, RIGHT]))
     assert run.guidance is not None
     assert run.guidance.regions is not None
     assert halves(run.guidance.regions.values[0]) == (True, True)
@@ -62,7 +62,7 @@ def test_masks_and_boxes_may_be_mixed(pipe: Any, prompt: Prompt) -> None:
 
 def test_one_entity_alone_can_be_put_somewhere(pipe: Any) -> None:
     prompt = elakit.parse("a [cat]", pipe)
-    free, put = (draw(pipe, prompt, ELA(guided=0.5, regions=regions)) for regions in (None, [LEFT]))
+    free, put = (draw(pipe, prompt, ELA(anchor=LatentStep(guided=0.5), regions=regions)) for regions in (None, [LEFT]))
     assert free.guidance is not None
     assert put.guidance is not None
     assert (len(free.guidance.rows), len(put.guidance.rows)) == (0, 3)
@@ -73,7 +73,7 @@ def test_a_run_is_steered_from_the_next_step_on(pipe: Any, prompt: Prompt) -> No
         if so_far.step == 2:
             so_far.states[0].steer([RIGHT, LEFT])
 
-    method = ELA(guided=1, regions=[LEFT, RIGHT])
+    method = ELA(anchor=LatentStep(guided=1, start=0), regions=[LEFT, RIGHT])
     steered, alone = draw(pipe, prompt, method, stop_if=steer), draw(pipe, prompt, method)
     assert steered.guidance is not None
     assert steered.guidance.regions is not None
@@ -87,7 +87,12 @@ def test_what_is_locked_is_localized_once_more_when_a_region_is_taken_back(pipe:
         if so_far.step == 3:
             so_far.states[0].steer(None)
 
-    run = draw(pipe, prompt, ELA(localization="maps", guided=1, lock_from=0, regions=[LEFT, None]), stop_if=steer)
+    run = draw(
+        pipe,
+        prompt,
+        ELA(localize=FromMaps(lock_from=0), anchor=LatentStep(guided=1, start=0), regions=[LEFT, None]),
+        stop_if=steer,
+    )
     assert run.guidance is not None
     assert run.guidance.regions is not None
     regions = run.guidance.regions.values

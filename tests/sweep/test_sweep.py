@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
 from elakit.errors import OutputError, SettingError
-from elakit.guidance import ELA
+from elakit.guidance import ELA, LatentStep
 from elakit.sweep import SUITES, Unit, figures, plan, read_prompts, report, run, store, suite, summary, sweep, table
 from elakit.sweep.units import settle
 from elakit.world.vocabulary import COLORS, NOUNS
@@ -151,10 +151,10 @@ def test_prompts_come_from_a_file_too(tmp_path: Path) -> None:
 OPTIONS = st.fixed_dictionaries(
     {},
     optional={
-        "step_size": st.floats(0, 2),
-        "decay": st.integers(0, 3),
-        "gradient": st.sampled_from(["raw", "normalized"]),
-        "lock_from": st.none() | st.integers(0, 9),
+        "anchor.step_size": st.floats(0, 2),
+        "anchor.decay": st.integers(0, 3),
+        "anchor.gradient": st.sampled_from(["raw", "normalized"]),
+        "localize.lock_from": st.none() | st.integers(0, 9),
     },
 )
 
@@ -182,9 +182,9 @@ def test_a_plan_holds_each_unit_once_and_keys_know_no_order(
 
 
 def test_a_unit_knows_its_method_with_every_option() -> None:
-    (unit,) = plan(["a cat"], [1], [("ela", {"guided": 1, "regions": [(0, 0, 0.5, 1)]})])
-    assert unit.guidance() == ELA(guided=1.0, regions=[(0, 0, 0.5, 1)])
-    assert json.loads(unit.options)["step_size"] == ELA().step_size
+    (unit,) = plan(["a cat"], [1], [("ela", {"anchor.guided": 1, "regions": [(0, 0, 0.5, 1)]})])
+    assert unit.guidance() == ELA(anchor=LatentStep(guided=1.0), regions=[(0, 0, 0.5, 1)])
+    assert json.loads(unit.options)["anchor.step_size"] == ELA().anchor.step_size
     assert plan(["a cat"], [1], ["plain"])[0].guidance() is None
 
 
@@ -207,10 +207,10 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is() -> None:
         ("boxdiff", {}, "boxdiff needs regions.*ela"),
         ("magic", {}, "'magic'.*plain, ela"),
         ("plain", {"step_size": 1}, "plain has no options.*step_size"),
-        ("ela", {"stepsize": 1}, "'stepsize'.*step_size"),
-        ("ela", {"step_size": -1}, "step_size=-1"),
-        ("ela", {"guided": "often"}, "often.*refused"),
-        ("ela", {"threshold": float("nan")}, "threshold"),
+        ("ela", {"step_size": 1}, "'step_size'.*Did you mean 'anchor.step_size'"),
+        ("ela", {"anchor.step_size": -1}, "step_size=-1"),
+        ("ela", {"anchor.guided": "often"}, "guided='often'"),
+        ("ela", {"localize.threshold": float("nan")}, "threshold"),
     ):
         with pytest.raises(SettingError, match=said):
             plan(["a cat"], [1], [(method, options)])
@@ -516,17 +516,17 @@ def test_variants_and_settings_are_told_apart_and_each_is_set_against_its_own_pl
         [
             images("plain", [0, 0], steps=10, options="{}"),
             images("plain", [1, 1], steps=20, options="{}"),
-            images("ela", [1, 1], steps=10, options='{"decay":0.5,"step_size":0.1}'),
-            images("ela", [0, 1], steps=10, options='{"decay":0.5,"step_size":0.2}'),
-            images("ela", [0, 1], steps=20, options='{"decay":0.5,"step_size":0.1}'),
+            images("ela", [1, 1], steps=10, options='{"anchor.decay":0.5,"anchor.step_size":0.1}'),
+            images("ela", [0, 1], steps=10, options='{"anchor.decay":0.5,"anchor.step_size":0.2}'),
+            images("ela", [0, 1], steps=20, options='{"anchor.decay":0.5,"anchor.step_size":0.1}'),
         ]
     )
     found = summary(frame)
     assert found.index.tolist() == [
         "plain, steps 10",
         "plain, steps 20",
-        "ela(step_size=0.1), steps 10",
-        "ela(step_size=0.1), steps 20",
+        "ela(anchor.step_size=0.1), steps 10",
+        "ela(anchor.step_size=0.1), steps 20",
         "ela(step_size=0.2), steps 10",
     ]
     assert found["fixed_count"].tolist() == [0, 0, 2, 0, 1]
@@ -610,7 +610,17 @@ def test_a_sweep_from_the_command_line_ends_in_a_report(
 ) -> None:
     pretended(pretend)
     out = tmp_path / "x"
-    words = ["run", "--suite", "animals", "--limit", "3", "--set", "ela.step_size=0.2", "--set", "ela.gradient=raw"]
+    words = [
+        "run",
+        "--suite",
+        "animals",
+        "--limit",
+        "3",
+        "--set",
+        "ela.anchor.step_size=0.2",
+        "--set",
+        "ela.anchor.gradient=raw",
+    ]
     assert call(monkeypatch, *words, "--out", str(out)) == 0
     printed = capsys.readouterr()
     assert f"12 of 12 images are in {out}" in printed.out
@@ -618,7 +628,7 @@ def test_a_sweep_from_the_command_line_ends_in_a_report(
     found = table(out)
     assert set(found["prompt"]) == {suite("animals")[i] for i in (0, 32, 65)}
     options = json.loads(found.loc[found["method"] == "ela", "options"].iloc[0])
-    assert (options["step_size"], options["gradient"]) == (0.2, "raw")
+    assert (options["anchor.step_size"], options["anchor.gradient"]) == (0.2, "raw")
     assert call(monkeypatch, "report", str(out)) == 0
     printed = capsys.readouterr()
     assert printed.out.strip().endswith(f"Report: {out / 'report.html'}")
@@ -677,11 +687,11 @@ def test_suites_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         (["--seeds", "1;3"], ["--seeds 1;3", "1,3"]),
         (["--seeds", "1,1"], ["[1, 1]", "each once"]),
         (["--methods", "plain,magic"], ["'magic'", "plain, ela"]),
-        (["--set", "step_size=1"], ["--set step_size=1", "ela.push=3"]),
-        (["--set", "ela.stepsize=1"], ["'stepsize'", "step_size"]),
-        (["--set", "ela.guided=2"], ["guided=2", "between 0 and 1"]),
-        (["--methods", "plain", "--set", "ela.guided=1"], ["'ela'", "--methods plain"]),
-        (["--set", "ela.guided=0", "--set", "ela.guided=1"], ["set twice"]),
+        (["--set", "step_size=1"], ["--set step_size=1", "ela.anchor.step_size=0.2"]),
+        (["--set", "ela.step_size=1"], ["'step_size'", "anchor.step_size"]),
+        (["--set", "ela.anchor.guided=2"], ["guided=2", "from 0 to 1"]),
+        (["--methods", "plain", "--set", "ela.anchor.guided=1"], ["'ela'", "--methods plain"]),
+        (["--set", "ela.anchor.guided=0", "--set", "ela.anchor.guided=1"], ["set twice"]),
         (["--limit", "0"], ["limit=0"]),
         (["--steps", "0"], ["steps=0"]),
         (["--model", "image-wold"], ["--model image-wold", "picture-world"]),

@@ -16,7 +16,7 @@ from PIL import Image
 
 import elakit
 from elakit.errors import ElakitError, PromptError, SettingError
-from elakit.guidance import ELA, METHODS, AttendAndExcite, BoxDiff
+from elakit.guidance import ELA, METHODS, AttendAndExcite, BoxDiff, FromMaps, LatentStep
 from elakit.widgets.live import Panel
 from elakit.widgets.live.options import Controls, options
 from elakit.widgets.live.session import Session
@@ -24,7 +24,7 @@ from elakit.widgets.live.words import chips, marks_of, toggled
 
 PAIR = "a [red car] and a [blue bird]"
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
-ALL = ELA(anchoring="gradient", localization="maps", guided=1, start=0)  # guides every step
+ALL = ELA(anchor=LatentStep(guided=1, start=0))  # guides every step
 PATIENCE = 60  # seconds that a run may take at most
 
 
@@ -128,28 +128,31 @@ def test_every_option_of_every_method_has_a_control_that_opens_at_its_default(na
 
 def test_what_is_typed_reaches_the_method(panel: Panel) -> None:
     controls = panel._controls["ela"].widgets
-    controls["step_size"].value, controls["lock_from"].value, controls["gradient"].value = 0.2, " 2 ", "raw"
-    controls["subtract_pedestal"].value = False
-    assert panel.guidance == replace(ALL, step_size=0.2, lock_from=2, gradient="raw", subtract_pedestal=False)
-    panel.options = {"lock_from": None, "decay": 1.0}
-    assert panel.options["lock_from"] is None
+    controls["anchor.step_size"].value, controls["anchor.gradient"].value = 0.2, "raw"
+    controls["localize.lock_from"].value, controls["localize.subtract_pedestal"].value = " 2 ", False
+    assert panel.guidance == ELA(
+        localize=FromMaps(lock_from=2, subtract_pedestal=False),
+        anchor=replace(ALL.anchor, step_size=0.2, gradient="raw"),
+    )
+    panel.options = {"localize.lock_from": None, "anchor.decay": 1.0}
+    assert panel.options["localize.lock_from"] is None
     panel.method = "attend-and-excite"
     panel.options = {"refine": ((0.0, 0.1, 3),)}
     assert panel.guidance == AttendAndExcite(refine=((0.0, 0.1, 3),))
     panel._controls["attend-and-excite"].widgets["refine"].value = "soon"
     with pytest.raises(SettingError, match=r"AttendAndExcite\(refine='soon'\)"):
         _ = panel.guidance
-    with pytest.raises(SettingError, match="no option glow; its options are layers"):
+    with pytest.raises(SettingError, match="no option glow; its options are "):
         panel.options = {"glow": 1}
     panel.method = "plain"
     assert panel.guidance is None
 
 
 def test_a_method_that_refuses_its_options_says_so_and_draws_nothing(panel: Panel) -> None:
-    panel.options = {"guided": 2.0}
+    panel.options = {"anchor.guided": 2.0}
     panel._view.run.click()
     assert panel.state == "idle"
-    assert "ELA(guided=2.0): must be between 0 and 1" in panel._view.message.value
+    assert "LatentStep(guided=2.0): must be a number from 0 to 1" in panel._view.message.value
     panel._controls["ela"].reset()
     assert panel.guidance == ELA()
 
@@ -230,9 +233,9 @@ def test_boxes_stay_with_their_entity_when_the_prompt_is_changed(panel: Panel) -
 
 
 def test_a_panel_opens_with_the_regions_of_its_method(pipe: Any) -> None:
-    panel = elakit.live(pipe, PAIR, guidance=ELA(regions=[None, RIGHT], step_size=0.3))
+    panel = elakit.live(pipe, PAIR, guidance=ELA(regions=[None, RIGHT], anchor=LatentStep(step_size=0.3)))
     assert panel.regions == {"bird": RIGHT}
-    assert panel.guidance == ELA(regions=[None, RIGHT], step_size=0.3)
+    assert panel.guidance == ELA(regions=[None, RIGHT], anchor=LatentStep(step_size=0.3))
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ pytestmark = lab.MARKS
 PATIENCE = 60  # seconds; only a machine that is very busy takes more than one
 STEPS = 12
 CELLS = (
-    "from tiny import tiny_pipeline\nimport elakit\nfrom elakit.guidance import ELA",
-    'method = ELA(anchoring="gradient", localization="maps", guided=1, start=0)\n'
+    "from tiny import tiny_pipeline\nimport elakit\nfrom elakit.guidance import ELA, LatentStep",
+    "method = ELA(anchor=LatentStep(guided=1, start=0))\n"
     f"panel = elakit.live(tiny_pipeline(), 'a [red car] and a [bird]', seed=1, steps={STEPS}, guidance=method)\npanel",
 )
 # of the last run: where the first entity's region begins and ends at each step, (left, top, right, bottom) in cells

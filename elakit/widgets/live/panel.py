@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
 from elakit.errors import ElakitError, PromptError, SettingError
 from elakit.generation import Run
-from elakit.guidance import ELA, METHODS, Method, method_title
+from elakit.guidance import ELA, METHODS, Method, build, method_title, option_values
 from elakit.guidance.layout import Region, check_layout
 from elakit.models import adapter_for, default_settings
 from elakit.plot.style import entity_colors
@@ -196,7 +195,7 @@ class Panel:
                     f"{self.method} needs a region for each entity; missing: {', '.join(missing)}. "
                     "Draw them, or use panel.draw()."
                 )
-        method: Method = METHODS[self.method](**options)
+        method: Method = build(METHODS[self.method], options)
         return method
 
     # -- regions by hand -------------------------------------------------------------------------------------------
@@ -345,8 +344,7 @@ class Panel:
                 f"guidance={guidance!r}: the panel supports {', '.join(METHODS)}, and None for a plain run."
             )
         self.method = guidance.name
-        names = [field.name for field in fields(guidance) if field.name != REGIONS]  # type: ignore[arg-type]
-        self.options = {name: getattr(guidance, name) for name in names}
+        self.options = {name: value for name, value in option_values(guidance).items() if name != REGIONS}
 
     def _parse(self) -> None:
         """Parse the text; roles assigned by clicks are reset, and so is what is shown of the last run."""
@@ -505,7 +503,7 @@ class Panel:
                 return f"{name} needs a region for each entity."
             alone = self._prompt is not None and len(self._prompt.entities) == 1 and not self.regions
             return f"{name} does not guide a single entity unless its region is drawn." if alone else ""
-        if not issubclass(METHODS[self.method], ELA):
+        if not METHODS[self.method].steerable:
             return f"{name} keeps the regions it started with: changes apply from the next run on."
         if not guided or self._session.made > guided[-1]:
             return "The guided steps of this run are over: changes apply from the next run on."
@@ -599,7 +597,7 @@ def live(
     Examples
     --------
     >>> import elakit
-    >>> pipe, method = elakit.load("picture-world"), elakit.ELA(guided=1)
+    >>> pipe, method = elakit.load("picture-world"), elakit.RegionalAttention(start=0)
     >>> panel = elakit.live(pipe, "a [red car] and a [bird]", steps=4, guidance=method)
     >>> panel.draw("car", (0, 0, 0.5, 1))  # the bird is localized
     >>> panel.step(2)

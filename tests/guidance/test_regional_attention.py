@@ -1,4 +1,4 @@
-"""ELA divides the image and keeps each entity's words to its part, in the denoiser's own passes."""
+"""Regional attention restricts each entity's words to its region in the denoiser's own passes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from elakit import generate
 from elakit.attention import Edit, edit
 from elakit.errors import SettingError
 from elakit.generation import Progress
-from elakit.guidance import ELA, Guide
+from elakit.guidance import Guide, RegionalAttention
 from elakit.guidance.holding import Holder
 from elakit.guidance.method import Hold
 from elakit.models import adapter_for
@@ -76,8 +76,8 @@ def test_maps_that_are_none_are_refused() -> None:
 def test_regions_by_hand_hold_as_an_edit_of_the_attention_does() -> None:
     """`elakit.attention.edit` lowers the same scores in the same cells, by code of its own."""
     pipe = tiny_pipeline()
-    ela = ELA(anchoring="logits", regions=[LEFT, RIGHT], push=3.0)
-    run = generate(pipe, PAIR, seed=2, steps=4, guidance=ela, progress=False)
+    method = RegionalAttention(regions=[LEFT, RIGHT], strength=3.0)
+    run = generate(pipe, PAIR, seed=2, steps=4, guidance=method, progress=False)
     away = [
         Edit(["blue", "bird"], add=-3.0, region=[[True, False]]),
         Edit(["red", "car"], add=-3.0, region=[[False, True]]),
@@ -94,7 +94,7 @@ def test_regions_by_hand_hold_as_an_edit_of_the_attention_does() -> None:
 def test_the_first_pass_shows_where_the_entities_are_and_the_second_is_held_to_it() -> None:
     pipe = tiny_pipeline()
     plain = generate(pipe, PAIR, seed=3, steps=4, progress=False)
-    run = generate(pipe, PAIR, seed=3, steps=4, guidance=ELA(), progress=False)
+    run = generate(pipe, PAIR, seed=3, steps=4, guidance=RegionalAttention(), progress=False)
     first = plain.entity_maps().isel(step=0)
     np.testing.assert_array_equal(run.entity_maps().isel(step=0), first)
     assert run.guidance is not None
@@ -114,11 +114,11 @@ def test_the_first_pass_shows_where_the_entities_are_and_the_second_is_held_to_i
 
 def test_images_of_a_batch_are_held_each_to_its_own() -> None:
     pipe = tiny_pipeline()
-    batch = generate(pipe, PAIR, seed=[0, 1, 2, 3, 4], steps=3, guidance=ELA(), progress=False)
+    batch = generate(pipe, PAIR, seed=[0, 1, 2, 3, 4], steps=3, guidance=RegionalAttention(), progress=False)
     orders = {bool(run.guidance.regions.values[0, 0, 0, 0]) for run in batch if run.guidance}
     assert orders == {True, False}  # or the test would show nothing
     for run in batch:
-        alone = generate(pipe, PAIR, seed=run.seed, steps=3, guidance=ELA(), progress=False)
+        alone = generate(pipe, PAIR, seed=run.seed, steps=3, guidance=RegionalAttention(), progress=False)
         assert np.abs(np.asarray(alone.image, int) - np.asarray(run.image, int)).max() <= 1
         assert run.guidance is not None
         assert alone.guidance is not None
@@ -129,13 +129,11 @@ def test_images_that_need_no_help_are_left_alone_in_the_same_batch() -> None:
     pipe = tiny_pipeline()
     options: dict[str, Any] = {"seed": [1, 2], "steps": 5, "record": False, "progress": False}
     plain = generate(pipe, PAIR, **options)
-    runs = generate(pipe, PAIR, guidance=ELA(), guide_if=lambda so_far: [False, True], **options)
+    runs = generate(pipe, PAIR, guidance=RegionalAttention(), guide_if=lambda so_far: [False, True], **options)
     assert same(runs[0], plain[0])
     assert not same(runs[1], plain[1])
     assert runs[1].guidance is not None
     assert [row["step"] for row in runs[1].guidance.rows] == [1, 2, 3, 4]
-    enough = generate(pipe, PAIR, guidance=ELA(enough=100), **options)
-    assert [[row["step"] for row in run.guidance.rows] for run in enough if run.guidance] == [[1], [1]]
 
 
 def test_a_held_run_is_steered_from_the_next_pass_on() -> None:
@@ -145,7 +143,7 @@ def test_a_held_run_is_steered_from_the_next_pass_on() -> None:
         if so_far.step == 2:
             so_far.states[0].steer([RIGHT, LEFT])
 
-    run = generate(pipe, PAIR, seed=1, steps=6, guidance=ELA(push=50), stop_if=steer, progress=False)
+    run = generate(pipe, PAIR, seed=1, steps=6, guidance=RegionalAttention(strength=50), stop_if=steer, progress=False)
     maps = run.entity_maps().values
     half = maps.shape[-1] // 2
     assert run.guidance is not None
@@ -157,10 +155,12 @@ def test_a_held_run_is_steered_from_the_next_pass_on() -> None:
 
 def test_a_window_of_the_steps_may_be_held() -> None:
     pipe = tiny_pipeline()
-    run = generate(pipe, PAIR, seed=1, steps=8, guidance=ELA(start=0.25, guided=0.5, every=2), progress=False)
+    run = generate(
+        pipe, PAIR, seed=1, steps=8, guidance=RegionalAttention(start=0.25, guided=0.5, every=2), progress=False
+    )
     assert run.guidance is not None
     assert [row["step"] for row in run.guidance.rows] == [2, 4]
-    assert [update.hold for update in ELA().plan([1.0] * 3, run.prompt)] == [True] * 3
+    assert [update.hold for update in RegionalAttention().plan([1.0] * 3, run.prompt)] == [False, True, True]
 
 
 def test_a_hold_covers_a_coarse_layers_cells_by_their_share() -> None:
@@ -179,7 +179,7 @@ def test_nothing_is_hooked_where_nothing_is_to_be_held() -> None:
     pipe = tiny_pipeline()
     prompt = parse("a [red car]", pipe)
     pipe.scheduler.set_timesteps(3)
-    guide = Guide(pipe, ELA(), prompt, adapter_for(pipe).encode(prompt.text, guided=False), (8, 8))
+    guide = Guide(pipe, RegionalAttention(), prompt, adapter_for(pipe).encode(prompt.text, guided=False), (8, 8))
     assert guide.holder is None
 
 
@@ -192,6 +192,8 @@ def test_passes_that_are_not_needed_are_not_read(monkeypatch: pytest.MonkeyPatch
         read.append(holder._rows is not None)
 
     monkeypatch.setattr(Holder, "_before", noted)
-    generate(tiny_pipeline(), PAIR, seed=1, steps=8, guidance=ELA(start=0.25, guided=0.25), progress=False)
+    generate(
+        tiny_pipeline(), PAIR, seed=1, steps=8, guidance=RegionalAttention(start=0.25, guided=0.25), progress=False
+    )
     # the pass before the held ones says where things are; the held ones, steps 2 and 3, are traced
     assert read == [False, True, True, True, False, False, False, False]
