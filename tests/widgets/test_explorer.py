@@ -23,8 +23,8 @@ from tiny import tiny_pipeline
 
 import elakit
 from elakit.errors import OutputError, RecordingError, SettingError
-from elakit.generation import Run
 from elakit.guidance import ELA
+from elakit.run import Run
 from elakit.widgets.explorer.packing import BUDGET, Fit, Source, fit_to
 from elakit.widgets.shared.quantize import quantize
 

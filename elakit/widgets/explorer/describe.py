@@ -13,10 +13,10 @@ import xarray as xr
 
 from elakit.attention import Recording
 from elakit.errors import ElakitError, RecordingError
-from elakit.generation import Run
 from elakit.plot import style
 from elakit.plot.images import LOSSLESS_SIDE, data_uri
 from elakit.prompt import Prompt
+from elakit.run import Run
 from elakit.widgets.explorer.packing import Buffer, Fit, Source, fit_to, pack
 from elakit.widgets.shared.colors import TABLES
 

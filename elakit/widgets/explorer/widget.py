@@ -13,7 +13,7 @@ import traitlets as t
 
 from elakit.attention import Recording
 from elakit.errors import RecordingError, SettingError
-from elakit.generation import Run
+from elakit.run import Run
 from elakit.widgets.explorer import page, still
 from elakit.widgets.explorer.describe import describe, sizes_of
 from elakit.widgets.explorer.packing import BUDGET

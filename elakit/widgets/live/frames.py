@@ -9,9 +9,9 @@ import numpy as np
 import xarray as xr
 
 from elakit.errors import ElakitError
-from elakit.generation import Run
 from elakit.plot.images import LOSSLESS_SIDE, data_uri
 from elakit.plot.style import entity_colors
+from elakit.run import Run
 from elakit.widgets.shared.quantize import quantize
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from elakit.errors import ElakitError, PromptError, SettingError
-from elakit.generation import Run
 from elakit.guidance import ELA, METHODS, Method, build, method_title, option_values
 from elakit.guidance.layout import Region, check_layout
 from elakit.models import adapter_for, default_settings
 from elakit.plot.style import entity_colors
 from elakit.prompt import Entity, Prompt, parse
+from elakit.run import Run
 from elakit.widgets.live import still, words
 from elakit.widgets.live.frames import frame
 from elakit.widgets.live.options import REGIONS, Controls

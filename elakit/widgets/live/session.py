@@ -9,9 +9,10 @@ from typing import Any, Literal, TypeAlias
 from weakref import WeakSet
 
 from elakit.errors import SettingError
-from elakit.generation import Progress, Run, generate
+from elakit.generation import Progress, generate
 from elakit.guidance import Anchors
 from elakit.guidance.layout import Layout
+from elakit.run import Run
 
 State: TypeAlias = Literal["idle", "running", "paused", "done", "cancelled", "failed"]
 PREVIEW_SHARE = 0.25  # largest share of the time spent on previews

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from elakit.generation import Run
 from elakit.guidance.layout import Region, layout_masks
 from elakit.plot.style import ENTITY_COLORS, FAINT
+from elakit.run import Run
 from elakit.widgets.explorer import still
 
 NOTE = "The live panel needs a running notebook; this is the middle step of its last run."
