@@ -16,7 +16,7 @@ from PIL import Image
 
 import elakit
 from elakit.errors import ElakitError, PromptError, SettingError
-from elakit.guidance import ELA, METHODS, AttendAndExcite, BoxDiff, FromMaps, LatentStep
+from elakit.guidance import ELA, METHODS, AttendAndExcite, BoxDiff, FromMaps, LatentStep, build
 from elakit.widgets.live import Panel
 from elakit.widgets.live.options import Controls, options
 from elakit.widgets.live.session import Session
@@ -121,7 +121,7 @@ def test_every_option_of_every_method_has_a_control_that_opens_at_its_default(na
     method = METHODS[name]
     regions = {"regions": [LEFT, RIGHT]} if name in ("boxdiff", "layout-guidance") else {}
     controls = Controls(method)
-    assert method(**controls.values(), **regions) == method(**regions)
+    assert build(method, controls.values() | regions) == method(**regions)
     assert all(option.about or option.choices for option in options(method))
     assert all(controls.widgets[option.name].tooltip == option.about for option in options(method))
 
