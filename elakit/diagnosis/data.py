@@ -100,7 +100,7 @@ class DiagnosisData:
     def blocked(self) -> int:
         """Number of images that the pipeline's safety checker replaced."""
         runs = [run for pair in self.pairs for run in (pair.plain, pair.guided)]
-        return sum(bool(run.settings.get("nsfw")) for run in runs)
+        return sum(run.nsfw for run in runs)
 
     @property
     def plain(self) -> tuple[Run, ...]:
