@@ -12,9 +12,10 @@ import pandas as pd
 
 from elakit.errors import OutputError, SettingError
 from elakit.files import read_json, write_json
-from elakit.generation import GuideIf, Progress, Run
+from elakit.generation import GuideIf, Progress
 from elakit.prediction.features import FEATURES, SHARES, features
 from elakit.resources import data_path
+from elakit.run import Run
 
 # "failure" is any failure; the kinds are those of the judge, and an image may have several.
 # Version of the files that `Predictor.save` writes.

@@ -13,11 +13,12 @@ import pytest
 from tiny import tiny_pipeline
 
 from elakit.errors import OutputError, RecordingError, SettingError
-from elakit.generation import Run, generate
+from elakit.generation import generate
 from elakit.prediction import FEATURES, OUTCOMES, SHARES, Predictor, features, load_predictor
 from elakit.prediction.fit import fit
 from elakit.prediction.map_statistics import MAP_STATISTICS, map_statistics
 from elakit.prediction.predictor import FORMAT
+from elakit.run import Run
 from elakit.world.vocabulary import NOUNS
 
 PAIR = "a [red car] and a [blue bird]"
