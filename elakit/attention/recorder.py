@@ -42,9 +42,9 @@ def record(
     softmax in float32, for each call of the denoiser (one per step with most schedulers; Heun and PNDM make more
     calls).
 
-    Selection of what is recorded is established from the running call: its rows, its attention masks, its weights. A
-    run of a sibling pipeline with the same denoiser (`AutoPipelineForImage2Image.from_pipe(pipe)`) and a loop of your
-    own are recorded as they run. Runs in other threads, and runs that a callback starts inside a run, are not recorded.
+    Rows, attention masks and weights are established from the running call. A run of a sibling pipeline with the same
+    denoiser (`AutoPipelineForImage2Image.from_pipe(pipe)`) and a loop of your own are recorded as they run. Runs in
+    other threads, and runs that a callback starts inside a run, are not recorded.
 
     The maps of each layer are reduced to the selected tokens and heads where they are computed, into one buffer of the
     size of a step; it leaves an accelerator in one copy per step, which nothing waits for.
