@@ -136,7 +136,7 @@ class Channels:
         """
         probabilities = probabilities[..., :text]
         positions = probabilities.shape[-1]
-        needed = max(*self.indices, *(first for first, _ in self.rest))
+        needed = max(*self.indices, *(first - 1 for first, _ in self.rest))  # no text need be left for the end
         if positions <= needed:
             raise RecordingError(
                 f"The run attends to {positions} text positions, but the prompt to record needs position {needed}. "
