@@ -142,7 +142,14 @@ def compiled(module: Any, path: str) -> str | None:
             f"its {path.rpartition('.')[2]} was wrapped by torch.compile, inside which attention cannot be read "
             f"without changing the image; use the plain one, `{path} = {path}._orig_mod`, for recording and guidance"
         )
-    parts = module.named_modules() if isinstance(module, nn.Module) else ()
+    parts = list(module.named_modules()) if isinstance(module, nn.Module) else []
+    for name, part in parts:
+        if hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable"):
+            owner = f"{path}.{name}" if name else path
+            return (
+                f"the forward method of {owner} was wrapped by torch.compile, inside which attention cannot be read "
+                f"without changing the image; set the original one back, for example with `del {owner}.forward`"
+            )
     inside = next((name for name, part in parts if getattr(part, "_compiled_call_impl", None) is not None), None)
     if inside is None:
         return None
@@ -208,6 +215,8 @@ class AttentionLayer:
         Where image and text are keys side by side: whether the text comes first.
     takes_mask : bool
         Whether its processor heeds an ``attention_mask``; `elakit.attention.edit` goes another way where not.
+    reads : {"text", "image"}
+        Keys whose attention is read: the text, or the image's own locations (self-attention).
     grid : callable
         ``grid(args, kwargs)`` of a call of ``block`` -> (h, w) of this layer's maps.
     layout : callable, optional
@@ -225,6 +234,7 @@ class AttentionLayer:
     kind: Kind = "cross"
     text_first: bool = False
     takes_mask: bool = True
+    reads: Literal["text", "image"] = "text"
     grid: Grid = field(default=image_grid, compare=False, repr=False)
     layout: LayoutOf | None = field(default=None, compare=False, repr=False)
 
