@@ -70,6 +70,30 @@ def decoded(pipe: Any, latents: torch.Tensor) -> list[Image.Image]:
     return images
 
 
+@torch.no_grad()
+def encoded(pipe: Any, image: Image.Image) -> torch.Tensor:
+    """Latents of an image, (1, c, h, w): the inverse of `decoded`."""
+    vae, config = pipe.vae, pipe.vae.config
+    pixels = pipe.image_processor.preprocess(image.convert("RGB"))
+    precision = vae.dtype
+    # half precision overflows in the autoencoder of Stable Diffusion XL
+    upcast = precision == torch.float16 and getattr(config, "force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        found = vae.encode(pixels.to(vae.device, vae.dtype))
+    finally:
+        if upcast:
+            vae.to(precision)
+    latents: torch.Tensor = found.latents if hasattr(found, "latents") else found.latent_dist.mode()
+    mean, spread = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
+    if mean is not None and spread is not None:
+        shape = (1, -1, 1, 1)
+        latents = latents - latents.new_tensor(mean).view(shape)
+        return latents * config.scaling_factor / latents.new_tensor(spread).view(shape)
+    return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+
+
 def call_default(pipe: Any, name: str) -> Any:
     """What a pipeline's ``__call__`` takes where an argument is not given."""
     return inspect.signature(type(pipe).__call__).parameters[name].default
@@ -388,6 +412,9 @@ class Adapter(Protocol):
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
         """Images of latents as the pipeline keeps them; of a run's middle too, where they are noisy."""
+
+    def encode_image(self, image: Image.Image) -> torch.Tensor:
+        """Latents of an image, with one row, as the pipeline keeps latents."""
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Arguments of the pipeline's call that make it pass (step, latents) through ``move`` after each step."""

@@ -19,6 +19,7 @@ from elakit.models.adapter import (
     OtherKind,
     argument,
     call_default,
+    encoded,
     running,
     scheduler_timestep,
 )
@@ -232,6 +233,12 @@ class Flux(TransformerAdapter):
             mu=self._shift(height, width, 1.15),
         )
         return 1.0
+
+    def encode_image(self, image: Image.Image) -> torch.Tensor:
+        """Packed latents of an image, (1, patches, 4c)."""
+        latents = encoded(self.pipe, image)
+        packed: torch.Tensor = self.pipe._pack_latents(latents, *latents.shape)
+        return packed
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
         """Images of packed latents, (n, cells, 4c); of a run's middle too, where they are noisy."""

@@ -21,6 +21,7 @@ from elakit.models.adapter import (
     call_default,
     compiled,
     decoded,
+    encoded,
     running,
     stacked_rows,
 )
@@ -213,6 +214,20 @@ class TransformerAdapter:
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
         """Images of latents, (n, c, h, w); of a run's middle too, where they are noisy."""
         return decoded(self.pipe, latents)
+
+    def encode_image(self, image: Image.Image) -> torch.Tensor:
+        """Latents of an image, (1, c, h, w).
+
+        Raises
+        ------
+        ModelError
+            When the family decodes latents in its own way and has no inverse of it.
+        """
+        if type(self).decode is not TransformerAdapter.decode:
+            raise ModelError(
+                f"{self.family} cannot encode an existing image yet; record a run of the pipeline instead."
+            )
+        return encoded(self.pipe, image)
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Arguments of the pipeline's call that make it pass (step, latents) through ``move`` after each step."""

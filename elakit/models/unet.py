@@ -25,6 +25,7 @@ from elakit.models.adapter import (
     call_default,
     compiled,
     decoded,
+    encoded,
     stacked_rows,
 )
 from elakit.tokens import TextSequence
@@ -192,6 +193,10 @@ class UNetAdapter:
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
         """Images of latents, (n, c, h, w); of a run's middle too, where they are noisy."""
         return decoded(self.pipe, latents)
+
+    def encode_image(self, image: Image.Image) -> torch.Tensor:
+        """Latents of an image, (1, c, h, w)."""
+        return encoded(self.pipe, image)
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Arguments of the pipeline's call that make it pass (step, latents) through ``move`` after each step."""
