@@ -21,8 +21,8 @@ from .attention import open_recording as open_recording
 from .attention import record as record
 from .bleeding import Bleeding as Bleeding
 from .diagnosis import Diagnosis as Diagnosis
+from .diagnosis import diagnose as diagnose
 from .diagnosis import open_diagnosis as open_diagnosis
-from .diagnosis.procedure import diagnose as diagnose
 from .generation import Progress as Progress
 from .generation import generate as generate
 from .guidance import ELA as ELA

@@ -13,8 +13,8 @@ import pandas as pd
 
 from elakit.attention import Recording
 from elakit.errors import RecordingError, SettingError
-from elakit.generation import Run
 from elakit.prediction.contest import CONTEST, contest
+from elakit.run import Run
 
 # Shares of the steps after which a failure can be predicted.
 SHARES = (0.1, 0.2, 0.3, 0.5, 1.0)

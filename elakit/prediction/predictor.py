@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 
 from elakit.errors import OutputError, SettingError
-from elakit.generation import GuideIf, Progress, Run
+from elakit.generation import GuideIf, Progress
 from elakit.prediction.features import FEATURES, SHARES, features
 from elakit.resources import data_path
+from elakit.run import Run
 
 # "failure" is any; the kinds are the judge's, and an image may fail in several ways.
 OUTCOMES = ("failure", "neglect", "mixture", "wrong color")

@@ -11,9 +11,9 @@ from judged_run import STEPS, corner, embedded, generated_run, seen
 
 from elakit import plot
 from elakit.errors import SettingError
-from elakit.generation import Run
 from elakit.measures.masks import otsu_masks
 from elakit.plot import style
+from elakit.run import Run
 
 
 @pytest.fixture(scope="module")

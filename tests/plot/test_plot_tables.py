@@ -11,9 +11,10 @@ from tiny import tiny_pipeline
 
 from elakit import plot, sweep
 from elakit.errors import SettingError
-from elakit.generation import Run, generate
+from elakit.generation import generate
 from elakit.plot import style
 from elakit.plot.style import ENTITY_COLORS, RUN_COLORS
+from elakit.run import Run
 
 STEPS = 4
 

@@ -11,10 +11,11 @@ import pytest
 from tiny import tiny_pipeline
 
 from elakit.errors import OutputError, RecordingError, SettingError
-from elakit.generation import Run, generate
+from elakit.generation import generate
 from elakit.prediction import FEATURES, OUTCOMES, SHARES, Predictor, features, load_predictor
 from elakit.prediction.contest import CONTEST, contest
 from elakit.prediction.fit import fit
+from elakit.run import Run
 from elakit.world.vocabulary import NOUNS
 
 PAIR = "a [red car] and a [blue bird]"
