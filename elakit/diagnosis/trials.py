@@ -192,7 +192,7 @@ def try_remedy(
 
 
 def usable(predictor: Predictor | None, model: str) -> bool:
-    """Whether a predictor was fitted on images of a model.
+    """True if a predictor was fitted on images of a model.
 
     Parameters
     ----------
