@@ -44,7 +44,7 @@ every_method = pytest.mark.parametrize("name", METHODS)
 
 # -- by hand -----------------------------------------------------------------------------------------------------------
 
-# Maps of 4 x 4 locations. Smoothing gives the column of a location the weight 1 and the adjacent ones exp(-1): LEFT becomes
+# Maps of 4 x 4 locations. Smoothing gives the column of a location weight 1 and the adjacent ones exp(-1): LEFT becomes
 # columns of 1, 1 - A, A, 0 (the last column sees its neighbor reflected), and RIGHT those in reverse.
 A = math.exp(-1) / (1 + 2 * math.exp(-1))
 LEFT = torch.tensor([1.0, 1, 0, 0], dtype=torch.float64).expand(4, 4)
