@@ -25,7 +25,7 @@ TEXT = "a [red car] and a [blue bird]"
 
 def draw(pipe: Any, text: str, steps: int = 3, **options: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
-    return pipe(text, num_inference_steps=steps, generator=generator, output_type="latent", **options).images
+    return pipe(prompt=text, num_inference_steps=steps, generator=generator, output_type="latent", **options).images
 
 
 class Watching(AttnProcessor):
