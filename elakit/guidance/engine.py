@@ -347,6 +347,7 @@ class Guide:
     def move(self, latents: Tensor, step: int, timestep: Tensor) -> Tensor:
         """The latents moved for a denoising step about to run; the same object where nothing is to be moved."""
         update = self.updates[step] if step < len(self.updates) else Update(0.0)
+        self.done -= {i for i in self.done - self.left_alone if getattr(self.states[i], "steered", False)}
         pending = [i for i in range(len(latents)) if i not in self.done]
         if not update.size or not pending:
             return latents

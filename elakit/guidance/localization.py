@@ -167,11 +167,17 @@ class Anchors:
         Regions given by hand.
     held : ndarray, bool (entity, y, x), or None
         Regions that attention was restricted to in the last pass, for methods that do so.
+    began : bool
+        Whether a loss was computed for the image in this run.
+    steered : bool
+        Whether regions were changed during the run; the image is then guided again, even if its loss was small enough.
     """
 
     masks: np.ndarray | None = None
     given: Layout | None = None
     held: np.ndarray | None = None
+    began: bool = False
+    steered: bool = False
 
     def steer(self, given: Layout | None) -> None:
         """Use these regions from the next guided step on; locked regions are released.
@@ -195,6 +201,7 @@ class Anchors:
         """
         self.given = None if given is None else check_layout(given, "Anchors.steer", partial=True)
         self.masks = None
+        self.steered = True
 
 
 def entity_means(maps: Tensor, prompt: Prompt) -> Tensor:

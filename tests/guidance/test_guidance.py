@@ -33,7 +33,8 @@ def hooks_of(module: torch.nn.Module) -> int:
 
 def setting(pipe: Any, text: str = PAIR, **options: Any) -> tuple[Any, ...]:
     """What the engine's `gradient` takes, at the fourth of ten steps from fixed noise."""
-    adapter, prompt, method = adapter_for(pipe), parse(text, pipe), ELA(anchor=LatentStep(**options))
+    adapter, prompt = adapter_for(pipe), parse(text, pipe)
+    method = ELA(anchor=LatentStep(needed=None, enough=None, **options), size=8)
     embeds = adapter.encode(prompt.text, guided=False)
     pipe.scheduler.set_timesteps(10)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)).to(pipe.unet.dtype)
@@ -132,7 +133,13 @@ def test_a_image_that_needs_no_help_is_left_alone_from_there_on() -> None:
     between = float(np.mean(losses))
     better = int(np.argmin(losses))
     runs = generate(
-        pipe, PAIR, seed=[5, 6], steps=6, guidance=ELA(anchor=LatentStep(enough=between)), record=False, progress=False
+        pipe,
+        PAIR,
+        seed=[5, 6],
+        steps=6,
+        guidance=ELA(anchor=LatentStep(needed=between, enough=between)),
+        record=False,
+        progress=False,
     )
     assert len(runs[better].guidance.rows) == 1
     assert np.array_equal(np.asarray(runs[better].image), np.asarray(plain[better].image))
@@ -210,6 +217,7 @@ def test_regions_stay_once_they_are_locked() -> None:
         (LatentStep, {"guided": 1.5}, "guided=1.5"),
         (LatentStep, {"gradient": "adam"}, "gradient='adam'"),
         (LatentStep, {"every": 0}, "every=0"),
+        (LatentStep, {"needed": -1}, "needed=-1"),
         (LatentStep, {"outside": 0, "presence": 0, "intrusion": 0, "attributes": 0}, "outside=0"),
         (FromMaps, {"lock_from": -2}, "lock_from=-2"),
         (FromMaps, {"differentiation": "nonsense"}, "differentiation='nonsense'"),
@@ -356,8 +364,9 @@ def test_ela_anchors_to_regions_given_by_hand() -> None:
     assert by_box.guidance is not None
     regions = by_box.guidance.regions
     assert regions is not None
-    assert regions.isel(entity=0, step=0).values[:, :4].all()
-    assert not regions.isel(entity=0).values[..., 4:].any()
+    half = regions.sizes["x"] // 2
+    assert regions.isel(entity=0, step=0).values[:, :half].all()
+    assert not regions.isel(entity=0).values[..., half:].any()
     assert np.array_equal(np.asarray(by_box.image), np.asarray(by_mask.image))
 
 
