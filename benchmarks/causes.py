@@ -310,7 +310,7 @@ def cases(split: str) -> Iterator[Case]:
         clean = elakit.open_run(folder / "clean")
         yield _case(pipe, "nothing", Truth(""), clean)
         other = elakit.open_run(folders[i - 1] / "clean").image
-        yield _case(pipe, "nothing, but the image is another's", Truth(""), replace(clean, image=other, _derived={}))
+        yield _case(pipe, "nothing, but the image is another's", Truth(""), replace(clean, image=other))
         for plant in PLANTS:
             if (folder / plant.name).exists():
                 context, truth = plant.make(pipe, clean)

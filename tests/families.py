@@ -17,17 +17,21 @@ from diffusers import (
     FluxFillPipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
+    PixArtSigmaPAGPipeline,
     SD3ControlNetModel,
     StableDiffusion3ControlNetPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3InpaintPipeline,
+    StableDiffusion3PAGPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionPAGPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPAGPipeline,
 )
 from diffusers.models.attention_processor import IPAdapterAttnProcessor, SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
@@ -48,9 +52,9 @@ PLAIN = "a red car and a blue giraffe"
 @dataclass
 class Family:
     make: Callable[[], Any]
-    options: dict[str, Any] = field(default_factory=dict)  # of each call
-    guided: bool = True  # by stacking rows
-    cut: int = 1  # of the latent into patches
+    options: dict[str, Any] = field(default_factory=dict)  # options of each call
+    guided: bool = True  # whether guidance stacks rows in one batch
+    cut: int = 1  # side of a patch of the latent
 
 
 SHORT = {"max_sequence_length": 14}
@@ -80,7 +84,7 @@ class Seen:
 
 
 def observe(pipe: Any, run: Callable[[], Any]) -> tuple[Any, list[Seen]]:
-    """What a run returns, and all that taps see of its conditional rows."""
+    """Return the result of a run, and what taps see of its conditional rows."""
     adapter = adapter_for(pipe)
     seen: list[Seen] = []
     now: dict[str, Any] = {}
@@ -117,7 +121,8 @@ def linear(module: Any, x: np.ndarray) -> np.ndarray:
 
 
 def by_head(x: np.ndarray, heads: int, norm: Any = None) -> np.ndarray:
-    """(n, heads*d) -> (heads, n, d), each row of each head brought to a root mean square of 1 and weighted."""
+    """Split (n, heads*d) into (heads, n, d); with a norm, each row of each head is scaled to a root mean square of 1
+    and weighted."""
     x = x.reshape(len(x), heads, -1).transpose(1, 0, 2)
     if norm is not None:
         x = x / np.sqrt((x**2).mean(-1, keepdims=True) + norm.eps) * norm.weight.detach().double().numpy()
@@ -125,7 +130,7 @@ def by_head(x: np.ndarray, heads: int, norm: Any = None) -> np.ndarray:
 
 
 def turned(x: np.ndarray, ids: np.ndarray, axes: Sequence[int]) -> np.ndarray:
-    """Pairs of channels as complex numbers, turned by position / 10000^(2i/d) of each axis."""
+    """Rotate pairs of channels, as complex numbers, by position / 10000^(2i/d) for each axis."""
     angles = [ids[:, nth, None] * 10000.0 ** (-np.arange(0, width, 2) / width)[None] for nth, width in enumerate(axes)]
     pairs = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * np.concatenate(angles, axis=1))
     return np.stack([pairs.real, pairs.imag], axis=-1).reshape(x.shape)
@@ -137,7 +142,7 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def one_row(module: Any, image: np.ndarray, text: np.ndarray | None, extra: dict[str, Any]) -> np.ndarray:
-    """Probabilities of the text for image positions, of one row of the batch; (heads, n, text)."""
+    """Compute the attention of image positions to the text for one row of the batch, (heads, n, text)."""
     heads, norm = module.heads, lambda name: getattr(module, name, None)
     if extra["kind"] == "single":
         words = extra["words"]
@@ -166,7 +171,7 @@ def one_row(module: Any, image: np.ndarray, text: np.ndarray | None, extra: dict
 
 
 def independent(pipe: Any, run: Callable[[], Any], guided: bool) -> list[np.ndarray]:
-    """What `observe` should see, layer by layer and call by call: (images, heads, n, text)."""
+    """Compute what `observe` has to see, by layer and call: (images, heads, n, text)."""
     net = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     found: list[np.ndarray] = []
     now: dict[str, Any] = {}
@@ -183,7 +188,7 @@ def independent(pipe: Any, run: Callable[[], Any], guided: bool) -> list[np.ndar
         def hook(_: Any, args: Any, kwargs: Any) -> None:
             image = args[0] if args else kwargs["hidden_states"]
             text = kwargs.get("encoder_hidden_states")
-            text = text[0] if isinstance(text, tuple) else text  # beside an image prompt's states
+            text = text[0] if isinstance(text, tuple) else text  # with the states of an image prompt beside it
             rows = []
             for b in range(len(image) // 2 if guided else 0, len(image)):  # a guided batch of one is not halved
                 extra = {"kind": kind, "ids": now.get("ids"), "words": now.get("words")}
@@ -234,7 +239,7 @@ def offload(pipe: Any) -> None:
 
 
 def ip_adapter(pipe: Any) -> None:
-    """An IP-Adapter of random weights, loaded as from its file."""
+    """Load an IP-Adapter with random weights, as from its file."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         if hasattr(pipe, "unet"):
@@ -248,7 +253,7 @@ def ip_adapter(pipe: Any) -> None:
 
 
 def _projection(width: int) -> dict[str, Tensor]:
-    """Of an image's state of 8 channels to 4 tokens."""
+    """Weights that project an image state of 8 channels to 4 tokens."""
     return {
         "proj.weight": torch.randn(4 * width, 8),
         "proj.bias": torch.zeros(4 * width),
@@ -353,8 +358,8 @@ class Relative:
     pipeline: Any
     family: str
     options: dict[str, Any]
-    make: Callable[[], Any] | None = None  # what has the components, where the family's own do not do
-    extra: Callable[[dict[str, Any]], dict[str, Any]] = lambda parts: {}  # components to add or to replace
+    make: Callable[[], Any] | None = None  # a pipeline with the components, if those of the family do not fit
+    extra: Callable[[dict[str, Any]], dict[str, Any]] = lambda parts: {}  # components to add or replace
 
     def build(self) -> Any:
         parts = (self.make or FAMILIES[self.family].make)().components
@@ -385,11 +390,12 @@ IMAGE = Image.fromarray(np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).asty
 MASK = Image.fromarray(np.triu(np.full((32, 32), 255, "uint8")))
 SIDES = {"height": 32, "width": 32}
 AGAIN = {"image": IMAGE, "strength": 0.9}
+PERTURBED = {"pag_scale": 3.0}
 FILLED = AGAIN | {"mask_image": MASK} | SIDES
 RELATIVES = {
     "img2img": Relative(StableDiffusionImg2ImgPipeline, "sd", AGAIN),
     "inpaint": Relative(StableDiffusionInpaintPipeline, "sd", FILLED | {"strength": 1.0}),
-    "inpaint, a UNet for it": Relative(  # of latents, those of the image, and the mask
+    "inpaint, a UNet for it": Relative(  # input: latents, latents of the image, and the mask
         StableDiffusionInpaintPipeline, "sd", FILLED | {"strength": 1.0}, lambda: tiny_pipeline(in_channels=9)
     ),
     "controlnet": Relative(StableDiffusionControlNetPipeline, "sd", {"image": IMAGE}, extra=_controlnet_of_unet),
@@ -403,7 +409,7 @@ RELATIVES = {
         StableDiffusion3InpaintPipeline,
         "sd3",
         FILLED | SHORT,
-        lambda: tiny_sd3(in_channels=16, out_channels=16),  # it takes no other
+        lambda: tiny_sd3(in_channels=16, out_channels=16),  # the pipeline accepts no other number of channels
         lambda parts: {"vae": autoencoder(shift_factor=0.06, latent_channels=16)},
     ),
     "sd3 controlnet": Relative(
@@ -413,9 +419,15 @@ RELATIVES = {
         lambda: tiny_sd3(dual_attention_layers=()),
         _controlnet_of_sd3,
     ),
+    "perturbed-attention guidance": Relative(StableDiffusionPAGPipeline, "sd", PERTURBED),
+    "sdxl perturbed-attention guidance": Relative(StableDiffusionXLPAGPipeline, "sdxl", PERTURBED),
+    "pixart perturbed-attention guidance": Relative(
+        PixArtSigmaPAGPipeline, "pixart-sigma", PERTURBED | FAMILIES["pixart-sigma"].options
+    ),
+    "sd3 perturbed-attention guidance": Relative(StableDiffusion3PAGPipeline, "sd3", PERTURBED | SIDES | SHORT),
     "flux img2img": Relative(FluxImg2ImgPipeline, "flux", AGAIN | SIDES | SHORT),
     "flux inpaint": Relative(FluxInpaintPipeline, "flux", FILLED | SHORT),
-    "flux fill": Relative(  # of latents, those of the image, and the mask, all packed
+    "flux fill": Relative(  # input: latents, latents of the image, and the mask, all packed
         FluxFillPipeline,
         "flux",
         {"image": IMAGE, "mask_image": MASK} | SIDES | SHORT,

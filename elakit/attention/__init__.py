@@ -1,4 +1,4 @@
-"""Attention of a run: reading it (taps), choosing what to keep (spec), recording it, changing it (edit)."""
+"""Attention of a run: reading it (taps), selecting what to keep (spec), recording it, changing it (edit)."""
 
 import lazy_loader
 

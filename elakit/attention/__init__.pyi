@@ -3,10 +3,12 @@ from .edit import biased as biased
 from .edit import edit as edit
 from .recorder import paused as paused
 from .recorder import record as record
+from .recorder import record_image as record_image
 from .recording import Recording as Recording
 from .recording import open_recording as open_recording
 from .spec import Plan as Plan
 from .spec import RecordSpec as RecordSpec
+from .spec import SelfAttention as SelfAttention
 from .spec import select_layers as select_layers
 from .taps import probabilities as probabilities
 from .taps import tap as tap

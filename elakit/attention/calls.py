@@ -1,4 +1,4 @@
-"""What attention is called with: the query, key and mask that `F.scaled_dot_product_attention` receives.
+"""Arguments of attention calls: the query, key and mask that `F.scaled_dot_product_attention` receives.
 
 Most layers are read and biased by hooks on their projections and arguments. Layers that do more between projection and
 softmax (their own rotary embeddings, fused projections, masks built inside) are read and biased here instead, at the
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-NEVER = -1e4  # what diffusers adds to hide a position; half precision has room for it, and its exponential is 0
+NEVER = -1e4  # what diffusers adds to hide a position; half precision can represent it, and its exponential is 0
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class AttentionCall:
     key : torch.Tensor, (rows, heads, keys, d)
         With grouped queries the keys have fewer heads than the queries.
     mask : torch.Tensor or None
-        Added to the scores, or booleans that say what is seen; it broadcasts to (rows, heads, queries, keys).
+        Added to the scores, or booleans that are True where a key is seen; broadcasts to (rows, heads, queries, keys).
     scale : float or None
         Factor of the scores; None stands for ``1 / sqrt(d)``.
     """
@@ -48,16 +48,16 @@ OnCall = Callable[[AttentionCall], None]
 
 @contextmanager
 def watching(on_call: OnCall) -> Iterator[None]:
-    """Call ``on_call`` with the arguments of each attention call inside, biases of `biasing` included."""
+    """Call ``on_call`` with the arguments of each attention call inside the block, including biases of `biasing`."""
     with _Mode(on_call=on_call):
         yield
 
 
 @contextmanager
 def biasing(bias_of: BiasOf) -> Iterator[None]:
-    """Add ``bias_of(query, key)`` to the scores of each attention call inside; None adds nothing.
+    """Add ``bias_of(query, key)`` to the scores of each attention call inside the block; None adds nothing.
 
-    Watchers see the biased call, whichever of the two blocks is the outer one.
+    `watching` sees the biased call, whichever of the two blocks is the outer one.
     """
     with _Mode(bias_of=bias_of):
         yield
@@ -110,7 +110,7 @@ _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as what is added to the scores: booleans say what is seen."""
+    """Convert a mask of booleans, True where a key is seen, to numbers that are added to the scores."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, NEVER)

@@ -70,6 +70,30 @@ def decoded(pipe: Any, latents: torch.Tensor) -> list[Image.Image]:
     return images
 
 
+@torch.no_grad()
+def encoded(pipe: Any, image: Image.Image) -> torch.Tensor:
+    """Latents of an image, (1, c, h, w): the inverse of `decoded`."""
+    vae, config = pipe.vae, pipe.vae.config
+    pixels = pipe.image_processor.preprocess(image.convert("RGB"))
+    precision = vae.dtype
+    # half precision overflows in the autoencoder of Stable Diffusion XL
+    upcast = precision == torch.float16 and getattr(config, "force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        found = vae.encode(pixels.to(vae.device, vae.dtype))
+    finally:
+        if upcast:
+            vae.to(precision)
+    latents: torch.Tensor = found.latents if hasattr(found, "latents") else found.latent_dist.mode()
+    mean, spread = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
+    if mean is not None and spread is not None:
+        shape = (1, -1, 1, 1)
+        latents = latents - latents.new_tensor(mean).view(shape)
+        return latents * config.scaling_factor / latents.new_tensor(spread).view(shape)
+    return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+
+
 def call_default(pipe: Any, name: str) -> Any:
     """What a pipeline's ``__call__`` takes where an argument is not given."""
     return inspect.signature(type(pipe).__call__).parameters[name].default
@@ -142,7 +166,14 @@ def compiled(module: Any, path: str) -> str | None:
             f"its {path.rpartition('.')[2]} was wrapped by torch.compile, inside which attention cannot be read "
             f"without changing the image; use the plain one, `{path} = {path}._orig_mod`, for recording and guidance"
         )
-    parts = module.named_modules() if isinstance(module, nn.Module) else ()
+    parts = list(module.named_modules()) if isinstance(module, nn.Module) else []
+    for name, part in parts:
+        if hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable"):
+            owner = f"{path}.{name}" if name else path
+            return (
+                f"the forward method of {owner} was wrapped by torch.compile, inside which attention cannot be read "
+                f"without changing the image; set the original one back, for example with `del {owner}.forward`"
+            )
     inside = next((name for name, part in parts if getattr(part, "_compiled_call_impl", None) is not None), None)
     if inside is None:
         return None
@@ -208,6 +239,8 @@ class AttentionLayer:
         Where image and text are keys side by side: whether the text comes first.
     takes_mask : bool
         Whether its processor heeds an ``attention_mask``; `elakit.attention.edit` goes another way where not.
+    reads : {"text", "image"}
+        Keys whose attention is read: the text, or the image's own locations (self-attention).
     grid : callable
         ``grid(args, kwargs)`` of a call of ``block`` -> (h, w) of this layer's maps.
     layout : callable, optional
@@ -225,6 +258,7 @@ class AttentionLayer:
     kind: Kind = "cross"
     text_first: bool = False
     takes_mask: bool = True
+    reads: Literal["text", "image"] = "text"
     grid: Grid = field(default=image_grid, compare=False, repr=False)
     layout: LayoutOf | None = field(default=None, compare=False, repr=False)
 
@@ -378,6 +412,9 @@ class Adapter(Protocol):
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
         """Images of latents as the pipeline keeps them; of a run's middle too, where they are noisy."""
+
+    def encode_image(self, image: Image.Image) -> torch.Tensor:
+        """Latents of an image, with one row, as the pipeline keeps latents."""
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Arguments of the pipeline's call that make it pass (step, latents) through ``move`` after each step."""

@@ -19,6 +19,7 @@ from elakit.models.adapter import (
     OtherKind,
     argument,
     call_default,
+    encoded,
     running,
     scheduler_timestep,
 )
@@ -44,6 +45,8 @@ class Flux(TransformerAdapter):
     family: ClassVar[str] = "FLUX.1"
     model: ClassVar[type[nn.Module]] = FluxTransformer2DModel
     model_names: ClassVar[tuple[str, ...]] = ("FluxTransformer2DModel",)
+    # The image attends to the text that T5 reads: prompt_2, or prompt if there is none.
+    text_arguments: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt_2", "prompt"),)
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -126,6 +129,11 @@ class Flux(TransformerAdapter):
             (rows * self._patch, columns * self._patch),
             conditional=negative is None or text is not negative,
         )
+
+    @property
+    def text_limit(self) -> int:
+        """Largest number of text positions; what follows them are image tokens (Redux)."""
+        return self._t5_length()
 
     def _timestep(self, given: torch.Tensor) -> float:
         """The scheduler's own number: the model is given a thousandth of it, rounded to the model's precision."""
@@ -225,6 +233,12 @@ class Flux(TransformerAdapter):
             mu=self._shift(height, width, 1.15),
         )
         return 1.0
+
+    def encode_image(self, image: Image.Image) -> torch.Tensor:
+        """Packed latents of an image, (1, patches, 4c)."""
+        latents = encoded(self.pipe, image)
+        packed: torch.Tensor = self.pipe._pack_latents(latents, *latents.shape)
+        return packed
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
         """Images of packed latents, (n, cells, 4c); of a run's middle too, where they are noisy."""

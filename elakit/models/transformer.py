@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from elakit.models.adapter import (
     call_default,
     compiled,
     decoded,
+    encoded,
     running,
     stacked_rows,
 )
@@ -159,20 +161,21 @@ class TransformerAdapter:
         return torch.as_tensor(timestep, device=latents.device).expand(len(latents))
 
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
-        """The layers of self-attention that stand before given layers in their blocks.
+        """Layers that read self-attention, one for each of the given layers.
+
+        These are the layers of self-attention in the same blocks. In joint attention, where image and text are keys
+        side by side, they are the given layers themselves: their attention to the keys of the image, whose rows sum to
+        the share that the image gets beside the text.
 
         Raises
         ------
         ModelError
-            There is none: in joint attention the image attends to itself and to the text at once.
+            When a block has no self-attention.
         """
-        joint = next((layer for layer in beside if layer.kind != "cross"), None)
-        if joint is not None:
-            raise ModelError(
-                f"{self.family} has joint attention, no separate self-attention: in {joint.name} image and text "
-                "attend to both in one softmax. Go without what reads self-attention."
-            )
-        return tuple(self_layer(self.denoiser, layer) for layer in beside)
+        return tuple(
+            self_layer(self.denoiser, layer) if layer.kind == "cross" else replace(layer, reads="image")
+            for layer in beside
+        )
 
     @property
     def _channels(self) -> int:
@@ -211,6 +214,20 @@ class TransformerAdapter:
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
         """Images of latents, (n, c, h, w); of a run's middle too, where they are noisy."""
         return decoded(self.pipe, latents)
+
+    def encode_image(self, image: Image.Image) -> torch.Tensor:
+        """Latents of an image, (1, c, h, w).
+
+        Raises
+        ------
+        ModelError
+            When the family decodes latents in its own way and has no inverse of it.
+        """
+        if type(self).decode is not TransformerAdapter.decode:
+            raise ModelError(
+                f"{self.family} cannot encode an existing image yet; record a run of the pipeline instead."
+            )
+        return encoded(self.pipe, image)
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Arguments of the pipeline's call that make it pass (step, latents) through ``move`` after each step."""

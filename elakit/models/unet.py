@@ -25,6 +25,7 @@ from elakit.models.adapter import (
     call_default,
     compiled,
     decoded,
+    encoded,
     stacked_rows,
 )
 from elakit.tokens import TextSequence
@@ -193,6 +194,10 @@ class UNetAdapter:
         """Images of latents, (n, c, h, w); of a run's middle too, where they are noisy."""
         return decoded(self.pipe, latents)
 
+    def encode_image(self, image: Image.Image) -> torch.Tensor:
+        """Latents of an image, (1, c, h, w)."""
+        return encoded(self.pipe, image)
+
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Arguments of the pipeline's call that make it pass (step, latents) through ``move`` after each step."""
         return step_callback(move)
@@ -224,7 +229,7 @@ def self_layer(denoiser: nn.Module, beside: AttentionLayer) -> AttentionLayer:
         module = None
     if not isinstance(module, Attention) or module.is_cross_attention:
         raise ModelError(f"There is no self-attention beside {beside.name}; go without what reads it.")
-    return replace(beside, name=name, heads=module.heads, module=module)
+    return replace(beside, name=name, heads=module.heads, module=module, reads="image")
 
 
 def check_sides(height: int, width: int, factor: int) -> None:

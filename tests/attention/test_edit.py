@@ -1,4 +1,4 @@
-"""Edits: attention that is changed on purpose changes where, when and as much as was asked, and nothing else."""
+"""Edits change attention where, when and as much as they say, and nothing else."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_logits_are_replaced_by_another_tokens_in_the_region(name: str) -> None:
         changed, after = observe(pipe, lambda: draw(pipe, **family.options))
     first, now = before[0].maps, after[0].maps
     logits = first.log()
-    logits[..., car] = logits[..., red]  # logits up to the same constant in each cell
+    logits[..., car] = logits[..., red]  # logits up to a constant at each location
     by_hand = logits.softmax(-1)
     inside = torch.zeros(before[0].size, dtype=torch.bool)
     inside[:, : before[0].size[1] // 2] = True
@@ -73,7 +73,7 @@ def test_a_token_made_like_itself_changes_nothing(name: str) -> None:
 
 
 def test_what_cannot_be_replaced_says_so() -> None:
-    with pytest.raises(SettingError, match="give two"):
+    with pytest.raises(SettingError, match="Give two"):
         Edit("car", like="red", scale=0)
     pipe = tiny_flux()
     with pytest.raises(RecordingError, match="Use scale or add"), edit(pipe, TEXT, Edit("car", like="red")):
@@ -95,7 +95,7 @@ def test_in_the_region_weights_are_scaled_and_elsewhere_they_are_left(name: str)
     plain, before = observe(pipe, lambda: draw(pipe, **family.options))
     with edit(pipe, prompt, Edit("giraffe", scale=3.0, add=0.5, region=LEFT)):
         changed, after = observe(pipe, lambda: draw(pipe, **family.options))
-    first, now = before[0].maps, after[0].maps  # later layers see another image
+    first, now = before[0].maps, after[0].maps  # later layers have another input
     pieces = list(prompt.find("giraffe"))
     factor = 3 * math.exp(0.5)
     share = first[..., pieces].sum(-1, keepdim=True)
@@ -108,7 +108,7 @@ def test_in_the_region_weights_are_scaled_and_elsewhere_they_are_left(name: str)
     torch.testing.assert_close(now[:, :, inside], by_hand[:, :, inside], atol=1e-5, rtol=0)
     torch.testing.assert_close(now[:, :, ~inside], first[:, :, ~inside], atol=1e-6, rtol=0)
     assert not np.array_equal(plain, changed)
-    # Not only what is read: what the layer puts out has changed, there and for those rows alone.
+    # Not only the recorded values: the layer's output has changed too, there and for those rows only.
     was, _, became, _ = outputs  # of two steps
     rows = adapter_for(pipe).conditional_rows(len(was)) if not family.guided else slice(1, 2)
     change = (became - was).abs()
@@ -216,7 +216,7 @@ def test_autocast_is_edited_too(pipe: Any) -> None:
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_an_image_prompt_is_left_as_it_is(name: str) -> None:
-    """With an IP-Adapter a layer attends to its image in a second attention, whose keys are no words."""
+    """The attention of a layer to the image of an IP-Adapter has keys that are not words, and is not edited."""
     family = FAMILIES[name]
     pipe = family.make()
     ip_adapter(pipe)
@@ -234,7 +234,7 @@ def test_an_image_prompt_is_left_as_it_is(name: str) -> None:
 
 
 def test_guidance_in_an_edited_run_sees_the_model_as_it_is(pipe: Any) -> None:
-    """Its own passes are neither edited nor counted, so the edit acts in the steps that were meant."""
+    """Passes of guidance itself are neither edited nor counted, so an edit acts in the intended steps."""
     adapter = adapter_for(pipe)
     prompt = parse(TEXT, pipe)
     embeds = adapter.encode(prompt.text, guided=False)
@@ -299,7 +299,7 @@ def _pipe() -> Any:
         ({"scale": -1.0}, "scale is -1.0"),
         ({"scale": math.inf}, "scale is inf"),
         ({"add": 1000.0}, "-100 to 100"),
-        ({"tokens": []}, "names nothing"),
+        ({"tokens": []}, "tokens is empty"),
         ({"steps": -1}, "count calls from the start"),
         ({"steps": slice(-3, None)}, "count calls from the start"),
         ({"steps": slice(0, 3, -1)}, "stride"),
@@ -316,7 +316,10 @@ def test_edits_that_make_no_sense_are_refused(options: dict[str, Any], part: str
 def test_what_is_not_there_is_refused_before_the_run(pipe: Any) -> None:
     with pytest.raises(RecordingError, match="'zebra' is not in"), edit(pipe, TEXT, Edit("zebra", scale=0)):
         pass
-    with pytest.raises(RecordingError, match="No layer fits 'double'"), edit(pipe, TEXT, Edit("car", layers="double")):
+    with (
+        pytest.raises(RecordingError, match="No layer matches 'double'"),
+        edit(pipe, TEXT, Edit("car", layers="double")),
+    ):
         pass
     with pytest.raises(RecordingError, match="no start token"), edit(tiny_flux(), TEXT, Edit("<start>", scale=0)):
         pass

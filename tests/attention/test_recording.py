@@ -1,4 +1,4 @@
-"""Recording: the image stays as it is, the numbers are right, the price is known, and what is kept can be read."""
+"""Recording: the image is unchanged, the numbers are right, the size is known before, and recordings can be read."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from elakit.attention import (
     paused,
     record,
     select_layers,
-    store,
     tap,
+    zarr_store,
 )
-from elakit.attention.store import build_node, build_tree
+from elakit.attention.layout import build_node, build_tree
 from elakit.errors import OutputError, RecordingError, SettingError
 from elakit.measures.arrays import resize
 from elakit.models import AttentionLayer, adapter_for
@@ -42,7 +42,7 @@ TEXT = "a [red car] and a [blue bird]"
 
 
 def draw(pipe: Any, text: str | list[str], steps: int = 3, **options: Any) -> np.ndarray:
-    """An image from a fixed seed, as an array."""
+    """Generate an image from a fixed seed, as an array."""
     options = {"generator": torch.Generator().manual_seed(7), "output_type": "np"} | options
     return pipe(text, num_inference_steps=steps, **options).images
 
@@ -144,7 +144,8 @@ def test_image_to_image_keeps_only_the_calls_that_ran(pipe: Any, prompt: Prompt)
 
 
 def independent(pipe: Any, run: Callable[[], Any], guided: bool) -> dict[str, list[np.ndarray]]:
-    """Probabilities from the layers' inputs and weights alone; of each layer one (B, heads, n, text) a call."""
+    """Compute probabilities from the layers' inputs and weights alone; per layer one array (B, heads, n, text) per
+    call."""
     found: dict[str, list[np.ndarray]] = {}
     handles = []
 
@@ -223,7 +224,7 @@ def test_lora_weights_count(pipe: Any, prompt: Prompt) -> None:
 def test_norms_of_queries_and_keys_are_applied() -> None:
     module = Attention(query_dim=8, cross_attention_dim=6, heads=2, dim_head=4, qk_norm="rms_norm").double()
     torch.nn.init.normal_(module.norm_q.weight)
-    layer = AttentionLayer("attn2", "up", 2, module, module, 1)
+    layer = AttentionLayer("attn2", "up", 2, module, module, 1, grid=lambda args, kwargs: (3, 5))
     image, text = torch.randn(1, 15, 8).double(), torch.randn(1, 7, 6).double()
     seen: list[torch.Tensor] = []
     with tap([layer], lambda layer, attend, size: seen.append(attend(slice(None)))):
@@ -353,7 +354,7 @@ def test_projections_fused_inside_a_recording_are_refused_with_the_remedy(pipe: 
     with record(pipe, prompt) as recording:
         draw(pipe, prompt.text, steps=1)
         pipe.fuse_qkv_projections()
-        with pytest.raises(RecordingError, match=r"inside the recording\. Do that before"):
+        with pytest.raises(RecordingError, match=r"was replaced inside the recording\. Load LoRA weights"):
             draw(pipe, prompt.text, steps=1)
     assert recording.steps == (0,)
     with record(pipe, prompt) as fused:
@@ -389,7 +390,7 @@ def test_heads_steps_and_sizes_are_kept_as_asked(pipe: Any, prompt: Prompt) -> N
             draw(pipe, prompt.text, steps=5)
         mean = wholes.isel(step=steps).mean("head")
         halves = part.tree["8x8"]["probability"].squeeze("head")
-        assert halves.dtype == np.float16  # half the room, and three digits of it
+        assert halves.dtype == np.float16  # half the size, three significant digits
         np.testing.assert_allclose(halves, mean, rtol=1e-3, atol=1e-7)
         assert part.steps == tuple(mean["step"].values)
     with record(pipe, prompt, RecordSpec(sizes=4, layers=["mid", "up_blocks.*"], dtype="float32")) as small:
@@ -402,7 +403,7 @@ def test_heads_steps_and_sizes_are_kept_as_asked(pipe: Any, prompt: Prompt) -> N
 def test_tokens_are_kept_as_asked(pipe: Any) -> None:
     prompt = parse("a [red car] and a [giraffe]", pipe)
     pieces = [token.label for token in prompt.tokens if token.label.startswith("giraffe")]
-    assert len(pieces) > 1  # a word the tiny tokenizer has to split
+    assert len(pieces) > 1  # a word that the tiny tokenizer splits
 
     def labels(tokens: Any) -> tuple[str, ...]:
         return RecordSpec(tokens=tokens).channels(prompt).labels
@@ -423,7 +424,7 @@ def test_a_text_without_start_and_one_that_is_read_twice_are_kept_whole() -> Non
     kept = RecordSpec().channels(t5)
     assert kept.labels == ("red", "car", "<end>")
     assert kept.gather(row[:4]).tolist() == [1, 2, 3 + 4]
-    assert kept.gather(row[:6]).tolist() == [1, 2, 3 + 4 + 5 + 6]  # a run of a longer text
+    assert kept.gather(row[:6]).tolist() == [1, 2, 3 + 4 + 5 + 6]  # a run with more text positions
     assert kept.gather(row[:3]).tolist() == [1, 2, 3]
     with pytest.raises(RecordingError, match="2 text positions"):
         kept.gather(row[:2])
@@ -521,7 +522,7 @@ def test_a_loop_of_ones_own_is_recorded_as_far_as_the_budget_goes(pipe: Any, pro
     with record(pipe, prompt, RecordSpec(budget=20 * one)) as recording, torch.no_grad():
         for step in range(20):
             adapter.denoise(torch.zeros(1, 4, 8, 8), 1000 - step, embeds)
-        with pytest.raises(RecordingError, match=r"would take the recording to .* 20 steps. Raise RecordSpec\(budget"):
+        with pytest.raises(RecordingError, match=r"would bring the recording to .* 20 steps. Raise RecordSpec\(budget"):
             adapter.denoise(torch.zeros(1, 4, 8, 8), 980, embeds)
     assert recording.steps == tuple(range(20))
     assert recording.maps("car")["timestep"].values.tolist() == [1000 - step for step in range(20)]
@@ -546,12 +547,16 @@ def test_a_prompt_parsed_for_another_encoder_is_read_again(pipe: Any) -> None:
         ({"heads": "some"}, "'mean', 'all' or a list"),
         ({"heads": [0, 0]}, "different numbers"),
         ({"heads": []}, "different numbers"),
-        ({"device": "cuda"}, "'cpu' or 'model'"),
-        ({"dtype": "int8"}, "'float32'"),
-        ({"budget": 0}, "positive"),
-        ({"steps": 0}, "n >= 1"),
+        ({"device": "cuda"}, "one of 'cpu', 'model'"),
+        ({"dtype": "int8"}, "one of 'float32', 'float16'"),
+        ({"budget": 0}, "whole number of 1 or more"),
+        ({"budget": float("nan")}, "whole number of 1 or more"),
+        ({"budget": 1e9}, "whole number of 1 or more"),
+        ({"accumulate": "no"}, "True or False"),
+        ({"steps": 0}, "every n-th call"),
         ({"steps": slice(None, None, -1)}, "stride"),
-        ({"sizes": -16}, "positive"),
+        ({"sizes": -16}, "larger side"),
+        ({"self_attention": float("nan")}, "larger side"),
         ({"tokens": "car"}, r"\['car'\]"),
     ],
 )
@@ -564,7 +569,7 @@ def test_a_selection_that_fits_nothing_lists_what_is_there(pipe: Any, prompt: Pr
     layers = adapter_for(pipe).layers()
     with pytest.raises(RecordingError, match=r"up_blocks\.1\.attentions\.1"):
         select_layers(layers, "encoder")
-    with pytest.raises(RecordingError, match="No layer was asked for"):
+    with pytest.raises(RecordingError, match="No layer is selected"):
         select_layers(layers, [])
     with pytest.raises(RecordingError, match="8x8, 4x4"):
         RecordSpec(sizes=16).plan(pipe, prompt, steps=1)
@@ -575,7 +580,7 @@ def test_a_selection_that_fits_nothing_lists_what_is_there(pipe: Any, prompt: Pr
 
 
 def made(values: dict[str, np.ndarray] | None = None) -> Recording:
-    """A recording of known numbers: 2 steps, 2 images; layers "down" and "up" at 4x6, "mid" at 2x3; two heads."""
+    """A recording with known numbers: 2 steps, 2 images; layers "down" and "up" at 4x6, "mid" at 2x3; two heads."""
     tokens = [Token(1, "red", "red", 0), Token(2, "gir", "giraffe/1", 1), Token(3, "affe", "giraffe/2", 1)]
     prompt = Prompt(
         text="red giraffe <b>",
@@ -604,7 +609,7 @@ def test_maps_are_the_mean_over_layers_and_heads() -> None:
     assert one.dims == ("step", "token", "y", "x")
     assert one.shape == (2, 1, 4, 6)
     np.testing.assert_allclose(one[:, 0], raw["4x6"][:, 1, 1, :, :, :, 1].mean(1), rtol=1e-6)
-    # Every layer weighs the same, and small maps grow to the large ones.
+    # Every layer has the same weight, and small maps are resized to the large ones.
     every = recording.maps("red")
     grown = resize(raw["2x3"][:, 0, 0, :, :, :, 1].mean(1), (4, 6))
     large = raw["4x6"][:, 0, :, :, :, :, 1].mean(2)
@@ -710,7 +715,7 @@ def test_resizing_agrees_with_torch(seed: int, old: int, new: int) -> None:
         truth = torch.nn.functional.interpolate(maps, size=(new, new), mode="bilinear", align_corners=False)
     elif old % new == 0:
         truth = torch.nn.functional.adaptive_avg_pool2d(maps, new)
-    else:  # each of `new` equal cells is the mean of what lies under it
+    else:  # each of `new` equal intervals is the mean over what it covers
         fine = maps.repeat_interleave(new, -1).repeat_interleave(new, -2)
         truth = torch.nn.functional.avg_pool2d(fine, old)
     np.testing.assert_allclose(resize(maps.numpy(), (new, new)), truth, atol=1e-12)
@@ -814,7 +819,7 @@ def test_a_save_that_fails_leaves_the_old_recording(
 ) -> None:
     recording = made()
     path = recording.save(tmp_path / "kept")
-    write, rename = store._write_tree, Path.rename
+    write, rename = zarr_store._write_tree, Path.rename
 
     def fail_writing(*args: Any, **kwargs: Any) -> None:
         write(*args, **kwargs)
@@ -825,7 +830,7 @@ def test_a_save_that_fails_leaves_the_old_recording(
             raise error
         return rename(self, target)
 
-    for owner, name, failing in ((store, "_write_tree", fail_writing), (Path, "rename", fail_renaming)):
+    for owner, name, failing in ((zarr_store, "_write_tree", fail_writing), (Path, "rename", fail_renaming)):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, failing)
             with pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt):
@@ -835,7 +840,7 @@ def test_a_save_that_fails_leaves_the_old_recording(
 
 
 def test_opening_what_is_no_recording_says_so(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="nothing is there"):
+    with pytest.raises(OutputError, match="does not exist"):
         open_recording(tmp_path / "nowhere")
     xr.Dataset({"a": ("x", [1])}).to_zarr(tmp_path / "other", zarr_format=2)
     with pytest.raises(RecordingError, match=r"Recording\.save"):
@@ -844,7 +849,7 @@ def test_opening_what_is_no_recording_says_so(tmp_path: Path) -> None:
 
 def test_looks() -> None:
     text = repr(made())
-    for part in ("red giraffe <b>", "0, 3 of 4 calls", "4x6: layers 1 down, 1 up; 2 heads", "giraffe/1"):
+    for part in ("red giraffe <b>", "0, 3 of 4 denoiser calls", "4x6: layers 1 down, 1 up; 2 heads", "giraffe/1"):
         assert part in text
     html = made()._repr_html_()
     assert "giraffe <b>" not in html

@@ -1,4 +1,4 @@
-"""Self-attention kept beside the maps, and maps spread along it."""
+"""Self-attention that is kept beside the maps, and maps that are propagated along it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import pytest
 import torch
 import xarray as xr
 from diffusers.models.attention_processor import AttnProcessor
-from tiny import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sdxl
+from tiny import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl
+from witness import witness
 
-from elakit.attention import RecordSpec, open_recording, record
+from elakit.attention import RecordSpec, SelfAttention, open_recording, record
 from elakit.attention.aggregate import refined
 from elakit.errors import RecordingError, SettingError
-from elakit.prompt import parse
+from elakit.models import adapter_for
+from elakit.prompt import Prompt, parse
 
 TEXT = "a [red car] and a [blue bird]"
 
@@ -62,7 +64,7 @@ def test_it_is_the_mean_of_what_the_layers_of_its_size_computed() -> None:
         {name: watchers.get(name.removesuffix(".processor"), AttnProcessor()) for name in pipe.unet.attn_processors}
     )
     draw(pipe, prompt.text)
-    # (steps, layers, conditional half of the heads, cells, cells)
+    # (steps, layers, heads of the conditional half, locations, locations)
     seen = torch.stack([torch.stack([w.seen[step] for w in watchers.values()]) for step in range(3)])
     expected = seen.unflatten(2, (2, -1))[:, :, 1].mean((1, 2))
     kept = recording.tree["self-8x8"]["probability"].values.reshape(3, 64, 64)
@@ -77,17 +79,17 @@ def node(matrix: np.ndarray, size: tuple[int, int]) -> xr.Dataset:
     return xr.Dataset({"probability": (("step", "image", "layer", "head", "y", "x", "token"), values)})
 
 
-def test_cells_that_attend_to_each_other_share_their_values() -> None:
+def test_locations_that_attend_to_each_other_share_their_values() -> None:
     maps = np.array([[[[1.0, 0.0], [0.5, 0.5]]]], np.float32)
     alone = np.eye(4)
     np.testing.assert_array_equal(refined(maps, node(alone, (2, 2)), 0, 3), maps)
     together = np.full((4, 4), 0.25)
     np.testing.assert_allclose(refined(maps, node(together, (2, 2)), 0, 1), np.full((1, 1, 2, 2), 0.5))
-    # The first row's two cells attend to each other alike, the others to themselves.
+    # The two locations of the first row attend to each other equally, the others to themselves.
     rows = np.eye(4)
     rows[:2, :2] = 0.5
     np.testing.assert_allclose(refined(maps, node(rows, (2, 2)), 0, 1), [[[[0.5, 0.5], [0.5, 0.5]]]])
-    # The first looks at the second alone: one hop takes its value, and not the other way round.
+    # The first location attends to the second only and takes its value; the second keeps its own.
     hop = np.eye(4)
     hop[0] = [0, 1, 0, 0]
     np.testing.assert_allclose(refined(maps, node(hop, (2, 2)), 0, 1)[0, 0], [[0, 0], [0.5, 0.5]])
@@ -114,7 +116,7 @@ def test_refined_maps_come_at_its_size_from_memory_and_disk(make: Any, options: 
     np.testing.assert_array_equal(part.maps("car", refine=2), kept.maps("car", steps=[0, 2], refine=2, image=1))
     one = kept.isel(step=-1)
     np.testing.assert_array_equal(one.maps("bird", refine=1), kept.maps("bird", steps=-1, refine=1))
-    # Rows of self-attention sum to 1, so maps stay between their least and their most.
+    # Rows of self-attention sum to 1, so maps stay between their minimum and maximum.
     raw = kept.maps("entities", size=side)
     assert float(maps.max()) <= float(kept.maps("entities", image=1).max()) + 1e-3
     assert float(raw.min()) >= 0
@@ -146,7 +148,58 @@ def test_what_cannot_be_had_is_said() -> None:
         draw(pipe, prompt.text, steps=1)
     with pytest.raises(SettingError, match="refine is -1"):
         recording.maps("car", refine=-1)
-    flux = tiny_flux()
-    text = parse(TEXT, flux)
-    with pytest.raises(RecordingError, match="joint attention"), record(flux, text, RecordSpec(self_attention=4)):
-        pass
+
+
+JOINT = {
+    "sd3": (tiny_sd3, {"max_sequence_length": 14}),
+    "flux": (tiny_flux, {"max_sequence_length": 14, "height": 32, "width": 32}),
+}
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_in_joint_attention_it_is_the_attention_to_the_keys_of_the_image(name: str, tmp_path: Path) -> None:
+    """Compared with what the attention call received; with the text's share it sums to 1."""
+    make, options = JOINT[name]
+    pipe = make()
+    prompt = parse(TEXT, pipe)
+    plain = draw(pipe, prompt.text, steps=1, **options)
+    own = SelfAttention(size=4, heads="all", each_layer=True)
+    spec = RecordSpec(self_attention=own, heads="all", dtype="float32")
+    path = tmp_path / "run.zarr"
+    with witness(adapter_for(pipe).layers()) as seen, record(pipe, prompt, spec, store=path) as recording:
+        assert torch.equal(plain, draw(pipe, prompt.text, steps=1, **options))
+    assert spec.plan(pipe, prompt, steps=1, height=32, width=32).bytes == recording.nbytes
+    (node,) = open_recording(path).nodes("image")
+    for one, layer in zip(seen, recording.layers, strict=True):
+        row = len(one.probabilities) - 1  # the last one sees the prompt
+        image = slice(-16, None) if one.layer.text_first else slice(0, 16)
+        truth = one.probabilities[row][:, image, image]
+        kept = node["probability"].sel(layer=layer).isel(step=0, image=0).values.reshape(2, 16, 16)
+        np.testing.assert_allclose(kept, truth, atol=1e-6)
+    one_layer = recording.layers[-1]
+    total = recording.self_attention(layers=one_layer, head=1).sum(("y_key", "x_key"))
+    text = recording.sel(layer=one_layer, head=1).maps().sum("token")
+    np.testing.assert_allclose(total + text, 1, atol=1e-5)
+    assert recording.self_attention().dims == ("step", "y", "x", "y_key", "x_key")
+    assert np.isfinite(recording.maps("car", refine=1)).all()
+
+
+def test_layers_and_heads_of_self_attention_are_selected(pipe: Any, prompt: Prompt) -> None:
+    every = SelfAttention(size=8, heads="all", each_layer=True)
+    with record(pipe, prompt, RecordSpec(self_attention=every, dtype="float32")) as whole:
+        draw(pipe, prompt.text, steps=2)
+    part = SelfAttention(size=8, layers="up", heads=[1], each_layer=True)
+    with record(pipe, prompt, RecordSpec(self_attention=part, layers="down", dtype="float32")) as some:
+        draw(pipe, prompt.text, steps=2)
+    with record(pipe, prompt, RecordSpec(self_attention=8, dtype="float32")) as mean:
+        draw(pipe, prompt.text, steps=2)
+    np.testing.assert_allclose(some.self_attention(), whole.self_attention("up", head=1), atol=1e-6)
+    np.testing.assert_allclose(mean.self_attention(), whole.self_attention(), atol=1e-6)
+    np.testing.assert_allclose(mean.maps("car", refine=1, size=8), whole.maps("car", refine=1, size=8), atol=1e-5)
+    with pytest.raises(RecordingError, match="No layer matches 'mid'"):
+        whole.self_attention("mid")
+    with pytest.raises(RecordingError, match="No head 5"):
+        whole.self_attention(head=5)
+    for wrong in ({"size": 0}, {"size": 8, "heads": []}, {"size": 8, "each_layer": 1}):
+        with pytest.raises(SettingError):
+            SelfAttention(**wrong)

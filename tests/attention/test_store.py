@@ -1,4 +1,4 @@
-"""Recordings on disk and in the running: a store grows with its run, whatever ends the run; means need no steps."""
+"""Destinations of steps: a store on disk that grows with the run, memory, and running means."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from tiny import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elakit.attention import RecordSpec, open_recording, record
-from elakit.attention import store as stores
-from elakit.attention.store import Layout, Memory, RunningMean, Staging, ZarrStore
+from elakit.attention import RecordSpec, open_recording, record, zarr_store
+from elakit.attention.layout import Layout, NodeLayout
+from elakit.attention.sinks import Memory, RunningMean, Staging
+from elakit.attention.zarr_store import ZarrStore
 from elakit.errors import OutputError, RecordingError, SettingError
 from elakit.models import adapter_for
 from elakit.prompt import Prompt, Token, parse
@@ -32,13 +33,13 @@ TEXT = "a [red car] and a [blue bird]"
 
 
 def draw(pipe: Any, text: str, steps: int = 3, **options: Any) -> torch.Tensor:
-    """Latents of an image from a fixed seed."""
+    """Generate the latents of an image from a fixed seed."""
     options = {"generator": torch.Generator().manual_seed(7), "output_type": "latent"} | options
     return pipe(text, num_inference_steps=steps, **options).images
 
 
 def stop_at(pipe: Any, call: int, error: BaseException) -> Any:
-    """Raise in the middle of a call of the denoiser, after some of its layers have run."""
+    """Raise an error in the middle of a denoiser call, after some of its layers have run."""
     calls = 0
 
     def hook(*_: Any) -> None:
@@ -76,7 +77,7 @@ def test_a_store_holds_what_memory_would(scheduler: str, tmp_path: Path) -> None
         for name, node in kept.tree.children.items():
             xr.testing.assert_identical(recording.tree[name].to_dataset().load(), node.to_dataset())
     xr.testing.assert_identical(opened.maps("entities", normalize="start"), kept.maps("entities", normalize="start"))
-    # What was saved from memory, from the store, or from a part of it, is the same kind of folder.
+    # A recording saved from memory, from the store, or from a part of it has the same format.
     again = open_recording(opened.sel(step=[0, 2], token="car").save(tmp_path / "part"))
     assert again.steps == (0, 2)
     np.testing.assert_array_equal(again.maps("car"), kept.maps("car", steps=[0, 2]))
@@ -89,7 +90,7 @@ def test_a_store_is_read_without_elakit(pipe: Any, prompt: Prompt, tmp_path: Pat
     assert json.loads(tree.attrs["prompt"])["text"] == prompt.text
     seen = tree["8x8"]["probability"].sel(token="car", step=2).mean(("layer", "head")).squeeze("image", drop=True)
     np.testing.assert_allclose(seen, recording.maps("car", size=8)[-1, 0], rtol=1e-6)
-    # Also by readers that do not know consolidated metadata: every array's own file tells the same shape.
+    # Also for readers without consolidated metadata: the file of every array has the same shape.
     for path in (tmp_path / "run.zarr").rglob(".zarray"):
         described = json.loads(path.read_text())
         assert described["shape"] == list(tree[path.parent.parent.name][path.parent.name].shape)
@@ -171,18 +172,20 @@ def test_a_run_that_is_killed_leaves_a_store_that_opens(pipe: Any, prompt: Promp
 def layout(images: int = 1, dtype: torch.dtype = torch.float32) -> Layout:
     """Two sizes, three layers, two tokens."""
     prompt = Prompt("car", (), (Token(1, "car", "car", 0),), 2, 4)
+    tokens = [("<start>", 0), ("<end>", -1)]
+    large = NodeLayout(
+        shape=(images, 2, 1, 2, 3, 2), layers=[("a", "down", 0), ("c", "up", 2)], tokens=tokens, heads="mean"
+    )
+    small = NodeLayout(shape=(images, 1, 1, 1, 1, 2), layers=[("b", "mid", 1)], tokens=tokens, heads="mean")
     return Layout(
-        shapes={"2x3": (images, 2, 1, 2, 3, 2), "1x1": (images, 1, 1, 1, 1, 2)},
-        layers={"2x3": [("a", "down", 0), ("c", "up", 2)], "1x1": [("b", "mid", 1)]},
-        tokens={name: [("<start>", 0), ("<end>", -1)] for name in ("2x3", "1x1")},
-        heads="mean",
+        nodes={"2x3": large, "1x1": small},
         dtype=dtype,
         about={"prompt": prompt, "family": "test", "model": "Test", "expected": 9},
     )
 
 
 def fill(sink: Any, step: int) -> None:
-    """Hand a sink a step whose values tell which step, size and place they are."""
+    """Give a sink a step whose values encode step, size and position."""
     sink.reserve(step)
     for name, slot in sink.slots().items():
         slot.copy_((torch.arange(slot.numel()) + 100 * step + 10 * int(name[0])).view(slot.shape))
@@ -193,17 +196,17 @@ def fill(sink: Any, step: int) -> None:
 def test_a_write_that_breaks_off_anywhere_leaves_the_steps_before(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sink = ZarrStore(layout(), tmp_path / "run.zarr", most=99)
+    sink = ZarrStore(layout(), tmp_path / "run.zarr", limit=99)
     for step in range(8):
         fill(sink, step)
-    replace = stores._replace
+    replace = zarr_store._replace
 
     def fail(path: Path, content: bytes) -> None:
         if broken in (path.name, path.parent.name):
             raise OSError(28, "No space left on device")
         replace(path, content)
 
-    monkeypatch.setattr(stores, "_replace", fail)
+    monkeypatch.setattr(zarr_store, "_replace", fail)
     with pytest.raises(OutputError, match="No space left"):
         fill(sink, 8)
     killed = open_recording(tmp_path / "run.zarr")
@@ -232,10 +235,10 @@ def test_every_sink_gives_back_what_it_was_given(
     tmp_path_factory: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stores, "_STEPS", chunk)  # a run may fill several files of step labels
+    monkeypatch.setattr(zarr_store, "_STEPS", chunk)  # a run may fill several files of step coordinates
     shape, cpu = layout(images, torch.float16 if half else torch.float32), torch.device("cpu")
     path = tmp_path_factory.mktemp("sink") / "run.zarr"
-    inner: Any = ZarrStore(shape, path, most=12) if "zarr" in kind else Memory(shape, capacity, 12, cpu)
+    inner: Any = ZarrStore(shape, path, limit=12) if "zarr" in kind else Memory(shape, capacity, 12, cpu)
     sink = Staging(inner, cpu) if "staged" in kind else inner
     for step in range(steps):
         fill(sink, step)
@@ -254,18 +257,48 @@ def test_every_sink_gives_back_what_it_was_given(
     assert tree.attrs["calls"] == 40
 
 
+@pytest.mark.parametrize("runs", [(3,), (10, 10), (10, 14), (24,)])
+def test_memory_never_takes_more_than_its_steps(runs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a run that ends early nor several runs in a block need room for a second copy."""
+    allocated = 0
+    empty = torch.empty
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal allocated
+        made = empty(*args, **kwargs)
+        allocated += made.nbytes
+        return made
+
+    monkeypatch.setattr(torch, "empty", counted)
+    planned, most = 10, 24
+    sink = Memory(layout(), planned, most, torch.device("cpu"))
+    for step in range(sum(runs)):
+        fill(sink, step)
+    blocks = [block["2x3"] for block in sink._blocks]
+    tree = sink.finish(calls=sum(runs))
+    assert allocated <= most * layout().step_bytes
+    values = tree["2x3"]["probability"]
+    if sum(runs) <= planned:
+        assert np.shares_memory(values.values, blocks[0].numpy())
+    assert values.values[:, 0, 0, 0, 0, 0, 0].tolist() == [100 * step + 20 for step in range(sum(runs))]
+    np.testing.assert_array_equal(values.isel(step=-1).values, values.values[-1])
+    if sum(runs) == most:
+        with pytest.raises(RecordingError, match="room for 24 steps"):
+            fill(sink, most)
+
+
 # -- on an accelerator, as far as a processor can tell -----------------------------------------------------------------
 
 
 class OnHost(Layout):
-    """Makes room on the host, whatever device is asked for."""
+    """Allocates on the host, whatever the device."""
 
     def slots(self, dtype: torch.dtype | None = None, **options: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return super().slots(dtype)
 
 
 class Copies(TorchFunctionMode):
-    """Notes every copy into a tensor that is there, and whether it waits."""
+    """Logs every copy into an existing tensor, and whether it waits."""
 
     def __init__(self, log: list[str]) -> None:
         super().__init__()
@@ -290,7 +323,7 @@ def test_a_step_leaves_the_accelerator_in_one_copy_that_nothing_waits_for(monkey
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     known = layout()
-    sink = Memory(OnHost(**vars(known)), capacity=3, most=9, device=torch.device("cpu"))
+    sink = Memory(OnHost(**vars(known)), capacity=3, limit=9, device=torch.device("cpu"))
     staging = Staging(sink, torch.device("cuda"))
     for step in range(3):
         staging.reserve(step)
@@ -299,14 +332,17 @@ def test_a_step_leaves_the_accelerator_in_one_copy_that_nothing_waits_for(monkey
         with Copies(log):
             staging.commit((step, 0.0, 0.0))
     to_the_host, into_the_recording = ["copy that waits for nothing", "event"], ["wait", "copy", "copy"]
-    assert log == [*to_the_host, *(to_the_host + into_the_recording) * 2]  # each is taken when the next is on its way
+    assert log == [
+        *to_the_host,
+        *(to_the_host + into_the_recording) * 2,
+    ]  # each step is handed on when the next one is under way
     tree = staging.finish(calls=3)
-    for size in known.shapes:
+    for size in known.nodes:
         assert [set(values.ravel()) for values in tree[size]["probability"].values] == [{0.0}, {1.0}, {2.0}]
 
 
 class Waits(TorchDispatchMode):
-    """Counts operations for which a host would wait for its accelerator."""
+    """Counts operations that would make a host wait for its accelerator."""
 
     count = 0
 

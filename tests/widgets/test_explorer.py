@@ -225,7 +225,7 @@ def test_one_entity_and_five_can_be_explored() -> None:
 def test_a_recording_without_the_entities_has_no_regions_and_says_so() -> None:
     run = draw(steps=2)
     assert run.recording is not None
-    explorer = elakit.explore(replace(run, recording=run.recording.sel(token="red"), _derived={}))
+    explorer = elakit.explore(replace(run, recording=run.recording.sel(token="red")))
     about = explorer._meta["runs"][0]
     assert (explorer.measure, explorer.tokens, about["regions"], about["measures"]) == ("", ["red"], None, {})
     assert "No regions and no measures" in about["notes"][0]

@@ -12,7 +12,6 @@ import pandas as pd
 import xarray as xr
 
 from elakit.attention import Recording
-from elakit.attention.store import SELF
 from elakit.errors import ElakitError, RecordingError
 from elakit.generation import Run
 from elakit.plot import style
@@ -120,10 +119,10 @@ def nodes_of(recording: Recording) -> tuple[xr.Dataset, ...]:
     RecordingError
         Nothing was recorded.
     """
-    nodes = [node.to_dataset() for name, node in recording.tree.children.items() if not name.startswith(SELF)]
+    nodes = recording.nodes()
     if not nodes or not nodes[0].sizes["step"]:
         raise RecordingError("The recording is empty: the run ended before its first step was finished. Draw it again.")
-    return tuple(sorted(nodes, key=lambda node: (node.sizes["y"], node.sizes["x"]), reverse=True))
+    return nodes
 
 
 def words_of(recording: Recording) -> list[Word]:

@@ -13,7 +13,7 @@ from scipy.ndimage import binary_erosion
 from elakit.errors import ElakitError
 from elakit.generation import Run
 from elakit.plot import style
-from elakit.plot.images import paled
+from elakit.plot.images import light_gray
 from elakit.widgets.explorer.colors import lookup
 
 # Pixels; the image has twice as many as it is shown with, for sharp text.
@@ -87,7 +87,7 @@ def _overlay(image: Image.Image, values: np.ndarray, top: float) -> Image.Image:
     levels = (values / top * 255).clip(0, 255).astype(np.uint8)
     colored = Image.fromarray(lookup("viridis")[levels])
     size = _PANEL * _SCALE, _PANEL * _SCALE * image.height // image.width
-    base = paled(image).convert("RGB").resize(size)
+    base = light_gray(image).convert("RGB").resize(size)
     return Image.blend(base, colored.resize(size, Image.Resampling.NEAREST), _OPACITY)
 
 

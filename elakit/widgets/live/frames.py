@@ -84,7 +84,7 @@ def _attention(run: Run) -> tuple[xr.DataArray, np.ndarray | None]:
     if run.recording is None or not run.recording.steps:
         return _nothing(), None
     recording = run.recording.sel(step=-1)
-    last = replace(run, recording=recording, _derived={})
+    last = replace(run, recording=recording)
     try:
         maps = last.entity_maps().isel(step=0)
     except ElakitError:  # no entity was recorded
