@@ -118,7 +118,6 @@ TO_REVISE: frozenset[str] = frozenset(
         "elakit/prediction/features.py",
         "elakit/prediction/fit.py",
         "elakit/prediction/predictor.py",
-        "elakit/regions.py",
         "elakit/run.py",
         "elakit/sweep/__init__.py",
         "elakit/sweep/cli.py",

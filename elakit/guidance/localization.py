@@ -29,9 +29,9 @@ class FromMaps:
     Parameters
     ----------
     differentiation : {"argmax", "subtract-max", "subtract-mean", "none"}
-        How the maps of the entities are compared with each other; see `elakit.regions.localize`.
+        Rule that compares the maps of the entities with each other; see `elakit.regions.localize`.
     binarization : {"background", "otsu", "mean-std", "quantile"}
-        Which locations belong to a region; see `elakit.regions.localize`.
+        Rule for the locations that belong to a region; see `elakit.regions.localize`.
     threshold : float, optional
         Share of the background's attention that an entity must exceed; .1125 by default. Only for
         ``binarization="background"``.
@@ -149,7 +149,7 @@ class FromMaps:
         return start if self.background == "start" else start + end
 
     def locks(self, step: int) -> bool:
-        """Whether the regions of a denoising step are kept for the steps that follow."""
+        """True if the regions of a denoising step are kept for the following steps."""
         return self.lock_from is not None and step >= self.lock_from
 
 
@@ -210,7 +210,7 @@ def entity_means(maps: Tensor, prompt: Prompt) -> Tensor:
 
 
 def is_complete(given: Layout | None) -> bool:
-    """Whether a layout has a region for every entity."""
+    """True for a layout with a region for every entity."""
     return given is not None and all(region is not None for region in given)
 
 
