@@ -11,9 +11,9 @@ import pandas as pd
 
 from elakit.causes import Cause, Failure, Findings
 from elakit.diagnosis.remedies import RemedyResult, bleed
-from elakit.generation import Run
 from elakit.judge import Verdict
 from elakit.prompt import Prompt
+from elakit.run import Run
 from elakit.statistics import wilson
 
 Outcome = Literal["fixed", "broken", "right", "wrong"]
@@ -100,7 +100,7 @@ class DiagnosisData:
     def blocked(self) -> int:
         """Number of images that the pipeline's safety checker replaced."""
         runs = [run for pair in self.pairs for run in (pair.plain, pair.guided)]
-        return sum(bool(run.settings.get("nsfw")) for run in runs)
+        return sum(run.nsfw for run in runs)
 
     @property
     def plain(self) -> tuple[Run, ...]:

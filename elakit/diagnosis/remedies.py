@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from elakit.generation import Run
 from elakit.guidance import Method, method_title
 from elakit.prompt import Prompt
+from elakit.run import Run
 from elakit.statistics import wilson
 
 Kind = Literal["guidance", "seed", "wording", "regions"]

@@ -11,8 +11,8 @@ from typing import Any
 
 from elakit.errors import ElakitError, OutputError
 from elakit.files import read_json, write_json
-from elakit.generation import Run, open_run
 from elakit.prompt import Prompt
+from elakit.run import Run, open_run
 
 
 class RunStore:

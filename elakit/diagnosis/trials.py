@@ -10,12 +10,12 @@ from elakit.attention import RecordSpec
 from elakit.diagnosis.generation import ImageGenerator
 from elakit.diagnosis.remedies import Kind, Remedy, RemedyResult
 from elakit.errors import ElakitError, SettingError
-from elakit.generation import Run
 from elakit.guidance import ELA, METHODS, Method, without_regions
 from elakit.guidance.metadata import options_of
 from elakit.prediction import FEATURES, Predictor
 from elakit.prompt import Prompt, parse
 from elakit.rewording import next_to, swapped
+from elakit.run import Run
 
 # Remedies that are tried by default, in addition to the method that is always compared.
 DEFAULT = ("conform", "ebama", "another-seed", "swapped", "next-to", "regions")

@@ -47,7 +47,7 @@ def check_guided(method: Any) -> None:
 
 
 def check_refine(method: Any, goal: str) -> None:
-    """Refuse a ``refine`` whose entries are not (share, number, whole number) or repeat a share; lists become tuples."""
+    """Refuse a ``refine`` that is not a sequence of (share, number, whole number); lists become tuples."""
     rule = f"a sequence of (share of the steps, {goal}, most steps taken), such as ((0.0, 0.05, 20),)"
     try:
         entries = tuple((share, least, most) for share, least, most in method.refine)

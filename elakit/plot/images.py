@@ -16,7 +16,7 @@ from elakit.errors import SettingError
 from elakit.plot import style
 
 if TYPE_CHECKING:
-    from elakit.generation import Run
+    from elakit.run import Run
 
 # Images up to this side are encoded losslessly; larger ones, of which a report may contain many, as JPEG.
 LOSSLESS_SIDE = 256

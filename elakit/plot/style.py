@@ -16,7 +16,7 @@ from elakit.measures.arrays import nearest_size
 
 if TYPE_CHECKING:
     from elakit.attention import Recording
-    from elakit.generation import Run
+    from elakit.run import Run
 
 # Distinguishable with every common kind of color blindness (Okabe & Ito, "Color Universal Design", 2008); the pair that
 # differs most comes first.

@@ -22,10 +22,11 @@ from elakit.diagnosis import DEFAULT, Diagnosis, Pair, Remedy, RemedyResult, ran
 from elakit.diagnosis.commands import code, command, reproduce
 from elakit.diagnosis.trials import CANDIDATES, check, side_by_side
 from elakit.errors import OutputError, SettingError
-from elakit.generation import Run, generate
+from elakit.generation import generate
 from elakit.guidance import ELA
 from elakit.judge import Verdict
 from elakit.prediction import FEATURES, OUTCOMES, SHARES, Predictor
+from elakit.run import Run
 
 PAIR = "a [red car] and a [blue bird]"
 WORLD = "a [bear] and a [blue clock]"

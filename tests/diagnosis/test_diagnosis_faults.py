@@ -132,7 +132,7 @@ def test_images_that_were_not_judged_have_no_missing_entities() -> None:
 
 def test_images_of_the_safety_checker_are_not_judged() -> None:
     found = diagnosis(seeds=1)
-    found.pairs[0].plain.settings["nsfw"] = True
+    found.pairs[0].plain.nsfw = True
     said = " ".join(statements(found)["images"])
     assert "safety checker replaced 1 of 2 images" in said
     assert "picture-world" not in said

@@ -21,11 +21,12 @@ from tiny import tiny_pipeline
 
 from elakit import plot
 from elakit.errors import OutputError, RecordingError, SettingError
-from elakit.generation import Run, generate
+from elakit.generation import generate
 from elakit.guidance import ELA
 from elakit.plot import style
 from elakit.plot.images import light_gray
 from elakit.plot.style import ENTITY_COLORS, escape, pick_steps
+from elakit.run import Run
 
 PAIR = "a [red car] and a [blue bird]"
 STEPS = 6

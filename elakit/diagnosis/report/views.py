@@ -9,12 +9,12 @@ from elakit.diagnosis import commands
 from elakit.diagnosis.data import DiagnosisData, Pair
 from elakit.diagnosis.remedies import RemedyResult, bleed
 from elakit.diagnosis.sentences import first_step, layer_name, plural, steps_of
-from elakit.generation import Run
 from elakit.guidance import method_title
 from elakit.judge import Verdict
 from elakit.plot.images import data_uri
 from elakit.prompt import Prompt
 from elakit.rewording import entity_spans
+from elakit.run import Run
 
 # Longest sides in pixels of the images by seed, of the example's, and of a remedy's.
 THUMBNAIL, LARGE, SMALL = 256, 640, 128
