@@ -49,8 +49,8 @@ ReadAttention = Callable[[Tensor, Tensor, Conditioning], list[Attention]]
 def reading(adapter: Adapter, layers: Sequence[AttentionLayer], *, reads_self: bool = False) -> Iterator[ReadAttention]:
     """Context that gives the differentiable attention of conditional passes, which stop after the last layer read.
 
-    Compute gradients inside the context, too: with gradient checkpointing the backward pass repeats parts of the forward
-    pass.
+    Compute gradients inside the context, too: with gradient checkpointing the backward pass repeats parts of the
+    forward pass.
 
     Parameters
     ----------

@@ -118,7 +118,7 @@ def _truncated(box: Box, size: tuple[int, int]) -> np.ndarray:
     rows, columns = size
     inside = np.zeros(size, bool)
     inside[int(box[1] * rows) : int(box[3] * rows), int(box[0] * columns) : int(box[2] * columns)] = True
-    return inside if inside.any() else _cells(box, size)
+    return inside if inside.any() else _inside(box, size)
 
 
 def apart(masks: np.ndarray) -> np.ndarray:
