@@ -1,6 +1,6 @@
-"""What holds for every guidance method: true gradients, a loss that falls, no order of entities, no needless help.
+"""Properties of every guidance method: true gradients, a loss that decreases, independence of the order of entities."""
 
-A method that is added to `elakit.guidance.METHODS` is tested here without further ado.
+A method that is added to `elakit.guidance.METHODS` is tested here, too.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def test_one_slight_step_lowers_the_loss(method: Any) -> None:
 
 
 def of_two(pieces: int = 2) -> Prompt:
-    """Read "red car blue bird" into positions from 1, the bird in so many pieces; two positions of end-of-text."""
+    """Read "red car blue bird" into positions from 1, the bird in `pieces` tokens; two positions of end-of-text."""
     names = ["red", "car", "blue", *["bird"] * pieces]
     tokens = tuple(Token(i, name, f"{name}/{i}", min(i, 4) - 1) for i, name in enumerate(names, start=1))
     entities = (

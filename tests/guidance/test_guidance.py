@@ -33,7 +33,7 @@ def hooks_of(module: torch.nn.Module) -> int:
 
 
 def setting(pipe: Any, text: str = PAIR, **options: Any) -> tuple[Any, ...]:
-    """What the engine's `gradient` takes, at the fourth of ten steps from fixed noise."""
+    """Arguments of the engine's `gradient`, at the fourth of ten steps from fixed noise."""
     adapter, prompt = adapter_for(pipe), parse(text, pipe)
     method = ELA(anchor=LatentStep(needed=None, enough=None, **options), size=8)
     embeds = adapter.encode(prompt.text, guided=False)
@@ -394,15 +394,15 @@ def test_no_entity_loses_its_mask_on_another_grid_and_regions_never_overlap(
 @pytest.mark.parametrize(
     ("layout", "part"),
     [
-        ([(0, 0, 1)], "no box"),
-        ([(0.5, 0, 0.5, 1)], "no box"),
-        ([(0, 0, 2, 1)], "no box"),
-        ("left", "no layout"),
+        ([(0, 0, 1)], "not a box"),
+        ([(0.5, 0, 0.5, 1)], "not a box"),
+        ([(0, 0, 2, 1)], "not a box"),
+        ("left", "not a layout"),
         (np.zeros((1, 4, 4), bool), "empty"),
     ],
 )
 def test_a_layout_that_is_none_is_refused_with_an_example(layout: Any, part: str) -> None:
-    with pytest.raises(SettingError, match=rf"{part}.*one box an entity"):
+    with pytest.raises(SettingError, match=rf"{part}.*one box per entity"):
         ELA(regions=layout)
 
 
