@@ -1,4 +1,4 @@
-"""Properties of every guidance method: true gradients, a loss that decreases, independence of the order of entities."""
+"""Properties of every guidance method: true gradients, a loss that decreases, independence of the order of entities.
 
 A method that is added to `elakit.guidance.METHODS` is tested here, too.
 """
