@@ -75,7 +75,7 @@ class LatentStep:
     """
 
     start: float | None = None
-    guided: float = 0.3
+    guided: float = 0.28
     every: int = 1
     step_size: float = 0.1
     decay: float = 0.5
