@@ -16,8 +16,8 @@ from elakit.guidance.method import Loss, Update
 from elakit.prompt import Prompt
 
 TERMS = ("outside", "presence", "intrusion", "attributes")
-NEEDED, ENOUGH = 1.22, 1.0
-LATE = 0.25  # default start of guidance where regions are localized: earlier maps are nearly noise
+NEEDED, ENOUGH = 1.22, 0.8
+LATE = 0.2  # default start of guidance where regions are localized: earlier maps are nearly noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class LatentStep:
     Parameters
     ----------
     start : float, optional
-        Share of the denoising steps before guidance starts. By default .25 where regions are localized, because earlier
+        Share of the denoising steps before guidance starts. By default .2 where regions are localized, because earlier
         maps are nearly noise, and 0 where all regions are given by hand.
     guided : float
         Share of the denoising steps that are guided, counted from `start`.
@@ -75,7 +75,7 @@ class LatentStep:
     """
 
     start: float | None = None
-    guided: float = 0.28
+    guided: float = 0.36
     every: int = 1
     step_size: float = 0.1
     decay: float = 0.5
