@@ -52,7 +52,7 @@ class Pair:
 
     @property
     def was_guided(self) -> bool:
-        """Whether guidance acted in at least one step."""
+        """True if guidance acted in at least one step."""
         return self.guided.guidance is not None and bool(self.guided.guidance.rows)
 
 
@@ -93,7 +93,7 @@ class DiagnosisData:
 
     @property
     def judged(self) -> bool:
-        """Whether all images were judged."""
+        """True if all images were judged."""
         return all(pair.outcome is not None for pair in self.pairs)
 
     @property
@@ -188,7 +188,7 @@ class DiagnosisData:
 
 
 def explains(cause: Cause, failure: Failure) -> bool:
-    """Whether a cause accounts for a failure: for its kind, and for one of its entities."""
+    """True if a cause accounts for a failure: for its kind, and for one of its entities."""
     return failure.kind in cause.explains and bool(
         ({cause.entity, cause.other} & {failure.entity, failure.other}) - {""}
     )
