@@ -156,7 +156,8 @@ class DiagnosisData:
         Returns
         -------
         DataFrame
-            Indexed by seed; columns outcome, and plain_ and guided_ success, bleed, intrusion and overlap (Ruzicka).
+            Indexed by seed; column ``outcome``, and ``plain_`` and ``guided_`` columns of ``success``, ``bleed``,
+            ``intrusion`` and ``overlap`` (Ruzicka).
         """
         return self._frame.copy()
 
