@@ -1,6 +1,6 @@
 """How well each localization rule reproduces the regions of ELA's method figure.
 
-    python benchmarks/localization.py
+    python -m benchmarks.localization
 
 prints the regression that restores the figure's raw scale, the agreement (IoU) of every differentiation x
 binarization rule with the figure's two masks, and the interval of thresholds in which the default rule meets
@@ -75,7 +75,7 @@ def main() -> None:
     figure = load_figure()
     a, cat, frog = figure.coefficients
     print(f"start-of-text = {a:.3f} {cat:+.3f} cat {frog:+.3f} frog   (R^2 = {figure.r2:.3f})\n")
-    print("IoU with the figure's masks (regions' cells; the figure has 25 and 42)\n")
+    print("IoU with the figure's masks (areas of the regions; the figure has 25 and 42)\n")
     print(f"{'':29}{'raw maps':<26}{'maps scaled to 0..1'}")
     print(f"{'differentiation':<16}{'binarization':<13}" + 2 * f"{'cat':<13}{'frog':<13}")
     for differentiation in get_args(Differentiation):

@@ -10,8 +10,9 @@ import pytest
 import xarray as xr
 from tiny import tiny_pipeline
 
-from elakit.generation import Run, generate
+from elakit.generation import generate
 from elakit.judge import Verdict
+from elakit.run import Run
 
 PAIR = "a [red car] and a [blue bird]"
 STEPS = 4

@@ -9,9 +9,9 @@ from judged_run import STEPS, corner, embedded, generated_run, seen
 from elakit.bleeding import truth_masks
 from elakit.diagnosis.report import MEANINGS
 from elakit.errors import RecordingError, SettingError
-from elakit.generation import Run
 from elakit.judge import Verdict
 from elakit.regions import localize
+from elakit.run import Run
 
 CAR = np.array([[0, 1, 1, 0], [0, 1, 1, 0], [0, 1, 1, 0]], bool)
 

@@ -10,9 +10,10 @@ import numpy as np
 from tiny import tiny_pipeline
 
 from elakit.diagnosis import Diagnosis, Pair
-from elakit.generation import Run, generate
+from elakit.generation import generate
 from elakit.guidance import ELA, build, options_of
 from elakit.judge import Verdict
+from elakit.run import Run
 
 PAIR = "a [red car] and a [blue bird]"
 

@@ -11,9 +11,9 @@ import pandas as pd
 
 from elakit.causes import Cause, Failure, Findings
 from elakit.diagnosis.remedies import RemedyResult, bleed
-from elakit.generation import Run
 from elakit.judge import Verdict
 from elakit.prompt import Prompt
+from elakit.run import Run
 from elakit.statistics import wilson
 
 Outcome = Literal["fixed", "broken", "right", "wrong"]
@@ -52,7 +52,7 @@ class Pair:
 
     @property
     def was_guided(self) -> bool:
-        """Whether guidance acted in at least one step."""
+        """True if guidance acted in at least one step."""
         return self.guided.guidance is not None and bool(self.guided.guidance.rows)
 
 
@@ -93,14 +93,14 @@ class DiagnosisData:
 
     @property
     def judged(self) -> bool:
-        """Whether all images were judged."""
+        """True if all images were judged."""
         return all(pair.outcome is not None for pair in self.pairs)
 
     @property
     def blocked(self) -> int:
         """Number of images that the pipeline's safety checker replaced."""
         runs = [run for pair in self.pairs for run in (pair.plain, pair.guided)]
-        return sum(bool(run.settings.get("nsfw")) for run in runs)
+        return sum(run.nsfw for run in runs)
 
     @property
     def plain(self) -> tuple[Run, ...]:
@@ -156,7 +156,8 @@ class DiagnosisData:
         Returns
         -------
         DataFrame
-            Indexed by seed; columns outcome, and plain_ and guided_ success, bleed, intrusion and overlap (Ruzicka).
+            Indexed by seed; column ``outcome``, and ``plain_`` and ``guided_`` columns of ``success``, ``bleed``,
+            ``intrusion`` and ``overlap`` (Ruzicka).
         """
         return self._frame.copy()
 
@@ -188,7 +189,7 @@ class DiagnosisData:
 
 
 def explains(cause: Cause, failure: Failure) -> bool:
-    """Whether a cause accounts for a failure: for its kind, and for one of its entities."""
+    """True if a cause accounts for a failure: for its kind, and for one of its entities."""
     return failure.kind in cause.explains and bool(
         ({cause.entity, cause.other} & {failure.entity, failure.other}) - {""}
     )

@@ -11,11 +11,12 @@ from typing import Any
 from elakit import checks
 from elakit.attention import RecordSpec
 from elakit.diagnosis.run_store import RunStore, run_key
-from elakit.generation import Progress, Run, generate
+from elakit.generation import Progress, generate
 from elakit.guidance import Method
 from elakit.guidance.metadata import options_of
 from elakit.models import EMBEDDED, default_settings, name_of
 from elakit.prompt import Prompt
+from elakit.run import Run
 
 OnProgress = Callable[[int, int, str], object]
 

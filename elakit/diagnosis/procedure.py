@@ -15,12 +15,12 @@ from elakit.diagnosis.remedies import RemedyResult, ranked
 from elakit.diagnosis.result import Diagnosis
 from elakit.diagnosis.trials import SHARE, check, guidance_remedy, images_of, try_remedy, usable
 from elakit.errors import ElakitError, OutputError, SettingError
-from elakit.generation import Run
 from elakit.guidance import METHODS, Method, without_regions
 from elakit.guidance.metadata import options_of
 from elakit.models import name_of
 from elakit.prediction import Predictor, load_predictor
 from elakit.prompt import Prompt, parse
+from elakit.run import Run
 
 MAX_SEEDS = 10_000
 

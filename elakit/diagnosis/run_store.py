@@ -11,8 +11,8 @@ from typing import Any
 
 from elakit.errors import ElakitError, OutputError
 from elakit.files import read_json, write_json
-from elakit.generation import Run, open_run
 from elakit.prompt import Prompt
+from elakit.run import Run, open_run
 
 
 class RunStore:
@@ -60,7 +60,7 @@ class RunStore:
         write_json(self.folder / "runs" / f"{key}.json", {"seconds": seconds})
 
     def contains(self, key: str) -> bool:
-        """Whether the folder contains a complete run with this key."""
+        """True if the folder contains a complete run with this key."""
         return (self.folder / "runs" / f"{key}.json").exists()
 
 

@@ -13,8 +13,8 @@ from elakit.diagnosis.remedies import Remedy, RemedyResult
 from elakit.diagnosis.run_store import RunStore, key_of_run
 from elakit.errors import OutputError
 from elakit.files import read_json, write_json
-from elakit.generation import Run, open_run
 from elakit.prompt import Prompt
+from elakit.run import Run, open_run
 
 
 def write_diagnosis(data: DiagnosisData, document: Mapping[str, Any], folder: str | Path) -> Path:

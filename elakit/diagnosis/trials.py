@@ -10,12 +10,12 @@ from elakit.attention import RecordSpec
 from elakit.diagnosis.generation import ImageGenerator
 from elakit.diagnosis.remedies import Kind, Remedy, RemedyResult
 from elakit.errors import ElakitError, SettingError
-from elakit.generation import Run
 from elakit.guidance import ELA, METHODS, Method, without_regions
 from elakit.guidance.metadata import options_of
 from elakit.prediction import FEATURES, Predictor
 from elakit.prompt import Prompt, parse
 from elakit.rewording import next_to, swapped
+from elakit.run import Run
 
 # Remedies that are tried by default, in addition to the method that is always compared.
 DEFAULT = ("conform", "ebama", "another-seed", "swapped", "next-to", "regions")
@@ -123,8 +123,8 @@ def build_remedy(which: str | Method, prompt: Prompt, pipe: Any) -> Remedy:
         return guidance_remedy(without_regions(which) if isinstance(which, str) else which, prompt)
     if which == "another-seed":
         what = (
-            f"For each seed, {CANDIDATES} other seeds are started, and the most promising one after {SHARE:.0%} of the "
-            "steps is finished."
+            f"For each seed, {CANDIDATES} other seeds are started, and the most promising one after "
+            f"{100 * SHARE:.0f} % of the steps is finished."
         )
         return Remedy(which, "seed", what, prompt)
     if which == "regions":
@@ -192,7 +192,7 @@ def try_remedy(
 
 
 def usable(predictor: Predictor | None, model: str) -> bool:
-    """Whether a predictor was fitted on images of a model.
+    """True if a predictor was fitted on images of a model.
 
     Parameters
     ----------

@@ -19,8 +19,8 @@ from elakit.plot.images import figure_uri, light_gray
 if TYPE_CHECKING:
     import pandas as pd
 
-    from elakit.generation import Run
     from elakit.judge import Verdict
+    from elakit.run import Run
 
 _MEASURES = {
     "truth_iou": "IoU (Otsu mask, outline)",

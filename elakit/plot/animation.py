@@ -22,7 +22,7 @@ from elakit.plot.regions import Source, chosen_regions
 if TYPE_CHECKING:
     import xarray as xr
 
-    from elakit.generation import Run
+    from elakit.run import Run
 
 _MARGIN, _TEXT = 12, 14  # pixels
 _OPACITY = 0.55  # of a region on the image

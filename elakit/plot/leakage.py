@@ -14,7 +14,7 @@ from elakit.errors import SettingError
 from elakit.plot import style
 
 if TYPE_CHECKING:
-    from elakit.generation import Run
+    from elakit.run import Run
 
 _TITLES = {
     "bleed": "bleed (share outside its own region)",

@@ -14,7 +14,7 @@ from elakit.plot import style
 from elakit.plot.images import figure_uri
 
 if TYPE_CHECKING:
-    from elakit.generation import Run
+    from elakit.run import Run
 
 Source = Literal["recording", "guidance"]
 

@@ -15,7 +15,7 @@ from elakit.plot import style
 if TYPE_CHECKING:
     from elakit.attention import Recording
     from elakit.attention.recording import Normalize
-    from elakit.generation import Run
+    from elakit.run import Run
 
 Scale = Literal["token", "all", "map"]
 

@@ -17,9 +17,9 @@ from elakit.sweep.units import Unit
 if TYPE_CHECKING:
     from PIL import Image
 
-    from elakit.generation import Run
     from elakit.guidance import Trace
     from elakit.judge import Detector, Verdict
+    from elakit.run import Run
 
 # Columns that hold the mean of a bleeding measure over steps and entities.
 BLEEDING = ("bleed", "intrusion", "spill", "ruzicka", "attribute_bleed")
@@ -81,16 +81,11 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def blocked(run: Run) -> bool:
-    """Whether the pipeline's safety checker replaced the image of a run."""
-    return bool(run.settings.get("nsfw"))
-
-
 def _row(unit: Unit, run: Run, seconds: float, device: str) -> dict[str, Any]:
     from elakit.judge import judge
     from elakit.prediction import features
 
-    if blocked(run):
+    if run.nsfw:
         verdict = None  # the safety checker's black image says nothing about the method
     elif unit.detector is None:
         verdict = run.verdict
@@ -104,7 +99,7 @@ def _row(unit: Unit, run: Run, seconds: float, device: str) -> dict[str, Any]:
         "steps": run.settings["steps"],
         "guidance_scale": run.settings["guidance_scale"],
         "device": device,
-        "blocked": blocked(run),
+        "blocked": run.nsfw,
         "parsed": canonical(run.prompt.to_dict()),
         **_judged(verdict),
         **{name: float(overall.get(name, np.nan)) for name in BLEEDING},

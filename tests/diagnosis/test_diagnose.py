@@ -22,10 +22,11 @@ from elakit.diagnosis import DEFAULT, Diagnosis, Pair, Remedy, RemedyResult, ran
 from elakit.diagnosis.commands import code, command, reproduce
 from elakit.diagnosis.trials import CANDIDATES, check, side_by_side
 from elakit.errors import OutputError, SettingError
-from elakit.generation import Run, generate
+from elakit.generation import generate
 from elakit.guidance import ELA
 from elakit.judge import Verdict
 from elakit.prediction import FEATURES, OUTCOMES, SHARES, Predictor
+from elakit.run import Run
 
 PAIR = "a [red car] and a [blue bird]"
 WORLD = "a [bear] and a [blue clock]"
@@ -344,7 +345,7 @@ def test_the_command_writes_a_page_json_and_the_runs(
         (["diagnose"], "Give one prompt"),
         (["diagnose", WORLD, "--remedies", "magic"], "no remedy 'magic'"),
         (["diagnose", WORLD, "--json", "no/such/found.json"], "there is no folder"),
-        (["diagnose", WORLD, "--predictor", "none.json"], "holds no predictor"),
+        (["diagnose", WORLD, "--predictor", "none.json"], "none.json cannot be read"),
         (["diagnose", "--prompts", "none.txt"], "none.txt cannot be read"),
         (["run", WORLD, "--out", "run", "--regions", "0,0,1,1"], "plain drawing takes no regions"),
         (["run", WORLD, "--out", "run", "--method", "syngen", "--regions", "0,0,1,1"], "syngen takes no regions"),

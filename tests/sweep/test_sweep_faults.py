@@ -54,6 +54,7 @@ def test_seeds_that_no_table_can_hold_are_refused(seed: Any) -> None:
         (["sweep", "run", "--out", "x", "--shard", "4/3"], "--shard 4/3"),
         (["sweep", "run", "--out", "x", "--suite", "geneval2"], "geneval2_data.jsonl"),
         (["sweep", "score", "x"], "--scorer"),
+        (["sweep", "score"], "clip"),
         (["sweep", "export", "x"], "no finished unit"),
         (["diagnose", "a [cat]", "--seeds", "99999999999999999999"], "--seeds=99999999999999999999"),
         (["diagnose", "a [cat]", "--first-seed", str(2**64)], "--first-seed=18446744073709551616"),
@@ -136,7 +137,7 @@ def test_no_cell_of_a_table_is_a_formula(tmp_path: Path) -> None:
 def test_an_image_of_the_safety_checker_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = elakit.load("picture-world")
     run_ = elakit.generate(pipe, "a [cat] and a [lion]", seed=1, steps=2, progress=False)
-    run_.settings["nsfw"] = True
+    run_.nsfw = True
     run_.image = Image.new("RGB", run_.image.size)
     monkeypatch.setattr("elakit.generation.generate", lambda *_, **__: [run_])
     (row,) = generation.generate_unit(Unit("picture-world", "a [cat] and a [lion]", (1,), steps=2))
@@ -172,7 +173,7 @@ def test_every_method_that_is_listed_can_be_planned(
     assert call(monkeypatch, "sweep", "methods") == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert listed[0] == "plain"
-    assert {"ela", "attend-and-excite"} <= set(listed)
+    assert {"ela", "regional-attention", "attend-and-excite"} <= set(listed)
     units = plan(["a cat"], [1], listed)
     assert [unit.method for unit in units] == listed
     assert all(unit.guidance() is not None for unit in units[1:])
