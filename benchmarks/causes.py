@@ -3,7 +3,7 @@
 A planted case starts from a prompt and a seed that come out right. Then something is broken on purpose, by an edit of
 the attention or of the text encoder's states. The case counts where the same seed comes out wrong with it, so that the
 plant is what made it fail. `elakit.causes.find` is given the broken run, and not told. Nulls are runs that come out
-right, and right runs whose picture was exchanged for another prompt's: something is wrong with it, and nothing in the
+right, and right runs whose image was exchanged for another prompt's: something is wrong with it, and nothing in the
 attention.
 
 Pairs of nouns and seeds for choosing thresholds (``--split calibrate``) and for the report are different. ``draw``
@@ -31,10 +31,10 @@ from elakit.attention import Edit, edit
 from elakit.causes.weigh import MUTUAL
 from elakit.models import adapter_for
 from elakit.prompt import Entity, Prompt
-from elakit.world.vocabulary import COLOURS, NOUNS
+from elakit.world.vocabulary import COLORS, NOUNS
 
 OUT = Path("work/benchmarks/causes")
-# Seeds of each split, and how many prompts with colours and without.
+# Seeds of each split, and how many prompts with colors and without.
 SEEDS = {"calibrate": range(5000, 5004), "report": range(6000, 6004)}
 PROMPTS = {"calibrate": (8, 6), "report": (9, 7)}
 # Words picture-world has never been shown.
@@ -61,29 +61,29 @@ class Plant:
     ----------
     name : str
         What is done.
-    coloured : bool
-        Whether both things need a colour of their own.
+    colored : bool
+        Whether both things need a color of their own.
     make : callable
         (pipe, run that is right) -> context in which it is drawn again, and what is then true.
     """
 
     name: str
-    coloured: bool
+    colored: bool
     make: Callable[[Any, elakit.Run], tuple[Any, Truth]]
 
 
 def _parts(run: elakit.Run) -> tuple[Entity, Entity, np.ndarray, np.ndarray]:
-    """Both entities, and where they are in the picture."""
+    """Both entities, and where they are in the image."""
     first, second = run.prompt.entities
     return first, second, run.verdict.masks[0], run.verdict.masks[1]
 
 
 def attribute_moved(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """The first thing's colour is attended to where the second is."""
+    """The first thing's color is attended to where the second is."""
     a, b, _, there = _parts(run)
-    (colour,) = a.attribute_indices
-    change = edit(pipe, run.prompt, Edit(colour, add=4, region=there))
-    return change, Truth("attribute misplaced", a.label, b.label, _label(run.prompt, colour))
+    (color,) = a.attribute_indices
+    change = edit(pipe, run.prompt, Edit(color, add=4, region=there))
+    return change, Truth("attribute misplaced", a.label, b.label, _label(run.prompt, color))
 
 
 def noun_moved(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
@@ -108,7 +108,7 @@ def noun_masked(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
 def noun_spread(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
     """The second noun is attended to as "and" is: everywhere a little."""
     b = run.prompt.entities[1]
-    return edit(pipe, run.prompt, Edit(b, like="and")), Truth("never localised", b.label)
+    return edit(pipe, run.prompt, Edit(b, like="and")), Truth("never localized", b.label)
 
 
 def start_raised(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
@@ -156,7 +156,7 @@ def state_replaced(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
 
 
 def state_leaked(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """The second noun's text state is what it is in the first's colour."""
+    """The second noun's text state is what it is in the first's color."""
     a, b, _, _ = _parts(run)
     painted = state(pipe, f"a {a.attributes[0]} {b.noun}", b.noun)
     change = states(pipe, b.noun, lambda own: painted, beside=a.attributes[0])
@@ -164,15 +164,15 @@ def state_leaked(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
 
 
 def state_mixed(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """The second noun's text state is half the first's colour."""
+    """The second noun's text state is half the first's color."""
     a, b, _, _ = _parts(run)
-    colour = state(pipe, run.prompt.text, a.attributes[0])
-    change = states(pipe, b.noun, lambda own: (own + colour) / 2, beside=a.attributes[0])
+    color = state(pipe, run.prompt.text, a.attributes[0])
+    change = states(pipe, b.noun, lambda own: (own + color) / 2, beside=a.attributes[0])
     return change, Truth("text leakage", b.label, a.label, _label(run.prompt, a.attribute_indices[0]))
 
 
 PLANTS = (
-    Plant("colour attended to on the other thing", True, attribute_moved),
+    Plant("color attended to on the other thing", True, attribute_moved),
     Plant("noun attended to in the other's place", False, noun_moved),
     Plant("noun attended to as the other", False, noun_copied),
     Plant("noun masked", False, noun_masked),
@@ -183,8 +183,8 @@ PLANTS = (
     Plant("nouns swapped midway", False, nouns_swapped),
     Plant("text state zeroed", False, state_zeroed),
     Plant("text state of the other noun", False, state_replaced),
-    Plant("text state in the other's colour", True, state_leaked),
-    Plant("text state mixed with the other's colour", True, state_mixed),
+    Plant("text state in the other's color", True, state_leaked),
+    Plant("text state mixed with the other's color", True, state_mixed),
 )
 
 
@@ -226,17 +226,17 @@ def _label(prompt: Prompt, position: int) -> str:
 
 
 def prompts(split: str) -> Iterator[tuple[bool, str]]:
-    """Prompts of a split without end, coloured and not in turns; no pair of nouns is in both splits."""
+    """Prompts of a split without end, colored and not in turns; no pair of nouns is in both splits."""
     rng = np.random.default_rng(20)
     pairs = list(itertools.combinations(NOUNS, 2))
     rng.shuffle(pairs)
     chosen = pairs[list(SEEDS).index(split) :: 2]
     for i, pair in enumerate(chosen):
         nouns = rng.permutation(pair)
-        colours = rng.permutation(COLOURS)[:2] if i % 2 else ("", "")
+        colors = rng.permutation(COLORS)[:2] if i % 2 else ("", "")
         yield (
             bool(i % 2),
-            " and ".join(f"a [{f'{colour} {noun}'.strip()}]" for colour, noun in zip(colours, nouns, strict=True)),
+            " and ".join(f"a [{f'{color} {noun}'.strip()}]" for color, noun in zip(colors, nouns, strict=True)),
         )
 
 
@@ -245,35 +245,35 @@ def draw(split: str = "report") -> None:
     """Draw the runs of a split; what is there already is left as it is."""
     pipe = elakit.load("picture-world")
     left = {True: PROMPTS[split][0], False: PROMPTS[split][1]}
-    for coloured, text in prompts(split):
+    for colored, text in prompts(split):
         if not any(left.values()):
             break
-        if not left[coloured]:
+        if not left[colored]:
             continue
         folder = OUT / split / "-".join(text.replace("[", "").replace("]", "").split())
         if not (folder / "done.json").exists():
-            _draw(pipe, text, coloured, SEEDS[split], folder)
-        left[coloured] -= json.loads((folder / "done.json").read_text())["right"] is not None
+            _draw(pipe, text, colored, SEEDS[split], folder)
+        left[colored] -= json.loads((folder / "done.json").read_text())["right"] is not None
     for i, noun in enumerate(STRANGE):
         if i % 2 == list(SEEDS).index(split) and not (folder := OUT / split / f"strange {noun}").exists():
             text = f"a [{noun}] and a [car]" if i % 4 < 2 else f"a [cat] and a [{noun}]"
             elakit.generate(pipe, text, seed=SEEDS[split][0], progress=False).save(folder)
 
 
-def _draw(pipe: Any, text: str, coloured: bool, seeds: range, folder: Path) -> None:
+def _draw(pipe: Any, text: str, colored: bool, seeds: range, folder: Path) -> None:
     """One prompt: the first seed that comes out right, as it is and broken in every way."""
     drawn = (elakit.generate(pipe, text, seed=seed, progress=False) for seed in seeds)
     right = next((run for run in drawn if run.verdict.success), None)
     if right is not None:
         right.save(folder / "clean", overwrite=True)
         for plant in PLANTS:
-            if plant.coloured == coloured:
+            if plant.colored == colored:
                 context, _ = plant.make(pipe, right)
                 with context:
                     broken = elakit.generate(pipe, right.prompt, seed=right.seed, progress=False)
                 broken.save(folder / plant.name, overwrite=True)
     folder.mkdir(parents=True, exist_ok=True)
-    done = {"text": text, "coloured": coloured, "right": right.seed if right else None}
+    done = {"text": text, "colored": colored, "right": right.seed if right else None}
     (folder / "done.json").write_text(json.dumps(done))
     print(done, flush=True)
 
@@ -310,7 +310,7 @@ def cases(split: str) -> Iterator[Case]:
         clean = elakit.open_run(folder / "clean")
         yield _case(pipe, "nothing", Truth(""), clean)
         other = elakit.open_run(folders[i - 1] / "clean").image
-        yield _case(pipe, "nothing, but the picture is another's", Truth(""), replace(clean, image=other, _derived={}))
+        yield _case(pipe, "nothing, but the image is another's", Truth(""), replace(clean, image=other, _derived={}))
         for plant in PLANTS:
             if (folder / plant.name).exists():
                 context, truth = plant.make(pipe, clean)
@@ -334,7 +334,7 @@ def report(split: str = "report", verbose: bool = False) -> None:
     found = list(cases(split))
     counted = [case for case in found if case.failed or case.plant == "nothing"]
     names = dict.fromkeys(case.plant for case in found)
-    print("| planted | tried | broke the picture | named right |")
+    print("| planted | tried | broke the image | named right |")
     print("|---|---|---|---|")
     for name in names:
         mine = [case for case in counted if case.plant == name]

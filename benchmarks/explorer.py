@@ -2,7 +2,7 @@
 
 Builds recordings of 50 steps x 12 layers x 8 tokens at 64x64, 32x32 and 16x16, and prints the bytes sent for one run,
 the size of the page of two, and, where there are Chromium and playwright, the time to the first view and the frames a
-second of scrubbing through every step. ``--keep FOLDER`` keeps the pages; ``--pictures docs`` makes the screenshots of
+second of scrubbing through every step. ``--keep FOLDER`` keeps the pages; ``--images docs`` makes the screenshots of
 the docs instead.
 """
 
@@ -30,7 +30,7 @@ import elakit
 from elakit.guidance import Trace
 
 PROMPT = "a [red car] beside a [bird]"  # six of eight tokens; the others are start-of-text and the end
-PICTURED = "a [red car] and a [blue bird]"
+IMAGED = "a [red car] and a [blue bird]"
 MB = 10**6
 SIDES = (64, 32, 16)
 PAINTS = {"red": "#c0392b", "blue": "#2f6fb5", "green": "#3f8f4f", "white": "#eceae4", "black": "#33363b"}
@@ -104,7 +104,7 @@ def synthetic_run(
     guided : bool
         Entities keep apart, as under ELA; else their attention bleeds into each other.
     width : int
-        Of the picture, whose height is 512.
+        Of the image, whose height is 512.
     """
     random = np.random.default_rng(seed)
     prompt = elakit.parse(text, SimpleNamespace(tokenizer=_Words()))
@@ -116,7 +116,7 @@ def synthetic_run(
         trace = Trace("ela", {}, tuple(entity.label for entity in prompt.entities))
         trace.rows += [{"step": step, "skipped": False} for step in range(shape.steps // 2)]
     settings = {"steps": shape.steps, "guidance_scale": 7.5, "height": 512, "width": width, "model": "synthetic"}
-    return elakit.Run(_picture(prompt, places, width, guided), prompt, seed, settings, recording, trace)
+    return elakit.Run(_image(prompt, places, width, guided), prompt, seed, settings, recording, trace)
 
 
 def _recording(
@@ -196,8 +196,8 @@ def _blob(y: np.ndarray, x: np.ndarray, across: float, down: float, spread: floa
     return np.exp(-((x - across) ** 2 + (y - down) ** 2) / (2 * spread**2)).astype(np.float32)
 
 
-def _picture(prompt: elakit.Prompt, places: Sequence[tuple[float, float]], width: int, guided: bool) -> Image.Image:
-    """A disc an entity, in its colour; unguided they have each other's."""
+def _image(prompt: elakit.Prompt, places: Sequence[tuple[float, float]], width: int, guided: bool) -> Image.Image:
+    """A disc an entity, in its color; unguided they have each other's."""
     image = Image.new("RGB", (2 * width, 1024), "#dfe6e2")
     draw = ImageDraw.Draw(image)
     draw.rectangle((0, 700, 2 * width, 1024), fill="#b9c7a8")
@@ -206,8 +206,8 @@ def _picture(prompt: elakit.Prompt, places: Sequence[tuple[float, float]], width
         asked = asked[1:] + asked[:1]
     radius = 190 if len(places) < 3 else 95
     for (across, down), paint in zip(places, asked, strict=True):
-        centre = across * 2 * width, down * 1024
-        box = (centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius)
+        center = across * 2 * width, down * 1024
+        box = (center[0] - radius, center[1] - radius, center[0] + radius, center[1] + radius)
         draw.ellipse(box, fill=paint, outline="#2b2f33", width=6)
     return image.resize((width, 512), Image.Resampling.LANCZOS)
 
@@ -244,7 +244,7 @@ def shoot(explorer: elakit.Explorer, folder: Path, chromium: str) -> None:
 
 
 def main(
-    pictures: Annotated[
+    images: Annotated[
         Path | None, typer.Option(help="Only save explorer-light.png and explorer-dark.png in this folder.")
     ] = None,
     keep: Annotated[Path | None, typer.Option(help="Folder to keep the pages in.")] = None,
@@ -252,12 +252,12 @@ def main(
 ) -> None:
     """Print the table."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if pictures:
+    if images:
         if chromium is None:
             raise typer.BadParameter("There is no Chromium; on Debian: apt-get install chromium.")
         small = Shape(steps=20, layers=8, sides=(32, 16))
-        runs = [synthetic_run(PICTURED, small, seed=7, guided=guided) for guided in (False, True)]
-        shoot(elakit.explore(*runs), pictures, chromium)
+        runs = [synthetic_run(IMAGED, small, seed=7, guided=guided) for guided in (False, True)]
+        shoot(elakit.explore(*runs), images, chromium)
         return
     shape = Shape()
     runs = [synthetic_run(guided=guided, seed=7) for guided in (False, True)]

@@ -1,7 +1,7 @@
-"""Pictures of every figure for the docs: ``python -m benchmarks.gallery`` writes docs/gallery/*.png.
+"""Images of every figure for the docs: ``python -m benchmarks.gallery`` writes docs/gallery/*.png.
 
 Draws what the figures show with picture-world; the small sweep that the comparison of methods needs goes to ``--sweep``
-and is gone on with where it is there. Chromium makes the pictures of plotly's figures.
+and is gone on with where it is there. Chromium makes the images of plotly's figures.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ METHODS = ["plain", "ela", "ela-paper", "ebama", "conform"]
 PAIRS = ("a bear and a blue clock", "a cat and a lion", "a white car and a black bowl")
 SEEDS = [1, 3, 5, 7]
 SUITE, PROMPTS = "attend-and-excite", 12
-COLOURS = 256  # of a palette: small files, no difference to be seen
+COLORS = 256  # of a palette: small files, no difference to be seen
 
 
 def figures(sweep: Path) -> Iterator[tuple[str, go.Figure]]:
@@ -38,7 +38,7 @@ def figures(sweep: Path) -> Iterator[tuple[str, go.Figure]]:
     prompt = elakit.parse(PROMPT, pipe)
     plain = elakit.generate(pipe, prompt, seed=SEED, record=spec)
     ela = elakit.generate(pipe, prompt, seed=SEED, record=spec, guidance=elakit.ELA())
-    yield "pictures", plot.pictures(plain, ela)
+    yield "images", plot.images(plain, ela)
     yield "token-maps", plot.token_maps(plain)
     yield "entity-maps", plot.entity_maps(plain, ela)
     yield "region-evolution", plot.region_evolution(plain)
@@ -57,7 +57,7 @@ def figures(sweep: Path) -> Iterator[tuple[str, go.Figure]]:
 
 
 def pairs(pipe: Any) -> go.Figure:
-    """Of each of `PAIRS` a row of plain pictures, and a row of ELA's from the same noise."""
+    """Of each of `PAIRS` a row of plain images, and a row of ELA's from the same noise."""
     drawn = [
         (name, run)
         for text in PAIRS
@@ -65,7 +65,7 @@ def pairs(pipe: Any) -> go.Figure:
         for run in elakit.generate(pipe, text, seed=SEEDS, guidance=guidance, record=False, progress=False)
     ]
     names = [f"{name}, seed {run.seed}" for name, run in drawn]
-    return plot.pictures(*(run for _, run in drawn), names=names, columns=len(SEEDS), panel=150, title="")
+    return plot.images(*(run for _, run in drawn), names=names, columns=len(SEEDS), panel=150, title="")
 
 
 def swept(folder: Path) -> Path:
@@ -84,8 +84,8 @@ def shown_at(figure: go.Figure, frame: int) -> go.Figure:
     return figure
 
 
-def picture(browser: Any, figure: go.Figure, scale: float = 1.5) -> bytes:
-    """A figure as a PNG of few colours."""
+def image(browser: Any, figure: go.Figure, scale: float = 1.5) -> bytes:
+    """A figure as a PNG of few colors."""
     layout = figure.layout
     page = browser.new_page(
         viewport={"width": int(layout.width or 760), "height": int(layout.height or 450)}, device_scale_factor=scale
@@ -95,13 +95,13 @@ def picture(browser: Any, figure: go.Figure, scale: float = 1.5) -> bytes:
     page.evaluate(
         "(f) => Plotly.newPlot('figure', f.data, f.layout, { staticPlot: true })", json.loads(figure.to_json())
     )
-    page.wait_for_timeout(300)  # pictures inside a figure are decoded
+    page.wait_for_timeout(300)  # images inside a figure are decoded
     png = page.screenshot()
     page.close()
     few = (
         Image.open(io.BytesIO(png))
         .convert("RGB")
-        .quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        .quantize(COLORS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     )
     made = io.BytesIO()
     few.save(made, "PNG", optimize=True)
@@ -109,16 +109,16 @@ def picture(browser: Any, figure: go.Figure, scale: float = 1.5) -> bytes:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = ROOT / "docs" / "gallery",
+    out: Annotated[Path, typer.Option(help="Folder for the images.")] = ROOT / "docs" / "gallery",
     sweep: Annotated[Path, typer.Option(help="Folder of the sweep.")] = ROOT / "work" / "gallery-sweep",
     only: Annotated[str, typer.Option(help="Part of the names of the figures to make.")] = "",
 ) -> None:
-    """Write the pictures, and print the size of each."""
+    """Write the images, and print the size of each."""
     out.mkdir(parents=True, exist_ok=True)
     with lab.browse() as browser:
         for name, figure in figures(sweep):
             if only in name:
-                (out / f"{name}.png").write_bytes(picture(browser, figure))
+                (out / f"{name}.png").write_bytes(image(browser, figure))
                 print(f"{name}.png: {(out / f'{name}.png').stat().st_size / 1000:.0f} kB", flush=True)
     print(f"all: {sum(path.stat().st_size for path in out.glob('*.png')) / 1e6:.2f} MB")
 

@@ -36,7 +36,7 @@ HALF = 0.501  # of one step too, which is how what is kept is counted
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 app = typer.Typer(add_completion=False)
 Tiny = Annotated[bool, typer.Option(help="The same layers with few channels, to see that this works.")]
-Side = Annotated[int, typer.Option(help="Side of the picture in pixels.")]
+Side = Annotated[int, typer.Option(help="Side of the image in pixels.")]
 
 
 def kept_bytes(run: Callable[[], Any], weights: torch.nn.Module) -> int:

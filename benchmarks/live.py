@@ -31,7 +31,7 @@ panel.wait()"""
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 
 
-def main(folder: Annotated[Path, typer.Argument(help="Where the pictures go.")] = Path("docs")) -> None:
+def main(folder: Annotated[Path, typer.Argument(help="Where the images go.")] = Path("docs")) -> None:
     """Take the screenshots."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -50,9 +50,9 @@ def main(folder: Annotated[Path, typer.Argument(help="Where the pictures go.")] 
                     "(light) => document.body.dataset.jpThemeLight === light", arg=str(name == "light").lower()
                 )
                 shown.page.evaluate("document.querySelector('.ell-panel').scrollIntoView()")
-                shown.page.wait_for_timeout(1000)  # colours change gradually
+                shown.page.wait_for_timeout(1000)  # colors change gradually
                 shown.page.locator(".ell-panel").screenshot(path=path)
-                # few colours, and most of them in the maps: a palette halves the file and is not seen
+                # few colors, and most of them in the maps: a palette halves the file and is not seen
                 Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
                 print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 

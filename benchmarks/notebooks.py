@@ -21,7 +21,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="Parts of their names; by default all.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds that a notebook may take.")] = 600,
-    pictures: Annotated[Path | None, typer.Option(help="Folder for a picture of each, run.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder for a picture of each, run.")] = None,
 ) -> None:
     """Run the notebooks and print a row for each."""
     chosen = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if not names or any(n in path.name for n in names)]
@@ -39,9 +39,9 @@ def main(
                 seconds = notebook.run(timeout)
                 errors = notebook.errors()
                 said = running.console[console:], running.foreign[foreign:]
-                if pictures is not None:
-                    pictures.mkdir(parents=True, exist_ok=True)
-                    notebook.page.screenshot(path=pictures / f"{path.stem}.png")
+                if images is not None:
+                    images.mkdir(parents=True, exist_ok=True)
+                    notebook.page.screenshot(path=images / f"{path.stem}.png")
                 notebook.close()
                 print(f"| {path.stem} | {seconds:.0f} | {len(errors)} | {len(said[0])} | {len(said[1])} |", flush=True)
                 for line in (*errors, *said[0], *said[1]):

@@ -1,6 +1,6 @@
 """The figures of the embedded model's card: ``python -m benchmarks.picture_world all``, or one part of it.
 
-Every part prints rows of a Markdown table with 95 % Wilson intervals. Verdicts on generated pictures are kept in
+Every part prints rows of a Markdown table with 95 % Wilson intervals. Verdicts on generated images are kept in
 ``work/benchmarks`` as they come, so that a part that was stopped goes on; ``--fresh`` draws again.
 """
 
@@ -24,12 +24,12 @@ from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
 import elakit
-from elakit.agreement import agreement_iou
-from elakit.bench import table as bench_table
+from elakit.measures.agreement import agreement_iou
+from elakit.sweep import table as bench_table
 from elakit.errors import SettingError
 from elakit.judge import FAILURES, judge
 from elakit.judge.segmenter import LEAST_AREA, find_things, segment
-from elakit.masks import downscale
+from elakit.measures.masks import downscale
 from elakit.models import EMBEDDED
 from elakit.resources import data_path
 from elakit.world.mixtures import KINDS, sample_mixture
@@ -38,7 +38,7 @@ from elakit.world.training.autoencoder import psnr
 from elakit.world.training.config import read_config
 from elakit.world.training.data import compose_scenes
 from elakit.world.training.judge import judges_world, rebuild, unseen
-from elakit.world.vocabulary import COLOURS, NOUNS
+from elakit.world.vocabulary import COLORS, NOUNS
 
 PARTS = ("vae", "judge", "singles", "pairs", "words", "attention", "cost", "sheet")
 SEEDS = 4
@@ -66,15 +66,15 @@ def test_world() -> World:
 
 
 def right(scene: Scene, image: Image.Image, pipe: Any) -> tuple[bool, list[tuple[str | None, str | None]]]:
-    """Whether the judge sees exactly the scene's entities in their colours; and (asked, seen) of the colours."""
+    """Whether the judge sees exactly the scene's entities in their colors; and (asked, seen) of the colors."""
     verdict = judge(image, elakit.parse(" and ".join(f"a [{e.subject.words}]" for e in scene.entities), pipe))
-    colours = [(c, verdict.colours[e]) for e, c in verdict.asked.items() if c and verdict.present[e]]
-    return verdict.success and not verdict.extra, colours
+    colors = [(c, verdict.colors[e]) for e, c in verdict.asked.items() if c and verdict.present[e]]
+    return verdict.success and not verdict.extra, colors
 
 
 def of_judge(scenes: list[Scene], pipe: Any) -> tuple[list[bool], list[bool]]:
     seen = [right(scene, Image.fromarray(scene.image), pipe) for scene in tqdm(scenes, leave=False)]
-    return [r for r, _ in seen], [asked == got for _, colours in seen for asked, got in colours]
+    return [r for r, _ in seen], [asked == got for _, colors in seen for asked, got in colors]
 
 
 @app.command()
@@ -85,8 +85,8 @@ def vae(scenes: int = 500) -> None:
     print(f"| autoencoder: PSNR, mean of {scenes} new scenes | {psnr(pipe.vae, data, scenes):.1f} dB | >= 28 dB |")
     same = []
     for start in range(0, scenes, 50):
-        pictures = data.pictures[start : start + 50]
-        before, after = segment(pictures).classes, segment(rebuild(pictures, pipe.vae, torch.device("cpu"))).classes
+        images = data.images[start : start + 50]
+        before, after = segment(images).classes, segment(rebuild(images, pipe.vae, torch.device("cpu"))).classes
         same += [_classes(a) == _classes(b) for a, b in zip(before, after, strict=True)]
     show("autoencoder: judged classes the same after it", same, ">= .98")
 
@@ -97,22 +97,22 @@ def _classes(seen: np.ndarray) -> set[int]:
 
 @app.command("judge")
 def judge_(scenes: int = 1000) -> None:
-    """Judge: new scenes, drawings of artists it never saw, colours, hybrids."""
+    """Judge: new scenes, drawings of artists it never saw, colors, hybrids."""
     pipe, world = elakit.load("picture-world"), test_world()
     rng = np.random.default_rng(9_000_000)
-    whole, colours = of_judge([sample(world, rng) for _ in range(scenes)], pipe)
+    whole, colors = of_judge([sample(world, rng) for _ in range(scenes)], pipe)
     show("judge: picture-world's scenes, all entities right", whole, ">= .97")
-    show("judge: colour right on these", colours, ">= .97")
+    show("judge: color right on these", colors, ">= .97")
     shares = replace(world, artists=World().artists)
     known = shares.without(unseen)
-    whole, colours = of_judge([sample(known, rng) for _ in range(scenes)], pipe)
-    show("judge: scenes of all artists it learnt from, all entities right", whole, ">= .97")
-    show("judge: colour right on these", colours, ">= .97")
+    whole, colors = of_judge([sample(known, rng) for _ in range(scenes)], pipe)
+    show("judge: scenes of all artists it learned from, all entities right", whole, ">= .97")
+    show("judge: color right on these", colors, ">= .97")
     tested = [noun for noun in NOUNS if any(unseen(d) for d in shares.drawings(noun))]
     strange = shares.without(lambda drawing: not unseen(drawing))
     new = (sample(strange, rng) for _ in itertools.count())
     new = list(itertools.islice((s for s in new if all(e.subject.noun in tested for e in s.entities)), scenes))
-    whole, colours = of_judge(new, pipe)
+    whole, colors = of_judge(new, pipe)
     show(f"judge: artist it never saw ({len(tested)} nouns), all entities right", whole, ">= .91")
     wide = judges_world(world)
     told: dict[str, list[bool]] = {}
@@ -140,7 +140,7 @@ def benchmark_prompts() -> list[str]:
 
 
 def single_prompts() -> list[str]:
-    return [f"a {c} {n}" if c else f"a {n}" for n in NOUNS for c in (None, *COLOURS)]
+    return [f"a {c} {n}" if c else f"a {n}" for n in NOUNS for c in (None, *COLORS)]
 
 
 def verdicts(
@@ -162,11 +162,11 @@ def verdicts(
     jobs = [(prompt, seed) for seed in seeds for prompt in prompts if (prompt, seed) not in known]
     pipe = elakit.load("picture-world")
     pipe.set_progress_bar_config(disable=True)
-    with path.open("a") as file, tqdm(total=len(jobs), desc=name, unit="picture", mininterval=10) as bar:
+    with path.open("a") as file, tqdm(total=len(jobs), desc=name, unit="image", mininterval=10) as bar:
         for start in range(0, len(jobs), BATCH):
             part = jobs[start : start + BATCH]
-            for (prompt, seed), picture in zip(part, draw(pipe, part, neutral, scale), strict=True):
-                verdict = judge(picture, elakit.parse(prompt, pipe))
+            for (prompt, seed), image in zip(part, draw(pipe, part, neutral, scale), strict=True):
+                verdict = judge(image, elakit.parse(prompt, pipe))
                 row = {
                     "prompt": prompt,
                     "seed": seed,
@@ -185,7 +185,7 @@ def verdicts(
 
 
 def of_sweep(folder: Path) -> list[dict]:
-    """Verdicts of the plain pictures of `elakit bench run --suite attend-and-excite`, as `verdicts` gives them."""
+    """Verdicts of the plain images of `elakit sweep run --suite attend-and-excite`, as `verdicts` gives them."""
     table = bench_table(folder).query("method == 'plain' and suite == 'attend-and-excite'")
     return [
         {
@@ -203,7 +203,7 @@ def of_sweep(folder: Path) -> list[dict]:
 def draw(
     pipe: Any, jobs: list[tuple[str, int]], neutral: bool = False, scale: float = GUIDANCE_SCALE
 ) -> list[Image.Image]:
-    """Pictures of (prompt, seed); `neutral` gives end-of-text and padding the states of an empty prompt."""
+    """Images of (prompt, seed); `neutral` gives end-of-text and padding the states of an empty prompt."""
     prompts = [prompt for prompt, _ in jobs]
     tokens = pipe.tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids
     states = pipe.text_encoder(tokens).last_hidden_state
@@ -228,15 +228,15 @@ def singles(
     scale: Scale = GUIDANCE_SCALE,
     every: Every = 1,
 ) -> None:
-    """Single entities: 24 nouns, as drawn and in 11 colours."""
+    """Single entities: 24 nouns, as drawn and in 11 colors."""
     rows = verdicts("singles", single_prompts()[::every], range(seeds), out, fresh, scale=scale)
     show(
-        f"single entities, seeds 0 to {seeds - 1}, scale {scale:g}: noun and colour right",
+        f"single entities, seeds 0 to {seeds - 1}, scale {scale:g}: noun and color right",
         [r["success"] for r in rows],
         ">= .95",
     )
     show("single entities: noun right", [r["present"] for r in rows])
-    show("single entities: nothing else in the picture", [not r["extra"] for r in rows])
+    show("single entities: nothing else in the image", [not r["extra"] for r in rows])
 
 
 @app.command()
@@ -247,7 +247,7 @@ def pairs(
     scale: Scale = GUIDANCE_SCALE,
     every: Every = 1,
     sweep: Annotated[
-        Path | None, typer.Option(help="Read verdicts of plain pictures from this sweep instead of drawing.")
+        Path | None, typer.Option(help="Read verdicts of plain images from this sweep instead of drawing.")
     ] = None,
 ) -> None:
     """The 276 prompts of Attend-and-Excite: success, and what the failures are."""
@@ -286,10 +286,10 @@ def words(seeds: int = SEEDS, out: Out = Path("work/benchmarks"), fresh: bool = 
 
 @app.command()
 def attention(count: int = 276, seed: int = 0) -> None:
-    """The noun's own decoder map at 16 x 16 (Otsu) against the judge's mask, on pictures that succeed."""
+    """The noun's own decoder map at 16 x 16 (Otsu) against the judge's mask, on images that succeed."""
     pipe = elakit.load("picture-world")
     found = []
-    for text in tqdm(benchmark_prompts()[:: max(1, 276 // count)], unit="picture", mininterval=10):
+    for text in tqdm(benchmark_prompts()[:: max(1, 276 // count)], unit="image", mininterval=10):
         run = elakit.generate(pipe, text, seed=seed, progress=False)
         verdict = judge(run.image, run.prompt)
         if verdict.success:
@@ -301,13 +301,13 @@ def attention(count: int = 276, seed: int = 0) -> None:
 
 
 @app.command()
-def cost(pictures: int = 5) -> None:
-    """Time of a recorded picture, against a plain one in turn, and peak memory of the process."""
+def cost(images: int = 5) -> None:
+    """Time of a recorded image, against a plain one in turn, and peak memory of the process."""
     pipe = elakit.load("picture-world")
     pipe.set_progress_bar_config(disable=True)
     draw(pipe, [("a cat", 0)])
     plain, recorded = [], []
-    for seed in range(pictures):
+    for seed in range(images):
         began = time.perf_counter()
         draw(pipe, [("a cat and a lion", seed)])
         middle = time.perf_counter()
@@ -315,22 +315,22 @@ def cost(pictures: int = 5) -> None:
         plain.append(middle - began)
         recorded.append(time.perf_counter() - middle)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"| a recorded picture, 25 steps, batch 1, median of {pictures} | {np.median(recorded):.2f} s | <= 3 s |")
+    print(f"| a recorded image, 25 steps, batch 1, median of {images} | {np.median(recorded):.2f} s | <= 3 s |")
     print(f"| its time relative to a plain one | {np.median(np.array(recorded) / plain):.2f} | |")
     print(f"| peak memory of the process | {peak:.2f} GiB | < 2 GB |")
 
 
 @app.command()
 def sheet(out: Path = Path("work/benchmarks/contact_sheet.png")) -> None:
-    """36 pictures, seeds 0 to 35, unpicked: prompts of one, two and three things in turn."""
+    """36 images, seeds 0 to 35, unpicked: prompts of one, two and three things in turn."""
     pipe = elakit.load("picture-world")
     pipe.set_progress_bar_config(disable=True)
     jobs = list(zip(sheet_prompts(), range(36), strict=True))
-    pictures = [p for start in range(0, 36, BATCH) for p in draw(pipe, jobs[start : start + BATCH])]
-    side = pictures[0].width
+    images = [p for start in range(0, 36, BATCH) for p in draw(pipe, jobs[start : start + BATCH])]
+    side = images[0].width
     page = Image.new("RGB", (6 * side, 6 * side))
-    for i, picture in enumerate(pictures):
-        page.paste(picture, (i % 6 * side, i // 6 * side))
+    for i, image in enumerate(images):
+        page.paste(image, (i % 6 * side, i // 6 * side))
     out.parent.mkdir(parents=True, exist_ok=True)
     page.save(out, optimize=True)
     for row in range(6):
@@ -341,7 +341,7 @@ def sheet_prompts() -> list[str]:
     """18 single things (every noun before any comes again), 15 of the benchmark's pairs, 3 of three things."""
     rng = np.random.default_rng(0)
     nouns = rng.permutation(NOUNS)
-    single = [f"a {rng.choice(COLOURS)} {n}" if i % 2 else f"a {n}" for i, n in enumerate(nouns[:18])]
+    single = [f"a {rng.choice(COLORS)} {n}" if i % 2 else f"a {n}" for i, n in enumerate(nouns[:18])]
     pairs_ = [str(p) for p in rng.choice(benchmark_prompts(), 15, replace=False)]
     three = ["a red bird, a green car and a dog", "a cat, a lion and a frog", "a blue bowl next to an apple and a bear"]
     order = rng.permutation(36)

@@ -102,7 +102,7 @@ def compare(
     sdxl: Annotated[bool, typer.Option(help="SDXL's shape instead of SD 1.5's.")] = False,
     thin: Annotated[bool, typer.Option(help="The same layers, heads and maps with few channels, for a try.")] = False,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
-    size: Annotated[int | None, typer.Option(help="Side of the picture in pixels; by default the model's.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the image in pixels; by default the model's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the model; by default float16 on cuda, else float32.")] = None,
     repeats: Annotated[int, typer.Option(help="Runs of each way, in turns; the median is told.")] = 3,
@@ -165,12 +165,12 @@ def agree(pipe: Any, draw: Callable[[int], Any]) -> str:
 
 def take_turns(rows: list[Row], draw: Callable[[int], Any], steps: int, repeats: int, device: str) -> None:
     """Run every way in turns; fill in the rows."""
-    pictures: dict[str, Any] = {}
+    images: dict[str, Any] = {}
     for turn in range(repeats):
         for row in rows:
             with row.around() as recording:
                 began = time.process_time()
-                seconds, peak = timed(device, lambda: pictures.update({row.name: draw(steps)}))  # noqa: B023
+                seconds, peak = timed(device, lambda: images.update({row.name: draw(steps)}))  # noqa: B023
             row.seconds.append(seconds)
             row.cpu_seconds.append(time.process_time() - began)
             row.peaks.append(peak)
@@ -182,14 +182,14 @@ def take_turns(rows: list[Row], draw: Callable[[int], Any], steps: int, repeats:
                 began = time.perf_counter()
                 recording.compute()
                 row.remark = f"and {time.perf_counter() - began:.1f} s after the run until it has maps"
-            if not np.array_equal(pictures[row.name].cpu(), pictures["plain"].cpu()):
-                row.remark += " CHANGES THE PICTURE"
+            if not np.array_equal(images[row.name].cpu(), images["plain"].cpu()):
+                row.remark += " CHANGES THE IMAGE"
 
 
 @app.command()
 def stream(
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    size: Annotated[int, typer.Option(help="Side of the picture in pixels.")] = 1024,
+    size: Annotated[int, typer.Option(help="Side of the image in pixels.")] = 1024,
 ) -> None:
     """Write every token's maps, head mean, of all of SDXL's layers to a Zarr store; print host memory, and opening.
 

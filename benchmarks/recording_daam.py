@@ -48,7 +48,7 @@ class Row:
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     peaks: list[int] = field(default_factory=list)
-    pictures: list[Any] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
     kept: int = 0
 
 
@@ -74,7 +74,7 @@ def main() -> None:
         for name, row in rows.items():
             with ways[name]() as tracing:
                 began = time.process_time()
-                seconds, peak = timed(options.device, partial(draw, row.pictures))
+                seconds, peak = timed(options.device, partial(draw, row.images))
                 row.cpu_seconds.append(time.process_time() - began)
             row.seconds.append(seconds)
             row.peaks.append(peak)
@@ -83,7 +83,7 @@ def main() -> None:
                 maps = [heat_map for _, heat_map in tracing.all_heat_maps]
                 row.kept = sum(heat_map.numel() * heat_map.element_size() for heat_map in maps)
     plain, daam = rows.values()
-    change = float((plain.pictures[-1] - daam.pictures[-1]).abs().max())
+    change = float((plain.images[-1] - daam.images[-1]).abs().max())
     shape = f"{'thin ' * options.thin}{'SDXL' if options.sdxl else 'SD 1.5'} shape"
     print(f"{shape}, {options.steps} steps, guided, {options.dtype} on {machine(options.device)}, ", end="")
     print(f"diffusers {diffusers.__version__}; median of {options.repeats} runs")

@@ -72,7 +72,7 @@ def _fill(net: torch.nn.Module) -> None:
 
 
 def pipeline(sdxl: bool, thin: bool, device: str, dtype: torch.dtype, tokenizer: Any) -> Any:
-    """A pipeline of random weights around that UNet; its encoders of text and of pictures are small."""
+    """A pipeline of random weights around that UNet; its encoders of text and of images are small."""
     torch.manual_seed(0)
     with torch.device("meta"):
         net = unet(sdxl, thin).eval()

@@ -36,7 +36,7 @@ def figure_html(figure: dict[str, Any], number: int) -> str:
 
 
 def copy_notebooks(source: Path, target: Path) -> None:
-    """Copy notebooks into the sources: figures as HTML, widgets as the picture that is saved beside them."""
+    """Copy notebooks into the sources: figures as HTML, widgets as the image that is saved beside them."""
     target.mkdir(exist_ok=True)
     for old in target.glob("*.ipynb"):
         if not (source / old.name).exists():

@@ -1,15 +1,16 @@
-"""elakit: see, measure and mend concept bleeding in text-to-image diffusion models."""
+"""elakit: see, measure and fix concept bleeding in text-to-image diffusion models."""
 
-from elakit import agreement, errors, plot, regions
+from elakit import errors, plot, regions
+from elakit.measures import agreement
 from elakit import judge as judge
 from elakit.attention import Recording, RecordSpec, open_recording, record
 from elakit.bleeding import Bleeding
-from elakit.diagnose import Diagnosis, diagnose
+from elakit.diagnosis.procedure import Diagnosis, diagnose
 from elakit.diagnosis import open_diagnosis
-from elakit.explorer import Explorer, explore
-from elakit.generate import Progress, Run, compare, generate, open_run
+from elakit.widgets.explorer import Explorer, explore
+from elakit.generation import Progress, Run, compare, generate, open_run
 from elakit.guidance import ELA
-from elakit.live import live
+from elakit.widgets.live import live
 from elakit.models import load
 from elakit.prompt import Entity, Prompt, Token, parse
 

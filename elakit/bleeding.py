@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from elakit.agreement import agreement_iou, as_maps, auc, broadcast, pointing_game, same_size, truth_masks
+from elakit.measures.agreement import agreement_iou, as_maps, auc, broadcast, pointing_game, same_size, truth_masks
 from elakit.errors import SettingError
-from elakit.masks import area_mean, as_masks, downscale
+from elakit.measures.masks import area_mean, as_masks, downscale
 from elakit.regions import Regions, as_array, check_disjoint, otsu_masks, step_labels, steps_first
 
 if TYPE_CHECKING:
@@ -151,20 +151,20 @@ def leakage(maps: Any, masks: Any) -> np.ndarray:
 
 
 def truth_leakage(maps: Any, masks: Any) -> np.ndarray:
-    """Share of each map's mass on each thing in the finished picture, and on the rest of it.
+    """Share of each map's mass on each thing in the finished image, and on the rest of it.
 
     Parameters
     ----------
     maps : array or tensor, (..., entity, y, x)
         Attention maps, on any scale; finite and not negative.
     masks : bool array, (..., thing, y, x)
-        Where each thing is in the picture, at any resolution. They may overlap, as those of two things fused
+        Where each thing is in the image, at any resolution. They may overlap, as those of two things fused
         into one do.
 
     Returns
     -------
     float array, (..., entity, thing + 1)
-        The last column is the rest of the picture. Rows sum to 1; a thing that is not there has a column of
+        The last column is the rest of the image. Rows sum to 1; a thing that is not there has a column of
         zeros.
 
     Raises
@@ -256,7 +256,7 @@ def spill(matrix: Any) -> np.ndarray:
 
 
 def mask_overlap(a: Any, b: Any) -> MaskOverlap:
-    """Overlap of masks binarised apart, which may share cells.
+    """Overlap of masks binarized apart, which may share cells.
 
     Parameters
     ----------
@@ -425,7 +425,7 @@ class Bleeding:
     frame : DataFrame
         What :meth:`to_frame` gives.
     truth_leakage : DataArray, float (step, entity, region), or None
-        As `leakage`, with the entities' places in the finished picture for regions; None where the picture was
+        As `leakage`, with the entities' places in the finished image for regions; None where the image was
         not judged.
     attribute_truth_leakage : DataArray, float (step, attribute, region), or None
         The same for attributes.
@@ -471,8 +471,8 @@ class Bleeding:
 
             Regions include "background". Mask overlap is of the Otsu mask of each map, soft overlap of the
             maps as distributions; see :func:`measure`. The measures called truth, and pointing, set attention
-            against the finished picture and are there only where it was judged: the first three are NaN for an
-            entity that is not in the picture (truth_auc also for one that fills it), the leakage onto it is 0.
+            against the finished image and are there only where it was judged: the first three are NaN for an
+            entity that is not in the image (truth_auc also for one that fills it), the leakage onto it is 0.
         """
         return self.frame.copy()
 
@@ -514,7 +514,7 @@ class Bleeding:
         if self.truth_leakage is not None:
             agreement = wide(["truth_iou", "truth_auc", "pointing"], ["entity"]).reindex(entities)
             lies = self.truth_leakage.mean("step").to_pandas().rename(columns=lambda label: f"on {label}")
-            tables.append(("Attention against the picture", agreement.join(lies).rename_axis(index=None)))
+            tables.append(("Attention against the image", agreement.join(lies).rename_axis(index=None)))
         masses = overall[overall["measure"].isin(["start_mass", "end_mass"])]
         if len(masses):
             tables.append(("Mass apart from the words", masses.set_index("measure")[["value"]].rename_axis(index=None)))
@@ -563,8 +563,8 @@ def measure(
         Attention mass on start-of-text, and on end-of-text with padding (means over space, 0 to 1). Reported
         apart.
     truth : Verdict or DataArray, bool (entity, y, x), optional
-        Where each entity is in the finished picture, at any resolution, as a judge saw it; an empty mask where it
-        is not. Attention is then set against the picture too.
+        Where each entity is in the finished image, at any resolution, as a judge saw it; an empty mask where it
+        is not. Attention is then set against the image too.
 
     Returns
     -------
@@ -578,13 +578,13 @@ def measure(
 
     Notes
     -----
-    Mask overlap binarises each map by itself with Otsu's threshold, because regions never
+    Mask overlap binarizes each map by itself with Otsu's threshold, because regions never
     overlap. Soft overlap is taken of the maps as distributions, so that it tells of places and not of one
     entity's map being weaker.
 
-    With `truth`, truth_iou, truth_auc and pointing are :func:`elakit.agreement.agreement_iou`,
-    :func:`~elakit.agreement.auc` and :func:`~elakit.agreement.pointing_game` of each map against the entity's mask,
-    brought to the maps' grid by :func:`~elakit.masks.downscale`; truth_leakage and attribute_truth_leakage are
+    With `truth`, truth_iou, truth_auc and pointing are :func:`elakit.measures.agreement.agreement_iou`,
+    :func:`~elakit.measures.agreement.auc` and :func:`~elakit.measures.agreement.pointing_game` of each map against the entity's mask,
+    brought to the maps' grid by :func:`~elakit.measures.masks.downscale`; truth_leakage and attribute_truth_leakage are
     :func:`truth_leakage`, which takes the masks as they are.
 
     Examples
@@ -605,7 +605,7 @@ def measure(
     >>> bleeding.to_frame().query("measure == 'bleed'")[["entity", "value"]].round(3).values.tolist()
     [['cat', 0.2], ['frog', 0.2]]
 
-    In the picture the frog came to be where the cat's attention was, and the cat is missing:
+    In the image the frog came to be where the cat's attention was, and the cat is missing:
 
     >>> seen = regions.copy(data=[[[False, False, False, False]], [[True, True, False, False]]])
     >>> judged = measure(maps, regions, truth=seen)
@@ -619,7 +619,7 @@ def measure(
     steps = step_labels(maps)
     if BACKGROUND in names:
         raise SettingError(
-            f'an entity is labelled "{BACKGROUND}", which names the rest of the picture; rename the entity'
+            f'an entity is labeled "{BACKGROUND}", which names the rest of the image; rename the entity'
         )
     if not len(steps):
         raise SettingError("maps have no step; record at least one full step")
@@ -774,7 +774,7 @@ def _add_agreement(table: _Table, names: list[str], values: np.ndarray, seen: np
 
 
 def _add_truth_leakage(table: _Table, leak: xr.DataArray, values: np.ndarray, seen: np.ndarray) -> xr.DataArray:
-    """The leakage of entities or attributes again, with what is in the picture for regions."""
+    """The leakage of entities or attributes again, with what is in the image for regions."""
     matrix = truth_leakage(values, seen)
     name = str(leak.name).replace("leakage", "truth_leakage")
     rows, regions = (leak[leak.dims[i]].values.tolist() for i in (1, 2))

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import elakit
-from elakit.bench.cli import app as bench
+from elakit.sweep.cli import app as bench
 from elakit.errors import ElakitError, OutputError, SettingError
 from elakit.files import write_file
 from elakit.guidance import METHODS, without_regions
@@ -25,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="See, measure and mend concept bleeding in text-to-image models.",
+    help="See, measure and fix concept bleeding in text-to-image models.",
 )
 app.add_typer(bench, name="bench")
 app.add_typer(predict, name="predict")
@@ -57,7 +57,7 @@ def diagnose(
     remedies: Annotated[
         str,
         typer.Option(
-            help="What else to try where a picture is wrong: all, none, or some of the methods, another-seed, swapped, "
+            help="What else to try where an image is wrong: all, none, or some of the methods, another-seed, swapped, "
             "next-to, regions, with commas between them."
         ),
     ] = "all",
@@ -84,7 +84,7 @@ def diagnose(
     ] = None,
     workers: Annotated[int | None, typer.Option(help="With --prompts: processes that draw.")] = None,
 ) -> None:
-    """Draw a prompt over a few seeds; report what goes wrong, why, and which remedy mends it."""
+    """Draw a prompt over a few seeds; report what goes wrong, why, and which remedy fixes it."""
     from elakit import report
     from elakit.diagnosis.remedies import check
     from elakit.prediction import load_predictor
@@ -108,19 +108,19 @@ def diagnose(
     target = report.check_path(out or Path("report.html"))
     if json_out is not None:
         report.check_path(json_out)
-    foretell = None if predictor is None else load_predictor(predictor)
+    predict = None if predictor is None else load_predictor(predictor)
     pipe = _load(model, device, dtype)
     parsed = elakit.parse(prompt, pipe)
     with typer.progressbar(length=100, label="drawing", file=sys.stderr, show_eta=False) as bar:
 
         def show(done: int, total: int, what: str) -> None:
-            bar.label = f"{done} of {total} pictures, {what}"
+            bar.label = f"{done} of {total} images, {what}"
             bar.update(100 * done // max(total, 1) - bar.pos)
             bar.render_progress()
 
         found = elakit.diagnose(
             pipe, parsed, seeds=list(range(first_seed, first_seed + seeds)), method=method, remedies=asked, steps=steps,
-            guidance_scale=scale, predictor=foretell, folder=keep, on_progress=show,
+            guidance_scale=scale, predictor=predict, folder=keep, on_progress=show,
         )  # fmt: skip
         bar.label = "done"
         bar.update(100 - bar.pos)
@@ -139,14 +139,14 @@ def diagnose(
 @app.command()
 def run(
     prompt: Prompt,
-    out: Annotated[Path, typer.Option(help="Folder for picture, recording and settings.")],
+    out: Annotated[Path, typer.Option(help="Folder for image, recording and settings.")],
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     method: Annotated[str, typer.Option(help=f"plain, or a guidance method: {', '.join(METHODS)}.")] = "plain",
     regions: Annotated[
         str | None,
         typer.Option(
             help="A box for each entity, for methods that take regions: left,top,right,bottom in shares of the "
-            'picture, with semicolons between them, such as "0,0,0.5,1;0.5,0,1,1".'
+            'image, with semicolons between them, such as "0,0,0.5,1;0.5,0,1,1".'
         ),
     ] = None,
     model: Model = "picture-world",
@@ -156,7 +156,7 @@ def run(
     dtype: Dtype = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a run that is there.")] = False,
 ) -> None:
-    """Draw one picture, record its attention, and save both; open it again with elakit.open_run."""
+    """Draw one image, record its attention, and save both; open it again with elakit.open_run."""
     if method not in ("plain", *METHODS):
         raise SettingError(f"--method {method}: choose from plain, {', '.join(METHODS)}.")
     if not out.absolute().parent.is_dir():
@@ -208,8 +208,8 @@ def main() -> None:
 def _diagnose_many(file: Path, out: Path, **settings: Any) -> None:
     from tqdm.auto import tqdm
 
-    from elakit.bench.suites import read_prompts
-    from elakit.survey import diagnose_many
+    from elakit.sweep.suites import read_prompts
+    from elakit.diagnosis.survey import diagnose_many
 
     texts = read_prompts(file)
     again = shlex.join(["elakit", *sys.argv[1:]])

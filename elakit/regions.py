@@ -1,7 +1,7 @@
-"""Where each entity is: attention maps -> one region an entity, never overlapping (ELA's localisation).
+"""Where each entity is: attention maps -> one region an entity, never overlapping (ELA's localization).
 
 Four stages, each an option of :func:`localize`: *differentiation* sets the entities' maps against each other,
-*binarisation* decides which cells are strong enough, small components may be dropped, and a *floor* on area
+*binarization* decides which cells are strong enough, small components may be dropped, and a *floor* on area
 gives a neglected entity a region too.
 """
 
@@ -22,16 +22,16 @@ from elakit.errors import SettingError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Binarisation", "Differentiation", "Regions", "divide", "localize", "localize_steps", "otsu_masks"]
+__all__ = ["Binarization", "Differentiation", "Regions", "divide", "localize", "localize_steps", "otsu_masks"]
 
 Differentiation = Literal["argmax", "subtract-max", "subtract-mean", "none"]
-Binarisation = Literal["background", "otsu", "mean-std", "quantile"]
+Binarization = Literal["background", "otsu", "mean-std", "quantile"]
 
 DIFFERENTIATIONS: tuple[str, ...] = get_args(Differentiation)
-BINARISATIONS: tuple[str, ...] = get_args(Binarisation)
+BINARIZATIONS: tuple[str, ...] = get_args(Binarization)
 
 # Middle of the interval (.107 to .118) in which the default rule agrees with the paper's figure to IoU .79
-# (cat) and .90 (frog); `python benchmarks/localisation.py` prints it.
+# (cat) and .90 (frog); `python benchmarks/localization.py` prints it.
 THRESHOLD = 0.1125
 # Share of the map that is an entity's least region (5 cells at 16x16, 1 at 8x8).
 FLOOR = 0.02
@@ -46,7 +46,7 @@ class Regions:
     masks : bool array, (entity, y, x)
         True inside the entity's region. No cell belongs to two entities.
     scores : float array, (entity, y, x)
-        The differentiated maps that were binarised, same units as the maps given.
+        The differentiated maps that were binarized, same units as the maps given.
     floored : tuple of bool
         Whether the entity was too weak for a region of its own and was filled up to the least area.
     entities : tuple of str
@@ -111,7 +111,7 @@ class Regions:
 
         Examples
         --------
-        >>> regions = localize([[[3., 1., 0.]], [[0., 2., 5.]]], binarisation="mean-std")
+        >>> regions = localize([[[3., 1., 0.]], [[0., 2., 5.]]], binarization="mean-std")
         >>> regions.iou([[[1, 1, 0]], [[0, 0, 1]]])
         array([0.5, 1. ])
         """
@@ -144,10 +144,10 @@ def localize(
     sot: np.ndarray | torch.Tensor | xr.DataArray | Sequence[Any] | None = None,
     *,
     differentiation: Differentiation = "argmax",
-    binarisation: Binarisation = "background",
+    binarization: Binarization = "background",
     threshold: float = THRESHOLD,
     quantile: float = 0.8,
-    normalise: bool = False,
+    normalize: bool = False,
     subtract_pedestal: bool = False,
     min_cells: int | None = None,
     smooth: float = 0.0,
@@ -163,12 +163,12 @@ def localize(
         device, of any precision, with gradient (which is not followed).
     sot : array, tensor or DataArray, (y, x), optional
         Raw probabilities of the start-of-text token. It holds what no word claims, so it stands for the
-        background. Needed by ``binarisation="background"``, unused by the others.
+        background. Needed by ``binarization="background"``, unused by the others.
     differentiation : {"argmax", "subtract-max", "subtract-mean", "none"}
         How an entity's map is set against the others', giving its scores: the map where it is the largest,
         else 0; the map minus the largest of the others; minus the mean of the others (both cut at 0); or the
         map itself. With one entity all four are the map itself.
-    binarisation : {"background", "otsu", "mean-std", "quantile"}
+    binarization : {"background", "otsu", "mean-std", "quantile"}
         Which cells are kept: score > `threshold` x start-of-text; score > Otsu's threshold of the scores;
         score > mean + standard deviation of the scores; score > the `quantile` of the scores. A cell that
         passes for two entities goes to the one with the larger map, to the first of them on a tie. So with
@@ -177,7 +177,7 @@ def localize(
         Share of the start-of-text map an entity must exceed ("background" only), at least 0.
     quantile : float
         0 to 1 ("quantile" only).
-    normalise : bool
+    normalize : bool
         Scale every map, start-of-text included, to 0..1 (min-max) first: entities then compete by shape, not
         by strength.
     subtract_pedestal : bool
@@ -190,7 +190,7 @@ def localize(
     smooth : float
         Standard deviation, in cells, of a Gaussian applied to all maps first. 0 is off.
     keep_components : int, optional
-        Keep only that many connected components of each region, the largest (8-neighbourhood; the earlier in
+        Keep only that many connected components of each region, the largest (8-neighborhood; the earlier in
         reading order on a tie). All are kept by default.
     entities : sequence of str, optional
         Labels. By default those of a DataArray's first dimension, else "entity 0", "entity 1", ...
@@ -207,12 +207,12 @@ def localize(
 
     Notes
     -----
-    The paper says that differentiation and binarisation of cross-attention maps locate entities in areas that
+    The paper says that differentiation and binarization of cross-attention maps locate entities in areas that
     do not overlap, and its method figure shows the start-of-text map beside the entities'. The exact rule and
     its threshold are not known from the paper: the options and defaults here are ours, chosen by how well
     they reproduce the two regions of that figure. The default gives IoU .80 (cat) and .93 (frog). The
     threshold is fitted on that one figure, and no rule that looks at one cell at a time reproduces it
-    exactly. ``python benchmarks/localisation.py`` prints the agreement of every rule.
+    exactly. ``python benchmarks/localization.py`` prints the agreement of every rule.
 
     The figure displays each map scaled to 0..1. Its raw scale is restored by a regression: attention sums to
     1 over the tokens, and the displayed maps indeed satisfy SoT = .995 - .312 cat - 1.022 frog with R^2 =
@@ -251,16 +251,16 @@ def localize(
     >>> localize([cat, frog, [[.0, .0, .0, .005]]], sot).floored
     (False, False, True)
     """
-    _check_options(differentiation, binarisation, threshold, quantile, min_cells, smooth, keep_components)
+    _check_options(differentiation, binarization, threshold, quantile, min_cells, smooth, keep_components)
     values = as_array(_spatial_last(maps), "maps")
     if values.ndim != 3 or 0 in values.shape:
         raise SettingError(f"maps have shape {values.shape}; localize wants (entity, y, x), at least one of each")
     names = _names(maps, entities, len(values))
     if len(names) != len(values):
         raise SettingError(f"{len(names)} entity labels for {len(values)} maps; give one label a map")
-    if binarisation == "background" and sot is None:
+    if binarization == "background" and sot is None:
         raise SettingError(
-            'binarisation "background" compares with the start-of-text map: pass sot=..., or choose binarisation="otsu"'
+            'binarization "background" compares with the start-of-text map: pass sot=..., or choose binarization="otsu"'
         )
     cells = values[0].size
     least = _least_cells(min_cells, len(values), cells)
@@ -272,13 +272,13 @@ def localize(
             raise SettingError(
                 f"sot has shape {background.shape}, each entity's map {values.shape[1:]}; they must be equal"
             )
-    values, background = _prepare(values, background, smooth, normalise, subtract_pedestal)
+    values, background = _prepare(values, background, smooth, normalize, subtract_pedestal)
 
     winner = values.argmax(axis=0) == np.arange(len(values))[:, None, None]  # first of equals
     scores = _differentiate(values, winner, differentiation)
     # Every differentiation keeps the order of the entities within a cell, so the largest map settles
     # all conflicts.
-    masks = (scores > _thresholds(scores, background, binarisation, threshold, quantile)) & winner
+    masks = (scores > _thresholds(scores, background, binarization, threshold, quantile)) & winner
     if keep_components is not None:
         masks = np.stack([_largest_components(mask, keep_components) for mask in masks])
     masks, floored = _fill_to_floor(masks, scores, values, least)
@@ -286,10 +286,10 @@ def localize(
 
 
 def divide(maps: np.ndarray | torch.Tensor, free: np.ndarray | None = None) -> np.ndarray:
-    """Divide a picture between its entities: strips of equal width, in the order in which attention has the entities.
+    """Divide an image between its entities: strips of equal width, in the order in which attention has the entities.
 
     Early in a run a map says little of where its entity's edges will be, but already which entity is to be left of
-    which. Strips run across the longer side, so that square pictures are divided from left to right.
+    which. Strips run across the longer side, so that square images are divided from left to right.
 
     Parameters
     ----------
@@ -327,8 +327,8 @@ def divide(maps: np.ndarray | torch.Tensor, free: np.ndarray | None = None) -> n
     mass = along.sum(1)
     places = np.arange(values.shape[2]) + 0.5
     # an entity without a place of its own belongs in the middle
-    centres = np.where(mass > 0, along @ places / np.where(mass > 0, mass, 1), places.mean())
-    order = np.argsort(centres, kind="stable")
+    centers = np.where(mass > 0, along @ places / np.where(mass > 0, mass, 1), places.mean())
+    order = np.argsort(centers, kind="stable")
     widths = cells.sum(0)
     middle = (widths.cumsum() - widths / 2) / max(1, widths.sum())  # of each column, in shares of the free cells
     strip = np.minimum((middle * len(values)).astype(int), len(values) - 1)
@@ -366,7 +366,7 @@ def localize_steps(maps: xr.DataArray, sot: xr.DataArray | None = None, **option
     --------
     >>> maps = xr.DataArray(np.eye(4).reshape(2, 2, 1, 4), dims=("step", "token", "y", "x"))
     >>> maps = maps.assign_coords(token=["cat", "frog"])
-    >>> regions = localize_steps(maps, binarisation="otsu")
+    >>> regions = localize_steps(maps, binarization="otsu")
     >>> regions.dims, regions.sel(entity="frog").values.astype(int).tolist()
     (('step', 'entity', 'y', 'x'), [[[0, 1, 0, 0]], [[0, 0, 0, 1]]])
     """
@@ -404,7 +404,7 @@ def localize_steps(maps: xr.DataArray, sot: xr.DataArray | None = None, **option
 
 
 def otsu_masks(maps: np.ndarray | torch.Tensor | Sequence[Any]) -> np.ndarray:
-    """Binarise each map by itself with Otsu's threshold; the masks may overlap.
+    """Binarize each map by itself with Otsu's threshold; the masks may overlap.
 
     Parameters
     ----------
@@ -485,12 +485,12 @@ def step_labels(array: xr.DataArray) -> np.ndarray:
 
 
 def _prepare(
-    values: np.ndarray, background: np.ndarray | None, smooth: float, normalise: bool, subtract_pedestal: bool
+    values: np.ndarray, background: np.ndarray | None, smooth: float, normalize: bool, subtract_pedestal: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
     stack = values if background is None else np.concatenate([values, background[None]])
     if smooth:
         stack = gaussian_filter(stack, sigma=(0, smooth, smooth), mode="reflect")
-    if normalise:
+    if normalize:
         low = stack.min(axis=(1, 2), keepdims=True)
         span = stack.max(axis=(1, 2), keepdims=True) - low
         stack = (stack - low) / np.where(span > 0, span, 1.0)  # a constant map becomes 0
@@ -624,7 +624,7 @@ def _least_cells(min_cells: int | None, count: int, cells: int) -> int:
 
 def _check_options(
     differentiation: str,
-    binarisation: str,
+    binarization: str,
     threshold: float,
     quantile: float,
     min_cells: int | None,
@@ -633,7 +633,7 @@ def _check_options(
 ) -> None:
     for name, value, allowed in (
         ("differentiation", differentiation, DIFFERENTIATIONS),
-        ("binarisation", binarisation, BINARISATIONS),
+        ("binarization", binarization, BINARIZATIONS),
     ):
         if value not in allowed:
             raise SettingError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, allowed))}")

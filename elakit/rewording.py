@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from elakit.english import ARTICLES
 from elakit.prompt import Entity, Prompt
-from elakit.words import Span, split_words, touching
+from elakit.tokens import Span, split_words, touching
 
 # Words in brackets that are no attributes.
 _NOT_SAID = ARTICLES | {"and", "or"}

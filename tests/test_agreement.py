@@ -1,4 +1,4 @@
-"""Attention against the finished picture: measures with answers worked out by hand, in a run and in a figure."""
+"""Attention against the finished image: measures with answers worked out by hand, in a run and in a figure."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hypothesis.extra.numpy import arrays
 from tiny import tiny_pipeline
 
 from elakit import plot
-from elakit.agreement import agreement_iou, auc, pointing_game, truth_masks
+from elakit.measures.agreement import agreement_iou, auc, pointing_game, truth_masks
 from elakit.errors import RecordingError, SettingError
-from elakit.generate import Run, generate
+from elakit.generation import Run, generate
 from elakit.judge import Verdict
-from elakit.masks import coverage, downscale
+from elakit.measures.masks import coverage, downscale
 from elakit.regions import localize, otsu_masks
-from elakit.report import MEANINGS
+from elakit.diagnosis.report import MEANINGS
 
 PAIR = "a [red car] and a [blue bird]"
 STEPS = 4
@@ -48,12 +48,12 @@ def test_cells_that_are_mostly_covered_are_kept():
     np.testing.assert_array_equal(downscale(mask, (2, 4)), [[1, 0, 0, 0], [0, 0, 0, 1]])
 
 
-def test_cells_need_not_divide_the_picture():
+def test_cells_need_not_divide_the_image():
     # Cells of 1.5 pixels each way: every one has a quarter of the middle pixel, of its own 2.25.
-    centre = np.zeros((3, 3), bool)
-    centre[1, 1] = True
-    np.testing.assert_allclose(coverage(centre, (2, 2)), np.full((2, 2), 1 / 9))
-    np.testing.assert_array_equal(downscale(centre, (2, 2)), [[1, 0], [0, 0]])  # first of equals
+    center = np.zeros((3, 3), bool)
+    center[1, 1] = True
+    np.testing.assert_allclose(coverage(center, (2, 2)), np.full((2, 2), 1 / 9))
+    np.testing.assert_array_equal(downscale(center, (2, 2)), [[1, 0], [0, 0]])  # first of equals
     # Five pixels in two cells; the third is cut in half: 2.5 of 2.5 and 0.5 of 2.5.
     np.testing.assert_allclose(coverage([[1, 1, 1, 0, 0]], (1, 2)), [[1, 0.2]])
 
@@ -111,7 +111,7 @@ def test_a_map_that_says_nothing_scores_as_chance():
     assert agreement_iou(flat, CAR) == 0
 
 
-def test_what_is_not_in_the_picture_cannot_be_agreed_with():
+def test_what_is_not_in_the_image_cannot_be_agreed_with():
     for measure in MEASURES:
         assert np.isnan(measure(MAP, CAR & False))
     full = CAR | True
@@ -208,7 +208,7 @@ def test_truth_comes_in_the_order_of_the_maps():
         np.testing.assert_array_equal(truth_masks(given_truth, ["car", "bird"], (3, 4)), [~CAR, CAR])
 
 
-def test_truth_has_the_shape_of_the_picture():
+def test_truth_has_the_shape_of_the_image():
     wide = seen(np.ones((2, 512, 768)))
     assert truth_masks(wide, ["car", "bird"], (16, 24)).shape == (2, 512, 768)
     # 520 pixels are 65 latent cells, halved twice and rounded up: 17.
@@ -223,9 +223,9 @@ def test_truth_has_the_shape_of_the_picture():
         (np.stack([CAR, CAR]), "give a Verdict, or masks as"),
         (seen([CAR, CAR], ("car", "dog")), r"truth is of \['car', 'dog'\], maps of \['car', 'bird'\]"),
         (seen([CAR], ("car",)), "same entities"),
-        (seen([CAR, CAR]).expand_dims(step=2), "a picture has no steps"),
+        (seen([CAR, CAR]).expand_dims(step=2), "an image has no steps"),
         (seen([CAR, CAR]) * 0.3, "boolean"),
-        (localize(np.random.default_rng(0).random((2, 3, 4)), binarisation="otsu"), "'entity 0'"),
+        (localize(np.random.default_rng(0).random((2, 3, 4)), binarization="otsu"), "'entity 0'"),
     ],
 )
 def test_truth_that_does_not_fit_is_refused(truth, says):
@@ -241,7 +241,7 @@ def draw(text: str = PAIR, **options: Any) -> Run:
 
 
 def corner(run: Run, labels: tuple[str, ...] = ("car", "bird")) -> xr.DataArray:
-    """The first entity in the upper left quarter of the picture, the others missing."""
+    """The first entity in the upper left quarter of the image, the others missing."""
     masks = np.zeros((len(labels), run.image.height, run.image.width), bool)
     masks[0, : run.image.height // 2, : run.image.width // 2] = True
     return seen(masks, labels)
@@ -253,7 +253,7 @@ def run() -> Run:
 
 
 def embedded(monkeypatch: pytest.MonkeyPatch, text: str = PAIR) -> tuple[Run, list[str]]:
-    """A run as if the embedded model had drawn it, and the prompts its picture is judged by from now on."""
+    """A run as if the embedded model had drawn it, and the prompts its image is judged by from now on."""
     drawn, judged = draw(text), []
     drawn.settings["model"] = "picture-world"
 
@@ -268,7 +268,7 @@ def embedded(monkeypatch: pytest.MonkeyPatch, text: str = PAIR) -> tuple[Run, li
     return drawn, judged
 
 
-def test_pictures_of_the_embedded_model_are_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_the_embedded_model_are_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     run, judged = embedded(monkeypatch)
     assert run.bleeding.truth_leakage is not None
     assert run.verdict is run.verdict
@@ -331,24 +331,24 @@ def test_curves_and_maps_are_the_runs(run: Run) -> None:
         np.testing.assert_array_equal(trace.z, values)
         assert values[peak.y[0], peak.x[0]] == values.max()
     assert len(figure.layout.images) == 2 * 3
-    # Pictures fill the panels, whose axes count the map's cells.
+    # Images fill the panels, whose axes count the map's cells.
     assert {(image.sizex, image.sizey) for image in figure.layout.images} == {(8, 8)}
     said = [note.text for note in figure.layout.annotations]
     row = frame.query("step == 3 and entity == 'car'").set_index("measure")["value"]
     assert f"IoU {row['truth_iou']:.2f}, AUC {row['truth_auc']:.2f}" in said
-    assert "25% of the picture" in said
-    assert "not in the picture" in said
+    assert "25% of the image" in said
+    assert "not in the image" in said
     assert not any("nan" in text for text in said)
 
 
 @pytest.mark.parametrize("factor", [1, 4, 40])
 def test_outlines_lie_where_the_truth_does(run: Run, factor: int) -> None:
     mask = np.zeros((2, 8, 8), bool)
-    mask[0, 2:4, 5:8] = True  # reaches the right edge of the picture
+    mask[0, 2:4, 5:8] = True  # reaches the right edge of the image
     truth = seen(mask.repeat(factor, 1).repeat(factor, 2))
     outlines = traces(plot.agreement(run, truth, steps=1), "outline")
     car = [trace for trace in outlines if trace.meta["outline"] == "car"]
-    assert len(car) == 2 * 2  # picture and map, white below black
+    assert len(car) == 2 * 2  # image and map, white below black
     for trace in car:
         ends = (min(trace.x), max(trace.x), min(trace.y), max(trace.y))
         assert ends == pytest.approx((4.5, 7.5, 1.5, 3.5), abs=0.3 / min(factor, 16))  # lines are simplified a little

@@ -26,11 +26,11 @@ from hypothesis import settings as tries
 from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
-from elakit.bench import SUITES, Unit, figures, plan, read_prompts, report, run, store, suite, summary, sweep, table
-from elakit.bench.units import settle
+from elakit.sweep import SUITES, Unit, figures, plan, read_prompts, report, run, store, suite, summary, sweep, table
+from elakit.sweep.units import settle
 from elakit.errors import OutputError, SettingError
 from elakit.guidance import ELA, METHODS
-from elakit.world.vocabulary import COLOURS, NOUNS
+from elakit.world.vocabulary import COLORS, NOUNS
 
 PROMPTS = [f"a cat and a {noun}" for noun in ("dog", "frog", "lion", "bear", "bird")]
 
@@ -44,13 +44,13 @@ def pretend(unit: Unit) -> list[dict[str, Any]]:
     rng = np.random.default_rng(int(unit.key, 16))
     return [
         {**unit.labels(), "seed": seed, "success": bool(rng.random() < 0.5), "neglect": False, "mixture": False}
-        | {"wrong_colour": False, "extra": 0, "score": float(rng.random()), "seconds": time.perf_counter()}
+        | {"wrong_color": False, "extra": 0, "score": float(rng.random()), "seconds": time.perf_counter()}
         for seed in unit.seeds
     ]
 
 
 def stall(unit: Unit) -> list[dict[str, Any]]:
-    """Draws no picture of lions: holds the lock that the environment names, until its process ends."""
+    """Draws no image of lions: holds the lock that the environment names, until its process ends."""
     if "lion" not in unit.prompt:
         return pretend(unit)
     with Path(os.environ["ELAKIT_TEST_LOCK"]).open("w") as file:
@@ -104,22 +104,22 @@ def test_suites_are_the_same_every_time_and_hold_each_prompt_once() -> None:
     sizes = {name: len(suite(name)) for name in SUITES}
     assert sizes == {
         "attend-and-excite": 276, "animals": 66, "animals-objects": 144, "objects": 66,
-        "three-entities": 60, "same-colour": 60, "similar-animals": 60, "free-captions": 60,
+        "three-entities": 60, "same-color": 60, "similar-animals": 60, "free-captions": 60,
     }  # fmt: skip
     for name in SUITES:
         prompts = suite(name)
         assert prompts == suite(name)
         assert len(set(prompts)) == len(prompts)
     assert suite("attend-and-excite") == suite("animals") + suite("animals-objects") + suite("objects")
-    with pytest.raises(SettingError, match=r"'colours'.*same-colour"):
-        suite("colours")
+    with pytest.raises(SettingError, match=r"'colors'.*same-color"):
+        suite("colors")
 
 
 def test_the_english_reader_finds_what_the_generated_prompts_are_made_of() -> None:
     from elakit.english import load_reader, phrases
 
     wrong = []
-    for name, count in {"three-entities": 3, "same-colour": 2, "similar-animals": 2, "free-captions": None}.items():
+    for name, count in {"three-entities": 3, "same-color": 2, "similar-animals": 2, "free-captions": None}.items():
         prompts = suite(name)
         for text, doc in zip(prompts, load_reader().pipe(prompts), strict=True):
             found = [
@@ -127,12 +127,12 @@ def test_the_english_reader_finds_what_the_generated_prompts_are_made_of() -> No
                 for phrase in phrases(doc)
             ]
             wanted = count or (3 if "," in text else 2)
-            known = all(noun in NOUNS and set(said) <= set(COLOURS) for noun, said in found)
+            known = all(noun in NOUNS and set(said) <= set(COLORS) for noun, said in found)
             if len(found) != wanted or not known:
                 wrong.append((text, found))
     assert not wrong
-    colours = [{word for word in text.split() if word in COLOURS} for text in suite("same-colour")]
-    assert {len(some) for some in colours} == {1}
+    colors = [{word for word in text.split() if word in COLORS} for text in suite("same-color")]
+    assert {len(some) for some in colors} == {1}
 
 
 def test_prompts_come_from_a_file_too(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ OPTIONS = st.fixed_dictionaries(
     optional={
         "step_size": st.floats(0, 2),
         "decay": st.integers(0, 3),
-        "gradient": st.sampled_from(["raw", "normalised"]),
+        "gradient": st.sampled_from(["raw", "normalized"]),
         "lock_from": st.none() | st.integers(0, 9),
     },
 )
@@ -178,8 +178,8 @@ def test_a_plan_holds_each_unit_once_and_keys_know_no_order(
     turned = [(name, dict(reversed(some.items()))) for name, some in (("ela", again), ("ela", options))]
     assert {unit.key for unit in plan(prompts[::-1], seeds[::-1], ["plain", *turned], batch=batch)} == set(keys)
     variants = 1 + len({settle("ela", options), settle("ela", again)})
-    pictures = [(unit.prompt, unit.method, unit.options, seed) for unit in planned for seed in unit.seeds]
-    assert len(pictures) == len(set(pictures)) == len(set(prompts)) * len(seeds) * variants
+    images = [(unit.prompt, unit.method, unit.options, seed) for unit in planned for seed in unit.seeds]
+    assert len(images) == len(set(images)) == len(set(prompts)) * len(seeds) * variants
 
 
 def test_a_unit_knows_its_method_with_every_option() -> None:
@@ -255,7 +255,7 @@ def test_a_sweep_goes_on_where_it_was_left(tmp_path: Path, thread: Executor) -> 
     assert (tmp_path / "sweep.json").read_bytes() == settings
     assert json.loads(settings)["methods"][0] == {"method": "plain", "options": {}}
     assert table(tmp_path)["steps"].value_counts(dropna=False).tolist() == [20, 20]
-    # a picture that two units have in common counts once
+    # an image that two units have in common counts once
     run(plan(PROMPTS, [3], ["plain"]), tmp_path, thread, draw=pretend)
     assert len(table(tmp_path)) == 40
 
@@ -367,7 +367,7 @@ def test_a_borrowed_executor_that_breaks_leaves_what_is_kept(tmp_path: Path) -> 
 
 
 def test_folders_that_hold_or_take_nothing_are_refused(tmp_path: Path, thread: Executor) -> None:
-    with pytest.raises(OutputError, match=r"no finished unit.*elakit bench run"):
+    with pytest.raises(OutputError, match=r"no finished unit.*elakit sweep run"):
         table(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be kept"):
@@ -460,7 +460,7 @@ def test_process_a_real_pipeline_is_swept(tmp_path: Path) -> None:
     assert len(found) == 2 * 2 * 2
     assert (found["suite"] == "mine").all()
     assert (found["steps"] == 2).all()
-    assert found["success"].isna().all()  # the embedded judge does not know this model's pictures
+    assert found["success"].isna().all()  # the embedded judge does not know this model's images
     assert found[["bleed", "intrusion", "spill", "ruzicka"]].notna().all(axis=None)
     assert (found["attribute_bleed"].notna() == found["prompt"].str.contains("car")).all()
     guided = found["method"] == "ela"
@@ -475,7 +475,7 @@ def test_process_a_real_pipeline_is_swept(tmp_path: Path) -> None:
 # --- summing up ---------------------------------------------------------------------------------------------
 
 
-def pictures(method: str, right: list[int], **columns: Any) -> pd.DataFrame:
+def images(method: str, right: list[int], **columns: Any) -> pd.DataFrame:
     """A table of one seed: prompt i is right or wrong."""
     return pd.DataFrame(
         {"prompt": [f"prompt {i}" for i in range(len(right))], "seed": 1, "method": method, "success": right, **columns}
@@ -485,17 +485,17 @@ def pictures(method: str, right: list[int], **columns: Any) -> pd.DataFrame:
 def test_summary_of_a_table_whose_answer_is_known() -> None:
     frame = pd.concat(
         [
-            pictures("plain", [0] * 8 + [1] * 4, neglect=[1] * 6 + [0] * 6, seconds=2.0, score=0.5),
-            # mends six of eight, harms one of four
-            pictures("good", [1] * 6 + [0] * 2 + [0] + [1] * 3, neglect=0, seconds=3.0, score=0.4),
-            pictures("same", [0] * 8 + [1] * 4, neglect=[1] * 6 + [0] * 6, seconds=2.0, score=0.5),
+            images("plain", [0] * 8 + [1] * 4, neglect=[1] * 6 + [0] * 6, seconds=2.0, score=0.5),
+            # fixes six of eight, harms one of four
+            images("good", [1] * 6 + [0] * 2 + [0] + [1] * 3, neglect=0, seconds=3.0, score=0.4),
+            images("same", [0] * 8 + [1] * 4, neglect=[1] * 6 + [0] * 6, seconds=2.0, score=0.5),
         ]
     )
     found = summary(frame)
     assert found.index.tolist() == ["plain", "good", "same"]
     good = found.loc["good"]
-    assert good[["pictures", "prompts", "mended_count", "harmed_count"]].tolist() == [12, 12, 6, 1]
-    assert good[["success", "neglect", "mended", "harmed"]].tolist() == [0.75, 0, 0.75, 0.25]
+    assert good[["images", "prompts", "fixed_count", "broken_count"]].tolist() == [12, 12, 6, 1]
+    assert good[["success", "neglect", "fixed", "broken"]].tolist() == [0.75, 0, 0.75, 0.25]
     assert good[["score", "seconds"]].tolist() == pytest.approx([0.8, 1.5])
     # 7 that changed, at most 1 of them for the worse: 2 * (1 + 7) / 2^7
     assert good["p"] == pytest.approx(0.125)
@@ -505,13 +505,13 @@ def test_summary_of_a_table_whose_answer_is_known() -> None:
     assert good["success_low"] == pytest.approx(0.5, abs=0.01)
     assert good["success_high"] == pytest.approx(1.0, abs=0.09)
     assert found.loc["plain", ["neglect", "seconds", "seconds_low", "seconds_high"]].tolist() == [0.5, 1, 1, 1]
-    assert found.loc["plain", ["mended", "harmed", "p", "p_holm"]].isna().all()
+    assert found.loc["plain", ["fixed", "broken", "p", "p_holm"]].isna().all()
     pd.testing.assert_frame_equal(found, summary(frame.sample(frac=1, random_state=0)))
 
 
-def test_intervals_resample_prompts_with_all_their_pictures() -> None:
+def test_intervals_resample_prompts_with_all_their_images() -> None:
     # four prompts, each right with all 25 seeds or with none: there is no more to tell from than with one seed
-    one = pictures("plain", [1, 1, 0, 0])
+    one = images("plain", [1, 1, 0, 0])
     many = pd.concat([one.assign(seed=seed) for seed in range(25)])
     ends = ["success", "success_low", "success_high"]
     assert summary(many).loc["plain", ends].tolist() == summary(one).loc["plain", ends].tolist() == [0.5, 0, 1]
@@ -520,11 +520,11 @@ def test_intervals_resample_prompts_with_all_their_pictures() -> None:
 def test_variants_and_settings_are_told_apart_and_each_is_set_against_its_own_plain() -> None:
     frame = pd.concat(
         [
-            pictures("plain", [0, 0], steps=10, options="{}"),
-            pictures("plain", [1, 1], steps=20, options="{}"),
-            pictures("ela", [1, 1], steps=10, options='{"decay":0.5,"step_size":0.1}'),
-            pictures("ela", [0, 1], steps=10, options='{"decay":0.5,"step_size":0.2}'),
-            pictures("ela", [0, 1], steps=20, options='{"decay":0.5,"step_size":0.1}'),
+            images("plain", [0, 0], steps=10, options="{}"),
+            images("plain", [1, 1], steps=20, options="{}"),
+            images("ela", [1, 1], steps=10, options='{"decay":0.5,"step_size":0.1}'),
+            images("ela", [0, 1], steps=10, options='{"decay":0.5,"step_size":0.2}'),
+            images("ela", [0, 1], steps=20, options='{"decay":0.5,"step_size":0.1}'),
         ]
     )
     found = summary(frame)
@@ -535,23 +535,23 @@ def test_variants_and_settings_are_told_apart_and_each_is_set_against_its_own_pl
         "ela(step_size=0.1), steps 20",
         "ela(step_size=0.2), steps 10",
     ]
-    assert found["mended_count"].tolist() == [0, 0, 2, 0, 1]
-    assert found["harmed_count"].tolist() == [0, 0, 0, 1, 0]
+    assert found["fixed_count"].tolist() == [0, 0, 2, 0, 1]
+    assert found["broken_count"].tolist() == [0, 0, 0, 1, 0]
 
 
 def test_what_was_not_judged_or_has_no_plain_says_nothing() -> None:
-    alone = summary(pictures("ela", [1, 0]))
+    alone = summary(images("ela", [1, 0]))
     assert alone.loc["ela", "success"] == 0.5
-    assert alone.loc["ela", ["mended", "harmed", "seconds", "p", "p_holm"]].isna().all()
-    frame = pd.concat([pictures("plain", [1, 0]), pictures("ela", [1, 0])]).astype({"success": object})
+    assert alone.loc["ela", ["fixed", "broken", "seconds", "p", "p_holm"]].isna().all()
+    frame = pd.concat([images("plain", [1, 0]), images("ela", [1, 0])]).astype({"success": object})
     frame["success"] = None
     unjudged = summary(frame)
-    assert unjudged[["success", "success_low", "mended", "p"]].isna().all(axis=None)
+    assert unjudged[["success", "success_low", "fixed", "p"]].isna().all(axis=None)
     assert set(figures(frame)) == {"success", "failures", "time"}
 
 
 def test_labels_of_methods_that_cost_and_do_the_same_stay_apart() -> None:
-    same = [pictures(name, [1, 0, 1, 1], seconds=2.0) for name in ("plain", "ela", "syngen", "conform")]
+    same = [images(name, [1, 0, 1, 1], seconds=2.0) for name in ("plain", "ela", "syngen", "conform")]
     (points,) = figures(pd.concat(same))["time"].data
     assert len(set(points.textposition)) == 3  # a label to the right would leave the figure
 
@@ -603,7 +603,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, thread: Executor) -> Callable[[An
             assert executor is None
             return run(planned, folder, thread, draw=draw, on_progress=options["on_progress"])
 
-        monkeypatch.setattr("elakit.bench.cli.run_units", instead)
+        monkeypatch.setattr("elakit.sweep.cli.run_units", instead)
 
     return use
 
@@ -619,7 +619,7 @@ def test_a_sweep_from_the_command_line_ends_in_a_report(
     words = ["run", "--suite", "animals", "--limit", "3", "--set", "ela.step_size=0.2", "--set", "ela.gradient=raw"]
     assert call(monkeypatch, *words, "--out", str(out)) == 0
     printed = capsys.readouterr()
-    assert f"12 of 12 pictures are in {out}" in printed.out
+    assert f"12 of 12 images are in {out}" in printed.out
     assert "12/12" in printed.err
     found = table(out)
     assert set(found["prompt"]) == {suite("animals")[i] for i in (0, 32, 65)}
@@ -647,8 +647,8 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
     prompts.write_text("\n".join(PROMPTS))
     assert call(monkeypatch, "run", "--prompts", str(prompts), "--out", str(tmp_path / "x")) == 130
     error = capsys.readouterr().err
-    assert "4 of 20 pictures are kept" in error
-    assert f"elakit bench run --prompts {prompts} --out {tmp_path / 'x'}" in error
+    assert "4 of 20 images are kept" in error
+    assert f"elakit sweep run --prompts {prompts} --out {tmp_path / 'x'}" in error
     assert "Traceback" not in error
 
 
@@ -678,7 +678,7 @@ def test_suites_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--suite", "colours"], ["colours", "same-colour"]),
+        (["--suite", "colors"], ["colors", "same-color"]),
         (["--prompts", "none.txt"], ["none.txt", "cannot be read"]),
         (["--seeds", "1;3"], ["--seeds 1;3", "1,3"]),
         (["--seeds", "1,1"], ["[1, 1]", "each once"]),
@@ -690,7 +690,7 @@ def test_suites_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         (["--set", "ela.guided=0", "--set", "ela.guided=1"], ["set twice"]),
         (["--limit", "0"], ["limit=0"]),
         (["--steps", "0"], ["steps=0"]),
-        (["--model", "picture-wold"], ["--model picture-wold", "picture-world"]),
+        (["--model", "image-wold"], ["--model image-wold", "picture-world"]),
         (["--detector", "owl"], ["--detector owl", "hub id"]),
         (["--device", "tpu9"], ["tpu9"]),
         (["--dtype", "int8"], ["int8", "float32"]),

@@ -126,13 +126,13 @@ def test_tensors_are_taken_as_they_come():
     np.testing.assert_allclose(leakage(maps, masks), MATRIX)
 
 
-def test_leakage_onto_the_picture_is_that_onto_its_cells():
+def test_leakage_onto_the_image_is_that_onto_its_cells():
     # The regions as things in a picture of 4 x 12 pixels, two rows and three columns a cell.
-    picture = np.stack([CAT_REGION, FROG_REGION]).repeat(2, axis=1).repeat(3, axis=2)
-    np.testing.assert_allclose(truth_leakage([CAT, FROG], picture), MATRIX)
+    image = np.stack([CAT_REGION, FROG_REGION]).repeat(2, axis=1).repeat(3, axis=2)
+    np.testing.assert_allclose(truth_leakage([CAT, FROG], image), MATRIX)
     # Moved a pixel to the right, each row loses a third of its first cell and gains a third of the one after its last:
     # the cat has 8 * 2/3 + 4 + 2/3 in the upper row and 4 * 2/3 + 0 in the lower, of 20.
-    moved = np.roll(picture, 1, axis=2)
+    moved = np.roll(image, 1, axis=2)
     assert truth_leakage([CAT, FROG], moved)[0, 0] == pytest.approx((12 + 2 / 3) / 20)
 
 
@@ -153,7 +153,7 @@ def test_nothing_lies_on_what_is_missing():
 
 @given(maps_and_masks(), st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 9))
 @settings(max_examples=60, deadline=None)
-def test_rows_sum_to_one_on_any_picture(case, seed, high, wide):
+def test_rows_sum_to_one_on_any_image(case, seed, high, wide):
     maps, _ = case
     things = np.random.default_rng(seed).random((3, high, wide)) < 0.4
     matrix = truth_leakage(maps, things)
@@ -317,7 +317,7 @@ def test_a_run_is_measured_per_step_and_overall():
     assert len(overall) * 2 == len(frame)
 
 
-def test_attention_is_set_against_the_picture():
+def test_attention_is_set_against_the_image():
     maps, regions = story()
     # At twice the maps' size the cat is where its region is; the frog is missing.
     large = (CAT_REGION, FROG_REGION & False)
@@ -345,12 +345,12 @@ def test_attention_is_set_against_the_picture():
     assert bleeding.attribute_truth_leakage.owner.values.tolist() == ["cat", "frog"]
 
     text = repr(bleeding)
-    assert "Attention against the picture" in text
+    assert "Attention against the image" in text
     assert re.search(r"frog +– +– +– +0.050 +0.000 +0.950", text)
     assert "–" in bleeding._repr_html_()
-    # What does not ask for the picture is as it was.
+    # What does not ask for the image is as it was.
     plain = measure(maps, regions, attributes, {"black": "cat", "green": "frog"})
-    assert "picture" not in repr(plain)
+    assert "image" not in repr(plain)
     pd.testing.assert_frame_equal(
         frame[~frame["measure"].str.contains("truth|pointing")].reset_index(drop=True), plain.to_frame()
     )
@@ -391,18 +391,18 @@ def test_regions_of_one_step_serve_them_all_in_any_order():
     fixed = regions.isel(step=0, drop=True)
     for given_regions in (fixed, fixed.isel(entity=[1, 0]), fixed.transpose("x", "entity", "y")):
         xr.testing.assert_equal(measure(maps, given_regions).leakage, measure(maps, regions).leakage)
-    found = localize(maps.isel(step=1), binarisation="otsu")
+    found = localize(maps.isel(step=1), binarization="otsu")
     assert float(measure(maps, found).leakage.sel(step=5, entity="frog", region="frog")) == 1
 
 
-def test_localised_regions_go_straight_into_the_measures():
+def test_localized_regions_go_straight_into_the_measures():
     rng = np.random.default_rng(3)
     maps = xr.DataArray(
         rng.random((3, 3, 5, 4)).astype("float32"),
         dims=("step", "token", "y", "x"),
         coords={"token": ["car#1", "car#2", "bird"], "token_index": ("token", [2, 5, 8])},
     )
-    bleeding = measure(maps, localize_steps(maps, binarisation="otsu"))
+    bleeding = measure(maps, localize_steps(maps, binarization="otsu"))
     np.testing.assert_allclose(bleeding.leakage.sum("region"), 1)
     pairs = bleeding.to_frame().query("measure == 'iou' and step == 0")[["entity", "other"]].values.tolist()
     assert pairs == [["car#1", "car#2"], ["car#1", "bird"], ["car#2", "bird"]]
@@ -421,7 +421,7 @@ def test_order_of_the_entities_does_not_change_a_measure(order, seed):
     rng = np.random.default_rng(seed)
     names = np.array(["cat", "frog", "bird"])
     maps = xr.DataArray(rng.random((2, 3, 3, 4)), dims=("step", "token", "y", "x"), coords={"token": names})
-    regions = localize_steps(maps, binarisation="mean-std")
+    regions = localize_steps(maps, binarization="mean-std")
     straight, turned = (
         measure(maps, regions).overall(),
         measure(maps.isel(token=list(order)), regions).overall(),
@@ -510,7 +510,7 @@ def test_parts_that_do_not_belong_together_are_refused():
         (lambda: measure(maps, regions, start=maps.isel(token=0)), "take the mean"),
         (lambda: measure(maps, regions, end=xr.DataArray([0.5], dims="step")), "same steps"),
         (lambda: measure(maps.assign_coords(token=["cat", "background"]), regions), "rename"),
-        (lambda: measure(maps, regions, truth=regions), "a picture has no steps"),
+        (lambda: measure(maps, regions, truth=regions), "an image has no steps"),
         (lambda: measure(maps, regions, truth=regions.isel(step=0, entity=[0])), "same entities"),
         (lambda: measure(maps, regions, truth=regions.isel(step=0, x=slice(2))), "another shape"),
         (lambda: measure(maps, regions, truth=regions.isel(step=0) * 0.5), "boolean"),

@@ -13,7 +13,7 @@ import pytest
 import elakit
 from elakit.attention import Edit, RecordSpec, edit
 from elakit.causes import Cause, Failure, Findings, find, profile, wilson
-from elakit.causes.evidence import Maps, freed, held_by, localisation, parted, swaps
+from elakit.causes.evidence import Maps, freed, held_by, localization, parted, swaps
 from elakit.causes.signs import SCALES, Sign, of_maps, strongest
 from elakit.causes.text import text_states
 from elakit.causes.weigh import ranked, told_once
@@ -48,7 +48,7 @@ def test_maps_apart_say_nothing() -> None:
     ("maps", "key"),
     [
         (maps_of(LEFT, np.full((4, 8), -0.01)), ("token ignored", "frog", "", "frog")),
-        (maps_of(LEFT, np.full((4, 8), 0.02)), ("never localised", "frog", "", "frog")),
+        (maps_of(LEFT, np.full((4, 8), 0.02)), ("never localized", "frog", "", "frog")),
         (maps_of(LEFT, LEFT), ("captured", "frog", "cat", "cat")),
         (maps_of(LEFT + RIGHT * 20, RIGHT), ("captured", "frog", "cat", "cat")),
         (maps_of(LEFT, RIGHT / 80, start=RIGHT), ("start-of-text competition", "frog", "", "<start>")),
@@ -80,7 +80,7 @@ def test_numbers_known_by_hand() -> None:
     own, rival = np.array([[[[0.2, 0.4]]]]), np.array([[[0.0, 0.6]]])
     assert freed(own, rival)[0, 0].tolist() == [[0.0, 1.0]]
     assert held_by(own, rival)[0, 0] == pytest.approx(0.6)
-    assert localisation(np.array([[0.5, 0.5, 0.0, 0.0]])) == pytest.approx(0.5)
+    assert localization(np.array([[0.5, 0.5, 0.0, 0.0]])) == pytest.approx(0.5)
     apart = np.zeros((8, 8))
     apart[0, 0], apart[0, 2] = 2.0, 1.0  # the second is too weak for a part of its own
     assert parted(apart) == 0
@@ -114,8 +114,8 @@ def test_text_that_leaks_is_measured_by_taking_the_word_away() -> None:
         return encode(text, "cpu", 1, False)[0][0, at].detach().numpy().astype(float)
 
     moved = state("a red car and a bird", 6) - state("a car and a bird", 5)
-    towards = state("a red bird", 3) - state("a bird", 2)
-    assert leak.share == pytest.approx(moved @ towards / (towards @ towards), abs=1e-5)
+    toward = state("a red bird", 3) - state("a bird", 2)
+    assert leak.share == pytest.approx(moved @ toward / (toward @ toward), abs=1e-5)
     assert states.pieces == (1, 1)
 
 
@@ -160,14 +160,14 @@ def test_a_planted_cause_is_named_with_its_culprit(change: Edit, kind: str) -> N
 
 
 def without(verdict: Any, label: str) -> Any:
-    """The verdict of a picture in which everything is right but one thing is missing."""
+    """The verdict of an image in which everything is right but one thing is missing."""
     entities = verdict.entities
     masks = np.zeros_like(verdict.masks)
     masks[:, :8, :8] = [[[entity != label]] for entity in entities]
     return replace(
         verdict,
         present={entity: entity != label for entity in entities},
-        colours={entity: None if entity == label else "red" for entity in entities},
+        colors={entity: None if entity == label else "red" for entity in entities},
         masks=masks,
         mixtures=(),
         things=(),

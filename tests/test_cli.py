@@ -64,7 +64,7 @@ def test_run_saves_what_open_run_opens(
         (["diagnose", ""], ["empty"]),
         (["diagnose", "a [cat and a dog"], ["["]),
         (["diagnose", "under and over"], ["brackets"]),
-        (["diagnose", PAIR, "--model", "picture-wold"], ["picture-wold", "picture-world"]),
+        (["diagnose", PAIR, "--model", "image-wold"], ["image-wold", "picture-world"]),
         (["diagnose", PAIR, "--steps", "-5"], ["steps=-5", "1 or more"]),
         (["diagnose", PAIR, "--seeds", "0"], ["--seeds 0", "1 or more"]),
         (["diagnose", PAIR, "--method", "magic"], ["magic", "ela"]),

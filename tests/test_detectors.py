@@ -1,4 +1,4 @@
-"""Detectors of real pictures: small random models of the real classes, and eyes that see a bright rectangle.
+"""Detectors of real images: small random models of the real classes, and eyes that see a bright rectangle.
 
 Random weights find rubbish, so what a model *answers* is mostly replaced here by a known answer, or by one read off the
 very pixels the processor made (`bright_box`): if boxes then land on the painted rectangle, the whole way there and back
@@ -54,7 +54,7 @@ from elakit.judge.detectors import (
     mark_coinciding,
 )
 from elakit.judge.things import Thing
-from elakit.world.vocabulary import COLOURS
+from elakit.world.vocabulary import COLORS
 
 WORDS = ("cat", "dog", "frog", "polar", "bear")
 BOX_FAMILIES = ("owlvit", "owlv2", "grounding-dino")
@@ -184,15 +184,15 @@ def boxes_answer(kind, boxes, scores):
     return lambda _: SimpleNamespace(logits=logit(scores)[None], pred_boxes=boxes[None])
 
 
-def painted(size, box, colour="red"):
-    picture = Image.new("RGB", size, "black")
+def painted(size, box, color="red"):
+    image = Image.new("RGB", size, "black")
     left, top, right, bottom = box
-    picture.paste(colour, (left, top, right, bottom))
-    return picture
+    image.paste(color, (left, top, right, bottom))
+    return image
 
 
 def bright(pixels):
-    """Where a processed picture (3, y, x) is red, whatever its mean and deviation."""
+    """Where a processed image (3, y, x) is red, whatever its mean and deviation."""
     red = pixels[0] - pixels[1]
     return red > (red.min() + red.max()) / 2
 
@@ -217,17 +217,17 @@ def bright_box(kind):
 @pytest.mark.parametrize("size", SIZES)
 def test_a_random_model_still_answers_with_proper_things(parts, kind, size):
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
     lenient = {"text_threshold": 0.0} if kind == "grounding-dino" else {}
     detector = ADAPTERS[kind](*parts[kind], threshold=0.0, **lenient)
-    things = detector(picture, ["Cat", "frogs"])
+    things = detector(image, ["Cat", "frogs"])
     assert things, "nothing to check"
     for thing in things:
         assert thing.noun in ("cat", "frogs")
         assert thing.mask.dtype == bool
         assert thing.mask.shape == (size[1], size[0])
         assert 0 <= thing.score <= 1
-        assert thing.colour in COLOURS
+        assert thing.color in COLORS
         left, top, right, bottom = thing.box
         assert 0 <= left < right <= size[0]
         assert 0 <= top < bottom <= size[1]
@@ -235,7 +235,7 @@ def test_a_random_model_still_answers_with_proper_things(parts, kind, size):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_half_precision_and_other_picture_modes(kind):
+def test_half_precision_and_other_image_modes(kind):
     model, processor = build(kind)
     detector = ADAPTERS[kind](model.to(torch.bfloat16), processor, threshold=0.0)
     assert detector(Image.new("LA", (40, 30), (128, 255)), ["cat"])[0].mask.shape == (30, 40)
@@ -293,10 +293,10 @@ def test_what_is_no_list_of_nouns_is_refused(parts, nouns):
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        # A picture of 200 x 100 and the box x .3 +- .1, y .25 +- .12: shares of the picture, ...
+        # A picture of 200 x 100 and the box x .3 +- .1, y .25 +- .12: shares of the image, ...
         ("owlvit", (40, 13, 80, 37)),
         ("grounding-dino", (40, 13, 80, 37)),
-        # ... but in OWLv2 of the square of 200 that the picture is padded to.
+        # ... but in OWLv2 of the square of 200 that the image is padded to.
         ("owlv2", (40, 26, 80, 74)),
     ],
 )
@@ -323,18 +323,18 @@ def test_box_lies_on_the_painted_rectangle(parts, kind, data):
         (thing,) = ADAPTERS[kind](model, processor)(painted((width, height), (left, top, right, bottom)), ["cat"])
     # The model sees a side of 64 to 192 pixels, so a box is right to about two of its pixels.
     np.testing.assert_allclose(thing.box, (left, top, right, bottom), atol=2 * max(width, height) / 64)
-    assert thing.colour == "red"
+    assert thing.color == "red"
 
 
 @pytest.mark.parametrize("kind", BOX_FAMILIES)
-def test_boxes_are_cut_at_the_picture_and_those_outside_are_dropped(answering, kind):
+def test_boxes_are_cut_at_the_image_and_those_outside_are_dropped(answering, kind):
     answer = boxes_answer(kind, [[0.0, 0.0, 0.5, 0.5], [0.5, 1.5, 0.2, 0.2]], [[0.8], [0.9]])
     (thing,) = answering(kind, answer)(Image.new("RGB", (80, 80)), ["cat"])
     assert thing.box == (0, 0, 20, 20)
 
 
 def test_what_owlv2_sees_in_its_padding_is_no_thing(answering):
-    answer = boxes_answer("owlv2", [[0.5, 0.75, 0.4, 0.3]], [[0.9]])  # below a picture twice as wide as high
+    answer = boxes_answer("owlv2", [[0.5, 0.75, 0.4, 0.3]], [[0.9]])  # below an image twice as wide as high
     assert answering("owlv2", answer)(Image.new("RGB", (200, 100)), ["cat"]) == []
 
 
@@ -346,10 +346,10 @@ CROWD = [[0.3, 0.3, 0.4, 0.4], [0.32, 0.32, 0.4, 0.4], [0.8, 0.8, 0.2, 0.2]]
 
 @pytest.mark.parametrize("kind", BOX_FAMILIES)
 def test_the_surer_of_two_boxes_on_one_thing_stays(answering, kind):
-    picture = Image.new("RGB", (100, 100))
+    image = Image.new("RGB", (100, 100))
     answer = boxes_answer(kind, CROWD, [[0.6], [0.9], [0.5]])
-    assert [t.box for t in answering(kind, answer)(picture, ["cat"])] == [(12, 12, 52, 52), (70, 70, 90, 90)]
-    assert len(answering(kind, answer, nms=0.95)(picture, ["cat"])) == 3
+    assert [t.box for t in answering(kind, answer)(image, ["cat"])] == [(12, 12, 52, 52), (70, 70, 90, 90)]
+    assert len(answering(kind, answer, nms=0.95)(image, ["cat"])) == 3
 
 
 @pytest.mark.parametrize("kind", BOX_FAMILIES)
@@ -432,7 +432,7 @@ def test_each_pixel_goes_to_its_strongest_noun_and_each_patch_is_a_thing(answeri
         ("cat", (0, 0, 16, 64)), ("cat", (40, 8, 56, 16)), ("dog", (40, 40, 64, 64)),
     ]  # fmt: skip
     np.testing.assert_allclose([t.score for t in things], [0.9, 0.8, 0.6], rtol=1e-5)
-    assert things[2].colour == "white"
+    assert things[2].color == "white"
     assert sum(t.mask.astype(int) for t in things).max() == 1
     speck = answering("clipseg", lambda _: SimpleNamespace(logits=logit(heat)), least_area=0.0005)
     assert (30, 20, 32, 22) in [t.box for t in speck(Image.new("RGB", (64, 64)), ["cat", "dog"])]
@@ -476,15 +476,15 @@ def test_sam_refines_boxes_to_masks(parts, answering, monkeypatch, kind, size):
     rectangle = (size[0] // 4, size[1] // 4, size[0] * 3 // 4, size[1] * 3 // 4)
     scale = max(size) if kind == "owlv2" else None
     share = [0.5 * size[0] / (scale or size[0]), 0.5 * size[1] / (scale or size[1])]
-    answer = boxes_answer(kind, [[*share, 2 * share[0], 2 * share[1]]], [[0.8]])  # the whole picture
+    answer = boxes_answer(kind, [[*share, 2 * share[0], 2 * share[1]]], [[0.8]])  # the whole image
     (thing,) = answering(kind, answer, masks=sam)(painted(size, rectangle), ["cat"])
     np.testing.assert_allclose(thing.box, rectangle, atol=2 * max(size) / 64)
-    assert thing.colour == "red"  # of the whole box it would be black
+    assert thing.color == "red"  # of the whole box it would be black
     # SAM is given boxes in its own pixels: the longer side of 64.
     np.testing.assert_allclose(seen[0][0, 0], [0, 0, *(np.array(size) * 64 / max(size))], atol=0.5)
     (plain,) = answering(kind, answer)(painted(size, rectangle), ["cat"])
     assert plain.mask.all()
-    assert plain.colour == "black"
+    assert plain.color == "black"
 
 
 def test_where_sam_finds_nothing_the_box_stays(parts, answering, monkeypatch):
@@ -506,14 +506,14 @@ def test_a_mixture_stays_one_when_sam_draws_its_two_boxes_differently(parts, ans
     assert (cat.mixed_with, dog.mixed_with) == (("dog",), ("cat",))
 
 
-def test_colour_of_a_large_thing_is_that_of_most_of_it(answering):
+def test_color_of_a_large_thing_is_that_of_most_of_it(answering):
     stripes = np.zeros((1000, 1000, 3), np.uint8)
     stripes[:, ::5] = (255, 255, 255)
     stripes[:, 1::5] = stripes[:, 2::5] = stripes[:, 3::5] = (200, 20, 30)
     (thing,) = answering("owlvit", boxes_answer("owlvit", [[0.5, 0.5, 1, 1]], [[0.8]]))(
         Image.fromarray(stripes), ["cat"]
     )
-    assert thing.colour == "red"
+    assert thing.color == "red"
 
 
 # --- coinciding things ------------------------------------------------------------------------------------------------
@@ -565,8 +565,8 @@ def test_what_was_saved_is_loaded_and_finds_the_same(parts, folders, kind):
     lenient = {"text_threshold": 0.0} if kind == "grounding-dino" else {}
     loaded = load_detector(folders / kind, device="cpu", threshold=0.01, **lenient)
     assert isinstance(loaded, ADAPTERS[kind])
-    picture = painted((90, 60), (20, 10, 50, 40))
-    before, after = (d(picture, ["cat"]) for d in (ADAPTERS[kind](*parts[kind], threshold=0.01, **lenient), loaded))
+    image = painted((90, 60), (20, 10, 50, 40))
+    before, after = (d(image, ["cat"]) for d in (ADAPTERS[kind](*parts[kind], threshold=0.01, **lenient), loaded))
     assert before
     assert [t.box for t in before] == [t.box for t in after]
     np.testing.assert_allclose([t.score for t in before], [t.score for t in after], rtol=1e-4)

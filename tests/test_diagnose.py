@@ -1,4 +1,4 @@
-"""A diagnosis says what goes wrong and what mends it; what it has drawn survives whatever fails later."""
+"""A diagnosis says what goes wrong and what fixes it; what it has drawn survives whatever fails later."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from elakit.diagnosis import remedies as remedy_module
 from elakit.diagnosis.commands import again, code, command
 from elakit.diagnosis.remedies import TRIES, side_by_side
 from elakit.errors import OutputError, SettingError
-from elakit.generate import Run, generate
+from elakit.generation import Run, generate
 from elakit.guidance import ELA
 from elakit.judge import Verdict
 from elakit.prediction import FEATURES, OUTCOMES, SHARES, Predictor
@@ -54,7 +54,7 @@ def judged(run: Run, right: bool) -> Run:
 
 
 def tried(drawn: list[Run], before: str, after: str, cost: float = 1.0, name: str = "ela") -> Tried:
-    """A remedy of whose pictures, and of the plain ones beside them, "y" are right and "n" wrong."""
+    """A remedy of whose images, and of the plain ones beside them, "y" are right and "n" wrong."""
     plain, own = (
         tuple(judged(run, mark == "y") for run, mark in zip(drawn, marks, strict=False)) for marks in (before, after)
     )
@@ -64,14 +64,14 @@ def tried(drawn: list[Run], before: str, after: str, cost: float = 1.0, name: st
 # --- what a remedy is worth ---------------------------------------------------------------------------------
 
 
-def test_a_remedy_is_counted_against_the_pictures_beside_it(drawn: list[Run]) -> None:
+def test_a_remedy_is_counted_against_the_images_beside_it(drawn: list[Run]) -> None:
     found = tried(drawn, "nnyy", "ynny")
-    assert (found.right, found.rate, found.mended, found.harmed, found.harm) == (2, 0.5, (0,), (2,), 0.5)
+    assert (found.right, found.rate, found.fixed, found.broken, found.harm) == (2, 0.5, (0,), (2,), 0.5)
     low, high = found.interval
     # Wilson's interval solves (p - share)^2 = z^2 p (1 - p) / n
     for end in (low, high):
         assert (end - 0.5) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / 4, rel=1e-5)
-    assert not found.helps  # as many harmed as mended
+    assert not found.helps  # as many broken as fixed
     assert tried(drawn, "nnyy", "ynyy").helps
 
 
@@ -100,7 +100,7 @@ def test_without_a_judge_bleeding_ranks_and_the_verdict_says_so(drawn: list[Run]
     said = " ".join(summary(Diagnosis(drawn[0].prompt, "ela", {}, pairs, 1.0, None, order)))
     assert "not judged" in said
     assert "ranked by how little attention bleeds" in said
-    assert "does not tell whether a picture is right" in said
+    assert "does not tell whether an image is right" in said
     assert ela.rate != ela.rate  # not a number
 
 
@@ -109,12 +109,12 @@ def test_the_best_remedy_is_named_with_numbers_and_what_fails_is_told(drawn: lis
     other = replace(tried(drawn, "nnyy", "nnyy", 1, "syngen"), runs=(), status="failed", why="no memory")
     found = diagnosis_of(best, [best, other])
     assert found.best is best
-    mend = found.to_dict()["verdict"]["mend"]
-    assert mend[0] == (
+    fix = found.to_dict()["verdict"]["fix"]
+    assert fix[0] == (
         "Of 1 remedies tried the best is ELA: 3 of 4 right (30 to 95 %), against 2 of 4 drawn plainly; it takes 1.5 "
         "times as long."
     )
-    assert mend[1] == "SynGen could not be tried: no memory"
+    assert fix[1] == "SynGen could not be tried: no memory"
 
 
 def diagnosis_of(best: Tried, remedies: list[Tried], findings: Findings | None = None) -> Diagnosis:
@@ -125,7 +125,7 @@ def diagnosis_of(best: Tried, remedies: list[Tried], findings: Findings | None =
 def test_nothing_to_mend_is_said(drawn: list[Run]) -> None:
     found = diagnosis_of(tried(drawn, "yyyy", "yyyy"), [tried(drawn, "yyyy", "yyyy")])
     assert found.best is None
-    assert any("Nothing needs mending" in sentence for sentence in summary(found))
+    assert any("Nothing needs fixing" in sentence for sentence in summary(found))
 
 
 def test_failures_and_causes_are_told_in_order(drawn: list[Run]) -> None:
@@ -137,7 +137,7 @@ def test_failures_and_causes_are_told_in_order(drawn: list[Run]) -> None:
     best = tried(drawn, "nnyy", "ynyy")
     told = diagnosis_of(best, [best], findings).to_dict()["verdict"]
     assert told["wrong"] == [
-        "In 2 of 4 the bird is missing, and 'car' holds its place (15 to 85 % of all pictures, it shows from step 1 of "
+        "In 2 of 4 the bird is missing, and 'car' holds its place (15 to 85 % of all images, it shows from step 1 of "
         "0 to 1, first in up block 1, attention 0)."
     ]
     assert told["why"] == ["The car takes the bird's place."]
@@ -146,7 +146,7 @@ def test_failures_and_causes_are_told_in_order(drawn: list[Run]) -> None:
 # --- what is tried ------------------------------------------------------------------------------------------
 
 
-def test_all_remedies_are_tried_where_a_picture_is_wrong(world: Any) -> None:
+def test_all_remedies_are_tried_where_a_image_is_wrong(world: Any) -> None:
     calls: list[tuple[int, int, str]] = []
     found = elakit.diagnose(
         world, WORLD, seeds=2, steps=2, remedies=True, on_progress=lambda *told: calls.append(told)
@@ -210,9 +210,9 @@ def test_another_seed_is_the_one_least_likely_to_fail(world: Any) -> None:
         assert "stopped" not in run.settings
     # the score is what the predictor says of the run after 30 % of its steps
     first = elakit.generate(world, WORLD, seed=8, steps=4, progress=False)
-    expected = float(predictor.foretell(first).loc[0.3, "failure"])
+    expected = float(predictor.predict(first).loc[0.3, "failure"])
     assert other.candidates[0]["score"] == pytest.approx(expected, abs=1e-3)
-    assert set(found.foretold) == {5, 7}
+    assert set(found.predicted) == {5, 7}
 
 
 def test_a_predictor_of_another_model_is_not_trusted(world: Any) -> None:
@@ -221,7 +221,7 @@ def test_a_predictor_of_another_model_is_not_trusted(world: Any) -> None:
     found = elakit.diagnose(world, WORLD, seeds=1, steps=2, remedies=["another-seed"], predictor=predictor)
     other = next(one for one in found.remedies if one.remedy.name == "another-seed")
     assert other.chosen_by == "bleeding"
-    assert found.foretold == {}
+    assert found.predicted == {}
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_a_folder_of_something_else_is_refused(world: Any, tmp_path: Path) -> No
 # --- how to do it again -------------------------------------------------------------------------------------
 
 
-def test_the_code_and_the_command_draw_the_same_picture(world: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_code_and_the_command_draw_the_same_image(world: Any, tmp_path: Path, monkeypatch: Any) -> None:
     found = elakit.diagnose(world, WORLD, seeds=[3], steps=2, remedies=["regions", "swapped", "attend-and-excite"])
     monkeypatch.chdir(tmp_path)
     for one in found.remedies:
@@ -315,9 +315,9 @@ def test_the_code_and_the_command_draw_the_same_picture(world: Any, tmp_path: Pa
         exec(compile(told["code"], "code", "exec"), {})
         words = told["command"].split("--out")[0]
         assert call(monkeypatch, *shlex.split(words)[1:], "--out", one.remedy.name) == 0
-        picture = np.asarray(one.runs[0].image)
-        np.testing.assert_array_equal(np.asarray(Image.open("picture.png")), picture)
-        np.testing.assert_array_equal(np.asarray(elakit.open_run(one.remedy.name).image), picture)
+        image = np.asarray(one.runs[0].image)
+        np.testing.assert_array_equal(np.asarray(Image.open("image.png")), image)
+        np.testing.assert_array_equal(np.asarray(elakit.open_run(one.remedy.name).image), image)
 
 
 def test_the_diagnosis_itself_is_told_as_code_and_command(world: Any) -> None:
@@ -337,7 +337,7 @@ def test_the_command_writes_a_page_json_and_the_runs(
     printed = capsys.readouterr().out
     assert printed.strip().endswith(f"Report: {tmp_path / 'report.html'}")
     told = json.loads((tmp_path / "found.json").read_text())
-    assert told["verdict"]["mend"][0] in printed
+    assert told["verdict"]["fix"][0] in printed
     assert json.loads(json.dumps(elakit.open_diagnosis("kept").to_dict())) == told
     assert "swapped" in [one["name"] for one in told["remedies"]]
 

@@ -24,7 +24,7 @@ LEFT = np.array([[True, False]])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_an_edit_that_changes_nothing_leaves_the_picture_as_it_is(name: str) -> None:
+def test_an_edit_that_changes_nothing_leaves_the_image_as_it_is(name: str) -> None:
     family = FAMILIES[name]
     pipe = family.make()
     plain = draw(pipe, **family.options)
@@ -95,7 +95,7 @@ def test_in_the_region_weights_are_scaled_and_elsewhere_they_are_left(name: str)
     plain, before = observe(pipe, lambda: draw(pipe, **family.options))
     with edit(pipe, prompt, Edit("giraffe", scale=3.0, add=0.5, region=LEFT)):
         changed, after = observe(pipe, lambda: draw(pipe, **family.options))
-    first, now = before[0].maps, after[0].maps  # later layers see another picture
+    first, now = before[0].maps, after[0].maps  # later layers see another image
     pieces = list(prompt.find("giraffe"))
     factor = 3 * math.exp(0.5)
     share = first[..., pieces].sum(-1, keepdim=True)
@@ -216,7 +216,7 @@ def test_autocast_is_edited_too(pipe: Any) -> None:
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_an_image_prompt_is_left_as_it_is(name: str) -> None:
-    """With an IP-Adapter a layer attends to its picture in a second attention, whose keys are no words."""
+    """With an IP-Adapter a layer attends to its image in a second attention, whose keys are no words."""
     family = FAMILIES[name]
     pipe = family.make()
     ip_adapter(pipe)

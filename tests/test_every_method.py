@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny import tiny_pipeline
 
-from elakit.generate import generate
+from elakit.generation import generate
 from elakit.guidance import METHODS, Attention, SynGen
 from elakit.guidance.engine import gradient
 from elakit.models import adapter_for
@@ -105,7 +105,7 @@ def test_the_order_of_entities_does_not_matter(method: Any) -> None:
 
 
 @every_method
-def test_a_picture_of_one_entity_is_left_alone(method: Any) -> None:
+def test_a_image_of_one_entity_is_left_alone(method: Any) -> None:
     pipe = tiny_pipeline()
     plain = generate(pipe, "a [red car]", seed=2, steps=2, record=False, progress=False)
     run = generate(pipe, "a [red car]", seed=2, steps=2, guidance=method, record=False, progress=False)

@@ -23,8 +23,8 @@ from tiny import tiny_pipeline
 
 import elakit
 from elakit.errors import OutputError, RecordingError, SettingError
-from elakit.explorer.packing import BUDGET, Fit, Source, fit_to, quantise
-from elakit.generate import Run
+from elakit.widgets.explorer.packing import BUDGET, Fit, Source, fit_to, quantize
+from elakit.generation import Run
 from elakit.guidance import ELA
 
 PAIR = "a [red car] and a [blue bird]"
@@ -73,7 +73,7 @@ def test_what_is_sent_is_what_was_recorded(plain: Run, guided: Run) -> None:
 
 @given(arrays(np.float32, (2, 3, 4), elements=st.floats(0, 1, width=32)))
 def test_a_byte_a_cell_is_off_by_half_a_level_at_most(maps: np.ndarray) -> None:
-    levels, tops = quantise(maps)
+    levels, tops = quantize(maps)
     assert np.all(np.abs(levels / 255 * tops[:, None, None] - maps) <= tops[:, None, None] / 509 + 1e-7)
 
 
@@ -110,7 +110,7 @@ def test_settings_are_checked_and_say_what_there_is(plain: Run) -> None:
         ("tokens", [], "empty"),
         ("layer", "sideways", "'up'"),
         ("size", True, "8"),
-        ("normalisation", "softmax", "'sum'"),
+        ("normalization", "softmax", "'sum'"),
         ("opacity", 2, "0 to 1"),
         ("speed", 0, "60"),
         ("playing", 1, "True or False"),
@@ -119,8 +119,8 @@ def test_settings_are_checked_and_say_what_there_is(plain: Run) -> None:
         with pytest.raises(SettingError, match=re.escape(part)):
             setattr(explorer, name, wrong)
         assert getattr(explorer, name) == before
-    with pytest.raises(SettingError, match="no setting colour"):
-        elakit.explore(plain, colour="red")
+    with pytest.raises(SettingError, match="no setting color"):
+        elakit.explore(plain, color="red")
 
 
 def test_what_is_done_in_the_browser_is_known_to_python(plain: Run) -> None:
@@ -135,7 +135,7 @@ def test_what_is_done_in_the_browser_is_known_to_python(plain: Run) -> None:
         explorer.set_state({"step": 99})
     assert explorer.step == 1
     sent = explorer.get_state()
-    assert {"step", "tokens", "layer", "size", "head", "normalisation", "shared_scale", "playing"} <= set(sent)
+    assert {"step", "tokens", "layer", "size", "head", "normalization", "shared_scale", "playing"} <= set(sent)
 
 
 def test_the_size_follows_layers_that_do_not_have_it(plain: Run) -> None:
@@ -176,7 +176,7 @@ def test_heads_are_chosen_where_they_were_kept(plain: Run) -> None:
     [
         (lambda run: (), SettingError, "at least one run"),
         (lambda run: (run.image,), SettingError, "not Image"),
-        (lambda run: (run.recording,), SettingError, "has no picture"),
+        (lambda run: (run.recording,), SettingError, "has no image"),
         (lambda run: (replace(run, recording=None),), RecordingError, "record=True"),
     ],
 )
@@ -206,12 +206,12 @@ def test_a_page_that_cannot_be_written_says_why(plain: Run, tmp_path: Path) -> N
             elakit.explore(plain).to_html(path)
 
 
-def test_saved_notebooks_show_a_picture(plain: Run, guided: Run) -> None:
+def test_saved_notebooks_show_a_image(plain: Run, guided: Run) -> None:
     data, metadata = elakit.explore(plain, guided)._repr_mimebundle_()
-    picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
-    assert picture.width == 2 * metadata["image/png"]["width"]
+    image = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
+    assert image.width == 2 * metadata["image/png"]["width"]
     assert "application/vnd.jupyter.widget-view+json" in data
-    assert np.asarray(picture).std() > 10
+    assert np.asarray(image).std() > 10
 
 
 def test_one_entity_and_five_can_be_explored() -> None:

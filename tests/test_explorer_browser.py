@@ -104,10 +104,10 @@ def test_layers_words_and_values_are_chosen(page: Any) -> None:
     seen.append(page.evaluate(OVERLAY))
     assert page.locator(".elx-unit").inner_text() == "times start-of-text"
     page.get_by_label("Values", exact=True).select_option(label="probability")
-    page.get_by_label("Colour scale", exact=True).select_option(index=1)
+    page.get_by_label("Color scale", exact=True).select_option(index=1)
     settle(page)
     seen.append(page.evaluate(OVERLAY))
-    page.get_by_label("Colour scale", exact=True).select_option(index=0)
+    page.get_by_label("Color scale", exact=True).select_option(index=0)
     assert len(set(seen)) == 5
 
 
@@ -157,14 +157,14 @@ def test_a_row_of_the_table_picks_its_lines_out_of_the_plot(page: Any) -> None:
     assert [value == 1 for value in page.evaluate(seen)] == [False, False, True, True]  # car, then bird, in two runs
 
 
-def test_a_pointer_over_the_picture_reads_a_cell(page: Any) -> None:
+def test_a_pointer_over_the_image_reads_a_cell(page: Any) -> None:
     page.locator(".elx-stage").first.hover(position={"x": 20, "y": 20})
     settle(page)
     text = page.locator(".elx-readout").first.inner_text()
     assert re.fullmatch(r"car: \S+ at y 0, x 0, in (no|car’s|bird’s) region", text)
 
 
-def test_a_picture_is_described_for_those_who_cannot_see_it(page: Any) -> None:
+def test_a_image_is_described_for_those_who_cannot_see_it(page: Any) -> None:
     label = page.locator(".elx-stage").nth(1).get_attribute("aria-label")
     assert "a red car and a blue bird" in label
     assert "attention of car" in label

@@ -1,4 +1,4 @@
-"""Families: each is read right, whatever way it is run, and draws the same picture as without reading."""
+"""Families: each is read right, whatever way it is run, and draws the same image as without reading."""
 
 from __future__ import annotations
 
@@ -141,18 +141,18 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     return powers / powers.sum(-1, keepdims=True)
 
 
-def one_row(module: Any, picture: np.ndarray, text: np.ndarray | None, extra: dict[str, Any]) -> np.ndarray:
-    """Probabilities of the text for picture positions, of one row of the batch; (heads, n, text)."""
+def one_row(module: Any, image: np.ndarray, text: np.ndarray | None, extra: dict[str, Any]) -> np.ndarray:
+    """Probabilities of the text for image positions, of one row of the batch; (heads, n, text)."""
     heads, norm = module.heads, lambda name: getattr(module, name, None)
     if extra["kind"] == "single":
         words = extra["words"]
         q, k = (
-            by_head(linear(part, picture), heads, norm(name))
+            by_head(linear(part, image), heads, norm(name))
             for part, name in ((module.to_q, "norm_q"), (module.to_k, "norm_k"))
         )
         q, k = (turned(x, extra["ids"], (4, 6, 6)) for x in (q, k))
         return softmax(q[:, words:] @ k.transpose(0, 2, 1) / math.sqrt(q.shape[-1]))[..., :words]
-    q = by_head(linear(module.to_q, picture), heads, norm("norm_q"))
+    q = by_head(linear(module.to_q, image), heads, norm("norm_q"))
     assert text is not None
     if extra["kind"] == "cross":
         k = by_head(linear(module.to_k, text), heads, norm("norm_k"))
@@ -160,7 +160,7 @@ def one_row(module: Any, picture: np.ndarray, text: np.ndarray | None, extra: di
         if extra.get("seen") is not None:
             scores = np.where(extra["seen"].astype(bool), scores, -np.inf)
         return softmax(scores)
-    k = by_head(linear(module.to_k, picture), heads, norm("norm_k"))
+    k = by_head(linear(module.to_k, image), heads, norm("norm_k"))
     words = by_head(linear(module.add_k_proj, text), heads, norm("norm_added_k"))
     if extra.get("ids") is not None:  # text comes first
         q = turned(q, extra["ids"][len(text) :], (4, 6, 6))
@@ -186,16 +186,16 @@ def independent(pipe: Any, run: Callable[[], Any], guided: bool) -> list[np.ndar
 
     def listen(module: Any, kind: str) -> None:
         def hook(_: Any, args: Any, kwargs: Any) -> None:
-            picture = args[0] if args else kwargs["hidden_states"]
+            image = args[0] if args else kwargs["hidden_states"]
             text = kwargs.get("encoder_hidden_states")
             text = text[0] if isinstance(text, tuple) else text  # beside an image prompt's states
             rows = []
-            for b in range(len(picture) // 2 if guided else 0, len(picture)):  # a guided batch of one is not halved
+            for b in range(len(image) // 2 if guided else 0, len(image)):  # a guided batch of one is not halved
                 extra = {"kind": kind, "ids": now.get("ids"), "words": now.get("words")}
                 extra["seen"] = None if now["seen"] is None else now["seen"][b].numpy()
                 rows.append(
                     one_row(
-                        module, picture[b].double().numpy(), None if text is None else text[b].double().numpy(), extra
+                        module, image[b].double().numpy(), None if text is None else text[b].double().numpy(), extra
                     )
                 )
             found.append(np.array(rows))
@@ -218,15 +218,15 @@ def independent(pipe: Any, run: Callable[[], Any], guided: bool) -> list[np.ndar
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 48)])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_numbers_are_right_and_the_picture_is_the_same(name: str, size: tuple[int, int]) -> None:
+def test_the_numbers_are_right_and_the_image_is_the_same(name: str, size: tuple[int, int]) -> None:
     family = FAMILIES[name]
     pipe = family.make()
     several = {"num_images_per_prompt": 2} if size[0] != size[1] else {}
     options = family.options | {"height": size[0], "width": size[1]} | several
     expected = independent(pipe, lambda: draw(pipe, **options), family.guided)
     plain = draw(pipe, **options)
-    picture, seen = observe(pipe, lambda: draw(pipe, **options))
-    assert np.array_equal(plain, picture)
+    image, seen = observe(pipe, lambda: draw(pipe, **options))
+    assert np.array_equal(plain, image)
     adapter = adapter_for(pipe)
     assert [one.layer for one in seen] == [layer.name for layer in adapter.layers()] * 2
     latent = adapter.latent_size(*size)
@@ -242,7 +242,7 @@ def test_the_numbers_are_right_and_the_picture_is_the_same(name: str, size: tupl
         total = one.maps.sum(-1)
         if by_name[one.layer].kind == "cross":
             torch.testing.assert_close(total, torch.ones_like(total))
-        else:  # the picture attends to itself, too
+        else:  # the image attends to itself, too
             assert float(total.min()) > 0
             assert float(total.max()) < 1
     timesteps = pipe.scheduler.timesteps.tolist()
@@ -268,7 +268,7 @@ def test_a_recording_holds_what_the_taps_saw(name: str) -> None:
             np.testing.assert_allclose(node.sel(token=token.label)[0], maps[..., token.index], atol=1e-6)
         end = maps[..., list(prompt.end_positions(maps.shape[-1]))].sum(-1)
         np.testing.assert_allclose(node.sel(token="<end>")[0], end, atol=1e-5)
-    assert recording.maps("giraffe", normalise="sum").sizes["token"] == 1
+    assert recording.maps("giraffe", normalize="sum").sizes["token"] == 1
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -292,8 +292,8 @@ def test_only_rows_that_see_the_prompt_are_read(name: str) -> None:
     _, alone = observe(pipe, lambda: draw(pipe, **unguided))
     options = family.options | {scale: 5.0, "negative_prompt": "a dog"}
     plain = draw(pipe, **options)
-    picture, guided = observe(pipe, lambda: draw(pipe, **options))
-    assert np.array_equal(plain, picture)
+    image, guided = observe(pipe, lambda: draw(pipe, **options))
+    assert np.array_equal(plain, image)
     assert [one.layer for one in guided] == [one.layer for one in alone]
     # The first step of both starts from the same noise, and so sees the same.
     first = len(adapter_for(pipe).layers())
@@ -520,7 +520,7 @@ WAYS: dict[str, tuple[Callable[[Any], Any], dict[str, dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize(("way", "name"), [(way, name) for way, (_, names) in WAYS.items() for name in names])
-def test_whatever_way_it_is_run_the_picture_stays_and_the_numbers_are_right(way: str, name: str) -> None:
+def test_whatever_way_it_is_run_the_image_stays_and_the_numbers_are_right(way: str, name: str) -> None:
     prepare, options_of = WAYS[way]
     family = FAMILIES[name]
     pipe = family.make()
@@ -597,9 +597,9 @@ def test_fused_projections_of_stable_diffusion_3_are_read_as_they_run() -> None:
     for block in plain.transformer.transformer_blocks:
         for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
             setattr(block.attn, name, None)
-    picture, seen = observe(fused, lambda: draw(fused, **SHORT))
+    image, seen = observe(fused, lambda: draw(fused, **SHORT))
     expected, known = observe(plain, lambda: draw(plain, **SHORT))
-    np.testing.assert_allclose(picture, expected, atol=1e-4)
+    np.testing.assert_allclose(image, expected, atol=1e-4)
     for one, other in zip(seen, known, strict=True):
         torch.testing.assert_close(one.maps, other.maps, atol=1e-5, rtol=0)
 
@@ -650,22 +650,22 @@ def _controlnet_of_flux(parts: dict[str, Any]) -> dict[str, Any]:
     return {"controlnet": FluxControlNetModel.from_transformer(parts["transformer"], **sides)}
 
 
-PICTURE = Image.fromarray(np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).astype("uint8"))
+IMAGE = Image.fromarray(np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).astype("uint8"))
 MASK = Image.fromarray(np.triu(np.full((32, 32), 255, "uint8")))
 SIDES = {"height": 32, "width": 32}
-AGAIN = {"image": PICTURE, "strength": 0.9}
+AGAIN = {"image": IMAGE, "strength": 0.9}
 FILLED = AGAIN | {"mask_image": MASK} | SIDES
 RELATIVES = {
     "img2img": Relative(StableDiffusionImg2ImgPipeline, "sd", AGAIN),
     "inpaint": Relative(StableDiffusionInpaintPipeline, "sd", FILLED | {"strength": 1.0}),
-    "inpaint, a UNet for it": Relative(  # of latents, those of the picture, and the mask
+    "inpaint, a UNet for it": Relative(  # of latents, those of the image, and the mask
         StableDiffusionInpaintPipeline, "sd", FILLED | {"strength": 1.0}, lambda: tiny_pipeline(in_channels=9)
     ),
-    "controlnet": Relative(StableDiffusionControlNetPipeline, "sd", {"image": PICTURE}, extra=_controlnet_of_unet),
+    "controlnet": Relative(StableDiffusionControlNetPipeline, "sd", {"image": IMAGE}, extra=_controlnet_of_unet),
     "sdxl img2img": Relative(StableDiffusionXLImg2ImgPipeline, "sdxl", AGAIN),
     "sdxl inpaint": Relative(StableDiffusionXLInpaintPipeline, "sdxl", FILLED),
     "sdxl controlnet": Relative(
-        StableDiffusionXLControlNetPipeline, "sdxl", {"image": PICTURE}, extra=_controlnet_of_unet
+        StableDiffusionXLControlNetPipeline, "sdxl", {"image": IMAGE}, extra=_controlnet_of_unet
     ),
     "sd3 img2img": Relative(StableDiffusion3Img2ImgPipeline, "sd3", AGAIN | SIDES | SHORT),
     "sd3 inpaint": Relative(
@@ -678,20 +678,20 @@ RELATIVES = {
     "sd3 controlnet": Relative(
         StableDiffusion3ControlNetPipeline,
         "sd3",
-        {"control_image": PICTURE} | SIDES | SHORT,
+        {"control_image": IMAGE} | SIDES | SHORT,
         lambda: tiny_sd3(dual_attention_layers=()),
         _controlnet_of_sd3,
     ),
     "flux img2img": Relative(FluxImg2ImgPipeline, "flux", AGAIN | SIDES | SHORT),
     "flux inpaint": Relative(FluxInpaintPipeline, "flux", FILLED | SHORT),
-    "flux fill": Relative(  # of latents, those of the picture, and the mask, all packed
+    "flux fill": Relative(  # of latents, those of the image, and the mask, all packed
         FluxFillPipeline,
         "flux",
-        {"image": PICTURE, "mask_image": MASK} | SIDES | SHORT,
+        {"image": IMAGE, "mask_image": MASK} | SIDES | SHORT,
         lambda: tiny_flux(in_channels=16 + 16 + 64, out_channels=16),
     ),
     "flux controlnet": Relative(
-        FluxControlNetPipeline, "flux", {"control_image": PICTURE} | SIDES | SHORT, extra=_controlnet_of_flux
+        FluxControlNetPipeline, "flux", {"control_image": IMAGE} | SIDES | SHORT, extra=_controlnet_of_flux
     ),
 }
 
@@ -704,8 +704,8 @@ def test_other_pipelines_of_a_family_are_read_alike(name: str) -> None:
     handle = denoiser(pipe).register_forward_pre_hook(lambda *_: made.append(1))
     plain = draw(pipe, **options)
     handle.remove()
-    picture, seen = observe(pipe, lambda: draw(pipe, **options))
-    assert np.array_equal(plain, picture)
+    image, seen = observe(pipe, lambda: draw(pipe, **options))
+    assert np.array_equal(plain, image)
     calls = {one.call.timestep for one in seen}
     assert len(seen) == len(calls) * len(adapter_for(pipe).layers())
     assert {one.maps.shape[0] for one in seen} == {1}
@@ -825,5 +825,5 @@ def test_a_compiled_denoiser_is_refused_with_the_way_back(name: str) -> None:
 
 def test_kontext_is_refused() -> None:
     parts = {k: v for k, v in tiny_flux().components.items() if v is not None}
-    with pytest.raises(ModelError, match="another picture"):
+    with pytest.raises(ModelError, match="another image"):
         adapter_for(FluxKontextPipeline(**parts))

@@ -12,7 +12,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from tiny import tiny_pipeline
 
 from elakit.errors import ModelError, OutputError, RecordingError, SettingError
-from elakit.generate import Progress, compare, generate, open_run
+from elakit.generation import Progress, compare, generate, open_run
 from elakit.guidance import ELA
 
 PAIR = "a [red car] and a [blue bird]"
@@ -20,7 +20,7 @@ PAIR = "a [red car] and a [blue bird]"
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler-ancestral"])
 @pytest.mark.parametrize("scale", [1.0, 5.0])
-def test_the_picture_is_the_one_the_pipeline_draws_itself(scheduler: str, scale: float) -> None:
+def test_the_image_is_the_one_the_pipeline_draws_itself(scheduler: str, scale: float) -> None:
     pipe = tiny_pipeline(scheduler=scheduler)
     run = generate(pipe, PAIR, seed=9, steps=3, guidance_scale=scale, progress=False)
     own = pipe(
@@ -146,7 +146,7 @@ def test_a_pipeline_without_text_is_refused() -> None:
         generate(DDPMPipeline(net, DDPMScheduler()), PAIR)
 
 
-def test_only_pictures_that_need_it_are_guided() -> None:
+def test_only_images_that_need_it_are_guided() -> None:
     pipe = tiny_pipeline()
     asked: list[int] = []
 
@@ -173,7 +173,7 @@ def test_only_pictures_that_need_it_are_guided() -> None:
     assert "guided" not in plain[0].settings
 
 
-def test_a_picture_that_is_never_said_to_need_guidance_is_the_plain_one() -> None:
+def test_a_image_that_is_never_said_to_need_guidance_is_the_plain_one() -> None:
     pipe = tiny_pipeline()
     plain = generate(pipe, PAIR, seed=3, steps=3, progress=False)
     ela = ELA(step_size=0.3, start=0, guided=1)
@@ -183,5 +183,5 @@ def test_a_picture_that_is_never_said_to_need_guidance_is_the_plain_one() -> Non
         assert run.settings["guided"] is False
     with pytest.raises(SettingError, match=r"guidance=elakit.ELA\(\)"):
         generate(pipe, PAIR, guide_if=lambda _: True)
-    with pytest.raises(SettingError, match="2 answers for 1 pictures"):
+    with pytest.raises(SettingError, match="2 answers for 1 images"):
         generate(pipe, PAIR, steps=2, guidance=ela, guide_if=lambda _: [True, False], progress=False)

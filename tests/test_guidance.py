@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from tiny import tiny_pipeline
 
 from elakit.errors import SettingError
-from elakit.generate import generate, open_run
+from elakit.generation import generate, open_run
 from elakit.guidance import ELA, Update
 from elakit.guidance.ela import Anchors
 from elakit.guidance.engine import gradient, reading
@@ -23,7 +23,7 @@ from elakit.models import adapter_for
 from elakit.prompt import Prompt, parse
 
 PAIR = "a [red car] and a [blue bird]"
-GRADIENT: dict[str, Any] = {"anchoring": "gradient", "localisation": "maps"}  # the paper's way
+GRADIENT: dict[str, Any] = {"anchoring": "gradient", "localization": "maps"}  # the paper's way
 
 
 def hooks_of(module: torch.nn.Module) -> int:
@@ -60,7 +60,7 @@ def test_the_gradient_agrees_with_central_differences(term: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["raw", "normalised"])
+@pytest.mark.parametrize("kind", ["raw", "normalized"])
 def test_one_slight_step_lowers_the_loss(dtype: torch.dtype, kind: str) -> None:
     adapter, method, prompt, layers, latents, timestep, embeds = setting(tiny_pipeline(dtype), gradient=kind)
     (before,), grad = gradient(adapter, method, prompt, layers, latents, timestep, embeds)
@@ -123,7 +123,7 @@ def test_guidance_that_reads_records_nothing_of_its_own() -> None:
     assert recorded.recording.steps == (0, 1, 2)
 
 
-def test_a_picture_that_needs_no_help_is_left_alone_from_there_on() -> None:
+def test_a_image_that_needs_no_help_is_left_alone_from_there_on() -> None:
     pipe = tiny_pipeline()
     plain = generate(pipe, PAIR, seed=[5, 6], steps=6, record=False, progress=False)
     always = generate(pipe, PAIR, seed=[5, 6], steps=6, guidance=ELA(**GRADIENT), record=False, progress=False)
@@ -206,7 +206,7 @@ def test_regions_stay_once_they_are_locked() -> None:
         ({"gradient": "adam"}, "gradient"),
         ({"lock_from": -2}, "lock_from"),
         ({"anchoring": "glue"}, "anchoring"),
-        ({"localisation": "boxes"}, "localisation"),
+        ({"localization": "boxes"}, "localization"),
         ({"push": -1}, "push"),
     ],
 )
@@ -220,7 +220,7 @@ def test_a_size_the_model_has_not_got_lists_those_it_has() -> None:
         generate(tiny_pipeline(), PAIR, steps=2, guidance=ELA(size=16), progress=False)
 
 
-def test_a_batch_guides_each_picture_by_its_own_loss() -> None:
+def test_a_batch_guides_each_image_by_its_own_loss() -> None:
     pipe = tiny_pipeline()
     method = ELA(**GRADIENT, step_size=0.3, start=0, guided=1)
     batch = generate(pipe, PAIR, seed=[4, 9], steps=3, guidance=method, progress=False)
@@ -249,7 +249,7 @@ def test_refinement_ends_at_its_loss_or_its_limit_and_one_step_follows(until: fl
     assert run.guidance is not None
     frame = run.guidance.to_frame()
     assert frame.refinements.tolist() == [taken, taken]
-    # steps of a normalised gradient are of one length; they may turn, so the whole way is no longer than their sum
+    # steps of a normalized gradient are of one length; they may turn, so the whole way is no longer than their sum
     assert (frame.moved <= 0.05 * (taken + 1) * 1.001).all()
     assert (frame.moved > 0.05 * (taken + 1) / 3).all()
 
@@ -341,10 +341,10 @@ def test_a_layout_needs_a_region_for_each_entity() -> None:
     [
         (GRADIENT, 5),
         ({**GRADIENT, "start": 0}, 0),
-        ({**GRADIENT, "localisation": "strips"}, 0),
+        ({**GRADIENT, "localization": "strips"}, 0),
         ({"regions": [(0, 0, 0.5, 1), None]}, 0),
     ],
 )
-def test_localised_regions_wait_for_maps_that_are_no_noise(options: dict[str, Any], first: int, prompt: Prompt) -> None:
+def test_localized_regions_wait_for_maps_that_are_no_noise(options: dict[str, Any], first: int, prompt: Prompt) -> None:
     sizes = [update.size for update in ELA(step_size=0.1, decay=0.5, guided=0.08, **options).plan([1.0] * 25, prompt)]
     assert sizes == [0.0] * first + [0.1, 0.05]

@@ -1,4 +1,4 @@
-"""Every family is drawn and guided as its own pipeline draws: the same noise, passes, timesteps and pictures."""
+"""Every family is drawn and guided as its own pipeline draws: the same noise, passes, timesteps and images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tiny import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl
 from torch import Tensor
 
 from elakit.errors import ModelError, RecordingError, SettingError
-from elakit.generate import generate
+from elakit.generation import generate
 from elakit.guidance import ELA, Attention
 from elakit.guidance.ela import Anchors
 from elakit.guidance.engine import checkpointing, gradient, noise_levels, reading
@@ -43,7 +43,7 @@ class Family:
     stacked: bool = True  # rows without and with the prompt
     rounded: bool = False  # norms or rotations are in float32 even in a float64 model
     decoder: bool = False  # has layers placed "up"
-    cells: tuple[int, int] = (4, 6)  # of the maps that are analysed, at SIZE
+    cells: tuple[int, int] = (4, 6)  # of the maps that are analyzed, at SIZE
 
 
 UNBINNED = {"use_resolution_binning": False}
@@ -141,12 +141,12 @@ def scaled(pipe: Any, latents: Tensor, step: int) -> Tensor:
 
 @pytest.mark.parametrize(("scale", "with_negative"), [(1.0, True), (5.0, True), (5.0, False)])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_picture_is_the_one_the_pipeline_draws_itself(name: str, scale: float, with_negative: bool) -> None:
+def test_the_image_is_the_one_the_pipeline_draws_itself(name: str, scale: float, with_negative: bool) -> None:
     family, pipe = FAMILIES[name], shared(name)
     negative = {"negative_prompt": family.negative} if with_negative and family.negative else {}
     run = generate(pipe, PAIR, seed=9, steps=3, guidance_scale=scale, progress=False, **negative, **SIZE)
-    (picture,) = own(pipe, family, guidance_scale=scale, **negative)
-    assert np.array_equal(np.asarray(run.image), np.asarray(picture))
+    (image,) = own(pipe, family, guidance_scale=scale, **negative)
+    assert np.array_equal(np.asarray(run.image), np.asarray(image))
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
@@ -200,7 +200,7 @@ def test_what_a_model_is_told_beside_the_text_makes_a_difference(name: str, chan
 def test_noise_and_timesteps_are_those_of_the_call(name: str, dynamic: bool) -> None:
     family = FAMILIES[name]
     pipe = family.make()
-    if dynamic:  # shifted by the size of the picture, so much that the size is felt
+    if dynamic:  # shifted by the size of the image, so much that the size is felt
         pipe.scheduler = FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64
         )
@@ -366,7 +366,7 @@ def test_checkpoints_leave_the_gradient_as_it_is(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_batch_guides_each_picture_by_its_own_loss(name: str) -> None:
+def test_a_batch_guides_each_image_by_its_own_loss(name: str) -> None:
     pipe = shared(name)
     options: dict[str, Any] = {
         "steps": 2,
@@ -453,14 +453,14 @@ def test_a_text_without_a_start_has_its_end_for_background(background: Any) -> N
     prompt = parse(PAIR, shared("flux"))
     maps = torch.rand(1, 20, 4, 6, generator=torch.Generator().manual_seed(0))
     maps[:, prompt.end_index :] *= 0.01  # else no word would stand out
-    expected = ELA(localisation="maps").loss(Attention((maps,)), prompt, 0, Anchors())
+    expected = ELA(localization="maps").loss(Attention((maps,)), prompt, 0, Anchors())
     first = maps.clone()
     first[:, 0] *= 1000  # "a", the first word
-    loss = ELA(localisation="maps", background=background).loss(Attention((first,)), prompt, 0, Anchors())
+    loss = ELA(localization="maps", background=background).loss(Attention((first,)), prompt, 0, Anchors())
     assert np.array_equal(loss.regions, expected.regions)
     last = maps.clone()
     last[:, -1] *= 1000  # padding
-    loss = ELA(localisation="maps", background=background).loss(Attention((last,)), prompt, 0, Anchors())
+    loss = ELA(localization="maps", background=background).loss(Attention((last,)), prompt, 0, Anchors())
     assert loss.regions.sum() < expected.regions.sum()
 
 
@@ -476,7 +476,7 @@ def test_a_family_without_an_encoding_is_recorded_but_not_drawn(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_run_ended_after_its_last_step_gives_the_picture_of_one_that_was_not(name: str) -> None:
+def test_a_run_ended_after_its_last_step_gives_the_image_of_one_that_was_not(name: str) -> None:
     pipe = shared(name)
     whole = generate(pipe, PAIR, seed=2, steps=3, record=False, progress=False, **SIZE)
     ended = generate(

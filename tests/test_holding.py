@@ -1,4 +1,4 @@
-"""ELA divides the picture and keeps each entity's words to its part, in the denoiser's own passes."""
+"""ELA divides the image and keeps each entity's words to its part, in the denoiser's own passes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiny import tiny_pipeline
 from elakit import generate
 from elakit.attention import Edit, edit
 from elakit.errors import SettingError
-from elakit.generate import Progress
+from elakit.generation import Progress
 from elakit.guidance import ELA, Guide
 from elakit.guidance.holding import Holder
 from elakit.guidance.method import Hold
@@ -33,7 +33,7 @@ def same(one: Any, other: Any) -> bool:
 # -- dividing ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_tall_picture_is_divided_from_top_to_bottom() -> None:
+def test_a_tall_image_is_divided_from_top_to_bottom() -> None:
     maps = np.zeros((2, 6, 4))
     maps[0, 4], maps[1, 1] = 0.5, 0.5
     masks = divide(maps)
@@ -112,7 +112,7 @@ def test_the_first_pass_shows_where_the_entities_are_and_the_second_is_held_to_i
     assert frame.outside.iloc[0] == pytest.approx(np.mean([(1 - share) ** 2 for share in shares]), rel=1e-3)
 
 
-def test_pictures_of_a_batch_are_held_each_to_its_own() -> None:
+def test_images_of_a_batch_are_held_each_to_its_own() -> None:
     pipe = tiny_pipeline()
     batch = generate(pipe, PAIR, seed=[0, 1, 2, 3, 4], steps=3, guidance=ELA(), progress=False)
     orders = {bool(run.guidance.regions.values[0, 0, 0, 0]) for run in batch if run.guidance}
@@ -125,7 +125,7 @@ def test_pictures_of_a_batch_are_held_each_to_its_own() -> None:
         assert np.array_equal(run.guidance.regions, alone.guidance.regions)
 
 
-def test_pictures_that_need_no_help_are_left_alone_in_the_same_batch() -> None:
+def test_images_that_need_no_help_are_left_alone_in_the_same_batch() -> None:
     pipe = tiny_pipeline()
     options: dict[str, Any] = {"seed": [1, 2], "steps": 5, "record": False, "progress": False}
     plain = generate(pipe, PAIR, **options)

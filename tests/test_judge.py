@@ -9,7 +9,7 @@ from PIL import Image
 import elakit
 from elakit.errors import PromptError
 from elakit.judge import Thing, Verdict, judge, knows
-from elakit.judge.colour import name_colour
+from elakit.judge.color import name_color
 from elakit.world.mixtures import KINDS, compose_mixture
 from elakit.world.scenes import Subject, World, compose, sample
 from elakit.world.training.config import read_config
@@ -37,7 +37,7 @@ def test_new_scenes_are_judged_right(pipe, world: World) -> None:
     assert np.mean(right) >= 0.85
 
 
-def test_what_is_not_there_is_missed_and_a_wrong_colour_is_wrong(pipe, world: World) -> None:
+def test_what_is_not_there_is_missed_and_a_wrong_color_is_wrong(pipe, world: World) -> None:
     rng = np.random.default_rng(8)
     wrong = []
     for _ in range(40):
@@ -84,13 +84,13 @@ def verdict_of(things: list[Thing], prompt) -> Verdict:
     return judge(Image.new("RGB", (8, 8), (200, 20, 30)), prompt, lambda image, nouns: things)
 
 
-def thing(noun: str, columns: slice, colour: str | None, mixed_with: tuple[str, ...] = ()) -> Thing:
+def thing(noun: str, columns: slice, color: str | None, mixed_with: tuple[str, ...] = ()) -> Thing:
     mask = np.zeros((8, 8), bool)
     mask[:, columns] = True
-    return Thing(noun, mask, 0.9, colour, mixed_with)
+    return Thing(noun, mask, 0.9, color, mixed_with)
 
 
-def test_a_verdict_tells_neglect_mixture_and_wrong_colour_apart() -> None:
+def test_a_verdict_tells_neglect_mixture_and_wrong_color_apart() -> None:
     prompt = entity_prompt()
     bird, chair = thing("bird", slice(0, 4), "blue"), thing("chair", slice(4, 8), "red")
     right = verdict_of([bird, chair], prompt)
@@ -101,16 +101,16 @@ def test_a_verdict_tells_neglect_mixture_and_wrong_colour_apart() -> None:
     fused = verdict_of([thing("chair", slice(0, 8), "red", ("bird",))], prompt)
     assert (fused.success, fused.failures, fused.mixtures) == (False, ("mixture",), (("chair", "bird"),))
     painted = verdict_of([bird, thing("chair", slice(4, 8), "brown")], prompt)
-    assert (painted.success, painted.failures) == (False, ("wrong colour",))
+    assert (painted.success, painted.failures) == (False, ("wrong color",))
     assert str(painted) == "bird: blue; chair: brown instead of red"
 
 
-def test_a_colour_that_runs_over_to_a_thing_without_one_is_wrong() -> None:
+def test_a_color_that_runs_over_to_a_thing_without_one_is_wrong() -> None:
     # nobody asked for a red bird, and the chair beside it should be red
     verdict = verdict_of([thing("bird", slice(0, 4), "red"), thing("chair", slice(4, 8), "red")], entity_prompt())
-    assert verdict.failures == ("wrong colour",)
-    assert verdict.right_colour == {"bird": False, "chair": True}
-    assert verdict.leak == {"bird": 1.0, "chair": 0.0}  # the picture is red all over
+    assert verdict.failures == ("wrong color",)
+    assert verdict.right_color == {"bird": False, "chair": True}
+    assert verdict.leak == {"bird": 1.0, "chair": 0.0}  # the image is red all over
     # a green bird is nobody's leak
     assert verdict_of(
         [thing("bird", slice(0, 4), "green"), thing("chair", slice(4, 8), "red")], entity_prompt()
@@ -124,7 +124,7 @@ def test_a_detector_may_know_other_nouns() -> None:
     assert verdict.masks.sum((1, 2)).tolist() == [32, 32]
 
 
-def test_two_of_a_noun_are_told_apart_by_their_colours(pipe, world: World) -> None:
+def test_two_of_a_noun_are_told_apart_by_their_colors(pipe, world: World) -> None:
     rng = np.random.default_rng(3)
     right = []
     for _ in range(20):
@@ -149,5 +149,5 @@ def test_words_it_does_not_know_are_refused(pipe) -> None:
         judge(Image.new("RGB", (64, 64)), prompt)
 
 
-def test_no_pixels_have_no_colour() -> None:
-    assert name_colour(np.empty((0, 3), np.uint8)) is None
+def test_no_pixels_have_no_color() -> None:
+    assert name_color(np.empty((0, 3), np.uint8)) is None

@@ -19,7 +19,7 @@ OVERLAY = "document.querySelector('.elx-stage canvas').toDataURL()"
 
 
 def shortened(path: Path) -> nbformat.NotebookNode:
-    """The notebook with pictures of a few steps and one seed, and no outputs."""
+    """The notebook with images of a few steps and one seed, and no outputs."""
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -17,14 +17,14 @@ from PIL import Image
 import elakit
 from elakit.errors import ElakitError, PromptError, SettingError
 from elakit.guidance import ELA, METHODS, AttendAndExcite, BoxDiff
-from elakit.live import Panel
-from elakit.live.options import Controls, options
-from elakit.live.session import Session
-from elakit.live.words import chips, marks_of, turned
+from elakit.widgets.live import Panel
+from elakit.widgets.live.options import Controls, options
+from elakit.widgets.live.session import Session
+from elakit.widgets.live.words import chips, marks_of, turned
 
 PAIR = "a [red car] and a [blue bird]"
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
-ALL = ELA(anchoring="gradient", localisation="maps", guided=1, start=0)  # guides every step
+ALL = ELA(anchoring="gradient", localization="maps", guided=1, start=0)  # guides every step
 PATIENCE = 60  # seconds that a run may take at most
 
 
@@ -251,7 +251,7 @@ def test_the_run_is_the_one_that_generate_draws(panel: Panel, pipe: Any) -> None
     assert elakit.explore(run).tokens == ["car", "bird"]
 
 
-def test_the_panel_shows_picture_maps_regions_and_losses_of_each_step(panel: Panel) -> None:
+def test_the_panel_shows_image_maps_regions_and_losses_of_each_step(panel: Panel) -> None:
     panel.step(2)
     panel.wait(PATIENCE)
     about, cells = panel._stage._frame["about"], panel._stage._frame["maps"]
@@ -261,7 +261,7 @@ def test_the_panel_shows_picture_maps_regions_and_losses_of_each_step(panel: Pan
     assert len(cells) == 5 * 8 * 8
     panel.step()
     panel.wait(PATIENCE)
-    assert panel._stage._frame["about"]["picture"] != about["picture"]
+    assert panel._stage._frame["about"]["image"] != about["image"]
     assert panel._stage._frame["maps"] != cells
     panel.resume()
     run = panel.wait(PATIENCE)
@@ -423,7 +423,7 @@ def test_methods_and_prompts_that_a_panel_cannot_take_are_refused(pipe: Any) -> 
 
 
 def test_a_saved_notebook_shows_the_regions_or_the_run(panel: Panel) -> None:
-    def picture() -> np.ndarray[Any, Any]:
+    def image() -> np.ndarray[Any, Any]:
         data, metadata = panel._repr_mimebundle_()
         assert "application/vnd.jupyter.widget-view+json" in data
         assert data["text/plain"] == repr(panel)
@@ -431,10 +431,10 @@ def test_a_saved_notebook_shows_the_regions_or_the_run(panel: Panel) -> None:
         assert shown.width == 2 * metadata["image/png"]["width"]
         return np.asarray(shown)
 
-    blank = picture()
+    blank = image()
     panel.draw("car", LEFT)
-    drawn = picture()
+    drawn = image()
     assert (blank != drawn).any()
     panel.start()
     panel.wait(PATIENCE)
-    assert picture().shape != drawn.shape
+    assert image().shape != drawn.shape

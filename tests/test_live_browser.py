@@ -18,11 +18,11 @@ PATIENCE = 60  # seconds; only a machine that is very busy takes more than one
 STEPS = 12
 CELLS = (
     "from tiny import tiny_pipeline\nimport elakit\nfrom elakit.guidance import ELA",
-    'method = ELA(anchoring="gradient", localisation="maps", guided=1, start=0)\n'
+    'method = ELA(anchoring="gradient", localization="maps", guided=1, start=0)\n'
     f"panel = elakit.live(tiny_pipeline(), 'a [red car] and a [bird]', seed=1, steps={STEPS}, guidance=method)\npanel",
 )
 # of the last run: where the first entity's region begins and ends at each step, (left, top, right, bottom) in cells
-ENDS = """from elakit.masks import bounding_box
+ENDS = """from elakit.measures.masks import bounding_box
 [bounding_box(step[0]) for step in panel.run.guidance.regions.values]"""
 
 
@@ -81,7 +81,7 @@ def says(notebook: lab.Notebook, text: str) -> None:
 
 
 def drag(notebook: lab.Notebook, start: tuple[float, float], end: tuple[float, float]) -> None:
-    """Drag the mouse over the picture, between places in shares of it."""
+    """Drag the mouse over the image, between places in shares of it."""
     area, mouse = notebook.page.locator(".ell-stage").bounding_box(), notebook.page.mouse
     places = [(area["x"] + x * area["width"], area["y"] + y * area["height"]) for x, y in (start, end)]
     mouse.move(*places[0])
@@ -106,7 +106,7 @@ def test_a_run_is_drawn_step_by_step_while_the_kernel_answers(notebook: lab.Note
     expect(page.locator(".ell-when")).to_contain_text(f"step {STEPS} / {STEPS}")
     assert page.locator(".ell-stage > img").get_attribute("src") != first
     assert page.locator(".ell-stage .elx-edge").count() == 2
-    assert [each.strip() for each in page.locator(".elx-thumb").all_inner_texts()] == ["picture", "car", "bird", "red"]
+    assert [each.strip() for each in page.locator(".elx-thumb").all_inner_texts()] == ["image", "car", "bird", "red"]
     assert page.locator(".ell-plot path").get_attribute("d").count("L") == STEPS - 1
     page.locator(".elx-thumb", has_text="bird").click()
     expect(page.locator(".ell-stage > canvas")).to_be_visible()

@@ -45,7 +45,7 @@ from elakit.models import EMBEDDED, Adapter, DrawingSettings, adapter_for, defau
 from elakit.prompt import parse
 
 
-def picture(pipe: Any, **options: Any) -> np.ndarray:
+def image(pipe: Any, **options: Any) -> np.ndarray:
     generator = torch.Generator().manual_seed(3)
     return pipe("a red car", num_inference_steps=2, generator=generator, output_type="np", **options).images
 
@@ -117,7 +117,7 @@ def test_encoding_and_denoising_are_the_pipelines_own(pipe: Any) -> None:
         seen.setdefault("call", (args[0], args[1], kwargs["encoder_hidden_states"], output[0]))
 
     handle = pipe.unet.register_forward_hook(listen, with_kwargs=True)
-    picture(pipe, negative_prompt="a dog", guidance_scale=5.0)
+    image(pipe, negative_prompt="a dog", guidance_scale=5.0)
     handle.remove()
     sample, timestep, text, predicted = seen["call"]
     conditioning = adapter.encode("a red car", "a dog", guided=True)
@@ -216,13 +216,13 @@ def test_the_page_on_adding_a_family_is_right(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(elakit.models, "FAMILIES", (*elakit.models.FAMILIES, family))
     prompt = parse("a [red car]", pipe)
     options = {"max_sequence_length": 12, "height": 32, "width": 48}
-    plain = picture(pipe, **options)
+    plain = image(pipe, **options)
     with record(pipe, prompt) as recording:
-        assert np.array_equal(plain, picture(pipe, **options))
+        assert np.array_equal(plain, image(pipe, **options))
     assert recording.maps("car").shape == (2, 1, 4, 6)
     assert len(recording.layers) == 3
     with edit(pipe, prompt, Edit("car", scale=0)), record(pipe, prompt) as recording:
-        assert not np.array_equal(plain, picture(pipe, **options))
+        assert not np.array_equal(plain, image(pipe, **options))
     assert float(recording.maps("car").max()) == 0
     timesteps = pipe.scheduler.timesteps.tolist()
     assert recording.maps("car")["timestep"].values.tolist() == pytest.approx(timesteps)
@@ -285,7 +285,7 @@ def test_a_folder_gives_the_pipeline_that_was_saved(folder: Path) -> None:
         warnings.simplefilter("error", FutureWarning)
         pipe = load(folder, device="cpu")
     pipe.set_progress_bar_config(disable=True)
-    assert np.array_equal(picture(pipe), picture(tiny_pipeline()))
+    assert np.array_equal(image(pipe), image(tiny_pipeline()))
     assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
     half = load(str(folder), device="cpu", dtype="bfloat16")
     assert {part.dtype for part in (half.unet, half.vae, half.text_encoder)} == {torch.bfloat16}
@@ -313,7 +313,7 @@ def test_other_pipelines_keep_their_own_defaults(pipe: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("picture-wrld", "Did you mean 'picture-world'"),
+        ("image-wrld", "Did you mean 'picture-world'"),
         ("Picture World", "Did you mean 'picture-world'"),
         ("sd15", "Unknown model 'sd15'"),
         ("", "Unknown model ''"),
@@ -350,7 +350,7 @@ def hub_error(kind: type[Exception]) -> Exception:
     [
         (hub.LocalEntryNotFoundError, "cannot be reached"),
         (hub.RepositoryNotFoundError, "no such model is on the hub"),
-        (hub.GatedRepoError, "licence"),
+        (hub.GatedRepoError, "license"),
         (hub.RemoteEntryNotFoundError, "not a diffusers pipeline"),
         (hub.HfHubHTTPError, "refused"),
     ],

@@ -19,9 +19,9 @@ from tiny import tiny_pipeline
 
 from elakit import plot
 from elakit.errors import RecordingError, SettingError
-from elakit.generate import Run, generate
+from elakit.generation import Run, generate
 from elakit.guidance import ELA
-from elakit.plot.style import ENTITY_COLOURS, escape, pick_steps
+from elakit.plot.style import ENTITY_COLORS, escape, pick_steps
 
 PAIR = "a [red car] and a [blue bird]"
 STEPS = 6
@@ -68,7 +68,7 @@ def every_figure(run: Run, other: Run) -> list[go.Figure]:
         plot.leakage(run, other, attributes=True),
         plot.bleeding_over_steps([run, other]),
         plot.entity_maps(run, other),
-        plot.pictures(run, other),
+        plot.images(run, other),
     ]
 
 
@@ -85,7 +85,7 @@ def test_token_maps_are_the_recorded_ones(plain: Run) -> None:
         np.testing.assert_array_equal(trace.z, expected)
 
 
-def test_each_token_has_one_colour_scale_unless_said_otherwise(plain: Run) -> None:
+def test_each_token_has_one_color_scale_unless_said_otherwise(plain: Run) -> None:
     maps = plain.recording.maps(["car", "bird"], layers="up", size=8)
     by_token = {t.meta["token"]: t.zmax for t in heatmaps(plot.token_maps(plain, tokens=["car", "bird"], steps=STEPS))}
     assert by_token == pytest.approx({token: float(maps.sel(token=token).max()) for token in ("car", "bird")})
@@ -105,7 +105,7 @@ def test_token_maps_are_drawn_downwards_with_square_cells(plain: Run) -> None:
 
 def test_options_choose_what_is_shown(plain: Run) -> None:
     figure = plot.token_maps(
-        plain.recording, tokens="entities", steps=[0, -1], layers="down", size=4, normalise="sum", title="Mine"
+        plain.recording, tokens="entities", steps=[0, -1], layers="down", size=4, normalize="sum", title="Mine"
     )
     traces = heatmaps(figure)
     assert [(t.meta["step"], t.meta["token"]) for t in traces] == [(0, "car"), (5, "car"), (0, "bird"), (5, "bird")]
@@ -129,7 +129,7 @@ def test_a_long_prompt_is_shown_by_its_entities() -> None:
         ({"steps": [3, 99]}, SettingError, "99"),
         ({"tokens": "zebra"}, RecordingError, "zebra"),
         ({"size": 7}, RecordingError, "7"),
-        ({"normalise": "best"}, SettingError, "best"),
+        ({"normalize": "best"}, SettingError, "best"),
     ],
 )
 def test_wrong_options_are_named(plain: Run, options: dict[str, Any], error: type[Exception], said: str) -> None:
@@ -142,7 +142,7 @@ def test_a_run_without_recording_says_so() -> None:
     for function in (plot.token_maps, plot.region_evolution, plot.leakage, plot.entity_maps):
         with pytest.raises(RecordingError, match="record=True"):
             function(run)
-    assert len(plot.pictures(run).layout.images) == 1
+    assert len(plot.images(run).layout.images) == 1
 
 
 # --- regions ------------------------------------------------------------------------------------------------
@@ -162,16 +162,16 @@ def test_regions_are_those_of_the_run(guided: Run, source: Any) -> None:
     assert len(figure.layout.images) == 1
 
 
-def test_entities_keep_their_colours_in_every_figure(plain: Run) -> None:
+def test_entities_keep_their_colors_in_every_figure(plain: Run) -> None:
     legend = {t.name: t.marker.color for t in plot.region_evolution(plain).data if t.type == "scatter"}
-    assert legend == {"car": ENTITY_COLOURS[0], "bird": ENTITY_COLOURS[1]}
+    assert legend == {"car": ENTITY_COLORS[0], "bird": ENTITY_COLORS[1]}
     frames = {shape.line.color for shape in plot.leakage(plain).layout.shapes}
     assert frames == set(legend.values())
-    assert len(set(ENTITY_COLOURS)) == len(ENTITY_COLOURS)
+    assert len(set(ENTITY_COLORS)) == len(ENTITY_COLORS)
 
 
-def test_picture_and_maps_can_be_left_out(plain: Run) -> None:
-    figure = plot.region_evolution(plain, steps=2, picture=False, maps=False, columns=1)
+def test_image_and_maps_can_be_left_out(plain: Run) -> None:
+    figure = plot.region_evolution(plain, steps=2, image=False, maps=False, columns=1)
     assert len(heatmaps(figure)) == 4
     assert not figure.layout.images
     assert figure.layout.height > figure.layout.width
@@ -239,7 +239,7 @@ def test_what_cannot_be_compared_is_refused(plain: Run) -> None:
         plot.bleeding_over_steps(alone, measures=["iou"])
 
 
-# --- pictures -----------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------
 
 
 def test_entity_maps_share_a_scale_between_runs(plain: Run, guided: Run) -> None:
@@ -250,8 +250,8 @@ def test_entity_maps_share_a_scale_between_runs(plain: Run, guided: Run) -> None
         assert trace.zmax == pytest.approx(max(float(mean.sel(token=label).max()) for mean in means))
 
 
-def test_pictures_keep_their_pixels(plain: Run) -> None:
-    source = plot.pictures(plain).layout.images[0].source
+def test_images_keep_their_pixels(plain: Run) -> None:
+    source = plot.images(plain).layout.images[0].source
     shown = Image.open(io.BytesIO(base64.b64decode(source.split(",")[1])))
     assert shown.width % plain.image.width == 0
     small = shown.resize(plain.image.size, Image.Resampling.NEAREST)

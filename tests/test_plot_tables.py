@@ -11,8 +11,8 @@ from tiny import tiny_pipeline
 
 from elakit import bench, plot
 from elakit.errors import SettingError
-from elakit.generate import Run, generate
-from elakit.plot.style import ENTITY_COLOURS, RUN_COLOURS
+from elakit.generation import Run, generate
+from elakit.plot.style import ENTITY_COLORS, RUN_COLORS
 
 STEPS = 4
 
@@ -105,7 +105,7 @@ def test_tables_that_will_not_do_are_refused(table: pd.DataFrame, options: dict[
 
 
 def sweep() -> pd.DataFrame:
-    """Four prompts by three methods: plain gets two right; ELA all four; the other harms one and mends one."""
+    """Four prompts by three methods: plain gets two right; ELA all four; the other harms one and fixes one."""
     right = {"plain": [1, 1, 0, 0], "ela": [1, 1, 1, 1], "other": [0, 1, 1, 0]}
     seconds = {"plain": 2.0, "ela": 3.0, "other": 20.0}
     return pd.DataFrame(
@@ -121,10 +121,10 @@ def test_methods_stand_in_the_order_of_what_they_get_right_below_plain() -> None
     summary = bench.summary(sweep())
     figure = plot.method_comparison(summary.loc[["other", "plain", "ela"]])
     assert list(figure.layout.yaxis.ticktext) == ["plain", "ELA", "other"]
-    success, mended, harmed, seconds = figure.data
+    success, fixed, broken, seconds = figure.data
     assert list(success.x) == [0.5, 1, 0.5]
-    np.testing.assert_array_equal(mended.x, [np.nan, 1, 0.5])
-    np.testing.assert_array_equal(harmed.x, [np.nan, 0, 0.5])
+    np.testing.assert_array_equal(fixed.x, [np.nan, 1, 0.5])
+    np.testing.assert_array_equal(broken.x, [np.nan, 0, 0.5])
     assert list(seconds.x) == [1, 1.5, 10]
     assert figure.layout.xaxis4.type == "log"  # ten times as long
     assert [shape.x0 for shape in figure.layout.shapes] == [0.5, 1]  # what plain gets right, and its time
@@ -142,13 +142,13 @@ def test_a_dot_is_full_where_the_difference_is_no_accident() -> None:
     summary = bench.summary(sweep()).loc[["plain", "ela", "other"]]
     summary["p_holm"] = [np.nan, 0.01, 0.5]
     marker = plot.method_comparison(summary).data[0].marker
-    assert list(marker.color) == [RUN_COLOURS[0], RUN_COLOURS[2], "#ffffff"]
+    assert list(marker.color) == [RUN_COLORS[0], RUN_COLORS[2], "#ffffff"]
 
 
 def test_a_table_without_what_is_compared_is_refused() -> None:
     summary = bench.summary(sweep())
-    with pytest.raises(SettingError, match=r"lacks harmed_low.*elakit.bench.summary"):
-        plot.method_comparison(summary.drop(columns="harmed_low"))
+    with pytest.raises(SettingError, match=r"lacks broken_low.*elakit.sweep.summary"):
+        plot.method_comparison(summary.drop(columns="broken_low"))
     with pytest.raises(SettingError, match="no row"):
         plot.method_comparison(summary.iloc[:0])
     named = plot.method_comparison(summary.rename(index={"other": "<b>other</b>"}))
@@ -164,7 +164,7 @@ def test_each_frame_shows_the_regions_of_its_step(run: Run) -> None:
     assert [step.label for step in figure.layout.sliders[0].steps] == ["0", "1", "2", "3"]
     for frame in figure.frames:
         shown = [trace for trace in frame.data if trace.legendgroup]
-        assert len(shown) == 2 * 2  # two entities, over attention and over the picture
+        assert len(shown) == 2 * 2  # two entities, over attention and over the image
         for trace in shown:
             mask = run.regions.sel(step=int(frame.name), entity=trace.meta["entity"]).values
             np.testing.assert_array_equal(trace.z == 1, mask)
@@ -172,7 +172,7 @@ def test_each_frame_shows_the_regions_of_its_step(run: Run) -> None:
     for place, trace in zip(figure.frames[0].traces, figure.frames[0].data, strict=True):
         np.testing.assert_array_equal(figure.data[place].z, trace.z)
     legend = {trace.name: trace.marker.color for trace in figure.data if trace.type == "scatter"}
-    assert legend == {"car": ENTITY_COLOURS[0], "bird": ENTITY_COLOURS[1]}
+    assert legend == {"car": ENTITY_COLORS[0], "bird": ENTITY_COLORS[1]}
 
 
 def test_steps_and_speed_of_an_animation_are_chosen(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""What is foretold of a picture rests on the steps that are there, and on the entity that fares worst."""
+"""What is predicted of an image rests on the steps that are there, and on the entity that fares worst."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tiny import tiny_pipeline
 
 from elakit.errors import OutputError, RecordingError, SettingError
-from elakit.generate import Run, generate
+from elakit.generation import Run, generate
 from elakit.prediction import FEATURES, OUTCOMES, SHARES, Predictor, features, load_predictor
 from elakit.prediction.contest import CONTEST, contest
 from elakit.prediction.fit import fit
@@ -57,7 +57,7 @@ def test_a_prompt_without_pairs_or_attributes_has_nothing_amiss_there() -> None:
     assert (table["attribute_margin_mean"] == 1).all()
 
 
-def test_what_cannot_be_foretold_says_why(run: Run) -> None:
+def test_what_cannot_be_predicted_says_why(run: Run) -> None:
     with pytest.raises(RecordingError, match="record=True"):
         features(replace(run, recording=None))
     with pytest.raises(SettingError, match="brackets"):
@@ -67,18 +67,18 @@ def test_what_cannot_be_foretold_says_why(run: Run) -> None:
 # --- the predictor ------------------------------------------------------------------------------------------
 
 
-def sweep(pictures: int = 600) -> pd.DataFrame:
-    """A made-up sweep in which the worst bleed, late in the run, decides how likely a picture is to fail."""
+def sweep(images: int = 600) -> pd.DataFrame:
+    """A made-up sweep in which the worst bleed, late in the run, decides how likely an image is to fail."""
     rng = np.random.default_rng(0)
-    values = rng.normal(size=(pictures, len(SHARES), len(FEATURES)))
+    values = rng.normal(size=(images, len(SHARES), len(FEATURES)))
     cause = 2 * values[:, -1, FEATURES.index("bleed_last")] - 1
-    failed = rng.random(pictures) < 1 / (1 + np.exp(-cause))
+    failed = rng.random(images) < 1 / (1 + np.exp(-cause))
     return pd.DataFrame(
         {
-            "prompt": [f"a {NOUNS[i % 20]} and a {NOUNS[i % 20 + 1]}" for i in range(pictures)],
+            "prompt": [f"a {NOUNS[i % 20]} and a {NOUNS[i % 20 + 1]}" for i in range(images)],
             "suite": "made-up", "method": "plain", "model": "picture-world", "steps": 25, "guidance_scale": 4.0,
-            "success": ~failed, "neglect": failed, "mixture": False, "wrong_colour": False,
-            "features": list(values.astype(np.float32).reshape(pictures, -1)),
+            "success": ~failed, "neglect": failed, "mixture": False, "wrong_color": False,
+            "features": list(values.astype(np.float32).reshape(images, -1)),
         }
     )  # fmt: skip
 
@@ -97,16 +97,16 @@ def test_a_cause_is_found_and_its_probability_is_right() -> None:
     assert predictor.intercepts[-1, 0] == pytest.approx(-1, abs=0.5)
 
 
-def test_an_outcome_that_never_came_is_foretold_as_rare() -> None:
+def test_an_outcome_that_never_came_is_predicted_as_rare() -> None:
     predictor, *_ = fit(sweep())
     table = pd.DataFrame(np.zeros((len(SHARES), len(FEATURES))), index=list(SHARES), columns=list(FEATURES))
-    assert (predictor.foretell(table)["mixture"] < 0.01).all()
+    assert (predictor.predict(table)["mixture"] < 0.01).all()
 
 
 def test_a_predictor_is_saved_and_opened_as_it_was(tmp_path: Path, run: Run) -> None:
     predictor, *_ = fit(sweep(100))
     again = load_predictor(predictor.save(tmp_path / "predictor.json"))
-    assert again.foretell(run).equals(predictor.foretell(run))
+    assert again.predict(run).equals(predictor.predict(run))
     assert again.about == predictor.about
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(OutputError, match="elakit predict fit"):
@@ -131,7 +131,7 @@ def test_wrong_conditions_are_refused(options: dict[str, object], part: str) -> 
 
 
 def test_a_sweep_that_cannot_be_learnt_from_says_why() -> None:
-    with pytest.raises(SettingError, match="20 judged pictures"):
+    with pytest.raises(SettingError, match="20 judged images"):
         fit(sweep(20))
     with pytest.raises(SettingError, match="new folder"):
         fit(sweep(100).assign(features=None))

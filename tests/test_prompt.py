@@ -20,7 +20,7 @@ from transformers import CLIPTokenizer
 from elakit import english
 from elakit.errors import ModelError, PromptError
 from elakit.prompt import Prompt, parse
-from elakit.words import split_words
+from elakit.tokens import split_words
 
 ATTEND_AND_EXCITE = Path(__file__).parent.parent / "data" / "prompts" / "attend_and_excite.json"
 BENCHMARK = [prompt for prompts in json.loads(ATTEND_AND_EXCITE.read_text()).values() for prompt in prompts]
@@ -186,12 +186,12 @@ def test_all_prompts_of_attend_and_excite(pipe):
         ("a bowl", ["bowl"]),
         ("a orange bow", ["orange bow"]),
         ("a blue rose", ["blue rose"]),
-        ("a grey saw and a pink swallow", ["grey saw", "pink swallow"]),
+        ("a gray saw and a pink swallow", ["gray saw", "pink swallow"]),
         ("a gold donut next to a yellow axe", ["gold donut", "yellow axe"]),
         ("a red can and a dog", ["red can", "dog"]),
-        # several attributes, fruit that is a colour, no articles
+        # several attributes, fruit that is a color, no articles
         ("a red and white car", ["red white car"]),
-        ("a grey and green brush", ["grey green brush"]),
+        ("a gray and green brush", ["gray green brush"]),
         ("a red, blue and green parrot", ["red blue green parrot"]),
         ("a very small dark blue bird", ["small dark blue bird"]),
         ("a red-haired woman and a blue-green bird", ["red-haired woman", "blue-green bird"]),
@@ -214,7 +214,7 @@ def test_all_prompts_of_attend_and_excite(pipe):
         ("a cat in front of a red car", ["cat", "red car"]),
         ("a dog to the left of the cat", ["dog", "cat"]),
         ("a dog on the beach at night", ["dog"]),
-        # not in the picture
+        # not in the image
         ("a photo of a cat and a dog", ["cat", "dog"]),
         ("an oil painting of a fox in the style of van gogh", ["fox"]),
         ("a red car on a white background", ["red car"]),

@@ -1,4 +1,4 @@
-"""Recording: the picture stays as it is, the numbers are right, the price is known, and what is kept can be read."""
+"""Recording: the image stays as it is, the numbers are right, the price is known, and what is kept can be read."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TEXT = "a [red car] and a [blue bird]"
 
 
 def draw(pipe: Any, text: str | list[str], steps: int = 3, **options: Any) -> np.ndarray:
-    """A picture from a fixed seed, as an array."""
+    """An image from a fixed seed, as an array."""
     options = {"generator": torch.Generator().manual_seed(7), "output_type": "np"} | options
     return pipe(text, num_inference_steps=steps, **options).images
 
@@ -62,12 +62,12 @@ def end_guidance(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -
     return tensors
 
 
-# -- the picture -----------------------------------------------------------------------------------------------------
+# -- the image -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_the_picture_is_bit_identical_and_every_call_is_kept(scheduler: str, guidance_scale: float) -> None:
+def test_the_image_is_bit_identical_and_every_call_is_kept(scheduler: str, guidance_scale: float) -> None:
     pipe = tiny_pipeline(scheduler=scheduler)
     prompt = parse(TEXT, pipe)
     plain = draw(pipe, prompt.text, guidance_scale=guidance_scale)
@@ -150,12 +150,12 @@ def independent(pipe: Any, run: Callable[[], Any], guided: bool) -> dict[str, li
 
     def listen(name: str, module: Any) -> None:
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            picture = args[0] if args else kwargs["hidden_states"]
+            image = args[0] if args else kwargs["hidden_states"]
             text = kwargs["encoder_hidden_states"]
             q_weight, k_weight = (w.weight.detach().double().numpy() for w in (module.to_q, module.to_k))
             rows = []
-            for b in range(picture.shape[0] // 2 if guided else 0, picture.shape[0]):
-                q = picture[b].double().numpy() @ q_weight.T
+            for b in range(image.shape[0] // 2 if guided else 0, image.shape[0]):
+                q = image[b].double().numpy() @ q_weight.T
                 k = text[b].double().numpy() @ k_weight.T
                 heads, d = [], q.shape[1] // module.heads
                 for h in range(module.heads):
@@ -214,7 +214,7 @@ def test_lora_weights_count(pipe: Any, prompt: Prompt) -> None:
     add_lora(pipe)
     with record(pipe, prompt) as after:
         draw(pipe, prompt.text, steps=1)
-    # The first layer sees the same picture; only its projections changed.
+    # The first layer sees the same image; only its projections changed.
     first = before.layers[0]
     change = abs(after.sel(layer=first).tree["8x8"]["probability"] - before.sel(layer=first).tree["8x8"]["probability"])
     assert float(change.max()) > 1e-3
@@ -224,10 +224,10 @@ def test_norms_of_queries_and_keys_are_applied() -> None:
     module = Attention(query_dim=8, cross_attention_dim=6, heads=2, dim_head=4, qk_norm="rms_norm").double()
     torch.nn.init.normal_(module.norm_q.weight)
     layer = AttentionLayer("attn2", "up", 2, module, module, 1)
-    picture, text = torch.randn(1, 15, 8).double(), torch.randn(1, 7, 6).double()
+    image, text = torch.randn(1, 15, 8).double(), torch.randn(1, 7, 6).double()
     seen: list[torch.Tensor] = []
     with tap([layer], lambda layer, attend, size: seen.append(attend(slice(None)))):
-        output = module(picture, encoder_hidden_states=text)
+        output = module(image, encoder_hidden_states=text)
     value = module.to_v(text).unflatten(-1, (2, 4)).transpose(1, 2)
     rebuilt = module.to_out[0]((seen[0] @ value).transpose(1, 2).flatten(2))
     torch.testing.assert_close(rebuilt, output)
@@ -655,7 +655,7 @@ def test_a_word_read_by_two_encoders_is_one_map() -> None:
     assert float(recording.maps("car@clip").squeeze()) == 2
 
 
-def test_normalisations() -> None:
+def test_normalizations() -> None:
     recording = made()
     raw = recording.maps(["<start>", "red", "giraffe/1", "giraffe/2"]).values
     space = (-2, -1)
@@ -665,24 +665,24 @@ def test_normalisations() -> None:
         "minmax": (raw - raw.min(space, keepdims=True)) / np.ptp(raw, axis=space, keepdims=True),
         "start": raw / raw[:, :1],
     }.items():
-        given_ = recording.maps(["<start>", "red", "giraffe/1", "giraffe/2"], normalise=how)
+        given_ = recording.maps(["<start>", "red", "giraffe/1", "giraffe/2"], normalize=how)
         np.testing.assert_allclose(given_, expected, rtol=1e-5, atol=1e-7)
     words = np.exp(100 * raw[:, 1:])
     words /= words.sum(1, keepdims=True)
-    np.testing.assert_allclose(recording.maps(normalise="tokens"), words, rtol=1e-3, atol=1e-7)
-    np.testing.assert_allclose(recording.maps("giraffe", normalise="tokens")[:, 0], words[:, 1:].mean(1), rtol=1e-3)
+    np.testing.assert_allclose(recording.maps(normalize="tokens"), words, rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(recording.maps("giraffe", normalize="tokens")[:, 0], words[:, 1:].mean(1), rtol=1e-3)
     with pytest.raises(RecordingError, match="softmax over words"):
-        recording.maps("<end>", normalise="tokens")
+        recording.maps("<end>", normalize="tokens")
     with pytest.raises(RecordingError, match="softmax over every word"):
-        recording.sel(token="red").maps("red", normalise="tokens")
+        recording.sel(token="red").maps("red", normalize="tokens")
     with pytest.raises(SettingError, match="'minmax'"):
-        recording.maps(normalise="zscore")  # type: ignore[arg-type]
+        recording.maps(normalize="zscore")  # type: ignore[arg-type]
 
 
 def test_maps_of_zeros_stay_zeros() -> None:
     zeros = made({"4x6": np.zeros((2, 2, 2, 2, 4, 6, 5), "f4"), "2x3": np.zeros((2, 2, 1, 2, 2, 3, 5), "f4")})
     for how in ("sum", "max", "minmax", "start"):
-        assert not zeros.maps(normalise=how).values.any()
+        assert not zeros.maps(normalize=how).values.any()
 
 
 @settings(deadline=None)

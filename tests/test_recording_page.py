@@ -22,6 +22,6 @@ def test_the_code_on_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert there["later"].steps == (0, 1)
     raw, spread = (there["recording"].maps("car", layers="up", refine=times) for times in (0, 1))
     assert raw.shape == spread.shape == (2, 1, 16, 16)
-    # A map that follows the picture's outlines keeps to the range of the one it was spread from.
+    # A map that follows the image's outlines keeps to the range of the one it was spread from.
     assert float(raw.min()) - 1e-3 <= float(spread.min())
     assert float(spread.max()) <= float(raw.max()) + 1e-3

@@ -1,4 +1,4 @@
-"""Localisation: from attention maps to one region an entity."""
+"""Localization: from attention maps to one region an entity."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from elakit.errors import SettingError
-from elakit.regions import BINARISATIONS, DIFFERENTIATIONS, Regions, localize, localize_steps, otsu_masks
+from elakit.regions import BINARIZATIONS, DIFFERENTIATIONS, Regions, localize, localize_steps, otsu_masks
 
-RULES = [(d, b) for d in DIFFERENTIATIONS for b in BINARISATIONS]
+RULES = [(d, b) for d in DIFFERENTIATIONS for b in BINARIZATIONS]
 
 rules = st.sampled_from(RULES)
 stacks = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)).filter(lambda s: s[0] <= s[1] * s[2])
@@ -27,9 +27,9 @@ coarse = st.sampled_from([0.0, 0.1, 0.2, 0.25, 0.5, 0.9])
 
 @pytest.fixture(scope="module")
 def benchmark():
-    """benchmarks/localisation.py, which reads the digitised figure and restores its raw scale."""
-    path = Path(__file__).parents[1] / "benchmarks" / "localisation.py"
-    spec = importlib.util.spec_from_file_location("localisation_benchmark", path)
+    """benchmarks/localization.py, which reads the digitized figure and restores its raw scale."""
+    path = Path(__file__).parents[1] / "benchmarks" / "localization.py"
+    spec = importlib.util.spec_from_file_location("localization_benchmark", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -89,14 +89,14 @@ B = np.array([[0.0, 0.3, 0.7, 0.1], [0.0, 0.5, 0.9, 0.1]])
 
 
 def test_argmax_keeps_the_winner_of_a_cell_and_ties_go_to_the_first():
-    scores = localize([A, B], binarisation="otsu", differentiation="argmax").scores
+    scores = localize([A, B], binarization="otsu", differentiation="argmax").scores
     np.testing.assert_array_equal(scores[0], [[0.8, 0.4, 0, 0], [0.6, 0.5, 0, 0]])
     np.testing.assert_array_equal(scores[1], [[0, 0, 0.7, 0.1], [0, 0, 0.9, 0.1]])
 
 
 def test_subtract_max_leaves_what_an_entity_has_more_than_its_strongest_rival():
     third = np.full((2, 4), 0.2)
-    scores = localize([A, B, third], binarisation="otsu", differentiation="subtract-max").scores
+    scores = localize([A, B, third], binarization="otsu", differentiation="subtract-max").scores
     np.testing.assert_allclose(scores[0], [[0.6, 0.1, 0, 0], [0.4, 0, 0, 0]], atol=1e-12)
     np.testing.assert_allclose(scores[1], [[0, 0, 0.5, 0], [0, 0, 0.7, 0]], atol=1e-12)
     np.testing.assert_allclose(scores[2], [[0, 0, 0, 0.1], [0, 0, 0, 0.1]], atol=1e-12)
@@ -104,7 +104,7 @@ def test_subtract_max_leaves_what_an_entity_has_more_than_its_strongest_rival():
 
 def test_subtract_mean_takes_the_mean_of_the_others():
     third = np.full((2, 4), 0.2)
-    scores = localize([A, B, third], binarisation="otsu", differentiation="subtract-mean").scores
+    scores = localize([A, B, third], binarization="otsu", differentiation="subtract-mean").scores
     np.testing.assert_allclose(scores[0], [[0.7, 0.15, 0, 0], [0.5, 0.15, 0, 0]], atol=1e-12)
 
 
@@ -118,17 +118,17 @@ def test_background_rule_compares_each_cell_with_start_of_text():
 
 def test_mean_std_and_quantile_thresholds():
     row = np.array([[0.0, 1.0, 2.0, 3.0, 4.0]])  # mean 2, standard deviation 1.41; 60 % quantile 2.4
-    above_mean = localize([row], binarisation="mean-std", min_cells=0).masks[0, 0]
+    above_mean = localize([row], binarization="mean-std", min_cells=0).masks[0, 0]
     assert above_mean.tolist() == [False] * 4 + [True]
-    above_quantile = localize([row], binarisation="quantile", quantile=0.6, min_cells=0).masks[0, 0]
+    above_quantile = localize([row], binarization="quantile", quantile=0.6, min_cells=0).masks[0, 0]
     assert above_quantile.tolist() == [False] * 3 + [True, True]
 
 
-def test_normalising_lets_entities_compete_by_shape():
+def test_normalizing_lets_entities_compete_by_shape():
     strong = np.array([[0.9, 0.6, 0.5, 0.5]])
     weak = np.array([[0.0, 0.0, 0.1, 0.4]])
-    raw = localize([strong, weak], binarisation="quantile", quantile=0.5, min_cells=0)
-    shape = localize([strong, weak], binarisation="quantile", quantile=0.5, min_cells=0, normalise=True)
+    raw = localize([strong, weak], binarization="quantile", quantile=0.5, min_cells=0)
+    shape = localize([strong, weak], binarization="quantile", quantile=0.5, min_cells=0, normalize=True)
     assert raw.masks[1].sum() == 0
     assert shape.masks[1].tolist() == [[False, False, True, True]]
 
@@ -138,7 +138,7 @@ def test_only_the_largest_component_is_kept_on_request():
     noisy[1:4, 1:3] = 1.0
     noisy[4, 5] = 1.0
     noisy[0, 3] = 1.0  # touches the block at a corner
-    mask = localize([noisy], binarisation="otsu", keep_components=1).masks[0]
+    mask = localize([noisy], binarization="otsu", keep_components=1).masks[0]
     assert mask.sum() == 7
     assert not mask[4, 5]
 
@@ -147,8 +147,8 @@ def test_smoothing_drops_a_lone_cell():
     spotted = np.zeros((9, 9))
     spotted[2:5, 2:5] = 0.9
     spotted[7, 7] = 0.95
-    assert localize([spotted], binarisation="otsu").masks[0, 7, 7]
-    assert not localize([spotted], binarisation="otsu", smooth=1.0).masks[0, 7, 7]
+    assert localize([spotted], binarization="otsu").masks[0, 7, 7]
+    assert not localize([spotted], binarization="otsu", smooth=1.0).masks[0, 7, 7]
 
 
 # --- neglected entities and degenerate maps -----------------------------------------------------------------
@@ -191,13 +191,13 @@ def test_identical_maps_settle_every_tie_for_the_first():
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3])
-@pytest.mark.parametrize(("differentiation", "binarisation"), RULES)
-def test_constant_maps_are_no_error(value, differentiation, binarisation):
+@pytest.mark.parametrize(("differentiation", "binarization"), RULES)
+def test_constant_maps_are_no_error(value, differentiation, binarization):
     regions = localize(
         np.full((2, 3, 4), value),
         np.ones((3, 4)),
         differentiation=differentiation,
-        binarisation=binarisation,
+        binarization=binarization,
         threshold=0.5,
         min_cells=2,
     )
@@ -205,23 +205,23 @@ def test_constant_maps_are_no_error(value, differentiation, binarisation):
     assert regions.floored == (True, True)
     assert regions.masks.sum(axis=(1, 2)).tolist() == [2, 2]
     again = localize(np.full((2, 3, 4), value), np.ones((3, 4)), differentiation=differentiation,
-                     binarisation=binarisation, threshold=0.5, min_cells=2)  # fmt: skip
+                     binarization=binarization, threshold=0.5, min_cells=2)  # fmt: skip
     np.testing.assert_array_equal(regions.masks, again.masks)
 
 
 # --- properties ---------------------------------------------------------------------------------------------
 
 
-@given(maps=stacks.flatmap(lambda s: arrays(float, s, elements=coarse)), rule=rules, normalise=st.booleans())
+@given(maps=stacks.flatmap(lambda s: arrays(float, s, elements=coarse)), rule=rules, normalize=st.booleans())
 @settings(max_examples=200, deadline=None)
-def test_regions_never_overlap_and_nobody_is_left_out(maps, rule, normalise):
-    differentiation, binarisation = rule
+def test_regions_never_overlap_and_nobody_is_left_out(maps, rule, normalize):
+    differentiation, binarization = rule
     regions = localize(
         maps,
         np.ones(maps.shape[1:]),
         differentiation=differentiation,
-        binarisation=binarisation,
-        normalise=normalise,
+        binarization=binarization,
+        normalize=normalize,
     )
     assert regions.masks.sum(axis=0).max() <= 1
     assert regions.masks.any(axis=(1, 2)).all()
@@ -233,7 +233,7 @@ def test_regions_never_overlap_and_nobody_is_left_out(maps, rule, normalise):
 def test_order_of_the_entities_does_not_matter(seed, rule, order, least):
     rng = np.random.default_rng(seed)
     maps = rng.random((3, 4, 5)) * rng.random((3, 1, 1))  # no ties
-    options = {"differentiation": rule[0], "binarisation": rule[1], "min_cells": least, "threshold": 0.6}
+    options = {"differentiation": rule[0], "binarization": rule[1], "min_cells": least, "threshold": 0.6}
     sot = rng.random((4, 5))
     straight = localize(maps, sot, **options)
     turned = localize(maps[list(order)], sot, **options)
@@ -246,7 +246,7 @@ def test_order_of_the_entities_does_not_matter(seed, rule, order, least):
 def test_scale_of_attention_does_not_matter(seed, rule, scale):
     rng = np.random.default_rng(seed)
     maps, sot = rng.random((2, 4, 5)), rng.random((4, 5))
-    options = {"differentiation": rule[0], "binarisation": rule[1]}
+    options = {"differentiation": rule[0], "binarization": rule[1]}
     # A quantile may fall on a value itself, where rounding decides; a power of two does not round.
     scale = 2.0 ** round(np.log2(scale))
     np.testing.assert_array_equal(
@@ -258,7 +258,7 @@ def test_scale_of_attention_does_not_matter(seed, rule, scale):
 @settings(max_examples=30, deadline=None)
 def test_iou_is_symmetric_and_between_0_and_1(seed):
     rng = np.random.default_rng(seed)
-    one, two = (localize(rng.random((2, 4, 4)), binarisation="mean-std", min_cells=0) for _ in range(2))
+    one, two = (localize(rng.random((2, 4, 4)), binarization="mean-std", min_cells=0) for _ in range(2))
     np.testing.assert_array_equal(one.iou(two), two.iou(one))
     assert ((one.iou(two) >= 0) & (one.iou(two) <= 1)).all()
     assert (one.iou(one) == 1).all()
@@ -284,7 +284,7 @@ def test_tensors_on_a_gpu(figure):
 def test_maps_are_left_as_they_were():
     maps = np.random.default_rng(0).random((2, 3, 4))
     before = maps.copy()
-    localize(maps, binarisation="otsu", differentiation="none").scores[:] = 0
+    localize(maps, binarization="otsu", differentiation="none").scores[:] = 0
     np.testing.assert_array_equal(maps, before)
 
 
@@ -307,7 +307,7 @@ def test_maps_need_not_be_square():
     assert repr(regions).startswith("Regions(4x9: entity 0 8 cells")
 
 
-def test_steps_are_localised_each_by_itself(figure):
+def test_steps_are_localized_each_by_itself(figure):
     swapped = np.stack([figure.maps, figure.maps[:, :, ::-1]])
     maps = xr.DataArray(
         swapped,
@@ -332,7 +332,7 @@ def test_steps_are_localised_each_by_itself(figure):
     expected = localize(figure.maps, figure.sot).masks
     np.testing.assert_array_equal(regions.sel(step=3), expected)
     np.testing.assert_array_equal(regions.sel(step=7), expected[:, :, ::-1])
-    assert not localize_steps(maps, binarisation="otsu", min_cells=0).sel(step=3).equals(regions.sel(step=3))
+    assert not localize_steps(maps, binarization="otsu", min_cells=0).sel(step=3).equals(regions.sel(step=3))
 
 
 def test_otsu_masks_of_separate_maps_may_overlap():
@@ -349,22 +349,22 @@ GOOD = np.ones((2, 3, 4))
 @pytest.mark.parametrize(
     ("maps", "sot", "options", "says"),
     [
-        (GOOD, None, {}, 'pass sot=..., or choose binarisation="otsu"'),
+        (GOOD, None, {}, 'pass sot=..., or choose binarization="otsu"'),
         (GOOD, np.ones((4, 3)), {}, r"sot has shape \(4, 3\)"),
-        (GOOD[0], None, {"binarisation": "otsu"}, r"shape \(3, 4\).*\(entity, y, x\)"),
-        (3.0, None, {"binarisation": "otsu"}, r"\(entity, y, x\)"),
-        (np.ones((0, 3, 4)), None, {"binarisation": "otsu"}, "at least one"),
+        (GOOD[0], None, {"binarization": "otsu"}, r"shape \(3, 4\).*\(entity, y, x\)"),
+        (3.0, None, {"binarization": "otsu"}, r"\(entity, y, x\)"),
+        (np.ones((0, 3, 4)), None, {"binarization": "otsu"}, "at least one"),
         (GOOD * np.nan, GOOD[0], {}, "24 of 24 values are NaN"),
         (GOOD, GOOD[0] * np.inf, {}, "sot: 12 of 12 values are NaN or infinite"),
         (-GOOD, GOOD[0], {}, "lowest value -1"),
-        ([["a", "b"]], None, {"binarisation": "otsu"}, "cannot be read"),
+        ([["a", "b"]], None, {"binarization": "otsu"}, "cannot be read"),
         (
             GOOD,
             GOOD[0],
             {"differentiation": "max"},
             "'max' is unknown; choose one of 'argmax', 'subtract-max'",
         ),
-        (GOOD, GOOD[0], {"binarisation": "li"}, "'li' is unknown; choose one of 'background', 'otsu'"),
+        (GOOD, GOOD[0], {"binarization": "li"}, "'li' is unknown; choose one of 'background', 'otsu'"),
         (GOOD, GOOD[0], {"threshold": -0.1}, "threshold=-0.1"),
         (GOOD, GOOD[0], {"threshold": float("nan")}, "threshold=nan"),
         (GOOD, GOOD[0], {"threshold": "high"}, "threshold='high'"),
@@ -405,13 +405,13 @@ def test_regions_of_other_entities_or_sizes_are_not_compared(figure):
 def test_steps_that_do_not_belong_together_are_refused():
     maps = xr.DataArray(np.ones((2, 1, 3, 4)), dims=("step", "token", "y", "x"), coords={"token": ["cat"]})
     with pytest.raises(SettingError, match=r"\(step, token, y, x\)"):
-        localize_steps(maps.values, binarisation="otsu")
+        localize_steps(maps.values, binarization="otsu")
     with pytest.raises(SettingError, match="steps"):
         localize_steps(maps, xr.DataArray(np.ones((3, 3, 4)), dims=("step", "y", "x")))
     with pytest.raises(SettingError, match="dimensions"):
-        localize_steps(maps.isel(step=0), binarisation="otsu")
+        localize_steps(maps.isel(step=0), binarization="otsu")
     with pytest.raises(SettingError, match="no step"):
-        localize_steps(maps.isel(step=slice(0, 0)), binarisation="otsu")
+        localize_steps(maps.isel(step=slice(0, 0)), binarization="otsu")
 
 
 def test_attention_that_a_word_gets_everywhere_says_nothing_of_its_place():

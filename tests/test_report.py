@@ -19,7 +19,7 @@ from tiny import tiny_pipeline
 from elakit import report
 from elakit.diagnosis import Diagnosis, Pair
 from elakit.errors import OutputError
-from elakit.generate import Run, generate
+from elakit.generation import Run, generate
 from elakit.guidance import ELA
 from elakit.judge import Verdict
 from elakit.prompt import parse
@@ -30,12 +30,12 @@ EVIL = "a [<script>alert(1)</script> car] & a [blue bird] </script><img src=http
 
 
 def verdict(run: Run, right: bool) -> Verdict:
-    """A verdict of a picture in which all is right, or the bird is missing and the car is green."""
+    """A verdict of an image in which all is right, or the bird is missing and the car is green."""
     entities = tuple(entity.label for entity in run.prompt.entities)
     asked = {entity.label: entity.attributes[-1] if entity.attributes else None for entity in run.prompt.entities}
     present = {label: right or label != "bird" for label in entities}
-    colours = {label: (asked[label] if right else "green") if present[label] else None for label in entities}
-    return Verdict(entities, present, colours, asked, np.zeros((len(entities), 4, 4), bool))
+    colors = {label: (asked[label] if right else "green") if present[label] else None for label in entities}
+    return Verdict(entities, present, colors, asked, np.zeros((len(entities), 4, 4), bool))
 
 
 def diagnosis(text: str = PAIR, seeds: int = 1, judged: str = "", length: int = 20, **options: Any) -> Diagnosis:
@@ -53,7 +53,7 @@ def diagnosis(text: str = PAIR, seeds: int = 1, judged: str = "", length: int = 
 
 @pytest.fixture(scope="module")
 def found() -> Diagnosis:
-    """One seed mended, one harmed, one right and one wrong."""
+    """One seed fixed, one broken, one right and one wrong."""
     return diagnosis(seeds=4, judged="nyynyynn")
 
 
@@ -102,8 +102,8 @@ class Page(HTMLParser):
 
 def test_the_verdict_is_told_in_plain_words(found: Diagnosis, page: str) -> None:
     said = report.summary(found)
-    assert said[0] == "Drawn plainly, 2 of 4 pictures show everything the prompt asks for; with ELA, 2 of 4."
-    assert said[1] == "ELA mended 1 (seed 0) and harmed 1 (seed 1)."
+    assert said[0] == "Drawn plainly, 2 of 4 images show everything the prompt asks for; with ELA, 2 of 4."
+    assert said[1] == "ELA fixed 1 (seed 0) and broken 1 (seed 1)."
     text = Page(page).text
     assert all(sentence in text for sentence in said)
     assert "car: green instead of red" in text
@@ -111,12 +111,12 @@ def test_the_verdict_is_told_in_plain_words(found: Diagnosis, page: str) -> None
 
 
 def test_every_seed_is_shown_twice_and_the_example_large(found: Diagnosis, page: str) -> None:
-    pictures = Page(page).all("img")
-    assert len(pictures) == 2 * len(found.pairs) + 2
-    assert all(picture["alt"] and "a red car and a blue bird" in picture["alt"] for picture in pictures)
+    images = Page(page).all("img")
+    assert len(images) == 2 * len(found.pairs) + 2
+    assert all(image["alt"] and "a red car and a blue bird" in image["alt"] for image in images)
     drawn = [run.image for pair in found.pairs for run in (pair.plain, pair.guided)]
-    for picture, image in zip(pictures, drawn, strict=False):
-        kept = Image.open(io.BytesIO(base64.b64decode((picture["src"] or "").split(",")[1])))
+    for image, image in zip(images, drawn, strict=False):
+        kept = Image.open(io.BytesIO(base64.b64decode((image["src"] or "").split(",")[1])))
         np.testing.assert_array_equal(np.asarray(kept), np.asarray(image.convert("RGB")))
 
 
@@ -152,12 +152,12 @@ def test_options_of_the_method_are_in_the_code_and_the_settings() -> None:
     assert "elakit diagnose" not in Page(html).text
 
 
-def test_pictures_that_were_not_judged_are_not_called_right() -> None:
+def test_images_that_were_not_judged_are_not_called_right() -> None:
     found = diagnosis()
     assert "not judged" in report.summary(found)[0]
     text = Page(report.render(found)).text
     assert "✓" not in text
-    assert "mended" not in text
+    assert "fixed" not in text
 
 
 def test_one_entity_has_nothing_to_bleed_into() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import elakit
 from elakit.prompt import Prompt, parse
 from elakit.rewording import bracketed, next_to, swapped
-from elakit.world.vocabulary import COLOURS, NOUNS
+from elakit.world.vocabulary import COLORS, NOUNS
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_what_is_said_further_on_goes_with_its_entity(world: Any) -> None:
 
 
 subjects = st.lists(
-    st.tuples(st.lists(st.sampled_from(COLOURS), max_size=2, unique=True), st.sampled_from(NOUNS)),
+    st.tuples(st.lists(st.sampled_from(COLORS), max_size=2, unique=True), st.sampled_from(NOUNS)),
     min_size=2, max_size=4,
 )  # fmt: skip
 
@@ -85,9 +85,9 @@ subjects = st.lists(
 def test_nothing_is_lost_or_mixed_up(
     world: Any, things: list[tuple[list[str], str]], joined: str, articles: bool
 ) -> None:
-    named = [f"{'a ' if articles else ''}[{' '.join([*colours, noun])}]" for colours, noun in things]
+    named = [f"{'a ' if articles else ''}[{' '.join([*colors, noun])}]" for colors, noun in things]
     prompt = parse(joined.join(named), world)
-    same = [(noun, tuple(colours)) for colours, noun in things]
+    same = [(noun, tuple(colors)) for colors, noun in things]
     assert told(parse(bracketed(prompt), world)) == same
     assert parse(bracketed(prompt), world) == prompt
     if (other := swapped(prompt)) is not None:

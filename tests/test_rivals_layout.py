@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from tiny import tiny_pipeline
 
 from elakit.errors import SettingError
-from elakit.generate import generate
+from elakit.generation import generate
 from elakit.guidance import ELA, Attention, Guide, NoiseSearch
 from elakit.guidance.astar import AStar, Memory
 from elakit.guidance.box_diff import BoxDiff
@@ -45,7 +45,7 @@ every_method = pytest.mark.parametrize("name", METHODS)
 # -- by hand -----------------------------------------------------------------------------------------------------------
 
 # Maps of 4 x 4 cells. Smoothing weighs the cell's column with 1 and those beside it with exp(-1): LEFT becomes
-# columns of 1, 1 - A, A, 0 (the last column sees its neighbour reflected), and RIGHT those in reverse.
+# columns of 1, 1 - A, A, 0 (the last column sees its neighbor reflected), and RIGHT those in reverse.
 A = math.exp(-1) / (1 + 2 * math.exp(-1))
 LEFT = torch.tensor([1.0, 1, 0, 0], dtype=torch.float64).expand(4, 4)
 RIGHT = LEFT.flip(1)
@@ -244,7 +244,7 @@ def test_schedules_are_those_of_fifty_steps() -> None:
 @pytest.mark.parametrize(
     ("method", "refinements"), [(LayoutGuidance(HALVES, iterations=2, until=0), 2), (ELA(anchoring="gradient"), 0)]
 )
-def test_a_picture_is_moved_alike_however_the_scheduler_keeps_its_latents(method: Any, refinements: int) -> None:
+def test_a_image_is_moved_alike_however_the_scheduler_keeps_its_latents(method: Any, refinements: int) -> None:
     start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     moves = []
     for kind in (DDIMScheduler, EulerDiscreteScheduler):

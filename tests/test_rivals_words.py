@@ -14,7 +14,7 @@ from diffusers import StableDiffusionAttendAndExcitePipeline
 from tiny import tiny_pipeline
 
 from elakit.errors import SettingError
-from elakit.generate import generate, open_run
+from elakit.generation import generate, open_run
 from elakit.guidance import Attention, Guide
 from elakit.guidance.attend_excite import AttendAndExcite
 from elakit.guidance.divide_bind import DivideAndBind
@@ -72,7 +72,7 @@ SIDES = 0.423883115
 def test_attend_and_excite_takes_the_largest_smoothed_share_of_the_most_neglected() -> None:
     # The car has .9 of the middle cell of nine, .1 of the others; all else shares the rest evenly. Smoothed, the car is
     # largest in the middle, .1 + .8 MIDDLE^2, and the bird in a corner, .225 - .2 SIDES^2, as reflection turns both
-    # neighbours of a corner into the middle row and column.
+    # neighbors of a corner into the middle row and column.
     shares = torch.full((5, 3, 3), 0.225)
     shares[1] = 0.1
     shares[:, 1, 1] = 0.025

@@ -9,7 +9,7 @@ import pytest
 
 import elakit
 from elakit.errors import SettingError
-from elakit.generate import Progress, Run
+from elakit.generation import Progress, Run
 from elakit.guidance import ELA
 from elakit.prompt import Prompt
 
@@ -27,7 +27,7 @@ def halves(regions: Any) -> tuple[bool, bool]:
     return bool((regions[0] == half).all()), bool((regions[1] == ~half).all())
 
 
-def test_an_entity_without_a_region_is_localised_where_the_others_leave_room(pipe: Any, prompt: Prompt) -> None:
+def test_an_entity_without_a_region_is_localized_where_the_others_leave_room(pipe: Any, prompt: Prompt) -> None:
     run = draw(pipe, prompt, ELA(guided=1, regions=[LEFT, None]))
     assert run.guidance is not None
     assert run.guidance.regions is not None
@@ -35,7 +35,7 @@ def test_an_entity_without_a_region_is_localised_where_the_others_leave_room(pip
         assert halves(regions)[0]
         assert regions[1].any()
         assert not (regions[0] & regions[1]).any()
-    # localised anew at each step, unlike what was given
+    # localized anew at each step, unlike what was given
     assert run.guidance.options["regions"] == ((0.0, 0.0, 0.5, 1.0), None)
 
 
@@ -82,12 +82,12 @@ def test_a_run_is_steered_from_the_next_step_on(pipe: Any, prompt: Prompt) -> No
     assert steered.image != alone.image
 
 
-def test_what_is_locked_is_localised_once_more_when_a_region_is_taken_back(pipe: Any, prompt: Prompt) -> None:
+def test_what_is_locked_is_localized_once_more_when_a_region_is_taken_back(pipe: Any, prompt: Prompt) -> None:
     def steer(so_far: Progress) -> None:
         if so_far.step == 3:
             so_far.states[0].steer(None)
 
-    run = draw(pipe, prompt, ELA(localisation="maps", guided=1, lock_from=0, regions=[LEFT, None]), stop_if=steer)
+    run = draw(pipe, prompt, ELA(localization="maps", guided=1, lock_from=0, regions=[LEFT, None]), stop_if=steer)
     assert run.guidance is not None
     assert run.guidance.regions is not None
     regions = run.guidance.regions.values

@@ -32,7 +32,7 @@ TEXT = "a [red car] and a [blue bird]"
 
 
 def draw(pipe: Any, text: str, steps: int = 3, **options: Any) -> torch.Tensor:
-    """Latents of a picture from a fixed seed."""
+    """Latents of an image from a fixed seed."""
     options = {"generator": torch.Generator().manual_seed(7), "output_type": "latent"} | options
     return pipe(text, num_inference_steps=steps, **options).images
 
@@ -75,7 +75,7 @@ def test_a_store_holds_what_memory_would(scheduler: str, tmp_path: Path) -> None
         assert repr(recording) == repr(kept)
         for name, node in kept.tree.children.items():
             xr.testing.assert_identical(recording.tree[name].to_dataset().load(), node.to_dataset())
-    xr.testing.assert_identical(opened.maps("entities", normalise="start"), kept.maps("entities", normalise="start"))
+    xr.testing.assert_identical(opened.maps("entities", normalize="start"), kept.maps("entities", normalize="start"))
     # What was saved from memory, from the store, or from a part of it, is the same kind of folder.
     again = open_recording(opened.sel(step=[0, 2], token="car").save(tmp_path / "part"))
     assert again.steps == (0, 2)

@@ -15,8 +15,8 @@ import pytest
 from test_report import Page
 
 from elakit.errors import OutputError, SettingError
-from elakit.survey import cases, diagnose_many, table
-from elakit.survey.summary import write
+from elakit.diagnosis.survey import cases, diagnose_many, table
+from elakit.diagnosis.survey.summary import write
 
 EVIL = "a <b>[car]</b> and a [bird]"
 PROMPTS = ["a [bear] and a [blue clock]", "a [cat", EVIL, "a [cat] and a [frog]"]

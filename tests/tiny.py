@@ -1,4 +1,4 @@
-"""Tiny pipelines with random weights, one a family: everything a real one has, in well under a second a picture."""
+"""Tiny pipelines with random weights, one a family: everything a real one has, in well under a second an image."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _clip_encoder(tokenizer: CLIPTokenizer, length: int, kind: type = CLIPTextMo
 
 
 def autoencoder(**changes: Any) -> Any:
-    """Autoencoder whose latents have a quarter of the picture's sides."""
+    """Autoencoder whose latents have a quarter of the image's sides."""
     settings: dict[str, Any] = {
         "block_out_channels": (8, 8, 8),
         "down_block_types": ("DownEncoderBlock2D",) * 3,
@@ -147,7 +147,7 @@ def _sharpen(net: torch.nn.Module, *names: str) -> None:
 def tiny_pipeline(
     dtype: torch.dtype = torch.float32, scheduler: str = "ddim", seed: int = 0, length: int = 20, **unet: Any
 ) -> StableDiffusionPipeline:
-    """Stable Diffusion pipeline of random weights: 8x8 latents, pictures of 32x32 pixels.
+    """Stable Diffusion pipeline of random weights: 8x8 latents, images of 32x32 pixels.
 
     Parameters
     ----------

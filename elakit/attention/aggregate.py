@@ -1,4 +1,4 @@
-"""From many maps to few: the mean over layers and heads, resizing, and normalisation."""
+"""From many maps to few: the mean over layers and heads, resizing, and normalization."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
-Normalise = Literal["sum", "max", "minmax", "tokens", "start"] | None
+Normalize = Literal["sum", "max", "minmax", "tokens", "start"] | None
 
 # Bytes of maps that are read at a time of a recording on disk.
 _BLOCK = 2**26
@@ -132,21 +132,21 @@ def _weights(old: int, new: int) -> np.ndarray:
         cells = np.arange(old)
         overlap = np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells)
         return overlap.clip(0) * (new / old)
-    centres = ((np.arange(new) + 0.5) * (old / new) - 0.5).clip(0, old - 1)
-    left = np.minimum(centres.astype(int), max(old - 2, 0))
-    share = centres - left
+    centers = ((np.arange(new) + 0.5) * (old / new) - 0.5).clip(0, old - 1)
+    left = np.minimum(centers.astype(int), max(old - 2, 0))
+    share = centers - left
     weights = np.zeros((new, old))
     weights[np.arange(new), left] = 1 - share
     weights[np.arange(new), np.minimum(left + 1, old - 1)] += share
     return weights
 
 
-def normalised(maps: np.ndarray, how: Normalise, start: np.ndarray | None) -> np.ndarray:
-    """Normalise over space; (step, token, y, x), ``start`` (step, 1, y, x).
+def normalized(maps: np.ndarray, how: Normalize, start: np.ndarray | None) -> np.ndarray:
+    """Normalize over space; (step, token, y, x), ``start`` (step, 1, y, x).
 
     Examples
     --------
-    >>> normalised(np.array([[[[1.0, 3.0]], [[0.0, 0.0]]]]), "sum", None).tolist()
+    >>> normalized(np.array([[[[1.0, 3.0]], [[0.0, 0.0]]]]), "sum", None).tolist()
     [[[[0.25, 0.75]], [[0.0, 0.0]]]]
     """
     space = (-2, -1)

@@ -1,4 +1,4 @@
-"""Attention that causes: changing what picture positions attend to, where, when and in which layers.
+"""Attention that causes: changing what image positions attend to, where, when and in which layers.
 
 A change is a bias added to the attention's scores before their softmax. It enters through the attention mask that
 layers take anyway, by hooks, so that no processor is replaced and recording sees what the model sees.
@@ -43,11 +43,11 @@ class Edit:
     add : float
         Added to their logits. ``scale=2`` and ``add=math.log(2)`` do the same.
     like : str, int or Entity, optional
-        Another token, whose logits replace theirs (the mean over its positions, where it has several): the picture then
+        Another token, whose logits replace theirs (the mean over its positions, where it has several): the image then
         attends to them exactly as to it, but still reads their own values. Not together with ``scale`` or ``add``, and
         for cross-attention only (Stable Diffusion, SDXL, PixArt).
     region : array, (y, x), optional
-        Where in the picture, at any resolution: booleans, or shares from 0 to 1. Default: everywhere.
+        Where in the image, at any resolution: booleans, or shares from 0 to 1. Default: everywhere.
     steps : int, slice or sequence of int, optional
         Calls of the denoiser, counted from 0 on entry. Default: all.
     layers : str or sequence of str
@@ -126,9 +126,9 @@ class Edit:
 def edit(pipe: Any, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> Iterator[None]:
     """Change the attention of whatever runs of ``pipe`` happen inside the ``with`` block.
 
-    Only rows of a batch that see the prompt are changed, and only what picture positions attend to. Edits of one block
+    Only rows of a batch that see the prompt are changed, and only what image positions attend to. Edits of one block
     act together, and blocks may be nested. What an `elakit.record` inside or outside records is the changed attention.
-    An edit that changes nothing leaves the picture as it is, bit for bit.
+    An edit that changes nothing leaves the image as it is, bit for bit.
 
     Parameters
     ----------
@@ -147,7 +147,7 @@ def edit(pipe: Any, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> Itera
 
     Notes
     -----
-    An active edit gives the layer an attention mask of (picture positions x keys). Attention kernels without masks
+    An active edit gives the layer an attention mask of (image positions x keys). Attention kernels without masks
     (flash attention set as a backend) refuse it. Passes inside `paused`, such as guidance's own, are neither changed
     nor counted.
 
@@ -173,7 +173,7 @@ BiasOf = Callable[[AttentionLayer, tuple[int, int], int], Tensor | None]
 
 @contextmanager
 def biased(pipe: Any, bias_of: BiasOf) -> Iterator[None]:
-    """Add to the attention's scores in each pass inside, for each picture of a batch its own: the ground of guidance.
+    """Add to the attention's scores in each pass inside, for each image of a batch its own: the ground of guidance.
 
     Parameters
     ----------
@@ -181,7 +181,7 @@ def biased(pipe: Any, bias_of: BiasOf) -> Iterator[None]:
         Of a supported family.
     bias_of : callable
         ``bias_of(layer, (h, w), text positions)`` is asked as each layer runs, and gives what is added to the scores
-        before the softmax, (picture, h*w, text positions); None adds nothing, and leaves the pass as it is bit for bit.
+        before the softmax, (image, h*w, text positions); None adds nothing, and leaves the pass as it is bit for bit.
 
     Notes
     -----
@@ -259,7 +259,7 @@ class _Source:
 
 
 class _Bias(_Source):
-    """A bias a picture."""
+    """A bias an image."""
 
     def __init__(self, adapter: Any, bias_of: BiasOf) -> None:
         super().__init__(adapter, adapter.layers())
@@ -293,7 +293,7 @@ class _Editor(_Source):
                 _positions(prompt, each.like, prompt.length)
                 if joint := [layer.name for layer in known if layer.name in self.named[i] and layer.kind != "cross"]:
                     raise RecordingError(
-                        f"like={each.like!r}: layer {joint[0]} attends to picture and text at once, where logits "
+                        f"like={each.like!r}: layer {joint[0]} attends to image and text at once, where logits "
                         "cannot be replaced. Use scale or add, or a model with cross-attention."
                     )
         super().__init__(adapter, [layer for layer in known if any(layer.name in names for names in self.named)])
@@ -353,19 +353,19 @@ class _LayerHook:
         self.size = self.layer.grid(args, kwargs)
 
     def enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        picture = argument(args, kwargs, 0, "hidden_states")
+        image = argument(args, kwargs, 0, "hidden_states")
         if self.layer.kind == "single":
-            text = picture.shape[1] - self.size[0] * self.size[1]
+            text = image.shape[1] - self.size[0] * self.size[1]
         else:
             words = argument(args, kwargs, 1, "encoder_hidden_states")
             text = (words[0] if isinstance(words, tuple) else words).shape[1]  # an IP-Adapter comes in a tuple
-        small = self.source.bias(self.layer, self.size, text, picture)
+        small = self.source.bias(self.layer, self.size, text, image)
         replaced = self.source.replaced(self.layer, self.size, text)
         if small is None and not replaced:
             return None
         bias = None if small is None else self._of_all_keys(small)
         if replaced:
-            instead = self._differences(picture, words[0] if isinstance(words, tuple) else words, replaced)
+            instead = self._differences(image, words[0] if isinstance(words, tuple) else words, replaced)
             bias = instead if bias is None else bias.repeat_interleave(self.layer.heads, dim=0) + instead
         assert bias is not None
         given = argument(args, kwargs, 2, "attention_mask")
@@ -384,7 +384,7 @@ class _LayerHook:
 
     @torch.no_grad()
     def _differences(
-        self, picture: Tensor, words: Tensor, replaced: Sequence[tuple[list[int], list[int], Tensor]]
+        self, image: Tensor, words: Tensor, replaced: Sequence[tuple[list[int], list[int], Tensor]]
     ) -> Tensor:
         """What brings logits to those of other tokens, (rows x heads, h*w, text).
 
@@ -393,7 +393,7 @@ class _LayerHook:
         module: Any = self.layer.module
         if getattr(module, "norm_cross", None):
             words = module.norm_encoder_hidden_states(words)
-        query, key = (x.unflatten(-1, (self.layer.heads, -1)) for x in (module.to_q(picture), module.to_k(words)))
+        query, key = (x.unflatten(-1, (self.layer.heads, -1)) for x in (module.to_q(image), module.to_k(words)))
         query, key = (
             x if norm is None else norm(x)
             for x, norm in zip(
@@ -407,7 +407,7 @@ class _LayerHook:
             bias[..., there] += share.to(logits) * (wanted - logits[..., there])
         seen = torch.zeros(len(bias), 1, 1, 1, dtype=torch.bool, device=bias.device)
         seen[self.source.rows] = True
-        return torch.where(seen, bias, torch.zeros_like(bias)).flatten(0, 1).to(picture.dtype)
+        return torch.where(seen, bias, torch.zeros_like(bias)).flatten(0, 1).to(image.dtype)
 
     def _of_all_keys(self, small: Tensor) -> Tensor:
         """A bias of rows that see the prompt -> of all rows and keys.
@@ -439,7 +439,7 @@ class _Masked(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if self.bias is not None and func is F.scaled_dot_product_attention:
             query, key = (argument(args, kwargs, i, name) for i, name in enumerate(("query", "key")))
-            # An IP-Adapter's attention to its picture has other keys.
+            # An IP-Adapter's attention to its image has other keys.
             if (query.shape[-2], key.shape[-2]) == tuple(self.bias.shape[-2:]):
                 given = argument(args, kwargs, 3, "attn_mask")
                 bias = self.bias.to(query.dtype)

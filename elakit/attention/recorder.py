@@ -46,7 +46,7 @@ def record(
 ) -> Iterator[Recording]:
     """Record the cross-attention of whatever runs of ``pipe`` happen inside the ``with`` block.
 
-    The picture is the same, bit for bit, as without recording. Kept are the probabilities of the conditional half, in
+    The image is the same, bit for bit, as without recording. Kept are the probabilities of the conditional half, in
     float32 softmax, for each call of the denoiser (a step of most schedulers; Heun and PNDM make more calls).
 
     Each layer's maps are brought down to the chosen tokens and heads where they are computed, into one buffer that is

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from elakit.attention.aggregate import Normalise, layer_mean, normalised, refined, softmax
+from elakit.attention.aggregate import Normalize, layer_mean, normalized, refined, softmax
 from elakit.attention.spec import START, find_tokens, readable_bytes, runs, select_layers
 from elakit.attention.store import SELF, is_recording, open_tree, save_tree
 from elakit.errors import OutputError, RecordingError, SettingError
@@ -28,7 +28,7 @@ class _Layer:
 
 
 class Recording:
-    """Attention of a run, as a tree of labelled arrays: one node a map size.
+    """Attention of a run, as a tree of labeled arrays: one node a map size.
 
     Each node, named by its size such as ``"16x16"`` (rows x columns), holds the variable ``probability`` with
     dimensions (step, image, layer, head, y, x, token) and the coordinates ``step`` (index of the denoiser call),
@@ -37,7 +37,7 @@ class Recording:
     ``token_index(token)`` (position in the text encoder's sequence; -1 for ``"<end>"``).
 
     ``"<start>"`` is start-of-text and ``"<end>"`` the summed mass of end-of-text and padding, so with every word kept
-    the tokens of a position sum to 1 (in joint attention, to the share that the text gets beside the picture). Encoders
+    the tokens of a position sum to 1 (in joint attention, to the share that the text gets beside the image). Encoders
     without a start-of-text token, such as T5, have no ``"<start>"``. A mean over steps
     (``RecordSpec(accumulate=True)``) stands as one step, the last call's, with the means of timestep and sigma.
 
@@ -84,7 +84,7 @@ class Recording:
 
     @property
     def decoder(self) -> str:
-        """Layers in which the picture takes shape, as `maps` takes them: "up", or "all" of a model without sides."""
+        """Layers in which the image takes shape, as `maps` takes them: "up", or "all" of a model without sides."""
         return decoder_side(layer.place for layer in self._layers())
 
     @property
@@ -110,7 +110,7 @@ class Recording:
         layers: str | Sequence[str] = "all",
         size: int | Sequence[int] | None = None,
         steps: int | slice | Sequence[int] | None = None,
-        normalise: Normalise = None,
+        normalize: Normalize = None,
         image: int = 0,
         refine: int = 0,
     ) -> xr.DataArray:
@@ -128,17 +128,17 @@ class Recording:
             Only maps whose larger side is one of these.
         steps : int, slice or sequence of int, optional
             Denoiser calls: one, several, or a slice of their numbers (negative counts from the last call recorded).
-        normalise : {None, "sum", "max", "minmax", "tokens", "start"}
+        normalize : {None, "sum", "max", "minmax", "tokens", "start"}
             None: raw probability. ``"sum"``, ``"max"``, ``"minmax"``: over space, each map by itself (a map of zeros
             stays so, as does a constant one under "minmax"). ``"tokens"``: softmax of 100 x the map over all words of
             the prompt, as Attend-and-Excite prepares its maps. ``"start"``: divided by the start-of-text map, where
             there is one.
         image : int
-            Which of the pictures drawn at once.
+            Which of the images drawn at once.
         refine : int
             Spread the maps so many times along the self-attention that was kept
             (``RecordSpec(self_attention=16)``), and at its size: cells of one object attend to each other. Comes before
-            any normalisation.
+            any normalization.
 
         Returns
         -------
@@ -156,13 +156,13 @@ class Recording:
         Every layer weighs the same. Layers of one size are averaged first; the mean of each size is then resized to
         the largest selected one: bilinear where it grows, area mean where it shrinks.
         """
-        if normalise not in (None, "sum", "max", "minmax", "tokens", "start"):
-            raise SettingError(f"normalise is {normalise!r}; give None, 'sum', 'max', 'minmax', 'tokens' or 'start'.")
-        groups = self._groups(tokens, normalise)
+        if normalize not in (None, "sum", "max", "minmax", "tokens", "start"):
+            raise SettingError(f"normalize is {normalize!r}; give None, 'sum', 'max', 'minmax', 'tokens' or 'start'.")
+        groups = self._groups(tokens, normalize)
         needed = dict.fromkeys(channel for group in groups for channel in group.channels)
-        if normalise == "start":
+        if normalize == "start":
             needed |= dict.fromkeys(self._group(self.prompt, START).channels)
-        elif normalise == "tokens":
+        elif normalize == "tokens":
             needed |= dict.fromkeys(self._all_words())
         channels = list(needed)
         picked = self._select(layers=layers, size=size, steps=steps)
@@ -173,8 +173,8 @@ class Recording:
         if refine:
             values = refined(values, self._self_node(picked[0]["step"].values, refine), image, refine)
         column = {channel: i for i, channel in enumerate(channels)}
-        start = values[:, [column[START]]] if normalise == "start" else None
-        if normalise == "tokens":
+        start = values[:, [column[START]]] if normalize == "start" else None
+        if normalize == "tokens":
             words = [column[word] for word in self._all_words()]
             values[:, words] = softmax(100 * values[:, words], axis=1)
         merged = np.stack([values[:, [column[c] for c in g.channels]].mean(1) for g in groups], axis=1)
@@ -187,17 +187,17 @@ class Recording:
         if any(group.entity for group in groups):
             coords["entity"] = ("token", [group.entity for group in groups])
         return xr.DataArray(
-            normalised(merged, normalise, start),
+            normalized(merged, normalize, start),
             dims=("step", "token", "y", "x"),
             coords=coords,
-            name="probability" if normalise is None else f"attention ({normalise})",
-            attrs={"normalise": normalise or "none", "image": image},
+            name="probability" if normalize is None else f"attention ({normalize})",
+            attrs={"normalize": normalize or "none", "image": image},
         )
 
-    def _groups(self, tokens: Any, normalise: Normalise) -> list[_Group]:
+    def _groups(self, tokens: Any, normalize: Normalize) -> list[_Group]:
         """What becomes one map each: a label and the channels that are averaged."""
         if tokens is None:
-            kept = self._all_words() if normalise == "tokens" else self.tokens
+            kept = self._all_words() if normalize == "tokens" else self.tokens
             return [_Group(label, (label,)) for label in kept]
         prompt = self.prompt
         if isinstance(tokens, str) and tokens == "entities":
@@ -210,11 +210,11 @@ class Recording:
         if not groups:
             raise RecordingError(f"tokens={tokens!r} names nothing in the prompt {prompt.text!r}.")
         groups = list({group.label: group for group in groups}.values())
-        if normalise == "tokens":
+        if normalize == "tokens":
             others = {channel for group in groups for channel in group.channels} - set(self._all_words())
             if others:
                 raise RecordingError(
-                    f"normalise='tokens' is a softmax over words; {', '.join(sorted(others))} takes no part in it."
+                    f"normalize='tokens' is a softmax over words; {', '.join(sorted(others))} takes no part in it."
                 )
         return groups
 
@@ -235,7 +235,7 @@ class Recording:
                 words.setdefault(token.word, []).append(token)
         groups = []
         for pieces in words.values():
-            # A word of several pieces is labelled "giraffe/1", "giraffe/2"; together they are "giraffe". So are
+            # A word of several pieces is labeled "giraffe/1", "giraffe/2"; together they are "giraffe". So are
             # "giraffe@clip" and "giraffe@t5" of a text that is read twice.
             label = pieces[0].label if len(pieces) == 1 else re.sub(r"(?<=.)(/\d+)?(@\w+)?$", "", pieces[0].label)
             groups.append(_Group(label, self._channels([piece.index for piece in pieces], label), entity.label))
@@ -262,7 +262,7 @@ class Recording:
 
     def _all_words(self) -> tuple[str, ...]:
         indices = [token.index for token in self.prompt.tokens]
-        return self._channels(indices, "normalise='tokens' (a softmax over every word of the prompt)")
+        return self._channels(indices, "normalize='tokens' (a softmax over every word of the prompt)")
 
     # -- selection -----------------------------------------------------------------------------------------------
 

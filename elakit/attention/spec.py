@@ -130,7 +130,7 @@ class Channels:
                 f"The run attends to {positions} text positions, but the prompt to record needs position {needed}. "
                 "Parse the prompt with the pipeline you run, and pass its text."
             )
-        # Slices of neighbouring columns rather than an index, which would have to be copied to the device.
+        # Slices of neighboring columns rather than an index, which would have to be copied to the device.
         columns = [probabilities[..., first : last + 1] for first, last in runs(self.indices[:-1])]
         ends = [probabilities[..., first:last].sum(-1, keepdim=True) for first, last in self.rest]
         return torch.cat([*columns, sum(ends[1:], ends[0])], dim=-1)
@@ -166,7 +166,7 @@ class Plan:
     resolutions : tuple of Resolution
         Largest maps first.
     steps, images : int
-        Denoiser calls kept and pictures drawn at once.
+        Denoiser calls kept and images drawn at once.
     tokens : tuple of str
         Labels of what is kept of the text.
     dtype : str
@@ -362,7 +362,7 @@ class RecordSpec:
         height, width : int, optional
             Pixels; default: the model's own.
         images : int
-            Pictures drawn at once.
+            Images drawn at once.
 
         Raises
         ------
@@ -399,7 +399,7 @@ class RecordSpec:
         for side in wanted or ():
             if side not in there:
                 raise RecordingError(
-                    f"No selected layer has maps of size {side}; for this picture they have "
+                    f"No selected layer has maps of size {side}; for this image they have "
                     f"{', '.join(map(size_name, sorted(by_size, reverse=True)))}."
                 )
         resolutions = []

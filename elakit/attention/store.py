@@ -570,7 +570,7 @@ def _chunks(variable: xr.Variable, step_chunk: int | None) -> tuple[int, ...]:
     if variable.dims != DIMENSIONS:
         return variable.shape
     rest = variable.shape[2:]
-    # One picture a chunk, and one step in a store that grows; else a few megabytes, so that files are few.
+    # One image a chunk, and one step in a store that grows; else a few megabytes, so that files are few.
     step = int(np.prod(rest)) * variable.dtype.itemsize
     return (step_chunk or min(variable.shape[0], max(1, 2**22 // step)), 1, *rest)
 

@@ -57,7 +57,7 @@ def tap(layers: Sequence[AttentionLayer], on_attention: OnAttention) -> Iterator
     Notes
     -----
     In a layer of kind "cross" the keys are the text and each row sums to 1. In joint attention (kinds "joint" and
-    "single": Stable Diffusion 3, FLUX) picture and text are keys side by side: the softmax runs over both, only the
+    "single": Stable Diffusion 3, FLUX) image and text are keys side by side: the softmax runs over both, only the
     columns of the text are given, and rows sum to the share of attention that the text gets.
 
     Hooks sit on the projections as they are on entry: load LoRA weights and fuse projections before. All hooks are
@@ -195,7 +195,7 @@ class _Tap:
             text = query.shape[1] - cells
             query = query[:, text:] if self.layer.text_first else query[:, :cells]
         first = 0 if self.layer.text_first else cells
-        at = text if self.layer.text_first else 0  # of the first picture position among queries
+        at = text if self.layer.text_first else 0  # of the first image position among queries
         if self.rotary is not None:
             query = _rotate(query, [turn[at : at + cells] for turn in self.rotary])
             key = _rotate(key, self.rotary)
@@ -212,13 +212,13 @@ class _Tap:
         return getattr(self.layer.module, "scale", None)
 
     def _normed(self, part: str, x: Tensor) -> Tensor:
-        """Apply the layer's normalisation, which acts on each head, if the layer did; (rows, n, heads, d) -> same."""
+        """Apply the layer's normalization, which acts on each head, if the layer did; (rows, n, heads, d) -> same."""
         norm: Any = getattr(self.layer.module, _NORMS[part], None)
         return norm(x) if part in self.normed else x
 
 
 def _rotate(x: Tensor, rotary: Sequence[Tensor]) -> Tensor:
-    """Rotary embedding of neighbouring pairs, as FLUX applies it; x (rows, n, heads, d), rotary cos and sin (n, d)."""
+    """Rotary embedding of neighboring pairs, as FLUX applies it; x (rows, n, heads, d), rotary cos and sin (n, d)."""
     cos, sin = (turn[None, :, None, :] for turn in rotary)
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-second, first], dim=-1).flatten(-2)
@@ -274,7 +274,7 @@ def probabilities(
             mask = mask.to(precision)
         if columns is None:
             return _softmax(q, k, mask, scale)
-        # Head by head, as all scores of a large picture at once, picture by picture, would take gigabytes.
+        # Head by head, as all scores of a large image at once, image by image, would take gigabytes.
         heads = [
             _softmax(q[:, h], k[:, h], None if mask is None else mask[:, h % mask.shape[1]], scale)[..., columns]
             for h in range(q.shape[1])

@@ -1,4 +1,4 @@
-"""Why a prompt fails: what goes wrong in its pictures, where it starts, and what causes it.
+"""Why a prompt fails: what goes wrong in its images, where it starts, and what causes it.
 
 Pure functions over finished runs and the pipeline's text encoder: nothing is drawn here.
 """

@@ -60,9 +60,9 @@ class Maps:
         return 1.0 - held_by(self.entities, self.words)
 
     @cached_property
-    def localised(self) -> np.ndarray:
-        """How far each map is from being everywhere alike, (step, entity); `localisation`."""
-        return localisation(self.entities)
+    def localized(self) -> np.ndarray:
+        """How far each map is from being everywhere alike, (step, entity); `localization`."""
+        return localization(self.entities)
 
     @cached_property
     def held(self) -> np.ndarray:
@@ -198,12 +198,12 @@ def at_place(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
     return np.asarray((freed(maps, rival) * rival[:, None]).sum(axis=(-2, -1)))
 
 
-def localisation(maps: np.ndarray) -> np.ndarray:
+def localization(maps: np.ndarray) -> np.ndarray:
     """How far maps are from being everywhere alike: 1 - entropy / log of the cells, (...).
 
     Examples
     --------
-    >>> localisation(np.array([[[1.0, 1.0]], [[0.0, 3.0]]])).tolist()
+    >>> localization(np.array([[[1.0, 1.0]], [[0.0, 3.0]]])).tolist()
     [0.0, 1.0]
     """
     p = distribution(maps)
@@ -217,7 +217,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def parted(place: np.ndarray) -> float:
-    """How far a place is in two parts that lie apart: 0 one part, 1 two alike, half the picture's side apart.
+    """How far a place is in two parts that lie apart: 0 one part, 1 two alike, half the image's side apart.
 
     Parameters
     ----------
@@ -226,7 +226,7 @@ def parted(place: np.ndarray) -> float:
     Notes
     -----
     Parts are connected cells of more than a quarter of the largest (squared) value. The result is the second largest
-    part's weight as a share of the largest's, times the distance of their centres in half sides, at most 1.
+    part's weight as a share of the largest's, times the distance of their centers in half sides, at most 1.
 
     Examples
     --------
@@ -239,8 +239,8 @@ def parted(place: np.ndarray) -> float:
         return 0.0
     sums = np.bincount(parts.ravel(), weights=weight.ravel())[1:]
     second, first = np.argsort(sums)[-2:]
-    centres = [np.argwhere(parts == which + 1).mean(0) for which in (first, second)]
-    distance = float(np.linalg.norm(centres[0] - centres[1])) / (max(place.shape) / 2)
+    centers = [np.argwhere(parts == which + 1).mean(0) for which in (first, second)]
+    distance = float(np.linalg.norm(centers[0] - centers[1])) / (max(place.shape) / 2)
     return float(sums[second] / max(sums[first], NOTHING)) * min(distance, 1.0)
 
 
@@ -271,6 +271,6 @@ def swaps(maps: np.ndarray) -> np.ndarray:
         before = place[step - width : step].mean(0, keepdims=True)
         after = place[step : step + width].mean(0, keepdims=True)
         moved = overlap(after, before)[0]  # (e after, f before)
-        towards = moved - np.diagonal(moved)[:, None]
-        found[step] = np.minimum(towards, towards.T)
+        toward = moved - np.diagonal(moved)[:, None]
+        found[step] = np.minimum(toward, toward.T)
     return found

@@ -1,4 +1,4 @@
-"""What goes wrong in one run: as a judge sees the picture, or, without one, as the attention lets suspect."""
+"""What goes wrong in one run: as a judge sees the image, or, without one, as the attention lets suspect."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from elakit.prompt import Entity, Prompt
 
 # Which signs in the attention go with which failure, and which causes account for it.
 SHOWS: dict[FailureKind, tuple[CauseKind, ...]] = {
-    "missing": ("token ignored", "start-of-text competition", "captured", "never localised", "regions swap"),
-    "fused": ("captured", "regions swap", "never localised", "token ignored"),
+    "missing": ("token ignored", "start-of-text competition", "captured", "never localized", "regions swap"),
+    "fused": ("captured", "regions swap", "never localized", "token ignored"),
     "wrong attribute": ("attribute misplaced", "regions swap", "captured"),
     "lost attribute": ("attribute misplaced", "regions swap", "captured"),
     "spill": ("region split",),
@@ -28,10 +28,10 @@ EXPLAINS: dict[CauseKind, tuple[FailureKind, ...]] = {
     "regions swap": ("missing", "fused", "wrong attribute", "lost attribute"),
     "captured": ("missing", "fused", "spill", "wrong attribute", "lost attribute"),
     "attribute misplaced": ("wrong attribute", "lost attribute", "missing", "fused"),
-    "never localised": ("missing", "fused"),
+    "never localized": ("missing", "fused"),
     "region split": ("spill", "missing", "fused"),
 }
-# A sign this strong is suspected to have spoilt a picture that no judge has seen.
+# A sign this strong is suspected to have spoilt an image that no judge has seen.
 SUSPECT = 0.5
 
 
@@ -54,7 +54,7 @@ def seen(verdict: Verdict, prompt: Prompt) -> set[What]:
 
     Notes
     -----
-    A thing that is there more often than asked for spills; that alone does not make a picture wrong.
+    A thing that is there more often than asked for spills; that alone does not make an image wrong.
     """
     found: set[What] = set()
     nouns = verdict.nouns
@@ -64,8 +64,8 @@ def seen(verdict: Verdict, prompt: Prompt) -> set[What]:
         if not verdict.present[label]:
             if noun not in fused:
                 found.add(What("missing", label))
-        elif not verdict.right_colour[label]:
-            found.add(_colour(verdict, prompt, entity))
+        elif not verdict.right_color[label]:
+            found.add(_color(verdict, prompt, entity))
         if noun in verdict.extra:
             found.add(What("spill", label))
     labels = {noun: label for label, noun in reversed(nouns.items())}
@@ -82,7 +82,7 @@ def suspected(signs: Iterable[Sign]) -> set[What]:
     found: set[What] = set()
     for sign in signs:
         if sign.strength >= SUSPECT:
-            if sign.kind in ("token ignored", "never localised", "start-of-text competition"):
+            if sign.kind in ("token ignored", "never localized", "start-of-text competition"):
                 found.add(What("missing", sign.entity))
             elif sign.kind == "captured":
                 kind: FailureKind = "fused" if sign.measure == "alike" else "missing"
@@ -94,9 +94,9 @@ def suspected(signs: Iterable[Sign]) -> set[What]:
     return found
 
 
-def _colour(verdict: Verdict, prompt: Prompt, entity: Entity) -> What:
-    """An entity whose colour is another's, or neither its own nor another's."""
-    seen = verdict.colours[entity.label]
+def _color(verdict: Verdict, prompt: Prompt, entity: Entity) -> What:
+    """An entity whose color is another's, or neither its own nor another's."""
+    seen = verdict.colors[entity.label]
     for other in prompt.entities:
         if other is not entity and verdict.asked[other.label] == seen:
             return What("wrong attribute", entity.label, other.label, _attribute(prompt, other, seen or ""))

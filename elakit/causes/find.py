@@ -11,10 +11,10 @@ from elakit.causes.findings import Cause, Failure, Findings
 from elakit.causes.reading import Place, Reading, place
 from elakit.causes.signs import Sign
 from elakit.causes.text import text_states
-from elakit.causes.weigh import before_the_picture, explained, in_attention, ranked, told_once, unknown_words
+from elakit.causes.weigh import before_the_image, explained, in_attention, ranked, told_once, unknown_words
 from elakit.causes.wording import sentence
 from elakit.errors import SettingError
-from elakit.generate import Run
+from elakit.generation import Run
 
 
 def find(pipe: Any, runs: Sequence[Run]) -> Findings:
@@ -42,12 +42,12 @@ def find(pipe: Any, runs: Sequence[Run]) -> Findings:
     -----
     Failures are what the judge sees; where it does not know the prompt they are suspicions from the attention. Causes
     are looked for in the runs that fail, in the text encoder's states and in the attention of the decoder. One is named
-    where a number is outside of what right pictures have. Its confidence falls where something that comes before it
-    accounts for it, and where right pictures of the same prompt show it too.
+    where a number is outside of what right images have. Its confidence falls where something that comes before it
+    accounts for it, and where right images of the same prompt show it too.
 
     Examples
     --------
-    The bird's noun is hidden from the picture:
+    The bird's noun is hidden from the image:
 
     >>> import elakit
     >>> from elakit.attention import Edit, edit
@@ -68,13 +68,13 @@ def find(pipe: Any, runs: Sequence[Run]) -> Findings:
     judged = all(run.verdict is not None for run in runs)
     wrong = [_wrong(reading, judged) for reading in readings]
     failures = _failures(readings, wrong, judged)
-    # Something too many does not make a picture wrong, unless nothing else does.
+    # Something too many does not make an image wrong, unless nothing else does.
     failing = [i for i, each in enumerate(wrong) if any(what.kind != "spill" for what in each)]
     failing = failing or [i for i, each in enumerate(wrong) if each]
     states = text_states(pipe, prompt)
     causes = unknown_words(runs, states)
     if failing:
-        causes += before_the_picture(runs, states)
+        causes += before_the_image(runs, states)
         right = [reading for i, reading in enumerate(readings) if i not in failing]
         causes += in_attention([readings[i] for i in failing], right)
     likeliest = (explained(cause, failures) for cause in ranked(told_once(causes, failures)))
@@ -132,7 +132,7 @@ def _shown(reading: Reading, what: What) -> Sign | None:
 
 
 def _placed(readings: Sequence[Reading], cause: Cause) -> Cause:
-    """The cause with the step and the layers in which it starts to show; one before the picture has none."""
+    """The cause with the step and the layers in which it starts to show; one before the image has none."""
     key = cause.kind, cause.entity, cause.other, cause.token
     showing = [reading for reading in readings if reading.run.seed in cause.seeds and key in reading.signs]
     if not showing or "length" in cause.evidence:

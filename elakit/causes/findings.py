@@ -14,7 +14,7 @@ CauseKind = Literal[
     "text leakage",
     "ambiguous word",
     "token ignored",
-    "never localised",
+    "never localized",
     "captured",
     "attribute misplaced",
     "start-of-text competition",
@@ -53,8 +53,8 @@ def wilson(hits: int, of: int) -> tuple[float, float]:
     if not of:
         return 0.0, 1.0
     share, square = hits / of, _Z**2 / of
-    centre, half = share + square / 2, _Z * math.sqrt(share * (1 - share) / of + square / (4 * of))
-    return max((centre - half) / (1 + square), 0.0), min((centre + half) / (1 + square), 1.0)
+    center, half = share + square / 2, _Z * math.sqrt(share * (1 - share) / of + square / (4 * of))
+    return max((center - half) / (1 + square), 0.0), min((center + half) / (1 + square), 1.0)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Failure:
     heads : tuple of (str, int)
         Heads (layer, number) in which it shows first; empty where heads were not kept apart.
     judged : bool
-        Whether a judge saw it in the pictures; otherwise it is read off the attention alone.
+        Whether a judge saw it in the images; otherwise it is read off the attention alone.
     """
 
     kind: FailureKind
@@ -123,7 +123,7 @@ class Failure:
             "fused": f"the {self.entity} and the {other} are fused into one",
             "wrong attribute": f"the {self.entity} is {_word(token)}, which was asked for the {other}",
             "lost attribute": f"the {self.entity} is not {_word(token)}",
-            "spill": f"the {self.entity} spills over into the rest of the picture",
+            "spill": f"the {self.entity} spills over into the rest of the image",
         }[self.kind]
         return f"In {self.count} of {self.of} {what}."
 
@@ -162,15 +162,15 @@ class Cause:
         Label of the token at fault: the word whose meaning leaked, the attribute that is misplaced, the noun that is
         not known; "" where there is none.
     strength : float
-        How marked it is, 0 (as in pictures that come out right) to 1 (as if nothing else were there).
+        How marked it is, 0 (as in images that come out right) to 1 (as if nothing else were there).
     confidence : float
         How sure we are that this is it, 0 to 1; ``docs/causes.md`` has how often causes of a confidence were right.
     step : int or None
-        Denoiser call from which on it shows; None for a cause that lies before the picture.
+        Denoiser call from which on it shows; None for a cause that lies before the image.
     layers : tuple of str
         Layers in which it shows most, the clearest first.
     seeds : tuple of int
-        Of the runs in which it shows; all of them for a cause that lies before the picture.
+        Of the runs in which it shows; all of them for a cause that lies before the image.
     explains : tuple of str
         Kinds of the failures found that it accounts for.
     evidence : dict of str to float
@@ -210,7 +210,7 @@ class Findings:
     seeds : tuple of int
         Of the runs.
     judged : bool
-        Whether a judge saw the pictures; otherwise failures are read off the attention and are suspicions.
+        Whether a judge saw the images; otherwise failures are read off the attention and are suspicions.
     failures : tuple of Failure
         Most frequent first; empty where nothing goes wrong.
     causes : tuple of Cause
@@ -245,9 +245,9 @@ class Findings:
         """One plain sentence: how often it fails, and the likeliest cause, or that none was found."""
         count, failing = len(self.seeds), len(self.failing)
         if not failing:
-            source = "in the pictures" if self.judged else "in the attention (no judge has seen the pictures)"
+            source = "in the images" if self.judged else "in the attention (no judge has seen the images)"
             return f"Nothing is wrong {source} of {count} seed{'s' * (count > 1)}."
-        said = f"{failing} of {count} pictures {'go' if self.judged else 'seem to go'} wrong. "
+        said = f"{failing} of {count} images {'go' if self.judged else 'seem to go'} wrong. "
         return said + (self.causes[0].sentence if self.causes else "No cause was found that could be named.")
 
     def to_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from elakit.attention.recording import Recording
 from elakit.attention.store import SELF
 from elakit.bleeding import measure
 from elakit.errors import RecordingError
-from elakit.generate import Run
+from elakit.generation import Run
 
 # What is told of each layer; `elakit.Bleeding.to_frame` says what they mean.
 MEASURES = (

@@ -1,6 +1,6 @@
 """Signs of causes: which numbers speak for which cause, and how strongly.
 
-A `Scale` says what is usual in pictures that come out right and what is as bad as it gets; both were read off
+A `Scale` says what is usual in images that come out right and what is as bad as it gets; both were read off
 picture-world (``python -m benchmarks.causes --split calibrate``: prompts and seeds that are in no test).
 """
 
@@ -58,14 +58,14 @@ SCALES = {
     "astray": Scale(0.54, 0.63),
     "attribute_held": Scale(0.52, 0.68),
     "on_other": Scale(0.5, 0.7),
-    "localised": Scale(0.05, 0.025),
+    "localized": Scale(0.05, 0.025),
     "split": Scale(0.35, 0.8),
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Sign:
-    """One number that speaks for one cause, in one run (or for all, where it lies before the picture).
+    """One number that speaks for one cause, in one run (or for all, where it lies before the image).
 
     Attributes
     ----------
@@ -76,7 +76,7 @@ class Sign:
     value : float
         The number: its mean over the steps that count; of a swap the largest.
     series : ndarray, (step,)
-        It at each step; empty where it lies before the picture.
+        It at each step; empty where it lies before the image.
     evidence : dict of str to float
         Further numbers, by name.
     """
@@ -112,7 +112,7 @@ class Sign:
 
 
 def of_text(states: States) -> Iterator[Sign]:
-    """Signs that lie before the picture, in the text encoder's states."""
+    """Signs that lie before the image, in the text encoder's states."""
     names = states.entities
     for i, entity in enumerate(names):
         yield Sign("token ignored", entity, "", entity, "length", states.length[i])
@@ -140,7 +140,7 @@ def of_maps(
     entities, attributes : sequence of str
         Labels.
     covered : ndarray, (entity, y, x), optional
-        Share of each cell that each entity covers in the finished picture.
+        Share of each cell that each entity covers in the finished image.
     kinds : collection of str
         Signs of other causes are not looked for.
     """
@@ -151,7 +151,7 @@ def of_maps(
 
     for i, entity in enumerate(entities):
         standing, start = mean(maps.standing[:, i]), mean(maps.start_held[:, i])
-        about = {"presence": mean(maps.presence[:, i]), "localised": mean(maps.localised[:, i])}
+        about = {"presence": mean(maps.presence[:, i]), "localized": mean(maps.localized[:, i])}
         yield Sign("token ignored", entity, "", entity, "standing", standing, maps.standing[:, i], about)
         if standing < READ:
             continue
@@ -159,9 +159,9 @@ def of_maps(
         if start > max(rivals):
             series = maps.start_held[:, i]
             yield Sign("start-of-text competition", entity, "", "<start>", "start_held", start, series, about)
-        yield Sign("never localised", entity, "", entity, "localised", about["localised"], maps.localised[:, i], about)
+        yield Sign("never localized", entity, "", entity, "localized", about["localized"], maps.localized[:, i], about)
         if "region split" in kinds:
-            parted = maps.split[:, i] * np.minimum(maps.localised[:, i] / 0.2, 1.0)
+            parted = maps.split[:, i] * np.minimum(maps.localized[:, i] / 0.2, 1.0)
             yield Sign("region split", entity, "", entity, "split", mean(parted), parted, about)
         for j, other in enumerate(entities):
             if j == i:

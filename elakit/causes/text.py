@@ -1,4 +1,4 @@
-"""What lies before the picture: how alike the text encoder's states are, and which word's meaning leaked into another.
+"""What lies before the image: how alike the text encoder's states are, and which word's meaning leaked into another.
 
 In a causal text encoder such as CLIP's every token attends to those before it, so that the "red" of "a red car and a
 bird" may come to live in the bird's state as well. Leakage is measured by a counterfactual: the prompt is encoded again
@@ -16,7 +16,7 @@ import numpy as np
 
 from elakit.models import adapter_for
 from elakit.prompt import Entity, Prompt, parse
-from elakit.words import split_words
+from elakit.tokens import split_words
 
 # Lengths below this are taken for none at all.
 NOTHING = 1e-12
@@ -35,7 +35,7 @@ class Leak:
     token : str
         Label of the attribute.
     share : float
-        How far the attribute's being in the prompt moves the noun's state towards what it is when the attribute is its
+        How far the attribute's being in the prompt moves the noun's state toward what it is when the attribute is its
         own: 0 not at all, 1 as if it had been asked for the noun.
     change : float
         Length of that change, as a share of the state's length.
@@ -129,12 +129,12 @@ def _leaks(encoder: _Encoder, prompt: Prompt) -> Iterator[Leak]:
                 moved = here - encoder.noun(_marked(prompt, entity, without=word))
                 said = prompt.text[slice(*split_words(prompt.text)[word])]
                 own = " ".join(["a", *entity.attributes, f"[{entity.noun}]"])
-                towards = encoder.noun(f"a {said} [{entity.noun}]") - encoder.noun(own)
+                toward = encoder.noun(f"a {said} [{entity.noun}]") - encoder.noun(own)
                 yield Leak(
                     entity.label,
                     owner.label,
                     word_label(prompt, word),
-                    float(moved @ towards) / max(float(towards @ towards), NOTHING),
+                    float(moved @ toward) / max(float(toward @ toward), NOTHING),
                     float(np.linalg.norm(moved)) / max(float(np.linalg.norm(here)), NOTHING),
                 )
 

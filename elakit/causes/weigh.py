@@ -11,14 +11,14 @@ from elakit.causes.findings import Cause, CauseKind, Failure
 from elakit.causes.reading import Reading
 from elakit.causes.signs import LEAST, Key, of_text, strongest
 from elakit.causes.text import States
-from elakit.generate import Run
+from elakit.generation import Run
 from elakit.models import EMBEDDED
 from elakit.world.vocabulary import NOUNS
 
 # What comes first brings about what comes later: a noun whose state is another's is also attended to where it is.
 ORDER: tuple[CauseKind, ...] = (
     "ambiguous word", "text states alike", "token ignored", "text leakage", "start-of-text competition",
-    "regions swap", "captured", "attribute misplaced", "never localised", "region split",
+    "regions swap", "captured", "attribute misplaced", "never localized", "region split",
 )  # fmt: skip
 # Either of two entities may be the one that suffers: told once, of the one that is missing.
 MUTUAL: tuple[CauseKind, ...] = ("text states alike", "captured", "regions swap")
@@ -44,7 +44,7 @@ def unknown_words(runs: Sequence[Run], states: States) -> list[Cause]:
     return [cause for cause in found if cause.strength]
 
 
-def before_the_picture(runs: Sequence[Run], states: States) -> list[Cause]:
+def before_the_image(runs: Sequence[Run], states: States) -> list[Cause]:
     """Causes in the text encoder's states."""
     signs = strongest(of_text(states)).values()
     return [
@@ -75,7 +75,7 @@ def in_attention(failing: Sequence[Reading], right: Sequence[Reading]) -> list[C
         cause = replace(cause, confidence=cause.confidence * (0.5 + 0.5 * len(shown) / len(failing)))
         if right:
             elsewhere = _strength(right, key)
-            evidence["strength in right pictures"] = elsewhere
+            evidence["strength in right images"] = elsewhere
             cause = replace(cause, confidence=cause.confidence * (1 - 0.5 * min(elsewhere / strength, 1.0)))
         found.append(cause)
     return found

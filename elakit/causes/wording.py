@@ -15,7 +15,7 @@ def sentence(cause: Cause) -> str:
     Examples
     --------
     >>> sentence(Cause("captured", "bird", "car", "car", evidence={"held": 0.93}))
-    'Where the bird belongs, the picture attends to "car" instead (93 % of the attention to the two).'
+    'Where the bird belongs, the image attends to "car" instead (93 % of the attention to the two).'
     """
     entity, other, token, n = cause.entity, cause.other, cause.token, cause.evidence
     match cause.kind:
@@ -35,7 +35,7 @@ def sentence(cause: Cause) -> str:
             )
         case "token ignored":
             why = "its text state is empty" if "length" in n else "it has next to no attention anywhere"
-            return f'The picture does not read "{entity}": {why}.'
+            return f'The image does not read "{entity}": {why}.'
         case "start-of-text competition":
             return (
                 f"Where the {entity} belongs, start-of-text takes the attention "
@@ -43,10 +43,10 @@ def sentence(cause: Cause) -> str:
             )
         case "regions swap":
             when = "midway" if cause.step is None else f"at step {cause.step}"
-            return f'"{entity}" and "{other}" change places {when}, when the picture has taken shape already.'
+            return f'"{entity}" and "{other}" change places {when}, when the image has taken shape already.'
         case "captured" if n.get("held", 0) > 0.6:
             return (
-                f'Where the {entity} belongs, the picture attends to "{token}" instead '
+                f'Where the {entity} belongs, the image attends to "{token}" instead '
                 f"({_percent(n['held'])} of the attention to the two)."
             )
         case "captured":
@@ -55,8 +55,8 @@ def sentence(cause: Cause) -> str:
                 f"{_percent(n.get('overlap', n.get('alike', 0)))}), so only one of them can be there."
             )
         case "attribute misplaced":
-            return f'"{token}" was said of the {entity}, but the picture attends to it where the {other} is.'
-        case "never localised":
+            return f'"{token}" was said of the {entity}, but the image attends to it where the {other} is.'
+        case "never localized":
             return f'"{entity}" is attended to a little everywhere, so it has no place of its own.'
         case "region split":
             return f'"{entity}" is attended to in two places that lie apart, so that it is split or drawn twice.'

@@ -1,6 +1,6 @@
-"""A diagnosis: what was drawn, what was found, what mends it, and all that in words, code and files.
+"""A diagnosis: what was drawn, what was found, what fixes it, and all that in words, code and files.
 
-`elakit.diagnose` makes it, `elakit.report` shows it.
+`elakit.diagnose` makes it, `elakit.diagnosis.report` shows it.
 """
 
 from elakit.diagnosis.drawer import Drawer

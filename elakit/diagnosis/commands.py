@@ -68,7 +68,7 @@ def command(diagnosis: Diagnosis) -> str:
 
 
 def again(tried: Tried) -> dict[str, str]:
-    """What draws a remedy's pictures again: {"code": Python, "command": command line, "" where none does}.
+    """What draws a remedy's images again: {"code": Python, "command": command line, "" where none does}.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def again(tried: Tried) -> dict[str, str]:
 
 
 def shown(tried: Tried) -> int:
-    """Which of a remedy's pictures to draw again: the first that is right, else the first."""
+    """Which of a remedy's images to draw again: the first that is right, else the first."""
     right = [i for i, run in enumerate(tried.runs) if tried.judged and run.verdict and run.verdict.success]
     return right[0] if right else 0
 
@@ -101,7 +101,7 @@ def _draw_code(tried: Tried) -> str:
             f"    steps={settings.get('steps')},",
             f"    guidance_scale={settings.get('guidance_scale'):g},",
             ")",
-            f'runs[{shown(tried)}].image.save("picture.png")',
+            f'runs[{shown(tried)}].image.save("image.png")',
         ]
     )
 

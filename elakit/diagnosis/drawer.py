@@ -14,7 +14,7 @@ from typing import Any
 from elakit.attention import RecordSpec
 from elakit.errors import ElakitError, OutputError, SettingError
 from elakit.files import write_file
-from elakit.generate import Progress, Run, generate, open_run
+from elakit.generation import Progress, Run, generate, open_run
 from elakit.guidance import Method
 from elakit.guidance.engine import options_of
 from elakit.models import EMBEDDED, default_settings, name_of
@@ -32,7 +32,7 @@ class Drawn:
     runs : tuple of Run
         One a seed.
     seconds : float
-        Time of a picture, as it was when they were drawn: processor time where the model runs on the processor, which
+        Time of an image, as it was when they were drawn: processor time where the model runs on the processor, which
         does not depend on what else runs there, else wall-clock time.
     """
 
@@ -41,7 +41,7 @@ class Drawn:
 
 
 class Drawer:
-    """Draws prompts with the same pipeline and settings, and counts the pictures.
+    """Draws prompts with the same pipeline and settings, and counts the images.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ class Drawer:
     folder : str or Path, optional
         Where runs are kept as they are drawn, and taken from where they are there already.
     on_progress : callable, optional
-        Called with (pictures done, pictures in all, what is drawn now), after each step too.
+        Called with (images done, images in all, what is drawn now), after each step too.
 
     Raises
     ------
@@ -92,13 +92,13 @@ class Drawer:
         self.done, self.total = 0, 0
         self._on_progress = on_progress or (lambda done, total, what: None)
 
-    def expect(self, pictures: int) -> None:
-        """So many pictures more will be drawn."""
-        self.total += pictures
+    def expect(self, images: int) -> None:
+        """So many images more will be drawn."""
+        self.total += images
 
-    def skip(self, pictures: int) -> None:
+    def skip(self, images: int) -> None:
         """So many of those expected will not be drawn after all."""
-        self.total -= pictures
+        self.total -= images
 
     def draw(
         self,

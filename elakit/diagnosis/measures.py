@@ -30,12 +30,12 @@ MEANINGS: dict[str, str] = {
     "attribute_margin": "overlap of an attribute with its own entity less the most with another (below 0: bound to the "
     "wrong one)",
     "truth_iou": "overlap of an entity's map, cut at its Otsu threshold, with where the judge sees it in the finished "
-    "picture: intersection over union",
+    "image: intersection over union",
     "truth_auc": "chance that a place on the entity, as the judge sees it, has more of its attention than one beside "
     "it (1 always, .5 no better than a guess)",
-    "pointing": "whether the peak of an entity's attention lies on it in the finished picture (share of the steps)",
-    "truth_leakage": "share of an entity's attention that lies on a thing in the finished picture; a row sums to 1",
-    "attribute_truth_leakage": "share of an attribute's attention that lies on a thing in the finished picture; a row "
+    "pointing": "whether the peak of an entity's attention lies on it in the finished image (share of the steps)",
+    "truth_leakage": "share of an entity's attention that lies on a thing in the finished image; a row sums to 1",
+    "attribute_truth_leakage": "share of an attribute's attention that lies on a thing in the finished image; a row "
     "sums to 1",
     "start_mass": "share of all attention on the start-of-text token",
     "end_mass": "share of all attention on end-of-text and padding",

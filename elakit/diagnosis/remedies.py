@@ -1,7 +1,7 @@
 """Remedies for a prompt that fails: what can be tried, and what came of it.
 
 Guidance from the same noise, another seed, other words, regions by hand. Each is drawn, judged and timed like the plain
-pictures it stands beside.
+images it stands beside.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from elakit.attention import RecordSpec
 from elakit.causes import wilson
 from elakit.diagnosis.drawer import Drawer
 from elakit.errors import ElakitError, SettingError
-from elakit.generate import Run
+from elakit.generation import Run
 from elakit.guidance import ELA, METHODS, Method, without_regions
 from elakit.guidance.engine import options_of
 from elakit.plot.style import method_name
@@ -88,9 +88,9 @@ class Tried:
     runs : tuple of Run
         In the same order; empty where it was not tried or failed.
     seconds : float
-        Time of a picture, with all that was drawn for it; see `Drawn`.
+        Time of an image, with all that was drawn for it; see `Drawn`.
     cost : float
-        The same, relative to a plain picture; NaN where nothing was drawn.
+        The same, relative to a plain image; NaN where nothing was drawn.
     status : {"tried", "failed", "not tried"}
     why : str
         The error of a failed one; why it was not tried.
@@ -112,17 +112,17 @@ class Tried:
 
     @property
     def judged(self) -> bool:
-        """Whether a judge saw its pictures and the plain ones."""
+        """Whether a judge saw its images and the plain ones."""
         return bool(self.runs) and all(run.verdict is not None for run in (*self.runs, *self.plain))
 
     @property
     def right(self) -> int:
-        """How many of its pictures are right."""
+        """How many of its images are right."""
         return sum(_right(run) for run in self.runs)
 
     @property
     def rate(self) -> float:
-        """Share of its pictures that are right; NaN where they were not judged."""
+        """Share of its images that are right; NaN where they were not judged."""
         return self.right / len(self.runs) if self.judged else math.nan
 
     @property
@@ -131,20 +131,20 @@ class Tried:
         return wilson(self.right, len(self.runs)) if self.judged else (0.0, 1.0)
 
     @property
-    def mended(self) -> tuple[int, ...]:
-        """Seeds of the plain pictures that are wrong and beside which its own is right."""
+    def fixed(self) -> tuple[int, ...]:
+        """Seeds of the plain images that are wrong and beside which its own is right."""
         return self._changed(False)
 
     @property
-    def harmed(self) -> tuple[int, ...]:
-        """Seeds of the plain pictures that are right and beside which its own is wrong."""
+    def broken(self) -> tuple[int, ...]:
+        """Seeds of the plain images that are right and beside which its own is wrong."""
         return self._changed(True)
 
     @property
     def harm(self) -> float:
-        """Share of the plain pictures that are right of which it made wrong ones; NaN where none is right."""
+        """Share of the plain images that are right of which it made wrong ones; NaN where none is right."""
         were = sum(_right(run) for run in self.plain) if self.judged else 0
-        return len(self.harmed) / were if were else math.nan
+        return len(self.broken) / were if were else math.nan
 
     @property
     def bleed(self) -> float:
@@ -153,11 +153,11 @@ class Tried:
 
     @property
     def helps(self) -> bool:
-        """Whether it did better than plain drawing: more pictures right; where not judged, less bleeding."""
+        """Whether it did better than plain drawing: more images right; where not judged, less bleeding."""
         if self.status != "tried":
             return False
         if self.judged:
-            return len(self.mended) > len(self.harmed)
+            return len(self.fixed) > len(self.broken)
         return self.bleed < bleed(self.plain)
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,12 +174,12 @@ class Tried:
             "status": self.status,
             "why": self.why,
             "helps": self.helps,
-            "pictures": len(self.runs),
+            "images": len(self.runs),
             "right": self.right if judged else None,
             "rate": _or_none(self.rate),
             "interval": list(self.interval) if judged else None,
-            "mended": list(self.mended) if judged else None,
-            "harmed": list(self.harmed) if judged else None,
+            "fixed": list(self.fixed) if judged else None,
+            "broken": list(self.broken) if judged else None,
             "harm": _or_none(self.harm),
             "bleed": _or_none(self.bleed) if tried else None,
             "seconds": _or_none(self.seconds),
@@ -198,7 +198,7 @@ class Tried:
 
 
 def ranked(tried: Iterable[Tried]) -> tuple[Tried, ...]:
-    """Best first: most pictures right, then least harm, then least time; without a judge least bleeding, then time.
+    """Best first: most images right, then least harm, then least time; without a judge least bleeding, then time.
 
     What failed or was not tried comes last.
 
@@ -211,7 +211,7 @@ def ranked(tried: Iterable[Tried]) -> tuple[Tried, ...]:
         if one.status != "tried":
             return 2, one.status == "not tried"
         if one.judged:
-            return 0, -one.rate, len(one.harmed), one.cost
+            return 0, -one.rate, len(one.broken), one.cost
         return 1, one.bleed, one.cost
 
     return tuple(sorted(tried, key=place))
@@ -240,7 +240,7 @@ def side_by_side(entities: int) -> tuple[tuple[float, float, float, float], ...]
     Returns
     -------
     tuple of (left, top, right, bottom)
-        In shares of the picture, row by row.
+        In shares of the image, row by row.
 
     Examples
     --------
@@ -351,7 +351,7 @@ def attempt(
     plain : sequence of Run
         The plain runs that it is to stand beside.
     plain_seconds : float
-        Time of a plain picture.
+        Time of a plain image.
     predictor : Predictor, optional
         Chooses seeds; without one the seed that bleeds least is taken.
     """
@@ -377,7 +377,7 @@ def attempt(
 
 
 def usable(predictor: Predictor | None, model: str) -> bool:
-    """Whether a predictor was fitted on a model's pictures.
+    """Whether a predictor was fitted on a model's images.
 
     Parameters
     ----------
@@ -405,10 +405,10 @@ def _other_seeds(
     score: Callable[[Run], float] = _bleed_so_far
     by = "bleeding"
     if predictor is not None and usable(predictor, plain[0].settings["model"]):
-        foretell = predictor.foretell
+        predict = predictor.predict
 
         def score(run: Run) -> float:
-            return float(foretell(run)["failure"].iloc[-1])
+            return float(predict(run)["failure"].iloc[-1])
 
         by = "probability of failure"
     scores = {run.seed: score(run) for run in trials.runs}

@@ -12,12 +12,12 @@ import pandas as pd
 
 from elakit.causes import Findings, wilson
 from elakit.diagnosis.remedies import Tried, bleed
-from elakit.generate import Run
+from elakit.generation import Run
 from elakit.judge import Verdict
 from elakit.prompt import Prompt
 from elakit.rewording import bracketed
 
-Outcome = Literal["mended", "harmed", "right", "wrong"]
+Outcome = Literal["fixed", "broken", "right", "wrong"]
 
 # Of what `Diagnosis.to_dict` gives; raised when a name is dropped or changes its meaning.
 SCHEMA = 1
@@ -31,7 +31,7 @@ class Pair:
     ----------
     plain, guided : Run
     plain_verdict, guided_verdict : Verdict or None
-        What the judge sees in the pictures; None where it does not know the prompt's nouns.
+        What the judge sees in the images; None where it does not know the prompt's nouns.
     """
 
     plain: Run
@@ -41,16 +41,16 @@ class Pair:
 
     @property
     def seed(self) -> int:
-        """The seed of both pictures."""
+        """The seed of both images."""
         return self.plain.seed
 
     @property
     def outcome(self) -> Outcome | None:
-        """mended (wrong, then right), harmed (right, then wrong), right (both), wrong (both); None if not judged."""
+        """fixed (wrong, then right), broken (right, then wrong), right (both), wrong (both); None if not judged."""
         if self.plain_verdict is None or self.guided_verdict is None:
             return None
         table: dict[tuple[bool, bool], Outcome] = {
-            (False, True): "mended", (True, False): "harmed", (True, True): "right", (False, False): "wrong",
+            (False, True): "fixed", (True, False): "broken", (True, True): "right", (False, False): "wrong",
         }  # fmt: skip
         return table[self.plain_verdict.success, self.guided_verdict.success]
 
@@ -71,11 +71,11 @@ class Diagnosis:
     seconds : float
         Wall-clock time of all runs.
     findings : Findings or None
-        What goes wrong in the plain pictures, and why; None where that could not be looked for.
+        What goes wrong in the plain images, and why; None where that could not be looked for.
     remedies : tuple of Tried
         Everything that was tried, best first; the method is among them.
-    foretold : dict of int to float
-        Of each plain seed the probability that its picture fails, as the predictor gave it after 30 % of the steps.
+    predicted : dict of int to float
+        Of each plain seed the probability that its image fails, as the predictor gave it after 30 % of the steps.
     problems : tuple of str
         What could not be done, and why.
     """
@@ -87,12 +87,12 @@ class Diagnosis:
     seconds: float
     findings: Findings | None = None
     remedies: tuple[Tried, ...] = ()
-    foretold: dict[int, float] = field(default_factory=dict)
+    predicted: dict[int, float] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
     @property
     def judged(self) -> bool:
-        """Whether the pictures were judged."""
+        """Whether the images were judged."""
         return all(pair.outcome is not None for pair in self.pairs)
 
     @property
@@ -102,12 +102,12 @@ class Diagnosis:
 
     @property
     def right(self) -> int:
-        """How many of the plain pictures are right."""
-        return self.count("right") + self.count("harmed")
+        """How many of the plain images are right."""
+        return self.count("right") + self.count("broken")
 
     @property
     def rate(self) -> float:
-        """Share of the plain pictures that are right; NaN where they were not judged."""
+        """Share of the plain images that are right; NaN where they were not judged."""
         return self.right / len(self.pairs) if self.judged else math.nan
 
     @property
@@ -125,9 +125,9 @@ class Diagnosis:
         return sum(pair.outcome == outcome for pair in self.pairs)
 
     def example(self) -> Pair:
-        """The pair to show first: a mended one, else the one whose maps bleed most when drawn plainly."""
-        mended = [pair for pair in self.pairs if pair.outcome == "mended"]
-        return max(mended or self.pairs, key=lambda pair: bleed([pair.plain]))
+        """The pair to show first: a fixed one, else the one whose maps bleed most when drawn plainly."""
+        fixed = [pair for pair in self.pairs if pair.outcome == "fixed"]
+        return max(fixed or self.pairs, key=lambda pair: bleed([pair.plain]))
 
     def to_frame(self) -> pd.DataFrame:
         """One row a seed: outcome, and the mean measures of the plain and the guided run.
@@ -145,21 +145,21 @@ class Diagnosis:
         return pd.DataFrame([_row(pair) for pair in self.pairs]).set_index("seed")
 
     def remedies_frame(self) -> pd.DataFrame:
-        """One row a remedy, best first: how often it is right, what it mends and harms, what it costs.
+        """One row a remedy, best first: how often it is right, what it fixes and harms, what it costs.
 
         Returns
         -------
         DataFrame
-            Indexed by name; columns title, status, pictures, right, rate, low and high (95 %), mended, harmed, bleed
-            (as in `Tried`), cost (time relative to a plain picture). Empty where none was tried; counts are missing
-            where pictures were not judged.
+            Indexed by name; columns title, status, images, right, rate, low and high (95 %), fixed, broken, bleed
+            (as in `Tried`), cost (time relative to a plain image). Empty where none was tried; counts are missing
+            where images were not judged.
         """
         rows = []
         for tried in self.remedies:
             told = tried.to_dict()
             low, high = told["interval"] or (None, None)
-            counts = {name: None if told[name] is None else len(told[name]) for name in ("mended", "harmed")}
-            names = ("name", "title", "status", "pictures", "right", "rate")
+            counts = {name: None if told[name] is None else len(told[name]) for name in ("fixed", "broken")}
+            names = ("name", "title", "status", "images", "right", "rate")
             rows.append(
                 {name: told[name] for name in names}
                 | {"low": low, "high": high, **counts, "bleed": told["bleed"], "cost": told["cost"]}
@@ -167,7 +167,7 @@ class Diagnosis:
         return pd.DataFrame(rows).set_index("name") if rows else pd.DataFrame()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the pictures and maps, as JSON takes it; ``docs/howto/diagnose.md`` explains the names.
+        """Everything but the images and maps, as JSON takes it; ``docs/howto/diagnose.md`` explains the names.
 
         Returns
         -------
@@ -204,14 +204,14 @@ class Diagnosis:
             "judged": self.judged,
             "verdict": told(self),
             "plain": {
-                "pictures": len(self.pairs),
+                "images": len(self.pairs),
                 "right": self.right if self.judged else None,
                 "rate": self.rate if self.judged else None,
                 "interval": [low, high] if self.judged else None,
                 "bleed": bleed(self.plain),
             },
             "method": {"name": self.method, "options": self.options},
-            "seeds": _records(self._frame.reset_index(), self.foretold),
+            "seeds": _records(self._frame.reset_index(), self.predicted),
             "findings": None if self.findings is None else self.findings.to_dict(),
             "remedies": [
                 {"rank": rank, **tried.to_dict(), **commands.again(tried)}
@@ -260,12 +260,12 @@ def _row(pair: Pair) -> dict[str, Any]:
     return row
 
 
-def _records(frame: pd.DataFrame, foretold: dict[int, float]) -> list[dict[str, Any]]:
-    """Rows with what was foretold, as JSON takes them."""
+def _records(frame: pd.DataFrame, predicted: dict[int, float]) -> list[dict[str, Any]]:
+    """Rows with what was predicted, as JSON takes them."""
     rows = []
     for row in frame.to_dict("records"):
         plain = {str(name): None if _unknown(value) else value for name, value in row.items()}
-        rows.append(plain | {"foretold_failure": foretold.get(int(row["seed"]))})
+        rows.append(plain | {"predicted_failure": predicted.get(int(row["seed"]))})
     return rows
 
 

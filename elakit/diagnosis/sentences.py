@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Of failures and causes so many are told in the verdict; the page lists all.
 MOST = 3
 _LAYER = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.attentions\.(\d+)")
-# From so many pictures on the order of the remedies is not called a matter of chance.
+# From so many images on the order of the remedies is not called a matter of chance.
 ENOUGH = 20
 
 
@@ -45,14 +45,14 @@ def told(diagnosis: Diagnosis) -> dict[str, list[str]]:
     Returns
     -------
     dict of str to list of str
-        "pictures" (how many are right), "wrong" (what goes wrong), "why", "mend" (the best remedy), "sure" (how sure
+        "images" (how many are right), "wrong" (what goes wrong), "why", "fix" (the best remedy), "sure" (how sure
         all this is), "attention" (how much bleeds).
     """
     return {
-        "pictures": _pictures(diagnosis),
+        "images": _images(diagnosis),
         "wrong": _wrong(diagnosis),
         "why": _why(diagnosis),
-        "mend": mend(diagnosis),
+        "fix": fix(diagnosis),
         "sure": _sure(diagnosis),
         "attention": _attention(diagnosis),
     }
@@ -94,7 +94,7 @@ def failure(found: Failure, steps: int) -> str:
     """
     said = found.sentence.rstrip(".")
     low, high = found.interval
-    where = [f"{_percent(low)} to {_percent(high)} % of all pictures"]
+    where = [f"{_percent(low)} to {_percent(high)} % of all images"]
     if found.step is not None:
         where.append(f"it shows from step {found.step} of 0 to {steps - 1}")
     if found.layers:
@@ -102,19 +102,19 @@ def failure(found: Failure, steps: int) -> str:
     return f"{said} ({', '.join(where)})."
 
 
-def mend(diagnosis: Diagnosis) -> list[str]:
-    """What would mend it."""
+def fix(diagnosis: Diagnosis) -> list[str]:
+    """What would fix it."""
     tried = [one for one in diagnosis.remedies if one.status == "tried"]
     if diagnosis.judged and diagnosis.right == len(diagnosis.pairs):
-        return ["Nothing needs mending in these pictures, so no other remedy was tried."]
+        return ["Nothing needs fixing in these images, so no other remedy was tried."]
     if len(diagnosis.remedies) < 2:
         return []
     said = []
     best = diagnosis.best
     if not diagnosis.judged:
         said.append(
-            "No judge has seen the pictures, so remedies are ranked by how little attention bleeds. That does not tell "
-            "whether a picture is right, and guidance lowers it by design: look at the pictures."
+            "No judge has seen the images, so remedies are ranked by how little attention bleeds. That does not tell "
+            "whether an image is right, and guidance lowers it by design: look at the images."
         )
     if best is None:
         said.append(f"None of the {len(tried)} remedies tried did better than drawing it plainly.")
@@ -131,19 +131,19 @@ def mend(diagnosis: Diagnosis) -> list[str]:
     return said
 
 
-def _pictures(diagnosis: Diagnosis) -> list[str]:
+def _images(diagnosis: Diagnosis) -> list[str]:
     method, count = method_name(diagnosis.method), len(diagnosis.pairs)
     if not diagnosis.judged:
         return [
-            "The pictures were not judged, because the judge knows only the nouns and colours of picture-world. "
+            "The images were not judged, because the judge knows only the nouns and colors of picture-world. "
             "Whether they are right is left to your eye; what is measured here are the attention maps."
         ]
     right = diagnosis.right
-    guided_right = diagnosis.count("right") + diagnosis.count("mended")
+    guided_right = diagnosis.count("right") + diagnosis.count("fixed")
     return [
-        f"Drawn plainly, {right} of {count} {plural('picture', count)} {'shows' if right == 1 else 'show'} "
+        f"Drawn plainly, {right} of {count} {plural('image', count)} {'shows' if right == 1 else 'show'} "
         f"everything the prompt asks for; with {method}, {guided_right} of {count}.",
-        f"{method} {_changed(diagnosis, 'mended')} and {_changed(diagnosis, 'harmed')}.",
+        f"{method} {_changed(diagnosis, 'fixed')} and {_changed(diagnosis, 'broken')}.",
     ]
 
 
@@ -166,7 +166,7 @@ def _sure(diagnosis: Diagnosis) -> list[str]:
     if diagnosis.judged:
         low, high = diagnosis.interval
         said.append(
-            f"From {count} {plural('seed', count)}: of all its plain pictures {_percent(low)} to {_percent(high)} % "
+            f"From {count} {plural('seed', count)}: of all its plain images {_percent(low)} to {_percent(high)} % "
             "are right (95 % interval)."
         )
         if len(diagnosis.remedies) > 1 and diagnosis.best is not None and count < ENOUGH:
@@ -190,7 +190,7 @@ def _attention(diagnosis: Diagnosis) -> list[str]:
         ]
     alone = len(diagnosis.prompt.entities) == 1
     why = ", since the prompt names one thing only and nothing can bleed into it" if alone else ""
-    return [f"{method} took no step here{why}: both pictures of a seed are the same."]
+    return [f"{method} took no step here{why}: both images of a seed are the same."]
 
 
 def _named(tried: Tried) -> str:
@@ -214,7 +214,7 @@ def _result(diagnosis: Diagnosis, best: Tried) -> str:
     said = (
         f"{best.right} of {count} right ({low} to {high} %), against {diagnosis.right} of {count} drawn plainly; {time}"
     )
-    return said if not best.harmed else f"{said}, and made {len(best.harmed)} of {diagnosis.right} right ones wrong"
+    return said if not best.broken else f"{said}, and made {len(best.broken)} of {diagnosis.right} right ones wrong"
 
 
 def _changed(diagnosis: Diagnosis, outcome: Outcome) -> str:

@@ -13,7 +13,7 @@ from elakit.diagnosis.drawer import Shelf, key_of_run
 from elakit.diagnosis.remedies import Remedy, Tried
 from elakit.errors import OutputError
 from elakit.files import write_file
-from elakit.generate import Run, open_run
+from elakit.generation import Run, open_run
 from elakit.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def save(diagnosis: Diagnosis, folder: str | Path) -> Path:
             shelf.put(key, run, seconds)
         return key
 
-    pictures = 2 * len(diagnosis.pairs)
+    images = 2 * len(diagnosis.pairs)
     tried = [
         {
             "remedy": {
@@ -47,12 +47,12 @@ def save(diagnosis: Diagnosis, folder: str | Path) -> Path:
         "prompt": diagnosis.prompt.to_dict(),
         "method": diagnosis.method,
         "options": diagnosis.options,
-        "plain": [keep(pair.plain, diagnosis.seconds / pictures) for pair in diagnosis.pairs],
-        "guided": [keep(pair.guided, diagnosis.seconds / pictures) for pair in diagnosis.pairs],
+        "plain": [keep(pair.plain, diagnosis.seconds / images) for pair in diagnosis.pairs],
+        "guided": [keep(pair.guided, diagnosis.seconds / images) for pair in diagnosis.pairs],
         "seconds": diagnosis.seconds,
         "findings": None if diagnosis.findings is None else diagnosis.findings.to_dict(),
         "remedies": tried,
-        "foretold": {str(seed): value for seed, value in diagnosis.foretold.items()},
+        "predicted": {str(seed): value for seed, value in diagnosis.predicted.items()},
         "problems": diagnosis.problems,
     }
     write_file(shelf.folder / "diagnosis.json", json.dumps({**diagnosis.to_dict(), "kept": kept}, indent=1).encode())
@@ -119,7 +119,7 @@ def open_diagnosis(folder: str | Path) -> Diagnosis:
                 )
                 for one in kept["remedies"]
             ),
-            {int(seed): value for seed, value in kept["foretold"].items()},
+            {int(seed): value for seed, value in kept["predicted"].items()},
             tuple(kept["problems"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

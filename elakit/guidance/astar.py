@@ -1,7 +1,7 @@
 """A-STAR: keep the attention of entities apart, and keep each entity where it was one step before.
 
 Agarwal et al., "A-STAR: Test-time Attention Segregation and Retention for Text-to-image Synthesis", ICCV 2023
-(arXiv:2306.14544), equations 2 to 4. With A_m the map of entity m, and B_m its binarised map of the step before:
+(arXiv:2306.14544), equations 2 to 4. With A_m the map of entity m, and B_m its binarized map of the step before:
 
     L_seg = sum over pairs m > n of  sum_p min(A_m, A_n) / sum_p (A_m + A_n)
     L_ret = sum over m of  1 - sum_p min(A_m, B_m) / sum_p (A_m + B_m)
@@ -31,7 +31,7 @@ from elakit.regions import otsu_masks
 
 @dataclass
 class Memory:
-    """Maps of a picture's last pass, for methods that compare a step with the one before it.
+    """Maps of an image's last pass, for methods that compare a step with the one before it.
 
     Attributes
     ----------

@@ -19,8 +19,8 @@ The pipeline of diffusers (``StableDiffusionAttendAndExcitePipeline``, 0.42) giv
   LMS and others whose input is scaled;
 * refinement compares the loss of before its latest step with the threshold, so it takes one step more than needed;
 * refinement drops ``cross_attention_kwargs`` (a LoRA's scale, for one);
-* ``attn_res`` is (16, 16) whatever the size of the picture, and computed as (width, height) when None but read as
-  (height, width): other sizes find no maps, and pictures that are not square may be read with wrong rows;
+* ``attn_res`` is (16, 16) whatever the size of the image, and computed as (width, height) when None but read as
+  (height, width): other sizes find no maps, and images that are not square may be read with wrong rows;
 * its steps and thresholds are counted in steps whatever their number, and the later ones still pay for a pass with
   gradients that nothing is done with;
 * its attention processors stay in the UNet after an error.

@@ -29,7 +29,7 @@ from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers, check_whole, refuse
 from elakit.guidance.preprocess import GUIDED, STEP_SIZE, entity_maps, schedule
 from elakit.guidance.reading import ReadsOneSize
-from elakit.masks import bounding_box
+from elakit.measures.masks import bounding_box
 from elakit.prompt import Prompt
 
 
@@ -40,7 +40,7 @@ class BoxDiff(ReadsOneSize):
     Parameters
     ----------
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
-        Where each entity belongs, in the order of the prompt: boxes in shares of the picture, or masks; they may
+        Where each entity belongs, in the order of the prompt: boxes in shares of the image, or masks; they may
         overlap.
     step_size : float
         Of the first step, 20 by the authors; it falls as Attend-and-Excite's does.

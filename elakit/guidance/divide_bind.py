@@ -1,4 +1,4 @@
-"""Divide & Bind: attention of each entity is to vary over the picture, and that of its attributes to vary with it.
+"""Divide & Bind: attention of each entity is to vary over the image, and that of its attributes to vary with it.
 
 Li, Keuper, Zhang and Khoreva, "Divide & Bind Your Attention for Improved Generative Semantic Nursing", BMVC 2023,
 arXiv:2307.10864, and its official code (github.com/boschresearch/Divide-and-Bind), checked against
@@ -20,7 +20,7 @@ Decided here: words of several tokens have the mean of their maps; an entity of 
 their divergences (their code takes one attribute an entity); an attribute hardly attended to is brought up by no more
 than the noun's maximum / 1e-8; the schedule is kept in shares of the run's steps; a prompt of fewer than two entities
 is left alone. What we take to be mistakes of their code, and do not keep: along y it compares every row with the last
-one instead of its neighbour; refinement compares the TV of before its latest step, so it takes one step more than
+one instead of its neighbor; refinement compares the TV of before its latest step, so it takes one step more than
 needed; the later version does not pass its limit of tries on, and makes up to 100 at step 0 and 50 later; gradient
 passes get latents that have not been through the scheduler's ``scale_model_input``.
 """
@@ -180,7 +180,7 @@ def coarse_and_finer(layers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def total_variation(maps: Tensor) -> Tensor:
-    """Mean difference of neighbours along x plus that along y; (n, y, x) -> (n,).
+    """Mean difference of neighbors along x plus that along y; (n, y, x) -> (n,).
 
     Examples
     --------

@@ -1,13 +1,13 @@
-"""ELA: localise a region for each entity in its attention, and anchor the entity there.
+"""ELA: localize a region for each entity in its attention, and anchor the entity there.
 
 Zhang et al., "Easing Concept Bleeding in Diffusion via Entity Localization and Anchoring", ICML 2024
 (PMLR 235:58955-58966).
 Known from the paper: decoder maps at 16 x 16, start-of-text read beside the entities, regions by differentiation and
-binarisation that do not overlap, one loss term an entity, z' = z - alpha * gradient, a slight step. Not public, and
+binarization that do not overlap, one loss term an entity, z' = z - alpha * gradient, a slight step. Not public, and
 therefore options here: the exact rules, the loss formula, the guided steps and alpha.
 
 `ELA` has what measured best on the embedded model (46 prompts, seeds 0, 2, 4 and 6; docs/evidence.md), and that departs
-from the paper: the maps of an early step only say who is to be left of whom, the picture is divided accordingly, and
+from the paper: the maps of an early step only say who is to be left of whom, the image is divided accordingly, and
 words are kept to their part in the denoiser's own passes, which takes no gradient. `PaperELA` is the paper's way.
 """
 
@@ -33,21 +33,21 @@ from elakit.prompt import Prompt
 from elakit.regions import THRESHOLD, divide, localize
 
 NATIVE_SIZE = 16  # side of the maps the paper reads
-LATE = 0.2  # share of the steps before guidance begins where each step localises regions
-EARLY = 0.08  # where the picture is divided, and attention held
+LATE = 0.2  # share of the steps before guidance begins where each step localizes regions
+EARLY = 0.08  # where the image is divided, and attention held
 GRADIENT_GUIDED = 0.3  # share of the steps that are guided where a gradient is taken
 
 
 @dataclass
 class Anchors:
-    """What a picture's run is anchored to, beside what each step localises.
+    """What an image's run is anchored to, beside what each step localizes.
 
     Whoever changes it, in the middle of a run too, steers the run from the next guided step on.
 
     Attributes
     ----------
     masks : ndarray, bool (entity, y, x), or None
-        Regions of all entities once they are locked; None while each step localises its own.
+        Regions of all entities once they are locked; None while each step localizes its own.
     given : layout or None
         Regions by hand, as `ELA` takes them.
     held : ndarray, bool (entity, y, x), or None
@@ -59,7 +59,7 @@ class Anchors:
     held: np.ndarray | None = None
 
     def steer(self, given: Layout | None) -> None:
-        """Anchor to regions by hand from here on; what was locked is localised once more.
+        """Anchor to regions by hand from here on; what was locked is localized once more.
 
         Raises
         ------
@@ -69,7 +69,7 @@ class Anchors:
         Examples
         --------
         >>> anchors = Anchors()
-        >>> anchors.steer([(0, 0, 0.5, 1), None])  # the second entity is still localised
+        >>> anchors.steer([(0, 0, 0.5, 1), None])  # the second entity is still localized
         >>> anchors.given
         ((0.0, 0.0, 0.5, 1.0), None)
         """
@@ -88,7 +88,7 @@ class ELA:
         `push` lower outside, or by a loss on its map and a step of the latent along the gradient, as in the paper. By
         default "logits", and "gradient" where regions are given by hand: it also brings an entity to where the model
         would not have put it.
-    localisation : {"strips", "maps"}
+    localization : {"strips", "maps"}
         Regions: strips of equal width, in the order in which early maps have the entities, kept for the whole run
         (`elakit.regions.divide`); or where the maps of each guided step have the entity, as in the paper
         (`elakit.regions.localize`). Strips suit entities that stand beside each other, not one that
@@ -99,19 +99,19 @@ class ELA:
         Share of the denoising steps that are made before guidance begins. By default 0 where regions are given by hand
         and for strips with "gradient", .08 for strips with "logits", and .2 where the maps of each step give the
         regions: in the first few steps these are nearly noise, and holding entities there does harm. With "logits"
-        regions are localised in the pass before, so that the first one is never held unless they are given.
+        regions are localized in the pass before, so that the first one is never held unless they are given.
     guided : float, optional
         Share of the denoising steps that are guided, from there on; by default all with "logits", .3 with "gradient".
     every : int
         Of these, every so manieth is guided.
     step_size : float
-        alpha of z' = z - alpha * gradient. With ``gradient="normalised"`` it is the root mean square of the
+        alpha of z' = z - alpha * gradient. With ``gradient="normalized"`` it is the root mean square of the
         latent's change (latents have unit variance at the start). As `decay` and `gradient`, for "gradient" only.
     decay : float
         Step size at the end of the guided steps, as a share of `step_size`; linear in between.
-    gradient : {"normalised", "raw"}
+    gradient : {"normalized", "raw"}
     enough : float, optional
-        A picture whose loss is not above this at a guided step is left alone from there on; by default none is.
+        An image whose loss is not above this at a guided step is left alone from there on; by default none is.
     outside : float
         Weight of (1 - share of the entity's attention that lies in its region) squared: the closest published form
         is that of layout guidance (Chen et al., 2024). The loss is traced with "logits" too.
@@ -127,19 +127,19 @@ class ELA:
     size : int, optional
         Longer side of the maps read; by default 16, or what the model has nearest to it.
     lock_from : int, optional
-        Denoising step from which the regions stay as they are; by default ``localisation="maps"`` localises them at
+        Denoising step from which the regions stay as they are; by default ``localization="maps"`` localizes them at
         every guided step.
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x), optional
-        Where each entity belongs, in the order of the prompt, given by hand instead of localised: boxes in shares of
-        the picture, or masks. A cell of two entities goes to the smaller region. In a sequence None stands for an
-        entity that is localised, in the cells that the others leave it.
+        Where each entity belongs, in the order of the prompt, given by hand instead of localized: boxes in shares of
+        the image, or masks. A cell of two entities goes to the smaller region. In a sequence None stands for an
+        entity that is localized, in the cells that the others leave it.
     background : {"start+end", "start"}
-        Attention that stands for the background in ``localisation="maps"``: of start-of-text alone, as in the paper's
+        Attention that stands for the background in ``localization="maps"``: of start-of-text alone, as in the paper's
         figure, or with that of end-of-text and padding. In Stable Diffusion start-of-text holds nearly all of it, in
         picture-world the padding does. Models that read the prompt with T5 alone (PixArt, FLUX) have no start-of-text;
         there it is end-of-text and padding either way.
-    differentiation, binarisation, threshold, subtract_pedestal, min_cells
-        Of ``localisation="maps"``; see `elakit.regions.localize`.
+    differentiation, binarization, threshold, subtract_pedestal, min_cells
+        Of ``localization="maps"``; see `elakit.regions.localize`.
 
     Raises
     ------
@@ -157,14 +157,14 @@ class ELA:
     """
 
     anchoring: Literal["logits", "gradient"] | None = None
-    localisation: Literal["strips", "maps"] = "strips"
+    localization: Literal["strips", "maps"] = "strips"
     push: float = 5.0
     start: float | None = None
     guided: float | None = None
     every: int = 1
     step_size: float = 0.1
     decay: float = 0.5
-    gradient: Literal["normalised", "raw"] = "normalised"
+    gradient: Literal["normalized", "raw"] = "normalized"
     enough: float | None = None
     outside: float = 1.0
     presence: float = 1.0
@@ -176,7 +176,7 @@ class ELA:
     regions: Layout | None = None
     background: Literal["start+end", "start"] = "start+end"
     differentiation: str = "argmax"
-    binarisation: str = "background"
+    binarization: str = "background"
     threshold: float = THRESHOLD
     subtract_pedestal: bool = True
     min_cells: int | None = None
@@ -200,8 +200,8 @@ class ELA:
         if self.enough is not None and not self.enough >= 0:
             refuse("enough", "must be a loss, 0 or more, or None")
         choices = {
-            "localisation": ("strips", "maps"),
-            "gradient": ("normalised", "raw"),
+            "localization": ("strips", "maps"),
+            "gradient": ("normalized", "raw"),
             "background": ("start+end", "start"),
         }
         for option, (one, other) in choices.items():
@@ -231,7 +231,7 @@ class ELA:
 
     def rule(self) -> dict[str, Any]:
         """Its options of `elakit.regions.localize`."""
-        names = ("differentiation", "binarisation", "threshold", "subtract_pedestal", "min_cells")
+        names = ("differentiation", "binarization", "threshold", "subtract_pedestal", "min_cells")
         return {name: getattr(self, name) for name in names}
 
     def begin(self, prompt: Prompt, steps: int) -> Anchors:
@@ -255,7 +255,7 @@ class ELA:
         """Share of the steps before guidance, where none is asked for."""
         if self.regions is not None:
             return 0.0
-        if self.localisation == "maps":
+        if self.localization == "maps":
             return LATE
         return EARLY if self.holds else 0.0
 
@@ -314,13 +314,13 @@ class ELA:
         if state.masks is not None:
             return state.masks
         masks = self._regions(_entities(maps.detach(), prompt), self._background(maps.detach(), prompt), state.given)
-        if self.localisation == "strips" or (self.lock_from is not None and step >= self.lock_from):
+        if self.localization == "strips" or (self.lock_from is not None and step >= self.lock_from):
             state.masks = masks
         return masks
 
     def _regions(self, entities: Tensor, background: Tensor, given: Layout | None) -> np.ndarray:
-        """Regions given by hand, and those of the other entities, localised in the cells that are left."""
-        strips = self.localisation == "strips"
+        """Regions given by hand, and those of the other entities, localized in the cells that are left."""
+        strips = self.localization == "strips"
         if given is None:
             return divide(entities) if strips else localize(entities, background, **self.rule()).masks
         masks = apart(layout_masks(given, (entities.shape[1], entities.shape[2]), len(entities)))
@@ -362,10 +362,10 @@ class PaperELA(ELA):
     """
 
     anchoring: Literal["logits", "gradient"] | None = "gradient"
-    localisation: Literal["strips", "maps"] = "maps"
+    localization: Literal["strips", "maps"] = "maps"
     step_size: float = STEP_SIZE
     decay: float = math.sqrt(0.75)
-    gradient: Literal["normalised", "raw"] = "raw"
+    gradient: Literal["normalized", "raw"] = "raw"
     start: float | None = 0.0
     guided: float | None = GUIDED
     presence: float = 0.0

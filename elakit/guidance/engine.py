@@ -57,7 +57,7 @@ def reading(adapter: Adapter, layers: Sequence[AttentionLayer], *, reads_self: b
     ------
     callable
         ``read(latents, timestep, conditioning)``, of latents (n, c, h, w), or packed as the pipeline has them (FLUX),
-        scaled by the scheduler, gives an `Attention` a picture; probabilities in float32 or float64.
+        scaled by the scheduler, gives an `Attention` an image; probabilities in float32 or float64.
 
     Raises
     ------
@@ -121,14 +121,14 @@ def gradient(
     latents : Tensor, (n, c, h, w), or packed as the pipeline has them (FLUX)
         As the scheduler keeps them (not scaled).
     states : sequence of n
-        Of the pictures; by default those of a run's beginning.
+        Of the images; by default those of a run's beginning.
 
     Returns
     -------
     losses : list of Loss
-        One a picture.
+        One an image.
     gradient : Tensor, of the latents' shape
-        In float32 (float64 for float64 latents); pictures do not see each other. Zero where all losses are low enough.
+        In float32 (float64 for float64 latents); images do not see each other. Zero where all losses are low enough.
     """
     if states is None:
         states = [method.begin(prompt, len(adapter.pipe.scheduler.timesteps)) for _ in latents]
@@ -230,7 +230,7 @@ def noise_levels(scheduler: Any) -> list[float]:
 
 
 class Guide:
-    """One guided run: moves the latents before each denoising step, and keeps a trace a picture.
+    """One guided run: moves the latents before each denoising step, and keeps a trace an image.
 
     Parameters
     ----------
@@ -241,7 +241,7 @@ class Guide:
     conditioning : Conditioning
     latent : tuple of int
         (h, w) of the latent.
-    pictures : int
+    images : int
         In the batch.
     """
 
@@ -252,21 +252,21 @@ class Guide:
         prompt: Prompt,
         conditioning: Conditioning,
         latent: tuple[int, int],
-        pictures: int = 1,
+        images: int = 1,
     ) -> None:
         self.adapter = adapter_for(pipe)
         self.method, self.prompt, self.conditioning = method, prompt, conditioning
         self.layers = method.select(self.adapter.layers(), latent)
         self.updates = tuple(method.plan(noise_levels(pipe.scheduler), prompt))
-        self.pictures = pictures
-        self.states = [method.begin(prompt, len(pipe.scheduler.timesteps)) for _ in range(pictures)]
+        self.images = images
+        self.states = [method.begin(prompt, len(pipe.scheduler.timesteps)) for _ in range(images)]
         options, labels = options_of(method), tuple(e.label for e in prompt.entities)
-        self.traces = [Trace(method.name, options, labels) for _ in range(pictures)]
-        self.done: set[int] = set()  # pictures with nothing left to mend
+        self.traces = [Trace(method.name, options, labels) for _ in range(images)]
+        self.done: set[int] = set()  # images with nothing left to fix
         self.left_alone: set[int] = set()  # those of them that never were to be guided
         self.holder: Holder | None = None
         if isinstance(method, Holds) and any(update.hold for update in self.updates):
-            self.holder = Holder(self.adapter, self.layers, pictures)
+            self.holder = Holder(self.adapter, self.layers, images)
         rows, columns = (-(-side // self.layers[0].factor) for side in latent) if self.layers else (0, 0)
         self.map_size = rows, columns  # of what is read
 
@@ -275,7 +275,7 @@ class Guide:
         return nullcontext() if self.holder is None else self.holder()
 
     def only(self, needed: Sequence[bool]) -> None:
-        """Leave alone, from here on, the pictures that do not need guidance."""
+        """Leave alone, from here on, the images that do not need guidance."""
         self.left_alone = {i for i, one in enumerate(needed) if not one}
         self.done |= self.left_alone
 
@@ -375,8 +375,8 @@ class Guide:
         """What is held in the pass of a step about to run."""
         if self.holder is None or not isinstance(self.method, Holds):
             return
-        held: list[Hold | None] = [None] * self.pictures
-        pending = set(range(self.pictures)) - self.done
+        held: list[Hold | None] = [None] * self.images
+        pending = set(range(self.images)) - self.done
         if step < len(self.updates) and self.updates[step].hold:
             for i in pending:
                 seen = self.holder.attention(i) if self.holder.seen else None
@@ -399,14 +399,14 @@ class Guide:
             self.traces[i].add(_row(step, timestep, loss, time.perf_counter() - began), one.masks)
 
     def _gradient(
-        self, latents: Tensor, step: int, timestep: Tensor, pictures: Sequence[int]
+        self, latents: Tensor, step: int, timestep: Tensor, images: Sequence[int]
     ) -> tuple[list[Loss], Tensor]:
         return gradient(
             self.adapter, self.method, self.prompt, self.layers, latents, timestep, self.conditioning,
-            step=step, states=[self.states[i] for i in pictures],
+            step=step, states=[self.states[i] for i in images],
         )  # fmt: skip
 
-    def _search(self, method: NoiseSearch, noise: Tensor, scale: float, timestep: Tensor, picture: int) -> Tensor:
+    def _search(self, method: NoiseSearch, noise: Tensor, scale: float, timestep: Tensor, image: int) -> Tensor:
         model_dtype: torch.dtype = next(self.adapter.denoiser.parameters()).dtype
         with (
             paused(self.adapter.pipe),
@@ -420,7 +420,7 @@ class Guide:
                 return read(scaled, timestep, self.conditioning)[0]
 
             found, rows = method.search(noise.detach().float(), attend, self.prompt)
-        self.traces[picture].searched.extend(rows)
+        self.traces[image].searched.extend(rows)
         return found.detach().to(noise.dtype)
 
 

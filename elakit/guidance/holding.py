@@ -17,24 +17,24 @@ from elakit.models import Adapter, AttentionLayer
 
 
 class Holder:
-    """What is held of each picture of a run, and the attention that its last pass had.
+    """What is held of each image of a run, and the attention that its last pass had.
 
     Parameters
     ----------
     adapter : Adapter
     layers : sequence of AttentionLayer
         Whose attention is read; all layers are held.
-    pictures : int
+    images : int
         In the batch.
     """
 
-    def __init__(self, adapter: Adapter, layers: Sequence[AttentionLayer], pictures: int) -> None:
+    def __init__(self, adapter: Adapter, layers: Sequence[AttentionLayer], images: int) -> None:
         self.adapter = adapter
         self.layers = layers
-        self.held: list[Hold | None] = [None] * pictures
+        self.held: list[Hold | None] = [None] * images
         self._reads = True  # whether passes are
         self._rows: slice | None = None  # of the pass in progress that see the prompt; None: not read
-        self._read: dict[str, Tensor] = {}  # a layer, (picture, 1, token, y, x)
+        self._read: dict[str, Tensor] = {}  # a layer, (image, 1, token, y, x)
         self._made: dict[tuple[tuple[int, int], int], Tensor | None] = {}
 
     @contextmanager
@@ -52,9 +52,9 @@ class Holder:
         """Whether a pass has been read."""
         return bool(self._read)
 
-    def attention(self, picture: int) -> Attention:
+    def attention(self, image: int) -> Attention:
         """Of the last pass that saw the prompt, as it was held."""
-        return Attention(tuple(self._read[layer.name][picture] for layer in self.layers))
+        return Attention(tuple(self._read[layer.name][image] for layer in self.layers))
 
     def hold(self, held: Sequence[Hold | None], *, read: bool = True) -> None:
         """Hold these from the next pass on, and read the passes, which takes time, or do not."""

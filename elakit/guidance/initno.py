@@ -44,7 +44,7 @@ _SCALE = 256.0  # of the loss: gradients survive half precision, and a power of 
 
 @dataclass(frozen=True)
 class InitNO(ReadsOneSize):
-    """Initial noise optimisation.
+    """Initial noise optimization.
 
     Parameters
     ----------
@@ -128,13 +128,13 @@ class InitNO(ReadsOneSize):
         starts: list[tuple[float, Tensor]] = []
         start = noise
         for number in range(self.rounds):
-            found, score, enough = self._optimise(start, attend, prompt, self.iterations, number, rows)
+            found, score, enough = self._optimize(start, attend, prompt, self.iterations, number, rows)
             if enough:
                 return found, rows
             starts.append((score, start))
             start = torch.randn(noise.shape, generator=generator).to(noise)
         best = min(starts, key=lambda one: one[0])[1]
-        return self._optimise(best, attend, prompt, self.last_iterations, self.rounds, rows)[0], rows
+        return self._optimize(best, attend, prompt, self.last_iterations, self.rounds, rows)[0], rows
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
         """Updates and refinement; nothing where only one entity is named."""
@@ -148,7 +148,7 @@ class InitNO(ReadsOneSize):
         cross, conflict = _scores(attention, prompt)
         return Loss(cross, {"excite": float(cross.detach()), "conflict": float(conflict.detach())})
 
-    def _optimise(
+    def _optimize(
         self,
         start: Tensor,
         attend: Callable[[Tensor], Attention],

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from elakit.errors import SettingError
-from elakit.masks import downscale
+from elakit.measures.masks import downscale
 
 Box = tuple[float, float, float, float]
 Region = Box | np.ndarray
@@ -21,7 +21,7 @@ def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
     Parameters
     ----------
     layout : sequence of (left, top, right, bottom) or of ndarray, bool, (y, x); or ndarray, bool, (entity, y, x)
-        One an entity, in the order of the prompt. Boxes are in shares of the picture, 0 to 1.
+        One an entity, in the order of the prompt. Boxes are in shares of the image, 0 to 1.
     who : str
         Who was given it, for the message.
     partial : bool
@@ -30,7 +30,7 @@ def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
     Raises
     ------
     SettingError
-        It is neither, a box has no area or leaves the picture, or a mask is empty.
+        It is neither, a box has no area or leaves the image, or a mask is empty.
 
     Examples
     --------
@@ -40,7 +40,7 @@ def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
     (None, (0.5, 0.0, 1.0, 1.0))
     """
     how = (
-        "give one box an entity, (left, top, right, bottom) in shares of the picture such as (0, 0, 0.5, 1), "
+        "give one box an entity, (left, top, right, bottom) in shares of the image such as (0, 0, 0.5, 1), "
         "or boolean masks (entity, y, x)"
     )
     if isinstance(layout, np.ndarray) and layout.ndim == 3 and layout.dtype == np.bool_:
@@ -58,7 +58,7 @@ def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
         elif region is not None and not (
             len(region) == 4 and 0 <= region[0] < region[2] <= 1 and 0 <= region[1] < region[3] <= 1
         ):
-            raise SettingError(f"{who}: {region} is no box within the picture; {how}.")
+            raise SettingError(f"{who}: {region} is no box within the image; {how}.")
     return regions
 
 
@@ -82,7 +82,7 @@ def layout_masks(layout: Layout, size: tuple[int, int], entities: int) -> np.nda
     Returns
     -------
     ndarray, bool, (entity, y, x)
-        Cells whose centre lies in the box, or most of which lies in the mask; at least one an entity, none for None.
+        Cells whose center lies in the box, or most of which lies in the mask; at least one an entity, none for None.
 
     Raises
     ------
@@ -124,7 +124,7 @@ def apart(masks: np.ndarray) -> np.ndarray:
 
 
 def _cells(box: Box, size: tuple[int, int]) -> np.ndarray:
-    """Cells whose centre lies in a box, or else the one that holds the box's own centre; bool (y, x)."""
+    """Cells whose center lies in a box, or else the one that holds the box's own center; bool (y, x)."""
     rows, columns = ((np.arange(n) + 0.5) / n for n in size)
     inside = ((rows >= box[1]) & (rows <= box[3]))[:, None] & ((columns >= box[0]) & (columns <= box[2]))
     if not inside.any():

@@ -39,7 +39,7 @@ class LayoutGuidance:
     Parameters
     ----------
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
-        Where each entity belongs, in the order of the prompt: boxes in shares of the picture, or masks; they may
+        Where each entity belongs, in the order of the prompt: boxes in shares of the image, or masks; they may
         overlap.
     step_size : float
         The authors' 30.

@@ -18,7 +18,7 @@ from elakit.prompt import Prompt
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention of one picture in one pass, with its gradient.
+    """Attention of one image in one pass, with its gradient.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ def _mean(layers: Sequence[Tensor], spatial: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a method loses on the attention of one picture.
+    """What a method loses on the attention of one image.
 
     Attributes
     ----------
@@ -70,7 +70,7 @@ class Loss:
     goal : float, optional
         What refinement is to bring down to `Update.until`; by default the total.
     enough : bool
-        Nothing is left to mend: the picture is left alone from here on, and costs no more passes.
+        Nothing is left to fix: the image is left alone from here on, and costs no more passes.
     """
 
     total: Tensor
@@ -107,7 +107,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Hold:
-    """Where in a picture words may be attended to.
+    """Where in an image words may be attended to.
 
     Attributes
     ----------
@@ -134,16 +134,16 @@ class Method(Protocol):
         """The layers the loss reads, in forward order; latent is (h, w)."""
 
     def begin(self, prompt: Prompt, steps: int) -> Any:
-        """State of one picture's run of so many steps (such as locked regions), handed to every `loss` of it."""
+        """State of one image's run of so many steps (such as locked regions), handed to every `loss` of it."""
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> Sequence[Update]:
         """What is done before each step; `noise` is each step's ratio of noise to signal (standard deviations)."""
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Any) -> Loss:
-        """Loss on one picture's attention."""
+        """Loss on one image's attention."""
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """The gradient of one picture as it is stepped along (raw, or brought to a fixed length)."""
+        """The gradient of one image as it is stepped along (raw, or brought to a fixed length)."""
 
 
 @runtime_checkable
@@ -153,7 +153,7 @@ class Holds(Protocol):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Any
     ) -> Hold | None:
-        """What is held in a step's pass of one picture, or None, given the attention of the pass before it.
+        """What is held in a step's pass of one image, or None, given the attention of the pass before it.
 
         Before the first pass there is none; size is (rows, columns) of the maps that are read. `Method.loss` is asked
         afterwards, with the attention of the pass that was held.

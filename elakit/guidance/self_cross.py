@@ -4,7 +4,7 @@ Qiu et al., "Self-Cross Diffusion Guidance for Text-to-Image Synthesis of Simila
 (arXiv:2411.18936), and its official code (github.com/mengtang-lab/selfcross-guidance). With A_i the map of entity i,
 prepared as in Attend-and-Excite, and O_i the cells above its Otsu threshold:
 
-    S_i = sum over p in O_i of A_i(p) * SelfAttention(p), smoothed, then normalised to sum 1
+    S_i = sum over p in O_i of A_i(p) * SelfAttention(p), smoothed, then normalized to sum 1
     L = max over i of (1 - max_p A_i) + mean over i != j of sum_p min(S_j, A_i)
 
 The second term waits until the first is not above 0.5. In the paper it is added to another method's loss: here to

@@ -18,7 +18,7 @@ Decided here: the pairs are those that `elakit.parse` reads (or the brackets say
 off zero by 1e-9 (their code clips distributions at the least float); a prompt of fewer than two entities, or without
 any pair, is left alone. Mistakes of their code that are not kept: gradient passes get latents that have not been
 through the scheduler's ``scale_model_input``; the first prompt's pairs serve all later ones; of a batch only the last
-picture is kept.
+image is kept.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def other_tokens(prompt: Prompt, entity: Entity) -> list[int]:
 
 
 def divergence(maps: Tensor) -> Tensor:
-    """Symmetrised Kullback-Leibler divergence of every two maps, each as a distribution over space.
+    """Symmetrized Kullback-Leibler divergence of every two maps, each as a distribution over space.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What guidance did to a picture, step by step."""
+"""What guidance did to an image, step by step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is in a finished picture: which nouns, where, in which colour, and what is fused."""
+"""What is in a finished image: which nouns, where, in which color, and what is fused."""
 
 from elakit.judge.things import Detector, Thing
 from elakit.judge.verdict import FAILURES, Verdict, judge, knows

@@ -1,6 +1,6 @@
-"""Zero-shot detectors and segmenters of transformers as judges of real pictures (Stable Diffusion, SDXL, photographs).
+"""Zero-shot detectors and segmenters of transformers as judges of real images (Stable Diffusion, SDXL, photographs).
 
-Each is an object called with a picture and nouns that answers with things, so it fits wherever the embedded judge
+Each is an object called with an image and nouns that answers with things, so it fits wherever the embedded judge
 does. Each keeps to the post-processing its authors published; what its thresholds mean is said with it.
 """
 
@@ -21,13 +21,13 @@ from torch.nn import functional as F
 from transformers import AutoProcessor, PreTrainedConfig
 
 from elakit.errors import ModelError, PromptError, SettingError
-from elakit.judge.colour import name_colour
+from elakit.judge.color import name_color
 from elakit.judge.things import Detector, Thing
 from elakit.models import HUB_ID, device_named, first_line
 
 __all__ = ["ClipSegSegmenter", "GroundingDinoDetector", "OwlDetector", "Sam", "load_detector", "mark_coinciding"]
 
-_COLOUR_PIXELS = 4096  # of a thing, drawn evenly: enough to name its colour, and a megapixel would take gigabytes
+_COLOR_PIXELS = 4096  # of a thing, drawn evenly: enough to name its color, and a megapixel would take gigabytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ class OwlDetector:
     query : str
         What is asked for; ``{noun}`` stands for the noun.
     masks : Sam, optional
-        Refines boxes to masks; without it a thing's mask is its whole box, and its colour that of the box.
+        Refines boxes to masks; without it a thing's mask is its whole box, and its color that of the box.
 
     Raises
     ------
@@ -110,7 +110,7 @@ class OwlDetector:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, nouns: Sequence[str]) -> list[Thing]:
-        """Things in the picture that are one of the nouns, the surest first."""
+        """Things in the image that are one of the nouns, the surest first."""
         asked = _distinct(nouns)
         if not asked:
             return []
@@ -121,9 +121,9 @@ class OwlDetector:
             images=rgb, text=[texts], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         outputs = self.model(**_ready(inputs, self.model))
-        # Single precision from here on: a half cannot tell the pixels of a large picture apart.
+        # Single precision from here on: a half cannot tell the pixels of a large image apart.
         outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
-        # Knows that OWLv2's boxes are shares of the picture padded to a square, and OWL-ViT's of the picture.
+        # Knows that OWLv2's boxes are shares of the image padded to a square, and OWL-ViT's of the image.
         found = self.processor.post_process_grounded_object_detection(
             outputs, threshold=self.threshold, target_sizes=[(rgb.height, rgb.width)]
         )[0]
@@ -146,7 +146,7 @@ class GroundingDinoDetector:
     nms : float
         Of two boxes of one noun with a larger IoU than this only the surer stays.
     masks : Sam, optional
-        Refines boxes to masks; without it a thing's mask is its whole box, and its colour that of the box.
+        Refines boxes to masks; without it a thing's mask is its whole box, and its color that of the box.
 
     Raises
     ------
@@ -169,7 +169,7 @@ class GroundingDinoDetector:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, nouns: Sequence[str]) -> list[Thing]:
-        """Things in the picture that are one of the nouns, the surest first."""
+        """Things in the image that are one of the nouns, the surest first."""
         asked = _distinct(nouns)
         if not asked:
             return []
@@ -220,7 +220,7 @@ class ClipSegSegmenter:
     threshold : float
         Pixels are hotter than this.
     least_area : float
-        Patches cover at least this share of the picture.
+        Patches cover at least this share of the image.
     query : str
         What is asked for; ``{noun}`` stands for the noun.
 
@@ -245,7 +245,7 @@ class ClipSegSegmenter:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, nouns: Sequence[str]) -> list[Thing]:
-        """Things in the picture that are one of the nouns, the surest first."""
+        """Things in the image that are one of the nouns, the surest first."""
         asked = _distinct(nouns)
         if not asked:
             return []
@@ -254,11 +254,11 @@ class ClipSegSegmenter:
         strongest = heat.argmax(0)
         things = []
         for i, noun in enumerate(asked):
-            labelled, count = components((strongest == i) & (heat[i] > self.threshold), return_num=True, connectivity=2)
-            areas = np.bincount(labelled.ravel(), minlength=count + 1) / labelled.size
+            labeled, count = components((strongest == i) & (heat[i] > self.threshold), return_num=True, connectivity=2)
+            areas = np.bincount(labeled.ravel(), minlength=count + 1) / labeled.size
             for patch in 1 + np.flatnonzero(areas[1:] >= self.least_area):
-                mask = labelled == patch
-                things.append(Thing(noun, mask, float(heat[i][mask].mean()), _colour(rgb, mask)))
+                mask = labeled == patch
+                things.append(Thing(noun, mask, float(heat[i][mask].mean()), _color(rgb, mask)))
         return sorted(things, key=lambda thing: -thing.score)
 
     @torch.no_grad()
@@ -268,7 +268,7 @@ class ClipSegSegmenter:
         Returns
         -------
         ndarray, float32 in [0, 1], (noun, y, x)
-            At the picture's size.
+            At the image's size.
         """
         texts = [self.query.replace("{noun}", noun) for noun in nouns]
         length = self.model.config.text_config.max_position_embeddings
@@ -300,7 +300,7 @@ def load_detector(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Detector:
-    """Load a detector for real pictures; safetensors only, and no code that comes with a model is ever run.
+    """Load a detector for real images; safetensors only, and no code that comes with a model is ever run.
 
     Parameters
     ----------
@@ -309,7 +309,7 @@ def load_detector(
         ``google/owlv2-base-patch16-ensemble``, ``IDEA-Research/grounding-dino-tiny``, or, to segment,
         ``CIDAS/clipseg-rd64-refined``.
     sam : str, pathlib.Path or Sam, optional
-        Refines the boxes of OWL and Grounding DINO to masks; recommended wherever colours matter:
+        Refines the boxes of OWL and Grounding DINO to masks; recommended wherever colors matter:
         ``facebook/sam-vit-base``.
     device : str or torch.device, optional
         Default: CUDA where there is one, else the CPU.
@@ -401,7 +401,7 @@ def mark_coinciding(things: Sequence[Thing], iou: float = 0.9) -> list[Thing]:
 def _things(
     rgb: Image.Image, nouns: list[str], scores: torch.Tensor, corners: torch.Tensor, nms: float, sam: Sam | None
 ) -> list[Thing]:
-    """Things of boxes (n, 4) in picture pixels: inside the picture, without duplicates, marked, refined, coloured."""
+    """Things of boxes (n, 4) in image pixels: inside the image, without duplicates, marked, refined, colored."""
     sides = [rgb.width, rgb.height, rgb.width, rgb.height]
     boxes = np.clip(np.rint(corners.cpu().numpy()), 0, sides).astype(int)
     sure = scores.cpu().numpy()
@@ -416,7 +416,7 @@ def _things(
     if sam is not None:
         refined = sam(rgb, [thing.box for thing in things])
         things = [replace(t, mask=mask) if mask.any() else t for t, mask in zip(things, refined, strict=True)]
-    return [replace(thing, colour=_colour(rgb, thing.mask)) for thing in things]
+    return [replace(thing, color=_color(rgb, thing.mask)) for thing in things]
 
 
 def _suppress(boxes: np.ndarray, scores: np.ndarray, nouns: list[str], iou: float) -> list[int]:
@@ -440,11 +440,11 @@ def _ious(boxes: np.ndarray) -> np.ndarray:
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
-def _colour(rgb: Image.Image, mask: np.ndarray) -> str | None:
+def _color(rgb: Image.Image, mask: np.ndarray) -> str | None:
     pixels = np.asarray(rgb)[mask]
-    if len(pixels) > _COLOUR_PIXELS:
-        pixels = pixels[np.random.default_rng(0).choice(len(pixels), _COLOUR_PIXELS, replace=False)]
-    return name_colour(pixels)
+    if len(pixels) > _COLOR_PIXELS:
+        pixels = pixels[np.random.default_rng(0).choice(len(pixels), _COLOR_PIXELS, replace=False)]
+    return name_color(pixels)
 
 
 def _distinct(nouns: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The embedded judge's network: what every pixel of a picture shows, and whether it is part of a hybrid."""
+"""The embedded judge's network: what every pixel shows, and whether it is part of a hybrid or of nothing nameable."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from elakit.errors import ModelError
-from elakit.judge.colour import thing_colour
+from elakit.judge.color import thing_color
 from elakit.judge.things import Thing
 from elakit.resources import data_path
 from elakit.world.vocabulary import NOUNS
 
 CLASSES = 1 + len(NOUNS)
 CHANNELS = (16, 48, 96, 160, 224)
-SIZE = 128  # pixels; pictures of another size are resized to what the judge was trained on
-# A thing is there if one connected patch of it covers this share of the picture. In the world's scenes the smallest
+SIZE = 128  # pixels; images of another size are resized to what the judge was trained on
+# A thing is there if one connected patch of it covers this share of the image. In the world's scenes the smallest
 # (glasses among three) covers about 1.5 %.
 LEAST_AREA = 0.008
 # A patch this much smaller than a larger one that it touches is a speck in the larger one's drawing, not a thing.
@@ -33,6 +33,8 @@ SPECK = 0.15
 # A patch is part of a hybrid if its pixels say so with at least this mean probability. Chosen on 300 composed hybrids,
 # 300 pairs and 288 drawings of single things, of seeds of their own.
 MIXED = 0.3
+# A patch is unrecognizable if its pixels say so with at least this mean probability.
+UNRECOGNIZABLE = 0.5
 
 
 class Segmenter(nn.Module):
@@ -41,36 +43,38 @@ class Segmenter(nn.Module):
     Parameters
     ----------
     channels : tuple of int
-        Widths at 1/2, 1/4, 1/8, ... of the picture's side.
+        Widths at 1/2, 1/4, 1/8, ... of the image's side.
+    outputs : int
+        ``CLASSES + 2``; or ``CLASSES + 1`` for a judge that has no notion of the unrecognizable.
     """
 
-    def __init__(self, channels: tuple[int, ...] = CHANNELS) -> None:
+    def __init__(self, channels: tuple[int, ...] = CHANNELS, outputs: int = CLASSES + 2) -> None:
         super().__init__()
         self.stem = _convolve(3, channels[0], stride=2)
         self.down = nn.ModuleList(
             nn.Sequential(_convolve(a, b, stride=2), _convolve(b, b)) for a, b in pairwise(channels)
         )
         self.up = nn.ModuleList(_convolve(a + b, b) for a, b in zip(channels[:0:-1], channels[-2::-1], strict=True))
-        self.head = nn.Conv2d(channels[0], CLASSES + 1, 1)
+        self.head = nn.Conv2d(channels[0], outputs, 1)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Class scores, and the logit of being part of a hybrid.
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores, and the logits of being part of a hybrid and of being unrecognizable.
 
         Parameters
         ----------
-        pictures : Tensor, (n, 3, h, w)
+        images : Tensor, (n, 3, h, w)
             In [-1, 1]; sides are multiples of 32.
 
         Returns
         -------
-        Tensor, (n, 26, h, w)
-            Background, the nouns in the order of ``NOUNS``, hybrid.
+        Tensor, (n, 27, h, w)
+            Background, the nouns in the order of ``NOUNS``, hybrid, unrecognizable.
         """
-        return F.interpolate(self.halved(pictures), size=pictures.shape[-2:], mode="bilinear", align_corners=False)
+        return F.interpolate(self.halved(images), size=images.shape[-2:], mode="bilinear", align_corners=False)
 
-    def halved(self, pictures: Tensor) -> Tensor:
-        """The scores at half resolution, as the network computes them: (n, 26, h / 2, w / 2)."""
-        x = self.stem(pictures)
+    def halved(self, images: Tensor) -> Tensor:
+        """The scores at half resolution, as the network computes them: (n, 27, h / 2, w / 2)."""
+        x = self.stem(images)
         skips = []
         for down in self.down:
             skips.append(x)
@@ -93,17 +97,18 @@ def load_segmenter() -> Segmenter:
     remedy = "Train them: python -m elakit.world.train --stage judge, and copy judge/ to data/picture-world/."
     if not path.exists():
         raise ModelError(f"The judge's weights are missing ({path.name}). {remedy}")
-    model = Segmenter()
+    weights = {name: value.float() for name, value in load_file(path).items()}
     try:
-        model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
-    except RuntimeError as error:
+        model = Segmenter(outputs=len(weights["head.weight"]))
+        model.load_state_dict(weights)
+    except (KeyError, RuntimeError) as error:
         raise ModelError(f"The judge's weights ({path.name}) do not fit this version of elakit. {remedy}") from error
     return model.eval()
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the judge's network makes of some pictures.
+    """What the judge's network makes of some images.
 
     Attributes
     ----------
@@ -112,20 +117,23 @@ class Seen:
     probabilities : ndarray, float32, (n, 25, size, size)
     mixed : ndarray, float32, (n, size, size)
         Probability of being part of a hybrid.
+    unrecognizable : ndarray, float32, (n, size, size)
+        Probability of being part of a shape that cannot be named; 0 from a judge that does not know the notion.
     """
 
     classes: np.ndarray
     probabilities: np.ndarray
     mixed: np.ndarray
+    unrecognizable: np.ndarray
 
 
 @torch.no_grad()
-def segment(pictures: np.ndarray) -> Seen:
+def segment(images: np.ndarray) -> Seen:
     """Look at every pixel.
 
     Parameters
     ----------
-    pictures : ndarray, uint8, (n, size, size, 3)
+    images : ndarray, uint8, (n, size, size, 3)
 
     Examples
     --------
@@ -135,16 +143,18 @@ def segment(pictures: np.ndarray) -> Seen:
     >>> NOUNS[int(np.median(classes[scene.entities[0].mask])) - 1]
     'frog'
     """
-    pixels = torch.tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = torch.tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     model = load_segmenter()
     # the mirror image is a second opinion
     scores = (model(pixels) + model(pixels.flip(-1)).flip(-1)) / 2
     probabilities = scores[:, :CLASSES].softmax(1)
-    return Seen(probabilities.argmax(1).numpy(), probabilities.numpy(), scores[:, CLASSES].sigmoid().numpy())
+    mixed, spoiled = scores[:, CLASSES].sigmoid(), scores[:, CLASSES + 1 :].sigmoid()
+    unrecognizable = spoiled[:, 0] if spoiled.shape[1] else torch.zeros_like(mixed)
+    return Seen(probabilities.argmax(1).numpy(), probabilities.numpy(), mixed.numpy(), unrecognizable.numpy())
 
 
 def find_things(image: Image.Image, nouns: Sequence[str] = ()) -> list[Thing]:
-    """All things of picture-world in a picture, the largest first: the embedded judge as a detector.
+    """All things of picture-world in an image, the largest first: the embedded judge as a detector.
 
     Parameters
     ----------
@@ -156,12 +166,13 @@ def find_things(image: Image.Image, nouns: Sequence[str] = ()) -> list[Thing]:
     -------
     list of Thing
         `score` is the mean probability of the noun over the thing's pixels: low in a drawing that is not clean.
+        Shapes that cannot be named are among them, with the most probable noun and ``recognizable=False``.
 
     Examples
     --------
     >>> from elakit.world.scenes import Subject, World, compose
     >>> scene = compose((Subject("apple", "green"),), World(artists=("noto",)), np.random.default_rng(0))
-    >>> [(thing.noun, thing.colour, thing.mixed_with) for thing in find_things(Image.fromarray(scene.image))]
+    >>> [(thing.noun, thing.color, thing.mixed_with) for thing in find_things(Image.fromarray(scene.image))]
     [('apple', 'green', ())]
     """
     rgb = image.convert("RGB")
@@ -192,8 +203,9 @@ def find_things(image: Image.Image, nouns: Sequence[str] = ()) -> list[Thing]:
                 NOUNS[value - 1],
                 np.asarray(Image.fromarray(mask).resize(full[::-1], Image.Resampling.NEAREST)),
                 float(probabilities[value][mask].mean()),
-                thing_colour(pixels, mask, NOUNS[value - 1]),
+                thing_color(pixels, mask, NOUNS[value - 1]),
                 tuple(dict.fromkeys(NOUNS[p - 1] for p in partners)),
+                bool(seen.unrecognizable[0][mask].mean() <= UNRECOGNIZABLE),
             )
         )
     return things
@@ -203,8 +215,8 @@ def _patches(classes: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """Connected patches of one class, with their class, the largest first."""
     patches: list[tuple[int, np.ndarray]] = []
     for value in np.unique(classes[classes > 0]):
-        labelled, count = components(classes == value, return_num=True, connectivity=2)
-        patches += [(int(value), labelled == i) for i in range(1, count + 1)]
+        labeled, count = components(classes == value, return_num=True, connectivity=2)
+        patches += [(int(value), labeled == i) for i in range(1, count + 1)]
     return sorted(patches, key=lambda patch: -int(patch[1].sum()))
 
 

@@ -1,4 +1,4 @@
-"""What a detector finds in a picture, whichever detector it is."""
+"""What a detector finds in an image, whichever detector it is."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from elakit.masks import bounding_box
+from elakit.measures.masks import bounding_box
 
 
 @dataclass(frozen=True, eq=False)
 class Thing:
-    """One thing seen in a picture.
+    """One thing seen in an image.
 
     Attributes
     ----------
     noun : str
         What it is, in lower case.
     mask : ndarray, bool, (y, x)
-        Where it is, at the picture's size.
+        Where it is, at the image's size.
     score : float
         How sure the detector is, 0 to 1.
-    colour : str or None
-        Its colour, one of `elakit.world.vocabulary.COLOURS`; None for an empty mask.
+    color : str or None
+        Its color, one of `elakit.world.vocabulary.COLORS`; None for an empty mask.
     mixed_with : tuple of str
         Nouns it is fused with; empty for a thing that is only itself.
+    recognizable : bool
+        False for a shape that the detector cannot name: `noun` is then its best guess, and the thing does not count.
 
     Examples
     --------
@@ -41,23 +43,24 @@ class Thing:
     noun: str
     mask: np.ndarray
     score: float
-    colour: str | None
+    color: str | None
     mixed_with: tuple[str, ...] = ()
+    recognizable: bool = True
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) in pixels; see `elakit.masks.bounding_box`."""
+        """(left, top, right, bottom) in pixels; see `elakit.measures.masks.bounding_box`."""
         return bounding_box(self.mask)
 
     @property
     def area(self) -> float:
-        """Share of the picture it covers."""
+        """Share of the image it covers."""
         return float(self.mask.mean())
 
 
 class Detector(Protocol):
-    """Finds things in a picture: the embedded judge, or one of `elakit.judge.detectors`."""
+    """Finds things in an image: the embedded judge, or one of `elakit.judge.detectors`."""
 
     def __call__(self, image: Image.Image, nouns: Sequence[str]) -> list[Thing]:
-        """Things in the picture; a detector that must be told what to look for is asked for `nouns`."""
+        """Things in the image; a detector that must be told what to look for is asked for `nouns`."""
         ...

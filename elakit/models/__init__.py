@@ -96,7 +96,7 @@ EMBEDDED: dict[str, EmbeddedModel] = {
         EmbeddedModel(
             "picture-world",
             "picture-world",
-            "small Stable Diffusion pipeline trained on composed scenes of 24 nouns and 11 colours",
+            "small Stable Diffusion pipeline trained on composed scenes of 24 nouns and 11 colors",
             steps=25,
             guidance_scale=4.0,
         ),
@@ -106,7 +106,7 @@ EMBEDDED: dict[str, EmbeddedModel] = {
 
 @dataclass(frozen=True)
 class DrawingSettings:
-    """How a picture is drawn when the user does not say.
+    """How an image is drawn when the user does not say.
 
     Attributes
     ----------
@@ -178,7 +178,7 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
     ----------
     name : str or pathlib.Path
         An embedded model (``"picture-world"``, no network), a folder that ``save_pretrained`` wrote, or a hub id
-        ``"organisation/model"``.
+        ``"organization/model"``.
     device : str or torch.device, optional
         Default: CUDA where there is one, else the CPU.
     dtype : {"float32", "float16", "bfloat16"} or torch.dtype, optional
@@ -198,10 +198,10 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: s
 
     Examples
     --------
-    >>> load("picture-wold")
+    >>> load("image-wold")
     Traceback (most recent call last):
     ...
-    elakit.errors.ModelError: Unknown model 'picture-wold'. Did you mean 'picture-world'? ...
+    elakit.errors.ModelError: Unknown model 'image-wold'. Did you mean 'picture-world'? ...
     """
     device = device_named(device)
     source = _source(name)
@@ -304,7 +304,7 @@ def _download_index(hub_id: str) -> str:
     try:
         return hf_hub_download(hub_id, "model_index.json")
     except GatedRepoError as error:
-        why = "its licence must be accepted on its page first, and you must be logged in (`hf auth login`)."
+        why = "its license must be accepted on its page first, and you must be logged in (`hf auth login`)."
         cause: Exception = error
     except RepositoryNotFoundError as error:
         why = "no such model is on the hub (or it is private), and no folder of that name is here."

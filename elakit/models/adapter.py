@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from elakit.errors import ModelError
-from elakit.words import TextSequence
+from elakit.tokens import TextSequence
 
 Place = Literal["down", "mid", "up", "double", "single", "block"]
 Kind = Literal["cross", "joint", "single"]
@@ -47,7 +47,7 @@ def running(pipe: Any) -> Mapping[str, Any]:
 
 @torch.no_grad()
 def decoded(pipe: Any, latents: torch.Tensor) -> list[Image.Image]:
-    """Pictures of latents, (n, c, h, w), as the pipelines of all families decode theirs at the end."""
+    """Images of latents, (n, c, h, w), as the pipelines of all families decode theirs at the end."""
     vae, config = pipe.vae, pipe.vae.config
     mean, spread = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
     if mean is not None and spread is not None:
@@ -62,11 +62,11 @@ def decoded(pipe: Any, latents: torch.Tensor) -> list[Image.Image]:
     if upcast:
         vae.to(torch.float32)
     try:
-        pictures = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
+        images = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
     finally:
         if upcast:
             vae.to(precision)
-    images: list[Image.Image] = pipe.image_processor.postprocess(pictures.detach(), output_type="pil")
+    images: list[Image.Image] = pipe.image_processor.postprocess(images.detach(), output_type="pil")
     return images
 
 
@@ -76,7 +76,7 @@ def call_default(pipe: Any, name: str) -> Any:
 
 
 def decoder_side(places: Iterable[str]) -> str:
-    """Layers in which the picture takes shape, as `select_layers` takes them, of a model whose layers are so placed.
+    """Layers in which the image takes shape, as `select_layers` takes them, of a model whose layers are so placed.
 
     Examples
     --------
@@ -135,12 +135,12 @@ class OtherKind(str):
 def compiled(module: Any, path: str) -> str | None:
     """Why a denoiser under torch.compile is refused; None when it is not compiled.
 
-    Hooks would split its graph, or not be seen at all, and the picture would not be that of the compiled run.
+    Hooks would split its graph, or not be seen at all, and the image would not be that of the compiled run.
     """
     if hasattr(module, "_orig_mod"):
         return (
             f"its {path.rpartition('.')[2]} was wrapped by torch.compile, inside which attention cannot be read "
-            f"without changing the picture; use the plain one, `{path} = {path}._orig_mod`, for recording and guidance"
+            f"without changing the image; use the plain one, `{path} = {path}._orig_mod`, for recording and guidance"
         )
     parts = module.named_modules() if isinstance(module, nn.Module) else ()
     inside = next((name for name, part in parts if getattr(part, "_compiled_call_impl", None) is not None), None)
@@ -148,20 +148,20 @@ def compiled(module: Any, path: str) -> str | None:
         return None
     return (
         f"its {path.rpartition('.')[2]} was compiled in place ({inside or 'as a whole'}), inside which attention "
-        "cannot be read without changing the picture; load the pipeline again without `compile()`, or take it back "
+        "cannot be read without changing the image; load the pipeline again without `compile()`, or take it back "
         f"with `for part in {path}.modules(): part._compiled_call_impl = None`"
     )
 
 
-def picture_grid(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns of a block whose input is a picture, (B, C, h, w)."""
-    picture = argument(args, kwargs, 0, "hidden_states")
-    return picture.shape[-2], picture.shape[-1]
+def image_grid(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of a block whose input is an image, (B, C, h, w)."""
+    image = argument(args, kwargs, 0, "hidden_states")
+    return image.shape[-2], image.shape[-1]
 
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One layer of the denoiser in which picture positions attend to the text.
+    """One layer of the denoiser in which image positions attend to the text.
 
     Attributes
     ----------
@@ -175,15 +175,15 @@ class AttentionLayer:
     module : torch.nn.Module
         The attention module; its projections of queries and keys are what recording reads.
     block : torch.nn.Module
-        The module around it whose call tells the size of the layer's maps: the block whose input is the picture,
+        The module around it whose call tells the size of the layer's maps: the block whose input is the image,
         (B, C, h, w), in a UNet; the whole denoiser in a transformer.
     factor : int
         Side of the latent divided by the side of this layer's maps.
     kind : {"cross", "joint", "single"}
-        Whether keys are the text alone; picture and text, each with projections of its own; or picture and text in one
+        Whether keys are the text alone; image and text, each with projections of its own; or image and text in one
         sequence.
     text_first : bool
-        Where picture and text are keys side by side: whether the text comes first.
+        Where image and text are keys side by side: whether the text comes first.
     takes_mask : bool
         Whether its processor heeds an ``attention_mask``; `elakit.attention.edit` goes another way where not.
     grid : callable
@@ -199,7 +199,7 @@ class AttentionLayer:
     kind: Kind = "cross"
     text_first: bool = False
     takes_mask: bool = True
-    grid: Grid = field(default=picture_grid, compare=False, repr=False)
+    grid: Grid = field(default=image_grid, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class Conditioning:
     Attributes
     ----------
     call : dict
-        Arguments of the pipeline's ``__call__`` that stand for the prompt and the negative prompt, for one picture, and
+        Arguments of the pipeline's ``__call__`` that stand for the prompt and the negative prompt, for one image, and
         what else the family's call must be told.
     inputs : dict
         Arguments of the denoiser for one conditional row; tensors, or dicts of tensors.
@@ -244,8 +244,8 @@ class Conditioning:
     inputs: dict[str, Any]
     shared: dict[str, Any] = field(default_factory=dict)
 
-    def arguments(self, pictures: int) -> dict[str, Any]:
-        """The call's arguments for so many pictures; not every pipeline repeats given states for each by itself.
+    def arguments(self, images: int) -> dict[str, Any]:
+        """The call's arguments for so many images; not every pipeline repeats given states for each by itself.
 
         Examples
         --------
@@ -254,7 +254,7 @@ class Conditioning:
         (torch.Size([4, 2, 3]), None)
         """
         return {
-            name: torch.cat([value] * pictures) if isinstance(value, torch.Tensor) else value
+            name: torch.cat([value] * images) if isinstance(value, torch.Tensor) else value
             for name, value in self.call.items()
         }
 
@@ -297,7 +297,7 @@ class Adapter(Protocol):
         """As `refusal`, from a ``model_index.json``: known before any weight is fetched."""
 
     def layers(self) -> tuple[AttentionLayer, ...]:
-        """The layers in which the picture attends to the text, in the order in which a pass meets them."""
+        """The layers in which the image attends to the text, in the order in which a pass meets them."""
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """What a call of the denoiser is, from its arguments."""
@@ -309,7 +309,7 @@ class Adapter(Protocol):
         """Rows and columns of the latent (before it is cut into patches) of a picture of so many pixels."""
 
     def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the picture drawn when nothing else is asked."""
+        """Height and width in pixels of the image drawn when nothing else is asked."""
 
     def text_length(self) -> int:
         """Text positions the denoiser sees, start, end and padding included."""
@@ -328,7 +328,7 @@ class Adapter(Protocol):
         """What the pipeline makes of a prompt.
 
         ``guided`` says whether there is a negative part, for classifier-free guidance (FLUX never has one). ``size`` is
-        the picture's (height, width), by default the model's. ``guidance_scale`` matters to models into which guidance
+        the image's (height, width), by default the model's. ``guidance_scale`` matters to models into which guidance
         is distilled, whose input it is; by default the pipeline's.
         """
 
@@ -344,13 +344,13 @@ class Adapter(Protocol):
         """The layers of self-attention that stand before given layers in their blocks; `ModelError` without any."""
 
     def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
-        """Noise of unit variance that a picture starts from, with one row, as the pipeline takes ``latents``."""
+        """Noise of unit variance that an image starts from, with one row, as the pipeline takes ``latents``."""
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
         """Set the scheduler as the pipeline's call will; how many times the noise its first latents are."""
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Pictures of latents as the pipeline keeps them; of a run's middle too, where they are noisy."""
+        """Images of latents as the pipeline keeps them; of a run's middle too, where they are noisy."""
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Arguments of the pipeline's call that make it pass (step, latents) through ``move`` after each step."""

@@ -23,14 +23,14 @@ from elakit.models.adapter import (
     scheduler_timestep,
 )
 from elakit.models.transformer import TransformerAdapter
-from elakit.words import TextSequence
+from elakit.tokens import TextSequence
 
 
 class Flux(TransformerAdapter):
     """Adapter of FLUX.1 pipelines (text-to-image, img2img, inpainting, fill, ControlNet).
 
     The denoiser sees T5 tokens only (CLIP gives it one pooled vector); they have no start-of-text. Double stream blocks
-    project picture and text each by themselves, single stream blocks both in one sequence; in both kinds they attend to
+    project image and text each by themselves, single stream blocks both in one sequence; in both kinds they attend to
     each other in one softmax, so over the text rows do not sum to 1.
 
     Guidance is distilled into the model: every row of a batch sees the prompt. With a negative prompt the pipeline
@@ -55,7 +55,7 @@ class Flux(TransformerAdapter):
         if reason := super().refusal(pipe):
             return reason
         if "Kontext" in type(pipe).__name__:
-            return "its pictures attend to those of another picture, too (Kontext)"
+            return "its images attend to those of another image, too (Kontext)"
         return "it has no T5 tokenizer" if getattr(pipe, "tokenizer_2", None) is None else None
 
     @classmethod
@@ -108,8 +108,8 @@ class Flux(TransformerAdapter):
             cells = argument(args, kwargs, 0, "hidden_states").shape[1]
             if rows * columns != cells:
                 raise ModelError(
-                    f"The transformer was called with {cells} picture positions that do not form one picture of "
-                    f"{rows} x {columns}; only runs of one picture can be recorded."
+                    f"The transformer was called with {cells} image positions that do not form one image of "
+                    f"{rows} x {columns}; only runs of one image can be recorded."
                 )
             self._seen = ids, (rows, columns)
         return self._seen[1]
@@ -138,7 +138,7 @@ class Flux(TransformerAdapter):
         return slice(0, batch)
 
     def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the picture drawn when nothing else is asked."""
+        """Height and width in pixels of the image drawn when nothing else is asked."""
         side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
         return side, side
 
@@ -155,7 +155,7 @@ class Flux(TransformerAdapter):
         size: tuple[int, int] | None = None,
         guidance_scale: float | None = None,
     ) -> Conditioning:
-        """Text states of T5, the pooled state of CLIP, positions of text and picture, and the scale of guidance.
+        """Text states of T5, the pooled state of CLIP, positions of text and image, and the scale of guidance.
 
         Parameters
         ----------
@@ -165,7 +165,7 @@ class Flux(TransformerAdapter):
         guided : bool
             Not needed by this family: no call has a negative part.
         size : tuple of int, optional
-            (height, width) of the picture; by default the model's.
+            (height, width) of the image; by default the model's.
         guidance_scale : float, optional
             By default the pipeline's. Not used by a model without an input for it (FLUX.1 schnell).
 
@@ -206,7 +206,7 @@ class Flux(TransformerAdapter):
         return super()._channels // self._patch**2
 
     def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
-        """Noise of unit variance that a picture starts from, packed: (1, cells, 4c)."""
+        """Noise of unit variance that an image starts from, packed: (1, cells, 4c)."""
         noise = super().noise(generator, height, width)
         packed: torch.Tensor = self.pipe._pack_latents(noise, *noise.shape)
         return packed
@@ -227,7 +227,7 @@ class Flux(TransformerAdapter):
         return 1.0
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Pictures of packed latents, (n, cells, 4c); of a run's middle too, where they are noisy."""
+        """Images of packed latents, (n, cells, 4c); of a run's middle too, where they are noisy."""
         return super().decode(
             self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor), height, width
         )

@@ -13,7 +13,7 @@ from torch import nn
 from elakit.errors import PromptError
 from elakit.models.adapter import AttentionLayer, Conditioning
 from elakit.models.transformer import TransformerAdapter
-from elakit.words import TextSequence
+from elakit.tokens import TextSequence
 
 
 class PixArt(TransformerAdapter):
@@ -22,7 +22,7 @@ class PixArt(TransformerAdapter):
     T5 tokens have no start-of-text; padding is masked, so its attention is 0. The pipeline reads prompts in lower case.
 
     `elakit.generate` draws at the very size that is asked for: the pipeline's own resolution binning, which draws at
-    the nearest size that it knows and resizes the picture, is off.
+    the nearest size that it knows and resizes the image, is off.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ class PixArt(TransformerAdapter):
         size: tuple[int, int] | None = None,
         guidance_scale: float | None = None,
     ) -> Conditioning:
-        """Text states with the mask of their padding, and the size of the picture where the model is told it.
+        """Text states with the mask of their padding, and the size of the image where the model is told it.
 
         Parameters
         ----------
@@ -78,7 +78,7 @@ class PixArt(TransformerAdapter):
         guided : bool
             With classifier-free guidance; without it there are no negative states.
         size : tuple of int, optional
-            (height, width) of the picture; by default the model's.
+            (height, width) of the image; by default the model's.
         guidance_scale : float, optional
             Not needed by this family.
         """

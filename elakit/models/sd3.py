@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: an MM-DiT, where picture and text (CLIP and T5) attend to both in one softmax."""
+"""Stable Diffusion 3 and 3.5: an MM-DiT, where image and text (CLIP and T5) attend to both in one softmax."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from elakit.models.adapter import AttentionLayer, Call, Conditioning
 from elakit.models.transformer import TransformerAdapter
-from elakit.words import TextSequence
+from elakit.tokens import TextSequence
 
 
 class StableDiffusion3(TransformerAdapter):
@@ -21,7 +21,7 @@ class StableDiffusion3(TransformerAdapter):
     The text is two sequences, one behind the other: that of both CLIP encoders, whose states lie side by side, and that
     of T5. Without T5 (``text_encoder_3=None``) its positions are there, empty; they count as padding.
 
-    Picture positions attend to picture and text at once, so over the text their rows do not sum to 1.
+    Image positions attend to image and text at once, so over the text their rows do not sum to 1.
 
     Parameters
     ----------

@@ -15,7 +15,7 @@ class StableDiffusionXL(UNetAdapter):
 
     Both encoders cut the text into the same tokens and their states are laid side by side, so a position stands for
     one token of both; only what they pad with differs. The outermost blocks of the UNet do not attend to text: a
-    picture of 1024 pixels has maps of 64 and 32 rows, none of 128.
+    image of 1024 pixels has maps of 64 and 32 rows, none of 128.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class StableDiffusionXL(UNetAdapter):
         size: tuple[int, int] | None = None,
         guidance_scale: float | None = None,
     ) -> Conditioning:
-        """Text states of both encoders, the second one's pooled state and the size of the picture.
+        """Text states of both encoders, the second one's pooled state and the size of the image.
 
         Parameters
         ----------
@@ -48,7 +48,7 @@ class StableDiffusionXL(UNetAdapter):
         guided : bool
             With classifier-free guidance; without it there are no negative states.
         size : tuple of int, optional
-            (height, width) of the picture; by default the model's.
+            (height, width) of the image; by default the model's.
         guidance_scale : float, optional
             For UNets into which guidance is distilled; by default the pipeline's.
         """

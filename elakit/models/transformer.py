@@ -24,7 +24,7 @@ from elakit.models.adapter import (
     stacked_rows,
 )
 from elakit.models.unet import check_sides, self_layer, step_callback
-from elakit.words import TextSequence
+from elakit.tokens import TextSequence
 
 
 class TransformerAdapter:
@@ -78,7 +78,7 @@ class TransformerAdapter:
         return latents.shape[-2] // self._patch, latents.shape[-1] // self._patch
 
     def layers(self) -> tuple[AttentionLayer, ...]:
-        """The layers in which the picture attends to the text, in the order in which a pass meets them."""
+        """The layers in which the image attends to the text, in the order in which a pass meets them."""
         return self._layers
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
@@ -111,7 +111,7 @@ class TransformerAdapter:
         return height // factor, width // factor
 
     def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the picture drawn when nothing else is asked."""
+        """Height and width in pixels of the image drawn when nothing else is asked."""
         side = self.pipe.transformer.config.sample_size * self.pipe.vae_scale_factor
         return side, side
 
@@ -164,12 +164,12 @@ class TransformerAdapter:
         Raises
         ------
         ModelError
-            There is none: in joint attention the picture attends to itself and to the text at once.
+            There is none: in joint attention the image attends to itself and to the text at once.
         """
         joint = next((layer for layer in beside if layer.kind != "cross"), None)
         if joint is not None:
             raise ModelError(
-                f"{self.family} has joint attention, no separate self-attention: in {joint.name} picture and text "
+                f"{self.family} has joint attention, no separate self-attention: in {joint.name} image and text "
                 "attend to both in one softmax. Go without what reads self-attention."
             )
         return tuple(self_layer(self.denoiser, layer) for layer in beside)
@@ -180,7 +180,7 @@ class TransformerAdapter:
         return int(self.pipe.transformer.config.in_channels)
 
     def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
-        """Noise of unit variance that a picture starts from, (1, c, h, w)."""
+        """Noise of unit variance that an image starts from, (1, c, h, w)."""
         shape = (1, self._channels, *self.latent_size(height, width))
         dtype = next(self.denoiser.parameters()).dtype
         return randn_tensor(shape, generator=generator, device=self.pipe._execution_device, dtype=dtype)
@@ -191,7 +191,7 @@ class TransformerAdapter:
         return float(getattr(self.pipe.scheduler, "init_noise_sigma", 1.0))
 
     def _shift(self, height: int, width: int, largest: float) -> float:
-        """How far the timesteps of a flow are shifted for a picture's size (``mu``), as diffusers' pipelines do it.
+        """How far the timesteps of a flow are shifted for an image's size (``mu``), as diffusers' pipelines do it.
 
         ``largest`` is the pipeline's own default of ``max_shift``, for schedulers that do not say.
         """
@@ -209,7 +209,7 @@ class TransformerAdapter:
         return shift
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Pictures of latents, (n, c, h, w); of a run's middle too, where they are noisy."""
+        """Images of latents, (n, c, h, w); of a run's middle too, where they are noisy."""
         return decoded(self.pipe, latents)
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:

@@ -27,13 +27,13 @@ from elakit.models.adapter import (
     decoded,
     stacked_rows,
 )
-from elakit.words import TextSequence
+from elakit.tokens import TextSequence
 
 # Pipelines with the right UNet whose batch holds the conditional half somewhere else, or that run passes of their own.
 _OTHER_ROWS = {
     "StableDiffusionInstructPix2PixPipeline": "it guides by three passes (text and image, image, neither)",
     "StableDiffusionXLInstructPix2PixPipeline": "it guides by three passes (text and image, image, neither)",
-    "StableDiffusionPanoramaPipeline": "it denoises many crops of one picture",
+    "StableDiffusionPanoramaPipeline": "it denoises many crops of one image",
 }
 
 
@@ -136,7 +136,7 @@ class UNetAdapter:
         return height // factor, width // factor
 
     def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the picture drawn when nothing else is asked."""
+        """Height and width in pixels of the image drawn when nothing else is asked."""
         side = self.pipe.unet.config.sample_size
         height, width = (side, side) if isinstance(side, int) else side
         return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
@@ -179,7 +179,7 @@ class UNetAdapter:
         return tuple(self_layer(self.denoiser, layer) for layer in beside)
 
     def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
-        """Noise of unit variance that a picture starts from, (1, c, h, w)."""
+        """Noise of unit variance that an image starts from, (1, c, h, w)."""
         shape = (1, self.pipe.unet.config.in_channels, *self.latent_size(height, width))
         dtype = next(self.denoiser.parameters()).dtype
         return randn_tensor(shape, generator=generator, device=self.pipe._execution_device, dtype=dtype)
@@ -190,7 +190,7 @@ class UNetAdapter:
         return float(self.pipe.scheduler.init_noise_sigma)
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Pictures of latents, (n, c, h, w); of a run's middle too, where they are noisy."""
+        """Images of latents, (n, c, h, w); of a run's middle too, where they are noisy."""
         return decoded(self.pipe, latents)
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def self_layer(denoiser: nn.Module, beside: AttentionLayer) -> AttentionLayer:
 
 
 def check_sides(height: int, width: int, factor: int) -> None:
-    """Refuse sides of a picture that are not positive multiples of a factor."""
+    """Refuse sides of an image that are not positive multiples of a factor."""
     for name, side in (("height", height), ("width", width)):
         if side <= 0 or side % factor:
             raise SettingError(f"{name} is {side} pixels; it must be a positive multiple of {factor}.")

@@ -10,7 +10,7 @@ from elakit.plot.agreement import agreement
 from elakit.plot.layers import bleeding_by_layer
 from elakit.plot.leakage import bleeding_over_steps, leakage
 from elakit.plot.methods import method_comparison
-from elakit.plot.pictures import entity_maps, pictures
+from elakit.plot.images import entity_maps, images
 from elakit.plot.regions import region_animation, region_evolution
 from elakit.plot.token_maps import token_maps
 
@@ -21,7 +21,7 @@ __all__ = [
     "entity_maps",
     "leakage",
     "method_comparison",
-    "pictures",
+    "images",
     "region_animation",
     "region_evolution",
     "token_maps",

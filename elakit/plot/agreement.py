@@ -1,4 +1,4 @@
-"""Attention against the finished picture: does it lie where the judge sees the entity?"""
+"""Attention against the finished image: does it lie where the judge sees the entity?"""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import plotly.graph_objects as go
 import xarray as xr
 from skimage.measure import approximate_polygon, find_contours
 
-from elakit.agreement import truth_masks
+from elakit.measures.agreement import truth_masks
 from elakit.errors import SettingError
-from elakit.masks import downscale
+from elakit.measures.masks import downscale
 from elakit.plot import style
-from elakit.plot.pictures import figure_uri, paled
+from elakit.plot.images import figure_uri, paled
 from elakit.regions import otsu_masks
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from elakit.generate import Run
+    from elakit.generation import Run
     from elakit.judge import Verdict
 
 _MEASURES = {
@@ -41,9 +41,9 @@ def agreement(
     panel: int | None = None,
     title: str | None = None,
 ) -> go.Figure:
-    """Each entity's attention at several steps against where the entity is in the finished picture.
+    """Each entity's attention at several steps against where the entity is in the finished image.
 
-    One row an entity: the picture with the entity's outline, then its map at each step over the picture in grey, with
+    One row an entity: the image with the entity's outline, then its map at each step over the image in gray, with
     the outline, the map's own edge (Otsu's threshold) and its peak. Below, the measures of agreement at every step.
 
     Parameters
@@ -65,7 +65,7 @@ def agreement(
     Raises
     ------
     SettingError
-        The judge cannot tell what is in the picture and no `truth` is given; a truth of other entities or of another
+        The judge cannot tell what is in the image and no `truth` is given; a truth of other entities or of another
         shape; steps that are not there.
 
     Examples
@@ -78,8 +78,8 @@ def agreement(
     known = run.verdict if truth is None else truth
     if known is None:
         raise SettingError(
-            "The embedded judge cannot tell what is in this picture: it knows the embedded model's pictures, nouns and "
-            "colours. Give truth: a Verdict, or masks as a DataArray (entity, y, x)."
+            "The embedded judge cannot tell what is in this image: it knows the embedded model's images, nouns and "
+            "colors. Give truth: a Verdict, or masks as a DataArray (entity, y, x)."
         )
     maps = run.entity_maps()
     frame = run.measure(known).to_frame()
@@ -91,46 +91,46 @@ def agreement(
     across = max(1 + len(chosen), len(_MEASURES))
     panel = panel or int(min(180, (1010 - 110) / across - 10))
     height = panel * run.image.height / run.image.width
-    default = f"Attention against the picture, {style.run_name(run)}"
+    default = f"Attention against the image, {style.run_name(run)}"
     made = style.Panels(
         len(entities) + 1, across, width=panel, height=height, gap=(10, 28), margin=(94, 16, 26, 44),
         title=style.escape(default if title is None else title),
-        caption="Black: where it is in the picture. Colour: its attention, from 0 to the map's largest value (dot); "
+        caption="Black: where it is in the image. Color: its attention, from 0 to the map's largest value (dot); "
         "dotted: Otsu's threshold.",
     )  # fmt: skip
-    colours = style.entity_colours(entities)
-    picture, pale = figure_uri(run.image), figure_uri(paled(run.image))
+    colors = style.entity_colors(entities)
+    image, pale = figure_uri(run.image), figure_uri(paled(run.image))
     for i, (label, mask) in enumerate(zip(entities, seen, strict=True), start=1):
         outline = _outline(mask, rows, columns)
         name = style.escape(style.shorten(label, 12))
-        made.beside(i, 1, f"<span style='color:{colours[label]}'>■</span> {name}")
+        made.beside(i, 1, f"<span style='color:{colors[label]}'>■</span> {name}")
         made.map_axes(i, 1, rows, columns)
-        made.image(i, 1, picture, rows, columns)
+        made.image(i, 1, image, rows, columns)
         _draw_outline(made, i, 1, outline, label)
         _below(made, i, 1, _share(mask), rows, columns)
         for j, step in enumerate(chosen, start=2):
             values = maps.sel(step=step, token=label).values
             made.map_axes(i, j, rows, columns)
             made.image(i, j, pale, rows, columns)
-            made.add(i, j, _heat(values, colours[label], label, step))
-            _draw_otsu(made, i, j, values, colours[label])
+            made.add(i, j, _heat(values, colors[label], label, step))
+            _draw_otsu(made, i, j, values, colors[label])
             _draw_outline(made, i, j, outline, label)
-            _draw_peak(made, i, j, values, colours[label])
+            _draw_peak(made, i, j, values, colors[label])
             _below(made, i, j, _numbers(frame, step, label, panel), rows, columns)
-    for j, heading in enumerate(["picture", *(f"step {step}" for step in chosen)], start=1):
+    for j, heading in enumerate(["image", *(f"step {step}" for step in chosen)], start=1):
         made.over(1, j, heading)
-    _draw_curves(made, len(entities) + 1, frame, colours, chosen, height)
+    _draw_curves(made, len(entities) + 1, frame, colors, chosen, height)
     return made.figure()
 
 
 def _share(mask: np.ndarray) -> str:
     if not mask.any():
-        return "not in the picture"
-    return f"{mask.mean():.0%} of the picture" if mask.mean() >= 0.005 else "under 1% of the picture"
+        return "not in the image"
+    return f"{mask.mean():.0%} of the image" if mask.mean() >= 0.005 else "under 1% of the image"
 
 
 def _numbers(frame: pd.DataFrame, step: int, label: str, panel: int) -> str:
-    """IoU and AUC of a map, as far as there is room; nothing for an entity that is not in the picture."""
+    """IoU and AUC of a map, as far as there is room; nothing for an entity that is not in the image."""
     part = frame[(frame["step"] == step) & (frame["entity"] == label)].set_index("measure")["value"]
     said = [("IoU", part["truth_iou"]), ("AUC", part["truth_auc"])][: 2 if panel >= 110 else 1]
     return ", ".join(f"{name} {value:.2f}" for name, value in said if not np.isnan(value))
@@ -152,7 +152,7 @@ def _outline(mask: np.ndarray, rows: int, columns: int) -> tuple[list[float | No
         high, wide = mask.shape
     x: list[float | None] = []
     y: list[float | None] = []
-    # A rim of empty pixels, so that lines close at the picture's edge too; then cut back to the picture.
+    # A rim of empty pixels, so that lines close at the image's edge too; then cut back to the image.
     for line in find_contours(np.pad(mask.astype(float), 1), 0.5):
         points = approximate_polygon(line, 0.3) - 0.5
         down, right = (np.clip(points[:, axis], 0, side) for axis, side in ((0, high), (1, wide)))
@@ -164,20 +164,20 @@ def _outline(mask: np.ndarray, rows: int, columns: int) -> tuple[list[float | No
 def _draw_outline(
     made: style.Panels, row: int, column: int, outline: tuple[list[float | None], list[float | None]], label: str
 ) -> None:
-    # White below black is seen on every picture.
-    for colour, width in (("#ffffff", 4.5), ("#000000", 1.8)):
+    # White below black is seen on every image.
+    for color, width in (("#ffffff", 4.5), ("#000000", 1.8)):
         made.add(
             row,
             column,
             {
                 "type": "scatter", "mode": "lines", "x": outline[0] or [None], "y": outline[1] or [None],
-                "line": {"color": colour, "width": width}, "hoverinfo": "skip", "showlegend": False,
+                "line": {"color": color, "width": width}, "hoverinfo": "skip", "showlegend": False,
                 "name": style.escape(label), "meta": {"outline": label},
             },
         )  # fmt: skip
 
 
-def _draw_otsu(made: style.Panels, row: int, column: int, values: np.ndarray, colour: str) -> None:
+def _draw_otsu(made: style.Panels, row: int, column: int, values: np.ndarray, color: str) -> None:
     """The edge of the cells above Otsu's threshold, along the cells."""
     x: list[float | None] = []
     y: list[float | None] = []
@@ -190,15 +190,15 @@ def _draw_otsu(made: style.Panels, row: int, column: int, values: np.ndarray, co
         y += [i - 1.5, i - 0.5, None]
     trace = {
         "type": "scatter", "mode": "lines", "x": x or [None], "y": y or [None], "hoverinfo": "skip",
-        "line": {"color": colour, "width": 1.5, "dash": "dot"}, "showlegend": False, "meta": {"otsu": True},
+        "line": {"color": color, "width": 1.5, "dash": "dot"}, "showlegend": False, "meta": {"otsu": True},
     }  # fmt: skip
     made.add(row, column, trace)
 
 
-def _draw_peak(made: style.Panels, row: int, column: int, values: np.ndarray, colour: str) -> None:
+def _draw_peak(made: style.Panels, row: int, column: int, values: np.ndarray, color: str) -> None:
     """A dot on the largest value, on all of them where there are several; none on a constant map."""
     peaks = np.argwhere(values == values.max()) if np.ptp(values) > 0 else np.empty((0, 2))
-    marker = {"size": 9, "color": colour, "line": {"color": "#ffffff", "width": 2}}
+    marker = {"size": 9, "color": color, "line": {"color": "#ffffff", "width": 2}}
     trace = {
         "type": "scatter", "mode": "markers", "x": peaks[:, 1].tolist(), "y": peaks[:, 0].tolist(), "marker": marker,
         "hoverinfo": "skip", "showlegend": False, "meta": {"peak": True},
@@ -206,14 +206,14 @@ def _draw_peak(made: style.Panels, row: int, column: int, values: np.ndarray, co
     made.add(row, column, trace)
 
 
-def _heat(values: np.ndarray, colour: str, label: str, step: int) -> dict[str, Any]:
-    """A map in one colour, from nothing to its largest value, since agreement does not depend on strength."""
+def _heat(values: np.ndarray, color: str, label: str, step: int) -> dict[str, Any]:
+    """A map in one color, from nothing to its largest value, since agreement does not depend on strength."""
     return {
         "type": "heatmap",
         "z": values,
         "zmin": 0,
         "zmax": float(values.max()) or 1.0,
-        "colorscale": [[0, style.rgba(colour, 0)], [1, style.rgba(colour, 0.9)]],
+        "colorscale": [[0, style.rgba(color, 0)], [1, style.rgba(color, 0.9)]],
         "showscale": False,
         "name": style.escape(label),
         "meta": {"step": step, "entity": label},
@@ -223,7 +223,7 @@ def _heat(values: np.ndarray, colour: str, label: str, step: int) -> dict[str, A
 
 
 def _draw_curves(
-    made: style.Panels, row: int, frame: pd.DataFrame, colours: dict[str, str], chosen: Sequence[int], height: float
+    made: style.Panels, row: int, frame: pd.DataFrame, colors: dict[str, str], chosen: Sequence[int], height: float
 ) -> None:
     """The measures at every step in a last row, which they divide among themselves; the steps shown are marked."""
     inner, whole = made.inner
@@ -232,15 +232,15 @@ def _draw_curves(
     for column, (measure, heading) in enumerate(_MEASURES.items(), start=1):
         left = (column - 1) * (width + _CURVE_GAP)
         part = frame[frame["measure"] == measure]
-        for below, (label, colour) in enumerate(reversed(colours.items())):
+        for below, (label, color) in enumerate(reversed(colors.items())):
             curve = part[part["entity"] == label]
             name = style.escape(label)
             # Lines drawn later are thinner, so that lines which coincide are all seen.
-            thick = 2.2 + 1.8 * min(len(colours) - 1 - below, 3)
+            thick = 2.2 + 1.8 * min(len(colors) - 1 - below, 3)
             trace = {
                 "type": "scatter", "mode": "lines+markers", "x": curve["step"].to_numpy(),
                 "y": curve["value"].to_numpy(), "name": name, "showlegend": False,
-                "line": {"color": colour, "width": thick}, "marker": {"size": thick + 2.5, "color": colour},
+                "line": {"color": color, "width": thick}, "marker": {"size": thick + 2.5, "color": color},
                 "meta": {"measure": measure, "entity": label},
                 "hovertemplate": f"{name}, step %{{x}}: %{{y:.3f}}<extra></extra>",
             }  # fmt: skip

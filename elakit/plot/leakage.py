@@ -14,7 +14,7 @@ from elakit.errors import SettingError
 from elakit.plot import style
 
 if TYPE_CHECKING:
-    from elakit.generate import Run
+    from elakit.generation import Run
 
 _TITLES = {
     "bleed": "bleed (share outside its own region)",
@@ -147,12 +147,12 @@ def _print_values(made: style.Panels, values: np.ndarray, column: int) -> None:
 
 
 def _frame_own(made: style.Panels, matrix: xr.DataArray, column: int) -> None:
-    """Outline each row's own region in its entity's colour."""
+    """Outline each row's own region in its entity's color."""
     regions = [str(label) for label in matrix.region.values]
-    colours = style.entity_colours(regions[:-1])
+    colors = style.entity_colors(regions[:-1])
     for i, owner in enumerate(matrix.owner.values):
         j = regions.index(str(owner))
-        line = {"color": colours[str(owner)], "width": 3}
+        line = {"color": colors[str(owner)], "width": 3}
         made.shape(1, column, type="rect", x0=j - 0.47, x1=j + 0.47, y0=i - 0.46, y1=i + 0.46, line=line)
 
 
@@ -166,7 +166,7 @@ def bleeding_over_steps(
 ) -> go.Figure:
     """Measures of bleeding at every step, the mean over entities; one panel a measure.
 
-    Runs of one method share a colour. Where there are several, each is a thin line and their mean a thick one. The
+    Runs of one method share a color. Where there are several, each is a thin line and their mean a thick one. The
     steps that were guided are shaded.
 
     Parameters
@@ -198,8 +198,8 @@ def bleeding_over_steps(
     every = _runs(runs, others, "bleeding_over_steps")
     curves = [_curves(each, measures) for each in every]
     names = list(dict.fromkeys(style.run_name(each) for each in every))
-    colours = {
-        name: style.RUN_COLOURS[i % len(style.RUN_COLOURS)] for i, name in enumerate(sorted(names, key=_plain_first))
+    colors = {
+        name: style.RUN_COLORS[i % len(style.RUN_COLORS)] for i, name in enumerate(sorted(names, key=_plain_first))
     }
     made = style.Panels(
         1, len(measures), width=width, height=height, gap=(34, 0), margin=(46, 16, 30, 76),
@@ -211,11 +211,11 @@ def bleeding_over_steps(
             for each, curve in group:
                 alone = len(group) == 1
                 label = name if alone else f"{name}, seed {each.seed}"
-                _line(made, column, curve, label, colours[name], thick=alone, legend=alone and column == 1, group=name)
+                _line(made, column, curve, label, colors[name], thick=alone, legend=alone and column == 1, group=name)
             if len(group) > 1:
                 mean = pd.concat([curve for _, curve in group], axis=1).mean(axis=1)
                 label = f"{name}, mean of {len(group)} runs"
-                _line(made, column, mean, label, colours[name], thick=True, legend=column == 1, group=name)
+                _line(made, column, mean, label, colors[name], thick=True, legend=column == 1, group=name)
         made.over(1, column, style.escape(_TITLES.get(measure, measure)))
         _shade_guided(made, every, column)
         shared = {} if column == 1 else {"matches": "y", "showticklabels": False}
@@ -250,7 +250,7 @@ def _curves(run: Run, measures: Sequence[str]) -> pd.DataFrame:
 
 
 def _line(
-    made: style.Panels, column: int, curve: pd.Series, name: str, colour: str, *, thick: bool, legend: bool, group: str
+    made: style.Panels, column: int, curve: pd.Series, name: str, color: str, *, thick: bool, legend: bool, group: str
 ) -> None:
     trace = {
         "type": "scatter",
@@ -260,7 +260,7 @@ def _line(
         "name": style.escape(name),
         "legendgroup": group,
         "showlegend": legend,
-        "line": {"color": colour, "width": 3 if thick else 1},
+        "line": {"color": color, "width": 3 if thick else 1},
         "opacity": 1 if thick else 0.5,
         "hovertemplate": f"{style.escape(name)}, step %{{x}}: %{{y:.3f}}<extra></extra>",
     }

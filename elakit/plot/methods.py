@@ -1,4 +1,4 @@
-"""Methods side by side: what each gets right, mends, harms and costs."""
+"""Methods side by side: what each gets right, fixes, harms and costs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 # Column of the summary, heading above it.
 _PANELS = {
     "success": "right",
-    "mended": "mended, of those plain<br>gets wrong",
-    "harmed": "harmed, of those plain<br>gets right",
+    "fixed": "fixed, of those plain<br>gets wrong",
+    "broken": "broken, of those plain<br>gets right",
     "seconds": "time, relative to plain",
 }
 _PLAIN = "plain"
@@ -25,12 +25,12 @@ _LEVEL = 0.05
 
 
 def method_comparison(summary: pd.DataFrame, *, panel: int = 200, title: str | None = None) -> go.Figure:
-    """Each method's share of right pictures, what it mends and harms of plain generation's, and its time.
+    """Each method's share of right images, what it fixes and harms of plain generation's, and its time.
 
     Parameters
     ----------
     summary : DataFrame
-        One row a method, as `elakit.bench.summary` gives it: columns success, mended, harmed and seconds, each with
+        One row a method, as `elakit.sweep.summary` gives it: columns success, fixed, broken and seconds, each with
         _low and _high (drawn as whiskers), and, if there is, p_holm. Methods are ordered by success, below plain.
     panel : int
         Width of a panel in pixels.
@@ -59,14 +59,14 @@ def method_comparison(summary: pd.DataFrame, *, panel: int = 200, title: str | N
     needed = [f"{name}{end}" for name in _PANELS for end in ("", "_low", "_high")]
     if missing := [name for name in needed if name not in summary]:
         raise SettingError(
-            f"method_comparison: the table lacks {', '.join(missing)}; elakit.bench.summary makes one that has all."
+            f"method_comparison: the table lacks {', '.join(missing)}; elakit.sweep.summary makes one that has all."
         )
     if summary.empty:
-        raise SettingError("method_comparison: the table has no row; draw something first (elakit bench run).")
+        raise SettingError("method_comparison: the table has no row; draw something first (elakit sweep run).")
     found = _ordered(summary)
     plain = [_is_plain(name) for name in found.index]
     labels = [style.escape(style.shorten(style.method_name(str(name)), 40)) for name in found.index]
-    colours = [style.RUN_COLOURS[0] if is_plain else style.RUN_COLOURS[2] for is_plain in plain]
+    colors = [style.RUN_COLORS[0] if is_plain else style.RUN_COLORS[2] for is_plain in plain]
     p = found["p_holm"].to_numpy(dtype=float) if "p_holm" in found else np.full(len(found), np.nan)
     told = [is_plain or bool(value < _LEVEL) for is_plain, value in zip(plain, p, strict=True)]
     row = 30
@@ -78,7 +78,7 @@ def method_comparison(summary: pd.DataFrame, *, panel: int = 200, title: str | N
         "McNemar with Holm's correction).",
     )  # fmt: skip
     for column, (name, heading) in enumerate(_PANELS.items(), start=1):
-        made.add(1, column, _dots(found, name, labels, colours, told))
+        made.add(1, column, _dots(found, name, labels, colors, told))
         made.over(1, column, heading)
         reference = 1.0 if name == "seconds" else _plains(found, plain) if name == "success" else None
         if reference is not None:
@@ -114,9 +114,9 @@ def _plains(found: pd.DataFrame, plain: list[bool]) -> float | None:
     return float(values[0]) if len(values) == 1 and not np.isnan(values[0]) else None
 
 
-def _dots(found: pd.DataFrame, name: str, labels: list[str], colours: list[str], told: list[bool]) -> dict[str, Any]:
+def _dots(found: pd.DataFrame, name: str, labels: list[str], colors: list[str], told: list[bool]) -> dict[str, Any]:
     values = found[name].to_numpy(dtype=float)
-    filled = [colour if full else "#ffffff" for colour, full in zip(colours, told, strict=True)]
+    filled = [color if full else "#ffffff" for color, full in zip(colors, told, strict=True)]
     unit = ".2f" if name == "seconds" else ".1%"
     return {
         "type": "scatter",
@@ -129,7 +129,7 @@ def _dots(found: pd.DataFrame, name: str, labels: list[str], colours: list[str],
             "array": found[f"{name}_high"].to_numpy(dtype=float) - values,
             "arrayminus": values - found[f"{name}_low"].to_numpy(dtype=float),
         },
-        "marker": {"size": 11, "color": filled, "line": {"color": colours, "width": 2}},
+        "marker": {"size": 11, "color": filled, "line": {"color": colors, "width": 2}},
         "hovertemplate": f"%{{customdata}}: %{{x:{unit}}}<extra></extra>",
         "meta": {"measure": name},
     }  # fmt: skip

@@ -11,14 +11,14 @@ import xarray as xr
 
 from elakit.errors import SettingError
 from elakit.plot import style
-from elakit.plot.pictures import figure_uri
+from elakit.plot.images import figure_uri
 
 if TYPE_CHECKING:
-    from elakit.generate import Run
+    from elakit.generation import Run
 
 Source = Literal["recording", "guidance"]
 
-_GREYS = [[0, "#ffffff"], [1, "#585858"]]
+_GRAYS = [[0, "#ffffff"], [1, "#585858"]]
 
 
 def region_evolution(
@@ -27,24 +27,24 @@ def region_evolution(
     source: Source = "recording",
     steps: int | Sequence[int] = 6,
     maps: bool = True,
-    picture: bool = True,
+    image: bool = True,
     columns: int = 8,
     panel: int | None = None,
     title: str | None = None,
 ) -> go.Figure:
-    """The entities' regions at several steps, and the last of them over the finished picture.
+    """The entities' regions at several steps, and the last of them over the finished image.
 
     Parameters
     ----------
     run : Run
     source : {"recording", "guidance"}
-        Regions localised in the recorded maps, or those that guidance anchored the entities to (guided steps only).
+        Regions localized in the recorded maps, or those that guidance anchored the entities to (guided steps only).
     steps : int or sequence of int
         How many steps, spread evenly with the first and the last; or which.
     maps : bool
-        Show the entities' maps in grey below the regions: the largest of them, each relative to its own maximum.
-    picture : bool
-        Add the finished picture with the regions of the last step shown over it.
+        Show the entities' maps in gray below the regions: the largest of them, each relative to its own maximum.
+    image : bool
+        Add the finished image with the regions of the last step shown over it.
     columns : int
         Panels in a row, at most.
     panel : int, optional
@@ -72,7 +72,7 @@ def region_evolution(
     regions = _regions(run, source)
     entities = [str(label) for label in regions.entity.values]
     chosen = style.pick_steps(regions.step.values, steps)
-    shown = [*chosen, chosen[-1]] if picture else chosen
+    shown = [*chosen, chosen[-1]] if image else chosen
     across = min(max(1, columns), len(shown))
     down = -(-len(shown) // across)
     rows, cells = regions.sizes["y"], regions.sizes["x"]
@@ -82,20 +82,20 @@ def region_evolution(
         down, across, width=panel, height=panel * rows / cells, gap=(10, 32), margin=(16, 16, 26, 40),
         title=style.escape(f"{default}, {style.run_name(run)}" if title is None else title),
     )  # fmt: skip
-    grey = run.entity_maps() if maps else None
-    colours = style.entity_colours(entities)
+    gray = run.entity_maps() if maps else None
+    colors = style.entity_colors(entities)
     for i, step in enumerate(shown):
         row, column = (part + 1 for part in divmod(i, across))
         made.map_axes(row, column, rows, cells)
-        over_picture = picture and i == len(shown) - 1
-        if over_picture:
+        over_image = image and i == len(shown) - 1
+        if over_image:
             made.image(row, column, figure_uri(run.image), rows, cells)
-        elif grey is not None and step in grey.step:
-            made.add(row, column, _faint(grey.sel(step=step), rows, cells))
+        elif gray is not None and step in gray.step:
+            made.add(row, column, _faint(gray.sel(step=step), rows, cells))
         for label in entities:
             mask = regions.sel(step=step, entity=label).values
-            made.add(row, column, _region(mask, label, colours[label], step, over_picture))
-        made.over(row, column, f"picture, step {step}" if over_picture else f"step {step}")
+            made.add(row, column, _region(mask, label, colors[label], step, over_image))
+        made.over(row, column, f"image, step {step}" if over_image else f"step {step}")
     made.entity_legend(entities)
     return made.figure()
 
@@ -109,7 +109,7 @@ def region_animation(
     panel: int = 300,
     title: str | None = None,
 ) -> go.Figure:
-    """The entities' regions moving from step to step: over their maps, and over the finished picture.
+    """The entities' regions moving from step to step: over their maps, and over the finished image.
 
     Parameters
     ----------
@@ -154,8 +154,8 @@ def region_animation(
         1, 2, width=panel, height=panel * rows / cells, gap=(16, 0), margin=(16, 16, 26, 116),
         title=style.escape(f"{what}, {style.run_name(run)}" if title is None else title),
     )  # fmt: skip
-    maps, colours = run.entity_maps(), style.entity_colours(entities)
-    for column, heading in ((1, "over attention"), (2, "over the finished picture")):
+    maps, colors = run.entity_maps(), style.entity_colors(entities)
+    for column, heading in ((1, "over attention"), (2, "over the finished image")):
         made.map_axes(1, column, rows, cells)
         made.over(1, column, heading)
     made.image(1, 2, figure_uri(run.image), rows, cells)
@@ -165,7 +165,7 @@ def region_animation(
         below = _faint(maps.sel(step=step), rows, cells)
         masks = {label: regions.sel(step=step, entity=label).values for label in entities}
         over = [
-            (column, _region(masks[label], label, colours[label], step, column == 2))
+            (column, _region(masks[label], label, colors[label], step, column == 2))
             for column in (1, 2)
             for label in entities
         ]
@@ -222,7 +222,7 @@ def _regions(run: Run, source: Source) -> xr.DataArray:
 
 
 def _faint(maps: xr.DataArray, rows: int, cells: int) -> dict[str, Any]:
-    """The entities' maps of a step as one grey map, 0 to 1."""
+    """The entities' maps of a step as one gray map, 0 to 1."""
     top = maps.max(("y", "x"))
     strongest = (maps / top.where(top > 0, 1)).max("token").values
     high, wide = strongest.shape
@@ -231,7 +231,7 @@ def _faint(maps: xr.DataArray, rows: int, cells: int) -> dict[str, Any]:
         "z": strongest,
         "zmin": 0,
         "zmax": 1,
-        "colorscale": _GREYS,
+        "colorscale": _GRAYS,
         "showscale": False,
         "hoverinfo": "skip",
         "meta": {"below": True},
@@ -243,15 +243,15 @@ def _faint(maps: xr.DataArray, rows: int, cells: int) -> dict[str, Any]:
     }
 
 
-def _region(mask: np.ndarray, label: str, colour: str, step: int, over_picture: bool) -> dict[str, Any]:
+def _region(mask: np.ndarray, label: str, color: str, step: int, over_image: bool) -> dict[str, Any]:
     return {
         "type": "heatmap",
         "z": np.where(mask, 1.0, np.nan).astype(np.float32),
         "zmin": 0,
         "zmax": 1,
-        "colorscale": [[0, colour], [1, colour]],
+        "colorscale": [[0, color], [1, color]],
         "showscale": False,
-        "opacity": 0.55 if over_picture else 0.62,
+        "opacity": 0.55 if over_image else 0.62,
         "name": style.escape(label),
         "legendgroup": label,
         "hoverongaps": False,

@@ -1,4 +1,4 @@
-"""What the figures share: colours, text, panels of exact size, the choice of steps."""
+"""What the figures share: colors, text, panels of exact size, the choice of steps."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from elakit.errors import RecordingError, SettingError
 
 if TYPE_CHECKING:
     from elakit.attention import Recording
-    from elakit.generate import Run
+    from elakit.generation import Run
 
-# Told apart with every common kind of colour blindness (Okabe & Ito, "Color Universal Design", 2008); the pair that
+# Told apart with every common kind of color blindness (Okabe & Ito, "Color Universal Design", 2008); the pair that
 # differs most comes first.
-ENTITY_COLOURS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-# Of runs, where lines are compared: plain is grey, the methods follow.
-RUN_COLOURS = ("#767676", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
-MAP_COLOURS = "Viridis"
-# Light to dark in one hue, so that a printed value reads on every cell and grey prints keep the order.
+ENTITY_COLORS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+# Of runs, where lines are compared: plain is gray, the methods follow.
+RUN_COLORS = ("#767676", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
+MAP_COLORS = "Viridis"
+# Light to dark in one hue, so that a printed value reads on every cell and gray prints keep the order.
 SHARES = [[0, "#f7f9fb"], [0.25, "#c6d9e8"], [0.5, "#7faccb"], [0.75, "#35749f"], [1, "#0b3a5b"]]
 DARK_FROM = 0.68  # share of the scale beyond which values are printed in white
 INK, FAINT, RULE = "#1f2328", "#6e7781", "rgba(128, 128, 128, 0.28)"
@@ -57,15 +57,15 @@ def shorten(text: str, most: int) -> str:
     return text if len(text) <= most else text[: max(1, most - 1)] + "…"
 
 
-def entity_colours(entities: Sequence[str]) -> dict[str, str]:
-    """Colour of each entity, by its place in the prompt, so that it is the same in every figure.
+def entity_colors(entities: Sequence[str]) -> dict[str, str]:
+    """Color of each entity, by its place in the prompt, so that it is the same in every figure.
 
     Examples
     --------
-    >>> entity_colours(["cat", "frog"])
+    >>> entity_colors(["cat", "frog"])
     {'cat': '#E69F00', 'frog': '#0072B2'}
     """
-    return {label: ENTITY_COLOURS[i % len(ENTITY_COLOURS)] for i, label in enumerate(entities)}
+    return {label: ENTITY_COLORS[i % len(ENTITY_COLORS)] for i, label in enumerate(entities)}
 
 
 def run_name(run: Run) -> str:
@@ -281,7 +281,7 @@ class Panels:
         self.shapes.append({"xref": across, "yref": down, **options})
 
     def image(self, row: int, column: int, source: str, rows: float, columns: float) -> None:
-        """Put a picture (a data URI) below the traces of a panel that shows so many cells."""
+        """Put an image (a data URI) below the traces of a panel that shows so many cells."""
         across, down = self.panel_axes(row, column)
         self.images.append(
             {
@@ -299,9 +299,9 @@ class Panels:
         }  # fmt: skip
 
     def entity_legend(self, entities: Sequence[str]) -> None:
-        """A legend that names the entities' colours; a click on one hides what is of its legend group."""
-        for label, colour in entity_colours(entities).items():
-            marker = {"symbol": "square", "size": 12, "color": colour}
+        """A legend that names the entities' colors; a click on one hides what is of its legend group."""
+        for label, color in entity_colors(entities).items():
+            marker = {"symbol": "square", "size": 12, "color": color}
             name = escape(shorten(label, 28))
             self.add(
                 1,
@@ -325,13 +325,13 @@ class Panels:
         return f"x{end}", f"y{end}"
 
 
-def rgba(colour: str, alpha: float) -> str:
-    """A hex colour with an opacity.
+def rgba(color: str, alpha: float) -> str:
+    """A hex color with an opacity.
 
     Examples
     --------
     >>> rgba("#E69F00", 0.5)
     'rgba(230, 159, 0, 0.5)'
     """
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, {alpha:g})"

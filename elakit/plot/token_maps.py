@@ -14,17 +14,17 @@ from elakit.plot import style
 
 if TYPE_CHECKING:
     from elakit.attention import Recording
-    from elakit.attention.recording import Normalise
-    from elakit.generate import Run
+    from elakit.attention.recording import Normalize
+    from elakit.generation import Run
 
 Scale = Literal["token", "all", "map"]
 
 # A prompt of more tokens than this is shown by its entities' words, unless tokens are named.
 MOST_COLUMNS = 14
 _SHARED: dict[str, tuple[str, str]] = {
-    "token": ("highest<br>in column", "Each column has its own colour scale, 0 to the number above it."),
-    "map": ("highest<br>in map", "Each map has its own colour scale, from 0 to its largest value."),
-    "all": ("", "One colour scale for all maps."),
+    "token": ("highest<br>in column", "Each column has its own color scale, 0 to the number above it."),
+    "map": ("highest<br>in map", "Each map has its own color scale, from 0 to its largest value."),
+    "all": ("", "One color scale for all maps."),
 }
 
 
@@ -35,9 +35,9 @@ def token_maps(
     steps: int | Sequence[int] = 5,
     layers: str | Sequence[str] | None = None,
     size: int | None = None,
-    normalise: Normalise = None,
+    normalize: Normalize = None,
     scale: Scale = "token",
-    colours: str = style.MAP_COLOURS,
+    colors: str = style.MAP_COLORS,
     panel: int | None = None,
     title: str | None = None,
 ) -> go.Figure:
@@ -56,12 +56,12 @@ def token_maps(
         model that has none.
     size : int, optional
         Larger side of the maps; by default the recorded one nearest to 16.
-    normalise : {None, "sum", "max", "minmax", "tokens", "start"}
+    normalize : {None, "sum", "max", "minmax", "tokens", "start"}
         As `Recording.maps` does it; None shows raw probabilities.
     scale : {"token", "all", "map"}
-        What shares a colour scale: the maps of a token (start-of-text is far stronger than the words), all, or none.
-    colours : str
-        A plotly colour scale.
+        What shares a color scale: the maps of a token (start-of-text is far stronger than the words), all, or none.
+    colors : str
+        A plotly color scale.
     panel : int, optional
         Width of a map in pixels; by default what lets a row fit a page, 64 to 110.
     title : str, optional
@@ -90,14 +90,14 @@ def token_maps(
     chosen = style.pick_steps(recording.steps, steps)
     wanted, caption = tokens, _SHARED[scale][1]
     if tokens is None:
-        wanted, left_out = _default_tokens(recording, normalise)
+        wanted, left_out = _default_tokens(recording, normalize)
         caption += " Of this long prompt, the entities' words." if left_out else ""
     size = style.map_size(recording) if size is None else size
-    maps = recording.maps(wanted, layers or recording.decoder, size, steps=chosen, normalise=normalise)
+    maps = recording.maps(wanted, layers or recording.decoder, size, steps=chosen, normalize=normalize)
     labels = [str(label) for label in maps.token.values]
     height, width = maps.sizes["y"], maps.sizes["x"]
     panel = panel or int(np.clip((1010 - 150) / len(labels) - 6, 64, 110))
-    what = "probability" if normalise is None else f"attention ({normalise})"
+    what = "probability" if normalize is None else f"attention ({normalize})"
     text = style.shorten(recording.prompt.text, 60)
     made = style.Panels(
         len(chosen), len(labels), width=panel, height=panel * height / width, gap=(6, 6),
@@ -109,7 +109,7 @@ def token_maps(
         for i, step in enumerate(chosen, start=1):
             values = maps.sel(step=step, token=label).values
             top = {"token": column_top, "all": float(maps.max()), "map": float(values.max())}[scale]
-            made.add(i, j, _heatmap(values, top, colours, maps, step, label, what))
+            made.add(i, j, _heatmap(values, top, colors, maps, step, label, what))
             made.map_axes(i, j, height, width)
         heading = style.escape(style.shorten(label, max(4, panel // 7)))
         if scale == "token":
@@ -117,23 +117,23 @@ def token_maps(
         made.over(1, j, heading)
     for i, step in enumerate(chosen, start=1):
         made.beside(i, 1, f"step {step}")
-    made.add(1, 1, _colour_bar(colours, scale, float(maps.max())))
+    made.add(1, 1, _color_bar(colors, scale, float(maps.max())))
     return made.figure()
 
 
-def _default_tokens(recording: Recording, normalise: Normalise) -> tuple[Any, bool]:
+def _default_tokens(recording: Recording, normalize: Normalize) -> tuple[Any, bool]:
     """What to show when nothing is asked for, and whether words are left out."""
     if len(recording.tokens) <= MOST_COLUMNS:
         return None, False
     words = {index for e in recording.prompt.entities for index in (*e.attribute_indices, *e.token_indices)}
     labels = [token.label for token in recording.prompt.tokens if token.index in words]
     kept = [label for label in labels if label in recording.tokens]
-    ends = [] if normalise == "tokens" else recording.tokens
+    ends = [] if normalize == "tokens" else recording.tokens
     return [*[end for end in ends if end == "<start>"], *kept, *[end for end in ends if end == "<end>"]], True
 
 
 def _heatmap(
-    values: np.ndarray, top: float, colours: str, maps: xr.DataArray, step: int, label: str, what: str
+    values: np.ndarray, top: float, colors: str, maps: xr.DataArray, step: int, label: str, what: str
 ) -> dict[str, Any]:
     timestep = float(maps.timestep.sel(step=step))
     return {
@@ -141,7 +141,7 @@ def _heatmap(
         "z": values,
         "zmin": 0,
         "zmax": top or 1.0,
-        "colorscale": colours,
+        "colorscale": colors,
         "showscale": False,
         "name": style.escape(label),
         "meta": {"step": step, "token": label},
@@ -150,14 +150,14 @@ def _heatmap(
     }
 
 
-def _colour_bar(colours: str, scale: Scale, top: float) -> dict[str, Any]:
-    """A colour bar that belongs to no map, since the maps' scales differ."""
+def _color_bar(colors: str, scale: Scale, top: float) -> dict[str, Any]:
+    """A color bar that belongs to no map, since the maps' scales differ."""
     ends = ["0", _number(top) if scale == "all" else _SHARED[scale][0]]
     bar = {
         "thickness": 10, "len": 110, "lenmode": "pixels", "x": 1, "xpad": 14, "y": 1, "yanchor": "top", "ypad": 0,
         "tickvals": [0, 1], "ticktext": ends, "tickfont": {"size": 10}, "outlinewidth": 0,
     }  # fmt: skip
-    marker = {"color": [0], "cmin": 0, "cmax": 1, "colorscale": colours, "showscale": True, "colorbar": bar}
+    marker = {"color": [0], "cmin": 0, "cmax": 1, "colorscale": colors, "showscale": True, "colorbar": bar}
     return {"type": "scatter", "x": [None], "y": [None], "mode": "markers", "marker": marker, "hoverinfo": "skip"}
 
 

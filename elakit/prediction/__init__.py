@@ -1,4 +1,4 @@
-"""Failure foretold: from the attention of a run's first steps to the probability that its picture fails, and how."""
+"""Failure predicted: from the attention of a run's first steps to the probability that its image fails, and how."""
 
 from elakit.prediction.features import FEATURES, SHARES, features
 from elakit.prediction.predictor import OUTCOMES, Predictor, load_predictor

@@ -1,4 +1,4 @@
-"""The command line of failure foretold: ``elakit predict fit``."""
+"""The command line of failure predicted: ``elakit predict fit``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from elakit.files import check_path
 
-app = typer.Typer(no_args_is_help=True, help="Foretell from a run's first steps whether its picture fails, and how.")
+app = typer.Typer(no_args_is_help=True, help="Foretell from a run's first steps whether its image fails, and how.")
 
 
 @app.callback()
@@ -20,12 +20,12 @@ def _group() -> None:
 
 @app.command("fit")
 def fit(
-    sweep: Annotated[Path, typer.Argument(help="Folder of a sweep with judged pictures: elakit bench run.")],
+    sweep: Annotated[Path, typer.Argument(help="Folder of a sweep with judged images: elakit sweep run.")],
     out: Annotated[Path, typer.Option(help="The predictor to write.")] = Path("predictor.json"),
-    method: Annotated[str, typer.Option(help="Whose pictures are learnt from.")] = "plain",
+    method: Annotated[str, typer.Option(help="Whose images are learned from.")] = "plain",
 ) -> None:
-    """Fit a predictor on a sweep, and print how well it foretells prompts that were held out."""
-    from elakit.bench import table
+    """Fit a predictor on a sweep, and print how well it predicts prompts that were held out."""
+    from elakit.sweep import table
     from elakit.prediction.fit import confusion
     from elakit.prediction.fit import fit as fit_to
 
@@ -35,7 +35,7 @@ def fit(
     typer.echo(str(predictor.about))
     wide = quality.pivot(index=["outcome", "by"], columns="share", values="auroc")
     typer.echo("Area under the ROC curve, by share of the steps:\n" + wide.to_string(float_format="%.3f"))
-    own = quality[quality["by"] == "predictor"].set_index(["outcome", "share"])[["rate", "ece", "brier", "pictures"]]
+    own = quality[quality["by"] == "predictor"].set_index(["outcome", "share"])[["rate", "ece", "brier", "images"]]
     typer.echo("The predictor's calibration:\n" + own.to_string(float_format="%.3f"))
     counts = confusion(held_out)
     right = float(np.nanmean(np.diag(counts) / counts.sum(axis=1).replace(0, np.nan)))

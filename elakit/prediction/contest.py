@@ -1,4 +1,4 @@
-"""How the maps of a picture's entities stand to each other: who holds which cells, by how much, in how many pieces."""
+"""How the maps of an image's entities stand to each other: who holds which cells, by how much, in how many pieces."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _OF_ENTITY = (
     "above_rest",
     "blobs",  # pieces above two fifths of its range
 )
-# Of the picture: the closest two entities, what no entity holds, and the attribute that fares worst.
-_OF_PICTURE = ("correlation", "common", "distance", "rest_mean", "rest_least", "joint_blobs", "bound", "misbound")
-CONTEST = (*(f"{name}_{which}" for which in ("least", "most", "first", "last") for name in _OF_ENTITY), *_OF_PICTURE)
+# Of the image: the closest two entities, what no entity holds, and the attribute that fares worst.
+_OF_IMAGE = ("correlation", "common", "distance", "rest_mean", "rest_least", "joint_blobs", "bound", "misbound")
+CONTEST = (*(f"{name}_{which}" for which in ("least", "most", "first", "last") for name in _OF_ENTITY), *_OF_IMAGE)
 _TINY = 1e-9
 
 
@@ -61,9 +61,9 @@ def contest(entities: np.ndarray, rest: np.ndarray, attributes: np.ndarray, owne
     """
     y, x = np.mgrid[: rest.shape[0], : rest.shape[1]] / np.array(rest.shape)[:, None, None]
     shares = [_share(one) for one in entities]
-    centres = [np.array([(p * y).sum(), (p * x).sum()]) for p in shares]
+    centers = [np.array([(p * y).sum(), (p * x).sum()]) for p in shares]
     rows = []
-    for i, (one, p, centre) in enumerate(zip(entities, shares, centres, strict=True)):
+    for i, (one, p, center) in enumerate(zip(entities, shares, centers, strict=True)):
         others = np.delete(entities, i, 0)
         against = others.max(0) if len(others) else np.full_like(one, -1.0)
         scaled = np.max([_scaled(other) for other in others], 0) if len(others) else against
@@ -82,7 +82,7 @@ def contest(entities: np.ndarray, rest: np.ndarray, attributes: np.ndarray, owne
                 lead / (rest.mean() + 1e-6),
                 one.max(where=won, initial=0.0),
                 one.max(where=~won, initial=0.0),
-                np.sqrt((p * ((y - centre[0]) ** 2 + (x - centre[1]) ** 2)).sum()),
+                np.sqrt((p * ((y - center[0]) ** 2 + (x - center[1]) ** 2)).sum()),
                 -(p * np.log(p + 1e-12)).sum(),
                 np.sort(p.ravel())[::-1][: one.size // 10].sum(),
                 (one > rest).mean(),
@@ -94,7 +94,7 @@ def contest(entities: np.ndarray, rest: np.ndarray, attributes: np.ndarray, owne
     closest = [
         max((_correlation(entities[i], entities[j]) for i, j in pairs), default=-1.0),
         max((np.minimum(shares[i], shares[j]).sum() for i, j in pairs), default=0.0),
-        min((np.hypot(*(centres[i] - centres[j])) for i, j in pairs), default=1.0),
+        min((np.hypot(*(centers[i] - centers[j])) for i, j in pairs), default=1.0),
         rest.mean(),
         rest.min(),
         label(entities.sum(0) > 0.4 * entities.sum(0).max())[1],

@@ -1,4 +1,4 @@
-"""What attention tells of a picture before it is finished: one row of numbers a run and share of its steps."""
+"""What attention tells of an image before it is finished: one row of numbers a run and share of its steps."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pandas as pd
 
 from elakit.attention import Recording
 from elakit.errors import RecordingError, SettingError
-from elakit.generate import Run
+from elakit.generation import Run
 from elakit.prediction.contest import CONTEST, contest
 
-# Shares of the steps after which a failure can be foretold.
+# Shares of the steps after which a failure can be predicted.
 SHARES = (0.1, 0.2, 0.3, 0.5, 1.0)
 
 # Measures of `elakit.Bleeding.to_frame`, and the value of the worst entity or pair: what prompts fail by.
@@ -39,7 +39,7 @@ _ABSENT = {"hellinger": 1.0, "symmetric_kl": 10.0, "attribute_margin": 1.0}
 _ON_MAPS = ("peak", "peak_ratio", "mass", "mass_ratio", "area", "area_ratio", "concentration")
 QUANTITIES = (*_WORST, *(f"{name}_mean" for name in ("bleed", "intrusion", "spill")), *_ON_MAPS)
 _ABOUT = ("entities", "attributes")
-# Whose maps `contest` describes: the decoder's at the size that is analysed, at the last step and averaged over the
+# Whose maps `contest` describes: the decoder's at the size that is analyzed, at the last step and averaged over the
 # second half of the steps; the encoder's of that size and the decoder's coarser ones, at the last step.
 _GRIDS = ("decoder", "settled", "encoder", "coarse")
 # Each quantity at the last step, and its mean over the steps until then; and how the maps stand to each other.
@@ -73,9 +73,9 @@ def features(run: Run) -> pd.DataFrame:
     Notes
     -----
     Of measures that there are several of, an entity's, a pair's or an attribute's, the worst is taken, because one is
-    enough to make a picture fail; of three also the mean over entities. On the maps (means of the decoder's layers at
+    enough to make an image fail; of three also the mean over entities. On the maps (means of the decoder's layers at
     16 x 16): "peak" is the largest attention of the least attended entity and "peak_ratio" that, as a share of the most
-    attended one's; "mass" and "area" are the same for mean attention and for the region's share of the picture;
+    attended one's; "mass" and "area" are the same for mean attention and for the region's share of the image;
     "concentration" is the least share of a map's mass that its strongest tenth of the cells holds. How the maps stand
     to each other is told by `elakit.prediction.contest`, of four sets of maps.
 
@@ -90,7 +90,7 @@ def features(run: Run) -> pd.DataFrame:
     [2.0, 2.0, 2.0, 2.0, 2.0]
     """
     if not run.prompt.entities:
-        raise SettingError("The prompt names no entity; mark what is to be in the picture with brackets.")
+        raise SettingError("The prompt names no entity; mark what is to be in the image with brackets.")
     series, grids = _per_step(run), _grids(run)
     numbers = {entity.label: i for i, entity in enumerate(run.prompt.entities)}
     so_far = series.expanding().mean()

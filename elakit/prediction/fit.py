@@ -1,4 +1,4 @@
-"""Fit a predictor of failure on a sweep, and say how well it foretells pictures of prompts it was not fitted on."""
+"""Fit a predictor of failure on a sweep, and say how well it predicts images of prompts it was not fitted on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FOLDS = 5
 # Inverse strengths of the ridge penalty among which cross-validation chooses.
 PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 # Single numbers to compare with, and whether failure goes with high values. A-STAR's overlap of two distributions ranks
-# pictures as Ruzicka's does: one grows with the other.
+# images as Ruzicka's does: one grows with the other.
 BASELINES = {
     "A-STAR overlap": ("ruzicka_mean", 1),
     "symmetric KL": ("symmetric_kl_mean", -1),
@@ -35,7 +35,7 @@ BINS = 10
 
 
 class Fit(NamedTuple):
-    """A predictor, how well it foretells, and what it foretold of pictures that it was not fitted on."""
+    """A predictor, how well it predicts, and what it predicted of images that it was not fitted on."""
 
     predictor: Predictor
     quality: pd.DataFrame
@@ -43,42 +43,42 @@ class Fit(NamedTuple):
 
 
 def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
-    """Fit logistic models on the pictures of a sweep.
+    """Fit logistic models on the images of a sweep.
 
     Parameters
     ----------
     table : DataFrame
-        From `elakit.bench.table`.
+        From `elakit.sweep.table`.
     method : str
-        Whose pictures are learnt from.
+        Whose images are learned from.
 
     Returns
     -------
     predictor : Predictor
-        Fitted on all pictures.
+        Fitted on all images.
     quality : DataFrame
-        On pictures whose nouns were held out (`FOLDS` folds; prompts of other nouns than picture-world's one by
+        On images whose nouns were held out (`FOLDS` folds; prompts of other nouns than picture-world's one by
         one): share, outcome, by ("predictor", or one of `BASELINES`), auroc, ece (expected calibration error, ten
-        bins), brier, rate (of the outcome), pictures. Of a single number there is an auroc only.
+        bins), brier, rate (of the outcome), images. Of a single number there is an auroc only.
     held_out : DataFrame
-        The same pictures one by one: a column (outcome, share) for the probability of each, and (outcome, "came").
+        The same images one by one: a column (outcome, share) for the probability of each, and (outcome, "came").
 
     Raises
     ------
     SettingError
-        The sweep has too few judged pictures, or pictures that have no features.
+        The sweep has too few judged images, or images that have no features.
 
     Notes
     -----
     Features are brought to unit variance; the penalty is chosen by cross-validation over the same folds, and the scores
-    of held-out pictures are calibrated by a logistic curve (Platt, 1999), whose own fit is held out in turn for the
+    of held-out images are calibrated by a logistic curve (Platt, 1999), whose own fit is held out in turn for the
     quality that is reported.
     """
     rows = table[(table["method"] == method) & table["success"].notna()]
     if len(rows) < 10 * FOLDS:
         raise SettingError(
-            f"The sweep has {len(rows)} judged pictures drawn by {method}; fit on {10 * FOLDS} at the least, better a "
-            "thousand: elakit bench run --methods plain --seeds 0,1,2,3."
+            f"The sweep has {len(rows)} judged images drawn by {method}; fit on {10 * FOLDS} at the least, better a "
+            "thousand: elakit sweep run --methods plain --seeds 0,1,2,3."
         )
     values, groups = stack(list(rows["features"])), np.array([_group(prompt) for prompt in rows["prompt"]])
     truth = {
@@ -88,13 +88,13 @@ def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
     weights = np.zeros((len(SHARES), len(OUTCOMES), len(FEATURES)))
     intercepts = np.zeros(weights.shape[:2])
     quality: list[dict[str, Any]] = []
-    foretold: dict[tuple[str, float | str], np.ndarray] = {(name, "came"): came for name, came in truth.items()}
+    predicted: dict[tuple[str, float | str], np.ndarray] = {(name, "came"): came for name, came in truth.items()}
     for s, share in enumerate(SHARES):
         for o, outcome in enumerate(OUTCOMES):
             x, y = values[:, s], truth[outcome]
             about = {"share": share, "outcome": outcome}
             weights[s, o], intercepts[s, o], held_out = _fit_one(x, y, groups)
-            foretold[outcome, share] = held_out
+            predicted[outcome, share] = held_out
             quality.append(about | {"by": "predictor"} | _quality(held_out, y))
             for name, (feature, sign) in BASELINES.items():
                 quality.append(about | {"by": name, "auroc": _auroc(sign * x[:, FEATURES.index(feature)], y)})
@@ -103,15 +103,15 @@ def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
         "method": method,
         "suites": sorted(rows["suite"].unique().tolist()),
         "prompts": int(rows["prompt"].nunique()),
-        "pictures": len(rows),
+        "images": len(rows),
         "steps": sorted({int(steps) for steps in rows["steps"]}),
         "guidance_scale": sorted({float(scale) for scale in rows["guidance_scale"]}),
     }
-    return Fit(Predictor(weights, intercepts, about=about), pd.DataFrame(quality), pd.DataFrame(foretold))
+    return Fit(Predictor(weights, intercepts, about=about), pd.DataFrame(quality), pd.DataFrame(predicted))
 
 
 def confusion(held_out: pd.DataFrame, share: float = 1.0) -> pd.DataFrame:
-    """Which kind of failure was foretold of pictures that failed in one way only.
+    """Which kind of failure was predicted of images that failed in one way only.
 
     Parameters
     ----------
@@ -123,8 +123,8 @@ def confusion(held_out: pd.DataFrame, share: float = 1.0) -> pd.DataFrame:
     Returns
     -------
     DataFrame, int
-        Rows: what came; columns: what was foretold, the kind whose probability is most above its mean over all
-        pictures, because the rare kinds would never be the likeliest.
+        Rows: what came; columns: what was predicted, the kind whose probability is most above its mean over all
+        images, because the rare kinds would never be the likeliest.
 
     Examples
     --------
@@ -140,11 +140,11 @@ def confusion(held_out: pd.DataFrame, share: float = 1.0) -> pd.DataFrame:
     once = came.sum(1) == 1
     counts = np.zeros((len(kinds), len(kinds)), int)
     np.add.at(counts, (came[once].argmax(1), lift[once].argmax(1)), 1)
-    return pd.DataFrame(counts, pd.Index(kinds, name="came"), pd.Index(kinds, name="foretold"))
+    return pd.DataFrame(counts, pd.Index(kinds, name="came"), pd.Index(kinds, name="predicted"))
 
 
 def _fit_one(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
-    """Weights and intercept for the features as they are, and calibrated probabilities of held-out pictures."""
+    """Weights and intercept for the features as they are, and calibrated probabilities of held-out images."""
     folds = list(GroupKFold(min(FOLDS, len(set(groups)))).split(x, y, groups)) if len(set(groups)) > 1 else []
     if not all(0 < y[learn].sum() < len(learn) for learn, _ in folds) or not folds:  # too few to learn from
         rate = (y.sum() + 0.5) / (len(y) + 1)
@@ -181,12 +181,12 @@ def _quality(probability: np.ndarray, y: np.ndarray) -> dict[str, float]:
         "ece": expected_calibration_error(probability, y),
         "brier": float(np.mean((probability - y) ** 2)),
         "rate": float(y.mean()),
-        "pictures": len(y),
+        "images": len(y),
     }
 
 
 def expected_calibration_error(probability: np.ndarray, y: np.ndarray, bins: int = BINS) -> float:
-    """Mean distance of what was foretold from what came, over equal bins of probability, weighted by their pictures.
+    """Mean distance of what was predicted from what came, over equal bins of probability, weighted by their images.
 
     Parameters
     ----------

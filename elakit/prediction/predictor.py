@@ -1,4 +1,4 @@
-"""The probability that a picture fails, and how, from the attention of its first steps: fitted, calibrated, saved."""
+"""The probability that an image fails, and how, from the attention of its first steps: fitted, calibrated, saved."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 
 from elakit.errors import OutputError, SettingError
-from elakit.generate import GuideIf, Progress, Run
+from elakit.generation import GuideIf, Progress, Run
 from elakit.prediction.features import FEATURES, SHARES, features
 from elakit.resources import data_path
 
-# "failure" is any; the kinds are the judge's, and a picture may fail in several ways.
-OUTCOMES = ("failure", "neglect", "mixture", "wrong colour")
+# "failure" is any; the kinds are the judge's, and an image may fail in several ways.
+OUTCOMES = ("failure", "neglect", "mixture", "wrong color")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Predictor:
     shares, outcomes, features : tuple
         What the dimensions stand for.
     about : dict
-        What it was fitted on: model, prompts, pictures, settings.
+        What it was fitted on: model, prompts, images, settings.
     """
 
     weights: np.ndarray
@@ -51,7 +51,7 @@ class Predictor:
                 f"{wanted[0]} shares, {wanted[1]} outcomes and {wanted[2]} features."
             )
 
-    def foretell(self, run: Run | pd.DataFrame) -> pd.DataFrame:
+    def predict(self, run: Run | pd.DataFrame) -> pd.DataFrame:
         """Probability of each outcome, after each share of the steps that the run has reached.
 
         Parameters
@@ -74,7 +74,7 @@ class Predictor:
         >>> import elakit
         >>> nothing = Predictor(np.zeros((5, 4, len(FEATURES))), np.zeros((5, 4)))
         >>> run = elakit.generate(elakit.load("picture-world"), "a [cat] and a [lion]", steps=4, progress=False)
-        >>> nothing.foretell(run).loc[1.0].tolist()
+        >>> nothing.predict(run).loc[1.0].tolist()
         [0.5, 0.5, 0.5, 0.5]
         """
         table = run if isinstance(run, pd.DataFrame) else features(run)
@@ -110,12 +110,12 @@ class Predictor:
         return stop
 
     def guide_if(self, above: float = 0.25, outcome: str = "failure", after: float = 0.2) -> GuideIf:
-        """For ``elakit.generate(guide_if=...)``: guide the pictures that are likely to fail, and no others.
+        """For ``elakit.generate(guide_if=...)``: guide the images that are likely to fail, and no others.
 
         Parameters
         ----------
         above, outcome, after
-            As in `stop_if`, but each picture of a batch counts for itself.
+            As in `stop_if`, but each image of a batch counts for itself.
 
         Raises
         ------
@@ -141,7 +141,7 @@ class Predictor:
         return needed
 
     def _asked(self, above: float, outcome: str, after: float) -> Callable[[Progress], list[float] | None]:
-        """Each picture's probability after the step that a share of the steps ends with; None after the others."""
+        """Each image's probability after the step that a share of the steps ends with; None after the others."""
         if outcome not in self.outcomes:
             raise SettingError(f"outcome={outcome!r}: choose from {', '.join(self.outcomes)}.")
         if after not in self.shares:
@@ -152,7 +152,7 @@ class Predictor:
         def probabilities(so_far: Progress) -> list[float] | None:
             if so_far.step + 1 != int(np.ceil(after * so_far.steps - 1e-9)):
                 return None
-            return [float(self.foretell(run)[outcome].iloc[-1]) for run in so_far.runs(decode=False)]
+            return [float(self.predict(run)[outcome].iloc[-1]) for run in so_far.runs(decode=False)]
 
         return probabilities
 
@@ -214,7 +214,7 @@ def load_predictor(path: str | Path | None = None) -> Predictor:
 
 
 def stack(rows: Sequence[Any]) -> np.ndarray:
-    """The features column of a sweep's table as an array, (picture, share, feature).
+    """The features column of a sweep's table as an array, (image, share, feature).
 
     Raises
     ------
@@ -224,7 +224,7 @@ def stack(rows: Sequence[Any]) -> np.ndarray:
     size = len(SHARES) * len(FEATURES)
     if not len(rows) or any(row is None or len(row) != size for row in rows):
         raise SettingError(
-            "The sweep has pictures without features, or features of another version of elakit. Draw it again into a "
-            "new folder: elakit bench run --out NEW."
+            "The sweep has images without features, or features of another version of elakit. Draw it again into a "
+            "new folder: elakit sweep run --out NEW."
         )
     return np.stack([np.asarray(row, float) for row in rows]).reshape(-1, len(SHARES), len(FEATURES))

@@ -1,6 +1,6 @@
 """The drawings that scenes are composed from: which file draws which noun, and its pixels.
 
-Drawings live in ``data/art/<artist>/``; ``index.json`` names those of each noun. Vector files are rasterised with
+Drawings live in ``data/art/<artist>/``; ``index.json`` names those of each noun. Vector files are rasterized with
 resvg (the package ``resvg-py``, part of the extra ``elakit[train]``).
 """
 
@@ -10,6 +10,7 @@ import io
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,12 +34,20 @@ class Drawing:
     file : str
         Path below ``data/art``.
     view : {"body", "face"}
+    head : tuple of float or None
+        Where a crown belongs: (x, y) of the top of the head and its width there, in shares of the square that
+        `rasterize` returns. None for things without a head and for heads that are hard to crown.
+    eyes : tuple of float or None
+        Where glasses belong: (x, y) of the point between the eyes, and the width that glasses have there. None for
+        heads drawn from the side.
     """
 
     noun: str
     artist: str
     file: str
     view: str
+    head: tuple[float, float, float] | None = None
+    eyes: tuple[float, float, float] | None = None
 
     @property
     def icon(self) -> str:
@@ -47,7 +56,7 @@ class Drawing:
 
 
 @lru_cache(maxsize=1)
-def _index() -> dict[str, list[dict[str, str]]]:
+def _index() -> dict[str, list[dict[str, Any]]]:
     return json.loads(data_path("art", "index.json").read_text(encoding="utf-8"))
 
 
@@ -75,12 +84,17 @@ def drawings(noun: str, artists: tuple[str, ...] = ARTISTS) -> tuple[Drawing, ..
         raise SettingError(f"picture-world has no drawing of {noun!r}. Its nouns: {', '.join(index)}.")
     if unknown := set(artists) - set(ARTISTS):
         raise SettingError(f"Unknown artist {sorted(unknown)}. Choose from {', '.join(ARTISTS)}.")
-    every = tuple(Drawing(noun, row["file"].split("/")[0], row["file"], row["view"]) for row in index[noun])
+    every = tuple(_drawing(noun, row) for row in index[noun])
     return tuple(d for d in every if d.artist in artists) or every
 
 
-def rasterise(drawing: Drawing, size: int) -> np.ndarray:
-    """Pixels of a drawing, cropped to its ink and centred in a square.
+def _drawing(noun: str, row: dict[str, Any]) -> Drawing:
+    anchors = {name: tuple(row[name]) for name in ("head", "eyes") if name in row}
+    return Drawing(noun, row["file"].split("/")[0], row["file"], row["view"], **anchors)
+
+
+def rasterize(drawing: Drawing, size: int) -> np.ndarray:
+    """Pixels of a drawing, cropped to its ink and centerd in a square.
 
     Parameters
     ----------
@@ -109,15 +123,15 @@ def rasterise(drawing: Drawing, size: int) -> np.ndarray:
         png = resvg_py.svg_to_bytes(
             svg_string=path.read_text(encoding="utf-8"), width=2 * size, height=2 * size, skip_system_fonts=True
         )
-        picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+        image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     else:
-        picture = Image.open(path).convert("RGBA")
-    ink = picture.getchannel("A").point(lambda alpha: 255 if alpha > 24 else 0).getbbox()
-    picture = picture.crop(ink)
-    scale = (size - 2 * MARGIN) / max(picture.size)
-    # "RGBa" is premultiplied: resizing straight alpha would bleed the colour of transparent pixels into the edges
-    small = picture.convert("RGBa").resize(
-        (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.Resampling.LANCZOS
+        image = Image.open(path).convert("RGBA")
+    ink = image.getchannel("A").point(lambda alpha: 255 if alpha > 24 else 0).getbbox()
+    image = image.crop(ink)
+    scale = (size - 2 * MARGIN) / max(image.size)
+    # "RGBa" is premultiplied: resizing straight alpha would bleed the color of transparent pixels into the edges
+    small = image.convert("RGBa").resize(
+        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS
     )
     canvas = Image.new("RGBa", (size, size))
     canvas.paste(small, ((size - small.width) // 2, (size - small.height) // 2))

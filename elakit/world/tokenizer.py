@@ -1,6 +1,6 @@
-"""The embedded model's tokenizer: CLIP's byte-pair encoding, learnt from the words of the world.
+"""The embedded model's tokenizer: CLIP's byte-pair encoding, learned from the words of the world.
 
-Words of the world are one token each; any other text is spelt in smaller pieces, down to bytes.
+Words of the world are one token each; any other text is spelled in smaller pieces, down to bytes.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from itertools import pairwise
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
-from elakit.world.vocabulary import COLOURS, NOUNS
+from elakit.world.vocabulary import COLORS, NOUNS
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # Everyday words beside those of the world, so that other prompts do not fall apart into letters.
 _OTHER_WORDS = (
     "a an and the with without of in on at by to from near next beside under over above below behind front between "
-    "left right top bottom one two three is are that which who it its his her no not picture photo drawing small big "
+    "left right top bottom one two three is are that which who it its his her no not image photo drawing small big "
     "large tiny wearing holding sitting standing garden library table street forest room sky grass tree house"
 )
 
@@ -45,7 +45,7 @@ def train_tokenizer(vocabulary: int, positions: int) -> CLIPTokenizer:
     >>> len(tokenizer("zyx")["input_ids"]) > 3
     True
     """
-    merges = _merges(dict.fromkeys((*NOUNS, *COLOURS, *_OTHER_WORDS.split())), vocabulary - 514)
+    merges = _merges(dict.fromkeys((*NOUNS, *COLORS, *_OTHER_WORDS.split())), vocabulary - 514)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
@@ -58,15 +58,15 @@ def _merges(words: Iterable[str], limit: int) -> list[tuple[str, str]]:
     The trainer of `tokenizers` breaks ties by the order of a hash map, so its ids differ from run to run; a model that
     is trained in several sittings needs them to stay.
     """
-    spelt = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges: list[tuple[str, str]] = []
     while len(merges) < limit:
-        counts = Counter(pair for word in spelt for pair in pairwise(word))
+        counts = Counter(pair for word in spelled for pair in pairwise(word))
         if not counts:
             break
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         merges.append(best)
-        spelt = [_merge(word, best) for word in spelt]
+        spelled = [_merge(word, best) for word in spelled]
     return merges
 
 

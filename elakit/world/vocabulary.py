@@ -1,4 +1,4 @@
-"""The words of picture-world: the nouns and colours of the Attend-and-Excite benchmark, and the colours of life.
+"""The words of picture-world: the nouns and colors of the Attend-and-Excite benchmark, and the colors of life.
 
 Source of the word lists: Chefer et al., "Attend-and-Excite", 2023, the prompt set of its evaluation.
 """
@@ -12,19 +12,19 @@ OBJECTS = (
     "backpack", "glasses", "crown", "suitcase", "chair", "balloon", "bow", "car", "bowl", "bench", "clock", "apple",
 )  # fmt: skip
 NOUNS = ANIMALS + OBJECTS
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "gray", "black", "white")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "gray", "black", "white")
 
-# The colour a thing has in life: shown more often than others, so that an unusual colour is hard, as in photographs.
-NATURAL_COLOUR = {
+# The color a thing has in life: shown more often than others, so that an unusual color is hard, as in photographs.
+NATURAL_COLOR = {
     "cat": "orange", "dog": "brown", "bird": "blue", "bear": "brown", "lion": "orange", "horse": "brown",
     "elephant": "gray", "monkey": "brown", "frog": "green", "turtle": "green", "rabbit": "white", "mouse": "gray",
     "backpack": "red", "glasses": "black", "crown": "yellow", "suitcase": "brown", "chair": "brown",
     "balloon": "red", "bow": "pink", "car": "red", "bowl": "blue", "bench": "brown", "clock": "red", "apple": "red",
 }  # fmt: skip
 
-# The names of the colours that cover a sixth or more of the embedded model's drawings "as drawn": a thing whose colour
+# The names of the colors that cover a sixth or more of the embedded model's drawings "as drawn": a thing whose color
 # nobody asked for and that has another one took it from somewhere else. `tests/test_world.py` measures them again.
-USUAL_COLOURS = {
+USUAL_COLORS = {
     "cat": ("yellow", "orange"), "dog": ("brown", "white"), "bird": ("blue",), "bear": ("brown",),
     "lion": ("yellow", "brown", "orange"), "horse": ("orange", "brown"), "elephant": ("white", "gray"),
     "monkey": ("yellow", "brown"), "frog": ("yellow", "green"), "turtle": ("yellow", "green"),

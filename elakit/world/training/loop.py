@@ -18,6 +18,16 @@ from tqdm.auto import tqdm
 M = TypeVar("M", bound=nn.Module)
 
 
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes bfloat16 in hardware; CPUs without it are 15 to 40 times slower in bf16 than in fp32."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Mixed precision where it is fast, single precision elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Length of a training run and its learning rate.
@@ -25,7 +35,7 @@ class Schedule:
     Attributes
     ----------
     samples : int
-        Pictures seen until the end.
+        Images seen until the end.
     batch : int
     learning_rate : float
         After `warmup` steps; from `decay_from` of the run on it falls to zero along a cosine.
@@ -44,7 +54,7 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimizer steps of the whole run."""
         return math.ceil(self.samples / self.batch)
 
     def rate(self, step: int) -> float:

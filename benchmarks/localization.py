@@ -1,0 +1,111 @@
+"""How well each localization rule reproduces the regions of ELA's method figure.
+
+    python benchmarks/localization.py
+
+prints the regression that restores the figure's raw scale, the agreement (IoU) of every differentiation x
+binarization rule with the figure's two masks, and the interval of thresholds in which the default rule meets
+the bar of IoU .79 (cat) and .90 (frog).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from elakit.regions import THRESHOLD, Binarization, Differentiation, localize
+
+PAPER = Path(__file__).resolve().parents[1] / "data" / "paper"
+ENTITIES = ("cat", "frog")
+BAR = (0.79, 0.90)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """The figure's maps on the raw scale, in units of start-of-text's range.
+
+    maps (entity, y, x); sot (y, x); masks bool (entity, y, x); coefficients (intercept, cat, frog) and r2 of
+    the regression.
+    """
+
+    maps: np.ndarray
+    sot: np.ndarray
+    masks: np.ndarray
+    coefficients: np.ndarray
+    r2: float
+
+
+def load_figure(folder: Path = PAPER) -> Figure:
+    """Read the digitized figure and restore the raw scale of its maps.
+
+    Every map is displayed min-max scaled. Attention of a place sums to 1 over tokens, so the start-of-text
+    map is a constant minus the entities' raw maps (the other words hold next to nothing). Least squares on
+    the displayed maps therefore gives, with sign reversed, each entity's raw range in units of
+    start-of-text's range. The lowest raw values are lost, and taken as 0.
+    """
+
+    def read(name: str) -> np.ndarray:
+        return np.loadtxt(folder / name, delimiter=",")
+
+    sot = read("fig_maps_sot.csv")
+    shown = np.stack([read(f"fig_maps_{name}.csv") for name in ENTITIES])
+    masks = np.stack([read(f"fig_mask_{name}.csv") for name in ENTITIES]).astype(bool)
+    design = np.column_stack([np.ones(sot.size), *(m.ravel() for m in shown)])
+    coefficients, residual, *_ = np.linalg.lstsq(design, sot.ravel(), rcond=None)
+    r2 = 1 - float(residual[0]) / float(((sot - sot.mean()) ** 2).sum())
+    return Figure(-coefficients[1:, None, None] * shown, sot, masks, coefficients, r2)
+
+
+def meeting(figure: Figure, differentiation: Differentiation, step: float = 0.0005) -> list[tuple[float, float]]:
+    """Intervals of the background threshold in which both IoUs reach the bar."""
+    runs: list[tuple[float, float]] = []
+    for k in range(40, 600):
+        t = k * step
+        if (
+            localize(figure.maps, figure.sot, differentiation=differentiation, threshold=t).iou(figure.masks) >= BAR
+        ).all():
+            joined = runs and k - round(runs[-1][1] / step) == 1
+            runs[-1:] = [(runs[-1][0], t)] if joined else [*runs[-1:], (t, t)]
+    return runs
+
+
+def main() -> None:
+    figure = load_figure()
+    a, cat, frog = figure.coefficients
+    print(f"start-of-text = {a:.3f} {cat:+.3f} cat {frog:+.3f} frog   (R^2 = {figure.r2:.3f})\n")
+    print("IoU with the figure's masks (regions' cells; the figure has 25 and 42)\n")
+    print(f"{'':29}{'raw maps':<26}{'maps scaled to 0..1'}")
+    print(f"{'differentiation':<16}{'binarization':<13}" + 2 * f"{'cat':<13}{'frog':<13}")
+    for differentiation in get_args(Differentiation):
+        for binarization in get_args(Binarization):
+            line = f"{differentiation:<16}{binarization:<13}"
+            for normalize in (False, True):
+                regions = localize(
+                    figure.maps,
+                    figure.sot,
+                    differentiation=differentiation,
+                    binarization=binarization,
+                    normalize=normalize,
+                )
+                for iou, mask in zip(regions.iou(figure.masks), regions.masks, strict=True):
+                    line += f"{f'{iou:.3f} ({mask.sum()})':<13}"
+            print(line.rstrip())
+
+    print("\nThresholds of binarization 'background' on raw maps that meet the bar (IoU .79 cat, .90 frog):")
+    rules: tuple[Differentiation, ...] = (
+        "argmax",
+        "subtract-max",
+        "subtract-mean",
+    )  # "none" is "argmax" here
+    for differentiation in rules:
+        intervals = [f"{low:.4f} to {high:.4f}" for low, high in meeting(figure, differentiation)]
+        print(f"  {differentiation:<16}{', '.join(intervals) or 'none'}")
+    default = localize(figure.maps, figure.sot, entities=ENTITIES)
+    scores = ", ".join(f"{n} {i:.3f}" for n, i in zip(ENTITIES, default.iou(figure.masks), strict=True))
+    print(f"\ndefault (argmax, background, threshold {THRESHOLD}): IoU {scores}")
+
+
+if __name__ == "__main__":
+    main()

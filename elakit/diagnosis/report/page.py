@@ -1,0 +1,226 @@
+"""The page: what the template is given, and the file that comes of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from elakit.diagnosis import MEANINGS, commands, measure_table, told
+from elakit.diagnosis.measures import BY_SEED
+from elakit.diagnosis.sentences import plural
+from elakit.files import check_path, write_file
+from elakit.plot.style import entity_colors, method_name
+from elakit.diagnosis.report import views
+from elakit.diagnosis.report.figures import figures
+
+if TYPE_CHECKING:
+    from elakit.diagnosis import Diagnosis, Pair
+
+
+def render(diagnosis: Diagnosis, command: str = "") -> str:
+    """The report as a page.
+
+    Parameters
+    ----------
+    diagnosis : Diagnosis
+    command : str
+        The command line that made it, to be printed; "" leaves it out.
+
+    Returns
+    -------
+    str
+        HTML. Images, figures and plotly.js are in it, and nothing is fetched when it is opened.
+
+    Raises
+    ------
+    RecordingError
+        A run was not recorded.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> found = elakit.diagnose(elakit.load("picture-world"), "a [cat] and a [lion]", seeds=1, steps=2)
+    >>> page = render(found, 'elakit diagnose "a [cat] and a [lion]" --seeds 1 --steps 2')
+    >>> page.startswith("<!doctype html>"), "elakit diagnose" in page
+    (True, True)
+    """
+    example = diagnosis.example()
+    table, details = measure_table(diagnosis), _details(example)
+    return (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            prompt=diagnosis.prompt.text,
+            marked=views.marked(diagnosis.prompt),
+            colors=entity_colors([entity.label for entity in diagnosis.prompt.entities]),
+            method=method_name(diagnosis.method),
+            told=told(diagnosis),
+            judged=diagnosis.judged,
+            tiles=_tiles(diagnosis, table),
+            failures=views.failures(diagnosis),
+            causes=views.causes(diagnosis),
+            remedies=views.rows(diagnosis),
+            cards=[views.card(diagnosis, pair) for pair in diagnosis.pairs],
+            example=views.card(diagnosis, example, views.LARGE),
+            why=_why_example(diagnosis, example),
+            figures=figures(diagnosis, example),
+            table=table,
+            by_seed=[column for column in BY_SEED if column[0] in table.columns.get_level_values(0)],
+            details=details,
+            meanings=_meanings(table.columns.get_level_values(0)),
+            more_meanings=_meanings(row["measure"] for row in details),
+            settings=_settings(diagnosis),
+            command=command,
+            code=commands.code(diagnosis),
+            versions=_versions(),
+            plotly_js=Markup(get_plotlyjs()),
+        )
+    )
+
+
+def write(diagnosis: Diagnosis, path: str | Path, command: str = "") -> Path:
+    """Write the report to a file, whole or not at all; a file that is there is replaced.
+
+    Parameters
+    ----------
+    diagnosis : Diagnosis
+    path : str or Path
+    command : str
+        As in `render`.
+
+    Returns
+    -------
+    Path
+        Of the file, absolute.
+
+    Raises
+    ------
+    OutputError
+        The path is a folder, or its folder does not exist or cannot be written to.
+    """
+    target = check_path(path)
+    write_file(target, render(diagnosis, command).encode())
+    return target
+
+
+# --- parts of the page --------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("elakit.diagnosis.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = lambda value: "–" if pd.isna(value) else f"{value:.3f}"
+    return environment
+
+
+def _tiles(diagnosis: Diagnosis, table: pd.DataFrame) -> list[tuple[str, str]]:
+    """Numbers worth showing large, each with what it is."""
+    count, method = len(diagnosis.pairs), method_name(diagnosis.method)
+    tiles = []
+    if diagnosis.judged:
+        tiles.append((f"{diagnosis.right} of {count}", "right when drawn plainly"))
+        best = diagnosis.best if len(diagnosis.remedies) > 1 else None
+        if best is None or best.remedy.name == diagnosis.method:
+            guided = diagnosis.count("right") + diagnosis.count("fixed")
+            tiles.append((f"{guided} of {count}", f"right with {method}"))
+            tiles.append((f"{diagnosis.count('fixed')} / {diagnosis.count('broken')}", "fixed / broken"))
+        else:
+            tiles.append((f"{best.right} of {len(best.runs)}", f"right with the best remedy: {best.remedy.title}"))
+            tiles.append((f"{len(best.fixed)} / {len(best.broken)}", "fixed / broken by it"))
+    for measure, heading, _ in BY_SEED[: 1 if tiles else 2]:
+        before, after = (table[measure, run].mean() for run in ("plain", "guided"))
+        tiles.append((f"{before:.2f} → {after:.2f}", f"mean {heading}, plain → {method}"))
+    if not diagnosis.judged:
+        tiles.insert(0, (str(count), f"{plural('seed', count)}, drawn twice each"))
+    return tiles
+
+
+def _why_example(diagnosis: Diagnosis, example: Pair) -> str:
+    if len(diagnosis.pairs) == 1:
+        return "The only seed drawn."
+    if example.outcome == "fixed":
+        others = diagnosis.count("fixed") > 1
+        return "Chosen because it was fixed" + (", and bled most of those when drawn plainly." if others else ".")
+    return "Chosen because its maps bleed most when drawn plainly" + (
+        f"; {method_name(diagnosis.method)} fixed none of the seeds." if diagnosis.judged else "."
+    )
+
+
+def _details(example: Pair) -> list[dict[str, Any]]:
+    """Every overall measure of both runs of the example."""
+    both = [run.bleeding.overall() for run in (example.plain, example.guided)]
+    keys = ["measure", "entity", "other"]
+    merged = both[0].merge(both[1], on=keys, suffixes=("_plain", "_guided"))
+    return [
+        {
+            "measure": str(row["measure"]),
+            "about": " · ".join(part for part in (row["entity"], row["other"]) if part),
+            "plain": float(row["value_plain"]),
+            "guided": float(row["value_guided"]),
+        }
+        for row in merged.to_dict("records")
+    ]
+
+
+def _meanings(measures: Iterable[str]) -> list[tuple[str, str]]:
+    """What measures mean, each once."""
+    headings = {"ruzicka": "overlap (ruzicka)"}
+    return [
+        (headings.get(measure, measure.replace("_", " ")), MEANINGS.get(measure, ""))
+        for measure in dict.fromkeys(measures)
+    ]
+
+
+def _settings(diagnosis: Diagnosis) -> list[tuple[str, str]]:
+    pair = diagnosis.pairs[0]
+    run, settings = pair.plain, pair.plain.settings
+    recording = run.recording
+    rows = [
+        ("model", str(settings.get("model"))),
+        ("seeds", ", ".join(str(each.seed) for each in diagnosis.pairs)),
+        ("steps", str(settings.get("steps"))),
+        ("guidance scale", f"{settings.get('guidance_scale'):g}"),
+        ("size", f"{settings.get('width')} × {settings.get('height')} pixels"),
+        ("scheduler", str(settings.get("scheduler"))),
+    ]
+    if settings.get("negative_prompt"):
+        rows.append(("negative prompt", str(settings["negative_prompt"])))
+    rows.append(("method", method_name(diagnosis.method)))
+    rows += [(f"{method_name(diagnosis.method)}: {name}", str(value)) for name, value in diagnosis.options.items()]
+    if recording is not None:
+        maps = run.entity_maps()
+        layers = "the decoder's layers" if recording.decoder == "up" else "all layers"
+        rows.append(("maps measured", f"{maps.sizes['y']} × {maps.sizes['x']}, mean of {layers} and heads"))
+    traces = [each.guided.guidance for each in diagnosis.pairs if each.guided.guidance is not None]
+    if skipped := sum(trace.skipped for trace in traces):
+        rows.append(("steps left alone", f"{skipped} (the gradient was not finite)"))
+    others = sum(len(one.runs) for one in diagnosis.remedies if one.remedy.name != diagnosis.method)
+    rows.append(("time", f"{diagnosis.seconds:.0f} s for {2 * len(diagnosis.pairs) + others} images"))
+    return rows
+
+
+def _versions() -> Sequence[tuple[str, str]]:
+    found = [("Python", platform.python_version())]
+    for package in ("elakit", "torch", "diffusers", "transformers", "plotly"):
+        try:
+            found.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            from elakit import __version__
+
+            found.append((package, __version__ if package == "elakit" else "unknown"))
+    return found

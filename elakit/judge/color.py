@@ -1,0 +1,84 @@
+"""Name the color of a set of pixels by perceptual distance (CIE Lab) to the world's paints."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from scipy.ndimage import binary_erosion
+from skimage.color import rgb2lab
+
+from elakit.world.recolor import PAINTS, fade
+
+# Things whose color is that of their frame: what is inside it is glass.
+FRAMED = frozenset({"glasses"})
+
+
+@lru_cache(maxsize=1)
+def _shades() -> tuple[np.ndarray, np.ndarray]:
+    """Every paint from its darkest to its lightest shade: Lab points (n, 3) and the paint's index of each (n,)."""
+    points, owner = [], []
+    for i, paint in enumerate(PAINTS.values()):
+        light = np.linspace(paint.floor, paint.ceiling, 9)
+        chroma = fade(light, paint)
+        points.append(np.stack([light, paint.a * chroma, paint.b * chroma], -1))
+        owner += [i] * len(light)
+    return np.concatenate(points), np.array(owner)
+
+
+def name_pixels(rgb: np.ndarray) -> np.ndarray:
+    """Index in ``PAINTS`` of each pixel's nearest shade.
+
+    Parameters
+    ----------
+    rgb : ndarray, uint8 or float in [0, 1], (..., 3)
+
+    Returns
+    -------
+    ndarray of int, (...)
+    """
+    points, owner = _shades()
+    lab = rgb2lab(rgb)
+    return owner[((lab[..., None, :] - points) ** 2).sum(-1).argmin(-1)]
+
+
+def name_color(rgb: np.ndarray) -> str | None:
+    """The color that most of the pixels have; None for no pixels.
+
+    Parameters
+    ----------
+    rgb : ndarray, uint8 or float in [0, 1], (n, 3)
+
+    Examples
+    --------
+    >>> name_color(np.array([[200, 20, 30], [210, 30, 30], [10, 10, 10]], np.uint8))
+    'red'
+    """
+    if not len(rgb):
+        return None
+    counts = np.bincount(name_pixels(rgb), minlength=len(PAINTS))
+    return list(PAINTS)[int(counts.argmax())]
+
+
+def thing_color(rgb: np.ndarray, mask: np.ndarray, noun: str) -> str | None:
+    """The color of a thing in an image: that of most of its pixels, or of its rim if it is a frame around glass.
+
+    Parameters
+    ----------
+    rgb : ndarray, uint8 or float in [0, 1], (y, x, 3)
+    mask : ndarray, bool, (y, x)
+    noun : str
+
+    Examples
+    --------
+    >>> image = np.full((16, 16, 3), 255, np.uint8)
+    >>> image[2:9, 2:14], image[4:7, 4:12] = (200, 20, 30), (180, 220, 250)
+    >>> mask = np.zeros((16, 16), bool)
+    >>> mask[2:9, 2:14] = True
+    >>> thing_color(image, mask, "glasses")
+    'red'
+    """
+    if noun in FRAMED:
+        thickness = max(1, round(min(mask.shape) / 64))
+        mask = mask & ~binary_erosion(mask, iterations=thickness)
+    return name_color(rgb[mask])

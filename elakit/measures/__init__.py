@@ -1,0 +1,1 @@
+"""Measures on arrays: overlap, agreement and masks, in pure numpy."""

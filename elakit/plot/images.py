@@ -1,0 +1,219 @@
+"""Images: as they go into a page or a figure, several side by side, and with the entities' attention over them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+from PIL import Image
+
+from elakit.errors import SettingError
+from elakit.plot import style
+
+if TYPE_CHECKING:
+    from elakit.generation import Run
+
+# Images up to this side are kept losslessly; larger ones, of which a report may hold many, as JPEG.
+LOSSLESS_SIDE = 256
+
+
+def data_uri(image: Image.Image, most: int | None = None) -> str:
+    """An image as a data URI: PNG up to 256 pixels a side, JPEG above.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+    most : int, optional
+        Longest side wanted; a larger image is made smaller.
+
+    Examples
+    --------
+    >>> data_uri(Image.new("RGB", (2, 2)))[:30]
+    'data:image/png;base64,iVBORw0K'
+    """
+    image = image.convert("RGB")
+    if most is not None and max(image.size) > most:
+        image = image.copy()
+        image.thumbnail((most, most), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    if max(image.size) <= LOSSLESS_SIDE:
+        image.save(buffer, "PNG", optimize=True)
+        kind = "png"
+    else:
+        image.save(buffer, "JPEG", quality=90)
+        kind = "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def figure_uri(image: Image.Image) -> str:
+    """An image as it goes into a figure, of a size that the figure needs."""
+    return data_uri(_enlarged(image), 512)
+
+
+def _enlarged(image: Image.Image) -> Image.Image:
+    """Small images enlarged pixel by pixel, since plotly's images are smoothed by the browser."""
+    factor = LOSSLESS_SIDE // max(image.size)
+    if factor < 2:
+        return image
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def paled(image: Image.Image) -> Image.Image:
+    """An image in light gray, for colors to lie on."""
+    return image.convert("L").point(lambda value: round(255 - 0.55 * (255 - value)))
+
+
+def images(
+    *runs: Run,
+    columns: int = 4,
+    panel: int = 180,
+    names: Sequence[str] | None = None,
+    title: str | None = None,
+) -> go.Figure:
+    """The runs' images side by side.
+
+    Parameters
+    ----------
+    *runs : Run
+    columns : int
+        Images in a row, at most.
+    panel : int
+        Width of an image in pixels.
+    names : sequence of str, optional
+        What stands above each image; by default its method, and its seed where that differs.
+    title : str, optional
+        By default the prompt; "" for none.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+
+    Raises
+    ------
+    SettingError
+        No run is given, or not as many names as runs.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> run = elakit.generate(elakit.load("picture-world"), "a [cat] and a [lion]", steps=1, progress=False)
+    >>> len(images(run).layout.images)
+    1
+    """
+    if not runs:
+        raise SettingError("images() needs at least one run.")
+    if names is not None and len(names) != len(runs):
+        raise SettingError(f"names has {len(names)} entries for {len(runs)} runs; give one a run.")
+    across = min(max(1, columns), len(runs))
+    down = -(-len(runs) // across)
+    ratio = max(run.image.height / run.image.width for run in runs)
+    made = style.Panels(
+        down, across, width=panel, height=panel * ratio, gap=(14, 34), margin=(16, 16, 22, 16),
+        title=style.escape(style.shorten(runs[0].prompt.text, 90) if title is None else title),
+    )  # fmt: skip
+    for i, (run, name) in enumerate(zip(runs, names or style.run_names(runs), strict=True)):
+        row, column = (part + 1 for part in divmod(i, across))
+        height, width = run.image.height, run.image.width
+        made.map_axes(row, column, height, width)
+        made.add_nothing(row, column)
+        made.image(row, column, figure_uri(run.image), height, width)
+        made.over(row, column, style.escape(name))
+    return made.figure()
+
+
+def entity_maps(
+    run: Run,
+    *others: Run,
+    step: int | None = None,
+    panel: int | None = None,
+    title: str | None = None,
+) -> go.Figure:
+    """Where each entity's attention lies, laid over the finished image.
+
+    One row a run: the image, then for every entity the image in gray with the entity's map over it. An entity has
+    one color scale in all rows, so a paler map is a weaker one.
+
+    Parameters
+    ----------
+    run, *others : Run
+        Of one prompt.
+    step : int, optional
+        One denoising step (negative counts back from the last); by default the mean over all.
+    panel : int, optional
+        Width of a panel in pixels; by default what lets a row fit a page.
+    title : str, optional
+        "" for none.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+
+    Raises
+    ------
+    SettingError
+        A step that was not recorded, or runs of other entities.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> run = elakit.generate(elakit.load("picture-world"), "a [cat] and a [lion]", steps=1, progress=False)
+    >>> [trace.name for trace in entity_maps(run).data if trace.type == "heatmap"]
+    ['cat', 'lion']
+    """
+    runs = (run, *others)
+    maps = [_chosen(each.entity_maps(), step) for each in runs]
+    entities = [str(label) for label in maps[0].token.values]
+    if any([str(label) for label in each.token.values] != entities for each in maps):
+        raise SettingError("entity_maps compares runs of one prompt; these name other entities.")
+    across = 1 + len(entities)
+    panel = panel or int(min(190, (1010 - 70) / across - 10))
+    ratio = run.image.height / run.image.width
+    when = "mean over the steps" if step is None else f"step {int(maps[0].step)}"
+    made = style.Panels(
+        len(runs), across, width=panel, height=panel * ratio, gap=(10, 10), margin=(64, 16, 24, 14),
+        title=style.escape("Attention of each entity" if title is None else title),
+        caption=f"{when[0].upper()}{when[1:]}. Full color: the entity's largest value in this figure.",
+    )  # fmt: skip
+    colors = style.entity_colors(entities)
+    largest = {label: max(float(each.sel(token=label).max()) for each in maps) or 1.0 for label in entities}
+    for i, (each, values, name) in enumerate(zip(runs, maps, style.run_names(runs), strict=True), start=1):
+        rows, columns = values.sizes["y"], values.sizes["x"]
+        made.beside(i, 1, style.escape(name).replace(", ", "<br>"))
+        made.map_axes(i, 1, rows, columns)
+        made.add_nothing(i, 1)
+        made.image(i, 1, figure_uri(each.image), rows, columns)
+        pale = figure_uri(paled(each.image))
+        for j, label in enumerate(entities, start=2):
+            made.map_axes(i, j, rows, columns)
+            made.image(i, j, pale, rows, columns)
+            made.add(i, j, _tint(values.sel(token=label).values, largest[label], colors[label], label, name))
+    made.over(1, 1, "image")
+    for j, label in enumerate(entities, start=2):
+        made.over(1, j, style.escape(style.shorten(label, panel // 7)))
+    return made.figure()
+
+
+def _chosen(maps: xr.DataArray, step: int | None) -> xr.DataArray:
+    if step is None:
+        return maps.mean("step")
+    return maps.sel(step=style.pick_steps(maps.step.values, [step])[0])
+
+
+def _tint(values: np.ndarray, largest: float, color: str, label: str, run: str) -> dict[str, Any]:
+    """A map in one color, the more opaque the larger."""
+    return {
+        "type": "heatmap",
+        "z": values,
+        "zmin": 0,
+        "zmax": largest,
+        "colorscale": [[0, style.rgba(color, 0)], [1, style.rgba(color, 0.9)]],
+        "showscale": False,
+        "name": style.escape(label),
+        "hovertemplate": f"{style.escape(run)}, {style.escape(label)}<br>x %{{x}}, y %{{y}}<br>"
+        "probability %{z:.4f}<extra></extra>",
+    }

@@ -1,0 +1,1 @@
+"""Jupyter widgets: the explorer and the live panel."""

@@ -1,0 +1,346 @@
+"""What an explorer says of the runs: their words, images, steps, regions, measures, and the choices there are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from elakit.attention import Recording
+from elakit.attention.store import SELF
+from elakit.errors import ElakitError, RecordingError
+from elakit.widgets.explorer.colors import TABLES
+from elakit.widgets.explorer.packing import Buffer, Fit, Source, fit_to, pack
+from elakit.generation import Run
+from elakit.plot import style
+from elakit.plot.images import LOSSLESS_SIDE, data_uri
+from elakit.prompt import Prompt
+from elakit.tokens import split_words
+
+START, END = "<start>", "<end>"
+# Names of `Recording.maps`' normalizations, "none" for None; what the numbers then are.
+NORMALIZATIONS = {
+    "none": "probability",
+    "sum": "share of the map",
+    "start": "times start-of-text",
+}
+# Matrices have too many lines for one plot; `elakit.plot.leakage` shows them.
+_MATRICES = ("leakage", "attribute_leakage", "truth_leakage", "attribute_truth_leakage", "attribute_overlap")
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word whose maps are sent, or start-of-text, or the end.
+
+    Attributes
+    ----------
+    label : str
+    columns : tuple of int
+        Positions of its pieces along ``token``.
+    entity : int or None
+        The entity it is the noun of, by its place in the prompt.
+    attribute : int or None
+        The entity it is an attribute of.
+    """
+
+    label: str
+    columns: tuple[int, ...]
+    entity: int | None = None
+    attribute: int | None = None
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What goes to the browser: `meta` as JSON, and `maps`, a deflated `Buffer`."""
+
+    meta: dict[str, Any]
+    maps: bytes
+
+
+def describe(runs: Sequence[Run], budget: int) -> Payload:
+    """Everything that an explorer of the runs needs.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        At least one; each recorded.
+    budget : int
+        Bytes of maps before deflation.
+
+    Raises
+    ------
+    RecordingError
+        Nothing was recorded, or no word of the prompt.
+    """
+    words = [words_of(style.recorded(run)) for run in runs]
+    sources = [
+        Source(nodes_of(style.recorded(run)), tuple(word.columns for word in each))
+        for run, each in zip(runs, words, strict=True)
+    ]
+    fit, buffer = fit_to(sources, budget), Buffer()
+    names = style.run_names(runs)
+    about = [
+        _about(run, name, each, source, fit, buffer)
+        for run, name, each, source in zip(runs, names, words, sources, strict=True)
+    ]
+    # Steps are named by the run that has most of them; the others show what is nearest by share of the run.
+    reference = max(range(len(about)), key=lambda i: len(about[i]["steps"]))
+    layer, size = _default_maps(about, style.recorded(runs[reference]))
+    choices = _choices(about, about[reference]["steps"])
+    default = {
+        "tokens": _default_tokens(about),
+        "layer": layer,
+        "size": size,
+        "measure": "bleed" if "bleed" in choices["measure"] else next(iter(choices["measure"]), ""),
+        "step": choices["step"][len(choices["step"]) // 2],
+    }
+    meta = {
+        "runs": about,
+        "reference": reference,
+        "choices": choices,
+        "default": default,
+        "units": NORMALIZATIONS,
+        "colors": TABLES,
+        "meanings": _meanings(choices["measure"]),
+        "notes": _notes(sources, fit),
+        "scales": buffer.scale_count,
+    }
+    return Payload(meta, buffer.deflated())
+
+
+def nodes_of(recording: Recording) -> tuple[xr.Dataset, ...]:
+    """The recording's arrays, one a map size, largest first.
+
+    Raises
+    ------
+    RecordingError
+        Nothing was recorded.
+    """
+    nodes = [node.to_dataset() for name, node in recording.tree.children.items() if not name.startswith(SELF)]
+    if not nodes or not nodes[0].sizes["step"]:
+        raise RecordingError("The recording is empty: the run ended before its first step was finished. Draw it again.")
+    return tuple(sorted(nodes, key=lambda node: (node.sizes["y"], node.sizes["x"]), reverse=True))
+
+
+def words_of(recording: Recording) -> list[Word]:
+    """Words whose attention was kept, pieces of a word together, in order; then start-of-text and the end.
+
+    Parameters
+    ----------
+    recording : Recording
+
+    Raises
+    ------
+    RecordingError
+        Nothing was recorded.
+    """
+    prompt = recording.prompt
+    node = nodes_of(recording)[0]
+    labels = [str(label) for label in node["token"].values]
+    column = {int(index): i for i, index in enumerate(node["token_index"].values) if labels[i] not in (START, END)}
+    pieces: dict[int, list[Any]] = {}
+    for token in prompt.tokens:
+        pieces.setdefault(token.word, []).append(token)
+    words = []
+    for tokens in pieces.values():
+        kept = [token.index for token in tokens if token.index in column]
+        if kept:
+            entity, attribute = _owners(prompt, kept)
+            words.append(Word(_label(tokens), tuple(column[index] for index in kept), entity, attribute))
+    return words + [Word(end, (labels.index(end),)) for end in (START, END) if end in labels]
+
+
+def _label(tokens: Sequence[Any]) -> str:
+    """The word's own label: "giraffe" of "giraffe/1", of "giraffe@clip" and "giraffe@t5"."""
+    label = str(tokens[0].label)
+    return label if len(tokens) == 1 else re.sub(r"(?<=.)(/\d+)?(@\w+)?$", "", label)
+
+
+def _owners(prompt: Prompt, indices: Sequence[int]) -> tuple[int | None, int | None]:
+    """The entity that a word is the noun of, and the one that it is an attribute of."""
+    nouns = [i for i, entity in enumerate(prompt.entities) if set(indices) & set(entity.token_indices)]
+    owners = [i for i, entity in enumerate(prompt.entities) if set(indices) & set(entity.attribute_indices)]
+    return (nouns[0] if nouns else None), (owners[0] if owners else None)
+
+
+def _chips(prompt: Prompt, words: Sequence[Word]) -> list[dict[str, Any]]:
+    """The prompt's words as they are written, each with its place among the words sent (None: not recorded)."""
+    place = {word.label: i for i, word in enumerate(words)}
+    pieces: dict[int, list[Any]] = {}
+    for token in prompt.tokens:
+        pieces.setdefault(token.word, []).append(token)
+    chips: list[dict[str, Any]] = []
+    last = 0
+    for i, (first, past) in enumerate(split_words(prompt.text)):
+        where = place.get(_label(pieces[i])) if i in pieces else None
+        chips.append({"text": prompt.text[first:past], "gap": first > last, "token": where})
+        last = past
+    names = {START: "start", END: "end"}
+    return chips + [
+        {"text": names[word.label], "gap": True, "token": place[word.label], "special": True}
+        for word in words
+        if word.label in names
+    ]
+
+
+def _about(run: Run, name: str, words: Sequence[Word], source: Source, fit: Fit, buffer: Buffer) -> dict[str, Any]:
+    """One run, as the browser needs it."""
+    recording = style.recorded(run)
+    node, prompt = source.nodes[0], run.prompt
+    positions = fit.positions(node.sizes["step"])
+    steps = [int(node["step"].values[i]) for i in positions]
+    colors = style.entity_colors([entity.label for entity in prompt.entities])
+    attrs = recording.tree.attrs
+    notes: list[str] = []
+    regions = _regions(run, steps, buffer, notes)
+    measures = _measures(run, steps, colors, notes)
+    return {
+        "name": name,
+        "seed": run.seed,
+        "prompt": prompt.text,
+        "image": data_uri(run.image, 512),
+        "width": run.image.width,
+        "height": run.image.height,
+        "coarse": max(run.image.size) < LOSSLESS_SIDE,
+        "outcome": _outcome(run),
+        "words": [{"label": word.label, "entity": word.entity, "attribute": word.attribute} for word in words],
+        "chips": _chips(prompt, words),
+        "entities": [{"label": label, "color": color} for label, color in colors.items()],
+        "steps": steps,
+        "timesteps": [_number(node["timestep"].values[i], 1) for i in positions],
+        "calls": max(int(attrs.get("expected") or 0), int(attrs.get("calls") or 0), steps[-1] + 1),
+        "averaged": recording.averaged,
+        "guided": sorted({int(row["step"]) for row in run.guidance.rows}) if run.guidance else [],
+        "layers": pack(source, fit, buffer),
+        "regions": regions,
+        "measures": measures,
+        "notes": notes,
+    }
+
+
+def _outcome(run: Run) -> dict[str, Any] | None:
+    """What the judge says of the image; None where it cannot tell."""
+    verdict = run.verdict
+    return None if verdict is None else {"right": bool(verdict.success), "said": str(verdict)}
+
+
+def _regions(run: Run, steps: Sequence[int], buffer: Buffer, notes: list[str]) -> dict[str, Any] | None:
+    """Where the region of each cell is in the buffer: bytes (step, y, x), 0 for none, 1 for the first entity."""
+    try:
+        regions = run.regions.sel(step=list(steps))
+    except ElakitError as error:
+        notes.append(f"No regions and no measures: {error}")
+        return None
+    numbers = np.arange(1, regions.sizes["entity"] + 1, dtype=np.uint8)[:, None, None]
+    owner = (regions.values * numbers).max(axis=1)
+    return {"rows": regions.sizes["y"], "columns": regions.sizes["x"], "at": buffer.add(owner)}
+
+
+def _measures(
+    run: Run, steps: Sequence[int], colors: dict[str, str], notes: list[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Lines over the steps of every measure: name, color (None: of no entity), values (None: not a number)."""
+    try:
+        frame = run.bleeding.to_frame()
+    except ElakitError as error:
+        if not notes:
+            notes.append(f"No measures: {error}")
+        return {}
+    frame = frame[frame["step"].isin(steps) & ~frame["measure"].isin(_MATRICES)]
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for (measure, entity, other), part in frame.groupby(["measure", "entity", "other"], sort=False):
+        values: pd.Series = part.set_index("step")["value"].reindex(list(steps))
+        line = {
+            "name": _line_name(str(measure), str(entity), str(other), colors),
+            "color": colors.get(str(entity)) or colors.get(str(other)),
+            # of a pair of entities, whose swatch has both colors
+            "second": colors.get(str(other)) if str(entity) in colors else None,
+            "values": [_number(value, 5) for value in values],
+        }
+        lines.setdefault(str(measure), []).append(line)
+    return lines
+
+
+def _line_name(measure: str, entity: str, other: str, colors: dict[str, str]) -> str:
+    if not entity:
+        return measure.replace("_", " ")
+    if not other:
+        return entity
+    return f"{entity} and {other}" if entity in colors else f"{entity} of {other}"
+
+
+def _number(value: float, digits: int) -> float | None:
+    """A number for JSON, which has none that is not finite."""
+    return round(float(value), digits) if np.isfinite(value) else None
+
+
+def _choices(about: Sequence[dict[str, Any]], steps: list[int]) -> dict[str, list[Any]]:
+    """What each trait may be set to."""
+    layers = [layer for run in about for layer in run["layers"]]
+    places = dict.fromkeys(layer["place"] for layer in layers)
+    labels = dict.fromkeys(word["label"] for run in about for word in run["words"])
+    heads = sorted({head for layer in layers for head in layer["heads"] if head != "mean"})
+    starts = any(word["label"] == START for run in about for word in run["words"])
+    return {
+        "step": steps,
+        "tokens": list(labels),
+        "layer": list(dict.fromkeys(["all", *places, *(layer["name"] for layer in layers)])),
+        "size": [None, *sorted({layer["size"] for layer in layers}, reverse=True)],
+        "head": ["mean", *heads],
+        "normalization": [each for each in NORMALIZATIONS if each != "start" or starts],
+        "measure": list(dict.fromkeys(measure for run in about for measure in run["measures"])),
+        "colors": list(TABLES),
+    }
+
+
+def _default_tokens(about: Sequence[dict[str, Any]]) -> list[str]:
+    """The entities' words; of a recording that has none of them, its first word."""
+    nouns = dict.fromkeys(word["label"] for run in about for word in run["words"] if word["entity"] is not None)
+    return list(nouns) or [about[0]["words"][0]["label"]]
+
+
+def _default_maps(about: Sequence[dict[str, Any]], recording: Recording) -> tuple[str, int | None]:
+    """The layers and the size that regions are taken from, as far as every run has them."""
+    layer, size = recording.decoder, style.map_size(recording)
+    if any(not sizes_of(run["layers"], layer) for run in about):
+        layer = "all"
+    return layer, size if all(size in sizes_of(run["layers"], layer) for run in about) else None
+
+
+def sizes_of(layers: Sequence[dict[str, Any]], layer: str) -> set[int]:
+    """Map sizes of the layers that a choice names: "all", a place, or the name of one.
+
+    Examples
+    --------
+    >>> layers = [{"name": "a", "place": "down", "size": 32}, {"name": "b", "place": "mid", "size": 8}]
+    >>> sizes_of(layers, "mid"), sizes_of(layers, "a"), sizes_of(layers, "up")
+    ({8}, {32}, set())
+    """
+    return {each["size"] for each in layers if layer in ("all", each["place"], each["name"])}
+
+
+def _meanings(measures: Sequence[str]) -> dict[str, str]:
+    from elakit.diagnosis.report import MEANINGS  # which brings plotly.js along
+
+    return {measure: MEANINGS.get(measure, "") for measure in measures}
+
+
+def _notes(sources: Sequence[Source], fit: Fit) -> list[str]:
+    """What was left out to keep what is sent small."""
+    notes = []
+    large = {(node.sizes["y"], node.sizes["x"]) for source in sources for node in source.nodes}
+    shrunk = {size: fit.size(*size) for size in sorted(large, reverse=True) if fit.size(*size) != size}
+    if shrunk:
+        said = ", ".join(f"{a[0]}×{a[1]} maps as {b[0]}×{b[1]}" for a, b in shrunk.items())
+        notes.append(f"To keep this page small it holds {said} (area means).")
+    steps = max(source.nodes[0].sizes["step"] for source in sources)
+    if len(fit.positions(steps)) < steps:
+        notes.append(f"To keep this page small it holds {len(fit.positions(steps))} of {steps} steps, evenly spread.")
+    if notes:
+        notes.append("elakit.explore(..., budget=...) takes more bytes.")
+    return notes

@@ -1,0 +1,255 @@
+"""Maps as compact binary: a byte a cell, a scale a map, differences from step to step, deflated.
+
+The buffer, before it is deflated, holds all scales (little-endian float32) and after them all bytes. A layer's maps
+are bytes (step, head, word, y, x), of which every step but the first is the difference from the one before, modulo 256;
+its scales are (step, head, word). Probability = byte / 255 x scale.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from elakit.measures.masks import area_mean
+from elakit.plot.style import pick_steps
+
+# Bytes of all maps before they are deflated. Deflating never adds to them and base64 adds a third, so that a page of
+# them with code and images stays below 12 MB whatever the maps are.
+BUDGET = 8_700_000
+_SIDES = (32, 16)
+# Bytes of a recording, which may be larger than memory, that are read at a time.
+_BLOCK = 2**25
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is left out so that the maps stay within a budget.
+
+    Attributes
+    ----------
+    side : int or None
+        Larger maps are shrunk to this side by area means; None leaves all as they are.
+    share : float
+        Share of the steps that is kept, spread evenly with the first and the last.
+    """
+
+    side: int | None = None
+    share: float = 1.0
+
+    def size(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns of a map as it is sent.
+
+        Examples
+        --------
+        >>> Fit(32).size(64, 48), Fit(32).size(16, 16), Fit().size(128, 128)
+        ((32, 24), (16, 16), (128, 128))
+        """
+        if self.side is None or max(rows, columns) <= self.side:
+            return rows, columns
+        factor = self.side / max(rows, columns)
+        return max(1, round(rows * factor)), max(1, round(columns * factor))
+
+    def positions(self, steps: int) -> list[int]:
+        """Which of so many steps are sent.
+
+        Examples
+        --------
+        >>> Fit(16, 0.5).positions(9), Fit().positions(3)
+        ([0, 3, 5, 8], [0, 1, 2])
+        """
+        return list(range(steps)) if self.share >= 1 else pick_steps(range(steps), max(2, int(steps * self.share)))
+
+
+@dataclass(frozen=True)
+class Source:
+    """What of a recording is sent.
+
+    Attributes
+    ----------
+    nodes : tuple of xarray.Dataset
+        One a map size, as in `Recording`, largest first.
+    words : tuple of tuple of int
+        Positions along ``token`` of the pieces of each word, which are averaged.
+    """
+
+    nodes: tuple[xr.Dataset, ...]
+    words: tuple[tuple[int, ...], ...]
+
+    def nbytes(self, fit: Fit) -> int:
+        """Bytes that the maps take before they are deflated."""
+        cells = sum(
+            node.sizes["layer"] * node.sizes["head"] * int(np.prod(fit.size(node.sizes["y"], node.sizes["x"])))
+            for node in self.nodes
+        )
+        return len(fit.positions(self.nodes[0].sizes["step"])) * len(self.words) * cells
+
+
+@dataclass
+class Buffer:
+    """Collects scales and bytes; what is added is found again by its place."""
+
+    scales: list[np.ndarray] = field(default_factory=list)
+    parts: list[np.ndarray] = field(default_factory=list)
+
+    def add_scales(self, values: np.ndarray) -> int:
+        """Add scales; gives the position of the first, counted in numbers."""
+        at = self.scale_count
+        self.scales.append(np.ravel(values).astype("<f4"))
+        return at
+
+    def add(self, values: np.ndarray) -> int:
+        """Add bytes; gives the position of the first, counted from the end of the scales."""
+        at = sum(part.size for part in self.parts)
+        self.parts.append(np.ravel(values).astype(np.uint8, copy=False))
+        return at
+
+    @property
+    def scale_count(self) -> int:
+        """Scales so far."""
+        return sum(part.size for part in self.scales)
+
+    def deflated(self) -> bytes:
+        """All of it in zlib's format, which browsers call "deflate"."""
+        squeezer = zlib.compressobj(6)
+        squeezed = [squeezer.compress(part.tobytes()) for part in (*self.scales, *self.parts)]
+        return b"".join([*squeezed, squeezer.flush()])
+
+
+def fit_to(sources: Sequence[Source], budget: int) -> Fit:
+    """Leave out as little as needed: first maps are shrunk to 32 and 16 cells a side, then steps are left out.
+
+    Parameters
+    ----------
+    sources : sequence of Source
+    budget : int
+        Bytes before deflation.
+    """
+    for side in (None, *_SIDES):
+        fit = Fit(side)
+        total = sum(source.nbytes(fit) for source in sources)
+        if total <= budget:
+            return fit
+    return Fit(_SIDES[-1], budget / total)
+
+
+def quantize(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Maps as bytes, and what 255 stands for in each.
+
+    Parameters
+    ----------
+    maps : numpy.ndarray, float (..., y, x)
+        Not negative; what is not finite counts as 0.
+
+    Returns
+    -------
+    levels : numpy.ndarray, uint8 (..., y, x)
+    scales : numpy.ndarray, float32 (...)
+        The largest value of each map: levels are off by at most 1/510 of it.
+
+    Examples
+    --------
+    >>> levels, scales = quantize(np.array([[0.0, 0.25, 0.5]]))
+    >>> levels.tolist(), float(scales)
+    ([[0, 128, 255]], 0.5)
+    """
+    values = np.asarray(maps, np.float32)
+    if not np.isfinite(values).all() or values.min(initial=0) < 0:
+        values = np.nan_to_num(values, nan=0.0, posinf=0.0).clip(0)
+    tops = values.max(axis=(-2, -1))
+    # Divided before it is multiplied, since 255 / top may be more than a float32 holds.
+    levels = values / np.where(tops > 0, tops, 1)[..., None, None]
+    levels *= 255
+    return np.rint(levels, out=levels).astype(np.uint8), tops
+
+
+def pack(source: Source, fit: Fit, buffer: Buffer) -> list[dict[str, Any]]:
+    """Put a recording's maps into the buffer.
+
+    Parameters
+    ----------
+    source : Source
+    fit : Fit
+    buffer : Buffer
+
+    Returns
+    -------
+    list of dict
+        The layers in forward order: name, short, place, size (larger side, as recorded), rows, columns (as sent),
+        heads, and where the maps and scales are.
+    """
+    found = []
+    for node in source.nodes:
+        levels, tops = _packed(node, source.words, fit)
+        rows, columns = levels.shape[-2:]
+        heads = [str(head) if str(head) == "mean" else int(head) for head in node["head"].values]
+        for i, name in enumerate(node["layer"].values):
+            changes = levels[i].copy()
+            changes[1:] -= levels[i][:-1]
+            layer = {
+                "name": str(name),
+                "place": str(node["place"].values[i]),
+                "size": max(node.sizes["y"], node.sizes["x"]),
+                "recorded": [node.sizes["y"], node.sizes["x"]],
+                "rows": rows,
+                "columns": columns,
+                "heads": heads,
+                "at": buffer.add(changes),
+                "scales": buffer.add_scales(tops[i]),
+            }
+            found.append((int(node["order"].values[i]), layer))
+    layers = [layer for _, layer in sorted(found, key=lambda pair: pair[0])]
+    for layer, short in zip(layers, short_names([(each["place"], each["name"]) for each in layers]), strict=True):
+        layer["short"] = short
+    return layers
+
+
+def short_names(layers: Sequence[tuple[str, str]]) -> list[str]:
+    """Names of layers as short as tells them apart: the place and the numbers of the path.
+
+    Parameters
+    ----------
+    layers : sequence of (place, name)
+
+    Examples
+    --------
+    >>> short_names([
+    ...     ("up", "up_blocks.1.attentions.0.transformer_blocks.0.attn2"),
+    ...     ("up", "up_blocks.1.attentions.1.transformer_blocks.0.attn2"),
+    ... ])
+    ['up 1.0', 'up 1.1']
+    >>> short_names([("single", "single_transformer_blocks.7.attn")])
+    ['single 7']
+    """
+    numbers = [re.findall(r"(?<=\.)\d+(?=\.|$)", name) for _, name in layers]
+    for most in (2, None):
+        short = [f"{place} {'.'.join(each[:most])}".strip() for (place, _), each in zip(layers, numbers, strict=True)]
+        if len(set(short)) == len(short):
+            return short
+    return [name for _, name in layers]
+
+
+def _packed(node: xr.Dataset, words: Sequence[Sequence[int]], fit: Fit) -> tuple[np.ndarray, np.ndarray]:
+    """Levels (layer, step, head, word, y, x) and scales (layer, step, head, word) of one map size."""
+    positions = fit.positions(node.sizes["step"])
+    size = fit.size(node.sizes["y"], node.sizes["x"])
+    mean = np.zeros((node.sizes["token"], len(words)), np.float32)
+    for word, pieces in enumerate(words):
+        mean[list(pieces), word] = 1 / len(pieces)
+    shape = node.sizes["layer"], len(positions), node.sizes["head"], len(words)
+    levels, tops = np.empty((*shape, *size), np.uint8), np.empty(shape, np.float32)
+    values = node["probability"].isel(image=0)
+    block = max(1, _BLOCK * node.sizes["step"] // max(values.nbytes, 1))
+    for first in range(0, len(positions), block):
+        chosen = values.isel(step=positions[first : first + block]).values  # (step, layer, head, y, x, token)
+        maps = np.moveaxis(chosen.astype(np.float32, copy=False) @ mean, -1, 3)
+        if maps.shape[-2:] != size:
+            maps = area_mean(maps, size)
+        some, scale = quantize(maps)
+        levels[:, first : first + block], tops[:, first : first + block] = some.swapaxes(0, 1), scale.swapaxes(0, 1)
+    return levels, tops

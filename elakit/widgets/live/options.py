@@ -1,0 +1,191 @@
+"""A method's options as controls: what each may be is read from the method's own dataclass and docstring."""
+
+from __future__ import annotations
+
+import ast
+import re
+import typing
+from dataclasses import MISSING, dataclass, fields
+from inspect import cleandoc
+from typing import Any, Literal
+
+import ipywidgets as w
+
+from elakit.errors import SettingError
+from elakit.guidance import METHODS
+
+REGIONS = "regions"  # are drawn, not typed
+KINDS: dict[Any, str] = {float: "number", int: "whole", bool: "switch", str: "words"}
+_PARAMETERS = re.compile(r"^Parameters\n-+\n(.*?)(?=\n\n\w[^\n]*\n-+\n|\Z)", re.S | re.M)
+_ENTRY = re.compile(r"^(\w[^:\n]*)[^\n]*\n((?: {4}[^\n]*\n?)*)", re.M)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a method.
+
+    Attributes
+    ----------
+    name : str
+    kind : {"number", "whole", "switch", "choice", "words", "value"}
+        "words" is any text; "value" is what Python writes: a number, a tuple, or nothing for None.
+    choices : tuple
+        Of a "choice".
+    default : Any
+    about : str
+        What the method's docstring says of it.
+    """
+
+    name: str
+    kind: str
+    choices: tuple[Any, ...]
+    default: Any
+    about: str
+
+
+def options(method: type[Any]) -> tuple[Option, ...]:
+    """A method's options, without its regions, in the order of its dataclass.
+
+    Parameters
+    ----------
+    method : type
+        One of `elakit.guidance.METHODS`.
+
+    Examples
+    --------
+    >>> from elakit.guidance import ELA
+    >>> found = {option.name: option for option in options(ELA)}
+    >>> found["decay"].kind, found["gradient"].choices, found["lock_from"].kind, "regions" in found
+    ('number', ('normalized', 'raw'), 'value', False)
+    >>> found["every"].about
+    'Of these, every so manieth is guided.'
+    """
+    hints, about = typing.get_type_hints(method), descriptions(method)
+    return tuple(
+        Option(field.name, *_kind(hints[field.name]), _default(field), about.get(field.name, ""))
+        for field in fields(method)
+        if field.name != REGIONS
+    )
+
+
+def takes_regions(name: str) -> bool:
+    """Whether a method of that name takes regions by hand."""
+    return name in METHODS and any(field.name == REGIONS for field in fields(METHODS[name]))
+
+
+def needs_regions(name: str) -> bool:
+    """Whether it cannot do without them."""
+    return takes_regions(name) and any(
+        field.name == REGIONS and field.default is MISSING for field in fields(METHODS[name])
+    )
+
+
+def descriptions(method: type[Any]) -> dict[str, str]:
+    """What the docstrings of a class and of its bases say of each parameter (numpydoc's "Parameters").
+
+    Examples
+    --------
+    >>> from elakit.guidance import SynGen
+    >>> descriptions(SynGen)["size"]
+    'Longer side of the maps read; by default 16, or what the model has nearest to it.'
+    """
+    found: dict[str, str] = {}
+    for each in reversed(method.__mro__[:-1]):
+        section = _PARAMETERS.search(cleandoc(each.__doc__ or ""))
+        entries = _ENTRY.findall(section[1] if section else "")
+        for names, lines in entries:
+            told = " ".join(lines.split())
+            for name in names.replace(" ", "").split(","):
+                # what the base says in full, a method may only point to
+                if name not in found or "see `" not in told:
+                    found[name] = told
+    return found
+
+
+class Controls:
+    """Widgets for the options of one method.
+
+    Parameters
+    ----------
+    method : type
+
+    Attributes
+    ----------
+    view : ipywidgets.VBox
+    """
+
+    def __init__(self, method: type[Any]) -> None:
+        self.method = method
+        self.options = {option.name: option for option in options(method)}
+        self.widgets = {name: _widget(option) for name, option in self.options.items()}
+        grid, back = w.Box(list(self.widgets.values())), w.Button(description="Defaults")
+        grid.add_class("elx-options")
+        back.add_class("ell-defaults")
+        back.on_click(lambda _button: self.reset())
+        self.view = w.VBox([grid, back])
+
+    def values(self) -> dict[str, Any]:
+        """What is set, as the method takes it.
+
+        Raises
+        ------
+        SettingError
+            A text is no value of Python's.
+        """
+        return {name: _read(self.method, self.options[name], self.widgets[name].value) for name in self.options}
+
+    def set(self, values: dict[str, Any]) -> None:
+        """Show these values; options that are not named stay as they are."""
+        for name, value in values.items():
+            if name in self.widgets:
+                self.widgets[name].value = _shown(self.options[name], value)
+
+    def reset(self) -> None:
+        """Back to the method's defaults."""
+        self.set({name: option.default for name, option in self.options.items()})
+
+
+def _default(field: Any) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _kind(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Kind of an option, and its choices."""
+    if typing.get_origin(hint) is Literal:
+        return "choice", typing.get_args(hint)
+    return KINDS.get(hint, "value"), ()
+
+
+def _widget(option: Option) -> Any:
+    make = {"number": w.FloatText, "whole": w.IntText, "switch": w.Checkbox, "choice": w.Dropdown}.get(
+        option.kind, w.Text
+    )
+    settings: dict[str, Any] = {"value": _shown(option, option.default), "tooltip": option.about}
+    if option.kind == "choice":
+        settings["options"] = option.choices
+    elif option.kind == "switch":
+        settings["indent"] = False
+    elif option.kind == "value":
+        settings["placeholder"] = "automatic" if option.default is None else ""
+    return make(description=option.name.replace("_", " "), continuous_update=False, **settings)
+
+
+def _shown(option: Option, value: Any) -> Any:
+    if option.kind == "value":
+        return "" if value is None else repr(value)
+    return value
+
+
+def _read(method: type[Any], option: Option, shown: Any) -> Any:
+    if option.kind != "value":
+        return shown
+    if not shown.strip():
+        return None
+    try:
+        return ast.literal_eval(shown.strip())
+    except (ValueError, SyntaxError):
+        if not isinstance(option.default, int | float | tuple):
+            return shown.strip()  # layers of a method that chooses them by itself, "up"
+        raise SettingError(
+            f"{method.__name__}({option.name}={shown!r}): write it as Python does, such as {option.default!r}."
+        ) from None

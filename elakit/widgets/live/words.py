@@ -1,0 +1,150 @@
+"""Which words of a prompt are entities and which attributes, as a person marks them word by word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from elakit.errors import PromptError
+from elakit.plot.style import entity_colors
+from elakit.prompt import Entity, Prompt
+from elakit.tokens import label_words, split_words
+
+# Word of an entity's noun -> words of its attributes.
+Marks = Mapping[int, Sequence[int]]
+
+
+def marks_of(prompt: Prompt) -> dict[int, tuple[int, ...]]:
+    """The words of each entity's noun and attributes, counted from 0.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> marks_of(elakit.parse("a [red car] and a [bird]", elakit.load("picture-world")))
+    {2: (1,), 5: ()}
+    """
+    word = {token.index: token.word for token in prompt.tokens}
+    return {
+        word[entity.token_indices[0]]: tuple(dict.fromkeys(word[index] for index in entity.attribute_indices))
+        for entity in prompt.entities
+    }
+
+
+def turned(prompt: Prompt, at: int) -> Prompt:
+    """The prompt after a click on a word: what was neither becomes an entity, an entity an attribute, that neither.
+
+    An attribute is of the entity that follows it, or else of the last one before it; where there is no other entity
+    the word becomes neither. Attributes of a word that ceases to be an entity go to another by the same rule.
+
+    Parameters
+    ----------
+    prompt : Prompt
+    at : int
+        Which word, counted from 0.
+
+    Raises
+    ------
+    PromptError
+        No entity would be left, or the tokenizer keeps no token for the word.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> prompt = elakit.parse("a [red car] and a [bird]", elakit.load("picture-world"))
+    >>> marks_of(turned(prompt, 2))  # the car becomes an attribute of the bird, and so does its red
+    {5: (1, 2)}
+    >>> marks_of(turned(turned(prompt, 2), 2))
+    {5: (1,)}
+    """
+    marks = {noun: list(attributes) for noun, attributes in marks_of(prompt).items()}
+    if at in marks:
+        orphans = [at, *marks.pop(at)]
+        for word in orphans:
+            if (owner := _owner(marks, word)) is not None:
+                marks[owner].append(word)
+    elif any(at in attributes for attributes in marks.values()):
+        marks = {noun: [word for word in attributes if word != at] for noun, attributes in marks.items()}
+    else:
+        marks[at] = []
+    return marked(prompt, marks)
+
+
+def marked(prompt: Prompt, marks: Marks) -> Prompt:
+    """The prompt with these words as its entities and attributes.
+
+    Parameters
+    ----------
+    prompt : Prompt
+    marks : mapping of int to sequence of int
+        Word of the noun -> words of its attributes, in any order.
+
+    Raises
+    ------
+    PromptError
+        There is no entity, or the tokenizer keeps no token for a word.
+    """
+    if not marks:
+        raise PromptError(f"No word of {prompt.text!r} would be left as an entity: mark another one first.")
+    words = split_words(prompt.text)
+    labels = label_words(prompt.text, words)
+    return replace(
+        prompt, entities=tuple(_entity(prompt, words, labels, noun, sorted(marks[noun])) for noun in sorted(marks))
+    )
+
+
+def chips(prompt: Prompt) -> list[dict[str, object]]:
+    """The prompt's words as they are written: text, gap before it, role, owner's label and color.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> [(chip["text"], chip["role"]) for chip in chips(elakit.parse("a [red car]", elakit.load("picture-world")))]
+    [('a', ''), ('red', 'attribute'), ('car', 'entity')]
+    """
+    marks = marks_of(prompt)
+    colors = entity_colors([entity.label for entity in prompt.entities])
+    entities = dict(zip(marks, prompt.entities, strict=True))
+    owners = {word: entities[noun].label for noun, attributes in marks.items() for word in attributes}
+    owners |= {noun: entity.label for noun, entity in entities.items()}
+    kept = {token.word for token in prompt.tokens}
+    found: list[dict[str, object]] = []
+    last = 0
+    for i, (first, past) in enumerate(split_words(prompt.text)):
+        owner = owners.get(i, "")
+        found.append(
+            {
+                "text": prompt.text[first:past],
+                "gap": first > last,
+                "role": "entity" if i in marks else "attribute" if owner else "",
+                "owner": owner,
+                "color": colors.get(owner),
+                "clickable": i in kept and any(character.isalnum() for character in prompt.text[first:past]),
+            }
+        )
+        last = past
+    return found
+
+
+def _owner(marks: Marks, word: int) -> int | None:
+    """The noun that an attribute belongs to: the next one, or else the last one before it."""
+    after = [noun for noun in marks if noun > word]
+    return min(after) if after else max(marks, default=None)
+
+
+def _entity(
+    prompt: Prompt, words: Sequence[tuple[int, int]], labels: Sequence[str], noun: int, attributes: Sequence[int]
+) -> Entity:
+    def text(word: int) -> str:
+        return prompt.text[slice(*words[word])]
+
+    nouns = tuple(token.index for token in prompt.tokens if token.word == noun)
+    if not nouns:
+        raise PromptError(f"The tokenizer keeps no token of its own for {text(noun)!r} in {prompt.text!r}.")
+    return Entity(
+        text=" ".join(text(word) for word in sorted([noun, *attributes])),
+        noun=text(noun),
+        attributes=tuple(text(word) for word in attributes),
+        token_indices=nouns,
+        attribute_indices=tuple(token.index for token in prompt.tokens if token.word in attributes),
+        label=labels[noun],
+    )

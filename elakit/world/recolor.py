@@ -1,0 +1,244 @@
+"""Give a drawing another color: find its body by hue and lightness in CIE Lab, and paint that, keeping its shading.
+
+Eyes, outlines, wheels and noses stay as drawn, so that a purple clock is a clock, and not a purple patch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from scipy import ndimage
+from skimage.color import lab2rgb, rgb2lab
+
+from elakit.errors import SettingError
+from elakit.world.art import Drawing
+
+
+@dataclass(frozen=True)
+class Paint:
+    """A target color: where it lies in Lab and how much of the drawing's own shading it keeps.
+
+    Attributes
+    ----------
+    lightness, a, b : float
+        CIE Lab (D65).
+    shading : float
+        Gain on the drawing's lightness about its median.
+    floor, ceiling : float
+        Bounds of the lightness, so that a dark red stays red and a bright black stays black.
+    """
+
+    lightness: float
+    a: float
+    b: float
+    shading: float
+    floor: float
+    ceiling: float
+
+
+PAINTS = {
+    "red": Paint(47, 68, 46, 0.75, 18, 82),
+    "orange": Paint(68, 40, 72, 0.65, 34, 90),
+    "yellow": Paint(86, -3, 80, 0.55, 52, 97),
+    "green": Paint(54, -50, 44, 0.75, 22, 88),
+    "blue": Paint(46, 14, -62, 0.80, 18, 86),
+    "purple": Paint(40, 48, -54, 0.80, 16, 84),
+    "pink": Paint(75, 42, -4, 0.65, 42, 94),
+    "brown": Paint(37, 19, 30, 0.70, 14, 72),
+    "gray": Paint(58, 0, -1, 0.75, 26, 88),
+    "black": Paint(17, 0, -1, 0.55, 5, 46),
+    "white": Paint(94, 0, 0, 0.55, 66, 100),
+}
+
+
+@dataclass(frozen=True)
+class BodyRule:
+    """How to tell the body of a drawing from its details.
+
+    Attributes
+    ----------
+    tolerance : float
+        Hue distance in degrees from the main hue inside which a pixel is body.
+    kind : {"auto", "hue", "neutral", "light", "dark", "frame"}
+        What the body is: its main hue, its grays, its light or its dark part; "frame" is the darkest large part
+        (glasses, whose lenses are then drawn pale). "auto" chooses between hue and neutral by area.
+    dark_too : bool
+        Dark pixels belong to the body as well (iron feet of a bench).
+    chroma : float
+        Chroma below which a pixel is a detail.
+    lilac : bool
+        The artist shades grays with lilac, so lilac counts as neutral.
+    """
+
+    tolerance: float = 50
+    kind: Literal["auto", "hue", "neutral", "light", "dark", "frame"] = "auto"
+    dark_too: bool = False
+    chroma: float = 5
+    lilac: bool = False
+
+
+_NOUN_RULES = {
+    **{noun: BodyRule(62) for noun in ("cat", "dog", "bear", "horse", "elephant", "monkey", "rabbit", "mouse")},
+    "frog": BodyRule(85),
+    "turtle": BodyRule(110),
+    "lion": BodyRule(85),
+    "glasses": BodyRule(kind="frame"),
+    "crown": BodyRule(45),
+    "bench": BodyRule(60, dark_too=True),
+    "apple": BodyRule(55),
+    "chair": BodyRule(55),
+    "car": BodyRule(40),
+    "bow": BodyRule(70),
+    "clock": BodyRule(181, kind="hue"),
+    "bowl": BodyRule(45),
+    "suitcase": BodyRule(45),
+}
+# Fluent 3D shades within a hue more widely than flat art does.
+_FLUENT_3D_TOLERANCE = {
+    "balloon": 120, "apple": 60, "backpack": 75, "frog": 181, "lion": 130, "bear": 80, "bow": 110, "car": 60,
+    "chair": 75, "horse": 80, "monkey": 75, "suitcase": 70, "crown": 60, "bird": 75, "cat": 75, "dog": 75,
+}  # fmt: skip
+_FILE_RULES: dict[str, dict] = {
+    "noto/turtle.svg": {"tolerance": 80},
+    "fluent-flat/luggage.svg": {"tolerance": 80},
+    "fluent-flat/bowl-with-spoon.svg": {"tolerance": 95},
+    "fluent-flat/mantelpiece-clock.svg": {"chroma": 2},
+}
+
+
+def rule_for(drawing: Drawing) -> BodyRule:
+    """The rule that finds this drawing's body: its noun's, with what its artist or its file needs."""
+    rule = _NOUN_RULES.get(drawing.noun, BodyRule())
+    if drawing.artist == "fluent-3d":
+        rule = replace(rule, lilac=True, tolerance=_FLUENT_3D_TOLERANCE.get(drawing.noun, rule.tolerance))
+    return replace(rule, **_FILE_RULES.get(drawing.file, {}))
+
+
+def body_weight(rgba: np.ndarray, rule: BodyRule) -> np.ndarray:
+    """How much each pixel belongs to the body.
+
+    Parameters
+    ----------
+    rgba : ndarray, (h, w, 4)
+        Straight RGBA in [0, 1].
+    rule : BodyRule
+
+    Returns
+    -------
+    ndarray, (h, w)
+        Weight in [0, 1]; soft at the borders between body and detail.
+    """
+    lab = rgb2lab(rgba[..., :3])
+    light, chroma = lab[..., 0], np.hypot(lab[..., 1], lab[..., 2])
+    hue = np.degrees(np.arctan2(lab[..., 2], lab[..., 1]))
+    solid = rgba[..., 3] > 0.5
+    colored = solid & (chroma > 16) & (light > 14)
+    neutral = solid & (chroma <= 16) & (light > 34)
+    kind = rule.kind
+    if kind == "auto":
+        kind = "neutral" if neutral.sum() > 1.15 * colored.sum() else "hue"
+    if kind == "hue":
+        distance = _hue_distance(hue, _main_hue(hue[colored], chroma[colored]))
+        weight = _ramp(distance, rule.tolerance, rule.tolerance - 16) * _ramp(chroma, rule.chroma, rule.chroma + 8)
+        return np.maximum(weight, _ramp(light, 45, 38)) if rule.dark_too else weight
+    if kind == "neutral":
+        weight = _ramp(chroma, 26, 17)
+        if rule.lilac:
+            weight = np.maximum(weight, _ramp(_hue_distance(hue, -58), 52, 40) * _ramp(chroma, 75, 60))
+        return weight * _ramp(light, 26, 36)
+    if kind == "light":
+        return _ramp(light, 70, 80)
+    if kind == "frame":
+        darkest = np.percentile(light[solid], 35)
+        return _ramp(light, darkest + 22, darkest + 12)
+    return _ramp(light, 62, 52) * _ramp(chroma, 30, 20)
+
+
+def recolor(rgba: np.ndarray, color: str, rule: BodyRule) -> np.ndarray:
+    """The drawing with its body in another color.
+
+    Parameters
+    ----------
+    rgba : ndarray, (h, w, 4)
+        Straight RGBA in [0, 1].
+    color : str
+        A key of ``PAINTS``.
+    rule : BodyRule
+
+    Returns
+    -------
+    ndarray, float32, (h, w, 4)
+
+    Raises
+    ------
+    SettingError
+        The color is unknown.
+
+    Examples
+    --------
+    >>> blob = np.ones((4, 4, 4), np.float32) * [1, 0, 0, 1]
+    >>> green = recolor(blob, "green", BodyRule())[0, 0, :3]
+    >>> bool(green.argmax() == 1)
+    True
+    """
+    if color not in PAINTS:
+        raise SettingError(f"Unknown color {color!r}. Choose from {', '.join(PAINTS)}.")
+    paint, lab, weight = PAINTS[color], rgb2lab(rgba[..., :3]), body_weight(rgba, rule)
+    light, solid = lab[..., 0], rgba[..., 3] > 0.5
+    body = solid & (weight > 0.5)
+    median = float(np.median(light[body])) if body.any() else 60.0
+    gain = paint.shading * (0.6 if rule.kind in ("dark", "frame") else 1)
+    shaded = np.clip(paint.lightness + gain * (light - median), paint.floor, paint.ceiling)
+    chroma = fade(shaded, paint)
+    painted = np.stack([shaded, paint.a * chroma, paint.b * chroma], -1)
+    details = lab.copy()
+    if color == "black":
+        details = _light_details(details, weight, solid)
+    if rule.kind == "frame":
+        details[..., 0] = 46 + 0.3 * light if color == "white" else 62 + 0.35 * light
+        details[..., 1:] *= 0.25
+        if color not in ("white", "black"):
+            details = 0.68 * details + 0.32 * np.array([paint.lightness, paint.a, paint.b])
+    mixed = details * (1 - weight[..., None]) + painted * weight[..., None]
+    return np.dstack([lab2rgb(mixed).clip(0, 1), rgba[..., 3]]).astype(np.float32)
+
+
+def fade(light: np.ndarray, paint: Paint) -> np.ndarray:
+    """Share of a paint's chroma at a lightness: highlights and shadows are paler, or they would look fluorescent."""
+    above = (light - paint.lightness) / max(1.0, 100 - paint.lightness)
+    below = 0.45 + 0.55 * np.clip(light / paint.lightness, 0, 1)
+    return np.where(light > paint.lightness, 1 - 0.55 * above, below)
+
+
+def _light_details(lab: np.ndarray, weight: np.ndarray, solid: np.ndarray) -> np.ndarray:
+    """Turn small dark details (eyes, mouths) light: on a black body they would vanish; a large one (a mane) stays."""
+    light = lab[..., 0]
+    dark = _ramp(light, 42, 30) * (1 - weight)
+    parts, count = ndimage.label((dark > 0.3) & solid)
+    if count:
+        areas = ndimage.sum_labels(np.ones_like(parts), parts, np.arange(1, count + 1))
+        large = np.concatenate([[False], areas > 0.03 * solid.sum()])
+        dark = dark * ~ndimage.binary_dilation(large[parts], iterations=2)
+    lab = lab.copy()
+    lab[..., 0] = light * (1 - dark) + dark * (88 - 0.6 * light)
+    lab[..., 1:] *= (1 - dark)[..., None]
+    return lab
+
+
+def _main_hue(hue: np.ndarray, chroma: np.ndarray) -> float:
+    """The hue (degrees) with most chroma, from a smoothed circular histogram."""
+    counts, edges = np.histogram(hue, 72, (-180, 180), weights=np.minimum(chroma, 60))
+    smooth = ndimage.convolve1d(counts, [1, 2, 3, 2, 1], mode="wrap")
+    return float(edges[smooth.argmax()] + 2.5)
+
+
+def _hue_distance(hue: np.ndarray, other: float) -> np.ndarray:
+    return np.abs((hue - other + 180) % 360 - 180)
+
+
+def _ramp(x: np.ndarray, zero: float, one: float) -> np.ndarray:
+    """Smooth step from 0 at `zero` to 1 at `one`, in either direction."""
+    t = ((x - zero) / (one - zero)).clip(0, 1)
+    return t * t * (3 - 2 * t)
