@@ -18,20 +18,20 @@ import typer
 from PIL import Image
 
 import elakit
-from elakit import bench, causes, plot
+from elakit import causes, plot, sweep
 from tests import lab
 
 ROOT = Path(__file__).parents[1]
 PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 PROMPT, SEED = "a [bear] and a [blue clock]", 0
-METHODS = ["plain", "ela", "ela-paper", "ebama", "conform"]
+METHODS = ["plain", "ela", "regional-attention", "ebama", "conform"]
 PAIRS = ("a bear and a blue clock", "a cat and a lion", "a white car and a black bowl")
 SEEDS = [1, 3, 5, 7]
 SUITE, PROMPTS = "attend-and-excite", 12
 COLORS = 256  # of a palette: small files, no difference to be seen
 
 
-def figures(sweep: Path) -> Iterator[tuple[str, go.Figure]]:
+def figures(folder: Path) -> Iterator[tuple[str, go.Figure]]:
     """Name and figure, one by one."""
     pipe = elakit.load("picture-world")
     spec = elakit.RecordSpec(heads="all")
@@ -51,9 +51,9 @@ def figures(sweep: Path) -> Iterator[tuple[str, go.Figure]]:
     yield "bleeding-by-head", plot.bleeding_by_layer(table)
     yield "bleeding-by-step", plot.bleeding_by_layer(table, "intrusion", across="step")
     yield "pairs", pairs(pipe)
-    found = bench.table(swept(sweep))
-    yield "method-comparison", plot.method_comparison(bench.summary(found))
-    yield "sweep-failures", bench.figures(found)["failures"]
+    found = sweep.table(swept(folder))
+    yield "method-comparison", plot.method_comparison(sweep.summary(found))
+    yield "sweep-failures", sweep.figures(found)["failures"]
 
 
 def pairs(pipe: Any) -> go.Figure:
@@ -70,8 +70,8 @@ def pairs(pipe: Any) -> go.Figure:
 
 def swept(folder: Path) -> Path:
     """The folder of a small sweep, which is drawn as far as it is not there."""
-    prompts = {SUITE: bench.spread(bench.suite(SUITE), PROMPTS)}
-    bench.run(bench.plan(prompts, seeds=[1], methods=METHODS), folder)
+    prompts = {SUITE: sweep.spread(sweep.suite(SUITE), PROMPTS)}
+    sweep.run(sweep.plan(prompts, seeds=[1], methods=METHODS), folder)
     return folder
 
 
@@ -110,13 +110,13 @@ def image(browser: Any, figure: go.Figure, scale: float = 1.5) -> bytes:
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = ROOT / "docs" / "gallery",
-    sweep: Annotated[Path, typer.Option(help="Folder of the sweep.")] = ROOT / "work" / "gallery-sweep",
+    folder: Annotated[Path, typer.Option("--sweep", help="Folder of the sweep.")] = ROOT / "work" / "gallery-sweep",
     only: Annotated[str, typer.Option(help="Part of the names of the figures to make.")] = "",
 ) -> None:
     """Write the images, and print the size of each."""
     out.mkdir(parents=True, exist_ok=True)
     with lab.browse() as browser:
-        for name, figure in figures(sweep):
+        for name, figure in figures(folder):
             if only in name:
                 (out / f"{name}.png").write_bytes(image(browser, figure))
                 print(f"{name}.png: {(out / f'{name}.png').stat().st_size / 1000:.0f} kB", flush=True)

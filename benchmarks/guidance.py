@@ -1,10 +1,10 @@
-"""What guidance costs, in SD 1.5's shape with random weights: time and memory depend on shapes alone.
+"""Cost of guidance in the shape of Stable Diffusion 1.5 with random weights: time and memory depend on shapes only.
 
-``python -m benchmarks.guidance count`` counts, without computing anything, the operations of a gradient pass and the
-bytes that it keeps for its backward, and what a run with half of its steps guided comes to, relative to the plain one.
-``python -m benchmarks.guidance time`` runs the pipeline plainly and guided, in turns and without refinement, and prints
-time relative to the plain run, on the clock and of the processor (the latter hardly minds what else runs), extra peak
-memory, and bytes kept. The number of steps does not matter: each of a kind takes the same.
+``python -m benchmarks.guidance count`` counts, without computing anything, the operations of a gradient pass, the bytes
+that it keeps for the backward pass, and the operations of a run with half of its steps guided, relative to a plain run.
+``python -m benchmarks.guidance time`` runs the pipeline without and with guidance, alternately and without refinement,
+and prints time relative to the plain run (wall-clock and processor time; the latter depends little on other programs),
+extra peak memory, and bytes kept. The number of steps does not matter: every guided step costs the same.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 import elakit
 from benchmarks.recording import pipeline
 from benchmarks.shapes import DTYPES, machine, timed, unet
-from elakit.guidance import AttendAndExcite, checkpointing
+from elakit.guidance import AttendAndExcite, LatentStep, checkpointing
 from elakit.guidance.engine import frozen, reading
 from elakit.models import Conditioning, adapter_for
 
 PROMPT = "a [red car] and a [blue bird]"
-HALF = 0.501  # of one step too, which is how what is kept is counted
+HALF = 0.501  # share of guided steps; guides the step of a one-step run too, with which kept bytes are counted
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 app = typer.Typer(add_completion=False)
-Tiny = Annotated[bool, typer.Option(help="The same layers with few channels, to see that this works.")]
+Tiny = Annotated[bool, typer.Option(help="The same layers with few channels, as a quick check of this script.")]
 Side = Annotated[int, typer.Option(help="Side of the image in pixels.")]
 
 
 def kept_bytes(run: Callable[[], Any], weights: torch.nn.Module) -> int:
-    """Bytes that autograd keeps for a backward while `run` runs, each storage once, weights left out."""
+    """Bytes that autograd keeps for the backward pass of `run`, each storage counted once, without the weights."""
     own = {parameter.untyped_storage()._cdata for parameter in weights.parameters()}
-    seen: dict[int, tuple[int, Any]] = {}  # holding on to a storage keeps its address from being used again
+    seen: dict[int, tuple[int, Any]] = {}  # keeping the storage prevents reuse of its address
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -73,7 +73,7 @@ class Operations(TorchDispatchMode):
 
 
 def of_diffusers(pipe: Any) -> Any:
-    """Diffusers' own Attend-and-Excite around a pipeline's parts."""
+    """Attend-and-Excite pipeline of diffusers, with the components of a pipeline."""
     parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
     theirs: Any = StableDiffusionAttendAndExcitePipeline(**parts, requires_safety_checker=False)
     theirs.set_progress_bar_config(disable=True)
@@ -82,14 +82,14 @@ def of_diffusers(pipe: Any) -> Any:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a way of guiding costs.
+    """Cost of one way of guiding.
 
     Attributes
     ----------
     guided, unguided : int
-        Operations that it adds to a guided step, and to one that is not.
+        Additional operations of a guided step, and of a step that is not guided.
     kept : int
-        Bytes kept for the backward.
+        Bytes kept for the backward pass.
     """
 
     guided: int
@@ -97,14 +97,14 @@ class Cost:
     kept: int
 
     def ratio(self, step: int) -> float:
-        """Operations of a run with half of its steps guided, relative to those of plain steps of so many operations."""
+        """Operations of a run with half of its steps guided, relative to a plain run; `step` counts a plain step."""
         return 1 + (self.guided + self.unguided) / 2 / step
 
 
 def costs(tiny: bool = False, size: int = 512) -> tuple[int, dict[str, Cost]]:
-    """Operations of a plain step, and the costs of ways of guiding, in single precision; nothing is computed.
+    """Operations of a plain step, and the cost of each way of guiding, in single precision; nothing is computed.
 
-    As nothing is computed, the maps' sum of squares stands for ELA's loss, whose own part is slight.
+    The sum of squares of the maps stands for ELA's loss, whose own operations are negligible.
     """
     pipe = pipeline(False, True, "cpu", torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -141,12 +141,12 @@ def costs(tiny: bool = False, size: int = 512) -> tuple[int, dict[str, Cost]]:
             return counted.total
 
         step = operations(plain)
-        ways = {"elakit: ELA by gradient": Cost(operations(ela), 0, kept_bytes(ela, pipe.unet))}
+        ways = {"elakit: ELA": Cost(operations(ela), 0, kept_bytes(ela, pipe.unet))}
         with checkpointing(pipe):
-            ways["elakit: ELA by gradient, checkpoints"] = Cost(operations(ela), 0, kept_bytes(ela, pipe.unet))
+            ways["elakit: ELA, checkpoints"] = Cost(operations(ela), 0, kept_bytes(ela, pipe.unet))
         theirs.attention_store = sys.modules[type(theirs).__module__].AttentionStore((size // 32, size // 32))
         theirs.register_attention_control()
-        # its unguided steps run the pass, too, and do nothing with it
+        # its other steps run the pass, too, without using the result
         ways["diffusers: Attend-and-Excite"] = Cost(
             operations(excite), operations(lambda: excite(False)), kept_bytes(excite, pipe.unet)
         )
@@ -155,7 +155,7 @@ def costs(tiny: bool = False, size: int = 512) -> tuple[int, dict[str, Cost]]:
 
 @app.command()
 def count(tiny: Tiny = False, size: Side = 512) -> None:
-    """Print operations and kept bytes of gradient passes in single precision; nothing is computed."""
+    """Count operations and kept bytes of gradient passes in single precision; nothing is computed."""
     step, ways = costs(tiny, size)
     print(f"SD 1.5's shape{' (tiny)' if tiny else ''}, {size} px, float32; a plain step with classifier-free guidance")
     print(f"takes {step / 1e12:.2f} x 10^12 operations\n")
@@ -173,9 +173,9 @@ def take_time(
     size: Side = 512,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="By default bfloat16 on cuda, else float32.")] = None,
-    repeats: Annotated[int, typer.Option(help="Runs of each way, in turns; medians are told.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Runs of each way, alternately; medians are printed.")] = 3,
 ) -> None:
-    """Print time, extra peak memory and kept activations of guided runs beside those of the plain one."""
+    """Measure time, extra peak memory and kept activations of guided runs and of the plain run."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     pipe = pipeline(False, tiny, device, DTYPES[dtype])
@@ -205,15 +205,16 @@ def take_time(
 
     def checkpointed(steps: int) -> None:
         with checkpointing(pipe):
-            ours(by_gradient, steps)
+            ours(ela, steps)
 
-    read: dict[str, Any] = {"guided": HALF, "size": size // 32}
-    by_gradient, excite = elakit.ELA(anchoring="gradient", **read), AttendAndExcite(refine=(), **read)
+    ela = elakit.ELA(anchor=LatentStep(start=0, guided=HALF), size=size // 32)
+    excite = AttendAndExcite(refine=(), guided=HALF, size=size // 32)
+    regional = elakit.RegionalAttention(start=0, size=size // 32)
     ways: dict[str, Callable[[int], None]] = {
         "plain": lambda steps: ours(None, steps),
-        "elakit: ELA": lambda steps: ours(elakit.ELA(start=0, size=read["size"]), steps),
-        "elakit: ELA by gradient": lambda steps: ours(by_gradient, steps),
-        "elakit: ELA by gradient, checkpoints": checkpointed,
+        "elakit: ELA": lambda steps: ours(ela, steps),
+        "elakit: ELA, checkpoints": checkpointed,
+        "elakit: regional attention": lambda steps: ours(regional, steps),
         "elakit: Attend-and-Excite": lambda steps: ours(excite, steps),
         "diffusers: Attend-and-Excite": diffusers_own,
     }
@@ -232,8 +233,8 @@ def take_time(
             seconds[name].append(took)
             peaks[name].append(peak)
     shape = f"SD 1.5's shape{' (tiny)' if tiny else ''}, {size} px"
-    print(f"{shape}, {steps} steps, half of them guided (ELA: all but the first), {dtype}")
-    print(f"median of {repeats} runs in turns")
+    print(f"{shape}, {steps} steps, half of them guided (regional attention: all but the first), {dtype}")
+    print(f"median of {repeats} runs each, alternately")
     print(f"{machine(device)}\n")
     print("| way | seconds | x plain | x plain, processor | extra peak memory | kept for a backward |")
     print("|---|---|---|---|---|---|")

@@ -24,14 +24,14 @@ from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
 import elakit
-from elakit.measures.agreement import agreement_iou
-from elakit.sweep import table as bench_table
 from elakit.errors import SettingError
 from elakit.judge import FAILURES, judge
 from elakit.judge.segmenter import LEAST_AREA, find_things, segment
+from elakit.measures.agreement import agreement_iou
 from elakit.measures.masks import downscale
 from elakit.models import EMBEDDED
 from elakit.resources import data_path
+from elakit.sweep import table as bench_table
 from elakit.world.mixtures import KINDS, sample_mixture
 from elakit.world.scenes import Scene, World, sample
 from elakit.world.training.autoencoder import psnr

@@ -1,9 +1,9 @@
-"""What recording costs, on pipelines of random weights: time and memory depend on shapes alone.
+"""Cost of recording on pipelines with random weights: time and memory depend on shapes alone.
 
-``python -m benchmarks.recording compare`` (SD 1.5's shape; ``--sdxl`` for SDXL's) runs a pipeline plainly and recorded,
-in turns, and prints time, extra peak memory and bytes a step, beside attention-map-diffusers where it is installed.
-``python -m benchmarks.recording stream`` writes 50 steps of SDXL's maps to a Zarr store. DAAM pins a diffusers of 2023;
-`benchmarks.recording_daam` measures it on the same pipelines.
+``python -m benchmarks.recording compare`` (the shapes of SD 1.5; of SDXL with ``--sdxl``) runs a pipeline plain and
+recorded, in turns, and prints time, extra peak memory and bytes per step, beside attention-map-diffusers if it is
+installed. ``python -m benchmarks.recording stream`` writes 50 steps of SDXL maps to a Zarr store. DAAM requires a
+diffusers release of 2023; `benchmarks.recording_daam` measures it on the same pipelines.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ app = typer.Typer(add_completion=False)
 
 
 def pipeline(sdxl: bool, thin: bool, device: str, dtype: torch.dtype) -> Any:
-    """`shapes.pipeline` with picture-world's tokenizer, of CLIP's length."""
+    """Build `shapes.pipeline` with the tokenizer of picture-world and the length of CLIP."""
     return shapes.pipeline(sdxl, thin, device, dtype, train_tokenizer(1024, 77))
 
 
 @dataclass
 class Row:
-    """Runs of one way of recording: seconds, processor seconds and peak bytes of each, bytes of a step, a remark."""
+    """Runs of one way of recording: seconds, CPU seconds and peak bytes of each run, bytes per step, a remark."""
 
     name: str
     around: Callable[[], AbstractContextManager[Any]]
@@ -53,7 +53,7 @@ class Row:
 
 
 def capture(pipe: Any) -> AbstractContextManager[Any] | None:
-    """attention-map-diffusers around a run, in its fast mode, asked for what elakit keeps; None without the package."""
+    """Open attention-map-diffusers in its fast mode, set to keep what elakit keeps; None without the package."""
     if importlib.util.find_spec("attention_map_diffusers") is None:
         return None
     from attention_map_diffusers import AttentionCapture
@@ -63,10 +63,9 @@ def capture(pipe: Any) -> AbstractContextManager[Any] | None:
 
 
 def difference(recording: elakit.Recording, captured: Any) -> float:
-    """Largest difference between our head means and another package's, over all layers, steps and words."""
+    """Compute the largest difference between two packages' head means, over all layers, steps and words."""
     worst = 0.0
-    nodes = [node.to_dataset() for node in recording.tree.children.values()]
-    where = {str(name): node for node in nodes for name in node["layer"].values}
+    where = {str(name): node for node in recording.nodes() for name in node["layer"].values}
     records = list(captured.compute())
     calls = sorted({record.step_index for record in records})
     if len(records) != len(where) * len(recording.steps):
@@ -80,39 +79,43 @@ def difference(recording: elakit.Recording, captured: Any) -> float:
     return worst
 
 
-def drawing(pipe: Any, side: int) -> Callable[..., Any]:
-    """Draw latents in so many steps from the same noise each time, guided unless a scale of 1 is given."""
+def generating(pipe: Any, side: int) -> Callable[..., Any]:
+    """Return a function that generates latents from the same noise each time, with classifier-free guidance."""
 
-    def draw(steps: int, **more: Any) -> Any:
+    def generate(steps: int, **more: Any) -> Any:
         generator = torch.Generator().manual_seed(0)
         options = {"height": side, "width": side, "output_type": "latent", "generator": generator, **more}
         return pipe(elakit.parse(PROMPT, pipe).text, num_inference_steps=steps, **options).images
 
-    return draw
+    return generate
 
 
 def kept(recording: elakit.Recording) -> str:
-    """What a recording holds, for the table's caption."""
-    cells = sum(len(node["layer"]) * node.sizes["y"] * node.sizes["x"] for node in recording.tree.children.values())
-    return f"{len(recording.layers)} layers, {cells} cells, tokens {' '.join(recording.tokens)}"
+    """Describe the content of a recording for the table's caption."""
+    locations = sum(len(node["layer"]) * node.sizes["y"] * node.sizes["x"] for node in recording.nodes())
+    return f"{len(recording.layers)} layers, {locations} locations, tokens {' '.join(recording.tokens)}"
 
 
 @app.command()
 def compare(
-    sdxl: Annotated[bool, typer.Option(help="SDXL's shape instead of SD 1.5's.")] = False,
-    thin: Annotated[bool, typer.Option(help="The same layers, heads and maps with few channels, for a try.")] = False,
+    sdxl: Annotated[bool, typer.Option(help="Use the shapes of SDXL instead of SD 1.5.")] = False,
+    thin: Annotated[
+        bool, typer.Option(help="Keep layers, heads and maps, with few channels: for a quick test.")
+    ] = False,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
-    size: Annotated[int | None, typer.Option(help="Side of the image in pixels; by default the model's.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the model; by default float16 on cuda, else float32.")] = None,
-    repeats: Annotated[int, typer.Option(help="Runs of each way, in turns; the median is told.")] = 3,
+    size: Annotated[int | None, typer.Option(help="Side of the image in pixels; by default that of the model.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda if it is available.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Precision of the model; by default float16 on cuda, else float32.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Runs of each way, in turns; the median is printed.")] = 3,
 ) -> None:
-    """Print time, extra peak memory and bytes a step of recorded runs beside those of the plain one."""
+    """Print time, extra peak memory and bytes per step of recorded runs beside those of the plain run."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float16" if device.startswith("cuda") else "float32")
     pipe = pipeline(sdxl, thin, device, DTYPES[dtype])
     side = size or pipe.unet.config.sample_size * pipe.vae_scale_factor
-    draw = drawing(pipe, side)
+    generate = generating(pipe, side)
     shape = f"{'thin ' * thin}{'SDXL' if sdxl else 'SD 1.5'} shape"
     print(f"{shape}, {side}x{side}, {steps} steps, guided, {dtype} on {machine(device)}; median of {repeats} runs")
     with tempfile.TemporaryDirectory() as folder:
@@ -122,15 +125,15 @@ def compare(
             Row("elakit, to Zarr", lambda: elakit.record(pipe, PROMPT, store=f"{folder}/{time.monotonic_ns()}.zarr")),
             *([Row("attention-map-diffusers, fast", lambda: capture(pipe))] if capture(pipe) else []),
         ]
-        caption = agree(pipe, draw)
-        take_turns(rows, draw, steps, repeats, device)
+        caption = agree(pipe, generate)
+        take_turns(rows, generate, steps, repeats, device)
         path = max(Path(folder).glob("*.zarr"))
         began = time.perf_counter()
         open_recording(path)
-        rows[2].remark = f"{disk_bytes(path) / steps / MB:.3f} MB a step on disk; opens in "
+        rows[2].remark = f"{disk_bytes(path) / steps / MB:.3f} MB per step on disk; opens in "
         rows[2].remark += f"{1000 * (time.perf_counter() - began):.0f} ms"
     print(caption)
-    print(f"\n{'':30}{'seconds':>9}{'ratio':>8}{'of CPU time':>13}{'extra peak MB':>15}{'MB a step':>11}")
+    print(f"\n{'':30}{'seconds':>9}{'ratio':>8}{'of CPU time':>13}{'extra peak MB':>15}{'MB per step':>12}")
     for row in rows:
         ratio, of_cpu = (
             statistics.median(a / b for a, b in zip(mine, plain, strict=True))
@@ -138,39 +141,39 @@ def compare(
         )
         extra = (statistics.median(row.peaks) - statistics.median(rows[0].peaks)) / MB
         line = f"{row.name:30}{statistics.median(row.seconds):9.2f}{ratio:8.3f}{of_cpu:13.3f}{extra:15.1f}"
-        print(f"{line}{row.step_bytes / MB:11.3f}  {row.remark}".rstrip())
+        print(f"{line}{row.step_bytes / MB:12.3f}  {row.remark}".rstrip())
     if device.startswith("cuda"):
         growth = []
         for count in (steps, 2 * steps):
             with rows[1].around():
-                growth.append(timed(device, partial(draw, count))[1])
-        print(f"\nGPU memory at the peak, recorded: {growth[0] / MB:.1f} MB with {steps} steps, ", end="")
+                growth.append(timed(device, partial(generate, count))[1])
+        print(f"\npeak GPU memory, recorded: {growth[0] / MB:.1f} MB with {steps} steps, ", end="")
         print(f"{growth[1] / MB:.1f} MB with {2 * steps}")
 
 
-def agree(pipe: Any, draw: Callable[[int], Any]) -> str:
-    """Record a step in float32, and the same step with another package; what to say of both."""
+def agree(pipe: Any, generate: Callable[[int], Any]) -> str:
+    """Record one step in float32 and the same step with another package; return a description of both."""
     other = capture(pipe)
     with (
         elakit.record(pipe, PROMPT, elakit.RecordSpec(dtype="float32")) as recording,
         other or nullcontext() as captured,
     ):
-        draw(1)
-    largest = max(float(node["probability"].max()) for node in recording.tree.children.values())
+        generate(1)
+    largest = max(float(node["probability"].max()) for node in recording.nodes())
     said = f"{kept(recording)}; probabilities up to {largest:.2f}\n"
     if captured is None:
         return f"{said}attention-map-diffusers is not installed: pip install attention-map-diffusers==1.0.0"
     return f"{said}largest difference from attention-map-diffusers: {difference(recording, captured):.1e}"
 
 
-def take_turns(rows: list[Row], draw: Callable[[int], Any], steps: int, repeats: int, device: str) -> None:
-    """Run every way in turns; fill in the rows."""
+def take_turns(rows: list[Row], generate: Callable[[int], Any], steps: int, repeats: int, device: str) -> None:
+    """Run every way in turns and fill in the rows."""
     images: dict[str, Any] = {}
     for turn in range(repeats):
         for row in rows:
             with row.around() as recording:
                 began = time.process_time()
-                seconds, peak = timed(device, lambda: images.update({row.name: draw(steps)}))  # noqa: B023
+                seconds, peak = timed(device, lambda: images.update({row.name: generate(steps)}))  # noqa: B023
             row.seconds.append(seconds)
             row.cpu_seconds.append(time.process_time() - began)
             row.peaks.append(peak)
@@ -181,7 +184,7 @@ def take_turns(rows: list[Row], draw: Callable[[int], Any], steps: int, repeats:
                 row.step_bytes = recording.collector.peak_capture_bytes / steps
                 began = time.perf_counter()
                 recording.compute()
-                row.remark = f"and {time.perf_counter() - began:.1f} s after the run until it has maps"
+                row.remark = f"and {time.perf_counter() - began:.1f} s after the run to compute maps"
             if not np.array_equal(images[row.name].cpu(), images["plain"].cpu()):
                 row.remark += " CHANGES THE IMAGE"
 
@@ -191,44 +194,45 @@ def stream(
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
     size: Annotated[int, typer.Option(help="Side of the image in pixels.")] = 1024,
 ) -> None:
-    """Write every token's maps, head mean, of all of SDXL's layers to a Zarr store; print host memory, and opening.
+    """Write the maps of all tokens and all SDXL layers, head means, to a Zarr store; print host memory and opening
+    time.
 
-    The UNet has SDXL's layers, heads and map sizes, few channels and self-attention that looks at nothing but the cell
-    itself: what recording takes depends on the former alone.
+    The UNet has the layers, heads and map sizes of SDXL, few channels, and self-attention that attends to the location
+    itself only: the cost of recording depends on layers, heads and map sizes alone.
     """
     pipe = pipeline(True, True, "cpu", torch.float32)
     for name, module in pipe.unet.named_modules():
         if name.endswith(".attn1"):
             module.set_processor(_own_value)
-    # Without guidance, since only the half of a batch that sees the prompt is kept.
-    draw = partial(drawing(pipe, size), guidance_scale=1.0)
+    # Without guidance, because only the half of a batch that sees the prompt is kept.
+    generate = partial(generating(pipe, size), guidance_scale=1.0)
     print(f"thin SDXL shape, {size}x{size}, {steps} steps, unguided, float32 on {machine('cpu')}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.zarr"
         with elakit.record(pipe, PROMPT, elakit.RecordSpec(tokens="all"), Path(folder) / "warm.zarr"):
-            draw(1)
-        seconds, plain = timed("cpu", partial(draw, steps))
+            generate(1)
+        seconds, plain = timed("cpu", partial(generate, steps))
         with elakit.record(pipe, PROMPT, elakit.RecordSpec(tokens="all"), path) as recording:
-            recorded_seconds, recorded = timed("cpu", partial(draw, steps))
+            recorded_seconds, recorded = timed("cpu", partial(generate, steps))
         del recording
         began = time.perf_counter()
         opened = open_recording(path)
         opening = time.perf_counter() - began
         print(f"{len(opened.layers)} layers, {len(opened.tokens)} tokens, {len(opened.steps)} steps: ", end="")
         print(f"{opened.nbytes / MB:.0f} MB, {disk_bytes(path) / MB:.0f} MB on disk")
-    print(f"host memory at the peak, beyond that before the run: plain {plain / MB:.0f} MB, ", end="")
+    print(f"peak host memory above that before the run: plain {plain / MB:.0f} MB, ", end="")
     print(f"recorded {recorded / MB:.0f} MB: {(recorded - plain) / MB:.0f} MB more")
     print(f"opens in {1000 * opening:.0f} ms; {recorded_seconds - seconds:.0f} s more than {seconds:.0f} s")
 
 
 def _own_value(attn: Any, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    """A processor of self-attention that costs next to nothing."""
+    """Self-attention processor with nearly no cost."""
     output: torch.Tensor = attn.to_out[0](attn.to_v(hidden_states))
     return output
 
 
 def disk_bytes(folder: Path) -> int:
-    """Bytes of all files of a store."""
+    """Return the total size of a store's files in bytes."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 

@@ -1,10 +1,10 @@
-"""What DAAM 0.2 costs on the pipelines of `benchmarks.recording`, in an environment of its own.
+"""Cost of DAAM 0.2 on the pipelines of `benchmarks.recording`, in a separate environment.
 
-DAAM pins diffusers 0.21.2 and transformers 4.30.2, beside which elakit cannot be installed; so nothing of elakit is
-imported here. In a fresh environment, from the repository's root::
+DAAM requires diffusers 0.21.2 and transformers 4.30.2, with which elakit cannot be installed, so this script imports
+nothing from elakit. In a fresh environment, from the root of the repository::
 
     python3 -m venv daam && daam/bin/pip install daam==0.2.0 "huggingface_hub<0.26" "numpy<2" "pandas<3" matplotlib
-    daam/bin/python -m benchmarks.recording_daam  # --sdxl, --thin, --steps, --repeats as of benchmarks.recording
+    daam/bin/python -m benchmarks.recording_daam  # --sdxl, --thin, --steps, --repeats as in benchmarks.recording
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROMPT = "a red car and a blue bird"
 
 
 def spelling_tokenizer() -> Any:
-    """A CLIP tokenizer of letters: DAAM keeps all 77 positions, whatever they are."""
+    """Build a CLIP tokenizer of letters: DAAM keeps all 77 positions, whatever the tokens are."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +43,7 @@ def spelling_tokenizer() -> Any:
 
 @dataclass
 class Row:
-    """Runs of one way: seconds, processor seconds, peak bytes and latents of each, and bytes kept of one."""
+    """Runs of one way: seconds, CPU seconds, peak bytes and latents of each run, and bytes kept in one run."""
 
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Row:
 
 
 def main() -> None:
-    """Print time, extra peak memory and kept bytes of traced runs beside those of the plain one."""
+    """Print time, extra peak memory and kept bytes of traced runs beside those of the plain run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sdxl", action="store_true")
     parser.add_argument("--thin", action="store_true")
@@ -64,7 +64,7 @@ def main() -> None:
     options = parser.parse_args()
     pipe = pipeline(options.sdxl, options.thin, options.device, DTYPES[options.dtype], spelling_tokenizer())
 
-    def draw(into: list[Any]) -> None:
+    def generate(into: list[Any]) -> None:
         settings = {"output_type": "latent", "generator": torch.Generator().manual_seed(0)}
         into.append(pipe(PROMPT, num_inference_steps=options.steps, **settings).images)
 
@@ -74,7 +74,7 @@ def main() -> None:
         for name, row in rows.items():
             with ways[name]() as tracing:
                 began = time.process_time()
-                seconds, peak = timed(options.device, partial(draw, row.images))
+                seconds, peak = timed(options.device, partial(generate, row.images))
                 row.cpu_seconds.append(time.process_time() - began)
             row.seconds.append(seconds)
             row.peaks.append(peak)
@@ -87,7 +87,7 @@ def main() -> None:
     shape = f"{'thin ' * options.thin}{'SDXL' if options.sdxl else 'SD 1.5'} shape"
     print(f"{shape}, {options.steps} steps, guided, {options.dtype} on {machine(options.device)}, ", end="")
     print(f"diffusers {diffusers.__version__}; median of {options.repeats} runs")
-    print(f"\n{'':30}{'seconds':>9}{'ratio':>8}{'of CPU time':>13}{'extra peak MB':>15}{'MB in all':>11}")
+    print(f"\n{'':30}{'seconds':>9}{'ratio':>8}{'of CPU time':>13}{'extra peak MB':>15}{'MB in total':>12}")
     for name, row in rows.items():
         ratio, of_cpu = (
             statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
@@ -95,7 +95,7 @@ def main() -> None:
         )
         extra = (statistics.median(row.peaks) - statistics.median(plain.peaks)) / MB
         print(f"{name:30}{statistics.median(row.seconds):9.2f}{ratio:8.3f}{of_cpu:13.3f}{extra:15.1f}", end="")
-        print(f"{row.kept / MB:11.1f}")
+        print(f"{row.kept / MB:12.1f}")
     print(f"daam keeps the sum over the steps, of every head; it changes the latents by up to {change:.1e}")
 
 

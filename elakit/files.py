@@ -1,54 +1,324 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written completely or not at all, and text that is read with clear errors."""
 
 from __future__ import annotations
 
+import errno
+import json
+import logging
 import os
-from contextlib import suppress
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from elakit.errors import OutputError
+from elakit.errors import ElakitError, OutputError
 
+_log = logging.getLogger(__name__)
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; one that is there is replaced.
+# Longest text file that is read: a larger one is not a file that elakit wrote.
+MAX_TEXT_BYTES = 256 * 2**20
 
-    Raises
-    ------
-    OutputError
-        It cannot be written.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut may leave the name without the content
-        os.replace(part, path)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}. Make room, or choose a folder you may write to."
-        ) from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+# How often a folder is renamed to its place while other processes put theirs there.
+_ATTEMPTS = 100
 
 
-def check_path(path: str | Path) -> Path:
-    """Refuse, before any work is done, a path that a report cannot be written to.
+def write_file(path: str | Path, content: bytes) -> Path:
+    """Write a file completely or not at all; an existing file is replaced.
+
+    The content goes to a temporary file with a unique name in the same folder, which is then renamed. A process that is
+    killed leaves the old file, and at most one hidden ``.part`` file that no later call trips over.
 
     Parameters
     ----------
-    path : str or Path
+    path : str or pathlib.Path
+        File to write; its folder must exist.
+    content : bytes
 
     Returns
     -------
-    Path
-        Absolute.
+    pathlib.Path
+        The path that was written.
 
     Raises
     ------
     OutputError
-        The path is a folder, or its folder does not exist or cannot be written to.
+        Raised when the file cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = write_file(Path(folder, "notes.txt"), b"42")
+    ...     path.read_bytes(), [file.name for file in Path(folder).iterdir()]
+    (b'42', ['notes.txt'])
+    """
+    target = Path(path)
+    part = _sibling(target, "part")
+    try:
+        with part.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # a power failure may otherwise leave the new name without the content
+        os.replace(part, target)
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise _unwritable(target, error) from error
+    finally:
+        with suppress(OSError, ValueError):
+            part.unlink(missing_ok=True)
+    return target
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    r"""Write a text file in UTF-8, completely or not at all; an existing file is replaced.
+
+    Bytes of a command line that are no valid text (lone surrogates) are written as escapes such as ``\udcff``.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        File to write; its folder must exist.
+    text : str
+
+    Returns
+    -------
+    pathlib.Path
+        The path that was written.
+
+    Raises
+    ------
+    OutputError
+        Raised when the file cannot be written.
+    """
+    return write_file(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = 1) -> Path:
+    """Write a value as JSON, completely or not at all; NumPy scalars become plain numbers.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+    value : object
+        Dictionaries, lists, strings, numbers, booleans and None; NumPy scalars and paths are converted.
+    indent : int, optional
+        Spaces per level; None writes one line.
+
+    Returns
+    -------
+    pathlib.Path
+        The path that was written.
+
+    Raises
+    ------
+    OutputError
+        Raised when the file cannot be written.
+    TypeError
+        Raised when the value contains an object that JSON cannot represent.
+    """
+    return write_text(path, json.dumps(value, indent=indent, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    """Plain value of a NumPy scalar or a path, for JSON."""
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        return value.item()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r}")
+
+
+def read_text(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:
+    """Text of a UTF-8 file, without the byte-order mark that some editors put at its beginning.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+    limit : int
+        Largest size in bytes that is read.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    OutputError
+        Raised when the file does not exist, cannot be read, is larger than `limit` or is not text in UTF-8.
+
+    Examples
+    --------
+    >>> read_text("no-such-file.txt")
+    Traceback (most recent call last):
+    ...
+    elakit.errors.OutputError: no-such-file.txt cannot be read: No such file or directory. Check the path...
+    """
+    file = Path(path)
+    try:
+        size = file.stat().st_size
+        if size > limit:
+            raise OutputError(f"{file} is too large: {size:,} bytes, allowed are {limit:,}. Give another file.")
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise OutputError(
+            f"{file} is not text in UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from error
+    except ElakitError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise OutputError(f"{file} cannot be read: {_reason(error)}. Check the path and its permissions.") from error
+
+
+def read_json(path: str | Path, limit: int = MAX_TEXT_BYTES) -> Any:
+    """Value of a JSON file.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+    limit : int
+        Largest size in bytes that is read.
+
+    Returns
+    -------
+    object
+
+    Raises
+    ------
+    OutputError
+        Raised when the file cannot be read (see `read_text`) or is not valid JSON.
+    """
+    text = read_text(path, limit)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise OutputError(
+            f"{path} is damaged: it is not valid JSON ({reason}). Restore it or write it again."
+        ) from error
+
+
+@contextmanager
+def replace_folder(folder: str | Path) -> Iterator[Path]:
+    """Write a folder completely or not at all: the body of the ``with`` statement fills a temporary folder.
+
+    When the body has finished, an existing folder is renamed aside, the new folder is renamed to its final name, and
+    only then is the old folder deleted. When anything fails, the old folder is back in its place. Temporary folders lie
+    beside the final one, with unique hidden names, so an interrupted earlier call never blocks a later one.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        Final folder; missing parents are created. Whether an existing folder may be replaced is the caller's decision.
+
+    Yields
+    ------
+    pathlib.Path
+        Empty temporary folder to fill.
+
+    Raises
+    ------
+    OutputError
+        Raised when the folder cannot be written or renamed.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     with replace_folder(Path(parent, "run")) as new:
+    ...         _ = Path(new, "note.txt").write_text("complete")
+    ...     sorted(file.name for file in Path(parent).iterdir()), Path(parent, "run", "note.txt").read_text()
+    (['run'], 'complete')
+    """
+    target = Path(folder)
+    with suppress(OSError, ValueError, RuntimeError):
+        target = Path(os.path.realpath(target))  # the folder behind a symbolic link is replaced, not the link
+    part = _sibling(target, "part")
+    aside: list[Path] = []
+    try:
+        part.mkdir(parents=True)
+        yield part
+        _swap(part, target, aside)
+    except ElakitError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _unwritable(Path(folder), error) from error
+    finally:
+        with suppress(OSError, ValueError):
+            shutil.rmtree(part, ignore_errors=True)
+        for old in aside:
+            shutil.rmtree(old, ignore_errors=True)
+            if old.exists():
+                _log.warning("The replaced folder could not be deleted completely: %s", old)
+
+
+def _swap(new: Path, target: Path, aside: list[Path]) -> None:
+    """Rename an existing folder aside and the new one to its place; on any failure undo the first step.
+
+    Folders that remain aside, to be deleted, are appended to `aside`.
+    """
+    try:
+        for attempt in range(_ATTEMPTS):
+            if os.path.lexists(target):
+                old = _sibling(target, "old")
+                with suppress(FileNotFoundError):  # another process was faster
+                    os.rename(target, old)
+                    aside.append(old)
+            try:
+                os.rename(new, target)
+                return
+            except OSError as error:
+                taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+                if not taken or attempt == _ATTEMPTS - 1:  # taken: another process put its folder there meanwhile
+                    raise
+    finally:
+        # also after an interrupt between the two
+        if aside and not os.path.lexists(target):
+            os.rename(aside.pop(), target)
+
+
+def leftovers(folder: str | Path) -> list[Path]:
+    """Hidden folders that a killed `replace_folder` of this folder may have left beside it: replaced ones.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+
+    Returns
+    -------
+    list of pathlib.Path
+        Folders that were renamed aside; the content of each is complete.
+    """
+    target = Path(folder)
+    start = f".{target.name[:_NAME]}."
+    try:
+        names = os.listdir(target.parent)
+    except (OSError, ValueError):
+        return []
+    return sorted(target.parent / name for name in names if name.startswith(start) and name.endswith(".old"))
+
+
+def check_path(path: str | Path, what: str = "report", example: str = "report.html") -> Path:
+    """Refuse, before any work is done, the path of a file that cannot be written.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        File that is to be written later.
+    what : str
+        What the file will contain, for the message.
+    example : str
+        File name that the message suggests where a folder was given.
+
+    Returns
+    -------
+    pathlib.Path
+        Absolute path.
+
+    Raises
+    ------
+    OutputError
+        Raised when the path is a folder or too long, or when its folder does not exist or is not writable.
 
     Examples
     --------
@@ -57,14 +327,51 @@ def check_path(path: str | Path) -> Path:
     ...
     elakit.errors.OutputError: The report cannot be written to no-such-folder/report.html: there is no folder ...
     """
-    target = Path(path).expanduser().absolute()
-    wrong = f"The report cannot be written to {path}:"
-    if not str(path) or target.is_dir():
-        raise OutputError(f"{wrong} it is a folder. Give the name of a file, such as {Path(path, 'report.html')}.")
-    if not target.parent.is_dir():
-        raise OutputError(
-            f"{wrong} there is no folder {target.parent}. Create it (mkdir -p) or choose one that exists."
-        )
+    wrong = f"The {what} cannot be written to {_shown(path)}:"
+    try:
+        target = Path(path).expanduser().absolute()
+        if not str(path) or target.is_dir():
+            raise OutputError(
+                f"{wrong} it is a folder. Give the name of a file, such as {_shown(Path(path, example))}."
+            )
+        with suppress(FileNotFoundError):
+            target.lstat()  # raises for names that the file system does not accept
+        if not target.parent.is_dir():
+            raise OutputError(
+                f"{wrong} there is no folder {_shown(target.parent)}. Create it (mkdir -p) or choose one that exists."
+            )
+    except ElakitError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise OutputError(f"{wrong} {_reason(error)}. Choose another path.") from error
     if not os.access(target.parent, os.W_OK):
-        raise OutputError(f"{wrong} the folder {target.parent} may not be written to. Choose another one.")
+        raise OutputError(f"{wrong} the folder {_shown(target.parent)} is not writable. Choose another one.")
     return target
+
+
+# Characters of the final name that a temporary name repeats: the rest must fit the file system's limit of 255 bytes.
+_NAME = 40
+
+
+def _sibling(target: Path, suffix: str) -> Path:
+    """Unique hidden path in the same folder."""
+    return target.parent / f".{target.name[:_NAME]}.{uuid.uuid4().hex[:12]}.{suffix}"
+
+
+def _unwritable(path: Path, error: Exception) -> OutputError:
+    return OutputError(
+        f"{_shown(path)} cannot be written: {_reason(error)}. Free some space, or choose a folder you may write to."
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """Short reason of a failed file operation."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return "the name is too long for the file system"
+    return str((isinstance(error, OSError) and error.strerror) or error)
+
+
+def _shown(path: str | Path, length: int = 120) -> str:
+    """Path as text for a message, shortened and without characters that a terminal cannot show."""
+    text = str(path).encode("utf-8", errors="backslashreplace").decode("utf-8")
+    return text if len(text) <= length else f"{text[: length - 1]}…"

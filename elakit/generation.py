@@ -22,14 +22,12 @@ from torch import Tensor
 from elakit.attention import Recording, RecordSpec, open_recording, record
 from elakit.bleeding import Bleeding, measure
 from elakit.errors import OutputError, RecordingError, SettingError
-from elakit.guidance import ELA, Guide, Method, Trace
+from elakit.guidance import FromMaps, Guide, Method, Trace
 from elakit.judge import Verdict, judge, knows
+from elakit.measures.arrays import nearest_size
 from elakit.models import EMBEDDED, adapter_for, default_settings, name_of
 from elakit.prompt import Prompt, parse
 from elakit.regions import localize_steps
-
-# A run's regions and measures are taken from the decoder's maps, at the size nearest to the paper's.
-ANALYSIS_SIZE = 16
 
 
 @dataclass
@@ -73,10 +71,10 @@ class Run:
     def regions(self) -> xr.DataArray:
         """Region of each entity at each step, boolean (step, entity, y, x); they never overlap.
 
-        Localized in the recorded maps, as ``elakit.ELA(localization="maps")`` does. The regions that a guided run was
-        anchored to are in ``run.guidance.regions``.
+        Localized in the recorded maps, as ``elakit.ELA()`` does (`elakit.guidance.FromMaps` with its defaults). The
+        regions that a guided run was anchored to are in ``run.guidance.regions``.
         """
-        return localize_steps(self.entity_maps(), self._rest().sum("token"), **ELA().rule())
+        return localize_steps(self.entity_maps(), self._rest().sum("token"), **FromMaps().rule())
 
     @cached_property
     def verdict(self) -> Verdict | None:
@@ -204,8 +202,7 @@ class Run:
         return self._maps([token for token in ("<start>", "<end>") if token in kept])
 
     def _analysis_size(self) -> int:
-        sides = {max(size) for size in self._analyzed().sizes}
-        return min(sides, key=lambda side: (abs(np.log(side / ANALYSIS_SIZE)), side))
+        return nearest_size(max(size) for size in self._analyzed().sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,6 +277,7 @@ def generate(
     stop_if: Callable[[Progress], object] | None = ...,
     progress: bool = ...,
 ) -> list[Run]: ...
+@torch.inference_mode(False)
 def generate(
     pipe: Any,
     prompt: str | Prompt,
@@ -536,9 +534,7 @@ def _each(seed: int | Sequence[int]) -> Sequence[int]:
 def _one_each(answer: bool | Sequence[bool], images: int) -> list[bool]:
     answers = [bool(answer)] * images if isinstance(answer, bool | np.bool_) else [bool(one) for one in answer]
     if len(answers) != images:
-        raise SettingError(
-            f"guide_if gave {len(answers)} answers for {images} images; give True, False, or one each."
-        )
+        raise SettingError(f"guide_if gave {len(answers)} answers for {images} images; give True, False, or one each.")
     return answers
 
 

@@ -1,6 +1,6 @@
-"""A prompt as the denoiser sees it: its entities, their attributes, and the tokens that stand for them.
+"""A prompt as the denoiser receives it: entities, attributes, and the tokens that represent them.
 
-An entity is addressed by its occurrence, never by its string: "a red car and a red dog" has the words
+An entity is identified by its occurrence in the prompt, not by its string: "a red car and a red dog" has the words
 ``red#1`` and ``red#2``.
 """
 
@@ -9,34 +9,46 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
-from elakit.english import ARTICLES, load_reader, phrases
+from elakit.english import ARTICLES, load_reader, phrases, plain_english
 from elakit.errors import ModelError, PromptError
-from elakit.tokens import Span, TextSequence, Token, encoder_length, label_words, split_words, tokenize, touching
+from elakit.tokens import (
+    Span,
+    TextSequence,
+    Token,
+    Tokens,
+    encoder_length,
+    label_words,
+    may_split,
+    split_words,
+    tokenize,
+    touching,
+)
 
 __all__ = ["Entity", "Prompt", "Token", "parse"]
 
 _SEQUENCES = ("attributes", "token_indices", "attribute_indices")
 _JOINING = ARTICLES | {"and", "or"}
-_BRACKETS = 'Mark the entities with brackets, "a [red car] and a [blue bird]".'
+_BRACKETS = 'Mark the entities with brackets: "a [red car] and a [blue bird]".'
 
 
 @dataclass(frozen=True)
 class Entity:
-    """One thing a prompt names.
+    """One object that a prompt names.
 
     Attributes
     ----------
     text : the words that name it, "a red car".
-    noun : the last of them, "car".
-    attributes : what is said of it, ("red",).
-    token_indices : tokens of the noun, all pieces.
-    attribute_indices : tokens of all attributes, all pieces, in the order of the text.
-    label : the noun, as "car#1", "car#2" if the word occurs more than once in the prompt.
+    noun : the last of these words, "car".
+    attributes : words that describe it, ("red",).
+    token_indices : positions of the noun's tokens.
+    attribute_indices : positions of the tokens of all attributes, in the order of the text.
+    label : unique name: the noun, or "car#1" and "car#2" if the word occurs more than once in the prompt. A noun that
+        is spelled like a reserved label is numbered too: "background#1".
     """
 
     text: str
@@ -49,19 +61,20 @@ class Entity:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with its entities and tokens; made by `parse`.
+    """A prompt with its entities and tokens, as `parse` returns it.
 
     Attributes
     ----------
-    text : the prompt as the pipeline gets it, brackets removed.
-    entities : in the order of the text.
-    tokens : those of words only, without start-of-text, end-of-text and padding.
-    end_index : position of the first end-of-text.
-    length : positions the denoiser attends to, padding included (77 for CLIP; for T5 as many as the pipeline takes
-        unless told otherwise).
-    start_index : position of start-of-text; None where there is none (T5).
-    ends : stretches of end-of-text and padding, as (first, past the last), where that is not simply everything from
-        `end_index` on: Stable Diffusion 3 reads the prompt twice, with CLIP and then with T5.
+    text : the prompt for the pipeline, without brackets.
+    entities : entities in the order of the text.
+    tokens : tokens of words, without start-of-text, end-of-text and padding.
+    end_index : position of the first end-of-text token.
+    length : number of positions that the denoiser attends to, including padding: 77 for CLIP; for T5 the default of the
+        pipeline.
+    start_index : position of start-of-text; None if there is none (T5).
+    ends : ranges of end-of-text and padding, as (first, one after the last), if they are not simply everything from
+        `end_index` on. Stable Diffusion 3 reads the prompt twice, with CLIP and with T5.
+    borders : character positions at which brackets divide words of a script without spaces between words.
     """
 
     text: str
@@ -71,13 +84,24 @@ class Prompt:
     length: int
     start_index: int | None = 0
     ends: tuple[tuple[int, int | None], ...] = ()
+    borders: tuple[int, ...] = ()
+
+    @cached_property
+    def words(self) -> tuple[Span, ...]:
+        """Words and runs of signs of the text, as (first, one after the last) character; `Token.word` counts these."""
+        return split_words(self.text, self.borders)
+
+    @cached_property
+    def word_labels(self) -> tuple[str, ...]:
+        """Unique label of each word."""
+        return label_words(self.text, self.words)
 
     def end_positions(self, length: int | None = None) -> tuple[int, ...]:
         """Return the positions of end-of-text and padding.
 
         Parameters
         ----------
-        length : positions of the run's text, where they are not those of the prompt (``max_sequence_length``).
+        length : number of text positions of the run, if it differs from the prompt's (``max_sequence_length``).
 
         Examples
         --------
@@ -87,29 +111,27 @@ class Prompt:
         (3, 4, 5, 9)
         """
         length = self.length if length is None else length
-        stretches = self.ends or ((self.end_index, None),)
-        return tuple(
-            i for first, past in stretches for i in range(first, length if past is None else min(past, length))
-        )
+        ranges = self.ends or ((self.end_index, None),)
+        return tuple(i for first, past in ranges for i in range(first, length if past is None else min(past, length)))
 
     def find(self, which: str | int | Entity) -> tuple[int, ...]:
-        """Return the positions of the tokens that stand for a word, an entity or a phrase.
+        """Return the positions of the tokens of a word, an entity or a phrase.
 
         Parameters
         ----------
-        which : a word ("car"), a label of a word, a piece or an entity ("red#2", "giraffe/1", "car@t5"), words
-            that follow each other ("red car"), an `Entity` of this prompt, or a position. Capitals do not matter.
-            Where a model reads the prompt twice (Stable Diffusion 3) a word stands for its tokens in both.
+        which : a word ("car"), the label of a word, a piece or an entity ("red#2", "giraffe/1", "car@t5"), consecutive
+            words ("red car"), an `Entity` of this prompt, or a position. Case does not matter. If the model reads
+            the prompt twice (Stable Diffusion 3), a word has tokens in both sequences.
 
         Returns
         -------
         tuple of int
-            Positions in the encoder's sequence.
+            Positions in the text encoder's sequence.
 
         Raises
         ------
         PromptError
-            Nothing or more than one thing in the prompt fits, or a position lies outside the sequence.
+            The prompt contains no match or more than one, or a position is outside the sequence.
 
         Examples
         --------
@@ -123,32 +145,59 @@ class Prompt:
         """
         if isinstance(which, Entity):
             if which not in self.entities:
-                raise PromptError(f"{which.text!r} is not an entity of {self.text!r}; {self._choices}.")
+                raise PromptError(f"{which.text!r} is not an entity of {self.text!r}. {self._choices}")
             return which.token_indices
         if isinstance(which, Integral) and not isinstance(which, bool):
             if not 0 <= which < self.length:
-                raise PromptError(f"Position {which} lies outside the encoder's sequence: 0 to {self.length - 1}.")
+                raise PromptError(f"Position {which} is outside the text encoder's sequence: 0 to {self.length - 1}.")
             return (int(which),)
         if not isinstance(which, str):
-            raise PromptError(f"{which!r} names no token: give a word, a label, an Entity or a position.")
+            raise PromptError(f"{which!r} names no token. Give a word, a label, an Entity or a position.")
         wanted = which.strip().lower()
         for token in self.tokens:
             if token.label == wanted:
                 return (token.index,)
-        if wanted in self._labels:
-            return self._tokens_of([self._labels.index(wanted)], which)
+        if wanted in self.word_labels:
+            return self._tokens_of([self.word_labels.index(wanted)], which)
         sought = [wanted[slice(*span)] for span in split_words(wanted)]
-        words = [self.text[slice(*span)].lower() for span in self._words]
+        words = [self.text[slice(*span)].lower() for span in self.words]
         starts = [at for at in range(len(words) - len(sought) + 1) if sought and words[at : at + len(sought)] == sought]
         if not starts:
-            raise PromptError(f"{which!r} is not in {self.text!r}; {self._choices}.")
+            raise PromptError(f"{which!r} is not in {self.text!r}. {self._choices}")
         if len(starts) > 1:
-            labels = " or ".join(repr(self._labels[at + len(sought) - 1]) for at in starts)
-            raise PromptError(f"{which!r} occurs {len(starts)} times in {self.text!r}: say {labels}.")
+            labels = " or ".join(repr(self.word_labels[at + len(sought) - 1]) for at in starts)
+            raise PromptError(f"{which!r} occurs {len(starts)} times in {self.text!r}: use {labels}.")
         return self._tokens_of(range(starts[0], starts[0] + len(sought)), which)
 
+    def matches(self, pipe: Any) -> bool:
+        """Return True if a pipeline's tokenizer cuts the text into the tokens of this prompt, at the same positions.
+
+        A prompt that was parsed for another family of models does not match: "car" is at position 3 in CLIP and at
+        position 2 in T5. `parse` returns the prompt for the new pipeline, with the same entities.
+
+        Parameters
+        ----------
+        pipe : a pipeline, or any object with a ``tokenizer``.
+
+        Raises
+        ------
+        PromptError
+            The text is too long for this pipeline.
+        ModelError
+            `pipe` has no tokenizer, or its tokenizer cannot be aligned to words.
+
+        Examples
+        --------
+        >>> import elakit
+        >>> pipe = elakit.load("picture-world")
+        >>> elakit.parse("a [red car]", pipe).matches(pipe)
+        True
+        """
+        found = _read_tokens(self.text, self.words, self.word_labels, pipe)
+        return _positions(found) == (self.tokens, self.end_index, self.length, self.start_index, self.ends)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the prompt as plain lists and dictionaries, as JSON takes them."""
+        """Return the prompt as lists and dictionaries that JSON can represent."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
@@ -159,57 +208,63 @@ class Prompt:
         Raises
         ------
         PromptError
-            A field is missing or not one of a prompt's.
+            A field is missing or invalid.
         """
         try:
-            entities = tuple(
-                Entity(**entity | {key: tuple(entity[key]) for key in _SEQUENCES}) for entity in plain["entities"]
-            )
-            tokens = tuple(Token(**token) for token in plain["tokens"])
             return cls(
-                plain["text"],
-                entities,
-                tokens,
-                plain["end_index"],
-                plain["length"],
-                plain.get("start_index", 0),  # prompts written before T5 was read have a start
-                tuple((first, past) for first, past in plain.get("ends", ())),
+                text=plain["text"],
+                entities=tuple(
+                    Entity(**entity | {key: tuple(entity[key]) for key in _SEQUENCES}) for entity in plain["entities"]
+                ),
+                tokens=tuple(Token(**token) for token in plain["tokens"]),
+                end_index=plain["end_index"],
+                length=plain["length"],
+                start_index=plain.get("start_index", 0),
+                ends=tuple((first, past) for first, past in plain.get("ends", ())),
+                borders=tuple(plain.get("borders", ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PromptError(f"This is no prompt written by Prompt.to_dict: {error!r}.") from error
-
-    @cached_property
-    def _words(self) -> tuple[Span, ...]:
-        return split_words(self.text)
-
-    @cached_property
-    def _labels(self) -> tuple[str, ...]:
-        return label_words(self.text, self._words)
+            raise PromptError(
+                f"This is not a prompt written by Prompt.to_dict ({error!r}). Parse the text again with elakit.parse."
+            ) from error
 
     @property
     def _choices(self) -> str:
-        return f"it has {', '.join(repr(label) for label in self._labels)}"
+        return f"Its words are {', '.join(repr(label) for label in self.word_labels)}."
 
     def _tokens_of(self, words: Iterable[int], which: str) -> tuple[int, ...]:
         wanted = set(words)
         found = tuple(token.index for token in self.tokens if token.word in wanted)
         if not found:
-            raise PromptError(f"The tokenizer keeps no token of its own for {which!r} in {self.text!r}.")
+            raise PromptError(_no_token(which, self.text))
         return found
+
+
+class _Marked(NamedTuple):
+    """An entity before its tokens are known: its characters, the index of its noun and those of its attributes."""
+
+    span: Span
+    noun: int
+    attributes: Sequence[int]
 
 
 def parse(text: str | Prompt, pipe: Any, nlp: Any = None) -> Prompt:
     """Read the entities of a prompt and find their tokens.
 
-    Entities are the noun phrases of the text (`elakit.english.phrases` tells which: not "a photo of", nor a
-    setting such as "in the library"). Brackets override that: with them exactly the bracketed words are
-    entities, the last word of each is its noun, the others its attributes, and no spaCy model is needed.
+    Entities are the noun phrases of the text; `elakit.english.phrases` lists the exceptions, such as "a photo of" and
+    the setting "in the library". Brackets override this: exactly the bracketed words are entities, the last word of
+    each is its noun, the others are its attributes, and no spaCy model is needed. Punctuation, numbers, emoji and the
+    weights of other tools, as in "(red car:1.3)", are neither nouns nor attributes.
+
+    In scripts that write words without spaces (Chinese, Japanese, Thai), a bracket may stand inside a run of
+    characters. The run in it is one word: the noun, unless spaces divide it.
 
     Parameters
     ----------
-    text : the prompt; one already parsed is returned as it is.
+    text : the prompt. A parsed prompt is returned unchanged if it matches `pipe`; otherwise its tokens are
+        found again for `pipe`, with the same entities.
     pipe : a pipeline, or any object with a ``tokenizer``.
-    nlp : a loaded spaCy pipeline to use instead of the small English model; not used for text with brackets.
+    nlp : a loaded spaCy pipeline to use instead of the small English model; unused if the text has brackets.
 
     Returns
     -------
@@ -218,21 +273,21 @@ def parse(text: str | Prompt, pipe: Any, nlp: Any = None) -> Prompt:
     Raises
     ------
     PromptError
-        The text is empty, too long for the encoder or names no entity, or its brackets are unbalanced,
-        nested, empty or cut a word.
+        The text is empty, too long for the text encoder or names no entity; it is not English and has no brackets; or
+        its brackets are unbalanced, nested, empty, or split a word.
     ModelError
-        `pipe` has no tokenizer or one whose pieces cannot be aligned to words or that tells no length, or there is no
-        spaCy model.
+        `pipe` has no tokenizer, its tokenizer cannot be aligned to words or states no length, or no spaCy model is
+        installed.
 
     Examples
     --------
     >>> from types import SimpleNamespace
-    >>> class OneTokenAWord:  # stands in for a pipeline's tokenizer
+    >>> class OneTokenPerWord:  # a stand-in for a pipeline's tokenizer
     ...     model_max_length = 12
     ...     def __call__(self, text, add_special_tokens=True, **options):
     ...         ids = [len(word) for word in text.split()]
     ...         return {"input_ids": [0, *ids, 1] if add_special_tokens else ids}
-    >>> pipe = SimpleNamespace(tokenizer=OneTokenAWord())
+    >>> pipe = SimpleNamespace(tokenizer=OneTokenPerWord())
     >>> prompt = parse("a [red car] and a [red dog]", pipe)
     >>> dog = prompt.entities[1]
     >>> dog.noun, dog.attributes, dog.token_indices, dog.attribute_indices
@@ -241,76 +296,142 @@ def parse(text: str | Prompt, pipe: Any, nlp: Any = None) -> Prompt:
     ((2,), (6, 7), 8)
     """
     if isinstance(text, Prompt):
-        return text
+        return text if text.matches(pipe) else _for_pipeline(text, pipe)
     if not isinstance(text, str):
         raise PromptError(f"A prompt is a string, not {type(text).__name__}: {text!r}.")
     plain, brackets = _read_brackets(text)
-    sequences = _sequences(pipe)
-    for sequence in sequences:
-        _check_text(plain, pipe, sequence.tokenizer)
-    words = split_words(plain)
+    borders = tuple(sorted({at for span, _ in brackets for at in span if may_split(plain, at)}))
+    words = split_words(plain, borders)
     labels = label_words(plain, words)
-    found = tokenize(plain, words, labels, sequences)
-    tokens, end_index = found.tokens, found.ends[0][0]
+    found = _read_tokens(plain, words, labels, pipe)
     if brackets:
         marked = [_in_bracket(plain, words, span, at) for span, at in brackets]
     else:
         marked = _in_english(plain, words, nlp)
     if not marked:
         raise PromptError(f"No entity found in {text!r}. {_BRACKETS}")
+    tokens, end_index, length, start_index, ends = _positions(found)
+    of_word = _tokens_by_word(tokens)
     return Prompt(
-        plain,
-        tuple(_entity(plain, words, labels, tokens, *one) for one in marked),
-        tokens,
-        end_index,
-        found.length,
-        found.start,
-        found.ends if len(found.ends) > 1 else (),
+        text=plain,
+        entities=tuple(_entity(plain, words, labels, of_word, one) for one in marked),
+        tokens=tokens,
+        end_index=end_index,
+        length=length,
+        start_index=start_index,
+        ends=ends,
+        borders=borders,
     )
 
 
+def _for_pipeline(prompt: Prompt, pipe: Any) -> Prompt:
+    """Return the same text and entities with the tokens of another pipeline."""
+    tokens, end_index, length, start_index, ends = _positions(
+        _read_tokens(prompt.text, prompt.words, prompt.word_labels, pipe)
+    )
+    word = {token.index: token.word for token in prompt.tokens}
+    of_word = _tokens_by_word(tokens)
+
+    def again(indices: Iterable[int]) -> tuple[int, ...]:
+        words = dict.fromkeys(word[index] for index in indices)
+        return tuple(sorted(index for one in words for index in of_word.get(one, ())))
+
+    entities = tuple(
+        replace(
+            entity,
+            token_indices=again(entity.token_indices),
+            attribute_indices=again(entity.attribute_indices),
+        )
+        for entity in prompt.entities
+    )
+    if lost := [entity.noun for entity in entities if not entity.token_indices]:
+        raise PromptError(_no_token(lost[0], prompt.text))
+    return replace(
+        prompt,
+        entities=entities,
+        tokens=tokens,
+        end_index=end_index,
+        length=length,
+        start_index=start_index,
+        ends=ends,
+    )
+
+
+def _read_tokens(text: str, words: Sequence[Span], labels: Sequence[str], pipe: Any) -> Tokens:
+    sequences = _sequences(pipe)
+    for sequence in sequences:
+        _check_text(text, pipe, sequence.tokenizer)
+    return tokenize(text, words, labels, sequences)
+
+
+def _positions(
+    found: Tokens,
+) -> tuple[tuple[Token, ...], int, int, int | None, tuple[tuple[int, int | None], ...]]:
+    """Return tokens, end index, length, start index and ends, as a `Prompt` keeps them."""
+    ends = found.ends if len(found.ends) > 1 else ()
+    return found.tokens, found.ends[0][0], found.length, found.start, ends
+
+
+def _tokens_by_word(tokens: Iterable[Token]) -> dict[int, list[int]]:
+    of_word: dict[int, list[int]] = {}
+    for token in tokens:
+        of_word.setdefault(token.word, []).append(token.index)
+    return of_word
+
+
 def _sequences(pipe: Any) -> tuple[TextSequence, ...]:
-    """The token sequences a pipeline's denoiser attends to."""
+    """Return the token sequences that a pipeline's denoiser attends to."""
     tokenizer = getattr(pipe, "tokenizer", None)
     if getattr(pipe, "transformer", None) is not None or (tokenizer is None and hasattr(pipe, "tokenizer_2")):
-        from elakit.models import adapter_for  # slow to import, and a prompt read for CLIP needs none of it
+        from elakit.models import adapter_for  # a slow import that a CLIP prompt does not need
 
         return adapter_for(pipe).text()
     if tokenizer is None:
-        raise ModelError(f"{type(pipe).__name__} has no tokenizer: give a text-to-image pipeline, see elakit.load.")
+        raise ModelError(
+            f"{type(pipe).__name__} has no tokenizer. Pass a text-to-image pipeline, such as "
+            'elakit.load("picture-world").'
+        )
     return (TextSequence("clip", tokenizer, 0, encoder_length(pipe, tokenizer)),)
 
 
 def _check_text(text: str, pipe: Any, tokenizer: Any) -> None:
     if not text.strip():
-        raise PromptError(f'The prompt is empty: {text!r}. Name what to draw, such as "a red car and a blue bird".')
+        raise PromptError(f'The prompt is empty: {text!r}. Describe an image, such as "a red car and a blue bird".')
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise PromptError(f"Character {error.start + 1} of {text!r} is half of a surrogate pair.") from error
+        raise PromptError(
+            f"Character {error.start + 1} of {text!r} is half of a surrogate pair, which no encoder reads: remove it."
+        ) from error
     for name in ("bos_token", "eos_token"):
         special = getattr(tokenizer, name, None)
         if special and special in text:
-            raise PromptError(f"{text!r} contains {special!r}, which the encoder takes for a boundary: remove it.")
-    # A textual inversion of several vectors makes the pipeline encode another text than this one.
+            raise PromptError(f"{text!r} contains {special!r}, which the text encoder reads as a boundary: remove it.")
+    # A textual inversion with several vectors makes the pipeline encode a text other than this one.
     expand = getattr(pipe, "maybe_convert_prompt", None)
     if callable(expand) and expand(text, tokenizer) != text:
-        raise PromptError(f"{text!r} uses a textual inversion of several vectors, whose tokens cannot be followed yet.")
+        raise PromptError(
+            f"{text!r} uses a textual inversion with several vectors, whose tokens elakit cannot align yet. Use an "
+            "inversion with one vector."
+        )
 
 
 def _read_brackets(text: str) -> tuple[str, list[tuple[Span, int]]]:
-    """Return the text without brackets, and of each its span there and its place in the original (from 1)."""
+    """Return the text without brackets, and for each bracket its span there and its original position (from 1)."""
     plain: list[str] = []
     found: list[tuple[Span, int]] = []
     opened = None
-    for place, character in enumerate(text, start=1):
+    for position, character in enumerate(text, start=1):
         if character == "[":
             if opened is not None:
-                raise PromptError(f"Bracket at character {place} of {text!r} opens inside the one at {opened[1]}.")
-            opened = (len(plain), place)
+                raise PromptError(
+                    f"Bracket at character {position} of {text!r} opens inside the one at {opened[1]}. Close that "
+                    "one first."
+                )
+            opened = (len(plain), position)
         elif character == "]":
             if opened is None:
-                raise PromptError(f"Bracket at character {place} of {text!r} closes none that is open.")
+                raise PromptError(f"Bracket at character {position} of {text!r} closes none that is open. {_BRACKETS}")
             if not "".join(plain[opened[0] :]).strip():
                 raise PromptError(f"Bracket at character {opened[1]} of {text!r} is empty. {_BRACKETS}")
             found.append(((opened[0], len(plain)), opened[1]))
@@ -318,58 +439,91 @@ def _read_brackets(text: str) -> tuple[str, list[tuple[Span, int]]]:
         else:
             plain.append(character)
     if opened is not None:
-        raise PromptError(f"Bracket at character {opened[1]} of {text!r} is never closed.")
+        raise PromptError(f"Bracket at character {opened[1]} of {text!r} is never closed. {_BRACKETS}")
     return "".join(plain), found
 
 
-def _in_bracket(text: str, words: Sequence[Span], span: Span, place: int) -> tuple[Span, int, list[int]]:
-    """Return an entity's span, the word that is its noun and those that are its attributes."""
+def _in_bracket(text: str, words: Sequence[Span], span: Span, position: int) -> _Marked:
     inside = touching(words, span)
     for word in inside:
         if words[word][0] < span[0] or words[word][1] > span[1]:
             cut = text[slice(*words[word])]
-            raise PromptError(f"Bracket at character {place} cuts the word {cut!r}: put the whole word inside.")
-    named = [word for word in inside if not _is_punctuation(text[slice(*words[word])])]
+            raise PromptError(f"Bracket at character {position} splits the word {cut!r}: put the whole word inside.")
+    named = [word for word in inside if names_something(text[slice(*words[word])])]
+    # A weight, "[red car:1.3]" or "[(red car:1.3)]", has no letters and drops out here.
     if not named:
-        raise PromptError(f"Bracket at character {place} holds no word: {text[slice(*span)]!r}. {_BRACKETS}")
+        raise PromptError(f"Bracket at character {position} contains no word: {text[slice(*span)]!r}. {_BRACKETS}")
     *others, noun = named
-    return span, noun, [word for word in others if text[slice(*words[word])].lower() not in _JOINING]
+    return _Marked(span, noun, [word for word in others if text[slice(*words[word])].lower() not in _JOINING])
 
 
-def _in_english(text: str, words: Sequence[Span], nlp: Any) -> list[tuple[Span, int, list[int]]]:
+def _in_english(text: str, words: Sequence[Span], nlp: Any) -> list[_Marked]:
+    if nlp is None and (foreign := _not_latin(text)):
+        raise PromptError(
+            f"The parser reads English only, and {text!r} contains {foreign!r}. Mark the entities with brackets, which "
+            "works for every language."
+        )
     found = []
-    for phrase in phrases((nlp or load_reader())(text)):
+    for phrase in phrases((nlp or load_reader())(plain_english(text))):
         naming = touching(words, phrase.noun)
-        noun = next((word for word in reversed(naming) if not _is_punctuation(text[slice(*words[word])])), None)
+        noun = next((word for word in reversed(naming) if names_something(text[slice(*words[word])])), None)
         if noun is not None:
-            # spaCy splits "red-haired", so two attributes may be one word here.
-            said = dict.fromkeys(word for span in phrase.attributes for word in touching(words, span))
-            shown = [word for word in said if word != noun and not _is_punctuation(text[slice(*words[word])])]
-            found.append((phrase.span, noun, shown))
+            # spaCy splits "red-haired", so two of its attributes may be one word here.
+            described = dict.fromkeys(word for span in phrase.attributes for word in touching(words, span))
+            attributes = [word for word in described if word != noun and names_something(text[slice(*words[word])])]
+            found.append(_Marked(_without_markup(text, phrase.span), noun, attributes))
     return found
 
 
-def _is_punctuation(word: str) -> bool:
-    return all(unicodedata.category(character).startswith("P") for character in word)
+def _without_markup(text: str, span: Span) -> Span:
+    """Return the span after an opening parenthesis that it does not close: "a (red car" -> "red car"."""
+    first, last = span
+    opening = text.rfind("(", first, last)
+    if opening < 0 or ")" in text[opening:last]:
+        return span
+    inside = text[opening + 1 : last]
+    return last - len(inside.lstrip()), last
+
+
+def names_something(word: str) -> bool:
+    """Return True if a word has a letter, so that it can be a noun or an attribute.
+
+    Examples
+    --------
+    >>> [names_something(word) for word in ("car", "车", "4x4", "1", "++", "🐸")]
+    [True, True, True, False, False, False]
+    """
+    return any(unicodedata.category(character).startswith("L") for character in word)
+
+
+def _not_latin(text: str) -> str:
+    """Return the first letter of another script than Latin, or an empty string."""
+    for character in text:
+        if not character.isascii() and unicodedata.category(character).startswith("L"):
+            name = unicodedata.name(character, "")
+            if "LATIN" not in name and name not in ("FEMININE ORDINAL INDICATOR", "MASCULINE ORDINAL INDICATOR"):
+                return character
+    return ""
+
+
+def _no_token(word: str, text: str) -> str:
+    return (
+        f"The tokenizer has no token of its own for {word!r} in {text!r}. Separate the word from its neighbors with "
+        "spaces, or choose another word."
+    )
 
 
 def _entity(
-    text: str,
-    words: Sequence[Span],
-    labels: Sequence[str],
-    tokens: Sequence[Token],
-    span: Span,
-    noun: int,
-    attributes: Sequence[int],
+    text: str, words: Sequence[Span], labels: Sequence[str], of_word: Mapping[int, Sequence[int]], marked: _Marked
 ) -> Entity:
-    nouns = tuple(token.index for token in tokens if token.word == noun)
-    if not nouns:
-        raise PromptError(f"The tokenizer keeps no token of its own for {text[slice(*words[noun])]!r} in {text!r}.")
+    noun = marked.noun
+    if noun not in of_word:
+        raise PromptError(_no_token(text[slice(*words[noun])], text))
     return Entity(
-        text=" ".join(text[slice(*span)].split()),
+        text=" ".join(text[slice(*marked.span)].split()),
         noun=text[slice(*words[noun])],
-        attributes=tuple(text[slice(*words[word])] for word in attributes),
-        token_indices=nouns,
-        attribute_indices=tuple(token.index for token in tokens if token.word in attributes),
+        attributes=tuple(text[slice(*words[word])] for word in marked.attributes),
+        token_indices=tuple(of_word[noun]),
+        attribute_indices=tuple(sorted(index for word in set(marked.attributes) for index in of_word.get(word, ()))),
         label=labels[noun],
     )

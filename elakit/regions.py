@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import xarray as xr
 from scipy.ndimage import gaussian_filter
-from skimage.filters import threshold_otsu
 from skimage.measure import label
 
 from elakit.errors import SettingError
+from elakit.measures.arrays import as_array
+from elakit.measures.masks import check_disjoint, is_constant, otsu_thresholds
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Binarization", "Differentiation", "Regions", "divide", "localize", "localize_steps", "otsu_masks"]
+__all__ = ["Binarization", "Differentiation", "Regions", "divide", "localize", "localize_steps"]
 
 Differentiation = Literal["argmax", "subtract-max", "subtract-mean", "none"]
 Binarization = Literal["background", "otsu", "mean-std", "quantile"]
@@ -149,7 +150,7 @@ def localize(
     quantile: float = 0.8,
     normalize: bool = False,
     subtract_pedestal: bool = False,
-    min_cells: int | None = None,
+    min_area: int | None = None,
     smooth: float = 0.0,
     keep_components: int | None = None,
     entities: Sequence[str] | None = None,
@@ -184,7 +185,7 @@ def localize(
         Subtract each entity's smallest value from its map first: attention that a word gets everywhere says
         nothing of its place. The figure's maps are displayed so, hence the threshold was fitted to maps
         without a pedestal; on recorded maps `elakit.ELA` and `Run.regions` switch it on.
-    min_cells : int, optional
+    min_area : int, optional
         Least area of a region. By default 2 % of the map, at least one cell (5 cells at 16x16). 0 turns the
         floor off, and an entity may then have an empty region. See Notes.
     smooth : float
@@ -203,7 +204,7 @@ def localize(
     ------
     SettingError
         Unknown option or number out of range; wrong shapes; NaN, infinite or negative values; "background"
-        without `sot`; more entities x `min_cells` than the map has cells.
+        without `sot`; more entities x `min_area` than the map has cells.
 
     Notes
     -----
@@ -219,10 +220,10 @@ def localize(
     .996, so in units of SoT's range the raw maps are .312 x cat and 1.022 x frog. SoT's own lowest value is
     lost and taken as 0.
 
-    *Floor.* A region smaller than `min_cells` keeps its cells and is filled up, one cell at a time, with the
+    *Floor.* A region smaller than `min_area` keeps its cells and is filled up, one cell at a time, with the
     free cell where the entity's score is highest, then where its map is highest, then the first in reading
     order. Where several entities are short, the highest of their candidates is served first. Only when no
-    cell is free are cells taken from regions larger than `min_cells`. With the default, the floor shrinks on
+    cell is free are cells taken from regions larger than `min_area`. With the default, the floor shrinks on
     maps too small to give every entity that much.
 
     Maps that are constant, zero or equal are no error: nothing stands out, so regions come from ties and the
@@ -251,8 +252,8 @@ def localize(
     >>> localize([cat, frog, [[.0, .0, .0, .005]]], sot).floored
     (False, False, True)
     """
-    _check_options(differentiation, binarization, threshold, quantile, min_cells, smooth, keep_components)
-    values = as_array(_spatial_last(maps), "maps")
+    _check_options(differentiation, binarization, threshold, quantile, min_area, smooth, keep_components)
+    values = as_array(maps, "maps")
     if values.ndim != 3 or 0 in values.shape:
         raise SettingError(f"maps have shape {values.shape}; localize wants (entity, y, x), at least one of each")
     names = _names(maps, entities, len(values))
@@ -263,11 +264,11 @@ def localize(
             'binarization "background" compares with the start-of-text map: pass sot=..., or choose binarization="otsu"'
         )
     cells = values[0].size
-    least = _least_cells(min_cells, len(values), cells)
+    least = _least_cells(min_area, len(values), cells)
 
     background = None
     if sot is not None:
-        background = as_array(_spatial_last(sot), "sot")
+        background = as_array(sot, "sot")
         if background.shape != values.shape[1:]:
             raise SettingError(
                 f"sot has shape {background.shape}, each entity's map {values.shape[1:]}; they must be equal"
@@ -403,62 +404,7 @@ def localize_steps(maps: xr.DataArray, sot: xr.DataArray | None = None, **option
     )
 
 
-def otsu_masks(maps: np.ndarray | torch.Tensor | Sequence[Any]) -> np.ndarray:
-    """Binarize each map by itself with Otsu's threshold; the masks may overlap.
-
-    Parameters
-    ----------
-    maps : array or tensor, (..., y, x)
-        Finite and not negative.
-
-    Returns
-    -------
-    bool array, (..., y, x)
-        A constant map has nothing above its threshold: its mask is empty.
-
-    Raises
-    ------
-    SettingError
-        NaN, infinite or negative values, or fewer than two dimensions.
-
-    Examples
-    --------
-    >>> otsu_masks([[.1, .1, .9], [.2, .8, 1.]]).astype(int)
-    array([[0, 0, 1],
-           [0, 1, 1]])
-    """
-    values = as_array(maps, "maps")
-    if values.ndim < 2:
-        raise SettingError(f"maps have shape {values.shape}; they need (..., y, x)")
-    flat = values.reshape(-1, *values.shape[-2:])
-    return (flat > _otsu(flat)).reshape(values.shape)
-
-
 # --- shared with elakit.bleeding ----------------------------------------------------------------------------
-
-
-def as_array(values: Any, what: str) -> np.ndarray:
-    """Copy maps to float64 numpy, tensors off device and graph; refuse NaN, infinite and negative values."""
-    if hasattr(values, "detach"):
-        values = values.detach().cpu().double().numpy()  # numpy has no bfloat16
-    try:
-        array = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise SettingError(f"{what} cannot be read as an array of numbers: {error}") from None
-    if bad := int((~np.isfinite(array)).sum()):
-        raise SettingError(
-            f"{what}: {bad} of {array.size} values are NaN or infinite; attention must be finite"
-            " (half precision may have overflowed: try dtype float32)"
-        )
-    if array.size and array.min() < 0:
-        raise SettingError(f"{what}: lowest value {array.min():g}; give probabilities, which are never negative")
-    return array
-
-
-def check_disjoint(masks: np.ndarray) -> None:
-    """Refuse masks (..., region, y, x) of which two share a cell."""
-    if shared := int((masks.sum(axis=-3) > 1).sum()):
-        raise SettingError(f"{shared} cells belong to more than one region; regions must not overlap")
 
 
 def steps_first(maps: xr.DataArray, what: str) -> xr.DataArray:
@@ -523,27 +469,11 @@ def _thresholds(
         assert background is not None  # localize has refused it
         return threshold * background[None]
     if how == "otsu":
-        return _otsu(scores)
+        return otsu_thresholds(scores)
     if how == "mean-std":
         tops = scores.mean(axis=(1, 2), keepdims=True) + scores.std(axis=(1, 2), keepdims=True)
-        return np.where(_constant(scores), scores.max(axis=(1, 2), keepdims=True), tops)
+        return np.where(is_constant(scores), scores.max(axis=(1, 2), keepdims=True), tops)
     return np.quantile(scores, quantile, axis=(1, 2), keepdims=True)
-
-
-def _otsu(maps: np.ndarray) -> np.ndarray:
-    """Otsu's threshold of each map, (n, 1, 1); of a constant map its value."""
-    tops = maps.max(axis=(1, 2), keepdims=True)
-    for i in np.flatnonzero(~_constant(maps)):
-        low, span = maps[i].min(), np.ptp(maps[i])
-        # Scaled to 0..1, so that a tiny range is histogrammed as finely as a large one.
-        tops[i] = low + span * threshold_otsu((maps[i] - low) / span)
-    return tops
-
-
-def _constant(maps: np.ndarray) -> np.ndarray:
-    """Whether each map has one value only, rounding apart; bool (n, 1, 1)."""
-    high = maps.max(axis=(1, 2), keepdims=True)
-    return np.asarray(high - maps.min(axis=(1, 2), keepdims=True) <= 1e-9 * high)
 
 
 def _largest_components(mask: np.ndarray, keep: int) -> np.ndarray:
@@ -584,12 +514,6 @@ def _fill_to_floor(
 # --- arguments ----------------------------------------------------------------------------------------------
 
 
-def _spatial_last(maps: Any) -> Any:
-    if isinstance(maps, xr.DataArray) and {"y", "x"} <= set(maps.dims):
-        return maps.transpose(..., "y", "x").values
-    return maps
-
-
 def _names(maps: Any, entities: Sequence[str] | None, count: int) -> tuple[str, ...]:
     if entities is not None:
         if isinstance(entities, str):
@@ -609,17 +533,17 @@ def _names(maps: Any, entities: Sequence[str] | None, count: int) -> tuple[str, 
     return names
 
 
-def _least_cells(min_cells: int | None, count: int, cells: int) -> int:
-    if min_cells is None:
+def _least_cells(min_area: int | None, count: int, cells: int) -> int:
+    if min_area is None:
         if count > cells:
             raise SettingError(f"{count} entities cannot have apart regions on a map of {cells} cells; use larger maps")
         return min(max(1, round(FLOOR * cells)), cells // count)
-    if min_cells * count > cells:
+    if min_area * count > cells:
         raise SettingError(
-            f"min_cells={min_cells} for {count} entities needs {min_cells * count} cells of {cells};"
+            f"min_area={min_area} for {count} entities needs {min_area * count} cells of {cells};"
             f" at most {cells // count} are possible"
         )
-    return min_cells
+    return min_area
 
 
 def _check_options(
@@ -627,7 +551,7 @@ def _check_options(
     binarization: str,
     threshold: float,
     quantile: float,
-    min_cells: int | None,
+    min_area: int | None,
     smooth: float,
     keep_components: int | None,
 ) -> None:
@@ -643,8 +567,8 @@ def _check_options(
         raise SettingError(f"quantile={quantile!r}; choose a number from 0 to 1")
     if not _is_number(smooth) or smooth < 0:
         raise SettingError(f"smooth={smooth!r}; it is a standard deviation in cells, a number of at least 0 (0 is off)")
-    if min_cells is not None and (not _is_whole(min_cells) or min_cells < 0):
-        raise SettingError(f"min_cells={min_cells!r}; choose a whole number of at least 0, or None for 2 % of the map")
+    if min_area is not None and (not _is_whole(min_area) or min_area < 0):
+        raise SettingError(f"min_area={min_area!r}; choose a whole number of at least 0, or None for 2 % of the map")
     if keep_components is not None and (not _is_whole(keep_components) or keep_components < 1):
         raise SettingError(f"keep_components={keep_components!r}; choose a whole number of at least 1, or None for all")
 

@@ -1,35 +1,34 @@
 """The same entities in other words: in brackets, in another order, or joined by "next to".
 
-Whatever is done to the words, each entity keeps its noun and its attributes, and brackets say which they are.
+Each entity keeps its noun and its attributes, and brackets mark them.
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elakit.english import ARTICLES
-from elakit.prompt import Entity, Prompt
-from elakit.tokens import Span, split_words, touching
+from elakit.prompt import Entity, Prompt, names_something
+from elakit.tokens import Span, touching
 
-# Words in brackets that are no attributes.
-_NOT_SAID = ARTICLES | {"and", "or"}
-# What only lists one entity after the other, so that something else may stand in its place.
+# Words inside brackets that are not attributes.
+_NO_ATTRIBUTE = ARTICLES | {"and", "or"}
+# Text that only lists entities, and can therefore be replaced.
 _LISTING = re.compile(r"\s*(?:,?\s*(?:and|&|\+)|,)\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class _Phrase:
-    """Where an entity stands in the text: with its article, and what brackets are to hold."""
+    """Position of an entity in the text: with its article, and the part that goes into brackets."""
 
     span: Span
     inside: Span
 
 
 def entity_spans(prompt: Prompt) -> list[tuple[int, int, str]]:
-    """Where the entities stand in the text.
+    """Return the positions of the entities in the text.
 
     Parameters
     ----------
@@ -38,11 +37,11 @@ def entity_spans(prompt: Prompt) -> list[tuple[int, int, str]]:
     Returns
     -------
     list of (int, int, str)
-        First and past the last character, and the entity's label; an entity that is not found is left out.
+        First character, the one after the last, and the entity's label. An entity that is not found is left out.
     """
     found, at = [], 0
     for entity in prompt.entities:
-        # the text of an entity has single spaces, whatever the prompt has
+        # The text of an entity has single spaces, whatever spacing the prompt has.
         match = re.compile(r"\s+".join(map(re.escape, entity.text.split()))).search(prompt.text, at)
         if match:
             at = match.end()
@@ -51,7 +50,7 @@ def entity_spans(prompt: Prompt) -> list[tuple[int, int, str]]:
 
 
 def bracketed(prompt: Prompt) -> str:
-    """The prompt with its entities in brackets, so that it is read the same without spaCy.
+    """Return the prompt with its entities in brackets, which is parsed to the same entities without spaCy.
 
     Parameters
     ----------
@@ -60,7 +59,7 @@ def bracketed(prompt: Prompt) -> str:
     Returns
     -------
     str
-        The text as it is, where brackets cannot say what the entities are: "a car that is red".
+        The unchanged text if brackets cannot mark the entities: "a car that is red".
 
     Examples
     --------
@@ -68,18 +67,18 @@ def bracketed(prompt: Prompt) -> str:
     >>> bracketed(elakit.parse("a [bear] and a [blue clock]", elakit.load("picture-world")))
     'a [bear] and a [blue clock]'
     """
-    phrases = _phrases(prompt)
-    if phrases is None:
+    found = _phrases(prompt)
+    if found is None:
         return prompt.text
     text = prompt.text
-    for phrase in reversed(phrases):
+    for phrase in reversed(found):
         first, last = phrase.inside
         text = f"{text[:first]}[{text[first:last]}]{text[last:]}"
     return text
 
 
 def swapped(prompt: Prompt) -> str | None:
-    """The prompt with its entities named in the opposite order.
+    """Return the prompt with its entities in reverse order.
 
     Parameters
     ----------
@@ -88,7 +87,7 @@ def swapped(prompt: Prompt) -> str | None:
     Returns
     -------
     str or None
-        With brackets; None where that changes nothing.
+        The text with brackets; None if the order makes no difference.
 
     Examples
     --------
@@ -100,11 +99,11 @@ def swapped(prompt: Prompt) -> str | None:
     True
     """
     named, gaps = _parts(prompt)
-    return _other(prompt, named[::-1], gaps)
+    return _joined(prompt, named[::-1], gaps)
 
 
 def next_to(prompt: Prompt) -> str | None:
-    """The prompt with "next to" where it only lists its entities with "and" or a comma.
+    """Return the prompt with "next to" wherever it only lists its entities with "and" or a comma.
 
     Parameters
     ----------
@@ -113,7 +112,7 @@ def next_to(prompt: Prompt) -> str | None:
     Returns
     -------
     str or None
-        With brackets; None where it lists none.
+        The text with brackets; None if the prompt contains no such list.
 
     Examples
     --------
@@ -126,11 +125,11 @@ def next_to(prompt: Prompt) -> str | None:
     """
     named, gaps = _parts(prompt)
     between = [" next to " if _LISTING.fullmatch(gap) else gap for gap in gaps[1:-1]]
-    return _other(prompt, named, [gaps[0], *between, gaps[-1]])
+    return _joined(prompt, named, [gaps[0], *between, gaps[-1]])
 
 
-def _other(prompt: Prompt, named: Sequence[str], gaps: Sequence[str]) -> str | None:
-    """The text put together again; None where its words are the same as before."""
+def _joined(prompt: Prompt, named: Sequence[str], gaps: Sequence[str]) -> str | None:
+    """Put entities and gaps together; return None if the words are the same as in the prompt."""
     opens = not gaps[0].strip() and prompt.text.lstrip()[:1].isupper()
     parts = [_lowered(name) if opens else name for name in named]
     text = "".join(gap + part for gap, part in zip(gaps, [*parts, ""], strict=True))
@@ -141,14 +140,14 @@ def _other(prompt: Prompt, named: Sequence[str], gaps: Sequence[str]) -> str | N
 
 
 def _parts(prompt: Prompt) -> tuple[list[str], list[str]]:
-    """Each entity in brackets with its article, and the text before, between and after them."""
-    phrases = _phrases(prompt)
-    if phrases is None:  # told anew: of what is said elsewhere in the text nothing else could be kept
+    """Return each entity in brackets with its article, and the text before, between and after the entities."""
+    found = _phrases(prompt)
+    if found is None:  # Words elsewhere in the text belong to an entity, so only the entities themselves are kept.
         vowels = any(word.lower() == "an" for word in prompt.text.split())
-        named = [_told(entity, vowels) for entity in prompt.entities]
+        named = [_written(entity, vowels) for entity in prompt.entities]
         return named, ["", *[" and "] * (len(named) - 1), ""]
     text, named, gaps, at = prompt.text, [], [], 0
-    for phrase in phrases:
+    for phrase in found:
         (start, stop), (first, last) = phrase.span, phrase.inside
         gaps.append(text[at:start])
         named.append(f"{text[start:first]}[{text[first:last]}]{text[last:stop]}")
@@ -156,49 +155,44 @@ def _parts(prompt: Prompt) -> tuple[list[str], list[str]]:
     return named, [*gaps, text[at:]]
 
 
-def _told(entity: Entity, vowels: bool) -> str:
+def _written(entity: Entity, vowels: bool) -> str:
     words = " ".join([*entity.attributes, entity.noun])
     return f"{'an' if vowels and words[0].lower() in 'aeiou' else 'a'} [{words}]"
 
 
 def _lowered(name: str) -> str:
-    """A phrase that no longer opens the text: "A [red car]" -> "a [red car]"; names keep their capital."""
+    """Lower the article of a phrase that no longer begins the text: "A [red car]" -> "a [red car]"."""
     article, _, rest = name.partition(" ")
     return f"{article.lower()} {rest}" if article.lower() in ARTICLES else name
 
 
 def _phrases(prompt: Prompt) -> list[_Phrase] | None:
-    """Where each entity stands; None where brackets cannot say what one of them is."""
+    """Return the position of each entity; None if brackets cannot mark one of them."""
     spans = entity_spans(prompt)
     if len(spans) != len(prompt.entities):
         return None
-    words = split_words(prompt.text)
-    phrases = []
+    found = []
     for (start, stop, _), entity in zip(spans, prompt.entities, strict=True):
-        inside = _inside(prompt.text, [words[i] for i in touching(words, (start, stop))], entity)
+        inside = _inside(prompt.text, [prompt.words[i] for i in touching(prompt.words, (start, stop))], entity)
         if inside is None:
             return None
-        phrases.append(_Phrase((_with_article(prompt.text, words, start), stop), inside))
-    return phrases
+        found.append(_Phrase((_with_article(prompt, start), stop), inside))
+    return found
 
 
 def _inside(text: str, words: Sequence[Span], entity: Entity) -> Span | None:
-    """The last words of an entity's text that say its attributes and its noun, and nothing else."""
+    """Return the span of the last words of an entity's text that are its attributes and its noun, and nothing else."""
     wanted = [*entity.attributes, entity.noun]
     for first in range(len(words)):
         inside = [text[slice(*span)] for span in words[first:]]
-        said = [word for word in inside if word.lower() not in _NOT_SAID and not _is_punctuation(word)]
-        if said == wanted and inside[0] == said[0]:
+        meant = [word for word in inside if word.lower() not in _NO_ATTRIBUTE and names_something(word)]
+        if meant == wanted and inside[0] == meant[0]:
             return words[first][0], words[-1][1]
     return None
 
 
-def _with_article(text: str, words: Sequence[Span], start: int) -> int:
-    before = [span for span in words if span[1] <= start]
+def _with_article(prompt: Prompt, start: int) -> int:
+    text, before = prompt.text, [span for span in prompt.words if span[1] <= start]
     if before and text[slice(*before[-1])].lower() in ARTICLES and not text[before[-1][1] : start].strip():
         return before[-1][0]
     return start
-
-
-def _is_punctuation(word: str) -> bool:
-    return all(unicodedata.category(character).startswith("P") for character in word)

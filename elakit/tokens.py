@@ -1,37 +1,51 @@
-"""The words of a prompt and the tokens that stand for them.
+"""Words of a prompt and the tokens that represent them.
 
-Words are aligned to tokens by the offsets the tokenizer itself reports: it lower-cases, composes accents,
-splits rare words and drops spaces, and only its offsets lead back to the text as it was typed.
+Words are aligned to tokens by the character offsets that the tokenizer reports. Tokenizers lower-case, compose accents,
+split rare words and drop spaces, so only the offsets lead back to the text as it was typed.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from itertools import pairwise
+from operator import itemgetter
+from typing import Any, Literal, TypeAlias
 
 from elakit.errors import ModelError, PromptError
 
-Span: TypeAlias = tuple[int, int]  # (first, past the last) character
+Span: TypeAlias = tuple[int, int]  # first character, and the one after the last
 
-# A word: letters, digits and marks with inner hyphens ("red-haired"), an English ending ("'s"), or signs.
-_WORD = re.compile(r"\w+(?:-\w+)*|(?<=\w)['’](?:s|t|re|ve|m|ll|d)\b|[^\w\s]+")
+# Labels with a meaning of their own in recordings and measures. A word that is spelled like one is always numbered.
+RESERVED_LABELS = frozenset({"background", "<start>", "<end>", "<eot>"})
+
+# A textual inversion ("<cat-toy>"), a word of letters, digits and marks with inner hyphens ("red-haired"), an English
+# ending ("'s"), or a run of signs.
+_WORD = re.compile(r"<[^\W\d]\w*(?:-\w+)*>|\w+(?:-\w+)*|(?<=\w)['’](?:s|t|re|ve|m|ll|d)\b|[^\w\s]+")
+
+# Scripts that write words without spaces between them, and Hangul, whose particles follow a noun without a space:
+# Thai and Lao, Tibetan and Myanmar, Khmer, kana, Han, Hangul, halfwidth kana, supplementary Han.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uac00-\ud7a3\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+)
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token of a prompt that stands for (a piece of) a word.
+    """One token of a prompt that represents a word or a piece of a word.
 
     Attributes
     ----------
     index : position in the sequence that the denoiser attends to.
-    text : the piece of the prompt it covers.
-    label : unique and readable: "car"; "red#2" of a word that occurs more than once; "giraffe/1" of a piece;
-        "car@clip" and "car@t5" where the model reads the prompt twice.
-    word : which word of the prompt, counted from 0.
+    text : the part of the prompt that the token covers.
+    label : unique and readable name: "car"; "red#2" if the word occurs more than once; "giraffe/1" for the first of
+        several pieces; "car@clip" and "car@t5" if the model reads the prompt with two encoders.
+    word : index of the word, counted from 0.
     """
 
     index: int
@@ -42,15 +56,21 @@ class Token:
 
 @dataclass(frozen=True)
 class TextSequence:
-    """One sequence of tokens that the denoiser attends to: most models have one, Stable Diffusion 3 has two.
+    """One sequence of tokens that the denoiser attends to; most models have one, Stable Diffusion 3 has two.
 
     Attributes
     ----------
     name : "clip" or "t5".
-    tokenizer : what cuts the text into tokens.
-    offset : position of its first token among those that the denoiser attends to.
-    length : positions it takes, padding included.
-    read : the text as the pipeline gives it to the tokenizer, character for character (PixArt lowers it).
+    tokenizer : tokenizer of the sequence.
+    offset : position of its first token among all positions that the denoiser attends to.
+    length : number of positions, including padding.
+    read : maps the prompt to the text that the pipeline passes to the tokenizer, character for character (PixArt
+        lower-cases it).
+    before, after : text that the pipeline puts around the prompt, such as a chat template.
+    dropped : number of leading tokens whose states the pipeline removes (those of a template).
+    padding : the side on which the tokenizer pads. With "left", positions are valid only for a text of exactly
+        ``length`` positions.
+    specials : True if the tokenizer adds special tokens. A chat template contains its own.
     """
 
     name: str
@@ -58,54 +78,118 @@ class TextSequence:
     offset: int
     length: int
     read: Callable[[str], str] = str
+    before: str = ""
+    after: str = ""
+    dropped: int = 0
+    padding: Literal["left", "right"] = "right"
+    specials: bool = True
+
+    def tokenized(self, text: str, **options: Any) -> Any:
+        """Return the tokenizer's output for a text, without truncation or padding."""
+        options = {"add_special_tokens": self.specials} | options
+        return self.tokenizer(text, truncation=False, padding=False, verbose=False, **options)
 
 
-def split_words(text: str) -> tuple[Span, ...]:
-    """Return the (first, past the last) character of each word; signs between words count as words.
+def split_words(text: str, borders: Iterable[int] = ()) -> tuple[Span, ...]:
+    """Split a text into words and runs of signs.
+
+    Parameters
+    ----------
+    text : the text.
+    borders : character positions at which a word is split further. Brackets set them in scripts that write words
+        without spaces.
+
+    Returns
+    -------
+    tuple of (int, int)
+        First character of each word, and the one after its last.
 
     Examples
     --------
     >>> text = "A red-haired girl's car!"
     >>> [text[first:last] for first, last in split_words(text)]
     ['A', 'red-haired', 'girl', "'s", 'car', '!']
+    >>> split_words("一辆汽车", borders=[2])
+    ((0, 2), (2, 4))
     """
-    # To Python a combining accent or vowel sign is no part of a word; here it goes with what it stands on.
+    # Python does not count combining accents and vowel signs as word characters; here they belong to their base.
     shown: list[str] = []
     for character in text:
         if unicodedata.category(character).startswith("M"):
             character = "." if not shown or shown[-1].isspace() else shown[-1]
         elif "\x1c" <= character <= "\x1f":
-            character = "."  # space to Python, not to tokenizers
+            character = "."  # whitespace in Python, but not in tokenizers
         shown.append(character)
-    return tuple(match.span() for match in _WORD.finditer("".join(shown)))
+    spans = [match.span() for match in _WORD.finditer("".join(shown))]
+    cuts = sorted(set(borders))
+    if not cuts:
+        return tuple(spans)
+    pieces: list[Span] = []
+    for first, last in spans:
+        inner = cuts[bisect_right(cuts, first) : bisect_left(cuts, last)]
+        edges = [first, *inner, last]
+        pieces.extend(pairwise(edges))
+    return tuple(pieces)
+
+
+def may_split(text: str, at: int) -> bool:
+    """Return True if a word may end before character `at`, because its script writes words without spaces.
+
+    Examples
+    --------
+    >>> may_split("红色汽车", 2), may_split("bluebird", 4)
+    (True, False)
+    """
+    if not 0 < at < len(text) or unicodedata.category(text[at]).startswith("M"):
+        return False
+    return bool(_UNSPACED.match(text[at - 1]) or _UNSPACED.match(text[at]))
 
 
 def label_words(text: str, words: Sequence[Span]) -> tuple[str, ...]:
-    """Return a label for each word that no other has: "car", but "red#1" and "red#2"."""
+    """Return a unique label for each word: "car", or "red#1" and "red#2" if the word occurs twice.
+
+    Words that are spelled like a reserved label, such as "background", are numbered even if they occur once.
+
+    Examples
+    --------
+    >>> text = "a red car, a red background"
+    >>> label_words(text, split_words(text))
+    ('a#1', 'red#1', 'car', ',', 'a#2', 'red#2', 'background#1')
+    """
     plain = [text[slice(*span)].lower() for span in words]
     total, seen = Counter(plain), Counter[str]()
     labels = []
     for word in plain:
         seen[word] += 1
-        labels.append(f"{word}#{seen[word]}" if total[word] > 1 else word)
+        numbered = total[word] > 1 or word in RESERVED_LABELS
+        labels.append(f"{word}#{seen[word]}" if numbered else word)
     return tuple(labels)
 
 
 def touching(words: Sequence[Span], span: Span) -> list[int]:
-    """Return which words have a character in a span."""
-    return [at for at, (first, last) in enumerate(words) if first < span[1] and last > span[0]]
+    """Return the indices of the words that share a character with a span.
+
+    Parameters
+    ----------
+    words : disjoint spans in the order of the text.
+    span : first character, and the one after the last.
+    """
+    start = bisect_right(words, span[0], key=itemgetter(1))
+    stop = bisect_left(words, span[1], key=itemgetter(0))
+    return list(range(start, stop))
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a prompt, in all the sequences that the denoiser attends to.
+    """Tokens of a prompt in all sequences that the denoiser attends to.
 
     Attributes
     ----------
-    tokens : those of words, by position.
-    start : position of start-of-text; None where the sequence has none (T5).
-    ends : of each sequence the positions from end-of-text on, as (first, past the last); None: to the end of the text.
-    length : positions of all sequences.
+    tokens : tokens of words, by position.
+    start : position of start-of-text; None if the first sequence has none (T5).
+    ends : for each sequence the positions from end-of-text on, as (first, one after the last); None as the second
+        number stands for the end of all positions.
+    length : number of positions of all sequences.
     """
 
     tokens: tuple[Token, ...]
@@ -117,41 +201,47 @@ class Tokens:
 def tokenize(text: str, words: Sequence[Span], labels: Sequence[str], sequences: Sequence[TextSequence]) -> Tokens:
     """Find the tokens of all words.
 
-    With one sequence tokens are labeled as their words, with several also by the sequence: "car@clip", "car@t5".
+    With one sequence, tokens are labeled like their words. With several, the label also names the sequence: "car@clip",
+    "car@t5".
 
     Raises
     ------
     PromptError
-        There are more tokens than the encoder takes; of several encoders, than any takes (those that take fewer see
-        the beginning of the prompt only).
+        The prompt has more tokens than the longest sequence takes. Shorter sequences see only the beginning of the
+        prompt.
     ModelError
         The tokenizer's pieces cannot be aligned to words.
     """
     tokens: list[Token] = []
     ends: list[tuple[int, int | None]] = []
     start = None
-    roomiest = max(sequences, key=lambda sequence: sequence.length)
+    longest = max(sequences, key=lambda sequence: sequence.length)
     for nth, sequence in enumerate(sequences):
-        seen = sequence.read(text)
-        total, pieces = _align_by_offsets(seen, words, sequence.tokenizer) or _align_by_words(
-            seen, words, sequence.tokenizer
-        )
-        closing = total - 1 - pieces[-1][0]  # end-of-text
-        if total > sequence.length and sequence is roomiest:
+        read = sequence.before + sequence.read(text) + sequence.after
+        spans = [(first + len(sequence.before), last + len(sequence.before)) for first, last in words]
+        total, pieces = _align_by_offsets(read, spans, sequence) or _align_by_words(read, spans, sequence)
+        total -= sequence.dropped
+        pieces = [(index - sequence.dropped, word, piece) for index, word, piece in pieces]
+        closing = total - 1 - pieces[-1][0]  # number of end-of-text tokens
+        if total > sequence.length and sequence is longest:
             special = total - len(pieces)
-            # What is cut is the end of the text; the last positions are kept for the end-of-text.
+            # Truncation removes the end of the text; the last positions remain reserved for end-of-text.
             lost = sorted({word for index, word, _ in pieces if index >= sequence.length - closing})
             words_lost = text[words[lost[0]][0] : words[lost[-1]][1]]
             raise PromptError(
-                f"The prompt has {len(pieces)} tokens, the encoder takes {sequence.length - special} "
-                f"({sequence.length} with its {special} special ones). It would lose {words_lost!r}: shorten the "
-                "prompt."
+                f"The prompt has {len(pieces)} tokens, but the text encoder takes {sequence.length - special} "
+                f"({sequence.length} including {special} special tokens). It would lose {_shortened(words_lost)!r}. "
+                "Shorten the prompt."
             )
         pieces = [piece for piece in pieces if piece[0] < sequence.length - closing]
-        if nth == 0 and _has_start(sequence.tokenizer, seen):
+        shift = max(0, sequence.length - total) if sequence.padding == "left" else 0
+        pieces = [(index + shift, word, piece) for index, word, piece in pieces]
+        if nth == 0 and _has_start(sequence, read):
             start = sequence.offset
         last = nth == len(sequences) - 1
         ends.append((sequence.offset + pieces[-1][0] + 1, None if last else sequence.offset + sequence.length))
+        if shift:
+            ends.append((sequence.offset, sequence.offset + shift))
         suffix = f"@{sequence.name}" if len(sequences) > 1 else ""
         of_word, done = Counter(word for _, word, _ in pieces), Counter[int]()
         for index, word, piece in pieces:
@@ -161,62 +251,60 @@ def tokenize(text: str, words: Sequence[Span], labels: Sequence[str], sequences:
     return Tokens(tuple(tokens), start, tuple(ends), sequences[-1].offset + sequences[-1].length)
 
 
-def _has_start(tokenizer: Any, text: str) -> bool:
-    """Whether the tokenizer opens each text with a token of its own."""
-    return bool(
-        list(tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"])[:1]
-        != list(tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False)["input_ids"])[
-            :1
-        ]
-    )
+def _shortened(text: str, limit: int = 80) -> str:
+    """Return a text for an error message, cut after `limit` characters."""
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def _has_start(sequence: TextSequence, text: str) -> bool:
+    """Return True if the tokenizer begins each text with a special token."""
+    whole = list(sequence.tokenized(text)["input_ids"])
+    bare = list(sequence.tokenized(text, add_special_tokens=False)["input_ids"])
+    return whole[:1] != bare[:1]
 
 
 def _align_by_offsets(
-    text: str, words: Sequence[Span], tokenizer: Any
+    text: str, words: Sequence[Span], sequence: TextSequence
 ) -> tuple[int, list[tuple[int, int, str]]] | None:
-    """Return the number of tokens and (index, word, piece) of those of words; None without good offsets."""
-    if not getattr(tokenizer, "is_fast", False):
+    """Return the number of tokens and (index, word, piece) for the tokens of words; None without usable offsets."""
+    if not getattr(sequence.tokenizer, "is_fast", False):
         return None
-    encoded = tokenizer(
-        text,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-        truncation=False,
-        padding=False,
-        verbose=False,
-    )
+    encoded = sequence.tokenized(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    first_of_prompt, end_of_prompt = len(sequence.before), len(text) - len(sequence.after)
     special, offsets = encoded["special_tokens_mask"], encoded["offset_mapping"]
     pieces: list[tuple[int, int, str]] = []
     covered: set[int] = set()
     for index, (first, last) in enumerate(offsets):
-        if special[index]:
+        if special[index] or last <= first_of_prompt or first >= end_of_prompt:
             continue
-        # A piece over two words (CLIP reads "'s" in "'small'") goes with the one it has most of, or the last.
+        # A piece may cover two words (CLIP reads "'s" in "'small'"). It is assigned to the word that it shares most
+        # characters with, or to the last of these.
         shared = {at: min(last, words[at][1]) - max(first, words[at][0]) for at in touching(words, (first, last))}
         if not shared:
             if text[first:last].strip():
                 return None
-            continue  # T5's mark of a space, where the word's first piece does not have it
+            continue  # a space that T5 marks with a token of its own
         covered.update(shared)
         pieces.append((index, max(shared, key=lambda at: (shared[at], at)), text[first:last]))
     return (len(offsets), pieces) if len(covered) == len(words) else None
 
 
-def _align_by_words(text: str, words: Sequence[Span], tokenizer: Any) -> tuple[int, list[tuple[int, int, str]]]:
-    """As `_align_by_offsets`, for tokenizers that report no offsets: by encoding word after word."""
-    whole = list(tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"])
+def _align_by_words(text: str, words: Sequence[Span], sequence: TextSequence) -> tuple[int, list[tuple[int, int, str]]]:
+    """Return the same as `_align_by_offsets` for a tokenizer without offsets, by encoding each word separately."""
+    tokenizer = sequence.tokenizer
+    whole = list(sequence.tokenized(text)["input_ids"])
     alone: list[tuple[int, int]] = []
     for at, (first, last) in enumerate(words):
-        ids = tokenizer(text[first:last], add_special_tokens=False, truncation=False, padding=False, verbose=False)[
-            "input_ids"
-        ]
+        ids = sequence.tokenized(text[first:last], add_special_tokens=False)["input_ids"]
         alone.extend((at, one) for one in ids)
     bare = [one for _, one in alone]
-    start = next((at for at in range(len(whole) - len(bare) + 1) if bare and whole[at : at + len(bare)] == bare), None)
+    starts = range(len(whole) - len(bare) + 1)
+    start = next((at for at in starts if bare and whole[at] == bare[0] and whole[at : at + len(bare)] == bare), None)
     if start is None:
         raise ModelError(
-            f"{type(tokenizer).__name__} reports no usable offsets and splits {text!r} unlike its words one "
-            "by one, so tokens cannot be told apart. Use the fast tokenizer of this model."
+            f"{type(tokenizer).__name__} reports no usable character offsets, and it splits {_shortened(text)!r} "
+            "differently from its single words, so tokens cannot be assigned to words. Load the fast tokenizer of this "
+            "model (AutoTokenizer with use_fast=True)."
         )
     several = Counter(at for at, _ in alone)
     name = getattr(tokenizer, "convert_ids_to_tokens", None)
@@ -231,10 +319,16 @@ def _align_by_words(text: str, words: Sequence[Span], tokenizer: Any) -> tuple[i
 
 
 def encoder_length(pipe: Any, tokenizer: Any) -> int:
-    """Positions that a pipeline's text encoder takes, as its tokenizer or configuration tells."""
+    """Return the number of positions that a pipeline's text encoder takes.
+
+    Raises
+    ------
+    ModelError
+        Neither the tokenizer nor the configuration of the text encoder states a length.
+    """
     length = getattr(tokenizer, "model_max_length", None)
-    if length is None or length > 10**6:  # what tokenizers say when they know no limit
+    if length is None or length > 10**6:  # tokenizers report a huge number if they have no limit
         length = getattr(getattr(getattr(pipe, "text_encoder", None), "config", None), "max_position_embeddings", None)
     if length is None:
-        raise ModelError("The tokenizer tells no length: set pipe.tokenizer.model_max_length, 77 for CLIP.")
+        raise ModelError("The tokenizer states no maximum length. Set pipe.tokenizer.model_max_length (77 for CLIP).")
     return int(length)

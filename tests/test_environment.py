@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[1]
-CONDA_NAMES = {"torch": "pytorch", "huggingface-hub": "huggingface_hub"}
+CONDA_NAMES = {"lazy-loader": "lazy_loader", "torch": "pytorch", "huggingface-hub": "huggingface_hub"}
 
 
 def split(requirement: str) -> tuple[str, str]:

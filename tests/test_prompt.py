@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -10,7 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_t5_tokenizer
@@ -18,9 +22,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 from elakit import english
-from elakit.errors import ModelError, PromptError
+from elakit.errors import ElakitError, ModelError, PromptError
 from elakit.prompt import Prompt, parse
-from elakit.tokens import split_words
+from elakit.tokens import may_split, split_words, touching
 
 ATTEND_AND_EXCITE = Path(__file__).parent.parent / "data" / "prompts" / "attend_and_excite.json"
 BENCHMARK = [prompt for prompts in json.loads(ATTEND_AND_EXCITE.read_text()).values() for prompt in prompts]
@@ -106,7 +110,7 @@ def test_two_cars_have_labels_of_their_own(pipe):
     assert [entity.label for entity in prompt.entities] == ["car#1", "car#2"]
     assert prompt.find("car#2") == prompt.find(prompt.entities[1]) == prompt.entities[1].token_indices
     assert prompt.find("blue car") == (6, 7)
-    with pytest.raises(PromptError, match="say 'car#1' or 'car#2'"):
+    with pytest.raises(PromptError, match="use 'car#1' or 'car#2'"):
         prompt.find("car")
 
 
@@ -146,7 +150,7 @@ def test_a_prompt_survives_json_and_parsing_again(pipe):
     prompt = parse("a red car and a red dog", pipe)
     assert Prompt.from_dict(json.loads(json.dumps(prompt.to_dict()))) == prompt
     assert parse(prompt, pipe) is prompt
-    with pytest.raises(PromptError, match="no prompt written by"):
+    with pytest.raises(PromptError, match="not a prompt written by"):
         Prompt.from_dict({"text": "a car"})
 
 
@@ -189,7 +193,7 @@ def test_all_prompts_of_attend_and_excite(pipe):
         ("a gray saw and a pink swallow", ["gray saw", "pink swallow"]),
         ("a gold donut next to a yellow axe", ["gold donut", "yellow axe"]),
         ("a red can and a dog", ["red can", "dog"]),
-        # several attributes, fruit that is a color, no articles
+        # several attributes, a fruit that is a color, no articles
         ("a red and white car", ["red white car"]),
         ("a gray and green brush", ["gray green brush"]),
         ("a red, blue and green parrot", ["red blue green parrot"]),
@@ -201,12 +205,12 @@ def test_all_prompts_of_attend_and_excite(pipe):
         ("two cats and three small dogs", ["cats", "small dogs"]),
         ("A RED CAR AND A BLUE BIRD", ["RED CAR", "BLUE BIRD"]),
         ("a girl's red hat", ["girl", "red hat"]),
-        # said after the noun
+        # adjectives after the noun
         ("a car that is red and a bird which is blue", ["red car", "blue bird"]),
         ("the car is red and the bird is blue", ["red car", "blue bird"]),
         ("a car painted red and a bird painted blue", ["red car", "blue bird"]),
         ("the umbrella is next to the red crown", ["umbrella", "red crown"]),
-        # things in places, and places
+        # objects in places, and places
         ("a cat next to a blue bowl", ["cat", "blue bowl"]),
         ("a bird on a red chair", ["bird", "red chair"]),
         ("a dog with a red ball", ["dog", "red ball"]),
@@ -214,10 +218,44 @@ def test_all_prompts_of_attend_and_excite(pipe):
         ("a cat in front of a red car", ["cat", "red car"]),
         ("a dog to the left of the cat", ["dog", "cat"]),
         ("a dog on the beach at night", ["dog"]),
+        # relations of GenEval and T2I-CompBench
+        ("a photo of a dog right of a teddy bear", ["dog", "teddy bear"]),
+        ("a photo of a wine glass left of a hot dog", ["wine glass", "hot dog"]),
+        ("a photo of a train above a potted plant", ["train", "potted plant"]),
+        ("a photo of a cow below an airplane", ["cow", "airplane"]),
+        ("a dog on the left of a car", ["dog", "car"]),
+        ("a bird on the right side of a black horse", ["bird", "black horse"]),
+        ("a cat to the right-hand side of a chair", ["cat", "chair"]),
+        ("a bowl on top of a table", ["bowl", "table"]),
+        ("a vase on the top of a box", ["vase", "box"]),
+        ("a mouse on the bottom of a bag", ["mouse", "bag"]),
+        ("a balloon on side of a sheep", ["balloon", "sheep"]),
+        ("a woman near a suitcase", ["woman", "suitcase"]),
+        ("a frog in front of a turtle", ["frog", "turtle"]),
+        ("a cat at the edge of a pool", ["cat", "pool"]),
+        ("a red top of a bottle and a cat", ["red top", "bottle", "cat"]),
+        # compounds of these benchmarks
+        ("a fire hydrant and a stop sign", ["fire hydrant", "stop sign"]),
+        ("a photo of a parking meter and a traffic light", ["parking meter", "traffic light"]),
+        ("a blue fire hydrant next to a yellow stop sign", ["blue fire hydrant", "yellow stop sign"]),
+        ("a photo of a cell phone and a tennis racket", ["cell phone", "tennis racket"]),
+        ("a photo of a fire hydrant", ["fire hydrant"]),
+        ("a photo of a black tv remote right of a frisbee", ["black tv remote", "frisbee"]),
+        ("a photo of three stop signs", ["stop signs"]),
+        ("a rubber band and a metallic watch", ["rubber band", "metallic watch"]),
+        # the syntax of other tools
+        ("a (red car:1.3) and a blue bird", ["red car", "blue bird"]),
+        ("a ((red)) car and a [[blue]] bird".replace("[", "(").replace("]", ")"), ["red car", "blue bird"]),
+        ("a red car++ and a (blue bird)1.2", ["red car", "blue bird"]),
+        ("a red car 🚗 + a blue bird", ["red car", "blue bird"]),
+        ("<lora:cars:0.8> a red car", ["red car"]),
+        ("a red <cat-toy> and a dog", ["red <cat-toy>", "dog"]),
         # not in the image
         ("a photo of a cat and a dog", ["cat", "dog"]),
         ("an oil painting of a fox in the style of van gogh", ["fox"]),
         ("a red car on a white background", ["red car"]),
+        ("a cat with a white background", ["cat"]),
+        ("a cat with a painting", ["cat", "painting"]),
         ("a pair of glasses and a cat", ["glasses", "cat"]),
         ("a man without a hat", ["man"]),
     ],
@@ -276,12 +314,133 @@ def test_brackets_override_the_reading_and_need_no_spacy(pipe, monkeypatch):
         ("a [] and a bird", "character 3 .*empty"),
         ("a [ ] and a bird", "character 3 .*empty"),
         ("a [,] and a bird", "character 3 .*no word"),
-        ("a [blue]bird", "character 3 cuts the word 'bluebird'"),
+        ("a [🐸] and a bird", "character 3 .*no word"),
+        ("a [1.3] and a bird", "character 3 .*no word"),
+        ("a [blue]bird", "character 3 splits the word 'bluebird'"),
     ],
 )
 def test_brackets_that_cannot_be_read(pipe, text, message):
     with pytest.raises(PromptError, match=message):
         parse(text, pipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a [red car +] and a [blue bird!]", ["red car", "blue bird"]),
+        ("a [red car:1.3] and a [(blue bird:0.8)]", ["red car", "blue bird"]),
+        ("a [red car 🚗] and [2 cats]", ["red car", "cats"]),
+        ("a [red <cat-toy>]", ["red <cat-toy>"]),
+        ("a [4x4]", ["4x4"]),
+    ],
+)
+def test_signs_weights_numbers_and_emoji_in_brackets_are_no_nouns(pipe, text, expected):
+    prompt = parse(text, pipe)
+    assert named(prompt) == expected
+    for entity in prompt.entities:
+        assert spelled(pipe, prompt.text, entity.token_indices) == entity.noun
+
+
+def test_a_textual_inversion_is_one_word_with_one_token(pipe):
+    tokenizer = copy.deepcopy(pipe.tokenizer)
+    tokenizer.add_tokens("<cat-toy>")
+    (toy,) = parse("a [red <cat-toy>]", SimpleNamespace(tokenizer=tokenizer)).entities
+    assert (toy.noun, toy.attributes, toy.token_indices) == ("<cat-toy>", ("red",), (3,))
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a red <cat-toy>")["input_ids"])[3] == "<cat-toy>"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("一辆[红色汽车]和一只[蓝色小鸟]", ["红色汽车", "蓝色小鸟"]),
+        ("一辆[红色 汽车]和一只[蓝色 小鸟]", ["红色 汽车", "蓝色 小鸟"]),
+        ("[赤い車]と[青い鳥]", ["赤い車", "青い鳥"]),
+        ("[รถ]สีแดง", ["รถ"]),
+        ("[빨간 자동차]와 [파란 새]", ["빨간 자동차", "파란 새"]),
+        ("[BMW]汽车和[狗]", ["BMW", "狗"]),
+    ],
+)
+def test_brackets_divide_words_of_scripts_without_spaces(pipe, text, expected):
+    prompt = parse(text, pipe)
+    assert prompt.text == text.replace("[", "").replace("]", "")
+    assert named(prompt) == expected
+    for entity in prompt.entities:
+        assert spelled(pipe, prompt.text, entity.token_indices) == entity.noun.lower()
+        assert prompt.find(entity.noun) == prompt.find(entity.label) == entity.token_indices
+    assert Prompt.from_dict(json.loads(json.dumps(prompt.to_dict()))) == prompt
+    assert parse(prompt, pipe) is prompt
+
+
+def test_without_brackets_only_english_is_read(pipe):
+    with pytest.raises(PromptError, match=r"reads English only.*brackets"):
+        parse("一辆红色汽车和一只蓝色小鸟", pipe)
+    assert named(parse("a café and a naïve dog", pipe)) == ["café", "naïve dog"]
+
+
+def test_an_entity_named_background_does_not_clash_with_the_background(pipe):
+    prompt = parse("a [cat] and a [white background]", pipe)
+    cat, background = prompt.entities
+    assert (cat.label, background.label) == ("cat", "background#1")
+    assert prompt.find("background") == prompt.find("background#1") == background.token_indices
+    labels = [token.label for token in parse("a [cat] at the <start> and the <end>", pipe).tokens]
+    assert not {"<start>", "<end>", "background"} & set(labels)
+
+
+# --- a prompt and another pipeline -----------------------------------------------------------------
+
+
+def test_a_prompt_parsed_for_another_tokenizer_is_read_again(pipe):
+    t5 = t5_pipe()
+    text = "a [red car] and a [blue dog]"
+    clip_prompt, t5_prompt = parse(text, pipe), parse(text, t5)
+    assert clip_prompt.find("car") != t5_prompt.find("car")  # the start-of-text token of CLIP shifts all positions
+    assert clip_prompt.matches(pipe)
+    assert not clip_prompt.matches(t5)
+    assert parse(clip_prompt, t5) == t5_prompt
+    assert parse(t5_prompt, pipe) == clip_prompt
+
+
+def test_entities_marked_by_hand_survive_another_tokenizer(pipe):
+    text = "a red car and a blue dog"
+    marked = parse("a red car and a [blue dog]", pipe)
+    again = parse(marked, t5_pipe())
+    assert [entity.text for entity in again.entities] == ["blue dog"]
+    assert again.entities[0].token_indices == parse(text, t5_pipe()).find("dog")
+
+
+def test_a_prompt_too_long_for_the_other_pipeline_is_refused(pipe):
+    long = parse("a [red car] " + "and a dog " * 20, pipe)
+    short = SimpleNamespace(tokenizer=copy.deepcopy(pipe.tokenizer))
+    short.tokenizer.model_max_length = 20
+    with pytest.raises(PromptError, match="the text encoder takes 18"):
+        parse(long, short)
+
+
+# --- parsing leaves no trace and stays fast --------------------------------------------------------
+
+
+def test_loading_the_reader_leaves_the_global_random_generators_alone():
+    english.load_reader.cache_clear()
+    random.seed(7)
+    np.random.seed(7)  # noqa: NPY002
+    torch.manual_seed(7)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+    english.load_reader()("a red car")
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+    assert before == after
+
+
+def test_finding_the_words_of_a_token_does_not_read_all_words():
+    class Counted(tuple):
+        reads = 0
+
+        def __getitem__(self, at):
+            Counted.reads += 1
+            return super().__getitem__(at)
+
+    words = Counted((2 * i, 2 * i + 1) for i in range(100_000))
+    assert touching(words, (50_000, 50_003)) == [25_000, 25_001]
+    assert Counted.reads < 50
 
 
 # --- prompts that are refused ---------------------------------------------------------------------
@@ -295,7 +454,7 @@ def test_brackets_that_cannot_be_read(pipe, text, message):
         (None, "a string, not NoneType"),
         (["a cat"], "a string, not list"),
         ("running quickly", r"No entity found in 'running quickly'. Mark the entities with brackets"),
-        ("a cat <|endoftext|>", "takes for a boundary"),
+        ("a cat <|endoftext|>", "reads as a boundary"),
         ("a \ud800 cat", "Character 3"),
     ],
 )
@@ -307,7 +466,7 @@ def test_prompts_that_cannot_be_read(pipe, text, message):
 def test_a_prompt_too_long_names_the_words_that_would_be_lost(pipe):
     fits = "a [red car] " + "and a dog " * 24
     assert parse(fits, pipe).end_index == 76
-    with pytest.raises(PromptError, match=r"77 tokens, the encoder takes 75 .*would lose 'yellow apple'"):
+    with pytest.raises(PromptError, match=r"77 tokens, but the text encoder takes 75 .*would lose 'yellow apple'"):
         parse(fits + "yellow apple", pipe)
 
 
@@ -351,7 +510,7 @@ class WithoutOffsets:
 
 
 @pytest.mark.parametrize(
-    "text", ["a [red car] and a [chartreuse  hippopotamus]!", "the girl's [red-haired cat], 42 [🐸]"]
+    "text", ["a [red car] and a [chartreuse  hippopotamus]!", "the girl's [red-haired cat], 42 [frog 🐸]"]
 )
 def test_a_tokenizer_without_offsets_gives_the_same_tokens(pipe, text):
     old = parse(text, SimpleNamespace(tokenizer=WithoutOffsets(pipe.tokenizer)))
@@ -373,6 +532,37 @@ def test_a_tokenizer_that_joins_words_is_refused_not_misread():
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="[]"), max_size=12)
 
+# fmt: off
+FRAGMENTS = [
+    "a", "an", "the", "red", "car", "and", "of", "right", "left", "on top of", "background", "with", "AND", "BREAK",
+    "no", "que", "red-haired", "'s", "’s", ",", ".", "[", "]", "[red", "car]", "(", ")", "(red", "car:1.3)", ":1.3)",
+    "++", "+", "-", "<", ">", "1", "1.3", "%s", "{x}", "\\", "<cat-toy>", "<start>", "<lora:x:1>", "<|endoftext|>",
+    "🐸", "👩\u200d🚀", "汽车", "[车]", "กำ", "한국", "\u0301", "\u200d", "\ufeff", "\ud800",
+    "\x00", "\x1c", "\n", "\t", " ", "  ",
+]
+# fmt: on
+hostile = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(st.characters(), max_size=6)), max_size=14)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(parts=hostile, between=st.sampled_from(["", " ", "  ", ","]))
+def test_a_hostile_prompt_ends_in_a_prompt_or_a_clear_error(pipe, parts, between):
+    text = between.join(parts)
+    try:
+        prompt = parse(text, pipe)
+    except ElakitError:
+        return
+    positions = {token.index for token in prompt.tokens}
+    assert prompt.entities
+    for entity in prompt.entities:
+        assert entity.token_indices
+        assert {*entity.token_indices, *entity.attribute_indices} <= positions
+        assert any(character.isalpha() for character in entity.noun)
+        assert prompt.find(entity.label) == entity.token_indices
+    assert len({entity.label for entity in prompt.entities}) == len({e.token_indices for e in prompt.entities})
+    assert Prompt.from_dict(json.loads(json.dumps(prompt.to_dict()))) == prompt
+    assert parse(prompt, pipe) is prompt
+
 
 @settings(max_examples=300, deadline=None)
 @given(before=texts, name=texts, after=texts)
@@ -385,14 +575,15 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="[]"
 @example(before="\x1c", name="1234 <|ENDOFTEXT|>x", after="\x85")
 def test_the_tokens_of_an_entity_spell_its_words(pipe, before, name, after):
     text = before + name + after
-    words = split_words(text)
+    borders = [at for at in (len(before), len(before + name)) if may_split(text, at)]
+    words = split_words(text, borders)
     inside = [word for word in words if word[0] < len(before + name) and word[1] > len(before)]
     cut = any(first < len(before) or last > len(before + name) for first, last in inside)
     if cut or not name.strip() or len(pipe.tokenizer(text)["input_ids"]) > 77:
         with pytest.raises(PromptError):
             parse(f"{before}[{name}]{after}", pipe)
         return
-    if all(unicodedata.category(c).startswith("P") for first, last in inside for c in text[first:last]):
+    if not any(unicodedata.category(c).startswith("L") for first, last in inside for c in text[first:last]):
         with pytest.raises(PromptError, match="no word"):
             parse(f"{before}[{name}]{after}", pipe)
         return
@@ -450,14 +641,14 @@ def test_t5_tokens_of_an_entity_stand_where_its_words_stand(before, name, after)
     pipe = t5_pipe()
     try:
         prompt = parse(f"{before}[{name}]{after}", pipe)
-    except (PromptError, ModelError):  # nothing named, a word cut, or too long: told elsewhere
+    except (PromptError, ModelError):  # nothing named, a word split, or too long: other tests check these
         return
     encoded = pipe.tokenizer(text, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     assert prompt.start_index is None
     assert ids[prompt.end_index] == pipe.tokenizer.eos_token_id
     assert prompt.end_positions() == tuple(range(prompt.end_index, 64))
-    words = split_words(text)
+    words = prompt.words
     for token in prompt.tokens:
         first, last = offsets[token.index]
         assert first < words[token.word][1]

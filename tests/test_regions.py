@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from elakit.errors import SettingError
-from elakit.regions import BINARIZATIONS, DIFFERENTIATIONS, Regions, localize, localize_steps, otsu_masks
+from elakit.measures.masks import otsu_masks
+from elakit.regions import BINARIZATIONS, DIFFERENTIATIONS, Regions, localize, localize_steps
 
 RULES = [(d, b) for d in DIFFERENTIATIONS for b in BINARIZATIONS]
 
@@ -111,24 +112,24 @@ def test_subtract_mean_takes_the_mean_of_the_others():
 def test_background_rule_compares_each_cell_with_start_of_text():
     sot = np.array([[0.2, 0.4, 0.2, 1.0], [0.4, 1.1, 0.1, 1.0]])
     # Half of start-of-text: A passes at .8 > .1, .4 > .2, .6 > .2 but .5 < .55; B at .7 > .1, .9 > .05.
-    regions = localize([A, B], sot, threshold=0.5, min_cells=0)
+    regions = localize([A, B], sot, threshold=0.5, min_area=0)
     assert regions.masks.astype(int).tolist() == [[[1, 1, 0, 0], [1, 0, 0, 0]], [[0, 0, 1, 0], [0, 0, 1, 0]]]
     assert regions.background.astype(int).tolist() == [[0, 0, 0, 1], [0, 1, 0, 1]]
 
 
 def test_mean_std_and_quantile_thresholds():
     row = np.array([[0.0, 1.0, 2.0, 3.0, 4.0]])  # mean 2, standard deviation 1.41; 60 % quantile 2.4
-    above_mean = localize([row], binarization="mean-std", min_cells=0).masks[0, 0]
+    above_mean = localize([row], binarization="mean-std", min_area=0).masks[0, 0]
     assert above_mean.tolist() == [False] * 4 + [True]
-    above_quantile = localize([row], binarization="quantile", quantile=0.6, min_cells=0).masks[0, 0]
+    above_quantile = localize([row], binarization="quantile", quantile=0.6, min_area=0).masks[0, 0]
     assert above_quantile.tolist() == [False] * 3 + [True, True]
 
 
 def test_normalizing_lets_entities_compete_by_shape():
     strong = np.array([[0.9, 0.6, 0.5, 0.5]])
     weak = np.array([[0.0, 0.0, 0.1, 0.4]])
-    raw = localize([strong, weak], binarization="quantile", quantile=0.5, min_cells=0)
-    shape = localize([strong, weak], binarization="quantile", quantile=0.5, min_cells=0, normalize=True)
+    raw = localize([strong, weak], binarization="quantile", quantile=0.5, min_area=0)
+    shape = localize([strong, weak], binarization="quantile", quantile=0.5, min_area=0, normalize=True)
     assert raw.masks[1].sum() == 0
     assert shape.masks[1].tolist() == [[False, False, True, True]]
 
@@ -157,7 +158,7 @@ def test_smoothing_drops_a_lone_cell():
 def test_a_neglected_entity_gets_the_free_cells_where_it_is_strongest():
     strong = np.array([[0.9, 0.9, 0.0, 0.0], [0.9, 0.9, 0.0, 0.0]])
     weak = np.array([[0.08, 0.08, 0.07, 0.01], [0.08, 0.08, 0.02, 0.03]])
-    regions = localize([strong, weak], np.ones((2, 4)), min_cells=2)
+    regions = localize([strong, weak], np.ones((2, 4)), min_area=2)
     assert regions.floored == (False, True)
     assert regions.masks[0].sum() == 4  # the strong one keeps its region
     assert regions.masks[1].astype(int).tolist() == [[0, 0, 1, 0], [0, 0, 0, 1]]
@@ -167,14 +168,14 @@ def test_a_neglected_entity_gets_the_free_cells_where_it_is_strongest():
 def test_a_neglected_entity_takes_from_the_large_when_nothing_is_free():
     strong = np.full((2, 3), 0.9)
     weak = np.array([[0.0, 0.3, 0.0], [0.0, 0.0, 0.2]])
-    regions = localize([strong, weak], np.full((2, 3), 0.1), min_cells=2)
+    regions = localize([strong, weak], np.full((2, 3), 0.1), min_area=2)
     assert regions.masks[1].astype(int).tolist() == [[0, 1, 0], [0, 0, 1]]
     assert regions.masks[0].sum() == 4
 
 
 def test_a_region_that_is_too_small_is_filled_up():
     one = np.array([[0.9, 0.05, 0.04, 0.06]])
-    assert localize([one], np.ones((1, 4)), min_cells=2).masks[0].tolist() == [[True, False, False, True]]
+    assert localize([one], np.ones((1, 4)), min_area=2).masks[0].tolist() == [[True, False, False, True]]
 
 
 def test_default_floor_is_two_percent_of_the_map():
@@ -199,13 +200,13 @@ def test_constant_maps_are_no_error(value, differentiation, binarization):
         differentiation=differentiation,
         binarization=binarization,
         threshold=0.5,
-        min_cells=2,
+        min_area=2,
     )
     # Nothing stands out: both come from the floor, in reading order, the first entity served first.
     assert regions.floored == (True, True)
     assert regions.masks.sum(axis=(1, 2)).tolist() == [2, 2]
     again = localize(np.full((2, 3, 4), value), np.ones((3, 4)), differentiation=differentiation,
-                     binarization=binarization, threshold=0.5, min_cells=2)  # fmt: skip
+                     binarization=binarization, threshold=0.5, min_area=2)  # fmt: skip
     np.testing.assert_array_equal(regions.masks, again.masks)
 
 
@@ -233,7 +234,7 @@ def test_regions_never_overlap_and_nobody_is_left_out(maps, rule, normalize):
 def test_order_of_the_entities_does_not_matter(seed, rule, order, least):
     rng = np.random.default_rng(seed)
     maps = rng.random((3, 4, 5)) * rng.random((3, 1, 1))  # no ties
-    options = {"differentiation": rule[0], "binarization": rule[1], "min_cells": least, "threshold": 0.6}
+    options = {"differentiation": rule[0], "binarization": rule[1], "min_area": least, "threshold": 0.6}
     sot = rng.random((4, 5))
     straight = localize(maps, sot, **options)
     turned = localize(maps[list(order)], sot, **options)
@@ -258,7 +259,7 @@ def test_scale_of_attention_does_not_matter(seed, rule, scale):
 @settings(max_examples=30, deadline=None)
 def test_iou_is_symmetric_and_between_0_and_1(seed):
     rng = np.random.default_rng(seed)
-    one, two = (localize(rng.random((2, 4, 4)), binarization="mean-std", min_cells=0) for _ in range(2))
+    one, two = (localize(rng.random((2, 4, 4)), binarization="mean-std", min_area=0) for _ in range(2))
     np.testing.assert_array_equal(one.iou(two), two.iou(one))
     assert ((one.iou(two) >= 0) & (one.iou(two) <= 1)).all()
     assert (one.iou(one) == 1).all()
@@ -332,7 +333,7 @@ def test_steps_are_localized_each_by_itself(figure):
     expected = localize(figure.maps, figure.sot).masks
     np.testing.assert_array_equal(regions.sel(step=3), expected)
     np.testing.assert_array_equal(regions.sel(step=7), expected[:, :, ::-1])
-    assert not localize_steps(maps, binarization="otsu", min_cells=0).sel(step=3).equals(regions.sel(step=3))
+    assert not localize_steps(maps, binarization="otsu", min_area=0).sel(step=3).equals(regions.sel(step=3))
 
 
 def test_otsu_masks_of_separate_maps_may_overlap():
@@ -356,7 +357,7 @@ GOOD = np.ones((2, 3, 4))
         (np.ones((0, 3, 4)), None, {"binarization": "otsu"}, "at least one"),
         (GOOD * np.nan, GOOD[0], {}, "24 of 24 values are NaN"),
         (GOOD, GOOD[0] * np.inf, {}, "sot: 12 of 12 values are NaN or infinite"),
-        (-GOOD, GOOD[0], {}, "lowest value -1"),
+        (-GOOD, GOOD[0], {}, "the lowest value is -1"),
         ([["a", "b"]], None, {"binarization": "otsu"}, "cannot be read"),
         (
             GOOD,
@@ -370,9 +371,9 @@ GOOD = np.ones((2, 3, 4))
         (GOOD, GOOD[0], {"threshold": "high"}, "threshold='high'"),
         (GOOD, GOOD[0], {"quantile": 1.5}, "quantile=1.5"),
         (GOOD, GOOD[0], {"smooth": -1}, "smooth=-1"),
-        (GOOD, GOOD[0], {"min_cells": -1}, "min_cells=-1"),
-        (GOOD, GOOD[0], {"min_cells": 2.5}, "min_cells=2.5"),
-        (GOOD, GOOD[0], {"min_cells": 7}, "at most 6 are possible"),
+        (GOOD, GOOD[0], {"min_area": -1}, "min_area=-1"),
+        (GOOD, GOOD[0], {"min_area": 2.5}, "min_area=2.5"),
+        (GOOD, GOOD[0], {"min_area": 7}, "at most 6 are possible"),
         (np.ones((5, 2, 2)), np.ones((2, 2)), {}, "5 entities"),
         (GOOD, GOOD[0], {"keep_components": 0}, "keep_components=0"),
         (GOOD, GOOD[0], {"entities": ["cat"]}, "1 entity labels for 2 maps"),
@@ -388,7 +389,7 @@ def test_wrong_input_names_the_value_and_the_remedy(maps, sot, options, says):
 def test_regions_drawn_by_hand_must_not_overlap():
     masks = np.zeros((2, 2, 2), bool)
     masks[:, 0, 0] = True
-    with pytest.raises(SettingError, match="1 cells belong to more than one region"):
+    with pytest.raises(SettingError, match="1 locations belong to more than one region"):
         Regions(masks, masks.astype(float), (False, False), ("cat", "frog"))
     with pytest.raises(SettingError, match="booleans"):
         Regions(masks.astype(float), masks.astype(float), (False, False), ("cat", "frog"))
@@ -417,7 +418,7 @@ def test_steps_that_do_not_belong_together_are_refused():
 def test_attention_that_a_word_gets_everywhere_says_nothing_of_its_place():
     """A cat with a pedestal of .2 outshines the frog in the frog's place until the pedestal is taken off."""
     cat, frog, sot = [[0.5, 0.2, 0.2]], [[0.0, 0.15, 0.0]], [[0.5, 0.65, 0.8]]
-    raw = localize([cat, frog], sot, min_cells=0)
+    raw = localize([cat, frog], sot, min_area=0)
     assert raw.masks.astype(int).tolist() == [[[1, 1, 1]], [[0, 0, 0]]]
-    level = localize([cat, frog], sot, min_cells=0, subtract_pedestal=True)
+    level = localize([cat, frog], sot, min_area=0, subtract_pedestal=True)
     assert level.masks.astype(int).tolist() == [[[1, 0, 0]], [[0, 1, 0]]]

@@ -1,4 +1,5 @@
-"""Tiny pipelines with random weights, one a family: everything a real one has, in well under a second an image."""
+"""Tiny pipelines with random weights, one per family, with all parts of real ones; an image takes less than a
+second."""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 @cache
 def _vocabulary() -> tuple[dict[str, int], list[Any]]:
-    """Byte-level BPE of the corpus's words, ids in CLIP's order: bytes, bytes ending a word, merges, specials."""
+    """Train a byte-level BPE on the words of the corpus; ids in the order of CLIP: bytes, bytes that end a word,
+    merges, specials."""
     backend = Tokenizer(BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
     letters = sorted(ByteLevel.alphabet())
@@ -82,13 +84,13 @@ def _vocabulary() -> tuple[dict[str, int], list[Any]]:
 
 
 def tiny_tokenizer(length: int = 20) -> CLIPTokenizer:
-    """CLIP tokenizer that takes any text; ``length`` positions with start, end and padding."""
+    """Build a CLIP tokenizer for any text; ``length`` positions include start, end and padding."""
     vocabulary, merges = _vocabulary()
     return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=length)
 
 
 def tiny_unet(**changes: Any) -> Any:
-    """UNet of 8x8 latents with cross-attention at 8x8 and 4x4, on the down, mid and up sides."""
+    """Build a UNet for 8x8 latents with cross-attention at 8x8 and 4x4, in down, mid and up blocks."""
     settings: dict[str, Any] = {
         "sample_size": 8,
         "in_channels": 4,
@@ -122,7 +124,7 @@ def _clip_encoder(tokenizer: CLIPTokenizer, length: int, kind: type = CLIPTextMo
 
 
 def autoencoder(**changes: Any) -> Any:
-    """Autoencoder whose latents have a quarter of the image's sides."""
+    """Build an autoencoder whose latents have a quarter of the image's height and width."""
     settings: dict[str, Any] = {
         "block_out_channels": (8, 8, 8),
         "down_block_types": ("DownEncoderBlock2D",) * 3,
@@ -135,7 +137,7 @@ def autoencoder(**changes: Any) -> Any:
 
 
 def _sharpen(net: torch.nn.Module, *names: str) -> None:
-    """Make attention less even than fresh weights do, so that a test sees a wrong token, head or position."""
+    """Make attention less uniform than fresh weights do, so that a wrong token, head or position shows in a test."""
     with torch.no_grad():
         for name, weight in net.named_parameters():
             if any(part in name for part in names):
@@ -147,7 +149,7 @@ def _sharpen(net: torch.nn.Module, *names: str) -> None:
 def tiny_pipeline(
     dtype: torch.dtype = torch.float32, scheduler: str = "ddim", seed: int = 0, length: int = 20, **unet: Any
 ) -> StableDiffusionPipeline:
-    """Stable Diffusion pipeline of random weights: 8x8 latents, images of 32x32 pixels.
+    """Build a Stable Diffusion pipeline with random weights: 8x8 latents, images of 32x32 pixels.
 
     Parameters
     ----------
@@ -189,7 +191,7 @@ def tiny_pipeline(
 
 
 def tiny_t5_tokenizer() -> T5Tokenizer:
-    """Unigram tokenizer of the corpus's words, "gira", "ffe" and letters; no start token, ``</s>`` at the end."""
+    """Build a unigram tokenizer of the corpus's words, "gira", "ffe" and letters; ``</s>`` ends a text."""
     words = [(f"▁{word}", -3.0) for word in CORPUS.split()]
     pieces = [("▁gira", -4.0), ("ffe", -4.0), ("▁", -5.0)]
     letters = [(letter, -8.0) for letter in "abcdefghijklmnopqrstuvwxyz,.!'"]
@@ -198,14 +200,14 @@ def tiny_t5_tokenizer() -> T5Tokenizer:
 
 
 def t5_encoder(tokenizer: T5Tokenizer, width: int) -> Any:
-    """T5 encoder of random weights with states of ``width`` channels."""
+    """Build a T5 encoder with random weights and states of ``width`` channels."""
     return T5EncoderModel(
         T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
     )
 
 
 def ready(pipe: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """The pipeline without dropout and without a progress bar."""
+    """Switch off dropout and the progress bar of a pipeline."""
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
@@ -214,7 +216,7 @@ def ready(pipe: Any, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def tiny_sdxl(dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """SDXL pipeline: no attention at the latent's own size, two text encoders side by side."""
+    """Build an SDXL pipeline: no attention at the latent's own size, two text encoders side by side."""
     tokenizer, length = tiny_tokenizer(), 20
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -245,7 +247,7 @@ def tiny_sdxl(dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
 
 
 def tiny_pixart(dtype: torch.dtype = torch.float32, seed: int = 0, sigma: bool = False) -> Any:
-    """PixArt pipeline, Alpha or Sigma: T5 tokens, patches of 2x2. Call it without resolution binning."""
+    """Build a PixArt pipeline, Alpha or Sigma: T5 tokens, patches of 2x2. Call it without resolution binning."""
     tokenizer = tiny_t5_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -272,7 +274,7 @@ def tiny_pixart(dtype: torch.dtype = torch.float32, seed: int = 0, sigma: bool =
 
 
 def tiny_sd3(dtype: torch.dtype = torch.float32, seed: int = 0, t5: bool = True, **transformer: Any) -> Any:
-    """Stable Diffusion 3.5 pipeline: joint attention with norms of queries and keys, over CLIP and T5 tokens."""
+    """Build a Stable Diffusion 3.5 pipeline: joint attention, norms of queries and keys, CLIP and T5 tokens."""
     tokenizer, length = tiny_tokenizer(), 20
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -312,7 +314,7 @@ def tiny_sd3(dtype: torch.dtype = torch.float32, seed: int = 0, t5: bool = True,
 
 
 def tiny_flux(dtype: torch.dtype = torch.float32, seed: int = 0, **transformer: Any) -> Any:
-    """FLUX pipeline: one double and two single stream blocks, packed latents, rotary positions, distilled guidance."""
+    """Build a FLUX pipeline: one double and two single stream blocks, packed latents, distilled guidance."""
     tokenizer, t5_tokenizer = tiny_tokenizer(), tiny_t5_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

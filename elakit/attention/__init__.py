@@ -1,26 +1,6 @@
-"""Attention of a run: reading it (taps), choosing what to keep (spec), recording it, changing it (edit)."""
+"""Attention of a run: reading it (taps), selecting what to keep (spec), recording it, changing it (edit)."""
 
-from __future__ import annotations
+import lazy_loader
 
-from elakit.attention.aggregate import resize
-from elakit.attention.edit import Edit, biased, edit
-from elakit.attention.recorder import paused, record
-from elakit.attention.recording import Recording, open_recording
-from elakit.attention.spec import Plan, RecordSpec, select_layers
-from elakit.attention.taps import probabilities, tap
-
-__all__ = [
-    "Edit",
-    "Plan",
-    "RecordSpec",
-    "Recording",
-    "biased",
-    "edit",
-    "open_recording",
-    "paused",
-    "probabilities",
-    "record",
-    "resize",
-    "select_layers",
-    "tap",
-]
+# The names and their modules are in __init__.pyi, for type checkers too; each module is imported when it is needed.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

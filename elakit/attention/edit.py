@@ -1,7 +1,7 @@
-"""Attention that causes: changing what image positions attend to, where, when and in which layers.
+"""Interventions on attention: changing what the locations of the image attend to, where, when and in which layers.
 
-A change is a bias added to the attention's scores before their softmax. It enters through the attention mask that
-layers take anyway, by hooks, so that no processor is replaced and recording sees what the model sees.
+A change is a bias that is added to the attention scores before the softmax. Hooks pass it through the attention mask
+that layers accept, so no processor is replaced, and a recording contains the changed attention.
 """
 
 from __future__ import annotations
@@ -16,53 +16,54 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from elakit.attention.calls import NEVER, additive, biasing
+from elakit.attention.hooks import Hooks
+from elakit.attention.running import SeenCall, Watch
 from elakit.attention.spec import END, START, find_tokens, select_layers
-from elakit.attention.taps import is_left_alone
+from elakit.attention.taps import ADDED_SCORES, check_processor, scores_mask
 from elakit.errors import RecordingError, SettingError
-from elakit.models import AttentionLayer, adapter_for
+from elakit.models import Adapter, AttentionLayer, adapter_for
+from elakit.models.adapter import Layout as CallLayout
 from elakit.models.adapter import argument
 from elakit.prompt import Entity, Prompt, parse
 
-_NEVER = -1e4  # what diffusers adds to hide a position; half precision has room for it, and its exponential is 0
 
-
-@dataclass(frozen=True, eq=False)  # regions are arrays, which have no one answer to ==
+@dataclass(frozen=True, eq=False)  # regions are arrays, whose == is not a single truth value
 class Edit:
     """One change of the attention to some tokens.
 
     Parameters
     ----------
     tokens : str, int, Entity or a sequence of these
-        What is attended to: a word, label, phrase, entity or position; ``"<start>"``; ``"<end>"`` for end-of-text and
-        padding.
+        The tokens that are attended to: a word, label, phrase, entity or position; ``"<start>"``; ``"<end>"`` for
+        end-of-text and padding.
     scale : float
-        Factor of the tokens' weights, before the weights of all tokens are brought to a sum of 1: that is, its
+        Factor of the tokens' weights before the weights of all tokens are normalized to a sum of 1; that is, its
         logarithm is added to their logits. 0 masks them, 1 changes nothing.
     add : float
-        Added to their logits. ``scale=2`` and ``add=math.log(2)`` do the same.
+        Added to their logits. ``scale=2`` and ``add=math.log(2)`` have the same effect.
     like : str, int or Entity, optional
-        Another token, whose logits replace theirs (the mean over its positions, where it has several): the image then
-        attends to them exactly as to it, but still reads their own values. Not together with ``scale`` or ``add``, and
-        for cross-attention only (Stable Diffusion, SDXL, PixArt).
+        Another token, whose logits replace theirs (the mean over its positions if it has several): the image then
+        attends to them exactly as to that token, but still reads their own values. It excludes ``scale`` and ``add``,
+        and requires cross-attention (Stable Diffusion, SDXL, PixArt).
     region : array, (y, x), optional
-        Where in the image, at any resolution: booleans, or shares from 0 to 1. Default: everywhere.
+        Part of the image, at any resolution: booleans, or shares from 0 to 1. Default: everywhere.
     steps : int, slice or sequence of int, optional
-        Calls of the denoiser, counted from 0 on entry. Default: all.
+        Calls of the denoiser, counted from 0 at the start of the block. Default: all.
     layers : str or sequence of str
         As in `select_layers`.
 
     Raises
     ------
     SettingError
-        When a value is outside what is listed.
+        When a value is not allowed.
 
     Notes
     -----
-    Where an attention of p is changed by a factor of f it becomes ``f p / (1 + (f - 1) p)``, if it is the only one that
-    is changed; f is ``scale * exp(add)``. In a cell that the region covers by a share r, f is ``1 + r (f - 1)``; logits
-    that are replaced become ``(1 - r)`` of their own and ``r`` of the other's.
+    If one attention probability p is changed by the factor f = ``scale * exp(add)``, it becomes
+    ``f p / (1 + (f - 1) p)``. At a location of which the region covers a share r, the factor is ``1 + r (f - 1)``;
+    replaced logits become ``(1 - r)`` times their own plus ``r`` times the other token's.
 
     Examples
     --------
@@ -91,30 +92,30 @@ class Edit:
             raise SettingError(f"add is {self.add}; give a number from -100 to 100, or scale=0 to mask.")
         if self.like is not None and not (self.scale == 1 and self.add == 0):
             raise SettingError(
-                f"like={self.like!r} with scale or add: an edit either replaces logits or changes them; give two edits."
+                f"like={self.like!r} with scale or add: an edit either replaces logits or changes them. Give two edits."
             )
         if not isinstance(self.tokens, str | int | Entity) and not self.tokens:
-            raise SettingError("tokens names nothing; give a word of the prompt, an entity or a position.")
+            raise SettingError("tokens is empty; give a word of the prompt, an entity or a position.")
         steps = self.steps
         numbers = (steps.start, steps.stop) if isinstance(steps, slice) else _as_sequence(steps)
         if any(number is not None and number < 0 for number in numbers):
-            raise SettingError(f"steps is {steps}; count calls from the start, 0, 1, 2...")
+            raise SettingError(f"steps is {steps}; count calls from the start: 0, 1, 2...")
         if isinstance(steps, slice) and steps.step is not None and steps.step < 1:
             raise SettingError(f"steps is {steps}; its stride must be positive.")
         if self.region is not None:
             region = _region(self.region)
             if region.ndim != 2 or not region.numel():
-                raise SettingError(f"region has shape {tuple(region.shape)}; give (y, x), one cell or more.")
+                raise SettingError(f"region has shape {tuple(region.shape)}; give (y, x), at least one location.")
             if not bool(torch.isfinite(region).all()) or float(region.min()) < 0 or float(region.max()) > 1:
-                raise SettingError("region has values outside 0 to 1; give booleans or the share of each cell.")
+                raise SettingError("region has values outside 0 to 1; give booleans or the share of each location.")
 
     @property
     def factor(self) -> float:
-        """What weights in the region are multiplied by."""
+        """Factor of the weights in the region."""
         return self.scale * math.exp(self.add)
 
     def acts(self, call: int) -> bool:
-        """Whether it changes anything in a call of the denoiser."""
+        """Whether the edit changes anything in a call of the denoiser."""
         if self.factor == 1.0 and self.like is None:
             return False
         if isinstance(self.steps, slice):
@@ -124,16 +125,16 @@ class Edit:
 
 @contextmanager
 def edit(pipe: Any, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> Iterator[None]:
-    """Change the attention of whatever runs of ``pipe`` happen inside the ``with`` block.
+    """Change the attention of the runs of ``pipe`` inside the ``with`` block.
 
-    Only rows of a batch that see the prompt are changed, and only what image positions attend to. Edits of one block
-    act together, and blocks may be nested. What an `elakit.record` inside or outside records is the changed attention.
-    An edit that changes nothing leaves the image as it is, bit for bit.
+    Only rows of a batch that see the prompt are changed, and only the attention of the image's locations. Edits of one
+    block act together, and blocks may be nested. `elakit.record`, inside or outside, records the changed attention. An
+    edit that changes nothing leaves the image the same, bit for bit.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
-        Of a supported family.
+        Pipeline of a supported family.
     prompt : Prompt or str
         The prompt that the pipeline is called with.
     edits : Edit or sequence of Edit
@@ -141,15 +142,15 @@ def edit(pipe: Any, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> Itera
     Raises
     ------
     RecordingError
-        When the prompt has no such token, or the model no such layer.
+        When the prompt has no such token, or the model no such layer; in the cases of `elakit.record`.
     ModelError
-        When the pipeline is of an unsupported family.
+        When the pipeline's family is not supported.
 
     Notes
     -----
-    An active edit gives the layer an attention mask of (image positions x keys). Attention kernels without masks
-    (flash attention set as a backend) refuse it. Passes inside `paused`, such as guidance's own, are neither changed
-    nor counted.
+    An active edit gives the layer an attention mask of (image locations x keys). Attention kernels without masks
+    (flash attention set as a backend) refuse it. Passes inside `paused`, such as those of guidance itself, are neither
+    changed nor counted.
 
     Examples
     --------
@@ -173,15 +174,15 @@ BiasOf = Callable[[AttentionLayer, tuple[int, int], int], Tensor | None]
 
 @contextmanager
 def biased(pipe: Any, bias_of: BiasOf) -> Iterator[None]:
-    """Add to the attention's scores in each pass inside, for each image of a batch its own: the ground of guidance.
+    """Add a bias, computed for each image of a batch, to the attention scores of each pass inside the block.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
-        Of a supported family.
+        Pipeline of a supported family.
     bias_of : callable
-        ``bias_of(layer, (h, w), text positions)`` is asked as each layer runs, and gives what is added to the scores
-        before the softmax, (image, h*w, text positions); None adds nothing, and leaves the pass as it is bit for bit.
+        ``bias_of(layer, (h, w), text positions)`` is called as each layer runs, and returns what is added to the scores
+        before the softmax, (image, h*w, text positions); None adds nothing and leaves the pass the same, bit for bit.
 
     Notes
     -----
@@ -207,61 +208,60 @@ def biased(pipe: Any, bias_of: BiasOf) -> Iterator[None]:
 
 @contextmanager
 def _hooked(source: _Source) -> Iterator[None]:
-    with ExitStack() as hooks:
+    for layer in source.layers:
+        check_processor(layer)
+    with ExitStack() as stack:
+        stack.callback(source.watch.close)
         if not all(layer.takes_mask for layer in source.layers):
-            hooks.enter_context(source.masked)
-        hooks.callback(source.adapter.denoiser.register_forward_pre_hook(source.before_call, with_kwargs=True).remove)
+            stack.enter_context(biasing(source.pending.bias_of))
+        hooks = stack.enter_context(Hooks())
+        hooks.before(source.adapter.denoiser, source.before_call)
         for layer in source.layers:
-            for handle in _LayerHook(source, layer).hook():
-                hooks.callback(handle.remove)
+            _LayerHook(source, layer).place(hooks)
         yield
 
 
 class _Source:
-    """Where biases come from, and the call in progress."""
+    """Source of the biases, and the call in progress."""
 
-    def __init__(self, adapter: Any, layers: Sequence[AttentionLayer]) -> None:
+    def __init__(self, adapter: Adapter, layers: Sequence[AttentionLayer], prompt: Prompt | None = None) -> None:
         self.adapter = adapter
         self.layers = layers
-        self.rows = slice(0, 0)  # of the call in progress that see the prompt
-        self.batch = 0
-        self.masked = _Masked()
+        self.watch = Watch(adapter, prompt)
+        self.seen: SeenCall | None = None  # the call in progress
+        self.pending = _Pending()
 
     def before_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.masked.bias = None
+        self.pending.clear()
         self.end()
-        if is_left_alone(self.adapter.denoiser):
-            return
-        call = self.adapter.read_call(args, kwargs)
-        self.batch = call.batch
-        if call.conditional:
-            self.rows = self.adapter.conditional_rows(call.batch)
+        self.seen = self.watch.read(args, kwargs)
+        if self.seen is not None:
             self.begin()
 
     def begin(self) -> None:
-        """A call that sees the prompt begins."""
+        """Begin a call that sees the prompt."""
         raise NotImplementedError
 
     def end(self) -> None:
-        """The last one is over."""
+        """End the last call."""
         raise NotImplementedError
 
     def bias(self, layer: AttentionLayer, size: tuple[int, int], text: int, like: Tensor) -> Tensor | None:
-        """What is added to the scores of a layer, (h*w, text positions) or (row that sees the prompt, h*w, text
-        positions); None when that is nothing."""
+        """Bias of the scores of a layer, (h*w, text positions) or (row that sees the prompt, h*w, text positions); None
+        if there is none."""
         raise NotImplementedError
 
     def replaced(
         self, layer: AttentionLayer, size: tuple[int, int], text: int
     ) -> list[tuple[list[int], list[int], Tensor]]:
-        """What is replaced in a layer: positions, those that they become like, and the share of it in each cell."""
+        """Replacements in a layer: positions, the positions that replace them, and the share at each location."""
         return []
 
 
 class _Bias(_Source):
-    """A bias an image."""
+    """One bias per image."""
 
-    def __init__(self, adapter: Any, bias_of: BiasOf) -> None:
+    def __init__(self, adapter: Adapter, bias_of: BiasOf) -> None:
         super().__init__(adapter, adapter.layers())
         self.bias_of = bias_of
         self.going = False
@@ -274,29 +274,32 @@ class _Bias(_Source):
 
     def bias(self, layer: AttentionLayer, size: tuple[int, int], text: int, like: Tensor) -> Tensor | None:
         bias = self.bias_of(layer, size, text) if self.going else None
-        return None if bias is None else bias.clamp(min=_NEVER).to(like.device, like.dtype)
+        return None if bias is None else bias.clamp(min=NEVER).to(like.device, like.dtype)
 
 
 class _Editor(_Source):
     """The edits of one block."""
 
-    def __init__(self, adapter: Any, prompt: Prompt, edits: Sequence[Edit]) -> None:
+    def __init__(self, adapter: Adapter, prompt: Prompt, edits: Sequence[Edit]) -> None:
         self.prompt = prompt
         self.edits = edits
         self.calls = 0
-        self.active: tuple[int, ...] = ()  # edits that act in it
+        self.active: tuple[int, ...] = ()  # edits that act in the call in progress
         known = adapter.layers()
         self.named = [{layer.name for layer in select_layers(known, each.layers)} for each in edits]
         for i, each in enumerate(edits):
             _positions(prompt, each.tokens, prompt.length)
             if each.like is not None:
                 _positions(prompt, each.like, prompt.length)
-                if joint := [layer.name for layer in known if layer.name in self.named[i] and layer.kind != "cross"]:
+                if joint := [
+                    layer.name for layer in known if layer.name in self.named[i] and not _takes_other_logits(layer)
+                ]:
                     raise RecordingError(
-                        f"like={each.like!r}: layer {joint[0]} attends to image and text at once, where logits "
+                        f"like={each.like!r}: layer {joint[0]} has joint attention to image and text, where logits "
                         "cannot be replaced. Use scale or add, or a model with cross-attention."
                     )
-        super().__init__(adapter, [layer for layer in known if any(layer.name in names for names in self.named)])
+        layers = [layer for layer in known if any(layer.name in names for names in self.named)]
+        super().__init__(adapter, layers, prompt)
         self._made: dict[Any, Tensor | None] = {}
 
     def begin(self) -> None:
@@ -314,8 +317,8 @@ class _Editor(_Source):
         if key not in self._made:
             bias = torch.zeros(size[0] * size[1], text, dtype=torch.float64)
             for i in acting:
-                bias[:, _positions(self.prompt, self.edits[i].tokens, text)] += _log_factor(self.edits[i], size)
-            bias = bias.clamp(min=_NEVER)
+                bias[:, self._positions(self.edits[i].tokens, text)] += _log_factor(self.edits[i], size)
+            bias = bias.clamp(min=NEVER)
             self._made[key] = bias.to(like.device, like.dtype) if bool(bias.any()) else None
         return self._made[key]
 
@@ -327,10 +330,15 @@ class _Editor(_Source):
             change = self.edits[i]
             if change.like is None or layer.name not in self.named[i]:
                 continue
-            there, like = (_positions(self.prompt, which, text) for which in (change.tokens, change.like))
+            there, like = (self._positions(which, text) for which in (change.tokens, change.like))
             if there != like:
                 found.append((there, like, _share(change, size).reshape(-1, 1)))
         return found
+
+    def _positions(self, tokens: Any, length: int) -> list[int]:
+        """Positions of tokens in the call in progress; image tokens that follow the text are not padding."""
+        limit = self.seen.text if self.seen is not None else None
+        return _positions(self.prompt, tokens, length if limit is None else min(length, limit))
 
 
 class _LayerHook:
@@ -340,19 +348,27 @@ class _LayerHook:
         self.source = source
         self.layer = layer
         self.size = (0, 0)
+        self.layout: CallLayout | None = None
 
-    def hook(self) -> list[Any]:
+    def place(self, hooks: Hooks) -> None:
+        hooks.before(self.layer.block, self.enter_block)
         # Before all other hooks of the layer, so that recording sees the bias.
-        return [
-            self.layer.block.register_forward_pre_hook(self.enter_block, with_kwargs=True),
-            self.layer.module.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True),
-            self.layer.module.register_forward_hook(self.leave, always_call=True),
-        ]
+        hooks.before(self.layer.module, self.enter, first=True)
+        hooks.after(self.layer.module, self.leave, always=True)
 
     def enter_block(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.size = self.layer.grid(args, kwargs)
+        self.layout = None if self.layer.layout is None else self.layer.layout(args, kwargs)
+        self.size = self.layer.grid(args, kwargs) if self.layout is None else self.layout.size
 
-    def enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.source.seen is None:
+            return None
+        if self.layout is not None:
+            pending = self.source.pending
+            like = argument(args, kwargs, 0, "hidden_states")
+            pending.small = self.source.bias(self.layer, self.size, self.layout.text[1], like)
+            pending.rows, pending.layout = self.source.seen.rows, self.layout
+            return None
         image = argument(args, kwargs, 0, "hidden_states")
         if self.layer.kind == "single":
             text = image.shape[1] - self.size[0] * self.size[1]
@@ -363,21 +379,24 @@ class _LayerHook:
         replaced = self.source.replaced(self.layer, self.size, text)
         if small is None and not replaced:
             return None
+        check_processor(self.layer)
+        batch = self.source.seen.call.batch
         bias = None if small is None else self._of_all_keys(small)
         if replaced:
             instead = self._differences(image, words[0] if isinstance(words, tuple) else words, replaced)
             bias = instead if bias is None else bias.repeat_interleave(self.layer.heads, dim=0) + instead
         assert bias is not None
-        given = argument(args, kwargs, 2, "attention_mask")
-        if given is not None:
-            if given.dtype == torch.bool:
-                given = torch.zeros_like(given, dtype=bias.dtype).masked_fill(~given, _NEVER)
-            given = given.unsqueeze(1) if given.ndim == 3 and bias.ndim == 4 else given
-            if given.ndim == 3 and 1 < len(given) < len(bias):
-                given = given.repeat_interleave(self.layer.heads, dim=0)
-        mask = bias if given is None else bias + given
         if not self.layer.takes_mask:
-            self.source.masked.bias = bias
+            self.source.pending.full = bias
+            ADDED_SCORES[module] = bias if module not in ADDED_SCORES else ADDED_SCORES[module] + bias
+            return None
+        mask = bias
+        given = scores_mask(argument(args, kwargs, 2, "attention_mask"), self.layer, batch, bias.shape[-1])
+        if given is not None:
+            given = additive(given, bias.dtype)
+            # (row, 1 or head, query, key)
+            mask = (bias.unflatten(0, (batch, -1)) if self.layer.kind == "cross" else bias) + given
+            mask = mask.flatten(0, 1) if self.layer.kind == "cross" else mask
         if len(args) > 2:
             return (*args[:2], mask, *args[3:]), kwargs
         return args, {**kwargs, "attention_mask": mask}
@@ -386,9 +405,9 @@ class _LayerHook:
     def _differences(
         self, image: Tensor, words: Tensor, replaced: Sequence[tuple[list[int], list[int], Tensor]]
     ) -> Tensor:
-        """What brings logits to those of other tokens, (rows x heads, h*w, text).
+        """Differences between logits and those of other tokens, (rows x heads, h*w, text).
 
-        Queries and keys are projected once more: the layer's own come only after its mask is prepared.
+        Queries and keys are projected once more, because the layer prepares its mask before it projects them.
         """
         module: Any = self.layer.module
         if getattr(module, "norm_cross", None):
@@ -406,47 +425,61 @@ class _LayerHook:
             wanted = logits[..., like].mean(-1, keepdim=True)
             bias[..., there] += share.to(logits) * (wanted - logits[..., there])
         seen = torch.zeros(len(bias), 1, 1, 1, dtype=torch.bool, device=bias.device)
-        seen[self.source.rows] = True
+        assert self.source.seen is not None
+        seen[self.source.seen.rows] = True
         return torch.where(seen, bias, torch.zeros_like(bias)).flatten(0, 1).to(image.dtype)
 
     def _of_all_keys(self, small: Tensor) -> Tensor:
-        """A bias of rows that see the prompt -> of all rows and keys.
+        """Extend a bias of the rows that see the prompt to all rows and keys.
 
         (h*w, text) or (row that sees it, h*w, text) -> (row, h*w, text) for cross-attention, (row, 1, query, key) for
         joint attention.
         """
-        cells, words = small.shape[-2:]
-        every = small.new_zeros(self.source.batch, cells, words)
-        every[self.source.rows] = small
+        seen = self.source.seen
+        assert seen is not None
+        locations, words = small.shape[-2:]
+        every = small.new_zeros(seen.call.batch, locations, words)
+        every[seen.rows] = small
         if self.layer.kind == "cross":
             return every
         before, after = (words, 0) if self.layer.text_first else (0, words)
-        columns = (0, cells) if self.layer.text_first else (cells, 0)
+        columns = (0, locations) if self.layer.text_first else (locations, 0)
         return F.pad(every, (*columns, before, after)).unsqueeze(1)
 
-    def leave(self, *_: Any) -> None:
-        self.source.masked.bias = None
+    def leave(self, module: nn.Module, *_: Any) -> None:
+        self.source.pending.clear()
+        ADDED_SCORES.pop(module, None)
 
 
-class _Masked(TorchFunctionMode):
-    """Adds a bias where attention is computed, while there is one: for processors that leave their mask unread."""
+class _Pending:
+    """The bias of the layer that is running, for processors that ignore their mask: it is added at the call."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.bias: Tensor | None = None
+        self.small: Tensor | None = None  # (rows that see the prompt or 1, h*w, text positions)
+        self.rows = slice(0, 0)
+        self.layout: CallLayout | None = None
+        self.full: Tensor | None = None  # of all rows, queries and keys
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if self.bias is not None and func is F.scaled_dot_product_attention:
-            query, key = (argument(args, kwargs, i, name) for i, name in enumerate(("query", "key")))
-            # An IP-Adapter's attention to its image has other keys.
-            if (query.shape[-2], key.shape[-2]) == tuple(self.bias.shape[-2:]):
-                given = argument(args, kwargs, 3, "attn_mask")
-                bias = self.bias.to(query.dtype)
-                args, rest = args[:3], args[4:]
-                kwargs |= dict(zip(("dropout_p", "is_causal"), rest, strict=False))
-                kwargs["attn_mask"] = bias if given is None else bias + given
-        return func(*args, **kwargs)
+    def bias_of(self, query: Tensor, key: Tensor) -> Tensor | None:
+        sides = query.shape[-2], key.shape[-2]
+        if self.full is not None:
+            # The attention of an IP-Adapter to its image has other keys.
+            return self.full if sides == tuple(self.full.shape[-2:]) else None
+        if self.small is None or self.layout is None:
+            return None
+        small, layout, self.small = self.small, self.layout, None  # only the first call of the layer is to the text
+        bias = small.new_zeros(query.shape[0], 1, *sides)
+        locations, (first, count) = small.shape[-2], layout.text
+        bias[self.rows, 0, layout.image : layout.image + locations, first : first + count] = small
+        return bias
+
+    def clear(self) -> None:
+        self.small = self.full = self.layout = None
+
+
+def _takes_other_logits(layer: AttentionLayer) -> bool:
+    """Whether logits of the layer can be replaced: its keys are the text alone, and hooks see its projections."""
+    return layer.kind == "cross" and layer.layout is None
 
 
 def _as_sequence(what: Any) -> tuple[Any, ...]:
@@ -459,12 +492,12 @@ def _region(region: Any) -> Tensor:
 
 
 def _log_factor(change: Edit, size: tuple[int, int]) -> Tensor:
-    """Logarithm of the factor of each cell, (h*w, 1)."""
-    return torch.log1p(_share(change, size) * (change.factor - 1)).clamp(min=_NEVER).reshape(-1, 1)
+    """Logarithm of the factor at each location, (h*w, 1)."""
+    return torch.log1p(_share(change, size) * (change.factor - 1)).clamp(min=NEVER).reshape(-1, 1)
 
 
 def _share(change: Edit, size: tuple[int, int]) -> Tensor:
-    """Share of each cell that the region covers, (h, w)."""
+    """Share of each location that the region covers, (h, w)."""
     if change.region is None:
         return torch.ones(size, dtype=torch.float64)
     return F.interpolate(_region(change.region)[None, None], size=size, mode="area")[0, 0]

@@ -13,30 +13,19 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from elakit.attention.hooks import Hooks, leave_alone
+from elakit.attention.layout import Layout, Moment, NodeLayout, Size, Slots, build_tree, location_labels, node_name
 from elakit.attention.recording import Recording
-from elakit.attention.spec import Plan, RecordSpec, select_layers, size_name
-from elakit.attention.store import (
-    SELF,
-    Layout,
-    Memory,
-    Moment,
-    RunningMean,
-    Sink,
-    Size,
-    Slots,
-    Staging,
-    ZarrStore,
-    build_tree,
-    free_path,
-    open_tree,
-    save_tree,
-)
-from elakit.attention.taps import Attend, leave_alone, tap
+from elakit.attention.running import SeenCall, Watch
+from elakit.attention.sinks import Memory, RunningMean, Sink, Staging
+from elakit.attention.spec import Plan, RecordSpec, Resolution, select_layers, size_name
+from elakit.attention.taps import Attend, tap
+from elakit.attention.zarr_store import ZarrStore, free_path, open_tree, save_tree
 from elakit.errors import ModelError, RecordingError, SettingError
 from elakit.models import Adapter, AttentionLayer, adapter_for
 from elakit.prompt import Prompt, parse
 
-# The recorder at work on a denoiser. Pipelines made of the same components share it, so the denoiser is the key.
+# The active recorder of each denoiser. Pipelines made of the same components share it, so the denoiser is the key.
 _ACTIVE: WeakKeyDictionary[nn.Module, _Recorder] = WeakKeyDictionary()
 
 
@@ -44,45 +33,50 @@ _ACTIVE: WeakKeyDictionary[nn.Module, _Recorder] = WeakKeyDictionary()
 def record(
     pipe: Any, prompt: Prompt | str, spec: RecordSpec | None = None, store: str | Path | None = None
 ) -> Iterator[Recording]:
-    """Record the cross-attention of whatever runs of ``pipe`` happen inside the ``with`` block.
+    """Record the cross-attention of the runs of ``pipe`` inside the ``with`` block.
 
-    The image is the same, bit for bit, as without recording. Kept are the probabilities of the conditional half, in
-    float32 softmax, for each call of the denoiser (a step of most schedulers; Heun and PNDM make more calls).
+    The image is the same, bit for bit, as without recording. The probabilities of the conditional half are kept, from a
+    softmax in float32, for each call of the denoiser (one per step with most schedulers; Heun and PNDM make more
+    calls).
 
-    Each layer's maps are brought down to the chosen tokens and heads where they are computed, into one buffer that is
-    as large as a step; from an accelerator it goes to the host in one copy a step, which nothing waits for.
+    What is recorded is established from the running call: its rows, its attention masks, its weights. A run of a
+    sibling pipeline with the same denoiser (`AutoPipelineForImage2Image.from_pipe(pipe)`) and a loop of your own are
+    recorded as they run. Runs in other threads, and runs that a callback starts inside a run, are not recorded.
+
+    The maps of each layer are reduced to the selected tokens and heads where they are computed, into one buffer of the
+    size of a step; it leaves an accelerator in one copy per step, which nothing waits for.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
-        Of a supported family. Call this very object, as you like (size, scheduler, guidance scale, images per
-        prompt): it tells which half of a batch is conditional.
+        Pipeline of a supported family. Call it with any arguments (size, scheduler, guidance scale, images per prompt).
     prompt : Prompt or str
-        The prompt whose tokens are kept; pass its ``text`` (brackets removed) to the pipeline. Another text in the
-        call cannot be noticed and would get this prompt's labels.
+        The prompt whose tokens are kept. Pass its ``text`` (brackets removed) to the pipeline.
     spec : RecordSpec, optional
         What to keep; default: every word, the mean of the heads, all layers and steps.
     store : str or pathlib.Path, optional
-        Folder of a Zarr store to write each step to when it is finished, instead of keeping it in memory. It must not
-        be there yet, and appears with the first step; a run that is killed leaves the steps before in it, for
-        `open_recording` or any reader of Zarr. With ``spec.accumulate`` it is written at the end.
+        Folder of a Zarr store to which each step is written as soon as it is finished, instead of being kept in memory.
+        It must not exist, and appears with the first step; if the run is killed it contains the steps before, for
+        `open_recording` or any other Zarr reader. With ``spec.accumulate`` it is written at the end.
 
     Yields
     ------
     Recording
-        Grows with the run and is complete at the end of the block. After an error it holds the calls that were
-        finished. Several runs in one block follow each other in it, when they have one size and number of images.
-        With a store its values stay on disk until they are used.
+        Grows with the run and is complete at the end of the block. After an error it contains the finished calls.
+        Several runs in one block follow each other in it if they have the same size and number of images. With a store
+        its values stay on disk until they are used.
 
     Raises
     ------
     RecordingError
-        When the pipeline is being recorded already; when the run would pass the budget (raised at the first call of
-        the denoiser, before it computes anything); when the specification asks for what is not there.
+        When the pipeline is already being recorded; when the run would pass the budget (raised at the first call of the
+        denoiser, before it computes anything); when the specification selects what does not exist; when the run has
+        another prompt; when the denoiser has a cache, or an attention processor that is not from diffusers; when parts
+        of the denoiser are replaced inside the block.
     ModelError
-        When the pipeline is of an unsupported family.
+        When the pipeline's family is not supported.
     OutputError
-        When the store cannot be written: its path is taken, or the disk is full.
+        When the store cannot be written: its path exists, or the disk is full.
 
     Examples
     --------
@@ -104,7 +98,7 @@ def record(
     if store is not None and spec.device == "model":
         raise SettingError(
             "RecordSpec(device='model') keeps everything on the model's device until the run is over, but a store is "
-            "written as the run goes. Leave one of them out."
+            "written during the run. Leave one of them out."
         )
     recorder = _Recorder(adapter, parse(prompt, pipe), spec, None if store is None else free_path(store))
     recording = Recording(recorder.tree)
@@ -112,36 +106,25 @@ def record(
         stack.callback(lambda: recording.settle(recorder.finish()))
         stack.callback(_ACTIVE.pop, adapter.denoiser, None)
         _ACTIVE[adapter.denoiser] = recorder
+        hooks = stack.enter_context(Hooks())
         stack.enter_context(tap(recorder.layers, recorder.on_attention))
-        for handle in (
-            adapter.denoiser.register_forward_pre_hook(recorder.before_call, with_kwargs=True),
-            adapter.denoiser.register_forward_hook(recorder.after_call),
-        ):
-            stack.callback(handle.remove)
+        hooks.before(adapter.denoiser, recorder.before_call)
+        hooks.after(adapter.denoiser, recorder.after_call)
         yield recording
 
 
 @contextmanager
 def paused(pipe: Any) -> Iterator[None]:
-    """Run the denoiser without recording or editing it, inside a recording or not: for guidance's own passes.
+    """Run the denoiser inside the block without recording or editing it: for passes of guidance itself.
 
-    Paused calls are not counted either, so that a guided run is keyed as a plain one is.
+    Paused calls are not counted either, so that a guided run has the same call numbers as a plain one.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
     """
-    denoiser = adapter_for(pipe).denoiser
-    recorder = _ACTIVE.get(denoiser)
-    with leave_alone(denoiser):  # edits look there
-        if recorder is None:
-            yield
-            return
-        recorder.pauses += 1
-        try:
-            yield
-        finally:
-            recorder.pauses -= 1
+    with leave_alone(adapter_for(pipe).denoiser):
+        yield
 
 
 class _Recorder:
@@ -153,70 +136,66 @@ class _Recorder:
         self.spec = spec
         self.store = store
         self.channels = spec.channels(prompt)
+        self.watch = Watch(adapter, prompt)
         self.layers = select_layers(adapter.layers(), spec.layers)
-        if spec.self_attention is not None:
+        if spec.own is not None:
+            beside = select_layers(adapter.layers(), spec.own.layers or spec.layers)
             try:
-                self.layers += adapter.self_layers(self.layers)
+                self.layers += adapter.self_layers(beside)
             except ModelError as error:
                 raise RecordingError(f"self_attention={spec.self_attention} cannot be kept: {error}") from error
-        self.pauses = 0
         self.calls = 0
         self.expected: int | None = None
         self._kept = 0  # calls handed to the sink
         self._shape: tuple[int, Size] | None = None  # images, latent size: fixed by the first call
         self._plan: Plan | None = None
         self._planned = 0  # steps to make room for
-        self._places: dict[str, tuple[str, int]] = {}  # node of each layer, and its number among those there
-        self._shares: dict[str, float] = {}  # of layers of self-attention, which are averaged, in the mean
+        self._places: dict[tuple[str, str], tuple[str, int]] = {}  # (reads, layer): its node and its index there
+        self._averaged: dict[str, int] = {}  # nodes of self-attention that are a mean, with their number of layers
         self._sink: Sink | None = None
-        self._counting = False  # inside a call of the pipeline's, not one of a paused pass
-        self._rows: slice | None = None  # conditional rows of the call in progress; None: not kept
+        self._call: SeenCall | None = None  # the call in progress
+        self._keeps = False  # whether it is kept
         self._moment: Moment = (0, math.nan, math.nan)
-        self._slots: Slots | None = None  # where the call in progress puts its values
-        self._seen: set[str] = set()
+        self._slots: Slots | None = None  # tensors for the values of the call in progress
+        self._seen: set[tuple[str, str]] = set()
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
     def before_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._counting, self._rows, self._slots = False, None, None
+        self._call, self._keeps, self._slots = None, False, None
         self._seen.clear()
-        if self.pauses:
+        seen = self.watch.read(args, kwargs)
+        if seen is None:
             return
-        call = self.adapter.read_call(args, kwargs)
-        if not call.conditional:
-            return
-        rows = self.adapter.conditional_rows(call.batch)
-        shape = (rows.stop - rows.start, call.latent)
+        shape = (seen.rows.stop - seen.rows.start, seen.call.latent)
         if self._shape is None:
-            self._begin(*shape)
+            self._begin(seen.adapter, *shape)
         elif shape != self._shape:
             raise RecordingError(
                 f"The recording began with {_shape_text(*self._shape)}, and this call has {_shape_text(*shape)}. "
-                "Record runs of different shape each in a block of its own."
+                "Record runs of different shape in separate blocks."
             )
-        self._counting = True
-        if self.spec.keeps(self.calls, self.expected):
+        self._call = seen
+        self._keeps = self.spec.keeps(self.calls, self.expected)
+        if self._keeps:
             if self._sink is not None:
                 self._sink.reserve(self._kept)
-            self._moment = (self.calls, call.timestep, _sigma(self.adapter.pipe.scheduler, call.timestep))
-            self._rows = rows
+            timestep = seen.call.timestep
+            self._moment = (self.calls, timestep, _sigma(seen.adapter.pipe.scheduler, timestep))
 
     def on_attention(self, layer: AttentionLayer, attend: Attend, size: Size) -> None:
-        if self._rows is None or layer.name not in self._places:
+        key = (layer.reads, layer.name)
+        if self._call is None or not self._keeps or key not in self._places:
             return
+        own = layer.reads == "image"
         with torch.no_grad():
-            kept = attend(self._rows)  # (images, heads, h*w, text positions or cells)
-            share = self._shares.get(layer.name)
-            if share is None:
-                kept = self.channels.gather(kept)
-            if self.spec.heads == "mean" or share is not None:
-                kept = kept.mean(1, keepdim=True)
-            elif self.spec.wanted_heads is not None:
-                # One by one: an index would have to be copied to the device.
-                kept = torch.stack([kept[:, head] for head in self.spec.wanted_heads], dim=1)
+            kept = attend(self._call.rows)  # (images, heads, h*w, keys)
+            if not own:
+                kept = self.channels.gather(kept, self._call.text)
+            kept = _selected_heads(kept, self.spec.own.heads if own and self.spec.own else self.spec.heads)
             if self._slots is None:
                 self._slots = self._open_sink(kept).slots()
-            node, place = self._places[layer.name]
+            node, place = self._places[key]
             slot = self._slots[node][:, place]
             kept = kept.unflatten(2, size)
             if kept.shape != slot.shape:
@@ -225,88 +204,84 @@ class _Recorder:
                     f"{tuple(slot.shape)} were planned from {_shape_text(*self._shape or (0, size))}. Leave it out "
                     "with RecordSpec(layers=...), and please report it."
                 )
-            if share is None:
+            layers = self._averaged.get(node)
+            if layers is None:
                 slot.copy_(kept)
-            elif self._shares.keys() & self._seen:
-                slot.add_(kept * share)
+            elif any(self._places[other][0] == node for other in self._seen):
+                slot.add_(kept / layers)
             else:
-                slot.copy_(kept * share)
-        self._seen.add(layer.name)
+                slot.copy_(kept / layers)
+        self._seen.add(key)
 
     def after_call(self, *_: Any) -> None:
-        if self._rows is not None:
+        if self._keeps:
             self._commit()
-        self.calls += self._counting
-        self._counting, self._rows, self._slots = False, None, None
+        self.calls += self._call is not None
+        self._call, self._keeps, self._slots = None, False, None
 
     # -- storage -------------------------------------------------------------------------------------------------
 
-    def _begin(self, images: int, latent: Size) -> None:
+    def _begin(self, adapter: Adapter, images: int, latent: Size) -> None:
         """Plan at the first call, before the denoiser computes anything."""
-        self.expected = _expected_calls(self.adapter.pipe)
+        self.expected = _expected_calls(adapter.pipe)
         kept = sum(self.spec.keeps(call, self.expected) for call in range(self.expected or 1))
         plan = self.spec.plan_layers(self.adapter.layers(), self.prompt, latent, max(kept, 1), images)
-        self._places = {
-            name: (size_name(resolution.size), place)
-            for resolution in plan.resolutions
-            if not resolution.of_self
-            for place, name in enumerate(resolution.layers)
-        }
         for resolution in plan.resolutions:
-            if resolution.of_self:
-                beside = [layer for layer in self.adapter.layers() if layer.name in resolution.layers]
-                names = [layer.name for layer in self.adapter.self_layers(beside)]
-                self._shares = dict.fromkeys(names, 1 / len(names))
-                self._places |= dict.fromkeys(names, (SELF + size_name(resolution.size), 0))
+            node = node_name(resolution.size, resolution.keys)
+            for place, layer in enumerate(self._layers_of(resolution)):
+                self._places[layer.reads, layer.name] = (node, 0 if resolution.averaged else place)
+            if resolution.averaged:
+                self._averaged[node] = len(resolution.layers)
         self._planned = kept if self.expected else min(8, self.spec.budget // plan.step_bytes)
         self._plan = plan
         self._shape = (images, latent)
 
+    def _layers_of(self, resolution: Resolution) -> list[AttentionLayer]:
+        layers = [layer for layer in self.adapter.layers() if layer.name in resolution.layers]
+        return list(self.adapter.self_layers(layers)) if resolution.keys == "image" else layers
+
     def _open_sink(self, kept: Tensor) -> Sink:
-        """The sink, made when the first values tell on which device they are."""
+        """Create the sink when the first values show on which device they are."""
         if self._sink is None:
             assert self._plan is not None
             layout = self._layout(self._plan)
-            most = self.spec.budget // self._plan.step_bytes
+            limit = self.spec.budget // self._plan.step_bytes
             host = torch.device("cpu")
             sink: Sink
             if self.spec.accumulate:
                 sink = RunningMean(layout, kept.device)
             elif self.spec.device == "model":
-                sink = Memory(layout, self._planned, most, kept.device)
+                sink = Memory(layout, self._planned, limit, kept.device)
             else:
-                sink = ZarrStore(layout, self.store, most) if self.store else Memory(layout, self._planned, most, host)
+                sink = (
+                    ZarrStore(layout, self.store, limit) if self.store else Memory(layout, self._planned, limit, host)
+                )
                 sink = sink if kept.device == host else Staging(sink, kept.device)
             sink.reserve(self._kept)
             self._sink = sink
         return self._sink
 
     def _layout(self, plan: Plan) -> Layout:
-        layers = self.adapter.layers()
-        about = {layer.name: (layer.name, layer.place, order) for order, layer in enumerate(layers)}
-        shapes: dict[str, tuple[int, ...]] = {}
-        named: dict[str, list[tuple[str, str, int]]] = {}
-        tokens: dict[str, list[tuple[str, int]]] = {}
+        order = {layer.name: number for number, layer in enumerate(self.adapter.layers())}
+        nodes = {}
         for each in plan.resolutions:
             rows, columns = each.size
-            if each.of_self:
-                node = SELF + size_name(each.size)
-                shapes[node] = (plan.images, 1, 1, rows, columns, rows * columns)
-                named[node] = [("mean", "mean", 0)]
-                tokens[node] = [(f"{i // columns},{i % columns}", i) for i in range(rows * columns)]
-            else:
-                node = size_name(each.size)
-                shapes[node] = (plan.images, len(each.layers), each.heads, rows, columns, len(plan.tokens))
-                named[node] = [about[name] for name in each.layers]
-                tokens[node] = list(zip(self.channels.labels, self.channels.indices, strict=True))
-        return Layout(
-            shapes=shapes,
-            layers=named,
-            tokens=tokens,
-            heads=self.spec.wanted_heads or str(self.spec.heads),
-            dtype=getattr(torch, self.spec.dtype),
-            about=self._about(),
-        )
+            members = self._layers_of(each)
+            layers = [
+                (layer.name, str(layer.place), order[beside])
+                for layer, beside in zip(members, each.layers, strict=True)
+            ]
+            own = each.keys == "image"
+            tokens = location_labels(each.size) if own else list(zip(*self.channels.named, strict=True))
+            heads = self.spec.own.heads if own and self.spec.own else self.spec.heads
+            nodes[node_name(each.size, each.keys)] = NodeLayout(
+                shape=(plan.images, 1 if each.averaged else len(layers), each.heads, rows, columns, len(tokens)),
+                layers=[("mean", "mean", 0)] if each.averaged else layers,
+                tokens=tokens,
+                heads=heads if isinstance(heads, str) else tuple(heads),
+                keys=each.keys,
+            )
+        return Layout(nodes=nodes, dtype=getattr(torch, self.spec.dtype), about=self._about())
 
     def _about(self) -> dict[str, Any]:
         return {
@@ -319,23 +294,25 @@ class _Recorder:
     def _commit(self) -> None:
         if missing := self._places.keys() - self._seen:
             raise RecordingError(
-                f"Layers that were to be recorded did not run as expected: {', '.join(sorted(missing))}. "
-                "Load LoRA weights, fuse or replace parts of the pipeline before the recording, not inside it."
+                f"Layers to be recorded did not run: {', '.join(sorted(name for _, name in missing))}. Load LoRA "
+                "weights, fuse or replace parts of the pipeline, and disable caches before the recording, not "
+                "inside it."
             )
         assert self._sink is not None
         self._sink.commit(self._moment)
         self._kept += 1
 
     def tree(self) -> xr.DataTree:
-        """The finished calls so far."""
+        """Return the finished calls so far."""
         return self._empty() if self._sink is None else self._sink.tree(self.calls)
 
     def finish(self) -> xr.DataTree:
-        """The finished calls for good."""
+        """Return all finished calls; the recorder is not used afterwards."""
+        self.watch.close()
         sink, self._slots = self._sink, None
         if self.store is None or isinstance(sink, (ZarrStore, Staging)):
             return self._empty() if sink is None else sink.finish(self.calls)
-        # A mean, or nothing at all: written only now.
+        # A mean, or an empty recording: written only now.
         tree = self._empty() if sink is None else sink.finish(self.calls)
         return open_tree(save_tree(tree, self.store, overwrite=False))
 
@@ -343,27 +320,35 @@ class _Recorder:
         return build_tree({}, calls=self.calls, **self._about())
 
 
+def _selected_heads(probabilities: Tensor, heads: Any) -> Tensor:
+    """Reduce (images, heads, ...) to the heads to keep."""
+    if isinstance(heads, str):
+        return probabilities.mean(1, keepdim=True) if heads == "mean" else probabilities
+    # One by one: an index would have to be copied to the device.
+    return torch.stack([probabilities[:, head] for head in heads], dim=1)
+
+
 def _shape_text(images: int, latent: Size) -> str:
     return f"{images} image{'s' * (images > 1)} of {size_name(latent)} latents"
 
 
 def _expected_calls(pipe: Any) -> int | None:
-    """Denoiser calls of the run that begins, known once its timesteps are set; None when nothing tells."""
+    """Number of denoiser calls of the run that begins, known once its timesteps are set; None if it is unknown."""
     timesteps = getattr(pipe.scheduler, "timesteps", None)
     if timesteps is None or len(timesteps) == 0 or getattr(pipe.scheduler, "num_inference_steps", 0) is None:
         return None
-    # Image-to-image runs take only the last of the scheduler's timesteps; pipelines count theirs in `num_timesteps`.
+    # Image-to-image runs use only the last timesteps of the scheduler; pipelines count theirs in `num_timesteps`.
     own = getattr(pipe, "num_timesteps", None)
     return own if isinstance(own, int) and 0 < own <= len(timesteps) else len(timesteps)
 
 
 def _sigma(scheduler: Any, timestep: float) -> float:
-    """Noise level of the call; nan for schedulers that do not have any (DDIM, PNDM)."""
+    """Noise level of the call; nan for schedulers without noise levels (DDIM, PNDM)."""
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is None:
         return math.nan
     index = getattr(scheduler, "step_index", None)
-    if index is None:  # some schedulers settle it only in their first step
+    if index is None:  # some schedulers set it only in their first step
         index = getattr(scheduler, "begin_index", None)
     if index is None:
         places = (scheduler.timesteps == timestep).nonzero()
@@ -371,5 +356,5 @@ def _sigma(scheduler: Any, timestep: float) -> float:
             return math.nan
         index = int(places[0])
     if hasattr(scheduler, "sigmas_interpol") and not scheduler.state_in_first_order:
-        sigmas = scheduler.sigmas_interpol  # the second call of KDPM2's steps
+        sigmas = scheduler.sigmas_interpol  # the second call of a step of KDPM2
     return float(sigmas[index])

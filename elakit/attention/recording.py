@@ -1,4 +1,4 @@
-"""A recording: attention probabilities with named dimensions, to select, aggregate, save and open again."""
+"""A recording: attention probabilities with named dimensions, to select, aggregate, save and open."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import numpy as np
 import xarray as xr
 
 from elakit.attention.aggregate import Normalize, layer_mean, normalized, refined, softmax
+from elakit.attention.layout import Keys, node_name
 from elakit.attention.spec import START, find_tokens, readable_bytes, runs, select_layers
-from elakit.attention.store import SELF, is_recording, open_tree, save_tree
+from elakit.attention.zarr_store import is_recording, open_tree, save_tree
 from elakit.errors import OutputError, RecordingError, SettingError
 from elakit.models.adapter import decoder_side
 from elakit.prompt import Entity, Prompt
@@ -28,26 +29,27 @@ class _Layer:
 
 
 class Recording:
-    """Attention of a run, as a tree of labeled arrays: one node a map size.
+    """Attention of a run, as a tree of labeled arrays: one node per map size.
 
-    Each node, named by its size such as ``"16x16"`` (rows x columns), holds the variable ``probability`` with
-    dimensions (step, image, layer, head, y, x, token) and the coordinates ``step`` (index of the denoiser call),
-    ``timestep(step)``, ``sigma(step)`` (nan where the scheduler has none), ``layer`` (names), ``place(layer)``,
+    Each node, named by its size such as ``"16x16"`` (rows x columns), has the variable ``probability`` with dimensions
+    (step, image, layer, head, y, x, token) and the coordinates ``step`` (number of the denoiser call),
+    ``timestep(step)``, ``sigma(step)`` (nan if the scheduler has none), ``layer`` (names), ``place(layer)``,
     ``order(layer)`` (position in the forward pass), ``head`` (``"mean"``, or numbers), ``token`` (labels) and
     ``token_index(token)`` (position in the text encoder's sequence; -1 for ``"<end>"``).
 
-    ``"<start>"`` is start-of-text and ``"<end>"`` the summed mass of end-of-text and padding, so with every word kept
-    the tokens of a position sum to 1 (in joint attention, to the share that the text gets beside the image). Encoders
+    ``"<start>"`` is start-of-text and ``"<end>"`` the summed mass of end-of-text and padding. If every word is kept,
+    the tokens of a location sum to 1 (in joint attention, to the share that the text gets beside the image). Encoders
     without a start-of-text token, such as T5, have no ``"<start>"``. A mean over steps
-    (``RecordSpec(accumulate=True)``) stands as one step, the last call's, with the means of timestep and sigma.
+    (``RecordSpec(accumulate=True)``) is stored as one step: the last call's number, with the means of timestep and
+    sigma.
 
-    ``RecordSpec(self_attention=16)`` adds a node such as ``"self-16x16"``, the mean self-attention, whose ``token`` are
-    the cells that are attended to (``"row,column"``).
+    ``RecordSpec(self_attention=16)`` adds a node such as ``"self-16x16"``, whose ``token`` are the locations that are
+    attended to (``"row,column"``).
 
     Parameters
     ----------
     source : xarray.DataTree or callable
-        The tree, or what gives the tree as it is now (a run in progress).
+        The tree, or a function that returns the current tree (of a run in progress).
     """
 
     def __init__(self, source: xr.DataTree | Callable[[], xr.DataTree]) -> None:
@@ -55,11 +57,12 @@ class Recording:
 
     @property
     def tree(self) -> xr.DataTree:
-        """The arrays; see the class for their layout. Plain xarray, with everything that it offers."""
+        """The arrays as a plain `xarray.DataTree`; the class describes their layout."""
         return self._source() if callable(self._source) else self._source
 
     def settle(self, tree: xr.DataTree) -> None:
-        """Hold this tree for good (the recorder calls it at the end, so that a recording keeps no model alive)."""
+        """Replace the source by its final tree; called at the end of a run, so that a recording keeps no model
+        alive."""
         self._source = tree
 
     @property
@@ -69,12 +72,12 @@ class Recording:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Denoiser calls kept, counted from 0."""
-        return tuple(int(step) for node in self._nodes()[:1] for step in node["step"].values)
+        """Recorded denoiser calls, counted from 0."""
+        return tuple(int(step) for node in self.nodes()[:1] for step in node["step"].values)
 
     @property
     def averaged(self) -> int:
-        """Steps whose mean is kept as one; 0 where each is kept."""
+        """Number of steps whose mean is kept as one step; 0 if each step is kept."""
         return int(self.tree.attrs.get("averaged", 0))
 
     @property
@@ -84,23 +87,53 @@ class Recording:
 
     @property
     def decoder(self) -> str:
-        """Layers in which the image takes shape, as `maps` takes them: "up", or "all" of a model without sides."""
+        """Layers of the decoder, as `maps` takes them: "up", or "all" for a model without sides."""
         return decoder_side(layer.place for layer in self._layers())
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """Labels of the tokens kept, ``"<start>"`` and ``"<end>"`` included."""
-        return tuple(str(token) for node in self._nodes()[:1] for token in node["token"].values)
+        """Labels of the recorded tokens, including ``"<start>"`` and ``"<end>"``."""
+        return tuple(str(token) for node in self.nodes()[:1] for token in node["token"].values)
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Map sizes (rows, columns), largest first."""
-        return tuple(_size(node) for node in self._nodes())
+        return tuple(_size(node) for node in self.nodes())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the probabilities."""
-        return sum(node["probability"].nbytes for node in [*self._nodes(), *self._self_nodes().values()])
+        """Size of the probabilities in bytes."""
+        return sum(node["probability"].nbytes for node in (*self.nodes(), *self.nodes("image")))
+
+    def nodes(self, keys: Keys = "text") -> tuple[xr.Dataset, ...]:
+        """Return the nodes of the tree, largest maps first.
+
+        Parameters
+        ----------
+        keys : {"text", "image"}
+            Nodes of the attention to the text (maps), or of self-attention: the attention to the image itself.
+
+        Returns
+        -------
+        tuple of xarray.Dataset
+            Empty if no step was recorded.
+        """
+        nodes = [node.to_dataset() for node in self.tree.children.values()]
+        return tuple(sorted((node for node in nodes if node.attrs["keys"] == keys), key=_size, reverse=True))
+
+    def heads(self, layer: str) -> tuple[int, ...]:
+        """Return the numbers of the heads of a layer that were kept apart; empty if only their mean was kept.
+
+        Raises
+        ------
+        RecordingError
+            When the layer was not recorded.
+        """
+        self._first()
+        for node in self.nodes():
+            if layer in node["layer"].values:
+                return tuple(head for head in node["head"].values.tolist() if head != "mean")
+        raise RecordingError(f"No layer {layer!r} in the recording; there are {', '.join(self.layers)}.")
 
     # -- aggregation ---------------------------------------------------------------------------------------------
 
@@ -114,30 +147,30 @@ class Recording:
         image: int = 0,
         refine: int = 0,
     ) -> xr.DataArray:
-        """Token maps: the mean over layers and heads, one map a step and token.
+        """Return token maps: the mean over layers and heads, one map per step and token.
 
         Parameters
         ----------
         tokens : str, int, Entity or a sequence of these, optional
             ``"entities"`` (each entity's noun, under the entity's label) and ``"attributes"`` (each attribute word),
-            or words, labels, phrases and positions as `Prompt.find` takes them; pieces of one word are averaged.
-            Default: everything that was kept, each token by itself.
+            or words, labels, phrases and positions as `Prompt.find` takes them; the tokens of one word are averaged.
+            Default: everything that was kept, each token separately.
         layers : str or sequence of str
             As in `select_layers`.
         size : int or sequence of int, optional
-            Only maps whose larger side is one of these.
+            Use only maps whose larger side is one of these.
         steps : int, slice or sequence of int, optional
             Denoiser calls: one, several, or a slice of their numbers (negative counts from the last call recorded).
         normalize : {None, "sum", "max", "minmax", "tokens", "start"}
-            None: raw probability. ``"sum"``, ``"max"``, ``"minmax"``: over space, each map by itself (a map of zeros
-            stays so, as does a constant one under "minmax"). ``"tokens"``: softmax of 100 x the map over all words of
-            the prompt, as Attend-and-Excite prepares its maps. ``"start"``: divided by the start-of-text map, where
-            there is one.
+            None: raw probability. ``"sum"``, ``"max"``, ``"minmax"``: over space, each map separately (a map of zeros
+            stays zero; so does a constant map under "minmax"). ``"tokens"``: softmax of 100 x the map over all words of
+            the prompt; Attend-and-Excite does the same over all tokens but start-of-text. ``"start"``: divided by the
+            start-of-text map, if there is one.
         image : int
-            Which of the images drawn at once.
+            Index of the image in the batch.
         refine : int
-            Spread the maps so many times along the self-attention that was kept
-            (``RecordSpec(self_attention=16)``), and at its size: cells of one object attend to each other. Comes before
+            Number of times that the maps are propagated along the recorded self-attention
+            (``RecordSpec(self_attention=16)``), at its size: locations of one object attend to each other. Comes before
             any normalization.
 
         Returns
@@ -153,8 +186,8 @@ class Recording:
 
         Notes
         -----
-        Every layer weighs the same. Layers of one size are averaged first; the mean of each size is then resized to
-        the largest selected one: bilinear where it grows, area mean where it shrinks.
+        Every layer has the same weight. Layers of one size are averaged first; the mean of each size is then resized to
+        the largest selected size: bilinearly if it grows, by the area mean if it shrinks.
         """
         if normalize not in (None, "sum", "max", "minmax", "tokens", "start"):
             raise SettingError(f"normalize is {normalize!r}; give None, 'sum', 'max', 'minmax', 'tokens' or 'start'.")
@@ -171,7 +204,11 @@ class Recording:
             raise RecordingError(f"Image {image} was not recorded; there are {images} (0 to {images - 1}).")
         values = layer_mean(picked, channels, image)  # (step, channel, y, x)
         if refine:
-            values = refined(values, self._self_node(picked[0]["step"].values, refine), image, refine)
+            if refine < 0:
+                raise SettingError(
+                    f"refine is {refine}; give 0 for unrefined maps, or the number of propagations: 1, 2."
+                )
+            values = refined(values, self._self_node().sel(step=picked[0]["step"].values), image, refine)
         column = {channel: i for i, channel in enumerate(channels)}
         start = values[:, [column[START]]] if normalize == "start" else None
         if normalize == "tokens":
@@ -195,7 +232,7 @@ class Recording:
         )
 
     def _groups(self, tokens: Any, normalize: Normalize) -> list[_Group]:
-        """What becomes one map each: a label and the channels that are averaged."""
+        """Groups of channels that become one map each."""
         if tokens is None:
             kept = self._all_words() if normalize == "tokens" else self.tokens
             return [_Group(label, (label,)) for label in kept]
@@ -214,7 +251,8 @@ class Recording:
             others = {channel for group in groups for channel in group.channels} - set(self._all_words())
             if others:
                 raise RecordingError(
-                    f"normalize='tokens' is a softmax over words; {', '.join(sorted(others))} takes no part in it."
+                    f"normalize='tokens' is a softmax over words, and {', '.join(sorted(others))} is not a word. "
+                    "Choose words only, or another normalization."
                 )
         return groups
 
@@ -235,8 +273,8 @@ class Recording:
                 words.setdefault(token.word, []).append(token)
         groups = []
         for pieces in words.values():
-            # A word of several pieces is labeled "giraffe/1", "giraffe/2"; together they are "giraffe". So are
-            # "giraffe@clip" and "giraffe@t5" of a text that is read twice.
+            # The tokens of one word are labeled "giraffe/1", "giraffe/2", and the map of the word "giraffe". The same
+            # holds for "giraffe@clip" and "giraffe@t5" of a text that two encoders read.
             label = pieces[0].label if len(pieces) == 1 else re.sub(r"(?<=.)(/\d+)?(@\w+)?$", "", pieces[0].label)
             groups.append(_Group(label, self._channels([piece.index for piece in pieces], label), entity.label))
         return groups
@@ -248,7 +286,7 @@ class Recording:
             raise RecordingError(f"{error} Recorded: {', '.join(self.tokens)}.") from error
 
     def _channels(self, indices: Sequence[int], which: Any) -> tuple[str, ...]:
-        """Labels of token positions; refuses positions that were not kept."""
+        """Labels of token positions; `RecordingError` for positions that were not kept."""
         node = self._first()
         pairs = zip(node["token_index"].values, node["token"].values, strict=True)
         by_index = {int(i): str(label) for i, label in pairs}
@@ -264,6 +302,58 @@ class Recording:
         indices = [token.index for token in self.prompt.tokens]
         return self._channels(indices, "normalize='tokens' (a softmax over every word of the prompt)")
 
+    def self_attention(
+        self,
+        layers: str | Sequence[str] = "all",
+        steps: int | slice | Sequence[int] | None = None,
+        image: int = 0,
+        head: int | None = None,
+    ) -> xr.DataArray:
+        """Return self-attention: what each location attends to in the image, the mean over layers and heads.
+
+        Parameters
+        ----------
+        layers : str or sequence of str
+            As in `select_layers`, if the layers were kept apart (``SelfAttention(each_layer=True)``).
+        steps : int, slice or sequence of int, optional
+            As in `maps`.
+        image : int
+            Index of the image in the batch.
+        head : int, optional
+            Number of one head, if the heads were kept apart.
+
+        Returns
+        -------
+        xarray.DataArray, (step, y, x, y_key, x_key)
+            float32. Rows (over y_key and x_key) sum to 1; in joint attention, to the share that the image gets beside
+            the text.
+
+        Raises
+        ------
+        RecordingError
+            When it was not recorded; the message lists what was.
+        """
+        node = self._self_node()
+        members = [_Layer(str(n), str(p)) for n, p in zip(node["layer"].values, node["place"].values, strict=True)]
+        if layers != "all":
+            names = [layer.name for layer in select_layers(members, layers)]
+            node = node.isel(layer=[i for i, layer in enumerate(members) if layer.name in names])
+        if head is not None:
+            node = node.isel(head=_positions("head", [head], list(node["head"].values)))
+        calls = list(self.steps)
+        wanted = calls if steps is None else _calls(steps, calls)
+        node = node.isel(step=_positions("step", wanted, calls))
+        if not -node.sizes["image"] <= image < node.sizes["image"]:
+            raise RecordingError(f"Image {image} was not recorded; there are {node.sizes['image']}.")
+        size = _size(node)
+        values = node["probability"].isel(image=image).values.mean((1, 2), dtype=np.float32)
+        return xr.DataArray(
+            values.reshape(len(wanted), *size, *size),
+            dims=("step", "y", "x", "y_key", "x_key"),
+            coords={name: node[name] for name in ("step", "timestep", "sigma")},
+            name="probability",
+        )
+
     # -- selection -----------------------------------------------------------------------------------------------
 
     def sel(
@@ -276,14 +366,14 @@ class Recording:
         head: Any = None,
         image: int | Sequence[int] | None = None,
     ) -> Recording:
-        """A smaller recording, chosen by labels; every dimension stays.
+        """Select a part of the recording by labels; every dimension is kept.
 
         Parameters
         ----------
         step, layer, size
             As ``steps``, ``layers`` and ``size`` of `maps`.
         token : str, int, Entity or a sequence of these, optional
-            As in `maps`; start-of-text and the end mass go with it only when named.
+            As in `maps`; start-of-text and the end mass are only selected if they are named.
         head : int or sequence of int, optional
         image : int or sequence of int, optional
 
@@ -305,49 +395,52 @@ class Recording:
                 node = node.isel(image=_positions("image", [image] if np.isscalar(image) else image, images))
             nodes[node.attrs["size"]] = node
         kept = next(iter(nodes.values()))["step"].values
-        for name, node in self._self_nodes().items():
+        for node in self.nodes("image"):
             node = node.sel(step=kept)
-            nodes[name] = node if image is None else node.isel(image=[image] if np.isscalar(image) else image)
+            node = node if image is None else node.isel(image=[image] if np.isscalar(image) else image)
+            nodes[node_name(_size(node), "image")] = node
         return self._with(nodes)
 
     def isel(self, **positions: int | slice | Sequence[int]) -> Recording:
-        """A smaller recording, chosen by position along ``step``, ``image``, ``head`` or ``token``.
+        """Select a part of the recording by position along ``step``, ``image``, ``head`` or ``token``.
 
-        Layers and cells differ from one map size to the next; choose those with `sel` or on ``tree``.
+        Layers and locations differ between map sizes; select those with `sel` or in ``tree``.
 
         Raises
         ------
         RecordingError
-            On another dimension, or a position that is not there.
+            When the dimension is another one, or the position does not exist.
         """
         indexers: dict[str, Any] = {}
         for dimension, where in positions.items():
             if dimension not in ("step", "image", "head", "token"):
                 raise RecordingError(
-                    f"isel takes step, image, head and token, not {dimension!r}; choose layers and sizes by name with "
+                    f"isel takes step, image, head and token, not {dimension!r}; select layers and sizes by name with "
                     "sel(layer=..., size=...)."
                 )
             indexers[dimension] = [where] if isinstance(where, (int, np.integer)) else where
         try:
-            nodes = {node.attrs["size"]: node.isel(indexers) for node in self._nodes()}
+            nodes = {node.attrs["size"]: node.isel(indexers) for node in self.nodes()}
             shared = {name: where for name, where in indexers.items() if name in ("step", "image")}
-            return self._with(nodes | {name: node.isel(shared) for name, node in self._self_nodes().items()})
+            own = {node_name(_size(node), "image"): node.isel(shared) for node in self.nodes("image")}
+            return self._with(nodes | own)
         except IndexError as error:
             there = {name: self._first().sizes[name] for name in indexers}
-            raise RecordingError(f"Position outside the recording, which has {there}: {positions}.") from error
+            raise RecordingError(f"{positions} is outside the recording, whose dimensions are {there}.") from error
 
     def _select(self, *, layers: Any, size: Any, steps: Any) -> list[xr.Dataset]:
-        """Nodes with the chosen layers and steps, largest first."""
+        """Nodes with the selected layers and steps, largest first."""
         self._first()
         names = {layer.name for layer in select_layers(self._layers(), layers)}
-        nodes = self._nodes()
+        nodes = list(self.nodes())
         if size is not None:
             wanted = {size} if isinstance(size, (int, np.integer)) else set(size)
             there = {max(_size(node)) for node in nodes}
             if not wanted or wanted - there:
                 raise RecordingError(
-                    f"Size {', '.join(map(str, sorted(wanted - there))) or 'list is empty'}: not recorded. There are "
-                    f"{', '.join(node.attrs['size'] for node in nodes)}; give the larger side, such as {max(there)}."
+                    f"size {', '.join(map(str, sorted(wanted - there))) or '(an empty list)'} was not recorded; "
+                    f"there are {', '.join(node.attrs['size'] for node in nodes)}. Give the larger side, such as "
+                    f"{max(there)}."
                 )
             nodes = [node for node in nodes if max(_size(node)) in wanted]
         chosen = []
@@ -358,11 +451,11 @@ class Recording:
         if not chosen:
             elsewhere = ", ".join(
                 f"{layer} ({node.attrs['size']})"
-                for node in self._nodes()
+                for node in self.nodes()
                 for layer in node["layer"].values
                 if str(layer) in names
             )
-            raise RecordingError(f"The layers chosen have no maps of size {size}; they are: {elsewhere}.")
+            raise RecordingError(f"The selected layers have no maps of size {size}; their sizes are: {elsewhere}.")
         if steps is not None:
             calls = _calls(steps, self.steps)
             chosen = [node.isel(step=_positions("step", calls, list(self.steps))) for node in chosen]
@@ -381,9 +474,9 @@ class Recording:
         Parameters
         ----------
         path : str or pathlib.Path
-            Parents are made.
+            Missing parent folders are created.
         overwrite : bool
-            Replace a recording that is there; anything else is never replaced.
+            Replace an existing recording; anything else is never replaced.
 
         Returns
         -------
@@ -392,11 +485,11 @@ class Recording:
         Raises
         ------
         OutputError
-            When the path is taken or cannot be written.
+            When the path exists already or cannot be written to.
         """
         return save_tree(self.tree, path, overwrite)
 
-    # -- looks ---------------------------------------------------------------------------------------------------
+    # -- display ---------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
         attrs = self.tree.attrs
@@ -416,11 +509,15 @@ class Recording:
         )
 
     def _coverage(self) -> list[tuple[str, str]]:
-        attrs, nodes = self.tree.attrs, self._nodes()
+        attrs, nodes = self.tree.attrs, self.nodes()
         if not nodes:
             return [("empty", "no step was recorded")]
         calls, expected = attrs["calls"], attrs["expected"]
-        cut = f" (cut off: {calls} of {expected} calls ran)" if expected and calls < expected else f" of {calls} calls"
+        cut = (
+            f" (cut off: {calls} of {expected} denoiser calls ran)"
+            if expected and calls < expected
+            else f" of {calls} denoiser calls"
+        )
         kept = f"mean of {self.averaged}" if self.averaged else _ranges(self.steps)
         rows = [
             ("steps", kept + cut),
@@ -441,38 +538,26 @@ class Recording:
             )
         rows += [
             (f"self-attention {node.attrs['size']}", readable_bytes(node["probability"].nbytes))
-            for node in self._self_nodes().values()
+            for node in self.nodes("image")
         ]
-        return [*rows, ("in all", f"{readable_bytes(self.nbytes)}, {nodes[0]['probability'].dtype}")]
+        return [*rows, ("total", f"{readable_bytes(self.nbytes)}, {nodes[0]['probability'].dtype}")]
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
-    def _nodes(self) -> list[xr.Dataset]:
-        nodes = [node.to_dataset() for name, node in self.tree.children.items() if not name.startswith(SELF)]
-        return sorted(nodes, key=_size, reverse=True)
-
-    def _self_nodes(self) -> dict[str, xr.Dataset]:
-        return {name: node.to_dataset() for name, node in self.tree.children.items() if name.startswith(SELF)}
-
-    def _self_node(self, steps: np.ndarray, refine: int) -> xr.Dataset:
-        """Self-attention of these steps."""
-        if refine < 0:
-            raise SettingError(f"refine is {refine}; give 0 for maps as they are, or how often to spread them: 1, 2.")
-        for node in self._self_nodes().values():
-            return node.sel(step=steps)
-        raise RecordingError(
-            "No self-attention was recorded, which refine needs; record it with RecordSpec(self_attention=16)."
-        )
+    def _self_node(self) -> xr.Dataset:
+        for node in self.nodes("image"):
+            return node
+        raise RecordingError("No self-attention was recorded; record it with RecordSpec(self_attention=16).")
 
     def _first(self) -> xr.Dataset:
-        nodes = self._nodes()
+        nodes = self.nodes()
         if not nodes:
             raise RecordingError("The recording is empty: no step was finished inside the `with record(...)` block.")
         return nodes[0]
 
     def _layers(self) -> list[_Layer]:
         found = {}
-        for node in self._nodes():
+        for node in self.nodes():
             columns = (node["layer"].values, node["place"].values, node["order"].values)
             for name, place, order in zip(*columns, strict=True):
                 found[int(order)] = _Layer(str(name), str(place))
@@ -481,7 +566,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class _Group:
-    """One map to come: its label, the token labels it is the mean of, and the entity it belongs to, if any."""
+    """A map to compute: its label, the token labels whose mean it is, and the entity it belongs to, if any."""
 
     label: str
     channels: tuple[str, ...]
@@ -491,7 +576,7 @@ class _Group:
 def open_recording(path: str | Path) -> Recording:
     """Open a recording on disk; values are read when they are used.
 
-    Of a run that was killed while it wrote a store, the recording holds the steps that were finished.
+    If the run was killed while it wrote the store, the recording contains the steps that were finished.
 
     Parameters
     ----------
@@ -500,16 +585,16 @@ def open_recording(path: str | Path) -> Recording:
     Raises
     ------
     OutputError
-        When nothing is there.
+        When nothing exists at the path.
     RecordingError
-        When what is there is not a recording.
+        When the folder is not a recording, or a file of it is missing or damaged.
     """
     source = Path(path).expanduser()
     if not source.exists():
-        raise OutputError(f"No recording at {source}: nothing is there.")
+        raise OutputError(f"No recording at {source}: the path does not exist.")
     if not is_recording(source):
         raise RecordingError(
-            f"{source} is not a recording; give a folder that `Recording.save` or `record(..., store=...)` wrote."
+            f"{source} is not a recording; give a folder written by `Recording.save` or `record(..., store=...)`."
         )
     return Recording(open_tree(source))
 
@@ -519,7 +604,7 @@ def _size(node: xr.Dataset) -> tuple[int, int]:
 
 
 def _calls(steps: int | slice | Sequence[int], there: Sequence[int]) -> list[int]:
-    """Denoiser calls that ``steps`` names; negative numbers count back from the last one recorded."""
+    """Denoiser calls that ``steps`` selects; negative numbers count back from the last recorded call."""
     last = max(there)
     if isinstance(steps, slice):
         chosen = set(range(last + 1)[steps])

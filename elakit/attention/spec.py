@@ -1,4 +1,4 @@
-"""What is kept of a run, and what that costs: chosen before the run, stated in bytes, refused when over budget."""
+"""What is kept of a run, and its size: chosen before the run, stated in bytes, refused if it passes the budget."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from elakit.checks import boolean, choice, whole_number
 from elakit.errors import PromptError, RecordingError, SettingError
 from elakit.models import AttentionLayer, adapter_for
 from elakit.prompt import Prompt, parse
@@ -20,7 +21,7 @@ _BYTES = {"float32": 4, "float16": 2}
 
 
 class NamedLayer(Protocol):
-    """Anything with a layer's name and its side of the network."""
+    """Anything with the name of a layer and its side of the network."""
 
     @property
     def name(self) -> str:
@@ -28,14 +29,14 @@ class NamedLayer(Protocol):
 
     @property
     def place(self) -> str:
-        """Side of the network it is on."""
+        """Side of the network."""
 
 
 L = TypeVar("L", bound=NamedLayer)
 
 
 def select_layers(layers: Sequence[L], pattern: str | Sequence[str] = "all") -> tuple[L, ...]:
-    """Choose layers by place or name; the one rule that recording, reading and guidance share.
+    """Select layers by place or name.
 
     Parameters
     ----------
@@ -48,12 +49,12 @@ def select_layers(layers: Sequence[L], pattern: str | Sequence[str] = "all") -> 
     Returns
     -------
     tuple
-        The chosen layers, each once, in forward order.
+        The selected layers, each once, in forward order.
 
     Raises
     ------
     RecordingError
-        When a pattern fits no layer; the message lists the names.
+        When a pattern matches no layer; the message lists the names.
 
     Examples
     --------
@@ -72,17 +73,17 @@ def select_layers(layers: Sequence[L], pattern: str | Sequence[str] = "all") -> 
             names = "\n  ".join(layer.name for layer in layers)
             places = ", ".join(dict.fromkeys(layer.place for layer in layers))
             raise RecordingError(
-                f"No layer fits {each!r}. Give 'all', a place that is there ({places}), or a pattern such as "
-                f"'up_blocks.1.*' that fits some of these names:\n  {names}"
+                f"No layer matches {each!r}. Give 'all', a place of this model ({places}), or a pattern such as "
+                f"'up_blocks.1.*' that matches some of these names:\n  {names}"
             )
         chosen |= fitting
     if not chosen:
-        raise RecordingError("No layer was asked for; give 'all', a place such as 'up', or a pattern of names.")
+        raise RecordingError("No layer is selected; give 'all', a place such as 'up', or a pattern of names.")
     return tuple(layer for layer in layers if layer.name in chosen)
 
 
 def find_tokens(prompt: Prompt, which: Any) -> tuple[int, ...]:
-    """Token positions of a word, label, phrase, entity or position; `RecordingError` when the prompt has none."""
+    """Return the token positions of a word, label, phrase, entity or position; `RecordingError` if there are none."""
     try:
         return tuple(prompt.find(which))
     except PromptError as error:
@@ -91,31 +92,41 @@ def find_tokens(prompt: Prompt, which: Any) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Channels:
-    """Which columns of the attention over the text are kept.
+    """Columns of the attention over the text that are kept.
 
     Attributes
     ----------
     labels : tuple of str
-        ``"<start>"`` (not of encoders without a start-of-text token, such as T5), the chosen tokens in the order of the
-        text, ``"<end>"``.
+        ``"<start>"`` (unless the encoder has no start-of-text token, such as T5), the selected tokens in the order of
+        the text, ``"<end>"``.
     indices : tuple of int
         Their positions in the encoder's sequence; -1 for ``"<end>"``, which is a sum.
     rest : tuple of (int, int or None)
-        First position and past the last of each stretch that ``"<end>"`` sums: end-of-text and padding, and everything
-        that may follow.
+        Ranges (first position, position after the last) that ``"<end>"`` sums: end-of-text and padding.
     """
 
     labels: tuple[str, ...]
     indices: tuple[int, ...]
     rest: tuple[tuple[int, int | None], ...]
 
-    def gather(self, probabilities: Tensor) -> Tensor:
-        """Keep the chosen columns; (..., text positions) -> (..., len(labels)).
+    @property
+    def named(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Labels and positions."""
+        return self.labels, self.indices
+
+    def gather(self, probabilities: Tensor, text: int | None = None) -> Tensor:
+        """Keep the selected columns; (..., key positions) -> (..., len(labels)).
+
+        Parameters
+        ----------
+        probabilities : torch.Tensor
+        text : int, optional
+            Number of positions that are text; what follows them is not kept. Default: all.
 
         Raises
         ------
         RecordingError
-            When the run's text has fewer positions than the prompt.
+            When the text of the run has fewer positions than the prompt.
 
         Examples
         --------
@@ -123,14 +134,15 @@ class Channels:
         >>> Channels(("<start>", "car", "<end>"), (0, 2, -1), ((3, None),)).gather(row)
         tensor([0.5000, 0.2500, 0.1250])
         """
+        probabilities = probabilities[..., :text]
         positions = probabilities.shape[-1]
         needed = max(*self.indices, *(first for first, _ in self.rest))
         if positions <= needed:
             raise RecordingError(
                 f"The run attends to {positions} text positions, but the prompt to record needs position {needed}. "
-                "Parse the prompt with the pipeline you run, and pass its text."
+                "Parse the prompt with the pipeline that you run, and pass its text."
             )
-        # Slices of neighboring columns rather than an index, which would have to be copied to the device.
+        # Slices of neighboring columns, because an index would have to be copied to the device.
         columns = [probabilities[..., first : last + 1] for first, last in runs(self.indices[:-1])]
         ends = [probabilities[..., first:last].sum(-1, keepdim=True) for first, last in self.rest]
         return torch.cat([*columns, sum(ends[1:], ends[0])], dim=-1)
@@ -138,37 +150,51 @@ class Channels:
 
 @dataclass(frozen=True)
 class Resolution:
-    """The share of one map size in a plan: ``size`` (h, w), names of its layers, heads kept, bytes.
+    """The part of a plan that belongs to one map size.
 
-    With ``of_self`` that of self-attention, the mean of those layers and of their heads.
+    Attributes
+    ----------
+    size : (int, int)
+        Rows and columns.
+    layers : tuple of str
+        Names of the layers (of self-attention: of the layers that attend to the text in the same blocks).
+    heads : int
+        Number of heads kept.
+    bytes : int
+    keys : {"text", "image"}
+        Maps, or self-attention.
+    averaged : bool
+        Whether the mean of the layers is kept.
     """
 
     size: tuple[int, int]
     layers: tuple[str, ...]
     heads: int
     bytes: int
-    of_self: bool = False
+    keys: Literal["text", "image"] = "text"
+    averaged: bool = False
 
     def __str__(self) -> str:
         layers = f"{len(self.layers)} layer{'s' * (len(self.layers) > 1)}"
-        if self.of_self:
-            return f"self-attention at {size_name(self.size)}: mean of {layers}, {readable_bytes(self.bytes)}"
         heads = "head mean" if self.heads == 1 else f"{self.heads} heads"
-        return f"{size_name(self.size)}: {layers}, {heads}, {readable_bytes(self.bytes)}"
+        what = "self-attention at " if self.keys == "image" else ""
+        return (
+            f"{what}{size_name(self.size)}: {'mean of ' * self.averaged}{layers}, {heads}, {readable_bytes(self.bytes)}"
+        )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recording takes, known before the run.
+    """Content and size of a recording, known before the run.
 
     Attributes
     ----------
     resolutions : tuple of Resolution
         Largest maps first.
     steps, images : int
-        Denoiser calls kept and images drawn at once.
+        Number of denoiser calls that are kept, and of images in the batch.
     tokens : tuple of str
-        Labels of what is kept of the text.
+        Labels of the tokens that are kept.
     dtype : str
     budget : int
         Bytes the specification allows.
@@ -186,12 +212,12 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the whole recording."""
+        """Size of the whole recording in bytes."""
         return sum(resolution.bytes for resolution in self.resolutions)
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of one step, or of the mean of all."""
+        """Size of one step in bytes, or of the mean of all steps."""
         return self.bytes if self.accumulate else self.bytes // max(self.steps, 1)
 
     def __str__(self) -> str:
@@ -203,6 +229,48 @@ class Plan:
         return "\n  ".join(lines + [str(resolution) for resolution in self.resolutions])
 
 
+@dataclass(frozen=True, kw_only=True)
+class SelfAttention:
+    """Self-attention to keep: what the locations of maps of one size attend to in the image.
+
+    It takes (h*w)^2 numbers per step, layer and head: 131 kB at 16 x 16 and 2 MB at 32 x 32 in float16.
+
+    In Stable Diffusion, SDXL and PixArt these are layers of their own, beside those that attend to the text. In joint
+    attention (Stable Diffusion 3, FLUX) they are the same layers: their attention to the keys of the image, whose rows
+    sum to the share that the image gets beside the text.
+
+    Parameters
+    ----------
+    size : int
+        Larger side of the maps.
+    layers : str or sequence of str, optional
+        As in `select_layers`: the layers whose blocks' self-attention is kept. Default: those of the specification.
+    heads : {"mean", "all"} or sequence of int
+        Their mean, every head, or the heads with these numbers, counted from 0.
+    each_layer : bool
+        Keep each layer; otherwise their mean.
+
+    Raises
+    ------
+    SettingError
+        When a value is not allowed.
+
+    Examples
+    --------
+    >>> spec = RecordSpec(self_attention=SelfAttention(size=16, layers="up", heads="all", each_layer=True))
+    """
+
+    size: int
+    layers: str | Sequence[str] | None = None
+    heads: Literal["mean", "all"] | Sequence[int] = "mean"
+    each_layer: bool = False
+
+    def __post_init__(self) -> None:
+        whole_number(self.size, "self_attention", 1, hint="Give the larger side of the maps, such as 16.")
+        _check_heads(self.heads)
+        boolean(self.each_layer, "each_layer")
+
+
 @dataclass(frozen=True)
 class RecordSpec:
     """What to keep of a run.
@@ -210,37 +278,36 @@ class RecordSpec:
     Parameters
     ----------
     tokens : {"words", "entities", "all"} or sequence of int or str
-        Words of the prompt; tokens of its entities and their attributes; every position, end-of-text (``"<eot>"``) and
-        each padding position (``"<pad/1>"``...) apart; or chosen ones (a word, a label such as ``"red#2"``, a phrase,
-        a position). Start-of-text (where the encoder has one) and the summed mass of end-of-text and padding are kept
-        always.
+        "words": the words of the prompt. "entities": the tokens of its entities and their attributes. "all": every
+        position, with end-of-text (``"<eot>"``) and each padding position (``"<pad/1>"``...) apart. A sequence: the
+        tokens in it (a word, a label such as ``"red#2"``, a phrase, a position). Start-of-text (if the encoder has one)
+        and the summed mass of end-of-text and padding are always kept.
     layers : str or sequence of str
         As in `select_layers`.
     sizes : int or sequence of int, optional
         Keep only maps whose larger side is one of these.
     heads : {"mean", "all"} or sequence of int
-        Their mean, every one, or those of these numbers, counted from 0.
+        Their mean, every head, or the heads with these numbers, counted from 0.
     steps : slice or int, optional
         Denoiser calls to keep, counted from 0: a slice of them, or every n-th. Default: all.
-    self_attention : int, optional
-        Also keep self-attention between the cells of maps whose larger side this is, the mean of the heads and of the
-        chosen layers of that size: for ``maps(refine=...)``. It takes cells x cells numbers a step: 131 kB at 16 x 16,
-        2 MB at 32 x 32 in float16. Of families with layers of their own for it (Stable Diffusion, SDXL, PixArt).
+    self_attention : int or SelfAttention, optional
+        Also keep self-attention. A number is the larger side of its maps, and keeps the mean of the heads and of the
+        selected layers of that size, as ``maps(refine=...)`` needs it.
     dtype : {"float16", "float32"}
-        Of what is kept; probabilities are always computed, and read maps averaged, in float32. float16 keeps three
-        significant digits of a probability above 0.00006, and steps of 0.00000006 below.
+        Type of the stored values; probabilities are always computed, and maps averaged, in float32. float16 keeps
+        three significant digits of a probability above 0.00006, and multiples of 0.00000006 below.
     accumulate : bool
         Keep only the mean over the kept steps, as one step whose timestep and sigma are means too.
     device : {"cpu", "model"}
-        Where steps are kept while the run goes on: in host memory, to which each step is copied at its end without
-        waiting for it, or on the model's device until the run is over. Means are always summed on the model's device.
+        Where steps are kept during the run: in host memory, to which each step is copied at its end without waiting for
+        the copy, or on the model's device. Means are always summed on the model's device.
     budget : int
-        Bytes a recording may take; a run that would take more is refused before it starts.
+        Largest size of a recording in bytes; a run that would pass it is refused before it starts.
 
     Raises
     ------
     SettingError
-        When a value is outside what is listed.
+        When a value is not allowed.
 
     Examples
     --------
@@ -255,7 +322,7 @@ class RecordSpec:
     sizes: int | Sequence[int] | None = None
     heads: Literal["mean", "all"] | Sequence[int] = "mean"
     steps: slice | int | None = None
-    self_attention: int | None = None
+    self_attention: int | SelfAttention | None = None
     dtype: Literal["float32", "float16"] = "float16"
     accumulate: bool = False
     device: Literal["cpu", "model"] = "cpu"
@@ -266,35 +333,32 @@ class RecordSpec:
             raise SettingError(
                 f"tokens is {self.tokens!r}; give 'words', 'entities', 'all' or a list such as [{self.tokens!r}]."
             )
-        if isinstance(self.heads, str):
-            if self.heads not in ("mean", "all"):
-                raise SettingError(f"heads is {self.heads!r}; give 'mean', 'all' or a list of numbers such as [0, 3].")
-        elif not len(self.heads) or len(set(self.heads)) < len(self.heads) or min(self.heads) < 0:
-            raise SettingError(f"heads is {self.heads}; list different numbers of heads, counted from 0.")
-        if self.device not in ("cpu", "model"):
-            raise SettingError(f"device is {self.device!r}; give 'cpu' or 'model'.")
-        if self.dtype not in _BYTES:
-            raise SettingError(f"dtype is {self.dtype!r}; give {' or '.join(map(repr, _BYTES))}.")
-        if self.self_attention is not None and self.self_attention < 1:
-            raise SettingError(f"self_attention is {self.self_attention}; give the larger side of maps, such as 16.")
-        if self.budget <= 0:
-            raise SettingError(f"budget is {self.budget} bytes; it must be positive.")
-        if isinstance(self.steps, int) and self.steps < 1:
-            raise SettingError(f"steps is {self.steps}; to keep every n-th call give n >= 1, or a slice.")
-        if isinstance(self.steps, slice) and self.steps.step is not None and self.steps.step < 1:
-            raise SettingError(f"steps is {self.steps}; its stride must be positive.")
-        if any(side < 1 for side in self.wanted_sizes or ()):
-            raise SettingError(f"sizes is {self.sizes}; map sides are positive.")
+        _check_heads(self.heads)
+        choice(self.device, "device", ("cpu", "model"))
+        choice(self.dtype, "dtype", tuple(_BYTES))
+        boolean(self.accumulate, "accumulate")
+        whole_number(self.budget, "budget", 1, hint="Give the largest size of the recording in bytes.")
+        if self.self_attention is not None and not isinstance(self.self_attention, SelfAttention):
+            SelfAttention(size=self.self_attention)
+        if isinstance(self.steps, slice):
+            if self.steps.step is not None and self.steps.step < 1:
+                raise SettingError(f"steps is {self.steps}; its stride must be positive.")
+        elif self.steps is not None:
+            whole_number(self.steps, "steps", 1, hint="It keeps every n-th call; give a slice for a range.")
+        for side in self.wanted_sizes or ():
+            whole_number(side, "sizes", 1, hint="Give the larger side of the maps, such as 16.")
+
+    @property
+    def own(self) -> SelfAttention | None:
+        """The self-attention to keep."""
+        if self.self_attention is None or isinstance(self.self_attention, SelfAttention):
+            return self.self_attention
+        return SelfAttention(size=self.self_attention)
 
     @property
     def wanted_sizes(self) -> tuple[int, ...] | None:
-        """``sizes`` as a tuple; None for all."""
+        """``sizes`` as a tuple; None for all sizes."""
         return (self.sizes,) if isinstance(self.sizes, int) else None if self.sizes is None else tuple(self.sizes)
-
-    @property
-    def wanted_heads(self) -> tuple[int, ...] | None:
-        """Numbers of the heads, as a tuple; None for ``"mean"`` and ``"all"``."""
-        return None if isinstance(self.heads, str) else tuple(self.heads)
 
     def keeps(self, call: int, calls: int | None) -> bool:
         """Whether a denoiser call is kept, of ``calls`` expected (None: unknown)."""
@@ -304,14 +368,14 @@ class RecordSpec:
             return call % self.steps == 0
         if calls is None and any(bound is not None and bound < 0 for bound in (self.steps.start, self.steps.stop)):
             raise RecordingError(
-                f"steps is {self.steps}, which counts from the end, but the scheduler does not tell how many steps "
-                "this run has. Count from the start."
+                f"steps is {self.steps}, which counts from the end, but the scheduler does not say how many steps this "
+                "run has. Count from the start."
             )
-        # A run may go on beyond what was expected.
+        # A run may have more calls than expected.
         return call in range(max(calls or 0, call + 1))[self.steps]
 
     def channels(self, prompt: Prompt) -> Channels:
-        """The columns of the attention over the text to keep.
+        """Return the columns of the attention over the text to keep.
 
         Raises
         ------
@@ -331,7 +395,7 @@ class RecordSpec:
         rest = prompt.ends or ((prompt.end_index, None),)
         labels = dict(words)
         for nth, (first, past) in enumerate(rest):
-            which = f"#{nth + 1}" if nth else ""  # of the second sequence, where the text is read twice
+            which = f"#{nth + 1}" if nth else ""  # the second sequence, if two encoders read the text
             labels |= {i: f"<pad{which}/{i - first}>" for i in range(first + 1, past or prompt.length)}
             labels[first] = f"<eot{which}>"
         if prompt.start_index is not None:
@@ -350,30 +414,29 @@ class RecordSpec:
         width: int | None = None,
         images: int = 1,
     ) -> Plan:
-        """State what a run will take, without running it.
+        """Return the size of a run's recording without running it.
 
         Parameters
         ----------
         pipe : diffusers.DiffusionPipeline
         prompt : Prompt or str
         steps : int
-            Denoiser calls of the run: ``num_inference_steps`` for most schedulers, one more for PNDM, nearly twice
-            for Heun.
+            Number of denoiser calls: ``num_inference_steps`` with most schedulers, one more with PNDM, nearly twice as
+            many with Heun.
         height, width : int, optional
-            Pixels; default: the model's own.
+            In pixels; default: those of the model.
         images : int
-            Images drawn at once.
+            Number of images in the batch.
 
         Raises
         ------
         RecordingError
-            When the plan is over budget (with the plan and ways out), or asks for what the model does not have.
+            When the plan passes the budget (the message has the plan and ways to need less), or selects what the model
+            does not have.
         """
         adapter = adapter_for(pipe)
-        if steps < 1:
-            raise SettingError(f"steps is {steps}; a run has at least one.")
-        if images < 1:
-            raise SettingError(f"images is {images}; a run draws at least one.")
+        whole_number(steps, "steps", 1)
+        whole_number(images, "images", 1)
         own_height, own_width = adapter.default_size()
         latent = adapter.latent_size(height or own_height, width or own_width)
         kept = sum(self.keeps(call, steps) for call in range(steps))
@@ -387,13 +450,9 @@ class RecordSpec:
         kept: int,
         images: int,
     ) -> Plan:
-        """`plan` from a latent of (h, w) and the number of kept calls, as the recorder knows them."""
+        """Return the plan from the size (h, w) of the latent and the number of kept calls."""
         labels = self.channels(prompt).labels
-        by_size: dict[tuple[int, int], list[AttentionLayer]] = {}
-        for layer in select_layers(layers, self.layers):
-            # A strided convolution rounds up, so an odd latent gives ceil(side / factor).
-            size = (-(-latent[0] // layer.factor), -(-latent[1] // layer.factor))
-            by_size.setdefault(size, []).append(layer)
+        by_size = _by_size(select_layers(layers, self.layers), latent)
         wanted = self.wanted_sizes
         there = {max(size) for size in by_size}
         for side in wanted or ():
@@ -402,52 +461,45 @@ class RecordSpec:
                     f"No selected layer has maps of size {side}; for this image they have "
                     f"{', '.join(map(size_name, sorted(by_size, reverse=True)))}."
                 )
+        steps = min(kept, 1) if self.accumulate else kept
         resolutions = []
         for size, members in sorted(by_size.items(), reverse=True):
             if wanted is not None and max(size) not in wanted:
                 continue
-            heads = self._heads_of(size, members)
-            steps = min(kept, 1) if self.accumulate else kept
-            cells = steps * images * len(members) * heads * size[0] * size[1] * len(labels)
+            heads = _heads_of(self.heads, size, members)
+            numbers = steps * images * len(members) * heads * size[0] * size[1] * len(labels)
             names = tuple(layer.name for layer in members)
-            resolutions.append(Resolution(size, names, heads, cells * _BYTES[self.dtype]))
-        if self.self_attention is not None:
-            resolutions.append(self._of_self(by_size, min(kept, 1) if self.accumulate else kept, images))
-        plan = Plan(tuple(resolutions), kept, images, labels, self.dtype, self.budget, self.accumulate)
+            resolutions.append(Resolution(size, names, heads, numbers * _BYTES[self.dtype]))
+        if self.own is not None:
+            resolutions.append(self._of_self(self.own, layers, latent, steps * images))
+        plan = Plan(
+            resolutions=tuple(resolutions),
+            steps=kept,
+            images=images,
+            tokens=labels,
+            dtype=self.dtype,
+            budget=self.budget,
+            accumulate=self.accumulate,
+        )
         if plan.bytes > self.budget:
             raise RecordingError(f"This recording would pass its budget: {plan}\n{self._ways_out(plan, layers)}")
         return plan
 
-    def _of_self(self, by_size: dict[tuple[int, int], list[AttentionLayer]], steps: int, images: int) -> Resolution:
-        """The share of self-attention, beside the chosen layers of its size."""
-        size = next((size for size in by_size if max(size) == self.self_attention), None)
+    def _of_self(
+        self, own: SelfAttention, layers: Sequence[AttentionLayer], latent: tuple[int, int], count: int
+    ) -> Resolution:
+        """The part of the plan that belongs to self-attention, ``count`` times per step and image."""
+        by_size = _by_size(select_layers(layers, own.layers or self.layers), latent)
+        size = next((size for size in by_size if max(size) == own.size), None)
         if size is None:
             raise RecordingError(
-                f"self_attention is {self.self_attention}, but the selected layers have maps of "
+                f"self_attention is {own.size}, but the selected layers have maps of "
                 f"{', '.join(map(size_name, sorted(by_size, reverse=True)))}; give the larger side of one of these."
             )
-        cells = size[0] * size[1]
         names = tuple(layer.name for layer in by_size[size])
-        return Resolution(size, names, 1, steps * images * cells**2 * _BYTES[self.dtype], of_self=True)
-
-    def _heads_of(self, size: tuple[int, int], members: Sequence[AttentionLayer]) -> int:
-        """How many heads are kept of the layers of one size."""
-        if self.heads == "mean":
-            return 1
-        counts = {layer.heads for layer in members}
-        if self.wanted_heads is not None:
-            if max(self.wanted_heads) >= min(counts):
-                raise RecordingError(
-                    f"There is no head {max(self.wanted_heads)} in all layers of size {size_name(size)}: some have "
-                    f"{min(counts)} (0 to {min(counts) - 1}). List heads that all have, or choose other layers."
-                )
-            return len(self.wanted_heads)
-        if len(counts) > 1:
-            raise RecordingError(
-                f"Layers of size {size_name(size)} differ in their number of heads; record heads='mean', or choose "
-                "layers that agree."
-            )
-        return members[0].heads
+        heads = _heads_of(own.heads, size, by_size[size])
+        numbers = count * (len(names) if own.each_layer else 1) * heads * (size[0] * size[1]) ** 2
+        return Resolution(size, names, heads, numbers * _BYTES[self.dtype], "image", averaged=not own.each_layer)
 
     def _ways_out(self, plan: Plan, layers: Sequence[AttentionLayer]) -> str:
         ways = []
@@ -458,21 +510,58 @@ class RecordSpec:
             ways.append("dtype='float16'")
         if self.self_attention is not None:
             ways.append("self_attention=None")
-        if len(plan.resolutions) > 1 and not plan.resolutions[1].of_self:
+        if len(plan.resolutions) > 1 and plan.resolutions[1].keys == "text":
             ways.append(f"sizes={max(plan.resolutions[1].size)}")
         if self.layers == "all" and len(places) > 1:
             ways.append(f"layers={'up' if 'up' in places else min(places, key=places.__getitem__)!r}")
         if self.tokens in ("all", "words"):
             ways.append("tokens='entities'")
         if self.steps is None and not self.accumulate:
-            ways.append("steps=5 (every fifth)")
+            ways.append("steps=5 (every fifth step)")
         if not self.accumulate:
             ways.append("accumulate=True")
         return f"Keep less with RecordSpec({' or '.join(ways)}), or allow it with budget={plan.bytes}."
 
 
+def _by_size(layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> dict[tuple[int, int], list[AttentionLayer]]:
+    """Layers by the size of their maps."""
+    found: dict[tuple[int, int], list[AttentionLayer]] = {}
+    for layer in layers:
+        # A strided convolution rounds up, so an odd latent gives ceil(side / factor).
+        found.setdefault((-(-latent[0] // layer.factor), -(-latent[1] // layer.factor)), []).append(layer)
+    return found
+
+
+def _check_heads(heads: Any) -> None:
+    if isinstance(heads, str):
+        if heads not in ("mean", "all"):
+            raise SettingError(f"heads is {heads!r}; give 'mean', 'all' or a list of numbers such as [0, 3].")
+    elif not len(heads) or len(set(heads)) < len(heads) or min(heads) < 0:
+        raise SettingError(f"heads is {heads}; list different numbers of heads, counted from 0.")
+
+
+def _heads_of(heads: Any, size: tuple[int, int], members: Sequence[AttentionLayer]) -> int:
+    """Number of heads that are kept of the layers of one size."""
+    if heads == "mean":
+        return 1
+    counts = {layer.heads for layer in members}
+    if not isinstance(heads, str):
+        if max(heads) >= min(counts):
+            raise RecordingError(
+                f"There is no head {max(heads)} in all layers of size {size_name(size)}: some have {min(counts)} heads "
+                f"(0 to {min(counts) - 1}). List heads that all of them have, or select other layers."
+            )
+        return len(heads)
+    if len(counts) > 1:
+        raise RecordingError(
+            f"Layers of size {size_name(size)} have different numbers of heads; record heads='mean', or select layers "
+            "with the same number."
+        )
+    return members[0].heads
+
+
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """First and last of each stretch of consecutive numbers.
+    """Return the first and last number of each range of consecutive numbers.
 
     Examples
     --------
@@ -489,12 +578,18 @@ def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def size_name(size: tuple[int, int]) -> str:
-    """``"16x12"`` for maps of 16 rows and 12 columns."""
+    """Name of a map size, rows x columns.
+
+    Examples
+    --------
+    >>> size_name((16, 12))
+    '16x12'
+    """
     return f"{size[0]}x{size[1]}"
 
 
 def readable_bytes(count: int) -> str:
-    """``"1.5 MB"``, in powers of 1000.
+    """Format a number of bytes in units of powers of 1000.
 
     Examples
     --------

@@ -1,8 +1,8 @@
-"""Reading what attention layers compute, by hooks alone: no processor is replaced, nothing is computed twice.
+"""Attention that layers compute, read by hooks: no processor is replaced, nothing is computed twice.
 
-A tap keeps the queries and keys as the layer's own projections put them out, so that LoRA, attention slicing, fused
-projections, fused attention kernels and IP-Adapters go on working, and turns them into probabilities only where, and
-for those rows of the batch that, someone asks for.
+A tap keeps the queries and keys that the layer's own projections return, so that LoRA, attention slicing, fused
+projections, fused attention kernels and IP-Adapters keep working. It computes probabilities only where they are asked
+for, and only for the rows of the batch that are asked for.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import FunctionType
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from elakit.attention.calls import AttentionCall, OnCall, watching
+from elakit.attention.hooks import Hooks
 from elakit.errors import RecordingError
 from elakit.models import AttentionLayer
 from elakit.models.adapter import argument
@@ -23,7 +26,7 @@ from elakit.models.adapter import argument
 Attend = Callable[[slice], Tensor]
 OnAttention = Callable[[AttentionLayer, Attend, tuple[int, int]], None]
 
-# Projections that a layer may use, and of which parts of their output queries and keys are; fused ones stack them.
+# Projections that a layer may use, and the parts of their output that are queries and keys; fused ones stack them.
 _PROJECTIONS: dict[str, dict[str, tuple[int, int]]] = {
     "to_q": {"query": (0, 1)},
     "to_k": {"key": (0, 1)},
@@ -36,6 +39,9 @@ _TEXT_PROJECTIONS: dict[str, dict[str, tuple[int, int]]] = {
 }
 _NORMS = {"query": "norm_q", "key": "norm_k", "text_key": "norm_added_k"}
 
+# Per attention module: what an edit adds to the scores of a layer whose processor ignores its attention mask.
+ADDED_SCORES: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+
 
 @contextmanager
 def tap(layers: Sequence[AttentionLayer], on_attention: OnAttention) -> Iterator[None]:
@@ -45,23 +51,25 @@ def tap(layers: Sequence[AttentionLayer], on_attention: OnAttention) -> Iterator
     ----------
     layers : sequence of AttentionLayer
     on_attention : callable
-        ``attend(rows)`` gives the probabilities of a slice of the batch, (rows, heads, h*w, text positions), as
-        `probabilities` computes them, gradients included; it is to be called before ``on_attention`` returns, or not at
-        all. ``(h, w)`` is the size of the layer's maps. An error it raises ends the pass.
+        ``attend(rows)`` returns the probabilities of a slice of the batch, (rows, heads, h*w, keys), as `probabilities`
+        computes them, gradients included; keys are the text positions, or the locations of the image if ``layer.reads``
+        is "image". It has to be called before ``on_attention`` returns. ``(h, w)`` is the size of the layer's maps. An
+        error that ``on_attention`` raises ends the pass.
 
     Raises
     ------
     RecordingError
-        When a layer ran without projections that could be read, inside the pass.
+        When a layer has an attention processor that is not from diffusers, before the block; inside it, when a layer
+        ran without projections that can be read, or its projections were replaced.
 
     Notes
     -----
-    In a layer of kind "cross" the keys are the text and each row sums to 1. In joint attention (kinds "joint" and
-    "single": Stable Diffusion 3, FLUX) image and text are keys side by side: the softmax runs over both, only the
-    columns of the text are given, and rows sum to the share of attention that the text gets.
+    In a layer of kind "cross" the keys are the text, or the image, and each row sums to 1. In joint attention (kinds
+    "joint" and "single": Stable Diffusion 3, FLUX) image and text are keys side by side: the softmax is over both, the
+    columns of one of them are returned, and rows sum to its share of the attention.
 
-    Hooks sit on the projections as they are on entry: load LoRA weights and fuse projections before. All hooks are
-    removed on exit, whatever happens.
+    Hooks are placed on the projections that the layers have on entry: load LoRA weights and fuse projections before.
+    All hooks are removed on exit, whatever happens.
 
     Examples
     --------
@@ -76,35 +84,45 @@ def tap(layers: Sequence[AttentionLayer], on_attention: OnAttention) -> Iterator
     ...     _ = block(torch.randn(2, 8, 3, 5), encoder_hidden_states=torch.randn(2, 7, 6))
     attn2 (1, 2, 15, 7) (3, 5)
     """
-    with ExitStack() as hooks:
+    for layer in layers:
+        check_processor(layer)
+    with ExitStack() as stack:
+        hooks = stack.enter_context(Hooks())
+        captured = []
         for layer in layers:
-            _Tap(layer, on_attention).hook(hooks)
+            if layer.layout is None:
+                _Tap(layer, on_attention).place(hooks)
+            else:
+                captured.append(_Capture(layer, on_attention))
+                captured[-1].place(hooks)
+        if captured:
+            stack.enter_context(watching(_to_all(captured)))
         yield
 
 
-_PASSES_OF_OWN: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+def check_processor(layer: AttentionLayer) -> None:
+    """Refuse an attention processor that is not from diffusers: it may change scores in a way that nobody can read.
 
-
-@contextmanager
-def leave_alone(denoiser: nn.Module) -> Iterator[None]:
-    """Passes inside are guidance's own: neither recorded nor edited."""
-    before = _PASSES_OF_OWN.get(denoiser, 0)
-    _PASSES_OF_OWN[denoiser] = before + 1
-    try:
-        yield
-    finally:
-        _PASSES_OF_OWN[denoiser] = before
-
-
-def is_left_alone(denoiser: nn.Module) -> bool:
-    """Whether a pass is guidance's own."""
-    return _PASSES_OF_OWN.get(denoiser, 0) > 0
+    Raises
+    ------
+    RecordingError
+        When the processor's class is defined elsewhere.
+    """
+    processor = getattr(layer.module, "processor", None)
+    processor = processor if isinstance(processor, FunctionType) else type(processor)
+    if processor is not type(None) and not processor.__module__.startswith("diffusers."):
+        raise RecordingError(
+            f"Layer {layer.name} has the attention processor {processor.__module__}.{processor.__qualname__}, which is "
+            "not from diffusers: it may change attention scores in a way that cannot be read. Set one of diffusers, "
+            "such as `pipe.unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor2_0())`, and "
+            "change scores with `elakit.attention.edit`."
+        )
 
 
 class _Tap:
-    """What one layer puts out on its way through a pass."""
+    """Projections of one layer on their way through a pass."""
 
-    _reading: ClassVar[bool] = False  # while any tap uses a layer's norms itself
+    _reading: ClassVar[bool] = False  # while a tap itself calls a layer's norms
 
     def __init__(self, layer: AttentionLayer, on_attention: OnAttention) -> None:
         self.layer = layer
@@ -114,37 +132,42 @@ class _Tap:
         self.rotary: Any = None
         self.parts: dict[str, Tensor] = {}
         self.normed: set[str] = set()
+        self.hooked: dict[str, nn.Module | None] = {}
 
-    def hook(self, hooks: ExitStack) -> None:
+    def place(self, hooks: Hooks) -> None:
         module = self.layer.module
-        handles = [
-            self.layer.block.register_forward_pre_hook(self._enter_block, with_kwargs=True),
-            module.register_forward_pre_hook(self._enter, with_kwargs=True),
-            module.register_forward_hook(self._leave),
-        ]
+        hooks.before(self.layer.block, self._enter_block)
+        hooks.before(module, self._enter)
+        hooks.after(module, self._leave)
         projections = _PROJECTIONS if self.layer.kind != "joint" else _PROJECTIONS | _TEXT_PROJECTIONS
         for name, pieces in projections.items():
             if isinstance(projection := getattr(module, name, None), nn.Module):
-                handles.append(projection.register_forward_hook(self._keep(pieces)))
+                hooks.after(projection, self._keep(pieces))
+            self.hooked[name] = projection
         for part, name in _NORMS.items():
             if isinstance(norm := getattr(module, name, None), nn.Module):
-                handles.append(norm.register_forward_hook(self._note(part)))
-        for handle in handles:
-            hooks.callback(handle.remove)
+                hooks.after(norm, self._note(part))
 
     def _enter_block(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.size = self.layer.grid(args, kwargs)
 
-    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.parts.clear()  # of a pass that broke off
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.parts.clear()  # parts of a pass that ended early
         self.normed.clear()
-        self.mask = argument(args, kwargs, 2, "attention_mask")
+        check_processor(self.layer)
+        for name, projection in self.hooked.items():
+            if getattr(module, name, None) is not projection:
+                raise RecordingError(
+                    f"{name} of layer {self.layer.name} was replaced inside the recording. Load LoRA weights, fuse "
+                    "projections or replace parts of the pipeline before the block, not inside it."
+                )
+        self.mask = argument(args, kwargs, 2, "attention_mask") if self.layer.takes_mask else ADDED_SCORES.get(module)
         self.rotary = kwargs.get("image_rotary_emb")
 
-    def _keep(self, pieces: dict[str, tuple[int, int]]) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+    def _keep(self, pieces: dict[str, tuple[int, int]]) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             for part, (nth, of) in pieces.items():
-                # The first, where a processor projects more than once (perturbed-attention guidance).
+                # The first one, if a processor projects more than once (perturbed-attention guidance).
                 self.parts.setdefault(part, output if of == 1 else output.chunk(of, dim=-1)[nth])
 
         return hook
@@ -171,6 +194,7 @@ class _Tap:
             self.mask = self.rotary = None
 
     def attend(self, rows: slice) -> Tensor:
+        batch = len(self.parts["query"])
         _Tap._reading = True
         try:
             parts = {
@@ -180,45 +204,161 @@ class _Tap:
         finally:
             _Tap._reading = False
         query, key = parts["query"], parts["key"]  # (rows, n, heads, d)
-        mask = self.mask
-        if mask is not None and mask.shape[0] > 1:
-            mask = mask[rows] if mask.ndim == 4 else mask.unflatten(0, (self._batch, -1))[rows]
-        if self.layer.kind == "cross":
-            return probabilities(query, key, mask=mask, scale=self._scale)
-        cells = self.size[0] * self.size[1]
+        locations = self.size[0] * self.size[1]
+        first = at = text = 0
         if self.layer.kind == "joint":
             text_key = parts["text_key"]
             text = text_key.shape[1]
-            order = [text_key, key] if self.layer.text_first else [key, text_key]
-            key = torch.cat(order, dim=1)
-        else:
-            text = query.shape[1] - cells
-            query = query[:, text:] if self.layer.text_first else query[:, :cells]
-        first = 0 if self.layer.text_first else cells
-        at = text if self.layer.text_first else 0  # of the first image position among queries
+            key = torch.cat([text_key, key] if self.layer.text_first else [key, text_key], dim=1)
+        elif self.layer.kind == "single":
+            text = query.shape[1] - locations
+            query = query[:, text:] if self.layer.text_first else query[:, :locations]
+        if query.shape[1] != locations:
+            raise RecordingError(
+                f"Layer {self.layer.name} attends from {query.shape[1]} positions, but its maps have {self.size[0]} x "
+                f"{self.size[1]} locations: positions were merged (ToMe) or added. Undo that before the block (for "
+                "ToMe: `tomesd.remove_patch(pipe)`, or `merge_crossattn=False`)."
+            )
+        mask = scores_mask(self.mask, self.layer, batch, key.shape[1])
+        if mask is not None and len(mask) > 1:
+            mask = mask[rows]
+        if self.layer.kind == "cross":
+            return probabilities(query, key, mask=mask, scale=self._scale)
+        at = text if self.layer.text_first else 0  # first image position among queries and keys
+        first = 0 if self.layer.text_first else locations  # first text position among keys
         if self.rotary is not None:
-            query = _rotate(query, [turn[at : at + cells] for turn in self.rotary])
+            query = _rotate(query, [turn[at : at + locations] for turn in self.rotary])
             key = _rotate(key, self.rotary)
         if mask is not None and mask.shape[-2] > 1:
-            mask = mask[..., at : at + cells, :]
-        return probabilities(query, key, slice(first, first + text), mask=mask, scale=self._scale)
-
-    @property
-    def _batch(self) -> int:
-        return self.parts["query"].shape[0]
+            mask = mask[..., at : at + locations, :]
+        columns = slice(at, at + locations) if self.layer.reads == "image" else slice(first, first + text)
+        return probabilities(query, key, columns, mask=mask, scale=self._scale)
 
     @property
     def _scale(self) -> float | None:
         return getattr(self.layer.module, "scale", None)
 
     def _normed(self, part: str, x: Tensor) -> Tensor:
-        """Apply the layer's normalization, which acts on each head, if the layer did; (rows, n, heads, d) -> same."""
+        """Apply the layer's normalization of each head if the layer did; (rows, n, heads, d) -> same shape."""
         norm: Any = getattr(self.layer.module, _NORMS[part], None)
         return norm(x) if part in self.normed else x
 
 
+def scores_mask(mask: Tensor | None, layer: AttentionLayer, batch: int, keys: int) -> Tensor | None:
+    """Bring an attention mask to (rows or 1, heads or 1, queries or 1, keys), as the layer's processor uses it.
+
+    Parameters
+    ----------
+    mask : torch.Tensor, optional
+        As the attention module is given it. Cross-attention takes (rows, keys), (rows, 1 or queries, keys) or
+        (rows x heads, 1 or queries, keys); joint attention every shape that broadcasts to (rows, heads, queries, keys),
+        and (rows, keys).
+    layer : AttentionLayer
+    batch, keys : int
+
+    Raises
+    ------
+    RecordingError
+        When the mask has another shape.
+
+    Examples
+    --------
+    >>> layer = AttentionLayer("attn", "double", 2, nn.Identity(), nn.Identity(), 1, kind="joint")
+    >>> [tuple(scores_mask(torch.zeros(s), layer, 3, 7).shape) for s in ((3, 7), (1, 7), (5, 7), (3, 1, 1, 7))]
+    [(3, 1, 1, 7), (1, 1, 1, 7), (1, 1, 5, 7), (3, 1, 1, 7)]
+    """
+    if mask is None:
+        return None
+    shape = tuple(mask.shape)
+    fits = 0 < mask.ndim <= 4 and shape[-1] in (1, keys)
+    if fits and layer.kind == "cross" and mask.ndim < 4:
+        mask = mask.reshape(-1, 1, shape[-1]) if mask.ndim < 3 else mask
+        heads = layer.heads if len(mask) == batch * layer.heads else 1
+        mask = mask.unflatten(0, (-1, heads))
+    elif fits and shape == (batch, keys):
+        mask = mask[:, None, None]
+    elif fits:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + shape)
+    if not fits or len(mask) not in (1, batch):
+        raise RecordingError(
+            f"Layer {layer.name} was given an attention mask of shape {shape}, which does not fit {batch} rows and "
+            f"{keys} keys. Give one of shape ({batch}, {keys}), or ({batch}, 1, 1, {keys})."
+        )
+    return mask
+
+
+def _to_all(captured: Sequence[_Capture]) -> OnCall:
+    def see(call: AttentionCall) -> None:
+        for one in captured:
+            one.see(call)
+
+    return see
+
+
+class _Capture:
+    """The attention call of one layer whose queries and keys are read where attention is computed."""
+
+    def __init__(self, layer: AttentionLayer, on_attention: OnAttention) -> None:
+        assert layer.layout is not None
+        self.layer = layer
+        self.layout_of = layer.layout
+        self.on_attention = on_attention
+        self.running = False
+        self.call: AttentionCall | None = None
+
+    def place(self, hooks: Hooks) -> None:
+        hooks.before(self.layer.block, self._enter_block)
+        hooks.before(self.layer.module, self._enter)
+        hooks.after(self.layer.module, self._leave)
+
+    def _enter_block(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.layout = self.layout_of(args, kwargs)
+        self.running, self.call = False, None
+
+    def _enter(self, *_: Any) -> None:
+        check_processor(self.layer)
+        self.running, self.call = True, None
+
+    def see(self, call: AttentionCall) -> None:
+        """Keep the first attention call of the layer; later ones are those to an image prompt."""
+        if self.running and self.call is None:
+            self.call = call
+
+    def _leave(self, *_: Any) -> None:
+        self.running = False
+        if self.call is None:
+            raise RecordingError(
+                f"Layer {self.layer.name} ran without calling F.scaled_dot_product_attention, where it is read. Set "
+                "the default attention processor and `set_attention_backend('native')` before the recording."
+            )
+        try:
+            self.on_attention(self.layer, self.attend, self.layout.size)
+        finally:
+            self.call = None
+
+    def attend(self, rows: slice) -> Tensor:
+        assert self.call is not None
+        query, key, mask = self.call.query[rows], self.call.key[rows], self.call.mask
+        locations = math.prod(self.layout.size)
+        queries = slice(self.layout.image, self.layout.image + locations)
+        if mask is not None:
+            mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+            mask = mask[rows] if mask.shape[0] > 1 else mask
+            mask = mask[..., queries, :] if mask.shape[-2] > 1 else mask
+        if key.shape[1] != query.shape[1]:  # grouped queries
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        first, count = self.layout.text
+        columns: slice | None = slice(first, first + count)
+        if self.layer.reads == "image":
+            columns = queries  # in joint attention, queries and keys are the same sequence
+        elif (first, count) == (0, key.shape[-2]):
+            columns = None
+        query, key = query[..., queries, :].transpose(1, 2), key.transpose(1, 2)
+        return probabilities(query, key, columns, mask=mask, scale=self.call.scale)
+
+
 def _rotate(x: Tensor, rotary: Sequence[Tensor]) -> Tensor:
-    """Rotary embedding of neighboring pairs, as FLUX applies it; x (rows, n, heads, d), rotary cos and sin (n, d)."""
+    """Rotary embedding of neighboring pairs, as in FLUX; x (rows, n, heads, d), ``rotary`` is cos and sin (n, d)."""
     cos, sin = (turn[None, :, None, :] for turn in rotary)
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-second, first], dim=-1).flatten(-2)
@@ -233,23 +373,24 @@ def probabilities(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention probabilities, softmax over all keys.
+    """Compute attention probabilities, the softmax over all keys.
 
     Parameters
     ----------
     query : torch.Tensor, (B, n, heads, d)
     key : torch.Tensor, (B, keys, heads, d)
     columns : slice, optional
-        Of the keys, those to give; default: all.
+        Keys to return; default: all.
     mask : torch.Tensor, (B or 1, 1 or heads, 1 or n, keys), optional
-        Added to the scores before the softmax; the heads' dimension may be missing; booleans say what is seen.
+        Added to the scores before the softmax; booleans are True where a key is seen. The dimension of the heads may be
+        missing.
     scale : float, optional
-        Of the scores; default ``1 / sqrt(d)``.
+        Factor of the scores; default ``1 / sqrt(d)``.
 
     Returns
     -------
     torch.Tensor, (B, heads, n, keys of ``columns``)
-        float32 whatever the model's precision (float64 stays float64); differentiable. Each row sums to 1, over all
+        float32 whatever the model's precision (float64 stays float64); differentiable. Each row sums to 1 over all
         keys.
 
     Examples
@@ -264,7 +405,7 @@ def probabilities(
     """
     precision = torch.float64 if query.dtype == torch.float64 else torch.float32
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    # Autocast would put the product back into half precision.
+    # Autocast would compute the product in half precision.
     with torch.autocast(query.device.type, enabled=False):
         q, k = (x.to(precision).transpose(1, 2) for x in (query, key))
         if mask is not None:
@@ -274,7 +415,7 @@ def probabilities(
             mask = mask.to(precision)
         if columns is None:
             return _softmax(q, k, mask, scale)
-        # Head by head, as all scores of a large image at once, image by image, would take gigabytes.
+        # One head at a time: the scores of all heads of a large image take gigabytes.
         heads = [
             _softmax(q[:, h], k[:, h], None if mask is None else mask[:, h % mask.shape[1]], scale)[..., columns]
             for h in range(q.shape[1])

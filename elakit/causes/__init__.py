@@ -3,8 +3,7 @@
 Pure functions over finished runs and the pipeline's text encoder: nothing is drawn here.
 """
 
-from elakit.causes.find import find
-from elakit.causes.findings import CAUSE_KINDS, FAILURE_KINDS, Cause, Failure, Findings, wilson
-from elakit.causes.profile import profile
+import lazy_loader
 
-__all__ = ["CAUSE_KINDS", "FAILURE_KINDS", "Cause", "Failure", "Findings", "find", "profile", "wilson"]
+# The names and their modules are in __init__.pyi, for type checkers too; each module is imported when it is needed.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -15,7 +15,8 @@ import numpy as np
 from skimage.measure import label
 
 from elakit.attention.recording import Recording
-from elakit.bleeding import distribution, soft_overlap
+from elakit.measures.arrays import distribution
+from elakit.measures.overlap import ruzicka
 
 # Attention below this is taken for none at all.
 NOTHING = 1e-9
@@ -213,7 +214,7 @@ def localization(maps: np.ndarray) -> np.ndarray:
 
 def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Overlap (Ruzicka) of the place of every a with that of every b, (step, a, b)."""
-    return np.asarray(soft_overlap(places(a)[:, :, None], places(b)[:, None, :]).ruzicka)
+    return np.asarray(ruzicka(places(a)[:, :, None], places(b)[:, None, :]))
 
 
 def parted(place: np.ndarray) -> float:

@@ -6,12 +6,11 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from elakit.attention.aggregate import resize
 from elakit.attention.recording import Recording
-from elakit.attention.store import SELF
 from elakit.bleeding import measure
 from elakit.errors import RecordingError
 from elakit.generation import Run
+from elakit.measures.arrays import resize
 
 # What is told of each layer; `elakit.Bleeding.to_frame` says what they mean.
 MEASURES = (
@@ -61,10 +60,10 @@ def profile(run: Run) -> pd.DataFrame:
     parts = []
     for order, layer in enumerate(run.recording.layers):
         part = run.recording.sel(layer=layer)
-        node = next(node for name, node in part.tree.children.items() if not name.startswith(SELF)).to_dataset()
-        for head in node["head"].values.tolist():
+        place = str(part.nodes()[0]["place"].item())
+        for head in part.heads(layer) or ("mean",):
             table = _of_layer(part if head == "mean" else part.sel(head=head), regions, size)
-            parts.append(table.assign(layer=layer, place=str(node["place"].item()), order=order, head=head))
+            parts.append(table.assign(layer=layer, place=place, order=order, head=head))
     found = pd.concat(parts).sort_values(["order", "head", "step"], kind="stable", ignore_index=True)
     return found[["layer", "place", "order", "head", "step", "measure", "entity", "other", "value"]]
 

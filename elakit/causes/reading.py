@@ -7,7 +7,6 @@ from functools import cached_property
 from statistics import mean, median
 from typing import Any, NamedTuple
 
-from elakit.attention.store import SELF
 from elakit.causes.evidence import Maps, read
 from elakit.causes.findings import CAUSE_KINDS, CauseKind
 from elakit.causes.signs import LEAST, Key, Sign, of_maps, strongest
@@ -61,9 +60,7 @@ class Reading:
 
     def heads(self, layer: str) -> list[int]:
         """Numbers of the heads of a layer that were kept apart."""
-        nodes = self.recording.sel(layer=layer).tree.children.items()
-        node = next(node for name, node in nodes if not name.startswith(SELF)).to_dataset()
-        return [head for head in node["head"].values.tolist() if head != "mean"]
+        return list(self.recording.heads(layer))
 
     def _signs(self, maps: Maps, kinds: Sequence[CauseKind] = CAUSE_KINDS) -> dict[Key, Sign]:
         covered = None

@@ -16,7 +16,6 @@ import numpy as np
 
 from elakit.models import adapter_for
 from elakit.prompt import Entity, Prompt, parse
-from elakit.tokens import split_words
 
 # Lengths below this are taken for none at all.
 NOTHING = 1e-12
@@ -127,7 +126,7 @@ def _leaks(encoder: _Encoder, prompt: Prompt) -> Iterator[Leak]:
                     continue
                 here = encoder.noun(_marked(prompt, entity))
                 moved = here - encoder.noun(_marked(prompt, entity, without=word))
-                said = prompt.text[slice(*split_words(prompt.text)[word])]
+                said = prompt.text[slice(*prompt.words[word])]
                 own = " ".join(["a", *entity.attributes, f"[{entity.noun}]"])
                 toward = encoder.noun(f"a {said} [{entity.noun}]") - encoder.noun(own)
                 yield Leak(
@@ -162,7 +161,7 @@ class _Encoder:
 
 def _marked(prompt: Prompt, entity: Entity, without: int | None = None) -> str:
     """The prompt's text with brackets around an entity's noun, and without one of its words."""
-    spans = split_words(prompt.text)
+    spans = prompt.words
     noun = next(token.word for token in prompt.tokens if token.index in entity.token_indices)
     text = prompt.text
     changes = [(spans[noun], f"[{entity.noun}]")] + ([] if without is None else [(spans[without], "")])

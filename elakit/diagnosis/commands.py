@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elakit.diagnosis.remedies import DEFAULT, Tried
-from elakit.guidance import METHODS
+from elakit.guidance import METHODS, as_code, method_options
 from elakit.models import EMBEDDED, HUB_ID
 from elakit.rewording import bracketed
 
@@ -30,7 +29,7 @@ def code(diagnosis: Diagnosis) -> str:
     return "\n".join(
         [
             "import elakit",
-            "from elakit import report",
+            "from elakit.diagnosis import report",
             "",
             *_loading(settings),
             "found = elakit.diagnose(",
@@ -168,13 +167,12 @@ def _guidance(name: str | None, options: Mapping[str, Any]) -> str:
 def _call(name: str, changed: Mapping[str, Any]) -> str:
     if name not in METHODS:
         return f"...  # your own {name}"
-    arguments = ", ".join(f"{key}={value!r}" for key, value in changed.items())
-    return f"elakit.guidance.{METHODS[name].__name__}({arguments})"
+    return as_code(METHODS[name], changed)
 
 
 def _changed(name: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
     """Options that are not as by default; None for a method that is not one of ours."""
     if name not in METHODS:
         return None
-    defaults = {field.name: field.default for field in fields(METHODS[name])}
+    defaults = {option.name: option.default for option in method_options(METHODS[name])}
     return {key: value for key, value in options.items() if key not in defaults or defaults[key] != value}

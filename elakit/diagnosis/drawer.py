@@ -16,7 +16,7 @@ from elakit.errors import ElakitError, OutputError, SettingError
 from elakit.files import write_file
 from elakit.generation import Progress, Run, generate, open_run
 from elakit.guidance import Method
-from elakit.guidance.engine import options_of
+from elakit.guidance.metadata import options_of
 from elakit.models import EMBEDDED, default_settings, name_of
 from elakit.prompt import Prompt
 

@@ -15,7 +15,7 @@ from elakit.diagnosis.result import Diagnosis, Outcome, Pair
 from elakit.errors import ElakitError, OutputError, SettingError
 from elakit.generation import Run
 from elakit.guidance import METHODS, Method, without_regions
-from elakit.guidance.engine import options_of
+from elakit.guidance.metadata import options_of
 from elakit.models import name_of
 from elakit.prediction import Predictor, load_predictor
 from elakit.prompt import Prompt, parse

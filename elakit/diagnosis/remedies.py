@@ -19,9 +19,8 @@ from elakit.causes import wilson
 from elakit.diagnosis.drawer import Drawer
 from elakit.errors import ElakitError, SettingError
 from elakit.generation import Run
-from elakit.guidance import ELA, METHODS, Method, without_regions
-from elakit.guidance.engine import options_of
-from elakit.plot.style import method_name
+from elakit.guidance import ELA, METHODS, Method, method_title, without_regions
+from elakit.guidance.metadata import options_of
 from elakit.prediction import FEATURES, Predictor
 from elakit.prompt import Prompt, parse
 from elakit.rewording import next_to, swapped
@@ -73,7 +72,7 @@ class Remedy:
     @property
     def title(self) -> str:
         """What it is called in sentences and headings."""
-        return _TITLES.get(self.name, method_name(self.name))
+        return _TITLES.get(self.name, method_title(self.name))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from elakit.diagnosis.measures import measure_table
 from elakit.diagnosis.remedies import Tried, bleed
-from elakit.plot.style import method_name
+from elakit.guidance import method_title
 
 if TYPE_CHECKING:
     from elakit.causes import Failure
@@ -132,7 +132,7 @@ def fix(diagnosis: Diagnosis) -> list[str]:
 
 
 def _images(diagnosis: Diagnosis) -> list[str]:
-    method, count = method_name(diagnosis.method), len(diagnosis.pairs)
+    method, count = method_title(diagnosis.method), len(diagnosis.pairs)
     if not diagnosis.judged:
         return [
             "The images were not judged, because the judge knows only the nouns and colors of picture-world. "
@@ -179,7 +179,7 @@ def _sure(diagnosis: Diagnosis) -> list[str]:
 
 
 def _attention(diagnosis: Diagnosis) -> list[str]:
-    method, count = method_name(diagnosis.method), len(diagnosis.pairs)
+    method, count = method_title(diagnosis.method), len(diagnosis.pairs)
     table = measure_table(diagnosis)
     if any(guided(pair) for pair in diagnosis.pairs):
         before, after = (float(table["bleed", run].mean()) for run in ("plain", "guided"))

@@ -1,4 +1,4 @@
-"""A-STAR: keep the attention of entities apart, and keep each entity where it was one step before.
+"""A-STAR: separate the attention of entities, and retain each entity's attention from one step to the next.
 
 Agarwal et al., "A-STAR: Test-time Attention Segregation and Retention for Text-to-image Synthesis", ICCV 2023
 (arXiv:2306.14544), equations 2 to 4. With A_m the map of entity m, and B_m its binarized map of the step before:
@@ -7,9 +7,9 @@ Agarwal et al., "A-STAR: Test-time Attention Segregation and Retention for Text-
     L_ret = sum over m of  1 - sum_p min(A_m, B_m) / sum_p (A_m + B_m)
     z' = z - alpha * gradient of (L_seg + L_ret), before every denoising step
 
-No official code is public: the equations alone were checked. The paper leaves open, and we decide: maps are prepared as
-in Attend-and-Excite, so that A_m, from 0 to 1, compares with B_m, which is 0 or 1; B_m is what exceeds Otsu's
-threshold; alpha is Attend-and-Excite's; the first step, which has none before it, retains nothing.
+No official code is public, so only the equations were checked. Decisions of ours where the paper leaves a choice: maps
+are prepared as in Attend-and-Excite, so that A_m, from 0 to 1, is comparable with B_m, which is 0 or 1; B_m holds the
+locations above Otsu's threshold; alpha is Attend-and-Excite's; the first step, which has no predecessor, has no L_ret.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers
 from elakit.guidance.preprocess import STEP_SIZE, entity_maps, schedule
 from elakit.guidance.reading import ReadsOneSize
+from elakit.measures.masks import otsu_masks
 from elakit.prompt import Prompt
-from elakit.regions import otsu_masks
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Memory:
     Attributes
     ----------
     step : int, optional
-        Of the last pass.
+        Step of the last pass.
     latest : Tensor, optional
         Maps of the last pass.
     before : Tensor, optional
@@ -48,7 +48,7 @@ class Memory:
     before: Tensor | None = None
 
     def recall(self, step: int, maps: Tensor) -> Tensor | None:
-        """Maps of the step before, None in the first; these maps are kept for the next.
+        """Maps of the step before, None at the first step; the given maps are kept for the next step.
 
         Examples
         --------
@@ -69,15 +69,16 @@ class AStar(ReadsOneSize):
     Parameters
     ----------
     step_size : float
-        alpha of the first step; it falls as Attend-and-Excite's does. The authors give none: 20 is Attend-and-Excite's.
+        alpha of the first step; it decreases as Attend-and-Excite's does. The paper gives no value: 20 is
+        Attend-and-Excite's.
     guided : float
         Share of the denoising steps that are guided, from the first; the authors guide all.
     segregation : float
-        Weight of L_seg; the authors' is 1.
+        Weight of L_seg; 1 in the paper.
     retention : float
-        Weight of L_ret; the authors' is 1.
+        Weight of L_ret; 1 in the paper.
     layers, size
-        What is read; see `elakit.guidance.reading.ReadsOneSize`.
+        Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
     Raises
     ------
@@ -100,21 +101,22 @@ class AStar(ReadsOneSize):
     retention: float = 1.0
 
     name: ClassVar[str] = "a-star"
+    title: ClassVar[str] = "A-STAR"
 
     def __post_init__(self) -> None:
         check_numbers(self, "step_size", "segregation", "retention")
         check_guided(self)
 
     def begin(self, prompt: Prompt, steps: int) -> Memory:
-        """A run starts with nothing to retain."""
+        """Memory of the maps of the step before, empty at first."""
         return Memory()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """One update before each guided step; nothing where only one entity is named."""
+        """One update before each guided step; none where the prompt names only one entity."""
         return schedule(len(noise), self.step_size, guided=self.guided) if len(prompt.entities) > 1 else []
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Memory) -> Loss:
-        """L_seg + L_ret; its terms are the two, unweighted."""
+        """L_seg + L_ret; its terms are the two without their weights."""
         entities = entity_maps(attention.mean, prompt)
         before = state.recall(step, entities)
         one, other = torch.triu_indices(len(entities), len(entities), 1)
@@ -129,6 +131,6 @@ class AStar(ReadsOneSize):
 
 
 def _overlap(one: Tensor, other: Tensor) -> Tensor:
-    """What two maps share, relative to what they have together, at most 1/2; (n, y, x) -> (n,)."""
+    """Sum of minima over sum of both maps, at most 1/2; (n, y, x) -> (n,)."""
     together = (one + other).sum((1, 2))
     return torch.minimum(one, other).sum((1, 2)) / torch.where(together > 0, together, 1)

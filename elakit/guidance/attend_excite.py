@@ -1,19 +1,20 @@
-"""Attend-and-Excite: the entity that attention neglects most is to get a cell of its own.
+"""Attend-and-Excite: raise the largest attention of the most neglected entity.
 
 Chefer, Alaluf, Vinker, Wolf and Cohen-Or, "Attend-and-Excite: Attention-Based Semantic Guidance for Text-to-Image
 Diffusion Models", ACM Transactions on Graphics 42 (SIGGRAPH 2023), arXiv:2301.13826, and its official code.
 
-    A' = smooth(softmax over tokens of 100 A)      L = max over entities s of (1 - max over cells of A'_s)
+    A' = smooth(softmax over tokens of 100 A)      L = max over entities s of (1 - max over locations of A'_s)
     z' = z - alpha_i dL/dz                         alpha_i = 20 sqrt(1 - i / (2 (N - 1)))
 
 over the first 25 of 50 steps. At steps 0, 10 and 20 such updates are repeated until the largest attention of every
-entity is at least .05, .5 and .8, at most 20 times; one more update follows.
+entity is at least .05, .5 and .8, at most 20 times; one more update follows. Losses and gradients equal those of the
+official code to rounding, with ``normalize_eot`` too (``tests/guidance/test_parity.py``).
 
-Left open, and decided here: a noun of several tokens has the mean of their maps; the schedule is kept in shares of the
-run's steps; a prompt of fewer than two entities is left alone.
+Decisions of ours: a noun of several tokens has the mean of their maps (the official code is given one token per noun);
+the schedule is kept in shares of the run's steps; a prompt of fewer than two entities is not guided.
 
 The pipeline of diffusers (``StableDiffusionAttendAndExcitePipeline``, 0.42) gives the same losses and updates
-(``tests/test_rivals_words.py``), but for what we take to be mistakes of its code:
+(``tests/guidance/test_rivals_words.py``), except for what we take to be mistakes of its code:
 
 * its gradient passes get latents that have not been through the scheduler's ``scale_model_input``: wrong for Euler,
   LMS and others whose input is scaled;
@@ -21,8 +22,8 @@ The pipeline of diffusers (``StableDiffusionAttendAndExcitePipeline``, 0.42) giv
 * refinement drops ``cross_attention_kwargs`` (a LoRA's scale, for one);
 * ``attn_res`` is (16, 16) whatever the size of the image, and computed as (width, height) when None but read as
   (height, width): other sizes find no maps, and images that are not square may be read with wrong rows;
-* its steps and thresholds are counted in steps whatever their number, and the later ones still pay for a pass with
-  gradients that nothing is done with;
+* its steps and thresholds are counted in steps whatever their number, and steps that are not guided still pay for an
+  unused pass with gradients;
 * its attention processors stay in the UNet after an error.
 """
 
@@ -33,7 +34,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from elakit.guidance.method import Attention, Loss, Update
-from elakit.guidance.options import check_guided, check_numbers, check_refine
+from elakit.guidance.options import check_flag, check_guided, check_numbers, check_refine
 from elakit.guidance.preprocess import GUIDED, REFINED, STEP_SIZE, Refinement, entity_maps, schedule
 from elakit.guidance.reading import ReadsOneSize
 from elakit.prompt import Prompt
@@ -50,10 +51,13 @@ class AttendAndExcite(ReadsOneSize):
     guided : float
         Share of the denoising steps that are guided, from the first; .5.
     refine : sequence of (float, float, int)
-        Refinements: the share of the steps at which each takes place, the largest attention that every entity is to
-        reach, and the most steps taken to get there; empty for none.
+        Refinements: the share of the steps at which each takes place, the largest attention that every entity has to
+        reach, and the largest number of extra updates; empty for none.
+    normalize_eot : bool
+        Leave end-of-text and padding out of the softmax over tokens; the official code does so for Stable Diffusion
+        2.x and not for 1.x.
     layers, size
-        What is read; see `elakit.guidance.reading.ReadsOneSize`.
+        Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
     Raises
     ------
@@ -73,16 +77,19 @@ class AttendAndExcite(ReadsOneSize):
     step_size: float = STEP_SIZE
     guided: float = GUIDED
     refine: tuple[Refinement, ...] = tuple(zip(REFINED, (0.05, 0.5, 0.8), (20, 20, 20), strict=True))
+    normalize_eot: bool = False
 
     name: ClassVar[str] = "attend-and-excite"
+    title: ClassVar[str] = "Attend-and-Excite"
 
     def __post_init__(self) -> None:
         check_numbers(self, "step_size")
         check_guided(self)
         check_refine(self, "largest attention to reach")
+        check_flag(self, "normalize_eot")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Falling steps with refinement; nothing where only one entity is named."""
+        """Decreasing step sizes with refinement; no update where the prompt names only one entity."""
         if len(prompt.entities) < 2:
             return []
         until: dict[float, float | None] = {share: 1 - least for share, least, _ in self.refine}
@@ -90,6 +97,7 @@ class AttendAndExcite(ReadsOneSize):
         return schedule(len(noise), self.step_size, guided=self.guided, refine=until, tries=tries)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """1 - the largest attention of the most neglected entity; its term "neglect" is the mean over entities."""
-        neglect = 1 - entity_maps(attention.mean, prompt).amax((1, 2))
+        """1 - the largest attention of the most neglected entity; the term "neglect" is the mean over entities."""
+        maps = entity_maps(attention.mean, prompt, normalize_eot=self.normalize_eot)
+        neglect = 1 - maps.amax((1, 2))
         return Loss(neglect.amax(), {"neglect": float(neglect.detach().mean())})

@@ -1,17 +1,21 @@
-"""BoxDiff: attention is strong inside an entity's box, weak outside, and ends at the box's edges.
+"""BoxDiff: strong attention inside an entity's box, weak attention outside, and edges where the box has its edges.
 
 Xie et al., "BoxDiff: Text-to-Image Synthesis with Training-Free Box-Constrained Diffusion", ICCV 2023
 (arXiv:2307.10816), and its official code (github.com/showlab/BoxDiff). With A the map of an entity, prepared as in
-Attend-and-Excite, M its region and top(.) the mean of the largest fifth of the cells of a region:
+Attend-and-Excite, M its region and top(.) the mean over a region's largest values, a fifth of its locations:
 
     inner  = 1 - top(A in M)
     outer  = top(A outside M)
-    corner = mean over x of |max_y A - max_y M| within one cell of the box's left and right edge, and so for y
+    corner = mean over x of |max_y A - max_y M| within one location of the box's left and right edge; the same for y
 
-L is the sum of the three over entities. Step size and guided steps are Attend-and-Excite's.
-The code can also refine, and calls that not necessary: at steps 0, 10 and 20 of 50 it first steps along the largest
-inner term alone until that is low. Here, as in the paper's update, all steps are along L. A region below five cells
-keeps its largest one (in the code it has none); masks enter as they are, with the edges of their bounding boxes.
+L is the sum of the three over entities. Step size and guided steps are Attend-and-Excite's. As in the official code's
+default configuration (``refine = True``), updates along the largest inner term alone are repeated at steps 0, 10 and 20
+of 50 until top(A in M) is at least .05, .5 and .8 for every entity, at most 20 times; an update along L follows.
+
+Loss and gradient equal those of the official code to rounding (``tests/guidance/test_parity.py``). Intended
+differences: a region of fewer than five locations keeps its largest value (none in the official code); masks are used
+as they are, with the edges of their bounding boxes; refinement stops at the pass that meets its goal, where the
+official code takes one more update.
 """
 
 from __future__ import annotations
@@ -26,8 +30,8 @@ from torch import Tensor
 
 from elakit.guidance.layout import Layout, check_layout, layout_masks
 from elakit.guidance.method import Attention, Loss, Update
-from elakit.guidance.options import check_guided, check_numbers, check_whole, refuse
-from elakit.guidance.preprocess import GUIDED, STEP_SIZE, entity_maps, schedule
+from elakit.guidance.options import check_flag, check_guided, check_numbers, check_refine, check_whole, refuse
+from elakit.guidance.preprocess import GUIDED, REFINED, STEP_SIZE, Refinement, entity_maps, schedule
 from elakit.guidance.reading import ReadsOneSize
 from elakit.measures.masks import bounding_box
 from elakit.prompt import Prompt
@@ -35,7 +39,7 @@ from elakit.prompt import Prompt
 
 @dataclass(frozen=True)
 class BoxDiff(ReadsOneSize):
-    """BoxDiff; needs regions.
+    """BoxDiff, which needs regions.
 
     Parameters
     ----------
@@ -43,15 +47,21 @@ class BoxDiff(ReadsOneSize):
         Where each entity belongs, in the order of the prompt: boxes in shares of the image, or masks; they may
         overlap.
     step_size : float
-        Of the first step, 20 by the authors; it falls as Attend-and-Excite's does.
+        Step size of the first step, 20 in the official code; it decreases as Attend-and-Excite's does.
     guided : float
-        Share of the denoising steps that are guided, from the first; 25 of 50 by the authors.
+        Share of the denoising steps that are guided, from the first; 25 of 50 in the official code.
     share : float
-        Share of a region's cells that count, the strongest; 0.2 by the authors.
+        Share of a region's locations, those with the largest values, that counts; 0.2 in the official code.
     edge : int
-        Cells to either side of a box's edge that count in the corner term; 1 by the authors.
+        Locations to either side of a box's edge that count in the corner term; 1 in the official code.
+    refine : sequence of (float, float, int)
+        Refinements: the share of the steps at which each takes place, the attention inside its region that every
+        entity has to reach, and the largest number of extra updates; empty for none.
+    normalize_eot : bool
+        Leave end-of-text and padding out of the softmax over tokens; the official code does so for Stable Diffusion
+        2.x and not for 1.x.
     layers, size
-        What is read; see `elakit.guidance.reading.ReadsOneSize`.
+        Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
     Raises
     ------
@@ -73,37 +83,56 @@ class BoxDiff(ReadsOneSize):
     guided: float = GUIDED
     share: float = 0.2
     edge: int = 1
+    refine: tuple[Refinement, ...] = tuple(zip(REFINED, (0.05, 0.5, 0.8), (20, 20, 20), strict=True))
+    normalize_eot: bool = False
 
     name: ClassVar[str] = "boxdiff"
+    title: ClassVar[str] = "BoxDiff"
+    takes_regions: ClassVar[bool] = True
+    needs_regions: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "regions", check_layout(self.regions, "BoxDiff(regions=...)"))
         check_numbers(self, "step_size", "share")
         check_guided(self)
         if not 0 < self.share <= 1:
-            refuse(self, "share", "above 0 and at most 1 (a share of a region's cells)")
+            refuse(self, "share", "above 0 and at most 1 (a share of a region's locations)")
         check_whole(self, "edge")
+        check_refine(self, "attention inside the region to reach")
+        check_flag(self, "normalize_eot")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """One update before each guided step; nothing where only one entity is named."""
-        return schedule(len(noise), self.step_size, guided=self.guided) if len(prompt.entities) > 1 else []
+        """Decreasing step sizes with refinement; no update where the prompt names only one entity."""
+        if len(prompt.entities) < 2:
+            return []
+        until: dict[float, float | None] = {share: 1 - least for share, least, _ in self.refine}
+        tries = [most for _, _, most in self.refine]
+        return schedule(len(noise), self.step_size, guided=self.guided, refine=until, tries=tries)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Any) -> Loss:
         """Sum of the terms "inner", "outer" and "corner", each summed over entities."""
-        entities = entity_maps(attention.mean, prompt)
+        entities = entity_maps(attention.mean, prompt, normalize_eot=self.normalize_eot)
         masks = layout_masks(self.regions, (entities.shape[1], entities.shape[2]), len(entities))
         regions = torch.from_numpy(masks).to(entities.device)
+        inner = 1 - _top(entities, regions, self.share)
         terms = {
-            "inner": (1 - _top(entities, regions, self.share)).sum(),
+            "inner": inner.sum(),
             "outer": _top(entities, ~regions, self.share).sum(),
             "corner": _corner(entities, masks, self.edge).sum(),
         }
         total = torch.stack(list(terms.values())).sum()
-        return Loss(total, {name: float(term.detach()) for name, term in terms.items()}, masks)
+        neglect = inner.amax()
+        return Loss(
+            total,
+            {name: float(term.detach()) for name, term in terms.items()},
+            regions=masks,
+            goal=float(neglect.detach()),
+            refinement=neglect,
+        )
 
 
 def _top(maps: Tensor, regions: Tensor, share: float) -> Tensor:
-    """Mean of the strongest cells of each region, of one at least; 0 in an empty one; (n, y, x) -> (n,)."""
+    """Mean over each region's largest values, at least one; 0 for an empty region; (n, y, x) -> (n,)."""
     values = maps.masked_fill(~regions, 0).flatten(1).sort(dim=1, descending=True).values
     counts = (share * regions.sum((1, 2))).long().clamp_min(1)[:, None]
     strongest = torch.arange(values.shape[1], device=maps.device) < counts
@@ -111,13 +140,13 @@ def _top(maps: Tensor, regions: Tensor, share: float) -> Tensor:
 
 
 def _corner(maps: Tensor, masks: np.ndarray, edge: int) -> Tensor:
-    """How far the projections of map and mask differ near the edges of the mask's box; (n, y, x) -> (n,)."""
+    """Difference of the projections of map and mask near the edges of the mask's box; (n, y, x) -> (n,)."""
     left, top, right, bottom = torch.tensor([bounding_box(mask) for mask in masks], device=maps.device).T[..., None]
     regions = torch.from_numpy(masks).to(maps)
     result = maps.new_zeros(len(maps))
     for along, first, last in ((1, left, right), (2, top, bottom)):
         apart = (maps.amax(along) - regions.amax(along)).abs()
-        cells = torch.arange(apart.shape[1], device=maps.device)
-        near = ((cells - first).abs() <= edge) | ((cells - last).abs() <= edge)
+        index = torch.arange(apart.shape[1], device=maps.device)
+        near = ((index - first).abs() <= edge) | ((index - last).abs() <= edge)
         result = result + (apart * near).mean(1)
     return result

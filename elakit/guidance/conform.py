@@ -2,14 +2,16 @@
 
 Meral et al., "CONFORM: Contrast is All You Need For High-Fidelity Text-to-Image Diffusion Models", CVPR 2024
 (arXiv:2312.06059), and its official code (github.com/gemlab-vt/CONFORM). One class is an object with its attributes;
-its members are their maps of this pass and of the last pass of the step before. NT-Xent, with s the cosine of two
-maps and tau the temperature, as the mean over all ordered pairs (i, p) of one class:
+its members are the maps of all their tokens, every piece of a word, in this pass and in the last pass of the step
+before. NT-Xent, with s the cosine of two maps and tau the temperature, is the mean over all ordered pairs (i, p) of one
+class:
 
     -log( exp(s_ip / tau) / (exp(s_ip / tau) + sum over n of other classes of exp(s_in / tau)) )
 
 Maps are raw probabilities (the code's notebook switches the softmax over tokens off), smoothed as in Attend-and-Excite.
-Step size and guided steps are Attend-and-Excite's; 20 further steps are taken at steps 0, 10 and 20 of 50, however low
+Step size and guided steps are Attend-and-Excite's; 20 extra updates are made at steps 0, 10 and 20 of 50, however small
 the loss is. A class of one map has no pair before the second step; where no class has any, the first step does nothing.
+Loss and gradient equal those of the official code to rounding (``tests/guidance/test_parity.py``).
 """
 
 from __future__ import annotations
@@ -38,16 +40,16 @@ class CONFORM(ReadsOneSize):
     Parameters
     ----------
     step_size : float
-        Of the first step, 20 by the authors; it falls as Attend-and-Excite's does.
+        Step size of the first step, 20 in the official code; it decreases as Attend-and-Excite's does.
     guided : float
-        Share of the denoising steps that are guided, from the first; 25 of 50 by default in the authors' code, 30 in
+        Share of the denoising steps that are guided, from the first; 25 of 50 by default in the official code, 30 in
         its notebook.
     refinements : int
-        Further steps taken at 0, 0.2 and 0.4 of the denoising steps; 20 by the authors.
+        Number of extra updates at 0, 0.2 and 0.4 of the denoising steps; 20 in the official code.
     temperature : float
-        tau, 0.5 by the authors.
+        tau, 0.5 in the official code.
     layers, size
-        What is read; see `elakit.guidance.reading.ReadsOneSize`.
+        Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
     Raises
     ------
@@ -70,6 +72,7 @@ class CONFORM(ReadsOneSize):
     temperature: float = 0.5
 
     name: ClassVar[str] = "conform"
+    title: ClassVar[str] = "CONFORM"
 
     def __post_init__(self) -> None:
         check_numbers(self, "step_size", "temperature")
@@ -79,26 +82,23 @@ class CONFORM(ReadsOneSize):
         check_whole(self, "refinements")
 
     def begin(self, prompt: Prompt, steps: int) -> Memory:
-        """A run starts without a step before."""
+        """Memory of the maps of the step before, empty at first."""
         return Memory()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates and refinement; nothing where only one entity is named."""
+        """Updates and refinement; none where the prompt names only one entity."""
         if len(prompt.entities) < 2:
             return []
-        # The loss is 0 only where there is no pair to learn from: then further passes are spared.
+        # The loss is 0 only where there is no pair to compare: then the extra passes are skipped.
         refine = dict.fromkeys(REFINED, 0.0)
         return schedule(len(noise), self.step_size, guided=self.guided, refine=refine, tries=self.refinements)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Memory) -> Loss:
         """NT-Xent over this step's maps and those of the step before; its term is "contrast"."""
         maps = attention.mean
-        members = [maps[list(e.token_indices)].mean(0) for e in prompt.entities]
-        owners = list(range(len(members)))
-        for i, entity in enumerate(prompt.entities):
-            members += [maps[index] for index in entity.attribute_indices]
-            owners += [i] * len(entity.attribute_indices)
-        vectors = smooth(torch.stack(members)).flatten(1)
+        tokens = [[*entity.token_indices, *entity.attribute_indices] for entity in prompt.entities]
+        owners = [i for i, members in enumerate(tokens) for _ in members]
+        vectors = smooth(maps[[index for members in tokens for index in members]]).flatten(1)
         classes = torch.tensor(owners, device=maps.device)
         before = state.recall(step, vectors)
         if before is not None:

@@ -1,4 +1,4 @@
-"""EBAMA: attributes are drawn to their object, the object away from all other words, and no object is to be neglected.
+"""EBAMA: attributes attract their object, the object is repelled by all other words, and no object is neglected.
 
 Zhang, Yu and Wu, "Object-Conditioned Energy-Based Attention Map Alignment in Text-to-Image Diffusion Models", ECCV
 2024, arXiv:2404.07389, and its official code (github.com/YasminZhang/EBAMA), checked against its compute_loss.py,
@@ -9,15 +9,14 @@ With d = 1 - cosine of two raw maps, and A' = smooth(softmax over tokens of 100 
     L = sum over objects s of [sum over its attributes m of d(m, s) - k_s mean over u of d(s, u)]
         - .5 sum over objects s of max over cells of A'_s
 
-u being the prompt's tokens other than the object and its attributes, function words included, and k_s the number of
-its attributes, at least 1: their code repels once for every pair of object and attribute. Of words of several tokens
-d is that of the least alike pieces, before the mean over u. Step 20 over the first 25 of 50 steps, no refinement.
+where u runs over the prompt's tokens other than the object and its attributes, function words included, and k_s is the
+number of attributes, at least 1: the official code repels once per pair of object and attribute. For words of several
+tokens, d(m, s) is summed over the pieces of m, each with its least similar piece of s; d(s, u) is that of the least
+similar piece of s; A'_s is the map of the first piece. Step size 20 at steps 0 to 25 of 50 (26 steps), no refinement.
 
-Decided here: A'_s of an object of several tokens is the mean of theirs (their code takes the first one's); a prompt of
-fewer than two entities is left alone. The pipeline that they released last guides all 50 steps, as it lost the
-condition on the step that the one of their experiments had; the latter's 25 are ours. One stored version of their code
-adds an attribute's pieces up instead of taking the least alike. Not kept: gradient passes of latents that have not been
-through the scheduler's ``scale_model_input``.
+Loss and gradient equal those of the official code to rounding (``tests/guidance/test_parity.py``). Intended
+differences: a prompt of fewer than two entities is not guided; gradient passes get latents that have been through the
+scheduler's ``scale_model_input``.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from torch.nn import functional as F
 
 from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers
-from elakit.guidance.preprocess import GUIDED, STEP_SIZE, entity_maps, schedule
+from elakit.guidance.preprocess import STEP_SIZE, schedule, smooth, word_softmax
 from elakit.guidance.reading import ReadsOneSize
 from elakit.guidance.syngen import attribute_words, other_tokens
 from elakit.prompt import Prompt
@@ -44,13 +43,13 @@ class EBAMA(ReadsOneSize):
     Parameters
     ----------
     step_size : float
-        Of every guided step, 20.
+        Step size of every guided step, 20.
     guided : float
-        Share of the denoising steps that are guided, from the first; .5.
+        Share of the denoising steps that are guided, from the first; 26 of 50 in the official code.
     intensity : float
-        Weight of the objects' largest attention, .5.
+        Weight of the objects' largest attention, 0.5.
     layers, size
-        What is read; see `elakit.guidance.reading.ReadsOneSize`.
+        Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
     Raises
     ------
@@ -68,40 +67,42 @@ class EBAMA(ReadsOneSize):
     """
 
     step_size: float = STEP_SIZE
-    guided: float = GUIDED
+    guided: float = 0.52
     intensity: float = 0.5
 
     name: ClassVar[str] = "ebama"
+    title: ClassVar[str] = "EBAMA"
 
     def __post_init__(self) -> None:
         check_numbers(self, "step_size", "intensity")
         check_guided(self)
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Equal steps; nothing where only one entity is named."""
+        """Equal step sizes; no update where the prompt names only one entity."""
         if len(prompt.entities) < 2:
             return []
         return schedule(len(noise), self.step_size, guided=self.guided, last=1)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """The sum over objects; its terms are "attract", "repel" and, not weighted, "intensity"."""
+        """Sum over objects; its terms are "attract", "repel" and, without its weight, "intensity"."""
         maps = attention.mean
         attract = repel = maps.new_zeros(())
         for entity in prompt.entities:
             noun, rest = list(entity.token_indices), other_tokens(prompt, entity)
             attributes = attribute_words(prompt, entity)
             for word in attributes:
-                attract = attract + unlikeness(maps[noun], maps[word]).amax()
+                attract = attract + unlikeness(maps[noun], maps[word]).amax(0).sum()
             if rest:
                 repel = repel - max(1, len(attributes)) * unlikeness(maps[noun], maps[rest]).amax(0).mean()
-        strongest = -entity_maps(maps, prompt).amax((1, 2)).sum()
+        first = [entity.token_indices[0] for entity in prompt.entities]
+        strongest = -smooth(word_softmax(maps, prompt.start_index)[first]).amax((1, 2)).sum()
         terms = {"attract": attract, "repel": repel, "intensity": strongest}
         total = attract + repel + self.intensity * strongest
         return Loss(total, {name: float(term.detach()) for name, term in terms.items()})
 
 
 def unlikeness(some: Tensor, others: Tensor) -> Tensor:
-    """1 - cosine of every two maps, (n, y, x) and (m, y, x) -> (n, m); an empty map is unlike any.
+    """1 - cosine of each pair of maps, (n, y, x) and (m, y, x) -> (n, m); 1 for an empty map.
 
     Examples
     --------

@@ -9,13 +9,12 @@ hold attention in the pipeline's own passes do it by hooks (`elakit.guidance.hol
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import fields, is_dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from elakit.attention import paused
 from elakit.attention.taps import Attend, tap
 from elakit.errors import SettingError
 from elakit.guidance.holding import Holder
+from elakit.guidance.metadata import options_of
 from elakit.guidance.method import Attention, Hold, Holds, Loss, Method, NoiseSearch, Update
 from elakit.guidance.trace import Trace
 from elakit.models import Adapter, AttentionLayer, Conditioning, adapter_for
@@ -30,6 +30,11 @@ from elakit.prompt import Prompt
 
 # fp16 gradients of a loss of order one underflow; scaling by a power of two loses no digit
 _FP16_SCALE = 256.0
+
+
+MANY_STEPS = 50  # run in which every method acts that is not switched off by its options
+
+logger = logging.getLogger(__name__)
 
 
 class _Enough(Exception):
@@ -113,6 +118,7 @@ def gradient(
     *,
     step: int = 0,
     states: Sequence[Any] | None = None,
+    refining: Callable[[Loss], bool] | None = None,
 ) -> tuple[list[Loss], Tensor]:
     """A method's loss at each latent of a batch, and its gradient there.
 
@@ -122,6 +128,8 @@ def gradient(
         As the scheduler keeps them (not scaled).
     states : sequence of n
         Of the images; by default those of a run's beginning.
+    refining : callable, optional
+        Whether an update of refinement follows a loss, so that the gradient is that of `Loss.refinement`.
 
     Returns
     -------
@@ -138,7 +146,11 @@ def gradient(
         z = latents.detach().to(torch.promote_types(latents.dtype, torch.float32)).requires_grad_(True)
         attention = read(_scaled(adapter, z, timestep).to(model_dtype), timestep, conditioning)
         losses = [method.loss(a, prompt, step, state) for a, state in zip(attention, states, strict=True)]
-        total = torch.stack([loss.total for loss in losses]).sum()
+        objectives = [
+            loss.refinement if loss.refinement is not None and refining is not None and refining(loss) else loss.total
+            for loss in losses
+        ]
+        total = torch.stack(objectives).sum()
         # A loss may be constant where nothing is left to gain.
         wanted = total.requires_grad and not all(loss.enough for loss in losses)
         grad = torch.autograd.grad(total * scale, z)[0] if wanted else torch.zeros_like(z)
@@ -190,7 +202,7 @@ def checkpointing(pipe: Any) -> Iterator[None]:
     >>> import elakit
     >>> pipe = elakit.load("picture-world")
     >>> with checkpointing(pipe):
-    ...     run = elakit.generate(pipe, "a [bear] and a [red car]", seed=0, steps=2, guidance=elakit.ELA(guided=0.5))
+    ...     run = elakit.generate(pipe, "a [bear] and a [red car]", seed=0, steps=4, guidance=elakit.ELA())
     >>> pipe.unet.is_gradient_checkpointing
     False
     """
@@ -229,6 +241,26 @@ def noise_levels(scheduler: Any) -> list[float]:
     return [float(((1 - a) / a).sqrt()) for a in kept]
 
 
+def acts(updates: Sequence[Update]) -> bool:
+    """Whether a plan moves the latent or restricts attention at any step."""
+    return any(update.size or update.hold for update in updates)
+
+
+def check_inference(denoiser: nn.Module) -> None:
+    """Refuse weights that autograd cannot use.
+
+    Raises
+    ------
+    SettingError
+        The model was loaded inside ``torch.inference_mode``.
+    """
+    if any(parameter.is_inference() for parameter in denoiser.parameters()):
+        raise SettingError(
+            "Guidance takes gradients, and this model was loaded inside torch.inference_mode(), so autograd cannot use "
+            "its weights. Load it outside; elakit.generate itself may be called inside."
+        )
+
+
 class Guide:
     """One guided run: moves the latents before each denoising step, and keeps a trace an image.
 
@@ -257,7 +289,14 @@ class Guide:
         self.adapter = adapter_for(pipe)
         self.method, self.prompt, self.conditioning = method, prompt, conditioning
         self.layers = method.select(self.adapter.layers(), latent)
-        self.updates = tuple(method.plan(noise_levels(pipe.scheduler), prompt))
+        noise = noise_levels(pipe.scheduler)
+        self.updates = tuple(method.plan(noise, prompt))
+        check_inference(self.adapter.denoiser)
+        if not acts(self.updates) and acts(method.plan([1.0] * MANY_STEPS, prompt)):
+            logger.warning(
+                "%s does nothing in a run of %d steps: none of them falls into its guided share. Use more steps, or "
+                "guide a larger share of them.", method.title, len(noise),
+            )  # fmt: skip
         self.images = images
         self.states = [method.begin(prompt, len(pipe.scheduler.timesteps)) for _ in range(images)]
         options, labels = options_of(method), tuple(e.label for e in prompt.entities)
@@ -318,15 +357,18 @@ class Guide:
         refinements = [0] * len(z)
         with paused(self.adapter.pipe), frozen(self.adapter.denoiser):
             for attempt in range(update.repeats + 1):
-                losses, grads = self._gradient(z[pending], step, timestep, pending)
+
+                def refining(loss: Loss, extra: bool = attempt < update.repeats) -> bool:
+                    return extra and not (update.until is not None and _goal(loss) <= update.until)
+
+                losses, grads = self._gradient(z[pending], step, timestep, pending, refining)
                 going = []
                 for i, loss, grad in zip(pending, losses, grads, strict=True):
                     last[i] = loss, grad
                     if loss.enough:
                         self.done.add(i)
                         continue
-                    low = update.until is not None and _goal(loss) <= update.until
-                    if attempt < update.repeats and not low and bool(torch.isfinite(grad).all()):
+                    if refining(loss) and bool(torch.isfinite(grad).all()):
                         z[i] -= self._change(update.size, grad, unit)
                         refinements[i] += 1
                         going.append(i)
@@ -399,11 +441,16 @@ class Guide:
             self.traces[i].add(_row(step, timestep, loss, time.perf_counter() - began), one.masks)
 
     def _gradient(
-        self, latents: Tensor, step: int, timestep: Tensor, images: Sequence[int]
+        self,
+        latents: Tensor,
+        step: int,
+        timestep: Tensor,
+        images: Sequence[int],
+        refining: Callable[[Loss], bool],
     ) -> tuple[list[Loss], Tensor]:
         return gradient(
             self.adapter, self.method, self.prompt, self.layers, latents, timestep, self.conditioning,
-            step=step, states=[self.states[i] for i in images],
+            step=step, states=[self.states[i] for i in images], refining=refining,
         )  # fmt: skip
 
     def _search(self, method: NoiseSearch, noise: Tensor, scale: float, timestep: Tensor, image: int) -> Tensor:
@@ -449,17 +496,3 @@ def _row(
         "seconds": seconds,
         "skipped": skipped,
     }
-
-
-def options_of(method: Any) -> dict[str, Any]:
-    """A method's options as plain values, fit for JSON."""
-    if not is_dataclass(method):
-        return {}
-    values = {field.name: getattr(method, field.name) for field in fields(method)}
-    return {name: _plain(value) for name, value in values.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_plain(each) for each in value)
-    return value.tolist() if isinstance(value, np.ndarray) else value

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elakit.attention import biased
-from elakit.attention.taps import Attend, is_left_alone, tap
+from elakit.attention.hooks import Hooks
+from elakit.attention.running import Watch
+from elakit.attention.taps import Attend, tap
 from elakit.guidance.method import Attention, Hold
 from elakit.models import Adapter, AttentionLayer
 
@@ -32,6 +34,7 @@ class Holder:
         self.adapter = adapter
         self.layers = layers
         self.held: list[Hold | None] = [None] * images
+        self._watch = Watch(adapter)
         self._reads = True  # whether passes are
         self._rows: slice | None = None  # of the pass in progress that see the prompt; None: not read
         self._read: dict[str, Tensor] = {}  # a layer, (image, 1, token, y, x)
@@ -40,12 +43,12 @@ class Holder:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Inside, passes are read and held."""
-        counted = self.adapter.denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
         try:
-            with tap(self.layers, self._collect), biased(self.adapter.pipe, self._bias):
+            with Hooks() as hooks, tap(self.layers, self._collect), biased(self.adapter.pipe, self._bias):
+                hooks.before(self.adapter.denoiser, self._before)
                 yield
         finally:
-            counted.remove()
+            self._watch.close()
 
     @property
     def seen(self) -> bool:
@@ -63,9 +66,8 @@ class Holder:
         self._made.clear()
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        left = not self._reads or is_left_alone(self.adapter.denoiser)
-        call = None if left else self.adapter.read_call(args, kwargs)
-        self._rows = self.adapter.conditional_rows(call.batch) if call is not None and call.conditional else None
+        seen = self._watch.read(args, kwargs) if self._reads else None
+        self._rows = None if seen is None else seen.rows
 
     def _collect(self, layer: AttentionLayer, attend: Attend, size: tuple[int, int]) -> None:
         if self._rows is not None:
@@ -91,4 +93,4 @@ def _push(bias: Tensor, held: Hold, size: tuple[int, int]) -> None:
     share = F.interpolate(masks[None], size=size, mode="area")[0].flatten(1)
     for positions, inside, mask in zip(held.tokens, share, masks, strict=True):
         if bool(mask.any()):
-            bias[:, list(positions)] -= held.push * (1 - inside[:, None])
+            bias[:, list(positions)] -= held.strength * (1 - inside[:, None])

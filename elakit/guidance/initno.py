@@ -1,23 +1,26 @@
-"""InitNO: look for starting noise in which every entity has attention, and no two share it.
+"""InitNO: a search for starting noise in which every entity has attention and no two entities share it.
 
 Guo et al., "InitNO: Boosting Text-to-Image Diffusion Models via Initial Noise Optimization", CVPR 2024
 (arXiv:2404.04650), and its official code (github.com/xiefan-guo/initno). With A_i the map of entity i at the first
-timestep, prepared as in Attend-and-Excite, and R_i the (smoothed) self-attention of the cell where it is strongest:
+timestep, prepared as in Attend-and-Excite, and R_i the smoothed self-attention of the location where A_i is largest:
 
     cross    = max over i of (1 - max_p A_i)
     conflict = mean over pairs i < j of sum_p min(R_i, R_j) / sum_p (R_i + R_j)
+    clean    = attention outside the component around the maximum (`elakit.guidance.preprocess.clean_background`)
 
-Noise z0 is changed to z = z0 exp(v / 2) + m; Adam moves m and v, from 0, against cross + conflict (cross alone while it
-is above 0.5) while the KL divergence of N(m, exp v) from N(0, 1), a mean over elements, stays at 0.001 or less. It is
-good enough once cross < 0.2 and conflict < 0.3. Up to 5 rounds of 10 passes start from noise of their own, the first
-from the noise given; if none gets there, the start that came nearest is given 50 more. The draws after the first are a
-function of the noise given, so that a run depends on its seed alone.
-The code goes on to update latents (its example runs so), with the cross term alone at Attend-and-Excite's step sizes
-and guided steps, and so does this; ``guided=0`` only chooses the noise.
-Other than the code: KL is kept by shrinking m and v, where the code lets the same Adam descend it for as long as it
-takes; refinement, at steps 10 and 20 of 50, follows the cross term down to 0.2, where the code also counts the
-conflict, because the engine knows one loss a method; terms of the code for a clean background and for maps that stay
-are left out.
+The noise z0 becomes z = z0 exp(v / 2) + m; Adam moves m and v, from 0, against cross + clean + conflict (without the
+conflict while cross is above 0.5) while the KL divergence of N(m, exp v) from N(0, 1), a mean over elements, stays at
+0.001 or less. The noise is accepted once cross < 0.2 and conflict < 0.3. Up to 5 rounds of 10 passes start from noise
+of their own, the first from the noise given; if none is accepted, the start that came nearest gets 50 more passes. The
+draws after the first are a function of the noise given, so that a run depends on its seed alone. The official code goes
+on to update latents (its example runs so), and so does this: along the cross term at Attend-and-Excite's step sizes and
+guided steps, with refinement at steps 10 and 20 of 50 along cross + 0.1 clean +
+0.1 alignment + conflict until cross is at most 0.2 and conflict at most 0.3. ``guided=0`` only chooses the noise.
+
+The terms and their gradients equal those of the official code (``tests/guidance/test_parity.py``; the conflict to a
+relative 5e-7, because the official code adds 1e-6 to its denominator). Intended differences: KL is kept by shrinking m
+and v, where the official code lets the same Adam descend it for as long as it takes; refinement stops at the pass that
+meets its goal, where the official code takes one more update.
 """
 
 from __future__ import annotations
@@ -33,13 +36,22 @@ from torch import Tensor
 
 from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers, check_whole
-from elakit.guidance.preprocess import GUIDED, REFINED, STEP_SIZE, entity_maps, schedule, smooth
+from elakit.guidance.preprocess import (
+    GUIDED,
+    REFINED,
+    STEP_SIZE,
+    RunningMaps,
+    clean_background,
+    entity_maps,
+    schedule,
+    smooth,
+)
 from elakit.guidance.reading import ReadsOneSize
 from elakit.prompt import Prompt
 
-_GATE = 0.5  # the conflict counts once cross is not above it
-_ADAM_EPS = 1e-3  # the code's; gradients are of that order, so it shortens the steps
-_SCALE = 256.0  # of the loss: gradients survive half precision, and a power of two loses no digit
+_GATE = 0.5  # the conflict counts once cross is not above this value
+_ADAM_EPS = 1e-3  # the official code's; gradients are of that order, so it shortens the steps
+_SCALE = 256.0  # factor of the loss: gradients survive half precision, and a power of two loses no digit
 
 
 @dataclass(frozen=True)
@@ -49,25 +61,26 @@ class InitNO(ReadsOneSize):
     Parameters
     ----------
     learning_rate : float
-        Of Adam, 0.01 by the authors.
+        Learning rate of Adam, 0.01 in the official code.
     rounds : int
-        At most so many draws of noise; 5 by the authors.
+        Largest number of draws of noise; 5 in the official code.
     iterations : int
-        At most so many passes a round; 10 by the authors.
+        Largest number of passes per round; 10 in the official code.
     last_iterations : int
-        At most so many passes from the best draw, when no round was good enough; 50 by the authors.
+        Largest number of passes from the best draw when no round was accepted; 50 in the official code.
     stop_cross, stop_conflict : float
-        Noise with lower scores is good enough; 0.2 and 0.3 by the authors. `stop_cross` also ends refinement.
+        Noise with lower values is accepted; 0.2 and 0.3 in the official code. Both also end refinement.
     max_kl : float
-        Divergence from unit noise that is allowed, 0.001 by the authors.
+        Largest divergence from unit noise, 0.001 in the official code.
     step_size : float
-        Of the first update of the latents, 20 by the authors; it falls as Attend-and-Excite's does.
+        Step size of the first update of the latents, 20 in the official code; it decreases as Attend-and-Excite's does.
     guided : float
-        Share of the denoising steps that are guided, from the first; 25 of 50 by the authors. 0: noise alone.
+        Share of the denoising steps that are guided, from the first; 25 of 50 in the official code. 0 only searches for
+        the noise.
     refinements : int
-        At most so many further steps at 0.2 and 0.4 of the denoising steps; 20 by the authors.
+        Largest number of extra updates at 0.2 and 0.4 of the denoising steps; 20 in the official code.
     layers, size
-        What is read; see `elakit.guidance.reading.ReadsOneSize`.
+        Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
     Raises
     ------
@@ -96,6 +109,7 @@ class InitNO(ReadsOneSize):
     refinements: int = 20
 
     name: ClassVar[str] = "initno"
+    title: ClassVar[str] = "InitNO"
     reads_self: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -107,21 +121,21 @@ class InitNO(ReadsOneSize):
     def search(
         self, noise: Tensor, attend: Callable[[Tensor], Attention], prompt: Prompt
     ) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Noise that is good enough, or the best there was time for.
+        """Noise that is accepted, or else the best noise found.
 
         Parameters
         ----------
         noise : Tensor, (1, c, h, w), or packed as the pipeline has it (FLUX)
-            Of unit variance.
+            Noise of unit variance.
         attend : callable
-            Attention of a pass from given noise; gradients flow.
+            Attention of a pass from given noise, differentiable.
         prompt : Prompt
 
         Returns
         -------
         found : Tensor, of the same shape
         rows : list of dict
-            One a pass: round, iteration, cross, conflict, kl.
+            One row per pass: round, iteration, cross, conflict, clean, kl.
         """
         generator = torch.Generator().manual_seed(zlib.crc32(noise.detach().cpu().float().numpy().tobytes()))
         rows: list[dict[str, Any]] = []
@@ -136,17 +150,26 @@ class InitNO(ReadsOneSize):
         best = min(starts, key=lambda one: one[0])[1]
         return self._optimize(best, attend, prompt, self.last_iterations, self.rounds, rows)[0], rows
 
+    def begin(self, prompt: Prompt, steps: int) -> RunningMaps:
+        """Running average of the image's maps, for the alignment term of refinement."""
+        return RunningMaps()
+
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates and refinement; nothing where only one entity is named."""
+        """Updates and refinement; none where the prompt names only one entity."""
         if len(prompt.entities) < 2:
             return []
-        refine = dict.fromkeys(REFINED[1:], self.stop_cross)
+        refine = dict.fromkeys(REFINED[1:], 1.0)
         return schedule(len(noise), self.step_size, guided=self.guided, refine=refine, tries=self.refinements)
 
-    def loss(self, attention: Attention, prompt: Prompt, step: int, state: Any) -> Loss:
-        """The cross term; "conflict" is only told."""
-        cross, conflict = _scores(attention, prompt)
-        return Loss(cross, {"excite": float(cross.detach()), "conflict": float(conflict.detach())})
+    def loss(self, attention: Attention, prompt: Prompt, step: int, state: RunningMaps) -> Loss:
+        """The cross term ("excite"); "conflict" and "clean" enter refinement only."""
+        scores = _scores(attention, prompt)
+        refinement = scores.cross + 0.1 * scores.clean + 0.1 * state.distance(scores.entities) + scores.conflict
+        terms = {"excite": float(scores.cross.detach()), "conflict": float(scores.conflict.detach())}
+        # the goal is met where both terms are at most their thresholds
+        goal = max(_ratio(terms["excite"], self.stop_cross), _ratio(terms["conflict"], self.stop_conflict))
+        terms["clean"] = float(scores.clean.detach())
+        return Loss(scores.cross, terms, goal=goal, refinement=refinement)
 
     def _optimize(
         self,
@@ -157,21 +180,20 @@ class InitNO(ReadsOneSize):
         number: int,
         rows: list[dict[str, Any]],
     ) -> tuple[Tensor, float, bool]:
-        """One round: the noise it ends with, the score of its last pass, and whether that was good enough."""
+        """One round: the noise it ends with, the score of its last pass, and whether the noise is accepted."""
         mean, log_variance = (torch.zeros_like(start).requires_grad_(True) for _ in range(2))
         adam = torch.optim.Adam([mean, log_variance], lr=self.learning_rate, eps=_ADAM_EPS)
         score = math.inf
         for iteration in range(iterations):
             trial = start * (log_variance / 2).exp() + mean
-            loss, conflict = _scores(attend(trial), prompt)
-            one, other = float(loss.detach()), float(conflict.detach())
+            scores = _scores(attend(trial), prompt)
+            row = {name: float(getattr(scores, name).detach()) for name in ("cross", "conflict", "clean")}
             kl = float(_divergence(mean, log_variance))
-            rows.append({"round": number, "iteration": iteration, "cross": one, "conflict": other, "kl": kl})
-            if one < self.stop_cross and other < self.stop_conflict:
-                return trial.detach(), one + other, True
-            counts = one <= _GATE
-            score = one + (other if counts else 1.0)
-            grads = torch.autograd.grad((loss + conflict if counts else loss) * _SCALE, (mean, log_variance))
+            rows.append({"round": number, "iteration": iteration, **row, "kl": kl})
+            if row["cross"] < self.stop_cross and row["conflict"] < self.stop_conflict:
+                return trial.detach(), row["cross"] + row["conflict"], True
+            score = row["cross"] + (row["conflict"] if row["cross"] <= _GATE else 1.0)
+            grads = torch.autograd.grad(scores.objective() * _SCALE, (mean, log_variance))
             if not all(bool(torch.isfinite(grad).all()) for grad in grads):
                 break
             mean.grad, log_variance.grad = (grad / _SCALE for grad in grads)
@@ -185,8 +207,27 @@ class InitNO(ReadsOneSize):
         return (start * (log_variance / 2).exp() + mean).detach(), score, False
 
 
-def _scores(attention: Attention, prompt: Prompt) -> tuple[Tensor, Tensor]:
-    """Cross and conflict."""
+@dataclass(frozen=True)
+class _Scores:
+    """Terms of InitNO for one pass, and the prepared maps, (entity, y, x)."""
+
+    cross: Tensor
+    conflict: Tensor
+    clean: Tensor
+    entities: Tensor
+
+    def objective(self) -> Tensor:
+        """Objective of the search."""
+        total = self.cross + self.clean
+        return total + self.conflict if float(self.cross.detach()) <= _GATE else total
+
+
+def _ratio(value: float, threshold: float) -> float:
+    return value / threshold if threshold else math.inf if value else 0.0
+
+
+def _scores(attention: Attention, prompt: Prompt) -> _Scores:
+    """Terms of the objective for one pass."""
     entities = entity_maps(attention.mean, prompt)
     cross = (1 - entities.amax((1, 2))).max()
     strongest = entities.flatten(1).argmax(1)
@@ -194,9 +235,10 @@ def _scores(attention: Attention, prompt: Prompt) -> tuple[Tensor, Tensor]:
     first, second = torch.triu_indices(len(reach), len(reach), 1)
     together = (reach[first] + reach[second]).sum((1, 2))
     shared = torch.minimum(reach[first], reach[second]).sum((1, 2)) / torch.where(together > 0, together, 1)
-    return cross, shared.sum() / max(1, len(shared))
+    conflict = shared.sum() / max(1, len(shared))
+    return _Scores(cross=cross, conflict=conflict, clean=clean_background(entities), entities=entities)
 
 
 def _divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL divergence of normal noise from unit noise, as a mean over elements."""
+    """KL divergence of normal noise from unit noise, averaged over elements."""
     return (mean.detach() ** 2 + log_variance.detach().expm1() - log_variance.detach()).mean() / 2

@@ -68,7 +68,7 @@ def _region(region: Any) -> Region:
     return tuple(float(side) for side in region)  # type: ignore[return-value]
 
 
-def layout_masks(layout: Layout, size: tuple[int, int], entities: int) -> np.ndarray:
+def layout_masks(layout: Layout, size: tuple[int, int], entities: int, *, truncate: bool = False) -> np.ndarray:
     """A layout on the grid of a map.
 
     Parameters
@@ -79,10 +79,14 @@ def layout_masks(layout: Layout, size: tuple[int, int], entities: int) -> np.nda
     entities : int
         Of the prompt.
 
+    truncate : bool
+        Truncate the corners of boxes to whole locations instead of taking the locations whose center is inside.
+
     Returns
     -------
     ndarray, bool, (entity, y, x)
-        Cells whose center lies in the box, or most of which lies in the mask; at least one an entity, none for None.
+        Locations whose center lies in the box, or most of which lies in the mask; at least one per entity, none for
+        None.
 
     Raises
     ------
@@ -98,13 +102,23 @@ def layout_masks(layout: Layout, size: tuple[int, int], entities: int) -> np.nda
         raise SettingError(f"The layout has {len(layout)} regions, the prompt {entities} entities; give one for each.")
     if isinstance(layout, np.ndarray):
         return downscale(layout, size)
-    return np.stack([_on_grid(region, size) for region in layout])
+    return np.stack([_on_grid(region, size, truncate) for region in layout])
 
 
-def _on_grid(region: Region | None, size: tuple[int, int]) -> np.ndarray:
+def _on_grid(region: Region | None, size: tuple[int, int], truncate: bool) -> np.ndarray:
     if region is None:
         return np.zeros(size, bool)
-    return downscale(region[None], size)[0] if isinstance(region, np.ndarray) else _cells(region, size)
+    if isinstance(region, np.ndarray):
+        return downscale(region[None], size)[0]
+    return _truncated(region, size) if truncate else _cells(region, size)
+
+
+def _truncated(box: Box, size: tuple[int, int]) -> np.ndarray:
+    """Locations of a box whose corners are truncated to whole locations; bool (y, x)."""
+    rows, columns = size
+    inside = np.zeros(size, bool)
+    inside[int(box[1] * rows) : int(box[3] * rows), int(box[0] * columns) : int(box[2] * columns)] = True
+    return inside if inside.any() else _cells(box, size)
 
 
 def apart(masks: np.ndarray) -> np.ndarray:

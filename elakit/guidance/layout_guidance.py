@@ -1,4 +1,4 @@
-"""Layout guidance: the attention of an entity, head by head, belongs into the region given for it.
+"""Layout guidance: the attention of an entity should lie inside the region given for it, head by head.
 
 Chen et al., "Training-Free Layout Control with Cross-Attention Guidance", WACV 2024 (arXiv:2304.03373; its backward
 guidance), and its official code (github.com/silent-chen/layout-guidance). For each head of the middle and the first
@@ -7,19 +7,22 @@ upward block with cross-attention, and each token of an entity with region M:
     E = mean over heads, tokens, entities and layers of (1 - sum_p A(p) M(p) / sum_p A(p))^2
     z' = z - 30 sigma^2 * gradient of E, sigma the ratio of noise to signal
 
-in the first 10 of 50 steps, at most 5 times a step and no more once E is not above 0.2 (the code then leaves all later
-steps alone; here each step looks anew).
+in the first 10 of 50 steps, at most 5 times per step. As in the official code, the pass that finds E at or below 0.2 is
+still followed by its update, and no later step is guided. Boxes are truncated to whole locations as there: corner x
+becomes the integer part of x times the number of columns.
 The authors' latents are those of the LMS scheduler, signal plus noise of standard deviation sigma. In latents of unit
-variance, which the engine moves, the same move is 30 sigma^2 / (1 + sigma^2): at the first step of Stable Diffusion 30,
-not 6000. Which tokens an entity has is left to the user by
-the authors: here those of its noun.
+variance, which the engine moves, the same move is 30 sigma^2 / (1 + sigma^2): 30 at the first step of Stable Diffusion,
+not 6000. The authors leave to the user which tokens an entity has; here they are those of its noun.
+
+E and its gradient equal those of the official code to rounding (``tests/guidance/test_parity.py``). Intended
+difference: a box that contains no whole location keeps the one at its center (in the official code it is empty).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +37,7 @@ from elakit.prompt import Prompt
 
 @dataclass(frozen=True)
 class LayoutGuidance:
-    """Layout guidance; needs regions.
+    """Layout guidance, which needs regions.
 
     Parameters
     ----------
@@ -42,16 +45,17 @@ class LayoutGuidance:
         Where each entity belongs, in the order of the prompt: boxes in shares of the image, or masks; they may
         overlap.
     step_size : float
-        The authors' 30.
+        Factor of sigma^2 in the step size; 30 in the official code.
     guided : float
-        Share of the denoising steps that are guided, from the first; 10 of 50 by the authors.
+        Share of the denoising steps that are guided, from the first; 10 of 50 in the official code.
     iterations : int
-        At most so many updates a step; 5 by the authors.
+        Largest number of updates per step; 5 in the official code.
     until : float
-        A step's updates end once the loss is not above this; 0.2 by the authors.
+        Guidance ends with the update of the pass whose loss is not above this value; 0.2 in the official code.
     layers : str, optional
-        Layers read: "up", "down", "mid", "all" or a name pattern; by default the middle and the first upward block that
-        has cross-attention, and all layers of a model without such blocks (PixArt, Stable Diffusion 3, FLUX).
+        Layers read: "up", "down", "mid", "all" or a name pattern; by default the middle block and the first upward
+        block that has cross-attention, and all layers of a model without such blocks (PixArt, Stable Diffusion 3,
+        FLUX).
 
     Raises
     ------
@@ -76,6 +80,10 @@ class LayoutGuidance:
     layers: str | None = None
 
     name: ClassVar[str] = "layout-guidance"
+    title: ClassVar[str] = "Layout guidance"
+    takes_regions: ClassVar[bool] = True
+    needs_regions: ClassVar[bool] = True
+    steerable: ClassVar[bool] = False
     reads_self: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -91,39 +99,68 @@ class LayoutGuidance:
         block = next((_block(layer) for layer in layers if layer.place == "up"), None)
         return tuple(layer for layer in layers if layer.place == "mid" or _block(layer) == block) or tuple(layers)
 
-    def begin(self, prompt: Prompt, steps: int) -> Any:
-        """A run has no state."""
-        return None
+    def begin(self, prompt: Prompt, steps: int) -> Progress:
+        """Whether the threshold was met in an earlier step, as a mutable state."""
+        return Progress()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Up to `iterations` updates before each guided step; nothing where only one entity is named."""
+        """Up to `iterations` updates before each guided step; none where the prompt names only one entity."""
         if len(prompt.entities) < 2:
             return []
         count = round(self.guided * len(noise))
-        # 30 sigma^2 in the authors' latents, in those of unit variance that the engine moves
+        # 30 sigma^2 in the authors' latents, converted to the latents of unit variance that the engine moves
         sizes = [self.step_size * sigma**2 / (1 + sigma**2) for sigma in noise[:count]]
-        return [Update(size, self.iterations, self.until, final=False) for size in sizes]
+        return [Update(size, self.iterations - 1, self.until) for size in sizes]
 
     def direction(self, gradient: Tensor) -> Tensor:
         """The raw gradient."""
         return gradient
 
-    def loss(self, attention: Attention, prompt: Prompt, step: int, state: Any) -> Loss:
+    def loss(self, attention: Attention, prompt: Prompt, step: int, state: Progress) -> Loss:
         """E; its term is "outside", and its regions are those on the grid of the largest maps."""
         tokens = [token for entity in prompt.entities for token in entity.token_indices]
         owners = [i for i, entity in enumerate(prompt.entities) for _ in entity.token_indices]
-        # Every entity counts alike, however many tokens it has.
+        # Every entity has the same weight, however many tokens it has.
         weights = [1 / len(entity.token_indices) for entity in prompt.entities for _ in entity.token_indices]
         losses, grids = [], []
         for layer in attention.cross:
-            grids.append(layout_masks(self.regions, (layer.shape[-2], layer.shape[-1]), len(prompt.entities)))
+            size = (layer.shape[-2], layer.shape[-1])
+            grids.append(layout_masks(self.regions, size, len(prompt.entities), truncate=True))
             maps = layer[:, tokens]
             inside = (maps * torch.from_numpy(grids[-1]).to(maps)[owners]).sum((2, 3))
             mass = maps.sum((2, 3))
             outside = (1 - inside / torch.where(mass > 0, mass, 1)).square().mean(0)
             losses.append((outside * outside.new_tensor(weights)).sum() / len(prompt.entities))
         total = torch.stack(losses).mean()
-        return Loss(total, {"outside": float(total.detach())}, max(grids, key=lambda grid: grid.size))
+        outside_share = float(total.detach())
+        enough = state.met(step, outside_share <= self.until)
+        return Loss(total, {"outside": outside_share}, max(grids, key=lambda grid: grid.size), enough=enough)
+
+
+@dataclass
+class Progress:
+    """Step at which an image's loss met the threshold.
+
+    Attributes
+    ----------
+    step : int, optional
+        None as long as the threshold has not been met.
+    """
+
+    step: int | None = None
+
+    def met(self, step: int, low: bool) -> bool:
+        """Whether an earlier step met the threshold; a low loss at this step is remembered for the later ones.
+
+        Examples
+        --------
+        >>> progress = Progress()
+        >>> [progress.met(0, False), progress.met(0, True), progress.met(0, True), progress.met(1, False)]
+        [False, False, False, True]
+        """
+        if self.step is None and low:
+            self.step = step
+        return self.step is not None and step > self.step
 
 
 def _block(layer: AttentionLayer) -> tuple[str, ...]:

@@ -68,7 +68,9 @@ class Loss:
     regions : ndarray, bool, (entity, y, x), optional
         The regions it anchors to.
     goal : float, optional
-        What refinement is to bring down to `Update.until`; by default the total.
+        Value that refinement brings down to `Update.until`; by default the total.
+    refinement : Tensor, scalar, optional
+        Loss that the updates of a refinement follow; by default the total.
     enough : bool
         Nothing is left to fix: the image is left alone from here on, and costs no more passes.
     """
@@ -77,6 +79,7 @@ class Loss:
     terms: dict[str, float]
     regions: np.ndarray | None = None
     goal: float | None = None
+    refinement: Tensor | None = None
     enough: bool = False
 
 
@@ -115,19 +118,38 @@ class Hold:
         At any resolution; an entity without a cell is not held.
     tokens : tuple of tuple of int
         Positions of each entity's words.
-    push : float
-        Subtracted from the scores of an entity's words outside its mask.
+    strength : float
+        Amount subtracted from the scores of an entity's words outside its mask.
     """
 
     masks: np.ndarray
     tokens: tuple[tuple[int, ...], ...]
-    push: float
+    strength: float
 
 
 class Method(Protocol):
-    """What the engine asks of a guidance method; methods are frozen dataclasses of their options."""
+    """Interface of a guidance method; methods are frozen dataclasses whose fields are their options.
+
+    Attributes
+    ----------
+    name : str
+        Key in `elakit.guidance.METHODS`, on the command line and in files, such as "attend-and-excite".
+    title : str
+        Name shown in figures, reports and widgets, such as "Attend-and-Excite".
+    takes_regions, needs_regions : bool
+        Whether the method has an option ``regions`` (one region per entity, given by hand), and whether that option
+        is required.
+    steerable : bool
+        Whether regions can be changed during a run, through ``steer`` of the state (see `Anchors`).
+    reads_self : bool
+        Whether the loss reads self-attention, too.
+    """
 
     name: ClassVar[str]
+    title: ClassVar[str]
+    takes_regions: ClassVar[bool]
+    needs_regions: ClassVar[bool]
+    steerable: ClassVar[bool]
     reads_self: ClassVar[bool]
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
@@ -176,7 +198,10 @@ class NoiseSearch(Protocol):
 def nearest_size(
     layers: Sequence[AttentionLayer], latent: tuple[int, int], size: int | None, native: int, who: str
 ) -> tuple[AttentionLayer, ...]:
-    """Of some layers those whose maps' longer side is `size`, or nearest to `native`.
+    """Layers whose maps' longer side is `size`, or by default the size of the outer blocks nearest to `native`.
+
+    The middle block alone is never read by default: at 768 pixels Stable Diffusion's maps have 96, 48 and 24 rows in
+    the downward and upward blocks and 12 in the middle one, and the authors' codes read the five layers of 24 rows.
 
     Parameters
     ----------
@@ -199,5 +224,8 @@ def nearest_size(
     if size is not None and size not in sides.values():
         raise SettingError(f"{who}(size={size}): the layers have maps of size {sorted(set(sides.values()))}.")
     wanted = size or native
-    factor = min(sides, key=lambda f: (abs(np.log(sides[f] / wanted)), f))
+    # Authors read the downward and upward layers; the middle block joins in where its maps have the same size.
+    outer = {layer.factor for layer in layers if layer.place != "mid"} or set(sides)
+    candidates = sides if size is not None else outer
+    factor = min(candidates, key=lambda f: (abs(np.log(sides[f] / wanted)), f))
     return tuple(layer for layer in layers if layer.factor == factor)

@@ -33,6 +33,13 @@ def check_whole(method: Any, *options: str, least: int = 0) -> None:
             refuse(method, option, f"a whole number of {least} or more")
 
 
+def check_flag(method: Any, *options: str) -> None:
+    """Refuse options that are neither True nor False."""
+    for option in options:
+        if not isinstance(getattr(method, option), bool):
+            refuse(method, option, "True or False")
+
+
 def check_guided(method: Any) -> None:
     """Refuse a ``guided`` that is no share."""
     if not is_number(method.guided, most=1):

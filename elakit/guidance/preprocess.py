@@ -1,4 +1,4 @@
-"""What the methods that descend from Attend-and-Excite share: how maps are prepared, and when and how far they step.
+"""Map preparation and schedules shared by the methods that descend from Attend-and-Excite.
 
 Chefer et al., "Attend-and-Excite: Attention-Based Semantic Guidance for Text-to-Image Diffusion Models", 2023
 (arXiv:2301.13826), and its official code.
@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy import ndimage
+from skimage.filters import threshold_otsu
 from torch import Tensor
 from torch.nn import functional as F
 
 from elakit.guidance.method import Update
 from elakit.prompt import Prompt
 
-NATIVE_SIZE = 16  # side of the maps that the papers read
-Refinement = tuple[float, float, int]  # share of the steps at which, what is to be reached, most steps taken
-# Their share of the 50 steps: guided up to step 25, refined at steps 0, 10 and 20.
+NATIVE_SIZE = 16  # longer side of the maps that the papers read at 512 pixels
+Refinement = tuple[float, float, int]  # (share of the steps, goal, largest number of extra updates)
+# The authors' schedule of 50 steps, as shares: guided up to step 25, refined at steps 0, 10 and 20.
 GUIDED = 0.5
 REFINED = (0.0, 0.2, 0.4)
 STEP_SIZE = 20.0
+_LEVELS = 255  # the official code computes Otsu's threshold on maps quantized to 8 bits
 
 
-def entity_maps(maps: Tensor, prompt: Prompt) -> Tensor:
+def entity_maps(maps: Tensor, prompt: Prompt, *, normalize_eot: bool = False) -> Tensor:
     """Sharpened and smoothed map of each entity: the mean over its noun's tokens.
 
     Parameters
@@ -32,30 +37,35 @@ def entity_maps(maps: Tensor, prompt: Prompt) -> Tensor:
     maps : Tensor, (token, y, x)
         Raw probabilities of all text positions.
     prompt : Prompt
+    normalize_eot : bool
+        Leave end-of-text and padding out of the softmax over tokens, see `word_softmax`.
 
     Returns
     -------
     Tensor, (entity, y, x)
     """
-    words = word_softmax(maps, prompt.start_index)
+    words = word_softmax(maps, prompt.start_index, prompt.end_index if normalize_eot else None)
     return smooth(torch.stack([words[list(entity.token_indices)].mean(0) for entity in prompt.entities]))
 
 
-def word_softmax(maps: Tensor, start: int | None = 0) -> Tensor:
-    """Attention without start-of-text, sharpened: softmax over tokens of 100 times the probabilities.
+def word_softmax(maps: Tensor, start: int | None = 0, end: int | None = None) -> Tensor:
+    """Sharpened attention without start-of-text: the softmax over tokens of 100 times the probabilities.
 
     Parameters
     ----------
     maps : Tensor, (token, y, x)
         Raw probabilities of all text positions.
     start : int or None
-        Position of start-of-text, 0; None where a text has none (T5), and the first position is a word's.
+        Position of start-of-text, 0; None where the text has none (T5) and the first position is a word's.
+    end : int, optional
+        First position that is left out of the softmax. By default the last position alone is left out, as the
+        official code does for Stable Diffusion 1.x; for 2.x it leaves out end-of-text and padding (its
+        ``normalize_eot``), which is the position of end-of-text here.
 
     Returns
     -------
     Tensor, (token, y, x)
-        Of the same positions, so that token indices still hold; start-of-text, with any before it, and the last
-        position are 0.
+        All positions, so that token indices stay valid; those left out are 0.
 
     Examples
     --------
@@ -64,21 +74,22 @@ def word_softmax(maps: Tensor, start: int | None = 0) -> Tensor:
     [0.0, 1.0, 0.0, 0.0]
     """
     first = 0 if start is None else start + 1
-    inner = (100 * maps[first:-1]).softmax(0)
-    return torch.cat([torch.zeros_like(maps[:first]), inner, torch.zeros_like(maps[-1:])])
+    past = len(maps) - 1 if end is None else end
+    inner = (100 * maps[first:past]).softmax(0)
+    return torch.cat([torch.zeros_like(maps[:first]), inner, torch.zeros_like(maps[past:])])
 
 
 def smooth(maps: Tensor, sigma: float = 0.5) -> Tensor:
-    """Gaussian smoothing with a 3 x 3 kernel, edges reflected.
+    """Gaussian smoothing with a 3 x 3 kernel and reflected edges.
 
-    The official kernel's weights are exp(-(d / (2 sigma))^2), so its sigma of .5 acts as .707; this is kept.
+    The official kernel's weights are exp(-(d / (2 sigma))^2), so its sigma of 0.5 acts as 0.707; this is kept.
 
     Parameters
     ----------
     maps : Tensor, (n, y, x)
         At least 2 x 2.
     sigma : float
-        As their code counts it.
+        Width in the official code's convention.
 
     Returns
     -------
@@ -98,6 +109,87 @@ def smooth(maps: Tensor, sigma: float = 0.5) -> Tensor:
     return F.conv2d(F.pad(maps[:, None], (1, 1, 1, 1), mode="reflect"), kernel)[:, 0]
 
 
+def quantized_otsu(maps: Tensor) -> np.ndarray:
+    """Otsu masks as the codes of InitNO and Self-Cross compute them: the threshold is that of the map in 8 bits.
+
+    Parameters
+    ----------
+    maps : Tensor, (n, y, x)
+        Between 0 and 1.
+
+    Returns
+    -------
+    ndarray, bool, (n, y, x)
+        Locations at or above the threshold, which is the highest level of the lower class: locations of that level
+        belong to the mask, as in the official code.
+
+    Examples
+    --------
+    >>> quantized_otsu(torch.tensor([[[0.0, 0.1, 0.9, 0.8]]])).astype(int).tolist()
+    [[[0, 1, 1, 1]]]
+    """
+    values = maps.detach().cpu().numpy()
+    levels = (values * _LEVELS).astype(np.uint16)
+    thresholds = [threshold_otsu(level) / _LEVELS for level in levels]
+    return np.stack([value >= threshold for value, threshold in zip(values, thresholds, strict=True)])
+
+
+def clean_background(maps: Tensor) -> Tensor:
+    """The clean-background term of InitNO and Self-Cross: attention outside the component that holds the maximum.
+
+    For each map, the component of its Otsu mask (`quantized_otsu`, 4-connected) around the largest value is the
+    foreground. The map contributes its largest background value where that exceeds the smallest foreground value.
+
+    Parameters
+    ----------
+    maps : Tensor, (n, y, x)
+
+    Returns
+    -------
+    Tensor, scalar
+
+    Examples
+    --------
+    >>> clean_background(torch.tensor([[[0.9, 0.8, 0.0, 0.1, 0.0, 0.85]]]))
+    tensor(0.8500)
+    """
+    total = maps.new_zeros(())
+    for values, mask in zip(maps, quantized_otsu(maps), strict=True):
+        components, _ = ndimage.label(mask)
+        peak = np.unravel_index(int(values.detach().argmax()), values.shape)
+        foreground = torch.from_numpy((components == components[peak]) & mask).to(values.device)
+        outside = values.masked_fill(foreground, 0).amax()
+        if bool(outside > values.masked_fill(~foreground, 1).amin()):
+            total = total + outside
+    return total
+
+
+@dataclass
+class RunningMaps:
+    """Exponential average of the maps of all passes of an image, for the alignment term of InitNO and Self-Cross.
+
+    Attributes
+    ----------
+    average : Tensor, optional
+        0.9 times the average before plus 0.1 times the latest maps; the first maps themselves after the first pass.
+    """
+
+    average: Tensor | None = None
+
+    def distance(self, maps: Tensor) -> Tensor:
+        """Sum over maps of the mean absolute difference from the average, which these maps then enter.
+
+        Examples
+        --------
+        >>> running = RunningMaps()
+        >>> [round(float(running.distance(torch.full((1, 2, 2), value))), 2) for value in (0.5, 1.0)]
+        [0.0, 0.45]
+        """
+        latest = maps.detach()
+        self.average = latest if self.average is None else 0.9 * self.average + 0.1 * latest
+        return (maps - self.average).abs().mean((1, 2)).sum()
+
+
 def schedule(
     steps: int,
     step_size: float,
@@ -114,21 +206,21 @@ def schedule(
     steps : int
         Denoising steps (calls of the model) of the run.
     step_size : float
-        Of the first step; at step i it is ``step_size * sqrt(1 - (1 - last) i / (steps - 1))``.
+        Step size of the first step; at step i it is ``step_size * sqrt(1 - (1 - last) i / (steps - 1))``.
     guided : float
         Share of the steps that are guided, from the first.
     last : float
         See `step_size`; 1 keeps it constant.
     refine : mapping of float to float or None, optional
-        Share of the steps at which refinement takes place -> loss at which it ends (None: it does not). Of shares that
-        fall on one step of a short run the last counts.
+        Share of the steps at which refinement takes place -> loss at which it ends (None: it does not). Where several
+        shares fall on one step of a short run, the last one counts.
     tries : int or sequence of int
-        Most steps of a refinement, the same for all or one for each.
+        Largest number of updates of a refinement, the same for all or one per refinement.
 
     Returns
     -------
     list of Update
-        One for each guided step.
+        One per guided step.
 
     Examples
     --------

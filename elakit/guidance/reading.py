@@ -31,6 +31,9 @@ class ReadsOneSize:
     size: int | None = None
 
     reads_self: ClassVar[bool] = False
+    takes_regions: ClassVar[bool] = False
+    needs_regions: ClassVar[bool] = False
+    steerable: ClassVar[bool] = False
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
         """The chosen layers whose maps are of the chosen size."""

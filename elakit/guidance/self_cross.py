@@ -1,35 +1,53 @@
-"""Self-Cross guidance: what an entity's cells attend to should not be where another entity is.
+"""Self-Cross guidance: the locations that one entity attends to should not be where another entity is.
 
 Qiu et al., "Self-Cross Diffusion Guidance for Text-to-Image Synthesis of Similar Subjects", CVPR 2025
-(arXiv:2411.18936), and its official code (github.com/mengtang-lab/selfcross-guidance). With A_i the map of entity i,
-prepared as in Attend-and-Excite, and O_i the cells above its Otsu threshold:
+(arXiv:2411.18936), and its official code (github.com/mengtang-lab/selfcross-guidance, pipelines/pipeline_sc_initno.py).
+With A_i the map of entity i, prepared as in Attend-and-Excite, and O_i its Otsu mask:
 
     S_i = sum over p in O_i of A_i(p) * SelfAttention(p), smoothed, then normalized to sum 1
-    L = max over i of (1 - max_p A_i) + mean over i != j of sum_p min(S_j, A_i)
+    cross = max over i of (1 - mean of the K largest values of A_i)
+    overlap = mean over i != j of sum_p min(S_j, A_i)
+    L = cross + overlap + 0.1 * clean background
 
-The second term waits until the first is not above 0.5. In the paper it is added to another method's loss: here to
-Attend-and-Excite's; a subclass with another `SelfCross.base` adds it to something else.
-Step size and guided steps are Attend-and-Excite's. The code refines at steps 10 and 20 of 50 until the first term is
-at most 0.2 and the second at most 0.3; the engine ends a refinement by the whole loss, so here until L is at most
-their sum. Of the code alone, and left out: its search for the starting noise (`elakit.guidance.initno`), terms of
-weight 0.1 for a clean background and for maps that stay, and the mean of the 16 largest values for max_p.
+The overlap counts once `cross` is not above 0.5. Maps with more than 16 rows (Stable Diffusion 2.1 at 768 pixels) are
+normalized to sum 1 in the overlap. Refinement at steps 10 and 20 of 50 goes on until L is at most 0.2, along
+L + 0.1 * alignment; both terms of weight 0.1 are InitNO's (`elakit.guidance.preprocess`).
+Step sizes are Attend-and-Excite's. The authors' run script takes K = 16, 25 guided steps of 50 for Stable Diffusion 1.x
+and 40 for 2.1 (``guided=0.8``).
+
+L and its gradient equal those of the official code to rounding (``tests/guidance/test_parity.py``). Intended
+differences: the search for the starting noise is a method of its own (`elakit.guidance.initno`); a noun of several
+tokens has the mean of their maps; refinement stops at the pass that meets its goal, where the official code takes one
+more update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers, check_whole
-from elakit.guidance.preprocess import GUIDED, REFINED, STEP_SIZE, entity_maps, schedule, smooth
+from elakit.guidance.preprocess import (
+    GUIDED,
+    NATIVE_SIZE,
+    REFINED,
+    STEP_SIZE,
+    RunningMaps,
+    clean_background,
+    entity_maps,
+    quantized_otsu,
+    schedule,
+    smooth,
+)
 from elakit.guidance.reading import ReadsOneSize
 from elakit.prompt import Prompt
-from elakit.regions import otsu_masks
+
+_SMALL = 1e-4  # added to the mass that maps are divided by, as in the official code
 
 
 @dataclass(frozen=True)
@@ -39,19 +57,24 @@ class SelfCross(ReadsOneSize):
     Parameters
     ----------
     step_size : float
-        Of the first step, 20 by the authors; it falls as Attend-and-Excite's does.
+        Step size of the first step, 20 in the official code; it decreases as Attend-and-Excite's does.
     guided : float
-        Share of the denoising steps that are guided, from the first; 25 of 50 by the authors.
+        Share of the denoising steps that are guided, from the first; 25 of 50 in the official code, 40 for Stable
+        Diffusion 2.1.
     refinements : int
-        At most so many further steps at 0.2 and 0.4 of the denoising steps; 20 by the authors.
+        Largest number of extra updates at 0.2 and 0.4 of the denoising steps; 20 in the official code.
     until : float
-        Refinement ends once the loss is not above this.
+        Refinement ends once the whole loss is not above this value; 0.2 in the official code.
+    top : int
+        K, the number of largest values of a map that count as its maximum; 16 in the authors' run script.
     weight : float
-        Of the overlap of self- and cross-attention; 1 by the authors.
+        Weight of the overlap of self- and cross-attention; 1 in the official code.
     gate : float
-        The overlap counts once the base loss is not above this; 0.5 by the authors.
+        The overlap counts once the cross term is not above this value; 0.5 in the official code.
+    clean : float
+        Weight of the clean-background term; 0.1 in the official code.
     layers, size
-        What is read; see `elakit.guidance.reading.ReadsOneSize`.
+        Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
     Raises
     ------
@@ -71,43 +94,52 @@ class SelfCross(ReadsOneSize):
     step_size: float = STEP_SIZE
     guided: float = GUIDED
     refinements: int = 20
-    until: float = 0.5
+    until: float = 0.2
+    top: int = 16
     weight: float = 1.0
     gate: float = 0.5
+    clean: float = 0.1
 
     name: ClassVar[str] = "self-cross"
+    title: ClassVar[str] = "Self-Cross guidance"
     reads_self: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_numbers(self, "step_size", "until", "weight", "gate")
+        check_numbers(self, "step_size", "until", "weight", "gate", "clean")
         check_guided(self)
         check_whole(self, "refinements")
+        check_whole(self, "top", least=1)
+
+    def begin(self, prompt: Prompt, steps: int) -> RunningMaps:
+        """Running average of the image's maps, for the alignment term of refinement."""
+        return RunningMaps()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates and refinement; nothing where only one entity is named."""
+        """Updates and refinement; none where the prompt names only one entity."""
         if len(prompt.entities) < 2:
             return []
         refine = dict.fromkeys(REFINED[1:], self.until)
         return schedule(len(noise), self.step_size, guided=self.guided, refine=refine, tries=self.refinements)
 
-    def base(self, entities: Tensor) -> Tensor:
-        """The loss that the overlap is added to, from the prepared maps (entity, y, x): Attend-and-Excite's."""
-        return (1 - entities.amax((1, 2))).max()
-
-    def loss(self, attention: Attention, prompt: Prompt, step: int, state: Any) -> Loss:
-        """Base loss and overlap; its terms are "excite" and, also while it does not count yet, "self_cross"."""
+    def loss(self, attention: Attention, prompt: Prompt, step: int, state: RunningMaps) -> Loss:
+        """The whole loss; its terms are "excite" (the cross term), "self_cross" (also while gated) and "clean"."""
         entities = entity_maps(attention.mean, prompt)
-        base = self.base(entities)
-        overlap = _overlap(entities, attention.own_mean)
-        total = base if float(base.detach()) > self.gate else base + self.weight * overlap
-        return Loss(total, {"excite": float(base.detach()), "self_cross": float(overlap.detach())})
+        cross = (1 - entities.flatten(1).topk(min(self.top, entities[0].numel()), 1).values.mean(1)).amax()
+        overlap, clean = _overlap(entities, attention.own_mean), clean_background(entities)
+        total = cross + self.clean * clean
+        if float(cross.detach()) <= self.gate:
+            total = total + self.weight * overlap
+        terms = {"excite": cross, "self_cross": overlap, "clean": clean}
+        refinement = total + 0.1 * state.distance(entities)
+        return Loss(total, {name: float(term.detach()) for name, term in terms.items()}, refinement=refinement)
 
 
 def _overlap(entities: Tensor, own: Tensor) -> Tensor:
     """Mean over i != j of the sum of min(S_j, A_i)."""
-    masks = torch.from_numpy(otsu_masks(entities)).to(entities)
+    masks = torch.from_numpy(quantized_otsu(entities)).to(entities)
     reach = smooth(torch.einsum("nyx,yxuv->nuv", entities * masks, own))
-    mass = reach.sum((1, 2), keepdim=True)
-    reach = reach / torch.where(mass > 0, mass, 1)
+    reach = reach / (reach.sum((1, 2), keepdim=True) + _SMALL)
+    if entities.shape[1] > NATIVE_SIZE:
+        entities = entities / (entities.sum((1, 2), keepdim=True) + _SMALL)
     shared = torch.minimum(reach, entities[:, None]).sum((2, 3))
     return (shared.sum() - shared.trace()) / max(1, len(entities) * (len(entities) - 1))

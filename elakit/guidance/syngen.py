@@ -1,24 +1,24 @@
-"""SynGen: an attribute's attention is to be like its noun's, and both unlike that of all other words.
+"""SynGen: an attribute's attention should match its noun's and differ from that of all other words.
 
 Rassin, Hirsch, Glickman, Ravfogel, Goldberg and Chechik, "Linguistic Binding in Diffusion Models: Enhancing Attribute
 Correspondence through Attention Map Alignment", NeurIPS 2023, arXiv:2306.08877, and its official code
 (github.com/RoyiRa/Linguistic-Binding-in-Diffusion-Models), checked against its compute_loss.py and
 syngen_diffusion_pipeline.py.
 
-With each token's map p brought to a sum of 1 over space, and D(p, q) = (KL(p||q) + KL(q||p)) / 2:
+With each token's map p normalized to sum 1 over space, and D(p, q) = (KL(p||q) + KL(q||p)) / 2:
 
     L = sum over pairs (noun n, attribute m) of  D(m, n) - 1/2 [mean over u of D(n, u) + mean over u of D(m, u)]
 
-u being the prompt's tokens other than the noun and its attributes, function words included. Of words of several tokens
-each divergence is that of the least alike piece, before the mean over u. Step 20 over the first 25 of 50 steps, no
-refinement, no smoothing, no softmax over tokens. A noun without attributes takes no part unless asked to, and then
-loses the whole mean of D(n, u), with a minus.
+where u runs over the prompt's tokens other than the noun and its attributes, function words included. For words of
+several tokens each divergence is that of the least similar piece, before the mean over u. Step size 20 over the first
+25 of 50 steps, no refinement, no smoothing, no softmax over tokens. A noun without attributes takes no part by default;
+with ``lone_nouns`` it contributes the whole mean of D(n, u), with a minus sign.
 
-Decided here: the pairs are those that `elakit.parse` reads (or the brackets say), not a parse of our own; maps are kept
-off zero by 1e-9 (their code clips distributions at the least float); a prompt of fewer than two entities, or without
-any pair, is left alone. Mistakes of their code that are not kept: gradient passes get latents that have not been
-through the scheduler's ``scale_model_input``; the first prompt's pairs serve all later ones; of a batch only the last
-image is kept.
+Loss and gradient equal those of the official code to a relative 5e-7 (``tests/guidance/test_parity.py``). Intended
+differences: the pairs are those of `elakit.parse` (or of the brackets); 1e-9 is added to each map, where the official
+code clips distributions at the smallest float; a prompt of fewer than two entities, or without any pair, is not guided.
+Mistakes of the official code are not kept: gradient passes get latents that have not been through the scheduler's
+``scale_model_input``; the first prompt's pairs are used for all later prompts; only the last image of a batch is kept.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from elakit.guidance.preprocess import GUIDED, STEP_SIZE, schedule
 from elakit.guidance.reading import ReadsOneSize
 from elakit.prompt import Entity, Prompt
 
-_OFF_ZERO = 1e-9  # far below any attention that matters; the logarithm of an empty cell stays finite
+_OFF_ZERO = 1e-9  # far below any attention that matters; the logarithm of an empty location stays finite
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,14 @@ class SynGen(ReadsOneSize):
     Parameters
     ----------
     step_size : float
-        Of every guided step, 20.
+        Step size of every guided step, 20.
     guided : float
-        Share of the denoising steps that are guided, from the first; .5.
+        Share of the denoising steps that are guided, from the first; 0.5.
     lone_nouns : bool
-        Whether nouns without attributes are driven from the other words too; they are not in the paper's main results.
+        Whether nouns without attributes are separated from the other words too; they are not in the paper's main
+        results.
     layers, size
-        What is read; see `elakit.guidance.reading.ReadsOneSize`.
+        Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
     Raises
     ------
@@ -73,6 +74,7 @@ class SynGen(ReadsOneSize):
     lone_nouns: bool = False
 
     name: ClassVar[str] = "syngen"
+    title: ClassVar[str] = "SynGen"
 
     def __post_init__(self) -> None:
         check_numbers(self, "step_size")
@@ -81,14 +83,14 @@ class SynGen(ReadsOneSize):
             refuse(self, "lone_nouns", "True or False")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Equal steps; nothing where only one entity is named, or none has attributes."""
+        """Equal step sizes; no update where the prompt names only one entity, or none has attributes."""
         paired = self.lone_nouns or any(entity.attribute_indices for entity in prompt.entities)
         if len(prompt.entities) < 2 or not paired:
             return []
         return schedule(len(noise), self.step_size, guided=self.guided, last=1)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """The sum over pairs; its terms are "alike", of a noun and its attributes, and "unlike", of all else."""
+        """Sum over pairs; its terms are "alike", for nouns and their attributes, and "unlike", for all other words."""
         tokens = [token.index for token in prompt.tokens]
         at = {index: i for i, index in enumerate(tokens)}
         between = divergence(attention.mean[tokens])
@@ -106,7 +108,7 @@ class SynGen(ReadsOneSize):
 
 
 def attribute_words(prompt: Prompt, entity: Entity) -> list[list[int]]:
-    """Token positions of an entity's attributes, word by word.
+    """Token positions of an entity's attributes, one list per word.
 
     Examples
     --------
@@ -125,13 +127,13 @@ def attribute_words(prompt: Prompt, entity: Entity) -> list[list[int]]:
 
 
 def other_tokens(prompt: Prompt, entity: Entity) -> list[int]:
-    """Positions of the prompt's tokens that stand neither for an entity's noun nor for its attributes."""
+    """Positions of the prompt's tokens other than an entity's noun and attributes."""
     own = {*entity.token_indices, *entity.attribute_indices}
     return [token.index for token in prompt.tokens if token.index not in own]
 
 
 def divergence(maps: Tensor) -> Tensor:
-    """Symmetrized Kullback-Leibler divergence of every two maps, each as a distribution over space.
+    """Symmetrized Kullback-Leibler divergence of each pair of maps, as distributions over space.
 
     Parameters
     ----------
@@ -155,5 +157,5 @@ def divergence(maps: Tensor) -> Tensor:
 
 
 def _apart(between: Tensor, word: list[int], others: list[int]) -> Tensor:
-    """Mean over other tokens of how far a word's least alike piece is from each; 0 where the prompt has no others."""
+    """Mean over other tokens of the divergence of a word's least similar piece; 0 without other tokens."""
     return between[word][:, others].amax(0).mean() if others else between.new_zeros(())

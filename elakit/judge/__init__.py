@@ -1,6 +1,6 @@
 """What is in a finished image: which nouns, where, in which color, and what is fused."""
 
-from elakit.judge.things import Detector, Thing
-from elakit.judge.verdict import FAILURES, Verdict, judge, knows
+import lazy_loader
 
-__all__ = ["FAILURES", "Detector", "Thing", "Verdict", "judge", "knows"]
+# The names and their modules are in __init__.pyi, for type checkers too; each module is imported when it is needed.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,15 +1,73 @@
-"""Masks of things: their boxes, and how they look on a coarser grid."""
+"""Masks: binarization of maps, bounding boxes, and resampling to a coarser grid."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from skimage.filters import threshold_otsu
 
 from elakit.errors import SettingError
-from elakit.regions import as_array
+from elakit.measures.arrays import area_mean, as_array, as_masks
 
-__all__ = ["bounding_box", "coverage", "downscale"]
+__all__ = ["bounding_box", "check_disjoint", "coverage", "downscale", "is_constant", "otsu_masks", "otsu_thresholds"]
+
+
+def otsu_masks(maps: Any) -> np.ndarray:
+    """Binarize each map separately with Otsu's threshold; the masks may overlap.
+
+    Parameters
+    ----------
+    maps : array or tensor, (..., y, x)
+        Finite and not negative.
+
+    Returns
+    -------
+    bool array, (..., y, x)
+        The mask of a constant map is empty, because no value exceeds the threshold.
+
+    Raises
+    ------
+    SettingError
+        NaN, infinite or negative values, or fewer than two dimensions.
+
+    References
+    ----------
+    Otsu, "A threshold selection method from gray-level histograms", 1979.
+
+    Examples
+    --------
+    >>> otsu_masks([[.1, .1, .9], [.2, .8, 1.]]).astype(int)
+    array([[0, 0, 1],
+           [0, 1, 1]])
+    """
+    values = as_array(maps, "maps")
+    if values.ndim < 2:
+        raise SettingError(f"maps have shape {values.shape}; the shape must be (..., y, x)")
+    flat = values.reshape(-1, *values.shape[-2:])
+    return (flat > otsu_thresholds(flat)).reshape(values.shape)
+
+
+def otsu_thresholds(maps: np.ndarray) -> np.ndarray:
+    """Otsu's threshold of each map (n, y, x), as an array (n, 1, 1); the value of a constant map."""
+    thresholds = maps.max(axis=(1, 2), keepdims=True)
+    for i in np.flatnonzero(~is_constant(maps)):
+        low, span = maps[i].min(), np.ptp(maps[i])
+        # Scaled to [0, 1], so that the histogram of a small range is as fine as that of a large one.
+        thresholds[i] = low + span * threshold_otsu((maps[i] - low) / span)
+    return thresholds
+
+
+def is_constant(maps: np.ndarray) -> np.ndarray:
+    """Whether each map (n, y, x) has one value only, up to rounding; bool array (n, 1, 1)."""
+    high = maps.max(axis=(1, 2), keepdims=True)
+    return np.asarray(high - maps.min(axis=(1, 2), keepdims=True) <= 1e-9 * high)
+
+
+def check_disjoint(masks: np.ndarray) -> None:
+    """Raise SettingError if two of the masks (..., region, y, x) share a location."""
+    if shared := int((masks.sum(axis=-3) > 1).sum()):
+        raise SettingError(f"{shared} locations belong to more than one region; regions must be disjoint")
 
 
 def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -36,13 +94,13 @@ def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def coverage(masks: Any, size: tuple[int, int]) -> np.ndarray:
-    """Share of each cell's area that a mask covers, when its image is divided into cells.
+    """Share of the area of each location that a mask covers, on a grid laid over the mask.
 
     Parameters
     ----------
     masks : bool array, (..., y, x)
     size : (int, int)
-        Rows and columns of cells; they need not divide those of the masks.
+        Rows and columns of the grid; they need not divide those of the masks.
 
     Returns
     -------
@@ -56,7 +114,7 @@ def coverage(masks: Any, size: tuple[int, int]) -> np.ndarray:
 
     Examples
     --------
-    Three of six pixels, cut into four cells of one and a half pixels each:
+    Six pixels, three of them covered, on a grid of four locations of one and a half pixels each:
 
     >>> coverage([[0, 1, 1, 1, 0, 0]], (1, 4)).round(3).tolist()
     [[0.333, 1.0, 0.667, 0.0]]
@@ -65,24 +123,24 @@ def coverage(masks: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def downscale(masks: Any, size: tuple[int, int]) -> np.ndarray:
-    """Bring masks to a coarser grid: cells that are covered by more than half.
+    """Resample masks to a coarser grid, keeping the locations that are covered by more than half.
 
     Parameters
     ----------
     masks : bool array, (..., y, x)
     size : (int, int)
-        Rows and columns wanted; they need not divide those of the masks.
+        Rows and columns of the grid; they need not divide those of the masks.
 
     Returns
     -------
     bool array, (..., *size)
-        A thing too small to fill half a cell keeps the one it covers most (the first in reading order on a tie),
-        so only an empty mask comes out empty.
+        A mask that covers no location by more than half keeps the one it covers most (the first in reading order on a
+        tie), so only an empty mask stays empty.
 
     Raises
     ------
     SettingError
-        As :func:`coverage`.
+        The same as for :func:`coverage`.
 
     Examples
     --------
@@ -97,31 +155,3 @@ def downscale(masks: Any, size: tuple[int, int]) -> np.ndarray:
     flat = covered.reshape(*covered.shape[:-2], -1)
     best = np.arange(flat.shape[-1]) == flat.argmax(axis=-1)[..., None]
     return np.asarray(small | (lost & best.reshape(small.shape)))
-
-
-def as_masks(masks: Any, what: str) -> np.ndarray:
-    """Masks as bool (..., y, x); refuse anything that is not 0 or 1."""
-    values = as_array(masks, what)
-    if values.ndim < 2 or ((values != 0) & (values != 1)).any():
-        raise SettingError(
-            f"{what} must be boolean masks (..., y, x); binarize maps first, for instance with otsu_masks"
-        )
-    return values.astype(bool)
-
-
-def area_mean(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Mean of values (..., y, x) over each of `size` equal cells, pixels that are cut counting in part."""
-    if 0 in values.shape[-2:]:
-        raise SettingError(f"masks have shape {values.shape}; they need (..., y, x) with at least one pixel")
-    if len(size) != 2 or any(side != int(side) or side < 1 for side in size):
-        raise SettingError(f"size={size!r}; give rows and columns, whole numbers of at least 1")
-    down, across = (_overlaps(pixels, int(cells)) for pixels, cells in zip(values.shape[-2:], size, strict=True))
-    # Whole numbers up to the division, so that exactly half stays half.
-    total: np.ndarray = down @ values.astype(np.float64) @ across.T
-    return total / (values.shape[-2] * values.shape[-1])
-
-
-def _overlaps(pixels: int, cells: int) -> np.ndarray:
-    """Length that each pixel has in each cell, (cell, pixel), where a pixel is as long as there are cells."""
-    pixel, cell = np.arange(pixels) * cells, np.arange(cells)[:, None] * pixels
-    return np.clip(np.minimum(cell + pixels, pixel + cells) - np.maximum(cell, pixel), 0, None).astype(np.float64)

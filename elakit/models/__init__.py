@@ -1,7 +1,7 @@
 """Pipelines to work on: loading them, and one adapter file a family of architectures.
 
 A family is added by one file with a class like `StableDiffusion` and one entry in ``FAMILIES``: see
-docs/adding-a-family.md.
+docs/developing/adding-a-family.md.
 """
 
 from __future__ import annotations
@@ -347,7 +347,7 @@ def _unsupported(what: str, reasons: Sequence[str]) -> ModelError:
     families = "; ".join(family.family for family in FAMILIES)
     return ModelError(
         f"{what} is not supported: {'; '.join(dict.fromkeys(near or reasons))}. Supported: {families}. Load one of "
-        f"these, or add its family, one file: docs/adding-a-family.md in the repository tells how."
+        f"these, or add its family, one file: docs/developing/adding-a-family.md in the repository tells how."
     )
 
 

@@ -1,4 +1,4 @@
-"""What every family of architectures tells of itself: its layers, its calls, its text; see docs/adding-a-family.md."""
+"""Contract of the model adapters: layers, denoiser calls and text sequences (docs/developing/adding-a-family.md)."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def decoded(pipe: Any, latents: torch.Tensor) -> list[Image.Image]:
     if upcast:
         vae.to(torch.float32)
     try:
-        images = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
+        pixels = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
     finally:
         if upcast:
             vae.to(precision)
-    images: list[Image.Image] = pipe.image_processor.postprocess(images.detach(), output_type="pil")
+    images: list[Image.Image] = pipe.image_processor.postprocess(pixels.detach(), output_type="pil")
     return images
 
 
@@ -142,7 +142,14 @@ def compiled(module: Any, path: str) -> str | None:
             f"its {path.rpartition('.')[2]} was wrapped by torch.compile, inside which attention cannot be read "
             f"without changing the image; use the plain one, `{path} = {path}._orig_mod`, for recording and guidance"
         )
-    parts = module.named_modules() if isinstance(module, nn.Module) else ()
+    parts = list(module.named_modules()) if isinstance(module, nn.Module) else []
+    for name, part in parts:
+        if hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable"):
+            owner = f"{path}.{name}" if name else path
+            return (
+                f"the forward method of {owner} was wrapped by torch.compile, inside which attention cannot be read "
+                f"without changing the image; set the original one back, for example with `del {owner}.forward`"
+            )
     inside = next((name for name, part in parts if getattr(part, "_compiled_call_impl", None) is not None), None)
     if inside is None:
         return None
@@ -157,6 +164,28 @@ def image_grid(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int
     """Rows and columns of a block whose input is an image, (B, C, h, w)."""
     image = argument(args, kwargs, 0, "hidden_states")
     return image.shape[-2], image.shape[-1]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where image and text stand in an attention call that is read as it is made.
+
+    Attributes
+    ----------
+    size : tuple of int
+        (h, w) of the layer's maps.
+    image : int
+        Position of the first image location among the queries.
+    text : tuple of int
+        Position of the first text token among the keys, and the number of text tokens.
+    """
+
+    size: tuple[int, int]
+    image: int
+    text: tuple[int, int]
+
+
+LayoutOf = Callable[[Sequence[Any], Mapping[str, Any]], Layout]
 
 
 @dataclass(frozen=True)
@@ -186,8 +215,14 @@ class AttentionLayer:
         Where image and text are keys side by side: whether the text comes first.
     takes_mask : bool
         Whether its processor heeds an ``attention_mask``; `elakit.attention.edit` goes another way where not.
+    reads : {"text", "image"}
+        Keys whose attention is read: the text, or the image's own locations (self-attention).
     grid : callable
         ``grid(args, kwargs)`` of a call of ``block`` -> (h, w) of this layer's maps.
+    layout : callable, optional
+        ``layout(args, kwargs)`` of a call of ``block`` -> `Layout`. A layer that has one is read and biased where it
+        calls `torch.nn.functional.scaled_dot_product_attention`, not by hooks on its projections: for layers that do
+        more between projection and softmax than the hooks know. Give ``takes_mask=False`` with it.
     """
 
     name: str
@@ -199,7 +234,9 @@ class AttentionLayer:
     kind: Kind = "cross"
     text_first: bool = False
     takes_mask: bool = True
+    reads: Literal["text", "image"] = "text"
     grid: Grid = field(default=image_grid, compare=False, repr=False)
+    layout: LayoutOf | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

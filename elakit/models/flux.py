@@ -44,6 +44,8 @@ class Flux(TransformerAdapter):
     family: ClassVar[str] = "FLUX.1"
     model: ClassVar[type[nn.Module]] = FluxTransformer2DModel
     model_names: ClassVar[tuple[str, ...]] = ("FluxTransformer2DModel",)
+    # The image attends to the text that T5 reads: prompt_2, or prompt if there is none.
+    text_arguments: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt_2", "prompt"),)
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -126,6 +128,11 @@ class Flux(TransformerAdapter):
             (rows * self._patch, columns * self._patch),
             conditional=negative is None or text is not negative,
         )
+
+    @property
+    def text_limit(self) -> int:
+        """Largest number of text positions; what follows them are image tokens (Redux)."""
+        return self._t5_length()
 
     def _timestep(self, given: torch.Tensor) -> float:
         """The scheduler's own number: the model is given a thousandth of it, rounded to the model's precision."""

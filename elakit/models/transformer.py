@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -159,20 +160,21 @@ class TransformerAdapter:
         return torch.as_tensor(timestep, device=latents.device).expand(len(latents))
 
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
-        """The layers of self-attention that stand before given layers in their blocks.
+        """Layers that read self-attention, one for each of the given layers.
+
+        These are the layers of self-attention in the same blocks. In joint attention, where image and text are keys
+        side by side, they are the given layers themselves: their attention to the keys of the image, whose rows sum to
+        the share that the image gets beside the text.
 
         Raises
         ------
         ModelError
-            There is none: in joint attention the image attends to itself and to the text at once.
+            When a block has no self-attention.
         """
-        joint = next((layer for layer in beside if layer.kind != "cross"), None)
-        if joint is not None:
-            raise ModelError(
-                f"{self.family} has joint attention, no separate self-attention: in {joint.name} image and text "
-                "attend to both in one softmax. Go without what reads self-attention."
-            )
-        return tuple(self_layer(self.denoiser, layer) for layer in beside)
+        return tuple(
+            self_layer(self.denoiser, layer) if layer.kind == "cross" else replace(layer, reads="image")
+            for layer in beside
+        )
 
     @property
     def _channels(self) -> int:

@@ -224,7 +224,7 @@ def self_layer(denoiser: nn.Module, beside: AttentionLayer) -> AttentionLayer:
         module = None
     if not isinstance(module, Attention) or module.is_cross_attention:
         raise ModelError(f"There is no self-attention beside {beside.name}; go without what reads it.")
-    return replace(beside, name=name, heads=module.heads, module=module)
+    return replace(beside, name=name, heads=module.heads, module=module, reads="image")
 
 
 def check_sides(height: int, width: int, factor: int) -> None:

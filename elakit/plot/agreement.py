@@ -10,12 +10,11 @@ import plotly.graph_objects as go
 import xarray as xr
 from skimage.measure import approximate_polygon, find_contours
 
-from elakit.measures.agreement import truth_masks
+from elakit.bleeding import truth_masks
 from elakit.errors import SettingError
-from elakit.measures.masks import downscale
+from elakit.measures.masks import downscale, otsu_masks
 from elakit.plot import style
 from elakit.plot.images import figure_uri, paled
-from elakit.regions import otsu_masks
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,6 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from elakit.errors import SettingError
+from elakit.guidance import method_title
 from elakit.plot import style
 
 if TYPE_CHECKING:
@@ -50,10 +51,10 @@ def method_comparison(summary: pd.DataFrame, *, panel: int = 200, title: str | N
     Examples
     --------
     >>> import pandas as pd
-    >>> from elakit import bench
+    >>> from elakit import sweep
     >>> methods, success = ["plain", "ela"] * 3, [0, 1, 0, 1, 1, 1]
     >>> table = pd.DataFrame({"prompt": list("aabbcc"), "method": methods, "success": success})
-    >>> [round(float(x), 2) for x in method_comparison(bench.summary(table)).data[0].x]
+    >>> [round(float(x), 2) for x in method_comparison(sweep.summary(table)).data[0].x]
     [0.33, 1.0]
     """
     needed = [f"{name}{end}" for name in _PANELS for end in ("", "_low", "_high")]
@@ -65,7 +66,7 @@ def method_comparison(summary: pd.DataFrame, *, panel: int = 200, title: str | N
         raise SettingError("method_comparison: the table has no row; draw something first (elakit sweep run).")
     found = _ordered(summary)
     plain = [_is_plain(name) for name in found.index]
-    labels = [style.escape(style.shorten(style.method_name(str(name)), 40)) for name in found.index]
+    labels = [style.escape(style.shorten(method_title(str(name)), 40)) for name in found.index]
     colors = [style.RUN_COLORS[0] if is_plain else style.RUN_COLORS[2] for is_plain in plain]
     p = found["p_holm"].to_numpy(dtype=float) if "p_holm" in found else np.full(len(found), np.nan)
     told = [is_plain or bool(value < _LEVEL) for is_plain, value in zip(plain, p, strict=True)]

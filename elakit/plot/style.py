@@ -10,6 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from elakit.errors import RecordingError, SettingError
+from elakit.guidance import method_title
+from elakit.measures.arrays import nearest_size
 
 if TYPE_CHECKING:
     from elakit.attention import Recording
@@ -26,13 +28,6 @@ SHARES = [[0, "#f7f9fb"], [0.25, "#c6d9e8"], [0.5, "#7faccb"], [0.75, "#35749f"]
 DARK_FROM = 0.68  # share of the scale beyond which values are printed in white
 INK, FAINT, RULE = "#1f2328", "#6e7781", "rgba(128, 128, 128, 0.28)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Liberation Sans', sans-serif"
-ANALYSIS_SIZE = 16
-
-_METHOD_NAMES = {
-    "ela": "ELA", "ela-paper": "ELA as in the paper", "attend-and-excite": "Attend-and-Excite", "syngen": "SynGen",
-    "divide-and-bind": "Divide & Bind", "a-star": "A-STAR", "ebama": "EBAMA", "conform": "CONFORM",
-    "self-cross": "Self-Cross guidance", "initno": "InitNO", "layout-guidance": "Layout guidance", "boxdiff": "BoxDiff",
-}  # fmt: skip
 
 
 def escape(text: object) -> str:
@@ -70,18 +65,7 @@ def entity_colors(entities: Sequence[str]) -> dict[str, str]:
 
 def run_name(run: Run) -> str:
     """What a run is called in figures: "plain", or the name of its method."""
-    return method_name(run.label)
-
-
-def method_name(label: str) -> str:
-    """A method's name as people write it.
-
-    Examples
-    --------
-    >>> method_name("ela"), method_name("plain")
-    ('ELA', 'plain')
-    """
-    return _METHOD_NAMES.get(label, label)
+    return method_title(run.label)
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
@@ -107,8 +91,7 @@ def recorded(run: Run | Recording) -> Recording:
 
 def map_size(recording: Recording) -> int:
     """The recorded map size (larger side) nearest to 16, the one regions and measures are taken at."""
-    sides = {max(size) for size in recording.sizes}
-    return min(sides, key=lambda side: (abs(np.log(side / ANALYSIS_SIZE)), side))
+    return nearest_size(max(size) for size in recording.sizes)
 
 
 def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:

@@ -1,6 +1,6 @@
 """Failure predicted: from the attention of a run's first steps to the probability that its image fails, and how."""
 
-from elakit.prediction.features import FEATURES, SHARES, features
-from elakit.prediction.predictor import OUTCOMES, Predictor, load_predictor
+import lazy_loader
 
-__all__ = ["FEATURES", "OUTCOMES", "SHARES", "Predictor", "features", "load_predictor"]
+# The names and their modules are in __init__.pyi, for type checkers too; each module is imported when it is needed.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
-
-from elakit.files import check_path
 
 app = typer.Typer(no_args_is_help=True, help="Foretell from a run's first steps whether its image fails, and how.")
 
@@ -25,9 +22,12 @@ def fit(
     method: Annotated[str, typer.Option(help="Whose images are learned from.")] = "plain",
 ) -> None:
     """Fit a predictor on a sweep, and print how well it predicts prompts that were held out."""
-    from elakit.sweep import table
+    import numpy as np
+
+    from elakit.files import check_path
     from elakit.prediction.fit import confusion
     from elakit.prediction.fit import fit as fit_to
+    from elakit.sweep import table
 
     check_path(out)
     predictor, quality, held_out = fit_to(table(sweep), method)

@@ -126,7 +126,7 @@ class Predictor:
         --------
         >>> import elakit
         >>> nothing = Predictor(np.zeros((5, 4, len(FEATURES))), np.zeros((5, 4)))
-        >>> options = dict(guidance=elakit.ELA(start=0.5), steps=4, progress=False)
+        >>> options = dict(guidance=elakit.RegionalAttention(start=0.5), steps=4, progress=False)
         >>> pipe = elakit.load("picture-world")
         >>> run = elakit.generate(pipe, "a [cat] and a [lion]", guide_if=nothing.guide_if(above=0.6), **options)
         >>> run.settings["guided"], len(run.guidance.rows)

@@ -14,14 +14,14 @@ from typing import Annotated, Any
 import typer
 from tqdm.auto import tqdm
 
+from elakit.errors import ModelError, SettingError
+from elakit.files import check_path
+from elakit.models import EMBEDDED, HUB_ID, device_named
 from elakit.sweep import report as reports
 from elakit.sweep.store import there
 from elakit.sweep.suites import SUITES, read_prompts, spread, suite
 from elakit.sweep.sweep import run as run_units
 from elakit.sweep.units import Unit, plan, sweepable
-from elakit.errors import ModelError, SettingError
-from elakit.files import check_path
-from elakit.models import EMBEDDED, HUB_ID, device_named
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -41,8 +41,8 @@ def run(
         list[str] | None,
         typer.Option(
             "--set",
-            help="method.option=value, such as ela.push=3; several times. Every method takes guide_above=0.2: "
-            "only images that are likelier than that to fail are guided.",
+            help="method.option=value, such as ela.anchor.step_size=0.2; several times. Every method takes "
+            "guide_above=0.2: only images that are likelier than that to fail are guided.",
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="So many prompts of each suite, evenly spread.")] = None,
@@ -152,7 +152,7 @@ def _methods(text: str, settings: list[str]) -> list[tuple[str, dict[str, Any]]]
         target, equals, value = setting.partition("=")
         method, dot, option = target.strip().partition(".")
         if not (equals and dot and option):
-            raise SettingError(f"--set {setting}: write method.option=value, such as ela.push=3.")
+            raise SettingError(f"--set {setting}: write method.option=value, such as ela.anchor.step_size=0.2.")
         if method not in chosen:
             raise SettingError(f"--set {setting}: {method!r} is not among --methods {text}; add it there.")
         if option in chosen[method]:

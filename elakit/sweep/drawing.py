@@ -12,13 +12,13 @@ import numpy as np
 import transformers
 
 from elakit.attention import RecordSpec
-from elakit.sweep.units import Unit
 from elakit.generation import Run, generate
 from elakit.guidance import Trace
 from elakit.judge import FAILURES, Detector, Verdict, judge
 from elakit.judge.detectors import load_detector
 from elakit.models import load
 from elakit.prediction import features, load_predictor
+from elakit.sweep.units import Unit
 
 # Columns that are means of a measure of bleeding over steps and entities.
 BLEEDING = ("bleed", "intrusion", "spill", "ruzicka", "attribute_bleed")

@@ -16,11 +16,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from scipy.stats import binomtest
 
+from elakit.files import check_path
+from elakit.plot.style import ENTITY_COLORS, FAINT, FONT, INK, RUN_COLORS, escape
 from elakit.sweep.store import IMAGE, SETTINGS, failures, write_file
 from elakit.sweep.store import table as read_table
 from elakit.sweep.units import PLAIN, canonical
-from elakit.files import check_path
-from elakit.plot.style import ENTITY_COLORS, FAINT, FONT, INK, RUN_COLORS, escape
 
 DRAWS, SEED, LEVEL = 2000, 0, 95  # of the bootstrap
 

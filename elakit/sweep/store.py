@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet
 
-from elakit.sweep.units import Unit
 from elakit.errors import OutputError, SettingError
 from elakit.files import write_file
+from elakit.sweep.units import Unit
 
 _TEXT, _WHOLE, _NUMBER, _YES = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 SCHEMA = pa.schema(

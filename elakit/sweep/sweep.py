@@ -14,12 +14,12 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from elakit.errors import OutputError, SettingError
 from elakit.sweep import store
 from elakit.sweep.drawing import draw
 from elakit.sweep.store import table
 from elakit.sweep.units import Unit, plan
 from elakit.sweep.workers import Borrowed, Pool, Workers, default_workers
-from elakit.errors import OutputError, SettingError
 
 __all__ = ["Outcome", "Unit", "draw", "plan", "run", "table"]
 

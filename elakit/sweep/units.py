@@ -6,12 +6,12 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from elakit.errors import SettingError
-from elakit.guidance import METHODS, Method
-from elakit.guidance.engine import options_of
+from elakit.guidance import METHODS, Method, build, method_options
+from elakit.guidance.metadata import options_of
 
 PLAIN = "plain"
 # Options beside a method's own: guide only images whose probability of failure, predicted by the shipped predictor
@@ -110,12 +110,12 @@ def settle(method: str, options: Mapping[str, Any]) -> str:
 
     Examples
     --------
-    >>> settle("ela", {}) == settle("ela", {"push": 5.0}), settle("plain", {})
+    >>> settle("ela", {}) == settle("ela", {"anchor.step_size": 0.1}), settle("plain", {})
     (True, '{}')
     >>> settle("ela", {"alpha": 1})
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: ela has no option 'alpha'. It has anchoring, localization, ...
+    elakit.errors.SettingError: ELA has no option 'alpha'. It has localize.differentiation, ...
     """
     if method == PLAIN:
         if options:
@@ -130,16 +130,14 @@ def settle(method: str, options: Mapping[str, Any]) -> str:
         raise SettingError(f"There is no method {method!r}. Choose from {', '.join(sweepable())}.")
     only_if = _only_if(method, options)
     options = {name: value for name, value in options.items() if name not in ONLY_IF}
-    defaults = {field.name: field.default for field in fields(METHODS[method]) if field.init}
-    if strange := [option for option in options if option not in defaults]:
-        raise SettingError(f"{method} has no option {strange[0]!r}. It has {', '.join(defaults)}.")
+    defaults = {option.name: option.default for option in method_options(METHODS[method])}
     # 1 and 1.0 are the same setting, and must make the same key
     given = {
-        name: float(value) if isinstance(defaults[name], float) and type(value) is int else value
+        name: float(value) if isinstance(defaults.get(name), float) and type(value) is int else value
         for name, value in options.items()
     }
     try:
-        text = canonical(options_of(METHODS[method](**given)))
+        text = canonical(options_of(build(METHODS[method], given)))
         # a worker builds the method from this text, so what JSON cannot hold is refused here
         unchanged = canonical(options_of(_build(method, json.loads(text)))) == text
     except SettingError:
@@ -207,7 +205,7 @@ def plan(
 
     Examples
     --------
-    >>> units = plan(["a cat and a lion"], [1, 3], ["plain", ("ela", {"push": 3.0})])
+    >>> units = plan(["a cat and a lion"], [1, 3], ["plain", ("ela", {"anchor.step_size": 0.2})])
     >>> [(unit.method, unit.seeds) for unit in units]
     [('plain', (1, 3)), ('ela', (1, 3))]
     """
@@ -248,19 +246,15 @@ def sweepable() -> list[str]:
     >>> sweepable()[0], "ela" in sweepable()
     ('plain', True)
     """
-    needy = {
-        name
-        for name, kind in METHODS.items()
-        if any(f.init and f.default is MISSING and f.default_factory is MISSING for f in fields(kind))
-    }
-    return [PLAIN, *(name for name in METHODS if name not in needy)]
+    return [PLAIN, *(name for name, kind in METHODS.items() if not kind.needs_regions)]
 
 
 def _build(method: str, options: Mapping[str, Any]) -> Method:
     """A method of options that were JSON; those that are as by default keep the types JSON cannot hold."""
     usual = json.loads(canonical(options_of(METHODS[method]())))
     changed = {name: _tuples(value) for name, value in options.items() if name not in usual or value != usual[name]}
-    return METHODS[method](**changed)
+    made: Method = build(METHODS[method], changed)
+    return made
 
 
 def _tuples(value: Any) -> Any:

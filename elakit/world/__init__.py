@@ -1,5 +1,6 @@
 """The picture world: art composed into captioned scenes whose truth is known; training of the embedded model."""
 
-from elakit.world.scenes import Scene, SceneEntity, Subject, World, compose, sample
+import lazy_loader
 
-__all__ = ["Scene", "SceneEntity", "Subject", "World", "compose", "sample"]
+# The names and their modules are in __init__.pyi, for type checkers too; each module is imported when it is needed.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

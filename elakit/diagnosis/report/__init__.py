@@ -1,7 +1,7 @@
 """The report of a diagnosis: one HTML page that needs nothing but itself."""
 
 from elakit.diagnosis import MEANINGS, measure_table, summary
-from elakit.files import check_path
 from elakit.diagnosis.report.page import render, write
+from elakit.files import check_path
 
 __all__ = ["MEANINGS", "check_path", "measure_table", "render", "summary", "write"]

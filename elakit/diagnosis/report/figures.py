@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from elakit import plot
 from elakit.diagnosis.sentences import guided
-from elakit.plot.style import method_name
+from elakit.guidance import method_title
 
 if TYPE_CHECKING:
     from elakit.diagnosis import Diagnosis, Pair
@@ -37,7 +37,7 @@ def figures(diagnosis: Diagnosis, example: Pair) -> list[Figure]:
     diagnosis : Diagnosis
     example : Pair
     """
-    plain, other, method = example.plain, example.guided, method_name(diagnosis.method)
+    plain, other, method = example.plain, example.guided, method_title(diagnosis.method)
     attributes = any(entity.attributes for entity in diagnosis.prompt.entities)
     traced = other.guidance is not None and other.guidance.regions is not None
     made = [

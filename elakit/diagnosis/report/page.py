@@ -16,11 +16,12 @@ from plotly.offline import get_plotlyjs
 
 from elakit.diagnosis import MEANINGS, commands, measure_table, told
 from elakit.diagnosis.measures import BY_SEED
-from elakit.diagnosis.sentences import plural
-from elakit.files import check_path, write_file
-from elakit.plot.style import entity_colors, method_name
 from elakit.diagnosis.report import views
 from elakit.diagnosis.report.figures import figures
+from elakit.diagnosis.sentences import plural
+from elakit.files import check_path, write_file
+from elakit.guidance import method_title
+from elakit.plot.style import entity_colors
 
 if TYPE_CHECKING:
     from elakit.diagnosis import Diagnosis, Pair
@@ -62,7 +63,7 @@ def render(diagnosis: Diagnosis, command: str = "") -> str:
             prompt=diagnosis.prompt.text,
             marked=views.marked(diagnosis.prompt),
             colors=entity_colors([entity.label for entity in diagnosis.prompt.entities]),
-            method=method_name(diagnosis.method),
+            method=method_title(diagnosis.method),
             told=told(diagnosis),
             judged=diagnosis.judged,
             tiles=_tiles(diagnosis, table),
@@ -130,7 +131,7 @@ def _environment() -> Environment:
 
 def _tiles(diagnosis: Diagnosis, table: pd.DataFrame) -> list[tuple[str, str]]:
     """Numbers worth showing large, each with what it is."""
-    count, method = len(diagnosis.pairs), method_name(diagnosis.method)
+    count, method = len(diagnosis.pairs), method_title(diagnosis.method)
     tiles = []
     if diagnosis.judged:
         tiles.append((f"{diagnosis.right} of {count}", "right when drawn plainly"))
@@ -157,7 +158,7 @@ def _why_example(diagnosis: Diagnosis, example: Pair) -> str:
         others = diagnosis.count("fixed") > 1
         return "Chosen because it was fixed" + (", and bled most of those when drawn plainly." if others else ".")
     return "Chosen because its maps bleed most when drawn plainly" + (
-        f"; {method_name(diagnosis.method)} fixed none of the seeds." if diagnosis.judged else "."
+        f"; {method_title(diagnosis.method)} fixed none of the seeds." if diagnosis.judged else "."
     )
 
 
@@ -200,8 +201,8 @@ def _settings(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     ]
     if settings.get("negative_prompt"):
         rows.append(("negative prompt", str(settings["negative_prompt"])))
-    rows.append(("method", method_name(diagnosis.method)))
-    rows += [(f"{method_name(diagnosis.method)}: {name}", str(value)) for name, value in diagnosis.options.items()]
+    rows.append(("method", method_title(diagnosis.method)))
+    rows += [(f"{method_title(diagnosis.method)}: {name}", str(value)) for name, value in diagnosis.options.items()]
     if recording is not None:
         maps = run.entity_maps()
         layers = "the decoder's layers" if recording.decoder == "up" else "all layers"

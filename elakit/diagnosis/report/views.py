@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from elakit.diagnosis import commands
 from elakit.diagnosis.remedies import Tried, bleed
 from elakit.diagnosis.sentences import layer, plural
+from elakit.guidance import method_title
 from elakit.plot.images import data_uri
-from elakit.plot.style import method_name
 from elakit.rewording import entity_spans
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def card(diagnosis: Diagnosis, pair: Pair, most: int = THUMBNAIL) -> Card:
         pair.seed,
         pair.outcome,
         image(pair.plain, pair.plain_verdict, "plain", most),
-        image(pair.guided, pair.guided_verdict, method_name(diagnosis.method), most),
+        image(pair.guided, pair.guided_verdict, method_title(diagnosis.method), most),
         "" if chance is None else f"failure predicted: {chance:.0%}",
     )
 

@@ -13,16 +13,15 @@ from typing import Any
 import diffusers
 import transformers
 
-from elakit import report
-from elakit.sweep.units import Unit, settle
+from elakit.diagnosis import Diagnosis, commands, report
 from elakit.diagnosis.procedure import diagnose
-from elakit.diagnosis import Diagnosis, commands
 from elakit.diagnosis.remedies import check
 from elakit.errors import SettingError
 from elakit.files import write_file
 from elakit.models import load
 from elakit.plot.images import data_uri
 from elakit.prediction import load_predictor
+from elakit.sweep.units import Unit, settle
 
 # Longest side of the images in the summary.
 SMALL = 96

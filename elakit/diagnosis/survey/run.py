@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from elakit.sweep import sweep as sweeps
-from elakit.errors import OutputError
 from elakit.diagnosis.survey.cases import cases, draw
 from elakit.diagnosis.survey.summary import write
+from elakit.errors import OutputError
+from elakit.sweep import sweep as sweeps
 
 
 @dataclass(frozen=True)

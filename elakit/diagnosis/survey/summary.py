@@ -17,9 +17,9 @@ import pyarrow.parquet
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from elakit.causes import wilson
+from elakit.diagnosis.report.views import Bar
 from elakit.diagnosis.sentences import plural
 from elakit.files import write_file
-from elakit.diagnosis.report.views import Bar
 
 COLUMNS = (
     "prompt", "images", "right", "rate", "low", "high", "bleed", "failures", "wrong", "cause", "why", "best", "title",

@@ -3,8 +3,7 @@
 `explore` makes a widget for Jupyter; `Explorer.to_html` writes the same as a page that needs no Jupyter and no Python.
 """
 
-from __future__ import annotations
+import lazy_loader
 
-from elakit.widgets.explorer.widget import Explorer, explore
-
-__all__ = ["Explorer", "explore"]
+# The names and their modules are in __init__.pyi, for type checkers too; each module is imported when it is needed.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

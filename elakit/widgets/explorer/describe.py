@@ -12,15 +12,13 @@ import pandas as pd
 import xarray as xr
 
 from elakit.attention import Recording
-from elakit.attention.store import SELF
 from elakit.errors import ElakitError, RecordingError
-from elakit.widgets.explorer.colors import TABLES
-from elakit.widgets.explorer.packing import Buffer, Fit, Source, fit_to, pack
 from elakit.generation import Run
 from elakit.plot import style
 from elakit.plot.images import LOSSLESS_SIDE, data_uri
 from elakit.prompt import Prompt
-from elakit.tokens import split_words
+from elakit.widgets.explorer.colors import TABLES
+from elakit.widgets.explorer.packing import Buffer, Fit, Source, fit_to, pack
 
 START, END = "<start>", "<end>"
 # Names of `Recording.maps`' normalizations, "none" for None; what the numbers then are.
@@ -121,10 +119,10 @@ def nodes_of(recording: Recording) -> tuple[xr.Dataset, ...]:
     RecordingError
         Nothing was recorded.
     """
-    nodes = [node.to_dataset() for name, node in recording.tree.children.items() if not name.startswith(SELF)]
+    nodes = recording.nodes()
     if not nodes or not nodes[0].sizes["step"]:
         raise RecordingError("The recording is empty: the run ended before its first step was finished. Draw it again.")
-    return tuple(sorted(nodes, key=lambda node: (node.sizes["y"], node.sizes["x"]), reverse=True))
+    return nodes
 
 
 def words_of(recording: Recording) -> list[Word]:
@@ -176,7 +174,7 @@ def _chips(prompt: Prompt, words: Sequence[Word]) -> list[dict[str, Any]]:
         pieces.setdefault(token.word, []).append(token)
     chips: list[dict[str, Any]] = []
     last = 0
-    for i, (first, past) in enumerate(split_words(prompt.text)):
+    for i, (first, past) in enumerate(prompt.words):
         where = place.get(_label(pieces[i])) if i in pieces else None
         chips.append({"text": prompt.text[first:past], "gap": first > last, "token": where})
         last = past

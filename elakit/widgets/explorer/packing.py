@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from elakit.measures.masks import area_mean
+from elakit.measures.arrays import area_mean
 from elakit.plot.style import pick_steps
 
 # Bytes of all maps before they are deflated. Deflating never adds to them and base64 adds a third, so that a page of

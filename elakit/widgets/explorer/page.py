@@ -35,7 +35,10 @@ def render(meta: dict[str, Any], maps: bytes, state: dict[str, Any], code: str, 
         HTML.
     """
     environment = Environment(
-        loader=PackageLoader("elakit.widgets.explorer", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("elakit.widgets.explorer", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     prompts = dict.fromkeys(run["prompt"] for run in meta["runs"])
     return environment.get_template("page.html.jinja").render(

@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
 from elakit.errors import ElakitError
-from elakit.widgets.explorer.colors import lookup
 from elakit.generation import Run
 from elakit.plot import style
 from elakit.plot.images import paled
+from elakit.widgets.explorer.colors import lookup
 
 # Pixels; the image has twice as many as it is shown with, for sharp text.
 _SCALE = 2

@@ -13,10 +13,10 @@ import traitlets as t
 
 from elakit.attention import Recording
 from elakit.errors import RecordingError, SettingError
+from elakit.generation import Run
 from elakit.widgets.explorer import page, still
 from elakit.widgets.explorer.describe import describe, sizes_of
 from elakit.widgets.explorer.packing import BUDGET
-from elakit.generation import Run
 
 HERE = Path(__file__).parent
 # What Python and the browser may both change; a page that is written opens as these are.

@@ -1,7 +1,6 @@
 """The live panel: draw in a notebook, watch attention and regions move, and put things where they are wanted."""
 
-from __future__ import annotations
+import lazy_loader
 
-from elakit.widgets.live.panel import Panel, live
-
-__all__ = ["Panel", "live"]
+# The names and their modules are in __init__.pyi, for type checkers too; each module is imported when it is needed.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -9,10 +9,10 @@ import numpy as np
 import xarray as xr
 
 from elakit.errors import ElakitError
-from elakit.widgets.explorer.packing import quantize
 from elakit.generation import Run
 from elakit.plot.images import LOSSLESS_SIDE, data_uri
 from elakit.plot.style import entity_colors
+from elakit.widgets.explorer.packing import quantize
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import ast
 import re
 import typing
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from inspect import cleandoc
 from typing import Any, Literal
 
 import ipywidgets as w
 
 from elakit.errors import SettingError
-from elakit.guidance import METHODS
+from elakit.guidance import metadata
 
 REGIONS = "regions"  # are drawn, not typed
 KINDS: dict[Any, str] = {float: "number", int: "whole", bool: "switch", str: "words"}
@@ -27,6 +27,7 @@ class Option:
     Attributes
     ----------
     name : str
+        With the part that it belongs to: "anchor.step_size".
     kind : {"number", "whole", "switch", "choice", "words", "value"}
         "words" is any text; "value" is what Python writes: a number, a tuple, or nothing for None.
     choices : tuple
@@ -55,28 +56,15 @@ def options(method: type[Any]) -> tuple[Option, ...]:
     --------
     >>> from elakit.guidance import ELA
     >>> found = {option.name: option for option in options(ELA)}
-    >>> found["decay"].kind, found["gradient"].choices, found["lock_from"].kind, "regions" in found
-    ('number', ('normalized', 'raw'), 'value', False)
-    >>> found["every"].about
-    'Of these, every so manieth is guided.'
+    >>> found["anchor.decay"].kind, found["anchor.gradient"].choices, "regions" in found
+    ('number', ('normalized', 'raw'), False)
+    >>> found["anchor.every"].about
+    'Guide every n-th of these steps only.'
     """
-    hints, about = typing.get_type_hints(method), descriptions(method)
     return tuple(
-        Option(field.name, *_kind(hints[field.name]), _default(field), about.get(field.name, ""))
-        for field in fields(method)
-        if field.name != REGIONS
-    )
-
-
-def takes_regions(name: str) -> bool:
-    """Whether a method of that name takes regions by hand."""
-    return name in METHODS and any(field.name == REGIONS for field in fields(METHODS[name]))
-
-
-def needs_regions(name: str) -> bool:
-    """Whether it cannot do without them."""
-    return takes_regions(name) and any(
-        field.name == REGIONS and field.default is MISSING for field in fields(METHODS[name])
+        Option(each.name, *_kind(each.hint), each.default, descriptions(each.owner).get(each.field_name, ""))
+        for each in metadata.method_options(method)
+        if each.name != REGIONS
     )
 
 
@@ -145,14 +133,14 @@ class Controls:
         self.set({name: option.default for name, option in self.options.items()})
 
 
-def _default(field: Any) -> Any:
-    return field.default_factory() if field.default_factory is not MISSING else field.default
-
-
 def _kind(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     """Kind of an option, and its choices."""
+    alternatives = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
-        return "choice", typing.get_args(hint)
+        return "choice", alternatives
+    if type(None) in alternatives and any(typing.get_origin(each) is Literal for each in alternatives):
+        (allowed,) = (typing.get_args(each) for each in alternatives if typing.get_origin(each) is Literal)
+        return "choice", (None, *allowed)
     return KINDS.get(hint, "value"), ()
 
 
@@ -162,12 +150,12 @@ def _widget(option: Option) -> Any:
     )
     settings: dict[str, Any] = {"value": _shown(option, option.default), "tooltip": option.about}
     if option.kind == "choice":
-        settings["options"] = option.choices
+        settings["options"] = [("automatic" if each is None else each, each) for each in option.choices]
     elif option.kind == "switch":
         settings["indent"] = False
     elif option.kind == "value":
         settings["placeholder"] = "automatic" if option.default is None else ""
-    return make(description=option.name.replace("_", " "), continuous_update=False, **settings)
+    return make(description=option.name.rpartition(".")[2].replace("_", " "), continuous_update=False, **settings)
 
 
 def _shown(option: Option, value: Any) -> Any:

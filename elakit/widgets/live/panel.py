@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import fields
 from html import escape
 from typing import Any
 
@@ -13,16 +12,16 @@ import numpy as np
 
 from elakit.errors import ElakitError, PromptError, SettingError
 from elakit.generation import Run
-from elakit.guidance import ELA, METHODS, Method
+from elakit.guidance import ELA, METHODS, Method, build, method_title, option_values
 from elakit.guidance.layout import Region, check_layout
+from elakit.models import adapter_for, default_settings
+from elakit.plot.style import entity_colors
+from elakit.prompt import Entity, Prompt, parse
 from elakit.widgets.live import still, words
 from elakit.widgets.live.frames import frame
-from elakit.widgets.live.options import REGIONS, Controls, needs_regions, takes_regions
+from elakit.widgets.live.options import REGIONS, Controls
 from elakit.widgets.live.session import Session, State
 from elakit.widgets.live.widgets import Stage, Words
-from elakit.models import adapter_for, default_settings
-from elakit.plot.style import entity_colors, method_name
-from elakit.prompt import Entity, Prompt, parse
 
 PLAIN = "plain"
 _ELA = ELA()
@@ -147,6 +146,14 @@ class Panel:
         self._method.value = name
 
     @property
+    def _takes_regions(self) -> bool:
+        return self.method != PLAIN and METHODS[self.method].takes_regions
+
+    @property
+    def _needs_regions(self) -> bool:
+        return self.method != PLAIN and METHODS[self.method].needs_regions
+
+    @property
     def options(self) -> dict[str, Any]:
         """The method's options, without its regions; give those that are to change."""
         return {} if self.method == PLAIN else self._controls_of(self.method).values()
@@ -170,13 +177,13 @@ class Panel:
         if self.method == PLAIN:
             return None
         options = self.options
-        if takes_regions(self.method):
+        if self._takes_regions:
             options[REGIONS] = self._layout()
-        if needs_regions(self.method):
+        if self._needs_regions:
             missing = [label for label, region in self._regions().items() if region is None]
             if missing:
                 raise SettingError(f"{self.method} needs a region for each entity: draw {', '.join(missing)}.")
-        method: Method = METHODS[self.method](**options)
+        method: Method = build(METHODS[self.method], options)
         return method
 
     # -- regions by hand -------------------------------------------------------------------------------------------
@@ -295,7 +302,7 @@ class Panel:
         self._seed = w.IntText(seed, description="Seed")
         self._steps = w.BoundedIntText(steps, min=1, max=1000, description="Steps")
         self._scale = w.FloatText(scale, description="Guidance scale", step=0.5)
-        names = [(method_name(name), name) for name in (PLAIN, *METHODS)]
+        names = [(method_title(name), name) for name in (PLAIN, *METHODS)]
         self._method = w.Dropdown(options=names, description="Method")
         for field in (self._text, self._seed, self._steps, self._scale, self._method):
             field.add_class("ell-field")
@@ -336,8 +343,7 @@ class Panel:
         if METHODS.get(guidance.name) is not type(guidance):
             raise SettingError(f"guidance={guidance!r}: the panel has the methods {', '.join(METHODS)}, and plain.")
         self.method = guidance.name
-        names = [field.name for field in fields(guidance) if field.name != REGIONS]  # type: ignore[arg-type]
-        self.options = {name: getattr(guidance, name) for name in names}
+        self.options = {name: value for name, value in option_values(guidance).items() if name != REGIONS}
 
     # -- what people do --------------------------------------------------------------------------------------------
 
@@ -461,7 +467,7 @@ class Panel:
         self._fold.layout.display = "none" if self.method == PLAIN else None
         if self.method != PLAIN:
             controls = self._controls_of(self.method)
-            self._fold.titles = (f"Options of {method_name(self.method)}",)
+            self._fold.titles = (f"Options of {method_title(self.method)}",)
             self._fold.children = (controls.view,)
         self._show_guidance()
 
@@ -470,8 +476,8 @@ class Panel:
         guided = self._guided()
         self._stage.guide(
             {
-                "takes": takes_regions(self.method),
-                "needs": needs_regions(self.method),
+                "takes": self._takes_regions,
+                "needs": self._needs_regions,
                 "note": self._note(guided),
                 "quiet": "Plain drawing has no loss." if self.method == PLAIN else "No guided step yet.",
                 "guided": guided,
@@ -491,16 +497,16 @@ class Panel:
 
     def _note(self, guided: list[int]) -> str:
         """What a person should know before drawing a region."""
-        name = method_name(self.method)
-        if not takes_regions(self.method):
-            able = [method_name(each) for each in METHODS if takes_regions(each)]
+        name = method_title(self.method)
+        if not self._takes_regions:
+            able = [method_title(each) for each in METHODS if METHODS[each].takes_regions]
             return f"{'Plain drawing' if self.method == PLAIN else name} takes no regions; {', '.join(able)} do."
         if not self._session.going:
-            if needs_regions(self.method):
+            if self._needs_regions:
                 return f"{name} needs a region for each entity."
             alone = self._prompt is not None and len(self._prompt.entities) == 1 and not self.regions
             return f"{name} leaves an entity alone that is by itself, unless you draw its region." if alone else ""
-        if not issubclass(METHODS[self.method], ELA):
+        if not METHODS[self.method].steerable:
             return f"{name} keeps to the regions it began with: what you draw now counts from the next run on."
         if not guided or self._session.made > guided[-1]:
             return "Guidance of this run is over: what you draw now counts from the next run on."
@@ -595,7 +601,7 @@ def live(
     Examples
     --------
     >>> import elakit
-    >>> pipe, method = elakit.load("picture-world"), elakit.ELA(guided=1)
+    >>> pipe, method = elakit.load("picture-world"), elakit.RegionalAttention(start=0)
     >>> panel = elakit.live(pipe, "a [red car] and a [bird]", steps=4, guidance=method)
     >>> panel.draw("car", (0, 0, 0.5, 1))  # the bird is localized
     >>> panel.step(2)

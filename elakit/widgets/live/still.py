@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from elakit.widgets.explorer import still
 from elakit.generation import Run
 from elakit.guidance.layout import Region, layout_masks
 from elakit.plot.style import ENTITY_COLORS, FAINT
+from elakit.widgets.explorer import still
 
 NOTE = "The live panel needs a running notebook; this is the middle step of its run."
 SIDE, MARGIN, SCALE = 240, 14, 2

@@ -12,12 +12,12 @@ import numpy as np
 import traitlets as t
 
 from elakit.errors import SettingError
+from elakit.guidance.layout import Box, check_layout
+from elakit.measures.masks import downscale
 from elakit.widgets.explorer.colors import TABLES
 from elakit.widgets.explorer.widget import HERE as EXPLORER
 from elakit.widgets.explorer.widget import RefusedError
-from elakit.guidance.layout import Box, check_layout
 from elakit.widgets.live.frames import Frame
-from elakit.measures.masks import downscale
 
 HERE = Path(__file__).parent
 MASK_SIDE = 32  # of masks as the browser outlines them

@@ -8,7 +8,6 @@ from dataclasses import replace
 from elakit.errors import PromptError
 from elakit.plot.style import entity_colors
 from elakit.prompt import Entity, Prompt
-from elakit.tokens import label_words, split_words
 
 # Word of an entity's noun -> words of its attributes.
 Marks = Mapping[int, Sequence[int]]
@@ -85,11 +84,7 @@ def marked(prompt: Prompt, marks: Marks) -> Prompt:
     """
     if not marks:
         raise PromptError(f"No word of {prompt.text!r} would be left as an entity: mark another one first.")
-    words = split_words(prompt.text)
-    labels = label_words(prompt.text, words)
-    return replace(
-        prompt, entities=tuple(_entity(prompt, words, labels, noun, sorted(marks[noun])) for noun in sorted(marks))
-    )
+    return replace(prompt, entities=tuple(_entity(prompt, noun, sorted(marks[noun])) for noun in sorted(marks)))
 
 
 def chips(prompt: Prompt) -> list[dict[str, object]]:
@@ -109,7 +104,7 @@ def chips(prompt: Prompt) -> list[dict[str, object]]:
     kept = {token.word for token in prompt.tokens}
     found: list[dict[str, object]] = []
     last = 0
-    for i, (first, past) in enumerate(split_words(prompt.text)):
+    for i, (first, past) in enumerate(prompt.words):
         owner = owners.get(i, "")
         found.append(
             {
@@ -131,11 +126,9 @@ def _owner(marks: Marks, word: int) -> int | None:
     return min(after) if after else max(marks, default=None)
 
 
-def _entity(
-    prompt: Prompt, words: Sequence[tuple[int, int]], labels: Sequence[str], noun: int, attributes: Sequence[int]
-) -> Entity:
+def _entity(prompt: Prompt, noun: int, attributes: Sequence[int]) -> Entity:
     def text(word: int) -> str:
-        return prompt.text[slice(*words[word])]
+        return prompt.text[slice(*prompt.words[word])]
 
     nouns = tuple(token.index for token in prompt.tokens if token.word == noun)
     if not nouns:
@@ -146,5 +139,5 @@ def _entity(
         attributes=tuple(text(word) for word in attributes),
         token_indices=nouns,
         attribute_indices=tuple(token.index for token in prompt.tokens if token.word in attributes),
-        label=labels[noun],
+        label=prompt.word_labels[noun],
     )

@@ -1,0 +1,13 @@
+from .edit import Edit as Edit
+from .edit import biased as biased
+from .edit import edit as edit
+from .recorder import paused as paused
+from .recorder import record as record
+from .recording import Recording as Recording
+from .recording import open_recording as open_recording
+from .spec import Plan as Plan
+from .spec import RecordSpec as RecordSpec
+from .spec import SelfAttention as SelfAttention
+from .spec import select_layers as select_layers
+from .taps import probabilities as probabilities
+from .taps import tap as tap

@@ -1,0 +1,120 @@
+"""Hooks on modules that leave no trace, and passes that hooks ignore."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+_PRE, _POST = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"), ("_forward_hooks", "_forward_hooks_with_kwargs")
+
+
+class Hooks:
+    """Hooks that are placed together and removed together, whatever happens.
+
+    A hook is noted before it is placed, so that an interrupt at any moment leaves none behind. It acts only in the
+    thread that placed it (and in the threads that compute gradients): another thread that runs the same module is not
+    affected. A copy of the module (`copy.deepcopy`, `pickle`) gets hooks that do nothing and remove themselves.
+
+    Examples
+    --------
+    >>> module, calls = nn.Identity(), []
+    >>> with Hooks() as hooks:
+    ...     hooks.after(module, lambda module, args, kwargs, output: calls.append(output))
+    ...     _ = module(1)
+    >>> calls, len(module._forward_hooks)
+    ([1], 0)
+    """
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+        self._placed: list[tuple[nn.Module, _Hook]] = []
+
+    def __enter__(self) -> Hooks:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.remove()
+
+    def before(self, module: nn.Module, act: Callable[..., Any], *, first: bool = False) -> None:
+        """Call ``act(module, args, kwargs)`` before each call of the module; ``first``: before its other hooks."""
+        hook = self._note(module, act)
+        module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
+
+    def after(self, module: nn.Module, act: Callable[..., Any], *, always: bool = False) -> None:
+        """Call ``act(module, args, kwargs, output)`` after each call; ``always``: also if the call raised an error."""
+        hook = self._note(module, act)
+        module.register_forward_hook(hook, with_kwargs=True, always_call=always)
+
+    def _note(self, module: nn.Module, act: Callable[..., Any]) -> _Hook:
+        hook = _Hook(act, self._thread)
+        self._placed.append((module, hook))
+        return hook
+
+    def remove(self) -> None:
+        """Remove every hook."""
+        while self._placed:
+            _remove(*self._placed[-1])
+            self._placed.pop()
+
+
+class _Hook:
+    """A hook that acts in one thread."""
+
+    def __init__(self, act: Callable[..., Any], thread: int) -> None:
+        self._act = act
+        self._thread = thread
+
+    def __call__(self, module: nn.Module, *given: Any) -> Any:
+        if threading.get_ident() != self._thread and not _computes_gradients():
+            return None
+        return self._act(module, *given)
+
+    def __reduce__(self) -> Any:
+        return _Spent, ()
+
+
+class _Spent:
+    """A copied hook: it does nothing and removes itself when it is called."""
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        _remove(module, self)
+
+
+def _remove(module: nn.Module, hook: object) -> None:
+    for hooks, beside in ((vars(module)[name] for name in names) for names in (_PRE, _POST)):
+        for number in [number for number, placed in hooks.items() if placed is hook]:
+            del hooks[number]
+            beside.pop(number, None)
+            module._forward_hooks_always_called.pop(number, None)
+
+
+def _computes_gradients() -> bool:
+    """Whether this thread computes gradients now; gradient checkpointing then runs parts of the forward pass again."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+_PASSES_OF_OWN: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary()
+
+
+@contextmanager
+def leave_alone(denoiser: nn.Module) -> Iterator[None]:
+    """Mark the passes of this thread inside the block as guidance's own: they are neither recorded nor edited."""
+    depth, thread = _PASSES_OF_OWN.setdefault(denoiser, {}), threading.get_ident()
+    before = depth.get(thread, 0)
+    depth[thread] = before + 1
+    try:
+        yield
+    finally:
+        depth[thread] = before
+
+
+def is_left_alone(denoiser: nn.Module) -> bool:
+    """Whether the current pass is guidance's own."""
+    return _PASSES_OF_OWN.get(denoiser, {}).get(threading.get_ident(), 0) > 0

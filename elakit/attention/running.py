@@ -1,0 +1,268 @@
+"""Which calls of a denoiser belong to the run that is recorded or edited, and which of their rows see the prompt.
+
+Everything is established from the call itself: from the pipeline whose ``__call__`` is running, not from the pipeline
+that was given to `record` and what it remembers of its last run; in a loop without a pipeline, from the text states
+that the denoiser is given.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from elakit.attention.hooks import is_left_alone
+from elakit.errors import ModelError, RecordingError
+from elakit.models import Adapter, Call, adapter_for
+from elakit.models.adapter import argument
+from elakit.prompt import Prompt
+
+# Rounding of half precision, and of batches of different sizes, changes a text state by less.
+_SAME_STATE = 0.05
+_CACHES = ("cache", "fbc_", "pyramid_attention_broadcast", "taylorseer")
+
+
+@dataclass(frozen=True)
+class SeenCall:
+    """One call of the denoiser that sees the prompt.
+
+    Attributes
+    ----------
+    call : Call
+    rows : slice
+        Rows of the batch that see the prompt.
+    adapter : Adapter
+        Adapter of the pipeline that is running.
+    text : int or None
+        Number of positions that are text; what follows them are image tokens (FLUX Redux). None: all of them.
+    """
+
+    call: Call
+    rows: slice
+    adapter: Adapter
+    text: int | None = None
+
+
+class Watch:
+    """Tells the calls of one run, or of several that follow each other, from other calls of the same denoiser.
+
+    Other calls are guidance's own passes, passes in other threads, and runs inside a run (an image that a callback
+    generates with the same denoiser).
+
+    Parameters
+    ----------
+    adapter : Adapter
+    prompt : Prompt, optional
+        The prompt that the runs must have.
+    """
+
+    def __init__(self, adapter: Adapter, prompt: Prompt | None = None) -> None:
+        self.adapter = adapter
+        self.prompt = prompt
+        self._thread = threading.get_ident()
+        self._run: FrameType | None = None  # the pipeline's call that is running; compared by identity
+        self._of_run = adapter
+        self._states: tuple[Tensor, slice] | None = None  # of a loop without a pipeline, and its rows
+        self._expected: Tensor | None = None
+        names = list(inspect.signature(type(adapter.denoiser).forward).parameters)[1:]
+        self._states_at = names.index("encoder_hidden_states") if "encoder_hidden_states" in names else None
+        refuse_caches(adapter.denoiser)
+
+    def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> SeenCall | None:
+        """Read a call that is about to run; None if it does not belong to the run, or does not see the prompt.
+
+        Raises
+        ------
+        RecordingError
+            When the run has another prompt, or nothing shows which rows see the prompt.
+        """
+        if threading.get_ident() != self._thread or is_left_alone(self.adapter.denoiser):
+            return None
+        runs = list(_running(self.adapter.denoiser))
+        if not runs:
+            return self._read_loop(args, kwargs)
+        frame, pipe = runs[0]
+        begins = frame is not self._run
+        if begins:
+            if any(outer is self._run for outer, _ in runs[1:]):
+                return None
+            self._begin(frame, pipe)
+        call = self._of_run.read_call(args, kwargs)
+        if not call.conditional:
+            return None
+        rows = self._of_run.conditional_rows(call.batch)
+        states = self._text_states(args, kwargs)
+        if begins and states is not None and self.prompt is not None:
+            self._check_rows(states[rows])
+        return SeenCall(call, rows, self._of_run, self._text_positions(states))
+
+    def close(self) -> None:
+        """Let go of the last run."""
+        self._run = self._states = None
+        self._of_run = self.adapter
+
+    def _begin(self, frame: FrameType, pipe: Any) -> None:
+        """Check a run at its first call."""
+        refuse_caches(self.adapter.denoiser)
+        adapter = self.adapter if pipe is self.adapter.pipe else adapter_for(pipe)
+        if self.prompt is not None:
+            self._check_text(adapter, frame.f_locals)
+        self._run, self._of_run = frame, adapter
+
+    def _check_text(self, adapter: Adapter, given: Mapping[str, Any]) -> None:
+        """Refuse a run of another prompt."""
+        assert self.prompt is not None
+        for name in attended_texts(adapter, given):
+            texts = [given[name]] if isinstance(given[name], str) else given[name]
+            for text in texts:
+                if text != self.prompt.text and not _same_tokens(adapter, text, self.prompt.text):
+                    raise RecordingError(
+                        f"{type(adapter.pipe).__name__} was called with {name}={text!r}, but the prompt to record or "
+                        f"to edit is {self.prompt.text!r}: its tokens would get the labels of other words. Call the "
+                        "pipeline with `prompt.text`, and give each prompt a block of its own."
+                    )
+
+    def _check_rows(self, states: Tensor) -> None:
+        """Refuse a batch of several prompts that were given as text states."""
+        if len(states) > 1 and not self._agree(states, states[:1]).all():
+            raise RecordingError(
+                "The rows of the batch have different text states, so they have different prompts; their tokens would "
+                "get the labels of one prompt. Give each prompt a block of its own."
+            )
+
+    # -- loops without a pipeline ------------------------------------------------------------------------------------
+
+    def _read_loop(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> SeenCall | None:
+        self._run, self._of_run = None, self.adapter
+        call = self.adapter.read_call(args, kwargs)
+        if not call.conditional:
+            return None
+        states = self._text_states(args, kwargs)
+        if self.prompt is None:
+            rows = self.adapter.conditional_rows(call.batch)
+        elif self._states is not None and states is self._states[0]:
+            rows = self._states[1]
+        else:
+            rows = self._rows_with_prompt(states)
+            self._states = (states, rows) if states is not None else None
+        return SeenCall(call, rows, self.adapter, self._text_positions(states))
+
+    def _rows_with_prompt(self, states: Tensor | None) -> slice:
+        """Rows whose text states are those of the prompt."""
+        where: list[int] = []
+        if states is not None:
+            where = self._agree(states, self._prompt_states(states)).nonzero().flatten().tolist()
+        if not where or where != list(range(where[0], where[-1] + 1)):
+            assert self.prompt is not None
+            raise RecordingError(
+                f"{type(self.adapter.denoiser).__name__} was called outside a pipeline's call, and none of its rows "
+                f"has the text states of {self.prompt.text!r}, so it cannot be known which rows see the prompt. Call "
+                "the pipeline; or give the denoiser the states that `pipe.encode_prompt(prompt.text, ...)` returns; "
+                "or put passes that do not see the prompt inside `with elakit.attention.paused(pipe):`."
+            )
+        return slice(where[0], where[-1] + 1)
+
+    def _prompt_states(self, like: Tensor) -> Tensor:
+        assert self.prompt is not None
+        if self._expected is None:
+            try:
+                states = self.adapter.encode(self.prompt.text, guided=False).inputs.get("encoder_hidden_states")
+            except (ModelError, AttributeError) as error:
+                raise RecordingError(f"A loop without the pipeline cannot be recorded: {error}") from error
+            if not isinstance(states, Tensor):
+                raise RecordingError(
+                    f"A loop without the pipeline cannot be recorded with {self.adapter.family}; call the pipeline."
+                )
+            self._expected = states
+        return self._expected.to(like.device)
+
+    def _agree(self, states: Tensor, expected: Tensor) -> Tensor:
+        """Which rows have the expected states at the positions of the prompt's words, (rows,) booleans."""
+        assert self.prompt is not None
+        length = min(states.shape[1], expected.shape[1])
+        words = [token.index for token in self.prompt.tokens if token.index < length]
+        if states.shape[-1] != expected.shape[-1] or not words:
+            return torch.zeros(len(states), dtype=torch.bool)
+        states, expected = states[:, words].float(), expected[:, words].float()
+        return (states - expected).abs().amax((1, 2)) <= _SAME_STATE * expected.abs().amax()
+
+    def _text_states(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Text states that the denoiser is given, (rows, positions, channels)."""
+        if self._states_at is None:
+            return None
+        states = argument(args, kwargs, self._states_at, "encoder_hidden_states")
+        return states if isinstance(states, Tensor) and states.ndim == 3 else None
+
+    def _text_positions(self, states: Tensor | None) -> int | None:
+        limit = getattr(self._of_run, "text_limit", None)
+        return None if limit is None or states is None else min(states.shape[1], limit)
+
+
+def attended_texts(adapter: Adapter, given: Mapping[str, Any]) -> list[str]:
+    """Names of the arguments of a pipeline's call whose text the image attends to."""
+    groups: Sequence[Sequence[str]] = getattr(adapter, "text_arguments", (("prompt",), ("prompt_2",), ("prompt_3",)))
+    found = (next((name for name in group if given.get(name) is not None), None) for group in groups)
+    return [name for name in found if name is not None]
+
+
+def _same_tokens(adapter: Adapter, text: str, other: str) -> bool:
+    def ids(tokenizer: Any, one: str) -> list[int]:
+        return list(tokenizer(one, truncation=False, padding=False, verbose=False)["input_ids"])
+
+    try:
+        return all(
+            ids(sequence.tokenizer, sequence.read(text)) == ids(sequence.tokenizer, sequence.read(other))
+            for sequence in adapter.text()
+        )
+    except (TypeError, ValueError, AttributeError, KeyError):  # not a text
+        return False
+
+
+def _running(denoiser: nn.Module) -> Any:
+    """Calls of pipelines with this denoiser that are running in this thread, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__":
+            pipe = frame.f_locals.get("self")
+            if isinstance(pipe, DiffusionPipeline) and any(
+                getattr(pipe, name, None) is denoiser for name in ("unet", "transformer")
+            ):
+                yield frame, pipe
+        frame = frame.f_back
+
+
+def refuse_caches(denoiser: nn.Module) -> None:
+    """Refuse a denoiser with a cache that skips attention layers in some calls.
+
+    Raises
+    ------
+    RecordingError
+        When a cache is enabled; the message names it.
+    """
+    for name, module in denoiser.named_modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        for hook in getattr(registry, "hooks", {}):
+            if any(part in hook for part in _CACHES):
+                raise RecordingError(
+                    f"{type(denoiser).__name__} has a cache ({hook} at {name or 'the top'}): in some calls the cached "
+                    "layers do not run and have no attention to record or edit. Disable it first, for example with "
+                    "`pipe.transformer.disable_cache()`."
+                )
+
+
+def warn_of_other_thread() -> None:
+    """Warn that nothing was recorded because the run was in another thread."""
+    warnings.warn(
+        "Nothing was recorded: the denoiser ran in another thread only. Enter `with record(...)` in the thread that "
+        "calls the pipeline.",
+        stacklevel=2,
+    )

@@ -1,0 +1,231 @@
+"""Destinations of the finished steps of a recording: memory, a running mean, or a store on disk (`zarr_store`)."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from elakit.attention.layout import Joined, Layout, Moment, Slots
+from elakit.attention.spec import readable_bytes
+from elakit.errors import RecordingError
+
+
+class Sink(Protocol):
+    """Receives the steps of a run, one after the other."""
+
+    layout: Layout
+
+    def reserve(self, step: int) -> None:
+        """Make room for step number ``step``; `RecordingError` if the budget does not allow it."""
+
+    def slots(self) -> Slots:
+        """Return the tensors that receive the values of the next step."""
+
+    def commit(self, moment: Moment) -> None:
+        """Take the values in the slots as the next step. If interrupted, the steps before stay as they are."""
+
+    def tree(self, calls: int) -> xr.DataTree:
+        """Return the steps taken so far."""
+
+    def finish(self, calls: int) -> xr.DataTree:
+        """Return all steps; the sink is not used afterwards."""
+
+
+class Memory:
+    """Keeps every step in arrays, on the host or on the model's device.
+
+    Room is added in blocks, and blocks are never copied into a larger one: a recording takes the memory of its steps
+    and no more, whether the run ends early or several runs follow each other.
+
+    Parameters
+    ----------
+    layout : Layout
+    capacity : int
+        Number of steps to allocate at first.
+    limit : int
+        Number of steps that the budget allows.
+    device : torch.device
+    """
+
+    def __init__(self, layout: Layout, capacity: int, limit: int, device: torch.device) -> None:
+        self.layout = layout
+        self.device = device
+        self._limit = limit
+        self._steps: list[Moment] = []
+        self._blocks: list[Slots] = []
+        self._starts: list[int] = []  # first step of each block
+        self._capacity = 0
+        self._add(capacity)
+
+    def _add(self, steps: int) -> None:
+        block = {
+            name: torch.empty((steps, *node.shape), dtype=self.layout.dtype, device=self.device)
+            for name, node in self.layout.nodes.items()
+        }
+        self._blocks.append(block)
+        self._starts.append(self._capacity)
+        self._capacity += steps
+
+    def reserve(self, step: int) -> None:
+        """Add a block for a run that is longer than expected, as far as the budget allows."""
+        if step < self._capacity:
+            return
+        room = min(max(8, self._capacity // 2), self._limit - self._capacity)
+        if room <= 0:
+            raise over_budget(self.layout, step, self._limit)
+        self._add(room)
+
+    def slots(self) -> Slots:
+        """Return the part of the arrays that belongs to the next step."""
+        step = len(self._steps)
+        block = next(i for i in reversed(range(len(self._starts))) if self._starts[i] <= step)
+        return {name: values[step - self._starts[block]] for name, values in self._blocks[block].items()}
+
+    def commit(self, moment: Moment) -> None:
+        """Count the step whose values are in place."""
+        self._steps.append(moment)
+
+    def tree(self, calls: int) -> xr.DataTree:
+        """Return a view of the arrays (a copy if they are not on the host)."""
+        values: dict[str, Any] = {}
+        for name in self.layout.nodes:
+            parts = [
+                block[name][: len(self._steps) - start].cpu().numpy()
+                for start, block in zip(self._starts, self._blocks, strict=True)
+                if start < len(self._steps)
+            ]
+            if parts:
+                values[name] = parts[0] if len(parts) == 1 else Joined(parts)
+        return self.layout.tree(values, self._steps, calls)
+
+    def finish(self, calls: int) -> xr.DataTree:
+        """Return the arrays; memory that was reserved and never written is not in use."""
+        tree = self.tree(calls)
+        if self.device.type != "cpu":
+            self._blocks.clear()
+        return tree
+
+
+class RunningMean:
+    """Keeps the mean of the steps only, summed in float32 on the model's device.
+
+    Parameters
+    ----------
+    layout : Layout
+    device : torch.device
+    """
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.layout = layout
+        self._step, self._slots = layout.slots(torch.float32, device=device)
+        # Sum and moments change in one assignment, so that an interrupt cannot separate them.
+        self._state: tuple[Tensor, tuple[Moment, ...]] = (torch.zeros_like(self._step), ())
+        self._spare = torch.empty_like(self._step)
+
+    def reserve(self, step: int) -> None:
+        """Do nothing: a mean always has room."""
+
+    def slots(self) -> Slots:
+        """Return the tensors that receive the next step before it is added."""
+        return self._slots
+
+    def commit(self, moment: Moment) -> None:
+        """Add the step to the sum."""
+        total, moments = self._state
+        torch.add(total, self._step, out=self._spare)
+        self._state = (self._spare, (*moments, moment))
+        self._spare = total
+
+    def tree(self, calls: int) -> xr.DataTree:
+        """Return the mean of the steps so far, as one step."""
+        total, moments = self._state
+        if not moments:
+            return self.layout.tree({}, (), calls)
+        mean = (total / len(moments)).to(self.layout.dtype).cpu().numpy()
+        values, first = {}, 0
+        for name, node in self.layout.nodes.items():
+            count = int(np.prod(node.shape))
+            values[name] = mean[first : first + count].reshape(1, *node.shape)
+            first += count
+        _, timesteps, sigmas = zip(*moments, strict=True)
+        moment = (moments[-1][0], float(np.mean(timesteps)), float(np.mean(sigmas)))
+        return self.layout.tree(values, [moment], calls, averaged=len(moments))
+
+    finish = tree
+
+
+class Staging:
+    """Carries steps from an accelerator to a sink on the host without making the accelerator wait.
+
+    A step is assembled in one buffer on the device and leaves it in one copy to pinned memory, queued behind the work
+    of the step. It is handed to the sink once the next step has been queued: by then it has arrived, or nearly. A run
+    that is killed may therefore leave one step fewer on disk than it had finished; a run that ends in an error does
+    not.
+
+    Parameters
+    ----------
+    sink : Sink
+        A sink on the host.
+    device : torch.device
+    """
+
+    def __init__(self, sink: Sink, device: torch.device) -> None:
+        self.layout = sink.layout
+        self._sink = sink
+        self._cuda = device.type == "cuda"
+        self._flat, self._slots = sink.layout.slots(device=device)
+        self._hosts = [sink.layout.slots(pin_memory=self._cuda) for _ in range(2)]
+        self._under_way: list[tuple[Any, Slots, Moment]] = []
+        self._count = 0
+
+    def reserve(self, step: int) -> None:
+        """Make room in the sink; steps under way are counted in ``step``."""
+        self._sink.reserve(step)
+
+    def slots(self) -> Slots:
+        """Return the buffer on the device."""
+        return self._slots
+
+    def commit(self, moment: Moment) -> None:
+        """Send the step to the host, and hand the one before to the sink."""
+        flat, host = self._hosts[self._count % 2]
+        flat.copy_(self._flat, non_blocking=self._cuda)
+        arrived = None
+        if self._cuda:
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(self._flat.device))
+        self._under_way.append((arrived, host, moment))
+        self._count += 1
+        self._hand_on(leave=1)
+
+    def _hand_on(self, leave: int) -> None:
+        while len(self._under_way) > leave:
+            arrived, host, moment = self._under_way.pop(0)
+            if arrived is not None:
+                arrived.synchronize()
+            for name, slot in self._sink.slots().items():
+                slot.copy_(host[name])
+            self._sink.commit(moment)
+
+    def tree(self, calls: int) -> xr.DataTree:
+        """Return all steps, including those under way."""
+        self._hand_on(leave=0)
+        return self._sink.tree(calls)
+
+    def finish(self, calls: int) -> xr.DataTree:
+        """Wait for the steps under way and return all steps."""
+        self._hand_on(leave=0)
+        return self._sink.finish(calls)
+
+
+def over_budget(layout: Layout, step: int, limit: int) -> RecordingError:
+    """Error of a run that is longer than expected and would pass the budget."""
+    return RecordingError(
+        f"This denoiser call would bring the recording to {readable_bytes((step + 1) * layout.step_bytes)} and past "
+        f"its budget, which has room for {limit} steps. Raise RecordSpec(budget=...), or keep fewer steps, layers or "
+        "tokens."
+    )

@@ -1,0 +1,494 @@
+"""Recordings on disk: a Zarr store that grows with the run, and strict reading of such a store.
+
+A store is plain Zarr (version 2), readable with `xarray.open_datatree` or any other Zarr reader: one group per map size
+with the arrays that `Recording` describes.
+
+Why this module writes and reads the files itself, and does not leave it to zarr-python:
+
+* **A killed run must leave a valid store.** A step belongs to the store once the consolidated metadata, one small file,
+  has been replaced; it is replaced last, after every value of the step is on disk, and each file is written under
+  another name and renamed. zarr-python resizes an array (metadata first) and then writes its chunks, array by array, so
+  a process that is killed in between leaves arrays of different lengths, or steps without values.
+* **A missing file must be an error.** For Zarr a missing chunk is a chunk of fill values; a damaged recording would
+  read as attention of zero.
+* **Opening must not run code.** Zarr metadata names the codecs of an array, and some codecs (pickle) execute what they
+  decode. Here everything but Blosc and the types f, i and U is refused before a byte is decoded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numcodecs import Blosc
+from torch import Tensor
+
+from elakit.attention.layout import DIMENSIONS, FORMAT, Layout, LazyArray, Moment, Slots
+from elakit.attention.sinks import over_budget
+from elakit.errors import OutputError, PromptError, RecordingError
+from elakit.prompt import Prompt
+
+# Number of steps whose call, timestep and sigma share a file.
+_STEPS = 512
+_CODEC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)
+
+_NODE = re.compile(r"(self-)?\d+x\d+", re.ASCII)
+_DTYPE = re.compile(r"(?P<kind>[<|>][fi](?P<bytes>[1248])|[<>]U(?P<characters>\d{1,4}))", re.ASCII)
+_COORDINATES = {
+    "step": "step",
+    "timestep": "step",
+    "sigma": "step",
+    "layer": "layer",
+    "place": "layer",
+    "order": "layer",
+    "head": "head",
+    "token": "token",
+    "token_index": "token",
+}
+
+
+class ZarrStore:
+    """Writes every step to a Zarr store as soon as it is finished; keeps one step in memory.
+
+    Parameters
+    ----------
+    layout : Layout
+    path : pathlib.Path
+        Must not exist; it appears, complete, with the first step.
+    limit : int
+        Number of steps that the budget allows.
+    """
+
+    def __init__(self, layout: Layout, path: Path, limit: int) -> None:
+        self.layout = layout
+        self.path = path
+        self._limit = limit
+        _, self._slots = layout.slots()
+        self._steps: list[Moment] = []
+        self._metadata: dict[str, Any] = {}
+
+    def reserve(self, step: int) -> None:
+        """Check the budget."""
+        if step >= self._limit:
+            raise over_budget(self.layout, step, self._limit)
+
+    def slots(self) -> Slots:
+        """Return the one step in memory."""
+        return self._slots
+
+    def commit(self, moment: Moment) -> None:
+        """Write the step, then the metadata that make it part of the store."""
+        try:
+            if not self._steps:
+                values = {name: _array(slot)[None] for name, slot in self._slots.items()}
+                write_whole(self.layout.tree(values, [moment], moment[0] + 1), self.path, step_chunk=1)
+                self._metadata = json.loads((self.path / ".zmetadata").read_text(encoding="utf-8"))
+            else:
+                self._append([*self._steps, moment])
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        self._steps.append(moment)
+
+    def _append(self, steps: list[Moment]) -> None:
+        metadata = json.loads(json.dumps(self._metadata))
+        described = metadata["metadata"]
+        for node, slot in self._slots.items():
+            folder = self.path / node
+            for image, values in enumerate(_array(slot)):
+                _write_chunk(folder / "probability", (len(steps) - 1, image, 0, 0, 0, 0, 0), values)
+            nth = (len(steps) - 1) // _STEPS
+            columns = zip(*steps[nth * _STEPS :], strict=True)
+            for name, dtype, column in zip(("step", "timestep", "sigma"), ("<i8", "<f8", "<f8"), columns, strict=True):
+                padded = np.zeros(_STEPS, dtype)
+                padded[: len(column)] = column
+                _write_chunk(folder / name, (nth,), padded)
+            for name in ("probability", "step", "timestep", "sigma"):
+                array = described[f"{node}/{name}/.zarray"]
+                array["shape"][0] = len(steps)
+                _write_json(folder / name / ".zarray", array)
+        described[".zattrs"]["calls"] = steps[-1][0] + 1
+        _write_json(self.path / ".zattrs", described[".zattrs"])
+        _write_json(self.path / ".zmetadata", metadata)  # last: from here on the step belongs to the store
+        self._metadata = metadata
+
+    def tree(self, calls: int) -> xr.DataTree:
+        """Return the store as it is now, opened lazily."""
+        return open_tree(self.path) if self._steps else self.layout.tree({}, (), calls)
+
+    def finish(self, calls: int) -> xr.DataTree:
+        """Write the number of calls, and open the store."""
+        if not self._metadata:
+            if self.path.exists():  # someone else took the path in the meantime, which has raised an error
+                return self.layout.tree({}, (), calls)
+            try:
+                write_whole(self.layout.tree({}, (), calls), self.path)
+            except OSError as error:
+                raise _unwritable(self.path, error) from error
+            return open_tree(self.path)
+        with suppress(OSError):  # a full disk ended the run; the steps before are in the store
+            # From the file: an interrupt may have come when the file was ahead of ``self._metadata``.
+            metadata = json.loads((self.path / ".zmetadata").read_text(encoding="utf-8"))
+            metadata["metadata"][".zattrs"]["calls"] = calls
+            _write_json(self.path / ".zattrs", metadata["metadata"][".zattrs"])
+            _write_json(self.path / ".zmetadata", metadata)
+        return open_tree(self.path)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    values: np.ndarray = tensor.numpy()
+    return values
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def is_recording(path: Path) -> bool:
+    """Return whether a folder contains a recording, of this or an earlier format."""
+    try:
+        found = json.loads((path / ".zattrs").read_text(encoding="utf-8")).get("format")
+        return isinstance(found, str) and found.startswith("elakit recording ")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def open_tree(path: Path) -> xr.DataTree:
+    """Open a recording: labels are read, values stay on disk until they are used.
+
+    Raises
+    ------
+    RecordingError
+        When a file is missing or damaged; the message names the file. Also when values are used after the folder has
+        been deleted or replaced.
+    """
+    metadata = _read_json(path / ".zmetadata")
+    try:
+        described = metadata["metadata"]
+        attributes = _root_attributes(described[".zattrs"], path)
+        names = [key.removesuffix("/.zgroup") for key in described if key.endswith("/.zgroup")]
+        if bad := [name for name in names if not _NODE.fullmatch(name)]:
+            raise _damaged(path / ".zmetadata", f"it names a group {bad[0]!r}")
+        nodes = {name: _open_node(path, name, described) for name in sorted(names)}
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        raise _damaged(path / ".zmetadata", f"{type(error).__name__}: {error}") from error
+    tree = xr.DataTree.from_dict(nodes)
+    tree.attrs = attributes
+    return tree
+
+
+def _root_attributes(attributes: Any, path: Path) -> dict[str, Any]:
+    """Attributes of the whole recording, checked."""
+    file = path / ".zmetadata"
+    if attributes["format"] != FORMAT:
+        raise RecordingError(
+            f"{path} was written by another version of elakit ({attributes['format']!r}; this version reads "
+            f"{FORMAT!r}). Record the run again, or open the folder with the version that wrote it."
+        )
+    for name, kind in (("family", str), ("model", str), ("calls", int), ("expected", int), ("averaged", int)):
+        if not isinstance(attributes[name], kind):
+            raise _damaged(file, f"{name} is {attributes[name]!r}")
+    try:
+        Prompt.from_dict(json.loads(attributes["prompt"]))
+    except PromptError as error:
+        raise _damaged(file, str(error)) from error
+    return dict(attributes)
+
+
+def _open_node(path: Path, name: str, described: Mapping[str, Any]) -> xr.Dataset:
+    stored = {
+        variable: _StoredArray(path, f"{name}/{variable}", described[f"{name}/{variable}/.zarray"])
+        for variable in ("probability", *_COORDINATES)
+    }
+    shape = dict(zip(DIMENSIONS, stored["probability"].shape, strict=True))
+    coordinates: dict[str, Any] = {}
+    for variable, dimension in _COORDINATES.items():
+        values = stored[variable].whole()
+        if values.shape != (shape[dimension],):
+            raise _damaged(path / name / variable / ".zarray", f"its shape is {values.shape}")
+        if values.dtype.kind == "U":
+            "".join(values.tolist()).encode()  # text that is not Unicode raises an error here and not later
+        coordinates[variable] = (dimension, values)
+    attributes = described[f"{name}/.zattrs"]
+    if attributes["size"] != f"{shape['y']}x{shape['x']}" or attributes["keys"] not in ("text", "image"):
+        raise _damaged(path / name / ".zattrs", f"it says {attributes!r}")
+    lazy = xr.core.indexing.LazilyIndexedArray(stored["probability"])
+    return xr.Dataset({"probability": (DIMENSIONS, lazy)}, coords=coordinates, attrs=dict(attributes))
+
+
+class _StoredArray(LazyArray):
+    """One array of a store; only its first two dimensions have more than one chunk.
+
+    Parameters
+    ----------
+    store : pathlib.Path
+    name : str
+        Path of the array in the store.
+    described : mapping
+        Its Zarr metadata.
+    """
+
+    def __init__(self, store: Path, name: str, described: Mapping[str, Any]) -> None:
+        self._store = store
+        self._folder = store / name
+        file = self._folder / ".zarray"
+        dtype = _DTYPE.fullmatch(str(described["dtype"]))
+        compressor = described["compressor"]
+        plain = described["zarr_format"] == 2 and described["order"] == "C" and not described["filters"]
+        if dtype is None or not plain or not isinstance(compressor, dict) or compressor.get("id") != "blosc":
+            raise RecordingError(
+                f"{file} describes an array of type {described['dtype']!r} with filters {described['filters']!r} and "
+                f"compressor {compressor!r}. A recording has types f, i and U, no filters, and Blosc; anything else is "
+                "not decoded, because some codecs run code. Record the run again."
+            )
+        self.dtype = np.dtype(str(described["dtype"]))
+        self.shape, self._chunks = (tuple(described[key]) for key in ("shape", "chunks"))
+        sides = (*self.shape, *self._chunks)
+        if len(self.shape) != len(self._chunks) or not all(type(side) is int and 0 <= side < 2**40 for side in sides):
+            raise _damaged(file, f"its shape is {self.shape} in chunks of {self._chunks}")
+        if 0 in self._chunks or self._chunks[2:] != self.shape[2:] or (len(sides) > 2 and self._chunks[1] != 1):
+            raise _damaged(file, f"its chunks are {self._chunks}")
+        self._identity = self._identify()
+        self._check_files()
+
+    def _identify(self) -> tuple[int, int, int]:
+        """A fingerprint of the store, which changes when its folder is replaced (not when the store grows)."""
+        try:
+            found = os.stat(self._store / ".zgroup")
+        except OSError as error:
+            raise RecordingError(
+                f"The recording's file {self._store / '.zgroup'} is gone: its folder was deleted or moved. Open the "
+                "recording where it is now, or record the run again."
+            ) from error
+        return found.st_dev, found.st_ino, found.st_mtime_ns
+
+    def _check_files(self) -> None:
+        try:
+            there = set(os.listdir(self._folder))
+        except OSError as error:
+            raise _missing(self._folder) from error
+        counts = [-(-side // chunk) for side, chunk in zip(self.shape, self._chunks, strict=True)]
+        if math.prod(counts) > len(there):
+            missing = next(place for place in np.ndindex(*counts) if _chunk_name(place) not in there)
+            raise _missing(self._folder / _chunk_name(missing))
+        for place in np.ndindex(*counts):
+            if _chunk_name(place) not in there:
+                raise _missing(self._folder / _chunk_name(place))
+
+    def fetch(self, steps: np.ndarray, images: np.ndarray) -> np.ndarray:
+        """Return the values at these positions, (len(steps), len(images), ...)."""
+        values = np.empty((len(steps), len(images), *self.shape[2:]), self.dtype)
+        if not values.size:
+            return values
+        for nth in np.unique(steps // self._chunks[0]):
+            where = np.flatnonzero(steps // self._chunks[0] == nth)
+            for at, image in enumerate(images):
+                chunk = self._chunk((int(nth), int(image), *(0,) * (len(self.shape) - 2)))
+                values[where, at] = chunk[steps[where] - nth * self._chunks[0], 0]
+        return values
+
+    def whole(self) -> np.ndarray:
+        """Read an array of one dimension."""
+        (length,), (chunk,) = self.shape, self._chunks
+        parts = [self._chunk((nth,)) for nth in range(-(-length // chunk))]
+        return np.concatenate(parts)[:length] if parts else np.empty(0, self.dtype)
+
+    def _chunk(self, place: tuple[int, ...]) -> np.ndarray:
+        if self._identify() != self._identity:
+            raise RecordingError(
+                f"The recording in {self._store} was replaced by another one after it had been opened. Open it again."
+            )
+        file = self._folder / _chunk_name(place)
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise _missing(file) from error
+        wanted = math.prod(self._chunks) * self.dtype.itemsize
+        # Blosc's header states the sizes: what does not fit is not decoded, however large it claims to be.
+        if len(content) < 16 or struct.unpack("<4xI4xI", content[:16]) != (wanted, len(content)):
+            raise _damaged(file, "its size is not that of its chunk")
+        try:
+            decoded = np.frombuffer(_CODEC.decode(content), self.dtype)
+            return decoded.reshape(self._chunks)
+        except (RuntimeError, ValueError) as error:
+            raise _damaged(file, str(error)) from error
+
+
+def _chunk_name(place: Sequence[int]) -> str:
+    return ".".join(map(str, place))
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _missing(file) from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, str(error)) from error
+
+
+def _missing(file: Path) -> RecordingError:
+    return RecordingError(
+        f"The recording's file {file} is missing or cannot be read, so the recording is incomplete. Restore the "
+        "file, or record the run again."
+    )
+
+
+def _damaged(file: Path, why: str) -> RecordingError:
+    return RecordingError(
+        f"The recording's file {file} is damaged ({why}). Restore the folder from a copy, or record the run again."
+    )
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def free_path(path: str | Path) -> Path:
+    """Check, before the run, that a store can be written to a path.
+
+    Raises
+    ------
+    OutputError
+        When something exists there, or its folder cannot be written to.
+    """
+    target = Path(path).expanduser()
+    if target.exists() or target.is_symlink():
+        raise OutputError(
+            f"{target} exists already; a run is only written to a free path. Choose another path, or move what is "
+            "there."
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    if not os.access(target.parent, os.W_OK):
+        raise OutputError(
+            f"{target} cannot be written: no permission to write to {target.parent}. Choose another path."
+        )
+    return target
+
+
+def save_tree(tree: xr.DataTree, path: str | Path, overwrite: bool) -> Path:
+    """Write a recording, whole or not at all; see `Recording.save`."""
+    target = Path(path).expanduser()
+    if target.exists() or target.is_symlink():
+        if not is_recording(target):
+            raise OutputError(f"{target} exists and is not a recording; choose another path.")
+        if not overwrite:
+            raise OutputError(f"{target} is a recording already; choose another path or give overwrite=True.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(tree, target, replace=overwrite)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    return target
+
+
+def write_whole(tree: xr.DataTree, target: Path, step_chunk: int | None = None, replace: bool = False) -> None:
+    """Write a store beside ``target`` and move it there, in place of what was there if ``replace`` is true."""
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    old = part.with_suffix(".old")
+    try:
+        _write_tree(tree, part, step_chunk)
+        if replace and target.exists():
+            target.rename(old)
+        part.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_tree(tree: xr.DataTree, path: Path, step_chunk: int | None) -> None:
+    """Write all files of a store (Zarr version 2, whose text arrays are standardized)."""
+    described: dict[str, Any] = {".zgroup": {"zarr_format": 2}, ".zattrs": dict(tree.attrs)}
+    path.mkdir()
+    for group, child in tree.children.items():
+        node = child.to_dataset()
+        described |= {f"{group}/.zgroup": {"zarr_format": 2}, f"{group}/.zattrs": dict(node.attrs)}
+        for name, variable in node.variables.items():
+            if variable.dtype.kind not in "iuf":
+                variable = variable.astype(str)
+            chunks = _chunks(variable, step_chunk)
+            attributes: dict[str, Any] = {"_ARRAY_DIMENSIONS": list(variable.dims)}
+            if name == "probability":
+                attributes["coordinates"] = " ".join(sorted(str(c) for c in node.coords if c not in node.dims))
+            described[f"{group}/{name}/.zattrs"] = attributes
+            described[f"{group}/{name}/.zarray"] = {
+                "zarr_format": 2,
+                "shape": list(variable.shape),
+                "chunks": list(chunks),
+                "dtype": variable.dtype.str,
+                "fill_value": None,
+                "order": "C",
+                "filters": None,
+                "compressor": _CODEC.get_config(),
+                "dimension_separator": ".",
+            }
+            _write_array(path / group / str(name), variable, chunks)
+    for key, value in described.items():
+        _write_json(path / key, value)
+    _write_json(path / ".zmetadata", {"zarr_consolidated_format": 1, "metadata": described})
+
+
+def _chunks(variable: xr.Variable, step_chunk: int | None) -> tuple[int, ...]:
+    if variable.dims == ("step",):
+        return (_STEPS,)
+    if variable.dims != DIMENSIONS:
+        return variable.shape
+    rest = variable.shape[2:]
+    # One image per chunk, and one step in a store that grows; else a few megabytes, so that there are few files.
+    step = int(np.prod(rest)) * variable.dtype.itemsize
+    return (step_chunk or min(variable.shape[0], max(1, 2**22 // step)), 1, *rest)
+
+
+def _write_array(folder: Path, variable: xr.Variable, chunks: tuple[int, ...]) -> None:
+    """Write every chunk of an array; only the first two dimensions have more than one."""
+    folder.mkdir(parents=True)
+    counts = [-(-side // chunk) for side, chunk in zip(variable.shape, chunks, strict=True)]
+    for place in np.ndindex(*counts):
+        where = tuple(slice(at * chunk, (at + 1) * chunk) for at, chunk in zip(place, chunks, strict=True))
+        values = np.asarray(variable[where].values)
+        if values.shape != chunks:
+            whole = np.zeros(chunks, values.dtype)
+            whole[tuple(map(slice, values.shape))] = values
+            values = whole
+        _write_chunk(folder, place, values)
+
+
+def _write_chunk(folder: Path, place: Sequence[int], values: np.ndarray) -> None:
+    _replace(folder / _chunk_name(place), _CODEC.encode(np.ascontiguousarray(values)))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _replace(path, json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file whole, in place of what was there; its folder is created."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        file = part.open("wb")
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True)
+        file = part.open("wb")
+    with file:
+        file.write(content)
+    part.replace(path)
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"The recording cannot be written to {path}: {error.strerror or error}. Choose a folder with write permission "
+        "and enough free space."
+    )

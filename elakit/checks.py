@@ -1,0 +1,335 @@
+"""Validators of settings: each returns the plain Python value, or names the wrong value and the allowed ones.
+
+They accept NumPy scalars, and refuse booleans where a number is expected, NaN and infinity.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection, Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+
+from elakit.errors import SettingError
+
+T = TypeVar("T")
+
+# Seeds are stored in 64-bit signed columns of tables.
+MAX_SEED = 2**63 - 1
+
+
+def whole_number(
+    value: Any, name: str, low: int | None = None, high: int | None = None, *, owner: str = "", hint: str = ""
+) -> int:
+    """Whole number within bounds.
+
+    Parameters
+    ----------
+    value : object
+    name : str
+        Name of the setting, for the message.
+    low, high : int, optional
+        Smallest and largest allowed value, both included; None means no bound.
+    owner : str
+        Class or function that the setting belongs to, for the message: ``SynGen(iterations=0)``.
+    hint : str
+        Sentence about the next step, added to the message.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    SettingError
+        Raised when the value is not a whole number or is out of bounds.
+
+    Examples
+    --------
+    >>> whole_number(np.int64(25), "steps", 1)
+    25
+    >>> whole_number(2.5, "steps", 1)
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: steps=2.5: must be a whole number of 1 or more.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or not _within(value, low, high):
+        refuse(value, name, f"a whole number{_bounds(low, high)}", owner=owner, hint=hint)
+    return int(value)
+
+
+def real_number(
+    value: Any, name: str, low: float | None = None, high: float | None = None, *, owner: str = "", hint: str = ""
+) -> float:
+    """Finite real number within bounds.
+
+    Parameters
+    ----------
+    value : object
+    name : str
+        Name of the setting, for the message.
+    low, high : float, optional
+        Smallest and largest allowed value, both included; None means no bound.
+    owner : str
+        Class or function that the setting belongs to, for the message.
+    hint : str
+        Sentence about the next step, added to the message.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    SettingError
+        Raised when the value is not a finite real number or is out of bounds.
+
+    Examples
+    --------
+    >>> real_number(np.float32(0.5), "strength", 0)
+    0.5
+    >>> real_number(float("nan"), "strength", 0, 1)
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: strength=nan: must be a number from 0 to 1.
+    """
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not real or not _finite(value) or not _within(value, low, high):
+        refuse(value, name, f"a{'' if (low, high) != (None, None) else ' finite'} number{_bounds(low, high)}",
+               owner=owner, hint=hint)  # fmt: skip
+    return float(value)
+
+
+def share(value: Any, name: str, *, owner: str = "", hint: str = "") -> float:
+    """Number from 0 to 1, both included.
+
+    Parameters
+    ----------
+    value : object
+    name : str
+        Name of the setting, for the message.
+    owner, hint : str
+        As for `real_number`.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    SettingError
+        Raised when the value is not a number from 0 to 1.
+
+    Examples
+    --------
+    >>> share(1, "guided")
+    1.0
+    """
+    return real_number(value, name, 0, 1, owner=owner, hint=hint)
+
+
+def choice(value: Any, name: str, allowed: Collection[T], *, owner: str = "", hint: str = "") -> T:
+    """One of several allowed values; the message suggests the nearest one.
+
+    Parameters
+    ----------
+    value : object
+    name : str
+        Name of the setting, for the message.
+    allowed : collection
+        Allowed values.
+    owner, hint : str
+        As for `real_number`.
+
+    Returns
+    -------
+    object
+        The allowed value that equals `value`.
+
+    Raises
+    ------
+    SettingError
+        Raised when the value is not among the allowed ones.
+
+    Examples
+    --------
+    >>> choice("otsu", "binarization", ("otsu", "threshold"))
+    'otsu'
+    >>> choice("otzu", "binarization", ("otsu", "threshold"))
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: binarization='otzu': must be one of 'otsu', 'threshold'. Did you mean 'otsu'?
+    """
+    for one in allowed:
+        # the type must agree too, or True would pass for 1 and an array would be compared element by element
+        if isinstance(value, type(one)) and isinstance(value, bool) == isinstance(one, bool) and value == one:
+            return one
+    texts = [one for one in allowed if isinstance(one, str)]
+    near = difflib.get_close_matches(value, texts, n=1) if isinstance(value, str) else []
+    meant = f"Did you mean {near[0]!r}?" if near else ""
+    refuse(
+        value, name, f"one of {', '.join(map(repr, allowed))}", owner=owner, hint=" ".join(filter(None, (meant, hint)))
+    )
+
+
+def boolean(value: Any, name: str, *, owner: str = "", hint: str = "") -> bool:
+    """Truth value: True or False, and nothing that merely counts as one.
+
+    Parameters
+    ----------
+    value : object
+    name : str
+        Name of the setting, for the message.
+    owner, hint : str
+        As for `real_number`.
+
+    Returns
+    -------
+    bool
+
+    Raises
+    ------
+    SettingError
+        Raised when the value is neither True nor False.
+
+    Examples
+    --------
+    >>> boolean(np.True_, "refine")
+    True
+    """
+    if not isinstance(value, bool | np.bool_):
+        refuse(value, name, "True or False", owner=owner, hint=hint)
+    return bool(value)
+
+
+def seed(value: Any, name: str = "seed") -> int:
+    """Seed of the starting noise: a whole number from 0 to 2**63 - 1.
+
+    Parameters
+    ----------
+    value : object
+    name : str
+        Name of the setting, for the message.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    SettingError
+        Raised when the value is not such a number.
+
+    Examples
+    --------
+    >>> seed(np.uint8(7))
+    7
+    >>> seed(-1)
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: seed=-1: must be a whole number from 0 to 9223372036854775807.
+    """
+    return whole_number(value, name, 0, MAX_SEED)
+
+
+def seeds(values: Any, name: str = "seed", *, distinct: bool = False) -> list[int]:
+    """Seeds of several images.
+
+    Parameters
+    ----------
+    values : int or sequence of int
+        One seed, or a sequence, range or one-dimensional array of at least one seed.
+    name : str
+        Name of the setting, for the message.
+    distinct : bool
+        Whether a seed that is given twice is refused.
+
+    Returns
+    -------
+    list of int
+
+    Raises
+    ------
+    SettingError
+        Raised when there is no seed, when one is not a whole number from 0 to 2**63 - 1, or when one is repeated and
+        `distinct` is True.
+
+    Examples
+    --------
+    >>> seeds(3), seeds(range(2)), seeds(np.array([5, 6]))
+    ([3], [0, 1], [5, 6])
+    """
+    if isinstance(values, Integral) and not isinstance(values, bool):
+        return [seed(values, name)]
+    listed = isinstance(values, Sequence | np.ndarray | Iterable) and not isinstance(values, str | bytes | dict)
+    if not listed or (isinstance(values, np.ndarray) and values.ndim != 1):
+        refuse(values, name, f"a whole number from 0 to {MAX_SEED}, or a list with one for each image")
+    checked = [seed(value, name) for value in values]
+    if not checked:
+        refuse(values, name, "a whole number, or a list with at least one for each image")
+    if distinct and len(set(checked)) < len(checked):
+        twice = next(value for value in checked if checked.count(value) > 1)
+        raise SettingError(f"{name}={twice} is given more than once: give each seed once.")
+    return checked
+
+
+def refuse(value: Any, name: str, rule: str, *, owner: str = "", hint: str = "") -> NoReturn:
+    """Raise the error of a setting: ``steps=0: must be a whole number of 1 or more.``
+
+    Parameters
+    ----------
+    value : object
+        The wrong value.
+    name : str
+        Name of the setting.
+    rule : str
+        Noun phrase for the allowed values.
+    owner : str
+        Class or function that the setting belongs to.
+    hint : str
+        Sentence about the next step.
+
+    Raises
+    ------
+    SettingError
+        Always raised.
+    """
+    what = f"{name}={_shown(value)}"
+    raise SettingError(f"{f'{owner}({what})' if owner else what}: must be {rule}.{f' {hint}' if hint else ''}")
+
+
+def _within(value: Any, low: float | None, high: float | None) -> bool:
+    return (low is None or value >= low) and (high is None or value <= high)
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of floats
+        return False
+
+
+def _bounds(low: float | None, high: float | None) -> str:
+    if low is not None and high is not None:
+        return f" from {_number(low)} to {_number(high)}"
+    if low is not None:
+        return f" of {_number(low)} or more"
+    return "" if high is None else f" of {_number(high)} or less"
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
+def _shown(value: Any, length: int = 80) -> str:
+    """Value as text for a message, shortened; NumPy scalars as plain numbers."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    try:
+        text = repr(value)
+    except Exception:  # a broken repr must not hide the error; ValueError for integers of many digits
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -1,0 +1,170 @@
+"""Anchoring part of ELA: a loss that is small where each entity's attention stays in its region, and a latent step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elakit.checks import choice, real_number, refuse, share, whole_number
+from elakit.guidance.localization import entity_means
+from elakit.guidance.method import Loss, Update
+from elakit.prompt import Prompt
+
+TERMS = ("outside", "presence", "intrusion", "attributes")
+LATE = 0.2  # default start of guidance where regions are localized: earlier maps are nearly noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentStep:
+    """Anchoring by a loss on the maps and a step of the latent against its gradient.
+
+    The form of the step is the paper's, ``z' = z - step_size * gradient``. The loss is ours: one weighted sum of four
+    terms, each a mean over entities (or attributes).
+
+    Parameters
+    ----------
+    start : float, optional
+        Share of the denoising steps before guidance starts. By default .2 where regions are localized, because earlier
+        maps are nearly noise, and 0 where all regions are given by hand.
+    guided : float
+        Share of the denoising steps that are guided, counted from `start`.
+    every : int
+        Guide every n-th of these steps only.
+    step_size : float
+        Step size alpha. With ``gradient="normalized"`` it is the root mean square of the change of the latent, whose
+        initial noise has unit variance.
+    decay : float
+        Step size at the last guided step, as a share of `step_size`; linear in between.
+    gradient : {"normalized", "raw"}
+        Whether the gradient is scaled to a root mean square of 1.
+    enough : float, optional
+        An image whose loss is at most this value at a guided step is not changed from then on.
+    outside : float
+        Weight of the squared share of each entity's attention that lies outside its region. The closest published
+        form is the loss of layout guidance (Chen et al., WACV 2024).
+    presence : float
+        Weight of 1 minus the largest attention inside the region.
+    intrusion : float
+        Weight of the mean attention inside the regions of the other entities, relative to the mean inside its own.
+    attributes : float
+        Weight of the `outside` term of each attribute's map, with the region of its entity.
+
+    Raises
+    ------
+    SettingError
+        An option is out of range, or all weights are 0.
+
+    Examples
+    --------
+    >>> LatentStep(guided=0.5).guided
+    0.5
+    >>> LatentStep(guided=2)
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: LatentStep(guided=2): must be a number from 0 to 1.
+    """
+
+    start: float | None = None
+    guided: float = 0.3
+    every: int = 1
+    step_size: float = 0.1
+    decay: float = 0.5
+    gradient: Literal["normalized", "raw"] = "normalized"
+    enough: float | None = None
+    outside: float = 1.0
+    presence: float = 1.0
+    intrusion: float = 0.5
+    attributes: float = 1.0
+
+    def __post_init__(self) -> None:
+        own = {"owner": "LatentStep"}
+        if self.start is not None:
+            share(self.start, "start", **own)
+        share(self.guided, "guided", **own)
+        whole_number(self.every, "every", 1, **own)
+        for option in ("step_size", "decay", *TERMS):
+            real_number(getattr(self, option), option, 0, **own)
+        if self.enough is not None:
+            real_number(self.enough, "enough", 0, **own)
+        choice(self.gradient, "gradient", ("normalized", "raw"), **own)
+        if not any(getattr(self, term) for term in TERMS):
+            refuse(0, "outside", "above 0 if presence, intrusion and attributes are 0", **own)
+
+    def plan(self, steps: int, *, localized: bool) -> list[Update]:
+        """Updates of a run: step sizes fall linearly from `step_size` to `decay` times that.
+
+        Parameters
+        ----------
+        steps : int
+            Denoising steps of the run.
+        localized : bool
+            Whether any region is localized, not given by hand.
+        """
+        start = (LATE if localized else 0.0) if self.start is None else self.start
+        first, count = round(start * steps), round(self.guided * steps)
+        sizes = np.linspace(self.step_size, self.step_size * self.decay, max(count, 1))[:count]
+        idle = Update(0.0)
+        return [*[idle] * first, *(Update(float(s)) if i % self.every == 0 else idle for i, s in enumerate(sizes))]
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """The raw gradient, or the gradient scaled to a root mean square of 1."""
+        if self.gradient == "raw":
+            return gradient
+        return gradient / gradient.pow(2).mean().sqrt().clamp_min(torch.finfo(gradient.dtype).tiny)
+
+    def loss(self, maps: Tensor, masks: np.ndarray, prompt: Prompt) -> Loss:
+        """Anchoring loss.
+
+        Parameters
+        ----------
+        maps : Tensor, (token, y, x)
+            Attention probabilities.
+        masks : ndarray, bool, (entity, y, x)
+            Regions, constants of the loss.
+        prompt : Prompt
+
+        Returns
+        -------
+        Loss
+            Its terms are the unweighted means of "outside", "presence", "intrusion" and "attributes".
+        """
+        entities, regions = entity_means(maps, prompt), torch.from_numpy(masks).to(maps.device)
+        terms = {
+            "outside": outside_share(entities, regions).square().mean(),
+            "presence": (1 - entities.masked_fill(~regions, 0).amax((1, 2))).mean(),
+            "intrusion": intrusion(entities, regions).mean(),
+            "attributes": attributes_outside(maps, regions, prompt),
+        }
+        total = torch.stack([getattr(self, name) * term for name, term in terms.items()]).sum()
+        enough = self.enough is not None and float(total.detach()) <= self.enough
+        return Loss(total, {name: float(term.detach()) for name, term in terms.items()}, masks, enough=enough)
+
+
+def outside_share(maps: Tensor, regions: Tensor) -> Tensor:
+    """Share of each map's attention outside its region; (n, y, x) -> (n,)."""
+    return 1 - (maps * regions).sum((1, 2)) / maps.sum((1, 2))
+
+
+def intrusion(maps: Tensor, regions: Tensor) -> Tensor:
+    """Mean attention in the other entities' regions, relative to that plus the mean in its own; (n, y, x) -> (n,)."""
+    areas = regions.sum((1, 2)).clamp_min(1).to(maps.dtype)
+    means = torch.einsum("eyx,fyx->ef", maps, regions.to(maps.dtype)) / areas
+    own = means.diagonal()
+    others = (means.sum(1) - own) / max(1, len(maps) - 1)
+    return others / (own + others)
+
+
+def attributes_outside(maps: Tensor, regions: Tensor, prompt: Prompt) -> Tensor:
+    """Mean squared `outside_share` over attribute tokens, each with the region of its entity; 0 without attributes."""
+    owners: Sequence[tuple[int, int]] = [
+        (token, i) for i, entity in enumerate(prompt.entities) for token in entity.attribute_indices
+    ]
+    if not owners:
+        return maps.new_zeros(())
+    tokens, entities = (list(column) for column in zip(*owners, strict=True))
+    return outside_share(maps[tokens], regions[entities]).square().mean()

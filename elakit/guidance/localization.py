@@ -1,0 +1,233 @@
+"""Localization part of ELA: from attention maps to one region per entity, and the state that a run keeps of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elakit.checks import boolean, choice, real_number, refuse, whole_number
+from elakit.guidance.layout import Layout, apart, check_layout, layout_masks
+from elakit.prompt import Prompt
+from elakit.regions import BINARIZATIONS, DIFFERENTIATIONS, THRESHOLD, Binarization, Differentiation, localize
+
+Background = Literal["start+end", "start"]
+QUANTILE = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromMaps:
+    """Regions localized in the attention maps of each guided step.
+
+    The paper names the two stages (differentiation and binarization) and shows one result; the exact rules are not
+    public. The defaults reproduce the two regions of the paper's method figure (IoU .80 and .93).
+
+    Parameters
+    ----------
+    differentiation : {"argmax", "subtract-max", "subtract-mean", "none"}
+        How the maps of the entities are compared with each other; see `elakit.regions.localize`.
+    binarization : {"background", "otsu", "mean-std", "quantile"}
+        Which locations belong to a region; see `elakit.regions.localize`.
+    threshold : float, optional
+        Share of the background's attention that an entity must exceed; .1125 by default. Only for
+        ``binarization="background"``.
+    quantile : float, optional
+        Quantile of the scores above which locations are kept; .8 by default. Only for ``binarization="quantile"``.
+    background : {"start+end", "start"}, optional
+        Attention that stands for the background: that of start-of-text together with end-of-text and padding
+        (default), or that of start-of-text alone, as in the paper's figure. In Stable Diffusion start-of-text has
+        nearly all of it, in picture-world the padding has. Models that read the prompt with T5 alone (PixArt, FLUX)
+        have no start-of-text; there it is end-of-text and padding in both cases. Only for
+        ``binarization="background"``.
+    subtract_pedestal : bool
+        Whether the smallest value of each map is subtracted first.
+    smooth : float
+        Standard deviation, in locations, of a Gaussian filter applied to the maps first; 0 switches it off.
+    min_area : int, optional
+        Smallest area of a region, in locations; by default 2 % of the map.
+    lock_from : int, optional
+        Denoising step from which the regions stay as they are; by default they are localized at every guided step.
+
+    Raises
+    ------
+    SettingError
+        An option is unknown, out of range, or has no effect together with the others.
+
+    Examples
+    --------
+    >>> FromMaps().rule()["threshold"]
+    0.1125
+    >>> FromMaps(binarization="otsu", threshold=0.2)
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: FromMaps(threshold=0.2): must be None with binarization='otsu'. ...
+    """
+
+    differentiation: Differentiation = "argmax"
+    binarization: Binarization = "background"
+    threshold: float | None = None
+    quantile: float | None = None
+    background: Background | None = None
+    subtract_pedestal: bool = True
+    smooth: float = 0.0
+    min_area: int | None = None
+    lock_from: int | None = None
+
+    def __post_init__(self) -> None:
+        own = {"owner": "FromMaps"}
+        choice(self.differentiation, "differentiation", DIFFERENTIATIONS, **own)
+        choice(self.binarization, "binarization", BINARIZATIONS, **own)
+        needed = {"threshold": "background", "background": "background", "quantile": "quantile"}
+        for option, binarization in needed.items():
+            value = getattr(self, option)
+            if value is None:
+                continue
+            if self.binarization != binarization:
+                refuse(
+                    value, option, f"None with binarization={self.binarization!r}", **own,
+                    hint=f"It has an effect with binarization={binarization!r} only.",
+                )  # fmt: skip
+            if option == "background":
+                choice(value, option, ("start+end", "start"), **own)
+            else:
+                real_number(value, option, 0, 1 if option == "quantile" else None, **own)
+        boolean(self.subtract_pedestal, "subtract_pedestal", **own)
+        real_number(self.smooth, "smooth", 0, **own)
+        for option in ("min_area", "lock_from"):
+            if getattr(self, option) is not None:
+                whole_number(getattr(self, option), option, 0, **own)
+
+    @classmethod
+    def figure(cls) -> FromMaps:
+        """The rule compared with the paper's method figure: start-of-text alone as background, maps as they are.
+
+        Examples
+        --------
+        >>> FromMaps.figure().background
+        'start'
+        """
+        return cls(background="start", subtract_pedestal=False)
+
+    def rule(self) -> dict[str, Any]:
+        """Keyword arguments of `elakit.regions.localize`."""
+        return {
+            "differentiation": self.differentiation,
+            "binarization": self.binarization,
+            "threshold": THRESHOLD if self.threshold is None else self.threshold,
+            "quantile": QUANTILE if self.quantile is None else self.quantile,
+            "subtract_pedestal": self.subtract_pedestal,
+            "smooth": self.smooth,
+            "min_area": self.min_area,
+        }
+
+    def masks(self, entities: Tensor, background: Tensor) -> np.ndarray:
+        """Regions of the entities.
+
+        Parameters
+        ----------
+        entities : Tensor, (entity, y, x)
+            Attention probabilities.
+        background : Tensor, (y, x)
+            Attention of the background, as `rest` gives it.
+
+        Returns
+        -------
+        ndarray, bool, (entity, y, x)
+        """
+        return localize(entities, background, **self.rule()).masks
+
+    def rest(self, maps: Tensor, prompt: Prompt) -> Tensor:
+        """Attention that stands for the background; (token, y, x) -> (y, x)."""
+        end = maps[list(prompt.end_positions(len(maps)))].sum(0)
+        if prompt.start_index is None:
+            return end
+        start = maps[prompt.start_index]
+        return start if self.background == "start" else start + end
+
+    def locks(self, step: int) -> bool:
+        """Whether the regions of a denoising step are kept for the steps that follow."""
+        return self.lock_from is not None and step >= self.lock_from
+
+
+@dataclass
+class Anchors:
+    """State of the regions of one image during a run.
+
+    Changing it changes the run from the next guided step on.
+
+    Attributes
+    ----------
+    masks : ndarray, bool (entity, y, x), or None
+        Locked regions of all entities; None while regions are localized at each step.
+    given : layout or None
+        Regions given by hand.
+    held : ndarray, bool (entity, y, x), or None
+        Regions that attention was restricted to in the last pass, for methods that do so.
+    """
+
+    masks: np.ndarray | None = None
+    given: Layout | None = None
+    held: np.ndarray | None = None
+
+    def steer(self, given: Layout | None) -> None:
+        """Use these regions from the next guided step on; locked regions are released.
+
+        Parameters
+        ----------
+        given : layout or None
+            One region per entity, None for an entity that is to be localized; None for no regions.
+
+        Raises
+        ------
+        SettingError
+            The argument is not a layout.
+
+        Examples
+        --------
+        >>> anchors = Anchors()
+        >>> anchors.steer([(0, 0, 0.5, 1), None])  # the second entity is still localized
+        >>> anchors.given
+        ((0.0, 0.0, 0.5, 1.0), None)
+        """
+        self.given = None if given is None else check_layout(given, "Anchors.steer", partial=True)
+        self.masks = None
+
+
+def entity_means(maps: Tensor, prompt: Prompt) -> Tensor:
+    """Map of each entity, the mean over the tokens of its noun; (token, y, x) -> (entity, y, x)."""
+    return torch.stack([maps[list(entity.token_indices)].mean(0) for entity in prompt.entities])
+
+
+def is_complete(given: Layout | None) -> bool:
+    """Whether a layout has a region for every entity."""
+    return given is not None and all(region is not None for region in given)
+
+
+def complete(given: Layout, entities: Tensor, background: Tensor, rule: FromMaps) -> np.ndarray:
+    """Regions given by hand, and localized regions of the other entities at the locations that are left.
+
+    Parameters
+    ----------
+    given : layout
+        None stands for an entity that is localized.
+    entities : Tensor, (entity, y, x)
+    background : Tensor, (y, x)
+    rule : FromMaps
+
+    Returns
+    -------
+    ndarray, bool, (entity, y, x)
+    """
+    masks = apart(layout_masks(given, (entities.shape[1], entities.shape[2]), len(entities)))
+    others = [i for i, region in enumerate(given) if region is None]
+    if others:
+        taken = torch.from_numpy(masks.any(0)).to(entities.device)
+        # a location that is taken must not attract an entity: it gets the lowest value of the entity's free locations
+        lowest = entities[others].masked_fill(taken, math.inf).amin((1, 2), keepdim=True)
+        visible = torch.where(taken, lowest.nan_to_num(posinf=0), entities[others])
+        masks[others] = rule.masks(visible, background) & ~masks.any(0)
+    return masks

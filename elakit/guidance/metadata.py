@@ -1,0 +1,160 @@
+"""Options of guidance methods by name: listed for widgets and the command line, read from and written to plain values.
+
+A method's options are the fields of its dataclass. Where a field is a part (a dataclass of its own, such as
+`LatentStep`), the part's fields are listed instead, with dotted names: "anchor.step_size".
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+
+from elakit.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a method.
+
+    Attributes
+    ----------
+    name : str
+        Keyword argument, with the part it belongs to: "anchor.step_size".
+    owner : type
+        Class that the option is a field of; its docstring describes the option.
+    hint : object
+        Type of the value.
+    default : object
+        Default value; `REQUIRED` for an option that must be given.
+    """
+
+    name: str
+    owner: type[Any] = field(repr=False)
+    hint: Any = field(repr=False)
+    default: Any = None
+
+    @property
+    def field_name(self) -> str:
+        """Name of the field in `owner`."""
+        return self.name.rpartition(".")[2]
+
+
+REQUIRED: Any = MISSING
+
+
+def method_options(method: type[Any]) -> tuple[Option, ...]:
+    """Options of a method's class, parts expanded, in the order of the dataclass.
+
+    Examples
+    --------
+    >>> from elakit.guidance import ELA
+    >>> [option.name for option in method_options(ELA)][:2], method_options(ELA)[-1].name
+    (['localize.differentiation', 'localize.binarization'], 'size')
+    """
+    hints = typing.get_type_hints(method)
+    found: list[Option] = []
+    for each in fields(method):
+        hint = hints[each.name]
+        if is_part(hint):
+            found += [Option(f"{each.name}.{o.name}", o.owner, o.hint, o.default) for o in method_options(hint)]
+        else:
+            default = each.default if each.default_factory is MISSING else each.default_factory()
+            found.append(Option(each.name, method, hint, default))
+    return tuple(found)
+
+
+def is_part(hint: Any) -> bool:
+    """Whether the type of a field is a part, a dataclass with options of its own."""
+    return isinstance(hint, type) and is_dataclass(hint)
+
+
+def option_values(method: Any) -> dict[str, Any]:
+    """Values of a method's options by dotted name, as the method has them.
+
+    Examples
+    --------
+    >>> from elakit.guidance import ELA
+    >>> option_values(ELA())["localize.differentiation"]
+    'argmax'
+    """
+    if not is_dataclass(method) or isinstance(method, type):
+        return {}
+    values: dict[str, Any] = {}
+    for each in fields(method):
+        value = getattr(method, each.name)
+        if is_dataclass(value):
+            values |= {f"{each.name}.{name}": one for name, one in option_values(value).items()}
+        else:
+            values[each.name] = value
+    return values
+
+
+def options_of(method: Any) -> dict[str, Any]:
+    """Values of a method's options by dotted name, as plain values fit for JSON."""
+    return {name: _plain(value) for name, value in option_values(method).items()}
+
+
+def build(method: type[Any], values: Mapping[str, Any]) -> Any:
+    """A method from values by dotted name; options that are not named keep their defaults.
+
+    Raises
+    ------
+    SettingError
+        There is no such option, a required one is missing, or a value is refused.
+
+    Examples
+    --------
+    >>> from elakit.guidance import ELA
+    >>> build(ELA, {"anchor.step_size": 0.2}).anchor.step_size
+    0.2
+    >>> build(ELA, {"step_size": 0.2})
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: ELA has no option 'step_size'. Did you mean 'anchor.step_size'? ...
+    """
+    known = method_options(method)
+    names = [option.name for option in known]
+    for name in values:
+        if name not in names:
+            near = [one for one in names if one.endswith(f".{name.rpartition('.')[2]}")]
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            raise SettingError(f"{method.__name__} has no option {name!r}.{meant} It has {', '.join(names)}.")
+    if missing := [option.name for option in known if option.default is REQUIRED and option.name not in values]:
+        raise SettingError(f"{method.__name__} needs {', '.join(missing)}.")
+    own: dict[str, Any] = {}
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        part, dot, rest = name.partition(".")
+        if dot:
+            parts.setdefault(part, {})[rest] = value
+        else:
+            own[name] = value
+    hints = typing.get_type_hints(method)
+    return method(**own, **{part: build(hints[part], inner) for part, inner in parts.items()})
+
+
+def as_code(method: type[Any], values: Mapping[str, Any], module: str = "elakit.guidance") -> str:
+    """Python code that builds a method from values by dotted name.
+
+    Examples
+    --------
+    >>> from elakit.guidance import ELA
+    >>> as_code(ELA, {"anchor.step_size": 0.2, "size": 8})
+    'elakit.guidance.ELA(size=8, anchor=elakit.guidance.LatentStep(step_size=0.2))'
+    """
+    own = [f"{name}={value!r}" for name, value in values.items() if "." not in name]
+    hints = typing.get_type_hints(method)
+    for part in dict.fromkeys(name.partition(".")[0] for name in values if "." in name):
+        inner = {name.partition(".")[2]: value for name, value in values.items() if name.startswith(f"{part}.")}
+        own.append(f"{part}={as_code(hints[part], inner, module)}")
+    return f"{module}.{method.__name__}({', '.join(own)})"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_plain(each) for each in value)
+    return value.tolist() if isinstance(value, np.ndarray) else value

@@ -1,0 +1,196 @@
+"""Regional attention: each entity's words are attended to in its own region only, without a gradient.
+
+This is not ELA: no loss is computed and no latent is moved. In the denoiser's own passes the attention scores of an
+entity's words (noun and attributes) are lowered by `strength` outside its region, in every cross-attention layer.
+
+Related methods. Regional Prompter and Attention Couple (extensions of Stable Diffusion web UIs) divide the image into
+equal columns, each with a prompt of its own. SPDiffusion (arXiv:2409.01327) finds a region per concept in the attention
+maps of two plain steps, then runs again with the scores of the other concepts' words at minus infinity in each region.
+DenseDiffusion (Kim et al., ICCV 2023) raises scores inside and lowers them outside user masks, in self-attention as
+well. Here the columns are assigned to the entities in the order in which an early step's maps show them (layout
+"strips"), regions can also be localized in the maps (layout "maps") or given by hand, the whole prompt is kept, and one
+run suffices.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elakit.checks import choice, real_number, refuse, share, whole_number
+from elakit.errors import SettingError
+from elakit.guidance.anchoring import attributes_outside, outside_share
+from elakit.guidance.ela import decoder_layers
+from elakit.guidance.layout import Layout, apart, check_layout, layout_masks
+from elakit.guidance.localization import Anchors, FromMaps, complete, entity_means, is_complete
+from elakit.guidance.method import Attention, Hold, Loss, Update
+from elakit.models import AttentionLayer
+from elakit.prompt import Prompt
+from elakit.regions import divide
+
+START = {"strips": 0.08, "maps": 0.2}  # default start: the order of the entities is visible before their shapes are
+MOST_STRIPS = 3  # narrower strips cut entities apart
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionalAttention:
+    """Regional attention, without a gradient.
+
+    Parameters
+    ----------
+    layout : {"strips", "maps"}, optional
+        Where the regions come from. "strips" (default): strips of equal width in the order in which the maps of an
+        early step show the entities, kept for the whole run (`elakit.regions.divide`); they suit entities that stand
+        side by side, not one that wears, holds or is inside another. "maps": where the maps of the previous step show
+        the entities (`FromMaps` with its defaults), localized again at every step. Not with regions for all entities.
+    strength : float
+        Amount subtracted from the scores of an entity's words outside its region.
+    start : float, optional
+        Share of the denoising steps before it starts. By default .08 for "strips", .2 for "maps", and 0 where all
+        regions are given by hand. Regions that are not given by hand are localized in the previous step's pass, so the
+        first step is never restricted.
+    guided : float
+        Share of the denoising steps that are restricted, counted from `start`.
+    every : int
+        Restrict every n-th of these steps only.
+    regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x), optional
+        Regions given by hand, in the order of the prompt: boxes in shares of the image, or masks. A location of two
+        entities goes to the smaller region. In a sequence, None stands for an entity whose region comes from `layout`,
+        at the locations that the others leave.
+    layers : str
+        Layers whose maps are read: "up" (decoder; all layers of a model that has none), "down", "mid", "double",
+        "single", "all" or a name pattern. Attention is restricted in all layers.
+    size : int, optional
+        Longer side of the maps read; by default 16, or the nearest size that the model has.
+
+    Raises
+    ------
+    SettingError
+        An option is out of range or has no effect.
+
+    Examples
+    --------
+    >>> RegionalAttention(strength=3).strength
+    3
+    >>> RegionalAttention(layout="columns")
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: RegionalAttention(layout='columns'): must be one of 'strips', 'maps'.
+    """
+
+    layout: Literal["strips", "maps"] | None = None
+    strength: float = 5.0
+    start: float | None = None
+    guided: float = 1.0
+    every: int = 1
+    regions: Layout | None = None
+    layers: str = "up"
+    size: int | None = None
+
+    name: ClassVar[str] = "regional-attention"
+    title: ClassVar[str] = "Regional attention"
+    takes_regions: ClassVar[bool] = True
+    needs_regions: ClassVar[bool] = False
+    steerable: ClassVar[bool] = True
+    reads_self: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        own = {"owner": "RegionalAttention"}
+        real_number(self.strength, "strength", 0, **own)
+        if self.start is not None:
+            share(self.start, "start", **own)
+        share(self.guided, "guided", **own)
+        whole_number(self.every, "every", 1, **own)
+        if self.size is not None:
+            whole_number(self.size, "size", 1, **own)
+        if self.regions is not None:
+            given = check_layout(self.regions, "RegionalAttention(regions=...)", partial=True)
+            object.__setattr__(self, "regions", given)
+        if self.layout is not None:
+            choice(self.layout, "layout", ("strips", "maps"), **own)
+            if is_complete(self.regions):
+                refuse(
+                    self.layout, "layout", "None if all regions are given by hand", **own,
+                    hint="Use None for entities whose regions come from the layout.",
+                )  # fmt: skip
+
+    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
+        """The layers of the chosen side whose maps have the chosen size."""
+        return decoder_layers(layers, latent, self.layers, self.size, "RegionalAttention")
+
+    def begin(self, prompt: Prompt, steps: int) -> Anchors:
+        """Initial state of a run."""
+        if self.regions is None and self.layout != "maps" and len(prompt.entities) > MOST_STRIPS:
+            logger.warning(
+                "RegionalAttention: %d entities get strips of 1/%d of the image, which may be too narrow for them. "
+                "Use layout='maps', or give regions by hand.", len(prompt.entities), len(prompt.entities),
+            )  # fmt: skip
+        return Anchors(given=self.regions)
+
+    def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
+        """Restricted passes; none for a prompt with one entity and no region given by hand."""
+        if len(prompt.entities) < 2 and self.regions is None:
+            return []
+        given = is_complete(self.regions)
+        start = (0.0 if given else START[self.layout or "strips"]) if self.start is None else self.start
+        # regions that are not given by hand are known after the first pass
+        first = max(round(start * len(noise)), 0 if given else 1)
+        last = min(round(start * len(noise)) + round(self.guided * len(noise)), len(noise))
+        return [Update(0.0, hold=i >= first and (i - first) % self.every == 0) for i in range(last)]
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """Not used: there is no gradient."""
+        return gradient
+
+    def hold(
+        self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Anchors
+    ) -> Hold | None:
+        """Restriction of one pass, given the attention of the pass before it."""
+        if attention is not None:
+            masks = self._masks(attention.mean, prompt, state)
+        elif state.given is not None and is_complete(state.given):
+            masks = apart(layout_masks(state.given, size, len(prompt.entities)))
+        else:
+            return None
+        state.held = masks
+        return Hold(masks, tuple((*e.token_indices, *e.attribute_indices) for e in prompt.entities), self.strength)
+
+    def loss(self, attention: Attention, prompt: Prompt, step: int, state: Anchors) -> Loss:
+        """Squared share of attention outside the regions, for the trace only: "outside" plus "attributes"."""
+        if state.held is None:
+            raise SettingError("RegionalAttention has no loss before its first restricted pass.")
+        maps, regions = attention.mean, torch.from_numpy(state.held)
+        terms = {
+            "outside": outside_share(entity_means(maps, prompt), regions.to(maps.device)).square().mean(),
+            "attributes": attributes_outside(maps, regions.to(maps.device), prompt),
+        }
+        total = terms["outside"] + terms["attributes"]
+        return Loss(total, {name: float(term) for name, term in terms.items()}, state.held)
+
+    def _masks(self, maps: Tensor, prompt: Prompt, state: Anchors) -> np.ndarray:
+        """Regions of the next pass; maps (token, y, x) -> bool (entity, y, x)."""
+        if state.masks is not None:
+            return state.masks
+        strips, rule = self.layout != "maps", FromMaps()
+        entities, background = entity_means(maps, prompt), rule.rest(maps, prompt)
+        if not strips:
+            if state.given is None:
+                return rule.masks(entities, background)
+            return complete(state.given, entities, background, rule)
+        if state.given is None:
+            state.masks = divide(entities)
+        else:
+            masks = apart(layout_masks(state.given, (entities.shape[1], entities.shape[2]), len(entities)))
+            others = [i for i, region in enumerate(state.given) if region is None]
+            if others:
+                masks[others] = divide(entities[others], ~masks.any(0))
+            state.masks = masks
+        return state.masks

@@ -1,0 +1,97 @@
+"""Guidance methods by name; a method's module is imported when the method is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from importlib import import_module
+from typing import Any
+
+from elakit.errors import SettingError
+
+
+class Methods(MutableMapping[str, type[Any]]):
+    """Method classes by name, imported at their first use.
+
+    Names can be listed without importing torch, as the help of the command line does. A method of your own becomes
+    known to sweeps, diagnosis and the live panel by ``METHODS["my-method"] = MyMethod``.
+    """
+
+    def __init__(self, places: dict[str, str]) -> None:
+        self._known: dict[str, str | type[Any]] = dict(places)
+
+    def __getitem__(self, name: str) -> type[Any]:
+        known = self._known[name]
+        if isinstance(known, str):
+            module, kind = known.split(":")
+            known = self._known[name] = getattr(import_module(f"elakit.guidance.{module}"), kind)
+        return known
+
+    def __setitem__(self, name: str, kind: type[Any]) -> None:
+        self._known[name] = kind
+
+    def __delitem__(self, name: str) -> None:
+        del self._known[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+METHODS = Methods(
+    {
+        "ela": "ela:ELA",
+        "regional-attention": "regional_attention:RegionalAttention",
+        "attend-and-excite": "attend_excite:AttendAndExcite",
+        "syngen": "syngen:SynGen",
+        "divide-and-bind": "divide_bind:DivideAndBind",
+        "a-star": "astar:AStar",
+        "ebama": "ebama:EBAMA",
+        "conform": "conform:CONFORM",
+        "self-cross": "self_cross:SelfCross",
+        "initno": "initno:InitNO",
+        "layout-guidance": "layout_guidance:LayoutGuidance",
+        "boxdiff": "box_diff:BoxDiff",
+    }
+)
+"""Guidance methods by name: module and class. Each class carries its metadata: see `elakit.guidance.Method`."""
+
+
+def method_title(name: str) -> str:
+    """Display name of a method; other names, such as "plain", are returned as they are.
+
+    Examples
+    --------
+    >>> method_title("attend-and-excite"), method_title("plain")
+    ('Attend-and-Excite', 'plain')
+    """
+    return METHODS[name].title if name in METHODS else name
+
+
+def without_regions(name: str) -> Any:
+    """A method of `METHODS` with its default options, for uses in which no regions can be given.
+
+    Raises
+    ------
+    SettingError
+        The method needs regions.
+
+    Examples
+    --------
+    >>> without_regions("ela").name
+    'ela'
+    >>> without_regions("boxdiff")
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: boxdiff needs regions, one per entity: call elakit.generate(..., ...
+    """
+    if METHODS[name].needs_regions:
+        raise SettingError(
+            f"{name} needs regions, one per entity: call "
+            f"elakit.generate(..., guidance=elakit.guidance.{METHODS[name].__name__}(regions=...))."
+        )
+    return METHODS[name]()

@@ -1,0 +1,6 @@
+from .things import Detector as Detector
+from .things import Thing as Thing
+from .verdict import FAILURES as FAILURES
+from .verdict import Verdict as Verdict
+from .verdict import judge as judge
+from .verdict import knows as knows

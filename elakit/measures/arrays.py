@@ -1,0 +1,299 @@
+"""Checks and resampling of attention maps and masks.
+
+Every function takes arrays, tensors, nested lists or DataArrays whose last two dimensions are (y, x); the dimensions
+before them are carried along. A DataArray is read by the names of its dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from elakit.errors import SettingError
+
+__all__ = [
+    "area_mean",
+    "as_array",
+    "as_maps",
+    "as_masks",
+    "broadcast",
+    "distribution",
+    "nearest_size",
+    "ratio",
+    "resize",
+    "same_size",
+]
+
+# Dimension that lists maps or masks; it comes directly before (y, x).
+_LISTS = ("entity", "token", "attribute", "region", "thing")
+
+
+def as_array(values: Any, name: str) -> np.ndarray:
+    """Non-negative finite values as a new float64 array.
+
+    Parameters
+    ----------
+    values : array, tensor, DataArray or nested sequence
+        Tensors may be on any device, of any precision, and require gradients. The spatial dimensions of a DataArray
+        may be in any order.
+    name : str
+        What the values are called in error messages.
+
+    Returns
+    -------
+    float64 array
+        A DataArray that has the dimensions y and x comes out as (..., y, x), with the dimension that lists entities,
+        tokens, attributes or regions directly before them.
+
+    Raises
+    ------
+    SettingError
+        Values that are not numbers, masked, NaN, infinite or negative; a DataArray with only one of y and x.
+
+    Examples
+    --------
+    >>> as_array(xr.DataArray([[1, 2]], dims=("x", "y")), "maps").tolist()
+    [[1.0], [2.0]]
+    >>> as_array([0.5, float("nan")], "maps")
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: maps: 1 of 2 values are NaN or infinite; attention must be finite ...
+    """
+    if isinstance(values, xr.DataArray):
+        values = _named(values, name)
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().double().numpy()  # numpy has no bfloat16
+    parts = values if isinstance(values, list | tuple) else [values]
+    if masked := sum(int(np.ma.getmaskarray(part).sum()) for part in parts if isinstance(part, np.ma.MaskedArray)):
+        raise SettingError(
+            f"{name}: {masked} values are masked, and no measure leaves values out; "
+            "fill them first, for instance with values.filled(0)"
+        )
+    try:
+        array = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"{name} cannot be read as an array of numbers: {error}") from None
+    if bad := int((~np.isfinite(array)).sum()):
+        raise SettingError(
+            f"{name}: {bad} of {array.size} values are NaN or infinite; attention must be finite"
+            " (half precision may have overflowed: try dtype float32)"
+        )
+    if array.size and array.min() < 0:
+        raise SettingError(f"{name}: the lowest value is {array.min():g}; give probabilities, which are never negative")
+    return array
+
+
+def as_maps(values: Any, name: str) -> np.ndarray:
+    """Maps as a float64 array (..., y, x).
+
+    Parameters and errors are those of :func:`as_array`; an array without a location is refused too.
+    """
+    maps = as_array(values, name)
+    if maps.ndim < 2 or 0 in maps.shape[-2:]:
+        raise SettingError(f"{name} have shape {maps.shape}; the shape must be (..., y, x) with at least one location")
+    return maps
+
+
+def as_masks(values: Any, name: str) -> np.ndarray:
+    """Masks as a bool array (..., y, x).
+
+    Parameters and errors are those of :func:`as_array`; values other than 0 and 1 are refused too.
+    """
+    masks = as_array(values, name)
+    if masks.ndim < 2 or ((masks != 0) & (masks != 1)).any():
+        raise SettingError(
+            f"{name} must be boolean masks (..., y, x); binarize maps first, for instance with otsu_masks"
+        )
+    return masks.astype(bool)
+
+
+def same_size(a: np.ndarray, b: np.ndarray) -> None:
+    """Raise SettingError if the spatial sizes (y, x) of two arrays differ."""
+    if a.shape[-2:] != b.shape[-2:]:
+        raise SettingError(f"sizes {a.shape[-2:]} and {b.shape[-2:]} (y, x) differ; resize one first")
+
+
+def broadcast(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Broadcast the leading dimensions of two arrays of one spatial size; SettingError if they do not match."""
+    same_size(a, b)
+    try:
+        a, b = np.broadcast_arrays(a, b)
+    except ValueError:
+        raise SettingError(f"leading dimensions {a.shape[:-2]} and {b.shape[:-2]} do not match") from None
+    return a, b
+
+
+def ratio(part: Any, whole: Any, undefined: float = 0.0) -> Any:
+    """Quotient part / whole, with the value `undefined` where whole is 0.
+
+    Examples
+    --------
+    >>> ratio([1, 2], [4, 0]).tolist()
+    [0.25, 0.0]
+    """
+    part, whole = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
+    return np.where(whole > 0, part / np.where(whole > 0, whole, 1.0), undefined)[()]
+
+
+def distribution(maps: Any) -> np.ndarray:
+    """Maps scaled to sum to 1 over space.
+
+    Parameters
+    ----------
+    maps : array or tensor, (..., y, x)
+        Finite and not negative.
+
+    Returns
+    -------
+    float64 array, (..., y, x)
+        A map of zeros carries no spatial information and becomes uniform.
+
+    Raises
+    ------
+    SettingError
+        NaN, infinite or negative values, or no location.
+
+    Examples
+    --------
+    >>> distribution([[[1., 3.]], [[0., 0.]]]).tolist()
+    [[[0.25, 0.75]], [[0.5, 0.5]]]
+    """
+    values = as_maps(maps, "maps")
+    # Dividing by the maximum first keeps sums of subnormal numbers from vanishing or overflowing.
+    top = values.max(axis=(-2, -1), keepdims=True)
+    values = np.where(top > 0, values / np.where(top > 0, top, 1.0), 1.0)
+    return values / values.sum(axis=(-2, -1), keepdims=True)
+
+
+def area_mean(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Area-weighted mean of values over a grid of equal boxes.
+
+    Parameters
+    ----------
+    values : array, (..., y, x)
+    size : (int, int)
+        Rows and columns of boxes; they need not divide those of the values.
+
+    Returns
+    -------
+    float64 array, (..., *size)
+        A pixel that two boxes share counts in each by the area it has there.
+
+    Raises
+    ------
+    SettingError
+        No pixel, or a size below 1.
+
+    Examples
+    --------
+    Three pixels averaged over two boxes of one and a half pixels each:
+
+    >>> area_mean(np.array([[0., 6., 0.]]), (1, 2)).tolist()
+    [[2.0, 2.0]]
+    """
+    if 0 in values.shape[-2:]:
+        raise SettingError(f"masks have shape {values.shape}; the shape must be (..., y, x) with at least one pixel")
+    if len(size) != 2 or any(side != int(side) or side < 1 for side in size):
+        raise SettingError(f"size={size!r}; give rows and columns, whole numbers of at least 1")
+    down, across = (_shared_lengths(old, int(new)) for old, new in zip(values.shape[-2:], size, strict=True))
+    # Whole numbers up to the division, so that exactly half stays half.
+    total: np.ndarray = down @ values.astype(np.float64) @ across.T
+    return total / (values.shape[-2] * values.shape[-1])
+
+
+def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize maps as densities: bilinear along sides that grow, area mean along sides that shrink.
+
+    Parameters
+    ----------
+    maps : ndarray, float, (..., y, x)
+    size : (int, int)
+        Rows and columns of the result.
+
+    Returns
+    -------
+    ndarray, (..., rows, columns)
+        Of the same dtype. A map that shrinks keeps its mean.
+
+    Examples
+    --------
+    >>> resize(np.array([[0.0, 4.0], [8.0, 0.0]]), (1, 1))
+    array([[3.]])
+    >>> resize(np.array([[0.0, 6.0, 0.0]]), (1, 2))
+    array([[2., 2.]])
+    >>> resize(np.ones((2, 3, 3)), (6, 5)).shape
+    (2, 6, 5)
+    """
+    rows, columns = maps.shape[-2:]
+    if columns != size[1]:
+        maps = maps @ _weights(columns, size[1]).T.astype(maps.dtype)
+    if rows != size[0]:
+        maps = _weights(rows, size[0]).astype(maps.dtype) @ maps
+    return maps
+
+
+def nearest_size(sizes: Iterable[int], target: int = 16) -> int:
+    """Size nearest to a target by ratio; the smaller of two that are equally near.
+
+    The published methods read attention at 16 x 16 for images of 512 x 512 pixels, so regions and measures are taken
+    at the size nearest to 16.
+
+    Parameters
+    ----------
+    sizes : iterable of int
+        Longer sides of the maps that there are.
+    target : int
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    SettingError
+        There are no sizes.
+
+    Examples
+    --------
+    >>> nearest_size([8, 24, 64]), nearest_size([8, 32])
+    (24, 8)
+    """
+    sides = sorted(set(sizes))
+    if not sides:
+        raise SettingError("there are no maps to choose a size from; record at least one cross-attention layer")
+    return min(sides, key=lambda side: (abs(np.log(side / target)), side))
+
+
+def _named(values: xr.DataArray, name: str) -> np.ndarray:
+    """Values of a DataArray with the dimensions in the order (..., list of maps, y, x)."""
+    spatial = [dim for dim in ("y", "x") if dim in values.dims]
+    if len(spatial) == 1:
+        raise SettingError(f"{name} have dimensions {values.dims}; both y and x are needed, or neither")
+    listed = [dim for dim in _LISTS if dim in values.dims] if spatial else []
+    if len(listed) > 1:
+        raise SettingError(f"{name} have dimensions {values.dims}; only one of {', '.join(listed)} may be among them")
+    return np.asarray(values.transpose(..., *listed, *spatial).values)
+
+
+def _shared_lengths(old: int, new: int) -> np.ndarray:
+    """Length shared by each old and new interval, (new, old), in units in which an old interval is `new` long."""
+    olds, news = np.arange(old) * new, np.arange(new)[:, None] * old
+    return np.clip(np.minimum(news + old, olds + new) - np.maximum(news, olds), 0, None).astype(np.float64)
+
+
+@lru_cache(maxsize=64)
+def _weights(old: int, new: int) -> np.ndarray:
+    """Share of each old interval in each new one, (new, old); rows sum to 1."""
+    if new < old:
+        return _shared_lengths(old, new) / old
+    centers = ((np.arange(new) + 0.5) * (old / new) - 0.5).clip(0, old - 1)
+    left = np.minimum(centers.astype(int), max(old - 2, 0))
+    share = centers - left
+    weights = np.zeros((new, old))
+    weights[np.arange(new), left] = 1 - share
+    weights[np.arange(new), np.minimum(left + 1, old - 1)] += share
+    return weights

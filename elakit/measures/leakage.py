@@ -1,0 +1,263 @@
+"""Leakage: the share of each map's mass in each region.
+
+The *leakage matrix* is K[e, f] = sum of p_e over R_f, where p_e is the map of entity e as a distribution over space and
+R_f the region of entity f; its last column is the background, everything outside the regions. *Bleed* is 1 - K[e, e],
+*intrusion* the sum of K[e, f] over f != e, and *spill* K[e, background]; bleed = intrusion + spill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from elakit.errors import SettingError
+from elakit.measures.arrays import area_mean, as_array, as_masks, distribution, same_size
+from elakit.measures.masks import check_disjoint
+from elakit.measures.overlap import ruzicka
+
+__all__ = ["Binding", "attribute_overlap", "binding", "bleed", "intrusion", "leakage", "spill", "truth_leakage"]
+
+
+class Binding(NamedTuple):
+    """Overlap of each attribute with its `own` entity, the largest with an `other` one, and the `margin`."""
+
+    own: np.ndarray
+    other: np.ndarray
+    margin: np.ndarray
+
+
+def leakage(maps: Any, masks: Any) -> np.ndarray:
+    """Leakage matrix: share of each map's mass in each region and in the background.
+
+    Parameters
+    ----------
+    maps : array, tensor or DataArray, (..., entity, y, x)
+        Attention maps, on any scale; finite and not negative. The dimensions of a DataArray may be in any order.
+    masks : bool array or DataArray, (..., region, y, x)
+        Disjoint regions.
+
+    Returns
+    -------
+    float array, (..., entity, region + 1)
+        The last column is the background (outside every region). Rows sum to 1.
+
+    Raises
+    ------
+    SettingError
+        Overlapping masks, shapes that do not match, NaN, infinite or negative values.
+
+    Examples
+    --------
+    >>> cat, frog = [[6., 2., 1., 1.]], [[0., 0., 4., 1.]]
+    >>> leakage([cat, frog], [[[1, 1, 0, 0]], [[0, 0, 1, 0]]])
+    array([[0.8, 0.1, 0.1],
+           [0. , 0.8, 0.2]])
+    """
+    p = distribution(maps)
+    regions = as_masks(masks, "masks")
+    if p.ndim < 3 or regions.ndim < 3:
+        raise SettingError(
+            f"maps have shape {p.shape} and masks {regions.shape}; (..., entity, y, x) and (..., region, y, x) are "
+            "needed"
+        )
+    same_size(p, regions)
+    check_disjoint(regions)
+    regions = np.concatenate([regions, ~regions.any(axis=-3, keepdims=True)], axis=-3)
+    return _shares(p, regions)
+
+
+def truth_leakage(maps: Any, masks: Any) -> np.ndarray:
+    """Share of each map's mass on each thing in the finished image, and on the rest of the image.
+
+    Parameters
+    ----------
+    maps : array, tensor or DataArray, (..., entity, y, x)
+        Attention maps, on any scale; finite and not negative.
+    masks : bool array or DataArray, (..., thing, y, x)
+        Mask of each thing in the image, at any resolution. They may overlap, as those of a hybrid do.
+
+    Returns
+    -------
+    float array, (..., entity, thing + 1)
+        The last column is the rest of the image. Rows sum to 1; the column of a thing that is absent is zero.
+
+    Raises
+    ------
+    SettingError
+        Shapes that do not match, NaN, infinite or negative values.
+
+    Notes
+    -----
+    The mass of a location is spread evenly over the pixels it covers, so that a location that a thing half fills counts
+    by half. Pixels that several things share count for each in equal parts, whatever the order of the things.
+
+    Examples
+    --------
+    Four locations over an image of eight pixels; the cat fills one and a half of them, the frog the last one:
+
+    >>> cat, frog = [[6., 2., 1., 1.]], [[0., 0., 4., 1.]]
+    >>> truth_leakage([cat, frog], [[[1, 1, 1, 0, 0, 0, 0, 0]], [[0, 0, 0, 0, 0, 0, 1, 1]]])
+    array([[0.7, 0.1, 0.2],
+           [0. , 0.2, 0.8]])
+    """
+    p = distribution(maps)
+    things = as_masks(masks, "masks")
+    if p.ndim < 3 or things.ndim < 3:
+        raise SettingError(
+            f"maps have shape {p.shape} and masks {things.shape}; (..., entity, y, x) and (..., thing, y, x) are needed"
+        )
+    claims = things.sum(axis=-3, keepdims=True)
+    parts = np.concatenate([things / np.maximum(claims, 1), claims == 0], axis=-3)
+    return _shares(p, area_mean(parts, p.shape[-2:]))
+
+
+def bleed(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
+    """Share of each map's mass outside its own region: 1 - K[e, e].
+
+    Parameters
+    ----------
+    matrix : array, (..., entity, region + 1)
+        The result of :func:`leakage`.
+    own : sequence of int, optional
+        Index of the region that belongs to each row; by default row e has region e. For attributes: the index of the
+        entity that each belongs to.
+
+    Returns
+    -------
+    float array, (..., entity)
+
+    Raises
+    ------
+    SettingError
+        `own` does not fit the matrix.
+
+    Examples
+    --------
+    >>> bleed([[0.7, 0.2, 0.1], [0.0, 0.8, 0.2]]).round(6)
+    array([0.3, 0.2])
+    """
+    values, index = _own(matrix, own)
+    return 1.0 - values[..., np.arange(len(index)), index]
+
+
+def intrusion(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
+    """Share of each map's mass in the regions of other entities: sum of K[e, f] over f != e, background excluded.
+
+    Parameters, shape of the result and errors are those of :func:`bleed`.
+
+    Examples
+    --------
+    >>> intrusion([[0.7, 0.2, 0.1], [0.0, 0.8, 0.2]])
+    array([0.2, 0. ])
+
+    An attribute of the second entity:
+
+    >>> intrusion([[0.7, 0.2, 0.1]], own=[1])
+    array([0.7])
+    """
+    values, index = _own(matrix, own)
+    others = np.arange(values.shape[-1] - 1) != index[:, None]
+    return (values[..., :-1] * others).sum(axis=-1)
+
+
+def spill(matrix: Any) -> np.ndarray:
+    """Share of each map's mass in the background, K[e, background]; float array (..., entity).
+
+    Examples
+    --------
+    >>> spill([[0.7, 0.2, 0.1], [0.0, 0.8, 0.2]])
+    array([0.1, 0.2])
+    """
+    return _matrix(matrix)[..., -1]
+
+
+def binding(attributes: Any, entities: Any, owners: Sequence[int]) -> Binding:
+    """Attribute binding: how much more an attribute overlaps with its own entity than with another one.
+
+    Parameters
+    ----------
+    attributes : array, tensor or DataArray, (..., attribute, y, x)
+        Attention maps of the attributes, on any scale.
+    entities : array, tensor or DataArray, (..., entity, y, x)
+        Attention maps of the entities' nouns, on any scale.
+    owners : sequence of int
+        Index of the entity that each attribute belongs to.
+
+    Returns
+    -------
+    Binding
+        `own`: Ruzicka similarity of the attribute and its owner as distributions; `other`: the largest similarity with
+        another entity, 0 if there is none; `margin` = own - other, negative where the attribute lies with the wrong
+        entity. Arrays (..., attribute).
+
+    Raises
+    ------
+    SettingError
+        `owners` that do not fit; NaN, infinite or negative values; sizes that differ.
+
+    Examples
+    --------
+    In "a red car and a blue bird", "red" attends to the bird:
+
+    >>> car, bird = [[4., 0., 0.]], [[0., 2., 2.]]
+    >>> float(binding([[[0., 1., 1.]]], [car, bird], owners=[0]).margin[0])
+    -1.0
+    """
+    overlap = attribute_overlap(attributes, entities)
+    index = _owners(owners, *overlap.shape[-2:])
+    own = overlap[..., np.arange(len(index)), index]
+    others = np.where(np.arange(overlap.shape[-1]) == index[:, None], 0.0, overlap)
+    other = others.max(axis=-1)
+    return Binding(own, other, own - other)
+
+
+def attribute_overlap(attributes: Any, entities: Any) -> np.ndarray:
+    """Ruzicka similarity of every attribute and every entity as distributions, (..., attribute, entity).
+
+    Parameters and errors are those of :func:`binding`.
+    """
+    of_attributes, of_entities = distribution(attributes), distribution(entities)
+    if of_attributes.ndim < 3 or of_entities.ndim < 3:
+        raise SettingError(
+            f"attributes have shape {of_attributes.shape} and entities {of_entities.shape}; (..., attribute, y, x) and "
+            "(..., entity, y, x) are needed"
+        )
+    return np.asarray(ruzicka(of_attributes[..., :, None, :, :], of_entities[..., None, :, :, :]))
+
+
+def _shares(p: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Mass of each distribution (..., entity, y, x) in each part (..., part, y, x) of space."""
+    try:
+        return np.einsum("...eyx,...ryx->...er", p, parts.astype(np.float64))
+    except ValueError:
+        raise SettingError(
+            f"leading dimensions of maps {p.shape[:-3]} and masks {parts.shape[:-3]} do not match"
+        ) from None
+
+
+def _matrix(matrix: Any) -> np.ndarray:
+    values = as_array(matrix, "leakage matrix")
+    if values.ndim < 2 or values.shape[-1] < 2:
+        raise SettingError(
+            f"leakage matrix has shape {values.shape}; the shape must be (..., entity, region + background)"
+        )
+    return values
+
+
+def _own(matrix: Any, own: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
+    values = _matrix(matrix)
+    rows, columns = values.shape[-2:]
+    if own is None:
+        if rows != columns - 1:
+            raise SettingError(f"{rows} rows and {columns - 1} regions: name the region of each row with own=[...]")
+        return values, np.arange(rows)
+    return values, _owners(own, rows, columns - 1)
+
+
+def _owners(owners: Sequence[int], rows: int, count: int) -> np.ndarray:
+    index = np.asarray(owners)
+    if index.shape != (rows,) or index.dtype.kind not in "iu" or ((index < 0) | (index >= count)).any():
+        raise SettingError(f"owners {list(owners)} do not fit: {rows} indices from 0 to {count - 1} are needed")
+    return index

@@ -1,0 +1,10 @@
+from .agreement import agreement as agreement
+from .images import entity_maps as entity_maps
+from .images import images as images
+from .layers import bleeding_by_layer as bleeding_by_layer
+from .leakage import bleeding_over_steps as bleeding_over_steps
+from .leakage import leakage as leakage
+from .methods import method_comparison as method_comparison
+from .regions import region_animation as region_animation
+from .regions import region_evolution as region_evolution
+from .token_maps import token_maps as token_maps

@@ -1,0 +1,238 @@
+"""Intervals and tests for shares of images: Wilson, cluster bootstrap, McNemar, Holm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from elakit import checks
+from elakit.errors import SettingError
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a share.
+
+    Parameters
+    ----------
+    successes, n : int
+        Number of successes and number of trials.
+    level : float
+        Confidence level, between 0 and 1.
+
+    Returns
+    -------
+    (float, float)
+        Lower and upper end; (0, 1) without any trial.
+
+    Raises
+    ------
+    SettingError
+        Raised when `successes` is not a whole number from 0 to `n`, or `level` is not between 0 and 1.
+
+    References
+    ----------
+    Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22, 1927.
+
+    Examples
+    --------
+    >>> [round(bound, 3) for bound in wilson(3, 4)]
+    [0.301, 0.954]
+    >>> wilson(0, 0)
+    (0.0, 1.0)
+    """
+    n = checks.whole_number(n, "n", 0)
+    successes = checks.whole_number(successes, "successes", 0, n)
+    level = _level(level)
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    observed, square = successes / n, z**2 / n
+    center, half = observed + square / 2, z * (observed * (1 - observed) / n + square / (4 * n)) ** 0.5
+    # rounding must not move an end past 0 or 1, where the interval ends exactly
+    low = 0.0 if successes == 0 else max((center - half) / (1 + square), 0.0)
+    high = 1.0 if successes == n else min((center + half) / (1 + square), 1.0)
+    return low, high
+
+
+class Interval(NamedTuple):
+    """A value with its confidence interval; each entry is a number or an array with one entry per column."""
+
+    value: Any
+    low: Any
+    high: Any
+
+
+def bootstrap(
+    numerators: Any,
+    denominators: Any = None,
+    groups: Sequence[Any] | np.ndarray | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap interval of a mean or of a ratio of sums, with whole groups resampled.
+
+    Images of one prompt are more alike than images of different prompts, so an interval over images must resample
+    prompts with all their images.
+
+    Parameters
+    ----------
+    numerators : array_like, (n,) or (n, columns)
+        Values, one row per image.
+    denominators : array_like, optional
+        Values of the same shape; the statistic is the sum of the numerators over the sum of the denominators. By
+        default 1 for each row: the statistic is the mean.
+    groups : sequence, optional
+        Label of each row, such as its prompt. By default each row is a group of its own.
+    level : float
+        Confidence level, between 0 and 1.
+    resamples : int
+        Number of bootstrap resamples.
+    seed : int
+        Seed of the random numbers; the result depends on nothing else.
+
+    Returns
+    -------
+    Interval
+        Value, lower end, upper end: numbers for one-dimensional input, otherwise arrays with one entry per column.
+        NaN where the sum of the denominators is not positive.
+
+    Raises
+    ------
+    SettingError
+        Raised when the shapes differ, there are no rows, or a setting is out of range.
+
+    References
+    ----------
+    Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
+
+    Examples
+    --------
+    >>> value, low, high = bootstrap([1, 1, 1, 0], groups=["cat", "cat", "dog", "dog"])
+    >>> value, low, high
+    (0.75, 0.5, 1.0)
+    """
+    parts = np.asarray(numerators, dtype=float)
+    wholes = np.ones_like(parts) if denominators is None else np.asarray(denominators, dtype=float)
+    if parts.shape != wholes.shape or parts.ndim not in (1, 2) or not len(parts):
+        raise SettingError(
+            f"numerators of shape {parts.shape} and denominators of shape {wholes.shape}: give arrays of one shape, "
+            "(n,) or (n, columns), with at least one row."
+        )
+    level = _level(level)
+    resamples = checks.whole_number(resamples, "resamples", 1)
+    flat = parts.ndim == 1
+    parts, wholes = (array.reshape(len(array), -1) for array in (parts, wholes))
+    if groups is not None:
+        labels = np.asarray(groups)
+        if labels.shape != (len(parts),):
+            raise SettingError(f"{labels.size} group labels for {len(parts)} rows: give one label per row.")
+        position = np.unique(labels, return_inverse=True)[1].reshape(-1)
+        parts, wholes = (_sum_by(array, position) for array in (parts, wholes))
+    count = len(parts)
+    # how often each group is in each resample
+    weights = np.random.default_rng(checks.seed(seed)).multinomial(count, np.full(count, 1 / count), size=resamples)
+    ends = np.full((3, parts.shape[1]), np.nan)
+    for column, (part, whole) in enumerate(zip(parts.T, wholes.T, strict=True)):
+        if not whole.sum() > 0:
+            continue
+        sums = weights @ whole
+        ratios = (weights @ part)[sums > 0] / sums[sums > 0]
+        tails = [50 * (1 - level), 50 * (1 + level)]
+        ends[:, column] = part.sum() / whole.sum(), *np.percentile(ratios, tails)
+    if flat:
+        return Interval(*(float(end) for end in ends[:, 0]))
+    return Interval(*ends)
+
+
+def mcnemar(fixed: int, broken: int) -> float:
+    """Exact two-sided McNemar test of paired outcomes.
+
+    Parameters
+    ----------
+    fixed, broken : int
+        Pairs in which only the second, or only the first, outcome is a success. Pairs with equal outcomes do not count.
+
+    Returns
+    -------
+    float
+        Probability of a difference at least this large if both were equally likely; 1 without any such pair.
+
+    Raises
+    ------
+    SettingError
+        Raised when a count is not a whole number of 0 or more.
+
+    References
+    ----------
+    McNemar, "Note on the sampling error of the difference between correlated proportions or percentages",
+    Psychometrika 12, 1947; the exact form is the sign test.
+
+    Examples
+    --------
+    >>> mcnemar(fixed=5, broken=0)
+    0.0625
+    >>> mcnemar(fixed=0, broken=0)
+    1.0
+    """
+    fixed, broken = checks.whole_number(fixed, "fixed", 0), checks.whole_number(broken, "broken", 0)
+    if fixed + broken == 0:
+        return 1.0
+    from scipy.stats import binomtest
+
+    return float(binomtest(fixed, fixed + broken, 0.5).pvalue)
+
+
+def holm(p_values: Any) -> np.ndarray:
+    """Holm's step-down correction of p values for the number of tests.
+
+    Parameters
+    ----------
+    p_values : array_like, (n,)
+        NaN marks a test that was not made; it does not count.
+
+    Returns
+    -------
+    numpy.ndarray, (n,)
+        Corrected p values, NaN where the input is NaN.
+
+    Raises
+    ------
+    SettingError
+        Raised when a p value lies outside 0 to 1.
+
+    References
+    ----------
+    Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6, 1979.
+
+    Examples
+    --------
+    >>> holm([float("nan"), 0.01, 0.04, 0.03]).tolist()
+    [nan, 0.03, 0.06, 0.06]
+    """
+    p = np.asarray(p_values, dtype=float).reshape(-1)
+    made = np.flatnonzero(~np.isnan(p))
+    if ((p[made] < 0) | (p[made] > 1)).any():
+        raise SettingError(f"p_values={p[made].tolist()}: must be numbers from 0 to 1, or NaN for tests not made.")
+    order = made[np.argsort(p[made], kind="stable")]
+    corrected = np.full(len(p), np.nan)
+    corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
+    return corrected
+
+
+def _level(level: Any) -> float:
+    level = checks.real_number(level, "level")
+    if not 0 < level < 1:
+        checks.refuse(level, "level", "a number between 0 and 1, such as 0.95")
+    return level
+
+
+def _sum_by(array: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """Sum of the rows of each group, (groups, columns)."""
+    sums = np.zeros((position.max() + 1, array.shape[1]))
+    np.add.at(sums, position, array)
+    return sums

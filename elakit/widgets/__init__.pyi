@@ -1,0 +1,2 @@
+from . import explorer as explorer
+from . import live as live

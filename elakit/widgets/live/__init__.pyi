@@ -1,0 +1,2 @@
+from .panel import Panel as Panel
+from .panel import live as live

@@ -1,0 +1,142 @@
+"""Checkpoints: guidance that keeps less and computes it again steps the same way, and leaves the model as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_pipeline
+
+import elakit
+from elakit.errors import SettingError
+from elakit.guidance import METHODS, LatentStep, checkpointing
+from elakit.guidance.engine import frozen, gradient
+from elakit.models import adapter_for
+
+PAIR = "a [red car] and a [blue bird]"
+HALVES = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
+FEW: dict[str, dict[str, Any]] = {  # passes, where there would be many
+    "ela": {"anchor": LatentStep(start=0)},
+    "layout-guidance": {"regions": HALVES, "guided": 0.5, "iterations": 2},
+    "boxdiff": {"regions": HALVES},
+    "conform": {"refinements": 1},
+    "initno": {"rounds": 1, "iterations": 2, "last_iterations": 2, "refinements": 1},
+    "attend-and-excite": {"refine": ((0.0, 0.5, 2),)},
+    "divide-and-bind": {"refine": ((0.0, 0.5, 2),)},
+}
+
+
+def switches(pipe: Any) -> dict[str, tuple[Any, Any]]:
+    return {
+        name: tuple(vars(module).get(x) for x in ("gradient_checkpointing", "_gradient_checkpointing_func"))
+        for name, module in pipe.unet.named_modules()
+    }
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_moves_the_latents_as_without(name: str) -> None:
+    pipe = tiny_pipeline(torch.float64)
+    method = METHODS[name](**FEW.get(name, {}))
+    options: dict[str, Any] = {"seed": 5, "steps": 2, "guidance": method, "progress": False}
+    plain = elakit.generate(pipe, PAIR, **options)
+    with checkpointing(pipe):
+        run = elakit.generate(pipe, PAIR, **options)
+    frame, wanted = run.guidance.to_frame(), plain.guidance.to_frame()
+    assert (wanted.moved > 0).any()
+    for column in ("loss", "moved"):
+        assert frame[column].tolist() == pytest.approx(wanted[column].tolist(), rel=1e-6)
+    assert np.abs(np.asarray(run.image, int) - np.asarray(plain.image, int)).max() <= 1
+    assert run.recording.steps == plain.recording.steps  # what is computed again is not recorded
+    np.testing.assert_allclose(run.entity_maps(), plain.entity_maps(), atol=1e-3)
+
+
+def kept(at: tuple[Any, ...]) -> int:
+    """Bytes that a gradient pass keeps, each storage once, weights left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in at[0].denoiser.parameters()}
+    seen: dict[int, torch.Tensor] = {}  # a tensor that is held keeps its address
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.detach()
+        return tensor
+
+    with frozen(at[0].denoiser), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        gradient(*at)
+    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+
+
+def test_far_less_is_kept_for_the_backward() -> None:
+    pipe = tiny_pipeline()
+    adapter, prompt, method = adapter_for(pipe), elakit.parse(PAIR, pipe), elakit.ELA()
+    pipe.scheduler.set_timesteps(10)
+    latents = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(3))
+    layers = method.select(adapter.layers(), (32, 32))
+    at = (
+        adapter,
+        method,
+        prompt,
+        layers,
+        latents,
+        pipe.scheduler.timesteps[3],
+        adapter.encode(prompt.text, guided=False),
+    )
+    without = kept(at)
+    with checkpointing(pipe):
+        assert kept(at) < without / 2
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_model_is_left_as_it_was_after_an_error_too(own: bool) -> None:
+    pipe = tiny_pipeline()
+    if own:  # the user's, with a function of their own
+        pipe.unet.enable_gradient_checkpointing(lambda module, *args: module(*args))
+    before = switches(pipe)
+
+    def interrupted() -> None:
+        with checkpointing(pipe):
+            assert pipe.unet.is_gradient_checkpointing
+            assert switches(pipe) != before
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert switches(pipe) == before
+    assert pipe.unet.is_gradient_checkpointing is own
+
+
+def test_an_error_inside_a_checkpoint_does_not_spoil_the_next_gradient() -> None:
+    pipe = tiny_pipeline(torch.float64)
+    adapter, prompt, method = adapter_for(pipe), elakit.parse(PAIR, pipe), elakit.ELA()
+    pipe.scheduler.set_timesteps(10)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    layers = method.select(adapter.layers(), (8, 8))
+    at = (
+        adapter,
+        method,
+        prompt,
+        layers,
+        latents,
+        pipe.scheduler.timesteps[3],
+        adapter.encode(prompt.text, guided=False),
+    )
+    wanted = gradient(*at)[1]
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = layers[0].module.register_forward_hook(fail)
+    with checkpointing(pipe), pytest.raises(RuntimeError, match="out of memory"):
+        gradient(*at)
+    handle.remove()
+    torch.testing.assert_close(gradient(*at)[1], wanted)
+    with checkpointing(pipe):
+        torch.testing.assert_close(gradient(*at)[1], wanted)
+
+
+def test_a_model_without_checkpoints_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline()
+    monkeypatch.setattr(type(pipe.unet), "_supports_gradient_checkpointing", False)
+    with pytest.raises(SettingError, match="UNet2DConditionModel has no gradient checkpointing"), checkpointing(pipe):
+        pass

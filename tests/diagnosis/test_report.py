@@ -1,0 +1,250 @@
+"""The report tells what was found, in one file that fetches nothing and that no prompt can break."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_pipeline
+
+from elakit.diagnosis import Diagnosis, Pair, report
+from elakit.errors import OutputError
+from elakit.generation import Run, generate
+from elakit.guidance import ELA, build, options_of
+from elakit.judge import Verdict
+from elakit.prompt import parse
+
+PAIR = "a [red car] and a [blue bird]"
+COMMAND = 'elakit diagnose "a [red car] and a [blue bird]" --seeds 4'
+EVIL = "a [<script>alert(1)</script> car] & a [blue bird] </script><img src=http://evil.example/a.png onerror=alert(2)>"
+
+
+def verdict(run: Run, right: bool) -> Verdict:
+    """A verdict of an image in which all is right, or the bird is missing and the car is green."""
+    entities = tuple(entity.label for entity in run.prompt.entities)
+    asked = {entity.label: entity.attributes[-1] if entity.attributes else None for entity in run.prompt.entities}
+    present = {label: right or label != "bird" for label in entities}
+    colors = {label: (asked[label] if right else "green") if present[label] else None for label in entities}
+    return Verdict(entities, present, colors, asked, np.zeros((len(entities), 4, 4), bool))
+
+
+def diagnosis(text: str = PAIR, seeds: int = 1, judged: str = "", length: int = 20, **options: Any) -> Diagnosis:
+    """A diagnosis by a tiny pipeline; judged says of each seed whether plain and guided are right: "nyyy" two seeds."""
+    pipe, pairs, ela = tiny_pipeline(length=length), [], build(ELA, options)
+    for seed in range(seeds):
+        runs = [
+            generate(pipe, text, seed=seed, steps=4, guidance_scale=3, guidance=guidance, progress=False)
+            for guidance in (None, ela)
+        ]
+        said = [verdict(run, right == "y") for run, right in zip(runs, judged[2 * seed :], strict=False)]
+        pairs.append(Pair(*runs, *said))
+    return Diagnosis(runs[0].prompt, "ela", options_of(ela), tuple(pairs), 12.0)
+
+
+@pytest.fixture(scope="module")
+def found() -> Diagnosis:
+    """One seed fixed, one broken, one right and one wrong."""
+    return diagnosis(seeds=4, judged="nyynyynn")
+
+
+@pytest.fixture(scope="module")
+def page(found: Diagnosis) -> str:
+    return report.render(found, COMMAND)
+
+
+class Page(HTMLParser):
+    """Elements of a page, and the text outside scripts and styles."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.words: list[str] = []
+        self._inside = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+# --- what it says -------------------------------------------------------------------------------------------
+
+
+def test_the_verdict_is_told_in_plain_words(found: Diagnosis, page: str) -> None:
+    said = report.summary(found)
+    assert said[0] == "Drawn plainly, 2 of 4 images show everything the prompt asks for; with ELA, 2 of 4."
+    assert said[1] == "ELA fixed 1 (seed 0) and broken 1 (seed 1)."
+    text = Page(page).text
+    assert all(sentence in text for sentence in said)
+    assert "car: green instead of red" in text
+    assert "bird: missing" in text
+
+
+def test_every_seed_is_shown_twice_and_the_example_large(found: Diagnosis, page: str) -> None:
+    images = Page(page).all("img")
+    assert len(images) == 2 * len(found.pairs) + 2
+    assert all(image["alt"] and "a red car and a blue bird" in image["alt"] for image in images)
+    drawn = [run.image for pair in found.pairs for run in (pair.plain, pair.guided)]
+    for image, image in zip(images, drawn, strict=False):
+        kept = Image.open(io.BytesIO(base64.b64decode((image["src"] or "").split(",")[1])))
+        np.testing.assert_array_equal(np.asarray(kept), np.asarray(image.convert("RGB")))
+
+
+def test_the_table_holds_the_measures(found: Diagnosis, page: str) -> None:
+    table = report.measure_table(found)
+    run = found.pairs[2].guided
+    frame = run.bleeding.overall()
+    assert table["bleed", "guided"][2] == pytest.approx(frame[frame["measure"] == "bleed"]["value"].mean())
+    text = Page(page).text
+    assert all(f"{value:.3f}" in text for value in table.to_numpy().ravel())
+    assert all(meaning in text for name, meaning in report.MEANINGS.items() if name in ("bleed", "attribute_margin"))
+
+
+def test_every_measure_has_a_meaning(found: Diagnosis) -> None:
+    assert set(found.pairs[0].plain.bleeding.to_frame()["measure"]) <= set(report.MEANINGS)
+
+
+def test_it_says_how_to_do_it_again(found: Diagnosis, page: str) -> None:
+    code = next(text for text in re.findall(r"<pre[^>]*>(.*?)</pre>", page, re.S) if "import elakit" in text)
+    assert "seeds=[0, 1, 2, 3]" in code
+    assert "steps=4" in code
+    assert "method=&#39;ela&#39;" in code
+    compile(code.replace("&#39;", "'").replace("&#34;", '"'), "report", "exec")
+    again = re.search(r"&#39;(.*bird.*)&#39;", code)
+    assert again is not None
+    assert parse(again.group(1), tiny_pipeline()) == found.prompt
+    assert COMMAND.replace('"', "&#34;") in page
+
+
+def test_options_of_the_method_are_in_the_code_and_the_settings() -> None:
+    html = report.render(diagnosis(**{"anchor.step_size": 0.01}))
+    assert "method=elakit.guidance.ELA(anchor=elakit.guidance.LatentStep(step_size=0.01))" in html
+    assert "elakit diagnose" not in Page(html).text
+
+
+def test_images_that_were_not_judged_are_not_called_right() -> None:
+    found = diagnosis()
+    assert "not judged" in report.summary(found)[0]
+    text = Page(report.render(found)).text
+    assert "✓" not in text
+    assert "fixed" not in text
+
+
+def test_one_entity_has_nothing_to_bleed_into() -> None:
+    found = diagnosis("a [red car]", judged="yy")
+    assert "ELA took no step" in report.summary(found)[-1]
+    assert "Regions, ELA" not in Page(report.render(found)).text
+
+
+# --- nothing gets in or out ---------------------------------------------------------------------------------
+
+
+def test_nothing_is_fetched(page: str) -> None:
+    parsed = Page(page)
+    for tag, attributes in parsed.elements:
+        for name in ("src", "href", "srcset", "poster", "action", "data"):
+            assert (attributes.get(name) or "data:").startswith("data:"), (tag, name)
+    assert not parsed.all("link")
+    assert not parsed.all("iframe")
+    styles = "".join(re.findall(r"<style>(.*?)</style>", page, re.S))
+    assert "url(" not in styles
+    assert "@import" not in styles
+    policy = next(meta["content"] for meta in parsed.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    assert "http" not in policy
+
+
+def test_figures_travel_as_data(page: str) -> None:
+    parsed = Page(page)
+    figures = [a["data-figure"] for a in parsed.all("script") if "data-figure" in a]
+    assert figures == [
+        "attention", "regions-plain", "regions-guided", "anchors", "leakage", "tokens-plain", "tokens-guided", "steps",
+    ]  # fmt: skip
+    held = [json.loads(text) for text in parsed.scripts if text.startswith('{"data"')]
+    assert len(held) == len(figures)
+    assert sum(text.count("plotly.js v") for text in parsed.scripts) == 1
+
+
+def test_a_prompt_cannot_break_out_of_its_page() -> None:
+    html = report.render(diagnosis(EVIL, length=120), f"elakit diagnose '{EVIL}'")
+    harmless = Page(report.render(diagnosis("a [car] and a [blue bird]", length=120), "elakit diagnose"))
+    parsed = Page(html)
+    assert [tag for tag, _ in parsed.elements if tag in ("script", "img")] == [
+        tag for tag, _ in harmless.elements if tag in ("script", "img")
+    ]
+    assert not any("onerror" in attributes for _, attributes in parsed.elements)
+    assert "<script>alert" not in html
+    assert "<script>alert(1)</script>" in parsed.text  # as text, readable
+
+
+# --- the file -----------------------------------------------------------------------------------------------
+
+
+def test_the_file_is_written_whole(found: Diagnosis, page: str, tmp_path: Path) -> None:
+    target = tmp_path / "report.html"
+    target.write_text("old")
+    assert report.write(found, target, COMMAND) == target
+    assert target.read_text(encoding="utf-8") == page
+    assert target.stat().st_size < 8e6
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_failed_write_leaves_what_was_there(
+    found: Diagnosis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "report.html"
+    target.write_text("old")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OutputError, match=r"report\.html cannot be written: No space left"):
+        report.write(found, target)
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_paths_that_cannot_be_written_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OutputError, match=r"missing.*mkdir -p"):
+        report.check_path(tmp_path / "missing" / "report.html")
+    with pytest.raises(OutputError, match=r"it is a folder.*report\.html"):
+        report.check_path(tmp_path)
+    with pytest.raises(OutputError, match="it is a folder"):
+        report.check_path("")
+    assert report.check_path(tmp_path / "report.html") == tmp_path / "report.html"
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(OutputError, match="is not writable"):
+        report.check_path(tmp_path / "report.html")

@@ -1,0 +1,107 @@
+"""In a real JupyterLab the first notebook runs, and its explorer scrubs, without an error or a word to the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lab
+import nbformat
+import pytest
+
+pytestmark = lab.MARKS
+FIRST = Path(__file__).parents[2] / "notebooks" / "01_first_look.ipynb"
+STEPS = 4
+# what the kernel has of the explorer that a cell shows
+EXPLORER = "next(shown for shown in Out.values() if isinstance(shown, elakit.Explorer))"
+OVERLAY = "document.querySelector('.elx-stage canvas').toDataURL()"
+
+
+def shortened(path: Path) -> nbformat.NotebookNode:
+    """The notebook with images of a few steps and one seed, and no outputs."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.source = cell.source.replace("progress=False", f"steps={STEPS}, progress=False")
+            cell.source = cell.source.replace("seeds=8", f"steps={STEPS}, seeds=1")
+            cell.outputs, cell.execution_count = [], None
+    return notebook
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[lab.Lab, lab.Notebook]]:
+    """JupyterLab with the notebook, all its cells run."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    nbformat.write(shortened(FIRST), folder / FIRST.name)
+    with lab.open_lab(folder) as running:
+        notebook = running.open(FIRST.name)
+        notebook.run(timeout=240)
+        yield running, notebook
+
+
+@pytest.fixture
+def page(opened: tuple[lab.Lab, lab.Notebook]) -> Iterator[Any]:
+    """The page, scrolled to the explorer at its first step."""
+    running, notebook = opened
+    page = notebook.page
+    page.locator(".elx").scroll_into_view_if_needed()
+    page.locator(".elx-transport input[type=range]").fill("0")
+    settle(page)
+    yield page
+    assert running.complaints() == []
+
+
+def settle(page: Any) -> None:
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def test_every_cell_runs_and_every_figure_shows(opened: tuple[lab.Lab, lab.Notebook], page: Any) -> None:
+    _, notebook = opened
+    assert notebook.errors() == []
+    code = [cell for cell in notebook.cells() if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in code)
+    kinds = [kind for cell in code for output in cell["outputs"] for kind in output.get("data", {})]
+    assert page.locator(".js-plotly-plot .main-svg").count() >= kinds.count("application/vnd.plotly.v1+json") > 0
+    assert page.locator(".elx-stage").count() == 2
+
+
+def test_the_slider_and_play_move_the_overlay(page: Any) -> None:
+    from playwright.sync_api import expect
+
+    step, first = page.locator(".elx-step"), page.evaluate(OVERLAY)
+    page.locator(".elx-transport input[type=range]").fill("1")
+    expect(step).to_have_text(f"step 1 / {STEPS - 1}")
+    settle(page)
+    second = page.evaluate(OVERLAY)
+    page.locator(".elx-play").click()
+    expect(step).to_have_text(f"step {STEPS - 1} / {STEPS - 1}", timeout=20_000)
+    expect(page.locator(".elx-play")).to_have_attribute("aria-label", "Play", timeout=20_000)
+    assert len({first, second, page.evaluate(OVERLAY)}) == 3
+
+
+def test_words_and_layers_are_chosen_and_the_kernel_knows(opened: tuple[lab.Lab, lab.Notebook], page: Any) -> None:
+    _, notebook = opened
+    first = page.evaluate(OVERLAY)
+    page.locator(".elx-thumb", has_text="clock").first.click()
+    settle(page)
+    second = page.evaluate(OVERLAY)
+    page.get_by_label("Layers", exact=True).select_option(index=1)
+    settle(page)
+    assert len({first, second, page.evaluate(OVERLAY)}) == 3
+    seen = None
+    for _ in range(20):  # on a busy machine a cell may overtake what the page tells the kernel
+        cell = notebook.run_cell(f"explorer = {EXPLORER}\nexplorer.token, explorer.step")
+        seen = cell["outputs"][0]["data"]["text/plain"]
+        if seen == "('clock', 0)":
+            break
+        page.wait_for_timeout(500)
+    assert seen == "('clock', 0)"
+
+
+def test_the_explorer_follows_what_python_sets(opened: tuple[lab.Lab, lab.Notebook], page: Any) -> None:
+    from playwright.sync_api import expect
+
+    _, notebook = opened
+    notebook.run_cell(f"{EXPLORER}.step = 3")
+    expect(page.locator(".elx-step").first).to_have_text(f"step 3 / {STEPS - 1}")
