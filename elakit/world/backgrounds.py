@@ -89,7 +89,7 @@ def _two_planes(
 ) -> np.ndarray:
     """Something behind and something below: a floor, a wall with a skirting board, or hills under a sky."""
     size, below = len(y), other * rng.uniform(0.82, 0.95)
-    line = rng.uniform(0.55, 0.75)
+    line = np.full_like(x, rng.uniform(0.55, 0.75))
     if kind == "hills":
         phase, waves = rng.uniform(0, 2 * np.pi), rng.uniform(0.8, 1.6)
         line = line + rng.uniform(0.03, 0.08) * np.sin(2 * np.pi * waves * x + phase)

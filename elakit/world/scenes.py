@@ -321,9 +321,7 @@ def sample(world: World, rng: np.random.Generator) -> Scene:
             return scene
 
 
-def compose(
-    subjects: tuple[Subject, ...], world: World, rng: np.random.Generator, layout: str | None = None
-) -> Scene:
+def compose(subjects: tuple[Subject, ...], world: World, rng: np.random.Generator, layout: str | None = None) -> Scene:
     """Compose a scene of the given subjects.
 
     Parameters
@@ -370,7 +368,9 @@ def compose(
         if (scene := _attempt(subjects, chosen, world, rng)) is not None:
             return scene
         del shares[chosen]
-    raise SettingError(f"{subjects[0].words} has no drawing that can have the layout {layout!r}. Choose another layout.")
+    raise SettingError(
+        f"{subjects[0].words} has no drawing that can have the layout {layout!r}. Choose another layout."
+    )
 
 
 def _possible(subjects: tuple[Subject, ...], world: World) -> dict[str, float]:

@@ -176,8 +176,7 @@ def test_a_relation_is_true_of_the_pixels_and_said_in_the_right_order() -> None:
             assert scene.relation == "wearing"
             assert first.subject.noun in ANIMALS
             assert second.subject.noun in WORN
-            inside = [a <= b for a, b in zip(first.box[:1], second.box[:1], strict=True)]
-            assert inside and binary_dilation(first.mask, iterations=3)[second.mask].any()
+            assert binary_dilation(first.mask, iterations=3)[second.mask].any()
     assert set(seen) >= {"left of", "right of", "above", "below", "in front of", "behind", "on", "under", "wearing"}
 
 
@@ -196,12 +195,12 @@ def test_the_one_in_front_hides_the_one_behind() -> None:
 
 def test_a_layout_that_the_things_cannot_have_is_refused() -> None:
     rng = np.random.default_rng(0)
-    with pytest.raises(SettingError, match="cannot have the layout 'worn'.*row"):
+    with pytest.raises(SettingError, match=r"cannot have the layout 'worn'.*row"):
         compose((Subject("car"), Subject("bowl")), SHIPPED, rng, "worn")
     crowned = compose((Subject("crown"), Subject("bear")), SHIPPED, rng, "worn")
     assert [e.subject.noun for e in crowned.entities] == ["bear", "crown"]
     assert crowned.relation == "wearing"
-    with pytest.raises(SettingError, match="at most 0.4"):
+    with pytest.raises(SettingError, match=r"at most 0\.4"):
         World(layouts={"row": 0.7, "column": 0.3})
     with pytest.raises(SettingError, match="spiral"):
         World(layouts={"row": 0.4, "column": 0.3, "spiral": 0.3})

@@ -59,14 +59,14 @@ def grow(model: Any, old: Any) -> None:
                     nn.init.zeros_(layer.conv[-1].bias)
 
 
-def _runs(layers: nn.Sequential) -> list[list[nn.Module]]:
+def _runs(layers: Any) -> list[list[Any]]:
     """Split a half of the autoencoder before and after each run of residual blocks.
 
     A run is what lies between two other layers, so that halves with different numbers of blocks have equal numbers of
     runs.
     """
     others = [-1, *(i for i, layer in enumerate(layers) if not hasattr(layer, "conv")), len(layers)]
-    runs: list[list[nn.Module]] = []
+    runs: list[list[Any]] = []
     for before, after in pairwise(others):
         runs.append(list(layers[before + 1 : after]))
         if after < len(layers):
@@ -76,7 +76,7 @@ def _runs(layers: nn.Sequential) -> list[list[nn.Module]]:
 
 @torch.no_grad()
 def _copy(layer: nn.Module, old: nn.Module) -> None:
-    """Copy weights; where the new layer has more channels, its new inputs have no effect and its new outputs are kept."""
+    """Copy weights into a layer that may have more channels: new inputs have no effect, new outputs are random."""
     for value, source in zip(layer.parameters(), old.parameters(), strict=True):
         if value.ndim > 1 and value.shape[1] > source.shape[1]:
             value.zero_()

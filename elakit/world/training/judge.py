@@ -236,7 +236,8 @@ def draw_unfinished(pipe: Any, count: int) -> Examples:
 
 def _joined(a: Examples, b: Examples) -> Examples:
     arrays = {
-        name: np.concatenate([getattr(a, name), getattr(b, name)]) for name in ("images", "classes", "mixed", "spoiled", "nouns")
+        name: np.concatenate([getattr(a, name), getattr(b, name)])
+        for name in ("images", "classes", "mixed", "spoiled", "nouns")
     }
     return Examples(captions=a.captions + b.captions, **arrays)
 
