@@ -317,6 +317,8 @@ def sample(world: World, rng: np.random.Generator) -> Scene:
     layout = str(rng.choice(list(world.layouts), p=list(world.layouts.values())))
     while True:
         subjects = sample_subjects(world, rng, layout)
+        if rng.random() < 0.5:  # "a bench under a cat"
+            subjects = subjects[::-1]
         if (scene := _attempt(subjects, layout, world, rng)) is not None:
             return scene
 
@@ -336,8 +338,7 @@ def compose(subjects: tuple[Subject, ...], world: World, rng: np.random.Generato
     Returns
     -------
     Scene
-        Entities are in the caption's order, which for pairs may differ from that of `subjects` where a layout has roles
-        ("a cat on a bench").
+        Entities and caption are in the order of `subjects`.
 
     Raises
     ------
@@ -389,7 +390,8 @@ def _possible(subjects: tuple[Subject, ...], world: World) -> dict[str, float]:
 
 def _attempt(subjects: tuple[Subject, ...], layout: str, world: World, rng: np.random.Generator) -> Scene | None:
     """A scene with this layout, or None if no placement was found."""
-    if len(subjects) == 2 and not fits(layout, subjects[0].noun, subjects[1].noun):
+    swapped = len(subjects) == 2 and not fits(layout, subjects[0].noun, subjects[1].noun)
+    if swapped:
         subjects = subjects[::-1]
     for _ in range(TRIES):
         chosen = [world.drawings(s.noun)[rng.integers(len(world.drawings(s.noun)))] for s in subjects]
@@ -413,7 +415,7 @@ def _attempt(subjects: tuple[Subject, ...], layout: str, world: World, rng: np.r
     image = (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)
     entities = [SceneEntity(s, d, bounding_box(m), m) for s, d, m in zip(subjects, chosen, masks, strict=True)]
     relation = _relation(layout, masks, order) if len(subjects) == 2 else None
-    if len(subjects) == 2 and rng.random() < 0.5 and layout != "worn":  # "a bench under a cat"
+    if swapped:
         entities.reverse()
         relation = CONVERSE[relation] if relation else None
     text, stated = _caption(tuple(e.subject for e in entities), relation, world, rng)
