@@ -21,13 +21,10 @@ from .attention import open_recording as open_recording
 from .attention import record as record
 from .bleeding import Bleeding as Bleeding
 from .diagnosis import Diagnosis as Diagnosis
+from .diagnosis import diagnose as diagnose
 from .diagnosis import open_diagnosis as open_diagnosis
-from .diagnosis.procedure import diagnose as diagnose
 from .generation import Progress as Progress
-from .generation import Run as Run
-from .generation import compare as compare
 from .generation import generate as generate
-from .generation import open_run as open_run
 from .guidance import ELA as ELA
 from .guidance import RegionalAttention as RegionalAttention
 from .measures import agreement as agreement
@@ -36,6 +33,9 @@ from .prompt import Entity as Entity
 from .prompt import Prompt as Prompt
 from .prompt import Token as Token
 from .prompt import parse as parse
+from .run import Run as Run
+from .run import compare as compare
+from .run import open_run as open_run
 from .widgets.explorer import Explorer as Explorer
 from .widgets.explorer import explore as explore
 from .widgets.live import live as live

@@ -1,4 +1,4 @@
-"""Where the shipped data lies: inside an installed package, or beside it in a checkout."""
+"""Paths of the shipped data and notebooks: inside an installed package, or beside it in a checkout."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ from pathlib import Path
 
 def data_path(*parts: str) -> Path:
     """Path below the shipped ``data`` folder."""
+    return _shipped("data").joinpath(*parts)
+
+
+def notebooks_path() -> Path:
+    """Folder of the shipped notebooks; it may not exist."""
+    return _shipped("notebooks")
+
+
+def _shipped(name: str) -> Path:
     package = Path(__file__).parent
-    packaged = package / "_data"
-    return (packaged if packaged.is_dir() else package.parent / "data").joinpath(*parts)
+    packaged = package / f"_{name}"
+    return packaged if packaged.is_dir() else package.parent / name

@@ -6,12 +6,46 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from elakit.prompt import Prompt
+
+# Tiers by file or folder; a test that is in none and has no tier of its own is a unit test.
+TIERS = {
+    "integration": (
+        "causes", "diagnosis", "prediction", "sweep", "test_cli.py", "test_startup.py", "widgets",
+        "world/test_world.py",
+    ),
+    "slow": ("test_notebooks.py", "world/test_training.py"),
+}  # fmt: skip
+MARKS = {"unit", "integration", "browser", "slow", "cuda"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each test its tier, and skip those that need a GPU where there is none."""
+    here = Path(__file__).parent
+    for item in items:
+        try:
+            place = item.path.relative_to(here).as_posix()
+        except ValueError:
+            place = ""  # a doctest of the package
+        if not MARKS & {mark.name for mark in item.iter_markers()}:
+            tier = (name for name, starts in TIERS.items() if place.startswith(starts))
+            item.add_marker(next(tier, "unit"))
+        if item.get_closest_marker("cuda") and not _has_cuda():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@cache
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @pytest.fixture

@@ -7,17 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from elakit.cli import main
+from commands import call
 
 PAIR = "a [cat] and a [lion]"
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["elakit", *words])
-    with pytest.raises(SystemExit) as leaving:
-        main()
-    return int(leaving.value.code or 0)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["diagnose", "--help"], ["run", "--help"], ["models"], ["--version"]])

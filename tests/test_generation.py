@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    ControlNetModel,
+    DDPMPipeline,
+    DDPMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    UNet2DModel,
+)
+from PIL import Image
 from tiny import tiny_pipeline
 
-from elakit.errors import ModelError, OutputError, RecordingError, SettingError
-from elakit.generation import Progress, compare, generate, open_run
-from elakit.guidance import ELA, LatentStep
+from elakit.errors import ModelError, SettingError
+from elakit.generation import Progress, generate
+from elakit.guidance import ELA, AttendAndExcite, LatentStep, SynGen
+from elakit.models import adapter_for
+from elakit.run import open_run
 
 PAIR = "a [red car] and a [blue bird]"
 
@@ -71,60 +83,28 @@ def test_watching_changes_nothing_and_an_error_of_the_watcher_is_its_own() -> No
     generate(pipe, PAIR, steps=1, progress=False)
 
 
-def test_a_run_is_saved_whole_and_opens_as_it_was(tmp_path: Path) -> None:
-    pipe = tiny_pipeline()
-    run = generate(pipe, PAIR, seed=4, steps=4, guidance=ELA(), progress=False)
-    folder = run.save(tmp_path / "run")
-    again = open_run(folder)
-    assert again.prompt == run.prompt
-    assert again.seed == 4
-    assert again.settings == run.settings
-    assert np.array_equal(np.asarray(again.image), np.asarray(run.image))
-    assert again.regions.equals(run.regions)
-    assert again.guidance.regions.equals(run.guidance.regions)
-    assert again.guidance.to_frame().equals(run.guidance.to_frame())
-    assert again.bleeding.to_frame().equals(run.bleeding.to_frame())
-    with pytest.raises(OutputError, match="overwrite=True"):
-        run.save(folder)
-    run.save(folder, overwrite=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
-
-
-def test_a_folder_that_is_no_run_is_neither_opened_nor_replaced(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    run = generate(tiny_pipeline(), PAIR, steps=2, progress=False)
-    with pytest.raises(OutputError, match="exists already"):
-        run.save(tmp_path, overwrite=True)
-    with pytest.raises(OutputError, match="holds no elakit run"):
-        open_run(tmp_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="Cannot write"):
-        run.save(tmp_path / "file" / "run")
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
-def test_runs_are_compared_measure_by_measure() -> None:
-    pipe = tiny_pipeline()
-    runs = [generate(pipe, PAIR, seed=1, steps=3, guidance=g, progress=False) for g in (None, ELA())]
-    table = compare(runs)
-    assert table.columns.tolist() == ["plain (seed 1)", "ela (seed 1)"]
-    bleed = runs[0].bleeding.to_frame().query("measure == 'bleed' and entity == 'car'")["value"].mean()
-    assert table.loc[("bleed", "car", ""), "plain (seed 1)"] == pytest.approx(bleed)
-
-
-def test_regions_without_a_recording_say_what_to_do() -> None:
-    run = generate(tiny_pipeline(), PAIR, steps=2, record=False, progress=False)
-    with pytest.raises(RecordingError, match="record=True"):
-        _ = run.regions
-
-
 @pytest.mark.parametrize(
     ("options", "part"),
     [
         ({"steps": -3}, "steps=-3"),
         ({"steps": 0}, "steps=0"),
         ({"steps": 2.5}, "steps=2.5"),
+        ({"steps": 1001}, "steps=1001: must be a whole number from 1 to 1000"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**64}, "seed=18446744073709551616: must be a whole number from 0"),
+        ({"seed": [0, 2**64]}, "seed=18446744073709551616"),
+        ({"seed": []}, "at least one for each image"),
+        ({"guidance_scale": "x"}, "guidance_scale='x': must be a number of 0 or more"),
+        ({"height": 0}, "height=0: must be a whole number of 1 or more"),
+        ({"width": 64.0}, "width=64.0"),
+        ({"negative_prompt": 3}, "negative_prompt=3"),
+        ({"stop_if": 5}, "stop_if=5: must be a function"),
+        ({"guide_if": 5, "guidance": ELA()}, "guide_if=5: must be a function"),
+        ({"record": "all"}, "record='all': must be True or False"),
+        ({"call": 7}, "call=7"),
+        ({"call": {"latents": None}}, "elakit.generate sets this itself"),
+        ({"call": {"clip_skipp": 1}}, "Did you mean 'clip_skip'"),
+        ({"call": {"eta": 0.5}, "guidance": ELA()}, "guidance=ela is not possible with call="),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
         ({"height": 33}, "height"),
         ({"guidance": "ela"}, r"elakit\.ELA\(\)"),
@@ -133,6 +113,110 @@ def test_regions_without_a_recording_say_what_to_do() -> None:
 def test_settings_out_of_range_name_the_value(options: dict[str, Any], part: str) -> None:
     with pytest.raises(SettingError, match=part):
         generate(tiny_pipeline(), PAIR, progress=False, **options)
+
+
+def test_numpy_numbers_are_plain_in_the_settings(tmp_path: Path) -> None:
+    pipe = tiny_pipeline()
+    height, width = adapter_for(pipe).default_size()
+    run = generate(
+        pipe, PAIR, seed=np.int64(3), steps=np.int32(2), guidance_scale=np.float32(4), height=np.int64(height),
+        width=np.uint16(width), progress=False,
+    )  # fmt: skip
+    plain = generate(pipe, PAIR, seed=3, steps=2, guidance_scale=4, progress=False)
+    assert np.array_equal(np.asarray(run.image), np.asarray(plain.image))
+    assert open_run(run.save(tmp_path / "run")).settings == plain.settings
+
+
+@pytest.mark.parametrize("seeds", [(1, 2), range(1, 3), np.array([1, 2])])
+def test_any_sequence_of_seeds_is_a_batch(seeds: Any) -> None:
+    runs = generate(tiny_pipeline(), PAIR, seed=seeds, steps=1, record=False, progress=False)
+    assert [run.seed for run in runs] == [1, 2]
+
+
+def test_inference_mode_does_not_switch_guidance_off() -> None:
+    pipe = tiny_pipeline()
+    method = AttendAndExcite()
+    outside = generate(pipe, PAIR, seed=2, steps=4, guidance=method, progress=False)
+    with torch.inference_mode():
+        inside = generate(pipe, PAIR, seed=2, steps=4, guidance=method, progress=False)
+        assert torch.is_inference_mode_enabled()
+    assert any(row["moved"] > 0 for row in outside.guidance.rows)
+    assert np.array_equal(np.asarray(inside.image), np.asarray(outside.image))
+    assert [row["moved"] for row in inside.guidance.rows] == [row["moved"] for row in outside.guidance.rows]
+
+
+def test_weights_loaded_in_inference_mode_cannot_be_guided() -> None:
+    with torch.inference_mode():
+        pipe = tiny_pipeline()
+    with pytest.raises(ModelError, match="loaded within torch"):
+        generate(pipe, PAIR, steps=2, guidance=AttendAndExcite(), progress=False)
+    assert generate(pipe, PAIR, steps=2, progress=False).recording is not None
+
+
+def test_a_run_of_too_few_steps_for_guidance_says_so() -> None:
+    pipe = tiny_pipeline()
+    with pytest.warns(UserWarning, match="syngen acts at none of the 1 steps"):
+        run = generate(pipe, PAIR, steps=1, guidance=SynGen(guided=0.4), progress=False)
+    assert np.array_equal(np.asarray(run.image), np.asarray(generate(pipe, PAIR, steps=1, progress=False).image))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(pipe, PAIR, steps=4, guidance=SynGen(), progress=False)
+
+
+def test_images_that_the_safety_checker_replaced_are_reported_and_not_judged(tmp_path: Path) -> None:
+    pipe = tiny_pipeline()
+
+    def second_is_flagged(image: Any, device: Any, dtype: Any) -> tuple[Any, list[bool]]:
+        image = image.clone()
+        image[1] = 0
+        return image, [False, True]
+
+    pipe.run_safety_checker = second_is_flagged
+    with pytest.warns(UserWarning, match=r"replaced the images of seeds \[6\]; they are not judged"):
+        runs = generate(pipe, PAIR, seed=[5, 6], steps=2, progress=False)
+    assert [run.nsfw for run in runs] == [False, True]
+    for run in runs:
+        run.settings["model"] = "picture-world"  # whose images the embedded judge knows
+    assert runs[0].verdict is not None
+    assert runs[1].verdict is None
+    assert "hidden by the safety checker" in repr(runs[1])
+    assert open_run(runs[1].save(tmp_path / "run")).nsfw
+
+
+def photo(side: int = 64) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def test_image_to_image_gets_its_image_through_call(tmp_path: Path) -> None:
+    pipe = StableDiffusionImg2ImgPipeline(**tiny_pipeline().components, requires_safety_checker=False)
+    with pytest.raises(SettingError, match=r'needs an image: .*call=\{"image": ...\}'):
+        generate(pipe, PAIR, progress=False)
+    with pytest.raises(SettingError, match="guidance=ela is not possible with StableDiffusionImg2ImgPipeline"):
+        generate(pipe, PAIR, guidance=ELA(), call={"image": photo()}, progress=False)
+    run = generate(pipe, PAIR, seed=3, steps=4, call={"image": photo(), "strength": 0.5}, progress=False)
+    own = pipe(
+        "a red car and a blue bird", image=photo(), strength=0.5, num_inference_steps=4,
+        guidance_scale=run.settings["guidance_scale"], generator=torch.Generator().manual_seed(3),
+    ).images[0]  # fmt: skip
+    assert np.array_equal(np.asarray(run.image), np.asarray(own))
+    assert run.settings["call"] == "image, strength=0.5"
+    assert (run.settings["width"], run.settings["height"]) == run.image.size
+    assert len(run.recording.steps) == 2
+    assert np.array_equal(open_run(run.save(tmp_path / "run")).entity_maps(), run.entity_maps())
+
+
+def test_control_net_and_inpainting_pipelines_run() -> None:
+    parts = tiny_pipeline().components
+    control = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(8, 8, 16))
+    pipe = StableDiffusionControlNetPipeline(**parts, controlnet=control, requires_safety_checker=False)
+    runs = generate(pipe, PAIR, seed=[1, 2], steps=2, call={"image": photo()}, progress=False)
+    assert [len(run.recording.steps) for run in runs] == [2, 2]
+    assert not np.array_equal(np.asarray(runs[0].image), np.asarray(runs[1].image))
+    pipe = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    mask = Image.new("L", (64, 64), 255)
+    run = generate(pipe, PAIR, steps=2, call={"image": photo(), "mask_image": mask, "strength": 1.0}, progress=False)
+    assert len(run.recording.steps) == 2
 
 
 def test_a_pipeline_without_text_is_refused() -> None:

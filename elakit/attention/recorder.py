@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import xarray as xr
+from PIL import Image
 from torch import Tensor, nn
 
 from elakit.attention.hooks import Hooks, leave_alone
@@ -21,6 +22,8 @@ from elakit.attention.sinks import Memory, RunningMean, Sink, Staging
 from elakit.attention.spec import Plan, RecordSpec, Resolution, select_layers, size_name
 from elakit.attention.taps import Attend, tap
 from elakit.attention.zarr_store import ZarrStore, free_path, open_tree, save_tree
+from elakit.checks import seed as seed_of
+from elakit.checks import whole_number
 from elakit.errors import ModelError, RecordingError, SettingError
 from elakit.models import Adapter, AttentionLayer, adapter_for
 from elakit.prompt import Prompt, parse
@@ -39,9 +42,9 @@ def record(
     softmax in float32, for each call of the denoiser (one per step with most schedulers; Heun and PNDM make more
     calls).
 
-    What is recorded is established from the running call: its rows, its attention masks, its weights. A run of a
-    sibling pipeline with the same denoiser (`AutoPipelineForImage2Image.from_pipe(pipe)`) and a loop of your own are
-    recorded as they run. Runs in other threads, and runs that a callback starts inside a run, are not recorded.
+    Rows, attention masks and weights are established from the running call. A run of a sibling pipeline with the same
+    denoiser (`AutoPipelineForImage2Image.from_pipe(pipe)`) and a loop of your own are recorded as they run. Runs in
+    other threads, and runs that a callback starts inside a run, are not recorded.
 
     The maps of each layer are reduced to the selected tokens and heads where they are computed, into one buffer of the
     size of a step; it leaves an accelerator in one copy per step, which nothing waits for.
@@ -53,7 +56,7 @@ def record(
     prompt : Prompt or str
         The prompt whose tokens are kept. Pass its ``text`` (brackets removed) to the pipeline.
     spec : RecordSpec, optional
-        What to keep; default: every word, the mean of the heads, all layers and steps.
+        Selection of what is kept; default: every word, the mean of the heads, all layers and steps.
     store : str or pathlib.Path, optional
         Folder of a Zarr store to which each step is written as soon as it is finished, instead of being kept in memory.
         It must not exist, and appears with the first step; if the run is killed it contains the steps before, for
@@ -89,27 +92,115 @@ def record(
     Frozen({'step': 3, 'token': 1, 'y': 16, 'x': 16})
     """
     adapter = adapter_for(pipe)
-    if adapter.denoiser in _ACTIVE:
-        raise RecordingError(
-            "This pipeline is being recorded already. Leave the outer `with record(...)` first; passes that are not to "
-            "be recorded go inside `with paused(pipe)`."
-        )
     spec = spec or RecordSpec()
     if store is not None and spec.device == "model":
         raise SettingError(
             "RecordSpec(device='model') keeps everything on the model's device until the run is over, but a store is "
             "written during the run. Leave one of them out."
         )
-    recorder = _Recorder(adapter, parse(prompt, pipe), spec, None if store is None else free_path(store))
+    with _recorded(_Recorder(adapter, parse(prompt, pipe), spec, None if store is None else free_path(store))) as found:
+        yield found
+
+
+@torch.no_grad()
+def record_image(
+    pipe: Any,
+    prompt: Prompt | str,
+    image: Image.Image,
+    *,
+    at: Sequence[int] = (5, 10, 15, 20),
+    steps: int = 25,
+    seed: int = 0,
+    spec: RecordSpec | None = None,
+) -> Recording:
+    """Record the attention for an existing image: noise is added to it as at chosen steps, and each is denoised once.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+        Pipeline of a supported family that `elakit.generate` can run.
+    prompt : Prompt or str
+        Description of the image.
+    image : PIL.Image.Image
+        Its sides must be multiples that the model allows, and should be those that the model was trained on.
+    at : sequence of int
+        Steps of the schedule, counted from 0; early steps have more noise.
+    steps : int
+        Length of the schedule.
+    seed : int
+        Seed of the noise, which is the same at all steps.
+    spec : RecordSpec, optional
+        Selection of what is kept.
+
+    Returns
+    -------
+    Recording
+        One denoiser call per element of ``at``, in their order: call i has the timestep of step ``at[i]``.
+
+    Raises
+    ------
+    SettingError
+        When a step is outside the schedule, or a side of the image is not allowed.
+    RecordingError, ModelError
+        As `record`; also when the family cannot encode an image.
+
+    References
+    ----------
+    Helbling et al., "ConceptAttention: diffusion transformers learn highly interpretable features" (2025), who read
+    real images in the same way.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> pipe = elakit.load("picture-world")
+    >>> run = elakit.generate(pipe, "a [red car]", steps=4, progress=False)
+    >>> again = elakit.attention.record_image(pipe, "a [red car]", run.image, at=[2, 3], steps=4)
+    >>> again.maps("car").sizes["step"]
+    2
+    """
+    adapter = adapter_for(pipe)
+    steps = whole_number(steps, "steps", 1)
+    wanted = [whole_number(step, "at", 0, steps - 1) for step in at]
+    width, height = image.size
+    adapter.latent_size(height, width)
+    text = parse(prompt, pipe)
+    conditioning = adapter.encode(text.text, guided=False, size=(height, width))
+    clean = adapter.encode_image(image)
+    noise = adapter.noise(torch.Generator("cpu").manual_seed(seed_of(seed)), height, width)
+    adapter.set_timesteps(steps, height, width)
+    scheduler = pipe.scheduler
+    with _recorded(_Recorder(adapter, text, spec or RecordSpec(), calls=len(wanted))) as recording:
+        for step in wanted:
+            timestep = scheduler.timesteps[step]
+            if hasattr(scheduler, "scale_noise"):  # flow matching
+                noised = scheduler.scale_noise(clean.to(noise), timestep[None], noise)
+            else:
+                noised = scheduler.add_noise(clean.to(noise), noise, timestep[None])
+                scheduler._step_index = None  # schedulers with a state would count on from the last step
+                noised = scheduler.scale_model_input(noised, timestep)
+            adapter.denoise(noised, timestep, conditioning)
+    adapter.set_timesteps(steps, height, width)
+    return recording
+
+
+@contextmanager
+def _recorded(recorder: _Recorder) -> Iterator[Recording]:
+    """Record what runs inside the block."""
+    denoiser = recorder.adapter.denoiser
+    if denoiser in _ACTIVE:
+        raise RecordingError(
+            "This pipeline is being recorded already. Leave the outer `with record(...)` first; passes that are not to "
+            "be recorded go inside `with paused(pipe)`."
+        )
     recording = Recording(recorder.tree)
     with ExitStack() as stack:
         stack.callback(lambda: recording.settle(recorder.finish()))
-        stack.callback(_ACTIVE.pop, adapter.denoiser, None)
-        _ACTIVE[adapter.denoiser] = recorder
+        stack.callback(_ACTIVE.pop, denoiser, None)
+        _ACTIVE[denoiser] = recorder
         hooks = stack.enter_context(Hooks())
         stack.enter_context(tap(recorder.layers, recorder.on_attention))
-        hooks.before(adapter.denoiser, recorder.before_call)
-        hooks.after(adapter.denoiser, recorder.after_call)
+        hooks.before(denoiser, recorder.before_call)
+        hooks.after(denoiser, recorder.after_call)
         yield recording
 
 
@@ -130,7 +221,14 @@ def paused(pipe: Any) -> Iterator[None]:
 class _Recorder:
     """State of one recording: the call in progress, and the sink that takes the finished ones."""
 
-    def __init__(self, adapter: Adapter, prompt: Prompt, spec: RecordSpec, store: Path | None = None) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        prompt: Prompt,
+        spec: RecordSpec,
+        store: Path | None = None,
+        calls: int | None = None,  # number of calls, if it is not that of the scheduler's timesteps
+    ) -> None:
         self.adapter = adapter
         self.prompt = prompt
         self.spec = spec
@@ -145,7 +243,7 @@ class _Recorder:
             except ModelError as error:
                 raise RecordingError(f"self_attention={spec.self_attention} cannot be kept: {error}") from error
         self.calls = 0
-        self.expected: int | None = None
+        self.expected = calls
         self._kept = 0  # calls handed to the sink
         self._shape: tuple[int, Size] | None = None  # images, latent size: fixed by the first call
         self._plan: Plan | None = None
@@ -223,7 +321,7 @@ class _Recorder:
 
     def _begin(self, adapter: Adapter, images: int, latent: Size) -> None:
         """Plan at the first call, before the denoiser computes anything."""
-        self.expected = _expected_calls(adapter.pipe)
+        self.expected = self.expected or _expected_calls(adapter.pipe)
         kept = sum(self.spec.keeps(call, self.expected) for call in range(self.expected or 1))
         plan = self.spec.plan_layers(self.adapter.layers(), self.prompt, latent, max(kept, 1), images)
         for resolution in plan.resolutions:

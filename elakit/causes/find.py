@@ -14,7 +14,7 @@ from elakit.causes.text import text_states
 from elakit.causes.weigh import before_the_image, explained, in_attention, ranked, told_once, unknown_words
 from elakit.causes.wording import sentence
 from elakit.errors import SettingError
-from elakit.generation import Run
+from elakit.run import Run
 
 
 def find(pipe: Any, runs: Sequence[Run]) -> Findings:

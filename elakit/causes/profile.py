@@ -9,8 +9,8 @@ import xarray as xr
 from elakit.attention.recording import Recording
 from elakit.bleeding import measure
 from elakit.errors import RecordingError
-from elakit.generation import Run
 from elakit.measures.arrays import resize
+from elakit.run import Run
 
 # What is told of each layer; `elakit.Bleeding.to_frame` says what they mean.
 MEASURES = (

@@ -11,8 +11,8 @@ from elakit.causes.evidence import Maps, read
 from elakit.causes.findings import CAUSE_KINDS, CauseKind
 from elakit.causes.signs import LEAST, Key, Sign, of_maps, strongest
 from elakit.causes.text import word_label
-from elakit.generation import Run
 from elakit.measures.masks import coverage
+from elakit.run import Run
 
 # Layers and heads that are named at most.
 MOST = 3

@@ -11,8 +11,8 @@ from elakit.causes.findings import Cause, CauseKind, Failure
 from elakit.causes.reading import Reading
 from elakit.causes.signs import LEAST, Key, of_text, strongest
 from elakit.causes.text import States
-from elakit.generation import Run
 from elakit.models import EMBEDDED
+from elakit.run import Run
 from elakit.world.vocabulary import NOUNS
 
 # What comes first brings about what comes later: a noun whose state is another's is also attended to where it is.

@@ -1,28 +1,9 @@
-"""A diagnosis: what was drawn, what was found, what fixes it, and all that in words, code and files.
+"""Diagnosis of a prompt: images with and without guidance, failures, causes and remedies, as text, code and files.
 
-`elakit.diagnose` makes it, `elakit.diagnosis.report` shows it.
+`elakit.diagnose` makes a diagnosis, and `elakit.diagnosis.report` writes it as an HTML page.
 """
 
-from elakit.diagnosis.drawer import Drawer
-from elakit.diagnosis.measures import MEANINGS, measure_table
-from elakit.diagnosis.remedies import DEFAULT, Remedy, Tried, ranked
-from elakit.diagnosis.result import Diagnosis, Outcome, Pair
-from elakit.diagnosis.sentences import summary, told
-from elakit.diagnosis.store import open_diagnosis, save
+import lazy_loader
 
-__all__ = [
-    "DEFAULT",
-    "MEANINGS",
-    "Diagnosis",
-    "Drawer",
-    "Outcome",
-    "Pair",
-    "Remedy",
-    "Tried",
-    "measure_table",
-    "open_diagnosis",
-    "ranked",
-    "save",
-    "summary",
-    "told",
-]
+# The names and their modules are in __init__.pyi, for type checkers too; each module is imported when it is needed.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,27 +1,26 @@
-"""The Python and the command line that do it again."""
+"""Python code and command lines that reproduce a diagnosis or a remedy."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from elakit.diagnosis.remedies import DEFAULT, Tried
+from elakit.diagnosis.data import DiagnosisData
+from elakit.diagnosis.remedies import RemedyResult
+from elakit.diagnosis.trials import DEFAULT
 from elakit.guidance import METHODS, as_code, method_options
 from elakit.models import EMBEDDED, HUB_ID
 from elakit.rewording import bracketed
 
-if TYPE_CHECKING:
-    from elakit.diagnosis.result import Diagnosis
 
-
-def code(diagnosis: Diagnosis) -> str:
-    """Python that makes a diagnosis again.
+def code(diagnosis: DiagnosisData) -> str:
+    """Python code that reproduces a diagnosis.
 
     Parameters
     ----------
-    diagnosis : Diagnosis
+    diagnosis : DiagnosisData
     """
     settings = diagnosis.pairs[0].plain.settings
     seeds = [pair.seed for pair in diagnosis.pairs]
@@ -46,16 +45,16 @@ def code(diagnosis: Diagnosis) -> str:
     )
 
 
-def command(diagnosis: Diagnosis) -> str:
-    """The command line that makes a diagnosis again; "" where none does (options of methods, seeds with gaps).
+def command(diagnosis: DiagnosisData) -> str:
+    """Command line that reproduces a diagnosis; "" if there is none (methods with options, seeds with gaps).
 
     Parameters
     ----------
-    diagnosis : Diagnosis
+    diagnosis : DiagnosisData
     """
     settings = diagnosis.pairs[0].plain.settings
     seeds = [pair.seed for pair in diagnosis.pairs]
-    if seeds != list(range(seeds[0], seeds[0] + len(seeds))) or _changed(diagnosis.method, diagnosis.options) != {}:
+    if seeds != list(range(seeds[0], seeds[0] + len(seeds))) or changed(diagnosis.method, diagnosis.options) != {}:
         return ""
     remedies = _remedies(diagnosis)
     words = ["elakit", "diagnose", bracketed(diagnosis.prompt), "--seeds", str(len(seeds))]
@@ -66,27 +65,40 @@ def command(diagnosis: Diagnosis) -> str:
     return shlex.join([*words, *_settings(settings)])
 
 
-def again(tried: Tried) -> dict[str, str]:
-    """What draws a remedy's images again: {"code": Python, "command": command line, "" where none does}.
+def reproduce(result: RemedyResult) -> dict[str, str]:
+    """Code and command line ("" if there is none) that reproduce the images of a remedy.
 
     Parameters
     ----------
-    tried : Tried
+    result : RemedyResult
+
+    Returns
+    -------
+    dict of str to str
+        "code" and "command".
     """
-    if not tried.runs:
+    if not result.runs:
         return {"code": "", "command": ""}
-    return {"code": _draw_code(tried), "command": _draw_command(tried)}
+    return {"code": _remedy_code(result), "command": _remedy_command(result)}
 
 
-def shown(tried: Tried) -> int:
-    """Which of a remedy's images to draw again: the first that is right, else the first."""
-    right = [i for i, run in enumerate(tried.runs) if tried.judged and run.verdict and run.verdict.success]
+def changed(name: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Options that differ from their defaults; None for a method that is not in `elakit.guidance.METHODS`."""
+    if name not in METHODS:
+        return None
+    defaults = {option.name: option.default for option in method_options(METHODS[name])}
+    return {key: value for key, value in options.items() if key not in defaults or defaults[key] != value}
+
+
+def _shown(result: RemedyResult) -> int:
+    """Index of the image that is reproduced: the first right one, else the first."""
+    right = [i for i, run in enumerate(result.runs) if result.judged and run.verdict and run.verdict.success]
     return right[0] if right else 0
 
 
-def _draw_code(tried: Tried) -> str:
-    remedy, settings = tried.remedy, tried.runs[0].settings
-    guidance = _guidance(remedy.method, remedy.options)
+def _remedy_code(result: RemedyResult) -> str:
+    remedy, settings = result.remedy, result.runs[0].settings
+    guidance = "" if remedy.method is None else _call(remedy.method, changed(remedy.method, remedy.options) or {})
     return "\n".join(
         [
             "import elakit",
@@ -95,28 +107,28 @@ def _draw_code(tried: Tried) -> str:
             "runs = elakit.generate(",
             "    pipe,",
             f"    {bracketed(remedy.prompt)!r},",
-            f"    seed={[run.seed for run in tried.runs]},",
+            f"    seed={[run.seed for run in result.runs]},",
             *([f"    guidance={guidance},"] if guidance else []),
             f"    steps={settings.get('steps')},",
             f"    guidance_scale={settings.get('guidance_scale'):g},",
             ")",
-            f'runs[{shown(tried)}].image.save("image.png")',
+            f'runs[{_shown(result)}].image.save("image.png")',
         ]
     )
 
 
-def _draw_command(tried: Tried) -> str:
-    remedy, run = tried.remedy, tried.runs[shown(tried)]
+def _remedy_command(result: RemedyResult) -> str:
+    remedy, run = result.remedy, result.runs[_shown(result)]
     words = ["elakit", "run", bracketed(remedy.prompt), "--seed", str(run.seed)]
     if remedy.method is not None:
-        changed = _changed(remedy.method, remedy.options)
-        if changed is None or set(changed) - {"regions"}:
+        options = changed(remedy.method, remedy.options)
+        if options is None or set(options) - {"regions"}:
             return ""
         words += ["--method", remedy.method]
-        if "regions" in changed:
-            if not _are_boxes(changed["regions"]):
+        if "regions" in options:
+            if not _are_boxes(options["regions"]):
                 return ""
-            boxes = ";".join(",".join(f"{side:g}" for side in box) for box in changed["regions"])
+            boxes = ";".join(",".join(f"{side:g}" for side in box) for box in options["regions"])
             words += ["--regions", boxes]
     return shlex.join([*words, *_settings(run.settings), "--out", f"run-{run.seed}"])
 
@@ -136,7 +148,7 @@ def _loading(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _settings(settings: Mapping[str, Any]) -> list[str]:
-    """Options of the command line for what is not as the embedded model has it by default."""
+    """Command-line options for settings that differ from the defaults of the embedded model."""
     model = EMBEDDED.get(str(settings.get("model")))
     words = [] if model is not None and model.name == "picture-world" else ["--model", str(settings.get("model"))]
     if model is None or settings.get("steps") != model.steps:
@@ -146,33 +158,20 @@ def _settings(settings: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _remedies(diagnosis: Diagnosis) -> list[str]:
-    """The remedies that were asked for beside the method, in the order in which they are tried."""
-    names = [tried.remedy.name for tried in diagnosis.remedies if tried.remedy.name != diagnosis.method]
+def _remedies(diagnosis: DiagnosisData) -> list[str]:
+    """Remedies other than the method, in the order in which they are tried."""
+    names = [result.remedy.name for result in diagnosis.remedies if result.remedy.name != diagnosis.method]
     order: Sequence[str] = [*DEFAULT, *(name for name in names if name not in DEFAULT)]
     return [name for name in order if name in names]
 
 
 def _method(name: str, options: Mapping[str, Any]) -> str:
-    """A method as code: its name where every option has its default."""
-    changed = _changed(name, options)
-    return repr(name) if not changed else _call(name, changed)
+    """Method as code: its name if all options have their defaults."""
+    different = changed(name, options)
+    return repr(name) if not different else _call(name, different)
 
 
-def _guidance(name: str | None, options: Mapping[str, Any]) -> str:
-    """A method as code that builds it."""
-    return "" if name is None else _call(name, _changed(name, options) or {})
-
-
-def _call(name: str, changed: Mapping[str, Any]) -> str:
+def _call(name: str, options: Mapping[str, Any]) -> str:
     if name not in METHODS:
         return f"...  # your own {name}"
-    return as_code(METHODS[name], changed)
-
-
-def _changed(name: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Options that are not as by default; None for a method that is not one of ours."""
-    if name not in METHODS:
-        return None
-    defaults = {option.name: option.default for option in method_options(METHODS[name])}
-    return {key: value for key, value in options.items() if key not in defaults or defaults[key] != value}
+    return as_code(METHODS[name], options)

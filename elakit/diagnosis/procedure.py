@@ -1,4 +1,4 @@
-"""Diagnose a prompt: draw it, judge and measure it, find why it fails, and try what would fix it."""
+"""Diagnosis of a prompt: generate, judge and measure images, find failures and causes, and try remedies."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from elakit import causes
-from elakit.diagnosis.drawer import Drawer
-from elakit.diagnosis.remedies import OTHERS, SHARE, TRIES, Tried, attempt, check, guided, ranked, usable
-from elakit.diagnosis.result import Diagnosis, Outcome, Pair
+from elakit import causes, checks
+from elakit.diagnosis.data import Pair
+from elakit.diagnosis.generation import ImageGenerator
+from elakit.diagnosis.remedies import RemedyResult, ranked
+from elakit.diagnosis.result import Diagnosis
+from elakit.diagnosis.trials import SHARE, check, guidance_remedy, images_of, try_remedy, usable
 from elakit.errors import ElakitError, OutputError, SettingError
-from elakit.generation import Run
 from elakit.guidance import METHODS, Method, without_regions
 from elakit.guidance.metadata import options_of
 from elakit.models import name_of
 from elakit.prediction import Predictor, load_predictor
 from elakit.prompt import Prompt, parse
+from elakit.run import Run
 
-__all__ = ["Diagnosis", "Outcome", "Pair", "diagnose"]
+MAX_SEEDS = 10_000
 
 
 def diagnose(
     pipe: Any,
     prompt: str | Prompt,
     *,
-    seeds: int | list[int] = 4,
+    seeds: int | Sequence[int] = 4,
     method: str | Method = "ela",
     remedies: bool | Sequence[str | Method] = False,
     steps: int | None = None,
@@ -37,33 +39,33 @@ def diagnose(
     folder: str | Path | None = None,
     on_progress: Callable[[int, int, str], object] | None = None,
 ) -> Diagnosis:
-    """Draw a prompt plainly and guided, from the same noise, find what goes wrong and why, and try what fixes it.
+    """Generate a prompt with and without guidance from the same noise, find failures and causes, and try remedies.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
     prompt : str or Prompt
-    seeds : int or list of int
-        How many seeds (0, 1, ...), or which.
+    seeds : int or sequence of int
+        Number of seeds (0, 1, ...), or the seeds.
     method : str or Method
-        A name in `elakit.guidance.METHODS`, or an instance with options.
+        A name in `elakit.guidance.METHODS`, or a method with options.
     remedies : bool or sequence of str or Method
-        What else to try: True for `elakit.diagnosis.DEFAULT`, or names of methods, methods with options,
-        "another-seed", "swapped" (the entities in the opposite order), "next-to" (instead of "and"), "regions" (ELA
-        with a box for each entity, side by side). Where all plain images are judged right none is tried. One that
-        raises is reported as failed, and the others go on.
+        Further remedies: True for `elakit.diagnosis.DEFAULT`, or names of methods, methods with options,
+        "another-seed", "swapped" (entities in the opposite order), "next-to" (instead of "and"), "regions" (guidance
+        with one box per entity, side by side). No remedy is tried if all plain images are right. An exception in one
+        remedy is reported and does not affect the others.
     steps, guidance_scale : optional
-        As in `generate`.
+        As in `elakit.generate`.
     predictor : Predictor, optional
-        Foretells failures and chooses other seeds; by default the one shipped for the model, if there is one.
+        Predicts failures and chooses other seeds; by default the shipped predictor if it was fitted on this model.
     batch : int, optional
-        Most seeds drawn at a time; by default all for an embedded model, 1 for others. Batches differ from single
-        images by the rounding of the arithmetic only.
+        Largest number of seeds per batch. By default all seeds for an embedded model, and 1 for other models. Batches
+        differ from single images only by rounding.
     folder : str or Path, optional
-        Keep every run there as soon as it is drawn, and the diagnosis in the end. Called again with the same folder,
-        what is there already is not drawn anew.
+        Store each run there as soon as it is generated, and finally the diagnosis. A later call with the same folder
+        reuses the runs that exist.
     on_progress : callable, optional
-        Called with (images done, images in all, what is drawn now) before each batch and after each step.
+        Called with (images done, images in total, current activity) before each batch and after each step.
 
     Returns
     -------
@@ -72,9 +74,9 @@ def diagnose(
     Raises
     ------
     SettingError
-        No seed, an unknown method or remedy.
+        There is no seed, or the method or a remedy is unknown.
     OutputError
-        The folder cannot be written to, or is of something else.
+        The folder cannot be written to, or contains other files.
 
     Examples
     --------
@@ -84,68 +86,83 @@ def diagnose(
     >>> found.pairs[0].seed, found.judged
     (3, True)
     >>> found = elakit.diagnose(pipe, "a [cat] and a [lion]", seeds=1, steps=2, remedies=["swapped", "regions"])
-    >>> sorted(tried.remedy.name for tried in found.remedies)
+    >>> sorted(result.remedy.name for result in found.remedies)
     ['ela', 'regions', 'swapped']
     """
-    parsed = parse(prompt, pipe)
-    numbers = _seeds(seeds)
+    numbers = seed_list(seeds)
     chosen = _method(method)
     others = [one for one in check(remedies) if _name(one) != chosen.name]
+    parsed = parse(prompt, pipe)
     model = name_of(pipe)
     predictor = predictor or _shipped(model)
-    drawer = Drawer(
+    generator = ImageGenerator(
         pipe, steps=steps, guidance_scale=guidance_scale, batch=batch, folder=folder, on_progress=on_progress
     )
-    drawer.expect(2 * len(numbers) + sum(_images(one, len(numbers)) for one in others))
+    generator.expect(2 * len(numbers) + sum(images_of(one, len(numbers)) for one in others))
     began = time.perf_counter()
-    plain = drawer.draw(parsed, numbers, what="plain")
-    guided_runs = drawer.draw(parsed, numbers, chosen, what=_name(chosen))
-    pairs = tuple(Pair(a, b, a.verdict, b.verdict) for a, b in zip(plain.runs, guided_runs.runs, strict=True))
-    tried = [
-        Tried(
-            guided(chosen, parsed), plain.runs, guided_runs.runs, guided_runs.seconds,
-            guided_runs.seconds / plain.seconds,
+    plain = generator.generate(parsed, numbers, what="plain")
+    guided = generator.generate(parsed, numbers, chosen, what=chosen.name)
+    pairs = tuple(
+        Pair(plain=a, guided=b, plain_verdict=a.verdict, guided_verdict=b.verdict)
+        for a, b in zip(plain.runs, guided.runs, strict=True)
+    )
+    results = [
+        RemedyResult(
+            remedy=guidance_remedy(chosen, parsed),
+            plain=plain.runs,
+            runs=guided.runs,
+            seconds=guided.seconds,
+            cost=guided.seconds / plain.seconds,
         )
-    ]  # fmt: skip
+    ]
     problems: list[str] = []
-    found = _findings(pipe, plain.runs, problems)
+    findings = _findings(pipe, plain.runs, problems)
     if all(pair.plain_verdict is not None and pair.plain_verdict.success for pair in pairs):
-        drawer.skip(sum(_images(one, len(numbers)) for one in others))
+        generator.expect(-sum(images_of(one, len(numbers)) for one in others))
     else:
         for one in others:
-            before = drawer.done
-            tried.append(attempt(one, parsed, drawer, plain.runs, plain.seconds, predictor))
-            drawer.skip(_images(one, len(numbers)) - (drawer.done - before))
+            before = generator.done
+            results.append(try_remedy(one, parsed, generator, plain.runs, plain.seconds, predictor))
+            generator.expect(generator.done - before - images_of(one, len(numbers)))
     diagnosis = Diagnosis(
-        parsed,
-        chosen.name,
-        options_of(chosen),
-        pairs,
-        time.perf_counter() - began,
-        found,
-        ranked(tried),
-        _predicted(plain.runs, predictor, model, problems),
-        tuple(problems),
+        prompt=parsed,
+        method=chosen.name,
+        options=options_of(chosen),
+        pairs=pairs,
+        seconds=time.perf_counter() - began,
+        findings=findings,
+        remedies=ranked(results),
+        predicted=_predicted(plain.runs, predictor, model, problems),
+        problems=tuple(problems),
     )
     if folder is not None:
         diagnosis.save(folder)
     return diagnosis
 
 
-def _seeds(seeds: int | list[int]) -> list[int]:
-    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not numbers:
-        raise SettingError(f"seeds={seeds!r}: give a number of seeds of 1 or more, or a list of seeds.")
-    if len(set(numbers)) < len(numbers):
-        raise SettingError(f"seeds={seeds!r}: give each seed once.")
-    return numbers
+def seed_list(seeds: int | Sequence[int]) -> list[int]:
+    """Return the seeds: a number of seeds stands for 0, 1, ...
+
+    Raises
+    ------
+    SettingError
+        There is no seed, one is repeated or out of range, or there are more than 10,000.
+
+    Examples
+    --------
+    >>> seed_list(2), seed_list([7, 3])
+    ([0, 1], [7, 3])
+    """
+    if isinstance(seeds, int) and not isinstance(seeds, bool):
+        return list(range(checks.whole_number(seeds, "seeds", 1, MAX_SEEDS)))
+    return checks.seeds(seeds, "seeds", distinct=True)
 
 
 def _method(method: str | Method) -> Method:
     if not isinstance(method, str):
         return method
     if method not in METHODS:
-        raise SettingError(f"Unknown method {method!r}. Choose from {', '.join(METHODS)}.")
+        raise SettingError(f"There is no method {method!r}. Choose from {', '.join(METHODS)}.")
     chosen: Method = without_regions(method)
     return chosen
 
@@ -154,35 +171,30 @@ def _name(one: str | Method) -> str:
     return one if isinstance(one, str) else one.name
 
 
-def _images(remedy: str | Method, seeds: int) -> int:
-    """Images that a remedy draws, those that are begun only as the share of them that is drawn."""
-    return seeds * (1 + TRIES) if remedy == OTHERS[0] else seeds
-
-
 def _findings(pipe: Any, runs: Sequence[Run], problems: list[str]) -> causes.Findings | None:
     try:
         return causes.find(pipe, runs)
-    except Exception as error:  # images that are drawn are worth more than their explanation
+    except Exception as error:  # the images are worth keeping without an explanation
         why = str(error) if isinstance(error, ElakitError) else f"{type(error).__name__}: {error}"
-        problems.append(f"Causes could not be looked for: {why}")
+        problems.append(f"The search for causes failed: {why}")
         return None
 
 
 def _predicted(runs: Sequence[Run], predictor: Predictor | None, model: str, problems: list[str]) -> dict[int, float]:
-    """Probability that each run fails, after `SHARE` of its steps."""
+    """Predicted probability of failure of each run after `SHARE` of its steps."""
     if predictor is None or not usable(predictor, model):
         return {}
     try:
         tables = [(run.seed, predictor.predict(run)) for run in runs]
     except ElakitError as error:
-        problems.append(f"Failure could not be predicted: {error}")
+        problems.append(f"The prediction of failures failed: {error}")
         return {}
     return {seed: float(table.loc[SHARE, "failure"]) for seed, table in tables if SHARE in table.index}
 
 
 @lru_cache(maxsize=1)
 def _shipped(model: str) -> Predictor | None:
-    """The predictor that is shipped, where it is for this model."""
+    """Shipped predictor if it was fitted on this model."""
     try:
         predictor = load_predictor()
     except OutputError:

@@ -1,74 +1,71 @@
-"""A diagnosis in plain words."""
+"""A diagnosis as sentences."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
+from elakit.causes import Failure
+from elakit.diagnosis.data import DiagnosisData, Outcome, explains
 from elakit.diagnosis.measures import measure_table
-from elakit.diagnosis.remedies import Tried, bleed
+from elakit.diagnosis.remedies import RemedyResult, bleed
 from elakit.guidance import method_title
 
-if TYPE_CHECKING:
-    from elakit.causes import Failure
-    from elakit.diagnosis.result import Diagnosis, Outcome, Pair
-
-# Of failures and causes so many are told in the verdict; the page lists all.
+# Number of failures and causes in the summary; the report lists all.
 MOST = 3
-_LAYER = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.attentions\.(\d+)")
-# From so many images on the order of the remedies is not called a matter of chance.
+# Number of seeds from which on the ranking of remedies is not called uncertain.
 ENOUGH = 20
+_LAYER = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.attentions\.(\d+)")
 
 
-def summary(diagnosis: Diagnosis) -> list[str]:
-    """What was found, in sentences for people.
+def summary(diagnosis: DiagnosisData) -> list[str]:
+    """Summarize a diagnosis in sentences.
 
     Parameters
     ----------
-    diagnosis : Diagnosis
+    diagnosis : DiagnosisData
 
     Returns
     -------
     list of str
-        Plain text, nothing escaped.
+        Plain text without any escaping.
     """
-    return [sentence for sentences in told(diagnosis).values() for sentence in sentences]
+    return [sentence for sentences in statements(diagnosis).values() for sentence in sentences]
 
 
-def told(diagnosis: Diagnosis) -> dict[str, list[str]]:
-    """The sentences by what they are about.
+def statements(diagnosis: DiagnosisData) -> dict[str, list[str]]:
+    """Return the sentences of the summary by topic.
 
     Parameters
     ----------
-    diagnosis : Diagnosis
+    diagnosis : DiagnosisData
 
     Returns
     -------
     dict of str to list of str
-        "images" (how many are right), "wrong" (what goes wrong), "why", "fix" (the best remedy), "sure" (how sure
-        all this is), "attention" (how much bleeds).
+        "images" (number of right images), "failures", "causes", "remedy" (the best one), "attention" (bleeding) and
+        "uncertainty".
     """
     return {
         "images": _images(diagnosis),
-        "wrong": _wrong(diagnosis),
-        "why": _why(diagnosis),
-        "fix": fix(diagnosis),
-        "sure": _sure(diagnosis),
+        "failures": [failure_sentence(found, steps_of(diagnosis)) for found in diagnosis.failures[:MOST]],
+        "causes": _causes(diagnosis),
+        "remedy": _remedy(diagnosis),
         "attention": _attention(diagnosis),
+        "uncertainty": _uncertainty(diagnosis),
     }
 
 
 def plural(word: str, count: int) -> str:
-    """A word, with an s unless there is one of it."""
+    """Add an s to a word unless the count is 1."""
     return word if count == 1 else f"{word}s"
 
 
-def layer(name: str) -> str:
-    """A layer's name as people say it; one that is not a UNet's is left as it is.
+def layer_name(name: str) -> str:
+    """Readable name of a UNet's attention layer; other names are returned unchanged.
 
     Examples
     --------
-    >>> layer("up_blocks.2.attentions.1.transformer_blocks.0.attn2"), layer("transformer_blocks.3.attn")
+    >>> layer_name("up_blocks.2.attentions.1.transformer_blocks.0.attn2"), layer_name("transformer_blocks.3.attn")
     ('up block 2, attention 1', 'transformer_blocks.3.attn')
     """
     found = _LAYER.match(name)
@@ -78,151 +75,165 @@ def layer(name: str) -> str:
     return f"{side} block{' ' + block if block else ''}, attention {attention}"
 
 
-def guided(pair: Pair) -> bool:
-    """Whether guidance took any step."""
-    return pair.guided.guidance is not None and bool(pair.guided.guidance.rows)
+def steps_of(diagnosis: DiagnosisData) -> int:
+    """Number of denoising steps."""
+    return int(diagnosis.pairs[0].plain.settings["steps"])
 
 
-def failure(found: Failure, steps: int) -> str:
-    """A failure in one sentence: what, how often, from when, and where it starts.
+def first_step(step: int, steps: int) -> str:
+    """Phrase for the first step in which something is visible."""
+    return f"first visible in the attention at step {step} of {steps}, counted from 0"
+
+
+def failure_sentence(found: Failure, steps: int) -> str:
+    """Describe a failure: what, how often, from which step and in which layer.
 
     Parameters
     ----------
     found : Failure
     steps : int
-        Of the runs.
+        Number of denoising steps.
     """
-    said = found.sentence.rstrip(".")
     low, high = found.interval
-    where = [f"{_percent(low)} to {_percent(high)} % of all images"]
+    details = [f"95 % interval {_percent(low)} to {_percent(high)} %"]
     if found.step is not None:
-        where.append(f"it shows from step {found.step} of 0 to {steps - 1}")
+        details.append(first_step(found.step, steps))
     if found.layers:
-        where.append(f"first in {layer(found.layers[0])}")
-    return f"{said} ({', '.join(where)})."
+        details.append(f"in {layer_name(found.layers[0])}")
+    return f"{found.sentence.rstrip('.')} ({'; '.join(details)})."
 
 
-def fix(diagnosis: Diagnosis) -> list[str]:
-    """What would fix it."""
+def _images(diagnosis: DiagnosisData) -> list[str]:
+    method, count = method_title(diagnosis.method), len(diagnosis.pairs)
+    if blocked := diagnosis.blocked:
+        return [
+            f"The pipeline's safety checker replaced {blocked} of {2 * count} images, so the images were not judged. "
+            "The measures of attention are not affected."
+        ]
+    if not diagnosis.judged:
+        return [
+            "The images were not judged, because the judge knows only the nouns and colors of picture-world. Look at "
+            "the images to see whether they are right. The measures below describe the attention maps only."
+        ]
+    right = diagnosis.right
+    guided_right = diagnosis.count("right") + diagnosis.count("fixed")
+    return [
+        f"Without guidance, {right} of {count} {plural('image', count)} {'shows' if right == 1 else 'show'} everything "
+        f"the prompt asks for. With {method}, {guided_right} of {count} {'does' if guided_right == 1 else 'do'}.",
+        f"{method} fixed {_seeds(diagnosis, 'fixed')} and broke {_seeds(diagnosis, 'broken')}.",
+    ]
+
+
+def _causes(diagnosis: DiagnosisData) -> list[str]:
+    if diagnosis.findings is None:
+        return []
+    if not diagnosis.judged:
+        return [cause.sentence for cause in diagnosis.causes[:MOST]]
+    shown = diagnosis.failures[:MOST]
+    if not shown:
+        return []
+    causes = [cause for cause in diagnosis.causes if any(explains(cause, failure) for failure in shown)][:MOST]
+    said = [cause.sentence for cause in causes]
+    unexplained = [one.sentence for one in shown if not any(explains(cause, one) for cause in causes)]
+    if not causes:
+        said.append("No cause was found.")
+    elif unexplained:
+        said.append(f"No cause was found for: {' '.join(unexplained)}")
+    return said
+
+
+def _remedy(diagnosis: DiagnosisData) -> list[str]:
     tried = [one for one in diagnosis.remedies if one.status == "tried"]
     if diagnosis.judged and diagnosis.right == len(diagnosis.pairs):
-        return ["Nothing needs fixing in these images, so no other remedy was tried."]
+        return ["All images are right without guidance, so no other remedy was tried."]
     if len(diagnosis.remedies) < 2:
         return []
     said = []
     best = diagnosis.best
     if not diagnosis.judged:
         said.append(
-            "No judge has seen the images, so remedies are ranked by how little attention bleeds. That does not tell "
-            "whether an image is right, and guidance lowers it by design: look at the images."
+            "The images were not judged, so the remedies are ranked by bleeding. Low bleeding does not imply a right "
+            "image, and guidance lowers it by design: look at the images."
         )
     if best is None:
-        said.append(f"None of the {len(tried)} remedies tried did better than drawing it plainly.")
+        said.append(f"None of the {len(tried)} remedies did better than generation without guidance.")
     else:
-        said.append(f"Of {len(tried)} remedies tried the best is {_named(best)}: {_result(diagnosis, best)}.")
+        number = f"Of {len(tried)} remedies, the best is" if len(tried) > 1 else "The only remedy that worked is"
+        said.append(f"{number} {_named(best)}: {_result(diagnosis, best)}.")
         if best.judged:
             equal = [one for one in tried if one is not best and one.judged and one.rate == best.rate and one.helps]
             if equal:
                 names = _listed([one.remedy.title for one in equal[:MOST]])
                 more = f" and {len(equal) - MOST} more" if len(equal) > MOST else ""
-                said.append(f"{names}{more} got as many right.")
+                said.append(f"The same number of images is right with {names}{more}.")
     failed = [one for one in diagnosis.remedies if one.status == "failed"]
-    said += [f"{one.remedy.title} could not be tried: {one.why}" for one in failed]
+    said += [f"{one.remedy.title} failed: {one.why}" for one in failed]
     return said
 
 
-def _images(diagnosis: Diagnosis) -> list[str]:
+def _attention(diagnosis: DiagnosisData) -> list[str]:
     method, count = method_title(diagnosis.method), len(diagnosis.pairs)
-    if not diagnosis.judged:
-        return [
-            "The images were not judged, because the judge knows only the nouns and colors of picture-world. "
-            "Whether they are right is left to your eye; what is measured here are the attention maps."
-        ]
-    right = diagnosis.right
-    guided_right = diagnosis.count("right") + diagnosis.count("fixed")
+    if not any(pair.was_guided for pair in diagnosis.pairs):
+        single = len(diagnosis.prompt.entities) == 1
+        why = ", because the prompt names only one entity" if single else ""
+        return [f"{method} did not act in any step{why}: both images of a seed are identical."]
+    table = measure_table(diagnosis)
+    before, after = (float(table["bleed", run].mean()) for run in ("plain", "guided"))
+    fell = int((table["bleed", "guided"] < table["bleed", "plain"]).sum())
     return [
-        f"Drawn plainly, {right} of {count} {plural('image', count)} {'shows' if right == 1 else 'show'} "
-        f"everything the prompt asks for; with {method}, {guided_right} of {count}.",
-        f"{method} {_changed(diagnosis, 'fixed')} and {_changed(diagnosis, 'broken')}.",
+        f"On average, {before:.0%} of an entity's attention lies outside its own region without guidance, and "
+        f"{after:.0%} with {method}. The share is lower with {method} for {fell} of {count} {plural('seed', count)}."
     ]
 
 
-def _wrong(diagnosis: Diagnosis) -> list[str]:
-    if diagnosis.findings is None:
-        return []
-    steps = int(diagnosis.pairs[0].plain.settings["steps"])
-    return [failure(found, steps) for found in diagnosis.findings.failures[:MOST]]
-
-
-def _why(diagnosis: Diagnosis) -> list[str]:
-    if diagnosis.findings is None or not diagnosis.findings.failures:
-        return []
-    causes = diagnosis.findings.causes[:MOST]
-    return [cause.sentence for cause in causes] or ["No cause was found that could be named."]
-
-
-def _sure(diagnosis: Diagnosis) -> list[str]:
+def _uncertainty(diagnosis: DiagnosisData) -> list[str]:
     count, said = len(diagnosis.pairs), list[str]()
     if diagnosis.judged:
         low, high = diagnosis.interval
         said.append(
-            f"From {count} {plural('seed', count)}: of all its plain images {_percent(low)} to {_percent(high)} % "
-            "are right (95 % interval)."
+            f"With {count} {plural('seed', count)}, the share of right images without guidance lies between "
+            f"{_percent(low)} and {_percent(high)} % (95 % interval)."
         )
         if len(diagnosis.remedies) > 1 and diagnosis.best is not None and count < ENOUGH:
             said.append(
-                f"The best of several on {count} {plural('seed', count)} may be so by chance; draw more seeds before "
-                "you rely on the order."
+                f"The ranking of the remedies rests on {count} {plural('seed', count)} and may be due to chance. "
+                "Generate more seeds before you rely on it."
             )
     said += diagnosis.problems
     return said
 
 
-def _attention(diagnosis: Diagnosis) -> list[str]:
-    method, count = method_title(diagnosis.method), len(diagnosis.pairs)
-    table = measure_table(diagnosis)
-    if any(guided(pair) for pair in diagnosis.pairs):
-        before, after = (float(table["bleed", run].mean()) for run in ("plain", "guided"))
-        fell = int((table["bleed", "guided"] < table["bleed", "plain"]).sum())
-        return [
-            f"Of an entity's attention, {before:.0%} lay outside its own region when drawn plainly and {after:.0%} "
-            f"with {method}, on average; the share fell for {fell} of {count} {plural('seed', count)}."
-        ]
-    alone = len(diagnosis.prompt.entities) == 1
-    why = ", since the prompt names one thing only and nothing can bleed into it" if alone else ""
-    return [f"{method} took no step here{why}: both images of a seed are the same."]
-
-
-def _named(tried: Tried) -> str:
-    """A remedy as it goes into a sentence."""
-    remedy = tried.remedy
+def _named(result: RemedyResult) -> str:
+    """Name a remedy within a sentence."""
+    remedy = result.remedy
     if remedy.kind == "wording":
-        return f"other words, “{remedy.prompt.text}”"
+        return f"the prompt “{remedy.prompt.text}”"
     if remedy.kind == "seed":
-        right = [str(run.seed) for run in tried.runs if run.verdict is not None and run.verdict.success]
-        seeds = right or [str(run.seed) for run in tried.runs]
+        right = [str(run.seed) for run in result.runs if run.verdict is not None and run.verdict.success]
+        seeds = right or [str(run.seed) for run in result.runs]
         return f"another seed ({', '.join(seeds[:4])}{', …' if len(seeds) > 4 else ''})"
     return remedy.title[:1].lower() + remedy.title[1:] if remedy.kind == "regions" else remedy.title
 
 
-def _result(diagnosis: Diagnosis, best: Tried) -> str:
+def _result(diagnosis: DiagnosisData, best: RemedyResult) -> str:
     count = len(best.runs)
-    time = f"it takes {best.cost:.1f} times as long"
+    time = f"{best.cost:.1f} times the generation time"
     if not best.judged:
-        return f"bleeding {best.bleed:.2f} instead of {bleed(best.plain):.2f}, and {time}"
+        return f"bleed {best.bleed:.2f} instead of {bleed(best.plain):.2f}, at {time}"
     low, high = (_percent(end) for end in best.interval)
     said = (
-        f"{best.right} of {count} right ({low} to {high} %), against {diagnosis.right} of {count} drawn plainly; {time}"
+        f"{best.right} of {count} images are right ({low} to {high} %) instead of {diagnosis.right} of {count}, at "
+        f"{time}"
     )
-    return said if not best.broken else f"{said}, and made {len(best.broken)} of {diagnosis.right} right ones wrong"
+    return said if not best.broken else f"{said}; it broke {len(best.broken)} of {diagnosis.right} right images"
 
 
-def _changed(diagnosis: Diagnosis, outcome: Outcome) -> str:
+def _seeds(diagnosis: DiagnosisData, outcome: Outcome) -> str:
     seeds = [str(pair.seed) for pair in diagnosis.pairs if pair.outcome == outcome]
     if not seeds:
-        return f"{outcome} none"
+        return "none"
     shown = ", ".join(seeds[:8]) + (", …" if len(seeds) > 8 else "")
-    return f"{outcome} {len(seeds)} ({plural('seed', len(seeds))} {shown})"
+    return f"{len(seeds)} ({plural('seed', len(seeds))} {shown})"
 
 
 def _listed(names: list[str]) -> str:

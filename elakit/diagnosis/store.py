@@ -1,95 +1,68 @@
-"""A diagnosis in a folder: its runs as `Run.save` writes them, and ``diagnosis.json``, which ties them together."""
+"""A diagnosis in a folder: its runs as `Run.save` writes them, and ``diagnosis.json``, which refers to them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from elakit.causes import Cause, Failure, Findings
-from elakit.diagnosis.drawer import Shelf, key_of_run
-from elakit.diagnosis.remedies import Remedy, Tried
+from elakit.diagnosis.data import DiagnosisData, Pair
+from elakit.diagnosis.remedies import Remedy, RemedyResult
+from elakit.diagnosis.run_store import RunStore, key_of_run
 from elakit.errors import OutputError
-from elakit.files import write_file
-from elakit.generation import Run, open_run
+from elakit.files import read_json, write_json
 from elakit.prompt import Prompt
-
-if TYPE_CHECKING:
-    from elakit.diagnosis.result import Diagnosis
+from elakit.run import Run, open_run
 
 
-def save(diagnosis: Diagnosis, folder: str | Path) -> Path:
-    """As `Diagnosis.save`."""
-    shelf = Shelf(folder)
-
-    def keep(run: Run, seconds: float) -> str:
-        key = key_of_run(run)
-        if not shelf.has(key):
-            shelf.put(key, run, seconds)
-        return key
-
-    images = 2 * len(diagnosis.pairs)
-    tried = [
-        {
-            "remedy": {
-                "name": one.remedy.name, "kind": one.remedy.kind, "what": one.remedy.what,
-                "prompt": one.remedy.prompt.to_dict(), "method": one.remedy.method, "options": one.remedy.options,
-            },
-            "runs": [keep(run, one.seconds) for run in one.runs],
-            "seconds": _number(one.seconds), "cost": _number(one.cost), "status": one.status, "why": one.why,
-            "candidates": one.candidates, "chosen_by": one.chosen_by,
-        }
-        for one in diagnosis.remedies
-    ]  # fmt: skip
-    kept = {
-        "prompt": diagnosis.prompt.to_dict(),
-        "method": diagnosis.method,
-        "options": diagnosis.options,
-        "plain": [keep(pair.plain, diagnosis.seconds / images) for pair in diagnosis.pairs],
-        "guided": [keep(pair.guided, diagnosis.seconds / images) for pair in diagnosis.pairs],
-        "seconds": diagnosis.seconds,
-        "findings": None if diagnosis.findings is None else diagnosis.findings.to_dict(),
-        "remedies": tried,
-        "predicted": {str(seed): value for seed, value in diagnosis.predicted.items()},
-        "problems": diagnosis.problems,
-    }
-    write_file(shelf.folder / "diagnosis.json", json.dumps({**diagnosis.to_dict(), "kept": kept}, indent=1).encode())
-    return shelf.folder
-
-
-def open_diagnosis(folder: str | Path) -> Diagnosis:
-    """Open a diagnosis that `Diagnosis.save` wrote.
+def write_diagnosis(data: DiagnosisData, document: Mapping[str, Any], folder: str | Path) -> Path:
+    """Store a diagnosis; see `Diagnosis.save`.
 
     Parameters
     ----------
+    data : DiagnosisData
+    document : mapping
+        Content of ``diagnosis.json``, to which what is needed for reading is added.
     folder : str or Path
+    """
+    store = RunStore(folder)
 
-    Returns
-    -------
-    Diagnosis
+    def save(run: Run, seconds: float) -> str:
+        key = key_of_run(run)
+        if not store.contains(key):
+            store.write(key, run, seconds)
+        return key
+
+    per_image = data.seconds / (2 * len(data.pairs))
+    stored = {
+        "prompt": data.prompt.to_dict(),
+        "method": data.method,
+        "options": data.options,
+        "plain": [save(pair.plain, per_image) for pair in data.pairs],
+        "guided": [save(pair.guided, per_image) for pair in data.pairs],
+        "seconds": data.seconds,
+        "findings": None if data.findings is None else data.findings.to_dict(),
+        "remedies": [_plain_result(one, [save(run, one.seconds) for run in one.runs]) for one in data.remedies],
+        "predicted": {str(seed): value for seed, value in data.predicted.items()},
+        "problems": data.problems,
+    }
+    write_json(store.folder / "diagnosis.json", {**document, "stored": stored})
+    return store.folder
+
+
+def read_fields(folder: str | Path) -> dict[str, Any]:
+    """Read the fields of a `DiagnosisData` from a folder.
 
     Raises
     ------
     OutputError
-        The folder holds no finished diagnosis, or a run of it is missing.
-
-    Examples
-    --------
-    >>> import elakit
-    >>> from tempfile import TemporaryDirectory
-    >>> found = elakit.diagnose(elakit.load("picture-world"), "a [cat] and a [lion]", seeds=1, steps=2)
-    >>> with TemporaryDirectory() as folder:
-    ...     again = elakit.open_diagnosis(found.save(folder))
-    ...     again.to_dict() == found.to_dict()
-    True
+        The folder contains no finished diagnosis, or a run is missing.
     """
-    from elakit.diagnosis.result import Diagnosis, Pair
-
     folder = Path(folder)
     try:
-        kept = json.loads((folder / "diagnosis.json").read_text(encoding="utf-8"))["kept"]
+        stored = read_json(folder / "diagnosis.json")["stored"]
         opened: dict[str, Run] = {}
 
         def run(key: str) -> Run:
@@ -97,41 +70,56 @@ def open_diagnosis(folder: str | Path) -> Diagnosis:
                 opened[key] = open_run(folder / "runs" / key)
             return opened[key]
 
-        plain, guided = ([run(key) for key in kept[name]] for name in ("plain", "guided"))
-        return Diagnosis(
-            Prompt.from_dict(kept["prompt"]),
-            kept["method"],
-            _options(kept["options"]),
-            tuple(Pair(a, b, a.verdict, b.verdict) for a, b in zip(plain, guided, strict=True)),
-            kept["seconds"],
-            _findings(kept["findings"], Prompt.from_dict(kept["prompt"])),
-            tuple(
-                Tried(
-                    _remedy(one["remedy"]),
-                    tuple(plain),
-                    tuple(run(key) for key in one["runs"]),
-                    _or_nan(one["seconds"]),
-                    _or_nan(one["cost"]),
-                    one["status"],
-                    one["why"],
-                    tuple(one["candidates"]),
-                    one["chosen_by"],
-                )
-                for one in kept["remedies"]
+        plain, guided = ([run(key) for key in stored[name]] for name in ("plain", "guided"))
+        prompt = Prompt.from_dict(stored["prompt"])
+        return {
+            "prompt": prompt,
+            "method": stored["method"],
+            "options": _options(stored["options"]),
+            "pairs": tuple(Pair(a, b, a.verdict, b.verdict) for a, b in zip(plain, guided, strict=True)),
+            "seconds": stored["seconds"],
+            "findings": _findings(stored["findings"], prompt),
+            "remedies": tuple(
+                _result(one, tuple(plain), tuple(run(key) for key in one["runs"])) for one in stored["remedies"]
             ),
-            {int(seed): value for seed, value in kept["predicted"].items()},
-            tuple(kept["problems"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            "predicted": {int(seed): value for seed, value in stored["predicted"].items()},
+            "problems": tuple(stored["problems"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(
-            f"{folder} holds no finished diagnosis ({error}). Give a folder that `found.save(...)` or "
-            "`elakit diagnose --keep` wrote; one that was ended goes on when it is diagnosed again."
+            f"{folder} contains no finished diagnosis ({error}). Give a folder written by `found.save(...)` or "
+            "`elakit diagnose --keep`. An interrupted diagnosis is resumed by the same command."
         ) from error
 
 
-def _remedy(plain: Mapping[str, Any]) -> Remedy:
-    kept = {**plain, "prompt": Prompt.from_dict(plain["prompt"]), "options": _options(plain["options"])}
-    return Remedy(**kept)
+def _plain_result(result: RemedyResult, runs: list[str]) -> dict[str, Any]:
+    remedy = result.remedy
+    return {
+        "remedy": {
+            "name": remedy.name, "kind": remedy.kind, "what": remedy.what, "prompt": remedy.prompt.to_dict(),
+            "method": remedy.method, "options": remedy.options,
+        },
+        "runs": runs,
+        "seconds": _number(result.seconds), "cost": _number(result.cost), "status": result.status, "why": result.why,
+        "candidates": result.candidates, "chosen_by": result.chosen_by,
+    }  # fmt: skip
+
+
+def _result(stored: Mapping[str, Any], plain: tuple[Run, ...], runs: tuple[Run, ...]) -> RemedyResult:
+    remedy = stored["remedy"]
+    return RemedyResult(
+        remedy=Remedy(
+            **{**remedy, "prompt": Prompt.from_dict(remedy["prompt"]), "options": _options(remedy["options"])}
+        ),
+        plain=plain,
+        runs=runs,
+        seconds=_or_nan(stored["seconds"]),
+        cost=_or_nan(stored["cost"]),
+        status=stored["status"],
+        why=stored["why"],
+        candidates=tuple(stored["candidates"]),
+        chosen_by=stored["chosen_by"],
+    )
 
 
 def _options(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +139,7 @@ def _findings(plain: Mapping[str, Any] | None, prompt: Prompt) -> Findings | Non
 
 
 def _built(kind: type[Any], plain: Mapping[str, Any]) -> Any:
-    """A dataclass of what its to_dict gave, JSON's lists as tuples."""
+    """Build a dataclass from its `to_dict`, with JSON's lists as tuples."""
     names = {field.name for field in fields(kind)}
     return kind(**{name: _tuples(value) for name, value in plain.items() if name in names})
 

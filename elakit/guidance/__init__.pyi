@@ -22,6 +22,7 @@ from .method import Loss as Loss
 from .method import Method as Method
 from .method import NoiseSearch as NoiseSearch
 from .method import Update as Update
+from .predicated_diffusion import PredicatedDiffusion as PredicatedDiffusion
 from .regional_attention import RegionalAttention as RegionalAttention
 from .registry import METHODS as METHODS
 from .registry import method_title as method_title

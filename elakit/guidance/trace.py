@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,22 +11,24 @@ import pandas as pd
 import xarray as xr
 
 
-@dataclass
+@dataclass(repr=False)
 class Trace:
-    """What guidance did, step by step.
+    """What guidance did to an image, step by step.
 
     Attributes
     ----------
     method : str
+        Name of the method, a key of `elakit.guidance.METHODS`.
     options : dict
-        The method's, as plain values.
+        Options of the method, as plain values.
     entities : tuple of str
+        Labels of the prompt's entities.
     rows : list of dict
-        One a guided step: step, timestep, step_size, loss, its terms, gradient_norm and moved (root mean square of the
-        latent's change), both in latents of unit variance, refinements (steps taken before the last one), seconds (of
-        the whole batch), skipped (the gradient was not finite, so the latent was left alone).
+        One row per guided step: step, timestep, step_size, loss and its terms, gradient_norm and moved (root mean
+        square of the change of the latent), both in latents of unit variance, refinements (steps taken before the last
+        one), seconds (for the whole batch), skipped (the gradient was not finite, so the latent was not changed).
     searched : list of dict
-        One a trial of the starting noise, for methods that choose it.
+        One row per trial of the starting noise, for methods that choose it.
     """
 
     method: str
@@ -33,16 +36,16 @@ class Trace:
     entities: tuple[str, ...]
     rows: list[dict[str, Any]] = field(default_factory=list)
     searched: list[dict[str, Any]] = field(default_factory=list)
-    _regions: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+    _regions: dict[int, np.ndarray] = field(default_factory=dict)
 
     def to_frame(self) -> pd.DataFrame:
-        """The rows as a frame, indexed by step."""
+        """Rows as a frame, indexed by step."""
         frame = pd.DataFrame(self.rows)
         return frame.set_index("step") if len(frame) else frame
 
     @property
     def regions(self) -> xr.DataArray | None:
-        """Regions that were anchored to: boolean (step, entity, y, x); None if the method has none."""
+        """Regions that entities were anchored to, boolean (step, entity, y, x); None if the method has none."""
         if not self._regions:
             return None
         return xr.DataArray(
@@ -54,7 +57,7 @@ class Trace:
 
     @property
     def skipped(self) -> int:
-        """Steps whose gradient was not finite."""
+        """Number of steps whose gradient was not finite."""
         return sum(bool(row["skipped"]) for row in self.rows)
 
     def add(self, row: dict[str, Any], regions: np.ndarray | None) -> None:
@@ -62,3 +65,59 @@ class Trace:
         self.rows.append(row)
         if regions is not None:
             self._regions[row["step"]] = regions
+
+    def to_dict(self) -> dict[str, Any]:
+        """Trace as plain values for JSON, without the regions.
+
+        Examples
+        --------
+        >>> Trace("ela", {"guided": 0.5}, ("cat", "lion")).to_dict()["entities"]
+        ['cat', 'lion']
+        """
+        return {
+            "method": self.method,
+            "options": self.options,
+            "entities": list(self.entities),
+            "rows": self.rows,
+            "searched": self.searched,
+        }
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any], regions: Mapping[int, np.ndarray] | None = None) -> Trace:
+        """Trace that `to_dict` wrote.
+
+        Parameters
+        ----------
+        plain : mapping
+            Result of `to_dict`.
+        regions : mapping of int to numpy.ndarray, bool (entity, y, x), optional
+            Regions by step.
+
+        Raises
+        ------
+        ValueError
+            Raised when the values are not those of a trace.
+
+        Examples
+        --------
+        >>> trace = Trace("ela", {}, ("cat", "lion"), [{"step": 0, "loss": 0.5, "skipped": False}])
+        >>> Trace.from_dict(trace.to_dict()) == trace
+        True
+        """
+        try:
+            method, options, entities = plain["method"], plain["options"], plain["entities"]
+            rows, searched = plain["rows"], plain["searched"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the trace of guidance has no {error}") from error
+        steps = isinstance(rows, list) and all(
+            isinstance(row, dict) and {"step", "skipped"} <= set(row) for row in rows
+        )
+        named = isinstance(entities, list) and all(isinstance(entity, str) for entity in entities)
+        if not (steps and named and isinstance(method, str) and isinstance(options, dict)):
+            raise ValueError("the trace of guidance has values of a wrong type")
+        if not (isinstance(searched, list) and all(isinstance(row, dict) for row in searched)):
+            raise ValueError("the trace of guidance has values of a wrong type")
+        return cls(method, options, tuple(entities), rows, searched, dict(regions or {}))
+
+    def __repr__(self) -> str:
+        return f"Trace({self.method}, {len(self.rows)} guided steps)"

@@ -1,4 +1,4 @@
-"""What is in a finished image: which nouns, where, in which color, and what is fused."""
+"""The judge: which nouns a finished image shows, where, in which color, and which of them are fused."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Name the color of a set of pixels by perceptual distance (CIE Lab) to the world's paints."""
+"""Color names of pixels, by perceptual distance (CIE Lab) to the paints of picture-world."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from skimage.color import rgb2lab
 
 from elakit.world.recolor import PAINTS, fade
 
-# Things whose color is that of their frame: what is inside it is glass.
+# The color of these things is that of their frame, because the inside is glass.
 FRAMED = frozenset({"glasses"})
 
 
 @lru_cache(maxsize=1)
 def _shades() -> tuple[np.ndarray, np.ndarray]:
-    """Every paint from its darkest to its lightest shade: Lab points (n, 3) and the paint's index of each (n,)."""
+    """Shades of every paint, from the darkest to the lightest: Lab points (n, 3) and the index of their paint (n,)."""
     points, owner = [], []
     for i, paint in enumerate(PAINTS.values()):
         light = np.linspace(paint.floor, paint.ceiling, 9)
@@ -27,7 +27,7 @@ def _shades() -> tuple[np.ndarray, np.ndarray]:
 
 
 def name_pixels(rgb: np.ndarray) -> np.ndarray:
-    """Index in ``PAINTS`` of each pixel's nearest shade.
+    """Index in ``PAINTS`` of the shade nearest to each pixel.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def name_pixels(rgb: np.ndarray) -> np.ndarray:
 
 
 def name_color(rgb: np.ndarray) -> str | None:
-    """The color that most of the pixels have; None for no pixels.
+    """Color that most of the pixels have; None if there are no pixels.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def name_color(rgb: np.ndarray) -> str | None:
 
 
 def thing_color(rgb: np.ndarray, mask: np.ndarray, noun: str) -> str | None:
-    """The color of a thing in an image: that of most of its pixels, or of its rim if it is a frame around glass.
+    """Color of a thing in an image: the color of most of its pixels, or of its rim if it is a frame around glass.
 
     Parameters
     ----------

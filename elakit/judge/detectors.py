@@ -1,7 +1,7 @@
 """Zero-shot detectors and segmenters of transformers as judges of real images (Stable Diffusion, SDXL, photographs).
 
-Each is an object called with an image and nouns that answers with things, so it fits wherever the embedded judge
-does. Each keeps to the post-processing its authors published; what its thresholds mean is said with it.
+Each class is callable: it takes an image and nouns and returns things, like the embedded judge. Each follows the
+post-processing that the model's authors published; its docstring explains the thresholds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from elakit.models import HUB_ID, device_named, first_line
 
 __all__ = ["ClipSegSegmenter", "GroundingDinoDetector", "OwlDetector", "Sam", "load_detector", "mark_coinciding"]
 
-_COLOR_PIXELS = 4096  # of a thing, drawn evenly: enough to name its color, and a megapixel would take gigabytes
+_COLOR_PIXELS = 4096  # sampled from each thing to name its color; all of a megapixel would take gigabytes of memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Sam:
     Parameters
     ----------
     model : transformers.SamModel
-        Such as ``facebook/sam-vit-base``.
+        For example ``facebook/sam-vit-base``.
     processor : transformers.SamProcessor
     """
 
@@ -49,7 +49,7 @@ class Sam:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, boxes: Sequence[tuple[int, int, int, int]]) -> np.ndarray:
-        """Masks of what is in each box.
+        """Segment the object in each box.
 
         Parameters
         ----------
@@ -66,32 +66,33 @@ class Sam:
             return np.zeros((0, rgb.height, rgb.width), bool)
         inputs = self.processor(rgb, input_boxes=[[[float(x) for x in box] for box in boxes]], return_tensors="pt")
         sizes = inputs.pop("original_sizes"), inputs.pop("reshaped_input_sizes")
-        # A box leaves little doubt of what is meant, so one mask each is asked for, as the authors advise.
+        # A box is rarely ambiguous, so one mask per box is predicted, as the authors recommend.
         outputs = self.model(**_ready(inputs, self.model), multimask_output=False)
         return self.processor.post_process_masks(outputs.pred_masks.float().cpu(), *sizes)[0][:, 0].numpy()
 
 
 @dataclass(frozen=True, eq=False)
 class OwlDetector:
-    """OWL-ViT or OWLv2. Each box goes to the noun it fits best.
+    """OWL-ViT or OWLv2 detector; each box is assigned to the noun with the highest score.
 
     Parameters
     ----------
     model : transformers.OwlViTForObjectDetection or transformers.Owlv2ForObjectDetection
     processor : transformers.OwlViTProcessor or transformers.Owlv2Processor
     threshold : float
-        Boxes score above this. The default is transformers' own.
+        Boxes with a lower score are dropped. The default is that of transformers.
     nms : float
-        Of two boxes of one noun with a larger IoU than this only the surer stays.
+        IoU threshold of non-maximum suppression among the boxes of one noun.
     query : str
-        What is asked for; ``{noun}`` stands for the noun.
+        Text query; ``{noun}`` is replaced by the noun.
     masks : Sam, optional
-        Refines boxes to masks; without it a thing's mask is its whole box, and its color that of the box.
+        Refines boxes to masks. Without it the mask of a thing is its whole box, and so is the area that its color is
+        taken from.
 
     Raises
     ------
     ModelError
-        The model is of another family.
+        The model belongs to another family.
     SettingError
         A setting is outside its range.
     """
@@ -110,7 +111,7 @@ class OwlDetector:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, nouns: Sequence[str]) -> list[Thing]:
-        """Things in the image that are one of the nouns, the surest first."""
+        """Things in the image that match one of the nouns, in descending order of score."""
         asked = _distinct(nouns)
         if not asked:
             return []
@@ -121,9 +122,9 @@ class OwlDetector:
             images=rgb, text=[texts], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         outputs = self.model(**_ready(inputs, self.model))
-        # Single precision from here on: a half cannot tell the pixels of a large image apart.
+        # Single precision from here on, because half precision cannot represent every pixel of a large image.
         outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
-        # Knows that OWLv2's boxes are shares of the image padded to a square, and OWL-ViT's of the image.
+        # It scales OWLv2's boxes by the image padded to a square and OWL-ViT's by the image itself.
         found = self.processor.post_process_grounded_object_detection(
             outputs, threshold=self.threshold, target_sizes=[(rgb.height, rgb.width)]
         )[0]
@@ -133,25 +134,26 @@ class OwlDetector:
 
 @dataclass(frozen=True, eq=False)
 class GroundingDinoDetector:
-    """Grounding DINO, asked for all nouns in one text: "cat. frog.". A box may get several nouns.
+    """Grounding DINO detector; it gets all nouns in one text, "cat. frog.", and may assign several nouns to a box.
 
     Parameters
     ----------
     model : transformers.GroundingDinoForObjectDetection
     processor : transformers.GroundingDinoProcessor
     threshold : float
-        A box is kept when its strongest token scores above this.
+        A box is kept if the highest score of its tokens exceeds this.
     text_threshold : float
-        A kept box is called by each noun whose tokens score above this on average; that average is the thing's score.
+        A kept box is assigned to each noun whose tokens' mean score exceeds this; that mean is the thing's score.
     nms : float
-        Of two boxes of one noun with a larger IoU than this only the surer stays.
+        IoU threshold of non-maximum suppression among the boxes of one noun.
     masks : Sam, optional
-        Refines boxes to masks; without it a thing's mask is its whole box, and its color that of the box.
+        Refines boxes to masks. Without it the mask of a thing is its whole box, and so is the area that its color is
+        taken from.
 
     Raises
     ------
     ModelError
-        The model is of another family.
+        The model belongs to another family.
     SettingError
         A setting is outside its range.
     """
@@ -169,19 +171,19 @@ class GroundingDinoDetector:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, nouns: Sequence[str]) -> list[Thing]:
-        """Things in the image that are one of the nouns, the surest first."""
+        """Things in the image that match one of the nouns, in descending order of score."""
         asked = _distinct(nouns)
         if not asked:
             return []
         rgb = image.convert("RGB")
-        # Full stops and question marks are what the model parts phrases by, so none may be within one.
+        # The model separates phrases at full stops and question marks, so a phrase may not contain any.
         text = " ".join(re.sub(r"[.?]", " ", noun) + "." for noun in asked)
         inputs = self.processor(images=rgb, text=text, return_tensors="pt")
         spans = self._spans(inputs["input_ids"][0].tolist())
         if len(inputs["input_ids"][0]) > self.model.config.max_text_len:
             raise SettingError(
-                f"{len(asked)} nouns make {len(inputs['input_ids'][0])} tokens; the detector reads "
-                f"{self.model.config.max_text_len}. Ask in several calls."
+                f"{len(asked)} nouns have {len(inputs['input_ids'][0])} tokens; the detector reads at most "
+                f"{self.model.config.max_text_len}. Split the nouns over several calls."
             )
         outputs = self.model(**_ready(inputs, self.model))
         tokens = outputs.logits[0].float().sigmoid()  # (box, token)
@@ -195,7 +197,7 @@ class GroundingDinoDetector:
         return _things(rgb, owners, scores[rows, columns], corners, self.nms, self.masks)
 
     def _spans(self, ids: list[int]) -> list[list[int]]:
-        """Positions of each noun's tokens: those between the start and the first full stop, and so on."""
+        """Positions of each noun's tokens; full stops separate the nouns."""
         tokenizer = self.processor.tokenizer
         stop = tokenizer.convert_tokens_to_ids(".")
         spans: list[list[int]] = [[]]
@@ -209,25 +211,25 @@ class GroundingDinoDetector:
 
 @dataclass(frozen=True, eq=False)
 class ClipSegSegmenter:
-    """CLIPSeg: a heat map per noun; each pixel goes to its strongest noun, each connected patch is a thing.
+    """CLIPSeg segmenter: each pixel gets the noun with the highest score, each connected component is a thing.
 
-    A thing's score is its mean heat. Patches cannot coincide, so this one never sees things as mixed.
+    The score of a thing is the mean score of its pixels. Components are disjoint, so hybrids are never reported.
 
     Parameters
     ----------
     model : transformers.CLIPSegForImageSegmentation
     processor : transformers.CLIPSegProcessor
     threshold : float
-        Pixels are hotter than this.
+        Pixels with a lower score are background.
     least_area : float
-        Patches cover at least this share of the image.
+        Least share of the image that a component must cover.
     query : str
-        What is asked for; ``{noun}`` stands for the noun.
+        Text query; ``{noun}`` is replaced by the noun.
 
     Raises
     ------
     ModelError
-        The model is of another family.
+        The model belongs to another family.
     SettingError
         A setting is outside its range.
     """
@@ -245,30 +247,32 @@ class ClipSegSegmenter:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, nouns: Sequence[str]) -> list[Thing]:
-        """Things in the image that are one of the nouns, the surest first."""
+        """Things in the image that match one of the nouns, in descending order of score."""
         asked = _distinct(nouns)
         if not asked:
             return []
         rgb = image.convert("RGB")
-        heat = self.heat(rgb, asked)
-        strongest = heat.argmax(0)
+        scores = self.scores(rgb, asked)
+        strongest = scores.argmax(0)
         things = []
         for i, noun in enumerate(asked):
-            labeled, count = components((strongest == i) & (heat[i] > self.threshold), return_num=True, connectivity=2)
+            labeled, count = components(
+                (strongest == i) & (scores[i] > self.threshold), return_num=True, connectivity=2
+            )
             areas = np.bincount(labeled.ravel(), minlength=count + 1) / labeled.size
-            for patch in 1 + np.flatnonzero(areas[1:] >= self.least_area):
-                mask = labeled == patch
-                things.append(Thing(noun, mask, float(heat[i][mask].mean()), _color(rgb, mask)))
+            for component in 1 + np.flatnonzero(areas[1:] >= self.least_area):
+                mask = labeled == component
+                things.append(Thing(noun, mask, float(scores[i][mask].mean()), _color(rgb, mask)))
         return sorted(things, key=lambda thing: -thing.score)
 
     @torch.no_grad()
-    def heat(self, image: Image.Image, nouns: Sequence[str]) -> np.ndarray:
-        """How much each pixel looks like each noun.
+    def scores(self, image: Image.Image, nouns: Sequence[str]) -> np.ndarray:
+        """Score of each noun at each pixel.
 
         Returns
         -------
         ndarray, float32 in [0, 1], (noun, y, x)
-            At the image's size.
+            At the size of the image.
         """
         texts = [self.query.replace("{noun}", noun) for noun in nouns]
         length = self.model.config.text_config.max_position_embeddings
@@ -283,7 +287,7 @@ class ClipSegSegmenter:
         return full[:, 0].sigmoid().cpu().numpy()
 
 
-# By the model_type of a checkpoint's config: the adapter, and transformers' class.
+# model_type of a checkpoint's config -> the detector class, and the model class of transformers.
 _FAMILIES: dict[str, tuple[Any, str]] = {
     "owlvit": (OwlDetector, "OwlViTForObjectDetection"),
     "owlv2": (OwlDetector, "Owlv2ForObjectDetection"),
@@ -300,22 +304,22 @@ def load_detector(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Detector:
-    """Load a detector for real images; safetensors only, and no code that comes with a model is ever run.
+    """Load a detector for real images. Weights must be safetensors, and code in a checkpoint is never run.
 
     Parameters
     ----------
     name : str or pathlib.Path
-        A folder that ``save_pretrained`` wrote (model and processor), or a hub id. Recommended:
-        ``google/owlv2-base-patch16-ensemble``, ``IDEA-Research/grounding-dino-tiny``, or, to segment,
-        ``CIDAS/clipseg-rd64-refined``.
+        A folder written by ``save_pretrained`` (model and processor), or a hub id. Recommended:
+        ``google/owlv2-base-patch16-ensemble`` and ``IDEA-Research/grounding-dino-tiny`` for detection,
+        ``CIDAS/clipseg-rd64-refined`` for segmentation.
     sam : str, pathlib.Path or Sam, optional
-        Refines the boxes of OWL and Grounding DINO to masks; recommended wherever colors matter:
+        Refines the boxes of OWL and Grounding DINO to masks; recommended if colors matter:
         ``facebook/sam-vit-base``.
     device : str or torch.device, optional
-        Default: CUDA where there is one, else the CPU.
+        By default CUDA if available, else the CPU.
     dtype : torch.dtype
     **options
-        Settings of `OwlDetector`, `GroundingDinoDetector` or `ClipSegSegmenter`, such as ``threshold``.
+        Options of `OwlDetector`, `GroundingDinoDetector` or `ClipSegSegmenter`, such as ``threshold``.
 
     Returns
     -------
@@ -324,9 +328,9 @@ def load_detector(
     Raises
     ------
     ModelError
-        When the model cannot be had or is of an unsupported family.
+        The model cannot be loaded or belongs to an unsupported family.
     SettingError
-        When the family has no such setting, or it is outside its range.
+        The family has no such option, or its value is outside its range.
 
     Examples
     --------
@@ -346,9 +350,9 @@ def load_detector(
     settings = [field.name for field in fields(adapter) if field.name not in ("model", "processor", "masks")]
     for option in options:
         if option not in settings:
-            raise SettingError(f"{option!r} is no setting of {adapter.__name__}; it has {', '.join(settings)}.")
+            raise SettingError(f"{adapter.__name__} has no option {option!r}; it has {', '.join(settings)}.")
     if sam is not None and adapter is ClipSegSegmenter:
-        raise SettingError("sam is given, but CLIPSeg finds masks by itself; leave sam out or load a box detector.")
+        raise SettingError("sam is given, but CLIPSeg predicts masks itself; leave sam out or load a box detector.")
     if sam is not None and not isinstance(sam, Sam):
         if (sam_kind := _model_type(sam)) != "sam":
             raise ModelError(f"sam is {str(sam)!r}, a {sam_kind!r} model; give a SAM such as 'facebook/sam-vit-base'.")
@@ -359,18 +363,18 @@ def load_detector(
 
 
 def mark_coinciding(things: Sequence[Thing], iou: float = 0.9) -> list[Thing]:
-    """Mark things of different nouns in one place as mixed: one thing called by two names.
+    """Mark things of different nouns whose boxes coincide as mixed: one thing with two names.
 
     Parameters
     ----------
     things : sequence of Thing
     iou : float
-        Two boxes are in one place when their intersection over union is larger.
+        Boxes coincide if their intersection over union is larger than this.
 
     Returns
     -------
     list of Thing
-        In the same order; ``mixed_with`` has grown by the nouns a thing coincides with.
+        In the same order; the nouns that a thing coincides with are added to its ``mixed_with``.
 
     Raises
     ------
@@ -401,17 +405,17 @@ def mark_coinciding(things: Sequence[Thing], iou: float = 0.9) -> list[Thing]:
 def _things(
     rgb: Image.Image, nouns: list[str], scores: torch.Tensor, corners: torch.Tensor, nms: float, sam: Sam | None
 ) -> list[Thing]:
-    """Things of boxes (n, 4) in image pixels: inside the image, without duplicates, marked, refined, colored."""
+    """Things from boxes (n, 4) in pixels: clipped, suppressed, marked as mixed, refined to masks, and colored."""
     sides = [rgb.width, rgb.height, rgb.width, rgb.height]
     boxes = np.clip(np.rint(corners.cpu().numpy()), 0, sides).astype(int)
-    sure = scores.cpu().numpy()
+    confidence = scores.cpu().numpy()
     things = []
-    for i in _suppress(boxes, sure, nouns, nms):
+    for i in _suppress(boxes, confidence, nouns, nms):
         left, top, right, bottom = boxes[i]
         mask = np.zeros((rgb.height, rgb.width), bool)
         mask[top:bottom, left:right] = True
-        things.append(Thing(nouns[i], mask, float(sure[i]), None))
-    # Before masks are refined: what coincides is the detector's boxes.
+        things.append(Thing(nouns[i], mask, float(confidence[i]), None))
+    # Before masks are refined, because mixtures are defined by the detector's boxes.
     things = mark_coinciding(things)
     if sam is not None:
         refined = sam(rgb, [thing.box for thing in things])
@@ -420,7 +424,7 @@ def _things(
 
 
 def _suppress(boxes: np.ndarray, scores: np.ndarray, nouns: list[str], iou: float) -> list[int]:
-    """Which boxes stay, the surest first: none without a pixel, and none on a surer one of its own noun."""
+    """Non-maximum suppression per noun: indices of kept boxes in descending order of score; no empty box is kept."""
     visible = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     order = [int(i) for i in np.argsort(-scores, kind="stable") if visible[i]]
     overlaps = _ious(boxes.astype(float))
@@ -432,7 +436,7 @@ def _suppress(boxes: np.ndarray, scores: np.ndarray, nouns: list[str], iou: floa
 
 
 def _ious(boxes: np.ndarray) -> np.ndarray:
-    """Intersection over union of every two boxes: (n, 4) -> (n, n); 0 where both are empty."""
+    """Intersection over union of every pair of boxes, (n, 4) -> (n, n); 0 where both are empty."""
     low, high = np.maximum(boxes[:, None, :2], boxes[None, :, :2]), np.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
     shared = np.clip(high - low, 0, None).prod(-1)
     areas = np.clip(boxes[:, 2:] - boxes[:, :2], 0, None).prod(-1)
@@ -448,7 +452,7 @@ def _color(rgb: Image.Image, mask: np.ndarray) -> str | None:
 
 
 def _distinct(nouns: Sequence[str]) -> list[str]:
-    """Nouns to ask for: lower case, each once, in order."""
+    """Distinct nouns in lower case, in order."""
     if isinstance(nouns, str):
         raise PromptError(f"nouns is the string {nouns!r}; give a list, such as [{nouns!r}].")
     names = list(dict.fromkeys(" ".join(noun.lower().split()) for noun in nouns))
@@ -458,7 +462,7 @@ def _distinct(nouns: Sequence[str]) -> list[str]:
 
 
 def _ready(inputs: Mapping[str, Any], model: Any) -> dict[str, torch.Tensor]:
-    """A processor's answer on the model's device and, where it is not of whole numbers, in its dtype."""
+    """Inputs of the model on its device; floating-point inputs in its dtype."""
     return {
         name: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
         for name, value in inputs.items()
@@ -480,11 +484,11 @@ def _check_shares(**settings: float) -> None:
 
 def _check_query(query: str) -> None:
     if "{noun}" not in query:
-        raise SettingError(f"query is {query!r}; it must hold '{{noun}}' where the noun goes.")
+        raise SettingError(f"query is {query!r}; it must contain '{{noun}}', which is replaced by the noun.")
 
 
 def _model_type(name: str | Path) -> str:
-    """A checkpoint's family, from its config alone: a wrong one is refused before its weights are fetched."""
+    """Family of a checkpoint from its config alone, so that a wrong one is refused before weights are downloaded."""
     if not Path(name).is_dir() and not (isinstance(name, str) and HUB_ID.fullmatch(name)):
         raise ModelError(
             f"Detector {str(name)!r} is neither a folder nor a hub id such as 'google/owlv2-base-patch16-ensemble'."
@@ -494,7 +498,7 @@ def _model_type(name: str | Path) -> str:
     except (OSError, ValueError) as error:
         raise _unavailable(name, first_line(error)) from error
     if not isinstance(kind, str):
-        raise _unavailable(name, "its config.json is missing or names no model_type.")
+        raise _unavailable(name, "its config.json is missing or has no model_type.")
     return kind
 
 
@@ -503,15 +507,15 @@ def _load(name: str | Path, class_name: str, device: torch.device, dtype: torch.
         processor = AutoProcessor.from_pretrained(str(name), trust_remote_code=False)
         model = getattr(transformers, class_name).from_pretrained(str(name), use_safetensors=True, dtype=dtype)
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError, ImportError) as error:
-        # What a damaged or incomplete checkpoint raises varies; the cause stays attached.
+        # Damaged and incomplete checkpoints raise many kinds of errors; the cause is attached.
         raise _unavailable(name, first_line(error)) from error
     return model.to(device), processor
 
 
 def _unavailable(name: str | Path, why: str) -> ModelError:
     return ModelError(
-        f"Detector {str(name)!r} could not be loaded: {why} It must hold a config, a processor and safetensors "
-        f"weights. Without a network, fetch it elsewhere (`hf download {name}`) and give its folder."
+        f"Detector {str(name)!r} could not be loaded: {why} It must contain a config, a processor and safetensors "
+        f"weights. Without network access, download it elsewhere (`hf download {name}`) and give its folder."
     )
 
 

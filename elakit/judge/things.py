@@ -1,4 +1,4 @@
-"""What a detector finds in an image, whichever detector it is."""
+"""The interface of detectors: what they find in an image."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from elakit.measures.masks import bounding_box
 
 @dataclass(frozen=True, eq=False)
 class Thing:
-    """One thing seen in an image.
+    """One thing that a detector found in an image.
 
     Attributes
     ----------
     noun : str
-        What it is, in lower case.
+        Its class, in lower case.
     mask : ndarray, bool, (y, x)
-        Where it is, at the image's size.
+        Its mask, at the image's size.
     score : float
-        How sure the detector is, 0 to 1.
+        Confidence of the detector, 0 to 1.
     color : str or None
-        Its color, one of `elakit.world.vocabulary.COLORS`; None for an empty mask.
+        Its color, one of `elakit.world.vocabulary.COLORS`; None if the mask is empty.
     mixed_with : tuple of str
-        Nouns it is fused with; empty for a thing that is only itself.
+        Nouns that it is fused with; empty for a thing that is no hybrid.
     recognizable : bool
         False for a shape that the detector cannot name: `noun` is then its best guess, and the thing does not count.
 
@@ -54,13 +54,13 @@ class Thing:
 
     @property
     def area(self) -> float:
-        """Share of the image it covers."""
+        """Share of the image that the mask covers."""
         return float(self.mask.mean())
 
 
 class Detector(Protocol):
-    """Finds things in an image: the embedded judge, or one of `elakit.judge.detectors`."""
+    """Callable that finds things in an image: the embedded judge, or one of `elakit.judge.detectors`."""
 
     def __call__(self, image: Image.Image, nouns: Sequence[str]) -> list[Thing]:
-        """Things in the image; a detector that must be told what to look for is asked for `nouns`."""
+        """Things in the image; an open-vocabulary detector looks for `nouns`."""
         ...

@@ -1,4 +1,4 @@
-"""The verdict on an image: is every entity of the prompt there, by itself, and in its color?"""
+"""The verdict on an image: whether every entity of the prompt is present, separate, and in its color."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from PIL import Image
 
-from elakit.errors import PromptError
+from elakit.errors import PromptError, SettingError
 from elakit.judge.color import name_pixels
 from elakit.judge.segmenter import find_things
 from elakit.judge.things import Detector, Thing
@@ -16,32 +17,35 @@ from elakit.prompt import Entity, Prompt
 from elakit.world.recolor import PAINTS
 from elakit.world.vocabulary import COLORS, NOUNS, USUAL_COLORS
 
-# What can be wrong with an image.
+# Kinds of failure.
 FAILURES = ("neglect", "mixture", "wrong color")
 
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """What the judge sees.
+    """The judge's assessment of one image.
 
     Attributes
     ----------
     entities : tuple of str
         Labels of the prompt's entities.
     present : dict of str to bool
-        Whether each entity is in the image, be it as part of a hybrid.
+        Whether each entity is in the image, possibly as part of a hybrid.
     colors : dict of str to str or None
-        The color it has; None where it is absent.
+        The most frequent color of each entity's pixels; None if it is absent. Only an entity whose color the prompt
+        names is required to have it; for the others the color is a measurement, and multicolored things may be named
+        by any of their colors.
     asked : dict of str to str or None
-        The color the prompt asks for; None where it asks for none.
+        The color that the prompt names for each entity; None if it names none.
     masks : ndarray, bool, (entity, y, x)
-        Where each entity is; two entities of the same noun share the noun's things, the largest first.
+        Mask of each entity; two entities with the same noun share the things of that noun, the largest first.
     leak : dict of str to float
-        Share of each entity's pixels that have a color asked for another entity and not for itself; 0 where absent.
+        Share of each entity's pixels with a color that the prompt names for another entity and not for this one; 0 if
+        the entity is absent.
     mixtures : tuple of tuple of str
         The nouns of each hybrid in the image, such as ("cat", "lion").
     things : tuple of Thing
-        Everything that was found, asked for or not, shapes that cannot be named included.
+        All things that were found, whether or not the prompt asks for them, unrecognizable shapes included.
     nouns : dict of str to str
         The noun of each entity.
     """
@@ -58,12 +62,12 @@ class Verdict:
 
     @property
     def mixture(self) -> bool:
-        """Whether two things share one place: a hybrid."""
+        """True if the image contains a hybrid, a thing fused from two."""
         return bool(self.mixtures)
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many there are of every noun that was found."""
+        """Number of things found for each noun."""
         return dict(Counter(thing.noun for thing in self.things if thing.recognizable))
 
     @property
@@ -73,22 +77,23 @@ class Verdict:
 
     @property
     def extra(self) -> tuple[str, ...]:
-        """Nouns that are there more often than asked for, once for each thing too many, hybrids aside."""
+        """Nouns that occur more often than the prompt asks for, once per surplus thing; hybrids are not counted."""
         found = Counter(thing.noun for thing in self.things if thing.recognizable and not thing.mixed_with)
         return tuple((found - Counter(self.nouns.values())).elements())
 
     @property
     def right_color(self) -> dict[str, bool]:
-        """Whether each entity is there in its color.
+        """Map from each entity to True if it is present and has no wrong color.
 
-        Where none was asked for, any is right but one that was asked for another entity and is none that the thing is
-        drawn in: a bird that turned red beside "a red chair". Only for nouns whose usual colors are known.
+        If the prompt names no color for an entity, every color is right except one that was named for another entity
+        and is unusual for the noun: a red bird beside "a red chair". The usual colors are known for the nouns of
+        picture-world; for other nouns every color is right.
         """
         return {e: self.present[e] and not self._miscolored(e) for e in self.entities}
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """What is wrong, of "neglect" (a thing is missing, and not hidden in a hybrid), "mixture", "wrong color"."""
+        """Kinds of failure: "neglect" (an entity is absent and not part of a hybrid), "mixture", "wrong color"."""
         fused = {noun for mixture in self.mixtures for noun in mixture}
         missing = any(not self.present[e] and self.nouns.get(e) not in fused for e in self.entities)
         painted = any(self.present[e] and self._miscolored(e) for e in self.entities)
@@ -96,7 +101,7 @@ class Verdict:
 
     @property
     def success(self) -> bool:
-        """All entities present, each in its color, none fused with another."""
+        """True if all entities are present, none has a wrong color, and none is fused with another."""
         return all(self.right_color.values()) and not self.mixture
 
     def _miscolored(self, entity: str) -> bool:
@@ -108,41 +113,58 @@ class Verdict:
         return usual is not None and seen in others and seen not in usual
 
     def findings(self) -> tuple[tuple[str, bool], ...]:
-        """What to say of each entity and of each hybrid, and whether that is as it should be."""
-        said, missing = [], not all(self.present.values())
+        """Statements about each entity and each hybrid, with whether the entity is right.
+
+        A color is stated only if the prompt names one for the entity, or if the entity took another entity's color.
+        """
+        statements = []
         for entity in self.entities:
-            seen, asked = self.colors[entity] or "there", self.asked[entity]
+            color, asked = self.colors[entity], self.asked[entity]
             if not self.present[entity]:
-                said.append((f"{entity}: missing", False))
-            elif self._miscolored(entity):
-                said.append((f"{entity}: {seen} {f'instead of {asked}' if asked else 'as another'}", False))
+                statements.append((f"{entity}: missing", False))
+            elif not self._miscolored(entity):
+                statements.append((f"{entity}: {color if asked and color else 'present'}", True))
+            elif asked is not None:
+                statements.append((f"{entity}: {color or 'no color'} instead of {asked}", False))
             else:
-                said.append((f"{entity}: {seen}", True))
-        said += [(f"a hybrid of {' and '.join(mixture)}", False) for mixture in self.mixtures]
-        if missing and self.unrecognizable:
-            said.append(("an unrecognizable shape", False))
-        return tuple(said)
+                owners = " and ".join(other for other in self.entities if self.asked[other] == color)
+                statements.append((f"{entity}: {color}, the color of {owners}", False))
+        statements += [(f"hybrid of {' and '.join(mixture)}", False) for mixture in self.mixtures]
+        if self.unrecognizable and not all(self.present.values()):
+            statements.append(("an unrecognizable shape", False))
+        return tuple(statements)
 
     def __str__(self) -> str:
-        """One line, such as "car: red; bird: missing" or "cat: orange; lion: brown; a hybrid of cat and lion"."""
+        """One line, such as "car: red; bird: missing" or "cat: present; lion: present; hybrid of cat and lion"."""
         return "; ".join(text for text, _ in self.findings())
 
 
 def knows(prompt: Prompt) -> bool:
-    """Whether every entity of the prompt is one of the 24 nouns, and every attribute one of the 11 colors."""
+    """True if every entity of the prompt is one of the 24 nouns and every attribute one of the 11 colors."""
     return all(_noun(e) in NOUNS and all(a.lower() in COLORS for a in e.attributes) for e in prompt.entities)
 
 
+def is_black(image: Image.Image) -> bool:
+    """True if every pixel is black, as in the image that a safety checker returns instead of the one it withholds.
+
+    Examples
+    --------
+    >>> is_black(Image.new("RGB", (8, 8))), is_black(Image.new("RGB", (8, 8), "navy"))
+    (True, False)
+    """
+    return not np.asarray(image.convert("RGB")).any()
+
+
 def judge(image: Image.Image, prompt: Prompt, detector: Detector | None = None) -> Verdict:
-    """Judge an image.
+    """Judge whether an image shows what the prompt asks for.
 
     Parameters
     ----------
     image : PIL.Image.Image
     prompt : Prompt
     detector : Detector, optional
-        What finds the things: one of `elakit.judge.detectors` for images of other models. Default: the embedded
-        judge, which knows images of picture-world.
+        Detector of the things in the image: one of `elakit.judge.detectors` for images of other models. By default the
+        embedded judge, which was trained on images of picture-world.
 
     Returns
     -------
@@ -153,6 +175,12 @@ def judge(image: Image.Image, prompt: Prompt, detector: Detector | None = None) 
     ------
     PromptError
         The prompt has a noun or an attribute that picture-world does not know, and no detector is given.
+    SettingError
+        The image is entirely black, as a safety checker leaves it.
+
+    Notes
+    -----
+    The state of torch's random number generator does not change.
 
     Examples
     --------
@@ -171,9 +199,15 @@ def judge(image: Image.Image, prompt: Prompt, detector: Detector | None = None) 
             f"{', '.join(COLORS)}. For other images pass a detector (elakit.judge.detectors.load_detector); "
             "measures on attention need no judge: run.bleeding."
         )
+    if is_black(image):
+        raise SettingError(
+            "The image is entirely black, as a safety checker leaves it, and cannot be judged. Load the pipeline with "
+            "safety_checker=None, or leave this image out."
+        )
     rgb = np.asarray(image.convert("RGB"))
     nouns = [_noun(entity) for entity in prompt.entities]
-    found = (detector or find_things)(image, tuple(dict.fromkeys(nouns)))
+    with torch.random.fork_rng(devices=[]):  # building the judge's network samples initial weights
+        found = (detector or find_things)(image, tuple(dict.fromkeys(nouns)))
     things = [thing for thing in found if thing.recognizable]
     masks = np.zeros((len(nouns), *rgb.shape[:2]), bool)
     colors: list[str | None] = [None] * len(nouns)
@@ -198,9 +232,9 @@ def judge(image: Image.Image, prompt: Prompt, detector: Detector | None = None) 
 def _assign(
     masks: np.ndarray, colors: list[str | None], things: list[Thing], owners: list[int], prompt: Prompt
 ) -> None:
-    """Give a noun's things to its entities: all to a single one; else one each, those of the asked color first.
+    """Assign the things of a noun to its entities: all to a single entity, else one per entity, matching colors first.
 
-    Whole things go before parts of hybrids.
+    Whole things come before parts of hybrids.
     """
     things = sorted(things, key=lambda thing: (bool(thing.mixed_with), -thing.area))
     if len(owners) == 1:
@@ -209,7 +243,7 @@ def _assign(
             masks[i] |= thing.mask
         if things:
             whole = [thing for thing in things if not thing.mixed_with] or things
-            # several of one noun: the one that is right speaks for the entity
+            # Of several things of one noun, the one in the right color represents the entity.
             colors[i] = next((t.color for t in whole if t.color == asked), whole[0].color)
         return
     left = list(things)
@@ -222,7 +256,7 @@ def _assign(
 
 
 def _mixtures(things: list[Thing]) -> tuple[tuple[str, ...], ...]:
-    """Every hybrid once, its nouns in the order of their size."""
+    """Every hybrid once, its nouns in the order of their area."""
     found: dict[frozenset[str], tuple[str, ...]] = {}
     for thing in sorted(things, key=lambda thing: -thing.area):
         if thing.mixed_with:
@@ -243,5 +277,5 @@ def _noun(entity: Entity) -> str:
 
 
 def _color(entity: Entity) -> str | None:
-    """The last of an entity's attributes that is a color."""
+    """Color that the prompt names for an entity: the last of its attributes that is a color."""
     return next((a.lower() for a in reversed(entity.attributes) if a.lower() in COLORS), None)

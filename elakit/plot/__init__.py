@@ -1,7 +1,8 @@
-"""Plotly figures of what a run shows: data in, figure out.
+"""Plotly figures of runs and of tables.
 
-Every function takes runs, or a table made of runs, gives a `plotly.graph_objects.Figure` and changes nothing else.
-Words of the prompt are escaped, since plotly reads labels as HTML.
+Every function takes runs, or a table of runs, returns a `plotly.graph_objects.Figure` and has no side effect. Figures
+are at most 900 pixels wide unless a panel size is given. Words of the prompt are escaped, because plotly reads labels
+as HTML.
 """
 
 import lazy_loader

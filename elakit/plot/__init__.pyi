@@ -1,4 +1,5 @@
 from .agreement import agreement as agreement
+from .animation import save_animation as save_animation
 from .images import entity_maps as entity_maps
 from .images import images as images
 from .layers import bleeding_by_layer as bleeding_by_layer

@@ -1,4 +1,4 @@
-"""Attention against the finished image: does it lie where the judge sees the entity?"""
+"""Figure of the agreement between attention and the finished image."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from elakit.bleeding import truth_masks
 from elakit.errors import SettingError
 from elakit.measures.masks import downscale, otsu_masks
 from elakit.plot import style
-from elakit.plot.images import figure_uri, paled
+from elakit.plot.images import figure_uri, light_gray
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from elakit.generation import Run
     from elakit.judge import Verdict
+    from elakit.run import Run
 
 _MEASURES = {
-    "truth_iou": "IoU (Otsu cut, outline)",
+    "truth_iou": "IoU (Otsu mask, outline)",
     "truth_auc": "AUC (0.5 is chance)",
     "pointing": "pointing (peak inside)",
 }
-# Outlines are traced at this many pixels a side at most, which is finer than a panel shows.
+# Outlines are traced on at most this many pixels per side, which is finer than a panel.
 _TRACED = 128
-_HEADING, _CURVE_GAP = 50, 24  # pixels above and between the curves
+_HEADING, _CURVE_GAP = 50, 24  # pixels above and between the plots of curves
 
 
 def agreement(
@@ -40,22 +40,23 @@ def agreement(
     panel: int | None = None,
     title: str | None = None,
 ) -> go.Figure:
-    """Each entity's attention at several steps against where the entity is in the finished image.
+    """Attention of each entity at several steps compared with the entity's mask in the finished image.
 
-    One row an entity: the image with the entity's outline, then its map at each step over the image in gray, with
-    the outline, the map's own edge (Otsu's threshold) and its peak. Below, the measures of agreement at every step.
+    One row per entity: the image with the outline of the entity's mask, then its map at each step over the image in
+    gray, with the outline, the edge of the map's Otsu mask (dotted) and its maximum (dot). Below, the measures of
+    agreement at every step.
 
     Parameters
     ----------
     run : Run
     truth : Verdict or DataArray, bool (entity, y, x), optional
-        Where each entity is, at any resolution; by default what the judge sees (``run.verdict``).
+        Mask of each entity, at any resolution; by default that of the judge (``run.verdict``).
     steps : int or sequence of int
-        How many steps to show, spread evenly with the first and the last; or which.
+        A number of steps, evenly spaced with the first and the last, or the steps.
     panel : int, optional
-        Width of a panel in pixels; by default what lets a row fit a page.
+        Width of a panel in pixels; by default a row is at most 900 pixels wide.
     title : str, optional
-        "" for none.
+        "" for no title.
 
     Returns
     -------
@@ -64,8 +65,8 @@ def agreement(
     Raises
     ------
     SettingError
-        The judge cannot tell what is in the image and no `truth` is given; a truth of other entities or of another
-        shape; steps that are not there.
+        No `truth` is given and the judge cannot judge the image; truth with other entities or another aspect ratio;
+        steps that were not recorded.
 
     Examples
     --------
@@ -77,7 +78,7 @@ def agreement(
     known = run.verdict if truth is None else truth
     if known is None:
         raise SettingError(
-            "The embedded judge cannot tell what is in this image: it knows the embedded model's images, nouns and "
+            "The embedded judge cannot judge this image: it knows images of the embedded model and its nouns and "
             "colors. Give truth: a Verdict, or masks as a DataArray (entity, y, x)."
         )
     maps = run.entity_maps()
@@ -88,17 +89,17 @@ def agreement(
     seen = truth_masks(known, entities, (rows, columns))
 
     across = max(1 + len(chosen), len(_MEASURES))
-    panel = panel or int(min(180, (1010 - 110) / across - 10))
+    panel = panel or int(min(180, (style.WIDTH - 110) / across - 10))
     height = panel * run.image.height / run.image.width
-    default = f"Attention against the image, {style.run_name(run)}"
+    default = f"Agreement of attention with the image, {style.run_name(run)}"
     made = style.Panels(
         len(entities) + 1, across, width=panel, height=height, gap=(10, 28), margin=(94, 16, 26, 44),
         title=style.escape(default if title is None else title),
-        caption="Black: where it is in the image. Color: its attention, from 0 to the map's largest value (dot); "
-        "dotted: Otsu's threshold.",
+        caption="Black line: the entity's mask in the image. Color: its attention, from 0 to the maximum (dot); dotted "
+        "line: Otsu's threshold.",
     )  # fmt: skip
     colors = style.entity_colors(entities)
-    image, pale = figure_uri(run.image), figure_uri(paled(run.image))
+    image, pale = figure_uri(run.image), figure_uri(light_gray(run.image))
     for i, (label, mask) in enumerate(zip(entities, seen, strict=True), start=1):
         outline = _outline(mask, rows, columns)
         name = style.escape(style.shorten(label, 12))
@@ -129,21 +130,21 @@ def _share(mask: np.ndarray) -> str:
 
 
 def _numbers(frame: pd.DataFrame, step: int, label: str, panel: int) -> str:
-    """IoU and AUC of a map, as far as there is room; nothing for an entity that is not in the image."""
+    """IoU and, if there is space, AUC of a map; empty for an entity that is not in the image."""
     part = frame[(frame["step"] == step) & (frame["entity"] == label)].set_index("measure")["value"]
-    said = [("IoU", part["truth_iou"]), ("AUC", part["truth_auc"])][: 2 if panel >= 110 else 1]
-    return ", ".join(f"{name} {value:.2f}" for name, value in said if not np.isnan(value))
+    numbers = [("IoU", part["truth_iou"]), ("AUC", part["truth_auc"])][: 2 if panel >= 110 else 1]
+    return ", ".join(f"{name} {value:.2f}" for name, value in numbers if not np.isnan(value))
 
 
 def _below(made: style.Panels, row: int, column: int, text: str, rows: int, columns: int) -> None:
-    """Write below a panel that shows so many cells, in its middle."""
+    """Add text below a panel, centered."""
     options: dict[str, Any] = {"yanchor": "top", "yshift": -1, "font": {"size": 11}, "opacity": 0.75}
     if text:
         made.note(row, column, text, (columns - 1) / 2, rows - 0.5, **options)
 
 
 def _outline(mask: np.ndarray, rows: int, columns: int) -> tuple[list[float | None], list[float | None]]:
-    """Edges of a mask as closed lines, in cells of a map of so many; None between two lines."""
+    """Edges of a mask as closed lines, in the coordinates of a map with rows and columns; None separates lines."""
     high, wide = mask.shape
     if max(high, wide) > _TRACED:
         factor = _TRACED / max(high, wide)
@@ -151,7 +152,7 @@ def _outline(mask: np.ndarray, rows: int, columns: int) -> tuple[list[float | No
         high, wide = mask.shape
     x: list[float | None] = []
     y: list[float | None] = []
-    # A rim of empty pixels, so that lines close at the image's edge too; then cut back to the image.
+    # Padded with empty pixels, so that lines close at the edge of the image too, and then clipped to the image.
     for line in find_contours(np.pad(mask.astype(float), 1), 0.5):
         points = approximate_polygon(line, 0.3) - 0.5
         down, right = (np.clip(points[:, axis], 0, side) for axis, side in ((0, high), (1, wide)))
@@ -163,7 +164,7 @@ def _outline(mask: np.ndarray, rows: int, columns: int) -> tuple[list[float | No
 def _draw_outline(
     made: style.Panels, row: int, column: int, outline: tuple[list[float | None], list[float | None]], label: str
 ) -> None:
-    # White below black is seen on every image.
+    # A white line below the black one makes it visible on every image.
     for color, width in (("#ffffff", 4.5), ("#000000", 1.8)):
         made.add(
             row,
@@ -177,14 +178,14 @@ def _draw_outline(
 
 
 def _draw_otsu(made: style.Panels, row: int, column: int, values: np.ndarray, color: str) -> None:
-    """The edge of the cells above Otsu's threshold, along the cells."""
+    """Edge of the locations above Otsu's threshold, along the grid."""
     x: list[float | None] = []
     y: list[float | None] = []
     mask = np.pad(otsu_masks(values), 1)
-    for i, j in np.argwhere(mask[1:] != mask[:-1]).tolist():  # between a cell and the one below it
+    for i, j in np.argwhere(mask[1:] != mask[:-1]).tolist():  # between a location and the one below it
         x += [j - 1.5, j - 0.5, None]
         y += [i - 0.5, i - 0.5, None]
-    for i, j in np.argwhere(mask[:, 1:] != mask[:, :-1]).tolist():  # between a cell and the one to its right
+    for i, j in np.argwhere(mask[:, 1:] != mask[:, :-1]).tolist():  # between a location and the one to its right
         x += [j - 0.5, j - 0.5, None]
         y += [i - 1.5, i - 0.5, None]
     trace = {
@@ -195,7 +196,7 @@ def _draw_otsu(made: style.Panels, row: int, column: int, values: np.ndarray, co
 
 
 def _draw_peak(made: style.Panels, row: int, column: int, values: np.ndarray, color: str) -> None:
-    """A dot on the largest value, on all of them where there are several; none on a constant map."""
+    """Dots on the maximum, on each location that shares it; none on a constant map."""
     peaks = np.argwhere(values == values.max()) if np.ptp(values) > 0 else np.empty((0, 2))
     marker = {"size": 9, "color": color, "line": {"color": "#ffffff", "width": 2}}
     trace = {
@@ -206,7 +207,7 @@ def _draw_peak(made: style.Panels, row: int, column: int, values: np.ndarray, co
 
 
 def _heat(values: np.ndarray, color: str, label: str, step: int) -> dict[str, Any]:
-    """A map in one color, from nothing to its largest value, since agreement does not depend on strength."""
+    """Map in one color, scaled to its own maximum, because agreement does not depend on strength."""
     return {
         "type": "heatmap",
         "z": values,
@@ -224,7 +225,7 @@ def _heat(values: np.ndarray, color: str, label: str, step: int) -> dict[str, An
 def _draw_curves(
     made: style.Panels, row: int, frame: pd.DataFrame, colors: dict[str, str], chosen: Sequence[int], height: float
 ) -> None:
-    """The measures at every step in a last row, which they divide among themselves; the steps shown are marked."""
+    """Plot the measures at every step, side by side in the last row; the steps of the maps are marked."""
     inner, whole = made.inner
     width = (inner - (len(_MEASURES) - 1) * _CURVE_GAP) / len(_MEASURES)
     up = [0, max(0.4 * height, height - _HEADING) / whole]
@@ -234,7 +235,7 @@ def _draw_curves(
         for below, (label, color) in enumerate(reversed(colors.items())):
             curve = part[part["entity"] == label]
             name = style.escape(label)
-            # Lines drawn later are thinner, so that lines which coincide are all seen.
+            # Lines drawn later are thinner, so that coinciding lines are all visible.
             thick = 2.2 + 1.8 * min(len(colors) - 1 - below, 3)
             trace = {
                 "type": "scatter", "mode": "lines+markers", "x": curve["step"].to_numpy(),

@@ -1,4 +1,4 @@
-"""Images: as they go into a page or a figure, several side by side, and with the entities' attention over them."""
+"""Images of runs: as data URIs, side by side, and with the entities' attention as an overlay."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from elakit.errors import SettingError
 from elakit.plot import style
 
 if TYPE_CHECKING:
-    from elakit.generation import Run
+    from elakit.run import Run
 
-# Images up to this side are kept losslessly; larger ones, of which a report may hold many, as JPEG.
+# Images up to this side are encoded losslessly; larger ones, of which a report may contain many, as JPEG.
 LOSSLESS_SIDE = 256
 
 
 def data_uri(image: Image.Image, most: int | None = None) -> str:
-    """An image as a data URI: PNG up to 256 pixels a side, JPEG above.
+    """Image as a data URI: PNG if its longer side is at most 256 pixels, else JPEG.
 
     Parameters
     ----------
     image : PIL.Image.Image
     most : int, optional
-        Longest side wanted; a larger image is made smaller.
+        Longest side; a larger image is reduced.
 
     Examples
     --------
@@ -51,20 +51,20 @@ def data_uri(image: Image.Image, most: int | None = None) -> str:
 
 
 def figure_uri(image: Image.Image) -> str:
-    """An image as it goes into a figure, of a size that the figure needs."""
+    """Image as a data URI for a figure, with sides of 256 to 512 pixels."""
     return data_uri(_enlarged(image), 512)
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
-    """Small images enlarged pixel by pixel, since plotly's images are smoothed by the browser."""
+    """Enlarge small images by whole factors, because browsers smooth the images of plotly figures."""
     factor = LOSSLESS_SIDE // max(image.size)
     if factor < 2:
         return image
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def paled(image: Image.Image) -> Image.Image:
-    """An image in light gray, for colors to lie on."""
+def light_gray(image: Image.Image) -> Image.Image:
+    """Image in light gray, as a background for colors."""
     return image.convert("L").point(lambda value: round(255 - 0.55 * (255 - value)))
 
 
@@ -75,19 +75,19 @@ def images(
     names: Sequence[str] | None = None,
     title: str | None = None,
 ) -> go.Figure:
-    """The runs' images side by side.
+    """Images of runs side by side.
 
     Parameters
     ----------
     *runs : Run
     columns : int
-        Images in a row, at most.
+        Maximum number of images per row.
     panel : int
         Width of an image in pixels.
     names : sequence of str, optional
-        What stands above each image; by default its method, and its seed where that differs.
+        Heading of each image; by default its method, with the seed if a method occurs twice.
     title : str, optional
-        By default the prompt; "" for none.
+        By default the prompt; "" for no title.
 
     Returns
     -------
@@ -96,7 +96,7 @@ def images(
     Raises
     ------
     SettingError
-        No run is given, or not as many names as runs.
+        No run is given, or the number of names differs from that of the runs.
 
     Examples
     --------
@@ -108,7 +108,7 @@ def images(
     if not runs:
         raise SettingError("images() needs at least one run.")
     if names is not None and len(names) != len(runs):
-        raise SettingError(f"names has {len(names)} entries for {len(runs)} runs; give one a run.")
+        raise SettingError(f"names has {len(names)} entries for {len(runs)} runs; give one per run.")
     across = min(max(1, columns), len(runs))
     down = -(-len(runs) // across)
     ratio = max(run.image.height / run.image.width for run in runs)
@@ -133,21 +133,21 @@ def entity_maps(
     panel: int | None = None,
     title: str | None = None,
 ) -> go.Figure:
-    """Where each entity's attention lies, laid over the finished image.
+    """Attention map of each entity as an overlay on the finished image.
 
-    One row a run: the image, then for every entity the image in gray with the entity's map over it. An entity has
-    one color scale in all rows, so a paler map is a weaker one.
+    One row per run: the image, then for every entity the image in gray with the entity's map over it. An entity has the
+    same color scale in all rows, so a paler map has weaker attention.
 
     Parameters
     ----------
     run, *others : Run
-        Of one prompt.
+        Runs of one prompt.
     step : int, optional
-        One denoising step (negative counts back from the last); by default the mean over all.
+        One step (negative values count back from the last); by default the mean over all steps.
     panel : int, optional
-        Width of a panel in pixels; by default what lets a row fit a page.
+        Width of a panel in pixels; by default a row is at most 900 pixels wide.
     title : str, optional
-        "" for none.
+        "" for no title.
 
     Returns
     -------
@@ -156,7 +156,7 @@ def entity_maps(
     Raises
     ------
     SettingError
-        A step that was not recorded, or runs of other entities.
+        A step that was not recorded, or runs with different entities.
 
     Examples
     --------
@@ -169,15 +169,15 @@ def entity_maps(
     maps = [_chosen(each.entity_maps(), step) for each in runs]
     entities = [str(label) for label in maps[0].token.values]
     if any([str(label) for label in each.token.values] != entities for each in maps):
-        raise SettingError("entity_maps compares runs of one prompt; these name other entities.")
+        raise SettingError("entity_maps compares runs of one prompt; the entities of these differ.")
     across = 1 + len(entities)
-    panel = panel or int(min(190, (1010 - 70) / across - 10))
+    panel = panel or int(min(190, (style.WIDTH - 80) / across - 10))
     ratio = run.image.height / run.image.width
     when = "mean over the steps" if step is None else f"step {int(maps[0].step)}"
     made = style.Panels(
         len(runs), across, width=panel, height=panel * ratio, gap=(10, 10), margin=(64, 16, 24, 14),
         title=style.escape("Attention of each entity" if title is None else title),
-        caption=f"{when[0].upper()}{when[1:]}. Full color: the entity's largest value in this figure.",
+        caption=f"{when[0].upper()}{when[1:]}. Full color: the largest value of the entity in this figure.",
     )  # fmt: skip
     colors = style.entity_colors(entities)
     largest = {label: max(float(each.sel(token=label).max()) for each in maps) or 1.0 for label in entities}
@@ -187,7 +187,7 @@ def entity_maps(
         made.map_axes(i, 1, rows, columns)
         made.add_nothing(i, 1)
         made.image(i, 1, figure_uri(each.image), rows, columns)
-        pale = figure_uri(paled(each.image))
+        pale = figure_uri(light_gray(each.image))
         for j, label in enumerate(entities, start=2):
             made.map_axes(i, j, rows, columns)
             made.image(i, j, pale, rows, columns)
@@ -205,7 +205,7 @@ def _chosen(maps: xr.DataArray, step: int | None) -> xr.DataArray:
 
 
 def _tint(values: np.ndarray, largest: float, color: str, label: str, run: str) -> dict[str, Any]:
-    """A map in one color, the more opaque the larger."""
+    """A map in one color whose opacity grows with the value."""
     return {
         "type": "heatmap",
         "z": values,

@@ -1,4 +1,4 @@
-"""Where in the network bleeding is: by layer and head, or by layer and step."""
+"""Bleeding by layer and head, or by layer and step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Across = Literal["head", "step"]
 
 _PLACES = {"down": "encoder", "mid": "middle", "up": "decoder"}
-# Values are printed where a row has no more cells than this.
+# Values are printed if a row has at most this many columns.
 _PRINTED = 12
 
 
@@ -29,31 +29,31 @@ def bleeding_by_layer(
     panel: int | None = None,
     title: str | None = None,
 ) -> go.Figure:
-    """A measure of bleeding by layer, from the first (top) to the last: one column a head, or one a step.
+    """A measure of bleeding by layer, from the first (top) to the last; one column per head or per step.
 
     Parameters
     ----------
     table : DataFrame
-        Columns layer, head, step, measure and value, and, if there are, place ("down", "mid", "up") and order (of the
-        layers): what `elakit.causes.profile` gives. Cells are means over what is not shown, such as entities.
+        Columns layer, head, step, measure and value, and optionally place ("down", "mid", "up") and order (of the
+        layers), as `elakit.causes.profile` returns them. The figure shows means over all other columns, such as entity.
     measure : str
-        One that the table has.
+        A measure of the table.
     across : {"head", "step"}, optional
-        By default heads, where the table has them, else steps.
+        By default heads if the table has several, else steps.
     panel : int, optional
-        Width of the matrix in pixels.
+        Width of the matrix in pixels; by default the figure is at most 900 pixels wide.
     title : str, optional
-        "" for none.
+        "" for no title.
 
     Returns
     -------
     plotly.graph_objects.Figure
-        Beside the matrix, each layer's mean.
+        A matrix, with the mean of each layer beside it.
 
     Raises
     ------
     SettingError
-        A measure or a column that the table lacks; another value of `across`.
+        An unknown measure, a missing column, or an invalid `across`.
 
     Examples
     --------
@@ -69,17 +69,19 @@ def bleeding_by_layer(
     means = part.groupby("layer")["value"].mean().loc[layers]
     count = matrix.shape[1]
     labels = _labels(part, layers)
-    width = panel or int(np.clip(46 * count, 240, 620))
+    left = 24 + 6.6 * max(map(len, labels))
+    width = panel or int(np.clip(46 * count, 240, min(620, style.WIDTH - 60 - 62 - left)))
     low, high = float(np.nanmin(matrix.values)), float(np.nanmax(matrix.values))
     span = low, high if high > low else low + 1e-9
-    # the mean stands apart, in a column that is wide enough to print in
+    # The mean has a separate column that is wide enough for a printed value.
     unit = count / width
     mean_from, mean_to = count - 0.5 + 14 * unit, count - 0.5 + (14 + 46) * unit
     rest = "steps and entities" if across == "head" else "heads and entities"
     heading = f"{measure.capitalize().replace('_', ' ')} by layer and {across}"
     made = style.Panels(
-        1, 1, width=width + 60, height=30 * len(layers), margin=(24 + 6.6 * max(map(len, labels)), 62, 12, 44),
-        title=style.escape(heading if title is None else title), caption=f"Mean over {rest}; layers in their order.",
+        1, 1, width=width + 60, height=30 * len(layers), margin=(left, 62, 12, 44),
+        title=style.escape(heading if title is None else title),
+        caption=f"Mean over {rest}; layers in the order of the network.",
     )  # fmt: skip
     names = [style.escape(f"{across} {name}") for name in matrix.columns]
     made.add(1, 1, {**_heatmap(matrix.values, names, labels, span), **_bar(span)})
@@ -105,15 +107,16 @@ def bleeding_by_layer(
 
 
 def _chosen(table: pd.DataFrame, measure: str, across: Across | None) -> tuple[pd.DataFrame, Across]:
-    """The rows of a measure, in the order of the layers, and what the columns are."""
+    """Rows of a measure in the order of the layers, and the dimension of the columns."""
     needed = ("layer", "head", "step", "measure", "value")
     if missing := [name for name in needed if name not in table]:
         raise SettingError(
-            f"bleeding_by_layer: the table lacks {', '.join(missing)}; elakit.causes.profile(run) gives one with all."
+            f"bleeding_by_layer: the table has no column {', '.join(missing)}; give the result of "
+            "elakit.causes.profile(run)."
         )
     there = sorted(table["measure"].unique())
     if measure not in there:
-        raise SettingError(f"measure={measure!r}: no {measure} here; there are {', '.join(there)}.")
+        raise SettingError(f"measure={measure!r} is unknown; choose from {', '.join(there)}.")
     part = table[table["measure"] == measure]
     if across is None:
         across = "head" if part["head"].nunique() > 1 else "step"
@@ -125,17 +128,19 @@ def _chosen(table: pd.DataFrame, measure: str, across: Across | None) -> tuple[p
 
 
 def _labels(part: pd.DataFrame, layers: list[str]) -> list[str]:
-    """Short names: the place in words, and the numbers that tell the layers of it apart."""
+    """Short names of layers: encoder, middle or decoder, and the numbers in which their names differ."""
     places = [next((words for name, words in _PLACES.items() if layer.startswith(name)), "") for layer in layers]
     if not all(places):
         return [style.escape(style.shorten(layer, 40)) for layer in layers]
     labels: dict[str, str] = {}
     for place in dict.fromkeys(places):
         numbers = {n: re.findall(r"\d+", n) for n, where in zip(layers, places, strict=True) if where == place}
-        # numbers that all layers of the place share say nothing
+        # Numbers that all layers of the place share are left out.
         shortest = min(map(len, numbers.values()))
-        told = [i for i in range(shortest) if len({parts[i] for parts in numbers.values()}) > 1]
-        labels |= {name: " ".join([place, ".".join(parts[i] for i in told)]).strip() for name, parts in numbers.items()}
+        differing = [i for i in range(shortest) if len({parts[i] for parts in numbers.values()}) > 1]
+        labels |= {
+            name: " ".join([place, ".".join(parts[i] for i in differing)]).strip() for name, parts in numbers.items()
+        }
     return [labels[layer] for layer in layers]
 
 

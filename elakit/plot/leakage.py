@@ -1,4 +1,4 @@
-"""The leakage matrix, and how bleeding goes over the steps."""
+"""Figures of the leakage matrix and of bleeding over the steps."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from elakit.errors import SettingError
 from elakit.plot import style
 
 if TYPE_CHECKING:
-    from elakit.generation import Run
+    from elakit.run import Run
 
 _TITLES = {
     "bleed": "bleed (share outside its own region)",
-    "intrusion": "intrusion (share in the others' regions)",
+    "intrusion": "intrusion (share in other entities' regions)",
     "spill": "spill (share in the background)",
 }
 
@@ -31,22 +31,22 @@ def leakage(
     panel: int | None = None,
     title: str | None = None,
 ) -> go.Figure:
-    """Where the attention of each entity lies: its share in every region, as a printed matrix.
+    """Leakage matrix: share of each entity's attention in every region.
 
-    Rows sum to 1; without bleeding the diagonal would hold 1s.
+    Rows sum to 1; without bleeding every entry of the diagonal is 1.
 
     Parameters
     ----------
     run, *others : Run, or a sequence of Run
         Several runs of one prompt are shown side by side.
     step : int, optional
-        One denoising step (negative counts back from the last); by default the mean over all.
+        One step (negative values count back from the last); by default the mean over all steps.
     attributes : bool
-        Add a row for each attribute ("red" of the car), where the prompt has any.
+        Add a row for each attribute of the prompt, such as "red (of car)".
     panel : int, optional
-        Width of a matrix in pixels; by default what lets all fit a page.
+        Width of a matrix in pixels; by default all fit into 900 pixels.
     title : str, optional
-        "" for none.
+        "" for no title.
 
     Returns
     -------
@@ -70,20 +70,21 @@ def leakage(
     regions = [str(label) for label in matrices[0].region.values]
     labels = [str(label) for label in matrices[0].row.values]
     if any([str(label) for label in each.region.values] != regions for each in matrices):
-        raise SettingError("leakage compares runs of one prompt; these name other entities.")
+        raise SettingError("leakage compares runs of one prompt; the entities of these differ.")
     most = 16
     rows = [style.escape(style.shorten(label, most + 8)) for label in labels]
-    cell = (panel / len(regions)) if panel else float(np.clip((900 / len(runs) - 60) / len(regions), 46, 96))
     columns = [style.escape(style.shorten(label, most)) for label in regions]
-    slanted = max(len(label) for label in regions) * 7 > cell
     left = 24 + 7 * max(min(len(label), most + 8) for label in labels)
+    space = (style.WIDTH - left - 20 - 36 * (len(runs) - 1)) / len(runs)
+    cell = panel / len(regions) if panel else float(np.clip(space / len(regions), 30, 96))
+    slanted = max(len(label) for label in regions) * 7 > cell
     bottom = 34 + (7 * min(max(map(len, regions)), most) * 0.75 if slanted else 18)
     when = "mean over the steps" if step is None else f"step {int(matrices[0].step)}"
-    heading = "Where each entity's attention lies" if title is None else title
+    heading = "Share of each entity's attention by region" if title is None else title
     made = style.Panels(
         1, len(runs), width=cell * len(regions), height=min(cell, 64) * len(rows), gap=(36, 0),
         margin=(left, 20, 30 if len(runs) > 1 else 12, bottom), title=style.escape(heading),
-        caption=f"Share in each region, {when}. Framed: its own.",
+        caption=f"{when[0].upper()}{when[1:]}. Framed: the row's own region.",
     )  # fmt: skip
     bare = {"showgrid": False, "zeroline": False, "ticks": "outside", "tickcolor": "rgba(0,0,0,0)"}
     for i, (matrix, name) in enumerate(zip(matrices, style.run_names(runs), strict=True), start=1):
@@ -109,7 +110,7 @@ def leakage(
 
 
 def _matrix(run: Run, step: int | None, attributes: bool) -> xr.DataArray:
-    """Leakage (row, region) with coordinate owner (row): the entity whose region is a row's own."""
+    """Leakage (row, region) with coordinate owner (row): the entity whose own region belongs to the row."""
     bleeding = run.bleeding
     entities = bleeding.leakage.rename(entity="row")
     parts = [entities.assign_coords(owner=("row", entities.row.values))]
@@ -147,7 +148,7 @@ def _print_values(made: style.Panels, values: np.ndarray, column: int) -> None:
 
 
 def _frame_own(made: style.Panels, matrix: xr.DataArray, column: int) -> None:
-    """Outline each row's own region in its entity's color."""
+    """Frame the own region of each row in the color of its entity."""
     regions = [str(label) for label in matrix.region.values]
     colors = style.entity_colors(regions[:-1])
     for i, owner in enumerate(matrix.owner.values):
@@ -160,24 +161,24 @@ def bleeding_over_steps(
     runs: Run | Iterable[Run],
     *others: Run,
     measures: Sequence[str] = ("bleed", "intrusion"),
-    width: int = 440,
+    width: int | None = None,
     height: int = 240,
     title: str | None = None,
 ) -> go.Figure:
-    """Measures of bleeding at every step, the mean over entities; one panel a measure.
+    """Measures of bleeding at every step, averaged over entities; one panel per measure.
 
-    Runs of one method share a color. Where there are several, each is a thin line and their mean a thick one. The
-    steps that were guided are shaded.
+    Runs of one method share a color. If there are several, each is a thin line and their mean a thick one. The guided
+    steps are shaded.
 
     Parameters
     ----------
     runs, *others : Run, or a sequence of Run
     measures : sequence of str
-        Names in ``run.bleeding.to_frame()``.
+        Names of measures in ``run.bleeding.to_frame()``.
     width, height : int
-        Of a panel in pixels.
+        Size of a panel in pixels; by default the figure is at most 900 pixels wide.
     title : str, optional
-        "" for none.
+        "" for no title.
 
     Returns
     -------
@@ -186,7 +187,7 @@ def bleeding_over_steps(
     Raises
     ------
     SettingError
-        No run; a measure that is not there.
+        No run; an unknown measure.
 
     Examples
     --------
@@ -201,9 +202,11 @@ def bleeding_over_steps(
     colors = {
         name: style.RUN_COLORS[i % len(style.RUN_COLORS)] for i, name in enumerate(sorted(names, key=_plain_first))
     }
+    count = max(1, len(measures))
+    width = width or int(min(440, (style.WIDTH - 46 - 16 - 34 * (count - 1)) / count))
     made = style.Panels(
         1, len(measures), width=width, height=height, gap=(34, 0), margin=(46, 16, 30, 76),
-        title=style.escape("Bleeding over the steps, mean over entities" if title is None else title),
+        title=style.escape("Bleeding at each step, mean over entities" if title is None else title),
     )  # fmt: skip
     for column, measure in enumerate(measures, start=1):
         for name in names:
@@ -216,7 +219,8 @@ def bleeding_over_steps(
                 mean = pd.concat([curve for _, curve in group], axis=1).mean(axis=1)
                 label = f"{name}, mean of {len(group)} runs"
                 _line(made, column, mean, label, colors[name], thick=True, legend=column == 1, group=name)
-        made.over(1, column, style.escape(_TITLES.get(measure, measure)))
+        heading = _TITLES.get(measure, measure)
+        made.over(1, column, style.escape(heading if 7 * len(heading) < width else measure))
         _shade_guided(made, every, column)
         shared = {} if column == 1 else {"matches": "y", "showticklabels": False}
         made.axes(
@@ -229,7 +233,7 @@ def bleeding_over_steps(
             },
             {"rangemode": "tozero", "gridcolor": style.RULE, "zerolinecolor": style.RULE, **shared},
         )
-    made.legend()
+    made.legend(names)
     return made.figure()
 
 
@@ -242,9 +246,9 @@ def _curves(run: Run, measures: Sequence[str]) -> pd.DataFrame:
     frame = run.bleeding.to_frame()
     there = list(frame["measure"].unique())
     if missing := [measure for measure in measures if measure not in there]:
-        raise SettingError(f"measures={list(measures)}: no {', '.join(missing)} here; there are {', '.join(there)}.")
+        raise SettingError(f"measures={list(measures)}: {', '.join(missing)} unknown; choose from {', '.join(there)}.")
     if not measures:
-        raise SettingError(f"measures=[]: name one or more of {', '.join(there)}.")
+        raise SettingError(f"measures=[]: choose at least one of {', '.join(there)}.")
     chosen = frame[frame["measure"].isin(measures)]
     return chosen.groupby(["step", "measure"])["value"].mean().unstack("measure")
 

@@ -1,4 +1,4 @@
-"""Methods side by side: what each gets right, fixes, harms and costs."""
+"""Comparison of methods: success, images fixed and broken, and cost."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from elakit.plot import style
 if TYPE_CHECKING:
     import pandas as pd
 
-# Column of the summary, heading above it.
+# Columns of the summary and their headings.
 _PANELS = {
     "success": "right",
-    "fixed": "fixed, of those plain<br>gets wrong",
-    "broken": "broken, of those plain<br>gets right",
-    "seconds": "time, relative to plain",
+    "fixed": "fixed, share of<br>plain's failures",
+    "broken": "broken, share of<br>plain's successes",
+    "seconds": "time relative<br>to plain",
 }
 _PLAIN = "plain"
 _LEVEL = 0.05
 
 
-def method_comparison(summary: pd.DataFrame, *, panel: int = 200, title: str | None = None) -> go.Figure:
-    """Each method's share of right images, what it fixes and harms of plain generation's, and its time.
+def method_comparison(summary: pd.DataFrame, *, panel: int | None = None, title: str | None = None) -> go.Figure:
+    """Share of right images of each method, of plain generation's images that it fixes and breaks, and its time.
 
     Parameters
     ----------
     summary : DataFrame
-        One row a method, as `elakit.sweep.summary` gives it: columns success, fixed, broken and seconds, each with
-        _low and _high (drawn as whiskers), and, if there is, p_holm. Methods are ordered by success, below plain.
+        One row per method, as `elakit.sweep.summary` returns it: columns success, fixed, broken and seconds, each with
+        _low and _high (whiskers), and optionally p_holm. Plain generation comes first, the methods follow by success.
     panel : int
-        Width of a panel in pixels.
+        Width of a panel in pixels; by default the figure is at most 900 pixels wide.
     title : str, optional
-        "" for none.
+        "" for no title.
 
     Returns
     -------
     plotly.graph_objects.Figure
-        Full dots are methods whose success differs from plain's (``p_holm`` below 0.05).
+        Filled dots are methods whose success differs from that of plain generation (``p_holm`` below 0.05).
 
     Raises
     ------
     SettingError
-        A table that lacks a column, or has no row.
+        A table without a required column or without rows.
 
     Examples
     --------
@@ -60,40 +60,40 @@ def method_comparison(summary: pd.DataFrame, *, panel: int = 200, title: str | N
     needed = [f"{name}{end}" for name in _PANELS for end in ("", "_low", "_high")]
     if missing := [name for name in needed if name not in summary]:
         raise SettingError(
-            f"method_comparison: the table lacks {', '.join(missing)}; elakit.sweep.summary makes one that has all."
+            f"method_comparison: the table has no column {', '.join(missing)}; give the result of elakit.sweep.summary."
         )
     if summary.empty:
-        raise SettingError("method_comparison: the table has no row; draw something first (elakit sweep run).")
+        raise SettingError("method_comparison: the table has no row; generate images first (elakit sweep run).")
     found = _ordered(summary)
     plain = [_is_plain(name) for name in found.index]
-    labels = [style.escape(style.shorten(method_title(str(name)), 40)) for name in found.index]
+    labels = [style.escape(style.shorten(method_title(str(name)), 30)) for name in found.index]
     colors = [style.RUN_COLORS[0] if is_plain else style.RUN_COLORS[2] for is_plain in plain]
     p = found["p_holm"].to_numpy(dtype=float) if "p_holm" in found else np.full(len(found), np.nan)
-    told = [is_plain or bool(value < _LEVEL) for is_plain, value in zip(plain, p, strict=True)]
-    row = 30
+    significant = [is_plain or bool(value < _LEVEL) for is_plain, value in zip(plain, p, strict=True)]
+    row, left = 30, 24 + 7 * max(map(len, labels))
+    panel = panel or int((style.WIDTH - left - 24 - 28 * (len(_PANELS) - 1)) / len(_PANELS))
     made = style.Panels(
-        1, len(_PANELS), width=panel, height=row * len(found), gap=(28, 0),
-        margin=(24 + 7 * max(map(len, labels)), 24, 44, 34),
+        1, len(_PANELS), width=panel, height=row * len(found), gap=(28, 0), margin=(left, 24, 44, 34),
         title=style.escape(f"{len(found)} methods compared" if title is None else title),
-        caption="Whiskers: 95 % intervals over prompts. Full dots differ from plain in what is right (p < 0.05, "
-        "McNemar with Holm's correction).",
+        caption="Whiskers: 95 % intervals over prompts. Filled dots: success differs from plain generation (p < 0.05, "
+        "McNemar test with Holm's correction).",
     )  # fmt: skip
     for column, (name, heading) in enumerate(_PANELS.items(), start=1):
-        made.add(1, column, _dots(found, name, labels, colors, told))
+        made.add(1, column, _dots(found, name, labels, colors, significant))
         made.over(1, column, heading)
         reference = 1.0 if name == "seconds" else _plains(found, plain) if name == "success" else None
         if reference is not None:
             dotted = {"color": style.FAINT, "width": 1, "dash": "dot"}
             ends = {"y0": -0.5, "y1": len(found) - 0.5, "x0": reference, "x1": reference}
             made.shape(1, column, type="line", line=dotted, layer="below", **ends)
-        left = {"ticktext": labels, "ticks": "outside", "ticklen": 6, "tickcolor": "rgba(0,0,0,0)"}
+        named = {"ticktext": labels, "ticks": "outside", "ticklen": 6, "tickcolor": "rgba(0,0,0,0)"}
         made.axes(
             1,
             column,
             _scale(found, name),
             {
                 "range": [len(found) - 0.5, -0.5], "tickvals": list(range(len(found))), "gridcolor": style.RULE,
-                "zeroline": False, **(left if column == 1 else {"showticklabels": False}),
+                "zeroline": False, **(named if column == 1 else {"showticklabels": False}),
             },
         )  # fmt: skip
     return made.figure()
@@ -104,20 +104,22 @@ def _is_plain(name: object) -> bool:
 
 
 def _ordered(summary: pd.DataFrame) -> pd.DataFrame:
-    """Plain first, then the best; where nothing was judged, as they came."""
+    """Plain generation first, then by success; the order is kept if nothing was judged."""
     keys = [(not _is_plain(name), -value) for name, value in summary["success"].fillna(-1).items()]
     return summary.iloc[sorted(range(len(keys)), key=keys.__getitem__)]
 
 
 def _plains(found: pd.DataFrame, plain: list[bool]) -> float | None:
-    """What plain generation gets right, where there is one row of it."""
+    """Success of plain generation, if there is exactly one row of it."""
     values = found["success"].to_numpy(dtype=float)[plain]
     return float(values[0]) if len(values) == 1 and not np.isnan(values[0]) else None
 
 
-def _dots(found: pd.DataFrame, name: str, labels: list[str], colors: list[str], told: list[bool]) -> dict[str, Any]:
+def _dots(
+    found: pd.DataFrame, name: str, labels: list[str], colors: list[str], significant: list[bool]
+) -> dict[str, Any]:
     values = found[name].to_numpy(dtype=float)
-    filled = [color if full else "#ffffff" for color, full in zip(colors, told, strict=True)]
+    filled = [color if full else "#ffffff" for color, full in zip(colors, significant, strict=True)]
     unit = ".2f" if name == "seconds" else ".1%"
     return {
         "type": "scatter",
@@ -137,7 +139,7 @@ def _dots(found: pd.DataFrame, name: str, labels: list[str], colors: list[str], 
 
 
 def _scale(found: pd.DataFrame, name: str) -> dict[str, Any]:
-    """The axis of a panel: shares from 0, times on a logarithmic axis where they differ much."""
+    """Axis of a panel: linear for shares, logarithmic for times that differ by more than a factor of 6."""
     axis: dict[str, Any] = {"gridcolor": style.RULE, "zerolinecolor": style.RULE}
     top = float(np.nanmax([0.0, *found[f"{name}_high"], *found[name]]))
     if name != "seconds":

@@ -1,4 +1,4 @@
-"""The entities' regions from step to step."""
+"""Figures of the entities' regions over the steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from elakit.plot import style
 from elakit.plot.images import figure_uri
 
 if TYPE_CHECKING:
-    from elakit.generation import Run
+    from elakit.run import Run
 
 Source = Literal["recording", "guidance"]
 
@@ -32,25 +32,26 @@ def region_evolution(
     panel: int | None = None,
     title: str | None = None,
 ) -> go.Figure:
-    """The entities' regions at several steps, and the last of them over the finished image.
+    """Regions of the entities at several steps, and those of the last step over the finished image.
 
     Parameters
     ----------
     run : Run
     source : {"recording", "guidance"}
-        Regions localized in the recorded maps, or those that guidance anchored the entities to (guided steps only).
+        Regions localized in the recorded maps, or the regions that guidance used (guided steps only).
     steps : int or sequence of int
-        How many steps, spread evenly with the first and the last; or which.
+        A number of steps, evenly spaced with the first and the last, or the steps.
     maps : bool
-        Show the entities' maps in gray below the regions: the largest of them, each relative to its own maximum.
+        Show the entities' maps in gray below the regions: at each location the largest of them, each divided by its
+        maximum.
     image : bool
-        Add the finished image with the regions of the last step shown over it.
+        Add the finished image with the regions of the last step as an overlay.
     columns : int
-        Panels in a row, at most.
+        Maximum number of panels per row.
     panel : int, optional
-        Width of a panel in pixels; by default what lets a row fit a page.
+        Width of a panel in pixels; by default a row is at most 900 pixels wide.
     title : str, optional
-        "" for none.
+        "" for no title.
 
     Returns
     -------
@@ -60,7 +61,7 @@ def region_evolution(
     Raises
     ------
     SettingError
-        Regions of a guidance that did not run; steps that are not there.
+        Regions of guidance in a run without guidance; steps that were not recorded.
 
     Examples
     --------
@@ -69,25 +70,25 @@ def region_evolution(
     >>> sorted({trace.name for trace in region_evolution(run).data if trace.legendgroup})
     ['cat', 'lion']
     """
-    regions = _regions(run, source)
+    regions = chosen_regions(run, source)
     entities = [str(label) for label in regions.entity.values]
     chosen = style.pick_steps(regions.step.values, steps)
-    shown = [*chosen, chosen[-1]] if image else chosen
-    across = min(max(1, columns), len(shown))
-    down = -(-len(shown) // across)
+    drawn = [*chosen, chosen[-1]] if image else chosen
+    across = min(max(1, columns), len(drawn))
+    down = -(-len(drawn) // across)
     rows, cells = regions.sizes["y"], regions.sizes["x"]
-    panel = panel or int(min(150, (1010 - 40) / across - 10))
-    default = "Regions found in the maps" if source == "recording" else "Regions the entities were anchored to"
+    panel = panel or int(min(150, (style.WIDTH - 40) / across - 10))
+    default = "Regions localized in the maps" if source == "recording" else "Regions used by guidance"
     made = style.Panels(
         down, across, width=panel, height=panel * rows / cells, gap=(10, 32), margin=(16, 16, 26, 40),
         title=style.escape(f"{default}, {style.run_name(run)}" if title is None else title),
     )  # fmt: skip
     gray = run.entity_maps() if maps else None
     colors = style.entity_colors(entities)
-    for i, step in enumerate(shown):
+    for i, step in enumerate(drawn):
         row, column = (part + 1 for part in divmod(i, across))
         made.map_axes(row, column, rows, cells)
-        over_image = image and i == len(shown) - 1
+        over_image = image and i == len(drawn) - 1
         if over_image:
             made.image(row, column, figure_uri(run.image), rows, cells)
         elif gray is not None and step in gray.step:
@@ -109,31 +110,31 @@ def region_animation(
     panel: int = 300,
     title: str | None = None,
 ) -> go.Figure:
-    """The entities' regions moving from step to step: over their maps, and over the finished image.
+    """Animation of the entities' regions over the steps, on their maps and on the finished image.
 
     Parameters
     ----------
     run : Run
     source : {"recording", "guidance"}
-        As in `region_evolution`.
+        Source of the regions, as in `region_evolution`.
     steps : int or sequence of int, optional
-        How many steps, spread evenly with the first and the last; or which; by default all.
+        A number of steps, evenly spaced with the first and the last, or the steps; by default all.
     speed : float
-        Steps a second.
+        Steps per second.
     panel : int
         Width of a panel in pixels.
     title : str, optional
-        "" for none.
+        "" for no title.
 
     Returns
     -------
     plotly.graph_objects.Figure
-        With a slider, and a button that plays. An image of it shows the first step.
+        Figure with a slider and a play button. A static export shows the first step; `save_animation` writes a GIF.
 
     Raises
     ------
     SettingError
-        As `region_evolution`; a speed that is not above 0.
+        The same as for `region_evolution`; a speed that is not positive.
 
     Examples
     --------
@@ -143,13 +144,13 @@ def region_animation(
     ['0', '1', '2']
     """
     if not speed > 0:
-        raise SettingError(f"speed={speed!r}: give steps a second, above 0.")
-    regions = _regions(run, source)
+        raise SettingError(f"speed={speed!r}: give a positive number of steps per second.")
+    regions = chosen_regions(run, source)
     entities = [str(label) for label in regions.entity.values]
     there = regions.step.values
     chosen = style.pick_steps(there, len(there) if steps is None else steps)
     rows, cells = regions.sizes["y"], regions.sizes["x"]
-    what = "Regions found in the maps" if source == "recording" else "Regions the entities were anchored to"
+    what = "Regions localized in the maps" if source == "recording" else "Regions used by guidance"
     made = style.Panels(
         1, 2, width=panel, height=panel * rows / cells, gap=(16, 0), margin=(16, 16, 26, 116),
         title=style.escape(f"{what}, {style.run_name(run)}" if title is None else title),
@@ -161,7 +162,7 @@ def region_animation(
     made.image(1, 2, figure_uri(run.image), rows, cells)
 
     def traces(step: int) -> list[tuple[int, dict[str, Any]]]:
-        """Panel and trace, in an order that is the same at every step."""
+        """Panels and traces, in the same order at every step."""
         below = _faint(maps.sel(step=step), rows, cells)
         masks = {label: regions.sel(step=step, entity=label).values for label in entities}
         over = [
@@ -183,7 +184,7 @@ def region_animation(
 
 
 def _transport(steps: Sequence[int], speed: float) -> dict[str, Any]:
-    """A button that plays and pauses, and a slider, below the panels."""
+    """Buttons for play and pause, and a slider, below the panels."""
     pace = {"duration": 1000 / speed, "redraw": True}
     play = {"frame": pace, "transition": {"duration": 0}, "fromcurrent": True, "mode": "immediate"}
     stop = {"frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}, "mode": "immediate"}
@@ -205,24 +206,25 @@ def _transport(steps: Sequence[int], speed: float) -> dict[str, Any]:
     return {"sliders": [slider], "updatemenus": [menu]}
 
 
-def _regions(run: Run, source: Source) -> xr.DataArray:
+def chosen_regions(run: Run, source: Source) -> xr.DataArray:
+    """Regions of a run from a source, (step, entity, y, x); SettingError if it has none."""
     if source not in get_args(Source):
         raise SettingError(f"source={source!r}: choose 'recording' or 'guidance'.")
     if source == "recording":
         return run.regions
     if run.guidance is None:
-        raise SettingError("source='guidance': this run was drawn plainly; take source='recording', or a guided run.")
+        raise SettingError("source='guidance': this run has no guidance; give source='recording', or a guided run.")
     regions = run.guidance.regions
     if regions is None:
         raise SettingError(
-            f"source='guidance': {style.run_name(run)} anchored nothing in this run (no guided step, or a single "
-            "entity); take source='recording'."
+            f"source='guidance': {style.run_name(run)} used no regions in this run (no guided step, or a single "
+            "entity); give source='recording'."
         )
     return regions
 
 
 def _faint(maps: xr.DataArray, rows: int, cells: int) -> dict[str, Any]:
-    """The entities' maps of a step as one gray map, 0 to 1."""
+    """Maps of the entities at one step as one gray map, 0 to 1."""
     top = maps.max(("y", "x"))
     strongest = (maps / top.where(top > 0, 1)).max("token").values
     high, wide = strongest.shape
@@ -235,7 +237,7 @@ def _faint(maps: xr.DataArray, rows: int, cells: int) -> dict[str, Any]:
         "showscale": False,
         "hoverinfo": "skip",
         "meta": {"below": True},
-        # Maps and regions may differ in size; both fill the panel, whose axes count the regions' cells.
+        # Maps and regions may differ in size; both fill the panel, whose axes count the locations of the regions.
         "x0": -0.5 + 0.5 * cells / wide,
         "dx": cells / wide,
         "y0": -0.5 + 0.5 * rows / high,

@@ -1,7 +1,8 @@
-"""What the figures share: colors, text, panels of exact size, the choice of steps."""
+"""Shared parts of the figures: colors, text, panels of exact size, the choice of steps."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from html import escape as escape_html
 from typing import TYPE_CHECKING, Any
@@ -15,23 +16,25 @@ from elakit.measures.arrays import nearest_size
 
 if TYPE_CHECKING:
     from elakit.attention import Recording
-    from elakit.generation import Run
+    from elakit.run import Run
 
-# Told apart with every common kind of color blindness (Okabe & Ito, "Color Universal Design", 2008); the pair that
+# Distinguishable with every common kind of color blindness (Okabe & Ito, "Color Universal Design", 2008); the pair that
 # differs most comes first.
 ENTITY_COLORS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-# Of runs, where lines are compared: plain is gray, the methods follow.
+# Colors of runs whose curves are compared: plain generation is gray, the methods follow.
 RUN_COLORS = ("#767676", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
 MAP_COLORS = "Viridis"
-# Light to dark in one hue, so that a printed value reads on every cell and gray prints keep the order.
+# Light to dark in one hue, so that printed values are legible on every color and gray prints keep the order.
 SHARES = [[0, "#f7f9fb"], [0.25, "#c6d9e8"], [0.5, "#7faccb"], [0.75, "#35749f"], [1, "#0b3a5b"]]
-DARK_FROM = 0.68  # share of the scale beyond which values are printed in white
+DARK_FROM = 0.68  # share of the scale from which values are printed in white
 INK, FAINT, RULE = "#1f2328", "#6e7781", "rgba(128, 128, 128, 0.28)"
+# Largest default width of a figure, in pixels: JupyterLab with its sidebar open on a screen of 1300 pixels.
+WIDTH = 900
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Liberation Sans', sans-serif"
 
 
 def escape(text: object) -> str:
-    """Text as plotly shows it literally: plotly reads titles, labels and hover texts as HTML, templates and TeX.
+    """Text escaped for plotly, which reads titles, labels and hover texts as HTML, templates and TeX.
 
     Examples
     --------
@@ -42,7 +45,7 @@ def escape(text: object) -> str:
 
 
 def shorten(text: str, most: int) -> str:
-    """Text of at most so many characters, with an ellipsis where some are left out.
+    """Text cut to a number of characters, with an ellipsis if some are left out.
 
     Examples
     --------
@@ -53,7 +56,7 @@ def shorten(text: str, most: int) -> str:
 
 
 def entity_colors(entities: Sequence[str]) -> dict[str, str]:
-    """Color of each entity, by its place in the prompt, so that it is the same in every figure.
+    """Color of each entity by its position in the prompt; it is the same in every figure.
 
     Examples
     --------
@@ -64,18 +67,18 @@ def entity_colors(entities: Sequence[str]) -> dict[str, str]:
 
 
 def run_name(run: Run) -> str:
-    """What a run is called in figures: "plain", or the name of its method."""
+    """Name of a run in figures: "plain", or the title of its method."""
     return method_title(run.label)
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
-    """Names that tell runs apart: the method's, with the seed where one method occurs twice."""
+    """Distinct names of runs: the method's, with the seed if a method occurs twice."""
     names = list(map(run_name, runs))
     return [n if names.count(n) == 1 else f"{n}, seed {run.seed}" for n, run in zip(names, runs, strict=True)]
 
 
 def recorded(run: Run | Recording) -> Recording:
-    """The recording of a run, or a recording as it is.
+    """Recording of a run; a recording is returned unchanged.
 
     Raises
     ------
@@ -90,24 +93,24 @@ def recorded(run: Run | Recording) -> Recording:
 
 
 def map_size(recording: Recording) -> int:
-    """The recorded map size (larger side) nearest to 16, the one regions and measures are taken at."""
+    """The recorded map size (longer side) nearest to 16, at which regions and measures are computed."""
     return nearest_size(max(size) for size in recording.sizes)
 
 
 def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
-    """Steps to show: so many, spread evenly with the first and the last; or the ones named.
+    """Steps to show: a number of them, evenly spaced with the first and the last, or the steps listed.
 
     Parameters
     ----------
     there : sequence of int
-        Steps that there are, in order.
+        Available steps, in order.
     wanted : int or sequence of int
-        How many, or which; negative ones count back from the last.
+        A number of steps, or the steps; negative ones count back from the last.
 
     Raises
     ------
     SettingError
-        None is asked for, or one that is not there.
+        No step is requested, or one that is not available.
 
     Examples
     --------
@@ -116,7 +119,7 @@ def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
     """
     steps = [int(step) for step in there]
     if isinstance(wanted, bool) or (isinstance(wanted, int) and wanted < 1) or not steps:
-        raise SettingError(f"steps={wanted!r}: give how many steps to show, 1 or more, or a list of steps.")
+        raise SettingError(f"steps={wanted!r}: give the number of steps to show, at least 1, or a list of steps.")
     if isinstance(wanted, int):
         if wanted == 1:
             return steps[-1:]
@@ -124,9 +127,9 @@ def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
         return [steps[place] for place in places]
     named = [int(step) if step >= 0 else steps[-1] + 1 + int(step) for step in wanted]
     if missing := [step for step in named if step not in steps]:
-        raise SettingError(f"steps={list(wanted)}: no step {missing} here; there are {_span(steps)}.")
+        raise SettingError(f"steps={list(wanted)}: {missing} are not available; the steps are {_span(steps)}.")
     if not named:
-        raise SettingError("steps=[]: give how many steps to show, 1 or more, or a list of steps.")
+        raise SettingError("steps=[]: give the number of steps to show, at least 1, or a list of steps.")
     return named
 
 
@@ -135,22 +138,33 @@ def _span(steps: Sequence[int]) -> str:
     return f"{steps[0]} to {steps[-1]}" if whole else ", ".join(map(str, steps))
 
 
-class Panels:
-    """Equal panels in rows and columns whose sizes are pixels; collects traces and notes and makes the figure of them.
+# Widths in pixels: of the narrowest figure, and of a letter of the title and of the caption.
+_LEAST_WIDTH, _TITLE_LETTER, _CAPTION_LETTER = 320, 10, 6.2
 
-    Built as plain dictionaries, because each addition to a plotly figure copies and checks all that is there already.
+
+def _wrap(text: str, letters: float) -> tuple[str, int]:
+    """Escaped text with line breaks, and the number of its lines."""
+    lines = textwrap.wrap(text, max(20, int(letters)), break_long_words=False, break_on_hyphens=False)
+    return "<br>".join(lines), len(lines)
+
+
+class Panels:
+    """Builder of a figure with equal panels in rows and columns, whose sizes are given in pixels.
+
+    Traces and annotations are collected as dictionaries, because every addition to a plotly figure copies and validates
+    its whole content.
 
     Parameters
     ----------
     rows, columns : int
     width, height : float
-        Of a panel.
+        Size of a panel.
     gap : (float, float)
-        Between columns and between rows.
+        Distance between columns and between rows.
     margin : (float, float, float, float)
-        Left, right, top and bottom, without title and caption, for which room is made when they are given.
+        Left, right, top and bottom, without title and caption, for which space is added if they are given.
     title, caption : str
-        Escaped already.
+        Escaped text; it is wrapped to the width of the figure.
     """
 
     def __init__(
@@ -169,10 +183,12 @@ class Panels:
         self.columns = columns
         self.inner = columns * width + (columns - 1) * gap[0], rows * height + (rows - 1) * gap[1]
         self.panel, self.gap = (width, height), gap
-        # What is wider than the panels would be cut off at the edge; letters of a title are up to 11 pixels wide.
-        right = max(right, 24 + 11 * len(title) - left - self.inner[0], 16 + 6.5 * len(caption) - self.inner[0])
-        top += 40 if title else 0
-        bottom += 30 if caption else 0
+        right = max(right, _LEAST_WIDTH - left - self.inner[0])
+        full = left + self.inner[0] + right
+        title, title_lines = _wrap(title, (full - 32) / _TITLE_LETTER)
+        caption, caption_lines = _wrap(caption, (full - left - 8) / _CAPTION_LETTER)
+        top += 18 + 22 * title_lines if title else 0
+        bottom += 14 + 16 * caption_lines if caption else 0
         self.data: list[dict[str, Any]] = []
         self.notes: list[dict[str, Any]] = []
         self.shapes: list[dict[str, Any]] = []
@@ -196,7 +212,7 @@ class Panels:
                 {
                     "text": caption, "showarrow": False, "font": {"size": 11}, "opacity": 0.75, "align": "left",
                     "x": 0, "xref": "paper", "xanchor": "left", "y": 0, "yref": "paper", "yanchor": "top",
-                    "yshift": -(bottom - 24),
+                    "yshift": -(bottom - 10 - 16 * caption_lines),
                 }
             )  # fmt: skip
 
@@ -211,7 +227,7 @@ class Panels:
         self.layout[down.replace("y", "yaxis")] = {"domain": span_y, "anchor": across, **y}
 
     def map_axes(self, row: int, column: int, rows: float, columns: float) -> None:
-        """Axes of a panel that shows a map of so many cells: y downwards, no ticks, cells square."""
+        """Set the axes of a panel that shows a map: y downwards, no ticks, square locations."""
         bare: dict[str, Any] = {
             "showgrid": False, "zeroline": False, "showticklabels": False, "ticks": "", "constrain": "domain",
             "showline": True, "mirror": True, "linewidth": 1, "linecolor": RULE,
@@ -230,16 +246,16 @@ class Panels:
         self.data.append({**trace, "xaxis": across, "yaxis": down})
 
     def add_nothing(self, row: int, column: int) -> None:
-        """Have a panel's axes drawn although it holds no trace."""
+        """Add an empty trace, so that the axes of a panel without traces are drawn."""
         self.add(row, column, {"type": "scatter", "x": [None], "y": [None], "hoverinfo": "skip", "showlegend": False})
 
     def note(self, row: int, column: int, text: str, x: float, y: float, **options: Any) -> None:
-        """Write at a place of a panel, in the units of its axes."""
+        """Add text to a panel at a position in the units of its axes."""
         across, down = self.panel_axes(row, column)
         self.notes.append({"text": text, "showarrow": False, "x": x, "y": y, "xref": across, "yref": down, **options})
 
     def over(self, row: int, column: int, text: str) -> None:
-        """Write above a panel, in its middle."""
+        """Add a heading above a panel, centered."""
         across, down = self.panel_axes(row, column)
         self.notes.append(
             {
@@ -249,7 +265,7 @@ class Panels:
         )  # fmt: skip
 
     def beside(self, row: int, column: int, text: str) -> None:
-        """Write to the left of a panel, at half its height."""
+        """Add text to the left of a panel, vertically centered."""
         across, down = self.panel_axes(row, column)
         self.notes.append(
             {
@@ -259,12 +275,12 @@ class Panels:
         )  # fmt: skip
 
     def shape(self, row: int, column: int, **options: Any) -> None:
-        """Draw a shape in a panel."""
+        """Add a shape to a panel."""
         across, down = self.panel_axes(row, column)
         self.shapes.append({"xref": across, "yref": down, **options})
 
     def image(self, row: int, column: int, source: str, rows: float, columns: float) -> None:
-        """Put an image (a data URI) below the traces of a panel that shows so many cells."""
+        """Add an image (a data URI) below the traces of a panel whose axes count rows and columns of locations."""
         across, down = self.panel_axes(row, column)
         self.images.append(
             {
@@ -273,8 +289,12 @@ class Panels:
             }
         )  # fmt: skip
 
-    def legend(self) -> None:
-        """Show the legend in a line at the bottom."""
+    def legend(self, names: Sequence[str] = ()) -> None:
+        """Show a horizontal legend at the bottom; space is added for names that need more than one line."""
+        letters = sum(7 * len(name) + 50 for name in names)
+        more = 20 * max(0, int(np.ceil(letters / (self.layout["width"] - 16))) - 1)
+        self.layout["height"] += more
+        self.layout["margin"]["b"] += more
         self.layout["showlegend"] = True
         self.layout["legend"] = {
             "orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom",
@@ -282,7 +302,7 @@ class Panels:
         }  # fmt: skip
 
     def entity_legend(self, entities: Sequence[str]) -> None:
-        """A legend that names the entities' colors; a click on one hides what is of its legend group."""
+        """Add a legend of the entities' colors; a click on an entity hides the traces of its legend group."""
         for label, color in entity_colors(entities).items():
             marker = {"symbol": "square", "size": 12, "color": color}
             name = escape(shorten(label, 28))
@@ -294,22 +314,22 @@ class Panels:
                     "legendgroup": label, "showlegend": True,
                 },
             )  # fmt: skip
-        self.legend()
+        self.legend([shorten(label, 28) for label in entities])
 
     def figure(self) -> go.Figure:
-        """The figure."""
+        """Return the figure."""
         layout = {**self.layout, "annotations": self.notes, "shapes": self.shapes, "images": self.images}
         return go.Figure(data=self.data, layout=layout)
 
     def panel_axes(self, row: int, column: int) -> tuple[str, str]:
-        """Names of a panel's axes, such as ("x3", "y3")."""
+        """Names of the axes of a panel, such as ("x3", "y3")."""
         number = (row - 1) * self.columns + column
         end = "" if number == 1 else str(number)
         return f"x{end}", f"y{end}"
 
 
 def rgba(color: str, alpha: float) -> str:
-    """A hex color with an opacity.
+    """Hex color with an opacity, as an rgba string.
 
     Examples
     --------

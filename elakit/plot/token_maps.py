@@ -1,4 +1,4 @@
-"""Attention maps of the prompt's tokens over the denoising steps."""
+"""Figure of the attention maps of tokens over the steps."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from elakit.plot import style
 if TYPE_CHECKING:
     from elakit.attention import Recording
     from elakit.attention.recording import Normalize
-    from elakit.generation import Run
+    from elakit.run import Run
 
 Scale = Literal["token", "all", "map"]
 
-# A prompt of more tokens than this is shown by its entities' words, unless tokens are named.
+# Of prompts with more tokens than this, only the words of the entities are shown by default.
 MOST_COLUMNS = 14
 _SHARED: dict[str, tuple[str, str]] = {
-    "token": ("highest<br>in column", "Each column has its own color scale, 0 to the number above it."),
-    "map": ("highest<br>in map", "Each map has its own color scale, from 0 to its largest value."),
+    "token": ("maximum<br>of column", "Each column has its own color scale, from 0 to the number above it."),
+    "map": ("maximum<br>of map", "Each map has its own color scale, from 0 to its maximum."),
     "all": ("", "One color scale for all maps."),
 }
 
@@ -41,31 +41,32 @@ def token_maps(
     panel: int | None = None,
     title: str | None = None,
 ) -> go.Figure:
-    """Maps of each token at several steps: one row a step, one column a token.
+    """Maps of tokens at several steps: one row per step, one column per token.
 
     Parameters
     ----------
     run : Run or Recording
     tokens : optional
-        As `Recording.maps` takes them ("entities", "attributes", words). By default start-of-text, every word and the
-        end; of a prompt longer than 12 words, start, the entities' words and the end.
+        Tokens as in `Recording.maps` ("entities", "attributes", words). By default start-of-text, every word and the
+        end; for prompts of more than 12 words, start-of-text, the words of the entities and the end.
     steps : int or sequence of int
-        How many steps, spread evenly with the first and the last; or which.
+        A number of steps, evenly spaced with the first and the last, or the steps.
     layers : str or sequence of str, optional
-        Layers averaged: "up" (decoder), "down", "mid", "all" or name patterns; by default the decoder's, or all of a
-        model that has none.
+        Layers to average: "up" (decoder), "down", "mid", "all" or name patterns; by default those of the
+        decoder, or all layers of a transformer.
     size : int, optional
-        Larger side of the maps; by default the recorded one nearest to 16.
+        Longer side of the maps; by default the recorded size nearest to 16.
     normalize : {None, "sum", "max", "minmax", "tokens", "start"}
-        As `Recording.maps` does it; None shows raw probabilities.
+        Normalization as in `Recording.maps`; None shows raw probabilities.
     scale : {"token", "all", "map"}
-        What shares a color scale: the maps of a token (start-of-text is far stronger than the words), all, or none.
+        Maps that share a color scale: those of one token (start-of-text is far stronger than the words), all maps, or
+        no two maps.
     colors : str
-        A plotly color scale.
+        Plotly color scale.
     panel : int, optional
-        Width of a map in pixels; by default what lets a row fit a page, 64 to 110.
+        Width of a map in pixels; by default 46 to 110, so that a row is at most 900 pixels wide.
     title : str, optional
-        "" for none.
+        "" for no title.
 
     Returns
     -------
@@ -74,7 +75,7 @@ def token_maps(
     Raises
     ------
     SettingError, RecordingError
-        An unknown option; a token, step, layer or size that was not recorded.
+        An invalid option; a token, step, layer or size that was not recorded.
 
     Examples
     --------
@@ -91,12 +92,12 @@ def token_maps(
     wanted, caption = tokens, _SHARED[scale][1]
     if tokens is None:
         wanted, left_out = _default_tokens(recording, normalize)
-        caption += " Of this long prompt, the entities' words." if left_out else ""
+        caption += " Words outside the entities are left out." if left_out else ""
     size = style.map_size(recording) if size is None else size
     maps = recording.maps(wanted, layers or recording.decoder, size, steps=chosen, normalize=normalize)
     labels = [str(label) for label in maps.token.values]
     height, width = maps.sizes["y"], maps.sizes["x"]
-    panel = panel or int(np.clip((1010 - 150) / len(labels) - 6, 64, 110))
+    panel = panel or int(np.clip((style.WIDTH - 150) / len(labels) - 6, 46, 110))
     what = "probability" if normalize is None else f"attention ({normalize})"
     text = style.shorten(recording.prompt.text, 60)
     made = style.Panels(
@@ -122,7 +123,7 @@ def token_maps(
 
 
 def _default_tokens(recording: Recording, normalize: Normalize) -> tuple[Any, bool]:
-    """What to show when nothing is asked for, and whether words are left out."""
+    """Tokens shown by default, and whether words are left out."""
     if len(recording.tokens) <= MOST_COLUMNS:
         return None, False
     words = {index for e in recording.prompt.entities for index in (*e.attribute_indices, *e.token_indices)}
@@ -151,7 +152,7 @@ def _heatmap(
 
 
 def _color_bar(colors: str, scale: Scale, top: float) -> dict[str, Any]:
-    """A color bar that belongs to no map, since the maps' scales differ."""
+    """Color bar that belongs to no map, because the scales of the maps differ."""
     ends = ["0", _number(top) if scale == "all" else _SHARED[scale][0]]
     bar = {
         "thickness": 10, "len": 110, "lenmode": "pixels", "x": 1, "xpad": 14, "y": 1, "yanchor": "top", "ypad": 0,
@@ -162,7 +163,7 @@ def _color_bar(colors: str, scale: Scale, top: float) -> dict[str, Any]:
 
 
 def _number(value: float) -> str:
-    """A value in two or three digits."""
+    """Value with two or three digits."""
     if value >= 10:
         return f"{value:.0f}"
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"

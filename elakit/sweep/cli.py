@@ -1,74 +1,90 @@
-"""The command line of sweeps: ``elakit sweep run``, ``report`` and ``suites``."""
+"""The command line of sweeps: ``elakit sweep run``, ``report``, ``score``, ``export``, ``suites`` and ``methods``."""
 
 from __future__ import annotations
 
 import ast
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from tqdm.auto import tqdm
 
+from elakit.cli_options import DTYPES, Device, Dtype, Model, Scale, Steps
 from elakit.errors import ModelError, SettingError
-from elakit.files import check_path
-from elakit.models import EMBEDDED, HUB_ID, device_named
-from elakit.sweep import report as reports
-from elakit.sweep.store import there
-from elakit.sweep.suites import SUITES, read_prompts, spread, suite
-from elakit.sweep.sweep import run as run_units
-from elakit.sweep.units import Unit, plan, sweepable
 
-DTYPES = ("float32", "float16", "bfloat16")
+if TYPE_CHECKING:
+    from elakit.sweep import Unit
 
-app = typer.Typer(no_args_is_help=True, help="Sweep methods over suites of prompts, and sum up how they do.")
+app = typer.Typer(no_args_is_help=True, help="Compare methods over suites of prompts, and summarize the results.")
 
 
 @app.command("run")
 def run(
-    out: Annotated[Path, typer.Option(help="Folder of the sweep; one that is there is gone on with.")],
+    out: Annotated[Path, typer.Option(help="Folder of the sweep; an existing sweep is resumed.")],
     suites: Annotated[
-        list[str] | None, typer.Option("--suite", help="One of `elakit bench suites`; may be given several times.")
+        list[str] | None,
+        typer.Option("--suite", help="Name of a suite, see `elakit sweep suites`. May be given several times."),
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
-    seeds: Annotated[str, typer.Option(help="Comma-separated; drawn in one batch.")] = "1,3",
-    methods: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(sweepable())}.")] = "plain,ela",
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of prompts: text with one prompt per line, JSON, JSON Lines or CSV.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds, generated in one batch.")] = "1,3",
+    methods: Annotated[str, typer.Option(help="Comma-separated methods, see `elakit sweep methods`.")] = "plain,ela",
     options: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
-            help="method.option=value, such as ela.anchor.step_size=0.2; several times. Every method takes "
-            "guide_above=0.2: only images that are likelier than that to fail are guided.",
+            help="Option of a method as METHOD.OPTION=VALUE, such as ela.anchor.step_size=0.2. May be given several "
+            "times. Every method takes guide_above=0.2, which guides only images with a higher predicted probability "
+            "of failure.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="So many prompts of each suite, evenly spread.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Most seeds in a batch; by default all of them.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Largest number of prompts per suite, evenly spaced.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Largest number of seeds per batch. Default: all seeds.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="Generate only shard I of N, written I/N, for example 1/3 in a SLURM array.")
+    ] = None,
+    keep_images: Annotated[bool, typer.Option("--keep-images", help="Store all images as PNG, for scoring.")] = False,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that draw; by default processors over threads, and 1 on a GPU.")
+        int | None,
+        typer.Option(help="Number of worker processes. Default: one per GPU, or processors divided by threads."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Of torch in each worker; by default 1.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Number of torch threads per worker. Default: 1.")] = None,
     dask: Annotated[
-        str | None, typer.Option(help="A Dask scheduler whose workers draw, such as tcp://host:8786.")
+        str | None, typer.Option(help="Address of a Dask scheduler whose workers are used, such as tcp://host:8786.")
     ] = None,
-    model: Annotated[str, typer.Option(help="picture-world (embedded), a folder, or a hub id.")] = "picture-world",
-    steps: Annotated[int | None, typer.Option(help="Denoising steps; by default the model's own.")] = None,
-    scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; by default the model's own.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}.")] = None,
+    model: Model = "picture-world",
+    steps: Steps = None,
+    scale: Scale = None,
+    device: Device = None,
+    dtype: Dtype = None,
     detector: Annotated[
-        str | None, typer.Option(help="Judges images of other models: a folder or hub id, such as an OWLv2.")
+        str | None,
+        typer.Option(help="Detector that judges images of other models: a folder or hub id, such as an OWLv2."),
     ] = None,
 ) -> None:
-    """Draw prompts by several methods from the same noise, judge and measure them; ended, it can be gone on with."""
+    """Generate prompts with several methods from the same noise, judge and measure the images.
+
+    An interrupted sweep is resumed by the same command.
+
+    Example: elakit sweep run --suite animals --limit 10 --methods plain,ela --out results/animals
+    """
+    from tqdm.auto import tqdm
+
+    from elakit.sweep import plan, read_prompts, spread, suite
+    from elakit.sweep.store import check_folder
+    from elakit.sweep.sweep import run as run_units
+
+    check_folder(out)
     names = suites or ([] if prompts else ["attend-and-excite"])
     texts = {name: spread(suite(name), limit) for name in names}
     if prompts is not None:
         texts[prompts.name] = spread(read_prompts(prompts), limit)
-    _check_places(model, detector, device, dtype, here=dask is None)
+    part = None if shard is None else _shard(shard)
+    _check_resources(model, detector, device, dtype, local=dask is None)
     units = plan(
         texts,
         _seeds(seeds),
@@ -81,11 +97,10 @@ def run(
         detector=detector,
         batch=batch,
     )
-    if model not in EMBEDDED and detector is None:
-        typer.echo(
-            "Without --detector the images of this model are not judged, only their attention measured.", err=True
-        )
-    total, kept = _images(units), _kept(units, out)
+    if detector is None and model not in _embedded():
+        typer.echo("Without --detector, the images of this model are measured but not judged.", err=True)
+    mine = units if part is None else _of_shard(units, part)
+    total, kept = _images(mine), _kept(mine, out, keep_images)
     try:
         with (
             _executor(dask) as executor,
@@ -97,67 +112,162 @@ def run(
                 executor,
                 workers=workers,
                 threads=threads,
+                shard=part,
+                keep_images=keep_images,
                 on_progress=lambda done, _: bar.update(done - bar.n),
             )
     except KeyboardInterrupt:
         typer.echo(
-            f"Interrupted: {_kept(units, out)} of {total} images are kept in {out}. Go on with\n  {_command()}",
+            f"Interrupted: {_kept(mine, out, keep_images)} of {total} images are in {out}. Resume with\n  {_command()}",
             err=True,
         )
         raise typer.Exit(130) from None
-    sum_up = shlex.join(["elakit", "bench", "report", str(out)])
-    typer.echo(f"{_kept(units, out)} of {total} images are in {out}. Sum them up with\n  {sum_up}")
+    report = shlex.join(["elakit", "sweep", "report", str(out)])
+    typer.echo(f"{_kept(mine, out, keep_images)} of {total} images are in {out}. Summarize them with\n  {report}")
+    if keep_images and _kept(mine, out, keep_images):
+        from elakit.sweep import export_images
+
+        typer.echo(f"The images and their metadata are exported to {export_images(out)}.")
     if outcome.failed:
         count, error = len(outcome.failed), next(iter(outcome.failed.values())).splitlines()[0]
-        typer.echo(f"{count} unit{'s' * (count > 1)} failed, such as with\n  {error}", err=True)
+        typer.echo(f"{count} unit{'s' * (count > 1)} failed; the first error is\n  {error}", err=True)
         typer.echo(f"All errors are in {out / 'failed'}. Try again with\n  {_command()}", err=True)
         raise typer.Exit(1)
 
 
 @app.command("report")
 def report(
-    folder: Annotated[Path, typer.Argument(help="Of a sweep.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of the sweep.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="The page; by default report.html in the folder. Markdown and CSV lie beside it."),
+        typer.Option(
+            help="HTML page to write. Default: report.html in the folder. Markdown and CSV are put beside it."
+        ),
     ] = None,
 ) -> None:
-    """Sum a sweep up: shares with intervals and tests against plain generation, as a page, Markdown and CSV."""
+    """Summarize a sweep: shares with intervals and tests against plain generation, as HTML, Markdown and CSV.
+
+    Example: elakit sweep report results/animals
+    """
+    from elakit.files import check_path
+    from elakit.sweep.report import write
+
     if out is not None:
         check_path(out)
-    page = reports.write(folder, out)
+    page = write(folder, out)
     typer.echo(page.with_suffix(".md").read_text(encoding="utf-8"))
     typer.echo(f"Report: {page}")
 
 
+@app.command("score")
+def score(
+    folder: Annotated[Path | None, typer.Argument(help="Folder of a sweep that was run with --keep-images.")] = None,
+    scorers: Annotated[
+        list[str] | None,
+        typer.Option("--scorer", help="NAME or NAME=MODEL, see --list. May be given several times."),
+    ] = None,
+    device: Device = None,
+    show: Annotated[bool, typer.Option("--list", help="List the scorers with their default models, and exit.")] = False,
+) -> None:
+    """Score the kept images of a sweep, and add the scores to its table.
+
+    Example: elakit sweep score results/animals --scorer clip --scorer detector=google/owlv2-base-patch16
+    """
+    from tqdm.auto import tqdm
+
+    from elakit.sweep import SCORERS
+    from elakit.sweep import score as score_sweep
+
+    if show:
+        for kind in SCORERS.values():
+            typer.echo(f"{kind.name:10s}{kind.model or '(name a model)':42s}{kind.summary}")
+        return
+    if folder is None or not scorers:
+        raise SettingError(f"Give the folder of a sweep and at least one --scorer: {', '.join(SCORERS)}.")
+    with tqdm(unit="image", dynamic_ncols=True) as bar:
+
+        def show_progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        score_sweep(folder, scorers, device=device, on_progress=show_progress)
+    typer.echo(
+        f"Scores: {folder / 'scores'}. Summarize them with\n  {shlex.join(['elakit', 'sweep', 'report', str(folder)])}"
+    )
+
+
+@app.command("export")
+def export(
+    folder: Annotated[Path, typer.Argument(help="Folder of a sweep that was run with --keep-images.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: export in the folder.")] = None,
+) -> None:
+    """Export kept images in the layouts that T2I-CompBench, GenEval 2 and t2v_metrics read.
+
+    Example: elakit sweep export results/animals
+    """
+    from elakit.sweep import export_images
+
+    typer.echo(f"Export: {export_images(folder, out)}")
+
+
 @app.command("suites")
 def list_suites() -> None:
-    """List the suites of prompts."""
+    """List the suites of prompts, and the benchmarks that can be downloaded."""
+    from elakit.sweep import BENCHMARKS, SUITES
+
     for each in SUITES.values():
         prompts = each.build()
-        typer.echo(f"{each.name:18s}{len(prompts):4d}  {each.summary}, such as {prompts[0]!r}")
+        typer.echo(f"{each.name:22s}{len(prompts):4d}  {each.summary}, for example {prompts[0]!r}")
+    typer.echo("\nTo be downloaded; `elakit sweep run --suite NAME --out x` prints the commands:")
+    for benchmark in BENCHMARKS.values():
+        typer.echo(f"{benchmark.name:22s}      {benchmark.summary} ({benchmark.source}; license: {benchmark.license})")
+
+
+@app.command("methods")
+def list_methods() -> None:
+    """List the methods that a sweep can run, with the options for --set."""
+    from elakit.guidance import METHODS, method_options
+    from elakit.sweep.options import sweepable
+
+    for name in sweepable():
+        options = ", ".join(option.name for option in method_options(METHODS[name])) if name in METHODS else ""
+        typer.echo(f"{name:20s}{options}")
 
 
 def _seeds(text: str) -> list[int]:
     try:
         return [int(seed) for seed in text.split(",")]
     except ValueError:
-        raise SettingError(f"--seeds {text}: give whole numbers with commas between them, such as 1,3.") from None
+        raise SettingError(f"--seeds {text}: give whole numbers separated by commas, such as 1,3.") from None
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise SettingError(f"--shard {text}: write I/N with I from 1 to N, such as 1/3.")
+    return int(index), int(count)
+
+
+def _of_shard(units: Sequence[Unit], part: tuple[int, int]) -> list[Unit]:
+    from elakit.sweep import shard
+
+    return shard(units, *part)
 
 
 def _methods(text: str, settings: list[str]) -> list[tuple[str, dict[str, Any]]]:
-    """Methods with their options."""
+    """Parse the methods and their options."""
     chosen: dict[str, dict[str, Any]] = {name.strip(): {} for name in text.split(",") if name.strip()}
     for setting in settings:
         target, equals, value = setting.partition("=")
         method, dot, option = target.strip().partition(".")
         if not (equals and dot and option):
-            raise SettingError(f"--set {setting}: write method.option=value, such as ela.anchor.step_size=0.2.")
+            raise SettingError(f"--set {setting}: write METHOD.OPTION=VALUE, such as ela.anchor.step_size=0.2.")
         if method not in chosen:
-            raise SettingError(f"--set {setting}: {method!r} is not among --methods {text}; add it there.")
+            raise SettingError(f"--set {setting}: {method!r} is not among --methods {text}. Add it there.")
         if option in chosen[method]:
             raise SettingError(
-                f"--set {setting}: {option} of {method} is set twice; draw the second into the same folder afterwards."
+                f"--set {setting}: {method}.{option} is set twice. Run the second value into the same folder "
+                "afterwards."
             )
         chosen[method][option] = _value(value.strip())
     return list(chosen.items())
@@ -167,13 +277,21 @@ def _value(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return text  # such as gradient=raw
+        return text  # a bare word, such as gradient=raw
 
 
-def _check_places(model: str, detector: str | None, device: str | None, dtype: str | None, here: bool) -> None:
-    """Refuse, before any worker starts, what none could load; folders and devices of other machines are theirs."""
-    if here:
-        _check_name("--model", model, EMBEDDED)
+def _embedded() -> Iterable[str]:
+    from elakit.models import EMBEDDED
+
+    return EMBEDDED
+
+
+def _check_resources(model: str, detector: str | None, device: str | None, dtype: str | None, local: bool) -> None:
+    """Refuse what no worker could load, before any starts; folders and devices of other machines are not checked."""
+    from elakit.models import device_named
+
+    if local:
+        _check_name("--model", model, _embedded())
         if detector is not None:
             _check_name("--detector", detector, ())
         device_named(device)
@@ -182,41 +300,29 @@ def _check_places(model: str, detector: str | None, device: str | None, dtype: s
 
 
 def _check_name(option: str, name: str, embedded: Iterable[str]) -> None:
+    from elakit.models import HUB_ID
+
     if name not in embedded and not HUB_ID.fullmatch(name) and not Path(name).expanduser().is_dir():
         choices = ", ".join([*embedded, "a folder", "a hub id such as org/model"])
         raise ModelError(f"{option} {name}: there is no such model. Give one of {choices}.")
 
 
-def _images(units: list[Unit]) -> int:
+def _images(units: Sequence[Unit]) -> int:
     return sum(len(unit.seeds) for unit in units)
 
 
-def _kept(units: list[Unit], folder: Path) -> int:
-    return _images([unit for unit in units if there(folder, unit)])
+def _kept(units: Sequence[Unit], folder: Path, keep_images: bool) -> int:
+    from elakit.sweep.store import finished
+
+    return _images([unit for unit in units if finished(folder, unit, keep_images)])
 
 
 def _command() -> str:
     return shlex.join(["elakit", *sys.argv[1:]])
 
 
-@contextmanager
-def _executor(address: str | None) -> Iterator[Executor | None]:
-    """Dask's workers at an address; None without one."""
-    if address is None:
-        yield None
-        return
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise SettingError(
-            "--dask needs dask.distributed, which is not installed. Get it with  pip install 'elakit[dask]'"
-        ) from error
-    try:
-        client = Client(address)
-    except (OSError, ValueError) as error:
-        raise SettingError(
-            f"--dask {address}: no scheduler answers there ({error}). Start one with  dask scheduler  and give the "
-            "address it prints."
-        ) from error
-    with client:
-        yield client.get_executor()
+def _executor(address: str | None) -> AbstractContextManager[Any]:
+    """Executor on the workers of a Dask scheduler; None without an address."""
+    from elakit.sweep.workers import dask_executor
+
+    return nullcontext() if address is None else dask_executor(address)

@@ -1,44 +1,146 @@
-"""The folder of a sweep: settings, one Parquet file a finished unit, one note a failed one.
+"""Files of a sweep: its settings, one Parquet file per finished unit, one JSON note per failed unit, and images.
 
-Every file is written to a temporary name and renamed, so that whatever is killed leaves whole files only.
+Every file is written under a temporary name and renamed, so that an interrupted sweep leaves complete files only.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.dataset
 import pyarrow.parquet
 
 from elakit.errors import OutputError, SettingError
-from elakit.files import write_file
+from elakit.files import read_json, write_file, write_json
+from elakit.prompt import Prompt
 from elakit.sweep.units import Unit
 
-_TEXT, _WHOLE, _NUMBER, _YES = pa.string(), pa.int64(), pa.float64(), pa.bool_()
+_TEXT, _INTEGER, _NUMBER, _BOOLEAN = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 SCHEMA = pa.schema(
     {
-        "prompt": _TEXT, "suite": _TEXT, "seed": _WHOLE, "method": _TEXT, "options": _TEXT,
-        "success": _YES, "neglect": _YES, "mixture": _YES, "wrong_color": _YES, "extra": _WHOLE,
-        "present": _NUMBER, "score": _NUMBER,
+        "prompt": _TEXT, "suite": _TEXT, "seed": _INTEGER, "method": _TEXT, "options": _TEXT,
+        "success": _BOOLEAN, "neglect": _BOOLEAN, "mixture": _BOOLEAN, "wrong_color": _BOOLEAN, "blocked": _BOOLEAN,
+        "extra": _INTEGER, "present": _NUMBER, "score": _NUMBER,
         "bleed": _NUMBER, "intrusion": _NUMBER, "spill": _NUMBER, "ruzicka": _NUMBER, "attribute_bleed": _NUMBER,
-        "loss_first": _NUMBER, "loss_last": _NUMBER, "skipped": _WHOLE, "refinements": _WHOLE, "seconds": _NUMBER,
-        "model": _TEXT, "steps": _WHOLE, "guidance_scale": _NUMBER, "device": _TEXT, "dtype": _TEXT,
-        "detector": _TEXT, "key": _TEXT, "features": pa.list_(pa.float32()),
+        "loss_first": _NUMBER, "loss_last": _NUMBER, "skipped": _INTEGER, "refinements": _INTEGER, "seconds": _NUMBER,
+        "model": _TEXT, "steps": _INTEGER, "guidance_scale": _NUMBER, "device": _TEXT, "dtype": _TEXT,
+        "detector": _TEXT, "key": _TEXT, "parsed": _TEXT, "features": pa.list_(pa.float32()),
     }
 )  # fmt: skip
-# Settings that images are compared within, and what tells an image from every other.
-SETTINGS = ("model", "detector", "device", "dtype", "steps", "guidance_scale")
+# Settings within which images are compared, and the columns that identify an image. The device is not among them: the
+# noise is the same on every device.
+SETTINGS = ("model", "detector", "dtype", "steps", "guidance_scale")
 IMAGE = ("suite", "prompt", "seed", *SETTINGS)
 IDENTITY = (*IMAGE, "method", "options")
 
 
-def table(folder: str | Path) -> pd.DataFrame:
-    """All images of a sweep, one a row, in an order that does not depend on when each was drawn.
+@dataclass(frozen=True)
+class Result:
+    """The rows of a finished unit, and its images as PNG by seed if images are kept."""
+
+    rows: pa.Table
+    images: dict[int, bytes] = field(default_factory=dict)
+
+
+def table(folder: str | Path, scores: bool = True) -> pd.DataFrame:
+    """Read all images of a sweep, one per row, in an order that does not depend on when each was generated.
+
+    Parameters
+    ----------
+    folder : str or Path
+    scores : bool
+        Join the columns of `elakit.sweep.score`.
+
+    Returns
+    -------
+    DataFrame
+        Columns prompt, suite, seed, method, options (JSON); the verdict of the judge: success, neglect, mixture,
+        wrong_color, extra (number of superfluous things), present (share of the entities), score (mean detection
+        score); blocked (the safety checker replaced the image, which is therefore not judged); bleed, intrusion,
+        spill, ruzicka, attribute_bleed (means over steps and entities); loss_first, loss_last, skipped, refinements
+        (of the guidance); seconds (generation time per image); model, steps, guidance_scale, device, dtype, detector;
+        key (of the unit); parsed (the prompt as JSON, see `parsed_prompt`); features (`elakit.prediction.features`,
+        share by share). Unknown values are missing. An image that two units have in common appears once.
+
+    Raises
+    ------
+    OutputError
+        The folder contains no finished unit, or a file that cannot be read; the message names the files.
+    """
+    folder = Path(folder)
+    paths = sorted((folder / "units").glob("*.parquet"))
+    if not paths:
+        raise OutputError(
+            f"{folder} contains no finished unit of a sweep. Generate some with  elakit sweep run --out {folder}"
+        )
+    tables, broken = [], {}
+    for path in paths:
+        try:
+            tables.append(_read(path))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            broken[path.name] = (str(error).splitlines() or [""])[0]
+    if broken:
+        raise OutputError(
+            f"{len(broken)} of {len(paths)} units in {folder / 'units'} cannot be read: {', '.join(broken)} "
+            f"({next(iter(broken.values()))}). Delete these files and run the sweep again to generate the units again."
+        )
+    kinds = {_INTEGER: pd.Int64Dtype(), _BOOLEAN: pd.BooleanDtype()}
+    frame: pd.DataFrame = pa.concat_tables(tables).to_pandas(types_mapper=kinds.get)
+    frame = frame.sort_values([*IDENTITY, "key"], kind="stable").drop_duplicates(list(IDENTITY))
+    return _with_scores(folder, frame.reset_index(drop=True)) if scores else frame.reset_index(drop=True)
+
+
+def score_file(folder: Path, scorer: str) -> Path:
+    """Path of the scores of a scorer."""
+    return folder / "scores" / f"{scorer}.parquet"
+
+
+def parsed_prompt(text: str) -> Prompt:
+    """Prompt of a row of the table, from its column "parsed".
+
+    Raises
+    ------
+    OutputError
+        The text does not contain a prompt, as in sweeps of older releases.
+    """
+    try:
+        return Prompt.from_dict(json.loads(text))
+    except (TypeError, ValueError, KeyError) as error:
+        raise OutputError(
+            "The sweep does not contain the parsed prompts. Run it again into a new folder with this release."
+        ) from error
+
+
+def _with_scores(folder: Path, frame: pd.DataFrame) -> pd.DataFrame:
+    for path in sorted((folder / "scores").glob("*.parquet")):
+        try:
+            scores = pyarrow.parquet.read_table(path, partitioning=None).to_pandas().drop(columns="model")
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise OutputError(
+                f"The scores in {path} cannot be read: {error}. Delete the file and score again."
+            ) from error
+        frame = frame.merge(scores, on=["key", "seed"], how="left")
+    return frame
+
+
+def _read(path: Path) -> pa.Table:
+    """Read a unit; columns that an older release did not write are empty."""
+    rows = pa.parquet.read_table(path, partitioning=None)
+    columns = [
+        rows.column(name).cast(kind) if name in rows.column_names else pa.nulls(len(rows), kind)
+        for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True)
+    ]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def check_folder(folder: str | Path) -> Path:
+    """Refuse, before any work is done, a path that cannot become a folder of results.
 
     Parameters
     ----------
@@ -46,37 +148,41 @@ def table(folder: str | Path) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame
-        Columns prompt, suite, seed, method, options (JSON); what the judge says: success, neglect, mixture,
-        wrong_color, extra (things too many), present (share of the entities), score (mean of the things', how clean
-        the drawing is); bleed, intrusion, spill, ruzicka, attribute_bleed (means over steps and entities); loss_first,
-        loss_last, skipped, refinements (of the guidance); seconds (of drawing an image); model, steps,
-        guidance_scale, device, dtype, detector; key (of the unit); features (`elakit.prediction.features`, share by
-        share). Empty where there is nothing to say. An image that two units have in common is there once.
+    Path
+        Absolute path.
 
     Raises
     ------
     OutputError
-        The folder holds no finished unit, or a file that cannot be read.
+        The path is a file, is not valid text, is too long, or cannot be accessed.
+
+    Examples
+    --------
+    >>> check_folder("x" * 300)
+    Traceback (most recent call last):
+    ...
+    elakit.errors.OutputError: The folder ... cannot be used: File name too long. ...
     """
-    folder = Path(folder)
-    paths = sorted((folder / "units").glob("*.parquet"))
-    if not paths:
-        raise OutputError(f"{folder} holds no finished unit of a sweep; draw one with elakit sweep run --out {folder}.")
+    shown = ascii(str(folder))
     try:
-        rows = pa.dataset.dataset([str(path) for path in paths], schema=SCHEMA, format="parquet").to_table()
-    except (pa.ArrowException, OSError) as error:
-        raise OutputError(
-            f"A unit in {folder} cannot be read ({str(error).splitlines()[0]}). Delete that file and run the sweep "
-            "again: it is drawn anew."
-        ) from error
-    frame: pd.DataFrame = rows.to_pandas(types_mapper={_WHOLE: pd.Int64Dtype(), _YES: pd.BooleanDtype()}.get)
-    frame = frame.sort_values([*IDENTITY, "key"], kind="stable").drop_duplicates(list(IDENTITY))
-    return frame.reset_index(drop=True)
+        str(folder).encode()
+        path = Path(folder).expanduser().absolute()
+        with suppress(FileNotFoundError):
+            path.lstat()
+            if not path.is_dir():
+                raise OutputError(f"The folder {shown} cannot be used: it is a file. Choose another name.")
+    except UnicodeEncodeError:
+        raise OutputError(f"The folder {shown} cannot be used: its name is not valid UTF-8. Choose another.") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, OutputError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"The folder {shown} cannot be used: {reason}. Choose another one.") from error
+    return path
 
 
 def prepare(folder: str | Path, units: Sequence[Unit]) -> Path:
-    """Make the folder; note in ``sweep.json``, once, what the first sweep into it was of.
+    """Create the folder and describe the first sweep written to it in ``sweep.json``.
 
     Raises
     ------
@@ -87,51 +193,74 @@ def prepare(folder: str | Path, units: Sequence[Unit]) -> Path:
     try:
         for name in ("units", "failed"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        described = (folder / "sweep.json").exists()
+    except (OSError, ValueError) as error:
         raise OutputError(
-            f"The sweep cannot be kept in {folder}: {error.strerror or error}. Give a folder you may write to."
+            f"The sweep cannot be written to {str(folder)!a}: {getattr(error, 'strerror', None) or error}. Choose a "
+            "folder that you may write to."
         ) from error
-    if not (folder / "sweep.json").exists():
-        write_file(folder / "sweep.json", json.dumps(_describe(units), indent=1).encode())
+    if not described:
+        write_json(folder / "sweep.json", _describe(units))
     return folder
 
 
-def there(folder: str | Path, unit: Unit) -> bool:
-    """Whether a unit is finished."""
-    return (Path(folder) / "units" / f"{unit.key}.parquet").exists()
+def finished(folder: str | Path, unit: Unit, keep_images: bool = False) -> bool:
+    """Whether a unit is finished, with its images if these are to be kept."""
+    done = (Path(folder) / "units" / f"{unit.key}.parquet").exists()
+    return done and (not keep_images or all(image_path(folder, unit.key, seed).exists() for seed in unit.seeds))
 
 
-def as_table(unit: Unit, rows: Sequence[dict[str, Any]]) -> pa.Table:
-    """A unit's rows in the table's columns; those that a row lacks are empty.
+def image_path(folder: str | Path, key: str, seed: int) -> Path:
+    """Path of a kept image."""
+    return Path(folder) / "images" / f"{key}-{seed}.png"
+
+
+def as_result(unit: Unit, rows: Sequence[dict[str, Any]]) -> Result:
+    """Convert a unit's rows to the columns of the table; columns that a row lacks are empty.
 
     Raises
     ------
     SettingError
-        The rows are not one a seed.
+        There is not one row per seed.
     """
     if [row["seed"] for row in rows] != list(unit.seeds):
-        raise SettingError(f"Seeds {list(unit.seeds)} were drawn as {[row['seed'] for row in rows]}; one row a seed.")
-    return pa.Table.from_pylist(list(rows), schema=SCHEMA)
+        raise SettingError(
+            f"The unit has the seeds {list(unit.seeds)}, but its rows have {[row['seed'] for row in rows]}. Return one "
+            "row per seed, in this order."
+        )
+    images = {row["seed"]: row["png"] for row in rows if "png" in row}
+    plain = [{name: value for name, value in row.items() if name != "png"} for row in rows]
+    return Result(pa.Table.from_pylist(plain, schema=SCHEMA), images)
 
 
-def keep(folder: Path, unit: Unit, rows: pa.Table) -> None:
-    """Write a finished unit, and forget that it failed before."""
+def save(folder: Path, unit: Unit, result: Result) -> None:
+    """Write a finished unit, its images first, and remove the note of an earlier failure."""
+    if result.images:
+        (folder / "images").mkdir(exist_ok=True)
+    for seed, content in result.images.items():
+        write_file(image_path(folder, unit.key, seed), content)
     sink = pa.BufferOutputStream()
-    pa.parquet.write_table(rows, sink)
+    pa.parquet.write_table(result.rows, sink)
     write_file(folder / "units" / f"{unit.key}.parquet", sink.getvalue().to_pybytes())
     (folder / "failed" / f"{unit.key}.json").unlink(missing_ok=True)
 
 
-def note(folder: Path, unit: Unit, error: str, details: str = "") -> None:
-    """Write down why a unit failed."""
-    said = {**unit.labels(), "seeds": unit.seeds, "error": error, "details": details}
-    write_file(folder / "failed" / f"{unit.key}.json", json.dumps(said, indent=1).encode())
+def note_failure(folder: Path, unit: Unit, error: str, details: str = "") -> None:
+    """Write a note that says why a unit failed."""
+    note = {**unit.labels(), "seeds": unit.seeds, "error": error, "details": details}
+    write_json(folder / "failed" / f"{unit.key}.json", note)
 
 
 def failures(folder: str | Path) -> dict[str, str]:
-    """Key and error of each unit that failed."""
-    paths = sorted((Path(folder) / "failed").glob("*.json"))
-    return {path.stem: json.loads(path.read_text(encoding="utf-8"))["error"] for path in paths}
+    """Key and error of each failed unit."""
+    return {path.stem: _error(path) for path in sorted((Path(folder) / "failed").glob("*.json"))}
+
+
+def _error(path: Path) -> str:
+    try:
+        return str(read_json(path)["error"])
+    except (OutputError, KeyError, TypeError) as error:
+        return f"The unit failed, and its note {path} cannot be read: {error}"
 
 
 def _describe(units: Iterable[Unit]) -> dict[str, Any]:
@@ -142,7 +271,7 @@ def _describe(units: Iterable[Unit]) -> dict[str, Any]:
     for unit in units:
         suites.setdefault(unit.suite, set()).add(unit.prompt)
     methods = dict.fromkeys((unit.method, unit.options) for unit in units)
-    single = ("model", "steps", "guidance_scale", "device", "dtype", "detector")
+    single = ("model", "steps", "guidance_scale", "dtype", "detector")
     return {
         "elakit": __version__,
         "suites": {name: len(prompts) for name, prompts in suites.items()},

@@ -1,56 +1,55 @@
-"""Run a sweep: hand units to workers, keep what they draw, and go on where an earlier sweep was ended."""
+"""Run a sweep: distribute units to workers, store their results, and resume an interrupted sweep."""
 
 from __future__ import annotations
 
+import os
+import sys
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import torch
-
+from elakit import checks
 from elakit.errors import OutputError, SettingError
 from elakit.sweep import store
-from elakit.sweep.drawing import draw
-from elakit.sweep.store import table
-from elakit.sweep.units import Unit, plan
-from elakit.sweep.workers import Borrowed, Pool, Workers, default_workers
+from elakit.sweep.generation import generate_unit
+from elakit.sweep.units import Unit
+from elakit.sweep.units import shard as select_shard
+from elakit.sweep.workers import Borrowed, Pool, Workers, default_workers, visible_gpus
 
-__all__ = ["Outcome", "Unit", "draw", "plan", "run", "table"]
+Generate = Callable[..., list[dict[str, Any]]]
 
-Draw = Callable[[Unit], list[dict[str, Any]]]
-
-REDRAWS = 3  # of a unit whose workers die
-GIVEN_UP = 2  # units given up in a row for that, with nothing drawn in between: then it is not the units
+RETRIES = 3  # of a unit whose worker died
+GIVEN_UP = 2  # consecutive units given up, without a finished one in between, after which the sweep ends
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call of `run` did.
+    """The result of a call of `run`.
 
     Attributes
     ----------
-    there : int
-        Units that were finished before.
-    drawn : int
-        Units that it finished.
+    earlier : int
+        Number of units that were finished before the call.
+    generated : int
+        Number of units that the call finished.
     failed : dict of str to str
-        Key and error of those that failed; they are tried again by the next call.
+        Key and error of each failed unit. The next call tries them again.
     """
 
-    there: int
-    drawn: int = 0
+    earlier: int
+    generated: int = 0
     failed: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """An error as text: an exception itself may be one that no other process can load."""
+    """An error as text, because an exception may not be loadable in another process."""
 
     error: str
     details: str = ""
@@ -63,33 +62,41 @@ def run(
     *,
     workers: int | None = None,
     threads: int | None = None,
-    draw: Draw = draw,
+    shard: tuple[int, int] | None = None,
+    keep_images: bool = False,
+    generate: Generate = generate_unit,
     on_progress: Callable[[int, int], object] | None = None,
 ) -> Outcome:
-    """Draw the units that a folder does not hold yet, and keep them there.
+    """Generate the units that a folder does not contain yet, and store them there.
 
-    A unit that raises is noted in ``failed/`` and tried again by the next call. A worker process that dies is replaced,
-    and what was being drawn is drawn again, one unit at a time, each at most three times. The same threads, device and
-    batches give the same table, however often a sweep was ended and taken up again, the seconds aside.
+    A unit that raises an exception is noted in ``failed/`` and tried again by the next call. A worker process that dies
+    is replaced; the units it was working on are repeated one at a time, each at most three times. With the same number
+    of threads, device and batches, the table is the same however often the sweep was interrupted, except for the times.
 
     Parameters
     ----------
     units : iterable of Unit
         From `plan`.
     folder : str or Path
-        Made where it is not there. Sweeps of other settings may share it: their units have other keys.
+        Folder of the sweep, created if necessary. Sweeps with other settings may share it: their units have other keys.
     executor : concurrent.futures.Executor, optional
-        Draws them, such as ``distributed.Client(address).get_executor()``; it needs no access to the folder. Default:
-        processes of this machine (so a script that calls this needs ``if __name__ == "__main__":``).
+        Executor that generates the units, such as ``distributed.Client(address).get_executor()``. It needs no access to
+        the folder. By default, processes are started on this machine, so a script that calls this function needs
+        ``if __name__ == "__main__":``.
     workers : int, optional
-        How many; by default the number of processors over `threads`, and 1 where a GPU draws. For an `executor`: how
-        many units it is handed at a time, by default all.
+        Number of processes: by default one per GPU, pinned to it, or the number of processors divided by `threads`.
+        With an `executor`: the number of units submitted at a time, by default all.
     threads : int, optional
-        Of torch, in each worker; default: 1 in our own workers, and left alone in those of an `executor`.
-    draw : callable
-        Gives the rows of a unit; a function at the top of a module, for workers to find it.
+        Number of torch threads per worker: by default 1 in processes started here; an `executor`'s stay unchanged.
+    shard : (int, int), optional
+        Index, from 1, and number of shards: only the units of this shard are generated. See `elakit.sweep.shard`.
+    keep_images : bool
+        Store every image as PNG in ``images/``. Units that were finished without images are generated again.
+    generate : callable
+        Returns the rows of a unit; it must be importable by the workers. With `keep_images`, it is called with
+        ``keep_images=True``.
     on_progress : callable, optional
-        Called with (images done, images in all) at the start and whenever a unit is done; failed ones count.
+        Called with (images done, images in total) at the start and after each unit; failed units count as done.
 
     Returns
     -------
@@ -98,75 +105,78 @@ def run(
     Raises
     ------
     SettingError
-        A number outside its range.
+        A number is out of range.
     OutputError
-        The folder cannot be written to; the workers die whatever they are given.
+        The folder cannot be written to, or the workers die on every unit.
 
     Examples
     --------
     >>> from concurrent.futures import ThreadPoolExecutor
     >>> from tempfile import TemporaryDirectory
+    >>> from elakit.sweep import plan, table
     >>> def pretend(unit):
     ...     return [{**unit.labels(), "seed": seed, "success": seed > 1} for seed in unit.seeds]
     >>> with TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
-    ...     outcome = run(plan(["a cat and a lion"], [1, 3]), folder, pool, draw=pretend)
+    ...     outcome = run(plan(["a cat and a lion"], [1, 3]), folder, pool, generate=pretend)
     ...     found = table(folder)
     >>> outcome
-    Outcome(there=0, drawn=2, failed={})
+    Outcome(earlier=0, generated=2, failed={})
     >>> found[["seed", "method", "success"]].values.tolist()
     [[1, 'ela', False], [1, 'plain', False], [3, 'ela', True], [3, 'plain', True]]
     """
     for name, value in (("workers", workers), ("threads", threads)):
-        if value is not None and value < 1:
-            raise SettingError(f"{name}={value}: must be 1 or more.")
+        if value is not None:
+            checks.whole_number(value, name, 1)
     every = list(dict.fromkeys(units))
     if not every:
-        raise SettingError("There is no unit to draw; see elakit.sweep.plan.")
+        raise SettingError("There is no unit to generate. Create units with elakit.sweep.plan.")
+    mine = every if shard is None else select_shard(every, *shard)
     folder = store.prepare(folder, every)
-    missing = [unit for unit in every if not store.there(folder, unit)]
-    total = sum(len(unit.seeds) for unit in every)
+    missing = [unit for unit in mine if not store.finished(folder, unit, keep_images)]
+    total = sum(len(unit.seeds) for unit in mine)
     done = total - sum(len(unit.seeds) for unit in missing)
     report = on_progress or (lambda done, total: None)
     report(done, total)
     if not missing:
-        return Outcome(len(every))
+        return Outcome(len(mine))
     crew: Workers
     if executor is None:
-        threads = threads or 1
-        crew = Pool(min(len(missing), workers or default_workers(every[0].device, threads)))
+        threads, device = threads or 1, every[0].device
+        crew = Pool(min(len(missing), workers or default_workers(device, threads)), visible_gpus(device))
     else:
         crew = Borrowed(executor, workers)
-    drawn, failed = 0, dict[str, str]()
-    with crew, closing(_results(missing, crew, draw, threads)) as results:
+    call = partial(generate, keep_images=True) if keep_images else generate
+    generated, failed = 0, dict[str, str]()
+    with crew, closing(_results(missing, crew, call, threads)) as results:
         for unit, result in results:
             if isinstance(result, _Failure):
-                store.note(folder, unit, result.error, result.details)
+                store.note_failure(folder, unit, result.error, result.details)
                 failed[unit.key] = result.error
             else:
-                store.keep(folder, unit, result)
-                drawn += 1
+                store.save(folder, unit, result)
+                generated += 1
             done += len(unit.seeds)
             report(done, total)
-    return Outcome(len(every) - len(missing), drawn, failed)
+    return Outcome(len(mine) - len(missing), generated, failed)
 
 
 def _results(
-    units: Iterable[Unit], crew: Workers, draw: Draw, threads: int | None
-) -> Generator[tuple[Unit, pa.Table | _Failure], None, None]:
-    """Each unit with what came of it, as it comes."""
+    units: Iterable[Unit], crew: Workers, generate: Generate, threads: int | None
+) -> Generator[tuple[Unit, store.Result | _Failure], None, None]:
+    """Yield each unit with its result, as soon as it is available."""
     waiting, suspects = deque(units), deque[Unit]()
-    running: dict[Future[pa.Table | _Failure], Unit] = {}
+    running: dict[Future[store.Result | _Failure], Unit] = {}
     deaths = Counter[str]()
     given_up, broken = 0, False
 
-    def hand_out() -> None:
-        # What was being drawn when a worker died is drawn alone: if one dies again, it is known which unit did it.
+    def submit() -> None:
+        # Units that were running when a worker died run alone: if a worker dies again, the unit responsible is known.
         while waiting or suspects:
             alone = bool(suspects) or any(deaths[unit.key] for unit in running.values())
             if running and (alone or len(running) == crew.width):
                 return
             queue = suspects or waiting
-            running[crew.submit(_call, draw, queue[0], threads)] = queue[0]
+            running[crew.submit(_call, generate, queue[0], threads)] = queue[0]
             queue.popleft()
 
     try:
@@ -176,7 +186,7 @@ def _results(
                     crew.replace()
                     broken = False
                 if not broken:
-                    hand_out()
+                    submit()
             except BrokenExecutor:
                 broken = True
             wait(running, return_when=FIRST_COMPLETED)
@@ -188,32 +198,40 @@ def _results(
                 except BrokenExecutor:
                     broken = True
                     deaths[unit.key] += 1
-                    if deaths[unit.key] <= REDRAWS:
+                    if deaths[unit.key] <= RETRIES:
                         suspects.append(unit)
                         continue
                     given_up += 1
-                    result = _Failure(f"The worker process died {REDRAWS + 1} times: out of memory, perhaps.")
-                except Exception as error:  # of a borrowed executor, such as Dask's KilledWorker
+                    result = _Failure(f"The worker process died {RETRIES + 1} times, possibly for lack of memory.")
+                except Exception as error:  # of the caller's executor, such as Dask's KilledWorker
                     result = _failure(error)
                 yield unit, result
                 if given_up == GIVEN_UP:
                     raise OutputError(
-                        f"The workers died each time they drew {GIVEN_UP} units in a row. Use fewer workers if memory "
-                        'is short; a script that calls run needs `if __name__ == "__main__":`.'
+                        f"The workers died on {GIVEN_UP} units in a row. Use fewer workers if memory is short. A "
+                        'script that calls run needs `if __name__ == "__main__":`.'
                     )
     finally:
         for future in running:
             future.cancel()
 
 
-def _call(draw: Draw, unit: Unit, threads: int | None) -> pa.Table | _Failure:
-    """What a worker does."""
+def _call(generate: Generate, unit: Unit, threads: int | None) -> store.Result | _Failure:
+    """Generate a unit in a worker."""
     if threads is not None:
-        torch.set_num_threads(threads)
+        _set_threads(threads)
     try:
-        return store.as_table(unit, draw(unit))
-    except Exception as error:  # a unit that fails must not end the sweep
+        return store.as_result(unit, generate(unit))
+    except Exception as error:  # a failing unit must not end the sweep
         return _failure(error)
+
+
+def _set_threads(threads: int) -> None:
+    """Set the number of torch threads, without importing torch in a worker that does not need it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+    else:
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)  # read when torch is imported
 
 
 def _failure(error: Exception) -> _Failure:

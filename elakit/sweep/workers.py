@@ -1,32 +1,34 @@
-"""Worker processes of a sweep: replaced when one dies, and gone when the sweep is."""
+"""Workers of a sweep: processes of this machine, which are replaced when one dies, or an executor such as Dask's."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from threading import Thread
 from types import TracebackType
 from typing import Any, Protocol
 
-import torch
+from elakit.errors import OutputError, SettingError
 
-from elakit.errors import OutputError
+WAIT = 30  # seconds that a Dask scheduler may take to get its first worker
 
 
 class Workers(Protocol):
-    """What a sweep asks of those that draw for it."""
+    """The interface between a sweep and its workers."""
 
-    width: int | None  # units that are handed out at a time; None: all
+    width: int | None  # units submitted at a time; None: all
 
     def submit(self, call: Any, *arguments: Any) -> Future[Any]:
-        """Have a call made; raises `concurrent.futures.BrokenExecutor` once a worker has died."""
+        """Submit a call; raises `concurrent.futures.BrokenExecutor` once a worker has died."""
         ...
 
     def replace(self) -> None:
-        """New workers for those that broke."""
+        """Start new workers in place of broken ones."""
         ...
 
     def __enter__(self) -> Workers: ...
@@ -35,23 +37,27 @@ class Workers(Protocol):
 
 
 class Pool:
-    """Worker processes of our own, each started afresh ("spawn"), because a forked copy of torch's threads hangs.
+    """Worker processes started with "spawn", because a forked copy of torch's threads hangs.
 
     Parameters
     ----------
     workers : int
+        Number of processes.
+    gpus : sequence of str
+        Entries of ``CUDA_VISIBLE_DEVICES``. Each process sees one of them, in turn; without any, all see everything.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, gpus: Sequence[str] = ()) -> None:
         self.width: int | None = workers
+        self._gpus = tuple(gpus)
         self._open()
 
     def submit(self, call: Any, *arguments: Any) -> Future[Any]:
-        """Have a call made by a free worker."""
+        """Submit a call to the next free worker."""
         return self._executor.submit(call, *arguments)
 
     def replace(self) -> None:
-        """New workers for those that broke; the others of a broken pool end with it."""
+        """Start new workers; the remaining workers of a broken pool are ended."""
         self._close(at_once=True)
         self._open()
 
@@ -64,7 +70,10 @@ class Pool:
     def _open(self) -> None:
         context = multiprocessing.get_context("spawn")
         theirs, self._ours = context.Pipe(duplex=False)
-        self._executor = ProcessPoolExecutor(self.width, mp_context=context, initializer=_prepare, initargs=(theirs,))
+        started = context.Value("i", 0)
+        self._executor = ProcessPoolExecutor(
+            self.width, mp_context=context, initializer=_prepare, initargs=(theirs, started, self._gpus)
+        )
 
     def _close(self, at_once: bool) -> None:
         if at_once:
@@ -74,25 +83,34 @@ class Pool:
 
 
 class Borrowed:
-    """An executor that somebody else started and will shut down.
+    """An executor that the caller started and shuts down.
 
     Parameters
     ----------
     executor : concurrent.futures.Executor
     width : int, optional
+        Units submitted at a time; by default all.
+
+    Raises
+    ------
+    SettingError
+        It is a Dask executor without workers, or with workers of more than one thread.
     """
 
     def __init__(self, executor: Executor, width: int | None = None) -> None:
+        client = getattr(executor, "_client", None)  # of a Dask executor
+        if client is not None and hasattr(client, "nthreads"):
+            check_dask_workers(client)
         self.executor, self.width = executor, width
 
     def submit(self, call: Any, *arguments: Any) -> Future[Any]:
-        """Hand a call on."""
+        """Submit a call."""
         return self.executor.submit(call, *arguments)
 
     def replace(self) -> None:
-        """It cannot be replaced from here."""
+        """Raise an error, because the executor cannot be restarted from here."""
         raise OutputError(
-            f"The workers of {type(self.executor).__name__} died. Finished units are kept; run the sweep again with a "
+            f"The workers of {type(self.executor).__name__} died. Finished units are kept. Run the sweep again with a "
             "new executor."
         )
 
@@ -103,25 +121,117 @@ class Borrowed:
         pass
 
 
+@contextmanager
+def dask_executor(address: str, wait: float = WAIT) -> Iterator[Executor]:
+    """Connect to a Dask scheduler and yield an executor that submits to its workers.
+
+    Parameters
+    ----------
+    address : str
+        Such as "tcp://host:8786".
+    wait : float
+        Seconds to wait for the first worker.
+
+    Raises
+    ------
+    SettingError
+        Dask is not installed, no scheduler answers, the scheduler has no worker, or a worker has several threads.
+    """
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise SettingError(
+            "--dask needs dask.distributed, which is not installed. Install it with  pip install 'elakit[dask]'"
+        ) from error
+    try:
+        client = Client(address)
+    except (OSError, ValueError) as error:
+        raise SettingError(
+            f"--dask {address}: no scheduler answers at this address ({error}). Start one with  dask scheduler  and "
+            "use the address it prints."
+        ) from error
+    with client:
+        check_dask_workers(client, wait)
+        yield client.get_executor()
+
+
+def check_dask_workers(client: Any, wait: float = WAIT) -> None:
+    """Refuse a Dask cluster without workers, or whose workers run several units at once.
+
+    A pipeline is recorded and guided through hooks, so a process generates one unit at a time; further threads of a
+    worker would only wait.
+
+    Parameters
+    ----------
+    client : distributed.Client
+    wait : float
+        Seconds to wait for the first worker.
+
+    Raises
+    ------
+    SettingError
+        There is no worker, or a worker has more than one thread.
+    """
+    try:
+        client.wait_for_workers(1, timeout=wait)
+    except TimeoutError:
+        raise SettingError(
+            f"The Dask scheduler at {client.scheduler.address} has no worker, also not after {wait:g} s. Start workers "
+            f"with  dask worker {client.scheduler.address} --nthreads 1  and try again."
+        ) from None
+    if wide := {address: threads for address, threads in client.nthreads().items() if threads > 1}:
+        address, threads = next(iter(wide.items()))
+        raise SettingError(
+            f"The Dask worker {address} has {threads} threads, but a process generates one unit at a time. Start "
+            "workers with  dask worker ... --nworkers N --nthreads 1"
+        )
+
+
+def visible_gpus(device: str | None) -> tuple[str, ...]:
+    """GPUs to distribute workers over, as entries of ``CUDA_VISIBLE_DEVICES``.
+
+    Parameters
+    ----------
+    device : str or None
+        None or "cuda" selects all GPUs; a device with a number, such as "cuda:1", or another kind selects none.
+    """
+    if device not in (None, "cuda"):
+        return ()
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    count = torch.cuda.device_count()
+    return tuple(named[:count]) if named else tuple(map(str, range(count)))
+
+
 def default_workers(device: str | None, threads: int) -> int:
-    """One where a GPU draws; else as many as the processor has room for.
+    """Return the default number of workers: one per GPU, else the number of processors divided by `threads`.
 
     Examples
     --------
-    >>> default_workers("cuda", 4), default_workers("cpu", 10_000)
+    >>> default_workers("cuda:0", 4), default_workers("cpu", 10_000)
     (1, 1)
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return 1 if device.startswith("cuda") else max(1, (os.cpu_count() or 1) // threads)
+    if gpus := visible_gpus(device):
+        return len(gpus)
+    if device is not None and not device.startswith("cpu"):
+        return 1
+    return max(1, (os.cpu_count() or 1) // threads)
 
 
-def _prepare(sweep: Connection) -> None:
-    """Begin a worker: the sweep alone answers Ctrl-C, and its end, be it by SIGKILL, ends the worker too."""
+def _prepare(sweep: Connection, started: Any, gpus: tuple[str, ...]) -> None:
+    """Initialize a worker: choose its GPU, leave Ctrl-C to the sweep, and end with the sweep, even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=_leave_with, args=(sweep,), daemon=True).start()
+    if gpus:
+        with started.get_lock():
+            number = started.value
+            started.value += 1
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]  # before CUDA is initialized in this process
+    Thread(target=_end_with, args=(sweep,), daemon=True).start()
 
 
-def _leave_with(sweep: Connection) -> None:
-    sweep.poll(None)  # nothing is ever sent: it returns when the other end is closed
+def _end_with(sweep: Connection) -> None:
+    sweep.poll(None)  # nothing is ever sent: poll returns when the other end is closed
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Checkpoints: guidance that keeps less and computes it again steps the same way, and leaves the model as it was."""
+"""Gradient checkpointing: guidance takes the same steps with less memory, and the model is unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from elakit.models import adapter_for
 
 PAIR = "a [red car] and a [blue bird]"
 HALVES = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
-FEW: dict[str, dict[str, Any]] = {  # passes, where there would be many
+FEW: dict[str, dict[str, Any]] = {  # fewer passes
     "ela": {"anchor": LatentStep(start=0)},
     "layout-guidance": {"regions": HALVES, "guided": 0.5, "iterations": 2},
     "boxdiff": {"regions": HALVES},
@@ -35,7 +35,7 @@ def switches(pipe: Any) -> dict[str, tuple[Any, Any]]:
     }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "regional-attention"])  # it takes no gradient
 def test_every_method_moves_the_latents_as_without(name: str) -> None:
     pipe = tiny_pipeline(torch.float64)
     method = METHODS[name](**FEW.get(name, {}))
@@ -48,14 +48,14 @@ def test_every_method_moves_the_latents_as_without(name: str) -> None:
     for column in ("loss", "moved"):
         assert frame[column].tolist() == pytest.approx(wanted[column].tolist(), rel=1e-6)
     assert np.abs(np.asarray(run.image, int) - np.asarray(plain.image, int)).max() <= 1
-    assert run.recording.steps == plain.recording.steps  # what is computed again is not recorded
+    assert run.recording.steps == plain.recording.steps  # recomputed layers are not recorded
     np.testing.assert_allclose(run.entity_maps(), plain.entity_maps(), atol=1e-3)
 
 
 def kept(at: tuple[Any, ...]) -> int:
-    """Bytes that a gradient pass keeps, each storage once, weights left out."""
+    """Count the bytes that a gradient pass keeps, each storage once, without weights."""
     own = {parameter.untyped_storage().data_ptr() for parameter in at[0].denoiser.parameters()}
-    seen: dict[int, torch.Tensor] = {}  # a tensor that is held keeps its address
+    seen: dict[int, torch.Tensor] = {}  # a tensor that is referenced keeps its address
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in own:
@@ -90,7 +90,7 @@ def test_far_less_is_kept_for_the_backward() -> None:
 @pytest.mark.parametrize("own", [False, True])
 def test_the_model_is_left_as_it_was_after_an_error_too(own: bool) -> None:
     pipe = tiny_pipeline()
-    if own:  # the user's, with a function of their own
+    if own:  # the user's own checkpointing function
         pipe.unet.enable_gradient_checkpointing(lambda module, *args: module(*args))
     before = switches(pipe)
 

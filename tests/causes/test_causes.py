@@ -141,7 +141,7 @@ def test_a_planted_cause_is_named_with_its_culprit(change: Edit, kind: str) -> N
     with edit(pipe(), PROMPT, change):
         runs = elakit.generate(pipe(), PROMPT, seed=[1, 2], steps=12, progress=False)
     # Whatever the judge makes of these small runs, the bird is missing in them.
-    runs = [replace(run, _derived={}) for run in runs]
+    runs = [replace(run) for run in runs]
     for run in runs:
         run.__dict__["verdict"] = without(run.verdict, "bird")
     found = find(pipe(), runs)
@@ -175,7 +175,7 @@ def without(verdict: Any, label: str) -> Any:
 
 
 def test_a_failure_without_a_cause_says_so() -> None:
-    runs = [replace(run, _derived={}) for run in right_runs()]
+    runs = [replace(run) for run in right_runs()]
     for run in runs:
         run.__dict__["verdict"] = without(run.verdict, "bird")
     found = find(pipe(), runs)
@@ -185,7 +185,7 @@ def test_a_failure_without_a_cause_says_so() -> None:
 
 
 def test_nothing_wrong_needs_no_cause() -> None:
-    runs = [replace(run, _derived={}) for run in right_runs()]
+    runs = [replace(run) for run in right_runs()]
     for run in runs:
         run.__dict__["verdict"] = without(run.verdict, "")
     found = find(pipe(), runs)
@@ -203,7 +203,7 @@ def test_words_the_model_was_never_shown_are_told() -> None:
 def test_runs_that_do_not_belong_together_are_refused() -> None:
     with pytest.raises(SettingError, match="no run"):
         find(pipe(), [])
-    other = replace(right_runs()[0], prompt=elakit.parse("a [cat]", pipe()), _derived={})
+    other = replace(right_runs()[0], prompt=elakit.parse("a [cat]", pipe()))
     with pytest.raises(SettingError, match="different prompts"):
         find(pipe(), [right_runs()[0], other])
 
@@ -248,7 +248,7 @@ def test_findings_without_causes_read_well() -> None:
 def test_a_cause_that_few_failing_runs_show_is_less_sure() -> None:
     with edit(pipe(), PROMPT, Edit("bird", scale=0)):
         (hidden,) = elakit.generate(pipe(), PROMPT, seed=[3], steps=6, progress=False)
-    plain = replace(right_runs()[0], _derived={})
+    plain = replace(right_runs()[0])
     for run in (hidden, plain):
         run.__dict__["verdict"] = without(run.verdict, "bird")
     alone, among = find(pipe(), [hidden]).causes[0], find(pipe(), [hidden, plain]).causes[0]

@@ -1,4 +1,4 @@
-"""A diagnosis says what goes wrong and what fixes it; what it has drawn survives whatever fails later."""
+"""Diagnosis of a prompt: failures, causes, remedies and their ranking, resuming, and reproduction."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import call
 from PIL import Image
-from test_cli import call
 from tiny import tiny_pipeline
 
 import elakit
 from elakit.causes import Cause, Failure, Findings
-from elakit.diagnosis import DEFAULT, Diagnosis, Pair, Remedy, Tried, ranked, report, summary
-from elakit.diagnosis import remedies as remedy_module
-from elakit.diagnosis.commands import again, code, command
-from elakit.diagnosis.remedies import TRIES, side_by_side
+from elakit.diagnosis import DEFAULT, Diagnosis, Pair, Remedy, RemedyResult, ranked, report, summary
+from elakit.diagnosis.commands import code, command, reproduce
+from elakit.diagnosis.trials import CANDIDATES, check, side_by_side
 from elakit.errors import OutputError, SettingError
-from elakit.generation import Run, generate
+from elakit.generation import generate
 from elakit.guidance import ELA
 from elakit.judge import Verdict
 from elakit.prediction import FEATURES, OUTCOMES, SHARES, Predictor
+from elakit.run import Run
 
 PAIR = "a [red car] and a [blue bird]"
 WORLD = "a [bear] and a [blue clock]"
@@ -38,12 +38,12 @@ def world() -> Any:
 
 
 @pytest.fixture(scope="module")
-def drawn() -> list[Run]:
+def runs() -> list[Run]:
     return generate(tiny_pipeline(), PAIR, seed=[0, 1, 2, 3], steps=2, progress=False)
 
 
 def judged(run: Run, right: bool) -> Run:
-    """A copy of a run of which the judge says that all, or nothing, is there."""
+    """A copy of a run with a verdict that all entities, or none, are present."""
     labels = tuple(entity.label for entity in run.prompt.entities)
     asked = dict.fromkeys(labels)
     verdict = Verdict(labels, dict.fromkeys(labels, right), asked, asked, np.zeros((len(labels), 4, 4), bool))
@@ -52,34 +52,34 @@ def judged(run: Run, right: bool) -> Run:
     return copy
 
 
-def tried(drawn: list[Run], before: str, after: str, cost: float = 1.0, name: str = "ela") -> Tried:
-    """A remedy of whose images, and of the plain ones beside them, "y" are right and "n" wrong."""
+def tried(runs: list[Run], before: str, after: str, cost: float = 1.0, name: str = "ela") -> RemedyResult:
+    """A remedy and plain images, of which "y" are right and "n" wrong."""
     plain, own = (
-        tuple(judged(run, mark == "y") for run, mark in zip(drawn, marks, strict=False)) for marks in (before, after)
+        tuple(judged(run, mark == "y") for run, mark in zip(runs, marks, strict=False)) for marks in (before, after)
     )
-    return Tried(Remedy(name, "guidance", "", drawn[0].prompt, name), plain, own, cost, cost)
+    return RemedyResult(Remedy(name, "guidance", "", runs[0].prompt, name), plain, own, cost, cost)
 
 
 # --- what a remedy is worth ---------------------------------------------------------------------------------
 
 
-def test_a_remedy_is_counted_against_the_images_beside_it(drawn: list[Run]) -> None:
-    found = tried(drawn, "nnyy", "ynny")
-    assert (found.right, found.rate, found.fixed, found.broken, found.harm) == (2, 0.5, (0,), (2,), 0.5)
+def test_a_remedy_is_compared_with_the_plain_images(runs: list[Run]) -> None:
+    found = tried(runs, "nnyy", "ynny")
+    assert (found.right, found.rate, found.fixed, found.broken, found.broken_rate) == (2, 0.5, (0,), (2,), 0.5)
     low, high = found.interval
     # Wilson's interval solves (p - share)^2 = z^2 p (1 - p) / n
     for end in (low, high):
         assert (end - 0.5) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / 4, rel=1e-5)
     assert not found.helps  # as many broken as fixed
-    assert tried(drawn, "nnyy", "ynyy").helps
+    assert tried(runs, "nnyy", "ynyy").helps
 
 
-def test_most_right_first_then_least_harm_then_least_time(drawn: list[Run]) -> None:
+def test_remedies_are_ranked_by_images_right_then_broken_then_time(runs: list[Run]) -> None:
     slow, harmful, fast, better = (
-        tried(drawn, "nnyy", "ynyn", 1, "harmful"),
-        tried(drawn, "nnyy", "nnyy", 3, "slow"),
-        tried(drawn, "nnyy", "nnyy", 2, "fast"),
-        tried(drawn, "nnyy", "ynyy", 9, "better"),
+        tried(runs, "nnyy", "ynyn", 1, "harmful"),
+        tried(runs, "nnyy", "nnyy", 3, "slow"),
+        tried(runs, "nnyy", "nnyy", 2, "fast"),
+        tried(runs, "nnyy", "ynyy", 9, "better"),
     )
     failed = replace(fast, runs=(), status="failed", why="it broke")
     skipped = replace(fast, runs=(), status="not tried")
@@ -89,66 +89,66 @@ def test_most_right_first_then_least_harm_then_least_time(drawn: list[Run]) -> N
     assert failed.interval == (0, 1)
 
 
-def test_without_a_judge_bleeding_ranks_and_the_verdict_says_so(drawn: list[Run]) -> None:
+def test_without_a_judge_remedies_are_ranked_by_bleeding(runs: list[Run]) -> None:
     guided = generate(tiny_pipeline(), PAIR, seed=[0, 1, 2, 3], steps=2, guidance=ELA(), progress=False)
-    ela = Tried(Remedy("ela", "guidance", "", drawn[0].prompt, "ela"), tuple(drawn), tuple(guided), 1, 1)
-    none = Tried(Remedy("swapped", "wording", "", drawn[0].prompt), tuple(drawn), tuple(drawn), 1, 1)
+    ela = RemedyResult(Remedy("ela", "guidance", "", runs[0].prompt, "ela"), tuple(runs), tuple(guided), 1, 1)
+    none = RemedyResult(Remedy("swapped", "wording", "", runs[0].prompt), tuple(runs), tuple(runs), 1, 1)
     order = ranked([none, ela])
     assert order == tuple(sorted((none, ela), key=lambda one: one.bleed))
-    pairs = tuple(Pair(a, b) for a, b in zip(drawn, guided, strict=True))
-    said = " ".join(summary(Diagnosis(drawn[0].prompt, "ela", {}, pairs, 1.0, None, order)))
+    pairs = tuple(Pair(a, b) for a, b in zip(runs, guided, strict=True))
+    said = " ".join(summary(Diagnosis(runs[0].prompt, "ela", {}, pairs, 1.0, None, order)))
     assert "not judged" in said
-    assert "ranked by how little attention bleeds" in said
-    assert "does not tell whether an image is right" in said
+    assert "ranked by bleeding" in said
+    assert "does not imply a right image" in said
     assert ela.rate != ela.rate  # not a number
 
 
-def test_the_best_remedy_is_named_with_numbers_and_what_fails_is_told(drawn: list[Run]) -> None:
-    best = tried(drawn, "nnyy", "ynyy", 1.5)
-    other = replace(tried(drawn, "nnyy", "nnyy", 1, "syngen"), runs=(), status="failed", why="no memory")
+def test_the_best_remedy_is_named_with_numbers_and_failed_ones_are_reported(runs: list[Run]) -> None:
+    best = tried(runs, "nnyy", "ynyy", 1.5)
+    other = replace(tried(runs, "nnyy", "nnyy", 1, "syngen"), runs=(), status="failed", why="no memory")
     found = diagnosis_of(best, [best, other])
     assert found.best is best
-    fix = found.to_dict()["verdict"]["fix"]
+    fix = found.to_dict()["statements"]["remedy"]
     assert fix[0] == (
-        "Of 1 remedies tried the best is ELA: 3 of 4 right (30 to 95 %), against 2 of 4 drawn plainly; it takes 1.5 "
-        "times as long."
+        "The only remedy that worked is ELA: 3 of 4 images are right (30 to 95 %) instead of 2 of 4, at 1.5 times the "
+        "generation time."
     )
-    assert fix[1] == "SynGen could not be tried: no memory"
+    assert fix[1] == "SynGen failed: no memory"
 
 
-def diagnosis_of(best: Tried, remedies: list[Tried], findings: Findings | None = None) -> Diagnosis:
+def diagnosis_of(best: RemedyResult, remedies: list[RemedyResult], findings: Findings | None = None) -> Diagnosis:
     pairs = tuple(Pair(a, b, a.verdict, b.verdict) for a, b in zip(best.plain, best.runs, strict=True))
     return Diagnosis(best.remedy.prompt, "ela", {}, pairs, 1.0, findings, ranked(remedies))
 
 
-def test_nothing_to_mend_is_said(drawn: list[Run]) -> None:
-    found = diagnosis_of(tried(drawn, "yyyy", "yyyy"), [tried(drawn, "yyyy", "yyyy")])
+def test_a_prompt_without_failures_needs_no_remedy(runs: list[Run]) -> None:
+    found = diagnosis_of(tried(runs, "yyyy", "yyyy"), [tried(runs, "yyyy", "yyyy")])
     assert found.best is None
-    assert any("Nothing needs fixing" in sentence for sentence in summary(found))
+    assert any("All images are right without guidance" in sentence for sentence in summary(found))
 
 
-def test_failures_and_causes_are_told_in_order(drawn: list[Run]) -> None:
+def test_failures_and_causes_are_stated(runs: list[Run]) -> None:
     findings = Findings(
-        drawn[0].prompt, (0, 1, 2, 3), True,
+        runs[0].prompt, (0, 1, 2, 3), True,
         (Failure("missing", "bird", "car", "car", (0, 1), of=4, step=1, layers=("up_blocks.1.attentions.0.attn2",)),),
         (Cause("captured", "bird", "car", sentence="The car takes the bird's place.", explains=("missing",)),),
     )  # fmt: skip
-    best = tried(drawn, "nnyy", "ynyy")
-    told = diagnosis_of(best, [best], findings).to_dict()["verdict"]
-    assert told["wrong"] == [
-        "In 2 of 4 the bird is missing, and 'car' holds its place (15 to 85 % of all images, it shows from step 1 of "
-        "0 to 1, first in up block 1, attention 0)."
+    best = tried(runs, "nnyy", "ynyy")
+    found_dict = diagnosis_of(best, [best], findings).to_dict()["statements"]
+    assert found_dict["failures"] == [
+        "In 2 of 4 the bird is missing, and 'car' holds its place (95 % interval 15 to 85 %; first visible in the "
+        "attention at step 1 of 2, counted from 0; in up block 1, attention 0)."
     ]
-    assert told["why"] == ["The car takes the bird's place."]
+    assert found_dict["causes"] == ["The car takes the bird's place."]
 
 
 # --- what is tried ------------------------------------------------------------------------------------------
 
 
-def test_all_remedies_are_tried_where_a_image_is_wrong(world: Any) -> None:
+def test_all_remedies_are_tried_if_an_image_is_wrong(world: Any) -> None:
     calls: list[tuple[int, int, str]] = []
     found = elakit.diagnose(
-        world, WORLD, seeds=2, steps=2, remedies=True, on_progress=lambda *told: calls.append(told)
+        world, WORLD, seeds=2, steps=2, remedies=True, on_progress=lambda *progress: calls.append(progress)
     )  # two steps draw nothing that is right
     assert {one.remedy.name for one in found.remedies} == {"ela", *DEFAULT}
     assert all(one.status == "tried" and len(one.runs) == 2 for one in found.remedies)
@@ -159,15 +159,15 @@ def test_all_remedies_are_tried_where_a_image_is_wrong(world: Any) -> None:
     # progress never goes back, and ends where it said it would
     done = [call[0] for call in calls]
     assert done == sorted(done)
-    assert calls[-1][:2] == (2 * (1 + len(by_name) + TRIES), 2 * (1 + len(by_name) + TRIES))
+    assert calls[-1][:2] == (2 * (1 + len(by_name) + CANDIDATES), 2 * (1 + len(by_name) + CANDIDATES))
     assert list(found.remedies_frame().index) == [one.remedy.name for one in found.remedies]
     json.dumps(found.to_dict(), allow_nan=False)
 
 
-def test_one_entity_leaves_little_to_try(world: Any) -> None:
+def test_remedies_for_several_entities_are_not_tried_for_one(world: Any) -> None:
     found = elakit.diagnose(world, "a [bear]", seeds=1, steps=2, remedies=["swapped", "next-to", "regions"])
     states = {one.remedy.name: (one.status, one.why) for one in found.remedies if one.remedy.name != "ela"}
-    assert set(states.values()) <= {("not tried", "the prompt names one thing only")}
+    assert set(states.values()) <= {("not tried", "the prompt names only one entity.")}
 
 
 def test_a_remedy_that_raises_does_not_stop_the_others(world: Any) -> None:
@@ -181,10 +181,10 @@ def test_a_remedy_that_raises_does_not_stop_the_others(world: Any) -> None:
     by_name = {one.remedy.name: one for one in found.remedies}
     assert (by_name["broken"].status, by_name["broken"].why) == ("failed", "RuntimeError: out of memory")
     assert by_name["swapped"].status == "tried"
-    assert "broken could not be tried: RuntimeError: out of memory" in summary(found)
+    assert "broken failed: RuntimeError: out of memory" in summary(found)
 
 
-def test_causes_that_cannot_be_found_are_told_of_and_cost_nothing_else(
+def test_a_failing_search_for_causes_is_reported_and_affects_nothing_else(
     world: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> Any:
@@ -193,7 +193,7 @@ def test_causes_that_cannot_be_found_are_told_of_and_cost_nothing_else(
     monkeypatch.setattr("elakit.causes.find", broken)
     found = elakit.diagnose(world, WORLD, seeds=1, steps=2)
     assert found.findings is None
-    assert found.problems == ("Causes could not be looked for: ValueError: no text encoder",)
+    assert found.problems == ("The search for causes failed: ValueError: no text encoder",)
 
 
 def test_another_seed_is_the_one_least_likely_to_fail(world: Any) -> None:
@@ -202,9 +202,9 @@ def test_another_seed_is_the_one_least_likely_to_fail(world: Any) -> None:
     predictor = Predictor(weights, np.full(weights.shape[:2], -15.0), about={"model": ["picture-world"]})
     found = elakit.diagnose(world, WORLD, seeds=[5, 7], steps=4, remedies=["another-seed"], predictor=predictor)
     other = next(one for one in found.remedies if one.remedy.name == "another-seed")
-    assert other.chosen_by == "probability of failure"
-    assert [one["seed"] for one in other.candidates] == list(range(8, 8 + 2 * TRIES))
-    for group, run in zip((other.candidates[:TRIES], other.candidates[TRIES:]), other.runs, strict=True):
+    assert other.chosen_by == "predicted probability of failure"
+    assert [one["seed"] for one in other.candidates] == list(range(8, 8 + 2 * CANDIDATES))
+    for group, run in zip((other.candidates[:CANDIDATES], other.candidates[CANDIDATES:]), other.runs, strict=True):
         assert run.seed == min(group, key=lambda one: one["score"])["seed"]
         assert "stopped" not in run.settings
     # the score is what the predictor says of the run after 30 % of its steps
@@ -226,15 +226,15 @@ def test_a_predictor_of_another_model_is_not_trusted(world: Any) -> None:
 @pytest.mark.parametrize(
     ("remedies", "said"), [(["magic"], "no remedy 'magic'.*swapped"), (["boxdiff"], "boxdiff needs regions")]
 )
-def test_remedies_that_are_none_are_refused_before_any_work(world: Any, remedies: list[str], said: str) -> None:
+def test_unknown_remedies_are_refused_before_any_work(world: Any, remedies: list[str], said: str) -> None:
     calls: list[Any] = []
     with pytest.raises(SettingError, match=said):
-        elakit.diagnose(world, WORLD, remedies=remedies, on_progress=lambda *told: calls.append(told))
+        elakit.diagnose(world, WORLD, remedies=remedies, on_progress=lambda *progress: calls.append(progress))
     assert not calls
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 12])
-def test_every_entity_has_a_box_of_its_own(count: int) -> None:
+def test_boxes_of_entities_are_disjoint(count: int) -> None:
     boxes = side_by_side(count)
     assert len(set(boxes)) == count
     cells = np.zeros((840, 840), int)
@@ -247,7 +247,7 @@ def test_every_entity_has_a_box_of_its_own(count: int) -> None:
 
 
 def counting(monkeypatch: pytest.MonkeyPatch, fail_after: int = 10**6) -> list[int]:
-    """Seeds that are drawn; after so many an interrupt comes."""
+    """Seeds that are generated; an interrupt follows after `fail_after` of them."""
     seen: list[int] = []
     original: Callable[..., Any] = generate
 
@@ -257,13 +257,11 @@ def counting(monkeypatch: pytest.MonkeyPatch, fail_after: int = 10**6) -> list[i
         seen.extend(seed)
         return original(pipe, prompt, seed=seed, **options)
 
-    monkeypatch.setattr("elakit.diagnosis.drawer.generate", count)
+    monkeypatch.setattr("elakit.diagnosis.generation.generate", count)
     return seen
 
 
-def test_what_was_drawn_before_it_was_ended_is_not_drawn_again(
-    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_diagnosis_reuses_its_runs(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"seeds": 2, "steps": 2, "remedies": ["swapped", "regions"]}
     whole = elakit.diagnose(world, WORLD, **settings)
     with monkeypatch.context() as patch:
@@ -271,7 +269,7 @@ def test_what_was_drawn_before_it_was_ended_is_not_drawn_again(
         with pytest.raises(KeyboardInterrupt):
             elakit.diagnose(world, WORLD, folder=tmp_path / "kept", **settings)
     assert len(first) == 4
-    with pytest.raises(OutputError, match="no finished diagnosis"):
+    with pytest.raises(OutputError, match="contains no finished diagnosis"):
         elakit.open_diagnosis(tmp_path / "kept")
     with monkeypatch.context() as patch:
         second = counting(patch)
@@ -296,9 +294,9 @@ def test_a_diagnosis_can_be_opened_again(world: Any, tmp_path: Path) -> None:
     assert table["prompt"]["text"] == "a bear and a blue clock"
 
 
-def test_a_folder_of_something_else_is_refused(world: Any, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(world: Any, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(OutputError, match="something else"):
+    with pytest.raises(OutputError, match="other files"):
         elakit.diagnose(world, WORLD, folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -306,25 +304,25 @@ def test_a_folder_of_something_else_is_refused(world: Any, tmp_path: Path) -> No
 # --- how to do it again -------------------------------------------------------------------------------------
 
 
-def test_the_code_and_the_command_draw_the_same_image(world: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_code_and_the_command_reproduce_the_image(world: Any, tmp_path: Path, monkeypatch: Any) -> None:
     found = elakit.diagnose(world, WORLD, seeds=[3], steps=2, remedies=["regions", "swapped", "attend-and-excite"])
     monkeypatch.chdir(tmp_path)
     for one in found.remedies:
-        told = again(one)
-        exec(compile(told["code"], "code", "exec"), {})
-        words = told["command"].split("--out")[0]
+        found_dict = reproduce(one)
+        exec(compile(found_dict["code"], "code", "exec"), {})
+        words = found_dict["command"].split("--out")[0]
         assert call(monkeypatch, *shlex.split(words)[1:], "--out", one.remedy.name) == 0
         image = np.asarray(one.runs[0].image)
         np.testing.assert_array_equal(np.asarray(Image.open("image.png")), image)
         np.testing.assert_array_equal(np.asarray(elakit.open_run(one.remedy.name).image), image)
 
 
-def test_the_diagnosis_itself_is_told_as_code_and_command(world: Any) -> None:
+def test_a_diagnosis_contains_the_code_and_command_that_reproduce_it(world: Any) -> None:
     found = elakit.diagnose(world, WORLD, seeds=2, steps=2, remedies=["swapped"])
     assert command(found) == ("elakit diagnose 'a [bear] and a [blue clock]' --seeds 2 --remedies swapped --steps 2")
     assert "remedies=['swapped']" in code(found)
     assert command(elakit.diagnose(world, WORLD, seeds=[2, 5], steps=2)) == ""
-    assert remedy_module.check(True) == DEFAULT
+    assert check(True) == DEFAULT
 
 
 def test_the_command_writes_a_page_json_and_the_runs(
@@ -335,10 +333,10 @@ def test_the_command_writes_a_page_json_and_the_runs(
     assert call(monkeypatch, *words, "--json", "found.json", "--keep", "kept") == 0
     printed = capsys.readouterr().out
     assert printed.strip().endswith(f"Report: {tmp_path / 'report.html'}")
-    told = json.loads((tmp_path / "found.json").read_text())
-    assert told["verdict"]["fix"][0] in printed
-    assert json.loads(json.dumps(elakit.open_diagnosis("kept").to_dict())) == told
-    assert "swapped" in [one["name"] for one in told["remedies"]]
+    found_dict = json.loads((tmp_path / "found.json").read_text())
+    assert found_dict["statements"]["remedy"][0] in printed
+    assert json.loads(json.dumps(elakit.open_diagnosis("kept").to_dict())) == found_dict
+    assert "swapped" in [one["name"] for one in found_dict["remedies"]]
 
 
 @pytest.mark.parametrize(
@@ -354,7 +352,7 @@ def test_the_command_writes_a_page_json_and_the_runs(
         (["run", WORLD, "--out", "run", "--method", "ela", "--regions", "left"], "write left,top,right,bottom"),
     ],
 )
-def test_wrong_words_are_refused_before_any_work(
+def test_wrong_options_are_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

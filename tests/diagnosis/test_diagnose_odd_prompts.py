@@ -9,7 +9,7 @@ from typing import Any
 
 import lab
 import pytest
-from test_report import Page
+from pages import Page
 from tiny import tiny_pipeline
 
 import elakit
@@ -74,7 +74,7 @@ def test_it_gives_a_page_that_shows_the_prompt(pages: dict[str, Path], name: str
     page = Page(html)
     plain = " ".join(PAGES[name].replace("[", "").replace("]", "").split())
     assert plain in page.text
-    assert "Remedies that were tried" in page.text
+    assert "Remedies" in page.text
     assert len(page.all("img")) >= 4
     # none of the prompt has become an element or an attribute
     assert {tag for tag, _ in page.elements}.isdisjoint({"object", "iframe", "raw"})

@@ -7,47 +7,22 @@ import io
 import json
 import os
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pages import Page
 from PIL import Image
 from tiny import tiny_pipeline
+from tiny_diagnosis import diagnosis
 
-from elakit.diagnosis import Diagnosis, Pair, report
+from elakit.diagnosis import Diagnosis, report
 from elakit.errors import OutputError
-from elakit.generation import Run, generate
-from elakit.guidance import ELA, build, options_of
-from elakit.judge import Verdict
 from elakit.prompt import parse
 
-PAIR = "a [red car] and a [blue bird]"
 COMMAND = 'elakit diagnose "a [red car] and a [blue bird]" --seeds 4'
 EVIL = "a [<script>alert(1)</script> car] & a [blue bird] </script><img src=http://evil.example/a.png onerror=alert(2)>"
-
-
-def verdict(run: Run, right: bool) -> Verdict:
-    """A verdict of an image in which all is right, or the bird is missing and the car is green."""
-    entities = tuple(entity.label for entity in run.prompt.entities)
-    asked = {entity.label: entity.attributes[-1] if entity.attributes else None for entity in run.prompt.entities}
-    present = {label: right or label != "bird" for label in entities}
-    colors = {label: (asked[label] if right else "green") if present[label] else None for label in entities}
-    return Verdict(entities, present, colors, asked, np.zeros((len(entities), 4, 4), bool))
-
-
-def diagnosis(text: str = PAIR, seeds: int = 1, judged: str = "", length: int = 20, **options: Any) -> Diagnosis:
-    """A diagnosis by a tiny pipeline; judged says of each seed whether plain and guided are right: "nyyy" two seeds."""
-    pipe, pairs, ela = tiny_pipeline(length=length), [], build(ELA, options)
-    for seed in range(seeds):
-        runs = [
-            generate(pipe, text, seed=seed, steps=4, guidance_scale=3, guidance=guidance, progress=False)
-            for guidance in (None, ela)
-        ]
-        said = [verdict(run, right == "y") for run, right in zip(runs, judged[2 * seed :], strict=False)]
-        pairs.append(Pair(*runs, *said))
-    return Diagnosis(runs[0].prompt, "ela", options_of(ela), tuple(pairs), 12.0)
 
 
 @pytest.fixture(scope="module")
@@ -61,48 +36,13 @@ def page(found: Diagnosis) -> str:
     return report.render(found, COMMAND)
 
 
-class Page(HTMLParser):
-    """Elements of a page, and the text outside scripts and styles."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-        self.words: list[str] = []
-        self._inside = ""
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self._inside = tag
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside == "script":
-            self.scripts[-1] += data
-        elif self._inside != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(self.words).split())
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-
 # --- what it says -------------------------------------------------------------------------------------------
 
 
 def test_the_verdict_is_told_in_plain_words(found: Diagnosis, page: str) -> None:
     said = report.summary(found)
-    assert said[0] == "Drawn plainly, 2 of 4 images show everything the prompt asks for; with ELA, 2 of 4."
-    assert said[1] == "ELA fixed 1 (seed 0) and broken 1 (seed 1)."
+    assert said[0] == "Without guidance, 2 of 4 images show everything the prompt asks for. With ELA, 2 of 4 do."
+    assert said[1] == "ELA fixed 1 (seed 0) and broke 1 (seed 1)."
     text = Page(page).text
     assert all(sentence in text for sentence in said)
     assert "car: green instead of red" in text
@@ -113,10 +53,10 @@ def test_every_seed_is_shown_twice_and_the_example_large(found: Diagnosis, page:
     images = Page(page).all("img")
     assert len(images) == 2 * len(found.pairs) + 2
     assert all(image["alt"] and "a red car and a blue bird" in image["alt"] for image in images)
-    drawn = [run.image for pair in found.pairs for run in (pair.plain, pair.guided)]
-    for image, image in zip(images, drawn, strict=False):
-        kept = Image.open(io.BytesIO(base64.b64decode((image["src"] or "").split(",")[1])))
-        np.testing.assert_array_equal(np.asarray(kept), np.asarray(image.convert("RGB")))
+    generated = [run.image for pair in found.pairs for run in (pair.plain, pair.guided)]
+    for element, expected in zip(images, generated, strict=False):
+        shown = Image.open(io.BytesIO(base64.b64decode((element["src"] or "").split(",")[1])))
+        np.testing.assert_array_equal(np.asarray(shown), np.asarray(expected.convert("RGB")))
 
 
 def test_the_table_holds_the_measures(found: Diagnosis, page: str) -> None:
@@ -161,8 +101,8 @@ def test_images_that_were_not_judged_are_not_called_right() -> None:
 
 def test_one_entity_has_nothing_to_bleed_into() -> None:
     found = diagnosis("a [red car]", judged="yy")
-    assert "ELA took no step" in report.summary(found)[-1]
-    assert "Regions, ELA" not in Page(report.render(found)).text
+    assert any("ELA did not act in any step" in said for said in report.summary(found))
+    assert "Regions with ELA" not in Page(report.render(found)).text
 
 
 # --- nothing gets in or out ---------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_report import Page
+from pages import Page
 
-from elakit.diagnosis.survey import cases, diagnose_many, table
+from elakit.diagnosis.survey import diagnose_many, plan_cases, table
 from elakit.diagnosis.survey.summary import write
 from elakit.errors import OutputError, SettingError
 
@@ -86,7 +86,7 @@ def test_the_summary_runs_no_script_and_leads_to_the_pages(folder: Path) -> None
 def test_a_prompt_still_to_come_is_named(folder: Path) -> None:
     page = write(folder, [*PROMPTS, "a [dog]"])
     try:
-        assert "Still to come" in page.read_text(encoding="utf-8")
+        assert "Not diagnosed yet" in page.read_text(encoding="utf-8")
     finally:
         write(folder, PROMPTS)
 
@@ -96,9 +96,9 @@ def test_wrong_settings_are_refused_before_any_work(tmp_path: Path) -> None:
         diagnose_many([], tmp_path / "out")
     with pytest.raises(SettingError, match="no remedy 'magic'"):
         diagnose_many(["a [cat]"], tmp_path / "out", remedies=["magic"])
-    with pytest.raises(SettingError, match="each once"):
-        cases(["a [cat]"], [1, 1])
+    with pytest.raises(SettingError, match="more than once"):
+        plan_cases(["a [cat]"], [1, 1])
     assert not (tmp_path / "out").exists()
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(OutputError, match="something else"):
+    with pytest.raises(OutputError, match="other files"):
         diagnose_many(["a [cat]"], tmp_path)

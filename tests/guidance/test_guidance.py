@@ -16,12 +16,13 @@ from hypothesis.extra.numpy import arrays
 from tiny import tiny_pipeline
 
 from elakit.errors import SettingError
-from elakit.generation import generate, open_run
+from elakit.generation import generate
 from elakit.guidance import ELA, Anchors, AttendAndExcite, FromMaps, LatentStep, RegionalAttention, Update
 from elakit.guidance.engine import gradient, reading
 from elakit.guidance.layout import apart, layout_masks
 from elakit.models import adapter_for
 from elakit.prompt import Prompt, parse
+from elakit.run import open_run
 
 PAIR = "a [red car] and a [blue bird]"
 HALVES = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]

@@ -14,7 +14,7 @@ from diffusers import StableDiffusionAttendAndExcitePipeline
 from tiny import tiny_pipeline
 
 from elakit.errors import SettingError
-from elakit.generation import generate, open_run
+from elakit.generation import generate
 from elakit.guidance import Attention, Guide
 from elakit.guidance.attend_excite import AttendAndExcite
 from elakit.guidance.divide_bind import DivideAndBind
@@ -23,6 +23,7 @@ from elakit.guidance.engine import gradient
 from elakit.guidance.syngen import SynGen
 from elakit.models import adapter_for
 from elakit.prompt import Entity, Prompt, Token, parse
+from elakit.run import open_run
 
 PAIR = "a [red car] and a [blue bird]"
 METHODS = [AttendAndExcite(), SynGen(), SynGen(lone_nouns=True), DivideAndBind(), EBAMA()]

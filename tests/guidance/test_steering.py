@@ -9,9 +9,10 @@ import pytest
 
 import elakit
 from elakit.errors import SettingError
-from elakit.generation import Progress, Run
+from elakit.generation import Progress
 from elakit.guidance import ELA, FromMaps, LatentStep
 from elakit.prompt import Prompt
+from elakit.run import Run
 
 LEFT, RIGHT = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
 

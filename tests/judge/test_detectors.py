@@ -1,4 +1,4 @@
-"""Detectors of real images: small random models of the real classes, and eyes that see a bright rectangle.
+"""Detectors of real images: small random models of the real classes, and stub networks that find a red rectangle.
 
 Random weights find rubbish, so what a model *answers* is mostly replaced here by a known answer, or by one read off the
 very pixels the processor made (`bright_box`): if boxes then land on the painted rectangle, the whole way there and back
@@ -156,7 +156,7 @@ def parts():
 
 @pytest.fixture
 def answering(parts, monkeypatch):
-    """A detector whose model answers with what a function of its inputs says."""
+    """A detector whose model returns the result of a function of its inputs."""
 
     def make(kind, answer, **options):
         model, processor = parts[kind]
@@ -174,7 +174,7 @@ def logit(p):
 
 
 def boxes_answer(kind, boxes, scores):
-    """A model's answer: boxes as (x, y, width, height) shares, scores (box, noun) for nouns of one token each."""
+    """Output of a model: boxes as (x, y, width, height) shares, scores (box, noun) for nouns of one token each."""
     scores = torch.as_tensor(scores, dtype=torch.float32)
     if kind == "grounding-dino":  # [CLS] cat . dog . ... [SEP]
         tokens = torch.zeros(len(scores), 32)
@@ -198,7 +198,7 @@ def bright(pixels):
 
 
 def bright_box(kind):
-    """Eyes: one box around the red pixels the model is given, sure of the first noun."""
+    """Stub network: one box around the red pixels of its input, with a high score for the first noun."""
 
     def answer(inputs):
         seen = bright(inputs["pixel_values"][0]).nonzero().float()
@@ -215,7 +215,7 @@ def bright_box(kind):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("size", SIZES)
-def test_a_random_model_still_answers_with_proper_things(parts, kind, size):
+def test_a_random_model_returns_valid_things(parts, kind, size):
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
     lenient = {"text_threshold": 0.0} if kind == "grounding-dino" else {}
@@ -266,7 +266,7 @@ def test_nothing_found(parts, kind):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_noun_is_asked_for_once_however_it_is_written(answering, kind):
+def test_spellings_of_one_noun_are_queried_once(answering, kind):
     asked = []
 
     def answer(inputs):
@@ -282,7 +282,7 @@ def test_a_noun_is_asked_for_once_however_it_is_written(answering, kind):
 
 
 @pytest.mark.parametrize("nouns", ["cat", ["cat", ""], ["..."]])
-def test_what_is_no_list_of_nouns_is_refused(parts, nouns):
+def test_values_that_are_no_list_of_nouns_are_refused(parts, nouns):
     with pytest.raises(PromptError, match="noun"):
         GroundingDinoDetector(*parts["grounding-dino"])(Image.new("RGB", (32, 32)), nouns)
 
@@ -293,7 +293,7 @@ def test_what_is_no_list_of_nouns_is_refused(parts, nouns):
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        # A picture of 200 x 100 and the box x .3 +- .1, y .25 +- .12: shares of the image, ...
+        # An image of 200 x 100 and the box x .3 +- .1, y .25 +- .12: shares of the image, ...
         ("owlvit", (40, 13, 80, 37)),
         ("grounding-dino", (40, 13, 80, 37)),
         # ... but in OWLv2 of the square of 200 that the image is padded to.
@@ -333,19 +333,19 @@ def test_boxes_are_cut_at_the_image_and_those_outside_are_dropped(answering, kin
     assert thing.box == (0, 0, 20, 20)
 
 
-def test_what_owlv2_sees_in_its_padding_is_no_thing(answering):
+def test_boxes_in_the_padding_of_owlv2_are_dropped(answering):
     answer = boxes_answer("owlv2", [[0.5, 0.75, 0.4, 0.3]], [[0.9]])  # below an image twice as wide as high
     assert answering("owlv2", answer)(Image.new("RGB", (200, 100)), ["cat"]) == []
 
 
-# --- which boxes stay ---------------------------------------------------------------------------------------------
+# --- suppression --------------------------------------------------------------------------------------------------
 
 # The first two overlap with an IoU of .36 / .44 = .82, the third lies apart.
 CROWD = [[0.3, 0.3, 0.4, 0.4], [0.32, 0.32, 0.4, 0.4], [0.8, 0.8, 0.2, 0.2]]
 
 
 @pytest.mark.parametrize("kind", BOX_FAMILIES)
-def test_the_surer_of_two_boxes_on_one_thing_stays(answering, kind):
+def test_the_box_with_the_higher_score_is_kept(answering, kind):
     image = Image.new("RGB", (100, 100))
     answer = boxes_answer(kind, CROWD, [[0.6], [0.9], [0.5]])
     assert [t.box for t in answering(kind, answer)(image, ["cat"])] == [(12, 12, 52, 52), (70, 70, 90, 90)]
@@ -357,7 +357,7 @@ def test_boxes_of_different_nouns_do_not_suppress_each_other(answering, kind):
     answer = boxes_answer(kind, CROWD, [[0.6, 0.01], [0.01, 0.9], [0.5, 0.01]])
     things = answering(kind, answer)(Image.new("RGB", (100, 100)), ["cat", "dog"])
     assert [t.noun for t in things] == ["dog", "cat", "cat"]
-    assert not any(t.mixed_with for t in things)  # .82 is not one place
+    assert not any(t.mixed_with for t in things)  # .82 is below the threshold
 
 
 @pytest.mark.parametrize("kind", BOX_FAMILIES)
@@ -368,14 +368,14 @@ def test_threshold(answering, kind):
 
 
 @pytest.mark.parametrize("kind", ["owlvit", "owlv2"])
-def test_owl_gives_a_box_to_its_best_noun_and_marks_two_boxes_in_one_place(answering, kind):
+def test_owl_assigns_a_box_to_its_best_noun_and_marks_coinciding_boxes(answering, kind):
     answer = boxes_answer(kind, [[0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.4]], [[0.7, 0.6], [0.2, 0.5]])
     things = answering(kind, answer)(Image.new("RGB", (50, 50)), ["cat", "dog"])
     assert [(t.noun, t.mixed_with) for t in things] == [("cat", ("dog",)), ("dog", ("cat",))]
     np.testing.assert_allclose([t.score for t in things], [0.7, 0.5], rtol=1e-5)
 
 
-# --- Grounding DINO's words -----------------------------------------------------------------------------------------
+# --- Grounding DINO's tokens ---------------------------------------------------------------------------------------
 
 
 def tokens_answer(tokens):
@@ -390,7 +390,7 @@ def named(answering, tokens, nouns, **options):
     return {t.noun: round(t.score, 3) for t in things}
 
 
-def test_a_noun_of_two_tokens_scores_their_mean(answering):
+def test_the_score_of_a_noun_is_the_mean_over_its_tokens(answering):
     # [CLS] polar bear . cat . [SEP]
     assert named(answering, [0, 0.2, 0.6, 0, 0.05, 0, 0], ["polar bear", "cat"]) == {"polar bear": 0.4}
     # [CLS] hedge ##hog . cat . [SEP]
@@ -409,8 +409,8 @@ def test_full_stops_within_a_noun_do_not_shift_the_next(answering):
     assert named(answering, [0, 0, 0, 0, 0.9, 0, 0], ["st. bernard", "cat"]) == {"cat": 0.9}
 
 
-def test_more_nouns_than_the_detector_reads_are_refused(parts):
-    with pytest.raises(SettingError, match="37 tokens; the detector reads 32"):
+def test_too_many_nouns_for_one_text_are_refused(parts):
+    with pytest.raises(SettingError, match="37 tokens; the detector reads at most 32"):
         GroundingDinoDetector(*parts["grounding-dino"])(
             Image.new("RGB", (32, 32)), [f"cat {'dog ' * n}" for n in range(7)]
         )
@@ -419,7 +419,7 @@ def test_more_nouns_than_the_detector_reads_are_refused(parts):
 # --- CLIPSeg -------------------------------------------------------------------------------------------------------
 
 
-def test_each_pixel_goes_to_its_strongest_noun_and_each_patch_is_a_thing(answering):
+def test_each_component_of_the_strongest_noun_is_a_thing(answering):
     heat = torch.full((2, 64, 64), 0.05)
     heat[0, :, :16] = 0.9  # cat on the left quarter, ...
     heat[0, 8:16, 40:56] = 0.8  # and another one; ...
@@ -450,7 +450,7 @@ def test_clipseg_masks_lie_on_the_painted_rectangle(answering, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_random_sam_gives_one_mask_a_box(parts, size):
+def test_random_sam_returns_one_mask_per_box(parts, size):
     masks = Sam(*parts["sam"])(Image.new("RGB", size), [(0, 0, 20, 20), (5, 5, 40, 30)])
     assert masks.dtype == bool
     assert masks.shape == (2, size[1], size[0])
@@ -479,7 +479,7 @@ def test_sam_refines_boxes_to_masks(parts, answering, monkeypatch, kind, size):
     answer = boxes_answer(kind, [[*share, 2 * share[0], 2 * share[1]]], [[0.8]])  # the whole image
     (thing,) = answering(kind, answer, masks=sam)(painted(size, rectangle), ["cat"])
     np.testing.assert_allclose(thing.box, rectangle, atol=2 * max(size) / 64)
-    assert thing.color == "red"  # of the whole box it would be black
+    assert thing.color == "red"  # the color of the whole box would be black
     # SAM is given boxes in its own pixels: the longer side of 64.
     np.testing.assert_allclose(seen[0][0, 0], [0, 0, *(np.array(size) * 64 / max(size))], atol=0.5)
     (plain,) = answering(kind, answer)(painted(size, rectangle), ["cat"])
@@ -487,7 +487,7 @@ def test_sam_refines_boxes_to_masks(parts, answering, monkeypatch, kind, size):
     assert plain.color == "black"
 
 
-def test_where_sam_finds_nothing_the_box_stays(parts, answering, monkeypatch):
+def test_the_box_is_the_mask_where_sam_finds_nothing(parts, answering, monkeypatch):
     monkeypatch.setattr(
         parts["sam"][0], "forward", lambda **_: SimpleNamespace(pred_masks=-torch.ones(1, 1, 1, 16, 16))
     )
@@ -496,7 +496,7 @@ def test_where_sam_finds_nothing_the_box_stays(parts, answering, monkeypatch):
     assert thing.box == (10, 10, 30, 30)
 
 
-def test_a_mixture_stays_one_when_sam_draws_its_two_boxes_differently(parts, answering, monkeypatch):
+def test_a_mixture_is_kept_when_sam_segments_its_two_boxes_differently(parts, answering, monkeypatch):
     halves = torch.ones(1, 2, 1, 16, 16)
     halves[0, 0, 0, :, :8] = halves[0, 1, 0, :, 8:] = -1
     monkeypatch.setattr(parts["sam"][0], "forward", lambda **_: SimpleNamespace(pred_masks=halves))
@@ -506,7 +506,7 @@ def test_a_mixture_stays_one_when_sam_draws_its_two_boxes_differently(parts, ans
     assert (cat.mixed_with, dog.mixed_with) == (("dog",), ("cat",))
 
 
-def test_color_of_a_large_thing_is_that_of_most_of_it(answering):
+def test_the_color_of_a_large_thing_is_that_of_most_pixels(answering):
     stripes = np.zeros((1000, 1000, 3), np.uint8)
     stripes[:, ::5] = (255, 255, 255)
     stripes[:, 1::5] = stripes[:, 2::5] = stripes[:, 3::5] = (200, 20, 30)
@@ -529,7 +529,7 @@ def mixtures(*things, **options):
     return [t.mixed_with for t in mark_coinciding(things, **options)]
 
 
-def test_coinciding_boxes_of_two_nouns_are_one_thing():
+def test_coinciding_boxes_of_two_nouns_are_a_mixture():
     cat, dog = thing("cat", 0, 0, 100, 95), thing("dog", 0, 0, 100, 100)  # IoU .95
     frog, far = thing("frog", 0, 0, 100, 80), thing("bear", 0, 90, 10, 100)
     assert mixtures(cat, dog, frog, far) == [("dog",), ("cat",), (), ()]
@@ -537,14 +537,14 @@ def test_coinciding_boxes_of_two_nouns_are_one_thing():
     assert mixtures(cat, dog, frog, far, iou=0.79) == [("dog", "frog"), ("cat", "frog"), ("cat", "dog"), ()]
 
 
-def test_exactly_nine_tenths_is_not_more_than_nine_tenths():
+def test_an_iou_equal_to_the_threshold_is_no_mixture():
     assert mixtures(thing("cat", 0, 0, 100, 90), thing("dog", 0, 0, 100, 100)) == [(), ()]
 
 
-def test_two_of_one_noun_are_no_mixture_and_earlier_marks_stay():
+def test_two_things_of_one_noun_are_no_mixture_and_earlier_marks_are_kept():
     assert mixtures(thing("cat", 0, 0, 9, 9), thing("cat", 0, 0, 9, 9)) == [(), ()]
     assert mixtures(thing("cat", 0, 0, 9, 9, ("frog",)), thing("dog", 0, 0, 9, 9)) == [("frog", "dog"), ("cat",)]
-    assert mixtures(thing("cat", 0, 0, 0, 0), thing("dog", 0, 0, 0, 0)) == [(), ()]  # nowhere is no place
+    assert mixtures(thing("cat", 0, 0, 0, 0), thing("dog", 0, 0, 0, 0)) == [(), ()]  # empty boxes do not coincide
     assert mixtures() == []
 
 
@@ -561,7 +561,7 @@ def folders(parts, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_what_was_saved_is_loaded_and_finds_the_same(parts, folders, kind):
+def test_a_saved_detector_is_loaded_and_finds_the_same(parts, folders, kind):
     lenient = {"text_threshold": 0.0} if kind == "grounding-dino" else {}
     loaded = load_detector(folders / kind, device="cpu", threshold=0.01, **lenient)
     assert isinstance(loaded, ADAPTERS[kind])
@@ -578,7 +578,7 @@ def test_loading_with_sam(folders):
     assert detector(Image.new("RGB", (50, 40)), ["cat"])[0].mask.shape == (40, 50)
 
 
-def test_wrong_models_are_refused_with_the_families_named(parts, folders):
+def test_unsupported_models_are_refused_with_the_supported_families(parts, folders):
     for refused in (
         lambda: load_detector(folders / "sam"),
         lambda: load_detector(folders / "owlvit", sam=folders / "clipseg"),
@@ -596,12 +596,12 @@ def test_wrong_models_are_refused_with_the_families_named(parts, folders):
         OwlDetector(*parts["clipseg"])
 
 
-def test_what_cannot_be_had_says_what_to_do(folders, tmp_path, parts):
+def test_errors_of_missing_parts_name_the_next_step(folders, tmp_path, parts):
     with pytest.raises(ModelError, match="neither a folder nor a hub id"):
         load_detector("owlv2")
     with pytest.raises(ModelError, match=r"no-such/detector.*hf download no-such/detector"):
         load_detector("no-such/detector")
-    with pytest.raises(ModelError, match="names no model_type"):
+    with pytest.raises(ModelError, match="has no model_type"):
         load_detector(tmp_path)  # no config
     model, processor = parts["owlvit"]
     model.config.save_pretrained(tmp_path)
@@ -610,10 +610,10 @@ def test_what_cannot_be_had_says_what_to_do(folders, tmp_path, parts):
     processor.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"no file named model\.safetensors"):
-        load_detector(tmp_path)  # weights that may hold code
+        load_detector(tmp_path)  # weights that may contain code
 
 
-def test_code_that_comes_with_a_model_is_not_run(parts, tmp_path):
+def test_code_in_a_checkpoint_is_not_run(parts, tmp_path):
     for part in parts["owlv2"]:
         part.save_pretrained(tmp_path)
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
@@ -632,7 +632,7 @@ def test_code_that_comes_with_a_model_is_not_run(parts, tmp_path):
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"nms": -0.1}, "nms is -0.1"),
         ({"query": "a cat"}, "query is 'a cat'"),
-        ({"text_threshold": 0.3}, "'text_threshold' is no setting of OwlDetector; it has threshold, nms, query"),
+        ({"text_threshold": 0.3}, "OwlDetector has no option 'text_threshold'; it has threshold, nms, query"),
         ({"device": "gpu"}, "device is 'gpu'"),
     ],
 )
@@ -641,12 +641,12 @@ def test_settings_out_of_range_are_refused(folders, options, message):
         load_detector(folders / "owlvit", **options)
 
 
-def test_settings_of_the_other_families_and_marks(parts, folders):
+def test_options_of_other_families_are_refused(parts, folders):
     with pytest.raises(SettingError, match="text_threshold is 2"):
         GroundingDinoDetector(*parts["grounding-dino"], text_threshold=2)
     with pytest.raises(SettingError, match="least_area is 7"):
         ClipSegSegmenter(*parts["clipseg"], least_area=7)
-    with pytest.raises(SettingError, match="CLIPSeg finds masks by itself"):
+    with pytest.raises(SettingError, match="CLIPSeg predicts masks itself"):
         load_detector(folders / "clipseg", sam=folders / "sam")
     with pytest.raises(SettingError, match=r"iou is 1\.1"):
         mark_coinciding([], iou=1.1)

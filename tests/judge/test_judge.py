@@ -1,7 +1,9 @@
-"""The judge says what composed scenes hold, whose truth is known."""
+"""Verdicts on composed scenes, whose ground truth is known."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from PIL import Image
 
 import elakit
-from elakit.errors import PromptError
+from elakit.errors import PromptError, SettingError
 from elakit.judge import Thing, Verdict, judge, knows
 from elakit.judge.color import name_color
 from elakit.world.mixtures import KINDS, compose_mixture
@@ -41,7 +43,7 @@ def test_new_scenes_are_judged_right(pipe, world: World) -> None:
     assert np.mean(right) >= 0.85
 
 
-def test_what_is_not_there_is_missed_and_a_wrong_color_is_wrong(pipe, world: World) -> None:
+def test_absent_entities_and_wrong_colors_are_failures(pipe, world: World) -> None:
     rng = np.random.default_rng(8)
     wrong = []
     for _ in range(40):
@@ -55,7 +57,7 @@ def test_what_is_not_there_is_missed_and_a_wrong_color_is_wrong(pipe, world: Wor
     assert str(painted) == "car: red instead of blue"
 
 
-def test_a_hybrid_is_no_success_and_is_named(pipe, world: World) -> None:
+def test_hybrids_are_failures_and_name_their_parts(pipe, world: World) -> None:
     rng = np.random.default_rng(11)
     hybrids, pairs, named = [], [], []
     prompt = elakit.parse("a [cat] and a [car]", pipe)
@@ -70,7 +72,7 @@ def test_a_hybrid_is_no_success_and_is_named(pipe, world: World) -> None:
     assert np.mean(pairs) <= 0.1
 
 
-def test_what_nobody_asked_for_is_counted(pipe, world: World) -> None:
+def test_things_that_the_prompt_does_not_name_are_counted(pipe, world: World) -> None:
     rng = np.random.default_rng(4)
     seen = []
     for _ in range(20):
@@ -94,41 +96,41 @@ def thing(noun: str, columns: slice, color: str | None, mixed_with: tuple[str, .
     return Thing(noun, mask, 0.9, color, mixed_with)
 
 
-def test_a_verdict_tells_neglect_mixture_and_wrong_color_apart() -> None:
+def test_a_verdict_distinguishes_neglect_mixture_and_wrong_color() -> None:
     prompt = entity_prompt()
     bird, chair = thing("bird", slice(0, 4), "blue"), thing("chair", slice(4, 8), "red")
     right = verdict_of([bird, chair], prompt)
     assert (right.success, right.failures) == (True, ())
     neglected = verdict_of([chair], prompt)
     assert (neglected.success, neglected.failures) == (False, ("neglect",))
-    # the bird is hidden in the chair: not missing, fused
+    # The bird is part of a hybrid, so it is not neglected.
     fused = verdict_of([thing("chair", slice(0, 8), "red", ("bird",))], prompt)
     assert (fused.success, fused.failures, fused.mixtures) == (False, ("mixture",), (("chair", "bird"),))
     painted = verdict_of([bird, thing("chair", slice(4, 8), "brown")], prompt)
     assert (painted.success, painted.failures) == (False, ("wrong color",))
-    assert str(painted) == "bird: blue; chair: brown instead of red"
+    assert str(painted) == "bird: present; chair: brown instead of red"
 
 
-def test_a_color_that_runs_over_to_a_thing_without_one_is_wrong() -> None:
-    # nobody asked for a red bird, and the chair beside it should be red
+def test_a_color_that_leaks_to_an_entity_without_a_color_is_wrong() -> None:
+    # The prompt names red for the chair and no color for the bird.
     verdict = verdict_of([thing("bird", slice(0, 4), "red"), thing("chair", slice(4, 8), "red")], entity_prompt())
     assert verdict.failures == ("wrong color",)
     assert verdict.right_color == {"bird": False, "chair": True}
-    assert verdict.leak == {"bird": 1.0, "chair": 0.0}  # the image is red all over
-    # a green bird is nobody's leak
+    assert verdict.leak == {"bird": 1.0, "chair": 0.0}  # every pixel is red
+    # Green was named for no entity, so a green bird is no leak.
     assert verdict_of(
         [thing("bird", slice(0, 4), "green"), thing("chair", slice(4, 8), "red")], entity_prompt()
     ).success
 
 
-def test_a_detector_may_know_other_nouns() -> None:
+def test_a_detector_may_find_other_nouns() -> None:
     prompt = elakit.parse("a [giraffe] and a [red car]", elakit.load("picture-world"))
     verdict = verdict_of([thing("giraffe", slice(0, 4), "yellow"), thing("car", slice(4, 8), "red")], prompt)
     assert verdict.success
     assert verdict.masks.sum((1, 2)).tolist() == [32, 32]
 
 
-def test_two_of_a_noun_are_told_apart_by_their_colors(pipe, world: World) -> None:
+def test_two_entities_of_one_noun_are_distinguished_by_their_colors(pipe, world: World) -> None:
     rng = np.random.default_rng(3)
     right = []
     for _ in range(20):
@@ -138,7 +140,7 @@ def test_two_of_a_noun_are_told_apart_by_their_colors(pipe, world: World) -> Non
     assert np.mean(right) >= 0.8
 
 
-def test_masks_lie_where_the_things_are(pipe, world: World) -> None:
+def test_masks_agree_with_the_ground_truth(pipe, world: World) -> None:
     scene = compose((Subject("lion"), Subject("car", "blue")), world, np.random.default_rng(5))
     verdict = judge(Image.fromarray(scene.image).resize((256, 256)), prompt_of(scene, pipe))
     assert verdict.masks.shape == (2, 256, 256)
@@ -146,12 +148,59 @@ def test_masks_lie_where_the_things_are(pipe, world: World) -> None:
         assert (mask & entity.mask).sum() / (mask | entity.mask).sum() > 0.7
 
 
-def test_words_it_does_not_know_are_refused(pipe) -> None:
+def test_unknown_words_are_refused(pipe) -> None:
     prompt = elakit.parse("a [giraffe] and a [striped cat]", pipe)
     assert not knows(prompt)
     with pytest.raises(PromptError, match="giraffe"):
         judge(Image.new("RGB", (64, 64)), prompt)
 
 
-def test_no_pixels_have_no_color() -> None:
+def test_no_pixels_have_no_color_name() -> None:
     assert name_color(np.empty((0, 3), np.uint8)) is None
+
+
+@pytest.mark.parametrize(("noun", "color"), [("bird", "gray"), ("elephant", "white"), ("frog", "yellow")])
+def test_a_color_that_the_prompt_does_not_name_is_not_stated(pipe, noun: str, color: str) -> None:
+    prompt = elakit.parse(f"a [{noun}] and a [red chair]", pipe)
+    verdict = verdict_of([thing(noun, slice(0, 4), color), thing("chair", slice(4, 8), "red")], prompt)
+    assert str(verdict) == f"{noun}: present; chair: red"
+    assert verdict.success
+
+
+def test_a_color_taken_from_another_entity_is_stated_with_its_owner() -> None:
+    verdict = verdict_of([thing("bird", slice(0, 4), "red"), thing("chair", slice(4, 8), "red")], entity_prompt())
+    assert str(verdict) == "bird: red, the color of chair; chair: red"
+
+
+def test_an_image_blacked_out_by_a_safety_checker_is_not_judged(pipe) -> None:
+    with pytest.raises(SettingError, match="safety checker"):
+        judge(Image.new("RGB", (128, 128)), elakit.parse("a [cat] and a [lion]", pipe))
+
+
+def test_judging_leaves_the_random_state_of_torch_alone() -> None:
+    # A new process, because the judge's network is built once per process.
+    code = """
+import torch, elakit
+from PIL import Image
+prompt = elakit.parse("a [cat]", elakit.load("picture-world"))
+image = Image.new("RGB", (128, 128), "navy")
+before = torch.get_rng_state()
+elakit.judge.judge(image, prompt)
+assert torch.equal(torch.get_rng_state(), before)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_shape_that_cannot_be_named_does_not_count_but_is_told() -> None:
+    image, prompt = (
+        Image.new("RGB", (16, 16), "gray"),
+        elakit.parse("a [cat] and a [blue clock]", elakit.load("picture-world")),
+    )
+    cat, clock = thing("cat", slice(0, 6), "orange"), thing("clock", slice(8, 14), "blue")
+    clean = judge(image, prompt, lambda image, nouns: [cat, clock])
+    blob = judge(image, prompt, lambda image, nouns: [cat, replace(clock, recognizable=False)])
+    assert clean.success
+    assert not blob.success
+    assert blob.failures == ("neglect",)
+    assert (blob.counts, blob.unrecognizable, blob.extra) == ({"cat": 1}, 1, ())
+    assert str(blob).endswith("an unrecognizable shape")

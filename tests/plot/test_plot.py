@@ -1,11 +1,13 @@
-"""Figures show the numbers of the run they are made from, and words of a prompt are never read as markup."""
+"""Figures show the values of their run, fit into 900 pixels, and escape the words of the prompt."""
 
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +20,13 @@ from PIL import Image
 from tiny import tiny_pipeline
 
 from elakit import plot
-from elakit.errors import RecordingError, SettingError
-from elakit.generation import Run, generate
+from elakit.errors import OutputError, RecordingError, SettingError
+from elakit.generation import generate
 from elakit.guidance import ELA
+from elakit.plot import style
+from elakit.plot.images import light_gray
 from elakit.plot.style import ENTITY_COLORS, escape, pick_steps
+from elakit.run import Run
 
 PAIR = "a [red car] and a [blue bird]"
 STEPS = 6
@@ -75,7 +80,7 @@ def every_figure(run: Run, other: Run) -> list[go.Figure]:
 # --- token maps ---------------------------------------------------------------------------------------------
 
 
-def test_token_maps_are_the_recorded_ones(plain: Run) -> None:
+def test_token_maps_show_the_recorded_maps(plain: Run) -> None:
     traces = heatmaps(plot.token_maps(plain))
     steps = [0, 1, 3, 4, 5]
     assert len(traces) == len(steps) * len(plain.recording.tokens)
@@ -85,7 +90,7 @@ def test_token_maps_are_the_recorded_ones(plain: Run) -> None:
         np.testing.assert_array_equal(trace.z, expected)
 
 
-def test_each_token_has_one_color_scale_unless_said_otherwise(plain: Run) -> None:
+def test_each_token_has_one_color_scale_by_default(plain: Run) -> None:
     maps = plain.recording.maps(["car", "bird"], layers="up", size=8)
     by_token = {t.meta["token"]: t.zmax for t in heatmaps(plot.token_maps(plain, tokens=["car", "bird"], steps=STEPS))}
     assert by_token == pytest.approx({token: float(maps.sel(token=token).max()) for token in ("car", "bird")})
@@ -96,7 +101,7 @@ def test_each_token_has_one_color_scale_unless_said_otherwise(plain: Run) -> Non
     assert all(trace.zmin == 0 for trace in (*shared, *alone))
 
 
-def test_token_maps_are_drawn_downwards_with_square_cells(plain: Run) -> None:
+def test_token_maps_are_drawn_downwards_with_square_locations(plain: Run) -> None:
     figure = plot.token_maps(plain, tokens="car", steps=1)
     low, high = figure.layout.yaxis.range
     assert low > high
@@ -118,14 +123,14 @@ def test_a_long_prompt_is_shown_by_its_entities() -> None:
     shown = {trace.meta["token"] for trace in heatmaps(plot.token_maps(run))}
     words = {token.label for token in run.prompt.tokens if token.text in ("red", "car", "blue", "bird")}
     assert shown == {"<start>", "<end>"} | words
-    assert plot.token_maps(run).layout.width < 1100
+    assert plot.token_maps(run).layout.width <= style.WIDTH
 
 
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
         ({"scale": "row"}, SettingError, "'token', 'all' or 'map'"),
-        ({"steps": 0}, SettingError, "1 or more"),
+        ({"steps": 0}, SettingError, "at least 1"),
         ({"steps": [3, 99]}, SettingError, "99"),
         ({"tokens": "zebra"}, RecordingError, "zebra"),
         ({"size": 7}, RecordingError, "7"),
@@ -137,7 +142,7 @@ def test_wrong_options_are_named(plain: Run, options: dict[str, Any], error: typ
         plot.token_maps(plain, **options)
 
 
-def test_a_run_without_recording_says_so() -> None:
+def test_a_run_without_recording_is_refused() -> None:
     run = draw(record=False)
     for function in (plot.token_maps, plot.region_evolution, plot.leakage, plot.entity_maps):
         with pytest.raises(RecordingError, match="record=True"):
@@ -178,9 +183,9 @@ def test_image_and_maps_can_be_left_out(plain: Run) -> None:
 
 
 def test_regions_of_guidance_need_guidance(plain: Run) -> None:
-    with pytest.raises(SettingError, match="drawn plainly"):
+    with pytest.raises(SettingError, match="has no guidance"):
         plot.region_evolution(plain, source="guidance")
-    with pytest.raises(SettingError, match="anchored nothing"):
+    with pytest.raises(SettingError, match="used no regions"):
         plot.region_evolution(draw("a [red car]", ELA()), source="guidance")
     with pytest.raises(SettingError, match="choose 'recording' or 'guidance'"):
         plot.region_evolution(plain, source="map")  # type: ignore[arg-type]
@@ -189,7 +194,7 @@ def test_regions_of_guidance_need_guidance(plain: Run) -> None:
 # --- leakage and curves -------------------------------------------------------------------------------------
 
 
-def test_the_printed_leakage_is_the_measured_one(plain: Run, guided: Run) -> None:
+def test_the_printed_leakage_is_the_measured_leakage(plain: Run, guided: Run) -> None:
     figure = plot.leakage(plain, guided)
     printed = [note.text for note in figure.layout.annotations if re.fullmatch(r"\d\.\d\d", note.text)]
     expected = [run.bleeding.leakage.mean("step").values for run in (plain, guided)]
@@ -200,7 +205,7 @@ def test_the_printed_leakage_is_the_measured_one(plain: Run, guided: Run) -> Non
     np.testing.assert_array_equal(one.data[0].z, plain.bleeding.leakage.isel(step=-1).values)
 
 
-def test_attributes_get_rows_of_their_own(plain: Run) -> None:
+def test_attributes_have_their_own_rows(plain: Run) -> None:
     figure = plot.leakage(plain, attributes=True)
     measured = plain.bleeding
     both = np.concatenate([measured.leakage.mean("step"), measured.attribute_leakage.mean("step")])
@@ -227,7 +232,7 @@ def test_runs_of_one_method_are_averaged(plain: Run) -> None:
     np.testing.assert_allclose(lines[2].y, (lines[0].y + lines[1].y) / 2)
 
 
-def test_what_cannot_be_compared_is_refused(plain: Run) -> None:
+def test_runs_that_cannot_be_compared_are_refused(plain: Run) -> None:
     alone = draw("a [red car]")
     for function in (plot.leakage, plot.entity_maps):
         with pytest.raises(SettingError, match="one prompt"):
@@ -235,7 +240,7 @@ def test_what_cannot_be_compared_is_refused(plain: Run) -> None:
     for function in (plot.leakage, plot.bleeding_over_steps):
         with pytest.raises(SettingError, match="at least one run"):
             function([])
-    with pytest.raises(SettingError, match=r"no iou here; there are .*bleed"):
+    with pytest.raises(SettingError, match=r"iou unknown; choose from .*bleed"):
         plot.bleeding_over_steps(alone, measures=["iou"])
 
 
@@ -261,7 +266,7 @@ def test_images_keep_their_pixels(plain: Run) -> None:
 # --- all figures --------------------------------------------------------------------------------------------
 
 
-def test_words_are_never_read_as_markup() -> None:
+def test_words_of_the_prompt_are_escaped() -> None:
     text = "a [<b>car</b>] and a [<script>alert(1)</script> $5$ %{z} <i>]"
     runs = draw(text, length=60), draw(text, ELA(), length=60)
     ours = re.compile(r"</?b>|<br>|<span style='font-size:10px'>|</span>|<extra></extra>")
@@ -279,7 +284,7 @@ def test_labels_in_angle_brackets_are_shown(plain: Run) -> None:
     assert any(text.startswith("&lt;start&gt;") for text in headings)
 
 
-def test_figures_change_nothing_and_come_out_the_same(plain: Run, guided: Run) -> None:
+def test_figures_have_no_side_effects_and_are_deterministic(plain: Run, guided: Run) -> None:
     template = plotly.io.templates.default
     before = plain.recording.maps().values.copy()
     first, second = ([f.to_json() for f in every_figure(plain, guided)] for _ in range(2))
@@ -288,18 +293,18 @@ def test_figures_change_nothing_and_come_out_the_same(plain: Run, guided: Run) -
     np.testing.assert_array_equal(plain.recording.maps().values, before)
 
 
-def test_one_entity_and_many_are_drawn() -> None:
+def test_figures_of_one_and_of_many_entities_fit_the_page() -> None:
     many = draw("a [car], a [bird], a [dog], a [cat], a [frog], a [lion], a [bear] and a [clock]", length=60)
     for function in (plot.token_maps, plot.region_evolution, plot.entity_maps):
-        assert function(many).layout.width <= 1060  # a page
-    assert plot.leakage(many, many).layout.width <= 1060
+        assert function(many).layout.width <= style.WIDTH
+    assert plot.leakage(many, many).layout.width <= style.WIDTH
     alone = draw("a [dog]")
     assert plot.leakage(alone).data[0].z.shape == (1, 2)
     assert len(heatmaps(plot.entity_maps(alone))) == 1
 
 
 @given(st.integers(1, 200), st.integers(1, 30))
-def test_steps_are_spread_from_first_to_last(there: int, wanted: int) -> None:
+def test_steps_are_evenly_spaced(there: int, wanted: int) -> None:
     picked = pick_steps(range(there), wanted)
     assert picked == sorted(set(picked))
     assert len(picked) == min(there, wanted)
@@ -310,6 +315,93 @@ def test_steps_are_spread_from_first_to_last(there: int, wanted: int) -> None:
 
 
 @given(st.text())
-def test_escaped_text_holds_no_markup(text: str) -> None:
+def test_escaped_text_contains_no_markup(text: str) -> None:
     escaped = escape(text)
     assert not set("<>$%") & set(escaped)
+
+
+# --- titles and captions ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [80, 250, 800])
+def test_long_titles_and_captions_are_wrapped_to_the_figure(width: int) -> None:
+    title = "a very long prompt of a dozen words that does not fit into one line of a figure"
+    panels = style.Panels(1, 1, width=width, height=80, title=title, caption=f"{title} {title}")
+    panels.map_axes(1, 1, 4, 4)
+    panels.add_nothing(1, 1)
+    figure = panels.figure()
+    assert figure.layout.width <= max(width + 100, 320)
+    for text, letter in ((figure.layout.title.text, 9.5), (figure.layout.annotations[0].text, 5.8)):
+        lines = re.sub("</?b>", "", text).split("<br>")
+        assert " ".join(lines) in (title, f"{title} {title}")
+        assert max(map(len, lines)) * letter <= figure.layout.width
+    # The caption has space below the panel.
+    caption = figure.layout.annotations[0]
+    assert figure.layout.margin.b + caption.yshift >= 14 * (caption.text.count("<br>") + 1)
+
+
+def test_a_legend_of_many_names_gets_more_space() -> None:
+    def height(count: int) -> int:
+        panels = style.Panels(1, 1, width=300, height=80)
+        panels.entity_legend([f"a long label {i}" for i in range(count)])
+        return int(panels.figure().layout.height)
+
+    assert height(1) == height(2) < height(8)
+
+
+# --- animations ---------------------------------------------------------------------------------------------
+
+
+def test_an_animation_shows_the_regions_of_every_step(plain: Run, tmp_path: Path) -> None:
+    path = plot.save_animation(plain, tmp_path / "regions.gif", panel=64, speed=5)
+    animation = Image.open(path)
+    assert animation.n_frames == STEPS
+    assert animation.info["duration"] == 200
+    rows, columns = plain.regions.sizes["y"], plain.regions.sizes["x"]
+    car, background = tuple(int(ENTITY_COLORS[0][i : i + 2], 16) for i in (1, 3, 5)), set()
+    for step in range(STEPS):
+        animation.seek(step)
+        right = np.asarray(animation.convert("RGB"))[38 : 38 + 64, 24 + 64 : 24 + 128].astype(float)
+        centers = right[64 // rows // 2 :: 64 // rows, 64 // columns // 2 :: 64 // columns]
+        image = np.asarray(light_gray(plain.image).convert("RGB").resize((64, 64)), float)
+        base = image[64 // rows // 2 :: 64 // rows, 64 // columns // 2 :: 64 // columns]
+        mask = plain.regions.sel(step=step, entity="car").values
+        outside = ~plain.regions.sel(step=step).values.any(0)
+        background.add(bool(outside.any()))
+        # The palette of a GIF has 256 colors, so colors are approximate.
+        assert np.abs(centers[mask] - (0.45 * base[mask] + 0.55 * np.array(car))).max() < 40
+        assert np.abs(centers[outside] - base[outside]).max(initial=0) < 40
+    assert background == {True}
+
+
+def test_animations_can_show_a_few_steps_and_the_regions_of_guidance(guided: Run, tmp_path: Path) -> None:
+    first = int(guided.guidance.regions.step[0])
+    path = plot.save_animation(guided, tmp_path / "guided.gif", source="guidance", steps=[first], panel=33)
+    assert getattr(Image.open(path), "n_frames", 1) == 1
+
+
+def test_an_mp4_file_is_written_if_ffmpeg_is_installed(plain: Run, tmp_path: Path) -> None:
+    if importlib.util.find_spec("imageio_ffmpeg") is None:
+        with pytest.raises(OutputError, match="pip install imageio-ffmpeg"):
+            plot.save_animation(plain, tmp_path / "regions.mp4")
+        assert not list(tmp_path.iterdir())
+    else:
+        assert plot.save_animation(plain, tmp_path / "regions.mp4").read_bytes()[4:8] == b"ftyp"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("regions.png", {}, OutputError, r"\.gif or \.mp4"),
+        ("regions.gif", {"speed": 0}, SettingError, "speed"),
+        ("regions.gif", {"panel": 5}, SettingError, "panel"),
+        ("regions.gif", {"steps": [99]}, SettingError, "not available"),
+        ("missing/regions.gif", {}, OutputError, "cannot be written"),
+    ],
+)
+def test_animations_that_cannot_be_written_are_refused(
+    plain: Run, tmp_path: Path, name: str, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        plot.save_animation(plain, tmp_path / name, **options)
+    assert not list(tmp_path.iterdir())

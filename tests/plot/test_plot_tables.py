@@ -1,4 +1,4 @@
-"""Figures of tables and animations show the numbers they are given, checked by hand."""
+"""Figures of tables, and animations, show the values that they are given."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from tiny import tiny_pipeline
 
 from elakit import plot, sweep
 from elakit.errors import SettingError
-from elakit.generation import Run, generate
+from elakit.generation import generate
+from elakit.plot import style
 from elakit.plot.style import ENTITY_COLORS, RUN_COLORS
+from elakit.run import Run
 
 STEPS = 4
 
@@ -78,25 +80,25 @@ def test_layers_are_told_apart_by_the_numbers_in_which_they_differ() -> None:
     assert plot.bleeding_by_layer(foreign).layout.yaxis.ticktext[0] == "transformer_blocks.0.&lt;attn&gt;"
 
 
-def test_many_steps_fit_a_page() -> None:
+def test_many_steps_fit_the_page() -> None:
     many = pd.DataFrame(
         [("up.0", "mean", step, "bleed", step / 50) for step in range(50)],
         columns=["layer", "head", "step", "measure", "value"],
     )
     figure = plot.bleeding_by_layer(many)
-    assert figure.layout.width <= 1060
+    assert figure.layout.width <= style.WIDTH
     assert len(figure.layout.xaxis.ticktext) <= 13
 
 
 @pytest.mark.parametrize(
     ("table", "options", "said"),
     [
-        (profile().drop(columns="head"), {}, r"lacks head.*elakit.causes.profile"),
-        (profile(), {"measure": "iou"}, "no iou here; there are bleed, spill"),
+        (profile().drop(columns="head"), {}, r"no column head.*elakit.causes.profile"),
+        (profile(), {"measure": "iou"}, "measure='iou' is unknown; choose from bleed, spill"),
         (profile(), {"across": "entity"}, "'head' or 'step'"),
     ],
 )
-def test_tables_that_will_not_do_are_refused(table: pd.DataFrame, options: dict[str, Any], said: str) -> None:
+def test_unsuitable_tables_are_refused(table: pd.DataFrame, options: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingError, match=said):
         plot.bleeding_by_layer(table, **options)
 
@@ -105,7 +107,7 @@ def test_tables_that_will_not_do_are_refused(table: pd.DataFrame, options: dict[
 
 
 def method_table() -> pd.DataFrame:
-    """Four prompts by three methods: plain gets two right; ELA all four; the other harms one and fixes one."""
+    """Four prompts by three methods: plain gets two right; ELA all four; the other breaks one and fixes one."""
     right = {"plain": [1, 1, 0, 0], "ela": [1, 1, 1, 1], "other": [0, 1, 1, 0]}
     seconds = {"plain": 2.0, "ela": 3.0, "other": 20.0}
     return pd.DataFrame(
@@ -145,9 +147,9 @@ def test_a_dot_is_full_where_the_difference_is_no_accident() -> None:
     assert list(marker.color) == [RUN_COLORS[0], RUN_COLORS[2], "#ffffff"]
 
 
-def test_a_table_without_what_is_compared_is_refused() -> None:
+def test_a_table_without_a_required_column_is_refused() -> None:
     summary = sweep.summary(method_table())
-    with pytest.raises(SettingError, match=r"lacks broken_low.*elakit.sweep.summary"):
+    with pytest.raises(SettingError, match=r"no column broken_low.*elakit.sweep.summary"):
         plot.method_comparison(summary.drop(columns="broken_low"))
     with pytest.raises(SettingError, match="no row"):
         plot.method_comparison(summary.iloc[:0])
@@ -180,7 +182,7 @@ def test_steps_and_speed_of_an_animation_are_chosen(run: Run) -> None:
     assert [frame.name for frame in figure.frames] == ["0", "3"]
     assert figure.layout.updatemenus[0].buttons[0].args[1]["frame"]["duration"] == 100
     assert figure.layout.title.text == "<b>&lt;i&gt;Mine&lt;/i&gt;</b>"
-    with pytest.raises(SettingError, match="above 0"):
+    with pytest.raises(SettingError, match="positive number"):
         plot.region_animation(run, speed=0)
-    with pytest.raises(SettingError, match="drawn plainly"):
+    with pytest.raises(SettingError, match="has no guidance"):
         plot.region_animation(run, source="guidance")

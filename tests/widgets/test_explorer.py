@@ -23,9 +23,10 @@ from tiny import tiny_pipeline
 
 import elakit
 from elakit.errors import OutputError, RecordingError, SettingError
-from elakit.generation import Run
 from elakit.guidance import ELA
-from elakit.widgets.explorer.packing import BUDGET, Fit, Source, fit_to, quantize
+from elakit.run import Run
+from elakit.widgets.explorer.packing import BUDGET, Fit, Source, fit_to
+from elakit.widgets.shared.quantize import quantize
 
 PAIR = "a [red car] and a [blue bird]"
 
@@ -225,10 +226,10 @@ def test_one_entity_and_five_can_be_explored() -> None:
 def test_a_recording_without_the_entities_has_no_regions_and_says_so() -> None:
     run = draw(steps=2)
     assert run.recording is not None
-    explorer = elakit.explore(replace(run, recording=run.recording.sel(token="red"), _derived={}))
+    explorer = elakit.explore(replace(run, recording=run.recording.sel(token="red")))
     about = explorer._meta["runs"][0]
     assert (explorer.measure, explorer.tokens, about["regions"], about["measures"]) == ("", ["red"], None, {})
-    assert "No regions and no measures" in about["notes"][0]
+    assert "Regions and measures are not available" in about["notes"][0]
     assert "image/png" in explorer._repr_mimebundle_()[0]
 
 

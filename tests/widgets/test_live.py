@@ -16,11 +16,11 @@ from PIL import Image
 
 import elakit
 from elakit.errors import ElakitError, PromptError, SettingError
-from elakit.guidance import ELA, METHODS, AttendAndExcite, BoxDiff, FromMaps, LatentStep
+from elakit.guidance import ELA, METHODS, AttendAndExcite, BoxDiff, FromMaps, LatentStep, build
 from elakit.widgets.live import Panel
 from elakit.widgets.live.options import Controls, options
 from elakit.widgets.live.session import Session
-from elakit.widgets.live.words import chips, marks_of, turned
+from elakit.widgets.live.words import chips, marks_of, toggled
 
 PAIR = "a [red car] and a [blue bird]"
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
@@ -46,11 +46,11 @@ def has_left_half(regions: Any) -> list[bool]:
 
 
 def roles(panel: Panel) -> list[tuple[str, str]]:
-    return [(chip["text"], chip["owner"]) for chip in panel._words._words if chip["role"]]
+    return [(chip["text"], chip["owner"]) for chip in panel._view.words._words if chip["role"]]
 
 
 def click_word(panel: Panel, at: int) -> None:
-    panel._words._handle_custom_msg({"click": at}, [])
+    panel._view.words._handle_custom_msg({"click": at}, [])
 
 
 # -- words ------------------------------------------------------------------------------------------------------------
@@ -58,27 +58,27 @@ def click_word(panel: Panel, at: int) -> None:
 
 def test_a_word_becomes_an_entity_then_an_attribute_of_the_next_one_then_neither(pipe: Any) -> None:
     prompt = elakit.parse("a red [car] and a [bird]", pipe)  # words: a red car and a bird
-    entity = turned(prompt, 1)
+    entity = toggled(prompt, 1)
     assert [each.label for each in entity.entities] == ["red", "car", "bird"]
-    attribute = turned(entity, 1)
+    attribute = toggled(entity, 1)
     assert marks_of(attribute) == {2: (1,), 5: ()}
     assert attribute.entities[0] == elakit.parse("a [red car] and a [bird]", pipe).entities[0]
-    assert turned(attribute, 1) == prompt
+    assert toggled(attribute, 1) == prompt
 
 
 def test_attributes_without_a_noun_go_to_the_next_or_else_to_the_one_before(pipe: Any) -> None:
     prompt = elakit.parse(PAIR, pipe)
-    assert marks_of(turned(prompt, 2)) == {6: (1, 2, 5)}  # red and car are now of the bird
-    assert marks_of(turned(prompt, 6)) == {2: (1, 5, 6)}  # nothing follows: blue and bird are of the car
+    assert marks_of(toggled(prompt, 2)) == {6: (1, 2, 5)}  # red and car are now of the bird
+    assert marks_of(toggled(prompt, 6)) == {2: (1, 5, 6)}  # nothing follows: blue and bird are of the car
     with pytest.raises(PromptError, match="No word"):
-        turned(elakit.parse("a [car]", pipe), 1)
+        toggled(elakit.parse("a [car]", pipe), 1)
 
 
 def test_what_is_marked_by_hand_is_what_brackets_say(pipe: Any) -> None:
     """A prompt with a split word and one that occurs twice."""
     bare = elakit.parse("red giraffe and red [dog]", pipe)
-    by_hand = turned(turned(turned(bare, 1), 0), 0)  # giraffe an entity; the first red an entity, then an attribute
-    by_hand = turned(turned(by_hand, 3), 3)
+    by_hand = toggled(toggled(toggled(bare, 1), 0), 0)  # giraffe an entity; the first red an entity, then an attribute
+    by_hand = toggled(toggled(by_hand, 3), 3)
     assert by_hand == elakit.parse("[red giraffe] and [red dog]", pipe)
 
 
@@ -103,14 +103,14 @@ def test_a_prompt_that_cannot_be_read_says_why_and_the_last_run_stays(panel: Pan
     panel.prompt = "a [red car and a <b>bird</b>"
     assert panel.prompt is None
     assert isinstance(panel.error, PromptError)
-    assert "never closed" in panel._message.value
-    assert "<b>" not in panel._message.value
-    assert (panel._go.disabled, panel._one.disabled) == (True, True)
+    assert "never closed" in panel._view.message.value
+    assert "<b>" not in panel._view.message.value
+    assert (panel._view.run.disabled, panel._view.step.disabled) == (True, True)
     with pytest.raises(PromptError, match="never closed"):
         panel.start()
     assert panel.run is run
     panel.prompt = PAIR
-    assert (panel.error, panel._message.value, panel._go.disabled) == (None, "", False)
+    assert (panel.error, panel._view.message.value, panel._view.run.disabled) == (None, "", False)
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def test_every_option_of_every_method_has_a_control_that_opens_at_its_default(na
     method = METHODS[name]
     regions = {"regions": [LEFT, RIGHT]} if name in ("boxdiff", "layout-guidance") else {}
     controls = Controls(method)
-    assert method(**controls.values(), **regions) == method(**regions)
+    assert build(method, controls.values() | regions) == method(**regions)
     assert all(option.about or option.choices for option in options(method))
     assert all(controls.widgets[option.name].tooltip == option.about for option in options(method))
 
@@ -142,7 +142,7 @@ def test_what_is_typed_reaches_the_method(panel: Panel) -> None:
     panel._controls["attend-and-excite"].widgets["refine"].value = "soon"
     with pytest.raises(SettingError, match=r"AttendAndExcite\(refine='soon'\)"):
         _ = panel.guidance
-    with pytest.raises(SettingError, match="no option glow; there are "):
+    with pytest.raises(SettingError, match="no option glow; its options are "):
         panel.options = {"glow": 1}
     panel.method = "plain"
     assert panel.guidance is None
@@ -150,9 +150,9 @@ def test_what_is_typed_reaches_the_method(panel: Panel) -> None:
 
 def test_a_method_that_refuses_its_options_says_so_and_draws_nothing(panel: Panel) -> None:
     panel.options = {"anchor.guided": 2.0}
-    panel._go.click()
+    panel._view.run.click()
     assert panel.state == "idle"
-    assert "LatentStep(guided=2.0): must be a number from 0 to 1" in panel._message.value
+    assert "LatentStep(guided=2.0): must be a number from 0 to 1" in panel._view.message.value
     panel._controls["ela"].reset()
     assert panel.guidance == ELA()
 
@@ -160,19 +160,19 @@ def test_a_method_that_refuses_its_options_says_so_and_draws_nothing(panel: Pane
 def test_methods_that_need_regions_say_which_are_missing(panel: Panel) -> None:
     panel.method = "boxdiff"
     panel.draw("car", LEFT)
-    panel._go.click()
-    assert "draw bird" in panel._message.value
+    panel._view.run.click()
+    assert "missing: bird" in panel._view.message.value
     panel.draw("bird", RIGHT)
     assert panel.guidance == BoxDiff([LEFT, RIGHT])
     panel.method = "syngen"
-    assert "takes no regions" in panel._stage._guidance["note"]
+    assert "takes no regions" in panel._view.stage._guidance["note"]
 
 
 # -- regions by hand --------------------------------------------------------------------------------------------------
 
 
 def test_a_box_drawn_in_the_browser_is_what_the_run_is_anchored_to(panel: Panel) -> None:
-    panel._stage.set_state({"boxes": [list(LEFT), None]})
+    panel._view.stage.set_state({"boxes": [list(LEFT), None]})
     assert panel.regions == {"car": LEFT}
     panel.start()
     run = panel.wait(PATIENCE)
@@ -185,11 +185,11 @@ def test_a_box_drawn_in_the_middle_of_a_run_changes_the_region_of_the_next_step(
     panel.step(3)
     assert panel.wait(PATIENCE) is None
     assert panel.state == "paused"
-    panel._stage.set_state({"boxes": [list(LEFT), None]})
-    assert "counts from the next guided step" in panel._stage._guidance["note"]
+    panel._view.stage.set_state({"boxes": [list(LEFT), None]})
+    assert "from the next guided step on" in panel._view.stage._guidance["note"]
     panel.step()
     panel.wait(PATIENCE)
-    panel._stage._handle_custom_msg({"clear": None}, [])
+    panel._view.stage._handle_custom_msg({"clear": None}, [])
     panel.resume()
     run = panel.wait(PATIENCE)
     assert run is not None
@@ -204,19 +204,19 @@ def test_boxes_masks_and_what_is_neither(panel: Panel) -> None:
     panel.draw(1, mask)
     assert panel.prompt is not None
     panel.draw(panel.prompt.entities[0], LEFT)
-    assert panel._stage.boxes == [list(LEFT), None]
-    assert sum(panel._stage._masks[1]["cells"]) == 32 * 32 / 2
-    panel._stage.set_state({"boxes": [None, list(RIGHT)]})  # drawn over the mask, and the other taken away
+    assert panel._view.stage.boxes == [list(LEFT), None]
+    assert sum(panel._view.stage._masks[1]["cells"]) == 32 * 32 / 2
+    panel._view.stage.set_state({"boxes": [None, list(RIGHT)]})  # drawn over the mask, and the other taken away
     assert panel.regions == {"bird": RIGHT}
     for region, part in (((0.5, 0, 0.2, 1), "no box within"), (mask & False, "mask 0 is empty"), ("left", "no layout")):
         with pytest.raises(SettingError, match=part):
             panel.draw("car", region)
-    with pytest.raises(SettingError, match="there are 'car', 'bird'"):
+    with pytest.raises(SettingError, match="the entities are 'car', 'bird'"):
         panel.draw("frog", LEFT)
     with pytest.raises(SettingError, match="2 entities"):
-        panel._stage.boxes = [None]
+        panel._view.stage.boxes = [None]
     with pytest.raises(SettingError, match="no box within"):
-        panel._stage.boxes = [[0.5, 0, 0.2, 1], None]
+        panel._view.stage.boxes = [[0.5, 0, 0.2, 1], None]
     assert panel.regions == {"bird": RIGHT}
     panel.clear()
     assert panel.regions == {}
@@ -225,11 +225,11 @@ def test_boxes_masks_and_what_is_neither(panel: Panel) -> None:
 def test_boxes_stay_with_their_entity_when_the_prompt_is_changed(panel: Panel) -> None:
     panel.draw("bird", RIGHT)
     panel.prompt = "a [bird], a [dog] and a [cat]"
-    assert panel._stage.boxes == [list(RIGHT), None, None]
+    assert panel._view.stage.boxes == [list(RIGHT), None, None]
     panel.prompt = "a [cat]"
-    assert panel._stage.boxes == [None]
+    assert panel._view.stage.boxes == [None]
     panel.prompt = PAIR
-    assert panel._stage.boxes == [None, list(RIGHT)]
+    assert panel._view.stage.boxes == [None, list(RIGHT)]
 
 
 def test_a_panel_opens_with_the_regions_of_its_method(pipe: Any) -> None:
@@ -257,19 +257,19 @@ def test_the_run_is_the_one_that_generate_draws(panel: Panel, pipe: Any) -> None
 def test_the_panel_shows_image_maps_regions_and_losses_of_each_step(panel: Panel) -> None:
     panel.step(2)
     panel.wait(PATIENCE)
-    about, cells = panel._stage._frame["about"], panel._stage._frame["maps"]
+    about, cells = panel._view.stage._frame["about"], panel._view.stage._frame["maps"]
     assert (about["step"], about["steps"], about["finished"]) == (1, 6, False)
     assert [each["label"] for each in about["maps"]] == ["car", "bird", "red", "blue"]
     assert len(about["losses"]) == 2  # the moves for steps 0 and 1
     assert len(cells) == 5 * 8 * 8
     panel.step()
     panel.wait(PATIENCE)
-    assert panel._stage._frame["about"]["image"] != about["image"]
-    assert panel._stage._frame["maps"] != cells
+    assert panel._view.stage._frame["about"]["image"] != about["image"]
+    assert panel._view.stage._frame["maps"] != cells
     panel.resume()
     run = panel.wait(PATIENCE)
     assert run is not None
-    shown = panel._stage._frame
+    shown = panel._view.stage._frame
     assert shown["about"]["finished"]
     owner = np.frombuffer(shown["maps"], np.uint8).reshape(5, 8, 8)[-1]
     assert (owner == (run.regions[-1].values * np.array([1, 2])[:, None, None]).sum(0)).all()
@@ -288,31 +288,31 @@ def test_cancel_ends_a_run_within_one_step_and_keeps_it(pipe: Any) -> None:
     assert made <= run.settings["stopped"] <= made + 2  # one may have ended while we looked, one after
     assert run.recording is not None
     assert run.recording.steps == tuple(range(run.settings["stopped"]))
-    assert panel._end.disabled
-    assert not panel._go.disabled
+    assert panel._view.cancel.disabled
+    assert not panel._view.run.disabled
 
 
 def test_a_run_pauses_makes_single_steps_and_goes_on(panel: Panel) -> None:
-    panel._one.click()
+    panel._view.step.click()
     panel.wait(PATIENCE)
-    assert (panel.state, panel._session.made, panel._hold.description) == ("paused", 1, "Resume")
+    assert (panel.state, panel._session.made, panel._view.hold.description) == ("paused", 1, "Resume")
     time.sleep(0.05)
     assert panel._session.made == 1
-    panel._one.click()
+    panel._view.step.click()
     panel.wait(PATIENCE)
     assert panel._session.made == 2
-    assert panel._text.disabled
-    with pytest.raises(SettingError, match="a run is going on"):
+    assert panel._view.text.disabled
+    with pytest.raises(SettingError, match="a run is in progress"):
         panel.start()
-    with pytest.raises(SettingError, match="a run is going on"):
+    with pytest.raises(SettingError, match="a run is in progress"):
         panel.prompt = "a [cat]"
     click_word(panel, 1)
     assert panel.prompt is not None
     assert len(panel.prompt.entities[0].attributes) == 1
-    panel._hold.click()
+    panel._view.hold.click()
     assert panel.wait(PATIENCE) is not None
-    assert (panel.state, panel._session.made, panel._text.disabled) == ("done", 6, False)
-    with pytest.raises(SettingError, match="1 step or more"):
+    assert (panel.state, panel._session.made, panel._view.text.disabled) == ("done", 6, False)
+    with pytest.raises(SettingError, match="1 or more"):
         panel.step(0)
 
 
@@ -347,7 +347,7 @@ def test_a_run_that_fails_shows_why_and_is_kept_as_far_as_it_came(
     panel.start()
     with pytest.raises(RuntimeError, match="out of <memory>"):
         panel.wait(PATIENCE)
-    assert "RuntimeError: out of &lt;memory&gt;" in panel._message.value
+    assert "RuntimeError: out of &lt;memory&gt;" in panel._view.message.value
     assert panel.run is not None
     assert panel.runs == [first, panel.run]
     assert (panel.state, panel.run.settings["stopped"]) == ("failed", 3)
@@ -367,7 +367,7 @@ def test_a_run_without_a_preview_is_drawn_all_the_same(panel: Panel, monkeypatch
     panel.start()
     assert panel.wait(PATIENCE) is not None
     assert panel.state == "done"
-    assert "There was no preview: no decoder" in panel._status.value
+    assert "No preview could be shown: no decoder" in panel._view.status.value
 
 
 def test_slow_previews_are_made_less_often(pipe: Any) -> None:
@@ -407,17 +407,17 @@ def test_waiting_ends_only_when_the_panel_shows_the_end(panel: Panel) -> None:
 
 def test_one_entity_and_no_recording_of_it_are_shown(pipe: Any) -> None:
     panel = elakit.live(pipe, "a [cat]", steps=2)
-    assert "by itself" in panel._stage._guidance["note"]
+    assert "does not guide a single entity" in panel._view.stage._guidance["note"]
     panel.draw("cat", LEFT)
-    assert panel._stage._guidance["note"] == ""
+    assert panel._view.stage._guidance["note"] == ""
     panel.start()
     run = panel.wait(PATIENCE)
     assert run is not None
-    assert len(panel._stage._frame["about"]["maps"]) == 1
+    assert len(panel._view.stage._frame["about"]["maps"]) == 1
 
 
 def test_methods_and_prompts_that_a_panel_cannot_take_are_refused(pipe: Any) -> None:
-    with pytest.raises(SettingError, match="the panel has the methods ela"):
+    with pytest.raises(SettingError, match="the panel supports ela"):
         elakit.live(pipe, PAIR, guidance=type("Mine", (ELA,), {"name": "mine"})())
     panel = elakit.live(pipe)
     assert isinstance(panel.error, ElakitError)

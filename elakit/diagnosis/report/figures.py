@@ -1,24 +1,21 @@
-"""The figures of a diagnosis, as they go into the page."""
+"""Figures of the report."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import numpy as np
 import plotly.graph_objects as go
 from markupsafe import Markup
 
 from elakit import plot
-from elakit.diagnosis.sentences import guided
-from elakit.guidance import method_title
-
-if TYPE_CHECKING:
-    from elakit.diagnosis import Diagnosis, Pair
+from elakit.diagnosis.data import DiagnosisData, Pair
+from elakit.guidance import Trace, method_title
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the page: where it goes, what it is called, what a screen reader says of it."""
+    """A figure of the page: its id, heading, caption, text for screen readers, and data."""
 
     key: str
     heading: str
@@ -29,44 +26,42 @@ class Figure:
     height: int
 
 
-def figures(diagnosis: Diagnosis, example: Pair) -> list[Figure]:
-    """The figures of the seed that is shown closely, and of the measures over all seeds.
+def figures(diagnosis: DiagnosisData, example: Pair) -> list[Figure]:
+    """Figures of the seed shown in detail, and of the measures of all seeds.
 
     Parameters
     ----------
-    diagnosis : Diagnosis
+    diagnosis : DiagnosisData
     example : Pair
     """
     plain, other, method = example.plain, example.guided, method_title(diagnosis.method)
     attributes = any(entity.attributes for entity in diagnosis.prompt.entities)
-    traced = other.guidance is not None and other.guidance.regions is not None
+    trace = other.guidance
     made = [
         _figure(
-            "attention", "Where each entity's attention lies", plot.entity_maps(plain, other, title=""),
-            "The image, and over it in gray where the attention of each entity lies. Maps that cover the same place "
-            "are the mark of bleeding.",
+            "attention", "Attention of each entity", plot.entity_maps(plain, other, title=""),
+            "The image, overlaid in gray with the attention of each entity. Maps that cover the same area indicate "
+            "bleeding.",
         ),
         _figure(
-            "regions-plain", "Regions, plain", plot.region_evolution(plain, title=""),
-            "The place each entity holds from step to step, found by setting the entities' maps against each other. "
-            "In gray: the maps.",
+            "regions-plain", "Regions without guidance", plot.region_evolution(plain, title=""),
+            "Regions of the entities over the steps, localized by comparing the entities' maps, which are shown in "
+            "gray.",
         ),
-        _figure("regions-guided", f"Regions, {method}", plot.region_evolution(other, title=""), ""),
+        _figure("regions-guided", f"Regions with {method}", plot.region_evolution(other, title=""), ""),
     ]  # fmt: skip
-    if traced:
+    if trace is not None and trace.regions is not None:
         made.append(
             _figure(
-                "anchors", f"Regions {method} anchored the entities to",
-                plot.region_evolution(other, source="guidance", title=""),
-                "Found anew at each guided step, before the latent is moved.",
+                "anchors", f"Regions used by {method}", plot.region_evolution(other, source="guidance", title=""),
+                describe_regions(trace),
             )
         )  # fmt: skip
     made += [
         _figure(
-            "leakage", "How much of it leaks",
-            plot.leakage(plain, other, attributes=attributes, title=""),
-            "Each row is one entity's attention" + (" or one attribute's" if attributes else "") + ", each column a "
-            "region. What lies outside the frames has leaked.",
+            "leakage", "Leakage", plot.leakage(plain, other, attributes=attributes, title=""),
+            "Each row is the attention of one entity" + (" or one attribute" if attributes else "") + ", each column a "
+            "region. Values outside the frames are leakage.",
         ),
         _figure(
             "steps", "Bleeding over the steps",
@@ -74,17 +69,47 @@ def figures(diagnosis: Diagnosis, example: Pair) -> list[Figure]:
             "All seeds." if len(diagnosis.pairs) > 1 else "",
         ),
         _figure(
-            "tokens-plain", "Token maps, plain", plot.token_maps(plain, title=""),
-            "What each word of the prompt attends to, from the first step to the last.",
+            "tokens-plain", "Token maps without guidance", plot.token_maps(plain, title=""),
+            "Attention to each word of the prompt, from the first step to the last.",
         ),
-        _figure("tokens-guided", f"Token maps, {method}", plot.token_maps(other, title=""), ""),
+        _figure("tokens-guided", f"Token maps with {method}", plot.token_maps(other, title=""), ""),
     ]  # fmt: skip
-    # Where nothing was guided, both runs are the same: shown once.
-    return [figure for figure in made if guided(example) or not figure.key.endswith("-guided")]
+    # Without any guided step both runs are identical and shown once.
+    return [figure for figure in made if example.was_guided or not figure.key.endswith("-guided")]
+
+
+def describe_regions(trace: Trace) -> str:
+    """Describe how a method used regions in a run, as its trace shows it.
+
+    Parameters
+    ----------
+    trace : Trace
+        Trace with regions.
+    """
+    regions = trace.regions
+    assert regions is not None
+    steps, masks = [int(step) for step in regions.step.values], regions.values
+    if trace.options.get("regions") is not None:
+        source = "These regions were given by hand"
+    elif np.array_equal(masks, np.broadcast_to(masks[:1], masks.shape)):
+        source = f"These regions were determined once and are the same in all {len(steps)} guided steps"
+    else:
+        same = next(i for i in range(len(steps)) if (masks[i:] == masks[i]).all())
+        source = "These regions were localized again in each guided step"
+        if same < len(steps) - 1:
+            source += f" before step {steps[same]}, and did not change from then on"
+    moved = sum(bool(row["moved"] > 0) for row in trace.rows)
+    if moved == len(trace.rows):
+        return f"{source}. The latent was moved along the gradient of the loss in each of the {moved} guided steps."
+    if moved == 0:
+        return f"{source}. Attention was changed within the denoiser's calls; the latent was not moved."
+    return (
+        f"{source}. The latent was moved along the gradient of the loss in {moved} of {len(trace.rows)} guided steps."
+    )
 
 
 def _figure(key: str, heading: str, figure: go.Figure, text: str) -> Figure:
-    # The page's colors shine through; its script gives the text the page's ink.
+    # transparent, so that the page's background shows; its script sets the text color
     figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
     plain = figure.to_json().replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     alt = f"Figure: {heading}. {text}".strip()

@@ -1,4 +1,4 @@
-"""The page: what the template is given, and the file that comes of it."""
+"""The page: content for the template, and the file."""
 
 from __future__ import annotations
 
@@ -7,39 +7,37 @@ import platform
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from elakit.diagnosis import MEANINGS, commands, measure_table, told
-from elakit.diagnosis.measures import BY_SEED
+from elakit.diagnosis import commands
+from elakit.diagnosis.data import DiagnosisData, Pair
+from elakit.diagnosis.measures import BY_SEED, MEANINGS, measure_table
 from elakit.diagnosis.report import views
 from elakit.diagnosis.report.figures import figures
-from elakit.diagnosis.sentences import plural
-from elakit.files import check_path, write_file
-from elakit.guidance import method_title
+from elakit.diagnosis.sentences import plural, statements
+from elakit.files import check_path, write_text
+from elakit.guidance import Trace, method_title
 from elakit.plot.style import entity_colors
 
-if TYPE_CHECKING:
-    from elakit.diagnosis import Diagnosis, Pair
 
-
-def render(diagnosis: Diagnosis, command: str = "") -> str:
-    """The report as a page.
+def render(diagnosis: DiagnosisData, command: str = "") -> str:
+    """Render the report as an HTML page.
 
     Parameters
     ----------
-    diagnosis : Diagnosis
+    diagnosis : DiagnosisData
     command : str
-        The command line that made it, to be printed; "" leaves it out.
+        Command line that made the diagnosis, to be shown; "" for none.
 
     Returns
     -------
     str
-        HTML. Images, figures and plotly.js are in it, and nothing is fetched when it is opened.
+        HTML that contains all images, figures and plotly.js; nothing is fetched when it is opened.
 
     Raises
     ------
@@ -64,7 +62,7 @@ def render(diagnosis: Diagnosis, command: str = "") -> str:
             marked=views.marked(diagnosis.prompt),
             colors=entity_colors([entity.label for entity in diagnosis.prompt.entities]),
             method=method_title(diagnosis.method),
-            told=told(diagnosis),
+            statements=statements(diagnosis),
             judged=diagnosis.judged,
             tiles=_tiles(diagnosis, table),
             failures=views.failures(diagnosis),
@@ -88,12 +86,12 @@ def render(diagnosis: Diagnosis, command: str = "") -> str:
     )
 
 
-def write(diagnosis: Diagnosis, path: str | Path, command: str = "") -> Path:
-    """Write the report to a file, whole or not at all; a file that is there is replaced.
+def write(diagnosis: DiagnosisData, path: str | Path, command: str = "") -> Path:
+    """Write the report to a file, completely or not at all; an existing file is replaced.
 
     Parameters
     ----------
-    diagnosis : Diagnosis
+    diagnosis : DiagnosisData
     path : str or Path
     command : str
         As in `render`.
@@ -101,7 +99,7 @@ def write(diagnosis: Diagnosis, path: str | Path, command: str = "") -> Path:
     Returns
     -------
     Path
-        Of the file, absolute.
+        Absolute path of the file.
 
     Raises
     ------
@@ -109,11 +107,7 @@ def write(diagnosis: Diagnosis, path: str | Path, command: str = "") -> Path:
         The path is a folder, or its folder does not exist or cannot be written to.
     """
     target = check_path(path)
-    write_file(target, render(diagnosis, command).encode())
-    return target
-
-
-# --- parts of the page --------------------------------------------------------------------------------------
+    return write_text(target, render(diagnosis, command))
 
 
 @lru_cache(maxsize=1)
@@ -129,41 +123,46 @@ def _environment() -> Environment:
     return environment
 
 
-def _tiles(diagnosis: Diagnosis, table: pd.DataFrame) -> list[tuple[str, str]]:
-    """Numbers worth showing large, each with what it is."""
+def _tiles(diagnosis: DiagnosisData, table: pd.DataFrame) -> list[tuple[str, str]]:
+    """Numbers shown in large type, each with a label."""
     count, method = len(diagnosis.pairs), method_title(diagnosis.method)
     tiles = []
     if diagnosis.judged:
-        tiles.append((f"{diagnosis.right} of {count}", "right when drawn plainly"))
+        tiles.append((f"{diagnosis.right} of {count}", "right without guidance"))
         best = diagnosis.best if len(diagnosis.remedies) > 1 else None
         if best is None or best.remedy.name == diagnosis.method:
             guided = diagnosis.count("right") + diagnosis.count("fixed")
             tiles.append((f"{guided} of {count}", f"right with {method}"))
-            tiles.append((f"{diagnosis.count('fixed')} / {diagnosis.count('broken')}", "fixed / broken"))
+            tiles.append((f"{diagnosis.count('fixed')} / {diagnosis.count('broken')}", f"fixed / broken by {method}"))
         else:
             tiles.append((f"{best.right} of {len(best.runs)}", f"right with the best remedy: {best.remedy.title}"))
-            tiles.append((f"{len(best.fixed)} / {len(best.broken)}", "fixed / broken by it"))
+            tiles.append((f"{len(best.fixed)} / {len(best.broken)}", "fixed / broken by the best remedy"))
     for measure, heading, _ in BY_SEED[: 1 if tiles else 2]:
-        before, after = (table[measure, run].mean() for run in ("plain", "guided"))
-        tiles.append((f"{before:.2f} → {after:.2f}", f"mean {heading}, plain → {method}"))
+        if measure in table:
+            before, after = (table[measure, run].mean() for run in ("plain", "guided"))
+            tiles.append((f"{before:.2f} → {after:.2f}", f"mean {heading}, plain → {method}"))
     if not diagnosis.judged:
-        tiles.insert(0, (str(count), f"{plural('seed', count)}, drawn twice each"))
+        tiles.insert(0, (str(count), f"{plural('seed', count)}, each plain and with {method}"))
     return tiles
 
 
-def _why_example(diagnosis: Diagnosis, example: Pair) -> str:
+def _why_example(diagnosis: DiagnosisData, example: Pair) -> str:
     if len(diagnosis.pairs) == 1:
-        return "The only seed drawn."
+        return ""
     if example.outcome == "fixed":
         others = diagnosis.count("fixed") > 1
-        return "Chosen because it was fixed" + (", and bled most of those when drawn plainly." if others else ".")
-    return "Chosen because its maps bleed most when drawn plainly" + (
-        f"; {method_title(diagnosis.method)} fixed none of the seeds." if diagnosis.judged else "."
-    )
+        return (
+            f"Of the {diagnosis.count('fixed')} fixed seeds, the one with the highest plain bleed."
+            if others
+            else ("The only fixed seed.")
+        )
+    none = f"{method_title(diagnosis.method)} fixed no seed; " if diagnosis.judged else ""
+    said = f"{none}this is the seed with the highest plain bleed."
+    return said[:1].upper() + said[1:]
 
 
 def _details(example: Pair) -> list[dict[str, Any]]:
-    """Every overall measure of both runs of the example."""
+    """All overall measures of both runs of the example."""
     both = [run.bleeding.overall() for run in (example.plain, example.guided)]
     keys = ["measure", "entity", "other"]
     merged = both[0].merge(both[1], on=keys, suffixes=("_plain", "_guided"))
@@ -179,7 +178,7 @@ def _details(example: Pair) -> list[dict[str, Any]]:
 
 
 def _meanings(measures: Iterable[str]) -> list[tuple[str, str]]:
-    """What measures mean, each once."""
+    """Meaning of each measure."""
     headings = {"ruzicka": "overlap (ruzicka)"}
     return [
         (headings.get(measure, measure.replace("_", " ")), MEANINGS.get(measure, ""))
@@ -187,7 +186,7 @@ def _meanings(measures: Iterable[str]) -> list[tuple[str, str]]:
     ]
 
 
-def _settings(diagnosis: Diagnosis) -> list[tuple[str, str]]:
+def _settings(diagnosis: DiagnosisData) -> list[tuple[str, str]]:
     pair = diagnosis.pairs[0]
     run, settings = pair.plain, pair.plain.settings
     recording = run.recording
@@ -202,17 +201,37 @@ def _settings(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     if settings.get("negative_prompt"):
         rows.append(("negative prompt", str(settings["negative_prompt"])))
     rows.append(("method", method_title(diagnosis.method)))
-    rows += [(f"{method_title(diagnosis.method)}: {name}", str(value)) for name, value in diagnosis.options.items()]
+    rows += [(f"{method_title(diagnosis.method)}: {name}", value) for name, value in acting_options(diagnosis)]
     if recording is not None:
         maps = run.entity_maps()
-        layers = "the decoder's layers" if recording.decoder == "up" else "all layers"
-        rows.append(("maps measured", f"{maps.sizes['y']} × {maps.sizes['x']}, mean of {layers} and heads"))
+        layers = "decoder layers" if recording.decoder == "up" else "all layers"
+        rows.append(("maps measured", f"{maps.sizes['y']} × {maps.sizes['x']}, mean over {layers} and heads"))
     traces = [each.guided.guidance for each in diagnosis.pairs if each.guided.guidance is not None]
+    rows.append(("guided steps", _guided_steps(traces)))
     if skipped := sum(trace.skipped for trace in traces):
-        rows.append(("steps left alone", f"{skipped} (the gradient was not finite)"))
+        rows.append(("skipped steps", f"{skipped} (the gradient was not finite)"))
     others = sum(len(one.runs) for one in diagnosis.remedies if one.remedy.name != diagnosis.method)
     rows.append(("time", f"{diagnosis.seconds:.0f} s for {2 * len(diagnosis.pairs) + others} images"))
     return rows
+
+
+def acting_options(diagnosis: DiagnosisData) -> list[tuple[str, str]]:
+    """Options of the method that acted, as name and value: none if no step was guided, and none that is unset."""
+    if not any(pair.was_guided for pair in diagnosis.pairs):
+        return []
+    given = diagnosis.options.get("regions") is not None  # then nothing is localized
+    return [
+        (name, str(value))
+        for name, value in diagnosis.options.items()
+        if value is not None and not (given and name.startswith("localize."))
+    ]
+
+
+def _guided_steps(traces: Sequence[Trace]) -> str:
+    steps = sorted({int(row["step"]) for trace in traces for row in trace.rows})
+    if not steps:
+        return "none"
+    return f"{len(steps)}: {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"1: {steps[0]}"
 
 
 def _versions() -> Sequence[tuple[str, str]]:

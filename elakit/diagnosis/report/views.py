@@ -1,38 +1,35 @@
-"""What the page shows of images, remedies, failures and causes: ready for the template, nothing left to compute."""
+"""Content of the report's images, remedies, failures and causes, ready for the template."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from elakit.diagnosis import commands
-from elakit.diagnosis.remedies import Tried, bleed
-from elakit.diagnosis.sentences import layer, plural
+from elakit.diagnosis.data import DiagnosisData, Pair
+from elakit.diagnosis.remedies import RemedyResult, bleed
+from elakit.diagnosis.sentences import first_step, layer_name, plural, steps_of
 from elakit.guidance import method_title
+from elakit.judge import Verdict
 from elakit.plot.images import data_uri
+from elakit.prompt import Prompt
 from elakit.rewording import entity_spans
+from elakit.run import Run
 
-if TYPE_CHECKING:
-    from elakit.diagnosis import Diagnosis, Pair
-    from elakit.generation import Run
-    from elakit.judge import Verdict
-    from elakit.prompt import Prompt
-
-# Longest sides in pixels of the images in the grid, of the example's, and of those beside a remedy.
+# Longest sides in pixels of the images by seed, of the example's, and of a remedy's.
 THUMBNAIL, LARGE, SMALL = 256, 640, 128
-# Images shown of a remedy; a diagnosis over more seeds still counts all.
-MOST_IMAGES = 12
+# Largest number of images shown per remedy; all of them count.
+MAX_IMAGES = 12
 
 
 @dataclass(frozen=True)
 class Image:
-    """An image with what is said of it."""
+    """An image with the judge's findings: text, and whether it agrees with the prompt."""
 
     uri: str
     alt: str
     name: str
-    seen: tuple[tuple[str, bool], ...]  # what the judge says of each entity, and whether that is right
+    findings: tuple[tuple[str, bool], ...]
     success: bool | None
     width: int
     height: int
@@ -51,7 +48,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Bar:
-    """A share with its interval, for a bar from 0 to 100."""
+    """A share with its interval."""
 
     value: float
     low: float
@@ -60,21 +57,21 @@ class Bar:
 
 @dataclass(frozen=True)
 class Row:
-    """A remedy, or plain drawing, with its images."""
+    """A remedy, or plain generation, with its images."""
 
     title: str
     what: str
-    rank: int | None  # None for plain drawing
-    best: bool
-    status: str
-    why: str
-    score: str
-    bar: Bar | None
-    facts: tuple[str, ...]
-    images: tuple[Image, ...]
-    more: int  # images that are not shown
-    code: str
-    command: str
+    rank: int | None = None  # None for plain generation
+    best: bool = False
+    status: str = "tried"
+    why: str = ""
+    score: str = ""
+    bar: Bar | None = None
+    facts: tuple[str, ...] = ()
+    images: tuple[Image, ...] = ()
+    more: int = 0  # number of images that are not shown
+    code: str = ""
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,13 +80,13 @@ class Reason:
 
     text: str
     kind: str
-    bar: Bar | None
-    facts: tuple[str, ...]
+    bar: Bar | None = None
+    facts: tuple[str, ...] = ()
     evidence: tuple[tuple[str, str], ...] = ()
 
 
 def marked(prompt: Prompt) -> list[tuple[str, str | None]]:
-    """The prompt in pieces, each with the label of the entity that it names, or None."""
+    """Split the prompt into pieces, each with the label of the entity that it names, or None."""
     pieces: list[tuple[str, str | None]] = []
     at = 0
     for start, stop, label in entity_spans(prompt):
@@ -98,118 +95,109 @@ def marked(prompt: Prompt) -> list[tuple[str, str | None]]:
     return [(text, label) for text, label in [*pieces, (prompt.text[at:], None)] if text]
 
 
-def card(diagnosis: Diagnosis, pair: Pair, most: int = THUMBNAIL) -> Card:
+def card(diagnosis: DiagnosisData, pair: Pair, size: int = THUMBNAIL) -> Card:
     """Both images of a seed."""
-    chance = diagnosis.predicted.get(pair.seed)
+    probability = diagnosis.predicted.get(pair.seed)
     return Card(
-        pair.seed,
-        pair.outcome,
-        image(pair.plain, pair.plain_verdict, "plain", most),
-        image(pair.guided, pair.guided_verdict, method_title(diagnosis.method), most),
-        "" if chance is None else f"failure predicted: {chance:.0%}",
+        seed=pair.seed,
+        outcome=pair.outcome,
+        plain=image(pair.plain, pair.plain_verdict, "plain", size),
+        guided=image(pair.guided, pair.guided_verdict, method_title(diagnosis.method), size),
+        predicted="" if probability is None else f"predicted probability of failure: {probability:.0%}",
     )
 
 
-def image(run: Run, verdict: Verdict | None, name: str, most: int) -> Image:
-    """An image with what the judge says of it."""
-    seen = verdict.findings() if verdict is not None else ()
-    judged = "".join(f" {said}." for said, _ in seen)
-    alt = f"Image of “{run.prompt.text}”, seed {run.seed}, {name}.{judged}"
-    success = None if verdict is None else bool(verdict.success)
+def image(run: Run, verdict: Verdict | None, name: str, size: int) -> Image:
+    """An image with the judge's findings."""
+    findings = verdict.findings() if verdict is not None else ()
+    judged = "".join(f" {text}." for text, _ in findings)
     width, height = run.image.size
-    return Image(data_uri(run.image, most), alt, name, seen, success, width, height)
+    return Image(
+        uri=data_uri(run.image, size),
+        alt=f"Image of “{run.prompt.text}”, seed {run.seed}, {name}.{judged}",
+        name=name,
+        findings=findings,
+        success=None if verdict is None else bool(verdict.success),
+        width=width,
+        height=height,
+    )
 
 
-def rows(diagnosis: Diagnosis) -> list[Row]:
-    """Plain drawing, and under it the remedies, best first; empty where nothing but the method was tried."""
+def rows(diagnosis: DiagnosisData) -> list[Row]:
+    """Plain generation, followed by the remedies, best first; empty if only the method was tried."""
     if len(diagnosis.remedies) < 2:
         return []
     best = diagnosis.best
-    ranks = {id(one): i for i, one in enumerate((r for r in diagnosis.remedies if r.status == "tried"), start=1)}
+    tried = [id(one) for one in diagnosis.remedies if one.status == "tried"]
     return [
         _plain(diagnosis),
-        *(_row(one, ranks.get(id(one)), one is best) for one in diagnosis.remedies),
+        *(_row(one, tried.index(id(one)) + 1 if id(one) in tried else None, one is best) for one in diagnosis.remedies),
     ]
 
 
-def failures(diagnosis: Diagnosis) -> list[Reason]:
-    """What goes wrong, most frequent first."""
-    if diagnosis.findings is None:
-        return []
-    found = []
-    steps = diagnosis.pairs[0].plain.settings["steps"]
-    for one in diagnosis.findings.failures:
+def failures(diagnosis: DiagnosisData) -> list[Reason]:
+    """Failures that the judge sees, most frequent first."""
+    found, steps = [], steps_of(diagnosis)
+    for one in diagnosis.failures:
         facts = [f"{plural('seed', len(one.seeds))} {', '.join(map(str, one.seeds))}"]
         if one.step is not None:
-            facts.append(f"from step {one.step} of 0 to {steps - 1}")
+            facts.append(first_step(one.step, steps))
         if one.layers:
-            facts.append(f"first in {' and '.join(map(layer, one.layers[:2]))}")
+            facts.append(f"clearest in {' and '.join(map(layer_name, one.layers[:2]))}")
         if one.heads:
-            facts.append("heads " + ", ".join(f"{number} of {layer(name)}" for name, number in one.heads[:2]))
-        facts.append("seen in the images" if one.judged else "read off the attention alone")
-        found.append(Reason(one.sentence, one.kind, Bar(one.rate, *one.interval), tuple(facts)))
+            facts.append("heads " + ", ".join(f"{number} of {layer_name(name)}" for name, number in one.heads[:2]))
+        found.append(Reason(text=one.sentence, kind=one.kind, bar=Bar(one.rate, *one.interval), facts=tuple(facts)))
     return found
 
 
-def causes(diagnosis: Diagnosis) -> list[Reason]:
-    """Why, likeliest first."""
-    if diagnosis.findings is None:
-        return []
-    found = []
-    for one in diagnosis.findings.causes:
-        facts = [f"{one.confidence:.0%} sure", f"{one.strength:.0%} strong"]
-        facts.append("before the image" if one.step is None else f"from step {one.step}")
+def causes(diagnosis: DiagnosisData) -> list[Reason]:
+    """Causes of the failures, or signs in the attention of images that were not judged, likeliest first."""
+    found, steps = [], steps_of(diagnosis)
+    for one in diagnosis.causes:
+        facts = [f"confidence {one.confidence:.0%}", f"strength {one.strength:.0%}"]
+        facts.append("in the text encoder" if one.step is None else first_step(one.step, steps))
         if one.layers:
-            facts.append(f"most in {layer(one.layers[0])}")
-        if one.explains:
+            facts.append(f"clearest in {layer_name(one.layers[0])}")
+        if one.explains and diagnosis.judged:
             facts.append(f"explains: {', '.join(one.explains)}")
         evidence = tuple((name.replace("_", " "), f"{value:.3g}") for name, value in one.evidence.items())
-        found.append(Reason(one.sentence, one.kind, None, tuple(facts), evidence))
+        found.append(Reason(text=one.sentence, kind=one.kind, facts=tuple(facts), evidence=evidence))
     return found
 
 
-def _plain(diagnosis: Diagnosis) -> Row:
+def _plain(diagnosis: DiagnosisData) -> Row:
     runs, judged = diagnosis.plain, diagnosis.judged
     return Row(
-        "As it is",
-        "Drawn plainly.",
-        None,
-        False,
-        "tried",
-        "",
-        _score(diagnosis.right if judged else None, len(runs), bleed(runs)),
-        Bar(diagnosis.rate, *diagnosis.interval) if judged else None,
-        (),
-        tuple(image(run, run.verdict, f"seed {run.seed}", SMALL) for run in runs[:MOST_IMAGES]),
-        max(len(runs) - MOST_IMAGES, 0),
-        "",
-        "",
+        title="Plain",
+        what="Without guidance.",
+        score=_score(diagnosis.right if judged else None, len(runs), bleed(runs)),
+        bar=Bar(diagnosis.rate, *diagnosis.interval) if judged else None,
+        images=tuple(image(run, run.verdict, f"seed {run.seed}", SMALL) for run in runs[:MAX_IMAGES]),
+        more=max(len(runs) - MAX_IMAGES, 0),
     )
 
 
-def _row(one: Tried, rank: int | None, best: bool) -> Row:
-    again: dict[str, Any] = commands.again(one)
+def _row(one: RemedyResult, rank: int | None, best: bool) -> Row:
     facts = []
     if one.status == "tried":
         if one.judged:
             facts += [f"fixed {len(one.fixed)}", f"broken {len(one.broken)}"]
-        facts.append(f"{one.cost:.1f} × the time")
+        facts.append(f"time × {one.cost:.1f}")
     if one.chosen_by:
         facts.append(f"chosen by {one.chosen_by}")
     return Row(
-        one.remedy.title,
-        one.remedy.what,
-        rank,
-        best,
-        one.status,
-        one.why,
-        _score(one.right if one.judged else None, len(one.runs), one.bleed) if one.runs else "",
-        Bar(one.rate, *one.interval) if one.judged else None,
-        tuple(facts),
-        tuple(image(run, run.verdict, f"seed {run.seed}", SMALL) for run in one.runs[:MOST_IMAGES]),
-        max(len(one.runs) - MOST_IMAGES, 0),
-        again["code"],
-        again["command"],
+        title=one.remedy.title,
+        what=one.remedy.what,
+        rank=rank,
+        best=best,
+        status=one.status,
+        why=one.why,
+        score=_score(one.right if one.judged else None, len(one.runs), one.bleed) if one.runs else "",
+        bar=Bar(one.rate, *one.interval) if one.judged else None,
+        facts=tuple(facts),
+        images=tuple(image(run, run.verdict, f"seed {run.seed}", SMALL) for run in one.runs[:MAX_IMAGES]),
+        more=max(len(one.runs) - MAX_IMAGES, 0),
+        **commands.reproduce(one),
     )
 
 

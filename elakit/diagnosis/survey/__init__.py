@@ -1,10 +1,10 @@
-"""Many prompts: each diagnosed to a page of its own, and summed up; what was ended is gone on with like a sweep.
+"""Surveys: many prompts, each diagnosed on a page of its own, with a summary. An interrupted survey is resumed.
 
-`diagnose_many` and ``elakit diagnose --prompts FILE --out FOLDER``.
+The command line is ``elakit diagnose --prompts FILE --out FOLDER``.
 """
 
-from elakit.diagnosis.survey.cases import Case, cases
+from elakit.diagnosis.survey.cases import Case, plan_cases
 from elakit.diagnosis.survey.run import Survey, diagnose_many
 from elakit.diagnosis.survey.summary import remedies, table, write
 
-__all__ = ["Case", "Survey", "cases", "diagnose_many", "remedies", "table", "write"]
+__all__ = ["Case", "Survey", "diagnose_many", "plan_cases", "remedies", "table", "write"]

@@ -1,8 +1,7 @@
-"""One prompt of many: what a worker is given, and what it leaves in the folder."""
+"""Cases of a survey: one prompt each, with its page and its results as JSON."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,28 +12,30 @@ from typing import Any
 import diffusers
 import transformers
 
+from elakit import checks
 from elakit.diagnosis import Diagnosis, commands, report
-from elakit.diagnosis.procedure import diagnose
-from elakit.diagnosis.remedies import check
-from elakit.errors import SettingError
-from elakit.files import write_file
+from elakit.diagnosis.procedure import diagnose, seed_list
+from elakit.diagnosis.trials import check
+from elakit.errors import OutputError, SettingError
+from elakit.files import read_json, write_json
 from elakit.models import load
 from elakit.plot.images import data_uri
 from elakit.prediction import load_predictor
-from elakit.sweep.units import Unit, settle
+from elakit.sweep.options import canonical_options
+from elakit.sweep.units import MAX_STEPS, Unit, check_prompts
 
-# Longest side of the images in the summary.
+# Longest side of the images in the summary, in pixels.
 SMALL = 96
 
 
 @dataclass(frozen=True)
 class Case(Unit):
-    """One prompt to diagnose: a unit of a sweep, with the remedies that are tried.
+    """One prompt to diagnose: a unit of a sweep, with remedies.
 
     Attributes
     ----------
     remedies : tuple of str
-        As `elakit.diagnose` takes them.
+        Names of remedies, as in `elakit.diagnose`.
     predictor : str, optional
         File of a predictor; by default the shipped one.
 
@@ -50,14 +51,21 @@ class Case(Unit):
 
     @property
     def page(self) -> str:
-        """Name of its page: readable, and of no other prompt."""
+        """File name of the page: readable and unique."""
         words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:50].strip("-")
         return f"{words or 'prompt'}-{self.key[:8]}.html"
 
+    def complete(self, folder: Path) -> bool:
+        """Whether the folder contains the case's page and its results, readable."""
+        try:
+            return case_file(folder, self.key).exists() and bool(read_case(case_file(folder, self.key)))
+        except OutputError:
+            return False
 
-def cases(
+
+def plan_cases(
     prompts: Iterable[str],
-    seeds: Sequence[int],
+    seeds: int | Sequence[int],
     *,
     method: str = "ela",
     remedies: bool | Sequence[str] = True,
@@ -68,16 +76,16 @@ def cases(
     dtype: str | None = None,
     predictor: str | Path | None = None,
 ) -> list[Case]:
-    """The cases of some prompts, each prompt once.
+    """List the cases of a survey, one per distinct prompt.
 
     Parameters
     ----------
     prompts : iterable of str
-    seeds : sequence of int
+    seeds : int or sequence of int
     method, remedies, steps, guidance_scale, predictor
-        As in `elakit.diagnose`, but by name.
+        As in `elakit.diagnose`, methods and remedies by name.
     model, device, dtype
-        As `elakit.load` takes them.
+        As in `elakit.load`.
 
     Returns
     -------
@@ -86,41 +94,50 @@ def cases(
     Raises
     ------
     SettingError
-        No prompt, no seed or one given twice, an unknown method or remedy.
+        There is no prompt or seed, `prompts` is a single string, a seed is repeated, or a method or remedy is unknown.
     """
+    check_prompts(prompts)
     texts = list(dict.fromkeys(prompts))
     if not texts:
-        raise SettingError("There is no prompt to diagnose; give some.")
-    numbers = tuple(int(seed) for seed in seeds)
-    if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
-        raise SettingError(f"seeds={list(seeds)}: give one or more whole numbers of 0 or more, each once.")
+        raise SettingError("There is no prompt to diagnose. Give at least one.")
+    numbers = tuple(seed_list(seeds))
     tried = tuple(str(name) for name in check(remedies))
-    options = settle(method, {})
-    scale = None if guidance_scale is None else float(guidance_scale)
-    file = None if predictor is None else str(Path(predictor).absolute())
+    if steps is not None:
+        steps = checks.whole_number(steps, "steps", 1, MAX_STEPS)
+    if guidance_scale is not None:
+        guidance_scale = checks.real_number(guidance_scale, "guidance_scale", 0)
     return [
         Case(
-            model, text, numbers, method, options, steps, scale, device=device, dtype=dtype, remedies=tried,
-            predictor=file,
+            model=model,
+            prompt=text,
+            seeds=numbers,
+            method=method,
+            options=canonical_options(method, {}),
+            steps=steps,
+            guidance_scale=guidance_scale,
+            device=device,
+            dtype=dtype,
+            remedies=tried,
+            predictor=None if predictor is None else str(Path(predictor).absolute()),
         )
         for text in texts
-    ]  # fmt: skip
+    ]
 
 
-def draw(case: Case, folder: str) -> list[dict[str, Any]]:
-    """Diagnose a prompt; write its page, then what was found as JSON.
+def diagnose_case(case: Case, folder: str) -> list[dict[str, Any]]:
+    """Diagnose a prompt, and write its page and then its results as JSON.
 
     Parameters
     ----------
     case : Case
     folder : str
+        Folder of the survey.
 
     Returns
     -------
     list of dict
-        A row a seed, as a sweep keeps them.
+        One row per seed, as a sweep stores them.
     """
-    place = Path(folder)
     found = diagnose(
         _pipeline(case.model, case.device, case.dtype),
         case.prompt,
@@ -131,9 +148,12 @@ def draw(case: Case, folder: str) -> list[dict[str, Any]]:
         guidance_scale=case.guidance_scale,
         predictor=None if case.predictor is None else load_predictor(case.predictor),
     )
+    place = Path(folder)
     report.write(found, place / "pages" / case.page, commands.command(found))
-    kept = {**found.to_dict(), "given": case.prompt, "page": f"pages/{case.page}", "images": _images(found)}
-    write_file(place / "cases" / f"{case.key}.json", json.dumps(kept, indent=1).encode())
+    write_json(
+        case_file(place, case.key),
+        {**found.to_dict(), "given": case.prompt, "page": f"pages/{case.page}", "images": _images(found)},
+    )
     settings = found.pairs[0].plain.settings
     return [
         {
@@ -147,8 +167,29 @@ def draw(case: Case, folder: str) -> list[dict[str, Any]]:
     ]
 
 
+def case_file(folder: Path, key: str) -> Path:
+    """Path of a case's results."""
+    return folder / "cases" / f"{key}.json"
+
+
+def read_case(path: Path) -> dict[str, Any]:
+    """Read the results of a case.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be read, or does not contain the results of a case; the message names it.
+    """
+    found = read_json(path)
+    needed = ("given", "plain", "findings", "remedies", "best", "images", "page", "seconds")
+    if not isinstance(found, dict) or (missing := [name for name in needed if name not in found]):
+        lacking = f" It lacks {', '.join(missing)}." if isinstance(found, dict) else ""
+        raise OutputError(f"{path} does not contain the results of a diagnosis.{lacking} Run the survey again.")
+    return found
+
+
 def _images(found: Diagnosis) -> dict[str, str]:
-    """A plain image that is wrong, if one is, and what the best remedy made of it."""
+    """A plain image that is wrong, if there is one, and the image of the best remedy for the same seed."""
     wrong = [i for i, run in enumerate(found.plain) if run.verdict is None or not run.verdict.success]
     best = found.best
     seeds = [run.seed for run in found.plain]
@@ -162,7 +203,7 @@ def _images(found: Diagnosis) -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def _pipeline(model: str, device: str | None, dtype: str | None) -> Any:
-    # loading bars of several workers would run into each other, and into the survey's own
+    # the loading bars of several workers would interleave with each other and with the survey's own bar
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     return load(model, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Diagnose many prompts, and go on where an earlier call was ended."""
+"""Diagnose many prompts, and resume an interrupted survey."""
 
 from __future__ import annotations
 
@@ -7,31 +7,32 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from elakit.diagnosis.survey.cases import cases, draw
+from elakit.diagnosis.survey.cases import Case, diagnose_case, plan_cases
 from elakit.diagnosis.survey.summary import write
 from elakit.errors import OutputError
-from elakit.sweep import sweep as sweeps
+from elakit.sweep.store import check_folder
+from elakit.sweep.sweep import run
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a call of `diagnose_many` did.
+    """The result of a call of `diagnose_many`.
 
     Attributes
     ----------
     page : Path
-        The summary.
-    there : int
-        Prompts that were finished before.
-    done : int
-        Prompts that it finished.
+        Summary page.
+    earlier : int
+        Number of prompts that were finished before the call.
+    diagnosed : int
+        Number of prompts that the call finished.
     failed : dict of str to str
-        Prompts that failed, with their errors; they are tried again by the next call.
+        Failed prompts with their errors. The next call tries them again.
     """
 
     page: Path
-    there: int
-    done: int
+    earlier: int
+    diagnosed: int
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -51,31 +52,31 @@ def diagnose_many(
     workers: int | None = None,
     on_progress: Callable[[int, int], object] | None = None,
 ) -> Survey:
-    """Diagnose prompts, each to a page of its own, and sum them up.
+    """Diagnose prompts, each on a page of its own, and summarize them.
 
-    A prompt is finished once its page and its numbers are written whole; whatever ends the call, those that are
-    finished stay, and the next call with the same settings goes on with the others. One that raises is noted with its
-    error and does not stop the others.
+    A prompt is finished once its page and its results are written completely. Finished prompts survive an interruption,
+    and the next call with the same settings continues with the others. A prompt whose results were deleted or damaged
+    is diagnosed again. A prompt that raises an exception is reported with its error and does not affect the others.
 
     Parameters
     ----------
     prompts : iterable of str
     out : str or Path
-        Folder, made where it is not there: ``index.html``; ``pages/``; ``summary`` and ``remedies`` as .csv and
-        .parquet; ``summary.json``; ``cases/``, what `Diagnosis.to_dict` gives of each prompt.
+        Folder, created if necessary: ``index.html``; ``pages/``; ``summary`` and ``remedies`` as .csv and .parquet;
+        ``summary.json``; ``cases/`` with the `Diagnosis.to_dict` of each prompt.
     seeds : int or sequence of int
-        How many seeds (0, 1, ...), or which.
+        Number of seeds (0, 1, ...), or the seeds.
     method, remedies, steps, guidance_scale
-        As in `elakit.diagnose`, methods by name.
+        As in `elakit.diagnose`, methods and remedies by name.
     model, device, dtype
-        As `elakit.load` takes them.
+        As in `elakit.load`.
     predictor : str or Path, optional
-        A file that `elakit.prediction.Predictor.save` wrote.
+        File written by `elakit.prediction.Predictor.save`.
     workers : int, optional
-        Processes that draw; by default as many as there are processors, and 1 where a GPU draws. (So a script that
-        calls this needs ``if __name__ == "__main__":``.)
+        Number of processes; by default one per GPU, or the number of processors. A script that calls this function
+        therefore needs ``if __name__ == "__main__":``.
     on_progress : callable, optional
-        Called with (prompts done, prompts in all) at the start and whenever one is done.
+        Called with (prompts done, prompts in total) at the start and after each prompt.
 
     Returns
     -------
@@ -84,42 +85,60 @@ def diagnose_many(
     Raises
     ------
     SettingError
-        No prompt or seed, an unknown method or remedy.
+        There is no prompt or seed, or a method or remedy is unknown.
     OutputError
-        The folder is of something else, or cannot be written to.
+        The folder contains other files, or cannot be written to.
     """
-    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    every = cases(
-        prompts, numbers, method=method, remedies=remedies, model=model, steps=steps, guidance_scale=guidance_scale,
-        device=device, dtype=dtype, predictor=predictor,
-    )  # fmt: skip
-    folder = _prepare(Path(out))
-    told = on_progress or (lambda done, total: None)
+    cases = plan_cases(
+        prompts,
+        seeds,
+        method=method,
+        remedies=remedies,
+        model=model,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        device=device,
+        dtype=dtype,
+        predictor=predictor,
+    )
+    folder = _prepare(check_folder(out))
+    _forget_incomplete(folder, cases)
+    each = len(cases[0].seeds)
+    report = on_progress or (lambda done, total: None)
     try:
-        outcome = sweeps.run(
-            every,
+        outcome = run(
+            cases,
             folder,
             workers=workers,
-            draw=partial(draw, folder=str(folder)),
-            on_progress=lambda done, total: told(done // len(numbers), total // len(numbers)),
+            generate=partial(diagnose_case, folder=str(folder)),
+            on_progress=lambda done, total: report(done // each, total // each),
         )
     finally:
-        page = write(folder, [case.prompt for case in every])
-    names = {case.key: case.prompt for case in every}
+        page = write(folder, [case.prompt for case in cases])
+    names = {case.key: case.prompt for case in cases}
     failed = {names[key]: error for key, error in outcome.failed.items()}
-    return Survey(page, outcome.there, outcome.drawn, failed)
+    return Survey(page=page, earlier=outcome.earlier, diagnosed=outcome.generated, failed=failed)
+
+
+def _forget_incomplete(folder: Path, cases: Sequence[Case]) -> None:
+    """Remove the units of cases whose results are missing or damaged, so that they are diagnosed again."""
+    for case in cases:
+        unit = folder / "units" / f"{case.key}.parquet"
+        if unit.exists() and not (case.complete(folder) and (folder / "pages" / case.page).exists()):
+            unit.unlink()
 
 
 def _prepare(folder: Path) -> Path:
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "cases").is_dir()):
-        raise OutputError(
-            f"{folder} holds something else than diagnoses. Give a new folder, or one that an earlier call wrote to."
-        )
     try:
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / "cases").is_dir():
+            raise OutputError(f"{folder} contains other files than a survey. Choose a new folder, or that of a survey.")
         for name in ("cases", "pages"):
             (folder / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if isinstance(error, OutputError):
+            raise
         raise OutputError(
-            f"The diagnoses cannot be kept in {folder}: {error.strerror or error}. Give a folder you may write to."
+            f"The diagnoses cannot be written to {folder}: {error.strerror or error}. Choose a folder that you may "
+            "write to."
         ) from error
-    return folder.absolute()
+    return folder

@@ -1,8 +1,8 @@
-"""Many diagnoses summed up: tables, and a page with a line a prompt."""
+"""Summary of a survey: tables, and a page with one entry per prompt."""
 
 from __future__ import annotations
 
-import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,14 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from elakit.causes import wilson
 from elakit.diagnosis.report.views import Bar
 from elakit.diagnosis.sentences import plural
-from elakit.files import write_file
+from elakit.diagnosis.survey.cases import read_case
+from elakit.errors import OutputError
+from elakit.files import read_json, write_file, write_text
+from elakit.statistics import wilson
+from elakit.sweep.report import csv_bytes
 
 COLUMNS = (
-    "prompt", "images", "right", "rate", "low", "high", "bleed", "failures", "wrong", "cause", "why", "best", "title",
-    "best_right", "best_rate", "best_low", "best_high", "fixed", "broken", "cost", "seconds", "page", "error",
+    "prompt", "images", "right", "rate", "low", "high", "bleed", "failures", "failure", "causes", "cause", "best",
+    "title", "best_right", "best_rate", "best_low", "best_high", "fixed", "broken", "cost", "seconds", "page", "error",
 )  # fmt: skip
 REMEDY_COLUMNS = (
     "prompt", "name", "title", "status", "images", "right", "rate", "fixed", "broken", "bleed", "cost", "why",
@@ -31,58 +34,52 @@ REMEDY_COLUMNS = (
 
 
 def table(folder: str | Path, order: Sequence[str] = ()) -> pd.DataFrame:
-    """One row a prompt of a folder of diagnoses.
+    """Read a survey as a table with one row per prompt.
 
     Parameters
     ----------
     folder : str or Path
-        That `elakit.diagnose_many` wrote.
+        Folder written by `diagnose_many`.
     order : sequence of str
-        Prompts that come first, in this order; the others follow by the alphabet.
+        Prompts that come first, in this order; the others follow alphabetically.
 
     Returns
     -------
     DataFrame
-        Columns prompt; images, right, rate, low, high (of the plain ones, with the 95 % interval), bleed; failures
-        (kinds, with semicolons), wrong (the most frequent one in words), cause (kind of the likeliest), why; best (name
-        of the best remedy), title, best_right, best_rate, best_low, best_high, fixed, broken, cost; seconds; page;
-        error (of a prompt that failed, where all else is missing).
+        Columns prompt; images, right, rate, low, high (of the plain images, with the 95 % interval), bleed; failures
+        (kinds, separated by semicolons), failure (the most frequent one, as a sentence), causes (kind of the likeliest
+        one), cause (as a sentence); best (name of the best remedy), title, best_right, best_rate, best_low, best_high,
+        fixed, broken, cost; seconds; page; error (of a prompt that failed; all other values are missing).
     """
-    rows = [_row(told) for told in _told(folder)]
-    rows += [{"prompt": prompt, "error": error} for prompt, error in _failed(folder).items()]
-    place = {prompt: i for i, prompt in enumerate(order)}
-    rows.sort(key=lambda row: (place.get(row["prompt"], len(place)), row["prompt"]))
-    return _counted(pd.DataFrame(rows, columns=list(COLUMNS)))
+    cases, _ = _cases(folder)
+    return _table(folder, cases, order)
 
 
 def remedies(folder: str | Path) -> pd.DataFrame:
-    """One row a prompt and remedy of a folder of diagnoses: what `Diagnosis.remedies_frame` tells of each.
+    """Read the remedies of a survey as a table with one row per prompt and remedy; see `Diagnosis.remedies_frame`.
 
     Parameters
     ----------
     folder : str or Path
     """
-    rows = []
-    for told in _told(folder):
-        for one in told["remedies"]:
-            counts = {name: None if one[name] is None else len(one[name]) for name in ("fixed", "broken")}
-            rows.append({"prompt": told["given"], **{n: one[n] for n in REMEDY_COLUMNS[1:]}, **counts})
-    return _counted(pd.DataFrame(rows, columns=list(REMEDY_COLUMNS)))
+    return _remedies(_cases(folder)[0])
 
 
 def write(folder: str | Path, order: Sequence[str] = ()) -> Path:
-    """Write the summary of a folder of diagnoses: the page, and its tables as CSV, Parquet and JSON.
+    """Write the summary of a survey: the page, and the tables as CSV, Parquet and JSON.
+
+    Files in ``cases/`` that cannot be read are named on the page and left out of the tables.
 
     Parameters
     ----------
     folder : str or Path
     order : sequence of str
-        As in `table`.
+        Prompts of the survey, as in `table`.
 
     Returns
     -------
     Path
-        Of the page.
+        Path of the page.
 
     Raises
     ------
@@ -90,25 +87,21 @@ def write(folder: str | Path, order: Sequence[str] = ()) -> Path:
         A file cannot be written.
     """
     folder = Path(folder)
-    summed, tried = table(folder, order), remedies(folder)
-    for name, frame in (("summary", summed), ("remedies", tried)):
-        write_file(folder / f"{name}.csv", frame.to_csv(index=False).encode())
+    cases, unreadable = _cases(folder)
+    summary, tried = _table(folder, cases, order), _remedies(cases)
+    for name, frame in (("summary", summary), ("remedies", tried)):
+        write_file(folder / f"{name}.csv", csv_bytes(frame))
         sink = pa.BufferOutputStream()
         pa.parquet.write_table(pa.Table.from_pandas(frame, preserve_index=False), sink)
         write_file(folder / f"{name}.parquet", sink.getvalue().to_pybytes())
-    write_file(folder / "summary.json", (summed.to_json(orient="records", indent=1) or "[]").encode())
-    images = {told["given"]: told["images"] for told in _told(folder)}
-    page = folder / "index.html"
-    write_file(page, _page(summed, tried, images, order).encode())
-    return page
-
-
-# --- the page -----------------------------------------------------------------------------------------------
+    write_text(folder / "summary.json", summary.to_json(orient="records", indent=1) or "[]")
+    images = {case["given"]: case["images"] for case in cases}
+    return write_text(folder / "index.html", _page(summary, tried, images, order, unreadable))
 
 
 @dataclass(frozen=True)
 class _Share:
-    """Something counted over all prompts."""
+    """A share over all prompts."""
 
     name: str
     score: str
@@ -116,11 +109,17 @@ class _Share:
     facts: tuple[str, ...]
 
 
-def _page(summed: pd.DataFrame, tried: pd.DataFrame, images: dict[str, Any], order: Sequence[str]) -> str:
-    done = summed[summed["error"].isna()]
+def _page(
+    summary: pd.DataFrame,
+    tried: pd.DataFrame,
+    images: dict[str, Any],
+    order: Sequence[str],
+    unreadable: dict[str, str],
+) -> str:
+    done = summary[summary["error"].isna()]
     rows = done.sort_values("rate", kind="stable", na_position="last").to_dict("records")
-    failed = summed[summed["error"].notna()]
-    waiting = [prompt for prompt in order if prompt not in set(summed["prompt"])]
+    failed = summary[summary["error"].notna()]
+    waiting = [prompt for prompt in order if prompt not in set(summary["prompt"])]
     return (
         _environment()
         .get_template("survey.html.jinja")
@@ -129,42 +128,57 @@ def _page(summed: pd.DataFrame, tried: pd.DataFrame, images: dict[str, Any], ord
                 row
                 | {
                     "plain": _bar(row["rate"], row["low"], row["high"]),
-                    "fixed_bar": _bar(row["best_rate"], row["best_low"], row["best_high"]),
-                    "images_shown": {"plain": None, "best": None} | images[row["prompt"]],
+                    "best_bar": _bar(row["best_rate"], row["best_low"], row["best_high"]),
+                    "shown": {"plain": None, "best": None} | _safe_images(images[row["prompt"]]),
+                    "link": row["page"] if _PAGE.fullmatch(str(row["page"])) else None,
                 }
                 for row in rows
             ],
             failed=failed[["prompt", "error"]].to_dict("records"),
             waiting=waiting,
-            said=_said(done, failed, waiting),
+            unreadable=unreadable,
+            statements=_statements(done, failed, waiting, unreadable),
             failures=_failures(done),
-            remedies=_remedies(tried),
+            remedies=_remedy_shares(tried),
         )
     )
 
 
-def _said(done: pd.DataFrame, failed: pd.DataFrame, waiting: Sequence[str]) -> list[str]:
+# A case file may have been edited: only relative links to pages, and only embedded images, become part of the page.
+_PAGE = re.compile(r"pages/[a-z0-9-]+\.html")
+_IMAGE = re.compile(r"data:image/[a-z]+;base64,[A-Za-z0-9+/=]*")
+
+
+def _safe_images(images: Any) -> dict[str, str]:
+    pairs = images.items() if isinstance(images, dict) else ()
+    return {str(name): uri for name, uri in pairs if isinstance(uri, str) and _IMAGE.fullmatch(uri)}
+
+
+def _statements(
+    done: pd.DataFrame, failed: pd.DataFrame, waiting: Sequence[str], unreadable: dict[str, str]
+) -> list[str]:
     said = []
     judged = done[done["right"].notna()]
     if len(judged):
         right, of = int(judged["right"].sum()), int(judged["images"].sum())
         low, high = (round(100 * end) for end in wilson(right, of))
-        whole = int((judged["right"] == judged["images"]).sum())
+        all_right = int((judged["right"] == judged["images"]).sum())
         said.append(
-            f"Drawn plainly, {right} of {of} images of {_prompts(len(judged))} show everything that is asked for "
-            f"({low} to {high} %); from every seed right: {_prompts(whole)}."
+            f"Without guidance, {right} of {of} images of {_prompts(len(judged))} show everything the prompt asks for "
+            f"(95 % interval {low} to {high} %). For {_prompts(all_right)}, all images are right."
         )
         fails = judged[judged["right"] < judged["images"]]
-        helped = fails[fails["best"].notna()]
         if len(fails):
-            said.append(f"A remedy that was tried did better for {len(helped)} of the {len(fails)} others.")
+            said.append(f"For {int(fails['best'].notna().sum())} of the {len(fails)} others, a remedy did better.")
     if len(done) > len(judged):
-        said.append(f"Not judged, and told by measures of attention only: {_prompts(len(done) - len(judged))}.")
+        said.append(f"{_prompts(len(done) - len(judged))} could not be judged; only the attention was measured.")
     if len(failed):
-        said.append(f"Not diagnosed, with the errors below: {_prompts(len(failed))}.")
+        said.append(f"{_prompts(len(failed))} could not be diagnosed; the errors are listed below.")
+    if unreadable:
+        said.append(f"{len(unreadable)} {plural('file', len(unreadable))} in cases/ cannot be read; see below.")
     if waiting:
-        said.append(f"Still to come when the same command is run again: {_prompts(len(waiting))}.")
-    return said or ["Nothing is finished yet."]
+        said.append(f"{_prompts(len(waiting))} not diagnosed yet: run the same command again.")
+    return said or ["No prompt is finished yet."]
 
 
 def _prompts(count: int) -> str:
@@ -172,9 +186,9 @@ def _prompts(count: int) -> str:
 
 
 def _failures(done: pd.DataFrame) -> list[_Share]:
-    """In how many prompts each kind of failure occurs, and each cause is the likeliest."""
+    """Number of prompts in which each kind of failure occurs, and for which each cause is the likeliest."""
     counts = Counter(kind for kinds in done["failures"].dropna() for kind in set(kinds.split("; ")) if kind)
-    causes = done.groupby("cause")["prompt"].count() if len(done) else pd.Series(dtype=int)
+    causes = done.groupby("causes")["prompt"].count() if len(done) else pd.Series(dtype=int)
     shares = [
         _Share(kind, f"{count} of {_prompts(len(done))}", Bar(count / len(done), *wilson(count, len(done))), ())
         for kind, count in counts.most_common()
@@ -188,8 +202,8 @@ def _failures(done: pd.DataFrame) -> list[_Share]:
     ]
 
 
-def _remedies(tried: pd.DataFrame) -> list[_Share]:
-    """How each remedy did over all prompts it was tried on and judged."""
+def _remedy_shares(tried: pd.DataFrame) -> list[_Share]:
+    """Share of right images of each remedy over all prompts for which it was tried and judged."""
     shares = []
     judged = tried[(tried["status"] == "tried") & tried["right"].notna()]
     for title, part in judged.groupby("title"):
@@ -198,7 +212,7 @@ def _remedies(tried: pd.DataFrame) -> list[_Share]:
             _prompts(len(part)),
             f"fixed {int(part['fixed'].sum())}",
             f"broken {int(part['broken'].sum())}",
-            f"{float(np.median(part['cost'].astype(float))):.1f} × the time",
+            f"time × {float(np.median(part['cost'].astype(float))):.1f}",
         )
         shares.append(_Share(str(title), f"{right} of {of} right", Bar(right / of, *wilson(right, of)), facts))
     return sorted(shares, key=lambda one: -one.bar.value if one.bar else 0)
@@ -221,44 +235,75 @@ def _environment() -> Environment:
     return environment
 
 
-# --- what lies in the folder --------------------------------------------------------------------------------
+def _cases(folder: str | Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Results of all finished prompts, and the names and errors of files that cannot be read."""
+    cases, unreadable = [], {}
+    for path in sorted((Path(folder) / "cases").glob("*.json")):
+        try:
+            case = read_case(path)
+            _row(case), _remedies([case])
+            cases.append(case)
+        except (OutputError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            unreadable[f"cases/{path.name}"] = f"{type(error).__name__}: {error}"
+    return cases, unreadable
 
 
-def _told(folder: str | Path) -> list[dict[str, Any]]:
-    """What was found of each finished prompt."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((Path(folder) / "cases").glob("*.json"))]
+def _failed(folder: str | Path, done: set[str]) -> dict[str, str]:
+    """Failed prompts that have not been finished since, with their errors."""
+    failed = {}
+    for path in sorted((Path(folder) / "failed").glob("*.json")):
+        try:
+            note = read_json(path)
+            prompt, error = str(note["prompt"]), str(note["error"])
+        except (OutputError, KeyError, TypeError) as damage:
+            prompt, error = f"failed/{path.name}", f"The note of a failed prompt cannot be read: {damage}"
+        if prompt not in done:
+            failed[prompt] = error
+    return failed
 
 
-def _failed(folder: str | Path) -> dict[str, str]:
-    """Prompts that failed and have not been finished since, with their errors."""
-    notes = [json.loads(path.read_text("utf-8")) for path in sorted((Path(folder) / "failed").glob("*.json"))]
-    done = {told["given"] for told in _told(folder)}
-    return {note["prompt"]: note["error"] for note in notes if note["prompt"] not in done}
+def _table(folder: str | Path, cases: list[dict[str, Any]], order: Sequence[str]) -> pd.DataFrame:
+    rows = [_row(case) for case in cases]
+    done = {row["prompt"] for row in rows}
+    rows += [{"prompt": prompt, "error": error} for prompt, error in _failed(folder, done).items()]
+    position = {prompt: i for i, prompt in enumerate(order)}
+    rows.sort(key=lambda row: (position.get(row["prompt"], len(position)), row["prompt"]))
+    return _counted(pd.DataFrame(rows, columns=list(COLUMNS)))
+
+
+def _remedies(cases: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    rows = []
+    for case in cases:
+        for one in case["remedies"]:
+            counts = {name: None if one[name] is None else len(one[name]) for name in ("fixed", "broken")}
+            rows.append({"prompt": case["given"], **{n: one[n] for n in REMEDY_COLUMNS[1:]}, **counts})
+    return _counted(pd.DataFrame(rows, columns=list(REMEDY_COLUMNS)))
 
 
 def _counted(frame: pd.DataFrame) -> pd.DataFrame:
-    """Counts as whole numbers, though some are missing."""
+    """Convert counts to integers that may be missing."""
     counts = [name for name in ("images", "right", "best_right", "fixed", "broken") if name in frame]
     return frame.astype(dict.fromkeys(counts, "Int64"))
 
 
-def _row(told: dict[str, Any]) -> dict[str, Any]:
-    plain = told["plain"]
-    findings = told["findings"] or {"failures": [], "causes": []}
-    causes = findings["causes"]
-    best = next((one for one in told["remedies"] if one["name"] == told["best"]), None)
+def _row(case: dict[str, Any]) -> dict[str, Any]:
+    plain = case["plain"]
+    findings = case["findings"] or {"failures": [], "causes": []}
+    failures = findings["failures"] if case["judged"] else []
+    causes = [cause for cause in findings["causes"] if cause["explains"] or not case["judged"]]
+    best = next((one for one in case["remedies"] if one["name"] == case["best"]), None)
     low, high = plain["interval"] or (None, None)
     row = {
-        "prompt": told["given"],
+        "prompt": case["given"],
         **{name: plain[name] for name in ("images", "right", "rate", "bleed")},
         "low": low,
         "high": high,
-        "failures": "; ".join(dict.fromkeys(one["kind"] for one in findings["failures"])),
-        "wrong": findings["failures"][0]["sentence"] if findings["failures"] else "",
-        "cause": causes[0]["kind"] if causes else "",
-        "why": causes[0]["sentence"] if causes else "",
-        "seconds": told["seconds"],
-        "page": told["page"],
+        "failures": "; ".join(dict.fromkeys(one["kind"] for one in failures)),
+        "failure": failures[0]["sentence"] if failures else "",
+        "causes": causes[0]["kind"] if causes else "",
+        "cause": causes[0]["sentence"] if causes else "",
+        "seconds": case["seconds"],
+        "page": case["page"],
     }
     if best is not None:
         best_low, best_high = best["interval"] or (None, None)

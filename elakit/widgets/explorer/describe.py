@@ -1,4 +1,4 @@
-"""What an explorer says of the runs: their words, images, steps, regions, measures, and the choices there are."""
+"""Data of the explorer: words, images, steps, regions and measures of the runs, and the values of each setting."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ import xarray as xr
 
 from elakit.attention import Recording
 from elakit.errors import ElakitError, RecordingError
-from elakit.generation import Run
 from elakit.plot import style
 from elakit.plot.images import LOSSLESS_SIDE, data_uri
 from elakit.prompt import Prompt
-from elakit.widgets.explorer.colors import TABLES
+from elakit.run import Run
 from elakit.widgets.explorer.packing import Buffer, Fit, Source, fit_to, pack
+from elakit.widgets.shared.colors import TABLES
 
 START, END = "<start>", "<end>"
-# Names of `Recording.maps`' normalizations, "none" for None; what the numbers then are.
+# Normalizations of `Recording.maps` ("none" for None), with the unit of the values.
 NORMALIZATIONS = {
     "none": "probability",
     "sum": "share of the map",
     "start": "times start-of-text",
 }
-# Matrices have too many lines for one plot; `elakit.plot.leakage` shows them.
+# Matrices have too many lines for one plot; they are shown by `elakit.plot.leakage`.
 _MATRICES = ("leakage", "attribute_leakage", "truth_leakage", "attribute_truth_leakage", "attribute_overlap")
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word whose maps are sent, or start-of-text, or the end.
+    """A word whose maps are sent, or one of "<start>" and "<end>".
 
     Attributes
     ----------
     label : str
     columns : tuple of int
-        Positions of its pieces along ``token``.
+        Positions of the word's pieces along ``token``.
     entity : int or None
-        The entity it is the noun of, by its place in the prompt.
+        Index of the entity whose noun it is.
     attribute : int or None
-        The entity it is an attribute of.
+        Index of the entity whose attribute it is.
     """
 
     label: str
@@ -54,21 +54,21 @@ class Word:
 
 @dataclass(frozen=True)
 class Payload:
-    """What goes to the browser: `meta` as JSON, and `maps`, a deflated `Buffer`."""
+    """Data sent to the browser: `meta` as JSON, and `maps`, a compressed `Buffer`."""
 
     meta: dict[str, Any]
     maps: bytes
 
 
 def describe(runs: Sequence[Run], budget: int) -> Payload:
-    """Everything that an explorer of the runs needs.
+    """Collect the data that an explorer of the runs needs.
 
     Parameters
     ----------
     runs : sequence of Run
-        At least one; each recorded.
+        At least one run; all recorded.
     budget : int
-        Bytes of maps before deflation.
+        Largest number of bytes of maps, before compression.
 
     Raises
     ------
@@ -83,10 +83,10 @@ def describe(runs: Sequence[Run], budget: int) -> Payload:
     fit, buffer = fit_to(sources, budget), Buffer()
     names = style.run_names(runs)
     about = [
-        _about(run, name, each, source, fit, buffer)
+        _run_data(run, name, each, source, fit, buffer)
         for run, name, each, source in zip(runs, names, words, sources, strict=True)
     ]
-    # Steps are named by the run that has most of them; the others show what is nearest by share of the run.
+    # The run with the most steps names them; the others show the step at the nearest share of the run.
     reference = max(range(len(about)), key=lambda i: len(about[i]["steps"]))
     layer, size = _default_maps(about, style.recorded(runs[reference]))
     choices = _choices(about, about[reference]["steps"])
@@ -112,7 +112,7 @@ def describe(runs: Sequence[Run], budget: int) -> Payload:
 
 
 def nodes_of(recording: Recording) -> tuple[xr.Dataset, ...]:
-    """The recording's arrays, one a map size, largest first.
+    """The recording's arrays, one per map size, largest first.
 
     Raises
     ------
@@ -121,12 +121,12 @@ def nodes_of(recording: Recording) -> tuple[xr.Dataset, ...]:
     """
     nodes = recording.nodes()
     if not nodes or not nodes[0].sizes["step"]:
-        raise RecordingError("The recording is empty: the run ended before its first step was finished. Draw it again.")
+        raise RecordingError("The recording is empty: the run ended before its first step. Generate it again.")
     return nodes
 
 
 def words_of(recording: Recording) -> list[Word]:
-    """Words whose attention was kept, pieces of a word together, in order; then start-of-text and the end.
+    """Recorded words in order, with the pieces of each word together, followed by "<start>" and "<end>".
 
     Parameters
     ----------
@@ -154,20 +154,20 @@ def words_of(recording: Recording) -> list[Word]:
 
 
 def _label(tokens: Sequence[Any]) -> str:
-    """The word's own label: "giraffe" of "giraffe/1", of "giraffe@clip" and "giraffe@t5"."""
+    """Label of the whole word: "giraffe" for "giraffe/1", "giraffe@clip" and "giraffe@t5"."""
     label = str(tokens[0].label)
     return label if len(tokens) == 1 else re.sub(r"(?<=.)(/\d+)?(@\w+)?$", "", label)
 
 
 def _owners(prompt: Prompt, indices: Sequence[int]) -> tuple[int | None, int | None]:
-    """The entity that a word is the noun of, and the one that it is an attribute of."""
+    """Indices of the entity whose noun a word is, and of the entity whose attribute it is."""
     nouns = [i for i, entity in enumerate(prompt.entities) if set(indices) & set(entity.token_indices)]
     owners = [i for i, entity in enumerate(prompt.entities) if set(indices) & set(entity.attribute_indices)]
     return (nouns[0] if nouns else None), (owners[0] if owners else None)
 
 
 def _chips(prompt: Prompt, words: Sequence[Word]) -> list[dict[str, Any]]:
-    """The prompt's words as they are written, each with its place among the words sent (None: not recorded)."""
+    """The prompt's words as written, each with its index among the words sent (None if it was not recorded)."""
     place = {word.label: i for i, word in enumerate(words)}
     pieces: dict[int, list[Any]] = {}
     for token in prompt.tokens:
@@ -186,8 +186,8 @@ def _chips(prompt: Prompt, words: Sequence[Word]) -> list[dict[str, Any]]:
     ]
 
 
-def _about(run: Run, name: str, words: Sequence[Word], source: Source, fit: Fit, buffer: Buffer) -> dict[str, Any]:
-    """One run, as the browser needs it."""
+def _run_data(run: Run, name: str, words: Sequence[Word], source: Source, fit: Fit, buffer: Buffer) -> dict[str, Any]:
+    """Data of one run for the browser."""
     recording = style.recorded(run)
     node, prompt = source.nodes[0], run.prompt
     positions = fit.positions(node.sizes["step"])
@@ -222,17 +222,17 @@ def _about(run: Run, name: str, words: Sequence[Word], source: Source, fit: Fit,
 
 
 def _outcome(run: Run) -> dict[str, Any] | None:
-    """What the judge says of the image; None where it cannot tell."""
+    """The judge's verdict on the image; None if it cannot judge it."""
     verdict = run.verdict
-    return None if verdict is None else {"right": bool(verdict.success), "said": str(verdict)}
+    return None if verdict is None else {"right": bool(verdict.success), "verdict": str(verdict)}
 
 
 def _regions(run: Run, steps: Sequence[int], buffer: Buffer, notes: list[str]) -> dict[str, Any] | None:
-    """Where the region of each cell is in the buffer: bytes (step, y, x), 0 for none, 1 for the first entity."""
+    """Position of the regions in the buffer: bytes (step, y, x), 0 for no region, 1 for the first entity."""
     try:
         regions = run.regions.sel(step=list(steps))
     except ElakitError as error:
-        notes.append(f"No regions and no measures: {error}")
+        notes.append(f"Regions and measures are not available: {error}")
         return None
     numbers = np.arange(1, regions.sizes["entity"] + 1, dtype=np.uint8)[:, None, None]
     owner = (regions.values * numbers).max(axis=1)
@@ -242,12 +242,12 @@ def _regions(run: Run, steps: Sequence[int], buffer: Buffer, notes: list[str]) -
 def _measures(
     run: Run, steps: Sequence[int], colors: dict[str, str], notes: list[str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Lines over the steps of every measure: name, color (None: of no entity), values (None: not a number)."""
+    """Lines of each measure over the steps: name, color (None without an entity), values (None if not finite)."""
     try:
         frame = run.bleeding.to_frame()
     except ElakitError as error:
         if not notes:
-            notes.append(f"No measures: {error}")
+            notes.append(f"Measures are not available: {error}")
         return {}
     frame = frame[frame["step"].isin(steps) & ~frame["measure"].isin(_MATRICES)]
     lines: dict[str, list[dict[str, Any]]] = {}
@@ -256,7 +256,7 @@ def _measures(
         line = {
             "name": _line_name(str(measure), str(entity), str(other), colors),
             "color": colors.get(str(entity)) or colors.get(str(other)),
-            # of a pair of entities, whose swatch has both colors
+            # the second color of the swatch of a pair of entities
             "second": colors.get(str(other)) if str(entity) in colors else None,
             "values": [_number(value, 5) for value in values],
         }
@@ -273,12 +273,12 @@ def _line_name(measure: str, entity: str, other: str, colors: dict[str, str]) ->
 
 
 def _number(value: float, digits: int) -> float | None:
-    """A number for JSON, which has none that is not finite."""
+    """A rounded number for JSON; None if it is not finite."""
     return round(float(value), digits) if np.isfinite(value) else None
 
 
 def _choices(about: Sequence[dict[str, Any]], steps: list[int]) -> dict[str, list[Any]]:
-    """What each trait may be set to."""
+    """Valid values of each trait."""
     layers = [layer for run in about for layer in run["layers"]]
     places = dict.fromkeys(layer["place"] for layer in layers)
     labels = dict.fromkeys(word["label"] for run in about for word in run["words"])
@@ -297,13 +297,13 @@ def _choices(about: Sequence[dict[str, Any]], steps: list[int]) -> dict[str, lis
 
 
 def _default_tokens(about: Sequence[dict[str, Any]]) -> list[str]:
-    """The entities' words; of a recording that has none of them, its first word."""
+    """Labels of the entities' nouns; the first word if none of them was recorded."""
     nouns = dict.fromkeys(word["label"] for run in about for word in run["words"] if word["entity"] is not None)
     return list(nouns) or [about[0]["words"][0]["label"]]
 
 
 def _default_maps(about: Sequence[dict[str, Any]], recording: Recording) -> tuple[str, int | None]:
-    """The layers and the size that regions are taken from, as far as every run has them."""
+    """Layers and map size that regions are localized from, if every run has them."""
     layer, size = recording.decoder, style.map_size(recording)
     if any(not sizes_of(run["layers"], layer) for run in about):
         layer = "all"
@@ -311,7 +311,7 @@ def _default_maps(about: Sequence[dict[str, Any]], recording: Recording) -> tupl
 
 
 def sizes_of(layers: Sequence[dict[str, Any]], layer: str) -> set[int]:
-    """Map sizes of the layers that a choice names: "all", a place, or the name of one.
+    """Map sizes of a choice of layers: "all", a place, or the name of a layer.
 
     Examples
     --------
@@ -323,22 +323,23 @@ def sizes_of(layers: Sequence[dict[str, Any]], layer: str) -> set[int]:
 
 
 def _meanings(measures: Sequence[str]) -> dict[str, str]:
-    from elakit.diagnosis.report import MEANINGS  # which brings plotly.js along
+    from elakit.diagnosis.report import MEANINGS  # imported late, since it loads plotly.js
 
     return {measure: MEANINGS.get(measure, "") for measure in measures}
 
 
 def _notes(sources: Sequence[Source], fit: Fit) -> list[str]:
-    """What was left out to keep what is sent small."""
+    """Notes on what was omitted to stay within the budget."""
     notes = []
     large = {(node.sizes["y"], node.sizes["x"]) for source in sources for node in source.nodes}
     shrunk = {size: fit.size(*size) for size in sorted(large, reverse=True) if fit.size(*size) != size}
     if shrunk:
-        said = ", ".join(f"{a[0]}×{a[1]} maps as {b[0]}×{b[1]}" for a, b in shrunk.items())
-        notes.append(f"To keep this page small it holds {said} (area means).")
+        sizes = ", ".join(f"{a[0]}×{a[1]} maps as {b[0]}×{b[1]}" for a, b in shrunk.items())
+        notes.append(f"To limit the size, the explorer has {sizes} (area means).")
     steps = max(source.nodes[0].sizes["step"] for source in sources)
     if len(fit.positions(steps)) < steps:
-        notes.append(f"To keep this page small it holds {len(fit.positions(steps))} of {steps} steps, evenly spread.")
+        kept = len(fit.positions(steps))
+        notes.append(f"To limit the size, the explorer has {kept} of {steps} steps, evenly spaced.")
     if notes:
-        notes.append("elakit.explore(..., budget=...) takes more bytes.")
+        notes.append("Raise the limit with elakit.explore(..., budget=...).")
     return notes

@@ -1,8 +1,8 @@
-"""Maps as compact binary: a byte a cell, a scale a map, differences from step to step, deflated.
+"""Compact binary maps: one byte per location, one scale per map, differences between steps, compressed with zlib.
 
-The buffer, before it is deflated, holds all scales (little-endian float32) and after them all bytes. A layer's maps
-are bytes (step, head, word, y, x), of which every step but the first is the difference from the one before, modulo 256;
-its scales are (step, head, word). Probability = byte / 255 x scale.
+The uncompressed buffer holds all scales (little-endian float32) and after them all bytes. A layer's maps
+are bytes (step, head, word, y, x); every step except the first is stored as the difference from the previous one,
+modulo 256. Its scales are (step, head, word). Probability = byte / 255 x scale.
 """
 
 from __future__ import annotations
@@ -18,32 +18,33 @@ import xarray as xr
 
 from elakit.measures.arrays import area_mean
 from elakit.plot.style import pick_steps
+from elakit.widgets.shared.quantize import quantize
 
-# Bytes of all maps before they are deflated. Deflating never adds to them and base64 adds a third, so that a page of
-# them with code and images stays below 12 MB whatever the maps are.
+# Bytes of all maps before compression. Compression never enlarges them and base64 adds a third, so that a page with
+# code and images stays below 12 MB whatever the maps are.
 BUDGET = 8_700_000
 _SIDES = (32, 16)
-# Bytes of a recording, which may be larger than memory, that are read at a time.
+# Bytes of a recording, which may be larger than memory, that are read at once.
 _BLOCK = 2**25
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What is left out so that the maps stay within a budget.
+    """Reduction that keeps the maps within a budget.
 
     Attributes
     ----------
     side : int or None
-        Larger maps are shrunk to this side by area means; None leaves all as they are.
+        Larger maps are downsampled to this side by area means; None keeps all sizes.
     share : float
-        Share of the steps that is kept, spread evenly with the first and the last.
+        Share of the steps that is kept, evenly spaced and with the first and the last.
     """
 
     side: int | None = None
     share: float = 1.0
 
     def size(self, rows: int, columns: int) -> tuple[int, int]:
-        """Rows and columns of a map as it is sent.
+        """Rows and columns of a map after the reduction.
 
         Examples
         --------
@@ -56,7 +57,7 @@ class Fit:
         return max(1, round(rows * factor)), max(1, round(columns * factor))
 
     def positions(self, steps: int) -> list[int]:
-        """Which of so many steps are sent.
+        """Positions of the steps that are kept, out of a number of steps.
 
         Examples
         --------
@@ -68,12 +69,12 @@ class Fit:
 
 @dataclass(frozen=True)
 class Source:
-    """What of a recording is sent.
+    """Part of a recording that is sent.
 
     Attributes
     ----------
     nodes : tuple of xarray.Dataset
-        One a map size, as in `Recording`, largest first.
+        One per map size, as in `Recording`, largest first.
     words : tuple of tuple of int
         Positions along ``token`` of the pieces of each word, which are averaged.
     """
@@ -82,53 +83,53 @@ class Source:
     words: tuple[tuple[int, ...], ...]
 
     def nbytes(self, fit: Fit) -> int:
-        """Bytes that the maps take before they are deflated."""
-        cells = sum(
+        """Number of bytes of the maps before compression."""
+        values = sum(
             node.sizes["layer"] * node.sizes["head"] * int(np.prod(fit.size(node.sizes["y"], node.sizes["x"])))
             for node in self.nodes
         )
-        return len(fit.positions(self.nodes[0].sizes["step"])) * len(self.words) * cells
+        return len(fit.positions(self.nodes[0].sizes["step"])) * len(self.words) * values
 
 
 @dataclass
 class Buffer:
-    """Collects scales and bytes; what is added is found again by its place."""
+    """Collects scales and bytes; added parts are addressed by their positions."""
 
     scales: list[np.ndarray] = field(default_factory=list)
     parts: list[np.ndarray] = field(default_factory=list)
 
     def add_scales(self, values: np.ndarray) -> int:
-        """Add scales; gives the position of the first, counted in numbers."""
+        """Add scales and return the position of the first, counted in numbers."""
         at = self.scale_count
         self.scales.append(np.ravel(values).astype("<f4"))
         return at
 
     def add(self, values: np.ndarray) -> int:
-        """Add bytes; gives the position of the first, counted from the end of the scales."""
+        """Add bytes and return the position of the first, counted from the end of the scales."""
         at = sum(part.size for part in self.parts)
         self.parts.append(np.ravel(values).astype(np.uint8, copy=False))
         return at
 
     @property
     def scale_count(self) -> int:
-        """Scales so far."""
+        """Number of scales added so far."""
         return sum(part.size for part in self.scales)
 
     def deflated(self) -> bytes:
-        """All of it in zlib's format, which browsers call "deflate"."""
+        """The buffer compressed in zlib's format, which browsers call "deflate"."""
         squeezer = zlib.compressobj(6)
         squeezed = [squeezer.compress(part.tobytes()) for part in (*self.scales, *self.parts)]
         return b"".join([*squeezed, squeezer.flush()])
 
 
 def fit_to(sources: Sequence[Source], budget: int) -> Fit:
-    """Leave out as little as needed: first maps are shrunk to 32 and 16 cells a side, then steps are left out.
+    """Find the smallest sufficient reduction: map sides of at most 32, then 16, then fewer steps.
 
     Parameters
     ----------
     sources : sequence of Source
     budget : int
-        Bytes before deflation.
+        Bytes before compression.
     """
     for side in (None, *_SIDES):
         fit = Fit(side)
@@ -138,38 +139,8 @@ def fit_to(sources: Sequence[Source], budget: int) -> Fit:
     return Fit(_SIDES[-1], budget / total)
 
 
-def quantize(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Maps as bytes, and what 255 stands for in each.
-
-    Parameters
-    ----------
-    maps : numpy.ndarray, float (..., y, x)
-        Not negative; what is not finite counts as 0.
-
-    Returns
-    -------
-    levels : numpy.ndarray, uint8 (..., y, x)
-    scales : numpy.ndarray, float32 (...)
-        The largest value of each map: levels are off by at most 1/510 of it.
-
-    Examples
-    --------
-    >>> levels, scales = quantize(np.array([[0.0, 0.25, 0.5]]))
-    >>> levels.tolist(), float(scales)
-    ([[0, 128, 255]], 0.5)
-    """
-    values = np.asarray(maps, np.float32)
-    if not np.isfinite(values).all() or values.min(initial=0) < 0:
-        values = np.nan_to_num(values, nan=0.0, posinf=0.0).clip(0)
-    tops = values.max(axis=(-2, -1))
-    # Divided before it is multiplied, since 255 / top may be more than a float32 holds.
-    levels = values / np.where(tops > 0, tops, 1)[..., None, None]
-    levels *= 255
-    return np.rint(levels, out=levels).astype(np.uint8), tops
-
-
 def pack(source: Source, fit: Fit, buffer: Buffer) -> list[dict[str, Any]]:
-    """Put a recording's maps into the buffer.
+    """Add a recording's maps to the buffer.
 
     Parameters
     ----------
@@ -181,7 +152,7 @@ def pack(source: Source, fit: Fit, buffer: Buffer) -> list[dict[str, Any]]:
     -------
     list of dict
         The layers in forward order: name, short, place, size (larger side, as recorded), rows, columns (as sent),
-        heads, and where the maps and scales are.
+        heads, and the positions of maps and scales.
     """
     found = []
     for node in source.nodes:
@@ -210,7 +181,7 @@ def pack(source: Source, fit: Fit, buffer: Buffer) -> list[dict[str, Any]]:
 
 
 def short_names(layers: Sequence[tuple[str, str]]) -> list[str]:
-    """Names of layers as short as tells them apart: the place and the numbers of the path.
+    """Shortest distinct names of layers: the place and numbers of the path.
 
     Parameters
     ----------
@@ -235,7 +206,7 @@ def short_names(layers: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _packed(node: xr.Dataset, words: Sequence[Sequence[int]], fit: Fit) -> tuple[np.ndarray, np.ndarray]:
-    """Levels (layer, step, head, word, y, x) and scales (layer, step, head, word) of one map size."""
+    """Levels (layer, step, head, word, y, x) and scales (layer, step, head, word) for one map size."""
     positions = fit.positions(node.sizes["step"])
     size = fit.size(node.sizes["y"], node.sizes["x"])
     mean = np.zeros((node.sizes["token"], len(words)), np.float32)

@@ -1,33 +1,31 @@
-"""The explorer as one page that needs nothing but itself."""
+"""The explorer as a self-contained HTML page."""
 
 from __future__ import annotations
 
 import base64
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from elakit.errors import OutputError
+from elakit.files import check_path, write_text
 
 
 def render(meta: dict[str, Any], maps: bytes, state: dict[str, Any], code: str, style: str) -> str:
-    """The page.
+    """Render the page.
 
     Parameters
     ----------
     meta : dict
-        As `describe` gives it.
+        Result of `describe`.
     maps : bytes
-        Deflated.
+        Compressed maps.
     state : dict
-        The settings that the page opens with.
+        Initial settings.
     code, style : str
-        The widget's module and its style sheet.
+        The widget's JavaScript module and style sheet.
 
     Returns
     -------
@@ -51,7 +49,7 @@ def render(meta: dict[str, Any], maps: bytes, state: dict[str, Any], code: str, 
 
 
 def script_json(value: Any) -> Markup:
-    r"""JSON that may stand in a script element, whatever its strings hold.
+    r"""JSON that is safe inside a script element, whatever its strings contain.
 
     Examples
     --------
@@ -65,7 +63,7 @@ def script_json(value: Any) -> Markup:
 
 
 def write(path: str | Path, text: str) -> Path:
-    """Write a file whole or not at all; one that is there is replaced.
+    """Write a page, whole or not at all; an existing file is replaced.
 
     Parameters
     ----------
@@ -80,7 +78,7 @@ def write(path: str | Path, text: str) -> Path:
     Raises
     ------
     OutputError
-        The path is a folder, or its folder does not exist or may not be written to.
+        The path is a folder, or its parent folder does not exist or is not writable.
 
     Examples
     --------
@@ -89,21 +87,4 @@ def write(path: str | Path, text: str) -> Path:
     ...
     elakit.errors.OutputError: The explorer cannot be written to no-such-folder/explorer.html: there is no folder ...
     """
-    target = Path(path).expanduser().absolute()
-    wrong = f"The explorer cannot be written to {path}:"
-    if not str(path) or target.is_dir():
-        raise OutputError(f"{wrong} it is a folder. Give the name of a file, such as {Path(path, 'explorer.html')}.")
-    if not target.parent.is_dir():
-        raise OutputError(
-            f"{wrong} there is no folder {target.parent}. Create it (mkdir -p) or choose one that exists."
-        )
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, target)
-    except OSError as error:
-        raise OutputError(f"{wrong} {error.strerror or error}. Choose a path you may write to.") from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-    return target
+    return write_text(check_path(path, "explorer", "explorer.html"), text)

@@ -1,4 +1,4 @@
-"""A picture of the explorer for places without widgets: saved notebooks on GitHub and nbviewer, mail, print."""
+"""Static image of the explorer for viewers without widgets: notebooks on GitHub and nbviewer, mail, print."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
 from elakit.errors import ElakitError
-from elakit.generation import Run
 from elakit.plot import style
-from elakit.plot.images import paled
-from elakit.widgets.explorer.colors import lookup
+from elakit.plot.images import light_gray
+from elakit.run import Run
+from elakit.widgets.shared.colors import lookup
 
-# Pixels; the image has twice as many as it is shown with, for sharp text.
+# Pixels; the image has twice its display size, for sharp text.
 _SCALE = 2
 _PANEL, _GAP, _HEAD, _MARGIN = 168, 10, 24, 14
 _MOST_ENTITIES = 5
@@ -26,21 +26,21 @@ _OPACITY = 0.72
 def png(
     runs: Sequence[Run], note: str = "The explorer needs a running notebook; this is its middle step."
 ) -> tuple[bytes, int]:
-    """One row a run: its image, and each entity's attention at the middle step with the regions.
+    """One row per run: the image, and each entity's attention with the regions at the middle step.
 
     Parameters
     ----------
     runs : sequence of Run
-        Recorded ones.
+        Recorded runs.
     note : str
-        What stands at the foot.
+        Text at the bottom.
 
     Returns
     -------
     bytes
         A PNG.
     int
-        Width that it is to be shown with, in pixels.
+        Display width in pixels.
     """
     maps = [_middle(run) for run in runs]
     across = 1 + max(0 if each is None else each.sizes["token"] for each in maps)
@@ -74,7 +74,7 @@ def png(
 
 
 def _middle(run: Run) -> xr.DataArray | None:
-    """Maps of the entities (token, y, x) at the middle step; None where no entity was recorded."""
+    """Maps of the entities (token, y, x) at the middle step; None if no entity was recorded."""
     try:
         maps = run.entity_maps()
     except ElakitError:
@@ -83,11 +83,11 @@ def _middle(run: Run) -> xr.DataArray | None:
 
 
 def _overlay(image: Image.Image, values: np.ndarray, top: float) -> Image.Image:
-    """A map in colors over the image in gray, cell by cell."""
+    """A colored map over the grayscale image."""
     levels = (values / top * 255).clip(0, 255).astype(np.uint8)
     colored = Image.fromarray(lookup("viridis")[levels])
     size = _PANEL * _SCALE, _PANEL * _SCALE * image.height // image.width
-    base = paled(image).convert("RGB").resize(size)
+    base = light_gray(image).convert("RGB").resize(size)
     return Image.blend(base, colored.resize(size, Image.Resampling.NEAREST), _OPACITY)
 
 
@@ -101,7 +101,7 @@ def _paste(canvas: Image.Image, image: Image.Image, column: int, y: int, height:
 def _outline(
     canvas: Image.Image, run: Run, step: int, column: int, y: int, height: int, colors: dict[str, str]
 ) -> None:
-    """Edges of the regions along the cells, each inside its region so that neighbors are both seen."""
+    """Edges of the regions, each drawn inside its region so that adjacent edges are both visible."""
     regions = run.regions.sel(step=step)
     corner = (_MARGIN + column * (_PANEL + _GAP)) * _SCALE, y * _SCALE
     size = _PANEL * _SCALE, height * _SCALE

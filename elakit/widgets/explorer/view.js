@@ -1,5 +1,5 @@
-// The view: elements made once, brought up to date whenever the model changes. Everything in it comes from the model,
-// so Python, this view and another view of the same widget stay in step.
+// The view: its elements are created once and updated whenever the model changes. All state lives in the model, so that
+// Python, this view and other views of the same widget stay synchronized.
 
 const SHARED = [
   "step", "tokens", "token", "layer", "size", "head", "normalization", "shared_scale", "measure", "regions", "opacity",
@@ -9,14 +9,14 @@ const PLACES = { down: "down (encoder)", mid: "middle", up: "up (decoder)" };
 const VALUES = { none: "probability", sum: "share of map", start: "× start-of-text" };
 const SPEEDS = [2, 4, 8, 15, 30];
 const PLAY = "M4 2.5v11l9-5.5z", PAUSE = "M4 2.5h3v11H4zM9.5 2.5h3v11h-3z";
-const players = new WeakMap(); // the view that plays a model, where it has several
+const players = new WeakMap(); // the one view of a model that runs its playback
 
 class View {
   constructor(model, root, maps) {
-    Object.assign(this, { model, root, maps, meta: model.get("_meta"), hover: null });
+    Object.assign(this, { model, root, maps, meta: model.get("_meta"), hover: null, preferredSize: model.get("size") });
     this.choices = this.meta.choices;
     this.reference = this.meta.runs[this.meta.reference];
-    // Positions of every run, for each position of the reference.
+    // Step positions of every run for each position of the reference run.
     this.positions = this.reference.steps.map((_, i) => {
       const share = shareOf(this.reference, i);
       return this.meta.runs.map((run) => (run === this.reference ? i : nearest(run, share)));
@@ -28,6 +28,14 @@ class View {
     for (const name of SHARED) model.on(`change:${name}`, this.schedule);
     this.onkey = (event) => this.key(event);
     root.addEventListener("keydown", this.onkey);
+    // Keys work as soon as the pointer is over the explorer, unless the user is typing elsewhere.
+    root.addEventListener("pointerenter", () => {
+      if ([null, document.body].includes(document.activeElement)) root.focus({ preventScroll: true });
+    });
+    // After a click with the pointer, keys go to the explorer again (space plays instead of repeating the click).
+    root.addEventListener("click", (event) => {
+      if (event.detail > 0 && event.target.closest("button")) root.focus({ preventScroll: true });
+    });
     this.observer = new ResizeObserver(this.schedule);
     this.observer.observe(this.plot.holder);
     this.refresh();
@@ -37,7 +45,7 @@ class View {
     return this.model.get(name);
   }
 
-  /** Change settings here at once, and in Python before long. */
+  /** Change settings here immediately, and in Python after a short delay. */
   put(changes) {
     for (const [name, value] of Object.entries(changes)) this.model.set(name, value);
     this.saving ??= setTimeout(() => this.save(), 200);
@@ -70,8 +78,8 @@ class View {
     this.columns = runs.map((run, r) => this.column(run, this.maps[r]));
     const images = h("div", { class: "elx-runs" }, ...this.columns.map((column) => column.element));
     const foot = h("div", { class: "elx-foot" });
-    const said = [...notes, ...runs.flatMap((run) => run.notes.map((note) => (runs.length > 1 ? `${run.name}: ${note}` : note)))];
-    for (const note of said) foot.append(h("p", {}, note));
+    const lines = [...notes, ...runs.flatMap((run) => run.notes.map((note) => (runs.length > 1 ? `${run.name}: ${note}` : note)))];
+    for (const note of lines) foot.append(h("p", {}, note));
     foot.append(this.help());
     this.root.style.setProperty("--runs", Math.min(3, runs.length));
     this.root.append(
@@ -90,19 +98,19 @@ class View {
     const entities = this.numbered.length;
     const keys = [["←", "→"], ["space"], ["↑", "↓"], entities > 1 ? ["1", "–", String(Math.min(9, entities))] : ["1"]];
     const what = ["step", "play", "layer", entities > 1 ? "entities" : "entity"];
-    const said = keys.map((names, i) => {
+    const legend = keys.map((names, i) => {
       const shown = names.map((name) => (name === "–" ? "–" : h("kbd", {}, name)));
       return h("span", {}, ...shown, ` ${what[i]}`);
     });
-    return h("p", { class: "elx-keys" }, "Keys: ", ...said);
+    return h("p", { class: "elx-keys" }, "Keys: ", ...legend);
   }
 
-  /** The prompts, word by word; one line where all runs have the same. */
+  /** The prompts, word by word; a single line where all runs share one. */
   prompts() {
     const byText = Map.groupBy ? Map.groupBy(this.meta.runs, (run) => run.prompt) : new Map();
     if (!byText.size) for (const run of this.meta.runs) byText.set(run.prompt, [...(byText.get(run.prompt) ?? []), run]);
     const nouns = this.meta.runs.flatMap((run) => run.words.filter((word) => word.entity !== null).map((word) => word.label));
-    this.numbered = [...new Set(nouns)].slice(0, 9); // those that have a number key
+    this.numbered = [...new Set(nouns)].slice(0, 9); // entities with a number key
     this.chips = [];
     return [...byText.values()].map((runs) => {
       const line = h("div", { class: "elx-prompt", role: "group", "aria-label": `Words of “${runs[0].prompt}”` });
@@ -165,15 +173,15 @@ class View {
       this.schedule();
     });
     column.readout = h("p", { class: "elx-readout" });
-    column.thumbs = h("div", { class: "elx-thumbs", role: "group", "aria-label": `Shown for ${run.name}` });
-    const said = this.meta.runs.some((each) => each.outcome) ? h("p", { class: "elx-said", title: outcome?.said }, outcome?.said ?? "") : null;
+    column.thumbs = h("div", { class: "elx-thumbs", role: "group", "aria-label": `Maps of ${run.name}` });
+    const verdictLine = this.meta.runs.some((each) => each.outcome) ? h("p", { class: "elx-said", title: outcome?.verdict }, outcome?.verdict ?? "") : null;
     column.element = h(
-      "section", { class: "elx-run", "aria-label": run.name }, title, said, column.stage, column.readout, column.thumbs,
+      "section", { class: "elx-run", "aria-label": run.name }, title, verdictLine, column.stage, column.readout, column.thumbs,
     );
     return column;
   }
 
-  /** Small maps of the chosen words below an image, after the image itself. */
+  /** Thumbnails below an image: the image itself and the maps of the selected words. */
   fillThumbs(column) {
     const { run, thumbs } = column;
     const thumb = (label, shown, pick, color) =>
@@ -238,10 +246,10 @@ class View {
     };
     const fields = [
       this.select("layer", "Layers", layer, layerText, (value) => this.pickLayer(value)),
-      this.select("size", "Resolution", size, sizeText),
+      this.select("size", "Resolution", size, sizeText, (value) => this.put({ size: (this.preferredSize = value) })),
       head.length > 1 ? this.select("head", "Heads", head, (value) => (value === "mean" ? "mean of all" : `head ${value}`)) : null,
       this.select("normalization", "Values", normalization, (value) => VALUES[value]),
-      this.select("shared_scale", "Color scale", [true, false], (value) => (value ? "one for all" : "one for each map")),
+      this.select("shared_scale", "Color scale", [true, false], (value) => (value ? "shared by all maps" : "one per map")),
       this.select("colors", "Colors", colors, (value) => value),
     ].filter(Boolean);
     fields[0].field.classList.add("elx-wide");
@@ -257,7 +265,7 @@ class View {
     };
     const overlay = h("label", { class: "elx-field" }, h("span", {}, "Opacity"), this.opacity);
     const boxes = h("div", { class: "elx-checks" }, box("regions", "Regions"), box("smooth", "Smooth"));
-    return h("section", { class: "elx-settings", "aria-label": "What is shown" }, ...fields.map((each) => each.field), overlay, boxes);
+    return h("section", { class: "elx-settings", "aria-label": "Display settings" }, ...fields.map((each) => each.field), overlay, boxes);
   }
 
   select(name, title, values, text, pick = (value) => this.put({ [name]: value })) {
@@ -265,13 +273,13 @@ class View {
     select.append(...values.map((value) => h("option", {}, text(value))));
     this.controls.push(() => {
       const value = this.get(name);
-      if (!values.includes(value)) select.append(h("option", {}, text(values[values.push(value) - 1]))); // a speed of Python's
+      if (!values.includes(value)) select.append(h("option", {}, text(values[values.push(value) - 1]))); // a speed set from Python
       select.selectedIndex = values.indexOf(value);
     });
     return { select, field: h("label", { class: "elx-field" }, h("span", {}, title), select) };
   }
 
-  // -- what people do ------------------------------------------------------------------------------------------------
+  // -- interaction ---------------------------------------------------------------------------------------------------
 
   position() {
     return Math.max(0, this.choices.step.indexOf(this.get("step")));
@@ -282,7 +290,7 @@ class View {
     this.put({ step: this.choices.step[Math.min(Math.max(position, 0), last)] });
   }
 
-  /** A word is added and shown large; one that is there is shown large; the one shown large is taken away. */
+  /** Add a word and show it in the large view; if it already is in the large view, remove it. */
   choose(label) {
     const tokens = this.get("tokens");
     if (!tokens.includes(label) || this.get("token") !== label) return this.look(label);
@@ -297,8 +305,9 @@ class View {
   }
 
   pickLayer(layer) {
-    const there = this.sizesOf(layer), size = this.get("size");
-    this.put({ layer, size: size === null || there.has(size) ? size : there.size === 1 ? [...there][0] : null });
+    // Layers without maps of the chosen resolution show what they have; the choice comes back with layers that have it.
+    const sizes = this.sizesOf(layer), size = this.preferredSize;
+    this.put({ layer, size: size === null || sizes.has(size) ? size : sizes.size === 1 ? [...sizes][0] : null });
   }
 
   sizesOf(layer) {
@@ -408,7 +417,7 @@ class View {
     });
   }
 
-  /** The word to show large in a run: the chosen one or, of a prompt without it, the entity at the same place. */
+  /** Word of the large view in a run: the chosen one or, if its prompt lacks it, the entity with the same index. */
   wordIn(run) {
     const token = this.get("token"), has = (each, label) => each.words.find((word) => word.label === label);
     if (has(run, token)) return token;
@@ -416,13 +425,13 @@ class View {
     return run.words.find((word) => word.entity !== null && word.entity === entity)?.label ?? token;
   }
 
-  /** What is under the pointer in every run, or where attention is highest; and the same for screen readers. */
+  /** Readout of the location under the pointer, or of the maximum; the same text goes to screen readers. */
   describe(column, position, series, token, opacity) {
     const { run, maps } = column, timestep = run.timesteps[position];
     const when = run.averaged ? `mean of ${run.averaged} steps` : `step ${run.steps[position]}${timestep === null ? "" : ` · t ${timestep < 10 ? timestep : Math.round(timestep)}`}`;
     say(column.when, when);
-    const told = run.outcome ? ` ${run.outcome.said}.` : "";
-    const alone = `Image of “${run.prompt}” by ${run.name}, seed ${run.seed}.${told}`;
+    const verdict = run.outcome ? ` ${run.outcome.verdict}.` : "";
+    const alone = `Image of “${run.prompt}” by ${run.name}, seed ${run.seed}.${verdict}`;
     if (typeof series === "string") {
       column.cell.hidden = true;
       say(column.readout, "\u00a0");
@@ -435,14 +444,14 @@ class View {
     const value = this.number(data[(position * rows + cell.y) * columns + cell.x]);
     const place = this.hover ?? { y: (cell.y + 0.5) / rows, x: (cell.x + 0.5) / columns };
     const owner = run.regions && maps.entityAt(position, place.y, place.x);
-    const where = owner === null ? "" : owner < 0 ? ", in no region" : `, in ${run.entities[owner].label}’s region`;
+    const where = owner === null ? "" : owner < 0 ? ", outside all regions" : `, in the region of ${run.entities[owner].label}`;
     const name = token.replace(/^<(.*)>$/, "$1");
-    say(column.readout, `${this.hover ? name : `${name}, highest`}: ${value} at y ${cell.y}, x ${cell.x}${where}`);
+    say(column.readout, `${this.hover ? name : `${name}, maximum`}: ${value} at y ${cell.y}, x ${cell.x}${where}`);
     column.cell.hidden = !this.hover;
     if (this.hover) {
       column.cell.style.cssText = `left:${(100 * cell.x) / columns}%;top:${(100 * cell.y) / rows}%;width:${100 / columns}%;height:${100 / rows}%`;
     } else {
-      const seen = opacity > 0 ? ` Over it the attention of ${name}, ${when}: highest ${value} at row ${cell.y}, column ${cell.x} of ${rows} by ${columns}${where}.` : "";
+      const seen = opacity > 0 ? ` Overlay: attention of ${name}, ${when}; maximum ${value} at row ${cell.y}, column ${cell.x} of ${rows} by ${columns}${where}.` : "";
       column.stage.setAttribute("aria-label", alone + seen);
     }
   }
@@ -452,7 +461,7 @@ class View {
     return this.get("normalization") === "start" ? `${shortNumber(value)}×` : shortNumber(value);
   }
 
-  /** Largest value of the words shown, in all runs and steps. */
+  /** Largest value of the selected words over all runs and steps. */
   sharedTop(chosen) {
     const key = JSON.stringify([chosen, this.get("tokens")]);
     if (this.topOf?.key !== key) {
@@ -467,7 +476,7 @@ class View {
       this.barColors = colors;
       paint(this.ramp, { rows: 1, columns: 256, data: Float32Array.from({ length: 256 }, (_, i) => i) }, 0, 255, colors);
     }
-    const marks = shared ? [0, top / 2, top].map((value) => this.number(value)) : ["0", "", "highest of each map"];
+    const marks = shared ? [0, top / 2, top].map((value) => this.number(value)) : ["0", "", "maximum of each map"];
     this.ticks.forEach((tick, i) => say(tick, marks[i]));
     say(this.unit, this.meta.units[this.get("normalization")]);
   }
@@ -493,7 +502,7 @@ function render({ model, el }) {
     })
     .catch((error) => {
       console.error(error);
-      status.textContent = `The explorer cannot be shown: ${error.message}`;
+      status.textContent = `The explorer cannot be displayed: ${error.message}`;
     });
   return () => {
     gone = true;

@@ -1,4 +1,4 @@
-"""The widget: settings that Python and the browser share, and the data that goes to the browser once."""
+"""The explorer widget: settings shared by Python and the browser, and the data that is sent to the browser once."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ import traitlets as t
 
 from elakit.attention import Recording
 from elakit.errors import RecordingError, SettingError
-from elakit.generation import Run
+from elakit.run import Run
 from elakit.widgets.explorer import page, still
 from elakit.widgets.explorer.describe import describe, sizes_of
 from elakit.widgets.explorer.packing import BUDGET
+from elakit.widgets.shared.assets import SHARED, source
+from elakit.widgets.shared.traits import RefusedError
 
 HERE = Path(__file__).parent
-# What Python and the browser may both change; a page that is written opens as these are.
+# Settings that both Python and the browser can change; an exported page opens with their current values.
 SETTINGS = (
     "step",
     "tokens",
@@ -39,62 +41,60 @@ SETTINGS = (
 )
 
 
-class RefusedError(SettingError, t.TraitError):
-    """A setting that is refused; traitlets takes back what was set along with it."""
-
-
 class Explorer(anywidget.AnyWidget):
-    """Runs side by side, in a notebook.
+    """Widget that shows runs side by side in a notebook; made by `explore`.
 
-    Made by `explore`. Every setting can be read and set from Python, and changes with what is done in the browser;
-    a value that is not there is refused with a `SettingError` that lists those that are.
+    Every setting can be read and set from Python, and follows what the user does in the browser. An invalid value
+    raises a `SettingError` that lists the valid ones.
 
     Parameters
     ----------
     *runs : Run
-        Recorded ones.
+        Recorded runs.
     budget : int
-        Bytes of maps that are sent at most, before they are deflated.
+        Largest number of bytes of maps to send, before compression.
     **settings
         Any of the attributes below.
 
     Attributes
     ----------
     step : int
-        Denoiser call that is shown, of the run with the most steps; negative ones count back from the last. Other runs
-        show what is nearest by share of the run.
+        Denoiser call that is shown, for the run with the most steps; negative numbers count from the end. The other
+        runs show the step at the nearest share of the run.
     tokens : list of str
-        Words that are shown small under each image, by their labels ("car", "red#2"), and "<start>" and "<end>".
+        Labels of the words shown as thumbnails below each image ("car", "red#2", "<start>", "<end>").
     token : str
-        The one that is shown large; one that is not among `tokens` is added to them. A run whose prompt lacks it shows
-        the entity at the same place of its own prompt.
+        Label of the word in the large view; it is added to `tokens` if missing. A run whose prompt lacks the word shows
+        the entity with the same index in its own prompt.
     layer : str
-        "all", a place ("down", "mid", "up") or the name of a layer; the mean where there are several.
+        "all", a place ("down", "mid", "up") or the name of a layer; maps are averaged over several layers.
     size : int or None
-        Only maps whose larger side is this one; None for the mean over all sizes. Choosing layers that have no such
-        maps chooses the size they have, or None where they have several.
+        Larger side of the maps; None averages over all sizes. If the chosen layers have no maps of this size, it
+        changes to the size they have, or to None where they have several.
     head : int or "mean"
-        One head of every layer, where heads were kept.
+        One head of every layer, if heads were recorded.
     normalization : {"none", "sum", "start"}
-        Probability, share of the map (each map sums to 1), or multiple of start-of-text's map.
+        Probability, share of the map (each map sums to 1), or multiple of the map of start-of-text.
     shared_scale : bool
-        One color scale for all runs, steps and tokens shown; else each map has its own.
+        Use one color scale for all runs, steps and tokens; otherwise one per map.
     measure : str
-        What is plotted over the steps, a measure of ``run.bleeding.to_frame()``.
+        Measure that is plotted over the steps, one of ``run.bleeding.to_frame()``.
     regions : bool
         Outline the entities' regions.
     opacity : float
-        Of attention over the image, 0 to 1.
+        Opacity of the attention overlay, 0 to 1.
     smooth : bool
-        Interpolate between cells rather than show them.
+        Interpolate between locations.
     colors : {"viridis", "magma", "cividis"}
+        Color map.
     speed : float
-        Steps a second when playing, up to 60.
+        Playback speed in steps per second, at most 60.
     playing : bool
+        Whether playback is running.
     """
 
-    _esm = "".join((HERE / name).read_text(encoding="utf-8") for name in ("maps.js", "plot.js", "view.js"))
-    _css = (HERE / "explorer.css").read_text(encoding="utf-8")
+    _esm = source(SHARED / "maps.js", SHARED / "plot.js", HERE / "view.js")
+    _css = source(SHARED / "style.css")
 
     _meta = t.Dict(read_only=True).tag(sync=True)
     _maps = t.Bytes(read_only=True).tag(sync=True)
@@ -117,9 +117,11 @@ class Explorer(anywidget.AnyWidget):
 
     def __init__(self, *runs: Run, budget: int = BUDGET, **settings: Any) -> None:
         if unknown := sorted(settings.keys() - set(SETTINGS)):
-            raise SettingError(f"explore() has no setting {', '.join(unknown)}; there are {', '.join(SETTINGS)}.")
+            raise SettingError(
+                f"explore() has no setting {', '.join(unknown)}; its settings are {', '.join(SETTINGS)}."
+            )
         if isinstance(budget, bool) or not isinstance(budget, int | np.integer) or budget < 1:
-            raise SettingError(f"budget={budget!r}: give the bytes that maps may take, such as {BUDGET}.")
+            raise SettingError(f"budget={budget!r}: give a whole number of bytes of 1 or more, such as {BUDGET}.")
         self._runs = _checked(runs)
         self._payload = describe(self._runs, int(budget))
         super().__init__(**settings)
@@ -168,7 +170,9 @@ class Explorer(anywidget.AnyWidget):
         if isinstance(value, bool) or value not in there:
             if name == "measure" and not there and value == "":
                 return value
-            raise RefusedError(f"{name}={value!r}: choose one of {', '.join(map(repr, there)) or 'nothing, as yet'}.")
+            raise RefusedError(
+                f"{name}={value!r}: choose one of {', '.join(map(repr, there)) or '(no value is available)'}."
+            )
         return value
 
     @t.validate("step")
@@ -179,7 +183,7 @@ class Explorer(anywidget.AnyWidget):
         if step is None or step not in steps:
             dense = len(steps) > 1 and steps == list(range(steps[0], steps[-1] + 1))
             there = f"{steps[0]} to {steps[-1]}" if dense else ", ".join(map(str, steps))
-            raise RefusedError(f"step={value!r}: there are {there}; negative ones count back from the last.")
+            raise RefusedError(f"step={value!r}: choose from {there}; negative numbers count from the end.")
         return step
 
     @t.validate("tokens")
@@ -189,7 +193,7 @@ class Explorer(anywidget.AnyWidget):
         missing = [each for each in chosen if each not in there]
         if missing or not chosen:
             what = ", ".join(map(repr, missing)) or "an empty list"
-            raise RefusedError(f"tokens: {what} is not there; choose one or more of {', '.join(map(repr, there))}.")
+            raise RefusedError(f"tokens: {what} is not available; choose one or more of {', '.join(map(repr, there))}.")
         return list(dict.fromkeys(chosen))
 
     @t.validate("shared_scale", "regions", "smooth", "playing")
@@ -223,15 +227,15 @@ class Explorer(anywidget.AnyWidget):
         if self.size is not None and self.size not in sizes:
             self.size = sizes.pop() if len(sizes) == 1 else None
 
-    # -- looks -----------------------------------------------------------------------------------------------------
+    # -- output ----------------------------------------------------------------------------------------------------
 
     def to_html(self, path: str | Path) -> Path:
-        """Write a page that shows the same without Jupyter or Python, and asks for nothing over the network.
+        """Export the explorer as a self-contained HTML page that needs neither Jupyter nor a network.
 
         Parameters
         ----------
         path : str or pathlib.Path
-            A file that is there is replaced. It is written whole or not at all.
+            An existing file is replaced. The file is written whole or not at all.
 
         Returns
         -------
@@ -241,7 +245,7 @@ class Explorer(anywidget.AnyWidget):
         Raises
         ------
         OutputError
-            The path is a folder, or its folder does not exist or may not be written to.
+            The path is a folder, or its parent folder does not exist or is not writable.
         """
         state = {name: getattr(self, name) for name in SETTINGS}
         return page.write(path, page.render(self._meta, self._maps, state, str(self._esm), str(self._css)))
@@ -252,7 +256,7 @@ class Explorer(anywidget.AnyWidget):
         return f"Explorer of {names}: {steps} steps, {layers} layers, {len(self._maps) / 1e6:.2f} MB of maps"
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The widget, and a picture of it for places without widgets, such as GitHub."""
+        """MIME bundle of the widget, with a static image for viewers without widgets, such as GitHub."""
         bundle = super()._repr_mimebundle_(**kwargs)
         if bundle is None:
             return None
@@ -263,29 +267,29 @@ class Explorer(anywidget.AnyWidget):
 
 
 def explore(*runs: Run | Sequence[Run], budget: int = BUDGET, **settings: Any) -> Explorer:
-    """Look at runs side by side: images, attention of chosen words, regions and measures at every step.
+    """Explore runs side by side: images, attention of chosen words, regions and measures at every step.
 
     Parameters
     ----------
-    *runs : Run, or sequences of them
-        Recorded ones, of the same prompt or of several.
+    *runs : Run or sequence of Run
+        Recorded runs, of one prompt or of several.
     budget : int
-        Bytes of maps that are sent to the browser at most, before they are deflated. Larger maps are shrunk to 32 or 16
-        cells a side to fit, then steps are left out; the explorer says so.
+        Largest number of bytes of maps to send to the browser, before compression. To fit, larger maps are downsampled
+        to a side of 32 or 16 and then steps are omitted; the explorer reports it.
     **settings
-        How it opens, such as ``tokens=["car"], layer="down", step=-1``: attributes of `Explorer`.
+        Initial settings, such as ``tokens=["car"], layer="down", step=-1``: attributes of `Explorer`.
 
     Returns
     -------
     Explorer
-        A widget; ``explore(...).to_html("explorer.html")`` makes a page of it.
+        A widget; ``explore(...).to_html("explorer.html")`` exports it as a page.
 
     Raises
     ------
     SettingError
-        No run, something that is not a run, or a setting that is not there.
+        No run is given, an argument is not a run, or a setting is invalid.
     RecordingError
-        A run that was not recorded.
+        A run was not recorded.
 
     Examples
     --------
@@ -297,7 +301,7 @@ def explore(*runs: Run | Sequence[Run], budget: int = BUDGET, **settings: Any) -
     >>> explorer.tokens = ["zebra"]
     Traceback (most recent call last):
     ...
-    elakit.widgets.explorer.widget.RefusedError: tokens: 'zebra' is not there; choose one or more of 'a#1', 'cat', ...
+    elakit.widgets.shared.traits.RefusedError: tokens: 'zebra' is not available; choose one or more of 'a#1', 'cat', ...
     """
     flat: list[Any] = [run for each in runs for run in (each if isinstance(each, list | tuple) else [each])]
     return Explorer(*flat, budget=budget, **settings)
@@ -311,12 +315,12 @@ def _checked(runs: Sequence[Any]) -> tuple[Run, ...]:
     for run in runs:
         if isinstance(run, Recording):
             raise SettingError(
-                "explore() takes runs, and a recording has no image: give "
+                "explore() takes runs, but got a recording, which has no image. Pass "
                 "elakit.Run(image, recording.prompt, seed=0, settings={}, recording=recording)."
             )
         if not isinstance(run, Run):
             raise SettingError(
-                f"explore() takes runs, not {type(run).__name__}: what elakit.generate or elakit.open_run gives."
+                f"explore() takes runs (from elakit.generate or elakit.open_run), not {type(run).__name__}."
             )
         if run.recording is None:
             raise RecordingError(

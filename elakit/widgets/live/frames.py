@@ -1,4 +1,4 @@
-"""A run as it is after a step, as the stage shows it: image, token maps, regions and losses."""
+"""A partial run in the format that the stage shows: image, token maps, regions and losses."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import numpy as np
 import xarray as xr
 
 from elakit.errors import ElakitError
-from elakit.generation import Run
 from elakit.plot.images import LOSSLESS_SIDE, data_uri
 from elakit.plot.style import entity_colors
-from elakit.widgets.explorer.packing import quantize
+from elakit.run import Run
+from elakit.widgets.shared.quantize import quantize
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What goes to the browser after a step.
+    """Data sent to the browser after a step.
 
     Attributes
     ----------
     about : dict
-        As JSON: step, steps, image, the maps' labels and scales, losses.
+        JSON-compatible: step, steps, image, labels and scales of the maps, losses, verdict.
     maps : bytes
-        One a cell: the maps in the order of ``about["maps"]``, then the entity of each cell (0: none).
+        One byte per location: the maps in the order of ``about["maps"]``, then the entity of each location (0 for
+        none).
     """
 
     about: dict[str, Any]
@@ -32,16 +33,16 @@ class Frame:
 
 
 def frame(run: Run, step: int, steps: int, *, finished: bool = False) -> Frame:
-    """A run after a step.
+    """The frame that shows a run after a step.
 
     Parameters
     ----------
     run : Run
-        As far as it is.
+        The partial or finished run.
     step, steps : int
-        The one that was made last, counted from 0, and how many there are to be.
+        The last step made, counted from 0, and the number of steps of the run.
     finished : bool
-        Whether the image is the finished one.
+        Whether the image is the final one.
 
     Examples
     --------
@@ -68,37 +69,38 @@ def frame(run: Run, step: int, steps: int, *, finished: bool = False) -> Frame:
         "rows": maps.sizes["y"],
         "columns": maps.sizes["x"],
         "maps": [
-            {"label": label, "owner": whose, "color": colors.get(whose), "scale": float(top)}
-            for label, whose, top in zip(labels, owners, tops, strict=True)
+            {"label": label, "owner": entity, "color": colors.get(entity), "scale": float(top)}
+            for label, entity, top in zip(labels, owners, tops, strict=True)
         ],
         "entities": [{"label": label, "color": color} for label, color in colors.items()],
         "outlined": owner is not None,
+        "verdict": str(run.verdict) if finished and run.verdict is not None else "",
         "losses": [[int(row["step"]), float(row["loss"])] for row in run.guidance.rows] if run.guidance else [],
     }
-    cells = owner if owner is not None else np.zeros(levels.shape[1:], np.uint8)
-    return Frame(about, levels.tobytes() + cells.tobytes())
+    owners_of = owner if owner is not None else np.zeros(levels.shape[1:], np.uint8)
+    return Frame(about, levels.tobytes() + owners_of.tobytes())
 
 
 def _attention(run: Run) -> tuple[xr.DataArray, np.ndarray | None]:
-    """Maps (token, y, x) of entities and attributes at the last step, and the entity of each cell (y, x), from 1."""
+    """Maps (token, y, x) of entities and attributes at the last step, and the entity number per location (y, x)."""
     if run.recording is None or not run.recording.steps:
-        return _nothing(), None
+        return _no_maps(), None
     recording = run.recording.sel(step=-1)
-    last = replace(run, recording=recording, _derived={})
+    last = replace(run, recording=recording)
     try:
         maps = last.entity_maps().isel(step=0)
     except ElakitError:  # no entity was recorded
-        return _nothing(), None
+        return _no_maps(), None
     regions = last.regions.isel(step=0).values
     owner = (regions * np.arange(1, len(regions) + 1, dtype=np.uint8)[:, None, None]).max(0)
     if any(entity.attributes for entity in run.prompt.entities):
         size = max(maps.sizes["y"], maps.sizes["x"])
-        said = recording.maps("attributes", recording.decoder, size).isel(step=0)
-        maps = xr.concat([maps, said], "token", join="override", coords="minimal", compat="override")
+        attributes = recording.maps("attributes", recording.decoder, size).isel(step=0)
+        maps = xr.concat([maps, attributes], "token", join="override", coords="minimal", compat="override")
     return maps, owner
 
 
-def _nothing() -> xr.DataArray:
+def _no_maps() -> xr.DataArray:
     return xr.DataArray(
         np.zeros((0, 1, 1), np.float32),
         dims=("token", "y", "x"),

@@ -1,4 +1,4 @@
-"""A method's options as controls: what each may be is read from the method's own dataclass and docstring."""
+"""Controls for a method's options, derived from the method's dataclass fields and docstring."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import ipywidgets as w
 from elakit.errors import SettingError
 from elakit.guidance import metadata
 
-REGIONS = "regions"  # are drawn, not typed
-KINDS: dict[Any, str] = {float: "number", int: "whole", bool: "switch", str: "words"}
+REGIONS = "regions"  # drawn on the stage, not typed
+KINDS: dict[Any, str] = {float: "number", int: "integer", bool: "switch", str: "text"}
 _PARAMETERS = re.compile(r"^Parameters\n-+\n(.*?)(?=\n\n\w[^\n]*\n-+\n|\Z)", re.S | re.M)
 _ENTRY = re.compile(r"^(\w[^:\n]*)[^\n]*\n((?: {4}[^\n]*\n?)*)", re.M)
 
@@ -27,14 +27,14 @@ class Option:
     Attributes
     ----------
     name : str
-        With the part that it belongs to: "anchor.step_size".
-    kind : {"number", "whole", "switch", "choice", "words", "value"}
-        "words" is any text; "value" is what Python writes: a number, a tuple, or nothing for None.
+        Prefixed with the part that it belongs to: "anchor.step_size".
+    kind : {"number", "integer", "switch", "choice", "text", "value"}
+        "value" is a Python literal: a number, a tuple, or an empty field for None.
     choices : tuple
-        Of a "choice".
+        Allowed values of a "choice".
     default : Any
     about : str
-        What the method's docstring says of it.
+        Description from the method's docstring.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Option:
 
 
 def options(method: type[Any]) -> tuple[Option, ...]:
-    """A method's options, without its regions, in the order of its dataclass.
+    """Options of a method without its regions, in the order of the dataclass fields.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def options(method: type[Any]) -> tuple[Option, ...]:
 
 
 def descriptions(method: type[Any]) -> dict[str, str]:
-    """What the docstrings of a class and of its bases say of each parameter (numpydoc's "Parameters").
+    """Description of each parameter in the docstrings of a class and its bases (numpydoc "Parameters").
 
     Examples
     --------
@@ -82,11 +82,11 @@ def descriptions(method: type[Any]) -> dict[str, str]:
         section = _PARAMETERS.search(cleandoc(each.__doc__ or ""))
         entries = _ENTRY.findall(section[1] if section else "")
         for names, lines in entries:
-            told = " ".join(lines.split())
+            text = " ".join(lines.split())
             for name in names.replace(" ", "").split(","):
-                # what the base says in full, a method may only point to
-                if name not in found or "see `" not in told:
-                    found[name] = told
+                # a method's docstring may only refer to the full description in its base
+                if name not in found or "see `" not in text:
+                    found[name] = text
     return found
 
 
@@ -113,28 +113,28 @@ class Controls:
         self.view = w.VBox([grid, back])
 
     def values(self) -> dict[str, Any]:
-        """What is set, as the method takes it.
+        """Current values, in the types that the method expects.
 
         Raises
         ------
         SettingError
-            A text is no value of Python's.
+            A text is not a Python literal.
         """
         return {name: _read(self.method, self.options[name], self.widgets[name].value) for name in self.options}
 
     def set(self, values: dict[str, Any]) -> None:
-        """Show these values; options that are not named stay as they are."""
+        """Set the given options; the others keep their values."""
         for name, value in values.items():
             if name in self.widgets:
                 self.widgets[name].value = _shown(self.options[name], value)
 
     def reset(self) -> None:
-        """Back to the method's defaults."""
+        """Restore the method's defaults."""
         self.set({name: option.default for name, option in self.options.items()})
 
 
 def _kind(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Kind of an option, and its choices."""
+    """Kind and choices of an option."""
     alternatives = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         return "choice", alternatives
@@ -145,7 +145,7 @@ def _kind(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _widget(option: Option) -> Any:
-    make = {"number": w.FloatText, "whole": w.IntText, "switch": w.Checkbox, "choice": w.Dropdown}.get(
+    make = {"number": w.FloatText, "integer": w.IntText, "switch": w.Checkbox, "choice": w.Dropdown}.get(
         option.kind, w.Text
     )
     settings: dict[str, Any] = {"value": _shown(option, option.default), "tooltip": option.about}
@@ -173,7 +173,7 @@ def _read(method: type[Any], option: Option, shown: Any) -> Any:
         return ast.literal_eval(shown.strip())
     except (ValueError, SyntaxError):
         if not isinstance(option.default, int | float | tuple):
-            return shown.strip()  # layers of a method that chooses them by itself, "up"
+            return shown.strip()  # a layer name such as "up", for a method that chooses its layers by default
         raise SettingError(
-            f"{method.__name__}({option.name}={shown!r}): write it as Python does, such as {option.default!r}."
+            f"{method.__name__}({option.name}={shown!r}): enter a Python literal such as {option.default!r}."
         ) from None

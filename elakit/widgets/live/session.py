@@ -1,4 +1,4 @@
-"""One run at a time in a thread of its own: started, paused, stepped, steered and cancelled from outside."""
+"""Runs in a background thread, one at a time, that can be paused, stepped, steered and cancelled."""
 
 from __future__ import annotations
 
@@ -9,38 +9,41 @@ from typing import Any, Literal, TypeAlias
 from weakref import WeakSet
 
 from elakit.errors import SettingError
-from elakit.generation import Progress, Run, generate
+from elakit.generation import Progress, generate
 from elakit.guidance import Anchors
 from elakit.guidance.layout import Layout
+from elakit.run import Run
 
 State: TypeAlias = Literal["idle", "running", "paused", "done", "cancelled", "failed"]
-# Previews take at most this share of the time, and there are at most so many a second.
-PREVIEW_SHARE, PREVIEWS_A_SECOND = 0.25, 10.0
-_DRAWING: WeakSet[Any] = WeakSet()  # pipelines that draw for a session: they hold the state of one run only
+PREVIEW_SHARE = 0.25  # largest share of the time spent on previews
+PREVIEWS_PER_SECOND = 10.0  # at most
+_BUSY: WeakSet[Any] = WeakSet()  # pipelines in use by a session: a pipeline holds the state of one run only
 _GUARD = threading.Lock()
 
 
 class Session:
-    """Draws with a pipeline in a thread, one run at a time.
+    """Background runs of a pipeline, one at a time.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
     on_state : callable, optional
-        Called with nothing when `state` has changed, from whichever thread changed it.
+        Called without arguments when `state` has changed, in the thread that changed it.
     on_preview : callable, optional
-        Called in the run's thread with the `Run` as it is, the step, and the number of steps. Not at every step where
-        drawing and decoding a preview takes long; always before a pause.
+        Called in the run's thread with the partial `Run`, the step, and the number of steps. It is not called at every
+        step where decoding a preview takes long, but always before a pause.
 
     Attributes
     ----------
     state : {"idle", "running", "paused", "done", "cancelled", "failed"}
     made : int
-        Steps of this run, or of the last one.
+        Number of steps made in the current or the last run.
     run : Run or None
-        The last run, as far as it came.
+        The last run, complete or partial.
     error : Exception or None
-        What ended the last run, if it failed.
+        The error that ended the last run, if it failed.
+    no_preview : Exception or None
+        The error that ended the previews of this run, if any.
 
     Examples
     --------
@@ -67,108 +70,108 @@ class Session:
         self.error: Exception | None = None
         self.no_preview: Exception | None = None
         self._changed = threading.Condition()
-        self._told: State = "idle"  # the state of which on_state has been told
-        self._left: int | None = None  # steps until the run pauses; None: it goes on
+        self._announced: State = "idle"  # the last state that on_state has handled
+        self._left: int | None = None  # steps until the run pauses; None: no pause is planned
         self._cancelled = False
         self._layout: Layout | None = None
         self._steered = False
         self._progress: Progress | None = None
-        self._pace = (0.0, 0.0)  # when the last preview was ready, and the seconds until the next may begin
+        self._pace = (0.0, 0.0)  # time at which the last preview was ready, and the seconds to wait before the next
 
     @property
     def going(self) -> bool:
-        """Whether a run is going on, paused or not."""
+        """Whether a run is in progress, paused or not."""
         return self.state in ("running", "paused")
 
     def start(self, call: dict[str, Any], pause_after: int | None = None) -> None:
-        """Begin a run.
+        """Start a run.
 
         Parameters
         ----------
         call : dict
             Arguments of `elakit.generate`, without the pipeline.
         pause_after : int, optional
-            Pause once so many steps have been made.
+            Number of steps after which the run pauses.
 
         Raises
         ------
         SettingError
-            A run is going on here, or the pipeline is drawing elsewhere.
+            A run is in progress, here or in another panel with the same pipeline.
         """
         with _GUARD:
             if self.going:
-                raise SettingError("A run is going on: wait for its end, or cancel it, before you start another.")
-            if self.pipe in _DRAWING:
-                raise SettingError("The pipeline is drawing for another panel: wait for its end, or cancel it there.")
-            _DRAWING.add(self.pipe)
+                raise SettingError("A run is in progress: wait for its end, or cancel it, before you start another.")
+            if self.pipe in _BUSY:
+                raise SettingError("The pipeline is in use by another panel: wait for that run, or cancel it there.")
+            _BUSY.add(self.pipe)
             self.made, self.run, self.error, self.no_preview = 0, None, None, None
             self._left, self._cancelled, self._steered = pause_after, False, False
             self._progress, self._pace = None, (0.0, 0.0)
-            self.state = self._told = "running"
+            self.state = self._announced = "running"
         self.on_state()
-        threading.Thread(target=self._draw, args=(call,), name="elakit-live", daemon=True).start()
+        threading.Thread(target=self._generate, args=(call,), name="elakit-live", daemon=True).start()
 
     def pause(self) -> None:
-        """Pause after the step that is being made; nothing where no run is going on."""
+        """Pause after the current step; no effect when no run is in progress."""
         with self._changed:
             if self.state == "running":
                 self._left = 0
 
     def resume(self, steps: int | None = None) -> None:
-        """Go on after a pause, to the end or for so many steps; nothing where the run is not paused."""
+        """Resume a paused run, to its end or for a number of steps; no effect when the run is not paused."""
         with self._changed:
             if self.state != "paused":
                 return
             self._left = steps
-            self.state = self._told = "running"
+            self.state = self._announced = "running"
             self._changed.notify_all()
         self.on_state()
 
     def cancel(self) -> None:
-        """End the run after the step that is being made; nothing where no run is going on."""
+        """End the run after the current step; no effect when no run is in progress."""
         with self._changed:
             if not self.going:
                 return
             self._cancelled = True
-            self.state = self._told = "running"
+            self.state = self._announced = "running"
             self._changed.notify_all()
 
     def steer(self, layout: Layout | None) -> None:
-        """Anchor the run to these regions from its next guided step on, as `Anchors.steer` takes them."""
+        """Anchor the run to these regions from its next guided step on (see `Anchors.steer`)."""
         with self._changed:
             self._layout, self._steered = layout, True
 
     def wait(self, timeout: float | None = None) -> State:
-        """Wait until the run ends or pauses; gives the state.
+        """Wait until the run ends or pauses, and return the state.
 
         Parameters
         ----------
         timeout : float, optional
-            Seconds to wait at most.
+            Longest time to wait, in seconds.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._told != "running", timeout)
+            self._changed.wait_for(lambda: self._announced != "running", timeout)
         return self.state
 
     # -- in the run's thread ---------------------------------------------------------------------------------------
 
-    def _draw(self, call: dict[str, Any]) -> None:
+    def _generate(self, call: dict[str, Any]) -> None:
         state: State = "failed"
         try:
             self.run = generate(self.pipe, stop_if=self._after_step, progress=False, **call)
             state = "cancelled" if "stopped" in self.run.settings else "done"
         except Exception as error:
             self.error = error
-            self.run = self._rescued()
+            self.run = self._partial_run()
         finally:
             self._progress = None
             with _GUARD:
-                _DRAWING.discard(self.pipe)
-            self._tell(state)
+                _BUSY.discard(self.pipe)
+            self._enter(state)
 
     def _after_step(self, progress: Progress) -> bool:
         self.made, self._progress = progress.step + 1, progress
-        steps = max(progress.steps, len(self.pipe.scheduler.timesteps))  # some schedulers make more of them
+        steps = max(progress.steps, len(self.pipe.scheduler.timesteps))  # schedulers may add steps
         last = self.made >= steps
         with self._changed:
             if self._left:
@@ -177,7 +180,7 @@ class Session:
         if not self._cancelled:
             self._preview(progress, steps, always=pausing or last)
         if self._left == 0 and not last and not self._cancelled:
-            self._tell("paused")
+            self._enter("paused")
         with self._changed:
             self._changed.wait_for(lambda: self.state == "running" or self._cancelled)
             if self._steered:
@@ -188,20 +191,20 @@ class Session:
             return self._cancelled and not last
 
     def _preview(self, progress: Progress, steps: int, *, always: bool) -> None:
-        """Show the run as it is, unless that would hold it up."""
+        """Show the partial run, unless previews take too much of the time."""
         began = time.monotonic()
         ready, rest = self._pace
         if self.no_preview is not None or (began - ready < rest and not always):
             return
         try:
             self.on_preview(progress.runs()[0], progress.step, steps)
-        except Exception as error:  # an image that cannot be decoded yet is no reason to lose the run
+        except Exception as error:  # a preview that cannot be decoded must not end the run
             self.no_preview = error
         now = time.monotonic()
-        self._pace = now, max(1 / PREVIEWS_A_SECOND, (now - began) * (1 / PREVIEW_SHARE - 1))
+        self._pace = now, max(1 / PREVIEWS_PER_SECOND, (now - began) * (1 / PREVIEW_SHARE - 1))
 
-    def _rescued(self) -> Run | None:
-        """A failed run as far as it came."""
+    def _partial_run(self) -> Run | None:
+        """The partial run of a failed one; None where no step was completed."""
         if self._progress is None:
             return None
         try:
@@ -211,12 +214,12 @@ class Session:
         run.settings["stopped"] = self.made
         return run
 
-    def _tell(self, state: State) -> None:
-        """Be in a state; those who wait for it go on once `on_state` is through."""
+    def _enter(self, state: State) -> None:
+        """Enter a state; `wait` returns after `on_state` has handled it."""
         self.state = state
         try:
             self.on_state()
         finally:
             with self._changed:
-                self._told = self.state
+                self._announced = self.state
                 self._changed.notify_all()

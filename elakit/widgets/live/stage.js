@@ -1,6 +1,6 @@
-// The stage: the image as it is being drawn, attention and regions over it, and boxes that a person draws and drags.
+// The stage: the image of the run in progress, overlays of attention and regions, and boxes that the user draws and drags.
 
-const LEAST = 0.05; // of the image: what is smaller is a click
+const LEAST = 0.05; // share of the image; anything smaller counts as a click
 const NUDGE = 1 / 32;
 const TRAITS = ["_frame", "_entities", "_masks", "_size", "_guidance", "boxes", "entity", "token"];
 const clamp = (value, low = 0, high = 1) => Math.min(Math.max(value, low), high);
@@ -23,7 +23,7 @@ class Stage {
     return this.model.get(name);
   }
 
-  /** Change something here at once, and in Python before long. */
+  /** Change traits here immediately, and in Python now or after a short delay. */
   put(changes, now = true) {
     for (const [name, value] of Object.entries(changes)) this.model.set(name, value);
     if (now) this.save();
@@ -59,19 +59,20 @@ class Stage {
     this.thumbs = h("div", { class: "elx-thumbs" });
     this.steps = h("div", { class: "ell-steps", role: "progressbar", "aria-label": "Steps made" });
     this.when = h("div", { class: "ell-when" });
-    this.told = h("p", { class: "elx-soft" });
+    this.verdict = h("p", { class: "ell-verdict", hidden: true });
+    this.note = h("p", { class: "elx-soft" });
     this.rows = h("div", { class: "ell-rows" });
-    this.reset = h("button", { type: "button", class: "ell-button", onclick: () => this.clear() }, "Let ELA localize");
+    this.reset = h("button", { type: "button", class: "ell-button", onclick: () => this.clear() }, "Localize all");
     this.plot = h("div", { class: "elx-plot ell-plot" });
     this.loss = h("p", { class: "elx-soft" });
-    const keys = h("p", { class: "elx-soft" }, "Draw boxes on the image; the jagged outlines are where attention is. ", h("kbd", {}, "Tab"), " reaches a box, ", h("kbd", {}, "← ↑ → ↓"), " move it, with ", h("kbd", {}, "Shift"), " they size it, ", h("kbd", {}, "Del"), " takes it away.");
+    const keys = h("p", { class: "elx-soft" }, "Draw boxes on the image. The stepped outlines are the regions found in the attention maps. ", h("kbd", {}, "Tab"), " selects a box, ", h("kbd", {}, "← ↑ → ↓"), " move it, ", h("kbd", {}, "Shift"), " + arrows resize it, ", h("kbd", {}, "Del"), " removes it.");
     this.root.append(
       h("div", { class: "elx-body" },
-        h("div", { class: "elx-main", "--runs": 1 }, this.view, this.steps, this.when, this.thumbs),
+        h("div", { class: "elx-main", "--runs": 1 }, this.view, this.steps, this.when, this.verdict, this.thumbs),
         h("div", { class: "elx-side" },
           h("section", { "aria-label": "Regions by hand" },
-            h("div", { class: "elx-heading" }, h("h3", {}, "Regions by hand"), this.reset), this.rows, this.told, keys),
-          h("section", { "aria-label": "Loss of the guidance" }, h("h3", {}, "Loss"), this.plot, this.loss))),
+            h("div", { class: "elx-heading" }, h("h3", {}, "Regions by hand"), this.reset), this.rows, this.note, keys),
+          h("section", { "aria-label": "Guidance loss" }, h("h3", {}, "Loss"), this.plot, this.loss))),
     );
   }
 
@@ -92,7 +93,7 @@ class Stage {
     this.model.send({ clear: null });
   }
 
-  /** Choose the entity that is drawn next, and show its attention. */
+  /** Choose the entity whose region is drawn next, and show its attention. */
   choose(i, armed = true) {
     this.armed = armed && !this.boxes()[i];
     const entities = this.get("_entities"), maps = this.get("_frame").about?.maps ?? [];
@@ -100,13 +101,13 @@ class Stage {
     this.put({ entity: i, ...(shown ? { token: entities[i].label } : {}) });
   }
 
-  /** Where the pointer is, in shares of the image. */
+  /** Position of the pointer in shares of the image. */
   place(event) {
     const area = this.view.getBoundingClientRect();
     return [clamp((event.clientX - area.left) / area.width), clamp((event.clientY - area.top) / area.height), 9 / area.width, 9 / area.height];
   }
 
-  /** The box under a place: the chosen entity's own, or else the smallest. */
+  /** Index of the box at a position: the chosen entity's, or else the smallest. */
   hit([x, y, near, nearby]) {
     const inside = (box) => box && x > box[0] - near && x < box[2] + near && y > box[1] - nearby && y < box[3] + nearby;
     const area = (box) => (box[2] - box[0]) * (box[3] - box[1]);
@@ -116,7 +117,7 @@ class Stage {
     return found.length ? found[0][1] : -1;
   }
 
-  /** Which sides of a box a place is at: 1 for those that would be dragged. */
+  /** Sides of a box that a drag from a position moves, as 0 or 1. */
   grip(box, [x, y, near, nearby]) {
     const at = [Math.abs(x - box[0]) < near, Math.abs(y - box[1]) < nearby, Math.abs(x - box[2]) < near, Math.abs(y - box[3]) < nearby];
     return [at[0] && !at[2], at[1] && !at[3], at[2], at[3]].map(Number);
@@ -207,7 +208,7 @@ class Stage {
     this.root.style.setProperty("--ratio", about ? `${about.width} / ${about.height}` : `${width} / ${height}`);
     this.image.hidden = !about;
     this.empty.hidden = Boolean(about);
-    say(this.empty, entities.length ? "Press Run. Or first draw where each entity is to be." : "Nothing to draw yet.");
+    say(this.empty, entities.length ? "Press Run, or first draw a region for each entity." : "Enter a prompt to start.");
     this.drawFrame(about, maps);
     this.drawBoxes(entities);
     this.drawRows(entities);
@@ -257,7 +258,7 @@ class Stage {
       if (!label) show.src = about.image;
       else paint(show, series[labels.indexOf(label)], 0, top, this.colors);
     }
-    const peak = token ? `. Attention of ${token}: at most ${shortNumber(about.maps[labels.indexOf(token)].scale)}` : "";
+    const peak = token ? `. Attention of ${token}: maximum ${shortNumber(about.maps[labels.indexOf(token)].scale)}` : "";
     this.view.setAttribute("aria-label", (about?.alt ?? "No image yet.") + peak);
     this.view.setAttribute("role", "group");
   }
@@ -266,7 +267,7 @@ class Stage {
     const show = label ? h("canvas", { "aria-hidden": "true" }) : h("img", { alt: "", class: "elx-coarse" });
     const button = h(
       "button",
-      { type: "button", class: "elx-thumb", title: label ? `Attention of ${text}` : "The image alone", onclick: () => this.look(label) },
+      { type: "button", class: "elx-thumb", title: label ? `Attention of ${text}` : "Image without overlay", onclick: () => this.look(label) },
       show, h("span", { class: "elx-label", style: color ? `--c: ${color}` : null }, text),
     );
     return { label, button, show };
@@ -307,7 +308,7 @@ class Stage {
     if (this.listed !== key) {
       this.listed = key;
       this.list = entities.map(({ label, color }, i) => {
-        const name = h("button", { type: "button", class: "ell-entity", title: "Draw its region next", onclick: () => this.choose(i) }, h("span", { class: "elx-swatch", "--c": color }), h("span", {}, label));
+        const name = h("button", { type: "button", class: "ell-entity", title: "Draw the region of this entity next", onclick: () => this.choose(i) }, h("span", { class: "elx-swatch", "--c": color }), h("span", {}, label));
         const where = h("span", { class: "ell-where" });
         const act = h("button", { type: "button", class: "ell-button ell-place", onclick: () => this.placeOrClear(i) });
         return { row: h("div", { class: "ell-row" }, name, where, act), name, where, act };
@@ -316,13 +317,13 @@ class Stage {
     }
     this.list.forEach(({ name, where, act }, i) => {
       name.setAttribute("aria-pressed", i === this.get("entity"));
-      say(where, boxes[i] ? spell(boxes[i]) : masks[i] ? "mask" : !takes ? "–" : needs ? "to be drawn" : "localized");
+      say(where, boxes[i] ? spell(boxes[i]) : masks[i] ? "mask" : !takes ? "–" : needs ? "missing" : "localized");
       say(act, boxes[i] || masks[i] ? "Clear" : "Place");
       act.setAttribute("aria-label", `${act.textContent} the region of ${entities[i].label}`);
     });
-    say(this.reset, takes && !needs ? "Let ELA localize" : "Clear all");
-    say(this.told, note);
-    this.told.hidden = !note;
+    say(this.reset, takes && !needs ? "Localize all" : "Clear all");
+    say(this.note, note);
+    this.note.hidden = !note;
   }
 
   placeOrClear(i) {
@@ -348,8 +349,10 @@ class Stage {
     }
     [...this.steps.children].forEach((mark, i) => mark.classList.toggle("ell-made", i < made));
     for (const [name, value] of [["valuemin", 0], ["valuemax", steps], ["valuenow", made]]) this.steps.setAttribute(`aria-${name}`, value);
-    const held = guided.length ? ` · the lower line marks guided steps` : "";
+    const held = guided.length ? ` · guided steps are underlined` : "";
     say(this.when, about ? `step ${made} / ${steps}${state === "paused" ? " · paused" : ""}${held}` : `${steps} steps${held}`);
+    say(this.verdict, about?.verdict ? `Judge: ${about.verdict}.` : "");
+    this.verdict.hidden = !about?.verdict;
   }
 
   drawLoss(about) {
@@ -358,7 +361,7 @@ class Stage {
     if (this.plotted === key) return;
     this.plotted = key;
     this.plot.hidden = !losses.length;
-    say(this.loss, losses.length ? `${shortNumber(losses.at(-1)[1])} at step ${losses.at(-1)[0] + 1}, ${shortNumber(losses[0][1])} at the first` : this.get("_guidance").quiet);
+    say(this.loss, losses.length ? `${shortNumber(losses.at(-1)[1])} at step ${losses.at(-1)[0] + 1}; ${shortNumber(losses[0][1])} at step ${losses[0][0] + 1}` : this.get("_guidance").quiet);
     if (!losses.length) return;
     const values = losses.map(([, loss]) => loss);
     const ticks = niceTicks(Math.min(0, ...values), Math.max(...values)), [low, high] = [ticks[0], ticks.at(-1)];
@@ -380,7 +383,7 @@ class Stage {
   }
 }
 
-/** A box moved as far as the image goes. */
+/** A box moved by an offset, kept inside the image. */
 function shifted(box, dx, dy) {
   const x = clamp(dx, -box[0], 1 - box[2]), y = clamp(dy, -box[1], 1 - box[3]);
   return [box[0] + x, box[1] + y, box[2] + x, box[3] + y];

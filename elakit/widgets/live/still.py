@@ -1,4 +1,4 @@
-"""The panel as an image, for places where widgets do not run."""
+"""Static image of the panel for viewers that do not run widgets."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from elakit.generation import Run
 from elakit.guidance.layout import Region, layout_masks
 from elakit.plot.style import ENTITY_COLORS, FAINT
+from elakit.run import Run
 from elakit.widgets.explorer import still
 
-NOTE = "The live panel needs a running notebook; this is the middle step of its run."
+NOTE = "The live panel needs a running notebook; this is the middle step of its last run."
 SIDE, MARGIN, SCALE = 240, 14, 2
 
 
 def png(run: Run | None, names: Sequence[str], regions: Sequence[Region | None]) -> tuple[bytes, int]:
-    """The run with its attention; of a panel that has not drawn yet, the regions that were given by hand.
+    """Image of the run with its attention or, before the first run, of the regions given by hand.
 
     Parameters
     ----------
     run : Run or None
     names : sequence of str
-        Of the entities.
+        Labels of the entities.
     regions : sequence of region or None
-        One an entity.
+        One per entity.
 
     Returns
     -------
     bytes
         A PNG.
     int
-        Width that it is to be shown with, in pixels.
+        Display width in pixels.
     """
     if run is not None and run.recording is not None and run.recording.steps:
         return still.png([run], NOTE)

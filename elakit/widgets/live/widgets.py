@@ -1,4 +1,4 @@
-"""The panel's own components: the prompt's words, and the stage on which regions are drawn."""
+"""Custom widgets of the panel: the prompt's words, and the stage on which regions are drawn."""
 
 from __future__ import annotations
 
@@ -14,30 +14,26 @@ import traitlets as t
 from elakit.errors import SettingError
 from elakit.guidance.layout import Box, check_layout
 from elakit.measures.masks import downscale
-from elakit.widgets.explorer.colors import TABLES
-from elakit.widgets.explorer.widget import HERE as EXPLORER
-from elakit.widgets.explorer.widget import RefusedError
 from elakit.widgets.live.frames import Frame
+from elakit.widgets.shared.assets import SHARED, source
+from elakit.widgets.shared.colors import TABLES
+from elakit.widgets.shared.traits import RefusedError
 
 HERE = Path(__file__).parent
-MASK_SIDE = 32  # of masks as the browser outlines them
-
-
-def _code(*paths: Path) -> str:
-    return "".join(path.read_text(encoding="utf-8") for path in paths)
+MASK_SIDE = 32  # side of the masks that the browser outlines
 
 
 class Words(anywidget.AnyWidget):
-    """The prompt's words as chips.
+    """The prompt's words as clickable chips.
 
     Parameters
     ----------
     on_click : callable
-        Called with the position of a word that is clicked, counted from 0.
+        Called with the index of the word that was clicked, counted from 0.
     """
 
-    _esm = _code(EXPLORER / "plot.js", HERE / "words.js")
-    _css = _code(EXPLORER / "explorer.css", HERE / "live.css")
+    _esm = source(SHARED / "plot.js", HERE / "words.js")
+    _css = source(SHARED / "style.css", HERE / "live.css")
 
     _words: t.List[Any] = t.List().tag(sync=True)
     _locked = t.Bool(False).tag(sync=True)
@@ -47,35 +43,35 @@ class Words(anywidget.AnyWidget):
         self.on_msg(lambda _widget, message, _buffers: on_click(int(message["click"])))
 
     def show(self, words: Sequence[dict[str, Any]], locked: bool) -> None:
-        """Show these words, as `elakit.widgets.live.words.chips` gives them."""
+        """Show words, as returned by `elakit.widgets.live.words.chips`."""
         self._words, self._locked = list(words), locked
 
 
 class Stage(anywidget.AnyWidget):
-    """The image as it is being drawn, with attention, regions, and boxes that can be drawn and dragged.
+    """The image of a run in progress, with attention, regions, and boxes that can be drawn and dragged.
 
     Parameters
     ----------
     on_boxes : callable
-        Called with nothing when a box was drawn, dragged or taken away, in the browser or from Python.
+        Called without arguments when a box was drawn, moved or removed, in the browser or from Python.
     on_clear : callable
-        Called with the position of an entity whose region is to be given up, None for all.
+        Called with the index of the entity whose region is to be removed, None for all.
 
     Attributes
     ----------
     boxes : list of (left, top, right, bottom) or None
-        One an entity, in shares of the image.
+        One per entity, in shares of the image.
     entity : int
-        The one that is drawn next, by its place in the prompt.
+        Index of the entity whose region is drawn next.
     token : str
-        Word whose attention is shown large; "" for the image.
+        Word whose attention is shown in the large view; "" for the image.
     """
 
-    _esm = _code(EXPLORER / "maps.js", EXPLORER / "plot.js", HERE / "stage.js")
-    _css = _code(EXPLORER / "explorer.css", HERE / "live.css")
+    _esm = source(SHARED / "maps.js", SHARED / "plot.js", HERE / "stage.js")
+    _css = source(SHARED / "style.css", HERE / "live.css")
 
     _colors = t.Unicode(TABLES["viridis"], read_only=True).tag(sync=True)
-    _size = t.List([1, 1]).tag(sync=True)  # width and height of images to come
+    _size = t.List([1, 1]).tag(sync=True)  # width and height of the next images
     _entities: t.List[Any] = t.List().tag(sync=True)
     _masks: t.List[Any] = t.List().tag(sync=True)
     _frame = t.Dict().tag(sync=True)
@@ -86,41 +82,43 @@ class Stage(anywidget.AnyWidget):
     token = t.Unicode("").tag(sync=True)
 
     def __init__(self, on_boxes: Callable[[], None], on_clear: Callable[[int | None], None]) -> None:
-        self._lock = RLock()  # runs show their frames from a thread of their own
+        self._lock = RLock()  # frames are shown from the run's thread
         super().__init__()
         self.observe(lambda _change: on_boxes(), "boxes")
         self.on_msg(lambda _widget, message, _buffers: on_clear(message["clear"]))
 
     def set_state(self, sync_data: dict[str, Any]) -> None:
-        """Take what the browser sends."""
+        """Apply state sent by the browser."""
         with self._lock:
             super().set_state(sync_data)
 
     def show(self, frame: Frame | None) -> None:
-        """Show a run after a step; None for nothing."""
+        """Show a run after a step; None clears the stage."""
         with self._lock:
             self._frame = {} if frame is None else {"about": frame.about, "maps": frame.maps}
 
-    def guide(self, told: dict[str, Any]) -> None:
-        """Say what guidance does with regions: takes, needs, note, quiet, guided, steps, state."""
+    def guide(self, guidance: dict[str, Any]) -> None:
+        """Show how the method uses regions: takes, needs, note, quiet, guided, steps, state."""
         with self._lock:
-            self._guidance = told
+            self._guidance = guidance
 
     def name(self, entities: Sequence[tuple[str, str]], regions: Sequence[Box | np.ndarray | None]) -> None:
-        """Show these entities, (label, color) each, and their regions."""
+        """Show entities, each as (label, color), and their regions."""
         with self._lock:
             if len(entities) != len(self._entities):
-                self.boxes = []  # their number is checked against the entities'
+                self.boxes = []  # the number of boxes is validated against the number of entities
             self._entities = [{"label": label, "color": color} for label, color in entities]
             self.entity = min(self.entity, max(0, len(entities) - 1))
-            self._masks = [_cells(region) if isinstance(region, np.ndarray) else None for region in regions]
+            self._masks = [_outlined(region) if isinstance(region, np.ndarray) else None for region in regions]
             self.boxes = [None if region is None or isinstance(region, np.ndarray) else region for region in regions]
 
     @t.validate("boxes")
     def _check_boxes(self, proposal: Any) -> list[list[float] | None]:
         boxes = proposal["value"]
         if boxes and len(boxes) != len(self._entities):
-            raise RefusedError(f"boxes: there are {len(self._entities)} entities; give one box, or None, for each.")
+            raise RefusedError(
+                f"boxes: expected one box or None for each of the {len(self._entities)} entities, got {len(boxes)}."
+            )
         try:
             checked = check_layout(boxes, "boxes", partial=True)
         except SettingError as error:
@@ -128,8 +126,8 @@ class Stage(anywidget.AnyWidget):
         return [None if box is None else [float(side) for side in box] for box in checked]
 
 
-def _cells(mask: np.ndarray) -> dict[str, Any]:
-    """A mask as the browser outlines it."""
+def _outlined(mask: np.ndarray) -> dict[str, Any]:
+    """A mask in the format that the browser outlines."""
     size = (min(MASK_SIDE, mask.shape[0]), min(MASK_SIDE, mask.shape[1]))
     cells = downscale(mask[None], size)[0]
     return {"rows": size[0], "columns": size[1], "cells": cells.astype(int).ravel().tolist()}

@@ -1,6 +1,6 @@
-// The prompt's words as chips; a click turns a word from neither into an entity, an attribute, and back.
+// The words of the prompt as chips; each click changes a word's role: plain word, entity, attribute, plain word.
 
-const ROLES = { entity: "entity", attribute: "attribute of", "": "neither" };
+const ROLES = { entity: "entity", attribute: "attribute of", "": "plain word" };
 
 function render({ model, el }) {
   const root = h("div", { class: "elx ell-words", role: "group", "aria-label": "Words of the prompt" });
@@ -20,21 +20,21 @@ function render({ model, el }) {
         line.append(h("span", { class: "elx-word" }, text));
         continue;
       }
-      const next = { entity: "an attribute", attribute: "neither", "": "an entity" }[role];
+      const next = { entity: "an attribute", attribute: "a plain word", "": "an entity" }[role];
       line.append(
         h(
           "button",
           {
             type: "button", class: `elx-chip${kind}`, "--c": color, disabled: locked, "aria-label": `${text}: ${about}`,
-            title: locked ? about : `${about}; a click makes it ${next}`, onclick: () => model.send({ click: i }),
+            title: locked ? about : `${about}; click to make it ${next}`, onclick: () => model.send({ click: i }),
           },
           text,
         ),
       );
     }
-    line.querySelectorAll("button")[focused]?.focus(); // a click replaces what was clicked
+    line.querySelectorAll("button")[focused]?.focus(); // the clicked button has been replaced
     help.hidden = !words.length;
-    say(help, "Underlined: entities; dotted: their attributes. Click a word to change what it is.");
+    say(help, "Underlined: entities. Dotted: attributes. Click a word to change its role.");
   };
   for (const name of ["_words", "_locked"]) model.on(`change:${name}`, draw);
   draw();

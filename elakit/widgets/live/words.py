@@ -1,4 +1,4 @@
-"""Which words of a prompt are entities and which attributes, as a person marks them word by word."""
+"""Roles of a prompt's words, entity or attribute, as a user assigns them by clicking."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from elakit.errors import PromptError
 from elakit.plot.style import entity_colors
 from elakit.prompt import Entity, Prompt
 
-# Word of an entity's noun -> words of its attributes.
+# Word index of an entity's noun -> word indices of its attributes.
 Marks = Mapping[int, Sequence[int]]
 
 
 def marks_of(prompt: Prompt) -> dict[int, tuple[int, ...]]:
-    """The words of each entity's noun and attributes, counted from 0.
+    """Word indices of each entity's noun and attributes, counted from 0.
 
     Examples
     --------
@@ -29,30 +29,30 @@ def marks_of(prompt: Prompt) -> dict[int, tuple[int, ...]]:
     }
 
 
-def turned(prompt: Prompt, at: int) -> Prompt:
-    """The prompt after a click on a word: what was neither becomes an entity, an entity an attribute, that neither.
+def toggled(prompt: Prompt, at: int) -> Prompt:
+    """The prompt after a click on a word: plain words become entities, entities attributes, attributes plain words.
 
-    An attribute is of the entity that follows it, or else of the last one before it; where there is no other entity
-    the word becomes neither. Attributes of a word that ceases to be an entity go to another by the same rule.
+    An attribute belongs to the next entity, or else to the last entity before it; without another entity the word
+    becomes a plain word. Attributes of a word that is no longer an entity move to another entity by the same rule.
 
     Parameters
     ----------
     prompt : Prompt
     at : int
-        Which word, counted from 0.
+        Index of the word, counted from 0.
 
     Raises
     ------
     PromptError
-        No entity would be left, or the tokenizer keeps no token for the word.
+        No entity would be left, or the tokenizer has no separate token for the word.
 
     Examples
     --------
     >>> import elakit
     >>> prompt = elakit.parse("a [red car] and a [bird]", elakit.load("picture-world"))
-    >>> marks_of(turned(prompt, 2))  # the car becomes an attribute of the bird, and so does its red
+    >>> marks_of(toggled(prompt, 2))  # "car" becomes an attribute of "bird", and so does "red"
     {5: (1, 2)}
-    >>> marks_of(turned(turned(prompt, 2), 2))
+    >>> marks_of(toggled(toggled(prompt, 2), 2))
     {5: (1,)}
     """
     marks = {noun: list(attributes) for noun, attributes in marks_of(prompt).items()}
@@ -69,26 +69,28 @@ def turned(prompt: Prompt, at: int) -> Prompt:
 
 
 def marked(prompt: Prompt, marks: Marks) -> Prompt:
-    """The prompt with these words as its entities and attributes.
+    """The prompt with the given words as entities and attributes.
 
     Parameters
     ----------
     prompt : Prompt
     marks : mapping of int to sequence of int
-        Word of the noun -> words of its attributes, in any order.
+        Word index of each noun -> word indices of its attributes, in any order.
 
     Raises
     ------
     PromptError
-        There is no entity, or the tokenizer keeps no token for a word.
+        There is no entity, or the tokenizer has no separate token for a word.
     """
     if not marks:
-        raise PromptError(f"No word of {prompt.text!r} would be left as an entity: mark another one first.")
+        raise PromptError(
+            f"No word of {prompt.text!r} would be left as an entity: mark another word as an entity first."
+        )
     return replace(prompt, entities=tuple(_entity(prompt, noun, sorted(marks[noun])) for noun in sorted(marks)))
 
 
 def chips(prompt: Prompt) -> list[dict[str, object]]:
-    """The prompt's words as they are written: text, gap before it, role, owner's label and color.
+    """The prompt's words as written: text, gap before it, role, and label and color of the entity.
 
     Examples
     --------
@@ -121,7 +123,7 @@ def chips(prompt: Prompt) -> list[dict[str, object]]:
 
 
 def _owner(marks: Marks, word: int) -> int | None:
-    """The noun that an attribute belongs to: the next one, or else the last one before it."""
+    """Noun that an attribute belongs to: the next one, or else the last one before it."""
     after = [noun for noun in marks if noun > word]
     return min(after) if after else max(marks, default=None)
 
@@ -132,7 +134,9 @@ def _entity(prompt: Prompt, noun: int, attributes: Sequence[int]) -> Entity:
 
     nouns = tuple(token.index for token in prompt.tokens if token.word == noun)
     if not nouns:
-        raise PromptError(f"The tokenizer keeps no token of its own for {text(noun)!r} in {prompt.text!r}.")
+        raise PromptError(
+            f"The tokenizer has no separate token for {text(noun)!r} in {prompt.text!r}; mark another word."
+        )
     return Entity(
         text=" ".join(text(word) for word in sorted([noun, *attributes])),
         noun=text(noun),

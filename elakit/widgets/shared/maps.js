@@ -1,9 +1,9 @@
-// Maps: unpacking what Python sent (see packing.py), means over layers and heads, normalization, colors, outlines.
+// Maps: unpacking the data sent by Python (see packing.py), means over layers and heads, normalization, colors, outlines.
 
 const START = "<start>";
-const KEPT = 64; // normalized series that are kept at hand
+const KEPT = 64; // normalized series that are cached
 
-/** Maps of every run, from deflated bytes. */
+/** Unpack the maps of every run from deflated bytes. */
 async function unpack(meta, packed) {
   if (typeof DecompressionStream === "undefined") {
     throw new Error("This browser cannot unpack the maps; use Chrome or Edge 80, Firefox 113, Safari 16.4 or later.");
@@ -28,7 +28,7 @@ class RunMaps {
     }
   }
 
-  /** Maps of a word at every step: {rows, columns, data, tops, top}; a string says why there are none. */
+  /** Maps of a word at every step: {rows, columns, data, tops, top}, or a string with the reason why there are none. */
   series(word, chosen) {
     const key = JSON.stringify([word, chosen.layer, chosen.size, chosen.head, chosen.normalization]);
     let found = this.cache.get(key);
@@ -36,7 +36,7 @@ class RunMaps {
       found = this.normalized(word, chosen);
       if (this.cache.size >= KEPT) this.cache.delete(this.cache.keys().next().value);
     }
-    this.cache.delete(key); // so that the one used last is dropped last
+    this.cache.delete(key); // the most recently used entry is evicted last
     this.cache.set(key, found);
     return found;
   }
@@ -62,7 +62,7 @@ class RunMaps {
     return withTops(this.mean(column, usable, chosen.head));
   }
 
-  /** Mean over layers and heads, every layer alike, at the largest size: as `Recording.maps`. */
+  /** Mean over layers and heads with equal weight per layer, at the largest size, as in `Recording.maps`. */
   mean(column, layers, head) {
     const groups = new Map();
     for (const layer of layers) {
@@ -84,7 +84,7 @@ class RunMaps {
     return first;
   }
 
-  /** Number of the entity whose region holds a place (fractions of the image), from 0; -1 for none. */
+  /** Index of the entity whose region contains a point (in shares of the image); -1 for none. */
   entityAt(step, y, x) {
     const regions = this.run.regions;
     if (!regions) return -1;
@@ -93,7 +93,7 @@ class RunMaps {
     return this.bytes[regions.at + (step * regions.rows + row) * regions.columns + column] - 1;
   }
 
-  /** Outlines of the regions at a step, one SVG path an entity, in units of the regions' cells. */
+  /** Outlines of the regions at a step, one SVG path per entity, in units of the regions' locations. */
   regionPaths(step) {
     if (!this.run.regions) return [];
     if (!this.outlines.has(step)) {
@@ -105,7 +105,7 @@ class RunMaps {
   }
 }
 
-/** Largest value of each step and of all. */
+/** Largest value per step and overall. */
 function withTops(series) {
   const cells = series.rows * series.columns, steps = series.data.length / cells;
   const tops = new Float32Array(steps), peaks = new Uint32Array(steps);
@@ -117,7 +117,7 @@ function withTops(series) {
   return { ...series, tops, peaks, top: tops.reduce((a, b) => Math.max(a, b), 0) };
 }
 
-/** Every map divided by its sum. */
+/** Each map divided by its sum. */
 function shares({ rows, columns, data }) {
   const cells = rows * columns, out = new Float32Array(data.length);
   for (let from = 0; from < data.length; from += cells) {
@@ -128,7 +128,7 @@ function shares({ rows, columns, data }) {
   return out;
 }
 
-/** Add maps to larger ones, enlarged bilinearly; cells are areas, so centers are what is interpolated between. */
+/** Add maps to larger ones after bilinear enlargement; locations are areas, so the interpolation is between centers. */
 function addResized(small, large, steps) {
   const across = weights(small.columns, large.columns), down = weights(small.rows, large.rows);
   for (let step = 0, to = 0; step < steps; step++) {
@@ -157,7 +157,7 @@ function weights(old, wanted) {
   return { left, right, share };
 }
 
-/** Edges of one region along its cells, drawn a little inside so that neighbors' edges are both seen. */
+/** Edges of one region, drawn slightly inside so that the edges of adjacent regions are both visible. */
 function outline(owner, rows, columns, which) {
   const inside = (y, x) => y >= 0 && x >= 0 && y < rows && x < columns && owner[y * columns + x] === which;
   const inset = 0.07, tidy = (value) => Number(value.toFixed(2));
@@ -182,7 +182,7 @@ function outline(owner, rows, columns, which) {
   return path;
 }
 
-/** A color map of 256 colors as the pixels of a canvas take them, from evenly spaced hex colors. */
+/** A color map of 256 RGBA values for canvas pixels, interpolated from evenly spaced hex colors. */
 function palette(hex) {
   const stops = hex.match(/../g).map((part) => parseInt(part, 16)), last = stops.length / 3 - 1;
   const pixels = new Uint8ClampedArray(256 * 4);
@@ -194,7 +194,7 @@ function palette(hex) {
   return new Uint32Array(pixels.buffer);
 }
 
-/** Paint one map at one pixel a cell; `top` has the last color. */
+/** Paint one map at one pixel per location; the value `top` gets the last color. */
 function paint(canvas, series, step, top, colors) {
   const { rows, columns, data } = series, cells = rows * columns;
   if (canvas.width !== columns || canvas.height !== rows || !canvas.image) {
@@ -210,7 +210,7 @@ function paint(canvas, series, step, top, colors) {
   canvas.getContext("2d").putImageData(canvas.image, 0, 0);
 }
 
-/** A number in two or three digits. */
+/** A number with two or three significant digits. */
 function shortNumber(value) {
   if (value === 0) return "0";
   const size = Math.abs(value);

@@ -1,11 +1,11 @@
-"""Color maps of the explorer: perceptually uniform, and told apart with every common kind of color blindness."""
+"""Color maps of the widgets: perceptually uniform and suitable for all common kinds of color blindness."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# 52 evenly spaced colors each; straight lines between them stay within 4/255 of matplotlib's tables (CC0), by van der
-# Walt and Smith (viridis, magma) and by Nunez, Anderton and Renslow (cividis).
+# 52 evenly spaced colors each; linear interpolation between them stays within 4/255 of matplotlib's tables (CC0), by
+# van der Walt and Smith (viridis, magma) and by Nunez, Anderton and Renslow (cividis).
 TABLES = {
     "viridis": (
         "44015446085c471063481769481d6f482475472a7a46307e453781433d844142873f48893d4e8a3a538b38598c355e8d33638d31688e"
@@ -26,7 +26,7 @@ TABLES = {
 
 
 def lookup(name: str) -> np.ndarray:
-    """A color map as 256 colors.
+    """Table of the 256 colors of a color map.
 
     Parameters
     ----------

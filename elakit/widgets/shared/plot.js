@@ -1,10 +1,10 @@
-// The plot of a measure over the steps: a line an entity, a dash a run, a cursor at the step, values in a table.
+// Plot of a measure over the steps: one line per entity, one dash style per run, a cursor at the step, and a value table.
 
 const SVG_NAMESPACE = "http://www.w3.org/2000/svg";
 const SVG_TAGS = new Set(["svg", "path", "line", "rect", "text", "circle", "g"]);
 const DASHES = ["", "7 4", "2 3", "10 3 2 3", "5 2 1 2 1 2"];
 
-/** An element; text only ever becomes text nodes. */
+/** Create an element; strings become text nodes, never markup. */
 function h(tag, attributes = {}, ...children) {
   const node = SVG_TAGS.has(tag) ? document.createElementNS(SVG_NAMESPACE, tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -21,7 +21,7 @@ function say(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
-/** How far into its run a step lies, 0 to 1. */
+/** Share of the run at which a step lies, 0 to 1. */
 function shareOf(run, position) {
   return run.calls > 1 ? run.steps[position] / (run.calls - 1) : 0;
 }
@@ -53,7 +53,7 @@ class Plot {
       this.element.append(h("div", { class: "elx-heading" }, h("h3", {}, "Over the steps"), this.select));
       this.element.append(this.meaning, this.holder, this.table);
     } else {
-      this.element.append(h("h3", {}, "Over the steps"), h("p", { class: "elx-soft" }, "There are no measures."));
+      this.element.append(h("h3", {}, "Over the steps"), h("p", { class: "elx-soft" }, "No measures are available."));
     }
     const seek = (event) => this.seek(event);
     this.holder.addEventListener("pointerdown", (event) => {
@@ -63,7 +63,7 @@ class Plot {
     this.holder.addEventListener("pointermove", (event) => event.buttons && seek(event));
   }
 
-  /** Lines of the measure in every run, as [{name, color, runs: [values or undefined]}]. */
+  /** Lines of the measure in all runs, as [{name, color, runs: [values or undefined]}]. */
   lines(measure) {
     const rows = new Map();
     this.meta.runs.forEach((run, r) => {
@@ -124,7 +124,7 @@ class Plot {
     svg.append(this.cursor);
     this.marks = [];
     const head = h("tr", {}, h("th", {}, h("span", { class: "elx-soft" }, "at this step")));
-    this.meta.runs.forEach((run, r) => head.append(h("th", { scope: "col" }, dashSample(r), run.name)));
+    this.meta.runs.forEach((run, r) => head.append(h("th", { scope: "col", title: run.name }, dashSample(r), run.name)));
     const body = h("tbody");
     for (const line of lines) {
       const swatch = h("span", { class: "elx-swatch", "--c": line.color ?? "currentColor", "--d": line.second });
@@ -146,20 +146,20 @@ class Plot {
       });
       body.append(row);
     }
-    svg.append(...this.marks.map((mark) => mark.dot), note); // the note on top of the lines
+    svg.append(...this.marks.map((mark) => mark.dot), note); // the label lies on top of the lines
     this.holder.replaceChildren(svg);
     this.table.replaceChildren(h("table", {}, h("thead", {}, head), body));
   }
 
-  /** Shade the steps in which guidance moved the image; gives the words for it, which keep off the lines. */
+  /** Shade the guided steps; returns their label, placed away from the lines. */
   shade(svg, top, bottom, below) {
     for (const run of this.meta.runs.filter((each) => each.guided.length)) {
       const half = run.calls > 1 ? 0.5 / (run.calls - 1) : 0.5;
       const from = this.x(Math.max(0, run.guided[0] / Math.max(1, run.calls - 1) - half));
       const to = this.x(Math.min(1, run.guided.at(-1) / Math.max(1, run.calls - 1) + half));
       svg.append(h("rect", { class: "elx-guided", x: from, y: top, width: Math.max(2, to - from), height: bottom - top }));
-      // One band is enough: runs that are compared are guided alike, and bands would hide each other.
-      return h("text", { class: "elx-note", x: from + 5, y: below ? bottom - 6 : top + 13 }, `${run.name} guides`);
+      // One band is enough: compared runs usually have the same guided steps, and bands would hide each other.
+      return h("text", { class: "elx-note", x: from + 5, y: below ? bottom - 6 : top + 13 }, `guided by ${run.name}`);
     }
     return "";
   }
@@ -191,7 +191,7 @@ function dashSample(r) {
   return h("svg", { class: "elx-dash", width: 22, height: 8, "aria-hidden": "true" }, h("line", line));
 }
 
-/** Round numbers from below the lowest to above the highest. */
+/** Round tick values from below the lowest to above the highest value. */
 function niceTicks(low, high) {
   const span = high - low || 1, rough = span / 3, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].map((each) => each * power).find((each) => each >= rough * 0.999);

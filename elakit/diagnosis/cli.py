@@ -1,0 +1,159 @@
+"""The command ``elakit diagnose``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from elakit import checks
+from elakit.cli_options import PROMPT, Device, Dtype, Model, Scale, Steps
+from elakit.errors import SettingError
+from elakit.guidance.registry import METHODS
+
+
+def diagnose(
+    prompt: Annotated[str | None, typer.Argument(help=f"{PROMPT} Or use --prompts.")] = None,
+    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 4,
+    first_seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    method: Annotated[str, typer.Option(help=f"Guidance method: {', '.join(METHODS)}.")] = "ela",
+    remedies: Annotated[
+        str,
+        typer.Option(
+            help="Further remedies to try if an image is wrong: all, none, or comma-separated names of methods, "
+            "another-seed, swapped, next-to and regions."
+        ),
+    ] = "all",
+    model: Model = "picture-world",
+    steps: Steps = None,
+    scale: Scale = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    predictor: Annotated[
+        Path | None, typer.Option(help="File of `elakit predict fit` that predicts failures. Default: the shipped one.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="HTML report to write (default: report.html), or the folder with --prompts.")
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder in which all runs are stored; existing runs are not generated again.")
+    ] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="JSON file with all results to write.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="File with one prompt per line: diagnose all into the folder --out. It can be resumed."),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Number of worker processes with --prompts.")] = None,
+) -> None:
+    """Generate a prompt for several seeds, and report failures, their causes, and which remedy fixes them.
+
+    Example: elakit diagnose "a cat and a lion" --seeds 4 --out report.html
+    """
+    from elakit.diagnosis.procedure import MAX_SEEDS
+    from elakit.diagnosis.trials import check
+    from elakit.sweep.units import MAX_STEPS
+
+    checks.whole_number(seeds, "--seeds", 1, MAX_SEEDS)
+    checks.whole_number(first_seed, "--first-seed", 0, checks.MAX_SEED - seeds)
+    if steps is not None:
+        checks.whole_number(steps, "steps", 1, MAX_STEPS)
+    asked: bool | list[str] = remedies == "all"
+    if remedies not in ("all", "none"):
+        asked = [name.strip() for name in remedies.split(",") if name.strip()]
+    check(asked)
+    if (prompt is None) == (prompts is None):
+        raise SettingError('Give one prompt, such as "a cat and a lion", or a file of prompts with --prompts.')
+    settings = {
+        "seeds": list(range(first_seed, first_seed + seeds)), "method": method, "remedies": asked, "steps": steps,
+        "guidance_scale": scale,
+    }  # fmt: skip
+    resources = {"model": model, "device": device, "dtype": dtype}
+    if prompts is not None:
+        _diagnose_many(prompts, out or Path("diagnoses"), predictor=predictor, workers=workers, **resources, **settings)
+    else:
+        assert prompt is not None
+        _diagnose_one(prompt, out or Path("report.html"), keep, json_out, predictor, resources, settings)
+
+
+def _diagnose_one(
+    prompt: str,
+    out: Path,
+    keep: Path | None,
+    json_out: Path | None,
+    predictor: Path | None,
+    resources: dict[str, Any],
+    settings: dict[str, Any],
+) -> None:
+    from elakit.files import check_path, write_json
+    from elakit.sweep.store import check_folder
+
+    target = check_path(out)
+    if json_out is not None:
+        check_path(json_out, "JSON file", "found.json")
+    if keep is not None:
+        check_folder(keep)
+    import elakit
+    from elakit.diagnosis import report
+    from elakit.prediction import load_predictor
+
+    loaded = None if predictor is None else load_predictor(predictor)
+    pipe = _load(resources)
+    parsed = elakit.parse(prompt, pipe)
+    with typer.progressbar(length=100, label="generating", file=sys.stderr, show_eta=False) as bar:
+
+        def show(done: int, total: int, what: str) -> None:
+            bar.label = f"{done} of {total} images, {what}"
+            bar.update(100 * done // max(total, 1) - bar.pos)
+            bar.render_progress()
+
+        found = elakit.diagnose(pipe, parsed, predictor=loaded, folder=keep, on_progress=show, **settings)
+        bar.label = "done"
+        bar.update(100 - bar.pos)
+    path = report.write(found, target, shlex.join(["elakit", *sys.argv[1:]]))
+    count = len(found.pairs)
+    typer.echo(f'"{found.prompt.text}", {count} seed{"s" * (count > 1)}, {found.seconds:.0f} s')
+    for sentence in report.summary(found):
+        typer.echo(sentence)
+    if json_out is not None:
+        typer.echo(f"JSON: {write_json(json_out.absolute(), found.to_dict())}")
+    if keep is not None:
+        typer.echo(f"Runs: {keep.absolute()}")
+    typer.echo(f"Report: {path}")
+
+
+def _diagnose_many(file: Path, out: Path, **settings: Any) -> None:
+    from tqdm.auto import tqdm
+
+    from elakit.diagnosis.survey import diagnose_many
+    from elakit.sweep.prompts import read_prompts
+
+    texts = read_prompts(file)
+    command = shlex.join(["elakit", *sys.argv[1:]])
+    try:
+        with tqdm(total=len(texts), unit="prompt", dynamic_ncols=True) as bar:
+            survey = diagnose_many(texts, out, on_progress=lambda done, _: bar.update(done - bar.n), **settings)
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted. Finished prompts are in {out}. Resume with\n  {command}", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"{survey.earlier + survey.diagnosed} of {len(texts)} prompts are diagnosed.")
+    for prompt, error in list(survey.failed.items())[:5]:
+        typer.echo(f"{prompt!r} failed: {error.splitlines()[0]}", err=True)
+    typer.echo(f"Summary: {survey.page}")
+    if survey.failed:
+        typer.echo(f"{len(survey.failed)} failed. Try them again with\n  {command}", err=True)
+        raise typer.Exit(1)
+
+
+def _load(resources: dict[str, Any]) -> Any:
+    import diffusers
+    import transformers
+
+    import elakit
+
+    # their loading bars would hide the progress of the command
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    return elakit.load(resources["model"], device=resources["device"], dtype=resources["dtype"])

@@ -1,0 +1,207 @@
+"""Data of a diagnosis: pairs of runs, findings and remedies, with what can be computed from them alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import pandas as pd
+
+from elakit.causes import Cause, Failure, Findings
+from elakit.diagnosis.remedies import RemedyResult, bleed
+from elakit.judge import Verdict
+from elakit.prompt import Prompt
+from elakit.run import Run
+from elakit.statistics import wilson
+
+Outcome = Literal["fixed", "broken", "right", "wrong"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The plain and the guided run of one seed, from the same noise.
+
+    Attributes
+    ----------
+    plain, guided : Run
+    plain_verdict, guided_verdict : Verdict or None
+        Verdicts of the judge; None if the images cannot be judged.
+    """
+
+    plain: Run
+    guided: Run
+    plain_verdict: Verdict | None = None
+    guided_verdict: Verdict | None = None
+
+    @property
+    def seed(self) -> int:
+        """Seed of both images."""
+        return self.plain.seed
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """fixed (wrong, then right), broken (right, then wrong), right (both), wrong (both); None if not judged."""
+        if self.plain_verdict is None or self.guided_verdict is None:
+            return None
+        table: dict[tuple[bool, bool], Outcome] = {
+            (False, True): "fixed", (True, False): "broken", (True, True): "right", (False, False): "wrong",
+        }  # fmt: skip
+        return table[self.plain_verdict.success, self.guided_verdict.success]
+
+    @property
+    def was_guided(self) -> bool:
+        """Whether guidance acted in at least one step."""
+        return self.guided.guidance is not None and bool(self.guided.guidance.rows)
+
+
+@dataclass(frozen=True)
+class DiagnosisData:
+    """Data of a diagnosis; `elakit.diagnosis.Diagnosis` adds text, code and files.
+
+    Attributes
+    ----------
+    prompt : Prompt
+    method : str
+        Name of the guidance method.
+    options : dict
+        Options of the method.
+    pairs : tuple of Pair
+        One pair per seed.
+    seconds : float
+        Wall-clock time of all runs.
+    findings : Findings or None
+        Failures in the plain images and their causes; None if they could not be determined.
+    remedies : tuple of RemedyResult
+        Results of all remedies, best first, including the method.
+    predicted : dict of int to float
+        Predicted probability of failure by plain seed, after 30 % of the steps.
+    problems : tuple of str
+        Parts of the diagnosis that failed, with the reason.
+    """
+
+    prompt: Prompt
+    method: str
+    options: dict[str, Any]
+    pairs: tuple[Pair, ...]
+    seconds: float
+    findings: Findings | None = None
+    remedies: tuple[RemedyResult, ...] = ()
+    predicted: dict[int, float] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+    @property
+    def judged(self) -> bool:
+        """Whether all images were judged."""
+        return all(pair.outcome is not None for pair in self.pairs)
+
+    @property
+    def blocked(self) -> int:
+        """Number of images that the pipeline's safety checker replaced."""
+        runs = [run for pair in self.pairs for run in (pair.plain, pair.guided)]
+        return sum(run.nsfw for run in runs)
+
+    @property
+    def plain(self) -> tuple[Run, ...]:
+        """Plain runs, one per seed."""
+        return tuple(pair.plain for pair in self.pairs)
+
+    @property
+    def right(self) -> int:
+        """Number of plain images that are right."""
+        return self.count("right") + self.count("broken")
+
+    @property
+    def rate(self) -> float:
+        """Share of the plain images that are right; NaN if they were not judged."""
+        return self.right / len(self.pairs) if self.judged else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of `rate`; (0, 1) if the images were not judged."""
+        return wilson(self.right, len(self.pairs)) if self.judged else (0.0, 1.0)
+
+    @property
+    def best(self) -> RemedyResult | None:
+        """Best remedy; None if none did better than plain generation."""
+        return next((result for result in self.remedies if result.helps), None)
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """Failures that the judge sees in the plain images, most frequent first; empty if they were not judged."""
+        return self.findings.failures if self.findings is not None and self.findings.judged else ()
+
+    @property
+    def causes(self) -> tuple[Cause, ...]:
+        """Causes, likeliest first: of judged images those that explain a failure, else all signs in the attention."""
+        if self.findings is None:
+            return ()
+        if not self.findings.judged:
+            return self.findings.causes
+        return tuple(cause for cause in self.findings.causes if any(explains(cause, one) for one in self.failures))
+
+    def count(self, outcome: Outcome) -> int:
+        """Number of seeds with an outcome."""
+        return sum(pair.outcome == outcome for pair in self.pairs)
+
+    def example(self) -> Pair:
+        """Pair shown in detail: a fixed one if there is one, and among these the one whose plain maps bleed most."""
+        fixed = [pair for pair in self.pairs if pair.outcome == "fixed"]
+        return max(fixed or self.pairs, key=lambda pair: bleed([pair.plain]))
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per seed: the outcome, and mean measures of the plain and the guided run.
+
+        Returns
+        -------
+        DataFrame
+            Indexed by seed; columns outcome, and plain_ and guided_ success, bleed, intrusion and overlap (Ruzicka).
+        """
+        return self._frame.copy()
+
+    @cached_property
+    def _frame(self) -> pd.DataFrame:
+        return pd.DataFrame([_row(pair) for pair in self.pairs]).set_index("seed")
+
+    def remedies_frame(self) -> pd.DataFrame:
+        """Return one row per remedy, best first: images right, fixed and broken, and the cost.
+
+        Returns
+        -------
+        DataFrame
+            Indexed by name; columns title, status, images, right, rate, low and high (95 % interval), fixed, broken,
+            bleed, cost (generation time relative to plain). Empty if no remedy was tried; counts are missing if the
+            images were not judged.
+        """
+        rows = []
+        for result in self.remedies:
+            plain = result.to_dict()
+            low, high = plain["interval"] or (None, None)
+            counts = {name: None if plain[name] is None else len(plain[name]) for name in ("fixed", "broken")}
+            names = ("name", "title", "status", "images", "right", "rate")
+            rows.append(
+                {name: plain[name] for name in names}
+                | {"low": low, "high": high, **counts, "bleed": plain["bleed"], "cost": plain["cost"]}
+            )
+        return pd.DataFrame(rows).set_index("name") if rows else pd.DataFrame()
+
+
+def explains(cause: Cause, failure: Failure) -> bool:
+    """Whether a cause accounts for a failure: for its kind, and for one of its entities."""
+    return failure.kind in cause.explains and bool(
+        ({cause.entity, cause.other} & {failure.entity, failure.other}) - {""}
+    )
+
+
+def _row(pair: Pair) -> dict[str, Any]:
+    row: dict[str, Any] = {"seed": pair.seed, "outcome": pair.outcome}
+    for name, run, verdict in (
+        ("plain", pair.plain, pair.plain_verdict),
+        ("guided", pair.guided, pair.guided_verdict),
+    ):
+        overall = run.bleeding.overall().groupby("measure")["value"].mean()
+        row[f"{name}_success"] = None if verdict is None else verdict.success
+        for measure, column in (("bleed", "bleed"), ("intrusion", "intrusion"), ("ruzicka", "overlap")):
+            row[f"{name}_{column}"] = overall.get(measure, float("nan"))
+    return row

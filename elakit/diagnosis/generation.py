@@ -1,0 +1,182 @@
+"""Generation of a diagnosis's images: batch by batch, with progress, reusing runs that a folder already contains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+from elakit import checks
+from elakit.attention import RecordSpec
+from elakit.diagnosis.run_store import RunStore, run_key
+from elakit.generation import Progress, generate
+from elakit.guidance import Method
+from elakit.guidance.metadata import options_of
+from elakit.models import EMBEDDED, default_settings, name_of
+from elakit.prompt import Prompt
+from elakit.run import Run
+
+OnProgress = Callable[[int, int, str], object]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Runs of one prompt with the same guidance.
+
+    Attributes
+    ----------
+    runs : tuple of Run
+        One run per seed.
+    seconds : float
+        Mean generation time per image: processor time on a CPU, which does not depend on other processes, otherwise
+        wall-clock time.
+    """
+
+    runs: tuple[Run, ...]
+    seconds: float
+
+
+class ImageGenerator:
+    """Generates images with one pipeline and fixed settings, and counts them.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+    steps, guidance_scale : optional
+        As in `elakit.generate`.
+    batch : int, optional
+        Largest number of seeds per batch. By default all seeds for an embedded model, and 1 for other models, whose
+        memory use is unknown.
+    folder : str or Path, optional
+        Folder in which runs are stored, and from which existing runs are read.
+    on_progress : callable, optional
+        Called with (images done, images in total, current activity), also after each step.
+
+    Raises
+    ------
+    SettingError
+        `batch` is less than 1.
+    OutputError
+        The folder cannot be written to, or contains other files.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> pipe = elakit.load("picture-world")
+    >>> generator = ImageGenerator(pipe, steps=2)
+    >>> batch = generator.generate(elakit.parse("a [cat] and a [lion]", pipe), [3, 5], what="plain")
+    >>> [run.seed for run in batch.runs], generator.done
+    ([3, 5], 2)
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        batch: int | None = None,
+        folder: str | Path | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        defaults = default_settings(pipe)
+        self.pipe = pipe
+        self.batch = None if batch is None else checks.whole_number(batch, "batch", 1)
+        self.steps = defaults.steps if steps is None else steps
+        self.guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        self.store = None if folder is None else RunStore(folder)
+        self.done, self.total = 0, 0
+        self._on_progress = on_progress or (lambda done, total, what: None)
+
+    def expect(self, images: int) -> None:
+        """Add to the number of images expected in total; a negative number removes images."""
+        self.total += images
+
+    def generate(
+        self,
+        prompt: Prompt,
+        seeds: Sequence[int],
+        guidance: Method | None = None,
+        *,
+        what: str,
+        record: RecordSpec | None = None,
+        stop_after: int | None = None,
+    ) -> Batch:
+        """Generate one image per seed.
+
+        Parameters
+        ----------
+        prompt : Prompt
+        seeds : sequence of int
+        guidance : Method, optional
+        what : str
+            Current activity, for the progress.
+        record : RecordSpec, optional
+            By default the prompt's words at every step and layer.
+        stop_after : int, optional
+            Stop after this number of steps.
+
+        Returns
+        -------
+        Batch
+        """
+        settings = {
+            "model": name_of(self.pipe), "steps": self.steps, "guidance_scale": self.guidance_scale,
+            "scheduler": type(self.pipe.scheduler).__name__, "method": getattr(guidance, "name", None),
+        }  # fmt: skip
+        if stop_after is not None and stop_after < self.steps:
+            settings["stopped"] = stop_after
+        keys = {seed: run_key(prompt, seed, settings, options_of(guidance)) for seed in seeds}
+        stored = {} if self.store is None else self.store.read(keys)
+        runs = {seed: replace(run, prompt=prompt) for seed, (run, _) in stored.items()}
+        seconds = {seed: taken for seed, (_, taken) in stored.items()}
+        self.done += len(stored)
+        clock = process_time if self.pipe.device.type == "cpu" else perf_counter
+        for batch in self._batches([seed for seed in seeds if seed not in runs]):
+            began = clock()
+            generated = self._generate(prompt, batch, guidance, record, what, stop_after)
+            taken = (clock() - began) / len(batch)
+            for run in generated:
+                runs[run.seed], seconds[run.seed] = run, taken
+                if self.store is not None:
+                    self.store.write(keys[run.seed], run, taken)
+            self.done += len(batch)
+        self._report(0, what)
+        return Batch(tuple(runs[seed] for seed in seeds), sum(seconds.values()) / max(len(seconds), 1))
+
+    def _batches(self, seeds: list[int]) -> Iterator[list[int]]:
+        size = self.batch or (max(len(seeds), 1) if name_of(self.pipe) in EMBEDDED else 1)
+        return (seeds[i : i + size] for i in range(0, len(seeds), size))
+
+    def _generate(
+        self,
+        prompt: Prompt,
+        seeds: Sequence[int],
+        guidance: Method | None,
+        record: RecordSpec | None,
+        what: str,
+        stop_after: int | None,
+    ) -> list[Run]:
+        def after_step(so_far: Progress) -> bool:
+            made, last = so_far.step + 1, min(stop_after or so_far.steps, so_far.steps)
+            self._report(min(len(seeds) * made // last, len(seeds)), what)
+            return made == stop_after and made < so_far.steps
+
+        self._report(0, what)
+        return generate(
+            self.pipe,
+            prompt,
+            seed=list(seeds),
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            guidance=guidance,
+            record=record or RecordSpec(),
+            stop_if=after_step,
+            progress=False,
+        )
+
+    def _report(self, more: int, what: str) -> None:
+        done = self.done + more
+        self._on_progress(done, max(self.total, done), what)

@@ -1,0 +1,253 @@
+"""Trials of remedies: guidance from the same noise, another seed, other wording, or regions given by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import ceil, sqrt
+from typing import Any
+
+from elakit.attention import RecordSpec
+from elakit.diagnosis.generation import ImageGenerator
+from elakit.diagnosis.remedies import Kind, Remedy, RemedyResult
+from elakit.errors import ElakitError, SettingError
+from elakit.guidance import ELA, METHODS, Method, without_regions
+from elakit.guidance.metadata import options_of
+from elakit.prediction import FEATURES, Predictor
+from elakit.prompt import Prompt, parse
+from elakit.rewording import next_to, swapped
+from elakit.run import Run
+
+# Remedies that are tried by default, in addition to the method that is always compared.
+DEFAULT = ("conform", "ebama", "another-seed", "swapped", "next-to", "regions")
+OTHERS = ("another-seed", "swapped", "next-to", "regions")
+# Number of seeds to choose from, and the share of their steps after which one is chosen.
+CANDIDATES, SHARE = 4, 0.3
+
+_KINDS: dict[str, Kind] = {"another-seed": "seed", "regions": "regions", "swapped": "wording", "next-to": "wording"}
+_ENTITIES = RecordSpec(tokens="entities")
+
+
+class NotApplicable(ElakitError):
+    """A remedy would change nothing for this prompt."""
+
+
+def check(remedies: bool | Sequence[str | Method]) -> tuple[str | Method, ...]:
+    """Check the requested remedies: True stands for `DEFAULT`, False for none.
+
+    Raises
+    ------
+    SettingError
+        There is no such remedy, or it is a method that needs regions.
+
+    Examples
+    --------
+    >>> check(["swapped", "magic"])
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: There is no remedy 'magic'. Choose from ela, ...
+    """
+    if isinstance(remedies, str):
+        remedies = [remedies]
+    chosen: Sequence[str | Method] = (DEFAULT if remedies else ()) if isinstance(remedies, bool) else remedies
+    for one in chosen:
+        if isinstance(one, str) and one in METHODS:
+            without_regions(one)
+        elif isinstance(one, str) and one not in OTHERS:
+            raise SettingError(f"There is no remedy {one!r}. Choose from {', '.join((*METHODS, *OTHERS))}.")
+    return tuple(dict.fromkeys(chosen))
+
+
+def images_of(remedy: str | Method, seeds: int) -> int:
+    """Number of images that a remedy generates for some seeds, unfinished candidates included."""
+    return seeds * (1 + CANDIDATES) if remedy == "another-seed" else seeds
+
+
+def side_by_side(entities: int) -> tuple[tuple[float, float, float, float], ...]:
+    """Return one box per entity: in one row for up to three entities, else in a grid.
+
+    Parameters
+    ----------
+    entities : int
+
+    Returns
+    -------
+    tuple of (left, top, right, bottom)
+        In shares of the image, row by row.
+
+    Examples
+    --------
+    >>> side_by_side(2)
+    ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
+    >>> side_by_side(4)[3]
+    (0.5, 0.5, 1.0, 1.0)
+    """
+    columns = entities if entities <= 3 else ceil(sqrt(entities))
+    rows = ceil(entities / columns)
+    grid = [divmod(i, columns) for i in range(entities)]
+    return tuple(
+        (round(x / columns, 4), round(y / rows, 4), round((x + 1) / columns, 4), round((y + 1) / rows, 4))
+        for y, x in grid
+    )
+
+
+def guidance_remedy(guidance: Method, prompt: Prompt) -> Remedy:
+    """Guidance of the same prompt from the same noise, as a remedy."""
+    return Remedy(
+        name=guidance.name,
+        kind="guidance",
+        what="Guided, from the same noise.",
+        prompt=prompt,
+        method=guidance.name,
+        options=options_of(guidance),
+        guidance=guidance,
+    )
+
+
+def build_remedy(which: str | Method, prompt: Prompt, pipe: Any) -> Remedy:
+    """Build a remedy for a prompt.
+
+    Parameters
+    ----------
+    which : str or Method
+        As returned by `check`.
+    prompt : Prompt
+    pipe : diffusers.DiffusionPipeline
+        Pipeline whose tokenizer reads a reworded prompt.
+
+    Raises
+    ------
+    NotApplicable
+        The remedy would change nothing.
+    """
+    if not isinstance(which, str) or which in METHODS:
+        return guidance_remedy(without_regions(which) if isinstance(which, str) else which, prompt)
+    if which == "another-seed":
+        what = (
+            f"For each seed, {CANDIDATES} other seeds are started, and the most promising one after {SHARE:.0%} of the "
+            "steps is finished."
+        )
+        return Remedy(which, "seed", what, prompt)
+    if which == "regions":
+        guidance = ELA(regions=side_by_side(_several(prompt)))
+        return Remedy(
+            name=which,
+            kind="regions",
+            what="Each entity is assigned a box, side by side in the order of the prompt.",
+            prompt=prompt,
+            method=guidance.name,
+            options=options_of(guidance),
+            guidance=guidance,
+        )
+    _several(prompt)
+    text = {"swapped": swapped, "next-to": next_to}[which](prompt)
+    if text is None:
+        raise NotApplicable(
+            "its entities are identical, so their order makes no difference."
+            if which == "swapped"
+            else "the prompt does not join its entities with “and” or a comma."
+        )
+    reworded = parse(text, pipe)
+    return Remedy(which, "wording", f"Prompt “{reworded.text}”.", reworded)
+
+
+def try_remedy(
+    which: str | Method,
+    prompt: Prompt,
+    generator: ImageGenerator,
+    plain: Sequence[Run],
+    plain_seconds: float,
+    predictor: Predictor | None = None,
+) -> RemedyResult:
+    """Try a remedy; an exception is reported in the result and not raised.
+
+    Parameters
+    ----------
+    which : str or Method
+    prompt : Prompt
+    generator : ImageGenerator
+    plain : sequence of Run
+        Plain runs with which the remedy is compared.
+    plain_seconds : float
+        Generation time of a plain image.
+    predictor : Predictor, optional
+        Chooses seeds; without a predictor, the seed that bleeds least is chosen.
+    """
+    plain = tuple(plain)
+    name = which if isinstance(which, str) else which.name
+    remedy = Remedy(name, _KINDS.get(name, "guidance"), "", prompt)
+    try:
+        remedy = build_remedy(which, prompt, generator.pipe)
+        if remedy.kind == "seed":
+            return _other_seeds(remedy, generator, plain, plain_seconds, predictor)
+        seeds = [run.seed for run in plain]
+        batch = generator.generate(remedy.prompt, seeds, remedy.guidance, what=remedy.title, record=_ENTITIES)
+        result = RemedyResult(remedy, plain, batch.runs, batch.seconds, batch.seconds / plain_seconds)
+        result.to_dict()  # judges and measures the images here, so that exceptions are caught, too
+        return result
+    except NotApplicable as error:
+        return RemedyResult(remedy, plain, status="not tried", why=str(error))
+    except Exception as error:
+        why = str(error) if isinstance(error, ElakitError) else f"{type(error).__name__}: {error}"
+        return RemedyResult(remedy, plain, status="failed", why=why)
+
+
+def usable(predictor: Predictor | None, model: str) -> bool:
+    """Whether a predictor was fitted on images of a model.
+
+    Parameters
+    ----------
+    predictor : Predictor or None
+    model : str
+        Name of the model, from `elakit.models.name_of`.
+    """
+    if predictor is None or SHARE not in predictor.shares or "failure" not in predictor.outcomes:
+        return False
+    return predictor.features == FEATURES and model in predictor.about.get("model", ())
+
+
+def _other_seeds(
+    remedy: Remedy,
+    generator: ImageGenerator,
+    plain: tuple[Run, ...],
+    plain_seconds: float,
+    predictor: Predictor | None,
+) -> RemedyResult:
+    """For each plain run, generate the most promising of several new seeds."""
+    count = len(plain)
+    first = max(run.seed for run in plain) + 1
+    seeds = list(range(first, first + CANDIDATES * count))
+    steps = ceil(SHARE * generator.steps - 1e-9)
+    trials = generator.generate(remedy.prompt, seeds, what="choosing seeds", record=_ENTITIES, stop_after=steps)
+    score: Callable[[Run], float] = _bleed_so_far
+    by = "bleeding"
+    if predictor is not None and usable(predictor, plain[0].settings["model"]):
+        predict = predictor.predict
+
+        def score(run: Run) -> float:
+            return float(predict(run)["failure"].iloc[-1])
+
+        by = "predicted probability of failure"
+    scores = {run.seed: score(run) for run in trials.runs}
+    groups = [seeds[i * CANDIDATES : (i + 1) * CANDIDATES] for i in range(count)]
+    best = [min(group, key=scores.__getitem__) for group in groups]
+    finished = generator.generate(remedy.prompt, best, what=remedy.title, record=_ENTITIES)
+    seconds = finished.seconds + CANDIDATES * trials.seconds
+    return RemedyResult(
+        remedy=remedy,
+        plain=plain,
+        runs=finished.runs,
+        seconds=seconds,
+        cost=seconds / plain_seconds,
+        candidates=tuple({"seed": seed, "score": scores[seed], "chosen": seed in best} for seed in seeds),
+        chosen_by=by,
+    )
+
+
+def _bleed_so_far(run: Run) -> float:
+    return float(run.measure().to_frame().query("measure == 'bleed'")["value"].mean())
+
+
+def _several(prompt: Prompt) -> int:
+    if len(prompt.entities) < 2:
+        raise NotApplicable("the prompt names only one entity.")
+    return len(prompt.entities)

@@ -1,0 +1,356 @@
+"""A run: an image, the attention that was recorded while it was generated, and what is measured from it; its files."""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from PIL import Image
+
+import elakit
+from elakit import files
+from elakit.attention import Recording, open_recording
+from elakit.bleeding import Bleeding, measure
+from elakit.errors import ElakitError, OutputError, RecordingError
+from elakit.guidance import FromMaps, Trace
+from elakit.judge import Verdict, judge, knows
+from elakit.measures.arrays import nearest_size
+from elakit.models import EMBEDDED
+from elakit.prompt import Prompt
+from elakit.regions import localize_steps
+
+# Version of the layout of a run's folder, written to run.json.
+FORMAT = 2
+
+# Limits for files that are opened: a small compressed file may claim to contain an array of many gigabytes.
+MAX_PIXELS = 2**26
+MAX_REGION_BYTES = 2**29
+
+
+@dataclass(repr=False)
+class Run:
+    """A generated image with its attention.
+
+    Attributes
+    ----------
+    image : PIL.Image.Image
+    prompt : Prompt
+    seed : int
+        Seed of the starting noise.
+    settings : dict
+        steps, guidance_scale, height, width, negative_prompt, model, scheduler, method (None for a plain run); stopped
+        (number of steps made) if the run was ended early; guided if ``guide_if`` decided.
+    recording : Recording or None
+        Recorded attention; None when the run was not recorded.
+    guidance : Trace or None
+        What guidance did; None for a plain run.
+    nsfw : bool
+        True if the pipeline's safety checker replaced the image; such an image is not judged.
+    """
+
+    image: Image.Image
+    prompt: Prompt
+    seed: int
+    settings: dict[str, Any]
+    recording: Recording | None = None
+    guidance: Trace | None = None
+    nsfw: bool = False
+
+    @property
+    def label(self) -> str:
+        """Short name of the run: "plain" or the name of its method."""
+        return self.guidance.method if self.guidance else "plain"
+
+    def entity_maps(self) -> xr.DataArray:
+        """Raw attention maps of the entities, (step, token, y, x), from which regions and measures are computed.
+
+        They are means over the layers of the decoder, or over all layers if the model has no decoder (PixArt, Stable
+        Diffusion 3, FLUX), at the size nearest to 16 x 16.
+        """
+        return self._maps("entities")
+
+    @cached_property
+    def regions(self) -> xr.DataArray:
+        """Region of each entity at each step, boolean (step, entity, y, x); regions are disjoint.
+
+        They are localized in the recorded maps as `elakit.ELA` does (`elakit.guidance.FromMaps` with its defaults). The
+        regions that a guided run was anchored to are in
+        ``run.guidance.regions``.
+        """
+        return localize_steps(self.entity_maps(), self._special_maps().sum("token"), **FromMaps().rule())
+
+    @cached_property
+    def verdict(self) -> Verdict | None:
+        """Result of the embedded judge; None if it cannot judge the image.
+
+        The embedded judge knows images of the embedded model and prompts of that model's nouns and colors. Judge other
+        images with `elakit.judge.judge` and a detector, and pass the verdict to `measure`. An image that the pipeline's
+        safety checker replaced is not judged.
+        """
+        if self.nsfw or self.settings.get("model") not in EMBEDDED or not knows(self.prompt):
+            return None
+        return judge(self.image, self.prompt)
+
+    @cached_property
+    def bleeding(self) -> Bleeding:
+        """Measures of bleeding, per step and overall, as ``run.measure(run.verdict)`` computes them.
+
+        For a judged image they include the agreement of attention with the image.
+        """
+        return self.measure(self.verdict)
+
+    def measure(self, truth: Verdict | xr.DataArray | None = None) -> Bleeding:
+        """Measure bleeding, given where the entities are in the image.
+
+        Parameters
+        ----------
+        truth : Verdict or DataArray, bool (entity, y, x), optional
+            Where each entity is in the image: a verdict, or masks of the whole image at any resolution, empty for an
+            absent entity. None computes only measures that need no image.
+
+        Returns
+        -------
+        Bleeding
+
+        Raises
+        ------
+        RecordingError
+            Raised when the run was not recorded.
+        SettingError
+            Raised when `truth` has other entities, or another aspect ratio than the image.
+        """
+        mass = self._special_maps().mean(("y", "x"))
+        available = mass.token.values.tolist()
+        attributes, owners = None, None
+        if any(entity.attributes for entity in self.prompt.entities):
+            attributes = self._maps("attributes")
+            owners = dict(zip(attributes.token.values.tolist(), attributes.entity.values.tolist(), strict=True))
+        return measure(
+            self.entity_maps(),
+            self.regions,
+            attributes,
+            owners,
+            start=mass.sel(token="<start>", drop=True) if "<start>" in available else None,
+            end=mass.sel(token="<end>", drop=True),
+            truth=truth,
+        )
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Write image, settings, recording and trace to a folder, completely or not at all.
+
+        Parameters
+        ----------
+        folder : str or pathlib.Path
+            Folder to write; missing parents are created.
+        overwrite : bool
+            Whether an existing run is replaced. A folder that is not a run is never replaced.
+
+        Returns
+        -------
+        pathlib.Path
+            The folder that was written.
+
+        Raises
+        ------
+        OutputError
+            Raised when the folder exists (and is not a run, or `overwrite` is False) or cannot be written.
+        """
+        folder = Path(folder)
+        if os.path.lexists(folder) and not (overwrite and os.path.isfile(folder / "run.json")):
+            remedy = "pass overwrite=True or " if os.path.isfile(folder / "run.json") else ""
+            raise OutputError(f"{folder} exists already; {remedy}choose another folder.")
+        with files.replace_folder(folder) as new:
+            self.image.save(new / "image.png")
+            if self.recording is not None:
+                self.recording.save(new / "recording.zarr")
+            if self.guidance is not None and self.guidance.regions is not None:
+                regions = self.guidance.regions
+                np.savez_compressed(new / "regions.npz", masks=regions.values, steps=regions.step.values)
+            files.write_json(new / "run.json", self._to_dict())
+        return folder
+
+    def _to_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "elakit": elakit.__version__,
+            "prompt": self.prompt.to_dict(),
+            "seed": self.seed,
+            "settings": self.settings,
+            "nsfw": self.nsfw,
+            "guidance": self.guidance.to_dict() if self.guidance is not None else None,
+        }
+
+    def _recorded(self) -> Recording:
+        if self.recording is None:
+            raise RecordingError("This run was not recorded; generate it with record=True to analyze its attention.")
+        return self.recording
+
+    def _maps(self, tokens: str | Sequence[str]) -> xr.DataArray:
+        """Mean maps of the analyzed layers at the analyzed size."""
+        recording = self._recorded()
+        return recording.maps(tokens, recording.decoder, nearest_size(max(size) for size in recording.sizes))
+
+    def _special_maps(self) -> xr.DataArray:
+        """Maps of start-of-text, if the text encoder has it, and of end-of-text with padding."""
+        recorded = self._recorded().tokens
+        return self._maps([token for token in ("<start>", "<end>") if token in recorded])
+
+    def __repr__(self) -> str:
+        text = self.prompt.text if len(self.prompt.text) <= 60 else f"{self.prompt.text[:59]}…"
+        parts = [repr(text), f"seed={self.seed}", self.label, f"{self.settings.get('steps')} steps"]
+        parts.append(f"{self.image.width} x {self.image.height} pixels")
+        parts.append("recorded" if self.recording is not None else "not recorded")
+        return f"Run({', '.join(parts)}{', hidden by the safety checker' if self.nsfw else ''})"
+
+
+def open_run(folder: str | Path) -> Run:
+    """Open a run that `Run.save` wrote.
+
+    Attention maps are read when they are used.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    OutputError
+        Raised when the folder is not a run, is damaged, or was written by another version of elakit.
+    RecordingError
+        Raised when its recording is damaged.
+    """
+    folder = Path(folder)
+    if not os.path.isfile(folder / "run.json"):
+        aside = files.leftovers(folder)
+        kept = f" An interrupted save kept the replaced run in {aside[-1]}; rename it to {folder}." if aside else ""
+        raise OutputError(
+            f"{folder} holds no elakit run: there is no run.json. Give a folder of `run.save(...)`.{kept}"
+        )
+    table = files.read_json(folder / "run.json")
+    with _intact(folder / "run.json"):
+        _check_format(table, folder)
+        prompt = Prompt.from_dict(table["prompt"])
+        seed, settings, traced, nsfw = table["seed"], table["settings"], table["guidance"], table["nsfw"]
+        if type(seed) is not int or not isinstance(settings, dict) or not isinstance(nsfw, bool):
+            raise ValueError("seed, settings or nsfw is of a wrong type")
+        for name, value in settings.items():
+            if not isinstance(value, str | int | float | bool | None):
+                raise ValueError(f"the setting {name} is of a wrong type")
+    with _intact(folder / "image.png"):
+        image = _read_image(folder / "image.png")
+    trace = None
+    if traced is not None:
+        masks: dict[int, np.ndarray] = {}
+        if os.path.exists(folder / "regions.npz"):
+            with _intact(folder / "regions.npz"):
+                masks = _read_regions(folder / "regions.npz")
+        with _intact(folder / "run.json"):
+            trace = Trace.from_dict(traced, masks)
+            if any(len(regions) != len(trace.entities) for regions in masks.values()):
+                raise ValueError("regions.npz has regions of another number of entities")
+    recording = None
+    if os.path.exists(folder / "recording.zarr"):
+        with _intact(folder / "recording.zarr"):
+            recording = open_recording(folder / "recording.zarr")
+    return Run(image, prompt, seed, settings, recording, trace, nsfw)
+
+
+def compare(runs: Sequence[Run]) -> pd.DataFrame:
+    """Overall measures of several runs side by side: one row per measure, one column per run.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        Runs of one prompt.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Indexed by measure, entity and other entity; columns are named ``"plain (seed 7)"``.
+
+    Raises
+    ------
+    RecordingError
+        Raised when a run was not recorded.
+    """
+    columns = {
+        f"{run.label} (seed {run.seed})": run.bleeding.overall().set_index(["measure", "entity", "other"])["value"]
+        for run in runs
+    }
+    return pd.DataFrame(columns)
+
+
+@contextmanager
+def _intact(path: Path) -> Iterator[None]:
+    """Report everything that goes wrong while a file is read as a damaged file.
+
+    What a library raises for damaged data is not documented (zlib, zipfile, PIL and zarr raise a dozen kinds).
+    """
+    try:
+        yield
+    except ElakitError as error:
+        if str(path) in str(error) or str(path.parent) in str(error):
+            raise
+        raise OutputError(f"{path} is damaged: {error}") from error
+    except Exception as error:
+        reason = f"there is no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise OutputError(
+            f"{path} is damaged: {reason}. Restore the run's folder, or generate the run again."
+        ) from error
+
+
+def _check_format(table: Any, folder: Path) -> None:
+    """Refuse a run that was written in another layout."""
+    if not isinstance(table, dict):
+        raise ValueError("it is not a table")
+    found = table.get("format", 1)
+    if found != FORMAT:
+        newer = isinstance(found, int) and found > FORMAT
+        step = (
+            "Update elakit to open it" if newer else "Generate the run again, with the same prompt, seed and settings"
+        )
+        raise OutputError(
+            f"{folder} was written by {'a newer' if newer else 'an older'} version of elakit: its format is {found!r}, "
+            f"and this version reads {FORMAT}. {step}."
+        )
+
+
+def _read_image(path: Path) -> Image.Image:
+    with Image.open(path, formats=("PNG",)) as file:
+        if file.width * file.height > MAX_PIXELS:
+            raise ValueError(f"{file.width} x {file.height} pixels are more than the {MAX_PIXELS:,} that are allowed")
+        return file.copy()
+
+
+def _read_regions(path: Path) -> dict[int, np.ndarray]:
+    """Regions by step; sizes are checked in the headers before anything is decompressed."""
+    with zipfile.ZipFile(path) as archive:
+        for name in ("masks.npy", "steps.npy"):
+            with archive.open(name) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+            size = math.prod(shape) * dtype.itemsize
+            if dtype.kind not in "biu" or size > MAX_REGION_BYTES:
+                raise ValueError(
+                    f"its {name} claims {size:,} bytes of {dtype}; allowed are {MAX_REGION_BYTES:,} bytes of numbers"
+                )
+    with np.load(path, allow_pickle=False) as arrays:
+        masks, steps = arrays["masks"], arrays["steps"]
+    if masks.ndim != 4 or masks.dtype != bool or steps.shape != masks.shape[:1]:
+        raise ValueError("its arrays are not masks (step, entity, y, x) with one step number each")
+    return dict(zip(steps.tolist(), masks, strict=True))

@@ -1,0 +1,172 @@
+"""Comparison of the methods of a sweep: shares with bootstrap intervals and tests against plain generation."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from elakit.statistics import bootstrap, holm, mcnemar
+from elakit.sweep.options import PLAIN, canonical
+from elakit.sweep.store import IMAGE, SCHEMA, SETTINGS
+
+RESAMPLES, LEVEL = 2000, 95  # number of bootstrap resamples, confidence level in percent
+SHARES = ("success", "neglect", "mixture", "wrong_color")
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Summarize each method, and test whether it differs from plain generation.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From `elakit.sweep.table`.
+
+    Returns
+    -------
+    DataFrame
+        One row per method, plain first; if a method was run with several options, or images were generated with several
+        settings, each combination has a row and a label. Columns: images; prompts; blocked (images that the safety
+        checker replaced; they count in no share); success, neglect, mixture, wrong_color (shares of the judged images);
+        fixed (share of the images that are wrong when plain), broken (share of those that are right); score and seconds
+        (relative to plain); each with _low and _high, the ends of its bootstrap interval; fixed_count and broken_count;
+        p (McNemar's exact test of success against plain) and p_holm (corrected over the methods). Unknown values are
+        NaN.
+
+    Notes
+    -----
+    The bootstrap resamples prompts with all their images, because images of one prompt are correlated: 2,000 resamples,
+    95 % percentile intervals. McNemar's test treats images as independent, so with many seeds per prompt its p-values
+    are too small; rely on the intervals.
+
+    Times are compared between images that were generated on the same kind of device.
+
+    Examples
+    --------
+    >>> methods, success = ["plain", "ela"] * 3, [0, 1, 0, 1, 1, 1]
+    >>> table = pd.DataFrame({"prompt": list("aabbcc"), "method": methods, "success": success})
+    >>> summary(table)[["success", "fixed", "broken", "p"]].round(2)
+            success  fixed  broken    p
+    method
+    plain      0.33     NaN     NaN  NaN
+    ela        1.00     1.0     0.0  0.5
+    """
+    frame = _with_plain(table)
+    plain = frame.groupby("variant")["plain"].any()
+    names = sorted(plain.index, key=lambda name: (not plain[name], name))
+    rows = [_row(frame[frame["variant"] == name]) for name in names]
+    found = pd.DataFrame(rows, index=pd.Index(names, name="method"))
+    found["p_holm"] = holm(found["p"].to_numpy())
+    return found
+
+
+def score_summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean of each column that `elakit.sweep.score` added, by method, with bootstrap intervals over prompts.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From `elakit.sweep.table`.
+
+    Returns
+    -------
+    DataFrame
+        Columns method (its label), score, images, value, low, high. Empty without scores.
+    """
+    own = [name for name in table.columns if name not in SCHEMA.names and name != "variant"]
+    numeric = [
+        name for name in own if pd.api.types.is_numeric_dtype(table[name]) or table[name].dropna().isin([0, 1]).all()
+    ]
+    labels = pd.Series(variants(table), index=table.index)
+    rows = []
+    for label in sorted(labels.unique(), key=lambda name: (not str(name).startswith(PLAIN), name)):
+        for name in numeric:
+            values = table.loc[labels == label, ["prompt", name]].dropna()
+            if len(values):
+                found = bootstrap(
+                    values[name].to_numpy(float), None, values["prompt"].to_numpy(str), resamples=RESAMPLES
+                )
+                rows.append((label, name, len(values), *found))
+            else:
+                rows.append((label, name, 0, np.nan, np.nan, np.nan))
+    return pd.DataFrame(rows, columns=["method", "score", "images", "value", "low", "high"])
+
+
+def variants(table: pd.DataFrame) -> list[str]:
+    """Label of each row of a table: the method, with the options and settings that differ between its rows."""
+    return _labels(_filled(table))
+
+
+def _filled(table: pd.DataFrame) -> pd.DataFrame:
+    """Add missing columns, and replace missing settings by values that compare equal."""
+    frame = table.reset_index(drop=True).copy()
+    for column in (*IMAGE, "options", *SHARES, "score", "seconds", "device", "blocked"):
+        if column not in frame:
+            frame[column] = np.nan
+    for column in (*SHARES, "score", "seconds", "steps", "guidance_scale", "seed", "blocked"):
+        frame[column] = frame[column].to_numpy(dtype=float, na_value=np.nan)
+    for column in ("suite", "model", "detector", "device", "dtype", "options"):
+        frame[column] = frame[column].astype(object).where(frame[column].notna(), "")
+    return frame
+
+
+def _with_plain(table: pd.DataFrame) -> pd.DataFrame:
+    """Label each image, and join the plain image from the same noise."""
+    frame = _filled(table)
+    frame["plain"] = frame["method"] == PLAIN
+    frame["variant"] = _labels(frame)
+    columns = ["success", "score", "seconds", "device"]
+    beside = frame.loc[frame["plain"], [*IMAGE, *columns]].drop_duplicates(list(IMAGE))
+    joined = frame.merge(beside, on=list(IMAGE), how="left", suffixes=("", "_plain"))
+    joined["seconds_plain"] = joined["seconds_plain"].where(joined["device"] == joined["device_plain"])
+    return joined
+
+
+def _labels(frame: pd.DataFrame) -> list[str]:
+    options = {text: json.loads(text or "{}") for text in frame["options"].unique()}
+    differing: dict[str, list[str]] = {}
+    for method, texts in frame.groupby("method")["options"].unique().items():
+        every = [options[text] for text in texts]
+        names = sorted({name for some in every for name in some})
+        differing[str(method)] = [n for n in names if len({(n in some, canonical(some.get(n))) for some in every}) > 1]
+    varied = [name for name in SETTINGS if frame[name].nunique(dropna=False) > 1]
+
+    def label(row: Any) -> str:
+        own = options[row.options]
+        chosen = ", ".join(f"{name}={own[name]}" for name in differing[row.method] if name in own)
+        settings = [f"{name.replace('_', ' ')} {short(getattr(row, name))}" for name in varied]
+        return ", ".join([f"{row.method}({chosen})" if chosen else str(row.method), *settings])
+
+    return [label(row) for row in frame.itertuples()]
+
+
+def short(value: Any) -> str:
+    """Format a setting."""
+    if value == "":
+        return "default"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _row(part: pd.DataFrame) -> dict[str, float]:
+    """Compute one row of the summary."""
+    right, before = part["success"], part["success_plain"]
+    judged, compared = right.notna(), right.notna() & before.notna() & ~part["plain"]
+    columns = {name: (part[name] == 1, judged) for name in SHARES}
+    columns["fixed"] = (compared & (before == 0) & (right == 1), compared & (before == 0))
+    columns["broken"] = (compared & (before == 1) & (right == 0), compared & (before == 1))
+    for name in ("score", "seconds"):
+        both = part[name].notna() & part[f"{name}_plain"].notna()
+        columns[name] = (part[name].where(both, 0), part[f"{name}_plain"].where(both, 0))
+    row: dict[str, float] = {
+        "images": len(part), "prompts": part["prompt"].nunique(), "blocked": int((part["blocked"] == 1).sum()),
+    }  # fmt: skip
+    parts, wholes = (np.stack([pair[i].to_numpy(float) for pair in columns.values()], axis=1) for i in (0, 1))
+    interval = bootstrap(parts, wholes, part["prompt"].to_numpy(str), resamples=RESAMPLES)
+    for name, value, low, high in zip(columns, *interval, strict=True):
+        row |= {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
+    row["fixed_count"], row["broken_count"] = (int(columns[name][0].sum()) for name in ("fixed", "broken"))
+    counts = int(row["fixed_count"]), int(row["broken_count"])
+    row["p"] = mcnemar(*counts) if compared.any() else np.nan
+    return row

@@ -1,0 +1,315 @@
+"""Scorers of kept images: CLIP, BLIP, VQAScore, perceptual distances and zero-shot detectors, loaded by name.
+
+A scorer computes columns from one image, its prompt and, for distances, the plain image from the same noise. Models are
+loaded through classes of transformers, or by the package of the benchmark. No score is shipped: each one comes from the
+weights that the user names.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch.nn import functional as F
+
+from elakit.errors import ModelError, SettingError
+from elakit.judge import FAILURES, judge
+from elakit.judge.detectors import load_detector
+from elakit.models import device_named
+from elakit.prompt import Prompt
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image to score.
+
+    Attributes
+    ----------
+    image : PIL.Image.Image
+    prompt : Prompt
+    plain : PIL.Image.Image or None
+        Plain image from the same noise, if it was kept.
+    path : str
+        File of the image.
+    """
+
+    image: Image.Image
+    prompt: Prompt
+    plain: Image.Image | None
+    path: str
+
+
+Scorer = Callable[[Sample], Values]
+
+
+@dataclass(frozen=True)
+class ScorerKind:
+    """A kind of scorer.
+
+    Attributes
+    ----------
+    name : str
+    model : str
+        Default model: a hub id, or a name of the package. "" if the user must name one.
+    summary : str
+        What it computes, and the source.
+    load : callable
+        Loads the scorer from the model's name and a device.
+    """
+
+    name: str
+    model: str
+    summary: str
+    load: Callable[[str, torch.device], Scorer]
+
+
+def load_scorer(name: str, model: str | None = None, device: str | None = None) -> Scorer:
+    """Load a scorer.
+
+    Parameters
+    ----------
+    name : str
+        A name in `SCORERS`.
+    model : str, optional
+        Hub id or folder of the model; by default the one used in the scorer's source.
+    device : str, optional
+        As in `elakit.load`.
+
+    Raises
+    ------
+    SettingError
+        There is no such scorer, or it has no default model.
+    ModelError
+        The model or the package cannot be loaded.
+
+    Examples
+    --------
+    >>> load_scorer("fid")
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: There is no scorer 'fid'. Choose from clip, ...
+    """
+    if name not in SCORERS:
+        raise SettingError(f"There is no scorer {name!r}. Choose from {', '.join(SCORERS)}.")
+    kind = SCORERS[name]
+    chosen = model or kind.model
+    if not chosen:
+        raise SettingError(f"The scorer {name} has no default model. Name one: {name}=MODEL.")
+    return kind.load(chosen, device_named(device))
+
+
+# --- CLIP ---------------------------------------------------------------------------------------------------
+
+
+def clip(name: str, device: torch.device) -> Scorer:
+    """CLIP image-text similarity of the full prompt, and the minimum over its entities.
+
+    Attend-and-Excite (Chefer et al., SIGGRAPH 2023, section 5) reports both, averaged over 80 templates of the text;
+    here each text is used as it is, so values are slightly different.
+    """
+    model, processor = _load(transformers.CLIPModel, transformers.CLIPProcessor, name, device)
+
+    def score(sample: Sample) -> Values:
+        image = _clip_image(model, processor, sample.image)
+        similarities = [float(image @ _clip_text(model, processor, text)) for text in _texts(sample.prompt)]
+        return {"clip_full": similarities[0], "clip_min": min(similarities[1:])}
+
+    return score
+
+
+def caption(name: str, device: torch.device) -> Scorer:
+    """CLIP text-text similarity of the prompt and a BLIP caption of the image (Attend-and-Excite, section 5).
+
+    `name` is a BLIP captioning model, or "BLIP|CLIP" to name the CLIP model too.
+    """
+    blip_name, _, clip_name = name.partition("|")
+    blip, blip_processor = _load(
+        transformers.BlipForConditionalGeneration, transformers.BlipProcessor, blip_name, device
+    )
+    model, processor = _load(transformers.CLIPModel, transformers.CLIPProcessor, clip_name or CLIP, device)
+
+    def score(sample: Sample) -> Values:
+        inputs = blip_processor(images=sample.image.convert("RGB"), return_tensors="pt").to(device)
+        with torch.no_grad():
+            tokens = blip.generate(**inputs, max_new_tokens=30)
+        text = blip_processor.decode(tokens[0], skip_special_tokens=True).strip()
+        similarity = _clip_text(model, processor, sample.prompt.text) @ _clip_text(model, processor, text)
+        return {"caption": text, "caption_similarity": float(similarity)}
+
+    return score
+
+
+def _clip_image(model: Any, processor: Any, image: Image.Image) -> torch.Tensor:
+    inputs = processor(images=image.convert("RGB"), return_tensors="pt").to(model.device)
+    with torch.no_grad():
+        pooled = model.vision_model(**inputs).pooler_output
+        return F.normalize(model.visual_projection(pooled)[0].float(), dim=0)
+
+
+def _clip_text(model: Any, processor: Any, text: str) -> torch.Tensor:
+    inputs = processor(
+        text=[text], return_tensors="pt", truncation=True, max_length=model.config.text_config.max_position_embeddings
+    ).to(model.device)
+    with torch.no_grad():
+        pooled = model.text_model(**inputs).pooler_output
+        return F.normalize(model.text_projection(pooled)[0].float(), dim=0)
+
+
+def _texts(prompt: Prompt) -> list[str]:
+    """Prompt and its entities."""
+    return [prompt.text, *(entity.text for entity in prompt.entities)]
+
+
+# --- visual question answering ------------------------------------------------------------------------------
+
+
+def blip_vqa(name: str, device: torch.device) -> Scorer:
+    """BLIP-VQA: product over the entities of the probability that "ENTITY?" is answered with yes rather than no.
+
+    T2I-CompBench (Huang et al., NeurIPS 2023, section 4.1), which takes the noun phrases of the prompt; here these are
+    the entities with their attributes.
+    """
+    model, processor = _load(transformers.BlipForQuestionAnswering, transformers.BlipProcessor, name, device)
+    yes, no = (processor.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("yes", "no"))
+
+    def probability(image: Image.Image, question: str) -> float:
+        inputs = processor(images=image.convert("RGB"), text=question, return_tensors="pt").to(device)
+        with torch.no_grad():
+            seen = model.vision_model(inputs.pixel_values)[0]
+            mask = torch.ones(seen.shape[:-1], dtype=torch.long, device=device)
+            asked = model.text_encoder(
+                input_ids=inputs.input_ids,
+                attention_mask=inputs.attention_mask,
+                encoder_hidden_states=seen,
+                encoder_attention_mask=mask,
+            )[0]
+            start = torch.full((1, 1), model.decoder_start_token_id, dtype=torch.long, device=device)
+            answer = model.text_decoder(
+                input_ids=start, encoder_hidden_states=asked, encoder_attention_mask=inputs.attention_mask
+            )
+        p_yes, _ = answer.logits[0, 0, [yes, no]].float().softmax(-1).tolist()
+        return float(p_yes)
+
+    def score(sample: Sample) -> Values:
+        questions = [f"{entity.text}?" for entity in sample.prompt.entities]
+        return {"blip_vqa": float(np.prod([probability(sample.image, question) for question in questions]))}
+
+    return score
+
+
+def vqascore(name: str, device: torch.device) -> Scorer:
+    """VQAScore (Lin et al., ECCV 2024) of the full prompt, by the authors' package t2v_metrics."""
+    package = _package("t2v_metrics", "pip install t2v-metrics")
+    model = package.VQAScore(model=name, device=str(device))
+
+    def score(sample: Sample) -> Values:
+        with torch.no_grad():
+            found = model(images=[sample.path], texts=[sample.prompt.text])
+        return {"vqascore": float(found[0][0])}
+
+    return score
+
+
+# --- distance to the plain image ----------------------------------------------------------------------------
+
+
+def lpips(name: str, device: torch.device) -> Scorer:
+    """LPIPS distance to the plain image from the same noise (Zhang et al., CVPR 2018), by the package lpips."""
+    model = _package("lpips", "pip install lpips").LPIPS(net=name).to(device)
+
+    def tensor(image: Image.Image) -> torch.Tensor:
+        array = np.asarray(image.convert("RGB"), np.float32) / 127.5 - 1
+        return torch.from_numpy(array).permute(2, 0, 1)[None].to(device)
+
+    def score(sample: Sample) -> Values:
+        if sample.plain is None:
+            return {"lpips": None}
+        with torch.no_grad():
+            return {"lpips": float(model(tensor(sample.image), tensor(sample.plain)))}
+
+    return score
+
+
+def dino(name: str, device: torch.device) -> Scorer:
+    """Cosine distance of DINO features (class token) to the plain image from the same noise."""
+    model, processor = _load(transformers.AutoModel, transformers.AutoImageProcessor, name, device)
+
+    def features(image: Image.Image) -> torch.Tensor:
+        inputs = processor(images=image.convert("RGB"), return_tensors="pt").to(device)
+        with torch.no_grad():
+            return F.normalize(model(**inputs).last_hidden_state[0, 0].float(), dim=0)
+
+    def score(sample: Sample) -> Values:
+        if sample.plain is None:
+            return {"dino_distance": None}
+        return {"dino_distance": 1 - float(features(sample.image) @ features(sample.plain))}
+
+    return score
+
+
+# --- detectors ----------------------------------------------------------------------------------------------
+
+
+def detector(name: str, device: torch.device) -> Scorer:
+    """Verdict of a zero-shot detector of `elakit.judge.detectors`, as columns detector_success and so on."""
+    find = load_detector(name, device=str(device))
+
+    def score(sample: Sample) -> Values:
+        verdict = judge(sample.image, sample.prompt, find)
+        failures = {f"detector_{kind.replace(' ', '_')}": kind in verdict.failures for kind in FAILURES}
+        scores = [thing.score for thing in verdict.things]
+        return {
+            "detector_success": bool(verdict.success),
+            **failures,
+            "detector_present": float(np.mean(list(verdict.present.values()))),
+            "detector_score": float(np.mean(scores)) if scores else None,
+        }
+
+    return score
+
+
+CLIP = "openai/clip-vit-base-patch16"  # the model that Attend-and-Excite uses
+SCORERS: Mapping[str, ScorerKind] = {
+    each.name: each
+    for each in (
+        ScorerKind("clip", CLIP, "CLIP image-text similarity: full prompt, minimum over entities", clip),
+        ScorerKind(
+            "caption",
+            "Salesforce/blip-image-captioning-base",
+            "CLIP text-text similarity of the prompt and a BLIP caption",
+            caption,
+        ),
+        ScorerKind("blip-vqa", "Salesforce/blip-vqa-base", "BLIP-VQA as in T2I-CompBench", blip_vqa),
+        ScorerKind("vqascore", "clip-flant5-xxl", "VQAScore, by the package t2v_metrics", vqascore),
+        ScorerKind("lpips", "alex", "LPIPS distance to the plain image, by the package lpips", lpips),
+        ScorerKind("dino", "facebook/dino-vitb16", "DINO feature distance to the plain image", dino),
+        ScorerKind("detector", "", "verdict of a zero-shot detector, such as google/owlv2-base-patch16", detector),
+    )
+}
+
+
+def _load(model_class: Any, processor_class: Any, name: str, device: torch.device) -> tuple[Any, Any]:
+    try:
+        model = model_class.from_pretrained(name, use_safetensors=True).to(device).eval()
+        return model, processor_class.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        why = (str(error).splitlines() or [""])[0]
+        raise ModelError(
+            f"The model {name!r} cannot be loaded as {model_class.__name__}: {why} Give a folder or hub id of such a "
+            "model with safetensors weights."
+        ) from error
+
+
+def _package(name: str, command: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ModelError(f"This scorer needs the package {name}, which is not installed. Run  {command}") from error

@@ -1,0 +1,142 @@
+"""Score the kept images of a sweep, and store the scores beside its table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
+from PIL import Image
+
+from elakit.errors import OutputError, SettingError
+from elakit.files import write_file
+from elakit.sweep.options import PLAIN
+from elakit.sweep.scorers import Sample, Scorer, load_scorer
+from elakit.sweep.store import IMAGE, image_path, parsed_prompt, score_file
+from elakit.sweep.store import table as read_table
+
+EVERY = 50  # images between two writes of the scores
+
+
+def score(
+    folder: str | Path,
+    scorers: str | Sequence[str],
+    *,
+    device: str | None = None,
+    load: Callable[[str, str | None, str | None], Scorer] = load_scorer,
+    on_progress: Callable[[int, int], object] | None = None,
+) -> pd.DataFrame:
+    """Score the kept images of a sweep; `elakit.sweep.table` then contains the scores as columns.
+
+    Images that already have a score by the same model are skipped, so an interrupted call is resumed by the next one.
+    Images that the safety checker replaced are not scored.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Folder of a sweep that was run with ``keep_images=True``.
+    scorers : str or sequence of str
+        Names in `elakit.sweep.SCORERS`, or NAME=MODEL for another model.
+    device : str, optional
+        As in `elakit.load`.
+    load : callable
+        Loads a scorer from its name, model and device.
+    on_progress : callable, optional
+        Called with (images done, images in total), over all scorers.
+
+    Returns
+    -------
+    DataFrame
+        The table of the sweep with the scores.
+
+    Raises
+    ------
+    OutputError
+        The folder contains no finished unit, or no kept image.
+    SettingError, ModelError
+        There is no such scorer, or it cannot be loaded.
+    """
+    names = [scorers] if isinstance(scorers, str) else list(scorers)
+    if not names:
+        raise SettingError("There is no scorer. Name at least one, such as clip.")
+    folder = Path(folder)
+    table = read_table(folder, scores=False)
+    rows = _samples(folder, table)
+    done, total = 0, len(rows) * len(names)
+    for each in names:
+        name, _, model = each.partition("=")
+        path = score_file(folder, name)
+        stored = _stored(path, model)
+        missing = [row for row in rows if (row["key"], row["seed"]) not in stored]
+        done += len(rows) - len(missing)
+        scorer = load(name, model or None, device) if missing else None
+        for number, row in enumerate(missing, start=1):
+            assert scorer is not None
+            values = scorer(row["sample"]())
+            stored[row["key"], row["seed"]] = {"key": row["key"], "seed": row["seed"], "model": model, **values}
+            done += 1
+            if number % EVERY == 0 or number == len(missing):
+                _write(path, list(stored.values()))
+            if on_progress is not None:
+                on_progress(done, total)
+    return read_table(folder)
+
+
+def _samples(folder: Path, table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Key, seed and a function that opens the sample, for each kept image that was not blocked."""
+    settings = [name for name in IMAGE if name in table]
+
+    def identity(row: Any) -> tuple[Any, ...]:
+        return tuple(None if pd.isna(value) else value for value in (row[name] for name in settings))
+
+    records = table.to_dict("records")
+    plain = {identity(row): image_path(folder, row["key"], row["seed"]) for row in records if row["method"] == PLAIN}
+    rows = []
+    for row in records:
+        path = image_path(folder, row["key"], row["seed"])
+        blocked = not pd.isna(row["blocked"]) and bool(row["blocked"])
+        if path.exists() and not blocked:
+            beside = plain.get(identity(row))
+            rows.append({"key": row["key"], "seed": int(row["seed"]), "sample": _opener(path, beside, row["parsed"])})
+    if not rows:
+        raise OutputError(f"{folder} contains no kept image. Run the sweep again with --keep-images.")
+    return rows
+
+
+def _opener(path: Path, plain: Path | None, parsed: Any) -> Callable[[], Sample]:
+    def open_sample() -> Sample:
+        beside = _open(plain) if plain is not None and plain.exists() else None
+        return Sample(image=_open(path), prompt=parsed_prompt(parsed), plain=beside, path=str(path))
+
+    return open_sample
+
+
+@lru_cache(maxsize=64)
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise OutputError(f"The image {path} cannot be read: {error}. Delete it and run the sweep again.") from error
+
+
+def _stored(path: Path, model: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """Scores that exist for the same model."""
+    if not path.exists():
+        return {}
+    try:
+        rows = pyarrow.parquet.read_table(path, partitioning=None).to_pylist()
+        return {(row["key"], row["seed"]): row for row in rows if row["model"] == model}
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise OutputError(f"The scores in {path} cannot be read: {error}. Delete this file and score again.") from error
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    sink = pa.BufferOutputStream()
+    pa.parquet.write_table(pa.Table.from_pylist(rows), sink)
+    write_file(path, sink.getvalue().to_pybytes())

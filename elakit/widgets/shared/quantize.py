@@ -1,0 +1,35 @@
+"""Attention maps as bytes with one scale per map."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def quantize(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Quantize maps to bytes, with the value that 255 represents in each map.
+
+    Parameters
+    ----------
+    maps : numpy.ndarray, float (..., y, x)
+        Not negative; values that are not finite count as 0.
+
+    Returns
+    -------
+    levels : numpy.ndarray, uint8 (..., y, x)
+    scales : numpy.ndarray, float32 (...)
+        Largest value of each map; the quantization error is at most 1/510 of it.
+
+    Examples
+    --------
+    >>> levels, scales = quantize(np.array([[0.0, 0.25, 0.5]]))
+    >>> levels.tolist(), float(scales)
+    ([[0, 128, 255]], 0.5)
+    """
+    values = np.asarray(maps, np.float32)
+    if not np.isfinite(values).all() or values.min(initial=0) < 0:
+        values = np.nan_to_num(values, nan=0.0, posinf=0.0).clip(0)
+    tops = values.max(axis=(-2, -1))
+    # Divide before multiplying, since 255 / top may overflow float32.
+    levels = values / np.where(tops > 0, tops, 1)[..., None, None]
+    levels *= 255
+    return np.rint(levels, out=levels).astype(np.uint8), tops

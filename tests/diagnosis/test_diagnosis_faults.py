@@ -1,0 +1,240 @@
+"""Statements of reports and surveys that were once wrong, and files that once ended a survey."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lab
+import numpy as np
+import pandas as pd
+import pytest
+from pages import Page
+from tiny_diagnosis import diagnosis, judged_run, tiny_runs
+
+import elakit
+from elakit.causes import Cause, Failure, Findings
+from elakit.diagnosis import Diagnosis, Pair, report, statements
+from elakit.diagnosis.report.figures import describe_regions
+from elakit.diagnosis.report.page import acting_options
+from elakit.diagnosis.survey import diagnose_many, plan_cases, write
+from elakit.diagnosis.survey.cases import case_file
+from elakit.errors import OutputError, SettingError
+from elakit.guidance import Trace
+from elakit.sweep.sweep import run
+
+# --- what the report says -----------------------------------------------------------------------------------
+
+
+def trace(masks: list[list[int]], moved: list[float], **options: Any) -> Trace:
+    """A trace of one entity on two locations: its region and the movement of the latent at each step."""
+    found = Trace("ela", options, ("car",))
+    for step, (mask, distance) in enumerate(zip(masks, moved, strict=True), start=2):
+        found.add({"step": step, "moved": distance, "skipped": False}, np.array([[mask]], bool))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("masks", "moved", "options", "said"),
+    [
+        ([[1, 0]] * 3, [0, 0, 0], {}, "determined once and are the same in all 3 guided steps. Attention was changed"),
+        (
+            [[1, 0]] * 3,
+            [0.1] * 3,
+            {"regions": [(0, 0, 1, 1)]},
+            "given by hand. The latent was moved along the gradient",
+        ),
+        ([[1, 0], [0, 1], [1, 1]], [0.1] * 3, {}, "localized again in each guided step. The latent was moved"),
+        ([[1, 0], [0, 1], [0, 1]], [0.1, 0, 0.1], {}, "before step 3, and did not change from then on. The latent was"),
+        ([[1, 0], [0, 1], [0, 1]], [0.1, 0, 0.1], {}, "in 2 of 3 guided steps"),
+    ],
+)
+def test_the_description_of_the_method_is_read_from_what_it_did(
+    masks: list[list[int]], moved: list[float], options: dict[str, Any], said: str
+) -> None:
+    assert said in describe_regions(trace(masks, moved, **options))
+
+
+def test_the_report_describes_the_run_and_not_another_method() -> None:
+    found = diagnosis(seeds=1, judged="ny")
+    text = Page(report.render(found)).text
+    used = found.pairs[0].guided.guidance
+    assert used is not None
+    assert used.regions is not None
+    assert describe_regions(used) in text
+    moved = any(row["moved"] > 0 for row in used.rows)
+    assert ("The latent was moved" in text) == moved
+
+
+def test_only_options_that_acted_are_listed() -> None:
+    found = diagnosis("a [red car]", judged="yy")  # ELA does nothing for a single entity
+    assert acting_options(found) == []
+    assert "ELA: " not in Page(report.render(found)).text
+    guided = diagnosis(seeds=1)
+    listed = dict(acting_options(guided))
+    assert listed
+    assert not any(value == "None" for value in listed.values())
+    text = Page(report.render(guided)).text
+    assert all(f"ELA: {name}" in text for name in listed)
+
+
+def explained(*causes: Cause, failures: tuple[Failure, ...]) -> Diagnosis:
+    runs = tiny_runs()
+    findings = Findings(runs[0].prompt, (0, 1), True, failures, causes)
+    pairs = tuple(
+        Pair(plain=run, guided=run, plain_verdict=run.verdict, guided_verdict=run.verdict)
+        for run in (judged_run(run, False) for run in runs)
+    )
+    return Diagnosis(prompt=runs[0].prompt, method="ela", options={}, pairs=pairs, seconds=1.0, findings=findings)
+
+
+MISSING = Failure("missing", "bird", seeds=(0, 1), of=2)
+LOST = Failure("lost attribute", "car", token="red", seeds=(1,), of=2)
+
+
+def test_causes_that_are_shown_explain_a_failure_that_is_shown() -> None:
+    fitting = Cause("captured", "bird", "car", "car", sentence="The car takes the bird's place.", explains=("missing",))
+    other = Cause("text states alike", "car", "bird", sentence="Alike.", explains=("spill",))
+    found = explained(other, fitting, failures=(MISSING, LOST))
+    assert found.causes == (fitting,)
+    said = statements(found)["causes"]
+    assert said == ["The car takes the bird's place.", f"No cause was found for: {LOST.sentence}"]
+    text = Page(report.render(found)).text
+    assert "Alike." not in text
+    assert "The car takes the bird's place." in text
+
+
+def test_a_failure_without_a_cause_says_so() -> None:
+    other = Cause("text states alike", "car", "bird", sentence="Alike.", explains=("spill",))
+    found = explained(other, failures=(MISSING,))
+    assert statements(found)["causes"] == ["No cause was found."]
+    text = Page(report.render(found)).text
+    assert "No cause was found." in text
+    assert "Alike." not in text
+
+
+def test_images_that_were_not_judged_have_no_missing_entities() -> None:
+    runs = tiny_runs()
+    suspicion = Failure("missing", "bird", seeds=(0, 1), of=2, judged=False)
+    sign = Cause("token ignored", "bird", sentence="The attention to “bird” is low.", explains=("missing",))
+    findings = Findings(runs[0].prompt, (0, 1), False, (suspicion,), (sign,))
+    pairs = tuple(Pair(plain=run, guided=run) for run in runs)
+    found = Diagnosis(prompt=runs[0].prompt, method="ela", options={}, pairs=pairs, seconds=1.0, findings=findings)
+    assert statements(found)["failures"] == []
+    text = Page(report.render(found)).text
+    assert "missing" not in text
+    assert "Signs of bleeding in the attention" in text
+    assert "The attention to “bird” is low." in text
+    assert "not judged" in text
+
+
+def test_images_of_the_safety_checker_are_not_judged() -> None:
+    found = diagnosis(seeds=1)
+    found.pairs[0].plain.nsfw = True
+    said = " ".join(statements(found)["images"])
+    assert "safety checker replaced 1 of 2 images" in said
+    assert "picture-world" not in said
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with lab.browse() as browser:
+        yield browser
+
+
+class TestInABrowser:
+    pytestmark = lab.MARKS
+
+    def test_the_table_of_measures_fits_a_printed_page(self, browser: Any, tmp_path: Path) -> None:
+        path = report.write(diagnosis(seeds=2, judged="nyyn"), tmp_path / "report.html")
+        page = browser.new_page(viewport={"width": 718, "height": 1000})  # A4 with margins of 1 cm at 96 dpi
+        page.emulate_media(media="print")
+        page.goto(path.as_uri())
+        right = page.eval_on_selector(".measures", "table => table.getBoundingClientRect().right")
+        assert right <= 718
+        page.close()
+
+
+# --- surveys ------------------------------------------------------------------------------------------------
+
+PROMPTS = ["a [bear] and a [blue clock]", "a [cat] and a [frog]"]
+SETTINGS: dict[str, Any] = {"seeds": 1, "steps": 1, "remedies": False}
+
+
+@pytest.fixture
+def survey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished survey, generated in this process."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def in_process(cases: Any, folder: Any, **options: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return run(cases, folder, pool, **{**options, "workers": None})
+
+    monkeypatch.setattr("elakit.diagnosis.survey.run.run", in_process)
+    done = diagnose_many(PROMPTS, tmp_path / "out", **SETTINGS)
+    assert done.diagnosed == 2
+    return tmp_path / "out"
+
+
+def test_a_damaged_or_deleted_case_is_named_and_diagnosed_again(survey: Path) -> None:
+    first, second = (case_file(survey, case.key) for case in plan_cases(PROMPTS, 1, steps=1, remedies=False))
+    content = first.read_text()
+    first.write_text(content[:200])
+    page = Page(write(survey, PROMPTS).read_text())
+    assert f"cases/{first.name}" in page.text
+    assert "Files that cannot be read" in page.text
+    second.unlink()
+    again = diagnose_many(PROMPTS, survey, **SETTINGS)
+    assert (again.earlier, again.diagnosed, again.failed) == (0, 2, {})
+    page = Page((survey / "index.html").read_text())
+    assert "Not diagnosed yet" not in page.text
+    assert "Files that cannot be read" not in page.text
+    assert diagnose_many(PROMPTS, survey, **SETTINGS).earlier == 2
+    # valid JSON of something else
+    first.write_text(json.dumps(["not", "a", "case"]))
+    (survey / "failed").mkdir(exist_ok=True)
+    (survey / "failed" / "note.json").write_text("{")
+    page = Page(write(survey, PROMPTS).read_text())
+    assert f"cases/{first.name}" in page.text
+    assert "failed/note.json" in page.text
+    assert diagnose_many(PROMPTS, survey, **SETTINGS).diagnosed == 1
+
+
+def test_an_edited_case_cannot_put_scripts_into_the_summary(survey: Path) -> None:
+    for case, page in zip(
+        plan_cases(PROMPTS, 1, steps=1, remedies=False), ("javascript:alert(1)", "../x"), strict=True
+    ):
+        path = case_file(survey, case.key)
+        edited = json.loads(path.read_text()) | {"page": page}
+        edited["images"] = {"plain": "javascript:alert(2)", "best": "http://evil.example/a.png"}
+        path.write_text(json.dumps(edited))
+    page = Page(write(survey, PROMPTS).read_text())
+    assert page.all("a") == []
+    assert page.all("img") == []
+    assert all(
+        prompt.replace("[", "").replace("]", "") in page.text.replace("[", "").replace("]", "") for prompt in PROMPTS
+    )
+
+
+def test_no_cell_of_the_summary_is_a_formula(survey: Path) -> None:
+    for case, given in zip(plan_cases(PROMPTS, 1, steps=1, remedies=False), ("=HYPERLINK(1)", "@sum"), strict=True):
+        path = case_file(survey, case.key)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"given": given}))
+    write(survey, PROMPTS)
+    for name in ("summary.csv", "remedies.csv"):
+        assert set(pd.read_csv(survey / name)["prompt"]) == {"'=HYPERLINK(1)", "'@sum"}
+    assert set(pd.read_parquet(survey / "summary.parquet")["prompt"]) == {"=HYPERLINK(1)", "@sum"}
+
+
+def test_a_single_string_and_a_bad_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="single string"):
+        diagnose_many("a [cat]", tmp_path / "out")
+    with pytest.raises(SettingError, match="seeds"):
+        plan_cases(["a [cat]"], 10**20)
+    for folder in ("x" * 300, "\udcff"):
+        with pytest.raises(OutputError, match="cannot be used"):
+            diagnose_many(["a [cat]"], folder)
+    with pytest.raises(SettingError, match="seeds"):
+        elakit.diagnose(elakit.load("picture-world"), "a [cat]", seeds=[2**64])
