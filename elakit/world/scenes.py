@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 from PIL import Image
+from scipy.ndimage import binary_dilation
 
 from elakit.errors import SettingError
 from elakit.measures.masks import bounding_box
@@ -444,7 +445,7 @@ def _places(
 
 
 def _visible(layers: list[np.ndarray], order: list[int], layout: str) -> np.ndarray | None:
-    """Visible masks in the subjects' order, or None if one of the things is covered too much or not at all."""
+    """Visible masks in the subjects' order; None if one thing is covered too much or touches nothing that bears it."""
     whole = np.stack([layer[..., 3] > 0.5 for layer in layers])
     masks = whole.copy()
     for position, i in enumerate(order):
@@ -453,6 +454,8 @@ def _visible(layers: list[np.ndarray], order: list[int], layout: str) -> np.ndar
     seen = masks.sum((1, 2)) / np.maximum(1, whole.sum((1, 2)))
     if seen.min() < LEAST_SEEN.get(layout, 0.7) or (layout == "occluded" and seen.min() > MOST_SEEN_BEHIND):
         return None
+    if layout in ("worn", "on") and not binary_dilation(masks[0], iterations=2)[masks[1]].any():
+        return None  # it floats beside a narrow support
     return masks
 
 

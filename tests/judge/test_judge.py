@@ -193,7 +193,7 @@ assert torch.equal(torch.get_rng_state(), before)
 
 def test_a_shape_that_cannot_be_named_does_not_count_but_is_told() -> None:
     image, prompt = (
-        Image.new("RGB", (16, 16), "gray"),
+        Image.new("RGB", (8, 8), "gray"),
         elakit.parse("a [cat] and a [blue clock]", elakit.load("picture-world")),
     )
     cat, clock = thing("cat", slice(0, 6), "orange"), thing("clock", slice(8, 14), "blue")
