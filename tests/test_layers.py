@@ -17,7 +17,7 @@ PACKAGE = ROOT / "elakit"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
-        "errors resources files checks statistics",
+        "errors resources files checks statistics cli_options",
         "tokens english prompt rewording",
         "measures regions",
         "models",
@@ -39,7 +39,6 @@ SHADOWS_TO_REMOVE: frozenset[str] = frozenset(
     [
         "elakit.causes.find",
         "elakit.causes.profile",
-        "elakit.diagnosis.survey.cases",
         "elakit.plot.agreement",
         "elakit.plot.images",
         "elakit.plot.leakage",
