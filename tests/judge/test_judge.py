@@ -196,7 +196,7 @@ def test_a_shape_that_cannot_be_named_does_not_count_but_is_told() -> None:
         Image.new("RGB", (8, 8), "gray"),
         elakit.parse("a [cat] and a [blue clock]", elakit.load("picture-world")),
     )
-    cat, clock = thing("cat", slice(0, 6), "orange"), thing("clock", slice(8, 14), "blue")
+    cat, clock = thing("cat", slice(0, 3), "orange"), thing("clock", slice(5, 8), "blue")
     clean = judge(image, prompt, lambda image, nouns: [cat, clock])
     blob = judge(image, prompt, lambda image, nouns: [cat, replace(clock, recognizable=False)])
     assert clean.success
