@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Foretell from a run's first steps whether its image fails, and how.")
+app = typer.Typer(no_args_is_help=True, help="Predict from a run's first steps whether its image fails, and how.")
 
 
 @app.callback()
