@@ -17,7 +17,7 @@ PACKAGE = ROOT / "elakit"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
-        "errors resources files checks statistics",
+        "errors resources files checks statistics cli_options",
         "tokens english prompt rewording",
         "measures regions",
         "models",
@@ -29,7 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "causes prediction",
         "sweep diagnosis",
         "widgets",
-        "cli",
+        "cli doctor lab __main__",
     )
 )
 
