@@ -1,13 +1,13 @@
-"""Are causes named right where they are known? ``python -m benchmarks.causes report`` plants them in picture-world.
+"""Known causes of failures and the causes that elakit reports: ``python -m benchmarks.causes report``.
 
-A planted case starts from a prompt and a seed that come out right. Then something is broken on purpose, by an edit of
-the attention or of the text encoder's states. The case counts where the same seed comes out wrong with it, so that the
-plant is what made it fail. `elakit.causes.find` is given the broken run, and not told. Nulls are runs that come out
-right, and right runs whose image was exchanged for another prompt's: something is wrong with it, and nothing in the
-attention.
+A case starts from a prompt and a seed whose image is right. Then a cause is planted, by an edit of the attention or of
+the text encoder's states. The case counts if the image of the same seed is wrong with it, so that the planted cause is
+the reason. `elakit.causes.find` receives the changed run without further information. Null cases are runs whose image
+is right, and right runs whose image was replaced by that of another prompt: the image is wrong, but the attention is
+not.
 
-Pairs of nouns and seeds for choosing thresholds (``--split calibrate``) and for the report are different. ``draw``
-comes first; runs are kept in ``work/benchmarks/causes`` as they come, so that what was stopped goes on.
+Thresholds are chosen (``--split calibrate``) on other pairs of nouns and other seeds than those of the report. Run
+``draw`` first. It stores runs in ``work/benchmarks/causes`` as they are complete, and resumes after an interruption.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from elakit.prompt import Entity, Prompt
 from elakit.world.vocabulary import COLORS, NOUNS
 
 OUT = Path("work/benchmarks/causes")
-# Seeds of each split, and how many prompts with colors and without.
+# Seeds of each split, and the numbers of prompts with and without colors.
 SEEDS = {"calibrate": range(5000, 5004), "report": range(6000, 6004)}
 PROMPTS = {"calibrate": (8, 6), "report": (9, 7)}
-# Words picture-world has never been shown.
+# Words outside picture-world's training vocabulary.
 STRANGE = ("zebra", "piano", "robot", "wolf", "teapot", "umbrella", "penguin", "guitar", "castle", "camel", "violin")
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
@@ -45,7 +45,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 @dataclass(frozen=True)
 class Truth:
-    """What was planted: the kind of cause, whom it hits, who is at fault."""
+    """Planted cause: its kind, the entity that it affects, and the entity or token that causes it."""
 
     kind: str
     entity: str = ""
@@ -55,16 +55,16 @@ class Truth:
 
 @dataclass(frozen=True)
 class Plant:
-    """A way of breaking a run.
+    """Way of planting a cause.
 
     Attributes
     ----------
     name : str
-        What is done.
+        Description for the table.
     colored : bool
-        Whether both things need a color of their own.
+        True if both entities need a color of their own.
     make : callable
-        (pipe, run that is right) -> context in which it is drawn again, and what is then true.
+        (pipe, right run) -> context in which the run is repeated, and the planted cause.
     """
 
     name: str
@@ -73,13 +73,13 @@ class Plant:
 
 
 def _parts(run: elakit.Run) -> tuple[Entity, Entity, np.ndarray, np.ndarray]:
-    """Both entities, and where they are in the image."""
+    """Return both entities and their masks in the image."""
     first, second = run.prompt.entities
     return first, second, run.verdict.masks[0], run.verdict.masks[1]
 
 
 def attribute_moved(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """The first thing's color is attended to where the second is."""
+    """The first entity's color receives attention at the second entity's location."""
     a, b, _, there = _parts(run)
     (color,) = a.attribute_indices
     change = edit(pipe, run.prompt, Edit(color, add=4, region=there))
@@ -87,44 +87,44 @@ def attribute_moved(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
 
 
 def noun_moved(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """The first noun is attended to where the second thing is, to which the second noun is confined."""
+    """The first noun receives attention at the second entity's location, to which the second noun is confined."""
     a, b, _, there = _parts(run)
     edits = [Edit(a, add=6, region=there), Edit(b, add=-6, region=~there)]
     return edit(pipe, run.prompt, edits), Truth("captured", b.label, a.label)
 
 
 def noun_copied(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """The second noun is attended to exactly as the first is."""
+    """The second noun has the attention of the first."""
     a, b, _, _ = _parts(run)
     return edit(pipe, run.prompt, Edit(b, like=a)), Truth("captured", b.label, a.label)
 
 
 def noun_masked(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """The second noun is attended to nowhere."""
+    """The second noun receives no attention."""
     b = run.prompt.entities[1]
     return edit(pipe, run.prompt, Edit(b, scale=0)), Truth("token ignored", b.label)
 
 
 def noun_spread(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """The second noun is attended to as "and" is: everywhere a little."""
+    """The second noun has the attention of "and", which is spread over the image."""
     b = run.prompt.entities[1]
     return edit(pipe, run.prompt, Edit(b, like="and")), Truth("never localized", b.label)
 
 
 def start_raised(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """Start-of-text is attended to instead of words."""
+    """Start-of-text receives attention instead of words."""
     return edit(pipe, run.prompt, Edit("<start>", add=8)), Truth("start-of-text competition", token="<start>")
 
 
 def start_raised_there(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """Start-of-text is attended to instead of words where the second thing is, to which its noun is confined."""
+    """Start-of-text receives attention at the second entity's location, to which the second noun is confined."""
     _, b, _, there = _parts(run)
     edits = [Edit("<start>", add=8, region=there), Edit(b, add=-6, region=~there)]
     return edit(pipe, run.prompt, edits), Truth("start-of-text competition", b.label, token="<start>")
 
 
 def noun_split(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """The second noun is drawn to two corners, and from where its thing is."""
+    """The second noun receives attention in two corners instead of at its entity's location."""
     b = run.prompt.entities[1]
     corners = np.zeros((16, 16), bool)
     corners[:5, :5] = corners[-5:, -5:] = True
@@ -133,7 +133,7 @@ def noun_split(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
 
 
 def nouns_swapped(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """After a third of the steps each noun is attended to as the other."""
+    """After a third of the steps, the nouns exchange their attention."""
     a, b, _, _ = _parts(run)
     late = slice(run.settings["steps"] // 3, None)
     edits = [Edit(a, like=b, steps=late), Edit(b, like=a, steps=late)]
@@ -148,7 +148,7 @@ def state_zeroed(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
 
 
 def state_replaced(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """The second noun's text state is the first's."""
+    """The second noun has the text state of the first."""
     a, b, _, _ = _parts(run)
     other = state(pipe, run.prompt.text, a.noun)
     change = states(pipe, b.noun, lambda own: other, beside=a.noun)
@@ -156,7 +156,7 @@ def state_replaced(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
 
 
 def state_leaked(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """The second noun's text state is what it is in the first's color."""
+    """The second noun has the text state that it has with the first entity's color."""
     a, b, _, _ = _parts(run)
     painted = state(pipe, f"a {a.attributes[0]} {b.noun}", b.noun)
     change = states(pipe, b.noun, lambda own: painted, beside=a.attributes[0])
@@ -164,7 +164,7 @@ def state_leaked(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
 
 
 def state_mixed(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """The second noun's text state is half the first's color."""
+    """The second noun's text state is mixed with the one that it has with the first entity's color."""
     a, b, _, _ = _parts(run)
     color = state(pipe, run.prompt.text, a.attributes[0])
     change = states(pipe, b.noun, lambda own: (own + color) / 2, beside=a.attributes[0])
@@ -172,24 +172,24 @@ def state_mixed(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
 
 
 PLANTS = (
-    Plant("color attended to on the other thing", True, attribute_moved),
-    Plant("noun attended to in the other's place", False, noun_moved),
-    Plant("noun attended to as the other", False, noun_copied),
+    Plant("color attends to the other object", True, attribute_moved),
+    Plant("noun attends to the other's location", False, noun_moved),
+    Plant("noun has the other noun's attention", False, noun_copied),
     Plant("noun masked", False, noun_masked),
-    Plant("noun attended to everywhere", False, noun_spread),
+    Plant("noun attends to every location", False, noun_spread),
     Plant("start-of-text raised", False, start_raised),
-    Plant("start-of-text raised in its place", False, start_raised_there),
-    Plant("noun drawn to two corners", False, noun_split),
-    Plant("nouns swapped midway", False, nouns_swapped),
+    Plant("start-of-text raised at the noun's location", False, start_raised_there),
+    Plant("noun attends to two corners", False, noun_split),
+    Plant("nouns swapped halfway through the run", False, nouns_swapped),
     Plant("text state zeroed", False, state_zeroed),
     Plant("text state of the other noun", False, state_replaced),
-    Plant("text state in the other's color", True, state_leaked),
-    Plant("text state mixed with the other's color", True, state_mixed),
+    Plant("text state with the other entity's color", True, state_leaked),
+    Plant("text state mixed with the other entity's color", True, state_mixed),
 )
 
 
 def state(pipe: Any, text: str, word: str) -> torch.Tensor:
-    """Text state of a word, (channels,)."""
+    """Return the text state of a word, (channels,)."""
     (position,) = elakit.parse(f"[{text}]" if "[" not in text else text, pipe).find(word)
     return adapter_for(pipe).encode(text, guided=False).inputs["encoder_hidden_states"][0, position].clone()
 
@@ -198,7 +198,7 @@ def state(pipe: Any, text: str, word: str) -> torch.Tensor:
 def states(
     pipe: Any, word: str, change: Callable[[torch.Tensor], torch.Tensor], beside: str | None = None
 ) -> Iterator[None]:
-    """Break the text encoder: it gives another state for a word, in texts that also have the word `beside`."""
+    """Replace the text state of a word in texts that also contain the word `beside`."""
 
     def number(one: str) -> int:
         (found,) = pipe.tokenizer(one, add_special_tokens=False)["input_ids"]
@@ -226,7 +226,7 @@ def _label(prompt: Prompt, position: int) -> str:
 
 
 def prompts(split: str) -> Iterator[tuple[bool, str]]:
-    """Prompts of a split without end, colored and not in turns; no pair of nouns is in both splits."""
+    """Yield prompts of a split, alternately with and without colors; no pair of nouns is in both splits."""
     rng = np.random.default_rng(20)
     pairs = list(itertools.combinations(NOUNS, 2))
     rng.shuffle(pairs)
@@ -242,7 +242,7 @@ def prompts(split: str) -> Iterator[tuple[bool, str]]:
 
 @app.command()
 def draw(split: str = "report") -> None:
-    """Draw the runs of a split; what is there already is left as it is."""
+    """Generate the runs of a split; existing ones are kept."""
     pipe = elakit.load("picture-world")
     left = {True: PROMPTS[split][0], False: PROMPTS[split][1]}
     for colored, text in prompts(split):
@@ -261,7 +261,7 @@ def draw(split: str = "report") -> None:
 
 
 def _draw(pipe: Any, text: str, colored: bool, seeds: range, folder: Path) -> None:
-    """One prompt: the first seed that comes out right, as it is and broken in every way."""
+    """Generate one prompt: the first seed whose image is right, unchanged and with every planted cause."""
     drawn = (elakit.generate(pipe, text, seed=seed, progress=False) for seed in seeds)
     right = next((run for run in drawn if run.verdict.success), None)
     if right is not None:
@@ -280,7 +280,7 @@ def _draw(pipe: Any, text: str, colored: bool, seeds: range, folder: Path) -> No
 
 @dataclass(frozen=True)
 class Case:
-    """What was planted in a run, and what was named."""
+    """Planted cause and reported cause of a run."""
 
     plant: str
     truth: Truth
@@ -291,7 +291,7 @@ class Case:
 
     @property
     def right(self) -> bool:
-        """Whether the cause named first is the planted one: its kind, whom it hits, and who is at fault."""
+        """True if the first reported cause is the planted one, in kind, affected entity and source."""
         if self.named is None or not self.truth.kind:
             return self.named is None and not self.truth.kind
         truth, named = self.truth, self.named
@@ -303,14 +303,14 @@ class Case:
 
 
 def cases(split: str) -> Iterator[Case]:
-    """Every run that was drawn for a split, looked into."""
+    """Yield the analyzed runs of a split."""
     pipe = elakit.load("picture-world")
     folders = sorted(folder for folder in (OUT / split).iterdir() if (folder / "clean").exists())
     for i, folder in enumerate(tqdm(folders, leave=False)):
         clean = elakit.open_run(folder / "clean")
         yield _case(pipe, "nothing", Truth(""), clean)
         other = elakit.open_run(folders[i - 1] / "clean").image
-        yield _case(pipe, "nothing, but the image is another's", Truth(""), replace(clean, image=other))
+        yield _case(pipe, "nothing, but the image of another run", Truth(""), replace(clean, image=other))
         for plant in PLANTS:
             if (folder / plant.name).exists():
                 context, truth = plant.make(pipe, clean)
@@ -319,7 +319,7 @@ def cases(split: str) -> Iterator[Case]:
     for folder in sorted((OUT / split).glob("strange *")):
         run = elakit.open_run(folder)
         noun = folder.name.partition(" ")[2]
-        yield _case(pipe, "a noun the model was never shown", Truth("ambiguous word", noun), run)
+        yield _case(pipe, "noun outside the training vocabulary", Truth("ambiguous word", noun), run)
 
 
 def _case(pipe: Any, plant: str, truth: Truth, run: elakit.Run) -> Case:
@@ -330,28 +330,29 @@ def _case(pipe: Any, plant: str, truth: Truth, run: elakit.Run) -> Case:
 
 @app.command()
 def report(split: str = "report", verbose: bool = False) -> None:
-    """Name the causes of what `draw` has drawn; print the share named right and the confusion matrix."""
+    """Report the causes of the runs of `draw`; print the share of correct ones and the confusion matrix."""
     found = list(cases(split))
     counted = [case for case in found if case.failed or case.plant == "nothing"]
     names = dict.fromkeys(case.plant for case in found)
-    print("| planted | tried | broke the image | named right |")
+    print("| planted cause | cases | image became wrong | cause identified |")
     print("|---|---|---|---|")
     for name in names:
         mine = [case for case in counted if case.plant == name]
         print(f"| {name} | {sum(case.plant == name for case in found)} | {len(mine)} | {_share(mine)} |")
     planted = [case for case in counted if case.truth.kind]
-    print(f"| **all plants** | {sum(bool(c.truth.kind) for c in found)} | {len(planted)} | **{_share(planted)}** |")
+    tried = sum(bool(case.truth.kind) for case in found)
+    print(f"| **all planted causes** | {tried} | {len(planted)} | **{_share(planted)}** |")
     nulls = [case for case in counted if not case.truth.kind]
-    print(f"| **all with nothing planted** | {len(nulls)} | | **{_share(nulls)}** |\n")
+    print(f"| **all without a planted cause** | {len(nulls)} | | **{_share(nulls)}** |\n")
     kinds = [*dict.fromkeys(case.truth.kind for case in planted), ""]
-    told = [*dict.fromkeys([*kinds, *(case.named.kind for case in counted if case.named)])]
-    told.append(told.pop(told.index("")))
-    print("| planted, named → | " + " | ".join(kind or "none" for kind in told) + " |")
-    print("|---" * (len(told) + 1) + "|")
+    named = [*dict.fromkeys([*kinds, *(case.named.kind for case in counted if case.named)])]
+    named.append(named.pop(named.index("")))
+    print("| planted (rows), identified (columns) | " + " | ".join(kind or "none" for kind in named) + " |")
+    print("|---" * (len(named) + 1) + "|")
     for kind in kinds:
         row = Counter(case.named.kind if case.named else "" for case in counted if case.truth.kind == kind)
-        print(f"| {kind or 'nothing'} | " + " | ".join(str(row[other] or "") for other in told) + " |")
-    print("\n| confidence of the first cause | cases | right |\n|---|---|---|")
+        print(f"| {kind or 'nothing'} | " + " | ".join(str(row[other] or "") for other in named) + " |")
+    print("\n| confidence of the first cause | cases | correct |\n|---|---|---|")
     for low, high in ((0.0, 0.6), (0.6, 0.75), (0.75, 0.9), (0.9, 1.01)):
         within = [case for case in counted if case.named and low <= case.named.confidence < high]
         print(f"| {low:.2f} to {min(high, 1):.2f} | {len(within)} | {_share(within)} |")

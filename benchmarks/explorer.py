@@ -1,9 +1,9 @@
-"""What the explorer sends and how it scrubs: ``python -m benchmarks.explorer``.
+"""Data volume and frame rate of the explorer: ``python -m benchmarks.explorer``.
 
 Builds recordings of 50 steps x 12 layers x 8 tokens at 64x64, 32x32 and 16x16, and prints the bytes sent for one run,
-the size of the page of two, and, where there are Chromium and playwright, the time to the first view and the frames a
-second of scrubbing through every step. ``--keep FOLDER`` keeps the pages; ``--images docs`` makes the screenshots of
-the docs instead.
+the size of a page with two runs, and, if Chromium and playwright are installed, the time to the first view and the
+frames per second while moving through every step. ``--keep FOLDER`` keeps the pages; ``--images docs`` writes the
+screenshots of the docs instead.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ IMAGED = "a [red car] and a [blue bird]"
 MB = 10**6
 SIDES = (64, 32, 16)
 PAINTS = {"red": "#c0392b", "blue": "#2f6fb5", "green": "#3f8f4f", "white": "#eceae4", "black": "#33363b"}
-# From the first byte of the page that is read to the first frame in which maps are painted.
+# Time from the first byte of the page to the first frame with painted maps.
 FIRST_VIEW = """() => new Promise((done) => {
   const look = () => document.querySelector(".elx-stage canvas")?.width > 1
     ? requestAnimationFrame(() => done(performance.now())) : requestAnimationFrame(look);
   look();
 })"""
-# Moves the slider as a hand does, one step a frame, through all steps three times; how long each frame took.
+# Moves the slider through all steps three times, one step per frame, and returns the duration of each frame.
 SCRUB = """async () => {
   const slider = document.querySelector(".elx-transport input[type=range]"), took = [];
   const frame = () => new Promise(requestAnimationFrame);
@@ -50,7 +50,7 @@ SCRUB = """async () => {
     for (let step = 0; step <= Number(slider.max); step++) {
       slider.value = step;
       slider.dispatchEvent(new Event("input", { bubbles: true }));
-      await frame(); // which the explorer has drawn in before this goes on, as it asked first
+      await frame(); // the explorer requested this frame first and has painted it
       const now = performance.now();
       took.push(now - last);
       last = now;
@@ -62,14 +62,14 @@ SCRUB = """async () => {
 
 @dataclass(frozen=True)
 class Shape:
-    """What a synthetic recording has.
+    """Shape of a synthetic recording.
 
     Attributes
     ----------
     steps, layers : int
         The layers are spread over the map sizes and the two sides of a UNet.
     sides : tuple of int
-        Of the maps, in cells.
+        Sides of the maps, in locations.
     heads : int
         1 for the mean of heads.
     """
@@ -81,7 +81,7 @@ class Shape:
 
 
 class _Words:
-    """Stands in for a pipeline's tokenizer: one token a word."""
+    """Stand-in for a pipeline's tokenizer, with one token per word."""
 
     model_max_length = 77
 
@@ -93,18 +93,18 @@ class _Words:
 def synthetic_run(
     text: str = PROMPT, shape: Shape = Shape(), seed: int = 0, *, guided: bool = False, width: int = 512
 ) -> elakit.Run:
-    """A run of no model: blobs of attention that gather over the steps, and a picture of them.
+    """Return a synthetic run: blobs of attention that contract over the steps, and an image of them.
 
     Parameters
     ----------
     text : str
-        With brackets around its entities.
+        Prompt with brackets around its entities.
     shape : Shape
     seed : int
     guided : bool
-        Entities keep apart, as under ELA; else their attention bleeds into each other.
+        True if the entities are separate, as with guidance; otherwise their attention bleeds into each other.
     width : int
-        Of the image, whose height is 512.
+        Width of the image, whose height is 512.
     """
     random = np.random.default_rng(seed)
     prompt = elakit.parse(text, SimpleNamespace(tokenizer=_Words()))
@@ -127,7 +127,7 @@ def _recording(
     guided: bool,
     ratio: float,
 ) -> elakit.Recording:
-    """Probabilities as a softmax over the tokens of blobs, noise and a strong start-of-text."""
+    """Return probabilities: a softmax over tokens of blobs, noise and a strong start-of-text."""
     labels = ["<start>", *(token.label for token in prompt.tokens), "<end>"]
     indices = [0, *(token.index for token in prompt.tokens), -1]
     owner = [_owner(prompt, index) for index in indices]
@@ -197,7 +197,7 @@ def _blob(y: np.ndarray, x: np.ndarray, across: float, down: float, spread: floa
 
 
 def _image(prompt: elakit.Prompt, places: Sequence[tuple[float, float]], width: int, guided: bool) -> Image.Image:
-    """A disc an entity, in its color; unguided they have each other's."""
+    """Return an image with one disc per entity, in its color; without guidance the colors are exchanged."""
     image = Image.new("RGB", (2 * width, 1024), "#dfe6e2")
     draw = ImageDraw.Draw(image)
     draw.rectangle((0, 700, 2 * width, 1024), fill="#b9c7a8")
@@ -213,7 +213,7 @@ def _image(prompt: elakit.Prompt, places: Sequence[tuple[float, float]], width: 
 
 
 def measure_page(path: Path, chromium: str) -> tuple[float, list[float]]:
-    """Milliseconds to the first view, and of each frame of scrubbing through all steps."""
+    """Return the milliseconds to the first view, and of each frame while moving through all steps."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -245,16 +245,18 @@ def shoot(explorer: elakit.Explorer, folder: Path, chromium: str) -> None:
 
 def main(
     images: Annotated[
-        Path | None, typer.Option(help="Only save explorer-light.png and explorer-dark.png in this folder.")
+        Path | None, typer.Option(help="Only write explorer-light.png and explorer-dark.png to this folder.")
     ] = None,
-    keep: Annotated[Path | None, typer.Option(help="Folder to keep the pages in.")] = None,
-    browse: Annotated[bool, typer.Option(help="Measure the first view and scrubbing in headless Chromium.")] = True,
+    keep: Annotated[Path | None, typer.Option(help="Folder for the pages.")] = None,
+    browse: Annotated[
+        bool, typer.Option(help="Measure the first view and the frame rate in headless Chromium.")
+    ] = True,
 ) -> None:
     """Print the table."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if images:
         if chromium is None:
-            raise typer.BadParameter("There is no Chromium; on Debian: apt-get install chromium.")
+            raise typer.BadParameter("Chromium is not installed; on Debian: apt-get install chromium.")
         small = Shape(steps=20, layers=8, sides=(32, 16))
         runs = [synthetic_run(IMAGED, small, seed=7, guided=guided) for guided in (False, True)]
         shoot(elakit.explore(*runs), images, chromium)
@@ -267,7 +269,7 @@ def main(
     seconds = time.perf_counter() - began
     two = elakit.explore(*runs)
     print(f"{shape.steps} steps x {shape.layers} layers x 8 tokens at {SIDES}, {platform.python_version()}\n")
-    print("| | measured | wanted |")
+    print("| | measured | limit |")
     print("|---|---|---|")
     print(f"| one run, recorded | {recorded / MB:.1f} MB | |")
     print(f"| one run, maps sent | {len(one._maps) / MB:.2f} MB | 15 MB |")
@@ -283,7 +285,8 @@ def main(
             first, frames = measure_page(page, chromium)
             middle, slow = statistics.median(frames), float(np.quantile(frames, 0.95))
             print(f"| {name}, first view | {first:.0f} ms | 1500 ms |")
-            print(f"| {name}, scrubbing | {1000 / middle:.0f} frames/s (slowest 5%: {1000 / slow:.0f}) | 30 |")
+            rate = f"{1000 / middle:.0f} frames/s (slowest 5%: {1000 / slow:.0f})"
+            print(f"| {name}, moving through steps | {rate} | 30 |")
 
 
 if __name__ == "__main__":

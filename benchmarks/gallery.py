@@ -1,7 +1,7 @@
 """Images of every figure for the docs: ``python -m benchmarks.gallery`` writes docs/gallery/*.png.
 
-Draws what the figures show with picture-world; the small sweep that the comparison of methods needs goes to ``--sweep``
-and is gone on with where it is there. Chromium makes the images of plotly's figures.
+The runs are generated with picture-world. The small sweep that the comparison of methods needs is stored in ``--sweep``
+and resumed if it exists. Chromium renders the plotly figures.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ METHODS = ["plain", "ela", "regional-attention", "ebama", "conform"]
 PAIRS = ("a bear and a blue clock", "a cat and a lion", "a white car and a black bowl")
 SEEDS = [1, 3, 5, 7]
 SUITE, PROMPTS = "attend-and-excite", 12
-COLORS = 256  # of a palette: small files, no difference to be seen
+COLORS = 256  # size of the palette: smaller files without a visible difference
 
 
 def figures(folder: Path) -> Iterator[tuple[str, go.Figure]]:
-    """Name and figure, one by one."""
+    """Yield the name and the figure of each image."""
     pipe = elakit.load("picture-world")
     spec = elakit.RecordSpec(heads="all")
     prompt = elakit.parse(PROMPT, pipe)
@@ -57,7 +57,7 @@ def figures(folder: Path) -> Iterator[tuple[str, go.Figure]]:
 
 
 def pairs(pipe: Any) -> go.Figure:
-    """Of each of `PAIRS` a row of plain images, and a row of ELA's from the same noise."""
+    """Return one row of plain and one row of guided images from the same noise for each prompt of `PAIRS`."""
     drawn = [
         (name, run)
         for text in PAIRS
@@ -69,14 +69,14 @@ def pairs(pipe: Any) -> go.Figure:
 
 
 def swept(folder: Path) -> Path:
-    """The folder of a small sweep, which is drawn as far as it is not there."""
+    """Return the folder of a small sweep, after generating its missing units."""
     prompts = {SUITE: sweep.spread(sweep.suite(SUITE), PROMPTS)}
     sweep.run(sweep.plan(prompts, seeds=[1], methods=METHODS), folder)
     return folder
 
 
 def shown_at(figure: go.Figure, frame: int) -> go.Figure:
-    """An animation that opens at one of its frames."""
+    """Return an animation that opens at one of its frames."""
     shown = figure.frames[frame]
     for place, trace in zip(shown.traces, shown.data, strict=True):
         figure.data[place].update(z=trace.z)
@@ -85,7 +85,7 @@ def shown_at(figure: go.Figure, frame: int) -> go.Figure:
 
 
 def image(browser: Any, figure: go.Figure, scale: float = 1.5) -> bytes:
-    """A figure as a PNG of few colors."""
+    """Return a figure as a PNG with a palette."""
     layout = figure.layout
     page = browser.new_page(
         viewport={"width": int(layout.width or 760), "height": int(layout.height or 450)}, device_scale_factor=scale
@@ -95,7 +95,7 @@ def image(browser: Any, figure: go.Figure, scale: float = 1.5) -> bytes:
     page.evaluate(
         "(f) => Plotly.newPlot('figure', f.data, f.layout, { staticPlot: true })", json.loads(figure.to_json())
     )
-    page.wait_for_timeout(300)  # images inside a figure are decoded
+    page.wait_for_timeout(300)  # wait until images inside the figure are decoded
     png = page.screenshot()
     page.close()
     few = (

@@ -1,7 +1,7 @@
 """Screenshots of the live panel: ``python -m benchmarks.live docs`` writes live-light.png and live-dark.png.
 
-The panel runs in a real JupyterLab and a headless Chromium (``tests/lab.py``). It shows a paused run of
-picture-world's, with boxes drawn by hand.
+The panel runs in JupyterLab in headless Chromium (``tests/lab.py``). It shows a paused run of picture-world with boxes
+placed by hand.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ CELLS = (
     'import elakit\n\npipe = elakit.load("picture-world")',
     'panel = elakit.live(pipe, "a bear and a blue clock", seed=0)\npanel',
 )
-# A few guided steps with both boxes drawn.
-STEPS = """panel.options = {"guided": 0.6}
+# A few guided steps with both boxes.
+STEPS = """panel.options = {"anchor.guided": 0.6}
 panel.draw("bear", (0.5, 0.25, 0.97, 0.95))
 panel.draw("clock", (0.04, 0.05, 0.46, 0.6))
 panel.step(11)
@@ -31,7 +31,7 @@ panel.wait()"""
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 
 
-def main(folder: Annotated[Path, typer.Argument(help="Where the images go.")] = Path("docs")) -> None:
+def main(folder: Annotated[Path, typer.Argument(help="Folder for the images.")] = Path("docs")) -> None:
     """Take the screenshots."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -50,9 +50,9 @@ def main(folder: Annotated[Path, typer.Argument(help="Where the images go.")] = 
                     "(light) => document.body.dataset.jpThemeLight === light", arg=str(name == "light").lower()
                 )
                 shown.page.evaluate("document.querySelector('.ell-panel').scrollIntoView()")
-                shown.page.wait_for_timeout(1000)  # colors change gradually
+                shown.page.wait_for_timeout(1000)  # wait for the transition of colors
                 shown.page.locator(".ell-panel").screenshot(path=path)
-                # few colors, and most of them in the maps: a palette halves the file and is not seen
+                # a palette halves the file without a visible difference
                 Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
                 print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 

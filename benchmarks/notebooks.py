@@ -1,7 +1,7 @@
-"""Every notebook in a real JupyterLab: ``python -m benchmarks.notebooks``, or with parts of the names of some.
+"""Every notebook in JupyterLab: ``python -m benchmarks.notebooks``, or with parts of the names of some.
 
-Opens each in headless Chromium, runs all its cells there, and prints the seconds that took, what cells raised, console
-errors and requests that would have left localhost. Ends with 1 where there is any of these.
+Opens each notebook in headless Chromium, runs it there, and prints the duration, exceptions, console errors and
+requests to other hosts than localhost. Exits with status 1 if there are any of these.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
 def main(
-    names: Annotated[list[str] | None, typer.Argument(help="Parts of their names; by default all.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds that a notebook may take.")] = 600,
-    images: Annotated[Path | None, typer.Option(help="Folder for a picture of each, run.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Parts of the names of notebooks; by default all.")] = None,
+    timeout: Annotated[float, typer.Option(help="Time limit per notebook, in seconds.")] = 600,
+    images: Annotated[Path | None, typer.Option(help="Folder for a screenshot of each notebook.")] = None,
 ) -> None:
-    """Run the notebooks and print a row for each."""
+    """Run the notebooks and print one row for each."""
     chosen = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if not names or any(n in path.name for n in names)]
     wrong = False
     print(
         "| notebook | seconds | errors | console errors | requests to other hosts |\n|---|---|---|---|---|", flush=True
     )
     with tempfile.TemporaryDirectory() as folder:
-        for path in chosen:  # copies, so that nothing that is saved by itself changes the notebooks
+        for path in chosen:  # copies, so that autosave does not change the notebooks
             shutil.copy(path, folder)
         with lab.open_lab(Path(folder)) as running:
             for path in chosen:

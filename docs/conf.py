@@ -1,6 +1,6 @@
-"""Sphinx's settings: Markdown pages, docstrings in numpydoc's form, and the saved notebooks, which are not run.
+"""Sphinx settings: Markdown pages, numpydoc docstrings, and the saved notebooks, which are not executed.
 
-``python -m sphinx -W --keep-going -b html docs docs/_build`` builds the site. The pages ask no other host for anything.
+``python -m sphinx -W --keep-going -b html docs docs/_build`` builds the site. The pages load nothing from other hosts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 
 
 def figure_html(figure: dict[str, Any], number: int) -> str:
-    """A saved plotly figure as HTML; the page's first one (0) brings plotly, the site's own copy of it."""
+    """Return a saved plotly figure as HTML; the first one of a page (0) loads the site's copy of plotly."""
     shown = {"data": figure["data"], "layout": figure.get("layout", {}), "frames": figure.get("frames", [])}
     return plotly.io.to_html(
         shown,
@@ -36,7 +36,7 @@ def figure_html(figure: dict[str, Any], number: int) -> str:
 
 
 def copy_notebooks(source: Path, target: Path) -> None:
-    """Copy notebooks into the sources: figures as HTML, widgets as the image that is saved beside them."""
+    """Copy notebooks into the sources, with figures as HTML and widgets as the image that is saved with them."""
     target.mkdir(exist_ok=True)
     for old in target.glob("*.ipynb"):
         if not (source / old.name).exists():
@@ -54,13 +54,13 @@ def copy_notebooks(source: Path, target: Path) -> None:
                     figures += 1
         text = json.dumps(notebook)
         copy = target / path.name
-        # left alone where nothing has changed, so that Sphinx does not read it again
+        # an unchanged copy keeps its time stamp, so that Sphinx does not read it again
         if not copy.exists() or copy.read_text(encoding="utf-8") != text:
             copy.write_text(text, encoding="utf-8")
 
 
 def visit_math(writer: Any, node: nodes.Element) -> None:
-    """A formula as MathML, which browsers show by themselves."""
+    """Write a formula as MathML, which browsers render natively."""
     display = "block" if isinstance(node, nodes.math_block) else "inline"
     writer.body.append(convert(node.astext(), display=display))
     raise nodes.SkipNode
@@ -82,19 +82,19 @@ html_title = f"elakit {release}"
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc", "myst_nb"]
 exclude_patterns = ["_build", "_templates", "jupyter_execute"]
 templates_path = ["_templates"]
-# autosummary writes its pages with the first of them
+# autosummary writes its pages with the first suffix
 source_suffix = {".rst": "restructuredtext", ".md": "myst-nb", ".ipynb": "myst-nb"}
 
 html_math_renderer = "mathml"
 myst_enable_extensions = ["dollarmath"]
 nb_execution_mode = "off"
-nb_ipywidgets_js = {}  # would be fetched from another host
+nb_ipywidgets_js = {}  # would be loaded from another host
 myst_heading_anchors = 3
 
 default_role = "py:obj"
 autosummary_generate = True
 autosummary_ignore_module_all = False
-autodoc_typehints = "none"  # the docstrings have them, with shapes
+autodoc_typehints = "none"  # docstrings state types with shapes
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
 numpydoc_attributes_as_param_list = True

@@ -147,7 +147,7 @@ def main() -> None:
 
 def _check_folder(out: Path, overwrite: bool) -> None:
     """Refuse, before anything is loaded, a folder that a run cannot be saved to."""
-    parent = files.check_path(out / "run.json" if out.is_dir() else out, "run", "run").parent
+    parent = files.check_path(out / "run.json" if os.path.isdir(out) else out, "run", "run").parent
     if os.path.lexists(out) and not (overwrite and os.path.isfile(out / "run.json")):
         raise OutputError(f"--out {out} exists already. Choose another folder, or --overwrite an existing run.")
     if not os.access(parent, os.W_OK):
@@ -171,14 +171,7 @@ def _guidance(method: str, options: dict[str, Any], regions: str | None) -> Any:
         raise SettingError(
             f'--regions {regions}: write left,top,right,bottom for each entity, such as "0,0,0.5,1;0.5,0,1,1".'
         ) from None
-    return build(METHODS[method], {**options, _regions_option(METHODS[method]): boxes})
-
-
-def _regions_option(kind: type[Any]) -> str:
-    """Name of a method's option that takes regions, with the part that it belongs to."""
-    from elakit.guidance.metadata import method_options as options_of
-
-    return next(option.name for option in options_of(kind) if option.field_name == "regions")
+    return build(METHODS[method], {**options, "regions": boxes})
 
 
 if __name__ == "__main__":

@@ -73,9 +73,7 @@ def method_options(method: str, settings: list[str] | None) -> dict[str, Any]:
         if not (equals and dot and option):
             raise SettingError(f"--set {setting}: write METHOD.OPTION=VALUE, such as ela.anchor.step_size=0.2.")
         if named != method:
-            raise SettingError(
-                f"--set {setting}: the method is {method}. Write {method}.{option}={value}, or --method."
-            )
+            raise SettingError(f"--set {setting}: the method is {method}. Write {method}.{option}=..., or --method.")
         if option in options:
             raise SettingError(f"--set {setting}: {target.strip()} is set twice. Give it once.")
         options[option] = value_of(value.strip())
@@ -112,9 +110,8 @@ def load_pipeline(
     if scheduler is not None:
         compatible = {kind.__name__: kind for kind in pipe.scheduler.compatibles}
         if scheduler not in compatible:
-            raise SettingError(
-                f"--scheduler {scheduler}: choose from {', '.join(sorted(compatible)) or type(pipe.scheduler).__name__}."
-            )
+            choices = ", ".join(sorted(compatible)) or type(pipe.scheduler).__name__
+            raise SettingError(f"--scheduler {scheduler}: choose from {choices}.")
         pipe.scheduler = compatible[scheduler].from_config(pipe.scheduler.config)
     if lora is not None:
         if not hasattr(pipe, "load_lora_weights"):

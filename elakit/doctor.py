@@ -109,8 +109,8 @@ def memory(model: str) -> str:
             folder = Path(snapshot_download(model, local_files_only=True))
         except Exception as error:  # no such id, not downloaded
             raise ModelError(
-                f"--model {model}: it is not on this machine, so its size is unknown. Download it first, or give one of "
-                f"{', '.join(EMBEDDED)} or a folder."
+                f"--model {model}: it is not on this machine, so its size is unknown. Download it first, or give a "
+                f"folder or one of {', '.join(EMBEDDED)}."
             ) from error
     weights = sum(parameters(path) for path in weight_files(folder))
     if not weights:

@@ -238,7 +238,7 @@ def generate(
         generators = [torch.Generator("cpu").manual_seed(one) for one in batch]
         arguments: dict[str, Any] = {
             "num_inference_steps": steps,
-            "guidance_scale": scale,
+            adapter.scale_argument: scale,
             "generator": generators[0] if len(batch) == 1 else generators,
             **conditioning.arguments(len(batch)),
             **extra,
@@ -254,7 +254,7 @@ def generate(
             "method": guidance.name if guidance is not None else None,
         }
         guide = None
-        if _takes_image(pipe):
+        if _takes_image(pipe, extra):
             accepted = inspect.signature(pipe.__call__).parameters
             arguments |= {name: side for name, side in given.items() if side is not None and name in accepted}
             settings["call"] = _listed(extra)
@@ -318,7 +318,7 @@ def generate(
                 settings["stopped"] = stopped.progress.step + 1
                 images = adapter.decode(stopped.progress.latents, height, width)
                 pipe.maybe_free_model_hooks()  # the call's own end was not reached
-        if _takes_image(pipe):
+        if _takes_image(pipe, extra):
             settings["width"], settings["height"] = images[0].size
         runs = runs_of(images, recording, hidden)
     if any(run.nsfw for run in runs):
@@ -347,9 +347,11 @@ def _check_arguments(negative_prompt: Any, guidance: Any, guide_if: Any, stop_if
         checks.boolean(record, "record", hint="An elakit.RecordSpec is allowed, too.")
 
 
-def _takes_image(pipe: Any) -> bool:
-    """True for image-to-image, inpainting, ControlNet and similar pipelines, whose call requires an image."""
-    return "image" in inspect.signature(pipe.__call__).parameters
+def _takes_image(pipe: Any, call: Mapping[str, Any]) -> bool:
+    """True for image-to-image, inpainting, ControlNet and similar calls, which require an image or are given one."""
+    if "image" not in inspect.signature(pipe.__call__).parameters:
+        return False
+    return call.get("image") is not None or not adapter_for(pipe).image_optional
 
 
 def _call_arguments(pipe: Any, call: Mapping[str, Any] | None, guidance: Method | None) -> dict[str, Any]:
@@ -358,9 +360,10 @@ def _call_arguments(pipe: Any, call: Mapping[str, Any] | None, guidance: Method 
     if call is not None and not isinstance(call, Mapping):
         checks.refuse(call, "call", 'a dictionary of arguments of the pipeline, such as {"strength": 0.6}')
     call = dict(call or {})
-    if guidance is not None and (call or _takes_image(pipe)):
+    takes_image = _takes_image(pipe, call)
+    if guidance is not None and (call or takes_image):
         raise SettingError(
-            f"guidance={guidance.name} is not possible with {kind if _takes_image(pipe) else 'call=...'}: guidance "
+            f"guidance={guidance.name} is not possible with {kind if takes_image else 'call=...'}: guidance "
             "computes its own passes of the denoiser, which see neither an image nor further arguments. Generate "
             "without guidance, or use a text-to-image pipeline."
         )
@@ -371,7 +374,7 @@ def _call_arguments(pipe: Any, call: Mapping[str, Any] | None, guidance: Method 
         if name not in accepted:
             allowed = [known for known in accepted if known not in (*_OWN, "self", "kwargs")]
             checks.choice(name, "a key of call", allowed)
-    if _takes_image(pipe) and call.get("image") is None:
+    if takes_image and call.get("image") is None:
         raise SettingError(
             f'{kind} needs an image: elakit.generate(pipe, prompt, call={{"image": ...}}). To keep full control, call '
             "the pipeline yourself within `with elakit.record(pipe, prompt) as recording:`."

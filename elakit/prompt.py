@@ -382,7 +382,9 @@ def _tokens_by_word(tokens: Iterable[Token]) -> dict[int, list[int]]:
 def _sequences(pipe: Any) -> tuple[TextSequence, ...]:
     """Return the token sequences that a pipeline's denoiser attends to."""
     tokenizer = getattr(pipe, "tokenizer", None)
-    if getattr(pipe, "transformer", None) is not None or (tokenizer is None and hasattr(pipe, "tokenizer_2")):
+    encoder = getattr(pipe, "text_encoder", None)
+    other = getattr(pipe, "unet", None) is not None and encoder is not None and "CLIP" not in type(encoder).__name__
+    if getattr(pipe, "transformer", None) is not None or other or (tokenizer is None and hasattr(pipe, "tokenizer_2")):
         from elakit.models import adapter_for  # a slow import that a CLIP prompt does not need
 
         return adapter_for(pipe).text()

@@ -1,7 +1,7 @@
-"""Run notebooks and save them with their outputs: ``python notebooks/run.py`` for all, or with the names of some.
+"""Run notebooks and save them with their outputs: ``python notebooks/run.py`` for all, or with names of some.
 
-Each saved notebook keeps a digest of the code that made its outputs, so that a test can tell when the code has changed
-since. ``--check`` names the notebooks of which that is so, and runs nothing.
+Each saved notebook has a digest of the code that produced its outputs, so that a test can detect later changes of the
+code. ``--check`` lists the notebooks with such changes, and runs nothing.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ MOST_BYTES = 3_000_000
 
 
 def digest(notebook: nbformat.NotebookNode) -> str:
-    """SHA-256 of the code cells, in their order; prose does not count."""
+    """Return the SHA-256 of the code, in the order of the notebook; prose is not included."""
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     return hashlib.sha256("\0".join(code).encode()).hexdigest()
 
 
 def is_stale(notebook: nbformat.NotebookNode) -> bool:
-    """Whether its outputs were made by other code than it has."""
+    """Return True if the outputs were produced by other code than the notebook has."""
     return bool(notebook.metadata.get("elakit", {}).get("code") != digest(notebook))
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
-    """The notebook with the outputs that its code gives now.
+    """Run a notebook and return it with its outputs.
 
     Raises
     ------
     nbclient.exceptions.CellExecutionError
-        A cell raised.
+        A notebook cell raised an exception.
     """
     notebook = nbformat.read(path, as_version=4)
-    notebook.metadata.pop("widgets", None)  # of the run before
+    notebook.metadata.pop("widgets", None)  # state of the previous run
     where = {"metadata": {"path": str(path.parent)}}
-    # without times of execution, which would change with every run
+    # without execution times, which change with every run
     NotebookClient(
         notebook, timeout=CELL_SECONDS, kernel_name="python3", resources=where, record_timing=False
     ).execute()
@@ -54,23 +54,25 @@ def execute(path: Path) -> nbformat.NotebookNode:
 
 
 def save(notebook: nbformat.NotebookNode, path: Path) -> None:
-    """Write the notebook with the digest of its code, whole or not at all."""
+    """Write a notebook with the digest of its code, whole or not at all."""
     notebook.metadata["elakit"] = {"code": digest(notebook)}
     write_file(path, f"{nbformat.writes(notebook)}\n".encode())
 
 
 def main() -> int:
-    """Run what is asked for; 1 where a notebook is stale, or too large to be committed."""
+    """Run the requested notebooks; return 1 if one is stale, or too large to be committed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("notebooks", nargs="*", type=Path, help="by default all")
-    parser.add_argument("--check", action="store_true", help="only say whose code has changed since it was run")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="notebooks to run; by default all")
+    parser.add_argument(
+        "--check", action="store_true", help="only list the notebooks whose code has changed since they were run"
+    )
     asked = parser.parse_args()
     wrong = 0
     for path in asked.notebooks or sorted(HERE.glob("*.ipynb")):
         if asked.check:
             if is_stale(nbformat.read(path, as_version=4)):
                 wrong = 1
-                print(f"{path.name}: its code has changed; python notebooks/run.py {path}")
+                print(f"{path.name}: its code has changed; run: python notebooks/run.py {path}")
             continue
         begun = time.perf_counter()
         save(execute(path), path)

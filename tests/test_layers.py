@@ -37,7 +37,6 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 UPWARD_TO_REMOVE: frozenset[str] = frozenset([])
 SHADOWS_TO_REMOVE: frozenset[str] = frozenset(
     [
-        "elakit.attention.edit",
         "elakit.causes.find",
         "elakit.causes.profile",
         "elakit.diagnosis.survey.cases",

@@ -61,20 +61,20 @@ def pipe() -> SimpleNamespace:
 
 
 def spelled(pipe: SimpleNamespace, text: str, indices: Sequence[int]) -> str:
-    """What the tokens at some positions spell, from their ids alone."""
+    """Text of the tokens at some positions, from their ids alone."""
     ids = pipe.tokenizer(text)["input_ids"]
     pieces = pipe.tokenizer.convert_ids_to_tokens([ids[index] for index in indices])
     return decoders.ByteLevel().decode([piece.removesuffix("</w>") for piece in pieces])
 
 
 def as_clip_spells(text: str) -> str:
-    """Composed, in lower case and without spaces (of which tokenizers see fewer than Python)."""
+    """Text in composed form and lower case, without the characters that tokenizers treat as spaces."""
     composed = unicodedata.normalize("NFC", text)
     return "".join(c.lower() for c in composed if not c.isspace() or "\x1c" <= c <= "\x1f")
 
 
 def named(prompt: Prompt) -> list[str]:
-    """Each entity as "attribute attribute noun"."""
+    """Entities, each as "attribute attribute noun"."""
     return [" ".join([*entity.attributes, entity.noun]) for entity in prompt.entities]
 
 

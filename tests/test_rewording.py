@@ -1,4 +1,4 @@
-"""Other words, the same entities: each keeps its noun and its attributes, in whatever order and however joined."""
+"""Rewording keeps each entity with its noun and its attributes, in any order and with any conjunction."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def world() -> Any:
     return elakit.load("picture-world")
 
 
-def told(prompt: Prompt) -> list[tuple[str, tuple[str, ...]]]:
+def described(prompt: Prompt) -> list[tuple[str, tuple[str, ...]]]:
     return [(entity.noun, entity.attributes) for entity in prompt.entities]
 
 
@@ -32,7 +32,7 @@ def told(prompt: Prompt) -> list[tuple[str, tuple[str, ...]]]:
             "a [blue clock] and a [bear]",
             "a [bear] next to a [blue clock]",
         ),
-        (  # capital and article go with their places and their nouns
+        (  # the capital stays at the beginning, articles stay with their nouns
             "A red apple and an orange cat in the library",
             "A [red apple] and an [orange cat] in the library",
             "An [orange cat] and a [red apple] in the library",
@@ -44,13 +44,13 @@ def told(prompt: Prompt) -> list[tuple[str, tuple[str, ...]]]:
             "a [red car], a [dog], and a [cat]",
             "a [cat] next to a [dog] next to a [red car]",
         ),
-        (  # what relates the entities stays what it is
+        (  # other relations between entities do not change
             "a cat on a chair",
             "a [cat] on a [chair]",
             "a [chair] on a [cat]",
             None,
         ),
-        (  # of a number nothing is said in brackets
+        (  # a number stays outside the brackets
             "a red and white car and two  dogs",
             "a [red and white car] and two  [dogs]",
             "two  [dogs] and a [red and white car]",
@@ -67,12 +67,12 @@ def test_entities_are_named_in_other_words(
     assert (bracketed(prompt), swapped(prompt), next_to(prompt)) == (brackets, other_order, side_by_side)
 
 
-def test_what_is_said_further_on_goes_with_its_entity(world: Any) -> None:
+def test_an_adjective_after_the_noun_stays_with_its_entity(world: Any) -> None:
     prompt = parse("a car that is red and a bird", world)
-    assert told(prompt)[0] == ("car", ("red",))
+    assert described(prompt)[0] == ("car", ("red",))
     assert bracketed(prompt) == prompt.text  # no bracket can say that red belongs to the car
     assert swapped(prompt) == "a [bird] and a [red car]"
-    assert told(parse(swapped(prompt) or "", world)) == told(prompt)[::-1]
+    assert described(parse(swapped(prompt) or "", world)) == described(prompt)[::-1]
 
 
 subjects = st.lists(
@@ -88,10 +88,10 @@ def test_nothing_is_lost_or_mixed_up(
     named = [f"{'a ' if articles else ''}[{' '.join([*colors, noun])}]" for colors, noun in things]
     prompt = parse(joined.join(named), world)
     same = [(noun, tuple(colors)) for colors, noun in things]
-    assert told(parse(bracketed(prompt), world)) == same
+    assert described(parse(bracketed(prompt), world)) == same
     assert parse(bracketed(prompt), world) == prompt
     if (other := swapped(prompt)) is not None:
-        assert told(parse(other, world)) == same[::-1]
+        assert described(parse(other, world)) == same[::-1]
     if (beside := next_to(prompt)) is not None:
-        assert told(parse(beside, world)) == same
+        assert described(parse(beside, world)) == same
         assert parse(beside, world).text.count("next to") == len(things) - 1

@@ -157,7 +157,7 @@ def tiny_pipeline(
     scheduler : str
         One of `SCHEDULERS`.
     seed : int
-        Of the weights; torch's own generator is left as it was.
+        Seed of the weights; torch's global generator is not changed.
     length : int
         Text positions.
     **unet

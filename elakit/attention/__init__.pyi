@@ -1,6 +1,8 @@
-from .edit import Edit as Edit
-from .edit import biased as biased
-from .edit import edit as edit
+from .concepts import ConceptMaps as ConceptMaps
+from .concepts import map_concepts as map_concepts
+from .editing import Edit as Edit
+from .editing import biased as biased
+from .editing import edit as edit
 from .recorder import paused as paused
 from .recorder import record as record
 from .recorder import record_image as record_image

@@ -96,7 +96,8 @@ def _remove(module: nn.Module, hook: object) -> None:
 
 
 def _computes_gradients() -> bool:
-    """Whether this thread computes gradients now; gradient checkpointing then runs parts of the forward pass again."""
+    """Return whether this thread computes gradients now; gradient checkpointing then runs parts of the forward pass
+    again."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
@@ -116,5 +117,5 @@ def leave_alone(denoiser: nn.Module) -> Iterator[None]:
 
 
 def is_left_alone(denoiser: nn.Module) -> bool:
-    """Whether the current pass is guidance's own."""
+    """Return whether the current pass belongs to guidance itself."""
     return _PASSES_OF_OWN.get(denoiser, {}).get(threading.get_ident(), 0) > 0

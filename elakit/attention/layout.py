@@ -71,7 +71,7 @@ def build_node(
     heads : {"mean", "all"} or sequence of int
         Numbers of the heads if only some are kept.
     keys : {"text", "image"}
-        What the locations attend to: the text (maps), or the image itself (self-attention).
+        Keys of the attention: the text (maps), or the image itself (self-attention).
     """
     calls, timesteps, sigmas = zip(*steps, strict=True)
     names, places, order = zip(*layers, strict=True)

@@ -42,9 +42,9 @@ def record(
     softmax in float32, for each call of the denoiser (one per step with most schedulers; Heun and PNDM make more
     calls).
 
-    What is recorded is established from the running call: its rows, its attention masks, its weights. A run of a
-    sibling pipeline with the same denoiser (`AutoPipelineForImage2Image.from_pipe(pipe)`) and a loop of your own are
-    recorded as they run. Runs in other threads, and runs that a callback starts inside a run, are not recorded.
+    Rows, attention masks and weights are established from the running call. A run of a sibling pipeline with the same
+    denoiser (`AutoPipelineForImage2Image.from_pipe(pipe)`) and a loop of your own are recorded as they run. Runs in
+    other threads, and runs that a callback starts inside a run, are not recorded.
 
     The maps of each layer are reduced to the selected tokens and heads where they are computed, into one buffer of the
     size of a step; it leaves an accelerator in one copy per step, which nothing waits for.
@@ -56,7 +56,7 @@ def record(
     prompt : Prompt or str
         The prompt whose tokens are kept. Pass its ``text`` (brackets removed) to the pipeline.
     spec : RecordSpec, optional
-        What to keep; default: every word, the mean of the heads, all layers and steps.
+        Selection of what is kept; default: every word, the mean of the heads, all layers and steps.
     store : str or pathlib.Path, optional
         Folder of a Zarr store to which each step is written as soon as it is finished, instead of being kept in memory.
         It must not exist, and appears with the first step; if the run is killed it contains the steps before, for
@@ -120,7 +120,7 @@ def record_image(
     pipe : diffusers.DiffusionPipeline
         Pipeline of a supported family that `elakit.generate` can run.
     prompt : Prompt or str
-        What the image shows.
+        Description of the image.
     image : PIL.Image.Image
         Its sides must be multiples that the model allows, and should be those that the model was trained on.
     at : sequence of int
@@ -130,7 +130,7 @@ def record_image(
     seed : int
         Seed of the noise, which is the same at all steps.
     spec : RecordSpec, optional
-        What to keep.
+        Selection of what is kept.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Which calls of a denoiser belong to the run that is recorded or edited, and which of their rows see the prompt.
+"""Identification of the denoiser calls that belong to a recorded or edited run, and of their rows that see the prompt.
 
 Everything is established from the call itself: from the pipeline whose ``__call__`` is running, not from the pipeline
 that was given to `record` and what it remembers of its last run; in a loop without a pipeline, from the text states
@@ -186,7 +186,7 @@ class Watch:
         return self._expected.to(like.device)
 
     def _agree(self, states: Tensor, expected: Tensor) -> Tensor:
-        """Which rows have the expected states at the positions of the prompt's words, (rows,) booleans."""
+        """Compare rows with the expected states at the positions of the prompt's words; returns booleans, (rows,)."""
         assert self.prompt is not None
         length = min(states.shape[1], expected.shape[1])
         words = [token.index for token in self.prompt.tokens if token.index < length]

@@ -179,11 +179,11 @@ class Staging:
         self._cuda = device.type == "cuda"
         self._flat, self._slots = sink.layout.slots(device=device)
         self._hosts = [sink.layout.slots(pin_memory=self._cuda) for _ in range(2)]
-        self._under_way: list[tuple[Any, Slots, Moment]] = []
+        self._in_transit: list[tuple[Any, Slots, Moment]] = []
         self._count = 0
 
     def reserve(self, step: int) -> None:
-        """Make room in the sink; steps under way are counted in ``step``."""
+        """Make room in the sink; steps in transit are counted in ``step``."""
         self._sink.reserve(step)
 
     def slots(self) -> Slots:
@@ -198,13 +198,13 @@ class Staging:
         if self._cuda:
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(self._flat.device))
-        self._under_way.append((arrived, host, moment))
+        self._in_transit.append((arrived, host, moment))
         self._count += 1
         self._hand_on(leave=1)
 
     def _hand_on(self, leave: int) -> None:
-        while len(self._under_way) > leave:
-            arrived, host, moment = self._under_way.pop(0)
+        while len(self._in_transit) > leave:
+            arrived, host, moment = self._in_transit.pop(0)
             if arrived is not None:
                 arrived.synchronize()
             for name, slot in self._sink.slots().items():
@@ -212,12 +212,12 @@ class Staging:
             self._sink.commit(moment)
 
     def tree(self, calls: int) -> xr.DataTree:
-        """Return all steps, including those under way."""
+        """Return all steps, including those in transit."""
         self._hand_on(leave=0)
         return self._sink.tree(calls)
 
     def finish(self, calls: int) -> xr.DataTree:
-        """Wait for the steps under way and return all steps."""
+        """Wait for the steps in transit and return all steps."""
         self._hand_on(leave=0)
         return self._sink.finish(calls)
 

@@ -1,4 +1,4 @@
-"""What is kept of a run, and its size: chosen before the run, stated in bytes, refused if it passes the budget."""
+"""Selection of what is kept of a run, and its size in bytes, which is known before the run."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Channels:
         """
         probabilities = probabilities[..., :text]
         positions = probabilities.shape[-1]
-        needed = max(*self.indices, *(first for first, _ in self.rest))
+        needed = max(*self.indices, *(first - 1 for first, _ in self.rest))  # no text need be left for the end
         if positions <= needed:
             raise RecordingError(
                 f"The run attends to {positions} text positions, but the prompt to record needs position {needed}. "
@@ -273,7 +273,7 @@ class SelfAttention:
 
 @dataclass(frozen=True)
 class RecordSpec:
-    """What to keep of a run.
+    """Selection of what is kept of a run.
 
     Parameters
     ----------
@@ -361,7 +361,7 @@ class RecordSpec:
         return (self.sizes,) if isinstance(self.sizes, int) else None if self.sizes is None else tuple(self.sizes)
 
     def keeps(self, call: int, calls: int | None) -> bool:
-        """Whether a denoiser call is kept, of ``calls`` expected (None: unknown)."""
+        """Return whether a denoiser call is kept, of ``calls`` expected ones (None: unknown)."""
         if self.steps is None:
             return True
         if isinstance(self.steps, int):

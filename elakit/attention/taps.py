@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elakit.attention.calls import AttentionCall, OnCall, watching
@@ -23,7 +24,7 @@ from elakit.errors import RecordingError
 from elakit.models import AttentionLayer
 from elakit.models.adapter import argument
 
-Attend = Callable[[slice], Tensor]
+Attend = Callable[..., Tensor]
 OnAttention = Callable[[AttentionLayer, Attend, tuple[int, int]], None]
 
 # Projections that a layer may use, and the parts of their output that are queries and keys; fused ones stack them.
@@ -53,8 +54,9 @@ def tap(layers: Sequence[AttentionLayer], on_attention: OnAttention) -> Iterator
     on_attention : callable
         ``attend(rows)`` returns the probabilities of a slice of the batch, (rows, heads, h*w, keys), as `probabilities`
         computes them, gradients included; keys are the text positions, or the locations of the image if ``layer.reads``
-        is "image". It has to be called before ``on_attention`` returns. ``(h, w)`` is the size of the layer's maps. An
-        error that ``on_attention`` raises ends the pass.
+        is "image". ``attend(rows, states)`` appends text states (tokens, channels) to the keys of a cross-attention.
+        It has to be called before ``on_attention`` returns. ``(h, w)`` is the size of the layer's maps. An error that
+        ``on_attention`` raises ends the pass.
 
     Raises
     ------
@@ -122,7 +124,7 @@ def check_processor(layer: AttentionLayer) -> None:
 class _Tap:
     """Projections of one layer on their way through a pass."""
 
-    _reading: ClassVar[bool] = False  # while a tap itself calls a layer's norms
+    _reading: ClassVar[bool] = False  # true while a tap itself applies the norms of a layer
 
     def __init__(self, layer: AttentionLayer, on_attention: OnAttention) -> None:
         self.layer = layer
@@ -193,7 +195,7 @@ class _Tap:
             self.parts.clear()
             self.mask = self.rotary = None
 
-    def attend(self, rows: slice) -> Tensor:
+    def attend(self, rows: slice, more: Tensor | None = None) -> Tensor:
         batch = len(self.parts["query"])
         _Tap._reading = True
         try:
@@ -223,16 +225,31 @@ class _Tap:
         if mask is not None and len(mask) > 1:
             mask = mask[rows]
         if self.layer.kind == "cross":
+            if more is not None:
+                extra = self._project(more.to(key.dtype))
+                key = torch.cat([key, extra.expand(len(key), -1, -1, -1)], dim=1)
+                mask = None if mask is None else F.pad(mask, (0, len(more)), value=mask.dtype == torch.bool)
             return probabilities(query, key, mask=mask, scale=self._scale)
         at = text if self.layer.text_first else 0  # first image position among queries and keys
         first = 0 if self.layer.text_first else locations  # first text position among keys
         if self.rotary is not None:
-            query = _rotate(query, [turn[at : at + locations] for turn in self.rotary])
-            key = _rotate(key, self.rotary)
+            query = rotate(query, [turn[at : at + locations] for turn in self.rotary])
+            key = rotate(key, self.rotary)
         if mask is not None and mask.shape[-2] > 1:
             mask = mask[..., at : at + locations, :]
         columns = slice(at, at + locations) if self.layer.reads == "image" else slice(first, first + text)
         return probabilities(query, key, columns, mask=mask, scale=self._scale)
+
+    def _project(self, states: Tensor) -> Tensor:
+        """Keys of text states (tokens, channels), (1, tokens, heads, d)."""
+        module: Any = self.layer.module
+        states = states.unsqueeze(0)
+        states = module.norm_encoder_hidden_states(states) if module.norm_cross else states
+        _Tap._reading = True
+        try:
+            return self._normed("key", module.to_k(states).unflatten(-1, (self.layer.heads, -1)))
+        finally:
+            _Tap._reading = False
 
     @property
     def _scale(self) -> float | None:
@@ -357,7 +374,7 @@ class _Capture:
         return probabilities(query, key, columns, mask=mask, scale=self.call.scale)
 
 
-def _rotate(x: Tensor, rotary: Sequence[Tensor]) -> Tensor:
+def rotate(x: Tensor, rotary: Sequence[Tensor]) -> Tensor:
     """Rotary embedding of neighboring pairs, as in FLUX; x (rows, n, heads, d), ``rotary`` is cos and sin (n, d)."""
     cos, sin = (turn[None, :, None, :] for turn in rotary)
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)

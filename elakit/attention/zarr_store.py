@@ -37,6 +37,7 @@ from torch import Tensor
 from elakit.attention.layout import DIMENSIONS, FORMAT, Layout, LazyArray, Moment, Slots
 from elakit.attention.sinks import over_budget
 from elakit.errors import OutputError, PromptError, RecordingError
+from elakit.files import replace_folder
 from elakit.prompt import Prompt
 
 # Number of steps whose call, timestep and sigma share a file.
@@ -395,24 +396,23 @@ def save_tree(tree: xr.DataTree, path: str | Path, overwrite: bool) -> Path:
 
 def write_whole(tree: xr.DataTree, target: Path, step_chunk: int | None = None, replace: bool = False) -> None:
     """Write a store beside ``target`` and move it there, in place of what was there if ``replace`` is true."""
+    if replace:
+        with replace_folder(target) as part:
+            _write_tree(tree, part, step_chunk)
+        return
+    # Renaming to a folder that exists fails, so a recording that another process wrote meanwhile is not replaced.
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
-    old = part.with_suffix(".old")
     try:
+        part.mkdir()
         _write_tree(tree, part, step_chunk)
-        if replace and target.exists():
-            target.rename(old)
         part.rename(target)
     finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
         shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_tree(tree: xr.DataTree, path: Path, step_chunk: int | None) -> None:
     """Write all files of a store (Zarr version 2, whose text arrays are standardized)."""
     described: dict[str, Any] = {".zgroup": {"zarr_format": 2}, ".zattrs": dict(tree.attrs)}
-    path.mkdir()
     for group, child in tree.children.items():
         node = child.to_dataset()
         described |= {f"{group}/.zgroup": {"zarr_format": 2}, f"{group}/.zattrs": dict(node.attrs)}

@@ -62,7 +62,7 @@ class Verdict:
 
     @property
     def mixture(self) -> bool:
-        """Whether the image contains a hybrid, a thing fused from two."""
+        """True if the image contains a hybrid, a thing fused from two."""
         return bool(self.mixtures)
 
     @property
@@ -78,7 +78,7 @@ class Verdict:
 
     @property
     def right_color(self) -> dict[str, bool]:
-        """Whether each entity is present and has no wrong color.
+        """Map from each entity to True if it is present and has no wrong color.
 
         If the prompt names no color for an entity, every color is right except one that was named for another entity
         and is unusual for the noun: a red bird beside "a red chair". The usual colors are known for the nouns of
@@ -96,7 +96,7 @@ class Verdict:
 
     @property
     def success(self) -> bool:
-        """Whether all entities are present, none has a wrong color, and none is fused with another."""
+        """True if all entities are present, none has a wrong color, and none is fused with another."""
         return all(self.right_color.values()) and not self.mixture
 
     def _miscolored(self, entity: str) -> bool:
@@ -133,12 +133,12 @@ class Verdict:
 
 
 def knows(prompt: Prompt) -> bool:
-    """Whether every entity of the prompt is one of the 24 nouns, and every attribute one of the 11 colors."""
+    """True if every entity of the prompt is one of the 24 nouns and every attribute one of the 11 colors."""
     return all(_noun(e) in NOUNS and all(a.lower() in COLORS for a in e.attributes) for e in prompt.entities)
 
 
 def is_black(image: Image.Image) -> bool:
-    """Whether every pixel is black, as in the image that a safety checker returns instead of the one it withholds.
+    """True if every pixel is black, as in the image that a safety checker returns instead of the one it withholds.
 
     Examples
     --------
@@ -199,7 +199,7 @@ def judge(image: Image.Image, prompt: Prompt, detector: Detector | None = None) 
         )
     rgb = np.asarray(image.convert("RGB"))
     nouns = [_noun(entity) for entity in prompt.entities]
-    with torch.random.fork_rng(devices=[]):  # building the judge's network draws initial weights
+    with torch.random.fork_rng(devices=[]):  # building the judge's network samples initial weights
         things = (detector or find_things)(image, tuple(dict.fromkeys(nouns)))
     masks = np.zeros((len(nouns), *rgb.shape[:2]), bool)
     colors: list[str | None] = [None] * len(nouns)
@@ -224,7 +224,7 @@ def judge(image: Image.Image, prompt: Prompt, detector: Detector | None = None) 
 def _assign(
     masks: np.ndarray, colors: list[str | None], things: list[Thing], owners: list[int], prompt: Prompt
 ) -> None:
-    """Assign the things of a noun to its entities: all to a single entity, else one each, matching colors first.
+    """Assign the things of a noun to its entities: all to a single entity, else one per entity, matching colors first.
 
     Whole things come before parts of hybrids.
     """

@@ -89,7 +89,7 @@ def auc(maps: Any, masks: Any) -> np.ndarray:
 
     Examples
     --------
-    Of the four pairs (on the entity, beside it), 3 > 2, 3 > 1 and 2 > 1 are in order, and 2 = 2 counts half:
+    Three of the four pairs (on the entity, beside it) are in order, 3 > 2, 3 > 1 and 2 > 1, and 2 = 2 counts half:
 
     >>> float(auc([[3., 2., 2., 1.]], [[1, 1, 0, 0]]))
     0.875

@@ -41,7 +41,7 @@ def as_array(values: Any, name: str) -> np.ndarray:
         Tensors may be on any device, of any precision, and require gradients. The spatial dimensions of a DataArray
         may be in any order.
     name : str
-        What the values are called in error messages.
+        Name of the values in error messages.
 
     Returns
     -------
@@ -217,7 +217,7 @@ def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     Returns
     -------
     ndarray, (..., rows, columns)
-        Of the same dtype. A map that shrinks keeps its mean.
+        Resized maps of the same dtype. A map that shrinks keeps its mean.
 
     Examples
     --------

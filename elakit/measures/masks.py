@@ -59,13 +59,13 @@ def otsu_thresholds(maps: np.ndarray) -> np.ndarray:
 
 
 def is_constant(maps: np.ndarray) -> np.ndarray:
-    """Whether each map (n, y, x) has one value only, up to rounding; bool array (n, 1, 1)."""
+    """Test each map (n, y, x) for a single value, up to rounding; bool array (n, 1, 1)."""
     high = maps.max(axis=(1, 2), keepdims=True)
     return np.asarray(high - maps.min(axis=(1, 2), keepdims=True) <= 1e-9 * high)
 
 
 def check_disjoint(masks: np.ndarray) -> None:
-    """Raise SettingError if two of the masks (..., region, y, x) share a location."""
+    """Raise SettingError if two of the masks (..., region, y, x) overlap."""
     if shared := int((masks.sum(axis=-3) > 1).sum()):
         raise SettingError(f"{shared} locations belong to more than one region; regions must be disjoint")
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from elakit.errors import ModelError
+from elakit.models.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
 Place = Literal["down", "mid", "up", "double", "single", "block"]
@@ -21,7 +22,7 @@ Grid = Callable[[Sequence[Any], Mapping[str, Any]], tuple[int, int]]
 
 
 def argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
-    """An argument of a call, given by position or by name; None when it was not given.
+    """Argument of a call, whether it was given by position or by name; None if it was not given.
 
     Examples
     --------
@@ -31,11 +32,11 @@ def argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name
     return args[position] if len(args) > position else kwargs.get(name)
 
 
-def running(pipe: Any) -> Mapping[str, Any]:
-    """Local variables of the ``__call__`` of a pipeline that is running now; empty when it is not.
+def running(pipe: Pipeline) -> Mapping[str, Any]:
+    """Local variables of the ``__call__`` of a pipeline that is running; empty if it is not running.
 
-    For what a pipeline keeps to itself: PixArt does not say otherwise whether it guides, nor FLUX which pass is the
-    negative one. They are read, never changed.
+    Some state is found nowhere else: whether PixArt guides, and which pass of FLUX is that of the negative prompt. The
+    variables are read, never changed.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -45,9 +46,23 @@ def running(pipe: Any) -> Mapping[str, Any]:
     return {}
 
 
+def is_a(value: Any, *names: str) -> bool:
+    """Whether the class of an object, or one of its bases, has one of the names.
+
+    Families are told apart by the names of diffusers' classes, so that no model has to be imported, and so that a class
+    that an older release lacks is no error.
+
+    Examples
+    --------
+    >>> is_a(torch.nn.Linear(1, 1), "Module"), is_a(torch.nn.Linear(1, 1), "Conv2d")
+    (True, False)
+    """
+    return any(kind.__name__ in names for kind in type(value).__mro__)
+
+
 @torch.no_grad()
-def decoded(pipe: Any, latents: torch.Tensor) -> list[Image.Image]:
-    """Images of latents, (n, c, h, w), as the pipelines of all families decode theirs at the end."""
+def decoded(pipe: Pipeline, latents: torch.Tensor) -> list[Image.Image]:
+    """Images of latents, (n, c, h, w), decoded as the pipelines of all families do at the end."""
     vae, config = pipe.vae, pipe.vae.config
     mean, spread = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
     if mean is not None and spread is not None:
@@ -57,7 +72,7 @@ def decoded(pipe: Any, latents: torch.Tensor) -> list[Image.Image]:
     else:
         latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
     precision = vae.dtype
-    # what the autoencoder of Stable Diffusion XL computes in half precision overflows
+    # Activations of Stable Diffusion XL's autoencoder overflow in half precision.
     upcast = precision == torch.float16 and getattr(config, "force_upcast", False)
     if upcast:
         vae.to(torch.float32)
@@ -71,12 +86,12 @@ def decoded(pipe: Any, latents: torch.Tensor) -> list[Image.Image]:
 
 
 @torch.no_grad()
-def encoded(pipe: Any, image: Image.Image) -> torch.Tensor:
+def encoded(pipe: Pipeline, image: Image.Image) -> torch.Tensor:
     """Latents of an image, (1, c, h, w): the inverse of `decoded`."""
     vae, config = pipe.vae, pipe.vae.config
     pixels = pipe.image_processor.preprocess(image.convert("RGB"))
     precision = vae.dtype
-    # half precision overflows in the autoencoder of Stable Diffusion XL
+    # Activations of Stable Diffusion XL's autoencoder overflow in half precision.
     upcast = precision == torch.float16 and getattr(config, "force_upcast", False)
     if upcast:
         vae.to(torch.float32)
@@ -94,13 +109,13 @@ def encoded(pipe: Any, image: Image.Image) -> torch.Tensor:
     return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
 
 
-def call_default(pipe: Any, name: str) -> Any:
-    """What a pipeline's ``__call__`` takes where an argument is not given."""
+def call_default(pipe: Pipeline, name: str) -> Any:
+    """Default of an argument of a pipeline's ``__call__``."""
     return inspect.signature(type(pipe).__call__).parameters[name].default
 
 
 def decoder_side(places: Iterable[str]) -> str:
-    """Layers in which the image takes shape, as `select_layers` takes them, of a model whose layers are so placed.
+    """Selection of the layers that form the image, as `select_layers` takes it, in a model with the given places.
 
     Examples
     --------
@@ -112,10 +127,10 @@ def decoder_side(places: Iterable[str]) -> str:
     return "up" if {"down", "mid", "up"} & set(places) else "all"
 
 
-def stacked_rows(pipe: Any, batch: int, guided: bool) -> slice:
-    """Rows that see the prompt in ``[unconditional..., conditional..., perturbed...]``, as diffusers stacks a batch.
+def stacked_rows(pipe: Pipeline, batch: int, guided: bool) -> slice:
+    """Rows that see the prompt in ``[unconditional..., conditional..., perturbed...]``, the batch layout of diffusers.
 
-    The last part is there with perturbed-attention guidance only, the first when ``guided``.
+    The perturbed part exists with perturbed-attention guidance only, the unconditional part only if ``guided``.
 
     Raises
     ------
@@ -130,15 +145,15 @@ def stacked_rows(pipe: Any, batch: int, guided: bool) -> slice:
     parts = 1 + guided + bool(getattr(pipe, "do_perturbed_attention_guidance", False))
     if batch % parts:
         raise ModelError(
-            f"The denoiser was called with {batch} rows, but {type(pipe).__name__} guides now with {parts} "
-            "passes stacked in one batch. Calls of your own go inside `elakit.attention.paused(pipe)`."
+            f"The denoiser was called with {batch} rows, but {type(pipe).__name__} stacks {parts} passes in one batch "
+            "at its current guidance scale. Put calls of your own inside `elakit.attention.paused(pipe)`."
         )
     images = batch // parts
     return slice(guided * images, (guided + 1) * images)
 
 
-def scheduler_timestep(pipe: Any, wanted: float) -> float:
-    """The scheduler's own timestep nearest to a number that has been through the model's precision.
+def scheduler_timestep(pipe: Pipeline, wanted: float) -> float:
+    """Timestep of the scheduler that is nearest to a number rounded to the model's precision.
 
     Examples
     --------
@@ -153,46 +168,61 @@ def scheduler_timestep(pipe: Any, wanted: float) -> float:
 
 
 class OtherKind(str):
-    """A refusal that only says that the pipeline is of quite another kind: not worth telling beside a nearer one."""
+    """Reason for a refusal that only says that a pipeline is of another kind; left out of errors with a nearer one."""
+
+
+def modular(pipe: Any) -> str | None:
+    """Why a modular pipeline is refused; None for all others."""
+    if not is_a(pipe, "ModularPipeline"):
+        return None
+    return (
+        "it is a modular pipeline, whose guiders and blocks elakit does not read; load the standard pipeline of the "
+        "same model with `elakit.load`"
+    )
 
 
 def compiled(module: Any, path: str) -> str | None:
-    """Why a denoiser under torch.compile is refused; None when it is not compiled.
+    """Why a denoiser under torch.compile is refused; None if it is not compiled.
 
-    Hooks would split its graph, or not be seen at all, and the image would not be that of the compiled run.
+    Hooks would split the compiled graph or not run at all, and the image would not be that of the compiled run.
     """
+    name = path.rpartition(".")[2]
     if hasattr(module, "_orig_mod"):
         return (
-            f"its {path.rpartition('.')[2]} was wrapped by torch.compile, inside which attention cannot be read "
-            f"without changing the image; use the plain one, `{path} = {path}._orig_mod`, for recording and guidance"
+            f"its {name} was wrapped by torch.compile, inside which attention cannot be read without changing the "
+            f"image; use the original module, `{path} = {path}._orig_mod`, for recording and guidance"
         )
     parts = list(module.named_modules()) if isinstance(module, nn.Module) else []
-    for name, part in parts:
+    for part_name, part in parts:
         if hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable"):
-            owner = f"{path}.{name}" if name else path
+            owner = f"{path}.{part_name}" if part_name else path
             return (
                 f"the forward method of {owner} was wrapped by torch.compile, inside which attention cannot be read "
                 f"without changing the image; set the original one back, for example with `del {owner}.forward`"
             )
-    inside = next((name for name, part in parts if getattr(part, "_compiled_call_impl", None) is not None), None)
+    inside = next((part_name for part_name, part in parts if _is_compiled(part)), None)
     if inside is None:
         return None
     return (
-        f"its {path.rpartition('.')[2]} was compiled in place ({inside or 'as a whole'}), inside which attention "
-        "cannot be read without changing the image; load the pipeline again without `compile()`, or take it back "
-        f"with `for part in {path}.modules(): part._compiled_call_impl = None`"
+        f"its {name} was compiled in place ({inside or 'as a whole'}), inside which attention cannot be read without "
+        "changing the image; load the pipeline again without compiling it, or undo it with "
+        f"`for part in {path}.modules(): part._compiled_call_impl = None`"
     )
 
 
+def _is_compiled(part: nn.Module) -> bool:
+    return getattr(part, "_compiled_call_impl", None) is not None
+
+
 def image_grid(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns of a block whose input is an image, (B, C, h, w)."""
+    """Rows and columns of the input of a block that takes an image, (B, C, h, w)."""
     image = argument(args, kwargs, 0, "hidden_states")
     return image.shape[-2], image.shape[-1]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where image and text stand in an attention call that is read as it is made.
+    """Positions of image and text in an attention call that is read where it is made.
 
     Attributes
     ----------
@@ -214,7 +244,7 @@ LayoutOf = Callable[[Sequence[Any], Mapping[str, Any]], Layout]
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One layer of the denoiser in which image positions attend to the text.
+    """One layer of the denoiser in which image locations attend to the text.
 
     Attributes
     ----------
@@ -224,21 +254,22 @@ class AttentionLayer:
     place : {"down", "mid", "up"} or {"double", "single"} or {"block"}
         Side of a UNet; kind of block of an MM-DiT; "block" where all blocks are alike (PixArt).
     heads : int
-        Attention heads.
+        Number of attention heads.
     module : torch.nn.Module
-        The attention module; its projections of queries and keys are what recording reads.
+        Attention module, whose query and key projections are read.
     block : torch.nn.Module
-        The module around it whose call tells the size of the layer's maps: the block whose input is the image,
-        (B, C, h, w), in a UNet; the whole denoiser in a transformer.
+        Module around it whose call gives the size of the layer's maps: in a UNet the block whose input is the image,
+        (B, C, h, w); in a transformer the whole denoiser.
     factor : int
         Side of the latent divided by the side of this layer's maps.
     kind : {"cross", "joint", "single"}
-        Whether keys are the text alone; image and text, each with projections of its own; or image and text in one
-        sequence.
+        "cross": the keys are the text alone. "joint": image and text, each with projections of its own. "single": image
+        and text in one sequence.
     text_first : bool
-        Where image and text are keys side by side: whether the text comes first.
+        Whether the text comes first where image and text are keys together.
     takes_mask : bool
-        Whether its processor heeds an ``attention_mask``; `elakit.attention.edit` goes another way where not.
+        Whether the attention processor applies an ``attention_mask``; if not, `elakit.attention.edit` adds its bias
+        where attention is computed.
     reads : {"text", "image"}
         Keys whose attention is read: the text, or the image's own locations (self-attention).
     grid : callable
@@ -265,19 +296,19 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the denoiser, read off its arguments before it runs.
+    """One call of the denoiser, read from its arguments before it runs.
 
     Attributes
     ----------
     batch : int
-        Rows.
+        Number of rows.
     timestep : float
-        As the scheduler counts it, whatever the model is given.
+        The scheduler's timestep, whatever number the model is given.
     latent : tuple of int
-        (h, w) of the latent before it is cut into patches: a layer's ``factor`` divides it.
+        (h, w) of the latent before it is divided into patches; the ``factor`` of a layer divides it.
     conditional : bool
-        False for a pass of the pipeline's own that does not see the prompt (FLUX's negative prompt), or sees it
-        through a maimed network (skip-layer guidance of Stable Diffusion 3): such a call is neither kept nor counted.
+        False for a pass of the pipeline that does not see the prompt (FLUX's negative prompt), or that sees it through
+        a reduced network (skip-layer guidance of Stable Diffusion 3). Such a call is neither recorded nor counted.
     """
 
     batch: int
@@ -288,15 +319,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """A prompt as a pipeline's call and its denoiser want it.
+    """A prompt in the form that a pipeline's call and its denoiser take.
 
     Attributes
     ----------
     call : dict
         Arguments of the pipeline's ``__call__`` that stand for the prompt and the negative prompt, for one image, and
-        what else the family's call must be told.
+        further arguments that the family needs.
     inputs : dict
-        Arguments of the denoiser for one conditional row; tensors, or dicts of tensors.
+        Arguments of the denoiser for one conditional row: tensors, lists with one tensor per row, or dicts of these.
     shared : dict
         Arguments of the denoiser that all rows have in common (FLUX's positions).
     """
@@ -306,7 +337,7 @@ class Conditioning:
     shared: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self, images: int) -> dict[str, Any]:
-        """The call's arguments for so many images; not every pipeline repeats given states for each by itself.
+        """Arguments of the pipeline's call for a number of images; not every pipeline repeats given text states itself.
 
         Examples
         --------
@@ -314,13 +345,16 @@ class Conditioning:
         >>> arguments["prompt_embeds"].shape, arguments["negative_prompt"]
         (torch.Size([4, 2, 3]), None)
         """
-        return {
-            name: torch.cat([value] * images) if isinstance(value, torch.Tensor) else value
-            for name, value in self.call.items()
-        }
+
+        def repeated(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return torch.cat([value] * images)
+            return value * images if isinstance(value, list) else value
+
+        return {name: repeated(value) for name, value in self.call.items()}
 
     def rows(self, count: int, dtype: torch.dtype) -> dict[str, Any]:
-        """The denoiser's arguments for so many rows, numbers with a point in a precision.
+        """Arguments of the denoiser for a number of rows, floating-point tensors converted to ``dtype``.
 
         Examples
         --------
@@ -331,6 +365,8 @@ class Conditioning:
         def spread(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: spread(part) for name, part in value.items()}
+            if isinstance(value, list):
+                return [part.to(dtype) for part in value] * count
             if not isinstance(value, torch.Tensor):
                 return value
             value = value.to(dtype) if value.is_floating_point() else value
@@ -340,43 +376,51 @@ class Conditioning:
 
 
 class Adapter(Protocol):
-    """What elakit asks of a family; one file in elakit/models each."""
+    """What elakit needs to know about a family; one file in elakit/models for each."""
 
     family: ClassVar[str]
-    pipe: Any
+    scale_argument: ClassVar[str]
+    pipe: Pipeline
     denoiser: nn.Module
 
-    def __init__(self, pipe: Any) -> None:
-        """Serve a pipeline that `refusal` does not refuse."""
+    def __init__(self, pipe: Pipeline) -> None:
+        """Adapt a pipeline that `refusal` does not refuse."""
 
     @classmethod
-    def refusal(cls, pipe: Any) -> str | None:
-        """Why this family cannot serve a pipeline; None when it can."""
+    def refusal(cls, pipe: Pipeline) -> str | None:
+        """Reason why a pipeline is not of this family; None if it is."""
 
     @classmethod
     def refusal_of_index(cls, index: Mapping[str, Any]) -> str | None:
-        """As `refusal`, from a ``model_index.json``: known before any weight is fetched."""
+        """Same as `refusal`, from a ``model_index.json``: known before any weight is downloaded."""
+
+    @property
+    def image_optional(self) -> bool:
+        """Whether the pipeline's call generates from text alone although it also takes an image."""
+
+    def is_current(self) -> bool:
+        """Whether the pipeline still is as the adapter found it: same denoiser, not compiled since."""
 
     def layers(self) -> tuple[AttentionLayer, ...]:
-        """The layers in which the image attends to the text, in the order in which a pass meets them."""
+        """Layers in which the image attends to the text, in forward order."""
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """What a call of the denoiser is, from its arguments."""
+        """Rows, timestep and latent size of a call of the denoiser, from its arguments."""
 
     def conditional_rows(self, batch: int) -> slice:
-        """Rows of a denoiser batch that see the prompt; asked anew at each call, while the pipeline runs."""
+        """Rows of a denoiser batch that see the prompt; determined again at each call, while the pipeline runs."""
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the latent (before it is cut into patches) of a picture of so many pixels."""
+        """Rows and columns of the latent (before it is divided into patches) of an image of a size in pixels."""
 
     def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the image drawn when nothing else is asked."""
+        """Default height and width of an image, in pixels."""
 
     def text_length(self) -> int:
-        """Text positions the denoiser sees, start, end and padding included."""
+        """Number of text positions that the denoiser sees, start, end and padding included."""
 
     def text(self) -> tuple[TextSequence, ...]:
-        """The token sequences the denoiser sees, in their order, and where each begins."""
+        """Token sequences that the denoiser sees, in their order, with the first position of each."""
 
     def encode(
         self,
@@ -386,35 +430,35 @@ class Adapter(Protocol):
         size: tuple[int, int] | None = None,
         guidance_scale: float | None = None,
     ) -> Conditioning:
-        """What the pipeline makes of a prompt.
+        """Encode a prompt as the pipeline does.
 
         ``guided`` says whether there is a negative part, for classifier-free guidance (FLUX never has one). ``size`` is
-        the image's (height, width), by default the model's. ``guidance_scale`` matters to models into which guidance
-        is distilled, whose input it is; by default the pipeline's.
+        the image's (height, width), by default the model's. ``guidance_scale`` matters to guidance-distilled models,
+        whose input it is; by default the pipeline's.
         """
 
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
     ) -> torch.Tensor:
-        """One conditional pass over n rows of latents, as the pipeline keeps them, scaled by the scheduler.
+        """One conditional pass over n rows of latents, in the pipeline's form, scaled by the scheduler.
 
-        ``timestep`` is the scheduler's own number, whatever the model is given.
+        ``timestep`` is the scheduler's, whatever number the model is given.
         """
 
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
-        """The layers of self-attention that stand before given layers in their blocks; `ModelError` without any."""
+        """Layers that read self-attention, one for each of the given layers; `ModelError` if a block has none."""
 
     def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
-        """Noise of unit variance that an image starts from, with one row, as the pipeline takes ``latents``."""
+        """Initial noise of unit variance for one image, in the form in which the pipeline takes ``latents``."""
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler as the pipeline's call will; how many times the noise its first latents are."""
+        """Set the scheduler's timesteps as the pipeline's call does; returns the factor of the initial noise."""
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images of latents as the pipeline keeps them; of a run's middle too, where they are noisy."""
+        """Images of latents in the pipeline's form, also of the noisy latents in the middle of a run."""
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:
-        """Latents of an image, with one row, as the pipeline keeps latents."""
+        """Latents of an image for one row, in the pipeline's form."""
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-        """Arguments of the pipeline's call that make it pass (step, latents) through ``move`` after each step."""
+        """Arguments of the pipeline's call that pass (step, latents) through ``move`` after each step."""

@@ -1,41 +1,44 @@
-"""FLUX.1: an MM-DiT of double and single stream blocks over T5 tokens and a latent packed 2x2; rotary positions."""
+"""FLUX.1: an MM-DiT of double- and single-stream blocks over T5 tokens and a latent packed in patches of 2x2."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from diffusers import FluxTransformer2DModel
 from PIL import Image
-from torch import nn
 
 from elakit.errors import ModelError, SettingError
 from elakit.models.adapter import (
     AttentionLayer,
     Call,
     Conditioning,
-    OtherKind,
+    Kind,
+    Layout,
+    Place,
     argument,
     call_default,
     encoded,
-    running,
+    is_a,
     scheduler_timestep,
 )
+from elakit.models.pipeline import Pipeline
 from elakit.models.transformer import TransformerAdapter
 from elakit.tokens import TextSequence
 
 
 class Flux(TransformerAdapter):
-    """Adapter of FLUX.1 pipelines (text-to-image, img2img, inpainting, fill, ControlNet).
+    """Adapter of FLUX.1 pipelines (text-to-image, img2img, inpainting, Fill, Kontext, ControlNet).
 
-    The denoiser sees T5 tokens only (CLIP gives it one pooled vector); they have no start-of-text. Double stream blocks
-    project image and text each by themselves, single stream blocks both in one sequence; in both kinds they attend to
-    each other in one softmax, so over the text rows do not sum to 1.
+    The denoiser sees T5 tokens only (CLIP gives it one pooled vector); they have no start-of-text token. Double-stream
+    blocks project image and text separately, single-stream blocks project both as one sequence; in both kinds image and
+    text attend to each other in one softmax, so that rows do not sum to 1 over the text.
 
     Guidance is distilled into the model: every row of a batch sees the prompt. With a negative prompt the pipeline
-    makes a second call, which is not kept.
+    makes a second call, which is not recorded.
+
+    In Kontext pipelines the sequence goes on with the locations of the input image; they are keys like all others, and
+    the maps are those of the generated image.
 
     Parameters
     ----------
@@ -43,91 +46,92 @@ class Flux(TransformerAdapter):
     """
 
     family: ClassVar[str] = "FLUX.1"
-    model: ClassVar[type[nn.Module]] = FluxTransformer2DModel
-    model_names: ClassVar[tuple[str, ...]] = ("FluxTransformer2DModel",)
+    models: ClassVar[tuple[str, ...]] = ("FluxTransformer2DModel",)
     # The image attends to the text that T5 reads: prompt_2, or prompt if there is none.
     text_arguments: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt_2", "prompt"),)
+    positions: ClassVar[dict[str, int]] = {"timestep": 3, "img_ids": 4}  # among the arguments of the denoiser
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Pipeline) -> None:
         super().__init__(pipe)
         self._seen: tuple[torch.Tensor, tuple[int, int]] | None = None
 
     @classmethod
-    def refusal(cls, pipe: Any) -> str | None:
-        """Why this adapter cannot serve a pipeline; None when it can."""
+    def refusal(cls, pipe: Pipeline) -> str | None:
+        """Reason why a pipeline is not of this family; None if it is."""
         if reason := super().refusal(pipe):
             return reason
-        if "Kontext" in type(pipe).__name__:
-            return "its images attend to those of another image, too (Kontext)"
         return "it has no T5 tokenizer" if getattr(pipe, "tokenizer_2", None) is None else None
 
-    @classmethod
-    def refusal_of_index(cls, index: Mapping[str, Any]) -> str | None:
-        """As `refusal`, from a ``model_index.json``."""
-        if "Kontext" in str(index.get("_class_name")):
-            return OtherKind("it is a Kontext pipeline")
-        return super().refusal_of_index(index)
-
     def _make_layers(self) -> tuple[AttentionLayer, ...]:
-        transformer = self.pipe.transformer
-        double = [
+        net = self.pipe.transformer
+        kinds: tuple[tuple[str, Place, Kind], ...] = (
+            ("transformer_blocks", "double", "joint"),
+            ("single_transformer_blocks", "single", "single"),
+        )
+        captured = self._captured
+        return tuple(
             AttentionLayer(
-                f"transformer_blocks.{i}.attn",
-                "double",
-                block.attn.heads,
-                block.attn,
-                self.denoiser,
-                self._patch,
-                kind="joint",
+                name=f"{stack}.{i}.attn",
+                place=place,
+                heads=block.attn.heads,
+                module=block.attn,
+                block=self.denoiser,
+                factor=self._patch,
+                kind=kind,
                 text_first=True,
+                takes_mask=not captured,
                 grid=self._grid,
+                layout=self._layout if captured else None,
             )
-            for i, block in enumerate(transformer.transformer_blocks)
-        ]
-        single = [
-            AttentionLayer(
-                f"single_transformer_blocks.{i}.attn",
-                "single",
-                block.attn.heads,
-                block.attn,
-                self.denoiser,
-                self._patch,
-                kind="single",
-                text_first=True,
-                grid=self._grid,
-            )
-            for i, block in enumerate(transformer.single_transformer_blocks)
-        ]
-        return (*double, *single)
+            for stack, place, kind in kinds
+            for i, block in enumerate(getattr(net, stack))
+        )
+
+    @property
+    def image_optional(self) -> bool:
+        """Whether the pipeline's call generates from text alone although it also takes an image."""
+        return is_a(self.pipe, "FluxKontextPipeline")
+
+    @property
+    def _captured(self) -> bool:
+        """Whether layers are read at the attention call; Kontext's sequence has more than text and image."""
+        return "Kontext" in type(self.pipe).__name__
 
     @property
     def _patch(self) -> int:
         return 2  # the pipeline's packing, not the model's patch size, which is 1
 
     def _grid(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-        ids = argument(args, kwargs, 4, "img_ids")
-        if self._seen is None or self._seen[0] is not ids:  # once a run: it waits for the device
-            rows, columns = (ids.reshape(-1, 3)[:, 1:].amax(0) + 1).int().tolist()
-            cells = argument(args, kwargs, 0, "hidden_states").shape[1]
-            if rows * columns != cells:
+        ids = argument(args, kwargs, self.positions["img_ids"], "img_ids")
+        if self._seen is None or self._seen[0] is not ids:  # once per run, as it waits for the device
+            flat = ids[0] if ids.ndim == 3 else ids
+            generated = flat[flat[:, 0] == 0]  # the locations of Kontext's input image have another first number
+            rows, columns = (generated[:, 1:3].amax(0) + 1).int().tolist()
+            patches = argument(args, kwargs, 0, "hidden_states").shape[1]
+            if rows * columns != len(generated) or patches != len(flat):
                 raise ModelError(
-                    f"The transformer was called with {cells} image positions that do not form one image of "
-                    f"{rows} x {columns}; only runs of one image can be recorded."
+                    f"The transformer was called with {patches} image patches, {len(generated)} of them for an image "
+                    f"of {rows} x {columns} patches; only runs of one image size can be recorded."
                 )
             self._seen = ids, (rows, columns)
         return self._seen[1]
 
+    def _layout(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout:
+        """Text, then the generated image, then Kontext's input image."""
+        text = argument(args, kwargs, 1, "encoder_hidden_states").shape[1]
+        return Layout(self._grid(args, kwargs), text, (0, text))
+
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """What a call of the transformer is, its latent as it was before packing."""
+        """Rows, timestep and latent size (before packing) of a call of the transformer."""
         rows, columns = self._grid(args, kwargs)
-        negative = running(self.pipe).get("negative_prompt_embeds")
-        text = argument(args, kwargs, 1, "encoder_hidden_states")
         batch = argument(args, kwargs, 0, "hidden_states").shape[0]
         return Call(
             batch,
-            self._timestep(torch.as_tensor(argument(args, kwargs, 3, "timestep")).flatten()[0]),
+            self._timestep(
+                torch.as_tensor(argument(args, kwargs, self.positions["timestep"], "timestep")).flatten()[0]
+            ),
             (rows * self._patch, columns * self._patch),
-            conditional=negative is None or text is not negative,
+            conditional=not self._is_negative(argument(args, kwargs, 1, "encoder_hidden_states")),
         )
 
     @property
@@ -136,17 +140,17 @@ class Flux(TransformerAdapter):
         return self._t5_length()
 
     def _timestep(self, given: torch.Tensor) -> float:
-        """The scheduler's own number: the model is given a thousandth of it, rounded to the model's precision."""
+        """The scheduler's timestep; the model is given a thousandth of it, rounded to the model's precision."""
         if (current := getattr(self.pipe, "_current_timestep", None)) is not None:
             return float(current)
         return scheduler_timestep(self.pipe, float(given) * 1000)
 
     def conditional_rows(self, batch: int) -> slice:
-        """All rows: a negative prompt has a call of its own."""
+        """All rows; a negative prompt has a call of its own."""
         return slice(0, batch)
 
     def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the image drawn when nothing else is asked."""
+        """Default height and width of an image, in pixels."""
         side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
         return side, side
 
@@ -163,33 +167,35 @@ class Flux(TransformerAdapter):
         size: tuple[int, int] | None = None,
         guidance_scale: float | None = None,
     ) -> Conditioning:
-        """Text states of T5, the pooled state of CLIP, positions of text and image, and the scale of guidance.
+        """Text states of T5, the pooled state of CLIP, positions of text and image, and the guidance scale.
 
         Parameters
         ----------
         text : str
         negative : str, optional
-            There is no place for one.
+            Not supported: the model has no input for it.
         guided : bool
-            Not needed by this family: no call has a negative part.
+            Not used by this family: no call has a negative part.
         size : tuple of int, optional
             (height, width) of the image; by default the model's.
         guidance_scale : float, optional
-            By default the pipeline's. Not used by a model without an input for it (FLUX.1 schnell).
+            By default the pipeline's. Not used by models without an input for it (FLUX.1 schnell).
 
         Raises
         ------
         SettingError
-            A negative prompt is given.
+            When a negative prompt is given.
         """
         if negative:
             raise SettingError(
-                f"negative_prompt={negative!r}: {self.family} has its guidance distilled into the model and makes no "
-                "pass for a negative prompt. Leave it out, or call the pipeline yourself with `true_cfg_scale`, inside "
+                f"negative_prompt={negative!r}: {self.family} is guidance-distilled and makes no pass for a "
+                "negative prompt. Leave it out, or call the pipeline yourself with `true_cfg_scale`, inside "
                 "`with elakit.record(pipe, prompt) as recording:`."
             )
         device = self.pipe._execution_device
-        embeds, pooled, text_ids = self.pipe.encode_prompt(text, device=device, max_sequence_length=self._t5_length())
+        embeds, pooled, text_ids = self.pipe.encode_prompt(
+            prompt=text, prompt_2=None, device=device, max_sequence_length=self._t5_length()
+        )
         rows, columns = self.latent_size(*(size or self.default_size()))
         image_ids = self.pipe._prepare_latent_image_ids(
             1, rows // self._patch, columns // self._patch, device, embeds.dtype
@@ -205,33 +211,23 @@ class Flux(TransformerAdapter):
         )
 
     def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
-        """A thousandth of the scheduler's number, in the model's precision."""
+        """A thousandth of the scheduler's timestep, in the model's precision."""
         return super()._given(timestep, latents).to(latents.dtype) / 1000
 
     @property
     def _channels(self) -> int:
-        """Of the latent before it is packed, four cells into one."""
+        """Number of channels of the latent before patches of 2x2 are packed."""
         return super()._channels // self._patch**2
 
     def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
-        """Noise of unit variance that an image starts from, packed: (1, cells, 4c)."""
+        """Initial noise of unit variance, packed: (1, patches, 4c)."""
         noise = super().noise(generator, height, width)
         packed: torch.Tensor = self.pipe._pack_latents(noise, *noise.shape)
         return packed
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler as the pipeline's call will; its first latents are the noise itself."""
-        from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps  # slow to import without a pipeline
-
-        scheduler = self.pipe.scheduler
-        own = getattr(scheduler.config, "use_flow_sigmas", False)  # then the scheduler itself knows the noise levels
-        retrieve_timesteps(
-            scheduler,
-            steps,
-            self.pipe._execution_device,
-            sigmas=None if own else np.linspace(1.0, 1 / steps, steps),
-            mu=self._shift(height, width, 1.15),
-        )
+        """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""
+        self._set_flow(steps, self._shift(height, width, 1.15))
         return 1.0
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:
@@ -241,7 +237,7 @@ class Flux(TransformerAdapter):
         return packed
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images of packed latents, (n, cells, 4c); of a run's middle too, where they are noisy."""
+        """Images of packed latents, (n, patches, 4c), also of the noisy latents in the middle of a run."""
         return super().decode(
             self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor), height, width
         )

@@ -6,12 +6,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from diffusers import PixArtTransformer2DModel
-from diffusers.utils import is_bs4_available, is_ftfy_available
-from torch import nn
 
 from elakit.errors import PromptError
 from elakit.models.adapter import AttentionLayer, Conditioning
+from elakit.models.pipeline import Pipeline
 from elakit.models.transformer import TransformerAdapter
 from elakit.tokens import TextSequence
 
@@ -19,10 +17,10 @@ from elakit.tokens import TextSequence
 class PixArt(TransformerAdapter):
     """Adapter of PixArt pipelines.
 
-    T5 tokens have no start-of-text; padding is masked, so its attention is 0. The pipeline reads prompts in lower case.
+    T5 has no start-of-text token; padding is masked, so its attention is 0. The pipeline lowercases prompts.
 
-    `elakit.generate` draws at the very size that is asked for: the pipeline's own resolution binning, which draws at
-    the nearest size that it knows and resizes the image, is off.
+    `elakit.generate` generates at exactly the given size: the pipeline's resolution binning, which generates at the
+    nearest size of a list and resizes the image, is switched off.
 
     Parameters
     ----------
@@ -30,13 +28,13 @@ class PixArt(TransformerAdapter):
     """
 
     family: ClassVar[str] = "PixArt-Alpha/Sigma"
-    model: ClassVar[type[nn.Module]] = PixArtTransformer2DModel
-    # PixArt-Alpha's files name the class that its transformer had at first.
-    model_names: ClassVar[tuple[str, ...]] = ("PixArtTransformer2DModel", "Transformer2DModel")
+    models: ClassVar[tuple[str, ...]] = ("PixArtTransformer2DModel",)
+    # The files of PixArt-Alpha name the class that its transformer had at first.
+    index_models: ClassVar[tuple[str, ...]] = ("Transformer2DModel",)
 
     @classmethod
-    def refusal(cls, pipe: Any) -> str | None:
-        """Why this adapter cannot serve a pipeline; None when it can."""
+    def refusal(cls, pipe: Pipeline) -> str | None:
+        """Reason why a pipeline is not of this family; None if it is."""
         if reason := super().refusal(pipe):
             return reason
         if getattr(pipe, "tokenizer", None) is None or not hasattr(pipe, "_text_preprocessing"):
@@ -46,12 +44,12 @@ class PixArt(TransformerAdapter):
     def _make_layers(self) -> tuple[AttentionLayer, ...]:
         return tuple(
             AttentionLayer(
-                f"transformer_blocks.{i}.attn2",
-                "block",
-                block.attn2.heads,
-                block.attn2,
-                self.denoiser,
-                self._patch,
+                name=f"transformer_blocks.{i}.attn2",
+                place="block",
+                heads=block.attn2.heads,
+                module=block.attn2,
+                block=self.denoiser,
+                factor=self._patch,
                 grid=self._grid,
             )
             for i, block in enumerate(self.pipe.transformer.transformer_blocks)
@@ -70,17 +68,17 @@ class PixArt(TransformerAdapter):
         size: tuple[int, int] | None = None,
         guidance_scale: float | None = None,
     ) -> Conditioning:
-        """Text states with the mask of their padding, and the size of the image where the model is told it.
+        """Text states with the mask of their padding, and the image size where the model takes it.
 
         Parameters
         ----------
         text, negative : str
         guided : bool
-            With classifier-free guidance; without it there are no negative states.
+            Whether classifier-free guidance is used; without it there are no negative states.
         size : tuple of int, optional
             (height, width) of the image; by default the model's.
         guidance_scale : float, optional
-            Not needed by this family.
+            Not used by this family.
         """
         embeds, mask, negative_embeds, negative_mask = self.pipe.encode_prompt(
             text,
@@ -90,7 +88,7 @@ class PixArt(TransformerAdapter):
             clean_caption=_cleans(),
             max_sequence_length=self._t5_length(),
         )
-        # The pipeline's default of the negative prompt is a text, which it does not take beside states.
+        # The pipeline's default negative prompt is a text, which it does not accept together with text states.
         call = {"prompt_embeds": embeds, "prompt_attention_mask": mask, "negative_prompt": None}
         if guided:
             call |= {"negative_prompt_embeds": negative_embeds, "negative_prompt_attention_mask": negative_mask}
@@ -103,10 +101,10 @@ class PixArt(TransformerAdapter):
         return Conditioning(call | {"use_resolution_binning": False}, inputs)
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-        """Arguments of the pipeline's call that make it pass (step, latents) through ``move`` after each step.
+        """Arguments of the pipeline's call that pass (step, latents) through ``move`` after each step.
 
-        Its callback cannot give latents back, so they are changed in place. It is not called between the model's calls
-        of one step (Heun), so these are not guided.
+        Its callback cannot return latents, so they are changed in place. It is not called between the model's calls of
+        one step (Heun), so these are not guided.
         """
 
         def callback(step: int, timestep: Any, latents: torch.Tensor) -> None:
@@ -119,17 +117,19 @@ class PixArt(TransformerAdapter):
         return {"callback": callback, "callback_steps": 1}
 
     def _as_read(self, text: str) -> str:
-        """The text as the pipeline gives it to the tokenizer, character for character; it lowers and cleans prompts."""
+        """Text as the pipeline passes it to the tokenizer, character for character: lowercase and clean."""
         (read,) = self.pipe._text_preprocessing(text, clean_caption=_cleans())
         lowered = text.lower()
         if read != lowered.strip() or len(lowered) != len(text):
             raise PromptError(
-                f"{type(self.pipe).__name__} reads {text!r} as {read!r}, so its tokens cannot be followed: give it as "
-                "the pipeline reads it."
+                f"{type(self.pipe).__name__} reads {text!r} as {read!r}, so its tokens cannot be matched: write the "
+                "prompt as the pipeline reads it."
             )
         return lowered
 
 
 def _cleans() -> bool:
-    """Whether the pipeline cleans captions: it does where what it needs for that is installed."""
+    """Whether the pipeline cleans captions: it does where bs4 and ftfy are installed."""
+    from diffusers.utils import is_bs4_available, is_ftfy_available
+
     return bool(is_bs4_available() and is_ftfy_available())

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: an MM-DiT, where image and text (CLIP and T5) attend to both in one softmax."""
+"""Stable Diffusion 3 and 3.5: an MM-DiT in which image and text (CLIP and T5) attend to each other in one softmax."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from diffusers import SD3Transformer2DModel
-from torch import nn
 
 from elakit.models.adapter import AttentionLayer, Call, Conditioning
+from elakit.models.pipeline import Pipeline
 from elakit.models.transformer import TransformerAdapter
 from elakit.tokens import TextSequence
 
@@ -18,10 +17,10 @@ from elakit.tokens import TextSequence
 class StableDiffusion3(TransformerAdapter):
     """Adapter of Stable Diffusion 3 pipelines.
 
-    The text is two sequences, one behind the other: that of both CLIP encoders, whose states lie side by side, and that
-    of T5. Without T5 (``text_encoder_3=None``) its positions are there, empty; they count as padding.
+    The text consists of two sequences: that of both CLIP encoders, whose states are concatenated along the channels,
+    and that of T5. Without T5 (``text_encoder_3=None``) its positions exist but are empty; they count as padding.
 
-    Image positions attend to image and text at once, so over the text their rows do not sum to 1.
+    Image locations attend to image and text in one softmax, so that their rows do not sum to 1 over the text.
 
     Parameters
     ----------
@@ -29,12 +28,11 @@ class StableDiffusion3(TransformerAdapter):
     """
 
     family: ClassVar[str] = "Stable Diffusion 3/3.5"
-    model: ClassVar[type[nn.Module]] = SD3Transformer2DModel
-    model_names: ClassVar[tuple[str, ...]] = ("SD3Transformer2DModel",)
+    models: ClassVar[tuple[str, ...]] = ("SD3Transformer2DModel",)
 
     @classmethod
-    def refusal(cls, pipe: Any) -> str | None:
-        """Why this adapter cannot serve a pipeline; None when it can."""
+    def refusal(cls, pipe: Pipeline) -> str | None:
+        """Reason why a pipeline is not of this family; None if it is."""
         if reason := super().refusal(pipe):
             return reason
         return "it has no CLIP tokenizer" if getattr(pipe, "tokenizer", None) is None else None
@@ -42,12 +40,12 @@ class StableDiffusion3(TransformerAdapter):
     def _make_layers(self) -> tuple[AttentionLayer, ...]:
         return tuple(
             AttentionLayer(
-                f"transformer_blocks.{i}.attn",
-                "double",
-                block.attn.heads,
-                block.attn,
-                self.denoiser,
-                self._patch,
+                name=f"transformer_blocks.{i}.attn",
+                place="double",
+                heads=block.attn.heads,
+                module=block.attn,
+                block=self.denoiser,
+                factor=self._patch,
                 kind="joint",
                 takes_mask=False,
                 grid=self._grid,
@@ -56,18 +54,18 @@ class StableDiffusion3(TransformerAdapter):
         )
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """What a call of the transformer is; skip-layer guidance's own passes are told apart."""
+        """Rows, timestep and latent size of a call of the transformer; skip-layer passes are not conditional."""
         return replace(super().read_call(args, kwargs), conditional=kwargs.get("skip_layers") is None)
 
     def text(self) -> tuple[TextSequence, ...]:
-        """The sequence of both CLIP encoders, then that of T5 where it is loaded."""
+        """Sequence of both CLIP encoders, then that of T5 where it is loaded."""
         clip = TextSequence("clip", self.pipe.tokenizer, 0, int(self.pipe.tokenizer_max_length))
         if self.pipe.text_encoder_3 is None or self.pipe.tokenizer_3 is None:
             return (clip,)
         return clip, TextSequence("t5", self.pipe.tokenizer_3, clip.length, self._t5_length())
 
     def text_length(self) -> int:
-        """Text positions the denoiser sees, those of an absent T5 included."""
+        """Number of text positions, those of an absent T5 included."""
         return int(self.pipe.tokenizer_max_length) + self._t5_length()
 
     @torch.no_grad()
@@ -85,11 +83,11 @@ class StableDiffusion3(TransformerAdapter):
         ----------
         text, negative : str
         guided : bool
-            With classifier-free guidance; without it there are no negative states.
+            Whether classifier-free guidance is used; without it there are no negative states.
         size : tuple of int, optional
-            Not needed by this family.
+            Not used by this family.
         guidance_scale : float, optional
-            Not needed by this family.
+            Not used by this family.
         """
         embeds, negative_embeds, pooled, negative_pooled = self.pipe.encode_prompt(
             text,
@@ -106,7 +104,7 @@ class StableDiffusion3(TransformerAdapter):
         return Conditioning(call, {"encoder_hidden_states": embeds, "pooled_projections": pooled})
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler as the pipeline's call will; its first latents are the noise itself."""
+        """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""
         scheduler = self.pipe.scheduler
         shift = {"mu": self._shift(height, width, 1.16)} if scheduler.config.get("use_dynamic_shifting") else {}
         scheduler.set_timesteps(steps, device=self.pipe._execution_device, **shift)

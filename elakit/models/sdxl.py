@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: one UNet, two CLIP text encoders that read the same tokens."""
+"""Stable Diffusion XL: a UNet and two CLIP text encoders that read the same tokens."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from elakit.models.unet import UNetAdapter
 class StableDiffusionXL(UNetAdapter):
     """Adapter of SDXL pipelines (text-to-image, img2img, inpainting, ControlNet).
 
-    Both encoders cut the text into the same tokens and their states are laid side by side, so a position stands for
-    one token of both; only what they pad with differs. The outermost blocks of the UNet do not attend to text: a
-    image of 1024 pixels has maps of 64 and 32 rows, none of 128.
+    Both encoders split the text into the same tokens and their states are concatenated along the channels, so that one
+    position stands for the same token in both; only their padding tokens differ. The outermost blocks of the UNet do
+    not attend to text: at 1024 pixels there are maps with 64 and 32 rows, none with 128.
 
     Parameters
     ----------
@@ -40,17 +40,17 @@ class StableDiffusionXL(UNetAdapter):
         size: tuple[int, int] | None = None,
         guidance_scale: float | None = None,
     ) -> Conditioning:
-        """Text states of both encoders, the second one's pooled state and the size of the image.
+        """Text states of both encoders, the pooled state of the second one and the size of the image.
 
         Parameters
         ----------
         text, negative : str
         guided : bool
-            With classifier-free guidance; without it there are no negative states.
+            Whether classifier-free guidance is used; without it there are no negative states.
         size : tuple of int, optional
             (height, width) of the image; by default the model's.
         guidance_scale : float, optional
-            For UNets into which guidance is distilled; by default the pipeline's.
+            Used by guidance-distilled UNets only; by default the pipeline's.
         """
         device = self.pipe._execution_device
         embeds, negative_embeds, pooled, negative_pooled = self.pipe.encode_prompt(
@@ -59,21 +59,27 @@ class StableDiffusionXL(UNetAdapter):
             do_classifier_free_guidance=guided,
             negative_prompt=negative if guided else None,
         )
+        call = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        if guided:
+            call |= {"negative_prompt_embeds": negative_embeds, "negative_pooled_prompt_embeds": negative_pooled}
         second = self.pipe.text_encoder_2
+        inputs = {
+            "encoder_hidden_states": embeds,
+            "added_cond_kwargs": self._added(embeds, pooled, size, None if second is None else second.config),
+            **self._distilled(guidance_scale),
+        }
+        return Conditioning(call, inputs)
+
+    def _added(
+        self, embeds: torch.Tensor, pooled: torch.Tensor, size: tuple[int, int] | None, config: Any
+    ) -> dict[str, torch.Tensor]:
+        """Further conditions of the UNet: the pooled text state and the image's size."""
         size = size or self.default_size()
         time_ids = self.pipe._get_add_time_ids(
             size,
             (0, 0),
             size,
             dtype=embeds.dtype,
-            text_encoder_projection_dim=pooled.shape[-1] if second is None else second.config.projection_dim,
+            text_encoder_projection_dim=pooled.shape[-1] if config is None else config.projection_dim,
         )
-        call = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-        if guided:
-            call |= {"negative_prompt_embeds": negative_embeds, "negative_pooled_prompt_embeds": negative_pooled}
-        inputs = {
-            "encoder_hidden_states": embeds,
-            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids.to(device)},
-            **self._distilled(guidance_scale),
-        }
-        return Conditioning(call, inputs)
+        return {"text_embeds": pooled, "time_ids": time_ids.to(self.pipe._execution_device)}

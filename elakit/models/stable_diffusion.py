@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: one UNet, one CLIP text encoder; how one conditional pass runs."""
+"""Stable Diffusion 1.x and 2.x: a UNet and one CLIP text encoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from elakit.models.unet import UNetAdapter
 
 
 class StableDiffusion(UNetAdapter):
-    """Adapter of pipelines that denoise with one ``UNet2DConditionModel`` and one CLIP text encoder.
+    """Adapter of pipelines with one ``UNet2DConditionModel`` and one CLIP text encoder.
 
     Parameters
     ----------
@@ -21,7 +21,7 @@ class StableDiffusion(UNetAdapter):
     Raises
     ------
     ModelError
-        When the pipeline is of another family; the message says in what it differs.
+        When the pipeline is of another family; the message says how it differs.
     """
 
     family: ClassVar[str] = "Stable Diffusion 1.x/2.x"
@@ -42,11 +42,11 @@ class StableDiffusion(UNetAdapter):
         ----------
         text, negative : str
         guided : bool
-            With classifier-free guidance; without it there are no negative states.
+            Whether classifier-free guidance is used; without it there are no negative states.
         size : tuple of int, optional
-            Not needed by this family.
+            Not used by this family.
         guidance_scale : float, optional
-            For UNets into which guidance is distilled; by default the pipeline's.
+            Used by guidance-distilled UNets only; by default the pipeline's.
         """
         embeds, negative_embeds = self.pipe.encode_prompt(
             text, self.pipe._execution_device, 1, guided, negative_prompt=negative if guided else None

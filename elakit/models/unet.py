@@ -1,16 +1,13 @@
-"""What families that denoise with a ``UNet2DConditionModel`` share: cross-attention to the text, at several sizes."""
+"""Base of the families with a ``UNet2DConditionModel``: cross-attention to the text, at several sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import nn
 
@@ -26,11 +23,15 @@ from elakit.models.adapter import (
     compiled,
     decoded,
     encoded,
+    is_a,
+    modular,
     stacked_rows,
 )
+from elakit.models.device import compute_dtype
+from elakit.models.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
-# Pipelines with the right UNet whose batch holds the conditional half somewhere else, or that run passes of their own.
+# Pipelines with a supported UNet whose batch has another layout, or that make passes of their own.
 _OTHER_ROWS = {
     "StableDiffusionInstructPix2PixPipeline": "it guides by three passes (text and image, image, neither)",
     "StableDiffusionXLInstructPix2PixPipeline": "it guides by three passes (text and image, image, neither)",
@@ -39,12 +40,14 @@ _OTHER_ROWS = {
 
 
 class UNetAdapter:
-    """Base of the families with a UNet; a family says how many text encoders it has, and its name."""
+    """Base of the families with a UNet. A family gives its name, the number and the kind of its text encoders."""
 
     family: ClassVar[str]
     two_encoders: ClassVar[bool]
+    encoders: ClassVar[tuple[str, ...]] = ("CLIPTextModel", "CLIPTextModelWithProjection")
+    scale_argument: ClassVar[str] = "guidance_scale"
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Pipeline) -> None:
         reason = self.refusal(pipe)
         if reason is not None:
             raise ModelError(f"{type(pipe).__name__} is not {self.family}: {reason}.")
@@ -53,55 +56,79 @@ class UNetAdapter:
         self._layers = tuple(_layers(pipe.unet))
 
     @classmethod
-    def refusal(cls, pipe: Any) -> str | None:
-        """Why this adapter cannot serve a pipeline; None when it can."""
+    def refusal(cls, pipe: Pipeline) -> str | None:
+        """Reason why a pipeline is not of this family; None if it is."""
+        if reason := modular(pipe):
+            return reason
         unet = getattr(pipe, "unet", None)
         if unet is None:
             return OtherKind("it has no UNet")
         if reason := compiled(unet, "pipe.unet"):
             return reason
-        if not isinstance(unet, UNet2DConditionModel):
+        if not is_a(unet, "UNet2DConditionModel"):
             return f"its UNet is a {type(unet).__name__}, which does not attend to text as a UNet2DConditionModel does"
         second = any(getattr(pipe, name, None) is not None for name in ("tokenizer_2", "text_encoder_2"))
         if second != cls.two_encoders:
             return OtherKind(f"it has {'two text encoders' if second else 'one text encoder'}")
         if cls._tokenizer(pipe) is None:
             return "it has no tokenizer and text encoder"
+        encoder = getattr(pipe, "text_encoder", None) or getattr(pipe, "text_encoder_2", None)
+        if encoder is not None and not is_a(encoder, *cls.encoders):
+            return OtherKind(cls._other_encoder(type(encoder).__name__))
         for kind in type(pipe).__mro__:
             if kind.__name__ in _OTHER_ROWS:
                 return _OTHER_ROWS[kind.__name__]
         if not hasattr(type(pipe), "do_classifier_free_guidance"):
-            return "it does not tell which rows of a batch are conditional (no `do_classifier_free_guidance`)"
+            return "it does not say which rows of a batch are conditional (no `do_classifier_free_guidance`)"
         if next(_layers(unet), None) is None:
             return "no layer of its UNet attends to text"
         return None
 
     @classmethod
     def refusal_of_index(cls, index: Mapping[str, Any]) -> str | None:
-        """As `refusal`, from a ``model_index.json``."""
+        """Same as `refusal`, from a ``model_index.json``."""
         unet = (index.get("unet") or [None, None])[1]
         if unet is None:
             return OtherKind("it has no UNet")
         if unet != "UNet2DConditionModel":
             return f"its UNet is a {unet}, which does not attend to text"
+        if str(index.get("_class_name")) in _OTHER_ROWS:
+            return _OTHER_ROWS[str(index["_class_name"])]
         second = (index.get("tokenizer_2") or [None])[0] is not None
         if second != cls.two_encoders:
             return OtherKind(f"it has {'two text encoders' if second else 'one text encoder'}")
+        encoder = (index.get("text_encoder") or [None, None])[1]
+        if encoder is not None and encoder not in cls.encoders:
+            return OtherKind(cls._other_encoder(encoder))
         return None
+
+    @classmethod
+    def _other_encoder(cls, name: str) -> str:
+        return f"its text encoder is a {name}, not a {' or '.join(cls.encoders)}"
+
+    @property
+    def image_optional(self) -> bool:
+        """Whether the pipeline's call generates from text alone although it also takes an image."""
+        return False
+
+    def is_current(self) -> bool:
+        """Whether the pipeline still is as the adapter found it: same denoiser, not compiled since."""
+        unet = getattr(self.pipe, "unet", None)
+        return unet is self.denoiser and compiled(unet, "pipe.unet") is None and self._tokenizer(self.pipe) is not None
 
     @staticmethod
     def _tokenizer(pipe: Any) -> Any:
-        """A tokenizer whose encoder is there."""
+        """Tokenizer whose text encoder is loaded."""
         if getattr(pipe, "text_encoder", None) is not None and getattr(pipe, "tokenizer", None) is not None:
             return pipe.tokenizer
         return None
 
     def layers(self) -> tuple[AttentionLayer, ...]:
-        """The cross-attention layers, in the order in which a forward pass meets them."""
+        """Cross-attention layers, in forward order."""
         return self._layers
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """What a call of the UNet is: its rows, timestep and latent size."""
+        """Rows, timestep and latent size of a call of the UNet."""
         sample = argument(args, kwargs, 0, "sample")
         timestep = torch.as_tensor(argument(args, kwargs, 1, "timestep"))
         return Call(sample.shape[0], float(timestep.flatten()[0]), (sample.shape[-2], sample.shape[-1]))
@@ -110,12 +137,12 @@ class UNetAdapter:
         """Rows of a denoiser batch that see the prompt.
 
         With classifier-free guidance diffusers stacks ``[unconditional..., conditional...]``, and perturbed-attention
-        guidance appends a perturbed copy. The pipeline is asked anew each time, so guidance may end midway.
+        guidance appends a perturbed copy. The pipeline's state is read at each call, so guidance may end midway.
 
         Parameters
         ----------
         batch : int
-            Rows of the batch the denoiser was called with.
+            Number of rows of the batch.
 
         Raises
         ------
@@ -125,7 +152,7 @@ class UNetAdapter:
         return stacked_rows(self.pipe, batch, bool(getattr(self.pipe, "do_classifier_free_guidance", False)))
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the latent of a picture of ``height`` x ``width`` pixels.
+        """Rows and columns of the latent of an image of ``height`` x ``width`` pixels.
 
         Raises
         ------
@@ -137,7 +164,7 @@ class UNetAdapter:
         return height // factor, width // factor
 
     def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the image drawn when nothing else is asked."""
+        """Default height and width of an image, in pixels."""
         side = self.pipe.unet.config.sample_size
         height, width = (side, side) if isinstance(side, int) else side
         return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
@@ -150,7 +177,7 @@ class UNetAdapter:
         Parameters
         ----------
         latents : torch.Tensor, (n, c, h, w)
-            Already scaled by the scheduler's ``scale_model_input``.
+            Latents, already scaled by the scheduler's ``scale_model_input``.
         timestep : torch.Tensor, float or int
         conditioning : Conditioning
 
@@ -161,7 +188,7 @@ class UNetAdapter:
         return self.denoiser(latents, timestep, **conditioning.rows(len(latents), latents.dtype), return_dict=False)[0]
 
     def _distilled(self, guidance_scale: float | None) -> dict[str, Any]:
-        """The scale of guidance as an input, where it is distilled into the UNet (latent consistency models)."""
+        """Guidance scale as an input of a guidance-distilled UNet (latent consistency models)."""
         width = self.pipe.unet.config.time_cond_proj_dim
         if width is None:
             return {}
@@ -170,28 +197,28 @@ class UNetAdapter:
         return {"timestep_cond": embedding.to(self.pipe._execution_device)}
 
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
-        """The layers of self-attention that stand before given layers in their blocks.
+        """Self-attention layers in the blocks of the given layers.
 
         Raises
         ------
         ModelError
-            A block has none.
+            When a block has none.
         """
         return tuple(self_layer(self.denoiser, layer) for layer in beside)
 
     def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
-        """Noise of unit variance that an image starts from, (1, c, h, w)."""
+        """Initial noise of unit variance, (1, c, h, w)."""
         shape = (1, self.pipe.unet.config.in_channels, *self.latent_size(height, width))
-        dtype = next(self.denoiser.parameters()).dtype
-        return randn_tensor(shape, generator=generator, device=self.pipe._execution_device, dtype=dtype)
+        dtype = compute_dtype(self.denoiser)
+        return seeded_noise(shape, generator, self.pipe._execution_device, dtype)
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler as the pipeline's call will; how many times the noise its first latents are."""
+        """Set the scheduler's timesteps as the pipeline's call does; returns the factor of the initial noise."""
         self.pipe.scheduler.set_timesteps(steps, device=self.pipe._execution_device)
         return float(self.pipe.scheduler.init_noise_sigma)
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images of latents, (n, c, h, w); of a run's middle too, where they are noisy."""
+        """Images of latents, (n, c, h, w), also of the noisy latents in the middle of a run."""
         return decoded(self.pipe, latents)
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:
@@ -199,11 +226,11 @@ class UNetAdapter:
         return encoded(self.pipe, image)
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-        """Arguments of the pipeline's call that make it pass (step, latents) through ``move`` after each step."""
+        """Arguments of the pipeline's call that pass (step, latents) through ``move`` after each step."""
         return step_callback(move)
 
     def text_length(self) -> int:
-        """Positions the text encoder takes, start, end and padding included."""
+        """Number of text positions, start, end and padding included."""
         return int(self._tokenizer(self.pipe).model_max_length)
 
     def text(self) -> tuple[TextSequence, ...]:
@@ -211,8 +238,23 @@ class UNetAdapter:
         return (TextSequence("clip", self._tokenizer(self.pipe), 0, self.text_length()),)
 
 
+def seeded_noise(
+    shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Noise as pipelines sample it: the same on every device for a generator of the CPU."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    noise: torch.Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+    return noise
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, booleans excluded."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def step_callback(move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-    """The ``callback_on_step_end`` that passes (step, latents) through ``move``."""
+    """Arguments for a ``callback_on_step_end`` that passes (step, latents) through ``move``."""
 
     def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         return {**tensors, "latents": move(step, tensors["latents"])}
@@ -221,22 +263,25 @@ def step_callback(move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str
 
 
 def self_layer(denoiser: nn.Module, beside: AttentionLayer) -> AttentionLayer:
-    """The layer of self-attention that stands before one of cross-attention in its block."""
+    """Self-attention layer in the block of a cross-attention layer."""
     name = beside.name.rpartition(".")[0] + ".attn1"
+    module: Any
     try:
         module = denoiser.get_submodule(name)
     except AttributeError:
         module = None
-    if not isinstance(module, Attention) or module.is_cross_attention:
-        raise ModelError(f"There is no self-attention beside {beside.name}; go without what reads it.")
+    if not is_a(module, "Attention") or module.is_cross_attention:
+        raise ModelError(
+            f"There is no self-attention layer beside {beside.name}; leave out the option or method that reads it."
+        )
     return replace(beside, name=name, heads=module.heads, module=module, reads="image")
 
 
 def check_sides(height: int, width: int, factor: int) -> None:
-    """Refuse sides of an image that are not positive multiples of a factor."""
+    """Raise a `SettingError` if a side of an image is not a positive multiple of a factor."""
     for name, side in (("height", height), ("width", width)):
-        if side <= 0 or side % factor:
-            raise SettingError(f"{name} is {side} pixels; it must be a positive multiple of {factor}.")
+        if not is_whole(side) or side <= 0 or side % factor:
+            raise SettingError(f"{name} is {side!r} pixels; it must be a positive multiple of {factor}.")
 
 
 def _layers(unet: Any) -> Iterator[AttentionLayer]:
@@ -254,8 +299,10 @@ def _layers(unet: Any) -> Iterator[AttentionLayer]:
 
 def _block_layers(block: nn.Module, prefix: str, place: Place, factor: int) -> Iterator[AttentionLayer]:
     for path, transformer in block.named_modules(prefix=prefix):
-        if not isinstance(transformer, Transformer2DModel):
+        if not is_a(transformer, "Transformer2DModel"):
             continue
         for name, module in transformer.named_modules(prefix=path):
-            if isinstance(module, Attention) and module.is_cross_attention:
-                yield AttentionLayer(name, place, module.heads, module, transformer, factor)
+            if is_a(module, "Attention") and module.is_cross_attention:
+                yield AttentionLayer(
+                    name=name, place=place, heads=module.heads, module=module, block=transformer, factor=factor
+                )

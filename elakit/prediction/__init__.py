@@ -1,4 +1,4 @@
-"""Failure predicted: from the attention of a run's first steps to the probability that its image fails, and how."""
+"""Prediction of failures: from the attention of a run's first steps to the probabilities of the kinds of failure."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The command line of failure predicted: ``elakit predict fit``."""
+"""Command ``elakit predict fit``."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Predict from a run's first steps whether its image fails, and how.")
+app = typer.Typer(no_args_is_help=True, help="Predict from the first steps of a run whether its image fails, and how.")
 
 
 @app.callback()
 def _group() -> None:
-    """Keeps ``fit`` a command of its own."""
+    """Keep ``fit`` a subcommand."""
 
 
 @app.command("fit")
 def fit(
-    sweep: Annotated[Path, typer.Argument(help="Folder of a sweep with judged images: elakit sweep run.")],
-    out: Annotated[Path, typer.Option(help="The predictor to write.")] = Path("predictor.json"),
-    method: Annotated[str, typer.Option(help="Whose images are learned from.")] = "plain",
+    sweep: Annotated[Path, typer.Argument(help="Folder of a sweep with judged images (elakit sweep run).")],
+    out: Annotated[Path, typer.Option(help="File to write the predictor to.")] = Path("predictor.json"),
+    method: Annotated[str, typer.Option(help="Method whose images are used.")] = "plain",
 ) -> None:
-    """Fit a predictor on a sweep, and print how well it predicts prompts that were held out."""
+    """Fit a predictor on a sweep and print its quality on held-out prompts."""
     import numpy as np
 
     from elakit.files import check_path
@@ -34,12 +34,10 @@ def fit(
     predictor.save(out)
     typer.echo(str(predictor.about))
     wide = quality.pivot(index=["outcome", "by"], columns="share", values="auroc")
-    typer.echo("Area under the ROC curve, by share of the steps:\n" + wide.to_string(float_format="%.3f"))
+    typer.echo("Area under the ROC curve by share of the steps:\n" + wide.to_string(float_format="%.3f"))
     own = quality[quality["by"] == "predictor"].set_index(["outcome", "share"])[["rate", "ece", "brier", "images"]]
-    typer.echo("The predictor's calibration:\n" + own.to_string(float_format="%.3f"))
+    typer.echo("Calibration of the predictor:\n" + own.to_string(float_format="%.3f"))
     counts = confusion(held_out)
     right = float(np.nanmean(np.diag(counts) / counts.sum(axis=1).replace(0, np.nan)))
-    typer.echo(
-        f"Kinds of failure told apart after the whole run, {right:.0%} right on average (chance: 33 %):\n{counts}"
-    )
-    typer.echo(f"Kept in {out}. From Python: elakit.prediction.load_predictor({str(out)!r}).")
+    typer.echo(f"Kinds of failure after the whole run, mean accuracy {right:.0%} (chance: 33 %):\n{counts}")
+    typer.echo(f"Written to {out}. From Python: elakit.prediction.load_predictor({str(out)!r}).")

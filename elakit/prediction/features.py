@@ -1,4 +1,4 @@
-"""What attention tells of an image before it is finished: one row of numbers a run and share of its steps."""
+"""Features of a run for the prediction of failures: one row per share of the steps."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pandas as pd
 
 from elakit.attention import Recording
 from elakit.errors import RecordingError, SettingError
-from elakit.prediction.contest import CONTEST, contest
+from elakit.prediction.map_statistics import MAP_STATISTICS, map_statistics
 from elakit.run import Run
 
 # Shares of the steps after which a failure can be predicted.
 SHARES = (0.1, 0.2, 0.3, 0.5, 1.0)
 
-# Measures of `elakit.Bleeding.to_frame`, and the value of the worst entity or pair: what prompts fail by.
+# Measures of `elakit.Bleeding.to_frame`, and the function that selects the worst entity or pair.
 _WORST: dict[str, Callable[..., Any]] = {
     "bleed": np.max,
     "intrusion": np.max,
@@ -34,50 +34,51 @@ _WORST: dict[str, Callable[..., Any]] = {
     "start_mass": np.max,
     "end_mass": np.max,
 }
-# Where a prompt has no pair, or no attribute, nothing is amiss with it.
+# Values for prompts without pairs or attributes: those of an image without bleeding.
 _ABSENT = {"hellinger": 1.0, "symmetric_kl": 10.0, "attribute_margin": 1.0}
 _ON_MAPS = ("peak", "peak_ratio", "mass", "mass_ratio", "area", "area_ratio", "concentration")
 QUANTITIES = (*_WORST, *(f"{name}_mean" for name in ("bleed", "intrusion", "spill")), *_ON_MAPS)
 _ABOUT = ("entities", "attributes")
-# Whose maps `contest` describes: the decoder's at the size that is analyzed, at the last step and averaged over the
-# second half of the steps; the encoder's of that size and the decoder's coarser ones, at the last step.
+# Maps that `map_statistics` describes: those of the decoder at the size of the analysis, at the last step and averaged
+# over the second half of the steps; those of the encoder at that size and the coarser ones of the decoder, at the last
+# step.
 _GRIDS = ("decoder", "settled", "encoder", "coarse")
-# Each quantity at the last step, and its mean over the steps until then; and how the maps stand to each other.
+# Each quantity at the last step and its mean over the steps until then, and the statistics of the maps.
 FEATURES = (
     *_ABOUT,
     *(f"{name}_{when}" for name in QUANTITIES for when in ("last", "mean")),
-    *(f"{grid}_{name}" for grid in _GRIDS for name in CONTEST),
+    *(f"{grid}_{name}" for grid in _GRIDS for name in MAP_STATISTICS),
 )
 
 
 def features(run: Run) -> pd.DataFrame:
-    """Features of a run's attention after each of `SHARES` of its steps.
+    """Features of a run's attention after each share of its steps in `SHARES`.
 
     Parameters
     ----------
     run : Run
-        Recorded; the judge is not asked, and nothing after the share is looked at.
+        A recorded run. Features use neither the judge nor steps after the share.
 
     Returns
     -------
     DataFrame, float
-        A row a share (index "share") that the run has reached, columns `FEATURES`.
+        One row per share (index "share") that the run has reached; columns `FEATURES`.
 
     Raises
     ------
     SettingError
         The prompt names no entity.
     RecordingError
-        The run was not recorded, or not a step of it.
+        The run was not recorded, or has no recorded step.
 
     Notes
     -----
-    Of measures that there are several of, an entity's, a pair's or an attribute's, the worst is taken, because one is
-    enough to make an image fail; of three also the mean over entities. On the maps (means of the decoder's layers at
-    16 x 16): "peak" is the largest attention of the least attended entity and "peak_ratio" that, as a share of the most
-    attended one's; "mass" and "area" are the same for mean attention and for the region's share of the image;
-    "concentration" is the least share of a map's mass that its strongest tenth of the cells holds. How the maps stand
-    to each other is told by `elakit.prediction.contest`, of four sets of maps.
+    If a measure has several values (one per entity, pair or attribute), the worst is taken, because one is enough to
+    make an image fail; bleed, intrusion and spill are also averaged over entities. The maps are the means over the
+    decoder's layers at 16 x 16. "peak" is the maximum of the least attended entity and "peak_ratio" its ratio to that
+    of the most attended one; "mass" and "area" are the same for mean attention and for the area of the region;
+    "concentration" is the share of a map's mass in its strongest tenth of the locations, minimum over entities. The
+    remaining features are the statistics of `elakit.prediction.map_statistics` for four sets of maps.
 
     Examples
     --------
@@ -90,7 +91,7 @@ def features(run: Run) -> pd.DataFrame:
     [2.0, 2.0, 2.0, 2.0, 2.0]
     """
     if not run.prompt.entities:
-        raise SettingError("The prompt names no entity; mark what is to be in the image with brackets.")
+        raise SettingError("The prompt names no entity; mark the entities with brackets: 'a [red car]'.")
     series, grids = _per_step(run), _grids(run)
     numbers = {entity.label: i for i, entity in enumerate(run.prompt.entities)}
     so_far = series.expanding().mean()
@@ -103,7 +104,7 @@ def features(run: Run) -> pd.DataFrame:
             grid = grids.get(name, grids["decoder"])
             steps = slice((step + 1) // 2 if name == "settled" else step, step + 1)
             entities, rest, attributes = (part[steps].mean(0) for part in (grid.entities, grid.rest, grid.attributes))
-            rows[share].extend(contest(entities, rest, attributes, [numbers[owner] for owner in grid.owners]))
+            rows[share].extend(map_statistics(entities, rest, attributes, [numbers[owner] for owner in grid.owners]))
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(FEATURES), dtype=float)
     return table.rename_axis("share")
 
@@ -119,7 +120,7 @@ class _Grid:
 
 
 def _grids(run: Run) -> dict[str, _Grid]:
-    """Maps by the name of their set; sets that the model or the recording lacks are left out."""
+    """Sets of maps by name; sets that the model or the recording lacks are left out."""
     recording = run.recording
     assert recording is not None
     size = max(run.entity_maps().shape[-2:])
@@ -143,7 +144,7 @@ def _grid(recording: Recording, layers: str, size: int) -> _Grid:
 
 
 def _reached(run: Run) -> dict[float, int]:
-    """Position of the last step kept within each share of the run, of the shares that it has come to."""
+    """Position of the last recorded step within each share that the run has reached."""
     assert run.recording is not None
     calls = run.recording.steps
     total = run.recording.tree.attrs.get("expected") or calls[-1] + 1
@@ -158,7 +159,7 @@ def _reached(run: Run) -> dict[float, int]:
 
 
 def _per_step(run: Run) -> pd.DataFrame:
-    """`QUANTITIES` at each step; a row a step."""
+    """`QUANTITIES`, one row per step."""
     maps = run.entity_maps().values  # (step, entity, y, x)
     regions = run.regions.values
     frame = run.measure().to_frame()
@@ -172,7 +173,7 @@ def _per_step(run: Run) -> pd.DataFrame:
     for name, values in (("peak", peaks), ("mass", masses), ("area", areas)):
         columns[name] = values.min(1)
         columns[f"{name}_ratio"] = values.min(1) / np.maximum(values.max(1), 1e-12)
-    cells = np.sort(maps.reshape(*maps.shape[:2], -1), axis=2)
-    strongest = max(cells.shape[2] // 10, 1)
-    columns["concentration"] = (cells[..., -strongest:].sum(2) / np.maximum(cells.sum(2), 1e-12)).min(1)
+    values = np.sort(maps.reshape(*maps.shape[:2], -1), axis=2)
+    strongest = max(values.shape[2] // 10, 1)
+    columns["concentration"] = (values[..., -strongest:].sum(2) / np.maximum(values.sum(2), 1e-12)).min(1)
     return pd.DataFrame({name: np.asarray(columns[name], float) for name in QUANTITIES})

@@ -1,20 +1,12 @@
-"""Fit a predictor of failure on a sweep, and say how well it predicts images of prompts it was not fitted on."""
+"""Fit a predictor of failures on a sweep, and measure its quality on held-out prompts."""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-
-try:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import log_loss, roc_auc_score
-    from sklearn.model_selection import GroupKFold
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-except ImportError as error:
-    raise ImportError("Fitting a predictor needs scikit-learn: pip install 'elakit[fit]'.") from error
 
 from elakit.errors import SettingError
 from elakit.prediction.features import FEATURES, SHARES
@@ -22,10 +14,12 @@ from elakit.prediction.predictor import OUTCOMES, Predictor, stack
 from elakit.world.vocabulary import NOUNS
 
 FOLDS = 5
-# Inverse strengths of the ridge penalty among which cross-validation chooses.
+# Fewest judged images that a predictor is fitted on.
+LEAST_IMAGES = 10 * FOLDS
+# Inverse strengths of the L2 penalty, chosen by cross-validation.
 PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-# Single numbers to compare with, and whether failure goes with high values. A-STAR's overlap of two distributions ranks
-# images as Ruzicka's does: one grows with the other.
+# Single features for comparison, and the sign of their correlation with failure. A-STAR's overlap of distributions is a
+# monotonic function of Ruzicka similarity, so both rank images in the same way.
 BASELINES = {
     "A-STAR overlap": ("ruzicka_mean", 1),
     "symmetric KL": ("symmetric_kl_mean", -1),
@@ -35,7 +29,7 @@ BINS = 10
 
 
 class Fit(NamedTuple):
-    """A predictor, how well it predicts, and what it predicted of images that it was not fitted on."""
+    """A predictor, its quality, and its predictions for held-out images."""
 
     predictor: Predictor
     quality: pd.DataFrame
@@ -43,42 +37,44 @@ class Fit(NamedTuple):
 
 
 def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
-    """Fit logistic models on the images of a sweep.
+    """Fit calibrated logistic models on the images of a sweep.
 
     Parameters
     ----------
     table : DataFrame
-        From `elakit.sweep.table`.
+        Table of a sweep, from `elakit.sweep.table`.
     method : str
-        Whose images are learned from.
+        Method whose images are used.
 
     Returns
     -------
     predictor : Predictor
-        Fitted on all images.
+        Predictor fitted on all images.
     quality : DataFrame
-        On images whose nouns were held out (`FOLDS` folds; prompts of other nouns than picture-world's one by
-        one): share, outcome, by ("predictor", or one of `BASELINES`), auroc, ece (expected calibration error, ten
-        bins), brier, rate (of the outcome), images. Of a single number there is an auroc only.
+        Quality on images whose nouns were held out (`FOLDS` folds; each prompt without nouns of picture-world is a
+        group of its own): share, outcome, by ("predictor", or one of `BASELINES`), auroc, ece (expected calibration
+        error, ten bins), brier, rate (of the outcome), images. Baselines have an auroc only.
     held_out : DataFrame
-        The same images one by one: a column (outcome, share) for the probability of each, and (outcome, "came").
+        Predictions for the same images: columns (outcome, share) with probabilities, and (outcome, "observed").
 
     Raises
     ------
     SettingError
-        The sweep has too few judged images, or images that have no features.
+        The sweep has too few judged images or images without features, or scikit-learn is not installed.
 
     Notes
     -----
-    Features are brought to unit variance; the penalty is chosen by cross-validation over the same folds, and the scores
-    of held-out images are calibrated by a logistic curve (Platt, 1999), whose own fit is held out in turn for the
-    quality that is reported.
+    Features are standardized; the penalty is chosen by cross-validation over the same folds, and the scores of held-out
+    images are calibrated by a logistic curve (Platt, 1999). The reported quality uses curves fitted on the other folds.
     """
+    if importlib.util.find_spec("sklearn") is None:
+        raise SettingError("Fitting a predictor needs scikit-learn, which is not installed: pip install 'elakit[fit]'.")
     rows = table[(table["method"] == method) & table["success"].notna()]
-    if len(rows) < 10 * FOLDS:
+    if len(rows) < LEAST_IMAGES:
         raise SettingError(
-            f"The sweep has {len(rows)} judged images drawn by {method}; fit on {10 * FOLDS} at the least, better a "
-            "thousand: elakit sweep run --methods plain --seeds 0,1,2,3."
+            f"The sweep has {len(rows)} judged images of method {method!r}; at least {LEAST_IMAGES} are needed, and a "
+            "thousand are better. Generate more with the same folder as --out, such as 276 prompts with four seeds: "
+            "elakit sweep run --suite attend-and-excite --methods plain --seeds 0,1,2,3."
         )
     values, groups = stack(list(rows["features"])), np.array([_group(prompt) for prompt in rows["prompt"]])
     truth = {
@@ -88,7 +84,9 @@ def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
     weights = np.zeros((len(SHARES), len(OUTCOMES), len(FEATURES)))
     intercepts = np.zeros(weights.shape[:2])
     quality: list[dict[str, Any]] = []
-    predicted: dict[tuple[str, float | str], np.ndarray] = {(name, "came"): came for name, came in truth.items()}
+    predicted: dict[tuple[str, float | str], np.ndarray] = {
+        (name, "observed"): observed for name, observed in truth.items()
+    }
     for s, share in enumerate(SHARES):
         for o, outcome in enumerate(OUTCOMES):
             x, y = values[:, s], truth[outcome]
@@ -111,42 +109,46 @@ def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
 
 
 def confusion(held_out: pd.DataFrame, share: float = 1.0) -> pd.DataFrame:
-    """Which kind of failure was predicted of images that failed in one way only.
+    """Confusion matrix of the kinds of failure, over images with exactly one kind.
 
     Parameters
     ----------
     held_out : DataFrame
-        From `fit`.
+        Result of `fit`.
     share : float
-        Of the steps.
+        Share of the steps after which the prediction is made.
 
     Returns
     -------
     DataFrame, int
-        Rows: what came; columns: what was predicted, the kind whose probability is most above its mean over all
-        images, because the rare kinds would never be the likeliest.
+        Rows: observed kind; columns: predicted kind, the one with the largest ratio of its probability to its mean over
+        all images. (The most probable kind would never be a rare one.)
 
     Examples
     --------
     >>> kinds = OUTCOMES[1:]
-    >>> came = {(kind, "came"): [kind == each for each in kinds] for kind in kinds}
-    >>> sure = {(kind, 1.0): [0.9 if kind == each else 0.1 for each in kinds] for kind in kinds}
-    >>> confusion(pd.DataFrame(came | sure)).to_numpy().tolist()
+    >>> observed = {(kind, "observed"): [kind == each for each in kinds] for kind in kinds}
+    >>> predicted = {(kind, 1.0): [0.9 if kind == each else 0.1 for each in kinds] for kind in kinds}
+    >>> confusion(pd.DataFrame(observed | predicted)).to_numpy().tolist()
     [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
     """
     kinds = list(OUTCOMES[1:])
-    came = np.stack([held_out[kind, "came"].to_numpy(bool) for kind in kinds], 1)
+    observed = np.stack([held_out[kind, "observed"].to_numpy(bool) for kind in kinds], 1)
     lift = np.stack([held_out[kind, share] / held_out[kind, share].mean() for kind in kinds], 1)
-    once = came.sum(1) == 1
+    once = observed.sum(1) == 1
     counts = np.zeros((len(kinds), len(kinds)), int)
-    np.add.at(counts, (came[once].argmax(1), lift[once].argmax(1)), 1)
-    return pd.DataFrame(counts, pd.Index(kinds, name="came"), pd.Index(kinds, name="predicted"))
+    np.add.at(counts, (observed[once].argmax(1), lift[once].argmax(1)), 1)
+    return pd.DataFrame(counts, pd.Index(kinds, name="observed"), pd.Index(kinds, name="predicted"))
 
 
 def _fit_one(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
-    """Weights and intercept for the features as they are, and calibrated probabilities of held-out images."""
+    """Weights and intercept for features that are not standardized, and calibrated held-out probabilities."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+    from sklearn.model_selection import GroupKFold
+
     folds = list(GroupKFold(min(FOLDS, len(set(groups)))).split(x, y, groups)) if len(set(groups)) > 1 else []
-    if not all(0 < y[learn].sum() < len(learn) for learn, _ in folds) or not folds:  # too few to learn from
+    if not all(0 < y[learn].sum() < len(learn) for learn, _ in folds) or not folds:  # a fold without one of the classes
         rate = (y.sum() + 0.5) / (len(y) + 1)
         return np.zeros(x.shape[1]), float(np.log(rate / (1 - rate))), np.full(len(y), rate)
     best, scores = np.inf, np.zeros(len(y))
@@ -172,6 +174,10 @@ def _fit_one(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> tuple[np.ndarr
 
 
 def _model(penalty: float) -> Any:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     return make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=2000))
 
 
@@ -186,7 +192,7 @@ def _quality(probability: np.ndarray, y: np.ndarray) -> dict[str, float]:
 
 
 def expected_calibration_error(probability: np.ndarray, y: np.ndarray, bins: int = BINS) -> float:
-    """Mean distance of what was predicted from what came, over equal bins of probability, weighted by their images.
+    """Expected calibration error: mean of |predicted probability - observed rate| over equal bins, weighted by images.
 
     Parameters
     ----------
@@ -208,10 +214,12 @@ def expected_calibration_error(probability: np.ndarray, y: np.ndarray, bins: int
 
 
 def _auroc(score: np.ndarray, y: np.ndarray) -> float:
+    from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(y, score)) if 0 < y.sum() < len(y) else float("nan")
 
 
 def _group(prompt: str) -> str:
-    """What is held out together: the prompts of the same nouns."""
+    """Group of a prompt for cross-validation: prompts with the same nouns are held out together."""
     words = {word.strip(".,").lower() for word in prompt.replace("[", " ").replace("]", " ").split()}
     return " ".join(sorted(words & set(NOUNS))) or prompt

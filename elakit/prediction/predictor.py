@@ -1,9 +1,7 @@
-"""The probability that an image fails, and how, from the attention of its first steps: fitted, calibrated, saved."""
+"""Predictor of failures: calibrated probabilities from the attention of the first steps of a run."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,28 +11,31 @@ import numpy as np
 import pandas as pd
 
 from elakit.errors import OutputError, SettingError
+from elakit.files import read_json, write_json
 from elakit.generation import GuideIf, Progress
 from elakit.prediction.features import FEATURES, SHARES, features
 from elakit.resources import data_path
 from elakit.run import Run
 
-# "failure" is any; the kinds are the judge's, and an image may fail in several ways.
+# "failure" is any failure; the kinds are those of the judge, and an image may have several.
+# Version of the files that `Predictor.save` writes.
+FORMAT = 2
 OUTCOMES = ("failure", "neglect", "mixture", "wrong color")
 
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """Logistic models, one a share of the steps and outcome, whose probabilities are calibrated.
+    """Calibrated logistic models, one per share of the steps and outcome.
 
     Attributes
     ----------
     weights : ndarray, float, (share, outcome, feature)
-        Of the features as they are.
+        Weights for features that are not standardized.
     intercepts : ndarray, float, (share, outcome)
     shares, outcomes, features : tuple
-        What the dimensions stand for.
+        Labels of the dimensions.
     about : dict
-        What it was fitted on: model, prompts, images, settings.
+        Data of the fit: model, prompts, images, settings.
     """
 
     weights: np.ndarray
@@ -48,9 +49,14 @@ class Predictor:
         wanted = (len(self.shares), len(self.outcomes), len(self.features))
         if self.weights.shape != wanted or self.intercepts.shape != wanted[:2]:
             raise SettingError(
-                f"weights {self.weights.shape} and intercepts {self.intercepts.shape} do not belong to "
+                f"weights {self.weights.shape} and intercepts {self.intercepts.shape} do not match "
                 f"{wanted[0]} shares, {wanted[1]} outcomes and {wanted[2]} features."
             )
+        for name, values in (("weights", self.weights), ("intercepts", self.intercepts)):
+            if bad := int((~np.isfinite(values)).sum()):
+                raise SettingError(
+                    f"{bad} of {values.size} {name} are NaN or infinite; fit the predictor again: elakit predict fit."
+                )
 
     def predict(self, run: Run | pd.DataFrame) -> pd.DataFrame:
         """Probability of each outcome, after each share of the steps that the run has reached.
@@ -58,17 +64,17 @@ class Predictor:
         Parameters
         ----------
         run : Run, or DataFrame
-            Or its `features`.
+            A run, or its `features`.
 
         Returns
         -------
         DataFrame, float
-            A row a share, a column an outcome, 0 to 1.
+            Probabilities, one row per share and one column per outcome.
 
         Raises
         ------
         SettingError
-            The features are others than those it was fitted on.
+            The features differ from those of the fit.
 
         Examples
         --------
@@ -80,27 +86,30 @@ class Predictor:
         """
         table = run if isinstance(run, pd.DataFrame) else features(run)
         if tuple(table.columns) != self.features:
-            raise SettingError("The features are not those this predictor was fitted on; fit it again on a new sweep.")
+            raise SettingError(
+                "The features differ from those that this predictor was fitted on; fit it again on a new sweep."
+            )
         rows = [self.shares.index(share) for share in table.index]
         scores = np.einsum("sf,sof->so", table.to_numpy(float), self.weights[rows]) + self.intercepts[rows]
         return pd.DataFrame(1 / (1 + np.exp(-scores)), index=table.index, columns=list(self.outcomes))
 
     def stop_if(self, above: float = 0.5, outcome: str = "failure", after: float = 0.3) -> Callable[[Progress], bool]:
-        """For ``elakit.generate(stop_if=...)``: end a run that is likely to fail.
+        """Callback for ``elakit.generate(stop_if=...)`` that ends runs which are likely to fail.
 
         Parameters
         ----------
         above : float
-            Probability from which a run is ended.
+            Probability above which a run is ended.
         outcome : str
             One of `outcomes`.
         after : float
-            The share of the steps after which it is asked, one of `shares`; of a batch the least likely to fail counts.
+            Share of the steps after which the prediction is made, one of `shares`. A batch is ended if every image of
+            it exceeds the probability.
 
         Raises
         ------
         SettingError
-            No such outcome or share, or a probability outside 0 to 1.
+            An unknown outcome or share, or a probability outside 0 to 1.
         """
         probabilities = self._asked(above, outcome, after)
 
@@ -111,17 +120,17 @@ class Predictor:
         return stop
 
     def guide_if(self, above: float = 0.25, outcome: str = "failure", after: float = 0.2) -> GuideIf:
-        """For ``elakit.generate(guide_if=...)``: guide the images that are likely to fail, and no others.
+        """Callback for ``elakit.generate(guide_if=...)`` that guides only images which are likely to fail.
 
         Parameters
         ----------
         above, outcome, after
-            As in `stop_if`, but each image of a batch counts for itself.
+            The same as for `stop_if`, but each image of a batch is decided separately.
 
         Raises
         ------
         SettingError
-            No such outcome or share, or a probability outside 0 to 1.
+            An unknown outcome or share, or a probability outside 0 to 1.
 
         Examples
         --------
@@ -142,7 +151,7 @@ class Predictor:
         return needed
 
     def _asked(self, above: float, outcome: str, after: float) -> Callable[[Progress], list[float] | None]:
-        """Each image's probability after the step that a share of the steps ends with; None after the others."""
+        """Function that returns the probability per image after the last step of a share, and None otherwise."""
         if outcome not in self.outcomes:
             raise SettingError(f"outcome={outcome!r}: choose from {', '.join(self.outcomes)}.")
         if after not in self.shares:
@@ -158,35 +167,27 @@ class Predictor:
         return probabilities
 
     def save(self, path: str | Path) -> Path:
-        """Write it as JSON, whole or not at all.
+        """Write the predictor as JSON.
 
         Raises
         ------
         OutputError
             The file cannot be written.
         """
-        path = Path(path)
         table = {
+            "format": FORMAT,
             "about": self.about,
-            "shares": self.shares,
-            "outcomes": self.outcomes,
-            "features": self.features,
+            "shares": list(self.shares),
+            "outcomes": list(self.outcomes),
+            "features": list(self.features),
             "intercepts": self.intercepts.tolist(),
             "weights": self.weights.tolist(),
         }
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            part.write_text(json.dumps(table), encoding="utf-8")
-            os.replace(part, path)
-        except OSError as error:
-            raise OutputError(f"The predictor cannot be written to {path}: {error.strerror or error}.") from error
-        finally:
-            part.unlink(missing_ok=True)
-        return path
+        return write_json(path, table, indent=None)
 
 
 def load_predictor(path: str | Path | None = None) -> Predictor:
-    """A saved predictor; by default the one that is shipped for picture-world.
+    """Load a predictor; by default the one shipped for picture-world.
 
     Parameters
     ----------
@@ -195,37 +196,44 @@ def load_predictor(path: str | Path | None = None) -> Predictor:
     Raises
     ------
     OutputError
-        The file cannot be read, or holds no predictor.
+        The file cannot be read, is no predictor, or was written by a version of elakit with other features.
     """
     path = data_path("picture-world", "predictor.json") if path is None else Path(path)
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        return Predictor(
-            np.array(table["weights"], float),
-            np.array(table["intercepts"], float),
-            tuple(table["shares"]),
-            tuple(table["outcomes"]),
-            tuple(table["features"]),
-            table["about"],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    table = read_json(path)
+    remedy = f"Fit one on a sweep: elakit predict fit SWEEP --out {path.name}."
+    if not isinstance(table, dict) or "weights" not in table:
+        raise OutputError(f"{path} is no predictor. {remedy}")
+    if (found := table.get("format", 1)) != FORMAT:
+        newer = isinstance(found, int) and found > FORMAT
         raise OutputError(
-            f"{path} holds no predictor ({error}). Fit one on a sweep: elakit predict fit SWEEP --out {path.name}."
-        ) from error
+            f"{path} was written by {'a newer' if newer else 'an older'} version of elakit: its format is {found!r}, "
+            f"and this version reads {FORMAT}. {'Install a newer version of elakit.' if newer else remedy}"
+        )
+    try:
+        return Predictor(
+            weights=np.array(table["weights"], float),
+            intercepts=np.array(table["intercepts"], float),
+            shares=tuple(table["shares"]),
+            outcomes=tuple(table["outcomes"]),
+            features=tuple(table["features"]),
+            about=table["about"],
+        )
+    except (ValueError, KeyError, TypeError) as error:  # SettingError is a ValueError
+        raise OutputError(f"{path} is no valid predictor ({error}). {remedy}") from error
 
 
 def stack(rows: Sequence[Any]) -> np.ndarray:
-    """The features column of a sweep's table as an array, (image, share, feature).
+    """Column "features" of a sweep's table as an array, (image, share, feature).
 
     Raises
     ------
     SettingError
-        Features are missing, or of another version of elakit.
+        Features are missing or come from another version of elakit.
     """
     size = len(SHARES) * len(FEATURES)
     if not len(rows) or any(row is None or len(row) != size for row in rows):
         raise SettingError(
-            "The sweep has images without features, or features of another version of elakit. Draw it again into a "
-            "new folder: elakit sweep run --out NEW."
+            "The sweep has images without features, or with features of another version of elakit. Generate it again "
+            "in a new folder: elakit sweep run --out NEW."
         )
     return np.stack([np.asarray(row, float) for row in rows]).reshape(-1, len(SHARES), len(FEATURES))

@@ -15,7 +15,7 @@ from tiny import tiny_flux, tiny_pipeline, tiny_sd3
 from torch.overrides import _get_current_function_mode_stack
 
 from elakit.attention import paused, record, tap
-from elakit.attention.edit import Edit, edit
+from elakit.attention.editing import Edit, edit
 from elakit.errors import RecordingError, SettingError
 from elakit.models import adapter_for
 from elakit.prompt import parse

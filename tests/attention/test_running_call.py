@@ -1,4 +1,4 @@
-"""What is recorded and edited is what the running call really uses; what cannot be known is refused before the run."""
+"""Recordings and edits follow what the running call really uses; what cannot be known is refused before the run."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_a_cache_is_refused_before_the_run(config: Any) -> None:
 
 
 def test_merged_tokens_are_refused(pipe: Any, prompt: Prompt) -> None:
-    """As ToMe with merge_crossattn=True: a layer that attends from fewer positions than its map has."""
+    """ToMe with merge_crossattn=True makes a layer that attends from fewer positions than its map has."""
     module = adapter_for(pipe).layers()[0].module
     merge = module.register_forward_pre_hook(lambda _, args, kwargs: ((args[0][:, ::2],), kwargs), with_kwargs=True)
     spread = module.register_forward_hook(lambda _, args, output: output.repeat_interleave(2, dim=1))

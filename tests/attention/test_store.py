@@ -335,7 +335,7 @@ def test_a_step_leaves_the_accelerator_in_one_copy_that_nothing_waits_for(monkey
     assert log == [
         *to_the_host,
         *(to_the_host + into_the_recording) * 2,
-    ]  # each step is handed on when the next one is under way
+    ]  # each step is handed on after the next one has been sent
     tree = staging.finish(calls=3)
     for size in known.nodes:
         assert [set(values.ravel()) for values in tree[size]["probability"].values] == [{0.0}, {1.0}, {2.0}]

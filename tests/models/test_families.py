@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    FluxKontextPipeline,
     UNet2DConditionModel,
 )
 from families import (
@@ -414,9 +413,3 @@ def test_a_compiled_denoiser_is_refused_with_the_way_back(name: str) -> None:
     for part in net.modules():
         part._compiled_call_impl = None
     adapter_for(pipe)
-
-
-def test_kontext_is_refused() -> None:
-    parts = {k: v for k, v in tiny_flux().components.items() if v is not None}
-    with pytest.raises(ModelError, match="another image"):
-        adapter_for(FluxKontextPipeline(**parts))

@@ -45,7 +45,7 @@ def test_curves_and_maps_show_the_values_of_the_run(run: Run) -> None:
         np.testing.assert_array_equal(trace.z, values)
         assert values[peak.y[0], peak.x[0]] == values.max()
     assert len(figure.layout.images) == 2 * 3
-    # Images fill the panels, whose axes count the map's cells.
+    # Images fill the panels, whose axes count the map's locations.
     assert {(image.sizex, image.sizey) for image in figure.layout.images} == {(8, 8)}
     said = [note.text for note in figure.layout.annotations]
     row = frame.query("step == 3 and entity == 'car'").set_index("measure")["value"]

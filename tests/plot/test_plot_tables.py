@@ -107,7 +107,7 @@ def test_unsuitable_tables_are_refused(table: pd.DataFrame, options: dict[str, A
 
 
 def method_table() -> pd.DataFrame:
-    """Four prompts by three methods: plain gets two right; ELA all four; the other harms one and fixes one."""
+    """Four prompts by three methods: plain gets two right; ELA all four; the other breaks one and fixes one."""
     right = {"plain": [1, 1, 0, 0], "ela": [1, 1, 1, 1], "other": [0, 1, 1, 0]}
     seconds = {"plain": 2.0, "ela": 3.0, "other": 20.0}
     return pd.DataFrame(

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from elakit.models import EMBEDDED
+from elakit.models.portable import write_portable_names
 from elakit.world.scenes import World, sample
 from elakit.world.tokenizer import train_tokenizer
 from elakit.world.training.config import Config
@@ -195,6 +196,7 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
         requires_safety_checker=False,
     )
     half.save_pretrained(temporary, safe_serialization=True)
+    write_portable_names(temporary)
     if folder.exists():
         old = folder.with_name(folder.name + ".old")
         os.replace(folder, old)

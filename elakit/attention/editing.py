@@ -115,7 +115,7 @@ class Edit:
         return self.scale * math.exp(self.add)
 
     def acts(self, call: int) -> bool:
-        """Whether the edit changes anything in a call of the denoiser."""
+        """Return whether the edit changes anything in a call of the denoiser."""
         if self.factor == 1.0 and self.like is None:
             return False
         if isinstance(self.steps, slice):
@@ -478,7 +478,8 @@ class _Pending:
 
 
 def _takes_other_logits(layer: AttentionLayer) -> bool:
-    """Whether logits of the layer can be replaced: its keys are the text alone, and hooks see its projections."""
+    """Return whether logits of the layer can be replaced: its keys are the text alone, and hooks see its
+    projections."""
     return layer.kind == "cross" and layer.layout is None
 
 

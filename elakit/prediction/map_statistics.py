@@ -1,4 +1,4 @@
-"""How the maps of an image's entities stand to each other: who holds which cells, by how much, in how many pieces."""
+"""Statistics of the attention maps of an image: dominance, margins, spread and compactness of the entities' maps."""
 
 from __future__ import annotations
 
@@ -7,56 +7,58 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.ndimage import label
 
-# Of each entity; "others" is the largest of the other entities' maps in each cell, "rest" start, end and padding.
+# Per entity; "others" is the maximum of the other entities' maps at each location, "rest" start, end and padding.
+# An entity wins a location if its map is above the others there.
 _OF_ENTITY = (
     "peak",
     "mean",
     "log_peak",
-    "won",  # share of its map, less its least value, in cells where it is above the others
-    "won_scaled",  # the same with each map brought to a maximum of 1
-    "cells_won",
-    "lead",  # mean of the sixteenth of the cells in which it is farthest above the others
+    "won",  # share of the map, minus its minimum, in the locations that the entity wins
+    "won_scaled",  # the same with each map scaled to a maximum of 1
+    "locations_won",
+    "lead",  # mean margin over the others in the sixteenth of the locations where it is largest
     "lead_over_rest",
-    "peak_won",  # its largest value in cells that it wins, and in cells that it loses
+    "peak_won",  # maximum among the locations that the entity wins, and among those that it loses
     "peak_lost",
     "spread",
     "entropy",
-    "top_tenth",  # share of its map in the strongest tenth of the cells
+    "top_tenth",  # share of the map in its strongest tenth of the locations
     "above_rest",
-    "blobs",  # pieces above two fifths of its range
+    "components",  # connected components above two fifths of the range
 )
-# Of the image: the closest two entities, what no entity holds, and the attribute that fares worst.
-_OF_IMAGE = ("correlation", "common", "distance", "rest_mean", "rest_least", "joint_blobs", "bound", "misbound")
-CONTEST = (*(f"{name}_{which}" for which in ("least", "most", "first", "last") for name in _OF_ENTITY), *_OF_IMAGE)
+# Per image: the two entities that are closest, the rest, and the attribute that is bound worst.
+_OF_IMAGE = ("correlation", "common", "distance", "rest_mean", "rest_min", "joint_components", "bound", "misbound")
+MAP_STATISTICS = (*(f"{name}_{which}" for which in ("min", "max", "first", "last") for name in _OF_ENTITY), *_OF_IMAGE)
 _TINY = 1e-9
 
 
-def contest(entities: np.ndarray, rest: np.ndarray, attributes: np.ndarray, owners: Sequence[int]) -> np.ndarray:
-    """Describe maps of one step by numbers.
+def map_statistics(entities: np.ndarray, rest: np.ndarray, attributes: np.ndarray, owners: Sequence[int]) -> np.ndarray:
+    """Statistics of the maps of one step.
 
     Parameters
     ----------
     entities : ndarray, float, (entity, y, x)
-        Raw attention.
+        Raw attention to the entities.
     rest : ndarray, float, (y, x)
-        Of start-of-text, end-of-text and padding.
+        Attention to start-of-text, end-of-text and padding.
     attributes : ndarray, float, (attribute, y, x)
-        May be none.
+        Raw attention to the attributes; may be empty.
     owners : sequence of int
-        Number of the entity that each attribute belongs to.
+        Index of the entity that each attribute belongs to.
 
     Returns
     -------
-    ndarray, float, (len(CONTEST),)
-        Of the entities' numbers the least and the most, and the first and the last entity's own: a text encoder that
-        reads from left to right treats them differently. One entity wins every cell, and is far from none.
+    ndarray, float, (len(MAP_STATISTICS),)
+        For each statistic of the entities the minimum, the maximum, and the values of the first and the last entity,
+        which a causal text encoder treats differently. A single entity wins every location.
 
     Examples
     --------
     >>> left, right = np.zeros((2, 4, 4))
     >>> left[:, 0], right[:, 3] = 0.5, 0.25
-    >>> found = dict(zip(CONTEST, contest(np.stack([left, right]), np.full((4, 4), 0.1), np.zeros((0, 4, 4)), [])))
-    >>> [round(float(found[name]), 2) for name in ("peak_least", "won_least", "common", "distance", "blobs_most")]
+    >>> values = map_statistics(np.stack([left, right]), np.full((4, 4), 0.1), np.zeros((0, 4, 4)), [])
+    >>> found = dict(zip(MAP_STATISTICS, values))
+    >>> [round(float(found[name]), 2) for name in ("peak_min", "won_min", "common", "distance", "components_max")]
     [0.25, 1.0, 0.0, 0.75, 1.0]
     """
     y, x = np.mgrid[: rest.shape[0], : rest.shape[1]] / np.array(rest.shape)[:, None, None]
@@ -109,7 +111,7 @@ def contest(entities: np.ndarray, rest: np.ndarray, attributes: np.ndarray, owne
 
 
 def _share(values: np.ndarray) -> np.ndarray:
-    """A map above its least value, as a distribution."""
+    """Map minus its minimum, as a distribution."""
     above = values - values.min()
     return above / (above.sum() + _TINY)
 

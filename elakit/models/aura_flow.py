@@ -1,0 +1,96 @@
+"""AuraFlow: an MM-DiT of double- and single-stream blocks over T5 tokens behind register tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+
+from elakit.models.adapter import AttentionLayer, Call, Conditioning, Kind, Place, scheduler_timestep
+from elakit.models.transformer import TransformerAdapter
+from elakit.tokens import TextSequence
+
+_STACKS: tuple[tuple[str, Place, Kind], ...] = (
+    ("joint_transformer_blocks", "double", "joint"),
+    ("single_transformer_blocks", "single", "single"),
+)
+
+
+class AuraFlow(TransformerAdapter):
+    """Adapter of AuraFlow pipelines.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+    """
+
+    family: ClassVar[str] = "AuraFlow"
+    models: ClassVar[tuple[str, ...]] = ("AuraFlowTransformer2DModel",)
+
+    def _make_layers(self) -> tuple[AttentionLayer, ...]:
+        return tuple(
+            AttentionLayer(
+                name=f"{stack}.{i}.attn",
+                place=place,
+                heads=block.attn.heads,
+                module=block.attn,
+                block=self.denoiser,
+                factor=self._patch,
+                kind=kind,
+                text_first=True,
+                takes_mask=False,
+                grid=self._grid,
+            )
+            for stack, place, kind in _STACKS
+            for i, block in enumerate(getattr(self.pipe.transformer, stack))
+        )
+
+    def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """Rows, timestep and latent size of a call; the model is given a thousandth of the scheduler's timestep."""
+        call = super().read_call(args, kwargs)
+        return replace(call, timestep=scheduler_timestep(self.pipe, 1000 * call.timestep))
+
+    def text(self) -> tuple[TextSequence, ...]:
+        """T5 tokens behind the registers."""
+        registers = self.pipe.transformer.register_tokens.shape[1]
+        return (TextSequence("t5", self.pipe.tokenizer, registers, self._t5_length()),)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        text: str,
+        negative: str | None = None,
+        guided: bool = True,
+        size: tuple[int, int] | None = None,
+        guidance_scale: float | None = None,
+    ) -> Conditioning:
+        """Text states, and the masks that the pipeline's call asks for.
+
+        Parameters
+        ----------
+        text, negative : str
+        guided : bool
+            Whether classifier-free guidance is used; without it there are no negative states.
+        size : tuple of int, optional
+            Not used by this family.
+        guidance_scale : float, optional
+            Not used by this family.
+        """
+        embeds, mask, negative_embeds, negative_mask = self.pipe.encode_prompt(
+            text, negative, guided, device=self.pipe._execution_device
+        )
+        call = {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+        if guided:
+            call |= {"negative_prompt_embeds": negative_embeds, "negative_prompt_attention_mask": negative_mask}
+        return Conditioning(call, {"encoder_hidden_states": embeds})
+
+    def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
+        """A thousandth of the scheduler's timestep, in the model's precision."""
+        return (super()._given(timestep, latents) / 1000).to(latents.dtype)
+
+    def set_timesteps(self, steps: int, height: int, width: int) -> float:
+        """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""
+        super().set_timesteps(steps, height, width)
+        return 1.0

@@ -1,0 +1,82 @@
+"""Chroma: FLUX's blocks over T5 tokens with a mask of the padding, and classifier-free guidance."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from elakit.models.adapter import Conditioning
+from elakit.models.flux import Flux
+from elakit.models.pipeline import Pipeline
+from elakit.tokens import TextSequence
+
+
+class Chroma(Flux):
+    """Adapter of Chroma pipelines.
+
+    The model's mask is a product of text masks, which the blocks add to the scores as it is; layers are read at the
+    attention call, with that mask. The negative prompt has a call of its own, which is not recorded.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+    """
+
+    family: ClassVar[str] = "Chroma"
+    models: ClassVar[tuple[str, ...]] = ("ChromaTransformer2DModel",)
+    text_arguments: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt",),)
+    positions: ClassVar[dict[str, int]] = {"timestep": 2, "img_ids": 3}
+
+    @classmethod
+    def refusal(cls, pipe: Pipeline) -> str | None:
+        """Reason why a pipeline is not of this family; None if it is."""
+        if reason := super(Flux, cls).refusal(pipe):
+            return reason
+        return "it has no T5 tokenizer" if getattr(pipe, "tokenizer", None) is None else None
+
+    @property
+    def _captured(self) -> bool:
+        return True
+
+    def text(self) -> tuple[TextSequence, ...]:
+        """One sequence of T5 tokens, without a start token."""
+        return (TextSequence("t5", self.pipe.tokenizer, 0, self._t5_length()),)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        text: str,
+        negative: str | None = None,
+        guided: bool = True,
+        size: tuple[int, int] | None = None,
+        guidance_scale: float | None = None,
+    ) -> Conditioning:
+        """Text states with the mask of their padding, and positions of text and image.
+
+        Parameters
+        ----------
+        text, negative : str
+        guided : bool
+            Whether classifier-free guidance is used; without it there are no negative states.
+        size : tuple of int, optional
+            (height, width) of the image; by default the model's.
+        guidance_scale : float, optional
+            Not used by this family.
+        """
+        device = self.pipe._execution_device
+        embeds, text_ids, mask, negative_embeds, _, negative_mask = self.pipe.encode_prompt(
+            text,
+            negative,
+            device=device,
+            do_classifier_free_guidance=guided,
+            max_sequence_length=self._t5_length(),
+        )
+        call = {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+        if guided:
+            call |= {"negative_prompt_embeds": negative_embeds, "negative_prompt_attention_mask": negative_mask}
+        rows, columns = (side // self._patch for side in self.latent_size(*(size or self.default_size())))
+        whole_mask = self.pipe._prepare_attention_mask(1, rows * columns, embeds.dtype, mask)
+        inputs: dict[str, Any] = {"encoder_hidden_states": embeds, "attention_mask": whole_mask}
+        image_ids = self.pipe._prepare_latent_image_ids(1, rows, columns, device, embeds.dtype)
+        return Conditioning(call, inputs, {"txt_ids": text_ids, "img_ids": image_ids})

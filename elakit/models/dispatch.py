@@ -1,0 +1,92 @@
+"""The adapter of a pipeline: which family it belongs to, or why it belongs to none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from elakit.errors import ModelError
+from elakit.models.adapter import Adapter, OtherKind
+from elakit.models.aura_flow import AuraFlow
+from elakit.models.chroma import Chroma
+from elakit.models.flux import Flux
+from elakit.models.flux2 import Flux2
+from elakit.models.lumina2 import Lumina2
+from elakit.models.pipeline import Pipeline
+from elakit.models.pixart import PixArt
+from elakit.models.qwen_image import QwenImage
+from elakit.models.sana import Sana
+from elakit.models.sd3 import StableDiffusion3
+from elakit.models.sdxl import StableDiffusionXL
+from elakit.models.stable_diffusion import StableDiffusion
+from elakit.models.z_image import ZImage
+
+FAMILIES: tuple[type[Adapter], ...] = (
+    StableDiffusion,
+    StableDiffusionXL,
+    PixArt,
+    StableDiffusion3,
+    Flux,
+    Flux2,
+    ZImage,
+    QwenImage,
+    Sana,
+    Chroma,
+    AuraFlow,
+    Lumina2,
+)
+
+_KEPT = "_elakit_adapter"  # where a pipeline keeps its adapter: they are freed together
+
+
+def adapter_for(pipe: Pipeline) -> Adapter:
+    """Adapter that reads and runs a pipeline; the same one each time, while the pipeline keeps its denoiser.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+
+    Raises
+    ------
+    ModelError
+        When the pipeline is of no supported family; the message names the families and what is missing.
+
+    Examples
+    --------
+    >>> adapter_for("a string")
+    Traceback (most recent call last):
+    ...
+    elakit.errors.ModelError: str is not supported: it has no UNet; it has no transformer. Supported: Stable...
+    """
+    kept = getattr(pipe, "__dict__", {}).get(_KEPT)
+    # A copied pipeline still has the adapter of the original.
+    if kept is not None and kept.pipe is pipe and kept.is_current():
+        adapter: Adapter = kept
+        return adapter
+    reasons = []
+    for family in FAMILIES:
+        reason = family.refusal(pipe)
+        if reason is None:
+            adapter = family(pipe)
+            vars(pipe)[_KEPT] = adapter
+            return adapter
+        reasons.append(reason)
+    raise unsupported(type(pipe).__name__, reasons)
+
+
+def refuse_index(what: str, index: Mapping[str, Any]) -> None:
+    """Raise a `ModelError` if no family fits a ``model_index.json``."""
+    reasons = [family.refusal_of_index(index) for family in FAMILIES]
+    if None not in reasons:
+        raise unsupported(what, [reason for reason in reasons if reason is not None])
+
+
+def unsupported(what: str, reasons: Sequence[str]) -> ModelError:
+    """Error that gives the reasons of the families that come near, or those of all families if none does."""
+    near = [reason for reason in reasons if not isinstance(reason, OtherKind)]
+    kinds = list(dict.fromkeys(near or reasons))
+    families = "; ".join(family.family for family in FAMILIES)
+    return ModelError(
+        f"{what} is not supported: {'; '.join(kinds)}. Supported: {families}. Load a pipeline of one of these "
+        "families, or add its family in one file: docs/developing/adding-a-family.md in the repository describes how."
+    )

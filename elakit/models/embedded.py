@@ -1,0 +1,109 @@
+"""Embedded models, and the settings that pipelines generate with by default."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+
+from elakit.errors import ModelError
+from elakit.models.pipeline import Pipeline
+from elakit.resources import data_path
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A model that is shipped with elakit and needs no network.
+
+    Attributes
+    ----------
+    name : str
+        The name that `load` takes.
+    folder : str
+        Folder in the shipped ``data``.
+    summary : str
+        One line for ``elakit models``.
+    steps : int
+        Default number of denoising steps.
+    guidance_scale : float
+        Default classifier-free guidance scale.
+    """
+
+    name: str
+    folder: str
+    summary: str
+    steps: int
+    guidance_scale: float
+
+    @property
+    def path(self) -> Path:
+        """Folder of the model in this installation."""
+        return data_path(self.folder)
+
+
+EMBEDDED: dict[str, EmbeddedModel] = {
+    model.name: model
+    for model in (
+        EmbeddedModel(
+            name="picture-world",
+            folder="picture-world",
+            summary="small Stable Diffusion pipeline trained on composed scenes of 24 nouns and 11 colors",
+            steps=25,
+            guidance_scale=4.0,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Settings of a pipeline's call where the user gives none.
+
+    Attributes
+    ----------
+    steps : int
+        Denoising steps.
+    guidance_scale : float
+        Classifier-free guidance scale, or the scale that is an input of a guidance-distilled model.
+    """
+
+    steps: int
+    guidance_scale: float
+
+
+def default_settings(pipe: Pipeline) -> GenerationSettings:
+    """Default settings of an embedded model, or of the ``__call__`` of any other pipeline.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+
+    Raises
+    ------
+    ModelError
+        When the call of the pipeline has no number of steps.
+    """
+    if (model := EMBEDDED.get(name_of(pipe))) is not None:
+        return GenerationSettings(model.steps, model.guidance_scale)
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if "num_inference_steps" not in parameters:
+        raise ModelError(
+            f"{type(pipe).__name__} takes no `num_inference_steps`; elakit generates with standard text-to-image "
+            "pipelines such as StableDiffusionPipeline only."
+        )
+    names = [name for name in ("guidance_scale", "true_cfg_scale") if name in parameters]  # Qwen-Image has the second
+    scales = [parameters[name].default for name in names]
+    scale = next((float(default) for default in scales if isinstance(default, int | float)), 1.0)
+    return GenerationSettings(int(parameters["num_inference_steps"].default), scale)
+
+
+def name_of(pipe: Pipeline) -> str:
+    """Name under which `load` finds a pipeline again: an embedded model, a hub id or a folder; else its class.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+    """
+    source = str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
+    embedded = [model.name for model in EMBEDDED.values() if Path(source) == model.path]
+    return embedded[0] if embedded else source

@@ -1,0 +1,184 @@
+"""FLUX.2: double- and single-stream blocks over the states of a language model, the latter with fused projections."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from PIL import Image
+
+from elakit.errors import SettingError
+from elakit.models.adapter import Conditioning, call_default, is_a
+from elakit.models.chat import chat_sequence
+from elakit.models.flux import Flux
+from elakit.models.pipeline import Pipeline
+from elakit.models.transformer import TransformerAdapter
+from elakit.models.unet import seeded_noise
+from elakit.tokens import TextSequence
+
+
+class Flux2(Flux):
+    """Adapter of FLUX.2 pipelines (dev, Klein).
+
+    The denoiser sees the states of a chat that contains the prompt, padded to ``max_sequence_length``. In single-stream
+    blocks query, key, value and the feed-forward input come from one projection, so that layers are read at the
+    attention call. Input images follow the generated one in the sequence; maps are those of the generated image.
+
+    FLUX.2 dev is guidance-distilled: every row sees the prompt. Klein guides by a second call with the negative prompt,
+    which is not recorded.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+    """
+
+    family: ClassVar[str] = "FLUX.2"
+    models: ClassVar[tuple[str, ...]] = ("Flux2Transformer2DModel",)
+    text_arguments: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt",),)
+    positions: ClassVar[dict[str, int]] = {"timestep": 2, "img_ids": 3}
+
+    @classmethod
+    def refusal(cls, pipe: Pipeline) -> str | None:
+        """Reason why a pipeline is not of this family; None if it is."""
+        if reason := super(Flux, cls).refusal(pipe):
+            return reason
+        return "it has no tokenizer" if getattr(pipe, "tokenizer", None) is None else None
+
+    @classmethod
+    def _refusal_of_relative(cls, pipeline: str) -> str | None:
+        if "KV" in pipeline:
+            return "it keeps keys of its input images from step to step (Klein KV), which cannot be read yet"
+        return None
+
+    @property
+    def image_optional(self) -> bool:
+        """Whether the pipeline's call generates from text alone although it also takes an image."""
+        return is_a(self.pipe, "Flux2Pipeline", "Flux2KleinPipeline")
+
+    @property
+    def _captured(self) -> bool:
+        return True
+
+    @property
+    def _klein(self) -> bool:
+        return is_a(self.pipe, "Flux2KleinPipeline", "Flux2KleinInpaintPipeline")
+
+    def text(self) -> tuple[TextSequence, ...]:
+        """Sequence of the chat, its template and padding included."""
+        if self._klein:
+
+            def render(prompt: str) -> str:
+                chat = [{"role": "user", "content": prompt}]
+                return str(
+                    self.pipe.tokenizer.apply_chat_template(
+                        chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
+                    )
+                )
+        else:
+
+            def render(prompt: str) -> str:
+                from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+                chats = format_input(prompts=[prompt], system_message=self.pipe.system_message)
+                return str(
+                    self.pipe.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=False)[0]
+                )
+
+        specials = None if self._klein else False
+        return (chat_sequence("chat", self.pipe.tokenizer, render, length=self._t5_length(), specials=specials),)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        text: str,
+        negative: str | None = None,
+        guided: bool = True,
+        size: tuple[int, int] | None = None,
+        guidance_scale: float | None = None,
+    ) -> Conditioning:
+        """Text states, positions of text and image, and the guidance scale where it is an input.
+
+        Parameters
+        ----------
+        text : str
+        negative : str, optional
+            For Klein only; FLUX.2 dev has no input for it.
+        guided : bool
+            Whether classifier-free guidance is used (Klein); without it there are no negative states.
+        size : tuple of int, optional
+            (height, width) of the image; by default the model's.
+        guidance_scale : float, optional
+            By default the pipeline's. Not used by models without an input for it.
+
+        Raises
+        ------
+        SettingError
+            When a negative prompt is given for FLUX.2 dev, or for Klein, whose pipeline takes none.
+        """
+        if negative:
+            raise SettingError(f"negative_prompt={negative!r}: the pipelines of {self.family} take none; leave it out.")
+        device = self.pipe._execution_device
+        embeds, text_ids = self.pipe.encode_prompt(prompt=text, device=device, max_sequence_length=self._t5_length())
+        call = {"prompt_embeds": embeds}
+        if self._klein and guided and not self.pipe.config.is_distilled:
+            call["negative_prompt_embeds"] = self.pipe.encode_prompt(
+                prompt="", device=device, max_sequence_length=self._t5_length()
+            )[0]
+        guidance = None
+        if not self._klein:
+            scale = call_default(self.pipe, "guidance_scale") if guidance_scale is None else guidance_scale
+            guidance = torch.tensor([float(scale)], device=device)
+        return Conditioning(
+            call,
+            {
+                "encoder_hidden_states": embeds,
+                "txt_ids": text_ids,
+                "img_ids": self._image_ids(*(size or self.default_size())),
+                "guidance": guidance,
+            },
+        )
+
+    def _image_ids(self, height: int, width: int) -> torch.Tensor:
+        rows, columns = self.latent_size(height, width)
+        blank = torch.empty(1, 1, rows // self._patch, columns // self._patch)
+        ids: torch.Tensor = self.pipe._prepare_latent_ids(blank)
+        return ids.to(self.pipe._execution_device)
+
+    def denoise(
+        self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
+    ) -> torch.Tensor:
+        """One conditional pass; the initial noise, (n, 4c, h, w), is packed first as the pipeline does."""
+        latents = self.pipe._pack_latents(latents) if latents.ndim == 4 else latents
+        return super().denoise(latents, timestep, conditioning)
+
+    def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
+        """Initial noise of unit variance, one location per patch: (1, 4c, h, w)."""
+        rows, columns = self.latent_size(height, width)
+        channels = int(self.pipe.transformer.config.in_channels)
+        shape = (1, channels, rows // self._patch, columns // self._patch)
+        return seeded_noise(shape, generator, self.pipe._execution_device, self._noise_dtype)
+
+    def set_timesteps(self, steps: int, height: int, width: int) -> float:
+        """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        rows, columns = self.latent_size(height, width)
+        patches = (rows // self._patch) * (columns // self._patch)
+        self._set_flow(steps, compute_empirical_mu(image_seq_len=patches, num_steps=steps))
+        return 1.0
+
+    def encode_image(self, image: Image.Image) -> torch.Tensor:
+        """Raise a `ModelError`: latents of existing images are not supported for this family yet."""
+        return TransformerAdapter.encode_image(self, image)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
+        """Images of packed latents, (n, patches, 4c), also of the noisy latents in the middle of a run."""
+        pipe, vae = self.pipe, self.pipe.vae
+        ids = self._image_ids(height, width).expand(len(latents), -1, -1)
+        unpacked = pipe._unpack_latents_with_ids(latents, ids)
+        mean = vae.bn.running_mean.view(1, -1, 1, 1).to(unpacked)
+        spread = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(unpacked)
+        pixels = vae.decode(pipe._unpatchify_latents(unpacked * spread + mean).to(vae.dtype), return_dict=False)[0]
+        images: list[Image.Image] = pipe.image_processor.postprocess(pixels, output_type="pil")
+        return images

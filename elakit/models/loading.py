@@ -1,0 +1,245 @@
+"""Loading a pipeline: safetensors only, no code of a model, and no weight that is missing without notice."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from elakit.errors import ModelError, SettingError
+from elakit.models.device import device_named
+from elakit.models.dispatch import adapter_for, refuse_index
+from elakit.models.embedded import EMBEDDED
+from elakit.models.pipeline import Pipeline
+from elakit.models.source import first_line, locate, read_index, unavailable
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Buffers that old releases saved and that are computed when a model is built.
+_COMPUTED = ("position_ids", "inv_freq", "rotary_emb.inv_freq")
+# What a damaged or incomplete model raises in the libraries varies.
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError, NotImplementedError)
+
+
+def load(
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    variant: str | None = None,
+) -> Pipeline:
+    """Load a text-to-image pipeline from safetensors; code that comes with a model is never run.
+
+    Parameters
+    ----------
+    name : str or pathlib.Path
+        An embedded model (``"picture-world"``, no network), a folder that ``save_pretrained`` wrote, or a hub id
+        ``"organization/model"``.
+    device : str or torch.device, optional
+        Default: CUDA where it is available, else the CPU.
+    dtype : {"float32", "float16", "bfloat16"} or torch.dtype, optional
+        Default: float32 on the CPU and for embedded models, float16 for others elsewhere.
+    variant : str, optional
+        Variant of the weight files, such as ``"fp16"`` for files named ``model.fp16.safetensors``.
+
+    Returns
+    -------
+    diffusers.DiffusionPipeline
+        A pipeline of a supported family, on ``device``.
+
+    Raises
+    ------
+    ModelError
+        When the model is unknown, cannot be downloaded, would run code, lacks weights or has weights that its
+        architecture does not know, or is of an unsupported family.
+    SettingError
+        When the device, dtype or variant does not exist.
+
+    Examples
+    --------
+    >>> load("image-wold")
+    Traceback (most recent call last):
+    ...
+    elakit.errors.ModelError: Unknown model 'image-wold'. Did you mean 'picture-world'? ...
+    """
+    device = device_named(device)
+    if variant is not None and (not isinstance(variant, str) or not variant.replace("_", "").isalnum()):
+        raise SettingError(f"variant={variant!r}: give the name in the weight files, such as 'fp16', or None.")
+    source = locate(name)
+    embedded = str(name) in EMBEDDED
+    if dtype is None:
+        dtype = torch.float32 if embedded or device.type == "cpu" else torch.float16
+    elif isinstance(dtype, str):
+        if dtype not in _DTYPES:
+            raise SettingError(f"dtype={dtype!r}; allowed are {', '.join(_DTYPES)}.")
+        dtype = _DTYPES[dtype]
+    index = read_index(source)
+    _check_index(str(name), index)
+    with _quiet(embedded=embedded):
+        folder = _downloaded(source, variant)
+        _check_weight_files(str(name), folder)
+        pipe = _built(str(name), folder, index, dtype, variant)
+    pipe.register_to_config(_name_or_path=source)
+    adapter_for(pipe)
+    loaded: Pipeline = pipe.to(device)
+    return loaded
+
+
+def _check_index(name: str, index: dict[str, Any]) -> None:
+    kind = index.get("_class_name")
+    if not isinstance(kind, str):
+        raise ModelError(f"Model {name!r} brings a pipeline class of its own; elakit runs no code from models.")
+    for part, value in index.items():
+        library = value[0] if isinstance(value, list) and len(value) == 2 else None
+        if library not in (None, "diffusers", "transformers") and not hasattr(_diffusers().pipelines, str(library)):
+            raise ModelError(
+                f"Model {name!r} takes its {part} from {library!r}; elakit runs no code from models and knows only "
+                "diffusers and transformers."
+            )
+    refuse_index(f"Model {name!r} ({kind})", index)
+
+
+def _diffusers() -> Any:
+    try:
+        import diffusers
+
+        diffusers.DiffusionPipeline  # noqa: B018  it is imported at first access, with all that it needs
+    except (ImportError, RuntimeError) as error:
+        raise ModelError(
+            f"diffusers cannot be imported: {first_line(error)} Upgrade what it names; an old peft is the usual cause "
+            "(`pip install -U 'peft>=0.17'`)."
+        ) from error
+    return diffusers
+
+
+def _downloaded(source: str, variant: str | None) -> Path:
+    """Folder with the files of a pipeline; those of a hub id are downloaded, safetensors only."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(_diffusers().DiffusionPipeline.download(source, use_safetensors=True, variant=variant))
+    except _LOADING_ERRORS as error:
+        raise unavailable(source, first_line(error)) from error
+
+
+def _check_weight_files(name: str, folder: Path) -> None:
+    """Refuse an index of sharded weights that names anything but safetensors files beside it."""
+    for path in sorted(folder.glob("*/*.safetensors.index*.json")):
+        try:
+            files = set(json.loads(path.read_text(encoding="utf-8-sig"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(f"{path} of model {name!r} cannot be read: {first_line(error)}") from error
+        wrong = sorted(file for file in files if Path(file).name != file or not file.endswith(".safetensors"))
+        if wrong:
+            raise ModelError(
+                f"{path.name} in {path.parent.name} of model {name!r} names {wrong[0]!r}; elakit loads safetensors "
+                "files from the same folder only. Convert the weights with `pipe.save_pretrained(folder)`."
+            )
+
+
+def _built(name: str, folder: Path, index: Mapping[str, Any], dtype: torch.dtype, variant: str | None) -> Any:
+    """The pipeline, of components whose weights were all found and all used."""
+    diffusers = _diffusers()
+    parts: dict[str, nn.Module] = {}
+    try:
+        for part, value in index.items():
+            kind = _component_class(value)
+            if kind is not None and (folder / part).is_dir():
+                parts[part] = _component(name, part, kind, folder, dtype, variant)
+        return diffusers.DiffusionPipeline.from_pretrained(
+            str(folder), use_safetensors=True, variant=variant, **_typed(diffusers.DiffusionPipeline, dtype), **parts
+        )
+    except _LOADING_ERRORS as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(
+            f"Model {name!r} could not be loaded: {first_line(error)} {_variants(folder, variant)}"
+            "elakit loads safetensors weights only; convert others with `pipe.save_pretrained(folder)`."
+        ) from error
+
+
+def _component_class(value: Any) -> Any:
+    """Class of a component with weights, by its entry in the index; None for all other entries."""
+    if not (isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(one, str) for one in value)):
+        return None
+    library, kind_name = value
+    module = _library(library)
+    kind = getattr(module, kind_name, None)
+    # A dummy object stands for a class whose requirements are not installed.
+    return kind if inspect.isclass(kind) and issubclass(kind, nn.Module) and hasattr(kind, "from_pretrained") else None
+
+
+def _library(name: str) -> Any:
+    pipelines = _diffusers().pipelines
+    return getattr(pipelines, name) if hasattr(pipelines, name) else importlib.import_module(name)
+
+
+def _component(name: str, part: str, kind: Any, folder: Path, dtype: torch.dtype, variant: str | None) -> nn.Module:
+    module, info = kind.from_pretrained(
+        str(folder / part), use_safetensors=True, variant=variant, output_loading_info=True, **_typed(kind, dtype)
+    )
+    faults = []
+    for what, keys in (
+        ("are missing", info["missing_keys"]),
+        ("are not known to its architecture", info["unexpected_keys"]),
+        ("have another shape", [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]),
+    ):
+        found = sorted(key for key in keys if not key.endswith(_COMPUTED))
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            faults.append(f"{len(found)} weights {what} ({', '.join(found[:3])}{more})")
+    if faults:
+        raise ModelError(
+            f"The {part} of model {name!r} ({kind.__name__}) does not fit its files: {'; '.join(faults)}. Download or "
+            "save the model again, or use a release of diffusers and transformers that reads these names."
+        )
+    loaded: nn.Module = module.eval()
+    return loaded
+
+
+def _typed(kind: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The argument for the precision; diffusers called it ``torch_dtype`` before 0.36."""
+    if kind.__module__.startswith("diffusers."):
+        return {_dtype_argument(): dtype}
+    return {"dtype": dtype}
+
+
+def _dtype_argument() -> str:
+    code = inspect.getsource(_diffusers().DiffusionPipeline.from_pretrained)
+    return "dtype" if 'kwargs.pop("dtype"' in code else "torch_dtype"
+
+
+def _variants(folder: Path, variant: str | None) -> str:
+    """Advice where the weights are those of another variant."""
+    names = [path.name.removesuffix(".safetensors").split(".") for path in folder.glob("*/*.safetensors")]
+    known = sorted({parts[1].split("-")[0] for parts in names if len(parts) > 1})
+    if known and variant not in known:
+        return f"Its folder has the variants {', '.join(known)}: pass variant={known[0]!r}. "
+    return ""
+
+
+@contextmanager
+def _quiet(embedded: bool) -> Iterator[None]:
+    """Silence what the libraries log at every load although nothing is wrong.
+
+    transformers warns about image processors that need torchvision and are not used here; diffusers warns about
+    embedded models, whose autoencoder is an ``AutoencoderTiny``. Missing weights are reported by `_component`.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    loggers = [transformers_logging, *([diffusers_logging] if embedded else [])]
+    before = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for logger, verbosity in zip(loggers, before, strict=True):
+            logger.set_verbosity(verbosity)

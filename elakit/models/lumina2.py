@@ -1,0 +1,128 @@
+"""Lumina-Image 2.0: single-stream blocks over one sequence of the states of a language model and image patches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from elakit.errors import ModelError
+from elakit.models.adapter import AttentionLayer, Call, Conditioning, Layout, argument, scheduler_timestep
+from elakit.models.pipeline import Pipeline
+from elakit.models.transformer import TransformerAdapter
+from elakit.tokens import TextSequence
+
+
+class Lumina2(TransformerAdapter):
+    """Adapter of Lumina 2 pipelines.
+
+    The sequence consists of the text without padding, then the image; queries share keys in groups of heads. The
+    pipeline puts a system message before the prompt. Guidance is a second call with the negative prompt, which is not
+    recorded.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+    """
+
+    family: ClassVar[str] = "Lumina 2"
+    models: ClassVar[tuple[str, ...]] = ("Lumina2Transformer2DModel",)
+
+    def __init__(self, pipe: Pipeline) -> None:
+        super().__init__(pipe)
+        self._seen: tuple[torch.Tensor, int] | None = None
+
+    def _make_layers(self) -> tuple[AttentionLayer, ...]:
+        return tuple(
+            AttentionLayer(
+                name=f"layers.{i}.attn",
+                place="single",
+                heads=block.attn.heads,
+                module=block.attn,
+                block=self.denoiser,
+                factor=self._patch,
+                kind="single",
+                text_first=True,
+                takes_mask=False,
+                grid=self._grid,
+                layout=self._layout,
+            )
+            for i, block in enumerate(self.pipe.transformer.layers)
+        )
+
+    def _layout(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout:
+        mask = argument(args, kwargs, 3, "encoder_attention_mask")
+        if self._seen is None or self._seen[0] is not mask:  # once per run, as it waits for the device
+            counts = {int(count) for count in mask.sum(1)}
+            if len(counts) > 1:
+                raise ModelError(
+                    f"The transformer was called with texts of {sorted(counts)} tokens in one batch; record one prompt "
+                    "at a time."
+                )
+            self._seen = mask, counts.pop()
+        text = self._seen[1]
+        return Layout(self._grid(args, kwargs), text, (0, text))
+
+    def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """Rows, timestep and latent size of a call of the transformer, whose time runs from 0 (noise) to 1 (image)."""
+        latents = argument(args, kwargs, 0, "hidden_states")
+        given = float(torch.as_tensor(argument(args, kwargs, 1, "timestep")).flatten()[0])
+        return Call(
+            batch=latents.shape[0],
+            timestep=scheduler_timestep(self.pipe, self._train_steps * (1 - given)),
+            latent=(latents.shape[-2], latents.shape[-1]),
+            conditional=not self._is_negative(argument(args, kwargs, 2, "encoder_hidden_states")),
+        )
+
+    def conditional_rows(self, batch: int) -> slice:
+        """All rows; the negative prompt has a call of its own."""
+        return slice(0, batch)
+
+    @property
+    def _train_steps(self) -> int:
+        return int(self.pipe.scheduler.config.num_train_timesteps)
+
+    def text(self) -> tuple[TextSequence, ...]:
+        """Sequence of the system message and the prompt."""
+        before = f"{self.pipe.system_prompt} <Prompt Start> "
+        return (TextSequence("gemma", self.pipe.tokenizer, 0, self._t5_length(), before=before),)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        text: str,
+        negative: str | None = None,
+        guided: bool = True,
+        size: tuple[int, int] | None = None,
+        guidance_scale: float | None = None,
+    ) -> Conditioning:
+        """Text states with the mask of their padding.
+
+        Parameters
+        ----------
+        text, negative : str
+        guided : bool
+            Whether classifier-free guidance is used; without it there are no negative states.
+        size : tuple of int, optional
+            Not used by this family.
+        guidance_scale : float, optional
+            Not used by this family.
+        """
+        embeds, mask, negative_embeds, negative_mask = self.pipe.encode_prompt(
+            text, guided, negative_prompt=negative, device=self.pipe._execution_device
+        )
+        call = {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+        if guided:
+            call |= {"negative_prompt_embeds": negative_embeds, "negative_prompt_attention_mask": negative_mask}
+        return Conditioning(call, {"encoder_hidden_states": embeds, "encoder_attention_mask": mask})
+
+    def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
+        """Time from 0 (noise) to 1 (image)."""
+        return 1 - super()._given(timestep, latents) / self._train_steps
+
+    def set_timesteps(self, steps: int, height: int, width: int) -> float:
+        """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""
+        # The pipeline takes the number of channels for that of patches.
+        self._set_flow(steps, self._flow_shift(self._channels, 1.15))
+        return 1.0

@@ -1,0 +1,19 @@
+"""What elakit needs of a diffusers pipeline, as a type."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Pipeline(Protocol):
+    """A diffusers pipeline of any supported family.
+
+    Its components (``unet`` or ``transformer``, text encoders, ``vae``, ``scheduler``) depend on the family, so that
+    attribute access is not checked any further.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate images."""
+
+    def __getattr__(self, name: str) -> Any:
+        """A component or a method of the pipeline."""

@@ -1,0 +1,28 @@
+"""Saved weights that old and new releases of transformers read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from elakit.files import write_file
+
+_PREFIX = "text_model."
+
+
+def write_portable_names(folder: str | Path) -> None:
+    """Rename the weights of the CLIP text encoder in a saved pipeline to the names that every release reads.
+
+    transformers from 5.6 on saves a ``CLIPTextModel`` without the prefix ``text_model.``. Older releases find none of
+    these names and fill the whole encoder with random numbers; newer ones read both forms.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Folder that ``pipe.save_pretrained`` wrote.
+    """
+    from safetensors.torch import load_file, save
+
+    path = Path(folder) / "text_encoder" / "model.safetensors"
+    weights = load_file(path)
+    if not any(name.startswith(_PREFIX) for name in weights):
+        write_file(path, save({_PREFIX + name: value for name, value in weights.items()}, {"format": "pt"}))

@@ -1,0 +1,172 @@
+"""Qwen-Image: an MM-DiT of double-stream blocks over the states of a language model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+
+from elakit.models.adapter import AttentionLayer, Call, Conditioning, Layout, argument, scheduler_timestep
+from elakit.models.chat import chat_sequence
+from elakit.models.transformer import TransformerAdapter
+from elakit.tokens import TextSequence
+
+
+class QwenImage(TransformerAdapter):
+    """Adapter of Qwen-Image pipelines (text-to-image, img2img, inpainting, ControlNet).
+
+    The denoiser sees the states of a chat without those of its system message. Guidance is a second call with the
+    negative prompt, at a scale that the pipeline calls ``true_cfg_scale``; that call is not recorded.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+    """
+
+    family: ClassVar[str] = "Qwen-Image"
+    models: ClassVar[tuple[str, ...]] = ("QwenImageTransformer2DModel",)
+    scale_argument: ClassVar[str] = "true_cfg_scale"
+
+    @classmethod
+    def _refusal_of_relative(cls, pipeline: str) -> str | None:
+        if "Edit" in pipeline or "Layered" in pipeline:
+            return "its text contains the tokens of input images (Qwen-Image-Edit, Layered), which cannot be read yet"
+        return None
+
+    def _make_layers(self) -> tuple[AttentionLayer, ...]:
+        return tuple(
+            AttentionLayer(
+                name=f"transformer_blocks.{i}.attn",
+                place="double",
+                heads=block.attn.heads,
+                module=block.attn,
+                block=self.denoiser,
+                factor=self._patch,
+                kind="joint",
+                text_first=True,
+                takes_mask=False,
+                grid=self._grid,
+                layout=self._layout,
+            )
+            for i, block in enumerate(self.pipe.transformer.transformer_blocks)
+        )
+
+    @property
+    def _patch(self) -> int:
+        return 2  # the pipeline's packing
+
+    def _grid(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+        shape = argument(args, kwargs, 4, "img_shapes")[0]
+        _, rows, columns = shape[0] if isinstance(shape, list) else shape
+        return int(rows), int(columns)
+
+    def _layout(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout:
+        text = argument(args, kwargs, 1, "encoder_hidden_states").shape[1]
+        return Layout(self._grid(args, kwargs), text, (0, text))
+
+    def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """Rows, timestep and latent size (before packing) of a call of the transformer."""
+        rows, columns = self._grid(args, kwargs)
+        current = getattr(self.pipe, "_current_timestep", None)
+        given = float(torch.as_tensor(argument(args, kwargs, 3, "timestep")).flatten()[0])
+        return Call(
+            batch=argument(args, kwargs, 0, "hidden_states").shape[0],
+            timestep=scheduler_timestep(self.pipe, 1000 * given) if current is None else float(current),
+            latent=(rows * self._patch, columns * self._patch),
+            conditional=not self._is_negative(argument(args, kwargs, 1, "encoder_hidden_states")),
+        )
+
+    def conditional_rows(self, batch: int) -> slice:
+        """All rows; the negative prompt has a call of its own."""
+        return slice(0, batch)
+
+    def default_size(self) -> tuple[int, int]:
+        """Default height and width of an image, in pixels."""
+        side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
+        return side, side
+
+    def text(self) -> tuple[TextSequence, ...]:
+        """Sequence of the chat, without the tokens of its system message."""
+        return (
+            chat_sequence(
+                "chat",
+                self.pipe.tokenizer,
+                self.pipe.prompt_template_encode.format,
+                length=int(self.pipe.tokenizer_max_length),
+                dropped=int(self.pipe.prompt_template_encode_start_idx),
+                padded=False,
+            ),
+        )
+
+    @torch.no_grad()
+    def encode(
+        self,
+        text: str,
+        negative: str | None = None,
+        guided: bool = True,
+        size: tuple[int, int] | None = None,
+        guidance_scale: float | None = None,
+    ) -> Conditioning:
+        """Text states and the shape of the image.
+
+        Parameters
+        ----------
+        text, negative : str
+        guided : bool
+            Whether classifier-free guidance is used; without it there are no negative states.
+        size : tuple of int, optional
+            (height, width) of the image; by default the model's.
+        guidance_scale : float, optional
+            Not used by this family.
+        """
+        embeds, mask = self._states(text)
+        call = {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
+        if guided:
+            negative_embeds, negative_mask = self._states(negative or " ")  # the model was used with a space
+            call |= {"negative_prompt_embeds": negative_embeds, "negative_prompt_embeds_mask": negative_mask}
+        rows, columns = self.latent_size(*(size or self.default_size()))
+        shared: dict[str, Any] = {"img_shapes": [[(1, rows // self._patch, columns // self._patch)]]}
+        if "txt_seq_lens" in inspect.signature(type(self.denoiser).forward).parameters:  # older diffusers
+            shared["txt_seq_lens"] = [embeds.shape[1]]
+        inputs = {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": None if bool(mask.all()) else mask}
+        return Conditioning(call, inputs, shared)
+
+    def _states(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        embeds, mask = self.pipe.encode_prompt(prompt=text, device=self.pipe._execution_device)
+        return embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
+
+    def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
+        """A thousandth of the scheduler's timestep, in the model's precision."""
+        return super()._given(timestep, latents).to(latents.dtype) / 1000
+
+    @property
+    def _channels(self) -> int:
+        """Number of channels of the latent before patches of 2x2 are packed."""
+        return super()._channels // self._patch**2
+
+    def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
+        """Initial noise of unit variance, packed: (1, patches, 4c)."""
+        noise = super().noise(generator, height, width)
+        packed: torch.Tensor = self.pipe._pack_latents(noise, *noise.shape)
+        return packed
+
+    def set_timesteps(self, steps: int, height: int, width: int) -> float:
+        """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""
+        self._set_flow(steps, self._shift(height, width, 1.15))
+        return 1.0
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
+        """Images of packed latents, (n, patches, 4c), also of the noisy latents in the middle of a run."""
+        pipe, vae = self.pipe, self.pipe.vae
+        frames = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor).to(vae.dtype)
+        mean, spread = (
+            torch.tensor(getattr(vae.config, f"latents_{name}")).view(1, -1, 1, 1, 1).to(frames)
+            for name in ("mean", "std")
+        )
+        pixels = vae.decode(frames * spread + mean, return_dict=False)[0][:, :, 0]
+        images: list[Image.Image] = pipe.image_processor.postprocess(pixels, output_type="pil")
+        return images

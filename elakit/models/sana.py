@@ -1,0 +1,151 @@
+"""Sana: a transformer with linear self-attention, and cross-attention to the states of a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+
+from elakit.errors import ModelError, PromptError
+from elakit.models.adapter import AttentionLayer, Call, Conditioning, Layout, argument, call_default
+from elakit.models.transformer import TransformerAdapter
+from elakit.tokens import TextSequence
+
+
+class Sana(TransformerAdapter):
+    """Adapter of Sana pipelines.
+
+    The pipeline puts an instruction before the prompt and keeps the first state and those of the prompt. It lowercases
+    prompts. `elakit.generate` generates at exactly the given size, without the pipeline's resolution binning.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+    """
+
+    family: ClassVar[str] = "Sana"
+    models: ClassVar[tuple[str, ...]] = ("SanaTransformer2DModel",)
+
+    @classmethod
+    def _refusal_of_relative(cls, pipeline: str) -> str | None:
+        if "Sprint" in pipeline:
+            return "its scheduler counts time as an angle (Sana Sprint), which is not supported yet"
+        return None
+
+    def _make_layers(self) -> tuple[AttentionLayer, ...]:
+        return tuple(
+            AttentionLayer(
+                name=f"transformer_blocks.{i}.attn2",
+                place="block",
+                heads=block.attn2.heads,
+                module=block.attn2,
+                block=self.denoiser,
+                factor=self._patch,
+                takes_mask=False,
+                grid=self._grid,
+                layout=self._layout,
+            )
+            for i, block in enumerate(self.pipe.transformer.transformer_blocks)
+        )
+
+    def _layout(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout:
+        text = argument(args, kwargs, 1, "encoder_hidden_states").shape[1]
+        return Layout(self._grid(args, kwargs), 0, (0, text))
+
+    def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """Rows, timestep and latent size of a call of the transformer, which may be given a scaled timestep."""
+        call = super().read_call(args, kwargs)
+        return replace(call, timestep=call.timestep / self.pipe.transformer.config.timestep_scale)
+
+    def default_size(self) -> tuple[int, int]:
+        """Default height and width of an image, in pixels."""
+        return call_default(self.pipe, "height"), call_default(self.pipe, "width")
+
+    def text(self) -> tuple[TextSequence, ...]:
+        """Sequence of the first token and the tokens of the prompt; those of the instruction are discarded."""
+        tokenizer = self.pipe.tokenizer
+        instruction = "\n".join(call_default(self.pipe, "complex_human_instruction"))
+        return (
+            TextSequence(
+                name="gemma",
+                tokenizer=tokenizer,
+                offset=0,
+                length=self._t5_length(),
+                read=self._as_read,
+                before=instruction,
+                dropped=len(tokenizer.encode(instruction)) - 2,
+            ),
+        )
+
+    def _as_read(self, text: str) -> str:
+        lowered = text.lower()
+        if text != text.strip() or len(lowered) != len(text):
+            raise PromptError(
+                f"{type(self.pipe).__name__} reads {text!r} as {lowered.strip()!r}, so its tokens cannot be matched: "
+                "write the prompt as the pipeline reads it."
+            )
+        return lowered
+
+    @torch.no_grad()
+    def encode(
+        self,
+        text: str,
+        negative: str | None = None,
+        guided: bool = True,
+        size: tuple[int, int] | None = None,
+        guidance_scale: float | None = None,
+    ) -> Conditioning:
+        """Text states with the mask of their padding.
+
+        Parameters
+        ----------
+        text, negative : str
+        guided : bool
+            Whether classifier-free guidance is used; without it there are no negative states.
+        size : tuple of int, optional
+            Not used by this family.
+        guidance_scale : float, optional
+            Not used by this family.
+        """
+        embeds, mask, negative_embeds, negative_mask = self.pipe.encode_prompt(
+            text,
+            guided,
+            negative_prompt=negative or "",
+            device=self.pipe._execution_device,
+            clean_caption=False,
+            max_sequence_length=self._t5_length(),
+            complex_human_instruction=call_default(self.pipe, "complex_human_instruction"),
+        )
+        # The pipeline's default negative prompt is a text, which it does not accept together with text states.
+        call = {"prompt_embeds": embeds, "prompt_attention_mask": mask, "negative_prompt": None}
+        if guided:
+            call |= {"negative_prompt_embeds": negative_embeds, "negative_prompt_attention_mask": negative_mask}
+        inputs = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+        return Conditioning(call | {"use_resolution_binning": False}, inputs)
+
+    def denoise(
+        self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
+    ) -> torch.Tensor:
+        """One conditional pass; the pipeline keeps float32 latents whatever the model's precision."""
+        return super().denoise(latents.to(self.denoiser.dtype), timestep, conditioning)  # type: ignore[arg-type]
+
+    def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
+        return super()._given(timestep, latents) * self.pipe.transformer.config.timestep_scale
+
+    @property
+    def _noise_dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def set_timesteps(self, steps: int, height: int, width: int) -> float:
+        """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""
+        super().set_timesteps(steps, height, width)
+        return 1.0
+
+    def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
+        """Raise a `ModelError`: self-attention of Sana is linear and has no probabilities."""
+        raise ModelError(
+            f"{self.family} has linear self-attention, which has no attention maps. Leave out the option or method "
+            "that reads self-attention."
+        )

@@ -1,0 +1,102 @@
+"""Where a model comes from: an embedded model, a folder or the hub, and the index of its components."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from elakit.errors import ModelError
+from elakit.models.embedded import EMBEDDED
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
+def locate(name: str | Path) -> str:
+    """Folder or hub id of a model; a name that can be neither is refused at once, without a request to the network."""
+    text = str(name)
+    if text in EMBEDDED:
+        folder = EMBEDDED[text].path
+        if not (folder / "model_index.json").is_file():
+            raise ModelError(
+                f"The embedded model {text!r} is missing from this installation; install elakit again from a complete "
+                "checkout (the weights are in the repository's data folder)."
+            )
+        return str(folder)
+    path = Path(text).expanduser()
+    expected = (
+        f"Expected an embedded model ({', '.join(EMBEDDED)}), a folder that `pipe.save_pretrained` wrote, or a hub id "
+        "such as 'stable-diffusion-v1-5/stable-diffusion-v1-5'."
+    )
+    if text and path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise ModelError(f"Folder {text!r} contains no pipeline (no model_index.json in it). {expected}")
+        return str(path)
+    if text and path.exists():
+        raise ModelError(f"Model {text!r} is a single file. {expected}")
+    if isinstance(name, str) and HUB_ID.fullmatch(text):
+        return text
+    close = difflib.get_close_matches(text.lower(), EMBEDDED, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ModelError(f"Unknown model {text!r}.{hint} {expected}")
+
+
+def read_index(source: str) -> dict[str, Any]:
+    """Content of a pipeline's ``model_index.json``, read first so that a wrong model is refused before its download."""
+    path = Path(source) / "model_index.json"
+    if not path.is_file():
+        path = Path(_download_index(source))
+    try:
+        index = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"The model_index.json of {source!r} cannot be read: {first_line(error)}") from error
+    if not isinstance(index, dict):
+        raise ModelError(f"The model_index.json of {source!r} is not a table of components.")
+    return index
+
+
+def _download_index(hub_id: str) -> str:
+    try:
+        return hf_hub_download(hub_id, "model_index.json")
+    except GatedRepoError as error:
+        why = "its license must be accepted on its page first, and you must be logged in (`hf auth login`)."
+        cause: Exception = error
+    except RepositoryNotFoundError as error:
+        why = "there is no such model on the hub (or it is private), and no folder of that name."
+        cause = error
+    except LocalEntryNotFoundError as error:
+        why = "the hub cannot be reached, the model is not in the local cache, and there is no folder of that name."
+        cause = error
+    except EntryNotFoundError as error:
+        why = "it is not a diffusers pipeline (no model_index.json)."
+        cause = error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        why = first_line(error)
+        cause = error
+    raise unavailable(hub_id, why) from cause
+
+
+def unavailable(hub_id: str, why: str) -> ModelError:
+    """Error for a model of the hub that cannot be downloaded."""
+    return ModelError(
+        f"Model {hub_id!r} cannot be downloaded: {why} Give an embedded model ({', '.join(EMBEDDED)}: no network "
+        "needed), a folder or another hub id."
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error as a sentence; the further lines of a library's error advise on its own API."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if line.endswith(".") else f"{line}."

@@ -1,0 +1,185 @@
+"""Z-Image: single-stream blocks over one sequence of image patches and the states of a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from elakit.models.adapter import (
+    AttentionLayer,
+    Call,
+    Conditioning,
+    Layout,
+    argument,
+    call_default,
+    running,
+    scheduler_timestep,
+)
+from elakit.models.chat import chat_sequence
+from elakit.models.transformer import TransformerAdapter
+from elakit.tokens import TextSequence
+
+_MULTIPLE = 32  # image and text are each padded to a multiple of it, by learned tokens that are keys too
+
+
+class ZImage(TransformerAdapter):
+    """Adapter of Z-Image pipelines.
+
+    The sequence consists of the image, then the text, each padded to a multiple of 32 positions; padding of the text
+    counts as end-of-text. Guidance stacks ``[conditional..., unconditional...]``, and a scale of 0 switches it off.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+    """
+
+    family: ClassVar[str] = "Z-Image"
+    models: ClassVar[tuple[str, ...]] = ("ZImageTransformer2DModel",)
+
+    @classmethod
+    def _refusal_of_relative(cls, pipeline: str) -> str | None:
+        if "Omni" in pipeline or "ControlNet" in pipeline:
+            return "its sequence has another order (Z-Image Omni and ControlNet), which cannot be read yet"
+        return None
+
+    def _make_layers(self) -> tuple[AttentionLayer, ...]:
+        return tuple(
+            AttentionLayer(
+                name=f"layers.{i}.attention",
+                place="single",
+                heads=block.attention.heads,
+                module=block.attention,
+                block=self.denoiser,
+                factor=self._patch,
+                kind="single",
+                takes_mask=False,
+                grid=self._grid,
+                layout=self._layout,
+            )
+            for i, block in enumerate(self.pipe.transformer.layers)
+        )
+
+    @property
+    def _patch(self) -> int:
+        return int(self.pipe.transformer.config.all_patch_size[0])
+
+    def _grid(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+        image = argument(args, kwargs, 0, "x")[0]
+        return image.shape[-2] // self._patch, image.shape[-1] // self._patch
+
+    def _layout(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout:
+        rows, columns = self._grid(args, kwargs)
+        text = len(argument(args, kwargs, 2, "cap_feats")[0])  # the first rows are those that see the prompt
+        return Layout((rows, columns), 0, (_padded(rows * columns), _padded(text)))
+
+    def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """Rows, timestep and latent size of a call of the transformer, which takes lists with one entry per row."""
+        images, texts = argument(args, kwargs, 0, "x"), argument(args, kwargs, 2, "cap_feats")
+        negative = {id(one) for one in running(self.pipe).get("negative_prompt_embeds") or ()}
+        self._conditional = sum(id(one) not in negative for one in texts)
+        given = float(torch.as_tensor(argument(args, kwargs, 1, "t")).flatten()[0])
+        return Call(
+            batch=len(images),
+            timestep=scheduler_timestep(self.pipe, 1000 * (1 - given)),
+            latent=(images[0].shape[-2], images[0].shape[-1]),
+            conditional=self._conditional > 0,
+        )
+
+    def conditional_rows(self, batch: int) -> slice:
+        """First rows of the batch, as many as the running call has texts that are not negative ones."""
+        return slice(0, min(batch, getattr(self, "_conditional", batch)))
+
+    def default_size(self) -> tuple[int, int]:
+        """Default height and width of an image, in pixels."""
+        return 1024, 1024  # of the pipeline's call; the model has no size of its own
+
+    def text(self) -> tuple[TextSequence, ...]:
+        """Sequence of the chat; its padding by the tokenizer does not reach the denoiser."""
+
+        def render(prompt: str) -> str:
+            chat = [{"role": "user", "content": prompt}]
+            return str(
+                self.pipe.tokenizer.apply_chat_template(
+                    chat, tokenize=False, add_generation_prompt=True, enable_thinking=True
+                )
+            )
+
+        return (chat_sequence("chat", self.pipe.tokenizer, render, length=self._t5_length(), padded=False),)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        text: str,
+        negative: str | None = None,
+        guided: bool = True,
+        size: tuple[int, int] | None = None,
+        guidance_scale: float | None = None,
+    ) -> Conditioning:
+        """Text states, one tensor per row, without padding.
+
+        Parameters
+        ----------
+        text, negative : str
+        guided : bool
+            Not used by this family: the pipeline guides at every scale above 0.
+        size : tuple of int, optional
+            Not used by this family.
+        guidance_scale : float, optional
+            Whether there are negative states depends on it; by default the pipeline's.
+        """
+        scale = call_default(self.pipe, "guidance_scale") if guidance_scale is None else guidance_scale
+        embeds, negative_embeds = self.pipe.encode_prompt(
+            text,
+            device=self.pipe._execution_device,
+            do_classifier_free_guidance=scale > 0,
+            negative_prompt=negative,
+        )
+        return Conditioning({"prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds}, {"cap_feats": embeds})
+
+    def denoise(
+        self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
+    ) -> torch.Tensor:
+        """One conditional pass; gradients flow when enabled.
+
+        Parameters
+        ----------
+        latents : torch.Tensor, (n, c, h, w)
+        timestep : torch.Tensor, float or int
+            The scheduler's timestep.
+        conditioning : Conditioning
+
+        Returns
+        -------
+        torch.Tensor, (n, c, h, w)
+        """
+        typed = latents.to(self.denoiser.dtype)  # type: ignore[arg-type]
+        outputs = self.denoiser(
+            list(typed.unsqueeze(2).unbind(0)),
+            self._given(timestep, latents),
+            return_dict=False,
+            **conditioning.rows(len(latents), typed.dtype),
+        )[0]
+        return torch.stack(list(outputs)).squeeze(2)
+
+    def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
+        """Time from 0 (noise) to 1 (image)."""
+        return (1000 - super()._given(timestep, latents)) / 1000
+
+    @property
+    def _noise_dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def _channels(self) -> int:
+        return int(self.pipe.transformer.in_channels)
+
+    def set_timesteps(self, steps: int, height: int, width: int) -> float:
+        """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""
+        self._set_flow(steps, self._shift(height, width, 1.15))
+        return 1.0
+
+
+def _padded(count: int) -> int:
+    return count + -count % _MULTIPLE

@@ -1,0 +1,115 @@
+"""Maps of concepts that are not in the prompt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, SHORT, TEXT, draw
+from tiny import tiny_flux, tiny_pipeline, tiny_sd3
+
+from elakit.attention import RecordSpec, map_concepts, record
+from elakit.errors import RecordingError, SettingError
+from elakit.models import StableDiffusion, adapter_for
+from elakit.prompt import parse
+
+FLUX = SHORT | {"height": 32, "width": 48}
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "pixart-alpha", "flux"])
+def test_the_image_does_not_see_the_concepts(name: str) -> None:
+    pipe = FAMILIES[name].make()
+    options = FAMILIES[name].options | {"num_images_per_prompt": 2, "height": 32, "width": 48}
+    plain = draw(pipe, **options)
+    with record(pipe, TEXT) as alone:
+        draw(pipe, **options)
+    with map_concepts(pipe, TEXT, ["dog", "green giraffe"]) as found, record(pipe, TEXT) as recording:
+        assert np.array_equal(plain, draw(pipe, **options))
+    np.testing.assert_array_equal(recording.maps(), alone.maps())
+    maps = found.maps(image=1)
+    assert maps.concept.values.tolist() == ["dog", "green giraffe"]
+    assert maps.shape == (2, 2, *recording.sizes[0])
+    assert maps.timestep.values.tolist() == recording.nodes()[0]["timestep"].values.tolist()
+    assert float(maps.min()) > 0
+    if name == "flux":
+        np.testing.assert_allclose(maps.sum("concept"), 1, atol=1e-5)
+
+
+def test_a_concept_with_the_state_of_a_word_gets_that_word_s_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a prompt whose token gets p, a second token with the same state gets p / (1 + p)."""
+    pipe = tiny_pipeline()
+    prompt = parse(TEXT, pipe)
+    (car,) = prompt.find("car")
+    encode = StableDiffusion.encode
+
+    def same(self: Any, text: str, *args: Any, **kwargs: Any) -> Any:
+        found = encode(self, prompt.text, *args, **kwargs)
+        if text != "dog":
+            return found
+        states = found.inputs["encoder_hidden_states"]
+        return replace(found, inputs={"encoder_hidden_states": states[:, [car]].expand(-1, states.shape[1], -1)})
+
+    monkeypatch.setattr(StableDiffusion, "encode", same)
+    with (
+        map_concepts(pipe, prompt, ["dog"], layers="up") as found,
+        record(pipe, prompt, RecordSpec(heads="all", layers="up", dtype="float32")) as recording,
+    ):
+        draw(pipe, prompt.text)
+    for node in recording.nodes():
+        p = node["probability"].sel(token="car").isel(image=0)
+        expected = (p / (1 + p)).mean(("layer", "head"))
+        np.testing.assert_allclose(found.maps(size=node.sizes["y"])[:, 0], expected, atol=1e-6)
+
+
+def test_in_flux_concepts_are_a_text_stream_that_sees_the_image() -> None:
+    """Given the concepts alone as its text, the first block computes for them what the second stream must compute."""
+    pipe = tiny_flux()
+    adapter = adapter_for(pipe)
+    words = ["red dog", "bear"]
+    calls: list[Any] = []
+    handle = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    with map_concepts(pipe, TEXT, words) as found:
+        draw(pipe, num_inference_steps=1, **FLUX)
+    handle.remove()
+    tokens = [[token.index for token in parse(f"[{word}]", pipe).tokens] for word in words]
+    states = [adapter.encode(w).inputs["encoder_hidden_states"][:, at] for w, at in zip(words, tokens, strict=True)]
+    attn = pipe.transformer.transformer_blocks[0].attn
+    outputs: dict[str, torch.Tensor] = {}
+    for name, module in (("text", attn.to_add_out), ("image", attn.to_out[0])):
+        module.register_forward_pre_hook(lambda _, args, name=name: outputs.setdefault(name, args[0]))
+    with torch.no_grad():
+        text = torch.cat(states, dim=1)
+        pipe.transformer(**calls[0] | {"encoder_hidden_states": calls[0]["encoder_hidden_states"]})
+        image = outputs.pop("image")
+        outputs.clear()
+        pipe.transformer(**calls[0] | {"encoder_hidden_states": text, "txt_ids": torch.zeros(text.shape[1], 3)})
+    scores = (image @ outputs["text"].transpose(-1, -2))[0]  # (h*w, tokens)
+    by_word = torch.stack([part.mean(-1) for part in scores.split([len(at) for at in tokens], dim=-1)], dim=-1)
+    expected = by_word.softmax(-1).T.reshape(2, 4, 6)
+    np.testing.assert_allclose(found.maps()[0], expected, atol=1e-5)
+    assert float(found.maps().std()) > 1e-4
+
+
+def test_what_cannot_be_mapped_is_refused() -> None:
+    pipe, flux, sd3 = tiny_pipeline(), tiny_flux(), tiny_sd3()
+    for words in ([], [""], ["a [dog]"]):
+        with pytest.raises(SettingError, match="words"), map_concepts(pipe, TEXT, words):
+            pass
+    with pytest.raises(SettingError, match="two concepts"), map_concepts(flux, TEXT, ["dog"]):
+        pass
+    with pytest.raises(RecordingError, match="neither cross-attention"), map_concepts(sd3, TEXT, ["dog", "cat"]):
+        pass
+    block = map_concepts(flux, TEXT, ["dog", "cat"], layers="single")
+    with pytest.raises(RecordingError, match="neither cross-attention"), block:
+        pass
+    with map_concepts(pipe, TEXT, ["dog"]) as found:
+        pass
+    with pytest.raises(RecordingError, match="no step was finished"):
+        found.maps()
+    with map_concepts(pipe, TEXT, ["dog"]) as found:
+        draw(pipe)
+    with pytest.raises(RecordingError, match="there are 8x8, 4x4"):
+        found.maps(size=16)

@@ -1,0 +1,59 @@
+"""The page on adding a method: its example runs, and its table lists what the interface has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import elakit
+from elakit.guidance import METHODS
+from elakit.guidance.method import Attention, Method
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "developing" / "adding-a-method.md"
+
+
+@pytest.fixture(scope="module")
+def separate() -> Any:
+    text = PAGE.read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n# elakit/guidance/separate\.py\n(.*?)```", text, flags=re.S)
+    module: dict[str, Any] = {"__name__": "separate"}
+    exec(compile(code, str(PAGE), "exec"), module)
+    return module["Separate"]
+
+
+def test_the_table_lists_the_interface_and_all_files_exist() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", text, flags=re.M)
+    listed = {name for row in rows for name in re.findall(r"\w+", row)}
+    members = {name for name in {*vars(Method), *Method.__annotations__} if not name.startswith("_")}
+    assert listed == members
+    for path in re.findall(r"`((?:elakit|tests|docs)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_loss_of_the_example_is_the_overlap_of_two_maps(separate: Any) -> None:
+    prompt = elakit.parse("a [bear] and a [clock]", elakit.load("picture-world"))
+    maps = torch.zeros(prompt.length, 1, 4)
+    bear, clock = (entity.token_indices[0] for entity in prompt.entities)
+    maps[bear, 0] = torch.tensor([0.2, 0.2, 0.0, 0.0])  # normalized: .5 .5 0 0
+    maps[clock, 0] = torch.tensor([0.0, 0.1, 0.1, 0.2])  # normalized: 0 .25 .25 .5
+    loss = separate().loss(Attention((maps[None],)), prompt, 0, None)
+    assert float(loss.total) == pytest.approx(0.25)
+
+
+def test_the_example_guides_and_can_be_registered(separate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "separate", separate)
+    pipe = elakit.load("picture-world")
+    run = elakit.generate(
+        pipe, "a [bear] and a [clock]", seed=0, steps=4, guidance=METHODS["separate"](), progress=False, record=False
+    )
+    trace = run.guidance.to_frame()
+    assert list(trace.index) == [0, 1]
+    assert (trace["moved"] > 0).all()
+    with pytest.raises(elakit.errors.SettingError, match="guided"):
+        separate(guided=2)

@@ -1,0 +1,242 @@
+"""Families that are read at their attention call: maps, tokens, images, guidance and edits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tiny_families import BUILDERS
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import elakit
+from elakit.attention import Edit, RecordSpec, edit, record
+from elakit.errors import ModelError
+from elakit.guidance import AttendAndExcite
+from elakit.models import adapter_for
+from elakit.prompt import parse
+
+TEXT = "a [red car] and a [blue giraffe]"
+PLAIN = "a red car and a blue giraffe"
+
+
+@dataclass
+class Spec:
+    """What a family's attention calls look like, known from its code in diffusers.
+
+    ``image`` and ``text`` give the first image query and the first text key, from (image patches, keys); ``token`` the
+    token whose state stands at a text position, from (position, tokens of the text).
+    """
+
+    size: tuple[int, int] = (32, 48)
+    options: dict[str, Any] = field(default_factory=dict)
+    image: Callable[[int, int], int] = lambda patches, keys: keys - patches
+    text: Callable[[int, int], int] = lambda patches, keys: 0
+    rows: str = "all"
+    second_pass: bool = False  # of the negative prompt, in each step
+    token: Callable[[int, int], int] = lambda position, tokens: position
+
+
+IMAGE = Image.fromarray(np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).astype("uint8"))
+GUIDED = {"negative_prompt": "a dog"}
+SPECS = {
+    "FLUX.2": Spec((64, 96)),
+    "FLUX.2 Klein": Spec((64, 96), second_pass=True),
+    "Z-Image": Spec(
+        options=GUIDED,
+        image=lambda patches, keys: 0,
+        text=lambda patches, keys: 32 * math.ceil(patches / 32),
+        rows="first half",
+    ),
+    "Qwen-Image": Spec(options=GUIDED, second_pass=True, token=lambda position, tokens: position + 10),
+    "Sana": Spec(
+        (32, 64),
+        GUIDED | {"use_resolution_binning": False},
+        image=lambda patches, keys: 0,
+        rows="second half",
+        token=lambda position, tokens: position + tokens - 300,
+    ),
+    "Lumina 2": Spec((64, 96), GUIDED, second_pass=True),
+    "AuraFlow": Spec(options=GUIDED, rows="second half", token=lambda position, tokens: position - 8),
+    "Chroma": Spec(options=GUIDED, second_pass=True),
+    "FLUX.1 Kontext": Spec(
+        (32, 48),
+        {"image": IMAGE, "_auto_resize": False, "max_area": 32 * 48, "max_sequence_length": 20},
+        image=lambda patches, keys: 20,  # behind it come the patches of the input image
+    ),
+}
+GENERATED = [name for name in SPECS if name != "FLUX.1 Kontext"]  # elakit.generate passes no input image
+
+
+def draw(pipe: Any, spec: Spec, **options: Any) -> np.ndarray:
+    height, width = spec.size
+    settings = {"num_inference_steps": 2, "output_type": "np", "height": height, "width": width}
+    generator = torch.Generator().manual_seed(7)
+    return pipe(prompt=PLAIN, generator=generator, **settings | spec.options | options).images
+
+
+class Witness(TorchFunctionMode):
+    """Probabilities of every attention call of the chosen modules, in float64, by the arguments that it receives."""
+
+    def __init__(self, modules: dict[str, Any]) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, Tensor]] = []
+        self.inside: str | None = None
+        for name, module in modules.items():
+            module.register_forward_pre_hook(lambda *_, name=name: setattr(self, "inside", name))
+            module.register_forward_hook(lambda *_: setattr(self, "inside", None))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and self.inside is not None:
+            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+            given = dict(zip(names, args, strict=False)) | kwargs
+            query, key = given["query"].double(), given["key"].double()
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+            scale = given.get("scale") or 1 / math.sqrt(query.shape[-1])
+            scores = query @ key.mT * scale
+            if (mask := given.get("attn_mask")) is not None:
+                scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+            self.seen.append((self.inside, scores.softmax(-1)))
+        return func(*args, **kwargs)
+
+
+def rows_of(spec: Spec, batch: int) -> slice:
+    half = batch // 2
+    return {"all": slice(0, batch), "first half": slice(0, half), "second half": slice(half, batch)}[spec.rows]
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("name", SPECS)
+def test_maps_are_those_of_the_attention_call_and_the_image_stays(name: str, images: int) -> None:
+    spec, pipe = SPECS[name], BUILDERS[name]()
+    several = {"num_images_per_prompt": images}
+    plain = draw(pipe, spec, **several)
+    prompt = parse(TEXT, pipe)
+    layers = adapter_for(pipe).layers()
+    witness = Witness({layer.name: layer.module for layer in layers})
+    with record(pipe, prompt, RecordSpec(heads="all", dtype="float32")) as recording, witness:
+        assert np.array_equal(plain, draw(pipe, spec, **several))
+    calls = [witness.seen[i : i + len(layers)] for i in range(0, len(witness.seen), len(layers))]
+    calls = calls[::2] if spec.second_pass else calls  # the negative prompt comes second
+    assert recording.steps == (0, 1)
+    assert len(calls) == 2
+    timesteps = pipe.scheduler.timesteps.tolist()
+    (node,) = recording.tree.children.values()
+    assert node["timestep"].values.tolist() == pytest.approx(timesteps)
+    kept = node["probability"]
+    patches = kept.sizes["y"] * kept.sizes["x"]
+    assert kept.sizes["y"] * spec.size[1] == kept.sizes["x"] * spec.size[0]
+    for step, call in enumerate(calls):
+        for layer, truth in call:
+            truth = truth[rows_of(spec, len(truth))]
+            queries = spec.image(patches, truth.shape[-1])
+            truth = truth[:, :, queries : queries + patches].unflatten(2, (kept.sizes["y"], kept.sizes["x"]))
+            assert len(truth) == images
+            text = spec.text(patches, truth.shape[-1])
+            for token in prompt.tokens:
+                found = kept.sel(layer=layer, step=step, token=token.label).values
+                np.testing.assert_allclose(found, truth[..., text + token.index], atol=1e-5)
+    assert float(kept.sel(token="car").std()) > 1e-4  # not all alike, so that a wrong column would be noticed
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_tokens_stand_where_the_text_encoder_reads_them(name: str) -> None:
+    spec, pipe = SPECS[name], BUILDERS[name]()
+    read: list[Tensor] = []
+
+    def listen(_: Any, args: Any, kwargs: Any) -> None:
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        mask = kwargs.get("attention_mask")
+        # Z-Image and Qwen-Image keep the states of tokens that are no padding.
+        read.append(ids[0][mask[0].bool()] if name in ("Z-Image", "Qwen-Image") else ids[0])
+
+    encoder = pipe.text_encoder_2 if name == "FLUX.1 Kontext" else pipe.text_encoder
+    encoder.register_forward_pre_hook(listen, with_kwargs=True)
+    draw(pipe, spec)
+    prompt = parse(TEXT, pipe)
+    tokenizer = pipe.tokenizer_2 if name == "FLUX.1 Kontext" else pipe.tokenizer
+    ids = read[0].tolist()
+    for token in prompt.tokens:
+        piece = tokenizer.decode([ids[spec.token(token.index, len(ids))]])
+        assert piece.strip() == token.text.strip(), token
+    end = ids[spec.token(prompt.end_index, len(ids)) :]
+    assert not any(word in tokenizer.decode(end) for word in ("car", "giraffe"))
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_generate_gives_the_pipelines_own_image(name: str) -> None:
+    spec, pipe = SPECS[name], BUILDERS[name]()
+    height, width = spec.size
+    own = draw(pipe, spec, output_type="pil")[0]
+    settings = {"steps": 2, "height": height, "width": width, "progress": False}
+    settings["negative_prompt"] = spec.options.get("negative_prompt")
+    run = elakit.generate(pipe, TEXT, seed=7, **settings)
+    assert np.array_equal(np.asarray(run.image), np.asarray(own))
+    assert run.recording.steps == (0, 1)
+    assert set(run.bleeding.to_frame()["entity"].dropna()) >= {"car", "giraffe"}
+    both = elakit.generate(pipe, TEXT, seed=[3, 7], **settings)
+    assert np.abs(np.asarray(both[1].image, int) - np.asarray(own, int)).max() <= 2
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_guidance_moves_the_latents_along_the_gradient(name: str) -> None:
+    spec, pipe = SPECS[name], BUILDERS[name]()
+    height, width = spec.size
+    settings = {"seed": 7, "steps": 3, "height": height, "width": width, "progress": False}
+    plain = elakit.generate(pipe, TEXT, **settings)
+    guided = elakit.generate(pipe, TEXT, guidance=AttendAndExcite(), **settings)
+    assert not np.array_equal(np.asarray(plain.image), np.asarray(guided.image))
+    assert any(row["moved"] > 0 for row in guided.guidance.rows)
+
+    adapter = adapter_for(pipe)
+    conditioning = adapter.encode(PLAIN, guided=False, size=spec.size)
+    adapter.set_timesteps(3, height, width)
+    noise = adapter.noise(torch.Generator().manual_seed(0), height, width)
+    layer = adapter.layers()[-1]
+    car = parse(TEXT, pipe).find("car")[0]
+
+    def share(latents: Tensor) -> Tensor:
+        found: list[Tensor] = []
+        with elakit.attention.tap([layer], lambda _, attend, size: found.append(attend(slice(0, 1))[..., car].mean())):
+            adapter.denoise(latents, pipe.scheduler.timesteps[0], conditioning)
+        return found[0]
+
+    latents = noise.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(share(latents), latents)
+    direction = gradient / gradient.norm()
+    with torch.no_grad():
+        change = share(noise + 1e-2 * direction) - share(noise - 1e-2 * direction)
+    assert float(change) / 2e-2 == pytest.approx(float(gradient.norm()), rel=0.05)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_an_edit_hides_a_word_and_the_recording_shows_it(name: str) -> None:
+    spec, pipe = SPECS[name], BUILDERS[name]()
+    prompt = parse(TEXT, pipe)
+    plain = draw(pipe, spec)
+    left = [[True, False]]
+    for outer, inner in (("edit", "record"), ("record", "edit")):
+        blocks = {"edit": edit(pipe, prompt, Edit("car", scale=0, region=left)), "record": record(pipe, prompt)}
+        with blocks[outer] as first, blocks[inner] as second:
+            changed = draw(pipe, spec)
+        recording = second if inner == "record" else first
+        car = recording.maps("car").isel(token=0)
+        half = car.sizes["x"] // 2
+        assert float(car[..., :half].max()) < 1e-6 < float(car[..., half:].max())
+        assert not np.array_equal(plain, changed)
+    with edit(pipe, prompt, Edit("car", scale=1)):
+        assert np.array_equal(plain, draw(pipe, spec))
+
+
+def test_sana_has_no_self_attention_maps() -> None:
+    adapter = adapter_for(BUILDERS["Sana"]())
+    with pytest.raises(ModelError, match="linear self-attention"):
+        adapter.self_layers(adapter.layers())
