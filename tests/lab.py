@@ -117,7 +117,7 @@ class Notebook:
         return cells
 
     def errors(self) -> list[str]:
-        """What cells raised: the name and the message of each error."""
+        """Errors raised by notebook cells: name and message of each."""
         return [
             f"{output['ename']}: {output['evalue']}"
             for cell in self.cells()
@@ -138,10 +138,10 @@ class Lab:
     Attributes
     ----------
     url : str
-        Of the server, with a slash at its end.
+        Address of the server, with a slash at its end.
     token : str
     folder : pathlib.Path
-        That it serves.
+        Folder that it serves.
     browser : playwright.sync_api.Browser
     console : list of str
         Errors that any page's console showed, and what its scripts raised.
@@ -175,7 +175,7 @@ class Lab:
         timeout : float
             Seconds.
         width, height : int
-            Of the page, in pixels.
+            Size of the page in pixels.
         """
         page = self.browser.new_page(viewport={"width": width, "height": height})
         page.on("console", lambda message: self.console.append(message.text) if message.type == "error" else None)

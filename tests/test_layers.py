@@ -39,7 +39,6 @@ SHADOWS_TO_REMOVE: frozenset[str] = frozenset(
     [
         "elakit.causes.find",
         "elakit.causes.profile",
-        "elakit.diagnosis.survey.cases",
         "elakit.plot.agreement",
         "elakit.plot.images",
         "elakit.plot.leakage",

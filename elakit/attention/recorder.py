@@ -169,7 +169,9 @@ def record_image(
     noise = adapter.noise(torch.Generator("cpu").manual_seed(seed_of(seed)), height, width)
     adapter.set_timesteps(steps, height, width)
     scheduler = pipe.scheduler
-    with _recorded(_Recorder(adapter, text, spec or RecordSpec(), calls=len(wanted))) as recording:
+    recorder = _Recorder(adapter, text, spec or RecordSpec(), calls=len(wanted))
+    recorder.watch.loop_sees_prompt = True
+    with _recorded(recorder) as recording:
         for step in wanted:
             timestep = scheduler.timesteps[step]
             if hasattr(scheduler, "scale_noise"):  # flow matching

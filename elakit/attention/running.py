@@ -68,6 +68,7 @@ class Watch:
     def __init__(self, adapter: Adapter, prompt: Prompt | None = None) -> None:
         self.adapter = adapter
         self.prompt = prompt
+        self.loop_sees_prompt = False  # whether every row of a loop without a pipeline is known to see the prompt
         self._thread = threading.get_ident()
         self._run: FrameType | None = None  # the pipeline's call that is running; compared by identity
         self._of_run = adapter
@@ -147,7 +148,9 @@ class Watch:
         if not call.conditional:
             return None
         states = self._text_states(args, kwargs)
-        if self.prompt is None:
+        if self.loop_sees_prompt:
+            rows = slice(0, call.batch)
+        elif self.prompt is None:
             rows = self.adapter.conditional_rows(call.batch)
         elif self._states is not None and states is self._states[0]:
             rows = self._states[1]
@@ -158,9 +161,12 @@ class Watch:
 
     def _rows_with_prompt(self, states: Tensor | None) -> slice:
         """Rows whose text states are those of the prompt."""
-        where: list[int] = []
-        if states is not None:
-            where = self._agree(states, self._prompt_states(states)).nonzero().flatten().tolist()
+        if states is None:
+            raise RecordingError(
+                f"A loop without the pipeline cannot be recorded with {self.adapter.family}, because its text states "
+                "cannot be compared with the prompt. Call the pipeline."
+            )
+        where = self._agree(states, self._prompt_states(states)).nonzero().flatten().tolist()
         if not where or where != list(range(where[0], where[-1] + 1)):
             assert self.prompt is not None
             raise RecordingError(

@@ -52,7 +52,7 @@ class Pair:
 
     @property
     def was_guided(self) -> bool:
-        """Whether guidance acted in at least one step."""
+        """True if guidance acted in at least one step."""
         return self.guided.guidance is not None and bool(self.guided.guidance.rows)
 
 
@@ -93,7 +93,7 @@ class DiagnosisData:
 
     @property
     def judged(self) -> bool:
-        """Whether all images were judged."""
+        """True if all images were judged."""
         return all(pair.outcome is not None for pair in self.pairs)
 
     @property
@@ -156,7 +156,8 @@ class DiagnosisData:
         Returns
         -------
         DataFrame
-            Indexed by seed; columns outcome, and plain_ and guided_ success, bleed, intrusion and overlap (Ruzicka).
+            Indexed by seed; column ``outcome``, and ``plain_`` and ``guided_`` columns of ``success``, ``bleed``,
+            ``intrusion`` and ``overlap`` (Ruzicka).
         """
         return self._frame.copy()
 
@@ -188,7 +189,7 @@ class DiagnosisData:
 
 
 def explains(cause: Cause, failure: Failure) -> bool:
-    """Whether a cause accounts for a failure: for its kind, and for one of its entities."""
+    """True if a cause accounts for a failure: for its kind, and for one of its entities."""
     return failure.kind in cause.explains and bool(
         ({cause.entity, cause.other} & {failure.entity, failure.other}) - {""}
     )

@@ -96,7 +96,7 @@ class RemedyResult:
 
     @property
     def judged(self) -> bool:
-        """Whether the images and the plain images were judged."""
+        """True if the images and the plain images were judged."""
         return bool(self.runs) and all(run.verdict is not None for run in (*self.runs, *self.plain))
 
     @property
@@ -137,7 +137,7 @@ class RemedyResult:
 
     @property
     def helps(self) -> bool:
-        """Whether it did better than plain generation: more images right or, if not judged, less bleeding."""
+        """True if it did better than plain generation: more images right or, if not judged, less bleeding."""
         if self.status != "tried":
             return False
         if self.judged:

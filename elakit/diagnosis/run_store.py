@@ -60,7 +60,7 @@ class RunStore:
         write_json(self.folder / "runs" / f"{key}.json", {"seconds": seconds})
 
     def contains(self, key: str) -> bool:
-        """Whether the folder contains a complete run with this key."""
+        """True if the folder contains a complete run with this key."""
         return (self.folder / "runs" / f"{key}.json").exists()
 
 

@@ -134,12 +134,18 @@ def _causes(diagnosis: DiagnosisData) -> list[str]:
         return []
     causes = [cause for cause in diagnosis.causes if any(explains(cause, failure) for failure in shown)][:MOST]
     said = [cause.sentence for cause in causes]
-    unexplained = [one.sentence for one in shown if not any(explains(cause, one) for cause in causes)]
+    rest = [one.sentence for one in shown if not any(explains(cause, one) for cause in causes)]
     if not causes:
         said.append("No cause was found.")
-    elif unexplained:
-        said.append(f"No cause was found for: {' '.join(unexplained)}")
+    elif rest:
+        said.append(f"No cause was found for: {' '.join(rest)}")
     return said
+
+
+def unexplained(diagnosis: DiagnosisData) -> list[str]:
+    """Sentences of the failures that no cause explains."""
+    causes = diagnosis.causes
+    return [one.sentence for one in diagnosis.failures if not any(explains(cause, one) for cause in causes)]
 
 
 def _remedy(diagnosis: DiagnosisData) -> list[str]:
@@ -181,8 +187,9 @@ def _attention(diagnosis: DiagnosisData) -> list[str]:
     before, after = (float(table["bleed", run].mean()) for run in ("plain", "guided"))
     fell = int((table["bleed", "guided"] < table["bleed", "plain"]).sum())
     return [
-        f"On average, {before:.0%} of an entity's attention lies outside its own region without guidance, and "
-        f"{after:.0%} with {method}. The share is lower with {method} for {fell} of {count} {plural('seed', count)}."
+        f"On average, {_percent(before)} % of an entity's attention lies outside its own region without guidance, and "
+        f"{_percent(after)} % with {method}. The share is lower with {method} for {fell} of {count} "
+        f"{plural('seed', count)}."
     ]
 
 
@@ -242,3 +249,8 @@ def _listed(names: list[str]) -> str:
 
 def _percent(value: float) -> str:
     return f"{100 * value:.0f}"
+
+
+def percent(value: float) -> str:
+    """Share as a percentage, with a space as in the rest of the text."""
+    return f"{_percent(value)} %"

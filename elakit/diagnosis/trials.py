@@ -123,8 +123,8 @@ def build_remedy(which: str | Method, prompt: Prompt, pipe: Any) -> Remedy:
         return guidance_remedy(without_regions(which) if isinstance(which, str) else which, prompt)
     if which == "another-seed":
         what = (
-            f"For each seed, {CANDIDATES} other seeds are started, and the most promising one after {SHARE:.0%} of the "
-            "steps is finished."
+            f"For each seed, {CANDIDATES} other seeds are started, and the most promising one after "
+            f"{100 * SHARE:.0f} % of the steps is finished."
         )
         return Remedy(which, "seed", what, prompt)
     if which == "regions":
@@ -192,7 +192,7 @@ def try_remedy(
 
 
 def usable(predictor: Predictor | None, model: str) -> bool:
-    """Whether a predictor was fitted on images of a model.
+    """True if a predictor was fitted on images of a model.
 
     Parameters
     ----------

@@ -7,7 +7,7 @@ diffusion_pipeline.py, syngen_diffusion_pipeline.py, inference.py and ours.py.
 With d = 1 - cosine of two raw maps, and A' = smooth(softmax over tokens of 100 A) as in Attend-and-Excite:
 
     L = sum over objects s of [sum over its attributes m of d(m, s) - k_s mean over u of d(s, u)]
-        - .5 sum over objects s of max over cells of A'_s
+        - .5 sum over objects s of max over locations of A'_s
 
 where u runs over the prompt's tokens other than the object and its attributes, function words included, and k_s is the
 number of attributes, at least 1: the official code repels once per pair of object and attribute. For words of several

@@ -12,7 +12,7 @@ The noise z0 becomes z = z0 exp(v / 2) + m; Adam moves m and v, from 0, against 
 conflict while cross is above 0.5) while the KL divergence of N(m, exp v) from N(0, 1), a mean over elements, stays at
 0.001 or less. The noise is accepted once cross < 0.2 and conflict < 0.3. Up to 5 rounds of 10 passes start from noise
 of their own, the first from the noise given; if none is accepted, the start that came nearest gets 50 more passes. The
-draws after the first are a function of the noise given, so that a run depends on its seed alone. The official code goes
+noise of later rounds is a function of the noise given, so that a run depends on its seed alone. The official code goes
 on to update latents (its example runs so), and so does this: along the cross term at Attend-and-Excite's step sizes and
 guided steps, with refinement at steps 10 and 20 of 50 along cross + 0.1 clean +
 0.1 alignment + conflict until cross is at most 0.2 and conflict at most 0.3. ``guided=0`` only chooses the noise.
@@ -63,11 +63,11 @@ class InitNO(ReadsOneSize):
     learning_rate : float
         Learning rate of Adam, 0.01 in the official code.
     rounds : int
-        Largest number of draws of noise; 5 in the official code.
+        Largest number of starting noises; 5 in the official code.
     iterations : int
         Largest number of passes per round; 10 in the official code.
     last_iterations : int
-        Largest number of passes from the best draw when no round was accepted; 50 in the official code.
+        Largest number of passes from the best noise when no round was accepted; 50 in the official code.
     stop_cross, stop_conflict : float
         Noise with lower values is accepted; 0.2 and 0.3 in the official code. Both also end refinement.
     max_kl : float

@@ -100,7 +100,7 @@ class LayoutGuidance:
         return tuple(layer for layer in layers if layer.place == "mid" or _block(layer) == block) or tuple(layers)
 
     def begin(self, prompt: Prompt, steps: int) -> Progress:
-        """Whether the threshold was met in an earlier step, as a mutable state."""
+        """Mutable state that remembers the step at which the threshold was met."""
         return Progress()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
@@ -150,7 +150,7 @@ class Progress:
     step: int | None = None
 
     def met(self, step: int, low: bool) -> bool:
-        """Whether an earlier step met the threshold; a low loss at this step is remembered for the later ones.
+        """True if an earlier step met the threshold; a low loss at this step is remembered for later steps.
 
         Examples
         --------

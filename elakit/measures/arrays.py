@@ -180,7 +180,7 @@ def area_mean(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     Returns
     -------
-    float64 array, (..., *size)
+    float64 array, (..., rows, columns)
         A pixel that two boxes share counts in each by the area it has there.
 
     Raises

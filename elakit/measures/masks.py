@@ -104,7 +104,7 @@ def coverage(masks: Any, size: tuple[int, int]) -> np.ndarray:
 
     Returns
     -------
-    float array, (..., *size)
+    float array, (..., rows, columns)
         0 to 1.
 
     Raises
@@ -133,7 +133,7 @@ def downscale(masks: Any, size: tuple[int, int]) -> np.ndarray:
 
     Returns
     -------
-    bool array, (..., *size)
+    bool array, (..., rows, columns)
         A mask that covers no location by more than half keeps the one it covers most (the first in reading order on a
         tie), so only an empty mask stays empty.
 

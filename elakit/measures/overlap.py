@@ -42,7 +42,7 @@ def iou(a: Any, b: Any) -> np.ndarray:
 
 
 def dice(a: Any, b: Any) -> np.ndarray:
-    """Dice coefficient of masks, 2 |a & b| / (|a| + |b|), 0 to 1; 0 if both are empty.
+    """Dice coefficient of masks, ``2 |a & b| / (|a| + |b|)``, 0 to 1; 0 if both are empty.
 
     Examples
     --------
@@ -54,7 +54,7 @@ def dice(a: Any, b: Any) -> np.ndarray:
 
 
 def overlap_coefficient(a: Any, b: Any) -> np.ndarray:
-    """Overlap coefficient (Szymkiewicz-Simpson) of masks, |a & b| / min(|a|, |b|), 0 to 1; 0 if one is empty.
+    """Overlap coefficient (Szymkiewicz-Simpson), ``|a & b| / min(|a|, |b|)`` of masks, 0 to 1; 0 if one is empty.
 
     Examples
     --------

@@ -100,7 +100,8 @@ def encoded(pipe: Pipeline, image: Image.Image) -> torch.Tensor:
     finally:
         if upcast:
             vae.to(precision)
-    latents: torch.Tensor = found.latents if hasattr(found, "latents") else found.latent_dist.mode()
+    direct = next((getattr(found, name) for name in ("latents", "latent") if hasattr(found, name)), None)
+    latents: torch.Tensor = found.latent_dist.mode() if direct is None else direct
     mean, spread = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
     if mean is not None and spread is not None:
         shape = (1, -1, 1, 1)

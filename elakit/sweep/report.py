@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from html import escape as escape_html
 from pathlib import Path
@@ -149,8 +150,13 @@ def _settings(table: pd.DataFrame) -> list[tuple[str, str]]:
     rows = [("prompts", str(table["prompt"].nunique())), ("seeds", _listed(table["seed"]))]
     rows += [(name.replace("_", " "), _listed(table[name])) for name in ("suite", *SETTINGS, "device")]
     options = table[["method", "options"]].drop_duplicates().itertuples(index=False)
-    rows += [(method, text) for method, text in options if method != PLAIN]
+    rows += [(method, _options(text)) for method, text in options if method != PLAIN]
     return [(name, value) for name, value in rows if value]
+
+
+def _options(text: str) -> str:
+    """Options of a method that are set."""
+    return ", ".join(f"{name}={value}" for name, value in json.loads(text).items() if value is not None)
 
 
 def _listed(column: pd.Series) -> str:

@@ -60,7 +60,7 @@ class ScorerKind:
     model : str
         Default model: a hub id, or a name of the package. "" if the user must name one.
     summary : str
-        What it computes, and the source.
+        Description of the score and its source.
     load : callable
         Loads the scorer from the model's name and a device.
     """

@@ -205,7 +205,7 @@ def prepare(folder: str | Path, units: Sequence[Unit]) -> Path:
 
 
 def finished(folder: str | Path, unit: Unit, keep_images: bool = False) -> bool:
-    """Whether a unit is finished, with its images if these are to be kept."""
+    """True if a unit is finished, with its images if these are to be kept."""
     done = (Path(folder) / "units" / f"{unit.key}.parquet").exists()
     return done and (not keep_images or all(image_path(folder, unit.key, seed).exists() for seed in unit.seeds))
 

@@ -176,7 +176,7 @@ def check_dask_workers(client: Any, wait: float = WAIT) -> None:
         client.wait_for_workers(1, timeout=wait)
     except TimeoutError:
         raise SettingError(
-            f"The Dask scheduler at {client.scheduler.address} has no worker, also not after {wait:g} s. Start workers "
+            f"The Dask scheduler at {client.scheduler.address} has no worker after a wait of {wait:g} s. Start workers "
             f"with  dask worker {client.scheduler.address} --nthreads 1  and try again."
         ) from None
     if wide := {address: threads for address, threads in client.nthreads().items() if threads > 1}:

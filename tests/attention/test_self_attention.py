@@ -11,6 +11,7 @@ import torch
 import xarray as xr
 from diffusers.models.attention_processor import AttnProcessor
 from tiny import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl
+from tiny_families import BUILDERS
 from witness import witness
 
 from elakit.attention import RecordSpec, SelfAttention, open_recording, record
@@ -24,7 +25,7 @@ TEXT = "a [red car] and a [blue bird]"
 
 def draw(pipe: Any, text: str, steps: int = 3, **options: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
-    return pipe(text, num_inference_steps=steps, generator=generator, output_type="latent", **options).images
+    return pipe(prompt=text, num_inference_steps=steps, generator=generator, output_type="latent", **options).images
 
 
 class Watching(AttnProcessor):
@@ -203,3 +204,21 @@ def test_layers_and_heads_of_self_attention_are_selected(pipe: Any, prompt: Prom
     for wrong in ({"size": 0}, {"size": 8, "heads": []}, {"size": 8, "each_layer": 1}):
         with pytest.raises(SettingError):
             SelfAttention(**wrong)
+
+
+# The patches of the image are the last queries and keys.
+@pytest.mark.parametrize("name", ["FLUX.2", "AuraFlow", "Chroma", "Qwen-Image"])
+def test_layers_read_at_their_attention_call_have_it_too(name: str) -> None:
+    pipe = BUILDERS[name]()
+    prompt = parse(TEXT, pipe)
+    size = {"height": 64, "width": 96} if name == "FLUX.2" else {"height": 32, "width": 48}
+    spec = RecordSpec(self_attention=SelfAttention(size=6, heads="all", each_layer=True), dtype="float32")
+    with witness(adapter_for(pipe).layers()) as seen, record(pipe, prompt, spec) as recording:
+        draw(pipe, prompt.text, steps=1, **size)
+    (node,) = recording.nodes("image")
+    for one, layer in zip(seen, recording.layers, strict=False):
+        truth = one.probabilities[0][:, -24:, -24:]
+        kept = node["probability"].sel(layer=layer).isel(step=0, image=0).values.reshape(-1, 24, 24)
+        if name == "AuraFlow":  # it guides: the second row sees the prompt
+            truth = one.probabilities[1][:, -24:, -24:]
+        np.testing.assert_allclose(kept, truth, atol=1e-5)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,12 +21,16 @@ PAGE = ROOT / "docs" / "developing" / "adding-a-method.md"
 
 
 @pytest.fixture(scope="module")
-def separate() -> Any:
+def separate() -> Iterator[Any]:
     text = PAGE.read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n# elakit/guidance/separate\.py\n(.*?)```", text, flags=re.S)
-    module: dict[str, Any] = {"__name__": "separate"}
-    exec(compile(code, str(PAGE), "exec"), module)
-    return module["Separate"]
+    module = ModuleType("separate")
+    sys.modules["separate"] = module  # dataclasses look their module up
+    try:
+        exec(compile(code, str(PAGE), "exec"), module.__dict__)
+        yield module.Separate
+    finally:
+        del sys.modules["separate"]
 
 
 def test_the_table_lists_the_interface_and_all_files_exist() -> None:

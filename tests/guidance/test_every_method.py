@@ -1,6 +1,6 @@
-"""What holds for every guidance method: true gradients, a loss that falls, no order of entities, no needless help.
+"""Properties of every guidance method: correct gradients, a decreasing loss, invariance to the order of entities.
 
-A method that is added to `elakit.guidance.METHODS` is tested here without further ado.
+A method that is added to `elakit.guidance.METHODS` is tested here automatically.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def test_one_slight_step_lowers_the_loss(method: Any) -> None:
 
 
 def of_two(pieces: int = 2) -> Prompt:
-    """Read "red car blue bird" into positions from 1, the bird in so many pieces; two positions of end-of-text."""
+    """The prompt "red car blue bird" from position 1, with some pieces of "bird" and two positions of end-of-text."""
     names = ["red", "car", "blue", *["bird"] * pieces]
     tokens = tuple(Token(i, name, f"{name}/{i}", min(i, 4) - 1) for i, name in enumerate(names, start=1))
     entities = (

@@ -56,7 +56,7 @@ FAMILIES = {
 
 
 def large_pixart() -> Any:
-    """Of the size at which the model is told resolution and aspect ratio."""
+    """A pipeline at the size that needs resolution and aspect ratio as conditions."""
     pipe = tiny_pixart()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -110,13 +110,13 @@ def shared(name: str) -> Any:
 
 
 def own(pipe: Any, family: Family, **options: Any) -> Any:
-    """What the pipeline draws when it is called as its users call it."""
+    """Image of the pipeline's own call, with the arguments that users give."""
     settings = {"num_inference_steps": 3, "generator": torch.Generator().manual_seed(9), **SIZE} | family.options
     return pipe(PLAIN, **settings | options).images
 
 
 def inputs(pipe: Any, run: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
-    """What a run returns, and the latents that each call of the denoiser is given, guidance's own included."""
+    """Result of a run, and the latents of each call of the denoiser, those of guidance included."""
     seen: list[Tensor] = []
     handle = adapter_for(pipe).denoiser.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).detach().clone()),
@@ -181,7 +181,7 @@ def test_a_conditional_pass_is_the_pipelines_own(name: str) -> None:
     ],
 )
 def test_what_a_model_is_told_beside_the_text_makes_a_difference(name: str, change: dict[str, Any]) -> None:
-    """Else the test above would not see that it is told wrong."""
+    """The test above can fail: wrong micro-conditioning changes the result."""
     pipe = (FAMILIES | VARIANTS)[name].make()
     adapter = adapter_for(pipe)
     latents = adapter.noise(torch.Generator().manual_seed(9), 32, 48)

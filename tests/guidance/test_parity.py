@@ -62,7 +62,7 @@ def arrays(case: int) -> dict[str, np.ndarray]:
 
 
 def read(leaves: dict[str, Tensor]) -> Attention:
-    """What a method is given: the cross-attention maps, and self-attention as (head, y, x, y, x)."""
+    """The input of a method: cross-attention maps, and self-attention as (head, y, x, y, x)."""
     own = tuple(leaf.unflatten(1, (16, 16)).unflatten(3, (16, 16)) for name, leaf in leaves.items() if "self" in name)
     return Attention(tuple(leaf for name, leaf in leaves.items() if "self" not in name), own)
 

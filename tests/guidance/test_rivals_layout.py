@@ -44,13 +44,13 @@ every_method = pytest.mark.parametrize("name", METHODS)
 
 # -- by hand -----------------------------------------------------------------------------------------------------------
 
-# Maps of 4 x 4 cells. Smoothing weighs the cell's column with 1 and those beside it with exp(-1): LEFT becomes
+# Maps of 4 x 4 locations. Smoothing gives the column of a location weight 1 and the adjacent ones exp(-1): LEFT becomes
 # columns of 1, 1 - A, A, 0 (the last column sees its neighbor reflected), and RIGHT those in reverse.
 A = math.exp(-1) / (1 + 2 * math.exp(-1))
 LEFT = torch.tensor([1.0, 1, 0, 0], dtype=torch.float64).expand(4, 4)
 RIGHT = LEFT.flip(1)
 NONE, EVEN = torch.zeros_like(LEFT), torch.ones_like(LEFT)
-# Self-attention: every cell attends to all 16 alike, or to those of its own half.
+# Self-attention: every location attends equally to all 16, or to those of its own half.
 ALIKE = torch.full((4, 4, 4, 4), 1 / 16, dtype=torch.float64)
 HALVED = torch.stack([torch.stack([(LEFT if x < 2 else RIGHT) / 8 for x in range(4)]) for _ in range(4)])
 
@@ -194,7 +194,7 @@ def test_boxdiff_refines_along_the_most_neglected_entity() -> None:
 
 
 def test_boxdiff_sums_what_is_weak_inside_strong_outside_and_wrong_at_edges() -> None:
-    # A fifth of 8 cells is one: 1 inside, A outside. All columns are near an edge, and those of 1 - A and A are A away.
+    # A fifth of 8 locations is one: 1 inside, A outside. All columns are near an edge; 1 - A and A are A away.
     loss = BoxDiff(HALVES).loss(APART, PROMPT, 0, None)
     assert loss.terms == {
         "inner": pytest.approx(0, abs=1e-6),
@@ -202,7 +202,7 @@ def test_boxdiff_sums_what_is_weak_inside_strong_outside_and_wrong_at_edges() ->
         "corner": pytest.approx(2 * (A + A) / 4, abs=1e-6),
     }
     assert float(loss.total) == pytest.approx(3 * A, abs=1e-5)
-    # All 8 cells of each side: means of 1 and 1 - A inside, A and 0 outside; only the edges' own columns.
+    # All 8 locations of each side: means of 1 and 1 - A inside, A and 0 outside; only the edges' own columns.
     loss = BoxDiff(HALVES, share=1, edge=0).loss(APART, PROMPT, 0, None)
     assert loss.terms == {
         "inner": pytest.approx(A),

@@ -31,7 +31,7 @@ each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: meth
 
 
 def hand_made(pieces: int = 1, car: tuple[int, ...] = (1,)) -> Prompt:
-    """Read "red car blue bird" into positions from 1, the bird in so many pieces; two positions of end-of-text."""
+    """The prompt "red car blue bird" from position 1, with some pieces of "bird" and two positions of end-of-text."""
     names = ["red", "car", "blue", *["bird"] * pieces]
     tokens = tuple(Token(i, name, f"{name}/{i}", min(i, 4) - 1) for i, name in enumerate(names, start=1))
     bird = tuple(range(4, 4 + pieces))
@@ -71,7 +71,7 @@ SIDES = 0.423883115
 
 
 def test_attend_and_excite_takes_the_largest_smoothed_share_of_the_most_neglected() -> None:
-    # The car has .9 of the middle cell of nine, .1 of the others; all else shares the rest evenly. Smoothed, the car is
+    # The car has .9 of the middle location of nine, .1 of the others; the rest is shared evenly. Smoothed, the car is
     # largest in the middle, .1 + .8 MIDDLE^2, and the bird in a corner, .225 - .2 SIDES^2, as reflection turns both
     # neighbors of a corner into the middle row and column.
     shares = torch.full((5, 3, 3), 0.225)
@@ -92,7 +92,7 @@ def test_a_noun_of_two_tokens_has_the_mean_of_their_maps() -> None:
 
 
 def two_cells(*left: float) -> Attention:
-    """Maps of two cells with a share of each token's attention in the left one; how much there is in all varies."""
+    """Maps of two locations with a share of each token's attention in the left one; how much there is in all varies."""
     return attention_of([[[0.01 * i * share, 0.01 * i * (1 - share)]] for i, share in enumerate(left, start=1)])
 
 
@@ -126,8 +126,8 @@ def test_syngen_leaves_nouns_without_attributes_out_unless_asked(lone: bool, car
     assert float(loss.total) == pytest.approx((car + bird) * math.log(2), rel=1e-5)
 
 
-# Shares of red, car, blue, bird, end in the left and the right column of 2 x 2 cells: the car's total variation is over
-# .1, the bird's below, and red is where the car is not.
+# Shares of red, car, blue, bird, end in the left and the right column of 2 x 2 locations: the car's total variation is
+# above .1, the bird's below, and red is where the car is not.
 COLUMNS = {"red": (0.02, 0.9), "car": (0.9, 0.02), "blue": (0.02, 0.03), "bird": (0.03, 0.02), "end": (0.03, 0.03)}
 
 
@@ -173,7 +173,7 @@ def test_divide_and_bind_reads_attributes_from_the_finer_maps_thinned_out() -> N
     shares = torch.rand(5, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     (coarse,) = of_shares(shares / shares.sum(0)).cross
     fine = torch.rand(1, 7, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    fine[..., ::2, ::2] = coarse  # of two by two cells the first is kept
+    fine[..., ::2, ::2] = coarse  # of two by two locations the first is kept
     alone, both = (loss_of(DivideAndBind(), Attention(layers), hand_made()) for layers in ((coarse,), (fine, coarse)))
     assert both.terms == pytest.approx(alone.terms, rel=1e-12)
     fine[0, 1, ::2, ::2] += 0.01 * shares[0]  # red
@@ -213,12 +213,12 @@ def test_ebama_takes_the_least_alike_piece_and_repels_once_for_every_attribute()
 
 
 @each_method
-@pytest.mark.parametrize("kind", ["zero", "constant", "one token takes all", "one cell takes all"])
+@pytest.mark.parametrize("kind", ["zero", "constant", "one token takes all", "one location takes all"])
 def test_loss_and_gradient_are_finite_where_maps_say_nothing(method: Any, kind: str) -> None:
     maps = torch.full((2, 7, 4, 4), 1 / 7 if kind == "constant" else 0.0)
     if kind == "one token takes all":
         maps[:, 2] = 1
-    elif kind == "one cell takes all":
+    elif kind == "one location takes all":
         maps[:, 2, 0, 0] = 1
     maps.requires_grad_(True)
     loss = loss_of(method, Attention((maps,)), hand_made())

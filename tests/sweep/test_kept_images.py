@@ -146,7 +146,7 @@ def test_every_image_is_stored_as_png_and_kept_on_resuming(kept: Path, tmp_path:
 
 
 def compbench_prompts(folder: Path) -> list[tuple[str, int]]:
-    """What T2I-CompBench's scripts read from the file names in ``samples/``: prompt and number."""
+    """Prompts and numbers that T2I-CompBench's scripts read from the file names in ``samples/``."""
     names = sorted(os.listdir(folder / "samples"), key=lambda name: int(name.split("_")[-1].split(".")[0]))
     return [(name.split("_")[0], int(name.split("_")[-1].split(".")[0])) for name in names]
 

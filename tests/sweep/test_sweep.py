@@ -1,4 +1,4 @@
-"""Sweeps: what is planned, drawn, kept through failures and kills, and summed up."""
+"""Sweeps: planning, generation, resuming after failures and kills, summary, report and command line."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def units(**settings: Any) -> list[Unit]:
 
 
 def pretend(unit: Unit) -> list[dict[str, Any]]:
-    """Rows that depend on the unit alone, the seconds aside."""
+    """Rows that depend on the unit alone, except for the seconds."""
     rng = np.random.default_rng(int(unit.key, 16))
     return [
         {**unit.labels(), "seed": seed, "success": bool(rng.random() < 0.5), "neglect": False, "mixture": False}
@@ -63,7 +63,7 @@ def pretend(unit: Unit) -> list[dict[str, Any]]:
 
 
 def stall(unit: Unit) -> list[dict[str, Any]]:
-    """Draws no image of lions: holds the lock that the environment names, until its process ends."""
+    """Like `pretend`, but for a prompt with a lion hold a lock until the process ends."""
     if "lion" not in unit.prompt:
         return pretend(unit)
     with Path(os.environ["ELAKIT_TEST_LOCK"]).open("w") as file:
@@ -75,7 +75,7 @@ def stall(unit: Unit) -> list[dict[str, Any]]:
 
 
 def die_once(unit: Unit) -> list[dict[str, Any]]:
-    """The first process that is given a lion dies of it, while drawing."""
+    """Like `pretend`, but the first process that gets a prompt with a lion dies."""
     if "lion" in unit.prompt:
         try:
             Path(os.environ["ELAKIT_TEST_MARK"]).touch(exist_ok=False)
@@ -87,15 +87,15 @@ def die_once(unit: Unit) -> list[dict[str, Any]]:
 
 
 class Remembering:
-    """Draws, and remembers what."""
+    """Generates units and records them."""
 
-    def __init__(self, draw: Callable[[Unit], list[dict[str, Any]]] = pretend) -> None:
-        self.drawn: list[Unit] = []
-        self._draw = draw
+    def __init__(self, make: Callable[[Unit], list[dict[str, Any]]] = pretend) -> None:
+        self.generated: list[Unit] = []
+        self._generate = make
 
     def __call__(self, unit: Unit) -> list[dict[str, Any]]:
-        self.drawn.append(unit)
-        return self._draw(unit)
+        self.generated.append(unit)
+        return self._generate(unit)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def thread() -> Iterator[Executor]:
 
 
 def as_bytes(folder: Path, scratch: Path) -> bytes:
-    """A sweep's table as Parquet, without the seconds."""
+    """The table of a sweep as Parquet, without the seconds."""
     table(folder).drop(columns="seconds").to_parquet(scratch / "table.parquet")
     return (scratch / "table.parquet").read_bytes()
 
@@ -113,7 +113,7 @@ def as_bytes(folder: Path, scratch: Path) -> bytes:
 # --- suites and units ---------------------------------------------------------------------------------------
 
 
-def test_suites_are_the_same_every_time_and_hold_each_prompt_once() -> None:
+def test_suites_are_reproducible_and_contain_each_prompt_once() -> None:
     sizes = {name: len(suite(name)) for name in SUITES}
     assert sizes == {
         "attend-and-excite": 276, "animals": 66, "animals-objects": 144, "objects": 66,
@@ -128,7 +128,7 @@ def test_suites_are_the_same_every_time_and_hold_each_prompt_once() -> None:
         suite("colors")
 
 
-def test_the_english_reader_finds_what_the_generated_prompts_are_made_of() -> None:
+def test_the_english_parser_finds_the_entities_of_the_generated_prompts() -> None:
     from elakit.english import load_reader, phrases
 
     wrong = []
@@ -148,7 +148,7 @@ def test_the_english_reader_finds_what_the_generated_prompts_are_made_of() -> No
     assert {len(some) for some in colors} == {1}
 
 
-def test_prompts_come_from_a_file_too(tmp_path: Path) -> None:
+def test_prompts_are_read_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text("a cat\n\n  a dog and a café \na cat\n", encoding="utf-8")
     assert read_prompts(path) == ("a cat", "a dog and a café")
@@ -181,7 +181,7 @@ OPTIONS = st.fixed_dictionaries(
     again=OPTIONS,
     batch=st.none() | st.integers(1, 3),
 )
-def test_a_plan_holds_each_unit_once_and_keys_know_no_order(
+def test_a_plan_contains_each_unit_once_and_keys_do_not_depend_on_order(
     prompts: list[str], seeds: list[int], options: dict[str, Any], again: dict[str, Any], batch: int | None
 ) -> None:
     methods = ["plain", ("ela", options), ("ela", again)]
@@ -195,14 +195,14 @@ def test_a_plan_holds_each_unit_once_and_keys_know_no_order(
     assert len(images) == len(set(images)) == len(set(prompts)) * len(seeds) * variants
 
 
-def test_a_unit_knows_its_method_with_every_option() -> None:
+def test_a_unit_contains_all_options_of_its_method() -> None:
     (unit,) = plan(["a cat"], [1], [("ela", {"anchor.guided": 1, "regions": [(0, 0, 0.5, 1)]})])
     assert unit.guidance() == ELA(anchor=LatentStep(guided=1.0), regions=[(0, 0, 0.5, 1)])
     assert json.loads(unit.options)["anchor.step_size"] == ELA().anchor.step_size
     assert plan(["a cat"], [1], ["plain"])[0].guidance() is None
 
 
-def test_a_unit_may_guide_only_what_is_likely_to_fail() -> None:
+def test_a_unit_may_guide_only_images_that_are_likely_to_fail() -> None:
     always, sometimes = plan(["a cat"], [1], ["ela", ("ela", {"guide_above": 0.25})])
     assert always.condition() is None
     assert sometimes.condition() == {"above": 0.25, "after": 0.2}
@@ -216,7 +216,7 @@ def test_a_unit_may_guide_only_what_is_likely_to_fail() -> None:
             canonical_options("ela", options)
 
 
-def test_what_cannot_be_generated_is_refused_before_anything_is() -> None:
+def test_invalid_plans_are_refused() -> None:
     for method, options, said in (
         ("boxdiff", {}, "boxdiff needs one region per entity.*ela"),
         ("magic", {}, "'magic'.*plain, ela"),
@@ -244,14 +244,14 @@ def test_what_cannot_be_generated_is_refused_before_anything_is() -> None:
 # --- running ------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_goes_on_where_it_was_left(tmp_path: Path, thread: Executor) -> None:
+def test_a_sweep_is_resumed(tmp_path: Path, thread: Executor) -> None:
     first, second, progress = Remembering(), Remembering(), []
     outcome = run(units()[:4], tmp_path, thread, generate=first)
     assert (outcome.earlier, outcome.generated, outcome.failed) == (0, 4, {})
     settings = (tmp_path / "sweep.json").read_bytes()
     outcome = run(units(), tmp_path, thread, generate=second, on_progress=lambda *done: progress.append(done))
     assert (outcome.earlier, outcome.generated) == (4, 6)
-    assert not set(first.drawn) & set(second.drawn)
+    assert not set(first.generated) & set(second.generated)
     assert progress == [(8 + 2 * i, 20) for i in range(7)]
     assert run(units(), tmp_path, thread, generate=second).generated == 0
     found = table(tmp_path)
@@ -268,7 +268,7 @@ def test_a_sweep_goes_on_where_it_was_left(tmp_path: Path, thread: Executor) -> 
     assert len(table(tmp_path)) == 40
 
 
-def test_the_order_of_drawing_does_not_show(tmp_path: Path, thread: Executor) -> None:
+def test_the_table_does_not_depend_on_the_order_of_generation(tmp_path: Path, thread: Executor) -> None:
     run(units(), tmp_path / "a", thread, generate=pretend)
     run(units()[::-1], tmp_path / "b", thread, generate=pretend)
     assert as_bytes(tmp_path / "a", tmp_path) == as_bytes(tmp_path / "b", tmp_path)
@@ -301,27 +301,27 @@ def test_a_unit_that_fails_is_reported_and_tried_again(tmp_path: Path, thread: E
 
 
 class Brittle:
-    """Stands in for a pool: a draw that returns None kills its worker, and with it all that is being drawn."""
+    """Stands in for a pool: a function that returns None kills its worker and all units that are running."""
 
     def __init__(self, width: int) -> None:
         self.width, self.pools = width, 1
         self.waiting: list[tuple[Future[Any], Any, Any, Unit]] = []
         self.together: list[list[str]] = []
 
-    def submit(self, call: Any, draw: Any, unit: Unit, threads: int) -> Future[Any]:
+    def submit(self, call: Any, make: Any, unit: Unit, threads: int) -> Future[Any]:
         future: Future[Any] = Future()
-        self.waiting.append((future, call, draw, unit))
+        self.waiting.append((future, call, make, unit))
         return future
 
-    def draw(self) -> None:
+    def generate(self) -> None:
         waiting, self.waiting = self.waiting, []
         self.together.append([unit.key for *_, unit in waiting])
-        dead = any(draw(unit) is None for *_, draw, unit in waiting)
-        for future, call, draw, unit in waiting:
+        dead = any(make(unit) is None for *_, make, unit in waiting)
+        for future, call, make, unit in waiting:
             if dead:
                 future.set_exception(BrokenProcessPool("dead"))
             else:
-                future.set_result(call(draw, unit, None))
+                future.set_result(call(make, unit, None))
 
     def replace(self) -> None:
         self.pools += 1
@@ -334,15 +334,15 @@ class Brittle:
 
 @pytest.fixture
 def brittle(monkeypatch: pytest.MonkeyPatch) -> Brittle:
-    """The pool of the next sweep; it draws when the sweep waits for it."""
+    """The pool of the next sweep; it generates units when the sweep waits for it."""
     pool = Brittle(3)
 
-    def draw_first(running: Any, return_when: str) -> None:
-        pool.draw()
+    def generate_first(running: Any, return_when: str) -> None:
+        pool.generate()
         assert all(future.done() for future in running)
 
     monkeypatch.setattr(sweep, "Pool", lambda workers, gpus=(): pool)
-    monkeypatch.setattr(sweep, "wait", draw_first)
+    monkeypatch.setattr(sweep, "wait", generate_first)
     return pool
 
 
@@ -357,12 +357,12 @@ def test_a_unit_that_kills_its_workers_is_given_up_and_no_other(tmp_path: Path, 
     assert brittle.pools == 5
 
 
-def test_workers_that_never_live_end_the_sweep(tmp_path: Path, brittle: Brittle) -> None:
+def test_workers_that_always_die_end_the_sweep(tmp_path: Path, brittle: Brittle) -> None:
     with pytest.raises(OutputError, match=r"2 units in a row.*__main__"):
         run(units(), tmp_path, generate=lambda unit: None)  # type: ignore
 
 
-def test_a_borrowed_executor_that_breaks_leaves_what_is_kept(tmp_path: Path) -> None:
+def test_finished_units_survive_an_executor_that_breaks(tmp_path: Path) -> None:
     class Breaks(ThreadPoolExecutor):
         def submit(self, call: Any, /, *arguments: Any) -> Future[Any]:
             if "lion" in arguments[1].prompt:
@@ -374,7 +374,7 @@ def test_a_borrowed_executor_that_breaks_leaves_what_is_kept(tmp_path: Path) -> 
     assert len(table(tmp_path)) == 8
 
 
-def test_folders_that_hold_or_take_nothing_are_refused(tmp_path: Path, thread: Executor) -> None:
+def test_empty_unwritable_and_damaged_folders_are_refused(tmp_path: Path, thread: Executor) -> None:
     with pytest.raises(OutputError, match=r"no finished unit.*elakit sweep run"):
         table(tmp_path)
     (tmp_path / "file").write_text("")
@@ -398,7 +398,7 @@ def test_process_a_worker_that_dies_is_replaced(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
-def test_process_a_sweep_that_was_ended_gives_the_same_table(tmp_path: Path, thread: Executor, stop: int) -> None:
+def test_process_a_killed_sweep_can_be_resumed(tmp_path: Path, thread: Executor, stop: int) -> None:
     killed, whole, lock = tmp_path / "killed", tmp_path / "whole", tmp_path / "lock"
     # a shell that runs tests in the background has them ignore Ctrl-C, and so does what they start
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
@@ -428,15 +428,15 @@ def test_process_a_sweep_that_was_ended_gives_the_same_table(tmp_path: Path, thr
         process.wait()
     with lock.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # comes back once the worker is gone too
-    draw = Remembering()
-    run(units(), killed, thread, generate=draw)
-    assert len(draw.drawn) == 6
+    recorder = Remembering()
+    run(units(), killed, thread, generate=recorder)
+    assert len(recorder.generated) == 6
     run(units(), whole, thread, generate=pretend)
     assert as_bytes(killed, tmp_path) == as_bytes(whole, tmp_path)
     assert not [path for path in killed.rglob(".*") if path.is_file()]
 
 
-def test_process_dask_workers_draw_and_may_be_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_dask_workers_generate_and_may_be_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     distributed = pytest.importorskip("distributed")
     import dask
 
@@ -490,7 +490,7 @@ def images(method: str, right: list[int], **columns: Any) -> pd.DataFrame:
     )
 
 
-def test_summary_of_a_table_whose_answer_is_known() -> None:
+def test_the_summary_of_a_table_with_a_known_answer() -> None:
     frame = pd.concat(
         [
             images("plain", [0] * 8 + [1] * 4, neglect=[1] * 6 + [0] * 6, seconds=2.0, score=0.5),
@@ -525,7 +525,7 @@ def test_intervals_resample_prompts_with_all_their_images() -> None:
     assert summary(many).loc["plain", ends].tolist() == summary(one).loc["plain", ends].tolist() == [0.5, 0, 1]
 
 
-def test_variants_and_settings_are_told_apart_and_each_is_set_against_its_own_plain() -> None:
+def test_options_and_settings_have_rows_of_their_own_with_their_own_plain_images() -> None:
     frame = pd.concat(
         [
             images("plain", [0, 0], steps=10, options="{}"),
@@ -547,7 +547,7 @@ def test_variants_and_settings_are_told_apart_and_each_is_set_against_its_own_pl
     assert found["broken_count"].tolist() == [0, 0, 0, 1, 0]
 
 
-def test_what_was_not_judged_or_has_no_plain_says_nothing() -> None:
+def test_unjudged_images_and_missing_plain_images_give_missing_values() -> None:
     alone = summary(images("ela", [1, 0]))
     assert alone.loc["ela", "success"] == 0.5
     assert alone.loc["ela", ["fixed", "broken", "seconds", "p", "p_holm"]].isna().all()
@@ -558,13 +558,13 @@ def test_what_was_not_judged_or_has_no_plain_says_nothing() -> None:
     assert set(figures(frame)) == {"success", "failures", "time"}
 
 
-def test_labels_of_methods_that_cost_and_do_the_same_stay_apart() -> None:
+def test_labels_of_coinciding_points_do_not_overlap() -> None:
     same = [images(name, [1, 0, 1, 1], seconds=2.0) for name in ("plain", "ela", "syngen", "conform")]
     (points,) = figures(pd.concat(same))["time"].data
     assert len(set(points.textposition)) == 3  # a label to the right would leave the figure
 
 
-def test_the_report_is_whole_and_escaped(tmp_path: Path, thread: Executor) -> None:
+def test_the_report_is_self_contained_and_escaped(tmp_path: Path, thread: Executor) -> None:
     nasty = "<script>alert(1)</script> | `x`"
     folder, out = tmp_path / "sweep", tmp_path / "page.html"
     planned = plan({nasty: PROMPTS[:2], "other": PROMPTS[2:]}, [1, 3])
@@ -604,19 +604,19 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch, thread: Executor) -> Callable[[Any], None]:
-    """Makes the command line draw by a function of the test, in a thread."""
+    """Makes the command line generate with a function of the test, in a thread."""
 
-    def use(draw: Any) -> None:
+    def use(make: Any) -> None:
         def instead(planned: list[Unit], folder: Path, executor: None, **options: Any) -> Any:
             assert executor is None
-            return run(planned, folder, thread, generate=draw, on_progress=options["on_progress"])
+            return run(planned, folder, thread, generate=make, on_progress=options["on_progress"])
 
         monkeypatch.setattr("elakit.sweep.sweep.run", instead)
 
     return use
 
 
-def test_a_sweep_from_the_command_line_ends_in_a_report(
+def test_the_command_line_runs_and_reports_a_sweep(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -640,7 +640,7 @@ def test_a_sweep_from_the_command_line_ends_in_a_report(
     assert "| ela | 6 |" in printed.out
 
 
-def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
+def test_ctrl_c_prints_what_is_finished_and_how_to_resume(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -661,7 +661,7 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
     assert "Traceback" not in error
 
 
-def test_failed_units_are_told(
+def test_failed_units_are_reported(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -707,7 +707,7 @@ def test_suites_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         (["--workers", "0"], ["workers=0"]),
     ],
 )
-def test_wrong_input_is_refused_before_anything_is_drawn(
+def test_wrong_input_is_refused_before_any_generation(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -723,7 +723,7 @@ def test_wrong_input_is_refused_before_anything_is_drawn(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_report_of_nothing_is_refused(
+def test_a_report_without_finished_units_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert call(monkeypatch, "report", str(tmp_path / "none")) == 2

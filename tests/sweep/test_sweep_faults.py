@@ -54,6 +54,7 @@ def test_seeds_that_no_table_can_hold_are_refused(seed: Any) -> None:
         (["sweep", "run", "--out", "x", "--shard", "4/3"], "--shard 4/3"),
         (["sweep", "run", "--out", "x", "--suite", "geneval2"], "geneval2_data.jsonl"),
         (["sweep", "score", "x"], "--scorer"),
+        (["sweep", "score"], "clip"),
         (["sweep", "export", "x"], "no finished unit"),
         (["diagnose", "a [cat]", "--seeds", "99999999999999999999"], "--seeds=99999999999999999999"),
         (["diagnose", "a [cat]", "--first-seed", str(2**64)], "--first-seed=18446744073709551616"),
@@ -172,7 +173,7 @@ def test_every_method_that_is_listed_can_be_planned(
     assert call(monkeypatch, "sweep", "methods") == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert listed[0] == "plain"
-    assert {"ela", "attend-and-excite"} <= set(listed)
+    assert {"ela", "regional-attention", "attend-and-excite"} <= set(listed)
     units = plan(["a cat"], [1], listed)
     assert [unit.method for unit in units] == listed
     assert all(unit.guidance() is not None for unit in units[1:])

@@ -1,4 +1,4 @@
-"""The explorer sends what was recorded, refuses what is not there, and makes a page that needs nothing but itself."""
+"""The explorer sends what was recorded, refuses invalid settings, and exports a self-contained page."""
 
 from __future__ import annotations
 

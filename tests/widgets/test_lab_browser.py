@@ -13,7 +13,7 @@ import pytest
 pytestmark = lab.MARKS
 FIRST = Path(__file__).parents[2] / "notebooks" / "01_first_look.ipynb"
 STEPS = 4
-# what the kernel has of the explorer that a cell shows
+# state in the kernel of the explorer that a notebook cell shows
 EXPLORER = "next(shown for shown in Out.values() if isinstance(shown, elakit.Explorer))"
 OVERLAY = "document.querySelector('.elx-stage canvas').toDataURL()"
 
@@ -31,7 +31,7 @@ def shortened(path: Path) -> nbformat.NotebookNode:
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[lab.Lab, lab.Notebook]]:
-    """JupyterLab with the notebook, all its cells run."""
+    """JupyterLab with the notebook after all its notebook cells have run."""
     folder = tmp_path_factory.mktemp("notebooks")
     nbformat.write(shortened(FIRST), folder / FIRST.name)
     with lab.open_lab(folder) as running:
@@ -90,7 +90,7 @@ def test_words_and_layers_are_chosen_and_the_kernel_knows(opened: tuple[lab.Lab,
     settle(page)
     assert len({first, second, page.evaluate(OVERLAY)}) == 3
     seen = None
-    for _ in range(20):  # on a busy machine a cell may overtake what the page tells the kernel
+    for _ in range(20):  # on a busy machine a notebook cell may overtake messages from the page
         cell = notebook.run_cell(f"explorer = {EXPLORER}\nexplorer.token, explorer.step")
         seen = cell["outputs"][0]["data"]["text/plain"]
         if seen == "('clock', 0)":

@@ -1,4 +1,4 @@
-"""The live panel: words are marked, options read from the methods, a run paused, steered, cancelled, and kept."""
+"""The live panel: words are marked, options read from the methods, a run paused, steered, canceled, and kept."""
 
 from __future__ import annotations
 
@@ -284,7 +284,7 @@ def test_cancel_ends_a_run_within_one_step_and_keeps_it(pipe: Any) -> None:
     panel.cancel()
     run = panel.wait(PATIENCE)
     assert run is not None
-    assert (panel.state, panel.runs) == ("cancelled", [run])
+    assert (panel.state, panel.runs) == ("canceled", [run])
     assert made <= run.settings["stopped"] <= made + 2  # one may have ended while we looked, one after
     assert run.recording is not None
     assert run.recording.steps == tuple(range(run.settings["stopped"]))

@@ -1,4 +1,4 @@
-"""In a real JupyterLab the panel draws, is steered with the mouse and the keyboard, and is cancelled."""
+"""In a real JupyterLab the panel runs, is steered with the mouse and the keyboard, and can be stopped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CELLS = (
     "method = ELA(anchor=LatentStep(guided=1, start=0))\n"
     f"panel = elakit.live(tiny_pipeline(), 'a [red car] and a [bird]', seed=1, steps={STEPS}, guidance=method)\npanel",
 )
-# of the last run: where the first entity's region begins and ends at each step, (left, top, right, bottom) in cells
+# of the last run: where the first entity's region begins and ends at each step, (left, top, right, bottom) in locations
 ENDS = """from elakit.measures.masks import bounding_box
 [bounding_box(step[0]) for step in panel.run.guidance.regions.values]"""
 
@@ -55,7 +55,7 @@ def notebook(opened: tuple[lab.Lab, lab.Notebook]) -> Iterator[lab.Notebook]:
 
 
 def kernel(notebook: lab.Notebook, source: str) -> Any:
-    """What the kernel says, as a value; then the panel is in view again."""
+    """Value of an expression in the kernel; afterwards the panel is in view again."""
     cell = notebook.run_cell(source)
     notebook.page.evaluate("document.querySelector('.ell-panel').scrollIntoView()")
     said = next(output for output in cell["outputs"] if "data" in output)  # after remarks of libraries, if any
@@ -63,7 +63,7 @@ def kernel(notebook: lab.Notebook, source: str) -> Any:
 
 
 def comes_to(notebook: lab.Notebook, source: str, wanted: Any) -> None:
-    """Wait until the kernel says so: what is done on the page reaches it before long."""
+    """Wait until an expression is true in the kernel: actions on the page reach it after a short delay."""
     end = time.monotonic() + PATIENCE
     while (found := kernel(notebook, source)) != wanted and time.monotonic() < end:
         notebook.page.wait_for_timeout(200)
@@ -163,7 +163,7 @@ panel.state"""
     button(notebook, "Run").click()
     expect(notebook.page.locator(".ell-when")).to_contain_text("/ 400")  # the first preview is shown
     button(notebook, "Cancel").click()
-    says(notebook, "Cancelled")
+    says(notebook, "Canceled")
     made, stopped = kernel(notebook, "panel._session.cancel = cancel\nasked[0], panel.run.settings['stopped']")
     assert made <= stopped <= made + 2  # one may have ended while we looked, one after
     assert kernel(notebook, "len(panel.run.recording.steps)") == stopped

@@ -19,7 +19,7 @@ from elakit.diagnosis.data import DiagnosisData, Pair
 from elakit.diagnosis.measures import BY_SEED, MEANINGS, measure_table
 from elakit.diagnosis.report import views
 from elakit.diagnosis.report.figures import figures
-from elakit.diagnosis.sentences import plural, statements
+from elakit.diagnosis.sentences import plural, statements, unexplained
 from elakit.files import check_path, write_text
 from elakit.guidance import Trace, method_title
 from elakit.plot.style import entity_colors
@@ -67,6 +67,7 @@ def render(diagnosis: DiagnosisData, command: str = "") -> str:
             tiles=_tiles(diagnosis, table),
             failures=views.failures(diagnosis),
             causes=views.causes(diagnosis),
+            unexplained=unexplained(diagnosis),
             remedies=views.rows(diagnosis),
             cards=[views.card(diagnosis, pair) for pair in diagnosis.pairs],
             example=views.card(diagnosis, example, views.LARGE),
@@ -216,15 +217,27 @@ def _settings(diagnosis: DiagnosisData) -> list[tuple[str, str]]:
 
 
 def acting_options(diagnosis: DiagnosisData) -> list[tuple[str, str]]:
-    """Options of the method that acted, as name and value: none if no step was guided, and none that is unset."""
+    """Options of the method that acted, as name and value.
+
+    Options that are unset, zero or off had no effect, and no option had one if no step was guided. Localization has
+    none if regions were given by hand, and the weight of attributes has none without attributes.
+    """
     if not any(pair.was_guided for pair in diagnosis.pairs):
         return []
-    given = diagnosis.options.get("regions") is not None  # then nothing is localized
+    idle = []
+    if diagnosis.options.get("regions") is not None:
+        idle.append("localize")
+    if not any(entity.attributes for entity in diagnosis.prompt.entities):
+        idle.append("attributes")
     return [
         (name, str(value))
         for name, value in diagnosis.options.items()
-        if value is not None and not (given and name.startswith("localize."))
+        if value is not None and not _is_off(value) and not set(idle) & set(name.split("."))
     ]
+
+
+def _is_off(value: Any) -> bool:
+    return isinstance(value, bool | int | float) and not value
 
 
 def _guided_steps(traces: Sequence[Trace]) -> str:

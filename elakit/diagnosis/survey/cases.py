@@ -56,7 +56,7 @@ class Case(Unit):
         return f"{words or 'prompt'}-{self.key[:8]}.html"
 
     def complete(self, folder: Path) -> bool:
-        """Whether the folder contains the case's page and its results, readable."""
+        """True if the folder contains the case's page and its results, readable."""
         try:
             return case_file(folder, self.key).exists() and bool(read_case(case_file(folder, self.key)))
         except OutputError:

@@ -165,11 +165,12 @@ def _statements(
         all_right = int((judged["right"] == judged["images"]).sum())
         said.append(
             f"Without guidance, {right} of {of} images of {_prompts(len(judged))} show everything the prompt asks for "
-            f"(95 % interval {low} to {high} %). For {_prompts(all_right)}, all images are right."
+            f"(95 % interval {low} to {high} %). All images are right for {all_right} of {_prompts(len(judged))}."
         )
         fails = judged[judged["right"] < judged["images"]]
         if len(fails):
-            said.append(f"For {int(fails['best'].notna().sum())} of the {len(fails)} others, a remedy did better.")
+            better = int(fails["best"].notna().sum())
+            said.append(f"A remedy did better for {better} of the other {_prompts(len(fails))}.")
     if len(done) > len(judged):
         said.append(f"{_prompts(len(done) - len(judged))} could not be judged; only the attention was measured.")
     if len(failed):

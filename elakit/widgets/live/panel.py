@@ -28,7 +28,7 @@ _STATUS: dict[State, str] = {
     "running": "Generating…",
     "paused": "Paused: regions can be drawn or moved now.",
     "done": "Done.",
-    "cancelled": "Cancelled; the partial run is kept.",
+    "canceled": "Canceled; the partial run is kept.",
     "failed": "Failed; the partial run is kept.",
 }
 
@@ -241,7 +241,7 @@ class Panel:
 
     @property
     def state(self) -> State:
-        """State of the run: "idle", "running", "paused", "done", "cancelled" or "failed"."""
+        """State of the run: "idle", "running", "paused", "done", "canceled" or "failed"."""
         return self._session.state
 
     @property
@@ -294,7 +294,7 @@ class Panel:
     def wait(self, timeout: float | None = None) -> Run | None:
         """Wait until the run ends or pauses.
 
-        The browser cannot change anything while a cell waits.
+        The browser cannot change anything while a notebook cell waits.
 
         Parameters
         ----------

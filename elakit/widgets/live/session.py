@@ -1,4 +1,4 @@
-"""Runs in a background thread, one at a time, that can be paused, stepped, steered and cancelled."""
+"""Runs in a background thread, one at a time, that can be paused, stepped, steered and canceled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from elakit.guidance import Anchors
 from elakit.guidance.layout import Layout
 from elakit.run import Run
 
-State: TypeAlias = Literal["idle", "running", "paused", "done", "cancelled", "failed"]
+State: TypeAlias = Literal["idle", "running", "paused", "done", "canceled", "failed"]
 PREVIEW_SHARE = 0.25  # largest share of the time spent on previews
 PREVIEWS_PER_SECOND = 10.0  # at most
 _BUSY: WeakSet[Any] = WeakSet()  # pipelines in use by a session: a pipeline holds the state of one run only
@@ -35,7 +35,7 @@ class Session:
 
     Attributes
     ----------
-    state : {"idle", "running", "paused", "done", "cancelled", "failed"}
+    state : {"idle", "running", "paused", "done", "canceled", "failed"}
     made : int
         Number of steps made in the current or the last run.
     run : Run or None
@@ -54,7 +54,7 @@ class Session:
     ('paused', 1)
     >>> session.cancel()
     >>> session.wait(), session.run.settings["stopped"]
-    ('cancelled', 1)
+    ('canceled', 1)
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Session:
         self._changed = threading.Condition()
         self._announced: State = "idle"  # the last state that on_state has handled
         self._left: int | None = None  # steps until the run pauses; None: no pause is planned
-        self._cancelled = False
+        self._canceled = False
         self._layout: Layout | None = None
         self._steered = False
         self._progress: Progress | None = None
@@ -80,7 +80,7 @@ class Session:
 
     @property
     def going(self) -> bool:
-        """Whether a run is in progress, paused or not."""
+        """True while a run is in progress, paused or not."""
         return self.state in ("running", "paused")
 
     def start(self, call: dict[str, Any], pause_after: int | None = None) -> None:
@@ -105,7 +105,7 @@ class Session:
                 raise SettingError("The pipeline is in use by another panel: wait for that run, or cancel it there.")
             _BUSY.add(self.pipe)
             self.made, self.run, self.error, self.no_preview = 0, None, None, None
-            self._left, self._cancelled, self._steered = pause_after, False, False
+            self._left, self._canceled, self._steered = pause_after, False, False
             self._progress, self._pace = None, (0.0, 0.0)
             self.state = self._announced = "running"
         self.on_state()
@@ -132,7 +132,7 @@ class Session:
         with self._changed:
             if not self.going:
                 return
-            self._cancelled = True
+            self._canceled = True
             self.state = self._announced = "running"
             self._changed.notify_all()
 
@@ -159,7 +159,7 @@ class Session:
         state: State = "failed"
         try:
             self.run = generate(self.pipe, stop_if=self._after_step, progress=False, **call)
-            state = "cancelled" if "stopped" in self.run.settings else "done"
+            state = "canceled" if "stopped" in self.run.settings else "done"
         except Exception as error:
             self.error = error
             self.run = self._partial_run()
@@ -177,18 +177,18 @@ class Session:
             if self._left:
                 self._left -= 1
         pausing = self._left == 0 and not last
-        if not self._cancelled:
+        if not self._canceled:
             self._preview(progress, steps, always=pausing or last)
-        if self._left == 0 and not last and not self._cancelled:
+        if self._left == 0 and not last and not self._canceled:
             self._enter("paused")
         with self._changed:
-            self._changed.wait_for(lambda: self.state == "running" or self._cancelled)
+            self._changed.wait_for(lambda: self.state == "running" or self._canceled)
             if self._steered:
                 self._steered = False
                 for state in progress.states:
                     if isinstance(state, Anchors):
                         state.steer(self._layout)
-            return self._cancelled and not last
+            return self._canceled and not last
 
     def _preview(self, progress: Progress, steps: int, *, always: bool) -> None:
         """Show the partial run, unless previews take too much of the time."""

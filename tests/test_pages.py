@@ -1,0 +1,60 @@
+"""The pages of the documentation name things that exist: public names, files, methods, and errors."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import elakit.errors
+from elakit.guidance import METHODS
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
+
+
+def test_the_reference_lists_names_that_exist() -> None:
+    text = (DOCS / "reference" / "index.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"currentmodule:: ([\w.]+)(.*?)```", text, flags=re.S)
+    named = [(module, name) for module, block in blocks for name in re.findall(r"^   (\w+)$", block, flags=re.M)]
+    assert len(named) > 100
+    missing = [f"{module}.{name}" for module, name in named if not hasattr(importlib.import_module(module), name)]
+    assert not missing
+
+
+def test_the_page_on_guidance_lists_every_method_once_per_table() -> None:
+    text = (DOCS / "howto" / "guide.md").read_text(encoding="utf-8")
+    classes = {kind.__name__ for kind in METHODS.values()}
+    assert set(re.findall(r"^\| `(\w+)` \| `[\w-]+` \|", text, flags=re.M)) == classes
+    rows = re.findall(r"^\| `([a-z][\w-]*)` \|", text, flags=re.M)
+    for name in METHODS:
+        assert rows.count(name) == 3, f"{name}: one row each for loss, updates and source"
+
+
+def test_the_page_on_errors_lists_every_error() -> None:
+    text = (DOCS / "errors.md").read_text(encoding="utf-8")
+    kinds = {name for name, kind in vars(elakit.errors).items() if isinstance(kind, type)}
+    assert set(re.findall(r"autoexception:: (\w+)", text)) == kinds
+    assert set(re.findall(r"^\| `(\w+)` \|", text, flags=re.M)) == kinds - {"ElakitError"}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_files_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)(?:#[\w-]+)?\)", text):
+        path = page.parent / target.replace("_notebooks/", "../notebooks/")
+        assert path.resolve().exists(), target
+    for path in re.findall(r"`((?:docs|elakit|tests|notebooks|data)/[\w./-]+\.(?:md|py|ipynb|toml|json))`", text):
+        assert (ROOT / path).exists() or path.endswith("separate.py"), path
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    text = (DOCS / "index.md").read_text(encoding="utf-8")
+    listed = {
+        line.strip() for block in re.findall(r"```\{toctree\}(.*?)```", text, flags=re.S) for line in block.splitlines()
+    }
+    pages = {str(page.relative_to(DOCS).with_suffix("")) for page in PAGES} - {"index"}
+    assert pages - listed == set()
