@@ -1,4 +1,4 @@
-"""Trace of guidance: losses, steps and regions of one image, step by step."""
+"""Trace of guidance: how an image was guided, step by step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import xarray as xr
 
 @dataclass(repr=False)
 class Trace:
-    """Trace of guidance: losses, steps and regions of one image, step by step.
+    """Trace of the guidance of one image, step by step.
 
     Attributes
     ----------
