@@ -230,7 +230,7 @@ def list_methods() -> None:
 
     for name in sweepable():
         options = ", ".join(option.name for option in method_options(METHODS[name])) if name in METHODS else ""
-        typer.echo(f"{name:20s}{options}")
+        typer.echo(f"{name:22s} {options}".rstrip())
 
 
 def _seeds(text: str) -> list[int]:
