@@ -1,7 +1,9 @@
 """Run notebooks and save them with their outputs: ``python notebooks/run.py`` for all, or with names of some.
 
 Each saved notebook has a digest of the code that produced its outputs, so that a test can detect later changes of the
-code. ``--check`` lists the notebooks with such changes, and runs nothing.
+code. A PNG is stored beside each plotly figure, for viewers without JavaScript (see ``static_figures.py``).
+``--check`` lists the notebooks with changed code, and ``--images`` adds missing PNGs to saved outputs; neither runs a
+notebook.
 """
 
 from __future__ import annotations
@@ -18,6 +20,10 @@ from nbclient import NotebookClient
 from elakit.files import write_file
 
 HERE = Path(__file__).parent
+if str(HERE) not in sys.path:  # run.py is a script and a module of the tests
+    sys.path.insert(0, str(HERE))
+from static_figures import add_images, without_images
+
 CELL_SECONDS = 600
 MOST_BYTES = 3_000_000
 
@@ -66,6 +72,7 @@ def main() -> int:
     parser.add_argument(
         "--check", action="store_true", help="only list the notebooks whose code has changed since they were run"
     )
+    parser.add_argument("--images", action="store_true", help="only add missing images of figures to saved outputs")
     asked = parser.parse_args()
     wrong = 0
     for path in asked.notebooks or sorted(HERE.glob("*.ipynb")):
@@ -75,10 +82,18 @@ def main() -> int:
                 print(f"{path.name}: its code has changed; run: python notebooks/run.py {path}")
             continue
         begun = time.perf_counter()
-        save(execute(path), path)
+        if asked.images:
+            notebook = nbformat.read(path, as_version=4)
+            if without_images(notebook):
+                add_images(notebook)
+                write_file(path, f"{nbformat.writes(notebook)}\n".encode())
+        else:
+            notebook = execute(path)
+            add_images(notebook)
+            save(notebook, path)
         size = path.stat().st_size
         wrong |= size > MOST_BYTES
-        note = f" (more than {MOST_BYTES / 1e6:g} MB: show less)" if size > MOST_BYTES else ""
+        note = f" (more than {MOST_BYTES / 1e6:g} MB: reduce the outputs)" if size > MOST_BYTES else ""
         print(f"{path.name}: {time.perf_counter() - begun:.0f} s, {size / 1e6:.2f} MB{note}", flush=True)
     return wrong
 

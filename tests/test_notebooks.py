@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from notebooks import run
+from notebooks import run, static_figures
 
 NOTEBOOKS = sorted(run.HERE.glob("*.ipynb"))
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -38,3 +38,8 @@ def test_it_is_small_and_holds_no_error(path: Path) -> None:
     assert notebook.cells[0].source.splitlines()[0].endswith("?")
     kinds = {output.output_type for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs}
     assert "error" not in kinds
+
+
+def test_every_figure_has_a_static_image(path: Path) -> None:
+    missing = static_figures.without_images(nbformat.read(path, as_version=4))
+    assert not missing, f"cells {missing} have figures without a PNG: python notebooks/run.py --images {path}"

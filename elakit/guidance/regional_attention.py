@@ -26,10 +26,11 @@ from torch import Tensor
 from elakit.checks import choice, real_number, refuse, share, whole_number
 from elakit.errors import SettingError
 from elakit.guidance.anchoring import attributes_outside, outside_share
-from elakit.guidance.ela import decoder_layers
+from elakit.guidance.ela import decoder_side_layers
 from elakit.guidance.layout import Layout, apart, check_layout, layout_masks
 from elakit.guidance.localization import Anchors, FromMaps, complete, entity_means, is_complete
-from elakit.guidance.method import Attention, Hold, Loss, Update
+from elakit.guidance.method import Attention, Hold, Loss, Update, nearest_size
+from elakit.guidance.preprocess import NATIVE_SIZE
 from elakit.models import AttentionLayer
 from elakit.prompt import Prompt
 from elakit.regions import divide
@@ -124,7 +125,9 @@ class RegionalAttention:
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
         """The layers of the chosen side whose maps have the chosen size."""
-        return decoder_layers(layers, latent, self.layers, self.size, "RegionalAttention")
+        return nearest_size(
+            decoder_side_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, "RegionalAttention"
+        )
 
     def begin(self, prompt: Prompt, steps: int) -> Anchors:
         """Initial state of a run."""

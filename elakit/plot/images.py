@@ -112,17 +112,19 @@ def images(
     across = min(max(1, columns), len(runs))
     down = -(-len(runs) // across)
     ratio = max(run.image.height / run.image.width for run in runs)
+    headings = [style.wrap(style.escape(name), panel / 6.8) for name in names or style.run_names(runs)]
+    more = 16 * (max(lines for _, lines in headings) - 1)
     made = style.Panels(
-        down, across, width=panel, height=panel * ratio, gap=(14, 34), margin=(16, 16, 22, 16),
+        down, across, width=panel, height=panel * ratio, gap=(14, 34 + more), margin=(16, 16, 22 + more, 16),
         title=style.escape(style.shorten(runs[0].prompt.text, 90) if title is None else title),
     )  # fmt: skip
-    for i, (run, name) in enumerate(zip(runs, names or style.run_names(runs), strict=True)):
+    for i, (run, (heading, _)) in enumerate(zip(runs, headings, strict=True)):
         row, column = (part + 1 for part in divmod(i, across))
         height, width = run.image.height, run.image.width
         made.map_axes(row, column, height, width)
         made.add_nothing(row, column)
         made.image(row, column, figure_uri(run.image), height, width)
-        made.over(row, column, style.escape(name))
+        made.over(row, column, heading)
     return made.figure()
 
 

@@ -142,9 +142,9 @@ def _span(steps: Sequence[int]) -> str:
 _LEAST_WIDTH, _TITLE_LETTER, _CAPTION_LETTER = 320, 10, 6.2
 
 
-def _wrap(text: str, letters: float) -> tuple[str, int]:
+def wrap(text: str, letters: float, least: int = 8) -> tuple[str, int]:
     """Escaped text with line breaks, and the number of its lines."""
-    lines = textwrap.wrap(text, max(20, int(letters)), break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(text, max(least, int(letters)), break_long_words=False, break_on_hyphens=False)
     return "<br>".join(lines), len(lines)
 
 
@@ -185,8 +185,8 @@ class Panels:
         self.panel, self.gap = (width, height), gap
         right = max(right, _LEAST_WIDTH - left - self.inner[0])
         full = left + self.inner[0] + right
-        title, title_lines = _wrap(title, (full - 32) / _TITLE_LETTER)
-        caption, caption_lines = _wrap(caption, (full - left - 8) / _CAPTION_LETTER)
+        title, title_lines = wrap(title, (full - 32) / _TITLE_LETTER)
+        caption, caption_lines = wrap(caption, (full - left - 8) / _CAPTION_LETTER)
         top += 18 + 22 * title_lines if title else 0
         bottom += 14 + 16 * caption_lines if caption else 0
         self.data: list[dict[str, Any]] = []

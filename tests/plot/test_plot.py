@@ -405,3 +405,12 @@ def test_animations_that_cannot_be_written_are_refused(
     with pytest.raises(error, match=message):
         plot.save_animation(plain, tmp_path / name, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_headings_of_images_are_wrapped_to_their_panels(plain: Run) -> None:
+    figure = plot.images(plain, plain, names=["other words, seed 107", "plain"], panel=90)
+    first, second = (note.text for note in figure.layout.annotations)
+    assert first.replace("<br>", " ") == "other words, seed 107"
+    assert max(map(len, first.split("<br>"))) * 6 <= 90
+    assert second == "plain"
+    assert figure.layout.margin.t >= 14 * (first.count("<br>") + 1)
