@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ class LatentStep:
     attributes: float = 1.0
 
     def __post_init__(self) -> None:
-        own = {"owner": "LatentStep"}
+        own: dict[str, Any] = {"owner": "LatentStep"}
         if self.start is not None:
             share(self.start, "start", **own)
         share(self.guided, "guided", **own)

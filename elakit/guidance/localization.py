@@ -78,7 +78,7 @@ class FromMaps:
     lock_from: int | None = None
 
     def __post_init__(self) -> None:
-        own = {"owner": "FromMaps"}
+        own: dict[str, Any] = {"owner": "FromMaps"}
         choice(self.differentiation, "differentiation", DIFFERENTIATIONS, **own)
         choice(self.binarization, "binarization", BINARIZATIONS, **own)
         needed = {"threshold": "background", "background": "background", "quantile": "quantile"}

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -103,7 +103,7 @@ class RegionalAttention:
     reads_self: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        own = {"owner": "RegionalAttention"}
+        own: dict[str, Any] = {"owner": "RegionalAttention"}
         real_number(self.strength, "strength", 0, **own)
         if self.start is not None:
             share(self.start, "start", **own)
@@ -193,6 +193,6 @@ class RegionalAttention:
             masks = apart(layout_masks(state.given, (entities.shape[1], entities.shape[2]), len(entities)))
             others = [i for i, region in enumerate(state.given) if region is None]
             if others:
-                masks[others] = divide(entities[others], ~masks.any(0))
+                masks[others] = divide(entities[others], np.logical_not(masks.any(0)))
             state.masks = masks
         return state.masks

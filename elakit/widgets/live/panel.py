@@ -110,7 +110,7 @@ class Panel:
         self._check_idle("prompt")
         if isinstance(prompt, Prompt):
             self._view.text.value = prompt.text
-            self._mark(prompt)
+            self._set_prompt(prompt)
         elif self._view.text.value == prompt:
             self._parse()
         else:
