@@ -16,7 +16,7 @@ from elakit.guidance.method import Loss, Update
 from elakit.prompt import Prompt
 
 TERMS = ("outside", "presence", "intrusion", "attributes")
-NEEDED, ENOUGH = 1.22, 0.8
+NEEDED, ENOUGH = 1.3, 0.8
 LATE = 0.2  # default start of guidance where regions are localized: earlier maps are nearly noise
 
 

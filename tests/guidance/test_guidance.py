@@ -279,8 +279,10 @@ def test_guidance_works_inside_inference_mode(scheduler: str) -> None:
 
 
 def test_a_model_loaded_inside_inference_mode_is_refused() -> None:
+    pipe = tiny_pipeline()
     with torch.inference_mode():
-        pipe = tiny_pipeline()
+        weight = pipe.unet.conv_in.weight.clone()
+    pipe.unet.conv_in.weight = torch.nn.Parameter(weight, requires_grad=False)
     with pytest.raises(SettingError, match=r"loaded inside torch\.inference_mode"):
         generate(pipe, PAIR, steps=4, guidance=ELA(), record=False, progress=False)
 
