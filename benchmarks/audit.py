@@ -60,7 +60,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 @dataclass(frozen=True)
 class Label:
-    """What a person sees in an image.
+    """Labels of one image, given by a person.
 
     Attributes
     ----------
@@ -193,7 +193,7 @@ def _share(what: str, count: int, total: int, bar: str) -> str:
 def draw(
     folder: Folder = Path("work/audit"),
     pairs: Annotated[int, typer.Option(help="Number of prompts with two entities, each drawn by every method.")] = 76,
-    singles: Annotated[int, typer.Option(help="Number of single things, drawn plainly.")] = 100,
+    singles: Annotated[int, typer.Option(help="Number of single things, without guidance.")] = 100,
     methods: Annotated[str, typer.Option(help="Comma-separated, as in `elakit sweep`.")] = ",".join(METHODS),
     first_seed: Annotated[int, typer.Option(help="Seed of the first prompt; the next ones follow, below 1,000.")] = (
         FIRST_SEED

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 import elakit
+from elakit import files
 
 PACKAGES = (
     "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "xarray", "zarr", "numcodecs", "spacy",
@@ -117,14 +118,18 @@ def memory(model: str) -> str:
         raise ModelError(f"--model {model}: there are no safetensors weights in {folder}. Give a pipeline's folder.")
     half, full = 2 * weights / 2**30, 4 * weights / 2**30
     return (
-        f"{weights / 1e6:,.0f} million parameters: {half:.2f} GiB in float16, {full:.2f} GiB in float32. Activations, "
+        f"{weights / 1e6:,.1f} million parameters: {half:.2f} GiB in float16, {full:.2f} GiB in float32. Activations, "
         "gradients of guidance and a recording come on top."
     )
 
 
 def weight_files(folder: Path) -> list[Path]:
     """Safetensors files of a pipeline, one variant of each component."""
-    found = sorted(folder.rglob("*.safetensors"))
+    found = sorted(folder.glob("*/*.safetensors"))  # other files of the folder are not of a component
+    index = folder / "model_index.json"
+    if index.is_file():
+        components = files.read_json(index)
+        found = [path for path in found if path.parent.name in components]
     plain = [path for path in found if "." not in path.name.removesuffix(".safetensors").split("-of-")[0]]
     return plain or found
 

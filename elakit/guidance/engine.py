@@ -235,6 +235,9 @@ def noise_levels(scheduler: Any) -> list[float]:
     """
     timesteps = scheduler.timesteps
     alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None and not hasattr(scheduler, "sigmas"):  # IPNDM names the two parts betas and alphas
+        parts = zip(scheduler.betas[: len(timesteps)], scheduler.alphas[: len(timesteps)], strict=True)
+        return [float(noise / signal.clamp_min(1e-3)) for noise, signal in parts]
     if alphas is None or getattr(scheduler.config, "use_flow_sigmas", False):
         # Flow matching: signal 1 - sigma, noise sigma.
         return [float(s / (1 - s).clamp_min(1e-3)) for s in scheduler.sigmas[: len(timesteps)]]

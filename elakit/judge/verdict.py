@@ -187,7 +187,7 @@ def judge(image: Image.Image, prompt: Prompt, detector: Detector | None = None) 
     >>> import elakit
     >>> from elakit.world.scenes import Subject, World, compose
     >>> world, rng = World(artists=("noto",)), np.random.default_rng(5)
-    >>> scene = compose((Subject("lion"), Subject("car", "blue")), world, rng)
+    >>> scene = compose((Subject("lion"), Subject("car", "blue")), world, rng, "row")
     >>> prompt = elakit.parse("a [lion] and a [blue car]", elakit.load("picture-world"))
     >>> verdict = judge(Image.fromarray(scene.image), prompt)
     >>> verdict.present, verdict.success, verdict.counts

@@ -49,7 +49,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a layout needs to know about a sprite, in shares of the sprite's side.
+    """Measures of a sprite that a layout needs, in shares of the sprite's side.
 
     Attributes
     ----------
@@ -71,7 +71,7 @@ def posed(place: Place, rng: np.random.Generator) -> Place:
 
 
 def fits(layout: str, first: str, second: str) -> bool:
-    """Whether two nouns, in this order, can have a layout.
+    """Check that two nouns, in this order, can have a layout.
 
     Examples
     --------
@@ -269,7 +269,7 @@ def _apart(scales: tuple[float, float], rng: np.random.Generator) -> tuple[Place
 
 
 def _clear(a: Place, b: Place) -> bool:
-    """Whether two squares overlap by no more than a tenth of their mean side."""
+    """Check that two squares overlap by no more than a tenth of their mean side."""
     return max(abs(a.x - b.x), abs(a.y - b.y)) > 0.9 * (a.scale + b.scale) / 2
 
 

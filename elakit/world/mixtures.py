@@ -66,7 +66,7 @@ def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng:
     Raises
     ------
     SettingError
-        The kind is unknown, or the two cannot be drawn so (one is too small to be seen in the other).
+        The kind is unknown, or the two cannot be combined in this way (one is too small to be seen in the other).
 
     Examples
     --------
@@ -137,7 +137,7 @@ def _meet(
         owned[alphas[1] > 0.5] = 2
         if kind == "occluded":
             seen = (owned == 1).sum() / max(1, (alphas[0] > 0.5).sum())
-            # too much covered to be a pair, or not touching: drawn again
+            # too much covered to be a pair, or not touching: rejected
             owned = owned if 0.7 <= seen < 1 else np.zeros_like(owned)
             return layer, owned, np.zeros((size, size), bool)
     elif kind == "blended":

@@ -62,7 +62,7 @@ CONVERSE = {
 
 @dataclass(frozen=True)
 class Subject:
-    """What a caption asks for: a noun, and a color or None for "as drawn"."""
+    """An entity of a caption: a noun, and a color or None for "as drawn"."""
 
     noun: str
     color: str | None = None
@@ -124,14 +124,14 @@ class Scene:
 
 @dataclass(frozen=True)
 class World:
-    """What the scenes are like.
+    """Settings of the scenes.
 
     Attributes
     ----------
     size : int
         Side of a scene in pixels.
     artists : tuple of str
-        Whose drawings are used (see `elakit.world.art.ARTISTS`).
+        Artists whose drawings are used (see `elakit.world.art.ARTISTS`).
     views : tuple of str
         "body" and "face" drawings, or one of them; a noun that has none of the view keeps what it has.
     entities : tuple of float

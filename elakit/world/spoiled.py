@@ -32,7 +32,7 @@ class Spoiled:
     clean : ndarray, bool, (size, size)
         Pixels of the clean thing; all False if there is none.
     nouns : tuple of str
-        What the shape was, and what the clean thing is.
+        Noun of the drawing that was spoiled, and noun of the clean thing.
     kind : str
         One of `KINDS`.
     """

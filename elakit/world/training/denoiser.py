@@ -118,13 +118,13 @@ class GrowingScenes:
         self._chunks: list[Encoded] = []
 
     def count(self, samples: int) -> int:
-        """Number of scenes once so many samples have been seen."""
+        """Number of scenes in use after a number of samples."""
         settings = self._config.denoiser
         wanted = max(settings.first_scenes, samples // settings.reuse)
         return min(settings.scenes, -(-wanted // settings.chunk) * settings.chunk)
 
     def batch(self, samples: int, size: int) -> Encoded:
-        """Random scenes (torch's generator) of those there are after so many samples."""
+        """Random scenes (torch's generator) of those in use after a number of samples."""
         count, chunk = self.count(samples), self._config.denoiser.chunk
         while len(self._chunks) * chunk < count:
             self._chunks.append(self._chunk(len(self._chunks)))
@@ -311,7 +311,7 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
 
 
 def sample_sheet(pipe: StableDiffusionPipeline, prompts: tuple[str, ...] = SAMPLE_PROMPTS) -> Image.Image:
-    """One image a prompt, eight in a row, seed 0, twice the size."""
+    """One image for each prompt, eight in a row, seed 0, twice the size."""
     images = pipe(
         list(prompts),
         num_inference_steps=20,

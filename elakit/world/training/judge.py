@@ -1,4 +1,4 @@
-"""Train the judge: a segmenter of composed scenes and hybrids, some of them drawn again by the model it judges."""
+"""Train the judge: a segmenter of composed scenes and hybrids, some of them passed through the model that it judges."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from elakit.world.vocabulary import COLORS, NOUNS
 # Whose drawings the judge never sees in training, where a noun has three artists or more: the first who drew it.
 UNSEEN_ARTISTS = ("noto-v1", "fluent-flat")
 LEAST_ARTISTS = 3
-# Redrawing takes the last so many of the steps, which leaves a thing what and where it is; a hybrid bears fewer before
+# Redrawing takes the last few of the steps, which leaves a thing what and where it is; a hybrid bears fewer before
 # the denoiser has made one thing of it.
 REDRAW_STEPS, REDRAWN_STEPS, REDRAWN_STEPS_OF_HYBRIDS = 12, (4, 8), (2, 3)
 # Share of a whole drawing's pixels that must show its noun at least.
@@ -42,7 +42,7 @@ FIRST_SEED_DRAWN = 1_000_000  # of whole drawings: far from those that people an
 
 @dataclass(frozen=True)
 class Examples:
-    """What the judge learns from, or is tested on.
+    """Images with their ground truth, for training or testing the judge.
 
     Attributes
     ----------
@@ -69,7 +69,7 @@ class Examples:
 
 
 def unseen(drawing: Drawing) -> bool:
-    """Whether a drawing is kept out of the judge's training.
+    """Check whether a drawing is kept out of the judge's training.
 
     Examples
     --------
@@ -125,7 +125,7 @@ def prepare_examples(config: Config, folder: Path, device: torch.device) -> Exam
     """Composed examples, some rebuilt and some redrawn, and whole drawings of single things.
 
     They take minutes to make, so they are kept in ``folder/judge-examples.npz`` for a training that was killed; a file
-    made with other settings is made anew.
+    made with other settings is replaced.
     """
     path, settings = folder / "judge-examples.npz", config.judge
     made_with = repr((config.world, replace(settings, samples=0, learning_rate=0, channels=())))

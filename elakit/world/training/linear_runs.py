@@ -31,7 +31,7 @@ def compose_kernels(first: Tensor, second: Tensor, stride: int = 1) -> Tensor:
     first : Tensor, (m, c, k, k)
     second : Tensor, (o, m, l, l)
     stride : int
-        Of the first convolution.
+        Stride of the first convolution.
 
     Returns
     -------
