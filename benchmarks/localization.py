@@ -1,8 +1,10 @@
-"""Agreement of each localization rule with the regions in ELA's method figure.
+"""How well each localization rule reproduces the regions of ELA's method figure.
 
-``python -m benchmarks.localization`` prints the regression that restores the figure's raw scale, the agreement (IoU) of
-every rule of differentiation x binarization with the figure's two masks, and the interval of thresholds in which the
-default rule reaches IoU .79 (cat) and .90 (frog).
+    python -m benchmarks.localization
+
+prints the regression that restores the figure's raw scale, the agreement (IoU) of every differentiation x
+binarization rule with the figure's two masks, and the interval of thresholds in which the default rule meets
+the bar of IoU .79 (cat) and .90 (frog).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ BAR = (0.79, 0.90)
 
 @dataclass(frozen=True)
 class Figure:
-    """Maps of the figure on the raw scale, in units of the range of start-of-text.
+    """The figure's maps on the raw scale, in units of start-of-text's range.
 
     maps (entity, y, x); sot (y, x); masks bool (entity, y, x); coefficients (intercept, cat, frog) and r2 of
     the regression.
@@ -38,10 +40,10 @@ class Figure:
 def load_figure(folder: Path = PAPER) -> Figure:
     """Read the digitized figure and restore the raw scale of its maps.
 
-    Every map is displayed min-max scaled. Attention at a location sums to 1 over tokens, so the start-of-text
-    map is a constant minus the entities' raw maps (the other words have almost none). Least squares on
-    the displayed maps therefore gives, with reversed sign, each entity's raw range in units of the range of
-    start-of-text. The smallest raw values are lost and assumed to be 0.
+    Every map is displayed min-max scaled. Attention of a place sums to 1 over tokens, so the start-of-text
+    map is a constant minus the entities' raw maps (the other words hold next to nothing). Least squares on
+    the displayed maps therefore gives, with sign reversed, each entity's raw range in units of
+    start-of-text's range. The lowest raw values are lost, and taken as 0.
     """
 
     def read(name: str) -> np.ndarray:
@@ -57,7 +59,7 @@ def load_figure(folder: Path = PAPER) -> Figure:
 
 
 def meeting(figure: Figure, differentiation: Differentiation, step: float = 0.0005) -> list[tuple[float, float]]:
-    """Return the intervals of the background threshold in which both IoUs reach the target."""
+    """Intervals of the background threshold in which both IoUs reach the bar."""
     runs: list[tuple[float, float]] = []
     for k in range(40, 600):
         t = k * step
@@ -73,7 +75,7 @@ def main() -> None:
     figure = load_figure()
     a, cat, frog = figure.coefficients
     print(f"start-of-text = {a:.3f} {cat:+.3f} cat {frog:+.3f} frog   (R^2 = {figure.r2:.3f})\n")
-    print("IoU with the figure's masks (area of the regions in locations; the figure has 25 and 42)\n")
+    print("IoU with the figure's masks (areas of the regions; the figure has 25 and 42)\n")
     print(f"{'':29}{'raw maps':<26}{'maps scaled to 0..1'}")
     print(f"{'differentiation':<16}{'binarization':<13}" + 2 * f"{'cat':<13}{'frog':<13}")
     for differentiation in get_args(Differentiation):
@@ -91,12 +93,12 @@ def main() -> None:
                     line += f"{f'{iou:.3f} ({mask.sum()})':<13}"
             print(line.rstrip())
 
-    print("\nThresholds of binarization 'background' on raw maps that reach the target (IoU .79 cat, .90 frog):")
+    print("\nThresholds of binarization 'background' on raw maps that meet the bar (IoU .79 cat, .90 frog):")
     rules: tuple[Differentiation, ...] = (
         "argmax",
         "subtract-max",
         "subtract-mean",
-    )  # "none" equals "argmax" here
+    )  # "none" is "argmax" here
     for differentiation in rules:
         intervals = [f"{low:.4f} to {high:.4f}" for low, high in meeting(figure, differentiation)]
         print(f"  {differentiation:<16}{', '.join(intervals) or 'none'}")

@@ -19,28 +19,30 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from diffusers import AutoencoderTiny
 from PIL import Image
 from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
 import elakit
 from elakit.errors import SettingError
-from elakit.judge import FAILURES, judge
+from elakit.judge import FAILURES, Verdict, judge
 from elakit.judge.segmenter import LEAST_AREA, find_things, segment
 from elakit.measures.agreement import agreement_iou
 from elakit.measures.masks import downscale
 from elakit.models import EMBEDDED
 from elakit.resources import data_path
+from elakit.sweep import suite
 from elakit.sweep import table as bench_table
 from elakit.world.mixtures import KINDS, sample_mixture
 from elakit.world.scenes import Scene, World, sample
-from elakit.world.training.autoencoder import psnr
+from elakit.world.spoiled import KINDS as SPOILED
+from elakit.world.spoiled import sample_spoiled
 from elakit.world.training.config import read_config
-from elakit.world.training.data import compose_scenes
 from elakit.world.training.judge import judges_world, rebuild, unseen
 from elakit.world.vocabulary import COLORS, NOUNS
 
-PARTS = ("vae", "judge", "singles", "pairs", "words", "attention", "cost", "sheet")
+PARTS = ("vae", "judge", "singles", "pairs", "layout", "three", "words", "attention", "cost", "sheet")
 SEEDS = 4
 BATCH = 12
 # Of test scenes with one, two and three things: more crowded than the denoiser's, and the same whatever those are.
@@ -78,17 +80,67 @@ def of_judge(scenes: list[Scene], pipe: Any) -> tuple[list[bool], list[bool]]:
 
 
 @app.command()
-def vae(scenes: int = 500) -> None:
-    """Autoencoder: PSNR, and the judge's classes before and after it."""
-    pipe, world = elakit.load("picture-world"), test_world()
-    data = compose_scenes(world, scenes, seed=1_000_002)
-    print(f"| autoencoder: PSNR, mean of {scenes} new scenes | {psnr(pipe.vae, data, scenes):.1f} dB | >= 28 dB |")
+def vae(
+    scenes: int = 200,
+    folder: Annotated[Path | None, typer.Option(help="Autoencoder to measure; by default the shipped one.")] = None,
+    against: Annotated[Path | None, typer.Option(help="Another one, measured on the same crops.")] = None,
+    out: Out = Path("work/benchmarks"),
+) -> None:
+    """Autoencoder: PSNR of crops of things at 25 to 50 % of the side, a sheet, the judge's classes before and after."""
+    shipped = data_path("picture-world", "vae")
+    models = {"autoencoder": folder or shipped} | ({"compared": against} if against else {})
+    world = replace(test_world(), entities=(0.0, 0.5, 0.3, 0.2))
+    rng = np.random.default_rng(1_000_002)
+    composed = [sample(world, rng) for _ in range(scenes)]
+    images = np.stack([scene.image for scene in composed])
+    crops = [(i, e.box) for i, scene in enumerate(composed) for e in scene.entities if _medium(e.box, world.size)]
+    rebuilt, values = {}, {}
+    for name, path in models.items():
+        model = AutoencoderTiny.from_pretrained(path).eval()
+        parts = [rebuild(images[i : i + 32], model, torch.device("cpu")) for i in range(0, scenes, 32)]
+        rebuilt[name] = np.concatenate(parts)
+        values[name] = np.array([_psnr(images[i], rebuilt[name][i], box) for i, box in crops])
+        what = f"{name}: PSNR on {len(crops)} crops of things at 25 to 50 % of the side"
+        print(f"| {what} | {values[name].mean():.2f} dB | |", flush=True)
+    if against:
+        gain = values["autoencoder"] - values["compared"]
+        resampled = gain[np.random.default_rng(0).integers(len(gain), size=(2000, len(gain)))].mean(1)
+        low, high = np.quantile(resampled, [0.025, 0.975])
+        print(f"| autoencoder: gain on the same crops | {gain.mean():.2f} dB ({low:.2f} to {high:.2f}) | >= 3 dB |")
+    out.mkdir(parents=True, exist_ok=True)
+    _strip([images, *reversed(rebuilt.values())], crops[:: max(1, len(crops) // 48)]).save(out / "autoencoder.png")
     same = []
     for start in range(0, scenes, 50):
-        images = data.images[start : start + 50]
-        before, after = segment(images).classes, segment(rebuild(images, pipe.vae, torch.device("cpu"))).classes
-        same += [_classes(a) == _classes(b) for a, b in zip(before, after, strict=True)]
+        before, after = segment(images[start : start + 50]).classes, segment(rebuilt["autoencoder"][start : start + 50])
+        same += [_classes(a) == _classes(b) for a, b in zip(before, after.classes, strict=True)]
     show("autoencoder: judged classes the same after it", same, ">= .98")
+
+
+def _medium(box: tuple[int, int, int, int], size: int) -> bool:
+    return 0.25 <= max(box[2] - box[0], box[3] - box[1]) / size <= 0.5
+
+
+def _psnr(image: np.ndarray, other: np.ndarray, box: tuple[int, int, int, int], margin: int = 2) -> float:
+    left, top, right, bottom = (
+        max(0, value + d) for value, d in zip(box, (-margin, -margin, margin, margin), strict=True)
+    )
+    difference = (image.astype(float) - other)[top:bottom, left:right] / 255
+    return float(-10 * np.log10(max(1e-9, (difference**2).mean())))
+
+
+def _strip(rows: list[np.ndarray], crops: list[tuple[int, tuple[int, int, int, int]]], side: int = 112) -> Image.Image:
+    """Crops, twelve in a line: the original above, its reconstructions below it."""
+    lines, height = -(-len(crops) // 12), len(rows) * side + 8
+    page = Image.new("RGB", (12 * side, lines * height), "white")
+    for k, (i, (left, top, right, bottom)) in enumerate(crops):
+        half = max(right - left, bottom - top) // 2 + 2
+        x, y = (left + right) // 2, (top + bottom) // 2
+        for r, images in enumerate(rows):
+            crop = Image.fromarray(images[i]).crop((x - half, y - half, x + half, y + half))
+            page.paste(
+                crop.resize((side, side), Image.Resampling.BICUBIC), (k % 12 * side, k // 12 * height + r * side)
+            )
+    return page
 
 
 def _classes(seen: np.ndarray) -> set[int]:
@@ -128,6 +180,16 @@ def judge_(scenes: int = 1000) -> None:
         show(f"judge: hybrids seen as such, {kind}", row)
     show("judge: pairs side by side seen as pairs", apart)
     show("judge: pairs partly behind each other seen as pairs", behind)
+    ruined = [sample_spoiled(wide, rng, (SPOILED[i % len(SPOILED)],)) for i in tqdm(range(scenes // 2), leave=False)]
+    for kind in SPOILED:
+        show(f"judge: {kind} shapes not named", [not _named(r.image, r.spoiled) for r in ruined if r.kind == kind])
+    show("judge: clean things beside them named", [_named(r.image, r.clean) for r in ruined if r.clean.any()])
+
+
+def _named(image: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether something recognizable is seen that covers at least half of the mask."""
+    found = [thing.mask for thing in find_things(Image.fromarray(image)) if thing.recognizable]
+    return bool(found) and bool(np.any(found, 0)[mask].mean() >= 0.5)
 
 
 def _mixed(image: np.ndarray) -> bool:
@@ -175,6 +237,7 @@ def verdicts(
                     "failures": verdict.failures,
                     "extra": verdict.extra,
                     "said": str(verdict),
+                    "shift": _shift(verdict),
                 }
                 kept.append(row)
                 file.write(json.dumps(row) + "\n")
@@ -182,6 +245,14 @@ def verdicts(
             bar.update(len(part))
     wanted = {(prompt, seed) for prompt in prompts for seed in seeds}
     return [row for row in kept if (row["prompt"], row["seed"]) in wanted]
+
+
+def _shift(verdict: Verdict) -> list[float] | None:
+    """From the first entity's center to the second's, in pixels (x, y); None unless both are there."""
+    if len(verdict.entities) != 2 or not verdict.masks.any((1, 2)).all():
+        return None
+    first, second = (np.argwhere(mask).mean(0)[::-1] for mask in verdict.masks)
+    return [float(value) for value in second - first]
 
 
 def of_sweep(folder: Path) -> list[dict]:
@@ -274,6 +345,29 @@ def pairs(
 
 
 @app.command()
+def layout(seeds: int = SEEDS, out: Out = Path("work/benchmarks"), fresh: bool = False, every: Every = 1) -> None:
+    """Layout of right plain images of "a X and a Y": centers mainly side by side, or one above the other."""
+    prompts = [prompt for prompt in benchmark_prompts()[::every] if " and " in prompt]
+    rows = [r for r in verdicts("pairs", prompts, range(seeds), out, fresh) if r["success"] and r["shift"]]
+    steep = np.array([abs(r["shift"][1]) / max(1e-6, abs(r["shift"][0])) for r in rows])
+    show(
+        "right images of two things: side by side (direction within 30 degrees of the horizontal)",
+        steep < 0.577,
+        "<= .60",
+    )
+    show("right images of two things: one above the other (within 30 degrees of the vertical)", steep > 1.732, ">= .15")
+    show("right images of two things: centers farther apart sideways than vertically", steep < 1)
+
+
+@app.command()
+def three(seeds: int = SEEDS, out: Out = Path("work/benchmarks"), fresh: bool = False) -> None:
+    """Prompts with three things: success."""
+    rows = verdicts("three", list(suite("three-entities")), range(seeds), out, fresh)
+    show("three things: success", [r["success"] for r in rows], ">= .20")
+    show("three things: all present", [r["present"] for r in rows])
+
+
+@app.command()
 def words(seeds: int = SEEDS, out: Out = Path("work/benchmarks"), fresh: bool = False, every: Every = 1) -> None:
     """The words carry the meaning: end-of-text and padding replaced by an empty prompt's."""
     prompts = benchmark_prompts()[::every]
@@ -321,6 +415,20 @@ def cost(images: int = 5) -> None:
 
 
 @app.command()
+def scenes(out: Path = Path("work/benchmarks/scenes.png"), seed: int = 1_000_003) -> None:
+    """36 composed scenes, unpicked: 12 of one thing, 16 pairs, 5 of three and 3 of four things."""
+    rng, page = np.random.default_rng(seed), Image.new("RGB", (6 * 128, 6 * 128))
+    counts = rng.permutation([1] * 12 + [2] * 16 + [3] * 5 + [4] * 3)
+    for i, count in enumerate(counts):
+        alone = replace(test_world(), entities=tuple(float(k == count - 1) for k in range(count)))
+        scene = sample(alone, rng)
+        page.paste(Image.fromarray(scene.image), (i % 6 * 128, i // 6 * 128))
+        print(f"{scene.layout}: {scene.caption}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    page.save(out, optimize=True)
+
+
+@app.command()
 def sheet(out: Path = Path("work/benchmarks/contact_sheet.png")) -> None:
     """36 images, seeds 0 to 35, unpicked: prompts of one, two and three things in turn."""
     pipe = elakit.load("picture-world")
@@ -354,7 +462,7 @@ def all_(fresh: bool = False) -> None:
     """Every part in a process of its own."""
     for part in PARTS:
         command = [sys.executable, "-m", "benchmarks.picture_world", part]
-        subprocess.run(command + ["--fresh"] * (fresh and part in ("singles", "pairs", "words")), check=True)
+        subprocess.run(command + ["--fresh"] * (fresh and part in ("singles", "pairs", "three", "words")), check=True)
 
 
 if __name__ == "__main__":

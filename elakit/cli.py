@@ -1,9 +1,9 @@
-"""The command line: ``elakit diagnose``, ``run``, ``sweep``, ``predict``, ``models`` and ``lab``."""
+"""The command line: ``elakit run``, ``diagnose``, ``sweep``, ``predict``, ``models``, ``doctor`` and ``lab``."""
 
 from __future__ import annotations
 
 import io
-import subprocess
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,12 +11,30 @@ from typing import Annotated, Any
 import typer
 
 import elakit
-from elakit.cli_options import Device, Dtype, Model, Prompt, Scale, Steps
+from elakit import checks, files
+from elakit.cli_options import (
+    Device,
+    Dtype,
+    Height,
+    Lora,
+    Model,
+    Negative,
+    Options,
+    Prompt,
+    Scale,
+    Scheduler,
+    Steps,
+    Variant,
+    Width,
+    load_pipeline,
+    method_options,
+)
 from elakit.diagnosis.cli import diagnose
+from elakit.doctor import doctor
 from elakit.errors import ElakitError, OutputError, SettingError
 from elakit.guidance.registry import METHODS, without_regions
+from elakit.lab import lab
 from elakit.prediction.cli import app as predict
-from elakit.resources import data_path
 from elakit.sweep.cli import app as sweep
 
 app = typer.Typer(
@@ -42,59 +60,74 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 def run(
     prompt: Prompt,
     out: Annotated[Path, typer.Option(help="Folder for image, recording and settings.")],
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 0,
     method: Annotated[str, typer.Option(help=f"plain, or a guidance method: {', '.join(METHODS)}.")] = "plain",
+    options: Options = None,
     regions: Annotated[
         str | None,
         typer.Option(
-            help="A box for each entity, for methods that take regions: left,top,right,bottom in shares of the "
-            'image, with semicolons between them, such as "0,0,0.5,1;0.5,0,1,1".'
+            help="One box per entity, for methods that take regions: left,top,right,bottom as fractions of the image, "
+            'separated by semicolons, such as "0,0,0.5,1;0.5,0,1,1".'
         ),
     ] = None,
     model: Model = "picture-world",
     steps: Steps = None,
     scale: Scale = None,
+    negative_prompt: Negative = None,
+    height: Height = None,
+    width: Width = None,
+    scheduler: Scheduler = None,
+    lora: Lora = None,
+    variant: Variant = None,
     device: Device = None,
     dtype: Dtype = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a run that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")] = False,
 ) -> None:
-    """Draw one image, record its attention, and save both; open it again with elakit.open_run."""
+    """Generate one image, record its attention, and save both; elakit.open_run opens the folder.
+
+    Example: elakit run "a cat and a lion" --method ela --seed 3 --out cat-lion
+    """
     if method not in ("plain", *METHODS):
         raise SettingError(f"--method {method}: choose from plain, {', '.join(METHODS)}.")
-    if not out.absolute().parent.is_dir():
-        raise OutputError(
-            f"--out {out}: there is no folder {out.parent}. Create it (mkdir -p), or choose one that exists."
-        )
-    if out.exists() and not (overwrite and (out / "run.json").exists()):
-        raise OutputError(f"--out {out} exists already. Choose another folder, or --overwrite a run that is there.")
-    if method == "plain" and regions is not None:
-        raise SettingError(f"--regions {regions}: plain drawing takes no regions; add --method ela.")
-    guidance = None if method == "plain" else _guidance(method, regions)
-    pipe = _load(model, device, dtype)
-    drawn = elakit.generate(pipe, prompt, seed=seed, steps=steps, guidance_scale=scale, guidance=guidance)
-    path = drawn.save(out, overwrite=overwrite)
-    typer.echo(repr(drawn.bleeding))
-    typer.echo(f"Run: {path.resolve()}")
+    _check_folder(out, overwrite)
+    if method == "plain" and (regions is not None or options):
+        given = f"--regions {regions}" if regions is not None else f"--set {(options or [''])[0]}"
+        raise SettingError(f"{given}: plain generation has no regions and no options. Add --method ela.")
+    checks.seed(seed, "--seed")
+    for name, value, low, high in (("steps", steps, 1, 1000), ("height", height, 1, None), ("width", width, 1, None)):
+        if value is not None:
+            checks.whole_number(value, name, low, high)
+    guidance = None if method == "plain" else _guidance(method, method_options(method, options), regions)
+    pipe = load_pipeline(model, device, dtype, variant=variant, scheduler=scheduler, lora=lora)
+    made = elakit.generate(
+        pipe, prompt, seed=seed, steps=steps, guidance_scale=scale, negative_prompt=negative_prompt, height=height,
+        width=width, guidance=guidance,
+    )  # fmt: skip
+    path = made.save(out, overwrite=overwrite).resolve()
+    typer.echo(repr(made.bleeding))
+    if made.nsfw:
+        typer.echo("Verdict: none, the safety checker replaced the image")
+    elif made.verdict is None:
+        typer.echo("Verdict: none, the embedded judge knows images and words of picture-world only")
+    else:
+        typer.echo(f"Verdict: {made.verdict}")
+    typer.echo(f"Image: {path / 'image.png'}")
+    typer.echo(f"Run: {path}")
 
 
 @app.command()
 def models() -> None:
-    """List the models that need no network, and say what else can be given."""
+    """List the embedded models, and the families of other models that are supported."""
     from elakit.models import EMBEDDED, FAMILIES
 
     for model in EMBEDDED.values():
         typer.echo(f"{model.name:16s}{model.summary}")
     families = ", ".join(family.family for family in FAMILIES)
-    typer.echo(f"Also: a folder that save_pretrained wrote, or a hub id such as org/model; families: {families}.")
+    typer.echo(f"Also a folder written by save_pretrained, or a hub id such as org/model. Families: {families}.")
 
 
-@app.command()
-def lab() -> None:
-    """Open the notebooks in JupyterLab."""
-    notebooks = data_path().parent / "notebooks"
-    if not notebooks.is_dir():
-        raise OutputError("The notebooks come with a checkout of the repository, not with the installed package.")
-    raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyterlab", str(notebooks)]))
+app.command()(doctor)
+app.command()(lab)
 
 
 def main() -> None:
@@ -112,29 +145,33 @@ def main() -> None:
         raise SystemExit(130) from None
 
 
-def _guidance(method: str, regions: str | None) -> Any:
-    """A method, with the boxes it is to hold the entities in."""
+def _check_folder(out: Path, overwrite: bool) -> None:
+    """Refuse, before anything is loaded, a folder that a run cannot be saved to."""
+    parent = files.check_path(out / "run.json" if os.path.isdir(out) else out, "run", "run").parent
+    if os.path.lexists(out) and not (overwrite and os.path.isfile(out / "run.json")):
+        raise OutputError(f"--out {out} exists already. Choose another folder, or --overwrite an existing run.")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"--out {out}: {parent} is not writable. Choose another folder.")
+
+
+def _guidance(method: str, options: dict[str, Any], regions: str | None) -> Any:
+    """Build a method from its options and the boxes of the entities."""
+    from elakit.guidance.metadata import build
+
     if regions is None:
-        return without_regions(method)
+        if not options:
+            return without_regions(method)
+        return build(METHODS[method], options)
     if not METHODS[method].takes_regions:
-        raise SettingError(f"--regions: {method} takes no regions; use ela, layout-guidance or boxdiff.")
+        able = [name for name, kind in METHODS.items() if kind.takes_regions]
+        raise SettingError(f"--regions: {method} takes no regions. Use one of {', '.join(able)}.")
     try:
         boxes = [tuple(float(side) for side in box.split(",")) for box in regions.split(";")]
     except ValueError:
         raise SettingError(
             f'--regions {regions}: write left,top,right,bottom for each entity, such as "0,0,0.5,1;0.5,0,1,1".'
         ) from None
-    return METHODS[method](regions=boxes)
-
-
-def _load(model: str, device: str | None, dtype: str | None) -> Any:
-    import diffusers
-    import transformers
-
-    # their loading bars would hide ours, and say nothing a user needs
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    return elakit.load(model, device=device, dtype=dtype)
+    return build(METHODS[method], {**options, "regions": boxes})
 
 
 if __name__ == "__main__":

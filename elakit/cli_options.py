@@ -1,10 +1,13 @@
-"""Options that several commands share."""
+"""Options that several commands share, and what is made of them: a pipeline, options of a method."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import ast
+from typing import Annotated, Any
 
 import typer
+
+from elakit.errors import ModelError, SettingError
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -18,3 +21,104 @@ Dtype = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option(help="Number of denoising steps. Default: the model's (picture-world: 25).")]
 Scale = Annotated[float | None, typer.Option(help="Classifier-free guidance scale. Default: the model's.")]
+Negative = Annotated[
+    str | None, typer.Option("--negative-prompt", help="Prompt to avoid. Needs a guidance scale above 1.")
+]
+Height = Annotated[int | None, typer.Option(help="Height of the image in pixels. Default: the model's.")]
+Width = Annotated[int | None, typer.Option(help="Width of the image in pixels. Default: the model's.")]
+Scheduler = Annotated[
+    str | None, typer.Option(help="Scheduler class of diffusers, such as DDIMScheduler. Default: the model's.")
+]
+Lora = Annotated[str | None, typer.Option(help="LoRA weights (safetensors): a file, a folder or a hub id.")]
+Variant = Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Option of the method as METHOD.OPTION=VALUE, such as ela.anchor.step_size=0.2. May be repeated."
+    ),
+]
+
+
+def value_of(text: str) -> Any:
+    """Value of an option: a Python literal, or the text itself.
+
+    Examples
+    --------
+    >>> value_of("0.5"), value_of("(1, 2)"), value_of("otsu")
+    (0.5, (1, 2), 'otsu')
+    """
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text  # a bare word, such as gradient=raw
+
+
+def method_options(method: str, settings: list[str] | None) -> dict[str, Any]:
+    """Options of one method from ``METHOD.OPTION=VALUE``.
+
+    Raises
+    ------
+    SettingError
+        Raised when a setting is not of that form, names another method, or is given twice.
+
+    Examples
+    --------
+    >>> method_options("ela", ["ela.anchor.step_size=0.2"])
+    {'anchor.step_size': 0.2}
+    """
+    options: dict[str, Any] = {}
+    for setting in settings or []:
+        target, equals, value = setting.partition("=")
+        named, dot, option = target.strip().partition(".")
+        if not (equals and dot and option):
+            raise SettingError(f"--set {setting}: write METHOD.OPTION=VALUE, such as ela.anchor.step_size=0.2.")
+        if named != method:
+            raise SettingError(f"--set {setting}: the method is {method}. Write {method}.{option}=..., or --method.")
+        if option in options:
+            raise SettingError(f"--set {setting}: {target.strip()} is set twice. Give it once.")
+        options[option] = value_of(value.strip())
+    return options
+
+
+def load_pipeline(
+    model: str,
+    device: str | None = None,
+    dtype: str | None = None,
+    *,
+    variant: str | None = None,
+    scheduler: str | None = None,
+    lora: str | None = None,
+) -> Any:
+    """Load a pipeline with the options of the command line; loading bars of the libraries are not shown.
+
+    Raises
+    ------
+    ModelError
+        Raised when the model or the LoRA weights cannot be loaded.
+    SettingError
+        Raised when the device, data type or scheduler does not exist or does not fit the model.
+    """
+    import diffusers
+    import transformers
+
+    import elakit
+
+    # their loading bars would hide the progress of the command
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    pipe = elakit.load(model, device=device, dtype=dtype, **({} if variant is None else {"variant": variant}))
+    if scheduler is not None:
+        compatible = {kind.__name__: kind for kind in pipe.scheduler.compatibles}
+        if scheduler not in compatible:
+            choices = ", ".join(sorted(compatible)) or type(pipe.scheduler).__name__
+            raise SettingError(f"--scheduler {scheduler}: choose from {choices}.")
+        pipe.scheduler = compatible[scheduler].from_config(pipe.scheduler.config)
+    if lora is not None:
+        if not hasattr(pipe, "load_lora_weights"):
+            raise SettingError(f"--lora {lora}: {type(pipe).__name__} takes no LoRA weights.")
+        try:
+            pipe.load_lora_weights(lora, use_safetensors=True)
+        except Exception as error:  # peft, diffusers, safetensors and the hub client raise a dozen kinds
+            step = " Install peft with  pip install 'elakit[lora]'." if "peft" in str(error).lower() else ""
+            raise ModelError(f"--lora {lora} cannot be loaded: {(str(error).splitlines() or [''])[0]}{step}") from error
+    return pipe

@@ -306,7 +306,7 @@ def check_path(path: str | Path, what: str = "report", example: str = "report.ht
     path : str or pathlib.Path
         File that is to be written later.
     what : str
-        What the file will contain, for the message.
+        Description of the file's content, for the message.
     example : str
         File name that the message suggests where a folder was given.
 

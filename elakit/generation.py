@@ -433,5 +433,7 @@ def _progress_bar(pipe: Any, shown: bool) -> Iterator[None]:
 def _one_each(answer: bool | Sequence[bool], images: int) -> list[bool]:
     answers = [bool(answer)] * images if isinstance(answer, bool | np.bool_) else [bool(one) for one in answer]
     if len(answers) != images:
-        raise SettingError(f"guide_if gave {len(answers)} answers for {images} images; give True, False, or one each.")
+        raise SettingError(
+            f"guide_if gave {len(answers)} answers for {images} images; give True, False, or one answer per image."
+        )
     return answers

@@ -53,7 +53,7 @@ class Run:
     recording : Recording or None
         Recorded attention; None when the run was not recorded.
     guidance : Trace or None
-        What guidance did; None for a plain run.
+        Trace of guidance; None for a plain run.
     nsfw : bool
         True if the pipeline's safety checker replaced the image; such an image is not judged.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,9 @@ from commands import call
 PAIR = "a [cat] and a [lion]"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["diagnose", "--help"], ["run", "--help"], ["models"], ["--version"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["diagnose", "--help"], ["run", "--help"], ["models"], ["lab", "--help"], ["--version"]]
+)
 def test_help_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     assert call(monkeypatch, *words) == 0
     assert len(capsys.readouterr().out) > 10
@@ -50,6 +54,121 @@ def test_run_saves_what_open_run_opens(
     assert "exists already" in capsys.readouterr().err
 
 
+def test_run_takes_the_options_of_generation_and_prints_verdict_and_image(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import elakit
+
+    folder = tmp_path / "run"
+    words = [
+        "run",
+        PAIR,
+        "--steps",
+        "3",
+        "--negative-prompt",
+        "a dog",
+        "--height",
+        "128",
+        "--width",
+        "128",
+        "--scale",
+        "3",
+    ]
+    words += ["--scheduler", "EulerDiscreteScheduler", "--method", "ela", "--set", "ela.anchor.step_size=0.2"]
+    assert call(monkeypatch, *words, "--out", str(folder)) == 0
+    printed = capsys.readouterr().out
+    run = elakit.open_run(folder)
+    assert f"Image: {folder / 'image.png'}" in printed
+    assert f"Verdict: {run.verdict}" in printed
+    wanted = {"negative_prompt": "a dog", "height": 128, "guidance_scale": 3.0, "scheduler": "EulerDiscreteScheduler"}
+    assert {name: run.settings[name] for name in wanted} == wanted
+    assert run.guidance.options["anchor.step_size"] == 0.2
+
+
+def test_a_folder_whose_name_is_no_text_is_written(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    name = os.fsdecode(b"run\xff")
+    assert call(monkeypatch, "run", PAIR, "--steps", "1", "--out", str(tmp_path / name)) == 0
+    assert (tmp_path / name / "image.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--seed", str(2**64)], ["--seed=18446744073709551616", "from 0 to"]),
+        (["--steps", "1001"], ["steps=1001", "from 1 to 1000"]),
+        (["--height", "0"], ["height=0", "1 or more"]),
+        (["--out", "x" * 300], ["too long"]),
+        (["--device", "mps"], ["mps"]),
+        (["--scheduler", "Eular"], ["--scheduler Eular", "EulerDiscreteScheduler"]),
+        (["--lora", "no/such-weights"], ["--lora no/such-weights cannot be loaded"]),
+        (["--method", "ela", "--set", "ela.strength"], ["METHOD.OPTION=VALUE"]),
+        (["--method", "ela", "--set", "syngen.guided=1"], ["the method is ela"]),
+        (["--method", "ela", "--set", "ela.strength=1"], ["no option 'strength'"]),
+        (["--set", "ela.guided=1"], ["plain generation has no regions and no options"]),
+        (["--method", "syngen", "--regions", "0,0,1,1"], ["syngen takes no regions", "boxdiff"]),
+        (["--method", "boxdiff"], ["boxdiff needs regions"]),
+        (["--variant", "fp99"], ["picture-world"]),
+    ],
+)
+def test_run_refuses_wrong_options_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    words: list[str],
+    parts: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = [] if "--out" in words else ["--out", "run"]
+    assert call(monkeypatch, "run", PAIR, *words, *out) == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    assert all(part in printed for part in parts), printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_reports_versions_devices_and_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import elakit
+
+    assert call(monkeypatch, "doctor", "--model", "picture-world") == 0
+    printed = capsys.readouterr().out
+    assert all(
+        part in printed for part in ("torch", "spaCy model", "free disk space", "model picture-world", "complete")
+    )
+    pipe = elakit.load("picture-world")
+    modules = [part for part in pipe.components.values() if hasattr(part, "parameters")]
+    count = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    stated = float(re.search(r"([\d.]+) million parameters", printed)[1])
+    assert stated == pytest.approx(count / 1e6, rel=0.02, abs=1)
+    assert call(monkeypatch, "doctor", "--model", "no/such-model") == 2
+    assert "not on this machine" in capsys.readouterr().err
+
+
+def test_lab_of_an_installed_package_copies_the_notebooks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from elakit import lab
+
+    package = tmp_path / "site-packages" / "elakit"
+    shipped = package / "_notebooks"
+    shipped.mkdir(parents=True)
+    for name in ("01.ipynb", "02.ipynb"):
+        (shipped / name).write_text("{}")
+    calls: list[list[str]] = []
+    monkeypatch.setattr(lab, "notebooks_path", lambda: shipped)
+    monkeypatch.setattr(lab, "__file__", str(package / "lab.py"))
+    monkeypatch.setattr(lab.subprocess, "call", lambda words: calls.append(words) or 0)
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "lab", "--no-browser", "--port", "8890", "--allow-root") == 0
+    assert calls[0][1:] == ["-m", "jupyterlab", "elakit-notebooks", "--no-browser", "--port=8890", "--allow-root"]
+    (tmp_path / "elakit-notebooks" / "01.ipynb").write_text("mine")
+    (tmp_path / "elakit-notebooks" / "02.ipynb").unlink()
+    assert call(monkeypatch, "lab") == 0
+    assert (tmp_path / "elakit-notebooks" / "01.ipynb").read_text() == "mine"
+    assert (tmp_path / "elakit-notebooks" / "02.ipynb").read_text() == "{}"
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -57,8 +176,8 @@ def test_run_saves_what_open_run_opens(
         (["diagnose", "a [cat and a dog"], ["["]),
         (["diagnose", "under and over"], ["brackets"]),
         (["diagnose", PAIR, "--model", "image-wold"], ["image-wold", "picture-world"]),
-        (["diagnose", PAIR, "--steps", "-5"], ["steps=-5", "1 or more"]),
-        (["diagnose", PAIR, "--seeds", "0"], ["--seeds 0", "1 or more"]),
+        (["diagnose", PAIR, "--steps", "-5"], ["steps=-5", "from 1 to 1000"]),
+        (["diagnose", PAIR, "--seeds", "0"], ["--seeds=0", "from 1 to"]),
         (["diagnose", PAIR, "--method", "magic"], ["magic", "ela"]),
         (["diagnose", PAIR, "--out", "no/such/folder/r.html"], ["no/such/folder", "there is no folder"]),
         (["diagnose", PAIR, "--device", "tpu9"], ["tpu9"]),

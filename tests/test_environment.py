@@ -18,7 +18,7 @@ import elakit
 
 ROOT = Path(__file__).parents[1]
 # Imported where they are used, with a message that names the package to install.
-OPTIONAL: set[str] = set()
+OPTIONAL = {"imageio-ffmpeg"}
 CONDA_NAMES = {"lazy-loader": "lazy_loader", "torch": "pytorch", "huggingface-hub": "huggingface_hub"}
 
 

@@ -63,7 +63,7 @@ def test_a_run_may_be_watched_and_ended_after_any_step() -> None:
         stop_if=third_step,
         progress=False,
     )
-    # a step's end is told before guidance moves the latents for the next
+    # the end of a step is reported before guidance moves the latents for the next
     assert seen == [(0, 0, 1), (1, 1, 2), (2, 2, 3)]
     assert run.settings["stopped"] == 3
     assert run.recording.steps == (0, 1, 2)

@@ -29,7 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "causes prediction",
         "sweep diagnosis",
         "widgets",
-        "cli",
+        "cli doctor lab __main__",
     )
 )
 

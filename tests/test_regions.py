@@ -1,4 +1,4 @@
-"""Localization: from attention maps to one region an entity."""
+"""Localization: one region per entity, disjoint, and close to the figure of the paper."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_default_works_the_same_whatever_the_unit_of_attention(figure):
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_cleaning_small_components_only_removes_cells(figure, keep):
+def test_cleaning_small_components_only_removes_locations(figure, keep):
     plain = localize(figure.maps, figure.sot)
     clean = localize(figure.maps, figure.sot, keep_components=keep)
     assert not (clean.masks & ~plain.masks).any()
@@ -155,14 +155,14 @@ def test_smoothing_drops_a_lone_cell():
 # --- neglected entities and degenerate maps -----------------------------------------------------------------
 
 
-def test_a_neglected_entity_gets_the_free_cells_where_it_is_strongest():
+def test_a_neglected_entity_gets_the_free_locations_where_it_is_strongest():
     strong = np.array([[0.9, 0.9, 0.0, 0.0], [0.9, 0.9, 0.0, 0.0]])
     weak = np.array([[0.08, 0.08, 0.07, 0.01], [0.08, 0.08, 0.02, 0.03]])
     regions = localize([strong, weak], np.ones((2, 4)), min_area=2)
     assert regions.floored == (False, True)
     assert regions.masks[0].sum() == 4  # the strong one keeps its region
     assert regions.masks[1].astype(int).tolist() == [[0, 0, 1, 0], [0, 0, 0, 1]]
-    assert "entity 1 2 cells (floor)" in repr(regions)
+    assert "entity 1 2 locations (floor)" in repr(regions)
 
 
 def test_a_neglected_entity_takes_from_the_large_when_nothing_is_free():
@@ -179,9 +179,9 @@ def test_a_region_that_is_too_small_is_filled_up():
 
 
 def test_default_floor_is_two_percent_of_the_map():
-    for size, cells in ((16, 5), (8, 1), (32, 20)):
+    for size, area in ((16, 5), (8, 1), (32, 20)):
         silent = localize(np.zeros((1, size, size)), np.ones((size, size)))
-        assert silent.masks.sum() == cells
+        assert silent.masks.sum() == area
 
 
 def test_identical_maps_settle_every_tie_for_the_first():
@@ -305,7 +305,7 @@ def test_maps_need_not_be_square():
         wide[entity, :, 3 * entity : 3 * entity + 2] = 0.4
     regions = localize(wide, np.full((4, 9), 0.5))
     assert regions.masks.sum(axis=(1, 2)).tolist() == [8, 8, 8]
-    assert repr(regions).startswith("Regions(4x9: entity 0 8 cells")
+    assert repr(regions).startswith("Regions(4x9: entity 0 8 locations")
 
 
 def test_steps_are_localized_each_by_itself(figure):
@@ -363,9 +363,9 @@ GOOD = np.ones((2, 3, 4))
             GOOD,
             GOOD[0],
             {"differentiation": "max"},
-            "'max' is unknown; choose one of 'argmax', 'subtract-max'",
+            "differentiation='max': must be one of 'argmax', 'subtract-max'",
         ),
-        (GOOD, GOOD[0], {"binarization": "li"}, "'li' is unknown; choose one of 'background', 'otsu'"),
+        (GOOD, GOOD[0], {"binarization": "li"}, "binarization='li': must be one of 'background', 'otsu'"),
         (GOOD, GOOD[0], {"threshold": -0.1}, "threshold=-0.1"),
         (GOOD, GOOD[0], {"threshold": float("nan")}, "threshold=nan"),
         (GOOD, GOOD[0], {"threshold": "high"}, "threshold='high'"),

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from elakit import checks
-from elakit.cli_options import PROMPT, Device, Dtype, Model, Scale, Steps
+from elakit.cli_options import PROMPT, Device, Dtype, Model, Scale, Steps, load_pipeline
 from elakit.errors import SettingError
 from elakit.guidance.registry import METHODS
 
@@ -100,7 +100,7 @@ def _diagnose_one(
     from elakit.prediction import load_predictor
 
     loaded = None if predictor is None else load_predictor(predictor)
-    pipe = _load(resources)
+    pipe = load_pipeline(**resources)
     parsed = elakit.parse(prompt, pipe)
     with typer.progressbar(length=100, label="generating", file=sys.stderr, show_eta=False) as bar:
 
@@ -145,15 +145,3 @@ def _diagnose_many(file: Path, out: Path, **settings: Any) -> None:
     if survey.failed:
         typer.echo(f"{len(survey.failed)} failed. Try them again with\n  {command}", err=True)
         raise typer.Exit(1)
-
-
-def _load(resources: dict[str, Any]) -> Any:
-    import diffusers
-    import transformers
-
-    import elakit
-
-    # their loading bars would hide the progress of the command
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    return elakit.load(resources["model"], device=resources["device"], dtype=resources["dtype"])

@@ -16,6 +16,7 @@ from elakit.guidance.method import Loss, Update
 from elakit.prompt import Prompt
 
 TERMS = ("outside", "presence", "intrusion", "attributes")
+NEEDED, ENOUGH = 1.3, 0.8
 LATE = 0.2  # default start of guidance where regions are localized: earlier maps are nearly noise
 
 
@@ -42,8 +43,12 @@ class LatentStep:
         Step size at the last guided step, as a share of `step_size`; linear in between.
     gradient : {"normalized", "raw"}
         Whether the gradient is scaled to a root mean square of 1.
+    needed : float, optional
+        An image whose loss is at most this value at its first guided step is not guided at all: its entities are where
+        they belong. The default was chosen on picture-world. Where a model's losses are always larger, every image is
+        guided; None guides every image, too.
     enough : float, optional
-        An image whose loss is at most this value at a guided step is not changed from then on.
+        An image whose loss is at most this value at a later guided step is not changed from then on.
     outside : float
         Weight of the squared share of each entity's attention that lies outside its region. The closest published
         form is the loss of layout guidance (Chen et al., WACV 2024).
@@ -70,12 +75,13 @@ class LatentStep:
     """
 
     start: float | None = None
-    guided: float = 0.3
+    guided: float = 0.36
     every: int = 1
     step_size: float = 0.1
     decay: float = 0.5
     gradient: Literal["normalized", "raw"] = "normalized"
-    enough: float | None = None
+    needed: float | None = NEEDED
+    enough: float | None = ENOUGH
     outside: float = 1.0
     presence: float = 1.0
     intrusion: float = 0.5
@@ -89,8 +95,9 @@ class LatentStep:
         whole_number(self.every, "every", 1, **own)
         for option in ("step_size", "decay", *TERMS):
             real_number(getattr(self, option), option, 0, **own)
-        if self.enough is not None:
-            real_number(self.enough, "enough", 0, **own)
+        for option in ("needed", "enough"):
+            if getattr(self, option) is not None:
+                real_number(getattr(self, option), option, 0, **own)
         choice(self.gradient, "gradient", ("normalized", "raw"), **own)
         if not any(getattr(self, term) for term in TERMS):
             refuse(0, "outside", "above 0 if presence, intrusion and attributes are 0", **own)
@@ -117,7 +124,7 @@ class LatentStep:
             return gradient
         return gradient / gradient.pow(2).mean().sqrt().clamp_min(torch.finfo(gradient.dtype).tiny)
 
-    def loss(self, maps: Tensor, masks: np.ndarray, prompt: Prompt) -> Loss:
+    def loss(self, maps: Tensor, masks: np.ndarray, prompt: Prompt, *, first: bool = False) -> Loss:
         """Anchoring loss.
 
         Parameters
@@ -127,6 +134,8 @@ class LatentStep:
         masks : ndarray, bool, (entity, y, x)
             Regions, constants of the loss.
         prompt : Prompt
+        first : bool
+            Whether this is the first guided step of the image, in which `needed` counts instead of `enough`.
 
         Returns
         -------
@@ -141,7 +150,8 @@ class LatentStep:
             "attributes": attributes_outside(maps, regions, prompt),
         }
         total = torch.stack([getattr(self, name) * term for name, term in terms.items()]).sum()
-        enough = self.enough is not None and float(total.detach()) <= self.enough
+        least = self.needed if first else self.enough
+        enough = least is not None and float(total.detach()) <= least
         return Loss(total, {name: float(term.detach()) for name, term in terms.items()}, masks, enough=enough)
 
 

@@ -1,10 +1,11 @@
-"""Runs any guidance method: a conditional pass up to the last layer its loss reads, its gradient, a step of the latent.
+"""Engine of all guidance methods: a conditional pass up to the last layer read, the loss's gradient, a latent step.
 
-A method says which layers it reads, what it loses and how far to step (`elakit.guidance.method`); this module does the
-rest, for every method alike: weights frozen, fused attention kept, the network beyond the last layer skipped, loss and
-gradient in at least float32, no gradient outside the guided steps. It enters a pipeline through given latents (before
-the first step) and its step callback (before every later one), so no pipeline's ``__call__`` is copied. Methods that
-hold attention in the pipeline's own passes do it by hooks (`elakit.guidance.holding`).
+A method defines the layers it reads, its loss and its step sizes (`elakit.guidance.method`); this module does the
+rest in the same way for every method: weights are frozen, fused attention is kept, the network beyond the last layer is
+skipped, loss and gradient are computed in at least float32, and there is no gradient outside the guided steps. It
+enters a pipeline through given latents (before the first step) and its step callback (before every later step), so no
+pipeline's ``__call__`` is copied. Methods that restrict attention in the pipeline's own passes use hooks
+(`elakit.guidance.holding`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from elakit.guidance.trace import Trace
 from elakit.models import Adapter, AttentionLayer, Conditioning, adapter_for
 from elakit.prompt import Prompt
 
-# fp16 gradients of a loss of order one underflow; scaling by a power of two loses no digit
+# fp16 gradients of a loss of order one underflow; scaling by a power of two is exact
 _FP16_SCALE = 256.0
 
 
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Enough(Exception):
-    """Ends a pass after the last layer that is read."""
+    """Raised to end a pass after the last layer that is read."""
 
 
 ReadAttention = Callable[[Tensor, Tensor, Conditioning], list[Attention]]
@@ -46,9 +47,10 @@ ReadAttention = Callable[[Tensor, Tensor, Conditioning], list[Attention]]
 
 @contextmanager
 def reading(adapter: Adapter, layers: Sequence[AttentionLayer], *, reads_self: bool = False) -> Iterator[ReadAttention]:
-    """Inside, attention of conditional passes can be had, stopped after the last of the layers; differentiable.
+    """Context that gives the differentiable attention of conditional passes, which stop after the last layer read.
 
-    Gradients are to be taken inside too: with gradient checkpointing the backward runs parts of the pass again.
+    Compute gradients inside the context, too: with gradient checkpointing the backward pass repeats parts of the
+    forward pass.
 
     Parameters
     ----------
@@ -56,31 +58,31 @@ def reading(adapter: Adapter, layers: Sequence[AttentionLayer], *, reads_self: b
     layers : sequence of AttentionLayer
         In forward order.
     reads_self : bool
-        Also the self-attention of the layers' blocks.
+        Whether the self-attention of the layers' blocks is read, too.
 
     Yields
     ------
     callable
-        ``read(latents, timestep, conditioning)``, of latents (n, c, h, w), or packed as the pipeline has them (FLUX),
-        scaled by the scheduler, gives an `Attention` an image; probabilities in float32 or float64.
+        ``read(latents, timestep, conditioning)`` for latents (n, c, h, w), or packed as the pipeline has them (FLUX),
+        scaled by the scheduler, returns one `Attention` per image; probabilities are float32 or float64.
 
     Raises
     ------
     SettingError
-        No layer is given, or there is no self-attention to read.
+        Raised when no layer is given, or when there is no self-attention to read.
     """
     if not layers:
         raise SettingError(
             "Guidance reads no attention layer: none of the model's layers fits its `layers` and `size`."
         )
     beside = adapter.self_layers(layers) if reads_self else ()
-    cross: list[Tensor] = []  # a layer, (n, heads, token, y, x)
-    own: list[Tensor] = []  # a layer, (n, heads, y, x, y, x)
+    cross: list[Tensor] = []  # per layer, (n, heads, token, y, x)
+    own: list[Tensor] = []  # per layer, (n, heads, y, x, y, x)
     forward = False
 
     def collect(layer: AttentionLayer, attend: Attend, size: tuple[int, int]) -> None:
         attention = attend(slice(None)).unflatten(2, size)  # (n, heads, y, x, keys)
-        if not forward:  # a checkpoint computes again what the backward needs, this attention with it
+        if not forward:  # a checkpoint repeats parts of the pass for the backward pass, this attention included
             return
         if layer in beside:
             own.append(attention.unflatten(-1, size))
@@ -120,23 +122,23 @@ def gradient(
     states: Sequence[Any] | None = None,
     refining: Callable[[Loss], bool] | None = None,
 ) -> tuple[list[Loss], Tensor]:
-    """A method's loss at each latent of a batch, and its gradient there.
+    """Loss of a method at each latent of a batch, and its gradient.
 
     Parameters
     ----------
     latents : Tensor, (n, c, h, w), or packed as the pipeline has them (FLUX)
         As the scheduler keeps them (not scaled).
     states : sequence of n
-        Of the images; by default those of a run's beginning.
+        States of the images; by default those at the start of a run.
     refining : callable, optional
         Whether an update of refinement follows a loss, so that the gradient is that of `Loss.refinement`.
 
     Returns
     -------
     losses : list of Loss
-        One an image.
+        One per image.
     gradient : Tensor, of the latents' shape
-        In float32 (float64 for float64 latents); images do not see each other. Zero where all losses are low enough.
+        In float32 (float64 for float64 latents); images are independent. Zero if all losses are small enough.
     """
     if states is None:
         states = [method.begin(prompt, len(adapter.pipe.scheduler.timesteps)) for _ in latents]
@@ -151,7 +153,7 @@ def gradient(
             for loss in losses
         ]
         total = torch.stack(objectives).sum()
-        # A loss may be constant where nothing is left to gain.
+        # A loss may be constant, without a graph.
         wanted = total.requires_grad and not all(loss.enough for loss in losses)
         grad = torch.autograd.grad(total * scale, z)[0] if wanted else torch.zeros_like(z)
     return losses, grad / scale
@@ -169,7 +171,7 @@ def _scaled(adapter: Adapter, latents: Tensor, timestep: Tensor) -> Tensor:
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """No weight wants a gradient inside; what wanted one before wants it again afterwards."""
+    """Context in which no weight requires a gradient; the previous state is restored afterwards."""
     wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
@@ -182,11 +184,10 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def checkpointing(pipe: Any) -> Iterator[None]:
-    """Guidance inside keeps less for its backward, which computes it again: less memory, more time.
+    """Context in which guidance uses gradient checkpointing: less memory, more time.
 
-    It is diffusers' own gradient checkpointing, a residual or transformer block at a time, switched on for passes with
-    a gradient alone and put back as it was afterwards, whatever happens. Gradients are the same; passes of the sampler
-    cost nothing more.
+    Uses the gradient checkpointing of diffusers, one residual or transformer block at a time. Its previous state is
+    restored afterwards, whatever happens. Gradients are the same; passes of the sampler cost the same.
 
     Parameters
     ----------
@@ -195,7 +196,7 @@ def checkpointing(pipe: Any) -> Iterator[None]:
     Raises
     ------
     SettingError
-        The model has no checkpoints.
+        Raised when the model does not support gradient checkpointing.
 
     Examples
     --------
@@ -234,6 +235,9 @@ def noise_levels(scheduler: Any) -> list[float]:
     """
     timesteps = scheduler.timesteps
     alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None and not hasattr(scheduler, "sigmas"):  # IPNDM names the two parts betas and alphas
+        parts = zip(scheduler.betas[: len(timesteps)], scheduler.alphas[: len(timesteps)], strict=True)
+        return [float(noise / signal.clamp_min(1e-3)) for noise, signal in parts]
     if alphas is None or getattr(scheduler.config, "use_flow_sigmas", False):
         # Flow matching: signal 1 - sigma, noise sigma.
         return [float(s / (1 - s).clamp_min(1e-3)) for s in scheduler.sigmas[: len(timesteps)]]
@@ -242,7 +246,7 @@ def noise_levels(scheduler: Any) -> list[float]:
 
 
 def acts(updates: Sequence[Update]) -> bool:
-    """Whether a plan moves the latent or restricts attention at any step."""
+    """True if a plan moves the latent or restricts attention at any step."""
     return any(update.size or update.hold for update in updates)
 
 
@@ -262,19 +266,19 @@ def check_inference(denoiser: nn.Module) -> None:
 
 
 class Guide:
-    """One guided run: moves the latents before each denoising step, and keeps a trace an image.
+    """Guidance of one run: moves the latents before each denoising step, and keeps one trace per image.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
-        Its scheduler is set to the run's timesteps.
+        Pipeline whose scheduler is set to the run's timesteps.
     method : Method
     prompt : Prompt
     conditioning : Conditioning
     latent : tuple of int
         (h, w) of the latent.
     images : int
-        In the batch.
+        Number of images in the batch.
     """
 
     def __init__(
@@ -301,39 +305,39 @@ class Guide:
         self.states = [method.begin(prompt, len(pipe.scheduler.timesteps)) for _ in range(images)]
         options, labels = options_of(method), tuple(e.label for e in prompt.entities)
         self.traces = [Trace(method.name, options, labels) for _ in range(images)]
-        self.done: set[int] = set()  # images with nothing left to fix
-        self.left_alone: set[int] = set()  # those of them that never were to be guided
+        self.done: set[int] = set()  # images that are not guided any more
+        self.left_alone: set[int] = set()  # those of them that were never to be guided
         self.holder: Holder | None = None
         if isinstance(method, Holds) and any(update.hold for update in self.updates):
             self.holder = Holder(self.adapter, self.layers, images)
         rows, columns = (-(-side // self.layers[0].factor) for side in latent) if self.layers else (0, 0)
-        self.map_size = rows, columns  # of what is read
+        self.map_size = rows, columns  # of the maps read
 
     def holding(self) -> AbstractContextManager[None]:
-        """To be entered around the pipeline's call: the passes inside are held as the method says."""
+        """Context for the pipeline's call, in which passes are restricted as the method defines."""
         return nullcontext() if self.holder is None else self.holder()
 
     def only(self, needed: Sequence[bool]) -> None:
-        """Leave alone, from here on, the images that do not need guidance."""
+        """Do not guide, from this step on, the images that do not need it."""
         self.left_alone = {i for i, one in enumerate(needed) if not one}
         self.done |= self.left_alone
 
     def start(self, noise: Tensor, scale: float, timestep: Tensor) -> Tensor:
-        """The noise that a run starts from, moved for its first step.
+        """Initial noise of a run, moved for the first step.
 
         Parameters
         ----------
         noise : Tensor, (n, c, h, w), or packed as the pipeline has it (FLUX)
-            Of unit variance.
+            Noise of unit variance.
         scale : float
-            The scheduler's own starting latents are so many times the noise.
+            Ratio of the scheduler's initial latents to the noise.
         timestep : Tensor, scalar
-            The first.
+            First timestep.
 
         Returns
         -------
         Tensor, of the noise's shape
-            The very same object where the method leaves the start alone.
+            The same object if the first step is not guided.
         """
         method = self.method
         if isinstance(method, NoiseSearch) and len(self.prompt.entities) > 1:
@@ -345,8 +349,9 @@ class Guide:
         return noise if moved is latents else moved / scale
 
     def move(self, latents: Tensor, step: int, timestep: Tensor) -> Tensor:
-        """The latents moved for a denoising step about to run; the same object where nothing is to be moved."""
+        """Latents moved for the denoising step about to run; the same object if nothing is moved."""
         update = self.updates[step] if step < len(self.updates) else Update(0.0)
+        self.done -= {i for i in self.done - self.left_alone if getattr(self.states[i], "steered", False)}
         pending = [i for i in range(len(latents)) if i not in self.done]
         if not update.size or not pending:
             return latents
@@ -389,22 +394,22 @@ class Guide:
                 skipped=not finite,
             )  # fmt: skip
             self.traces[i].add(row, loss.regions)
-        # the same object, so that the start's noise is not scaled and back, which would round it
+        # the same object, so that initial noise is not scaled back and forth, which would round it
         return latents if torch.equal(z, latents.to(z.dtype)) else z.to(latents.dtype)
 
     def _unit(self, latents: Tensor, timestep: Tensor) -> float:
-        """What brings the scheduler's latents to unit variance: 1 for most, less for Euler, LMS and Heun."""
+        """Factor that scales the scheduler's latents to unit variance: 1 for most, less for Euler, LMS and Heun."""
         return float(_scaled(self.adapter, torch.ones((), device=latents.device), timestep))
 
     def _change(self, size: float, gradient: Tensor, unit: float) -> Tensor:
-        """A step of the scheduler's latents z that is of the size asked for in latents of unit variance, u = unit * z.
+        """Step of the scheduler's latents z whose size is given for latents of unit variance, u = unit * z.
 
-        Step sizes were chosen there. dL/du is dL/dz divided by unit, and a step of u divided by unit is one of z.
+        Step sizes were chosen for u. dL/du is dL/dz divided by unit, and a step of u divided by unit is one of z.
         """
         return size * self.method.direction(gradient / unit) / unit
 
     def on_step_end(self, step: int, latents: Tensor) -> Tensor:
-        """To be called after each denoising step: moves the latents for the one that follows."""
+        """Move the latents for the next denoising step; to be called after each step."""
         timesteps = self.adapter.pipe.scheduler.timesteps
         self._held(step, timesteps[step])
         following = step + 1
@@ -414,7 +419,7 @@ class Guide:
         return self.move(latents, following, timesteps[following])
 
     def _hold(self, step: int) -> None:
-        """What is held in the pass of a step about to run."""
+        """Set the restrictions of the pass of a step about to run."""
         if self.holder is None or not isinstance(self.method, Holds):
             return
         held: list[Hold | None] = [None] * self.images
@@ -423,12 +428,12 @@ class Guide:
             for i in pending:
                 seen = self.holder.attention(i) if self.holder.seen else None
                 held[i] = self.method.hold(seen, self.map_size, self.prompt, step, self.states[i])
-        # a held pass is traced, and the one before it says where things are
+        # a restricted pass is traced, and the pass before it shows where the entities are
         follows = any(update.hold for update in self.updates[step : step + 2])
         self.holder.hold(held, read=follows and bool(pending))
 
     def _held(self, step: int, timestep: Tensor) -> None:
-        """Trace what a step's pass was held to."""
+        """Add the restricted pass of a step to the trace."""
         if self.holder is None:
             return
         for i, one in enumerate(self.holder.held):
@@ -483,7 +488,7 @@ def _row(
     refinements: int = 0,
     skipped: bool = False,
 ) -> dict[str, Any]:
-    """A step of the trace; where nothing is said of a gradient, none was taken."""
+    """One row of the trace; by default without a gradient."""
     return {
         "step": step,
         "timestep": float(timestep),

@@ -1,4 +1,4 @@
-"""Holding attention in the denoiser's own passes: words are kept to their regions without a gradient."""
+"""Restriction of attention in the denoiser's own passes: words are attended to in their regions only."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from elakit.models import Adapter, AttentionLayer
 
 
 class Holder:
-    """What is held of each image of a run, and the attention that its last pass had.
+    """Restrictions of the images of a run, and the attention of the last pass.
 
     Parameters
     ----------
     adapter : Adapter
     layers : sequence of AttentionLayer
-        Whose attention is read; all layers are held.
+        Layers whose attention is read; all layers are restricted.
     images : int
-        In the batch.
+        Number of images in the batch.
     """
 
     def __init__(self, adapter: Adapter, layers: Sequence[AttentionLayer], images: int) -> None:
@@ -35,14 +35,14 @@ class Holder:
         self.layers = layers
         self.held: list[Hold | None] = [None] * images
         self._watch = Watch(adapter)
-        self._reads = True  # whether passes are
-        self._rows: slice | None = None  # of the pass in progress that see the prompt; None: not read
-        self._read: dict[str, Tensor] = {}  # a layer, (image, 1, token, y, x)
+        self._reads = True  # whether passes are read
+        self._rows: slice | None = None  # rows of the current pass that see the prompt; None: not read
+        self._read: dict[str, Tensor] = {}  # per layer, (image, 1, token, y, x)
         self._made: dict[tuple[tuple[int, int], int], Tensor | None] = {}
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Inside, passes are read and held."""
+        """Context in which passes are read and restricted."""
         try:
             with Hooks() as hooks, tap(self.layers, self._collect), biased(self.adapter.pipe, self._bias):
                 hooks.before(self.adapter.denoiser, self._before)
@@ -52,15 +52,15 @@ class Holder:
 
     @property
     def seen(self) -> bool:
-        """Whether a pass has been read."""
+        """True once a pass has been read."""
         return bool(self._read)
 
     def attention(self, image: int) -> Attention:
-        """Of the last pass that saw the prompt, as it was held."""
+        """Attention of the last pass that saw the prompt, with its restriction."""
         return Attention(tuple(self._read[layer.name][image] for layer in self.layers))
 
     def hold(self, held: Sequence[Hold | None], *, read: bool = True) -> None:
-        """Hold these from the next pass on, and read the passes, which takes time, or do not."""
+        """Set the restrictions from the next pass on, and whether passes are read, which takes time."""
         self.held = list(held)
         self._reads = read
         self._made.clear()
@@ -71,7 +71,7 @@ class Holder:
 
     def _collect(self, layer: AttentionLayer, attend: Attend, size: tuple[int, int]) -> None:
         if self._rows is not None:
-            # the mean over heads is all that is read, and all heads of a large model would take gigabytes
+            # only the mean over heads is needed; all heads of a large model would take gigabytes
             mean = attend(self._rows).detach().mean(1, keepdim=True)
             self._read[layer.name] = mean.unflatten(2, size).movedim(-1, 2)
 
@@ -88,7 +88,7 @@ class Holder:
 
 
 def _push(bias: Tensor, held: Hold, size: tuple[int, int]) -> None:
-    """Subtract where words are not to be attended to; in place, (h*w, text positions)."""
+    """Subtract the strength outside the regions; in place, (h*w, text positions)."""
     masks = torch.from_numpy(held.masks).float()
     share = F.interpolate(masks[None], size=size, mode="area")[0].flatten(1)
     for positions, inside, mask in zip(held.tokens, share, masks, strict=True):

@@ -1,4 +1,4 @@
-"""Regions given by hand, as boxes or masks, for methods that take a layout."""
+"""Regions given by hand, as boxes or masks."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ Layout = Sequence[Region | None] | np.ndarray
 
 
 def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
-    """A layout, if it is one: boxes as tuples of numbers, masks as boolean arrays.
+    """Check a layout: boxes become tuples of numbers, masks must be boolean arrays.
 
     Parameters
     ----------
     layout : sequence of (left, top, right, bottom) or of ndarray, bool, (y, x); or ndarray, bool, (entity, y, x)
-        One an entity, in the order of the prompt. Boxes are in shares of the image, 0 to 1.
+        One region per entity, in the order of the prompt. Boxes are in shares of the image, 0 to 1.
     who : str
-        Who was given it, for the message.
+        Name of the class or function that the layout was passed to, for the message.
     partial : bool
-        Whether None may stand for an entity that has no region.
+        Whether None is allowed, for an entity without a region.
 
     Raises
     ------
     SettingError
-        It is neither, a box has no area or leaves the image, or a mask is empty.
+        Raised when the argument is neither, a box has no area or leaves the image, or a mask is empty.
 
     Examples
     --------
@@ -40,25 +40,25 @@ def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
     (None, (0.5, 0.0, 1.0, 1.0))
     """
     how = (
-        "give one box an entity, (left, top, right, bottom) in shares of the image such as (0, 0, 0.5, 1), "
+        "give one box per entity, (left, top, right, bottom) in shares of the image such as (0, 0, 0.5, 1), "
         "or boolean masks (entity, y, x)"
     )
     if isinstance(layout, np.ndarray) and layout.ndim == 3 and layout.dtype == np.bool_:
         if empty := [i for i, mask in enumerate(layout) if not mask.any()]:
-            raise SettingError(f"{who}: mask {empty[0]} is empty; {how}.")
+            raise SettingError(f"{who}: mask {empty[0]} is empty: {how}.")
         return layout
     try:
         regions = tuple(None if partial and region is None else _region(region) for region in layout)
     except (TypeError, ValueError) as error:
-        raise SettingError(f"{who}: {layout!r} is no layout; {how}.") from error
+        raise SettingError(f"{who}: {layout!r} is not a layout: {how}.") from error
     for i, region in enumerate(regions):
         if isinstance(region, np.ndarray):
             if not region.any():
-                raise SettingError(f"{who}: mask {i} is empty; {how}.")
+                raise SettingError(f"{who}: mask {i} is empty: {how}.")
         elif region is not None and not (
             len(region) == 4 and 0 <= region[0] < region[2] <= 1 and 0 <= region[1] < region[3] <= 1
         ):
-            raise SettingError(f"{who}: {region} is no box within the image; {how}.")
+            raise SettingError(f"{who}: {region} is not a box within the image: {how}.")
     return regions
 
 
@@ -77,7 +77,7 @@ def layout_masks(layout: Layout, size: tuple[int, int], entities: int, *, trunca
     size : tuple of int
         (rows, columns) of the map.
     entities : int
-        Of the prompt.
+        Number of entities in the prompt.
 
     truncate : bool
         Truncate the corners of boxes to whole locations instead of taking the locations whose center is inside.
@@ -91,7 +91,7 @@ def layout_masks(layout: Layout, size: tuple[int, int], entities: int, *, trunca
     Raises
     ------
     SettingError
-        There are not as many regions as entities.
+        Raised when there are not as many regions as entities.
 
     Examples
     --------
@@ -110,7 +110,7 @@ def _on_grid(region: Region | None, size: tuple[int, int], truncate: bool) -> np
         return np.zeros(size, bool)
     if isinstance(region, np.ndarray):
         return downscale(region[None], size)[0]
-    return _truncated(region, size) if truncate else _cells(region, size)
+    return _truncated(region, size) if truncate else _inside(region, size)
 
 
 def _truncated(box: Box, size: tuple[int, int]) -> np.ndarray:
@@ -118,11 +118,11 @@ def _truncated(box: Box, size: tuple[int, int]) -> np.ndarray:
     rows, columns = size
     inside = np.zeros(size, bool)
     inside[int(box[1] * rows) : int(box[3] * rows), int(box[0] * columns) : int(box[2] * columns)] = True
-    return inside if inside.any() else _cells(box, size)
+    return inside if inside.any() else _inside(box, size)
 
 
 def apart(masks: np.ndarray) -> np.ndarray:
-    """Masks that do not overlap: a cell of two goes to the smaller, which has more to lose.
+    """Disjoint masks: a location of two masks is assigned to the smaller one, which has more to lose.
 
     Examples
     --------
@@ -137,8 +137,8 @@ def apart(masks: np.ndarray) -> np.ndarray:
     return result
 
 
-def _cells(box: Box, size: tuple[int, int]) -> np.ndarray:
-    """Cells whose center lies in a box, or else the one that holds the box's own center; bool (y, x)."""
+def _inside(box: Box, size: tuple[int, int]) -> np.ndarray:
+    """Locations whose center lies in a box, or else the one that contains the box's center; bool (y, x)."""
     rows, columns = ((np.arange(n) + 0.5) / n for n in size)
     inside = ((rows >= box[1]) & (rows <= box[3]))[:, None] & ((columns >= box[0]) & (columns <= box[2]))
     if not inside.any():

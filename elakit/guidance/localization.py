@@ -29,9 +29,9 @@ class FromMaps:
     Parameters
     ----------
     differentiation : {"argmax", "subtract-max", "subtract-mean", "none"}
-        How the maps of the entities are compared with each other; see `elakit.regions.localize`.
+        Rule that compares the maps of the entities with each other; see `elakit.regions.localize`.
     binarization : {"background", "otsu", "mean-std", "quantile"}
-        Which locations belong to a region; see `elakit.regions.localize`.
+        Rule for the locations that belong to a region; see `elakit.regions.localize`.
     threshold : float, optional
         Share of the background's attention that an entity must exceed; .1125 by default. Only for
         ``binarization="background"``.
@@ -149,7 +149,7 @@ class FromMaps:
         return start if self.background == "start" else start + end
 
     def locks(self, step: int) -> bool:
-        """Whether the regions of a denoising step are kept for the steps that follow."""
+        """True if the regions of a denoising step are kept for the following steps."""
         return self.lock_from is not None and step >= self.lock_from
 
 
@@ -167,11 +167,17 @@ class Anchors:
         Regions given by hand.
     held : ndarray, bool (entity, y, x), or None
         Regions that attention was restricted to in the last pass, for methods that do so.
+    began : bool
+        Whether a loss was computed for the image in this run.
+    steered : bool
+        Whether regions were changed during the run; the image is then guided again, even if its loss was small enough.
     """
 
     masks: np.ndarray | None = None
     given: Layout | None = None
     held: np.ndarray | None = None
+    began: bool = False
+    steered: bool = False
 
     def steer(self, given: Layout | None) -> None:
         """Use these regions from the next guided step on; locked regions are released.
@@ -195,6 +201,7 @@ class Anchors:
         """
         self.given = None if given is None else check_layout(given, "Anchors.steer", partial=True)
         self.masks = None
+        self.steered = True
 
 
 def entity_means(maps: Tensor, prompt: Prompt) -> Tensor:
@@ -203,7 +210,7 @@ def entity_means(maps: Tensor, prompt: Prompt) -> Tensor:
 
 
 def is_complete(given: Layout | None) -> bool:
-    """Whether a layout has a region for every entity."""
+    """True for a layout with a region for every entity."""
     return given is not None and all(region is not None for region in given)
 
 

@@ -68,7 +68,7 @@ def method_options(method: type[Any]) -> tuple[Option, ...]:
 
 
 def is_part(hint: Any) -> bool:
-    """Whether the type of a field is a part, a dataclass with options of its own."""
+    """True if the type of a field is a part, a dataclass with options of its own."""
     return isinstance(hint, type) and is_dataclass(hint)
 
 

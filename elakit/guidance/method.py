@@ -1,4 +1,4 @@
-"""What a guidance method is: it reads attention, says what it loses, and how far the latent goes against that loss."""
+"""Interface of guidance methods: a method reads attention, computes a loss, and says how far the latent moves."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from elakit.prompt import Prompt
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention of one image in one pass, with its gradient.
+    """Attention of one image in one forward pass, differentiable.
 
     Attributes
     ----------
     cross : tuple of Tensor, each (head, token, y, x)
-        Raw probabilities of the selected layers, in forward order: how much of each cell's attention each token gets.
+        Raw probabilities of the selected layers, in forward order: the share of a location's attention that each token
+        gets.
     own : tuple of Tensor, each (head, y, x, y, x)
-        Self-attention of the same blocks, for methods that ask for it (``reads_self``): from a cell, to all cells.
+        Self-attention of the same blocks, for methods that ask for it (``reads_self``): from one location to all.
 
     Examples
     --------
-    >>> layer = torch.tensor([[[[0.2]], [[0.8]]], [[[0.4]], [[0.6]]]])  # two heads, two tokens, one cell
+    >>> layer = torch.tensor([[[[0.2]], [[0.8]]], [[[0.4]], [[0.6]]]])  # two heads, two tokens, one location
     >>> Attention((layer,)).mean.flatten()
     tensor([0.3000, 0.7000])
     """
@@ -57,22 +58,22 @@ def _mean(layers: Sequence[Tensor], spatial: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a method loses on the attention of one image.
+    """Loss of a method on the attention of one image.
 
     Attributes
     ----------
     total : Tensor, scalar
-        Carries the gradient.
+        Total loss, with its graph.
     terms : dict of str to float
-        Its named parts, for the trace.
+        Named parts of the loss, for the trace.
     regions : ndarray, bool, (entity, y, x), optional
-        The regions it anchors to.
+        Regions that the loss anchors to.
     goal : float, optional
         Value that refinement brings down to `Update.until`; by default the total.
     refinement : Tensor, scalar, optional
         Loss that the updates of a refinement follow; by default the total.
     enough : bool
-        Nothing is left to fix: the image is left alone from here on, and costs no more passes.
+        Whether nothing is left to fix: the image is not guided from this step on, and costs no more passes.
     """
 
     total: Tensor
@@ -85,20 +86,20 @@ class Loss:
 
 @dataclass(frozen=True)
 class Update:
-    """How the latent is moved before one denoising step.
+    """Move of the latent before one denoising step.
 
     Attributes
     ----------
     size : float
-        Step size along the method's direction; 0 leaves the step alone.
+        Step size along the method's direction; 0 for a step that is not guided.
     repeats : int
-        Further steps of that size taken first (refinement), each from a new gradient; at most so many.
+        Maximum number of further steps of that size before (refinement), each with a new gradient.
     until : float, optional
-        Refinement ends once the loss (its `goal`, if it has one) is not above this.
+        Refinement ends once the loss (its `goal`, if it has one) is at most this value.
     final : bool
-        Whether one step follows the refinement, however low the loss is.
+        Whether one step follows the refinement, whatever the loss is.
     hold : bool
-        Whether attention is held in the step's own pass (see `Holds`).
+        Whether attention is restricted in the step's own pass (see `Holds`).
     """
 
     size: float
@@ -110,12 +111,12 @@ class Update:
 
 @dataclass(frozen=True)
 class Hold:
-    """Where in an image words may be attended to.
+    """Restriction of attention: where in an image words may be attended to.
 
     Attributes
     ----------
     masks : ndarray, bool, (entity, y, x)
-        At any resolution; an entity without a cell is not held.
+        Regions at any resolution; an entity with an empty mask is not restricted.
     tokens : tuple of tuple of int
         Positions of each entity's words.
     strength : float
@@ -153,45 +154,45 @@ class Method(Protocol):
     reads_self: ClassVar[bool]
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The layers the loss reads, in forward order; latent is (h, w)."""
+        """Layers that the loss reads, in forward order; latent is (h, w)."""
 
     def begin(self, prompt: Prompt, steps: int) -> Any:
-        """State of one image's run of so many steps (such as locked regions), handed to every `loss` of it."""
+        """State of one image in a run of `steps` steps (such as locked regions), passed to every call of `loss`."""
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> Sequence[Update]:
-        """What is done before each step; `noise` is each step's ratio of noise to signal (standard deviations)."""
+        """Moves before each step; `noise` is each step's ratio of noise to signal (standard deviations)."""
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Any) -> Loss:
-        """Loss on one image's attention."""
+        """Loss on the attention of one image."""
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """The gradient of one image as it is stepped along (raw, or brought to a fixed length)."""
+        """Direction of the step of one image, given its gradient (raw, or normalized)."""
 
 
 @runtime_checkable
 class Holds(Protocol):
-    """A method that also changes attention in the denoiser's own passes, where its plan says so."""
+    """A method that also restricts attention in the denoiser's own passes, in the steps of its plan."""
 
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Any
     ) -> Hold | None:
-        """What is held in a step's pass of one image, or None, given the attention of the pass before it.
+        """Restriction in one step's pass for one image, or None, given the attention of the previous pass.
 
-        Before the first pass there is none; size is (rows, columns) of the maps that are read. `Method.loss` is asked
-        afterwards, with the attention of the pass that was held.
+        Before the first pass there is no attention; size is (rows, columns) of the maps that are read. `Method.loss`
+        is called afterwards, with the attention of the restricted pass.
         """
 
 
 @runtime_checkable
 class NoiseSearch(Protocol):
-    """A method that also chooses the noise a run starts from."""
+    """A method that also chooses the initial noise of a run."""
 
     def search(
         self, noise: Tensor, attend: Callable[[Tensor], Attention], prompt: Prompt
     ) -> tuple[Tensor, Iterable[dict[str, Any]]]:
-        """Better noise, one row of unit variance, and a row for the trace per trial.
+        """Better noise, one row of unit variance, and one row per trial for the trace.
 
-        `attend` gives the attention of a pass from given noise at the first timestep; gradients flow.
+        `attend` returns the attention of a pass from given noise at the first timestep, differentiable.
         """
 
 

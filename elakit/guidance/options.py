@@ -1,4 +1,4 @@
-"""Checks of methods' options; each names the method, the option, its value and the rule."""
+"""Checks of the options of methods; each error names the method, the option, its value and the rule."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def refuse(method: Any, option: str, rule: str) -> NoReturn:
 
 
 def check_numbers(method: Any, *options: str) -> None:
-    """Refuse options that are no finite numbers of zero or more."""
+    """Refuse options that are not finite numbers of zero or more."""
     for option in options:
         if not is_number(getattr(method, option)):
             refuse(method, option, "a number of zero or more")
 
 
 def check_whole(method: Any, *options: str, least: int = 0) -> None:
-    """Refuse options that are no whole numbers of at least so many."""
+    """Refuse options that are not whole numbers of at least `least`."""
     for option in options:
         value = getattr(method, option)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -41,13 +41,13 @@ def check_flag(method: Any, *options: str) -> None:
 
 
 def check_guided(method: Any) -> None:
-    """Refuse a ``guided`` that is no share."""
+    """Refuse a ``guided`` that is not a share."""
     if not is_number(method.guided, most=1):
         refuse(method, "guided", "between 0 and 1 (a share of the denoising steps)")
 
 
 def check_refine(method: Any, goal: str) -> None:
-    """Refuse a ``refine`` that is not (share, number, whole number) each, two at one share too; lists become tuples."""
+    """Refuse a ``refine`` that is not a sequence of (share, number, whole number); lists become tuples."""
     rule = f"a sequence of (share of the steps, {goal}, most steps taken), such as ((0.0, 0.05, 20),)"
     try:
         entries = tuple((share, least, most) for share, least, most in method.refine)
@@ -63,6 +63,6 @@ def check_refine(method: Any, goal: str) -> None:
 
 
 def is_number(value: Any, most: float = math.inf) -> bool:
-    """Whether a value is a finite number from 0 to `most`."""
+    """True for a finite number from 0 to `most`."""
     real = isinstance(value, int | float) and not isinstance(value, bool)
     return real and math.isfinite(value) and 0 <= value <= most

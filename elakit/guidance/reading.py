@@ -1,4 +1,4 @@
-"""What most methods have in common: they read maps of one size and step along the gradient as it is."""
+"""Base class of most methods: they read maps of one size and step along the raw gradient."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from elakit.prompt import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class ReadsOneSize:
-    """Base of the methods that read layers of one map size, without a state, along the raw gradient.
+    """Base class of methods that read layers of one map size, keep no state, and step along the raw gradient.
 
     Parameters
     ----------
     layers : str
         Layers read: "all", "up" (decoder), "down", "mid" or a name pattern.
     size : int, optional
-        Longer side of the maps read; by default 16, or what the model has nearest to it.
+        Longer side of the maps read; by default 16, or the nearest size that the model has.
     """
 
     layers: str = "all"
@@ -36,7 +36,7 @@ class ReadsOneSize:
     steerable: ClassVar[bool] = False
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The chosen layers whose maps are of the chosen size."""
+        """The chosen layers whose maps have the chosen size."""
         return nearest_size(select_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, type(self).__name__)
 
     def begin(self, prompt: Prompt, steps: int) -> Any:

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from elakit.checks import choice, real_number, refuse, share, whole_number
-from elakit.errors import SettingError
 from elakit.guidance.anchoring import attributes_outside, outside_share
-from elakit.guidance.ela import decoder_layers
+from elakit.guidance.ela import decoder_side_layers
 from elakit.guidance.layout import Layout, apart, check_layout, layout_masks
 from elakit.guidance.localization import Anchors, FromMaps, complete, entity_means, is_complete
-from elakit.guidance.method import Attention, Hold, Loss, Update
+from elakit.guidance.method import Attention, Hold, Loss, Update, nearest_size
+from elakit.guidance.preprocess import NATIVE_SIZE
 from elakit.models import AttentionLayer
 from elakit.prompt import Prompt
 from elakit.regions import divide
@@ -124,7 +124,9 @@ class RegionalAttention:
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
         """The layers of the chosen side whose maps have the chosen size."""
-        return decoder_layers(layers, latent, self.layers, self.size, "RegionalAttention")
+        return nearest_size(
+            decoder_side_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, "RegionalAttention"
+        )
 
     def begin(self, prompt: Prompt, steps: int) -> Anchors:
         """Initial state of a run."""
@@ -165,15 +167,15 @@ class RegionalAttention:
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Anchors) -> Loss:
         """Squared share of attention outside the regions, for the trace only: "outside" plus "attributes"."""
-        if state.held is None:
-            raise SettingError("RegionalAttention has no loss before its first restricted pass.")
-        maps, regions = attention.mean, torch.from_numpy(state.held)
+        maps = attention.mean
+        masks = self._masks(maps.detach(), prompt, state) if state.held is None else state.held
+        regions = torch.from_numpy(masks).to(maps.device)
         terms = {
-            "outside": outside_share(entity_means(maps, prompt), regions.to(maps.device)).square().mean(),
-            "attributes": attributes_outside(maps, regions.to(maps.device), prompt),
+            "outside": outside_share(entity_means(maps, prompt), regions).square().mean(),
+            "attributes": attributes_outside(maps, regions, prompt),
         }
         total = terms["outside"] + terms["attributes"]
-        return Loss(total, {name: float(term) for name, term in terms.items()}, state.held)
+        return Loss(total, {name: float(term.detach()) for name, term in terms.items()}, masks)
 
     def _masks(self, maps: Tensor, prompt: Prompt, state: Anchors) -> np.ndarray:
         """Regions of the next pass; maps (token, y, x) -> bool (entity, y, x)."""

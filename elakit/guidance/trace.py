@@ -1,4 +1,4 @@
-"""What guidance did to an image, step by step."""
+"""Trace of guidance: how an image was guided, step by step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import xarray as xr
 
 @dataclass(repr=False)
 class Trace:
-    """What guidance did to an image, step by step.
+    """Trace of the guidance of one image, step by step.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""The embedded judge's network: what every pixel of an image shows, and whether it is part of a hybrid."""
+"""The embedded judge's network: what every pixel shows, and whether it is part of a hybrid or of nothing nameable."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ SPECK = 0.15
 # A patch is part of a hybrid if its pixels say so with at least this mean probability. Chosen on 300 composed hybrids,
 # 300 pairs and 288 drawings of single things, of seeds of their own.
 MIXED = 0.3
+# A patch is unrecognizable if its pixels say so with at least this mean probability.
+UNRECOGNIZABLE = 0.5
 
 
 class Segmenter(nn.Module):
@@ -42,19 +44,21 @@ class Segmenter(nn.Module):
     ----------
     channels : tuple of int
         Widths at 1/2, 1/4, 1/8, ... of the image's side.
+    outputs : int
+        ``CLASSES + 2``; or ``CLASSES + 1`` for a judge that has no notion of the unrecognizable.
     """
 
-    def __init__(self, channels: tuple[int, ...] = CHANNELS) -> None:
+    def __init__(self, channels: tuple[int, ...] = CHANNELS, outputs: int = CLASSES + 2) -> None:
         super().__init__()
         self.stem = _convolve(3, channels[0], stride=2)
         self.down = nn.ModuleList(
             nn.Sequential(_convolve(a, b, stride=2), _convolve(b, b)) for a, b in pairwise(channels)
         )
         self.up = nn.ModuleList(_convolve(a + b, b) for a, b in zip(channels[:0:-1], channels[-2::-1], strict=True))
-        self.head = nn.Conv2d(channels[0], CLASSES + 1, 1)
+        self.head = nn.Conv2d(channels[0], outputs, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class scores, and the logit of being part of a hybrid.
+        """Class scores, and the logits of being part of a hybrid and of being unrecognizable.
 
         Parameters
         ----------
@@ -63,13 +67,13 @@ class Segmenter(nn.Module):
 
         Returns
         -------
-        Tensor, (n, 26, h, w)
-            Background, the nouns in the order of ``NOUNS``, hybrid.
+        Tensor, (n, 27, h, w)
+            Background, the nouns in the order of ``NOUNS``, hybrid, unrecognizable.
         """
         return F.interpolate(self.halved(images), size=images.shape[-2:], mode="bilinear", align_corners=False)
 
     def halved(self, images: Tensor) -> Tensor:
-        """The scores at half resolution, as the network computes them: (n, 26, h / 2, w / 2)."""
+        """The scores at half resolution, as the network computes them: (n, 27, h / 2, w / 2)."""
         x = self.stem(images)
         skips = []
         for down in self.down:
@@ -93,10 +97,11 @@ def load_segmenter() -> Segmenter:
     remedy = "Train them: python -m elakit.world.train --stage judge, and copy judge/ to data/picture-world/."
     if not path.exists():
         raise ModelError(f"The judge's weights are missing ({path.name}). {remedy}")
-    model = Segmenter()
+    weights = {name: value.float() for name, value in load_file(path).items()}
     try:
-        model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
-    except RuntimeError as error:
+        model = Segmenter(outputs=len(weights["head.weight"]))
+        model.load_state_dict(weights)
+    except (KeyError, RuntimeError) as error:
         raise ModelError(f"The judge's weights ({path.name}) do not fit this version of elakit. {remedy}") from error
     return model.eval()
 
@@ -112,11 +117,14 @@ class Seen:
     probabilities : ndarray, float32, (n, 25, size, size)
     mixed : ndarray, float32, (n, size, size)
         Probability of being part of a hybrid.
+    unrecognizable : ndarray, float32, (n, size, size)
+        Probability of being part of a shape that cannot be named; 0 from a judge that does not know the notion.
     """
 
     classes: np.ndarray
     probabilities: np.ndarray
     mixed: np.ndarray
+    unrecognizable: np.ndarray
 
 
 @torch.no_grad()
@@ -140,7 +148,9 @@ def segment(images: np.ndarray) -> Seen:
     # the mirror image is a second opinion
     scores = (model(pixels) + model(pixels.flip(-1)).flip(-1)) / 2
     probabilities = scores[:, :CLASSES].softmax(1)
-    return Seen(probabilities.argmax(1).numpy(), probabilities.numpy(), scores[:, CLASSES].sigmoid().numpy())
+    mixed, spoiled = scores[:, CLASSES].sigmoid(), scores[:, CLASSES + 1 :].sigmoid()
+    unrecognizable = spoiled[:, 0] if spoiled.shape[1] else torch.zeros_like(mixed)
+    return Seen(probabilities.argmax(1).numpy(), probabilities.numpy(), mixed.numpy(), unrecognizable.numpy())
 
 
 def find_things(image: Image.Image, nouns: Sequence[str] = ()) -> list[Thing]:
@@ -156,6 +166,7 @@ def find_things(image: Image.Image, nouns: Sequence[str] = ()) -> list[Thing]:
     -------
     list of Thing
         `score` is the mean probability of the noun over the thing's pixels: low in a drawing that is not clean.
+        Shapes that cannot be named are among them, with the most probable noun and ``recognizable=False``.
 
     Examples
     --------
@@ -194,6 +205,7 @@ def find_things(image: Image.Image, nouns: Sequence[str] = ()) -> list[Thing]:
                 float(probabilities[value][mask].mean()),
                 thing_color(pixels, mask, NOUNS[value - 1]),
                 tuple(dict.fromkeys(NOUNS[p - 1] for p in partners)),
+                bool(seen.unrecognizable[0][mask].mean() <= UNRECOGNIZABLE),
             )
         )
     return things

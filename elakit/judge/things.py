@@ -28,6 +28,8 @@ class Thing:
         Its color, one of `elakit.world.vocabulary.COLORS`; None if the mask is empty.
     mixed_with : tuple of str
         Nouns that it is fused with; empty for a thing that is no hybrid.
+    recognizable : bool
+        False for a shape that the detector cannot name: `noun` is then its best guess, and the thing does not count.
 
     Examples
     --------
@@ -43,6 +45,7 @@ class Thing:
     score: float
     color: str | None
     mixed_with: tuple[str, ...] = ()
+    recognizable: bool = True
 
     @property
     def box(self) -> tuple[int, int, int, int]:

@@ -45,7 +45,7 @@ class Verdict:
     mixtures : tuple of tuple of str
         The nouns of each hybrid in the image, such as ("cat", "lion").
     things : tuple of Thing
-        All things that were found, whether or not the prompt asks for them.
+        All things that were found, whether or not the prompt asks for them, unrecognizable shapes included.
     nouns : dict of str to str
         The noun of each entity.
     """
@@ -68,12 +68,17 @@ class Verdict:
     @property
     def counts(self) -> dict[str, int]:
         """Number of things found for each noun."""
-        return dict(Counter(thing.noun for thing in self.things))
+        return dict(Counter(thing.noun for thing in self.things if thing.recognizable))
+
+    @property
+    def unrecognizable(self) -> int:
+        """Number of shapes that cannot be named."""
+        return sum(not thing.recognizable for thing in self.things)
 
     @property
     def extra(self) -> tuple[str, ...]:
         """Nouns that occur more often than the prompt asks for, once per surplus thing; hybrids are not counted."""
-        found = Counter(thing.noun for thing in self.things if not thing.mixed_with)
+        found = Counter(thing.noun for thing in self.things if thing.recognizable and not thing.mixed_with)
         return tuple((found - Counter(self.nouns.values())).elements())
 
     @property
@@ -125,6 +130,8 @@ class Verdict:
                 owners = " and ".join(other for other in self.entities if self.asked[other] == color)
                 statements.append((f"{entity}: {color}, the color of {owners}", False))
         statements += [(f"hybrid of {' and '.join(mixture)}", False) for mixture in self.mixtures]
+        if self.unrecognizable and not all(self.present.values()):
+            statements.append(("an unrecognizable shape", False))
         return tuple(statements)
 
     def __str__(self) -> str:
@@ -180,7 +187,7 @@ def judge(image: Image.Image, prompt: Prompt, detector: Detector | None = None) 
     >>> import elakit
     >>> from elakit.world.scenes import Subject, World, compose
     >>> world, rng = World(artists=("noto",)), np.random.default_rng(5)
-    >>> scene = compose((Subject("lion"), Subject("car", "blue")), world, rng)
+    >>> scene = compose((Subject("lion"), Subject("car", "blue")), world, rng, "row")
     >>> prompt = elakit.parse("a [lion] and a [blue car]", elakit.load("picture-world"))
     >>> verdict = judge(Image.fromarray(scene.image), prompt)
     >>> verdict.present, verdict.success, verdict.counts
@@ -200,7 +207,8 @@ def judge(image: Image.Image, prompt: Prompt, detector: Detector | None = None) 
     rgb = np.asarray(image.convert("RGB"))
     nouns = [_noun(entity) for entity in prompt.entities]
     with torch.random.fork_rng(devices=[]):  # building the judge's network samples initial weights
-        things = (detector or find_things)(image, tuple(dict.fromkeys(nouns)))
+        found = (detector or find_things)(image, tuple(dict.fromkeys(nouns)))
+    things = [thing for thing in found if thing.recognizable]
     masks = np.zeros((len(nouns), *rgb.shape[:2]), bool)
     colors: list[str | None] = [None] * len(nouns)
     for noun in dict.fromkeys(nouns):
@@ -216,7 +224,7 @@ def judge(image: Image.Image, prompt: Prompt, detector: Detector | None = None) 
         masks=masks,
         leak={label: _leak(rgb[mask], asked, i) for i, (label, mask) in enumerate(zip(labels, masks, strict=True))},
         mixtures=_mixtures(things),
-        things=tuple(things),
+        things=tuple(found),
         nouns=dict(zip(labels, nouns, strict=True)),
     )
 

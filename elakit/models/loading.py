@@ -24,7 +24,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 # Buffers that old releases saved and that are computed when a model is built.
 _COMPUTED = ("position_ids", "inv_freq", "rotary_emb.inv_freq")
 # What a damaged or incomplete model raises in the libraries varies.
-_LOADING_ERRORS = (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError, NotImplementedError)
+_LOADING_ERRORS = (ImportError, OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError)
 
 
 def load(
@@ -146,15 +146,23 @@ def _check_weight_files(name: str, folder: Path) -> None:
 def _built(name: str, folder: Path, index: Mapping[str, Any], dtype: torch.dtype, variant: str | None) -> Any:
     """The pipeline, of components whose weights were all found and all used."""
     diffusers = _diffusers()
-    parts: dict[str, nn.Module] = {}
+    parts: dict[str, Any] = {}
+    tokenizers: dict[str, Any] = {}
     try:
         for part, value in index.items():
             kind = _component_class(value)
             if kind is not None and (folder / part).is_dir():
                 parts[part] = _component(name, part, kind, folder, dtype, variant)
-        return diffusers.DiffusionPipeline.from_pretrained(
+            elif (fast := _fast_tokenizer(value, folder / part)) is not None:
+                tokenizers[part] = fast
+        parts |= dict.fromkeys(tokenizers)  # which the pipeline would not take in place of the class in the index
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
             str(folder), use_safetensors=True, variant=variant, **_typed(diffusers.DiffusionPipeline, dtype), **parts
         )
+        pipe.register_modules(**tokenizers)
+        if "tokenizer" in tokenizers and hasattr(pipe, "tokenizer_max_length"):
+            pipe.tokenizer_max_length = pipe.tokenizer.model_max_length
+        return pipe
     except _LOADING_ERRORS as error:
         if isinstance(error, ModelError):
             raise
@@ -173,6 +181,19 @@ def _component_class(value: Any) -> Any:
     kind = getattr(module, kind_name, None)
     # A dummy object stands for a class whose requirements are not installed.
     return kind if inspect.isclass(kind) and issubclass(kind, nn.Module) and hasattr(kind, "from_pretrained") else None
+
+
+def _fast_tokenizer(value: Any, folder: Path) -> Any:
+    """Tokenizer of a folder that has ``tokenizer.json`` alone, which transformers before 5 reads by another class."""
+    import transformers  # slow to import
+
+    old = int(transformers.__version__.partition(".")[0]) < 5
+    known = isinstance(value, list) and value[:1] == ["transformers"] and (folder / "tokenizer.json").is_file()
+    others = ("vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+    if not (old and known) or any((folder / name).is_file() for name in others):
+        return None
+    kind = getattr(transformers, f"{str(value[1]).removesuffix('Fast')}Fast", None)
+    return None if kind is None else kind.from_pretrained(str(folder))
 
 
 def _library(name: str) -> Any:
@@ -226,7 +247,7 @@ def _variants(folder: Path, variant: str | None) -> str:
 
 @contextmanager
 def _quiet(embedded: bool) -> Iterator[None]:
-    """Silence what the libraries log at every load although nothing is wrong.
+    """Silence progress bars, and what the libraries log at every load although nothing is wrong.
 
     transformers warns about image processors that need torchvision and are not used here; diffusers warns about
     embedded models, whose autoencoder is an ``AutoencoderTiny``. Missing weights are reported by `_component`.
@@ -234,6 +255,9 @@ def _quiet(embedded: bool) -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    barred = [one for one in (diffusers_logging, transformers_logging) if one.is_progress_bar_enabled()]
+    for one in barred:
+        one.disable_progress_bar()
     loggers = [transformers_logging, *([diffusers_logging] if embedded else [])]
     before = [logger.get_verbosity() for logger in loggers]
     for logger in loggers:
@@ -241,5 +265,7 @@ def _quiet(embedded: bool) -> Iterator[None]:
     try:
         yield
     finally:
+        for one in barred:
+            one.enable_progress_bar()
         for logger, verbosity in zip(loggers, before, strict=True):
             logger.set_verbosity(verbosity)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elakit.cli_options import DTYPES, Device, Dtype, Model, Scale, Steps
+from elakit.cli_options import DTYPES, Device, Dtype, Model, Scale, Steps, value_of
 from elakit.errors import ModelError, SettingError
 
 if TYPE_CHECKING:
@@ -231,7 +230,7 @@ def list_methods() -> None:
 
     for name in sweepable():
         options = ", ".join(option.name for option in method_options(METHODS[name])) if name in METHODS else ""
-        typer.echo(f"{name:20s}{options}")
+        typer.echo(f"{name:22s} {options}".rstrip())
 
 
 def _seeds(text: str) -> list[int]:
@@ -269,15 +268,8 @@ def _methods(text: str, settings: list[str]) -> list[tuple[str, dict[str, Any]]]
                 f"--set {setting}: {method}.{option} is set twice. Run the second value into the same folder "
                 "afterwards."
             )
-        chosen[method][option] = _value(value.strip())
+        chosen[method][option] = value_of(value.strip())
     return list(chosen.items())
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text  # a bare word, such as gradient=raw
 
 
 def _embedded() -> Iterable[str]:

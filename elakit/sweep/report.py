@@ -61,7 +61,7 @@ def write(folder: str | Path, out: str | Path | None = None) -> Path:
         parts += [(name or "Own prompts", summary(table[table["suite"] == name])) for name in suites]
     sections = [(heading, _cells(found)) for heading, found in parts]
     scores = score_summary(table)
-    shown = {
+    shown: dict[str, Any] = {
         "settings": _settings(table),
         "headings": ["method", "images", *(heading for _, heading, _ in MEASURES), "p (Holm)"],
         "meanings": [(heading, meaning) for _, heading, meaning in MEASURES],

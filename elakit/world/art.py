@@ -10,6 +10,7 @@ import io
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,12 +34,20 @@ class Drawing:
     file : str
         Path below ``data/art``.
     view : {"body", "face"}
+    head : tuple of float or None
+        Where a crown belongs: (x, y) of the top of the head and its width there, in shares of the square that
+        `rasterize` returns. None for things without a head and for heads that are hard to crown.
+    eyes : tuple of float or None
+        Where glasses belong: (x, y) of the point between the eyes, and the width that glasses have there. None for
+        heads drawn from the side.
     """
 
     noun: str
     artist: str
     file: str
     view: str
+    head: tuple[float, float, float] | None = None
+    eyes: tuple[float, float, float] | None = None
 
     @property
     def icon(self) -> str:
@@ -47,7 +56,7 @@ class Drawing:
 
 
 @lru_cache(maxsize=1)
-def _index() -> dict[str, list[dict[str, str]]]:
+def _index() -> dict[str, list[dict[str, Any]]]:
     return json.loads(data_path("art", "index.json").read_text(encoding="utf-8"))
 
 
@@ -75,8 +84,13 @@ def drawings(noun: str, artists: tuple[str, ...] = ARTISTS) -> tuple[Drawing, ..
         raise SettingError(f"picture-world has no drawing of {noun!r}. Its nouns: {', '.join(index)}.")
     if unknown := set(artists) - set(ARTISTS):
         raise SettingError(f"Unknown artist {sorted(unknown)}. Choose from {', '.join(ARTISTS)}.")
-    every = tuple(Drawing(noun, row["file"].split("/")[0], row["file"], row["view"]) for row in index[noun])
+    every = tuple(_drawing(noun, row) for row in index[noun])
     return tuple(d for d in every if d.artist in artists) or every
+
+
+def _drawing(noun: str, row: dict[str, Any]) -> Drawing:
+    anchors = {name: tuple(row[name]) for name in ("head", "eyes") if name in row}
+    return Drawing(noun, row["file"].split("/")[0], row["file"], row["view"], **anchors)
 
 
 def rasterize(drawing: Drawing, size: int) -> np.ndarray:

@@ -1,12 +1,14 @@
-"""Quiet backgrounds, in colors away from those of the things on them."""
+"""Quiet backgrounds in colors that differ from those of the things on them."""
 
 from __future__ import annotations
 
 import numpy as np
+from scipy.ndimage import zoom
 
 from elakit.errors import SettingError
 
-KINDS = ("plain", "gradient", "ground")
+# Uniform or smooth ("plain", "gradient", "spot", "clouds"), two planes ("ground", "wall", "hills") or a faint pattern.
+KINDS = ("plain", "gradient", "ground", "spot", "clouds", "wall", "hills", "stripes", "tiles", "dots")
 _TONES = [
     "f3ead7",
     "e6eef5",
@@ -30,14 +32,14 @@ _PALETTE = np.array([[int(tone[i : i + 2], 16) / 255 for i in (0, 2, 4)] for ton
 def background(
     kinds: tuple[str, ...], avoid: list[np.ndarray], size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, str]:
-    """A background.
+    """Paint a background.
 
     Parameters
     ----------
     kinds : tuple of str
-        Choose among these of `KINDS`.
+        The kinds to choose from, each one of `KINDS`.
     avoid : list of ndarray, (3,)
-        Mean RGB colors of what will stand on it, if anything.
+        Mean RGB colors in [0, 1] of the things that will stand on it; may be empty.
     size : int
         Side in pixels.
     rng : numpy.random.Generator
@@ -52,26 +54,70 @@ def background(
     ------
     SettingError
         A kind is unknown.
+
+    Examples
+    --------
+    >>> canvas, kind = background(("stripes",), [], 64, np.random.default_rng(0))
+    >>> canvas.shape, kind
+    ((64, 64, 3), 'stripes')
     """
     kind = str(rng.choice(kinds))
+    if kind not in KINDS:
+        raise SettingError(f"Unknown background {kind!r}. Choose from {', '.join(KINDS)}.")
     y, x = np.mgrid[0:size, 0:size].astype(np.float32)[..., None] / size
     tone = _tone(avoid, rng)
     if kind == "plain":
-        canvas = np.broadcast_to(tone, (size, size, 3)).copy()
+        canvas = np.broadcast_to(tone, (size, size, 3))
     elif kind == "gradient":
         angle = rng.uniform(0, 2 * np.pi)
         canvas = tone * (1.1 - 0.25 * (0.5 + (x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle)))
-    elif kind == "ground":
-        floor, horizon = _tone(avoid, rng) * rng.uniform(0.82, 0.95), rng.uniform(0.55, 0.72)
-        below = ((y - horizon) * size).clip(0, 1)
-        canvas = tone * (1.06 - 0.12 * y) * (1 - below) + floor * (0.92 + 0.12 * y) * below
+    elif kind == "spot":
+        radius = np.hypot(x - rng.uniform(0.3, 0.7), y - rng.uniform(0.2, 0.6))
+        canvas = tone * (1.1 - rng.uniform(0.2, 0.35) * radius)
+    elif kind == "clouds":
+        waves = zoom(rng.normal(0, 1, (4, 4)), size / 4, order=3, grid_mode=True, mode="nearest")
+        canvas = tone * (1 + 0.045 * waves[..., None].astype(np.float32))
+    elif kind in ("ground", "wall", "hills"):
+        canvas = _two_planes(kind, tone, _tone(avoid, rng), x, y, rng)
     else:
-        raise SettingError(f"Unknown background {kind!r}. Choose from {', '.join(KINDS)}.")
+        canvas = tone * (1 + rng.choice([-1, 1]) * rng.uniform(0.035, 0.07) * _pattern(kind, x, y, rng))
     return canvas.clip(0, 1).astype(np.float32), kind
 
 
+def _two_planes(
+    kind: str, tone: np.ndarray, other: np.ndarray, x: np.ndarray, y: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Something behind and something below: a floor, a wall with a skirting board, or hills under a sky."""
+    size, below = len(y), other * rng.uniform(0.82, 0.95)
+    line = np.full_like(x, rng.uniform(0.55, 0.75))
+    if kind == "hills":
+        phase, waves = rng.uniform(0, 2 * np.pi), rng.uniform(0.8, 1.6)
+        line = line + rng.uniform(0.03, 0.08) * np.sin(2 * np.pi * waves * x + phase)
+    share = ((y - line) * size).clip(0, 1)
+    canvas = tone * (1.06 - 0.12 * y) * (1 - share) + below * (0.92 + 0.12 * y) * share
+    if kind == "wall":
+        board = ((y - line + 0.04) * size).clip(0, 1) * (1 - share)
+        canvas = canvas * (1 - board) + tone * 1.12 * board
+    return canvas
+
+
+def _pattern(kind: str, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A pattern between 0 and 1, with edges one pixel wide."""
+    count, size = int(rng.integers(3, 7)), len(y)
+    sharp = size / count / 4
+    if kind == "stripes":
+        angle = rng.choice([0, np.pi / 2, np.pi / 4, -np.pi / 4])
+        along = x * np.cos(angle) + y * np.sin(angle)
+        return (0.5 + sharp * np.sin(2 * np.pi * count * along + rng.uniform(0, 6)) / np.pi * 2).clip(0, 1)
+    if kind == "tiles":
+        waves = np.sin(np.pi * count * x) * np.sin(np.pi * count * y)
+        return (0.5 + sharp * waves).clip(0, 1)
+    u, v = (x * count) % 1 - 0.5, (y * count) % 1 - 0.5
+    return ((0.22 - np.hypot(u, v)) * size / count + 0.5).clip(0, 1)
+
+
 def _tone(avoid: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """A tone of the palette, the farthest of a few draws from the colors to avoid."""
+    """The first of a few tones of the palette that is far from the colors to avoid, else the farthest."""
     tones = _PALETTE[rng.integers(len(_PALETTE), size=6)] + rng.normal(0, 0.02, (6, 3)).astype(np.float32)
     if not avoid:
         return tones[0]

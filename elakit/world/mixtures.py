@@ -14,12 +14,13 @@ from PIL import Image
 
 from elakit.errors import SettingError
 from elakit.world.backgrounds import background
-from elakit.world.scenes import Place, Subject, World, blend, mean_color, sample_subjects, sprite_layer, sprite_of
+from elakit.world.layouts import Place, posed
+from elakit.world.scenes import Subject, World, blend, mean_color, sample_subjects, sprite_layer, sprite_of
 
 KINDS = ("overlaid", "blended", "halves", "filled")
 UNCERTAIN = 255  # class of pixels that are as much of the one as of the other
 LEAST_SHARE = 0.2  # of a hybrid's pixels that each of its two things must show
-TRIES = 12  # placements before two drawings are given up: glasses cover no fifth of a lion
+TRIES = 40  # placements before two drawings are given up: glasses cover no fifth of a lion
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng:
     Raises
     ------
     SettingError
-        The kind is unknown, or the two cannot be drawn so (one is too small to be seen in the other).
+        The kind is unknown, or the two cannot be combined in this way (one is too small to be seen in the other).
 
     Examples
     --------
@@ -94,7 +95,7 @@ def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng:
     owner = np.zeros((world.size, world.size), np.uint8)
     if not alone:
         beside = Place(1 - x, 0.5 + rng.uniform(-0.1, 0.1), rng.uniform(0.36, 0.46))
-        third = sprite_layer(sprites[2], beside, world, rng)
+        third = sprite_layer(sprites[2], posed(beside, rng), world)
         canvas = blend(canvas, third, world.shadow)
         owner[third[..., 3] > 0.5] = 3
     canvas = blend(canvas, layer, world.shadow)
@@ -125,10 +126,9 @@ def _meet(
     reach = apart * (rng.uniform(0.75, 1) if kind == "occluded" else rng.uniform(0, 1))
     scales = (place.scale, place.scale) if kind != "occluded" else (place.scale * 0.7, place.scale * 0.7)
     offset = np.array([np.cos(angle), np.sin(angle)]) * reach / 2
-    a = sprite_layer(first, Place(place.x - offset[0], place.y - offset[1], scales[0]), world, rng)
-    b = sprite_layer(
-        second, Place(place.x + offset[0], place.y + offset[1], scales[1] * rng.uniform(0.85, 1.1)), world, rng
-    )
+    a = sprite_layer(first, posed(Place(place.x - offset[0], place.y - offset[1], scales[0]), rng), world)
+    other = Place(place.x + offset[0], place.y + offset[1], scales[1] * rng.uniform(0.85, 1.1))
+    b = sprite_layer(second, posed(other, rng), world)
     alphas = np.stack([a[..., 3], b[..., 3]])
     owned = np.zeros((size, size), np.uint8)
     if kind in ("overlaid", "occluded"):
@@ -137,7 +137,7 @@ def _meet(
         owned[alphas[1] > 0.5] = 2
         if kind == "occluded":
             seen = (owned == 1).sum() / max(1, (alphas[0] > 0.5).sum())
-            # too much covered to be a pair, or not touching: drawn again
+            # too much covered to be a pair, or not touching: rejected
             owned = owned if 0.7 <= seen < 1 else np.zeros_like(owned)
             return layer, owned, np.zeros((size, size), bool)
     elif kind == "blended":

@@ -62,7 +62,7 @@ class BodyRule:
     tolerance : float
         Hue distance in degrees from the main hue inside which a pixel is body.
     kind : {"auto", "hue", "neutral", "light", "dark", "frame"}
-        What the body is: its main hue, its grays, its light or its dark part; "frame" is the darkest large part
+        Body of the drawing: its main hue, its grays, its light or its dark part; "frame" is the darkest large part
         (glasses, whose lenses are then drawn pale). "auto" chooses between hue and neutral by area.
     dark_too : bool
         Dark pixels belong to the body as well (iron feet of a bench).

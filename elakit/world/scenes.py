@@ -1,37 +1,68 @@
-"""Captioned scenes whose truth is known: every entity's noun, color, box and exact mask.
+"""Captioned scenes whose truth is known: every entity's noun, color, box and exact mask, the layout and the relation.
 
-A scene is one to three drawings on a quiet background. A `World` says how often a scene has one, two or three entities,
-how its caption is worded, which pairs of nouns are never shown together, and how strongly things keep the color they
-have in life. Few pairs and a strong prior make a model that bleeds.
+A scene is one to four drawings on a quiet background. A `World` says how often a scene has how many entities, how pairs
+are laid out, how a caption is worded and whether it states the relation, which pairs of nouns are never shown together,
+and how strongly things keep the color they have in life. Few pairs and a strong prior make a model that bleeds.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image
+from scipy.ndimage import binary_dilation
 
 from elakit.errors import SettingError
 from elakit.measures.masks import bounding_box
 from elakit.world.art import ARTISTS, Drawing, drawings, rasterize
-from elakit.world.backgrounds import background
+from elakit.world.backgrounds import KINDS, background
+from elakit.world.layouts import (
+    FOUR_LAYOUTS,
+    LEAST_SEEN,
+    MOST_SEEN_BEHIND,
+    PAIR_LAYOUTS,
+    THREE_LAYOUTS,
+    Place,
+    Shape,
+    fits,
+    group_places,
+    pair_places,
+    posed,
+    relation_of,
+    single_place,
+    worn_places,
+)
 from elakit.world.recolor import recolor, rule_for
 from elakit.world.vocabulary import ANIMALS, COLORS, NATURAL_COLOR, NOUNS, article
 
-SPRITE_SIZE = 112  # pixels; larger than any entity in a 128 px scene
+SPRITE_SIZE = 160  # pixels; larger than any entity in a 128 px scene
+MOST_ENTITIES = 4
+TRIES = 40  # placements of a layout before another layout is chosen
+LARGEST_LAYOUT = 0.4  # no layout may have a larger share of the pairs, or a method could rely on it
 
-# Wordings of a caption; {} is a subject with its article, "bare" leaves the articles out.
+# Wordings of a caption; "and" is the benchmark's, "bare" leaves the articles out.
 BENCHMARK_WORDING = "and"
 FREE_WORDINGS = ("next to", "beside", "with", "list", "picture", "bare")
+# How a caption states that the first thing has a relation to the second.
+RELATION_WORDS = {
+    "left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below",
+    "in front of": "in front of", "behind": "behind", "on": "on", "under": "under", "wearing": "wearing",
+    "worn by": "on",
+}  # fmt: skip
+# The same pair of things in the other order.
+CONVERSE = {
+    "left of": "right of", "right of": "left of", "above": "below", "below": "above", "in front of": "behind",
+    "behind": "in front of", "on": "under", "under": "on", "wearing": "worn by", "worn by": "wearing",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a caption asks for: a noun, and a color or None for "as drawn"."""
+    """An entity of a caption: a noun, and a color or None for "as drawn"."""
 
     noun: str
     color: str | None = None
@@ -53,7 +84,7 @@ class SceneEntity:
     box : tuple of int
         (left, top, right, bottom) of the visible pixels; right and bottom exclusive.
     mask : ndarray, bool, (size, size)
-        Visible pixels: covered by this entity and by none drawn later.
+        Visible pixels: covered by this entity and by none in front of it.
     """
 
     subject: Subject
@@ -64,7 +95,7 @@ class SceneEntity:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image with its caption and its truth.
+    """An image with its caption and its ground truth.
 
     Attributes
     ----------
@@ -74,7 +105,12 @@ class Scene:
         In the caption's order.
     background : str
     layout : str
-        "single", "row", "diagonal", "stack" (one above the other), "three" (in a row) or "triangle".
+        "single"; one of `elakit.world.layouts.PAIR_LAYOUTS`; "row", "column", "triangle" or "free" for three things,
+        "grid" or "free" for four.
+    relation : str or None
+        The first entity's relation to the second, for pairs in which it is clear: a key of `RELATION_WORDS`.
+    stated : bool
+        Whether the caption states the relation.
     """
 
     image: np.ndarray
@@ -82,24 +118,30 @@ class Scene:
     entities: tuple[SceneEntity, ...]
     background: str
     layout: str
+    relation: str | None = None
+    stated: bool = False
 
 
 @dataclass(frozen=True)
 class World:
-    """What the scenes are like.
+    """Settings of the scenes.
 
     Attributes
     ----------
     size : int
         Side of a scene in pixels.
     artists : tuple of str
-        Whose drawings are used (see `elakit.world.art.ARTISTS`).
+        Artists whose drawings are used (see `elakit.world.art.ARTISTS`).
     views : tuple of str
         "body" and "face" drawings, or one of them; a noun that has none of the view keeps what it has.
     entities : tuple of float
-        Shares of scenes with one, two and three entities; they add up to 1.
+        Shares of scenes with one, two, three and four entities; they add up to 1. Trailing zeros may be omitted.
+    layouts : mapping of str to float
+        Shares of the layouts of pairs; they add up to 1, and none is larger than `LARGEST_LAYOUT`.
     free_captions : float
         Share of captions in one of `FREE_WORDINGS`; the others are worded as the benchmark's, "a red car and a bird".
+    stated : float
+        Share of pairs with a clear relation whose caption states it.
     held_out : float
         Share of noun pairs that no scene shows together.
     natural : float
@@ -111,25 +153,47 @@ class World:
     Raises
     ------
     SettingError
-        The shares of `entities` are not three, or do not add up to 1.
+        The shares of `entities` or of `layouts` do not add up to 1, are too many or too large, or a layout is unknown.
     """
 
     size: int = 128
     artists: tuple[str, ...] = ARTISTS
     views: tuple[str, ...] = ("body", "face")
-    entities: tuple[float, ...] = (0.4, 0.45, 0.15)
+    entities: tuple[float, ...] = (0.4, 0.4, 0.15, 0.05)
+    layouts: Mapping[str, float] = field(
+        default_factory=lambda: {
+            "row": 0.28,
+            "column": 0.18,
+            "diagonal": 0.12,
+            "free": 0.12,
+            "occluded": 0.1,
+            "large and small": 0.1,
+            "worn": 0.06,
+            "on": 0.04,
+        }
+    )
     free_captions: float = 0.25
+    stated: float = 0.3
     held_out: float = 0.25
     natural: float = 0.35
     shadow: float = 0.28
-    backgrounds: tuple[str, ...] = ("plain", "gradient", "ground")
+    backgrounds: tuple[str, ...] = KINDS
     _drawings: dict[str, tuple[Drawing, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if len(self.entities) != 3 or abs(sum(self.entities) - 1) > 1e-6 or min(self.entities) < 0:
+        shares = self.entities
+        if not 1 <= len(shares) <= MOST_ENTITIES or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
             raise SettingError(
-                f"The shares of scenes with one, two and three entities are {list(self.entities)}; "
-                "give three numbers that add up to 1, such as [0.4, 0.45, 0.15]."
+                f"The shares of scenes with one, two, ... entities are {list(shares)}; give one to {MOST_ENTITIES} "
+                "numbers that add up to 1, such as [0.4, 0.4, 0.15, 0.05]."
+            )
+        if unknown := set(self.layouts) - set(PAIR_LAYOUTS):
+            raise SettingError(f"Unknown layout {sorted(unknown)}. Choose from {', '.join(PAIR_LAYOUTS)}.")
+        values = list(self.layouts.values())
+        if abs(sum(values) - 1) > 1e-6 or min(values) < 0 or max(values) > LARGEST_LAYOUT:
+            raise SettingError(
+                f"The shares of the layouts of pairs are {dict(self.layouts)}; give shares of at most {LARGEST_LAYOUT} "
+                "each that add up to 1."
             )
 
     def drawings(self, noun: str) -> tuple[Drawing, ...]:
@@ -149,12 +213,22 @@ class World:
 
     def held_out_pairs(self) -> frozenset[frozenset[str]]:
         """The pairs of nouns never shown together; the same for every world with the same share."""
-        pairs = [frozenset(pair) for pair in itertools.combinations(NOUNS, 2)]
-        order = np.random.default_rng(2024).permutation(len(pairs))
-        return frozenset(pairs[i] for i in order[: round(self.held_out * len(pairs))])
+        return _held_out_pairs(self.held_out)
 
 
-def caption(subjects: tuple[Subject, ...], correct_article: bool = True, wording: str = BENCHMARK_WORDING) -> str:
+@lru_cache(maxsize=8)
+def _held_out_pairs(share: float) -> frozenset[frozenset[str]]:
+    pairs = [frozenset(pair) for pair in itertools.combinations(NOUNS, 2)]
+    order = np.random.default_rng(2024).permutation(len(pairs))
+    return frozenset(pairs[i] for i in order[: round(share * len(pairs))])
+
+
+def caption(
+    subjects: tuple[Subject, ...],
+    correct_article: bool = True,
+    wording: str = BENCHMARK_WORDING,
+    relation: str | None = None,
+) -> str:
     """The caption of a scene.
 
     Parameters
@@ -164,11 +238,14 @@ def caption(subjects: tuple[Subject, ...], correct_article: bool = True, wording
         False writes "a" before vowels too, as the benchmark does.
     wording : str
         "and" (the benchmark's form) or one of `FREE_WORDINGS`.
+    relation : str, optional
+        State that the first subject has this relation to the second (a key of `RELATION_WORDS`); the wording is not
+        used then.
 
     Raises
     ------
     SettingError
-        The wording is unknown.
+        The wording or the relation is unknown.
 
     Examples
     --------
@@ -179,14 +256,20 @@ def caption(subjects: tuple[Subject, ...], correct_article: bool = True, wording
     'a red bird, a green car and a dog'
     >>> caption(three[:2], wording="next to"), caption(three[:2], wording="bare")
     ('a red bird next to a green car', 'red bird and green car')
+    >>> caption(three[:2], relation="left of")
+    'a red bird to the left of a green car'
     """
     if wording not in (BENCHMARK_WORDING, *FREE_WORDINGS):
         raise SettingError(
             f"Unknown wording {wording!r}. Choose from {', '.join((BENCHMARK_WORDING, *FREE_WORDINGS))}."
         )
-    if wording == "bare":
+    if relation is not None and relation not in RELATION_WORDS:
+        raise SettingError(f"Unknown relation {relation!r}. Choose from {', '.join(RELATION_WORDS)}.")
+    if wording == "bare" and relation is None:
         return " and ".join(s.words for s in subjects)
     phrases = [f"{article(s.words) if correct_article else 'a'} {s.words}" for s in subjects]
+    if relation is not None:
+        return f"{phrases[0]} {RELATION_WORDS[relation]} {' and '.join(phrases[1:])}"
     if wording == "picture":
         return "a picture of " + " and ".join(phrases)
     if wording == "list" and len(phrases) > 2:
@@ -196,12 +279,22 @@ def caption(subjects: tuple[Subject, ...], correct_article: bool = True, wording
     return " and ".join(phrases)
 
 
-def sample_subjects(world: World, rng: np.random.Generator) -> tuple[Subject, ...]:
-    """Draw what a scene is about, with the world's shares and without its held-out pairs."""
+def sample_subjects(world: World, rng: np.random.Generator, layout: str | None = None) -> tuple[Subject, ...]:
+    """Choose what a scene is about, with the world's shares and without its held-out pairs.
+
+    Parameters
+    ----------
+    world : World
+    rng : numpy.random.Generator
+    layout : str, optional
+        A layout of pairs: two subjects that can have it.
+    """
     held_out = world.held_out_pairs()
-    count = 1 + int(rng.choice(3, p=world.entities))
+    count = 2 if layout else 1 + int(rng.choice(len(world.entities), p=world.entities))
     while True:
         nouns = [str(noun) for noun in rng.choice(NOUNS, count, replace=False)]
+        if layout and not fits(layout, nouns[0], nouns[1]):
+            continue
         if not any(frozenset(pair) in held_out for pair in itertools.combinations(nouns, 2)):
             return tuple(Subject(noun, _sample_color(noun, world, rng)) for noun in nouns)
 
@@ -213,103 +306,189 @@ def _sample_color(noun: str, world: World, rng: np.random.Generator) -> str | No
     return NATURAL_COLOR[noun] if rng.random() < world.natural else str(rng.choice(COLORS))
 
 
-def compose(subjects: tuple[Subject, ...], world: World, rng: np.random.Generator) -> Scene:
-    """Draw a scene of the given subjects.
+def sample(world: World, rng: np.random.Generator) -> Scene:
+    """A random scene of the world.
+
+    The layout of a pair is chosen before its subjects, so that the layouts have exactly the world's shares.
+    """
+    count = 1 + int(rng.choice(len(world.entities), p=world.entities))
+    if count != 2:
+        alone = replace(world, entities=tuple(float(i == count - 1) for i in range(count)))
+        return compose(sample_subjects(alone, rng), world, rng)
+    layout = str(rng.choice(list(world.layouts), p=list(world.layouts.values())))
+    while True:
+        subjects = sample_subjects(world, rng, layout)
+        if rng.random() < 0.5:  # "a bench under a cat"
+            subjects = subjects[::-1]
+        if (scene := _attempt(subjects, layout, world, rng)) is not None:
+            return scene
+
+
+def compose(subjects: tuple[Subject, ...], world: World, rng: np.random.Generator, layout: str | None = None) -> Scene:
+    """Compose a scene of the given subjects.
 
     Parameters
     ----------
     subjects : tuple of Subject
-        One to three.
+        One to four.
     world : World
     rng : numpy.random.Generator
+    layout : str, optional
+        By default one that the subjects can have, with the world's shares.
 
     Returns
     -------
     Scene
+        Entities and caption are in the order of `subjects`.
 
     Raises
     ------
     SettingError
-        No subject or more than three.
+        There is no subject, more than four, or the subjects cannot have the layout.
 
     Examples
     --------
     >>> world, rng = World(artists=("fluent-3d",)), np.random.default_rng(0)
-    >>> scene = compose((Subject("lion"), Subject("car", "blue")), world, rng)
+    >>> scene = compose((Subject("lion"), Subject("car", "blue")), world, rng, "row")
     >>> lion, car = scene.entities
     >>> car.subject.words, scene.image.shape, bool((lion.mask & car.mask).any())
     ('blue car', (128, 128, 3), False)
     """
-    if not 1 <= len(subjects) <= 3:
-        raise SettingError(f"A scene has one to three subjects, not {len(subjects)}.")
-    chosen = [world.drawings(s.noun)[rng.integers(len(world.drawings(s.noun)))] for s in subjects]
-    sprites = [_sprite(drawing, s.color) for drawing, s in zip(chosen, subjects, strict=True)]
-    canvas, kind = background(world.backgrounds, [mean_color(sprite) for sprite in sprites], world.size, rng)
-    alphas = np.zeros((len(subjects), world.size, world.size), np.float32)
-    layout, places = _layout(len(subjects), rng)
-    for i, (place, sprite) in enumerate(zip(places, sprites, strict=True)):
-        layer = sprite_layer(sprite, place, world, rng)
-        canvas, alphas[i] = blend(canvas, layer, world.shadow), layer[..., 3]
-    masks = alphas > 0.5
-    for i in range(len(masks)):
-        masks[i] &= ~masks[i + 1 :].any(0)
-    entities = tuple(SceneEntity(s, d, bounding_box(m), m) for s, d, m in zip(subjects, chosen, masks, strict=True))
-    image = (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)
-    wording = str(rng.choice(FREE_WORDINGS)) if rng.random() < world.free_captions else BENCHMARK_WORDING
-    return Scene(image, caption(subjects, bool(rng.random() < 0.5), wording), entities, kind, layout)
+    if not 1 <= len(subjects) <= MOST_ENTITIES:
+        raise SettingError(f"A scene has one to {MOST_ENTITIES} subjects, not {len(subjects)}.")
+    shares = _possible(subjects, world)
+    if layout is not None:
+        if layout not in shares:
+            raise SettingError(
+                f"{' and '.join(s.words for s in subjects)} cannot have the layout {layout!r}. "
+                f"Choose from {', '.join(shares)}."
+            )
+        shares = {layout: 1.0}
+    while shares:
+        total = sum(shares.values())
+        chosen = str(rng.choice(list(shares), p=[value / total for value in shares.values()]))
+        if (scene := _attempt(subjects, chosen, world, rng)) is not None:
+            return scene
+        del shares[chosen]
+    raise SettingError(
+        f"{subjects[0].words} has no drawing that can have the layout {layout!r}. Choose another layout."
+    )
 
 
-def sample(world: World, rng: np.random.Generator) -> Scene:
-    """A random scene of the world."""
-    return compose(sample_subjects(world, rng), world, rng)
+def _possible(subjects: tuple[Subject, ...], world: World) -> dict[str, float]:
+    """The layouts that the subjects can have, with their shares."""
+    if len(subjects) == 1:
+        return {"single": 1.0}
+    if len(subjects) == 3:
+        return dict(THREE_LAYOUTS)
+    if len(subjects) == 4:
+        return dict(FOUR_LAYOUTS)
+    a, b = (s.noun for s in subjects)
+    return {
+        name: share for name, share in world.layouts.items() if share and (fits(name, a, b) or fits(name, b, a))
+    } or {"free": 1.0}
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a sprite is drawn."""
-
-    x: float  # center, as a share of the scene's side
-    y: float
-    scale: float  # longest side of the sprite, likewise
-
-
-def _layout(count: int, rng: np.random.Generator) -> tuple[str, list[Place]]:
-    """A layout's name and a place for each entity, in no particular order."""
-    if count == 1:
-        return "single", [Place(0.5 + rng.uniform(-0.12, 0.12), 0.5 + rng.uniform(-0.1, 0.1), rng.uniform(0.5, 0.8))]
-    if count == 3:
-        kind = str(rng.choice(["three", "triangle"]))
-        if kind == "three":
-            centers = [(x, 0.5 + rng.uniform(-0.18, 0.18)) for x in (0.2, 0.5, 0.8)]
-            small, large = 0.3, 0.36
-        else:
-            y, way = 0.5, rng.choice([-1, 1])
-            centers = [(0.26, y + way * 0.2), (0.74, y + way * 0.2), (0.5 + rng.uniform(-0.08, 0.08), y - way * 0.22)]
-            small, large = 0.36, 0.44
+def _attempt(subjects: tuple[Subject, ...], layout: str, world: World, rng: np.random.Generator) -> Scene | None:
+    """A scene with this layout, or None if no placement was found."""
+    swapped = len(subjects) == 2 and not fits(layout, subjects[0].noun, subjects[1].noun)
+    if swapped:
+        subjects = subjects[::-1]
+    for _ in range(TRIES):
+        chosen = [world.drawings(s.noun)[rng.integers(len(world.drawings(s.noun)))] for s in subjects]
+        sprites = [_sprite(drawing, s.color) for drawing, s in zip(chosen, subjects, strict=True)]
+        places = _places(layout, subjects, chosen, sprites, rng)
+        if places is None:
+            continue
+        # the last is in front; which of an occluded pair that is, is left to chance
+        order = list(range(len(subjects)))
+        if layout == "occluded" and rng.random() < 0.5:
+            order.reverse()
+        layers = [sprite_layer(sprite, place, world) for sprite, place in zip(sprites, places, strict=True)]
+        masks = _visible(layers, order, layout)
+        if masks is not None:
+            break
     else:
-        small, large = 0.4, 0.5
-        kind = str(rng.choice(["row", "diagonal", "stack"], p=[0.7, 0.15, 0.15]))
-        if kind == "row":
-            y, near = 0.5 + rng.uniform(-0.1, 0.1), rng.uniform(-0.02, 0.03)
-            centers = [(x, y + rng.uniform(-0.06, 0.06)) for x in (0.25 - near, 0.75 + near)]
-        elif kind == "diagonal":
-            rise = rng.choice([-0.2, 0.2])
-            centers = [(0.27, 0.5 - rise), (0.73, 0.5 + rise)]
-        else:
-            centers = [(0.5 + rng.uniform(-0.12, 0.12), y) for y in (0.26, 0.74)]
-    order = rng.permutation(count)
-    return kind, [Place(float(centers[i][0]), float(centers[i][1]), rng.uniform(small, large)) for i in order]
+        return None
+    canvas, kind = background(world.backgrounds, [mean_color(sprite) for sprite in sprites], world.size, rng)
+    for i in order:
+        canvas = blend(canvas, layers[i], world.shadow)
+    image = (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    entities = [SceneEntity(s, d, bounding_box(m), m) for s, d, m in zip(subjects, chosen, masks, strict=True)]
+    relation = _relation(layout, masks, order) if len(subjects) == 2 else None
+    if swapped:
+        entities.reverse()
+        relation = CONVERSE[relation] if relation else None
+    text, stated = _caption(tuple(e.subject for e in entities), relation, world, rng)
+    return Scene(image, text, tuple(entities), kind, layout, relation, stated)
 
 
-def sprite_layer(sprite: Image.Image, place: Place, world: World, rng: np.random.Generator) -> np.ndarray:
-    """A sprite, perhaps mirrored and tilted, on an empty scene: premultiplied RGBA, float32 (size, size, 4)."""
+def _places(
+    layout: str,
+    subjects: tuple[Subject, ...],
+    chosen: list[Drawing],
+    sprites: list[Image.Image],
+    rng: np.random.Generator,
+) -> list[Place] | None:
+    if layout == "single":
+        return [posed(single_place(rng), rng)]
+    if len(subjects) > 2:
+        return group_places(layout, len(subjects), rng)
+    first, second = (
+        Shape(_ink(sprite), drawing.head, drawing.eyes) for sprite, drawing in zip(sprites, chosen, strict=True)
+    )
+    if layout == "worn":
+        pair = worn_places(subjects[1].noun, (first, second), rng)
+    else:
+        pair = pair_places(layout, (first, second), rng)
+    return None if pair is None else list(pair)
+
+
+def _visible(layers: list[np.ndarray], order: list[int], layout: str) -> np.ndarray | None:
+    """Visible masks in the subjects' order; None if one thing is covered too much or touches nothing that bears it."""
+    whole = np.stack([layer[..., 3] > 0.5 for layer in layers])
+    masks = whole.copy()
+    for position, i in enumerate(order):
+        for j in order[position + 1 :]:
+            masks[i] &= ~whole[j]
+    seen = masks.sum((1, 2)) / np.maximum(1, whole.sum((1, 2)))
+    if seen.min() < LEAST_SEEN.get(layout, 0.7) or (layout == "occluded" and seen.min() > MOST_SEEN_BEHIND):
+        return None
+    if layout in ("worn", "on") and not binary_dilation(masks[0], iterations=2)[masks[1]].any():
+        return None  # it floats beside a narrow support
+    return masks
+
+
+def _relation(layout: str, masks: np.ndarray, order: list[int]) -> str | None:
+    """The first entity's relation to the second."""
+    if layout == "occluded":
+        return "behind" if order[0] == 0 else "in front of"
+    if layout in ("worn", "on"):
+        return "wearing" if layout == "worn" else "on"
+    return relation_of(masks[0], masks[1])
+
+
+def _caption(
+    subjects: tuple[Subject, ...], relation: str | None, world: World, rng: np.random.Generator
+) -> tuple[str, bool]:
+    correct = bool(rng.random() < 0.5)
+    if relation is not None and rng.random() < world.stated:
+        return caption(subjects, correct, relation=relation), True
+    wording = str(rng.choice(FREE_WORDINGS)) if rng.random() < world.free_captions else BENCHMARK_WORDING
+    if len(subjects) > 2 and rng.random() < 0.6:
+        wording = "list"
+    return caption(subjects, correct, wording), False
+
+
+def sprite_layer(sprite: Image.Image, place: Place, world: World) -> np.ndarray:
+    """A sprite on an empty scene: premultiplied RGBA, float32 (size, size, 4)."""
     size = world.size
     side = max(4, round(place.scale * size))
-    if rng.random() < 0.5:
+    if place.flip:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if rng.random() < 0.3:
-        sprite = sprite.rotate(float(rng.uniform(-8, 8)), Image.Resampling.BILINEAR)
-    sprite = sprite.resize((side, side), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    if place.angle:
+        sprite = sprite.rotate(place.angle, Image.Resampling.BILINEAR)
+    sprite = sprite.resize((side, side), Image.Resampling.HAMMING)  # sharper than bilinear, no ringing
     layer = Image.new("RGBa", (size, size))
     layer.paste(sprite, (round(place.x * size - side / 2), round(place.y * size - side / 2)))
     return np.asarray(layer, np.float32) / 255
@@ -345,6 +524,13 @@ def _sprite(drawing: Drawing, color: str | None) -> Image.Image:
 @lru_cache(maxsize=256)
 def _natural_sprite(drawing: Drawing) -> np.ndarray:
     return rasterize(drawing, SPRITE_SIZE)
+
+
+def _ink(sprite: Image.Image) -> tuple[float, float, float, float]:
+    """The box of a sprite's opaque pixels, in shares of its side."""
+    box = sprite.getchannel("a").point(lambda alpha: 255 if alpha > 127 else 0).getbbox() or (0, 0, *sprite.size)
+    left, top, right, bottom = (value / sprite.width for value in box)
+    return left, top, right, bottom
 
 
 def mean_color(sprite: Image.Image) -> np.ndarray:

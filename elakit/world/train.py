@@ -1,8 +1,7 @@
-"""Train the embedded model: ``python -m elakit.world.train``. Killed and started again, it goes on where it was."""
+"""Train the embedded model: ``python -m elakit.world.train``. Killed and started again, it continues where it was."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ import typer
 
 from elakit.world.training.autoencoder import psnr, train_autoencoder, train_decoder
 from elakit.world.training.config import read_config
-from elakit.world.training.data import compose_scenes
+from elakit.world.training.data import cached_crowds, compose_scenes
 
 STAGES = ("vae", "decoder", "denoiser", "judge")
 
@@ -23,6 +22,9 @@ def main(
     config: Annotated[Path | None, typer.Option(help="Settings (TOML); by default those of the shipped model.")] = None,
     stage: Annotated[str, typer.Option(help=f"One of {', '.join(STAGES)}, or all of them in this order.")] = "all",
     device: Annotated[str, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = "",
+    start: Annotated[
+        Path | None, typer.Option(help="Folder of an earlier edition whose weights the training starts from.")
+    ] = None,
 ) -> None:
     """Train picture-world: autoencoder, its decoder once more (with ``polish``), text encoder with denoiser, judge."""
     if stage not in (*STAGES, "all"):
@@ -31,18 +33,17 @@ def main(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(0)
     if stage in ("vae", "decoder", "all"):
-        # three entities a scene: more drawing, less background
-        crowded = dataclasses.replace(settings.world, entities=(0.1, 0.3, 0.6))
-        scenes = compose_scenes(crowded, settings.vae.scenes, seed=1)
+        scenes = cached_crowds(settings.world, settings.vae.scenes, 1, out / "crowds.npz")
+        if stage in ("vae", "all"):
+            vae = train_autoencoder(settings, scenes, out, where, start / "vae" if start else None)
+        if settings.vae.polish and stage in ("decoder", "all"):
+            vae = train_decoder(settings, scenes, out, where)
         test = compose_scenes(settings.world, 256, seed=1_000_001)
-        for name, part in (("vae", train_autoencoder), ("decoder", train_decoder)):
-            if stage in (name, "all") and (name == "vae" or settings.vae.polish):
-                vae = part(settings, scenes, out, where)
-                print(f"{name}: PSNR {psnr(vae, test):.1f} dB on 256 new scenes")
+        print(f"autoencoder: PSNR {psnr(vae, test):.1f} dB on 256 new scenes")
     if stage in ("denoiser", "all"):
         from elakit.world.training.denoiser import train_denoiser
 
-        train_denoiser(settings, out, where)
+        train_denoiser(settings, out, where, start)
     if stage in ("judge", "all"):
         from elakit.world.training.judge import train_judge
 

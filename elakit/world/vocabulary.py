@@ -22,8 +22,8 @@ NATURAL_COLOR = {
     "balloon": "red", "bow": "pink", "car": "red", "bowl": "blue", "bench": "brown", "clock": "red", "apple": "red",
 }  # fmt: skip
 
-# The names of the colors that cover a sixth or more of the embedded model's drawings "as drawn": a thing whose color
-# nobody asked for and that has another one took it from somewhere else. `tests/test_world.py` measures them again.
+# The names of the colors that cover a sixth or more of the embedded model's drawings "as drawn": a thing that
+# has another color without being asked to took it from somewhere else. `tests/world/test_world.py` measures them again.
 USUAL_COLORS = {
     "cat": ("yellow", "orange"), "dog": ("brown", "white"), "bird": ("blue",), "bear": ("brown",),
     "lion": ("yellow", "brown", "orange"), "horse": ("orange", "brown"), "elephant": ("white", "gray"),

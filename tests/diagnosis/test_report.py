@@ -1,4 +1,4 @@
-"""The report tells what was found, in one file that fetches nothing and that no prompt can break."""
+"""The report: its content, that it loads nothing from the network, and that prompts are escaped."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def page(found: Diagnosis) -> str:
     return report.render(found, COMMAND)
 
 
-# --- what it says -------------------------------------------------------------------------------------------
+# --- content -------------------------------------------------------------------------------------------
 
 
-def test_the_verdict_is_told_in_plain_words(found: Diagnosis, page: str) -> None:
+def test_the_summary_is_on_the_page(found: Diagnosis, page: str) -> None:
     said = report.summary(found)
     assert said[0] == "Without guidance, 2 of 4 images show everything the prompt asks for. With ELA, 2 of 4 do."
     assert said[1] == "ELA fixed 1 (seed 0) and broke 1 (seed 1)."
@@ -49,7 +49,7 @@ def test_the_verdict_is_told_in_plain_words(found: Diagnosis, page: str) -> None
     assert "bird: missing" in text
 
 
-def test_every_seed_is_shown_twice_and_the_example_large(found: Diagnosis, page: str) -> None:
+def test_all_images_are_on_the_page(found: Diagnosis, page: str) -> None:
     images = Page(page).all("img")
     assert len(images) == 2 * len(found.pairs) + 2
     assert all(image["alt"] and "a red car and a blue bird" in image["alt"] for image in images)
@@ -73,7 +73,7 @@ def test_every_measure_has_a_meaning(found: Diagnosis) -> None:
     assert set(found.pairs[0].plain.bleeding.to_frame()["measure"]) <= set(report.MEANINGS)
 
 
-def test_it_says_how_to_do_it_again(found: Diagnosis, page: str) -> None:
+def test_the_page_contains_the_code_and_command_that_reproduce_it(found: Diagnosis, page: str) -> None:
     code = next(text for text in re.findall(r"<pre[^>]*>(.*?)</pre>", page, re.S) if "import elakit" in text)
     assert "seeds=[0, 1, 2, 3]" in code
     assert "steps=4" in code
@@ -91,7 +91,7 @@ def test_options_of_the_method_are_in_the_code_and_the_settings() -> None:
     assert "elakit diagnose" not in Page(html).text
 
 
-def test_images_that_were_not_judged_are_not_called_right() -> None:
+def test_unjudged_images_are_not_called_right() -> None:
     found = diagnosis()
     assert "not judged" in report.summary(found)[0]
     text = Page(report.render(found)).text
@@ -99,13 +99,13 @@ def test_images_that_were_not_judged_are_not_called_right() -> None:
     assert "fixed" not in text
 
 
-def test_one_entity_has_nothing_to_bleed_into() -> None:
+def test_a_single_entity_is_not_guided() -> None:
     found = diagnosis("a [red car]", judged="yy")
     assert any("ELA did not act in any step" in said for said in report.summary(found))
     assert "Regions with ELA" not in Page(report.render(found)).text
 
 
-# --- nothing gets in or out ---------------------------------------------------------------------------------
+# --- isolation ---------------------------------------------------------------------------------
 
 
 def test_nothing_is_fetched(page: str) -> None:
@@ -124,7 +124,7 @@ def test_nothing_is_fetched(page: str) -> None:
     assert "http" not in policy
 
 
-def test_figures_travel_as_data(page: str) -> None:
+def test_figures_are_embedded_as_data(page: str) -> None:
     parsed = Page(page)
     figures = [a["data-figure"] for a in parsed.all("script") if "data-figure" in a]
     assert figures == [

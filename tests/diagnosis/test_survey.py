@@ -1,4 +1,4 @@
-"""Many prompts: a page each, a summary, and nothing lost when the process is killed or a prompt cannot be read."""
+"""Surveys: one page per prompt, the summary, resuming after a kill, and prompts that cannot be parsed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPTS = ["a [bear] and a [blue clock]", "a [cat", EVIL, "a [cat] and a [frog]"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A survey that was killed once something was finished, and gone on with."""
+    """A survey that was killed after its first prompt and resumed."""
     place = tmp_path_factory.mktemp("survey")
     prompts, out = place / "prompts.txt", place / "out"
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_every_prompt_has_a_row_and_those_that_are_finished_a_page(folder: Path) -> None:
+def test_every_prompt_has_a_row_and_every_finished_prompt_a_page(folder: Path) -> None:
     found = table(folder, PROMPTS)
     assert found["prompt"].tolist() == PROMPTS
     assert found["error"].notna().tolist() == [False, True, False, False]
@@ -71,7 +71,7 @@ def test_the_tables_are_the_same_in_every_format(folder: Path) -> None:
     assert set(tried["name"]) <= {"ela", "swapped", "regions"}
 
 
-def test_the_summary_runs_no_script_and_leads_to_the_pages(folder: Path) -> None:
+def test_the_summary_runs_no_script_and_links_to_the_pages(folder: Path) -> None:
     page = Page((folder / "index.html").read_text(encoding="utf-8"))
     assert not page.scripts
     links = [link["href"] or "" for link in page.all("a")]
@@ -83,7 +83,7 @@ def test_the_summary_runs_no_script_and_leads_to_the_pages(folder: Path) -> None
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
 
 
-def test_a_prompt_still_to_come_is_named(folder: Path) -> None:
+def test_unfinished_prompts_are_listed(folder: Path) -> None:
     page = write(folder, [*PROMPTS, "a [dog]"])
     try:
         assert "Not diagnosed yet" in page.read_text(encoding="utf-8")

@@ -33,8 +33,9 @@ def hooks_of(module: torch.nn.Module) -> int:
 
 
 def setting(pipe: Any, text: str = PAIR, **options: Any) -> tuple[Any, ...]:
-    """What the engine's `gradient` takes, at the fourth of ten steps from fixed noise."""
-    adapter, prompt, method = adapter_for(pipe), parse(text, pipe), ELA(anchor=LatentStep(**options))
+    """Arguments of the engine's `gradient`, at the fourth of ten steps from fixed noise."""
+    adapter, prompt = adapter_for(pipe), parse(text, pipe)
+    method = ELA(anchor=LatentStep(needed=None, enough=None, **options), size=8)
     embeds = adapter.encode(prompt.text, guided=False)
     pipe.scheduler.set_timesteps(10)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)).to(pipe.unet.dtype)
@@ -133,7 +134,13 @@ def test_a_image_that_needs_no_help_is_left_alone_from_there_on() -> None:
     between = float(np.mean(losses))
     better = int(np.argmin(losses))
     runs = generate(
-        pipe, PAIR, seed=[5, 6], steps=6, guidance=ELA(anchor=LatentStep(enough=between)), record=False, progress=False
+        pipe,
+        PAIR,
+        seed=[5, 6],
+        steps=6,
+        guidance=ELA(anchor=LatentStep(needed=between, enough=between)),
+        record=False,
+        progress=False,
     )
     assert len(runs[better].guidance.rows) == 1
     assert np.array_equal(np.asarray(runs[better].image), np.asarray(plain[better].image))
@@ -211,6 +218,7 @@ def test_regions_stay_once_they_are_locked() -> None:
         (LatentStep, {"guided": 1.5}, "guided=1.5"),
         (LatentStep, {"gradient": "adam"}, "gradient='adam'"),
         (LatentStep, {"every": 0}, "every=0"),
+        (LatentStep, {"needed": -1}, "needed=-1"),
         (LatentStep, {"outside": 0, "presence": 0, "intrusion": 0, "attributes": 0}, "outside=0"),
         (FromMaps, {"lock_from": -2}, "lock_from=-2"),
         (FromMaps, {"differentiation": "nonsense"}, "differentiation='nonsense'"),
@@ -271,8 +279,10 @@ def test_guidance_works_inside_inference_mode(scheduler: str) -> None:
 
 
 def test_a_model_loaded_inside_inference_mode_is_refused() -> None:
+    pipe = tiny_pipeline()
     with torch.inference_mode():
-        pipe = tiny_pipeline()
+        weight = pipe.unet.conv_in.weight.clone()
+    pipe.unet.conv_in.weight = torch.nn.Parameter(weight, requires_grad=False)
     with pytest.raises(SettingError, match=r"loaded inside torch\.inference_mode"):
         generate(pipe, PAIR, steps=4, guidance=ELA(), record=False, progress=False)
 
@@ -357,8 +367,9 @@ def test_ela_anchors_to_regions_given_by_hand() -> None:
     assert by_box.guidance is not None
     regions = by_box.guidance.regions
     assert regions is not None
-    assert regions.isel(entity=0, step=0).values[:, :4].all()
-    assert not regions.isel(entity=0).values[..., 4:].any()
+    half = regions.sizes["x"] // 2
+    assert regions.isel(entity=0, step=0).values[:, :half].all()
+    assert not regions.isel(entity=0).values[..., half:].any()
     assert np.array_equal(np.asarray(by_box.image), np.asarray(by_mask.image))
 
 
@@ -385,15 +396,15 @@ def test_no_entity_loses_its_mask_on_another_grid_and_regions_never_overlap(
 @pytest.mark.parametrize(
     ("layout", "part"),
     [
-        ([(0, 0, 1)], "no box"),
-        ([(0.5, 0, 0.5, 1)], "no box"),
-        ([(0, 0, 2, 1)], "no box"),
-        ("left", "no layout"),
+        ([(0, 0, 1)], "not a box"),
+        ([(0.5, 0, 0.5, 1)], "not a box"),
+        ([(0, 0, 2, 1)], "not a box"),
+        ("left", "not a layout"),
         (np.zeros((1, 4, 4), bool), "empty"),
     ],
 )
 def test_a_layout_that_is_none_is_refused_with_an_example(layout: Any, part: str) -> None:
-    with pytest.raises(SettingError, match=rf"{part}.*one box an entity"):
+    with pytest.raises(SettingError, match=rf"{part}.*one box per entity"):
         ELA(regions=layout)
 
 

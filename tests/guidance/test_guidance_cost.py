@@ -1,4 +1,4 @@
-"""What guidance may cost in Stable Diffusion 1.5's shape, counted without computing anything."""
+"""Cost of guidance in the shape of Stable Diffusion 1.5, counted without computing anything."""
 
 from __future__ import annotations
 

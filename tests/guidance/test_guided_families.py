@@ -319,7 +319,7 @@ def test_a_run_is_guided_and_recorded_at_once_without_classifier_free_guidance(n
 def test_the_gradient_agrees_with_central_differences(name: str) -> None:
     family = FAMILIES[name]
     pipe = family.make(torch.float64)
-    adapter, prompt, method = adapter_for(pipe), parse(PAIR, pipe), ELA()
+    adapter, prompt, method = adapter_for(pipe), parse(PAIR, pipe), ELA(anchor=LatentStep(needed=None))
     conditioning = adapter.encode(prompt.text, guided=False, size=(32, 32))
     noise = adapter.noise(torch.Generator().manual_seed(3), 32, 32)
     assert noise.dtype == torch.float64
@@ -346,7 +346,7 @@ def test_the_gradient_agrees_with_central_differences(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_checkpoints_leave_the_gradient_as_it_is(name: str) -> None:
     pipe = shared(name)
-    adapter, prompt, method = adapter_for(pipe), parse(PAIR, pipe), ELA()
+    adapter, prompt, method = adapter_for(pipe), parse(PAIR, pipe), ELA(anchor=LatentStep(needed=None))
     conditioning = adapter.encode(prompt.text, guided=False, size=(32, 32))
     latents = adapter.noise(torch.Generator().manual_seed(3), 32, 32) * adapter.set_timesteps(10, 32, 32)
     layers = method.select(adapter.layers(), (8, 8))

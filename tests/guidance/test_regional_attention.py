@@ -74,7 +74,7 @@ def test_maps_that_are_none_are_refused() -> None:
 
 
 def test_regions_by_hand_hold_as_an_edit_of_the_attention_does() -> None:
-    """`elakit.attention.edit` lowers the same scores in the same cells, by code of its own."""
+    """`elakit.attention.edit` lowers the same scores at the same locations, by code of its own."""
     pipe = tiny_pipeline()
     method = RegionalAttention(regions=[LEFT, RIGHT], strength=3.0)
     run = generate(pipe, PAIR, seed=2, steps=4, guidance=method, progress=False)

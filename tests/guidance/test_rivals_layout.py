@@ -416,11 +416,11 @@ def test_initno_may_choose_the_noise_and_leave_latents_alone() -> None:
         (InitNO, {"max_kl": -1}, "max_kl"),
         (LayoutGuidance, {"regions": HALVES, "iterations": 0}, "iterations=0"),
         (LayoutGuidance, {"regions": HALVES, "guided": 1.5}, "guided"),
-        (LayoutGuidance, {"regions": None}, "regions.*one box an entity"),
+        (LayoutGuidance, {"regions": None}, "regions.*one box per entity"),
         (BoxDiff, {"regions": HALVES, "share": 0}, "share=0"),
         (BoxDiff, {"regions": HALVES, "edge": 0.5}, "edge=0.5"),
-        (BoxDiff, {"regions": None}, "regions.*one box an entity"),
-        (BoxDiff, {"regions": [(0, 0, 2, 1)]}, "no box"),
+        (BoxDiff, {"regions": None}, "regions.*one box per entity"),
+        (BoxDiff, {"regions": [(0, 0, 2, 1)]}, "not a box"),
     ],
 )
 def test_options_out_of_range_are_named(kind: type, options: dict[str, Any], part: str) -> None:

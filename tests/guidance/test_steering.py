@@ -22,7 +22,7 @@ def draw(pipe: Any, prompt: Prompt, method: ELA, **options: Any) -> Run:
 
 
 def halves(regions: Any) -> tuple[bool, bool]:
-    """Whether the first entity has exactly the left half of an (entity, y, x) array, and the second the right."""
+    """True, True if the first entity has exactly the left half of an (entity, y, x) array, and the second the right."""
     half = np.zeros(regions.shape[1:], bool)
     half[:, : half.shape[1] // 2] = True
     return bool((regions[0] == half).all()), bool((regions[1] == ~half).all())
@@ -36,7 +36,7 @@ def test_an_entity_without_a_region_is_localized_where_the_others_leave_room(pip
         assert halves(regions)[0]
         assert regions[1].any()
         assert not (regions[0] & regions[1]).any()
-    # localized anew at each step, unlike what was given
+    # the second entity is localized at each step, the first keeps its region
     assert run.guidance.options["regions"] == ((0.0, 0.0, 0.5, 1.0), None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,7 +26,9 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    return read_config().world
+    # the shipped judge was trained when scenes had these backgrounds and layouts only
+    layouts = {"row": 0.4, "column": 0.3, "diagonal": 0.3}
+    return replace(read_config().world, layouts=layouts, backgrounds=("plain", "gradient", "ground"))
 
 
 def prompt_of(scene, pipe):
@@ -186,3 +189,18 @@ elakit.judge.judge(image, prompt)
 assert torch.equal(torch.get_rng_state(), before)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_shape_that_cannot_be_named_does_not_count_but_is_told() -> None:
+    image, prompt = (
+        Image.new("RGB", (8, 8), "gray"),
+        elakit.parse("a [cat] and a [blue clock]", elakit.load("picture-world")),
+    )
+    cat, clock = thing("cat", slice(0, 3), "orange"), thing("clock", slice(5, 8), "blue")
+    clean = judge(image, prompt, lambda image, nouns: [cat, clock])
+    blob = judge(image, prompt, lambda image, nouns: [cat, replace(clock, recognizable=False)])
+    assert clean.success
+    assert not blob.success
+    assert blob.failures == ("neglect",)
+    assert (blob.counts, blob.unrecognizable, blob.extra) == ({"cat": 1}, 1, ())
+    assert str(blob).endswith("an unrecognizable shape")

@@ -208,14 +208,18 @@ def test_boxes_masks_and_what_is_neither(panel: Panel) -> None:
     assert sum(panel._view.stage._masks[1]["cells"]) == 32 * 32 / 2
     panel._view.stage.set_state({"boxes": [None, list(RIGHT)]})  # drawn over the mask, and the other taken away
     assert panel.regions == {"bird": RIGHT}
-    for region, part in (((0.5, 0, 0.2, 1), "no box within"), (mask & False, "mask 0 is empty"), ("left", "no layout")):
+    for region, part in (
+        ((0.5, 0, 0.2, 1), "not a box within"),
+        (mask & False, "mask 0 is empty"),
+        ("left", "not a layout"),
+    ):
         with pytest.raises(SettingError, match=part):
             panel.draw("car", region)
     with pytest.raises(SettingError, match="the entities are 'car', 'bird'"):
         panel.draw("frog", LEFT)
     with pytest.raises(SettingError, match="2 entities"):
         panel._view.stage.boxes = [None]
-    with pytest.raises(SettingError, match="no box within"):
+    with pytest.raises(SettingError, match="not a box within"):
         panel._view.stage.boxes = [[0.5, 0, 0.2, 1], None]
     assert panel.regions == {"bird": RIGHT}
     panel.clear()

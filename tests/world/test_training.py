@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from torch import nn
 
-from elakit.world.training.config import read_config
+from elakit.errors import SettingError
+from elakit.world.tokenizer import train_tokenizer
+from elakit.world.training.config import Config, read_config
 
 SMALL = """
 [world]
@@ -31,9 +35,12 @@ crop = 32
 crop_share = 0.5
 batch = 4
 learning_rate = 1e-3
+decay_from = 0.5
 noise = 0.1
 pull = 1e-4
 edges = 1.0
+features = 0.1
+nested = 0.5
 
 [text]
 positions = 24
@@ -46,10 +53,15 @@ heads = 2
 channels = [16, 32, 32]
 heads = 2
 scenes = 8
-samples = 8
+first_scenes = 4
+chunk = 4
+reuse = 1
+samples = 12
 batch = 4
 learning_rate = 1e-3
 warmup = 1
+decay_from = 0.85
+average = 0.9
 min_snr = 5.0
 drop_text = 0.1
 neutral_end = 0.6
@@ -57,12 +69,14 @@ neutral_end = 0.6
 [judge]
 channels = [8, 8, 8, 8]
 scenes = 12
-mixtures = 0.3
+mixtures = 0.2
 occluded = 0.1
+spoiled = 0.3
 rebuilt = 0.4
 redrawn = 0.4
 empty = 0.1
 drawn = 4
+unfinished = 4
 samples = 8
 batch = 4
 learning_rate = 1e-3
@@ -95,11 +109,12 @@ def test_one_command_trains_every_part_and_a_second_call_has_nothing_left_to_do(
     assert image.size == (64, 64)
     assert (out / "judge" / "model.safetensors").exists()
     assert list(out.glob("samples-*.png"))
+    assert [path.name for path in sorted((out / "scenes").glob("*.pt"))] == ["0000.pt", "0001.pt"]
     before = torch.load(out / "denoiser.pt", weights_only=True)
     again = command(config, out)
     assert again.returncode == 0, again.stderr
     after = torch.load(out / "denoiser.pt", weights_only=True)
-    assert before["step"] == after["step"] == 2
+    assert before["step"] == after["step"] == 3
     assert all(torch.equal(before["model"][name], after["model"][name]) for name in before["model"])
 
 
@@ -124,3 +139,79 @@ def test_a_stage_that_does_not_exist_is_refused(config: Path, tmp_path: Path) ->
     wrong = command(config, tmp_path, "--stage", "unet")
     assert wrong.returncode == 2
     assert "decoder" in wrong.stderr
+
+
+def test_linear_layers_computed_together_give_the_values_and_gradients_of_the_layers() -> None:
+    from elakit.world.training import linear_runs
+
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(0, 0, 1, 0),
+        num_decoder_blocks=(1, 1, 1, 0),
+        latent_channels=4,
+    ).double()
+    images = torch.rand(1, 3, 160, 160, dtype=torch.float64) * 2 - 1
+    given = torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    gradients, values = [], []
+    for encode, decode in (
+        (lambda x: vae.encode(x).latents, lambda z: vae.decode(z).sample),
+        (lambda x: linear_runs.encode(vae, x), lambda z: linear_runs.decode(vae, z)),
+    ):
+        vae.zero_grad()
+        # the border differs, and how far inward depends on the layers behind; the middle is the same
+        latents = encode(images)
+        middle, inner = latents[..., 6:-6, 6:-6], decode(given)[..., 4:-4, 4:-4]
+        values.append((middle, inner))
+        (middle.pow(2).sum() + inner.pow(2).sum()).backward()
+        gradients.append({name: p.grad.clone() for name, p in vae.named_parameters()})
+    for a, b in zip(*values, strict=True):
+        assert torch.allclose(a, b, atol=1e-10)
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], rtol=1e-6, atol=1e-8), name
+
+
+def test_a_grown_model_starts_as_the_smaller_one(config: Path) -> None:
+    from elakit.world.training import autoencoder, denoiser
+
+    settings = read_config(config)
+    torch.manual_seed(0)
+    small = autoencoder.build(settings)
+    wider = dataclasses.replace(settings.vae, latent_channels=6, decoder_blocks=(2, 1, 0, 0))
+    large = autoencoder.build(dataclasses.replace(settings, vae=wider))
+    autoencoder.grow(large, small)
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        latents = large.encode(images).latents
+        assert torch.equal(latents[:, :4], small.encode(images).latents)
+        assert latents.shape[1] == 6
+        assert torch.allclose(large.decode(latents).sample, small.decode(latents[:, :4]).sample, atol=1e-6)
+
+    tokenizer = train_tokenizer(settings.text.vocabulary, settings.text.positions)
+
+    def parts(config: Config) -> nn.ModuleDict:
+        unet, text = denoiser.build_unet(config, config.text.width), denoiser.build_text_encoder(config, tokenizer)
+        return nn.ModuleDict({"text": text, "unet": unet})
+
+    old, new = parts(settings), parts(dataclasses.replace(settings, vae=wider))
+    pipe = denoiser.assemble(old, small, tokenizer, denoiser.build_scheduler())
+    denoiser.grow(new, pipe)
+    noisy, states = torch.randn(1, 6, 8, 8), torch.randn(1, 24, 32)
+    with torch.no_grad():
+        grown = new["unet"](noisy, 500, states).sample
+        assert torch.allclose(grown[:, :4], old["unet"](noisy[:, :4], 500, states).sample, atol=1e-5)
+        assert not grown[:, 4:].any()
+    other = dataclasses.replace(settings, denoiser=dataclasses.replace(settings.denoiser, channels=(16, 32, 48)))
+    with pytest.raises(SettingError, match="architecture"):
+        denoiser.grow(parts(other), pipe)
+
+
+def test_a_long_training_composes_new_scenes_as_it_goes(config: Path, tmp_path: Path) -> None:
+    from elakit.world.training.denoiser import GrowingScenes
+
+    settings = read_config(config)
+    longer = dataclasses.replace(settings.denoiser, scenes=10, first_scenes=3, chunk=2, reuse=5)
+    scenes = GrowingScenes(dataclasses.replace(settings, denoiser=longer), tmp_path, None, None, torch.device("cpu"))
+    # 3 are rounded up to two chunks; a new chunk is due as soon as every scene has been seen five times
+    assert [scenes.count(seen) for seen in (0, 20, 25, 30, 49, 1_000)] == [4, 4, 6, 6, 10, 10]

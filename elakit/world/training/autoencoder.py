@@ -1,8 +1,9 @@
-"""Train the autoencoder (AutoencoderTiny): images to latents and back."""
+"""Train the autoencoder (`AutoencoderTiny`): images to latents and back."""
 
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,20 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 from PIL import Image
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elakit.world.training.config import Config
+from elakit.judge.segmenter import Segmenter, load_segmenter
+from elakit.world.training import linear_runs
+from elakit.world.training.config import Config, VaeSettings
 from elakit.world.training.data import Scenes, to_unit
 from elakit.world.training.loop import Schedule, train
 
 
 def build(config: Config) -> Any:
-    """An untrained autoencoder of the configuration.
+    """Build an untrained autoencoder of the configuration.
 
-    ``AutoencoderTiny`` has no group norm, which in narrow layers throws an image's overall colors away, and which
+    ``AutoencoderTiny`` has no group norm, which in narrow layers discards an image's overall colors, and which
     makes crops look unlike whole images.
     """
     settings = config.vae
@@ -34,7 +38,54 @@ def build(config: Config) -> Any:
     )
 
 
-def train_autoencoder(config: Config, scenes: Scenes, folder: Path, device: torch.device) -> Any:
+def grow(model: Any, old: Any) -> None:
+    """Start from a smaller autoencoder of the same width: copy its weights, and let what is new change little.
+
+    New latent channels are appended to the old ones and are not decoded at first; new blocks at the end of a
+    resolution are the identity at first.
+
+    Parameters
+    ----------
+    model, old : AutoencoderTiny
+        `model` is changed in place; it has at least the blocks and the latent channels of `old`.
+    """
+    for new_half, old_half in ((model.encoder, old.encoder), (model.decoder, old.decoder)):
+        for new_run, old_run in zip(_runs(new_half.layers), _runs(old_half.layers), strict=True):
+            for i, layer in enumerate(new_run):
+                if i < len(old_run):
+                    _copy(layer, old_run[i])
+                else:
+                    nn.init.zeros_(layer.conv[-1].weight)
+                    nn.init.zeros_(layer.conv[-1].bias)
+
+
+def _runs(layers: Any) -> list[list[Any]]:
+    """Split a half of the autoencoder before and after each run of residual blocks.
+
+    A run is what lies between two other layers, so that halves with different numbers of blocks have equal numbers of
+    runs.
+    """
+    others = [-1, *(i for i, layer in enumerate(layers) if not hasattr(layer, "conv")), len(layers)]
+    runs: list[list[Any]] = []
+    for before, after in pairwise(others):
+        runs.append(list(layers[before + 1 : after]))
+        if after < len(layers):
+            runs.append([layers[after]])
+    return runs
+
+
+@torch.no_grad()
+def _copy(layer: nn.Module, old: nn.Module) -> None:
+    """Copy weights into a layer that may have more channels: new inputs have no effect, new outputs are random."""
+    for value, source in zip(layer.parameters(), old.parameters(), strict=True):
+        if value.ndim > 1 and value.shape[1] > source.shape[1]:
+            value.zero_()
+        value[tuple(slice(0, n) for n in source.shape)] = source
+
+
+def train_autoencoder(
+    config: Config, scenes: Scenes, folder: Path, device: torch.device, start: Path | None = None
+) -> Any:
     """Train on scenes and save to ``folder/vae``; the scaling factor makes latents of unit variance.
 
     Parameters
@@ -44,6 +95,8 @@ def train_autoencoder(config: Config, scenes: Scenes, folder: Path, device: torc
     folder : Path
         Checkpoints and sample sheets go here.
     device : torch.device
+    start : Path, optional
+        A trained autoencoder to `grow` from.
 
     Returns
     -------
@@ -52,27 +105,32 @@ def train_autoencoder(config: Config, scenes: Scenes, folder: Path, device: torc
     """
     settings = config.vae
     torch.manual_seed(0)
-    model: Any = build(config).to(device, memory_format=torch.channels_last)
+    model: Any = build(config)
+    if start is not None:
+        grow(model, AutoencoderTiny.from_pretrained(start))
+    model = model.to(device, memory_format=torch.channels_last)
+    schedule = Schedule(
+        settings.samples, settings.batch, settings.learning_rate, decay_from=settings.decay_from, average=0.998
+    )
+    judge = _features(settings, device)
 
-    schedule = Schedule(settings.samples, settings.batch, settings.learning_rate, average=0.998)
-
-    def loss(step: int) -> torch.Tensor:
+    def loss(step: int) -> Tensor:
         whole = step >= settings.crop_share * schedule.steps
-        return _loss(model, _batch(config, scenes, np.random.default_rng((1, step)), whole).to(device), config)
+        return _loss(model, _batch(config, scenes, np.random.default_rng((1, step)), whole).to(device), settings, judge)
 
     def sheet(average: Any, step: int) -> None:
         _sheet(average, config, scenes, folder)
 
-    model = train(model, loss, schedule, folder, "vae", on_checkpoint=sheet)
+    model = train(model, loss, schedule, folder, "vae", checkpoint_seconds=300, on_checkpoint=sheet)
     with torch.no_grad():
-        latents = model.encode(scenes.batch(np.arange(min(512, len(scenes)))).to(device)).latents
+        latents = model.encode(scenes.batch(np.arange(min(256, len(scenes)))).to(device)).latents
     model.register_to_config(scaling_factor=float(1 / latents.std()))
     model.save_pretrained(folder / "vae")
     return model
 
 
 def train_decoder(config: Config, scenes: Scenes, folder: Path, device: torch.device) -> Any:
-    """Train the decoder of ``folder/vae`` on, with the encoder as it is: sharper images, the same latents.
+    """Train the decoder of ``folder/vae`` further with the encoder fixed: sharper images from the same latents.
 
     Parameters
     ----------
@@ -92,56 +150,83 @@ def train_decoder(config: Config, scenes: Scenes, folder: Path, device: torch.de
     model = model.to(device, memory_format=torch.channels_last).requires_grad_(False)
     model.decoder.requires_grad_(True)
     schedule = Schedule(settings.polish, settings.batch, settings.learning_rate, average=0.998)
+    judge = _features(settings, device)
 
-    def loss(step: int) -> torch.Tensor:
+    def loss(step: int) -> Tensor:
         whole = step >= settings.crop_share * schedule.steps
-        return _loss(model, _batch(config, scenes, np.random.default_rng((6, step)), whole).to(device), config)
+        return _loss(model, _batch(config, scenes, np.random.default_rng((6, step)), whole).to(device), settings, judge)
 
     def sheet(average: Any, step: int) -> None:
         polished = copy.deepcopy(model).eval()
         polished.decoder.load_state_dict(average.state_dict())
         _sheet(polished, config, scenes, folder)
 
-    average = train(model.decoder, loss, schedule, folder, "decoder", on_checkpoint=sheet)
+    average = train(model.decoder, loss, schedule, folder, "decoder", checkpoint_seconds=300, on_checkpoint=sheet)
     model.decoder.load_state_dict(average.state_dict())
     model.eval().save_pretrained(folder / "vae")
     return model
 
 
-def _batch(config: Config, scenes: Scenes, rng: np.random.Generator, whole: bool) -> torch.Tensor:
-    """Random images, (batch, 3, side, side) in [-1, 1]: crops around entities, or whole scenes."""
-    rows = rng.integers(len(scenes), size=config.vae.batch)
+def _batch(config: Config, scenes: Scenes, rng: np.random.Generator, whole: bool) -> Tensor:
+    """Random images, (batch, 3, side, side) in [-1, 1]: crops around entities, or whole scenes (a quarter as many)."""
+    rows = rng.integers(len(scenes), size=max(1, config.vae.batch // 4) if whole else config.vae.batch)
     images = scenes.batch(rows)
     if not whole:
         images = _crops(images, scenes.classes[rows], config.vae.crop, rng)
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def _loss(model: Any, images: torch.Tensor, config: Config) -> torch.Tensor:
-    """Absolute error of pixels and of differences between neighboring pixels, and a pull on the latents."""
-    settings = config.vae
-    with torch.autocast(images.device.type, torch.bfloat16):
-        latents = model.encode(images).latents
-        # the decoder bounds latents to -3..3; noise makes neighboring latents mean neighboring images
-        rebuilt = model.decode(latents + settings.noise * torch.randn_like(latents)).sample
-    rebuilt = rebuilt.float()
-    error = F.l1_loss(rebuilt, images)
-    edges = sum(F.l1_loss(rebuilt.diff(dim=axis), images.diff(dim=axis)) for axis in (-1, -2))
-    return error + settings.edges * edges + settings.pull * latents.float().pow(2).mean()
+def _features(settings: VaeSettings, device: torch.device) -> Segmenter | None:
+    """The shipped judge as a fixed network of features, if the loss uses it."""
+    return copy.deepcopy(load_segmenter()).requires_grad_(False).to(device) if settings.features else None
+
+
+def _loss(model: Any, images: Tensor, settings: VaeSettings, judge: Segmenter | None) -> Tensor:
+    """Errors of pixels, of differences between neighboring pixels at three scales, of features; a pull on the latents.
+
+    The decoder bounds latents to -3..3. Noise on them makes neighboring latents mean neighboring images, and some
+    images are decoded from the first half of the channels alone, which so carry the shapes and the others the details.
+    """
+    latents = linear_runs.encode(model, images)
+    noisy = latents + settings.noise * torch.randn_like(latents)
+    half = noisy.shape[1] // 2
+    kept = torch.rand(len(noisy), 1, 1, 1, device=noisy.device) >= settings.nested
+    noisy = torch.cat([noisy[:, :half], noisy[:, half:] * kept], 1)
+    rebuilt = linear_runs.decode(model, noisy)
+    total = F.l1_loss(rebuilt, images) + settings.pull * latents.pow(2).mean()
+    a, b = rebuilt, images
+    for scale in range(3):
+        edges = sum(F.l1_loss(a.diff(dim=axis), b.diff(dim=axis)) for axis in (-1, -2))
+        total = total + settings.edges * 0.5**scale * edges
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    if judge is not None:
+        for seen, wanted in zip(features(judge, rebuilt), features(judge, images), strict=True):
+            total = total + settings.features * F.l1_loss(seen, wanted) / wanted.abs().mean()
+    return total
+
+
+def features(judge: Segmenter, images: Tensor) -> list[Tensor]:
+    """The judge's activations at 1/2, 1/4 and 1/8 of the side."""
+    x = judge.stem(images)
+    found = [x]
+    for down in judge.down[:2]:
+        x = down(x)
+        found.append(x)
+    return found
 
 
 def _sheet(model: Any, config: Config, scenes: Scenes, folder: Path) -> None:
-    """Sixteen scenes and, below them, what is made of them, twice the size."""
-    images, size = scenes.batch(np.arange(16)).to(model.device), config.world.size
+    """Eight scenes and, below them, their reconstructions, twice the size."""
+    images, size = scenes.batch(np.arange(8)).to(model.device), config.world.size
     with torch.no_grad():
         rebuilt = model.decode(model.encode(images).latents).sample
     pixels = (torch.cat([images, rebuilt]).cpu() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    grid = pixels.reshape(4, 8, size, size, 3).transpose(0, 2, 1, 3, 4).reshape(4 * size, 8 * size, 3)
+    grid = pixels.reshape(2, 8, size, size, 3).transpose(0, 2, 1, 3, 4).reshape(2 * size, 8 * size, 3)
     sheet = Image.fromarray((grid * 255).round().astype(np.uint8))
-    sheet.resize((16 * size, 8 * size), Image.Resampling.NEAREST).save(folder / "vae.png")
+    sheet.resize((16 * size, 4 * size), Image.Resampling.NEAREST).save(folder / "vae.png")
 
 
-def _crops(images: torch.Tensor, classes: np.ndarray, side: int, rng: np.random.Generator) -> torch.Tensor:
+def _crops(images: Tensor, classes: np.ndarray, side: int, rng: np.random.Generator) -> Tensor:
     """A square of each image whose center is near a pixel of an entity."""
     cut = []
     for image, truth in zip(images, classes, strict=True):
@@ -154,8 +239,11 @@ def _crops(images: torch.Tensor, classes: np.ndarray, side: int, rng: np.random.
 
 def psnr(model: Any, scenes: Scenes, count: int = 256) -> float:
     """Mean peak signal-to-noise ratio of reconstructions, in dB, over the first `count` scenes."""
-    with torch.no_grad():
-        images = scenes.batch(np.arange(count)).to(model.device)
-        rebuilt = model.decode(model.encode(images).latents).sample.clamp(-1, 1)
-    error = (to_unit(rebuilt) - to_unit(images)).pow(2).mean((1, 2, 3))
-    return float((-10 * error.log10()).mean())
+    found = []
+    for start in range(0, count, 32):
+        images = scenes.batch(np.arange(start, min(start + 32, count))).to(model.device)
+        with torch.no_grad():
+            rebuilt = model.decode(model.encode(images).latents).sample.clamp(-1, 1)
+        error = (to_unit(rebuilt) - to_unit(images)).pow(2).mean((1, 2, 3))
+        found.append(-10 * error.log10())
+    return float(torch.cat(found).mean())

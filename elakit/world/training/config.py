@@ -17,8 +17,11 @@ class VaeSettings:
     """The autoencoder: architecture, loss weights and length of training (`samples` images).
 
     The first `crop_share` of the samples are squares of `crop` pixels around an entity: most of a scene is background,
-    and crops teach more a second. The rest are whole scenes. `noise` is added to the latents, `pull` draws them to 0.
-    Afterwards the decoder alone learns from `polish` samples more.
+    and crops teach more per second. The rest are whole scenes. The learning rate falls to zero from `decay_from` of the
+    run on. `noise` is added to the latents, `pull` is the weight of their mean square, `edges` that of the loss on
+    differences between neighboring pixels, `features` that of the loss on the shipped judge's activations, and `nested`
+    the share of images decoded from the first half of the channels alone. Afterward the decoder alone learns from
+    `polish` more samples.
     """
 
     width: int
@@ -31,9 +34,12 @@ class VaeSettings:
     crop_share: float
     batch: int
     learning_rate: float
+    decay_from: float
     noise: float
     pull: float
     edges: float
+    features: float
+    nested: float
     polish: int
 
 
@@ -50,15 +56,25 @@ class TextSettings:
 
 @dataclass(frozen=True)
 class DenoiserSettings:
-    """The UNet and the diffusion training of UNet and text encoder."""
+    """The UNet and the diffusion training of UNet and text encoder.
+
+    The training begins with `first_scenes` scenes and ends with `scenes`; `chunk` of them are composed at a time,
+    when each has been seen `reuse` times on average. The learning rate is constant after `warmup` steps and falls to
+    zero from `decay_from` of the run on; `average` is the decay of the moving average of the weights.
+    """
 
     channels: tuple[int, ...]
     heads: int
     scenes: int
+    first_scenes: int
+    chunk: int
+    reuse: int
     samples: int
     batch: int
     learning_rate: float
     warmup: int
+    decay_from: float
+    average: float
     min_snr: float
     drop_text: float
     neutral_end: float
@@ -68,20 +84,23 @@ class DenoiserSettings:
 class JudgeSettings:
     """The segmenter that says what is in an image.
 
-    Of the `scenes`, a share shows hybrids (`mixtures`), one shows a thing partly behind another (`occluded`) and one
-    nothing at all (`empty`); a share of all is seen through the autoencoder (`rebuilt`), as generated images are, and
-    one redrawn by the denoiser from some noise (`redrawn`): its drawings are a little askew, and no hybrids for that.
-    The same is learned from whole drawings of single things, so many (`drawn`).
+    Of the `scenes`, a share shows hybrids (`mixtures`), one a thing partly behind another (`occluded`), one shapes that
+    cannot be recognized (`spoiled`) and one nothing at all (`empty`); a share of all is seen through the autoencoder
+    (`rebuilt`), as generated images are, and one redrawn by the denoiser from some noise (`redrawn`): its images are a
+    little askew without being hybrids. Further examples are generated: `drawn` whole images of single things, and
+    `unfinished` ones decoded after the first few steps, which are unrecognizable.
     """
 
     channels: tuple[int, ...]
     scenes: int
     mixtures: float
     occluded: float
+    spoiled: float
     rebuilt: float
     redrawn: float
     empty: float
     drawn: int
+    unfinished: int
     samples: int
     batch: int
     learning_rate: float

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from elakit.world.scenes import World, sample
+from elakit.world.backgrounds import background
+from elakit.world.layouts import Place, posed
+from elakit.world.scenes import Subject, World, blend, mean_color, sample, sprite_layer, sprite_of
 from elakit.world.vocabulary import COLORS, NOUNS
 
 BACKGROUND = 0  # class of pixels that belong to no entity; noun n of NOUNS has class n + 1
@@ -24,7 +28,7 @@ class Scenes:
     captions : list of str
     classes : ndarray, uint8, (n, size, size)
         0 for the background, 1 + index in ``NOUNS`` elsewhere.
-    colors : ndarray, int8, (n, 3)
+    colors : ndarray, int8, (n, most entities)
         Index in ``COLORS`` of each entity's color, -1 for "as drawn" or no entity.
     """
 
@@ -55,7 +59,7 @@ def compose_scenes(world: World, count: int, seed: int) -> Scenes:
     rng = np.random.default_rng(seed)
     images = np.empty((count, world.size, world.size, 3), np.uint8)
     classes = np.zeros((count, world.size, world.size), np.uint8)
-    colors = np.full((count, 3), -1, np.int8)
+    colors = np.full((count, len(world.entities)), -1, np.int8)
     captions = []
     for i in tqdm(range(count), desc="scenes", unit="scene", mininterval=5):
         scene = sample(world, rng)
@@ -68,6 +72,55 @@ def compose_scenes(world: World, count: int, seed: int) -> Scenes:
     return Scenes(images, captions, classes, colors)
 
 
+CROWD, CROWD_SCALES = (4, 8), (0.2, 0.6)  # number of things, and their longest side as a share of the scene's
+
+
+def compose_crowds(world: World, count: int, seed: int) -> Scenes:
+    """Compose scenes of many small things in any color, which may cover each other: the autoencoder's training data.
+
+    Parameters
+    ----------
+    world : World
+    count : int
+    seed : int
+
+    Returns
+    -------
+    Scenes
+        Without captions and colors: the autoencoder needs neither.
+    """
+    rng = np.random.default_rng(seed)
+    images = np.empty((count, world.size, world.size, 3), np.uint8)
+    classes = np.zeros((count, world.size, world.size), np.uint8)
+    for i in tqdm(range(count), desc="crowds", unit="scene", mininterval=5):
+        nouns = rng.choice(NOUNS, int(rng.integers(*CROWD, endpoint=True)))
+        colors = [None if rng.random() < 0.3 else str(rng.choice(COLORS)) for _ in nouns]
+        sprites = [sprite_of(Subject(str(n), c), world, rng) for n, c in zip(nouns, colors, strict=True)]
+        canvas, _ = background(world.backgrounds, [mean_color(sprite) for sprite in sprites], world.size, rng)
+        for noun, sprite in zip(nouns, sprites, strict=True):
+            x, y = rng.uniform(0.08, 0.92, 2)
+            layer = sprite_layer(sprite, posed(Place(x, y, rng.uniform(*CROWD_SCALES)), rng), world)
+            canvas = blend(canvas, layer, world.shadow)
+            classes[i][layer[..., 3] > 0.5] = 1 + NOUNS.index(str(noun))
+        images[i] = (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    return Scenes(images, [""] * count, classes, np.full((count, 1), -1, np.int8))
+
+
+def cached_crowds(world: World, count: int, seed: int, path: Path) -> Scenes:
+    """`compose_crowds`, kept in a file for a training that is stopped; a file of another world is replaced."""
+    made_with = repr((world.size, world.artists, world.views, world.backgrounds, world.shadow, count, seed))
+    if path.exists():
+        with np.load(path) as kept:
+            if str(kept["made_with"]) == made_with:
+                return Scenes(kept["images"], [""] * count, kept["classes"], np.full((count, 1), -1, np.int8))
+    scenes = compose_crowds(world, count, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part.npz")
+    np.savez(part, made_with=made_with, images=scenes.images, classes=scenes.classes)
+    os.replace(part, path)
+    return scenes
+
+
 def to_unit(images: torch.Tensor) -> torch.Tensor:
-    """From [-1, 1] to [0, 1]."""
+    """Convert from [-1, 1] to [0, 1]."""
     return images / 2 + 0.5

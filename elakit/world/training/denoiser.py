@@ -13,16 +13,17 @@ import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from elakit.errors import SettingError
 from elakit.models import EMBEDDED
 from elakit.models.portable import write_portable_names
 from elakit.world.scenes import World, sample
 from elakit.world.tokenizer import train_tokenizer
 from elakit.world.training.config import Config
-from elakit.world.training.loop import Schedule, train
+from elakit.world.training.loop import Schedule, autocast, fast_bfloat16, train
 
 SAMPLE_PROMPTS = (
     "a red car", "a lion", "a frog", "a blue apple", "an elephant", "a yellow clock", "a purple bow", "a turtle",
@@ -31,6 +32,7 @@ SAMPLE_PROMPTS = (
     "a green crown and a bench",
 )  # fmt: skip
 ENCODED_AT_ONCE = 64
+SHEET_EVERY = 50_000  # samples
 
 
 def build_unet(config: Config, width: int) -> UNet2DConditionModel:
@@ -89,19 +91,69 @@ def build_scheduler() -> DDIMScheduler:
 class Encoded:
     """Scenes as the denoiser sees them: latents (n, c, h, w) of unit variance, token ids (n, positions)."""
 
-    latents: torch.Tensor
-    tokens: torch.Tensor
+    latents: Tensor
+    tokens: Tensor
+
+
+class GrowingScenes:
+    """Encoded scenes, composed in chunks when the training needs them and kept on disk.
+
+    A training of millions of samples needs many scenes, and composing them all first would take hours. It begins with a
+    few chunks, and the next one is composed whenever each scene has been seen `reuse` times on average. Chunk k has the
+    same scenes in every run.
+
+    Parameters
+    ----------
+    config : Config
+    folder : Path
+        Chunks are kept in ``folder/scenes``.
+    vae : AutoencoderTiny
+    tokenizer : CLIPTokenizer
+    device : torch.device
+    """
+
+    def __init__(self, config: Config, folder: Path, vae: Any, tokenizer: CLIPTokenizer, device: torch.device) -> None:
+        self._config, self._folder, self._device = config, folder / "scenes", device
+        self._vae, self._tokenizer = vae, tokenizer
+        self._chunks: list[Encoded] = []
+
+    def count(self, samples: int) -> int:
+        """Number of scenes in use after a number of samples."""
+        settings = self._config.denoiser
+        wanted = max(settings.first_scenes, samples // settings.reuse)
+        return min(settings.scenes, -(-wanted // settings.chunk) * settings.chunk)
+
+    def batch(self, samples: int, size: int) -> Encoded:
+        """Random scenes (torch's generator) of those in use after a number of samples."""
+        count, chunk = self.count(samples), self._config.denoiser.chunk
+        while len(self._chunks) * chunk < count:
+            self._chunks.append(self._chunk(len(self._chunks)))
+        rows = torch.randint(count, (size,)).tolist()
+        picked = [(self._chunks[row // chunk], row % chunk) for row in rows]
+        return Encoded(
+            torch.stack([part.latents[i] for part, i in picked]), torch.stack([part.tokens[i] for part, i in picked])
+        )
+
+    def _chunk(self, number: int) -> Encoded:
+        path = self._folder / f"{number:04d}.pt"
+        if not path.exists():
+            size = min(self._config.denoiser.chunk, self._config.denoiser.scenes)
+            data = encode_scenes(self._config.world, size, (2, number), self._vae, self._tokenizer, self._device)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"latents": data.latents, "tokens": data.tokens}, path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+        return Encoded(**torch.load(path, weights_only=True))
 
 
 def encode_scenes(
-    world: World, count: int, seed: int, vae: Any, tokenizer: CLIPTokenizer, device: torch.device
+    world: World, count: int, seed: int | tuple[int, ...], vae: Any, tokenizer: CLIPTokenizer, device: torch.device
 ) -> Encoded:
-    """Compose scenes and encode each once; a few at a time, since images take 24 times the room of latents."""
+    """Compose scenes and encode each once; a few at a time, since images take more memory than latents."""
     latents, tokens, rng = [], [], np.random.default_rng(seed)
     for start in tqdm(range(0, count, ENCODED_AT_ONCE), desc="encode", unit="batch", mininterval=5):
         scenes = [sample(world, rng) for _ in range(min(ENCODED_AT_ONCE, count - start))]
         pixels = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).to(device)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad(), autocast(device):
             mean = vae.encode(pixels.float() / 127.5 - 1).latents
         latents.append((mean.float() * vae.config.scaling_factor).half().cpu())
         captions = [scene.caption for scene in scenes]
@@ -109,7 +161,40 @@ def encode_scenes(
     return Encoded(torch.cat(latents), torch.cat(tokens))
 
 
-def train_denoiser(config: Config, folder: Path, device: torch.device) -> StableDiffusionPipeline:
+@torch.no_grad()
+def grow(model: Any, old: StableDiffusionPipeline) -> None:
+    """Start from an earlier edition's weights: copy those that fit, and let new latent channels begin at zero.
+
+    Parameters
+    ----------
+    model : nn.ModuleDict
+        "text" and "unet", changed in place: the architecture of `old`, with at least its latent channels.
+    old : StableDiffusionPipeline
+
+    Raises
+    ------
+    SettingError
+        The architectures differ in more than the latent channels.
+    """
+    for part, source in ((model["text"], old.text_encoder), (model["unet"], old.unet)):
+        values, sources = part.state_dict(), source.state_dict()
+        for name, value in values.items():
+            given = sources.get(name)
+            grown = name in ("conv_in.weight", "conv_out.weight", "conv_out.bias")
+            if given is None or (given.shape != value.shape and not grown):
+                raise SettingError(
+                    f"The earlier edition's weights do not fit: {name} has shape "
+                    f"{None if given is None else tuple(given.shape)}, not {tuple(value.shape)}. "
+                    "Use the same [text] and [denoiser] architecture, or train without --start."
+                )
+            if given.shape != value.shape:
+                value.zero_()
+            value[tuple(slice(0, n) for n in given.shape)] = given
+
+
+def train_denoiser(
+    config: Config, folder: Path, device: torch.device, start: Path | None = None
+) -> StableDiffusionPipeline:
     """Train text encoder and UNet on scenes of the world, and save the pipeline to ``folder/model``.
 
     Parameters
@@ -118,6 +203,8 @@ def train_denoiser(config: Config, folder: Path, device: torch.device) -> Stable
     folder : Path
         Must hold the trained autoencoder, ``vae/``.
     device : torch.device
+    start : Path, optional
+        Pipeline folder of an earlier edition to start from.
 
     Returns
     -------
@@ -127,43 +214,58 @@ def train_denoiser(config: Config, folder: Path, device: torch.device) -> Stable
     settings = config.denoiser
     vae = AutoencoderTiny.from_pretrained(folder / "vae").to(device).eval()
     tokenizer = train_tokenizer(config.text.vocabulary, config.text.positions)
-    data = _encoded(config, folder, vae, tokenizer, device)
+    data = GrowingScenes(config, folder, vae, tokenizer, device)
     torch.manual_seed(0)
     text = build_text_encoder(config, tokenizer)
     unet = build_unet(config, config.text.width)
-    # eager attention: on CPU the backward of fused attention in bf16 took over a third of a step (world/trial.md)
-    unet.set_attn_processor(AttnProcessor())
+    if fast_bfloat16(device):
+        # eager attention: on CPU the backward of fused attention in bf16 took over a third of a step (in fp32, fused
+        # attention is the faster of the two)
+        unet.set_attn_processor(AttnProcessor())
     model: Any = nn.ModuleDict({"text": text, "unet": unet}).to(device)
+    if start is not None and not (folder / "denoiser.pt").exists():
+        grow(model, StableDiffusionPipeline.from_pretrained(start, torch_dtype=torch.float32, local_files_only=True))
     scheduler = build_scheduler()
     alphas = scheduler.alphas_cumprod.to(device)
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids.to(device)
 
-    def loss(step: int) -> torch.Tensor:
-        rows = torch.randint(len(data.latents), (settings.batch,))
-        latents, tokens = data.latents[rows].to(device).float(), data.tokens[rows].to(device)
-        tokens = torch.where(_chance(settings.drop_text, len(rows), device)[:, None], empty, tokens)
+    def loss(step: int) -> Tensor:
+        batch = data.batch(step * settings.batch, settings.batch)
+        latents, tokens = batch.latents.to(device).float(), batch.tokens.to(device)
+        tokens = torch.where(_chance(settings.drop_text, len(tokens), device)[:, None], empty, tokens)
         noise = torch.randn_like(latents)
-        times = torch.randint(len(alphas), (len(rows),), device=device)
+        times = torch.randint(len(alphas), (len(tokens),), device=device)
         signal = alphas[times].view(-1, 1, 1, 1)
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
         target = signal.sqrt() * noise - (1 - signal).sqrt() * latents
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             states = model["text"](torch.cat([tokens, empty])).last_hidden_state
             states, neutral = states[:-1], states[-1:]
-            ended = (tokens == tokenizer.eos_token_id) & _chance(settings.neutral_end, len(rows), device)[:, None]
+            ended = (tokens == tokenizer.eos_token_id) & _chance(settings.neutral_end, len(tokens), device)[:, None]
             states = torch.where(ended[..., None], neutral, states)
             predicted = model["unet"](noisy, times, states).sample.float()
         ratio = alphas[times] / (1 - alphas[times])
         weight = ratio.clamp(max=settings.min_snr) / (ratio + 1)
         return (weight * (predicted - target).pow(2).mean((1, 2, 3))).mean()
 
+    drawn = -1
+
     def checkpoint(average: Any, step: int) -> None:
+        nonlocal drawn
         pipe = assemble(average, vae, tokenizer, scheduler)
         save_pipeline(pipe, folder / "model")
-        sample_sheet(pipe).save(folder / f"samples-{step:06d}.png")
+        sheet, last = step * settings.batch // SHEET_EVERY, step == schedule.steps
+        if last or sheet != drawn:  # a sheet takes as long as many steps
+            sample_sheet(pipe).save(folder / f"samples-{step * settings.batch:08d}.png")
+            drawn = sheet
 
     schedule = Schedule(
-        settings.samples, settings.batch, settings.learning_rate, settings.warmup, decay_from=0.6, average=0.9993
+        settings.samples,
+        settings.batch,
+        settings.learning_rate,
+        settings.warmup,
+        decay_from=settings.decay_from,
+        average=settings.average,
     )
     average = train(model, loss, schedule, folder, "denoiser", checkpoint_seconds=300, on_checkpoint=checkpoint)
     return assemble(average, vae, tokenizer, scheduler)
@@ -209,7 +311,7 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
 
 
 def sample_sheet(pipe: StableDiffusionPipeline, prompts: tuple[str, ...] = SAMPLE_PROMPTS) -> Image.Image:
-    """One image a prompt, eight in a row, seed 0, twice the size."""
+    """One image for each prompt, eight in a row, seed 0, twice the size."""
     images = pipe(
         list(prompts),
         num_inference_steps=20,
@@ -223,14 +325,5 @@ def sample_sheet(pipe: StableDiffusionPipeline, prompts: tuple[str, ...] = SAMPL
     return sheet
 
 
-def _encoded(config: Config, folder: Path, vae: Any, tokenizer: CLIPTokenizer, device: torch.device) -> Encoded:
-    path = folder / "encoded.pt"
-    if not path.exists():
-        data = encode_scenes(config.world, config.denoiser.scenes, 2, vae, tokenizer, device)
-        torch.save({"latents": data.latents, "tokens": data.tokens}, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
-    return Encoded(**torch.load(path, weights_only=True))
-
-
-def _chance(probability: float, count: int, device: torch.device) -> torch.Tensor:
+def _chance(probability: float, count: int, device: torch.device) -> Tensor:
     return torch.rand(count, device=device) < probability

@@ -1,4 +1,4 @@
-"""Train the judge: a segmenter of composed scenes and hybrids, some of them drawn again by the model it judges."""
+"""Train the judge: a segmenter of composed scenes and hybrids, some of them passed through the model that it judges."""
 
 from __future__ import annotations
 
@@ -21,24 +21,28 @@ from elakit.world.art import ARTISTS, Drawing, drawings
 from elakit.world.backgrounds import background
 from elakit.world.mixtures import KINDS, UNCERTAIN, sample_mixture
 from elakit.world.scenes import World, caption, sample
+from elakit.world.spoiled import sample_spoiled
 from elakit.world.training.config import Config
-from elakit.world.training.loop import Schedule, train
+from elakit.world.training.loop import Schedule, autocast, train
 from elakit.world.vocabulary import COLORS, NOUNS
 
 # Whose drawings the judge never sees in training, where a noun has three artists or more: the first who drew it.
 UNSEEN_ARTISTS = ("noto-v1", "fluent-flat")
 LEAST_ARTISTS = 3
-# Redrawing takes the last so many of the steps, which leaves a thing what and where it is; a hybrid bears fewer before
+# Redrawing takes the last few of the steps, which leaves a thing what and where it is; a hybrid bears fewer before
 # the denoiser has made one thing of it.
 REDRAW_STEPS, REDRAWN_STEPS, REDRAWN_STEPS_OF_HYBRIDS = 12, (4, 8), (2, 3)
 # Share of a whole drawing's pixels that must show its noun at least.
 LEAST_SHOWN = 0.04
+UNFINISHED = 255
+# Steps of `REDRAW_STEPS` after which an image is decoded too early for anything to be recognized in it.
+UNFINISHED_STEPS = (2, 4)
 FIRST_SEED_DRAWN = 1_000_000  # of whole drawings: far from those that people and benchmarks use
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What the judge learns from, or is tested on.
+    """Images with their ground truth, for training or testing the judge.
 
     Attributes
     ----------
@@ -47,21 +51,25 @@ class Examples:
         0 background, 1 + index in ``NOUNS`` elsewhere, ``UNCERTAIN`` where a blend shows two as much.
     mixed : ndarray, bool, (n, size, size)
         Pixels of a hybrid.
+    spoiled : ndarray, bool, (n, size, size)
+        Pixels of an unrecognizable shape; their class is ``UNCERTAIN``.
     captions : list of str
     nouns : ndarray, uint8, (n,)
         1 + index of the one noun that the denoiser was asked for, in its whole drawings, whose classes are all
-        ``UNCERTAIN``; 0 for composed scenes.
+        ``UNCERTAIN``; 0 for composed scenes; ``UNFINISHED`` for images decoded long before the last step, in which
+        nothing can be recognized.
     """
 
     images: np.ndarray
     classes: np.ndarray
     mixed: np.ndarray
+    spoiled: np.ndarray
     captions: list[str]
     nouns: np.ndarray
 
 
 def unseen(drawing: Drawing) -> bool:
-    """Whether a drawing is kept out of the judge's training.
+    """Check whether a drawing is kept out of the judge's training.
 
     Examples
     --------
@@ -75,16 +83,16 @@ def unseen(drawing: Drawing) -> bool:
 
 def judges_world(world: World) -> World:
     """The world that the judge learns from: all artists but the unseen, more crowded, every pair, colors alike."""
-    wide = replace(world, artists=ARTISTS, entities=(0.3, 0.4, 0.3), held_out=0.0, natural=0.15)
+    wide = replace(world, artists=ARTISTS, entities=(0.35, 0.35, 0.2, 0.1), held_out=0.0, natural=0.15)
     return wide.without(unseen)
 
 
 def compose_examples(config: Config, seed: int, count: int | None = None) -> Examples:
-    """Compose scenes, hybrids, half-hidden things and empty scenes in the configuration's shares, shuffled."""
+    """Compose scenes, hybrids, half-hidden things, spoiled drawings and empty scenes in the configuration's shares."""
     settings, rng = config.judge, np.random.default_rng(seed)
     world, count, size = judges_world(config.world), count or config.judge.scenes, config.world.size
     images = np.empty((count, size, size, 3), np.uint8)
-    classes, mixed = np.zeros((count, size, size), np.uint8), np.zeros((count, size, size), bool)
+    classes, (mixed, spoiled) = np.zeros((count, size, size), np.uint8), np.zeros((2, count, size, size), bool)
     captions = []
     for i in tqdm(range(count), desc="examples", unit="scene", mininterval=5):
         draw = rng.random()
@@ -94,6 +102,13 @@ def compose_examples(config: Config, seed: int, count: int | None = None) -> Exa
             numbers[: 1 + len(mixture.subjects)] = [0, *(1 + NOUNS.index(s.noun) for s in mixture.subjects)]
             images[i], classes[i], mixed[i] = mixture.image, numbers[mixture.owner], mixture.mixed
             captions.append(caption(mixture.subjects))
+        elif draw < settings.mixtures + settings.occluded + settings.spoiled:
+            ruined = sample_spoiled(world, rng)
+            images[i], spoiled[i] = ruined.image, ruined.spoiled
+            classes[i][ruined.spoiled] = UNCERTAIN
+            if ruined.clean.any():
+                classes[i][ruined.clean] = 1 + NOUNS.index(ruined.nouns[1])
+            captions.append("")
         elif draw > 1 - settings.empty:
             images[i] = np.rint(background(world.backgrounds, [], size, rng)[0] * 255)
             captions.append("")
@@ -103,14 +118,14 @@ def compose_examples(config: Config, seed: int, count: int | None = None) -> Exa
             captions.append(scene.caption)
             for entity in scene.entities:
                 classes[i][entity.mask] = 1 + NOUNS.index(entity.subject.noun)
-    return Examples(images, classes, mixed, captions, np.zeros(count, np.uint8))
+    return Examples(images, classes, mixed, spoiled, captions, np.zeros(count, np.uint8))
 
 
 def prepare_examples(config: Config, folder: Path, device: torch.device) -> Examples:
     """Composed examples, some rebuilt and some redrawn, and whole drawings of single things.
 
     They take minutes to make, so they are kept in ``folder/judge-examples.npz`` for a training that was killed; a file
-    made with other settings is made anew.
+    made with other settings is replaced.
     """
     path, settings = folder / "judge-examples.npz", config.judge
     made_with = repr((config.world, replace(settings, samples=0, learning_rate=0, channels=())))
@@ -118,19 +133,23 @@ def prepare_examples(config: Config, folder: Path, device: torch.device) -> Exam
         with np.load(path) as kept:
             if str(kept["made_with"]) == made_with:
                 captions = [str(text) for text in kept["captions"]]
-                return Examples(kept["images"], kept["classes"], kept["mixed"], captions, kept["nouns"])
+                return Examples(
+                    kept["images"], kept["classes"], kept["mixed"], kept["spoiled"], captions, kept["nouns"]
+                )
     examples = compose_examples(config, seed=3)
     vae = AutoencoderTiny.from_pretrained(folder / "vae").to(device).eval()
     draw = np.random.default_rng(5).random(len(examples.images))
     for rows in _batches(np.flatnonzero(draw < settings.rebuilt), "rebuild"):
         examples.images[rows] = rebuild(examples.images[rows], vae, device)
     pipe = StableDiffusionPipeline.from_pretrained(folder / "model", dtype=torch.float32).to(device)
-    again, hybrid = draw > 1 - settings.redrawn, examples.mixed.any((1, 2))
+    # the denoiser would make something of a spoiled drawing
+    again, hybrid = (draw > 1 - settings.redrawn) & ~examples.spoiled.any((1, 2)), examples.mixed.any((1, 2))
     for chosen, steps in ((again & ~hybrid, REDRAWN_STEPS), (again & hybrid, REDRAWN_STEPS_OF_HYBRIDS)):
         for rows in _batches(np.flatnonzero(chosen), "redraw"):
             captions = [examples.captions[row] for row in rows]
             examples.images[rows] = redraw(examples.images[rows], captions, pipe, steps, seed=int(rows[0]))
     examples = _joined(examples, draw_singles(pipe, settings.drawn))
+    examples = _joined(examples, draw_unfinished(pipe, settings.unfinished))
     part = path.with_suffix(".part.npz")
     np.savez(
         part,
@@ -138,6 +157,7 @@ def prepare_examples(config: Config, folder: Path, device: torch.device) -> Exam
         images=examples.images,
         classes=examples.classes,
         mixed=examples.mixed,
+        spoiled=examples.spoiled,
         captions=examples.captions,
         nouns=examples.nouns,
     )
@@ -178,12 +198,46 @@ def draw_singles(pipe: Any, count: int, steps: int = REDRAW_STEPS) -> Examples:
         images[rows] = np.rint(drawn.images * 255)
         captions += texts
     classes = np.full((count, size, size), UNCERTAIN, np.uint8)
-    return Examples(images, classes, np.zeros((count, size, size), bool), captions, nouns)
+    nothing = np.zeros((count, size, size), bool)
+    return Examples(images, classes, nothing, nothing, captions, nouns)
+
+
+@torch.no_grad()
+def draw_unfinished(pipe: Any, count: int) -> Examples:
+    """Images of single things, decoded from what the denoiser predicts after the first steps: nothing is recognizable.
+
+    Parameters
+    ----------
+    pipe : StableDiffusionPipeline
+    count : int
+
+    Returns
+    -------
+    Examples
+    """
+    size, device = pipe.unet.config.sample_size * pipe.vae_scale_factor, pipe.unet.device
+    images, rng = np.empty((count, size, size, 3), np.uint8), np.random.default_rng(8)
+    for rows in _batches(np.arange(count), "unfinished"):
+        captions = [f"a {COLORS[rng.integers(len(COLORS))]} {NOUNS[rng.integers(len(NOUNS))]}" for _ in rows]
+        tokens = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
+        pipe.scheduler.set_timesteps(REDRAW_STEPS)
+        generator = torch.Generator().manual_seed(FIRST_SEED_DRAWN + int(rows[0]))
+        shape = (len(rows), pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
+        with autocast(device):
+            states = pipe.text_encoder(tokens).last_hidden_state
+            latents = torch.randn(shape, generator=generator).to(device)
+            for timestep in pipe.scheduler.timesteps[: int(rng.integers(*UNFINISHED_STEPS, endpoint=True))]:
+                step = pipe.scheduler.step(pipe.unet(latents, timestep, states).sample.float(), timestep, latents)
+                latents = step.prev_sample
+            images[rows] = _pixels(pipe.vae.decode(step.pred_original_sample / pipe.vae.config.scaling_factor).sample)
+    classes, nothing = np.full((count, size, size), UNCERTAIN, np.uint8), np.zeros((count, size, size), bool)
+    return Examples(images, classes, nothing, nothing, [""] * count, np.full(count, UNFINISHED, np.uint8))
 
 
 def _joined(a: Examples, b: Examples) -> Examples:
     arrays = {
-        name: np.concatenate([getattr(a, name), getattr(b, name)]) for name in ("images", "classes", "mixed", "nouns")
+        name: np.concatenate([getattr(a, name), getattr(b, name)])
+        for name in ("images", "classes", "mixed", "spoiled", "nouns")
     }
     return Examples(captions=a.captions + b.captions, **arrays)
 
@@ -209,23 +263,27 @@ def train_judge(config: Config, folder: Path, device: torch.device) -> Segmenter
         rows = rng.integers(len(examples.images), size=settings.batch)
         images = torch.from_numpy(examples.images[rows]).permute(0, 3, 1, 2).float() / 127.5 - 1
         target = torch.from_numpy(examples.classes[rows])
-        mixed = torch.from_numpy(examples.mixed[rows])
-        images, target, mixed = _move(_disturb(_restyle(images, target)), target, mixed)
+        marks = torch.from_numpy(np.stack([examples.mixed[rows], examples.spoiled[rows]], 1))
+        images, target, marks = _move(_disturb(_restyle(images, target)), target, marks)
         # the loss is taken where the network computes, at half resolution: a pixel of every 2 x 2, another each time
         y, x = rng.integers(2, size=2)
-        target, mixed = target[:, y::2, x::2].to(device), mixed[:, y::2, x::2].to(device)
+        target, marks = target[:, y::2, x::2].to(device), marks[..., y::2, x::2].to(device)
         images = images.to(device, memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             scores = model.halved(images)
         scores = scores.float()
         nouns = torch.from_numpy(examples.nouns[rows]).long().to(device)
         classes, things = F.cross_entropy(scores[:, :CLASSES], target, ignore_index=UNCERTAIN), (target > 0).float()
-        if len(drawn := nouns.nonzero()[:, 0]):
+        if len(drawn := ((nouns > 0) & (nouns < UNFINISHED)).nonzero()[:, 0]):
             alone, shown = _alone(scores[drawn, :CLASSES], nouns[drawn])
             classes = classes + len(drawn) / settings.batch * alone
             things[drawn] = shown
-        hybrid = F.binary_cross_entropy_with_logits(scores[:, CLASSES], mixed, reduction="none")
-        return classes + 0.3 * (hybrid * things).sum() / things.sum().clamp(min=1)
+        if len(early := (nouns == UNFINISHED).nonzero()[:, 0]):
+            things[early] = 1 - scores[early, :CLASSES].detach().softmax(1)[:, 0]
+            marks[early, 1] = 1
+        wrong = F.binary_cross_entropy_with_logits(scores[:, CLASSES:], marks, reduction="none")
+        wrong[:, 0][marks[:, 1] > 0] = 0  # whether an unrecognizable shape is a hybrid is no question
+        return classes + 0.3 * (wrong * things[:, None]).sum() / things.sum().clamp(min=1)
 
     schedule = Schedule(settings.samples, settings.batch, settings.learning_rate, average=0.998)
     model = train(model, loss, schedule, folder, "judge")
@@ -251,8 +309,13 @@ def _alone(scores: Tensor, nouns: Tensor) -> tuple[Tensor, Tensor]:
 def rebuild(images: np.ndarray, vae: Any, device: torch.device) -> np.ndarray:
     """Images encoded and decoded, uint8 (n, size, size, 3)."""
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+    with torch.no_grad(), autocast(device):
         decoded = vae.decode(vae.encode(batch).latents).sample
+    return _pixels(decoded)
+
+
+def _pixels(decoded: Tensor) -> np.ndarray:
+    """Decoded images as uint8 (n, size, size, 3)."""
     return ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -278,7 +341,7 @@ def redraw(images: np.ndarray, captions: list[str], pipe: Any, steps: tuple[int,
     tokens = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
     pipe.scheduler.set_timesteps(REDRAW_STEPS)
     timesteps = pipe.scheduler.timesteps[-int(rng.integers(*steps, endpoint=True)) :]
-    with torch.autocast(device.type, torch.bfloat16):
+    with autocast(device):
         latents = pipe.vae.encode(batch).latents * pipe.vae.config.scaling_factor
         states = pipe.text_encoder(tokens).last_hidden_state
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -287,7 +350,7 @@ def redraw(images: np.ndarray, captions: list[str], pipe: Any, steps: tuple[int,
             predicted = pipe.unet(latents, timestep, states).sample.float()
             latents = pipe.scheduler.step(predicted, timestep, latents).prev_sample
         decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
-    return ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return _pixels(decoded)
 
 
 def _batches(rows: np.ndarray, what: str) -> Iterator[np.ndarray]:
@@ -333,7 +396,7 @@ def _disturb(images: Tensor) -> Tensor:
     return images + 0.06 * torch.rand(n, 1, 1, 1) * torch.randn_like(images)
 
 
-def _move(images: Tensor, target: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _move(images: Tensor, target: Tensor, marks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Turn, stretch, shear and bend half of the images with their truth: other artists draw other shapes."""
     n = len(images)
     moved = torch.rand(n) < 0.5
@@ -349,6 +412,6 @@ def _move(images: Tensor, target: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor
     grid = grid + (bend * moved[:, None, None, None]).permute(0, 2, 3, 1)
     # border padding smears things that are cut by the edge, and their truth in the same way
     images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    truth = torch.stack([target.float(), mixed.float()], 1)
+    truth = torch.cat([target[:, None].float(), marks.float()], 1)
     truth = F.grid_sample(truth, grid, mode="nearest", padding_mode="border", align_corners=False)
-    return images, truth[:, 0].long(), truth[:, 1]
+    return images, truth[:, 0].long(), truth[:, 1:]

@@ -18,6 +18,16 @@ from tqdm.auto import tqdm
 M = TypeVar("M", bound=nn.Module)
 
 
+def fast_bfloat16(device: torch.device) -> bool:
+    """Check that the device computes bfloat16 in hardware; CPUs without it are far slower in it than in float32."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Mixed precision where it is fast, single precision elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Length of a training run and its learning rate.

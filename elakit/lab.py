@@ -1,0 +1,65 @@
+"""The command ``elakit lab``: the notebooks in JupyterLab."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from elakit.errors import OutputError, SettingError
+from elakit.resources import notebooks_path
+
+
+def lab(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="Folder to copy the notebooks to. Default: the checkout's notebooks; ./elakit-notebooks."),
+    ] = None,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the server.")] = None,
+    allow_root: Annotated[bool, typer.Option("--allow-root", help="Run as root, as containers do.")] = False,
+) -> None:
+    """Open the notebooks in JupyterLab.
+
+    A checkout opens its own notebooks. An installed package copies them to a folder first; files in it are kept.
+
+    Example: elakit lab ~/elakit-notebooks --no-browser --port 8890
+    """
+    if importlib.util.find_spec("jupyterlab") is None:
+        raise SettingError("JupyterLab is not installed. Install it with  pip install 'elakit[lab]'")
+    shipped = notebooks_path()
+    if not shipped.is_dir():
+        raise OutputError("This installation has no notebooks. Install elakit again, from a wheel or a whole checkout.")
+    installed = shipped.parent == Path(__file__).parent
+    if folder is None:
+        folder = Path("elakit-notebooks") if installed else shipped
+    if folder.resolve() != shipped.resolve():
+        copy_notebooks(shipped, folder)
+    words = [sys.executable, "-m", "jupyterlab", str(folder)]
+    words += [] if browser else ["--no-browser"]
+    words += [] if port is None else [f"--port={port}"]
+    words += ["--allow-root"] if allow_root else []
+    raise typer.Exit(subprocess.call(words))
+
+
+def copy_notebooks(source: Path, target: Path) -> None:
+    """Copy notebooks that are not in the target folder yet.
+
+    Raises
+    ------
+    OutputError
+        Raised when the folder cannot be written.
+    """
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for notebook in sorted(source.glob("*.ipynb")):
+            if not os.path.lexists(target / notebook.name):
+                shutil.copyfile(notebook, target / notebook.name)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"The notebooks cannot be copied to {target}: {error}. Choose another folder.") from error

@@ -1,0 +1,113 @@
+"""Result of localization: one region per entity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from elakit.errors import SettingError
+from elakit.measures.masks import check_disjoint
+
+
+@dataclass(frozen=True, eq=False)
+class Regions:
+    """One region per entity, as disjoint boolean masks.
+
+    Attributes
+    ----------
+    masks : bool array, (entity, y, x)
+        True inside the entity's region. No location belongs to two entities.
+    scores : float array, (entity, y, x)
+        The differentiated maps that were binarized, same units as the maps given.
+    floored : tuple of bool
+        True for an entity that was too weak for a region of the least area and whose region was enlarged to it.
+    entities : tuple of str
+        Label of each entity, in the order of `masks`.
+
+    Raises
+    ------
+    SettingError
+        Raised when masks overlap or shapes do not match.
+    """
+
+    masks: np.ndarray
+    scores: np.ndarray
+    floored: tuple[bool, ...]
+    entities: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.masks.ndim != 3 or self.masks.dtype != np.bool_:
+            raise SettingError(
+                f"masks are {self.masks.dtype} with shape {self.masks.shape}: give booleans of shape (entity, y, x)."
+            )
+        if self.scores.shape != self.masks.shape:
+            raise SettingError(
+                f"scores have shape {self.scores.shape}, the masks {self.masks.shape}; they must be equal."
+            )
+        for what, values in (("floored", self.floored), ("entities", self.entities)):
+            if len(values) != len(self.masks):
+                raise SettingError(f"{len(values)} {what} for {len(self.masks)} masks: give one for each.")
+        check_disjoint(self.masks)
+
+    @property
+    def background(self) -> np.ndarray:
+        """Locations outside every region, bool (y, x)."""
+        return np.asarray(~self.masks.any(axis=0))
+
+    def to_xarray(self) -> xr.DataArray:
+        """Masks with named dimensions: bool (entity, y, x), with coordinate `floored` along entity."""
+        return xr.DataArray(
+            self.masks,
+            dims=("entity", "y", "x"),
+            coords={"entity": list(self.entities), "floored": ("entity", list(self.floored))},
+            name="regions",
+        )
+
+    def iou(self, other: Regions | np.ndarray) -> np.ndarray:
+        """Agreement with other regions of the same entities, in the same order.
+
+        Parameters
+        ----------
+        other : Regions or bool array, (entity, y, x)
+
+        Returns
+        -------
+        float array, (entity,)
+            Intersection over union, 0 to 1. Two empty regions agree (1).
+
+        Raises
+        ------
+        SettingError
+            Raised when shapes or entities differ.
+
+        Examples
+        --------
+        >>> from elakit.regions import localize
+        >>> regions = localize([[[3., 1., 0.]], [[0., 2., 5.]]], binarization="mean-std")
+        >>> regions.iou([[[1, 1, 0]], [[0, 0, 1]]])
+        array([0.5, 1. ])
+        """
+        if isinstance(other, Regions):
+            if other.entities != self.entities:
+                raise SettingError(
+                    f"these are regions of {self.entities}, the others of {other.entities}: "
+                    "compare regions of the same entities."
+                )
+            masks = other.masks
+        else:
+            masks = np.asarray(other).astype(bool)
+        if masks.shape != self.masks.shape:
+            raise SettingError(f"cannot compare masks of shape {masks.shape} with {self.masks.shape}; resize one first")
+        common = (self.masks & masks).sum(axis=(1, 2))
+        either = (self.masks | masks).sum(axis=(1, 2))
+        return np.where(either == 0, 1.0, common / np.maximum(either, 1))
+
+    def __repr__(self) -> str:
+        height, width = self.masks.shape[1:]
+        parts = [
+            f"{name} {mask.sum()} location{'' if mask.sum() == 1 else 's'}{' (floor)' if floored else ''}"
+            for name, mask, floored in zip(self.entities, self.masks, self.floored, strict=True)
+        ]
+        return f"Regions({height}x{width}: {', '.join(parts)}, background {self.background.sum()})"

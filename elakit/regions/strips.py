@@ -1,0 +1,66 @@
+"""Division of an image into strips, one per entity."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from elakit.errors import SettingError
+from elakit.measures.arrays import as_array
+
+if TYPE_CHECKING:
+    import torch
+
+
+def divide(maps: np.ndarray | torch.Tensor, free: np.ndarray | None = None) -> np.ndarray:
+    """Divide an image into strips of equal width, one per entity, in the order in which the maps show the entities.
+
+    Early in a run, maps do not show the outline of an entity yet, but they show which entity is left of which. Strips
+    divide the longer side, and square images from left to right.
+
+    Parameters
+    ----------
+    maps : array or tensor, (entity, y, x)
+        Raw probabilities; the lowest value of each map is subtracted first.
+    free : bool array, (y, x), optional
+        Locations to divide; by default all.
+
+    Returns
+    -------
+    bool array, (entity, y, x)
+        Every free location is in one mask. With fewer free columns (or rows) than entities, some are empty.
+
+    Raises
+    ------
+    SettingError
+        Raised when maps are not finite, negative or of another shape.
+
+    Examples
+    --------
+    The lion is a little more to the left, so it gets the left half:
+
+    >>> cat, lion = [[.2, .2, .3, .3]], [[.1, .4, .1, .1]]
+    >>> divide(np.array([cat, lion])).astype(int).tolist()
+    [[[0, 0, 1, 1]], [[1, 1, 0, 0]]]
+    """
+    values = as_array(maps, "maps")
+    if values.ndim != 3 or 0 in values.shape:
+        raise SettingError(f"maps have shape {values.shape}: give (entity, y, x), at least one of each.")
+    wide = values.shape[2] >= values.shape[1]
+    open_ = np.ones(values.shape[1:], bool) if free is None else np.asarray(free, bool)
+    if not wide:
+        values, open_ = values.swapaxes(1, 2), open_.T
+    along = (values - values.min((1, 2), keepdims=True)).sum(1)  # (entity, x)
+    mass = along.sum(1)
+    columns = np.arange(values.shape[2]) + 0.5
+    # an entity whose map is constant gets the middle
+    centers = np.where(mass > 0, along @ columns / np.where(mass > 0, mass, 1), columns.mean())
+    order = np.argsort(centers, kind="stable")
+    heights = open_.sum(0)
+    middle = (heights.cumsum() - heights / 2) / max(1, heights.sum())  # column centers as shares of the free area
+    strip = np.minimum((middle * len(values)).astype(int), len(values) - 1)
+    masks = np.zeros(values.shape, bool)
+    for nth, entity in enumerate(order):
+        masks[entity] = open_ & (strip == nth)
+    return masks if wide else masks.swapaxes(1, 2)

@@ -1,0 +1,284 @@
+"""Where the things of a scene are placed: layouts of one to four things, and the relations that follow from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from elakit.world.vocabulary import ANIMALS
+
+# Layouts of two things. "free": apart, anywhere. "occluded": one partly behind the other. "worn": a crown or a bow on
+# the head, glasses on the face. "on": on a bench, a chair, a suitcase or a car.
+PAIR_LAYOUTS = ("row", "column", "diagonal", "free", "occluded", "large and small", "worn", "on")
+THREE_LAYOUTS = {"row": 0.3, "column": 0.15, "triangle": 0.35, "free": 0.2}
+FOUR_LAYOUTS = {"grid": 0.6, "free": 0.4}
+RELATIONS = ("left of", "right of", "above", "below", "in front of", "behind", "on", "under", "wearing", "worn by")
+
+WORN = ("crown", "glasses", "bow")
+SUPPORTS = ("bench", "chair", "suitcase", "car")
+SUPPORTED = (*ANIMALS, "apple", "backpack", "balloon", "bow", "bowl", "clock", "crown", "glasses")
+SINGLE_SCALES = (0.25, 0.85)
+LEAST_SEEN = {"worn": 0.4, "on": 0.4, "occluded": 0.45}  # share of a thing that must remain visible; .7 elsewhere
+LEAST_WORN = 0.2  # side of a worn thing's square: smaller ones cannot be made out
+MOST_SEEN_BEHIND = 0.88  # more than that of the thing behind, and it is not noticeably occluded
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a sprite is placed.
+
+    Attributes
+    ----------
+    x, y : float
+        Center, as a share of the scene's side.
+    scale : float
+        Longest side of the sprite, likewise.
+    flip : bool
+        Mirrored from left to right.
+    angle : float
+        Tilt in degrees.
+    """
+
+    x: float
+    y: float
+    scale: float
+    flip: bool = False
+    angle: float = 0.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Measures of a sprite that a layout needs, in shares of the sprite's side.
+
+    Attributes
+    ----------
+    ink : tuple of float
+        (left, top, right, bottom) of the opaque pixels.
+    head, eyes : tuple of float or None
+        (x, y, width): the top of the head and the eyes, where the drawing shows them.
+    """
+
+    ink: tuple[float, float, float, float]
+    head: tuple[float, float, float] | None = None
+    eyes: tuple[float, float, float] | None = None
+
+
+def posed(place: Place, rng: np.random.Generator) -> Place:
+    """A place with a random mirroring and tilt."""
+    angle = float(rng.uniform(-8, 8)) if rng.random() < 0.3 else 0.0
+    return replace(place, flip=bool(rng.random() < 0.5), angle=angle)
+
+
+def fits(layout: str, first: str, second: str) -> bool:
+    """Check that two nouns, in this order, can have a layout.
+
+    Examples
+    --------
+    >>> fits("worn", "bear", "crown"), fits("worn", "crown", "bear"), fits("on", "cat", "bench")
+    (True, False, True)
+    """
+    if layout == "worn":
+        return first in ANIMALS and second in WORN
+    if layout == "on":
+        return first in SUPPORTED and second in SUPPORTS
+    return True
+
+
+def single_place(rng: np.random.Generator) -> Place:
+    """A place for a single thing: any size from 25 to 85 % of the side, anywhere inside."""
+    scale = float(rng.uniform(*SINGLE_SCALES))
+    return _anywhere(scale, rng)
+
+
+def pair_places(layout: str, shapes: tuple[Shape, Shape], rng: np.random.Generator) -> tuple[Place, Place] | None:
+    """Places for two things, in their order; the second is in front where they overlap.
+
+    Parameters
+    ----------
+    layout : str
+        One of `PAIR_LAYOUTS`. In "worn" and "on" the first wears the second or stands on it.
+    shapes : tuple of Shape
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    tuple of Place, or None
+        None where the drawings cannot have this layout (no head or eyes to wear something on).
+    """
+    if layout == "worn":
+        return None  # placed by `worn_places`, which needs to know what is worn
+    if layout == "on":
+        return _on(shapes, rng)
+    if layout == "large and small":
+        return _large_and_small(rng)
+    if layout == "free":
+        return _apart((rng.uniform(0.3, 0.5), rng.uniform(0.3, 0.5)), rng)
+    a, b = rng.uniform(0.34, 0.5, 2)
+    if layout == "row":
+        y, near = 0.5 + rng.uniform(-0.14, 0.14), rng.uniform(-0.02, 0.03)
+        centers = [(x + rng.uniform(-0.02, 0.02), y + rng.uniform(-0.06, 0.06)) for x in (0.25 - near, 0.75 + near)]
+    elif layout == "column":
+        x, near = 0.5 + rng.uniform(-0.2, 0.2), rng.uniform(-0.02, 0.02)
+        centers = [(x + rng.uniform(-0.06, 0.06), y + rng.uniform(-0.02, 0.02)) for y in (0.26 - near, 0.74 + near)]
+    elif layout == "diagonal":
+        rise = rng.choice([-1, 1]) * rng.uniform(0.19, 0.24)
+        centers = [(0.27 + rng.uniform(-0.02, 0.02), 0.5 - rise), (0.73 + rng.uniform(-0.02, 0.02), 0.5 + rise)]
+    else:  # occluded
+        a, b = rng.uniform(0.42, 0.62, 2)
+        angle, apart = rng.uniform(0, 2 * np.pi), rng.uniform(0.42, 0.62) * (a + b) / 2
+        x, y = 0.5 + rng.uniform(-0.1, 0.1, 2)
+        step = apart / 2 * np.array([np.cos(angle), np.sin(angle)])
+        return (
+            posed(_inside(x - step[0], y - step[1], a), rng),
+            posed(_inside(x + step[0], y + step[1], b), rng),
+        )
+    i = int(rng.integers(2))
+    return posed(Place(*centers[i], float(a)), rng), posed(Place(*centers[1 - i], float(b)), rng)
+
+
+def worn_places(item: str, shapes: tuple[Shape, Shape], rng: np.random.Generator) -> tuple[Place, Place] | None:
+    """Places for an animal and what it wears: a crown or a bow on the head, glasses over the eyes.
+
+    Returns None where the drawing shows no head or no eyes, or where the two do not fit into the image.
+    """
+    wearer, worn = shapes
+    anchor = wearer.eyes if item == "glasses" else wearer.head
+    if anchor is None:
+        return None
+    left, top, right, bottom = worn.ink
+    # the worn thing's width in shares of the wearer's side; a crown's lower edge overlaps the head
+    share = {"glasses": 1.0, "crown": 0.9, "bow": 0.7}[item] * anchor[2] / (right - left)
+    least, most = max(0.45, LEAST_WORN / share), 0.8 / max(1.0, share)
+    if least > most:
+        return None
+    scale, flip = float(rng.uniform(least, most)), bool(rng.random() < 0.5)
+    x, y = anchor[0] - 0.5, anchor[1] - 0.5
+    if item == "crown":
+        y -= ((bottom - 0.5) - 0.25 * (bottom - top)) * share
+    elif item == "glasses":
+        y -= ((top + bottom) / 2 - 0.5) * share
+    else:
+        x += float(rng.choice([-0.3, 0.0, 0.3])) * anchor[2]
+        y += 0.05 * anchor[2]
+    if flip:
+        x = -x
+    offset = np.array([x - ((left + right) / 2 - 0.5) * share, y]) * scale
+    # the union of both squares stays inside the image
+    half = np.array([scale, share * scale]) / 2
+    low = np.array([max(half[0], half[1] - offset[0]), max(half[0], half[1] - offset[1])])
+    high = np.array([min(1 - half[0], 1 - half[1] - offset[0]), min(1 - half[0], 1 - half[1] - offset[1])])
+    if (low > high).any():
+        return None
+    center = low + (high - low) * rng.random(2)
+    return (
+        Place(float(center[0]), float(center[1]), scale, flip),
+        Place(float(center[0] + offset[0]), float(center[1] + offset[1]), float(share * scale)),
+    )
+
+
+def group_places(layout: str, count: int, rng: np.random.Generator) -> list[Place] | None:
+    """Places for three or four things, in no particular order; None where chance found none."""
+    if layout == "free":
+        places: list[Place] = []
+        for _ in range(200):
+            place = _anywhere(float(rng.uniform(0.26, 0.38)), rng)
+            if all(_clear(place, other) for other in places):
+                places.append(place)
+            if len(places) == count:
+                return [posed(place, rng) for place in places]
+        return None
+    if layout in ("row", "column"):
+        along = np.array([0.19, 0.5, 0.81]) + rng.uniform(-0.015, 0.015, 3)
+        across = rng.uniform(0.3, 0.7) + rng.uniform(-0.1, 0.1, 3)
+        centers = np.stack([along, across] if layout == "row" else [across, along], 1)
+        scales = rng.uniform(0.28, 0.34, 3)
+    elif layout == "triangle":
+        y, way = 0.5 + rng.uniform(-0.02, 0.02), rng.choice([-1, 1])
+        centers = np.array(
+            [(0.26, y + way * 0.22), (0.74, y + way * 0.22), (0.5 + rng.uniform(-0.15, 0.15), y - way * 0.23)]
+        )
+        if rng.random() < 0.3:
+            centers = centers[:, ::-1]
+        scales = rng.uniform(0.34, 0.42, 3)
+    else:  # grid
+        centers = np.array([(x, y) for x in (0.26, 0.74) for y in (0.26, 0.74)]) + rng.uniform(-0.03, 0.03, (4, 2))
+        scales = rng.uniform(0.32, 0.4, 4)
+    order = rng.permutation(count)
+    return [posed(Place(float(centers[i, 0]), float(centers[i, 1]), float(scales[i])), rng) for i in order]
+
+
+def relation_of(first: np.ndarray, second: np.ndarray) -> str | None:
+    """The relation in the plane of one thing to another that is clear from their masks.
+
+    Parameters
+    ----------
+    first, second : ndarray, bool, (size, size)
+
+    Returns
+    -------
+    str or None
+        "left of", "right of", "above" or "below" where the boxes are apart in one direction (they may overlap by a
+        tenth of the smaller extent) and the centers differ by less than half as much in the other; else None.
+
+    Examples
+    --------
+    >>> left, right = np.zeros((2, 16, 16), bool)
+    >>> left[5:9, 1:5], right[6:10, 9:14] = True, True
+    >>> relation_of(left, right), relation_of(right, left), relation_of(left, left)
+    ('left of', 'right of', None)
+    """
+    spans = []
+    for mask in (first, second):
+        rows, columns = np.nonzero(mask)
+        spans.append(((columns.min(), columns.max() + 1), (rows.min(), rows.max() + 1)))
+    shift = [(b[0] + b[1] - a[0] - a[1]) / 2 for a, b in zip(*spans, strict=True)]
+    axis = int(abs(shift[1]) > abs(shift[0]))
+    low, high = sorted((spans[0][axis], spans[1][axis]), key=sum)
+    slack = 0.1 * min(low[1] - low[0], high[1] - high[0])
+    if low[1] - high[0] > slack or abs(shift[1 - axis]) > 0.5 * abs(shift[axis]):
+        return None
+    return (("left of", "right of"), ("above", "below"))[axis][int(shift[axis] < 0)]
+
+
+def _on(shapes: tuple[Shape, Shape], rng: np.random.Generator) -> tuple[Place, Place]:
+    """The first stands on the second: its lower edge is at the seat's or the top's height."""
+    upper, lower = shapes
+    scale, small = float(rng.uniform(0.48, 0.6)), float(rng.uniform(0.3, 0.42))
+    x = float(rng.uniform(0.32, 0.68))
+    height = (lower.ink[3] - lower.ink[1]) * scale
+    y = float(rng.uniform(0.64, 0.74))
+    top = y + (lower.ink[1] - 0.5) * scale
+    seat = top + height * 0.1
+    return (
+        _inside(x + float(rng.uniform(-0.08, 0.08)), seat - (upper.ink[3] - 0.5) * small, small),
+        Place(x, y, scale, bool(rng.random() < 0.5)),
+    )
+
+
+def _large_and_small(rng: np.random.Generator) -> tuple[Place, Place]:
+    places = _apart((rng.uniform(0.55, 0.66), rng.uniform(0.22, 0.3)), rng)
+    return places if rng.random() < 0.5 else (places[1], places[0])
+
+
+def _apart(scales: tuple[float, float], rng: np.random.Generator) -> tuple[Place, Place]:
+    while True:
+        first, second = (_anywhere(float(scale), rng) for scale in scales)
+        if _clear(first, second):
+            return posed(first, rng), posed(second, rng)
+
+
+def _clear(a: Place, b: Place) -> bool:
+    """Check that two squares overlap by no more than a tenth of their mean side."""
+    return max(abs(a.x - b.x), abs(a.y - b.y)) > 0.9 * (a.scale + b.scale) / 2
+
+
+def _anywhere(scale: float, rng: np.random.Generator) -> Place:
+    margin = scale / 2
+    return Place(float(rng.uniform(margin, 1 - margin)), float(rng.uniform(margin, 1 - margin)), scale)
+
+
+def _inside(x: float, y: float, scale: float) -> Place:
+    """The nearest place that is inside the image."""
+    margin = scale / 2
+    return Place(float(np.clip(x, margin, 1 - margin)), float(np.clip(y, margin, 1 - margin)), float(scale))

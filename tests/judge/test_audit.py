@@ -1,0 +1,109 @@
+"""The audit reads labels strictly, and its figures are those that a hand computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from benchmarks import audit
+from elakit.errors import SettingError
+from elakit.world.scenes import Subject, World, compose
+
+HEADER = ",".join(audit.COLUMNS)
+
+
+def labels(folder: Path, *rows: str) -> Path:
+    path = folder / "labels.csv"
+    path.write_text("\n".join([HEADER, *rows]) + "\n")
+    return path
+
+
+def test_kappa_of_a_table_worked_out_by_hand() -> None:
+    # 20 both right, 5 judge only, 10 eye only, 15 both wrong: agreement .7, by chance .5 * .6 + .5 * .4 = .5
+    eye = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15
+    said = [True] * 25 + [False] * 25
+    assert audit.kappa(eye, said) == pytest.approx((0.7 - 0.5) / 0.5)
+    low, high = audit.kappa_interval(eye, said)
+    assert 0.1 < low < 0.4 < high < 0.65
+    assert np.isnan(audit.kappa([True, True], [True, True]))
+    assert audit.kappa([True, False], [False, True]) == -1
+
+
+def test_the_table_counts_both_kinds_of_mistake() -> None:
+    lines = audit.agreement([True, True, False, False, False], [True, False, True, False, False])
+    text = "\n".join(lines)
+    assert "judge and eye agree | 0.600 (0.231 to 0.882, n = 5)" in text
+    assert "right by eye | 0.500" in text
+    assert "wrong by eye | 0.667" in text
+    assert "| eye: right | 1 | 1 |" in text
+    assert "| eye: wrong | 1 | 2 |" in text
+
+
+def test_labels_are_read_strictly(tmp_path: Path) -> None:
+    read = audit.read_labels(labels(tmp_path, "1,1,1,1,0,0,1", "2,,,,,,", "3,1,0,,,0,0"))
+    assert set(read) == {1, 3}  # 2 is not labeled yet
+    assert read[1] == audit.Label((True, True), (True, False), False, True)
+    assert not read[1].right
+    assert read[3].nameable == (True,)
+    assert audit.Label((True,), (True,), False, True).right  # an extra thing is not an error of what was asked for
+    assert not audit.Label((True, True), (True, True), True, False).right
+    for row, what in (
+        ("1,1,1,1,2,0,0", "line 2.*0 or 1"),
+        ("1,1,1,1,,0,0", "filled in"),
+        ("1,1,,,,,", "filled in"),
+    ):
+        with pytest.raises(SettingError, match=what):
+            audit.read_labels(labels(tmp_path, row))
+    with pytest.raises(SettingError, match="image 1 is labeled twice"):
+        audit.read_labels(labels(tmp_path, "1,1,1,1,1,0,0", "1,1,1,1,1,0,0"))
+    (tmp_path / "labels.csv").write_text("image,right\n1,1\n")
+    with pytest.raises(SettingError, match="image, right; it must have image, first_nameable"):
+        audit.read_labels(tmp_path / "labels.csv")
+    with pytest.raises(SettingError, match="Run `draw` first"):
+        audit.read_labels(tmp_path / "none.csv")
+
+
+def test_images_are_compared_with_the_judge_of_today(tmp_path: Path) -> None:
+    # a clean pair that the judge accepts, a lone lion that it cannot accept for a pair, and a single apple
+    world, rng = World(artists=("noto",), backgrounds=("plain",)), np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    pair = compose((Subject("lion"), Subject("apple", "green")), world, rng, "row")
+    for number, scene in ((1, pair), (2, compose((Subject("lion"),), world, rng)), (3, pair)):
+        Image.fromarray(scene.image).save(tmp_path / "images" / f"{number:04d}.png")
+    prompts = {1: "a lion and a green apple", 2: "a lion and a green apple", 3: "a green apple"}
+    key = {number: {"prompt": prompt, "method": "plain", "seed": 0} for number, prompt in prompts.items()}
+    (tmp_path / "key.json").write_text(json.dumps(key))
+    labels(tmp_path, "1,1,1,1,1,0,0", "2,1,1,0,0,0,0", "3,1,1,,,0,1")
+    result = CliRunner().invoke(audit.app, ["agree", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "single things: nameable | 1.000" in result.output
+    assert "plain: right by the judge | 0.500" in result.output
+    assert "judge and eye agree | 1.000" in result.output
+    labels(tmp_path, "3,1,1,1,1,0,1")
+    wrong = CliRunner().invoke(audit.app, ["agree", str(tmp_path)])
+    assert isinstance(wrong.exception, SettingError)
+    assert "1 entities, but 2 are labeled" in str(wrong.exception)
+
+
+def test_sheets_and_the_label_file_tell_nothing_of_method_or_verdict(tmp_path: Path) -> None:
+    out = tmp_path / "audit"
+    drawn = CliRunner().invoke(
+        audit.app, ["draw", str(out), "--pairs", "1", "--singles", "1", "--methods", "plain,ela"]
+    )
+    assert drawn.exit_code == 0, drawn.output
+    key = json.loads((out / "key.json").read_text())
+    assert sorted(row["method"] for row in key.values()) == ["ela", "plain", "plain"]
+    assert all(row["seed"] < 1000 for row in key.values())
+    assert (out / "labels.csv").read_text().splitlines() == [HEADER, "1,,,,,,", "2,,,,,,", "3,,,,,,"]
+    assert [path.name for path in (out / "sheets").iterdir()] == ["0001-0003.png"]
+    assert len(list((out / "images").iterdir())) == 3
+    again = CliRunner().invoke(audit.app, ["draw", str(out)])
+    assert isinstance(again.exception, SettingError)
+    with pytest.raises(SettingError, match="No image is labeled yet"):
+        audit.agree(out)
+    assert "Label file" in CliRunner().invoke(audit.app, ["--help"]).output

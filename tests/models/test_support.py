@@ -1,0 +1,84 @@
+"""The support table in docs/support.md says what the adapters do. `python tests/models/test_support.py` writes it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import tiny_families
+import torch
+from PIL import Image
+from tiny import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl
+
+from elakit.errors import ModelError
+from elakit.models import FAMILIES, adapter_for
+from elakit.models.transformer import TransformerAdapter
+
+PAGE = Path(__file__).parents[2] / "docs" / "support.md"
+BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
+INDEPENDENT = "projections, norms and rotary embeddings recomputed in float64"
+WITNESS = "query, key and mask of the attention call, in float64"
+BUILDERS = {
+    "Stable Diffusion 1.x/2.x": tiny_pipeline,
+    "Stable Diffusion XL": tiny_sdxl,
+    "PixArt-Alpha/Sigma": tiny_pixart,
+    "Stable Diffusion 3/3.5": tiny_sd3,
+    "FLUX.1": tiny_flux,
+} | tiny_families.BUILDERS
+
+
+def table() -> str:
+    """A row per family, from what its adapter does with a tiny pipeline."""
+    lines = [
+        "| family | record | edit | generate and guide | several images | self-attention | existing image | "
+        "maps checked against |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for family in FAMILIES:
+        adapter: Any = adapter_for(BUILDERS[family.family]())
+        layers = adapter.layers()
+        like = all(layer.kind == "cross" and layer.layout is None for layer in layers)
+        generates = getattr(family, "encode", None) is not TransformerAdapter.encode
+        try:
+            own = adapter.self_layers(layers)
+            self_attention = "yes" if own[0].module is not layers[0].module else "share of the joint softmax"
+        except ModelError:
+            self_attention = "no: linear attention"
+        checked = WITNESS if family.family in tiny_families.BUILDERS else INDEPENDENT
+        cells = [
+            family.family,
+            "yes",
+            "yes" if like else "yes, without `like`",
+            "yes" if generates else "no",
+            "yes",
+            self_attention,
+            "yes" if _encodes(adapter) else "no",
+            checked,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _encodes(adapter: Any) -> bool:
+    """Whether an existing image gets latents of the form that the denoiser takes."""
+    try:
+        latents = adapter.encode_image(Image.new("RGB", (64, 64)))
+    except (ModelError, AttributeError):
+        return False
+    return bool(latents.shape == adapter.noise(torch.Generator(), 64, 64).shape)
+
+
+def test_the_support_table_says_what_the_adapters_do() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    _, _, rest = page.partition(BEGIN)
+    found, _, _ = rest.partition(END)
+    assert found == table(), "run `python tests/models/test_support.py`"
+
+
+if __name__ == "__main__":
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(before + BEGIN + table() + END + after, encoding="utf-8")
