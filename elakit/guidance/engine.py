@@ -235,6 +235,9 @@ def noise_levels(scheduler: Any) -> list[float]:
     """
     timesteps = scheduler.timesteps
     alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None and not hasattr(scheduler, "sigmas"):  # IPNDM names the two parts betas and alphas
+        parts = zip(scheduler.betas[: len(timesteps)], scheduler.alphas[: len(timesteps)], strict=True)
+        return [float(noise / signal.clamp_min(1e-3)) for noise, signal in parts]
     if alphas is None or getattr(scheduler.config, "use_flow_sigmas", False):
         # Flow matching: signal 1 - sigma, noise sigma.
         return [float(s / (1 - s).clamp_min(1e-3)) for s in scheduler.sigmas[: len(timesteps)]]
@@ -245,21 +248,6 @@ def noise_levels(scheduler: Any) -> list[float]:
 def acts(updates: Sequence[Update]) -> bool:
     """True if a plan moves the latent or restricts attention at any step."""
     return any(update.size or update.hold for update in updates)
-
-
-def check_inference(denoiser: nn.Module) -> None:
-    """Refuse weights that autograd cannot use.
-
-    Raises
-    ------
-    SettingError
-        The model was loaded inside ``torch.inference_mode``.
-    """
-    if any(parameter.is_inference() for parameter in denoiser.parameters()):
-        raise SettingError(
-            "Guidance takes gradients, and this model was loaded inside torch.inference_mode(), so autograd cannot use "
-            "its weights. Load it outside; elakit.generate itself may be called inside."
-        )
 
 
 class Guide:
@@ -292,7 +280,6 @@ class Guide:
         self.layers = method.select(self.adapter.layers(), latent)
         noise = noise_levels(pipe.scheduler)
         self.updates = tuple(method.plan(noise, prompt))
-        check_inference(self.adapter.denoiser)
         if not acts(self.updates) and acts(method.plan([1.0] * MANY_STEPS, prompt)):
             logger.warning(
                 "%s does nothing in a run of %d steps: none of them falls into its guided share. Use more steps, or "

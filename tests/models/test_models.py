@@ -16,6 +16,7 @@ import torch
 from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
+    IPNDMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPAGPipeline,
@@ -27,7 +28,9 @@ from tiny import (
     tiny_pipeline,
 )
 
+import elakit
 from elakit.errors import ModelError, SettingError
+from elakit.guidance import AttendAndExcite
 from elakit.models import (
     Adapter,
     adapter_for,
@@ -216,6 +219,16 @@ def test_noise_has_the_precision_in_which_a_quantized_model_computes() -> None:
     assert compute_dtype(packed) == torch.float16
 
 
+def test_a_scheduler_without_sigmas_can_be_guided() -> None:
+    """IPNDM keeps noise and signal under other names."""
+    pipe = tiny_pipeline()
+    pipe.scheduler = IPNDMScheduler()
+    settings = {"seed": 1, "steps": 3, "progress": False}
+    plain = elakit.generate(pipe, "a [red car] and a [blue bird]", **settings)
+    guided = elakit.generate(pipe, "a [red car] and a [blue bird]", guidance=AttendAndExcite(), **settings)
+    assert not np.array_equal(np.asarray(plain.image), np.asarray(guided.image))
+
+
 class ModularPipeline:
     """Stands for diffusers' class of this name."""
 
@@ -236,7 +249,8 @@ def test_the_page_on_adding_a_family_is_right() -> None:
     """What it says an adapter has, `Adapter` has; the files that it names exist, its example among them."""
     page = PAGE.read_text(encoding="utf-8")
     asked = {name for name in vars(Adapter) if not name.startswith("_")} | set(Adapter.__annotations__)
-    assert set(re.findall(r"^\| `(\w+)", page, flags=re.M)) == asked
+    optional = {"text_arguments", "text_limit"}
+    assert set(re.findall(r"^\| `(\w+)", page, flags=re.M)) == asked | optional
     assert all(asked - {"pipe", "denoiser"} <= set(dir(family)) for family in dispatch.FAMILIES)
     for named in re.findall(r"`((?:elakit|tests|docs)/[\w./-]+)`", page):
         assert (Path(__file__).parents[2] / named).exists(), named
