@@ -106,7 +106,7 @@ def load_pipeline(
     # their loading bars would hide the progress of the command
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    pipe = elakit.load(model, device=device, dtype=dtype, **({} if variant is None else {"variant": variant}))
+    pipe: Any = elakit.load(model, device=device, dtype=dtype, **({} if variant is None else {"variant": variant}))
     if scheduler is not None:
         compatible = {kind.__name__: kind for kind in pipe.scheduler.compatibles}
         if scheduler not in compatible:
