@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 import elakit
 from elakit.attention import Edit, edit
-from elakit.causes.weigh import MUTUAL
+from elakit.causes.ranking import MUTUAL
 from elakit.models import adapter_for
 from elakit.prompt import Entity, Prompt
 from elakit.world.vocabulary import COLORS, NOUNS

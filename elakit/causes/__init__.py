@@ -1,7 +1,4 @@
-"""Why a prompt fails: what goes wrong in its images, where it starts, and what causes it.
-
-Pure functions over finished runs and the pipeline's text encoder: nothing is drawn here.
-"""
+"""Failures of a prompt and their causes, from finished runs and the text encoder. No image is generated."""
 
 import lazy_loader
 

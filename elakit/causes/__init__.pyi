@@ -4,5 +4,4 @@ from .findings import FAILURE_KINDS as FAILURE_KINDS
 from .findings import Cause as Cause
 from .findings import Failure as Failure
 from .findings import Findings as Findings
-from .findings import wilson as wilson
 from .profile import profile as profile

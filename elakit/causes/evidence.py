@@ -1,8 +1,7 @@
-"""What attention says of each entity and attribute: numbers per step, for causes to be read from.
+"""Numbers per step that describe the attention to each entity and attribute, from which causes are inferred.
 
-Plain functions on arrays (step, entity, y, x), so that the same numbers can be taken of the decoder as a whole, of one
-layer, or of one head. An entity's *place* is where its map stands out: the map less its lowest value, as a
-distribution over space.
+Plain functions on arrays (step, entity, y, x), so that the same numbers can be computed for the whole decoder, for one
+layer, or for one head. The *place* of an entity is its map minus the minimum, as a distribution over space.
 """
 
 from __future__ import annotations
@@ -18,27 +17,27 @@ from elakit.attention.recording import Recording
 from elakit.measures.arrays import distribution
 from elakit.measures.overlap import ruzicka
 
-# Attention below this is taken for none at all.
+# Attention below this counts as zero.
 NOTHING = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
 class Maps:
-    """Raw probabilities of one size, and what is read off them.
+    """Raw probabilities at one size, and numbers derived from them.
 
     Attributes
     ----------
     steps : ndarray, int, (step,)
-        Denoiser calls.
+        Indices of the denoiser calls.
     entities : ndarray, (step, entity, y, x)
-        Of the nouns.
+        Attention to the nouns.
     attributes : ndarray, (step, attribute, y, x)
     owners : tuple of int
-        Number of the entity that each attribute belongs to.
+        Index of the entity that each attribute belongs to.
     start, end : ndarray, (step, y, x)
-        Start-of-text, and end-of-text with padding; zeros where there is none.
+        Attention to start-of-text, and to end-of-text with padding; zeros if there is none.
     words : ndarray, (step, y, x)
-        Mean of the recorded words that belong to no entity; zeros where there is none.
+        Mean attention to the recorded words that belong to no entity; zeros if there is none.
     """
 
     steps: np.ndarray
@@ -51,41 +50,41 @@ class Maps:
 
     @cached_property
     def presence(self) -> np.ndarray:
-        """Largest attention of each entity, as a share of the most attended one's, (step, entity)."""
+        """Maximum of each entity's map, divided by that of the most attended entity, (step, entity)."""
         peaks = self.entities.max(axis=(-2, -1))
         return peaks / np.maximum(peaks.max(axis=-1, keepdims=True), NOTHING)
 
     @cached_property
     def standing(self) -> np.ndarray:
-        """Share an entity has of the attention of it and an idle word ("and"), at its place; 1 without such words."""
+        """Share of an entity in the attention to it and to function words, at its place; 1 without function words."""
         return 1.0 - held_by(self.entities, self.words)
 
     @cached_property
     def localized(self) -> np.ndarray:
-        """How far each map is from being everywhere alike, (step, entity); `localization`."""
+        """Localization of each map, (step, entity); see `localization`."""
         return localization(self.entities)
 
     @cached_property
     def held(self) -> np.ndarray:
-        """Share that entity f has of the attention of e and f, at e's place, (step, e, f)."""
+        """Share of entity f in the attention to e and f, at the place of e, (step, e, f)."""
         others = [held_by(self.entities, self.entities[:, f]) for f in range(self.entities.shape[1])]
         return np.stack(others, axis=-1)
 
     @cached_property
     def start_held(self) -> np.ndarray:
-        """Share that start-of-text has of the attention of it and e, at e's place, (step, entity)."""
+        """Share of start-of-text in the attention to it and to e, at the place of e, (step, entity)."""
         return held_by(self.entities, self.start)
 
     @cached_property
     def alike(self) -> np.ndarray:
-        """Overlap (Ruzicka) of the places of e and f, (step, e, f)."""
+        """Ruzicka similarity of the places of e and f, (step, e, f)."""
         return overlap(self.entities, self.entities)
 
     @cached_property
     def astray(self) -> np.ndarray:
-        """Attention to an attribute at f's place, as a share of that at f's and at its own entity's, (step, a, f).
+        """Attention to attribute a at the place of f, as a share of that at f and at its own entity, (step, a, f).
 
-        .5: it attends to both alike; 1: to f's place alone. For its own entity .5.
+        .5 if both are equal, as for its own entity; 1 if the attention is at f alone.
         """
         there = np.stack([at_place(self.entities, each) for each in np.moveaxis(self.attributes, 1, 0)], axis=1)
         own = np.take_along_axis(there, np.array(self.owners, int).reshape(1, -1, 1), axis=-1)
@@ -93,37 +92,37 @@ class Maps:
 
     @cached_property
     def attribute_held(self) -> np.ndarray:
-        """Share that attribute a has of the attention of it and of noun f, at f's place, (step, a, f)."""
+        """Share of attribute a in the attention to it and to noun f, at the place of f, (step, a, f)."""
         return np.stack([held_by(self.entities, each) for each in np.moveaxis(self.attributes, 1, 0)], axis=1)
 
     @cached_property
     def split(self) -> np.ndarray:
-        """How far each place is in two parts that lie apart, (step, entity); `parted`."""
+        """Degree to which each place consists of two separate parts, (step, entity); see `parted`."""
         found = [parted(place) for place in places(self.entities).reshape(-1, *self.entities.shape[-2:])]
         return np.array(found).reshape(self.entities.shape[:2])
 
     @cached_property
     def swap(self) -> np.ndarray:
-        """How much two entities change places about each step, (step, e, f); see `swaps`."""
+        """Degree to which two entities exchange places around each step, (step, e, f); see `swaps`."""
         return swaps(self.entities)
 
 
 def read(recording: Recording, layers: str = "all", size: int | None = None) -> Maps:
-    """Maps of some layers of a recording, at their own size.
+    """Read the maps of some layers of a recording at their recorded size.
 
     Parameters
     ----------
     recording : Recording
-        `Recording.sel` takes one head of it.
+        A recording; `Recording.sel` selects one head.
     layers : str
-        As in `Recording.maps`.
+        Layers, as in `Recording.maps`.
     size : int, optional
-        Only maps whose larger side is this.
+        Only maps whose longer side is this.
 
     Raises
     ------
     RecordingError
-        Entities were not recorded, or there is no such layer.
+        The entities were not recorded, or the layer is unknown.
     """
     prompt, kept = recording.prompt, recording.tokens
 
@@ -153,7 +152,7 @@ def read(recording: Recording, layers: str = "all", size: int | None = None) -> 
 
 
 def places(maps: np.ndarray) -> np.ndarray:
-    """Where maps stand out: less their lowest value, as distributions over space, (..., y, x).
+    """Places of maps: the maps minus their minimum, as distributions over space, (..., y, x).
 
     Examples
     --------
@@ -164,16 +163,16 @@ def places(maps: np.ndarray) -> np.ndarray:
 
 
 def freed(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
-    """Where maps would stand out if a rival token were not there, weighted to their core, (step, entity, y, x).
+    """Places of maps with the effect of a rival token removed, weighted to their core, (step, entity, y, x).
 
-    Attention sums to 1 over the tokens, so without the rival a map A would be A / (1 - rival). Squared, so that the few
-    cells where a map is strong count more than the many where it is weak.
+    Attention sums to 1 over the tokens, so without the rival a map A would be A / (1 - rival). The place is squared, so
+    that the few locations where a map is strong count more than the many where it is weak.
     """
     return distribution(places(maps / np.maximum(1.0 - rival[:, None], NOTHING)) ** 2)
 
 
 def held_by(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
-    """Share a rival has of the attention of it and each map, where the map would stand out without it.
+    """Share of a rival in the attention to it and to each entity, at the place of the entity without the rival.
 
     Parameters
     ----------
@@ -183,7 +182,7 @@ def held_by(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
     Returns
     -------
     ndarray, (step, entity)
-        0: the map has its place to itself; .5: both attend alike; 1: it is the rival's. 0 where neither attends.
+        0 if only the entity is attended to there, .5 if both equally, 1 if only the rival. 0 if neither is.
 
     Examples
     --------
@@ -195,12 +194,12 @@ def held_by(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
 
 
 def at_place(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
-    """Attention to a rival where each map would stand out without it, (step, entity)."""
+    """Attention to a rival at the place of each entity without the rival, (step, entity)."""
     return np.asarray((freed(maps, rival) * rival[:, None]).sum(axis=(-2, -1)))
 
 
 def localization(maps: np.ndarray) -> np.ndarray:
-    """How far maps are from being everywhere alike: 1 - entropy / log of the cells, (...).
+    """Localization of maps: 1 - entropy / log(number of locations), (...); 0 for a constant map.
 
     Examples
     --------
@@ -213,12 +212,12 @@ def localization(maps: np.ndarray) -> np.ndarray:
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Overlap (Ruzicka) of the place of every a with that of every b, (step, a, b)."""
+    """Ruzicka similarity of the place of every a and every b, (step, a, b)."""
     return np.asarray(ruzicka(places(a)[:, :, None], places(b)[:, None, :]))
 
 
 def parted(place: np.ndarray) -> float:
-    """How far a place is in two parts that lie apart: 0 one part, 1 two alike, half the image's side apart.
+    """Degree to which a place has two separate parts: 0 for one part, 1 for two equal ones half a side apart.
 
     Parameters
     ----------
@@ -226,8 +225,8 @@ def parted(place: np.ndarray) -> float:
 
     Notes
     -----
-    Parts are connected cells of more than a quarter of the largest (squared) value. The result is the second largest
-    part's weight as a share of the largest's, times the distance of their centers in half sides, at most 1.
+    Parts are connected components of the squared place above a quarter of its maximum. The result is the ratio of the
+    weights of the second largest and the largest part, times the distance of their centers in half sides (at most 1).
 
     Examples
     --------
@@ -246,7 +245,7 @@ def parted(place: np.ndarray) -> float:
 
 
 def swaps(maps: np.ndarray) -> np.ndarray:
-    """How much entities change places about each step.
+    """Degree to which entities exchange places around each step.
 
     Parameters
     ----------
@@ -255,9 +254,9 @@ def swaps(maps: np.ndarray) -> np.ndarray:
     Returns
     -------
     ndarray, (step, e, f)
-        Overlap of e's place after the step with f's before it, less that with e's own before it, and the same of f; the
-        lesser of both. Above 0 each is where the other was. "Before" and "after" are the means of an eighth of the
-        steps.
+        Overlap of the place of e after the step with that of f before it, minus the overlap with that of e before it;
+        the minimum of this and the same for f. Positive if each entity is where the other one was. "Before" and
+        "after" are means over an eighth of the steps.
 
     Examples
     --------

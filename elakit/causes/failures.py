@@ -1,4 +1,4 @@
-"""What goes wrong in one run: as a judge sees the image, or, without one, as the attention lets suspect."""
+"""Failures of one run: those that a judge finds in the image or, without a judge, those suspected from attention."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from elakit.causes.findings import CauseKind, FailureKind
-from elakit.causes.signs import Sign
+from elakit.causes.indicators import Indicator
 from elakit.causes.text import word_label
 from elakit.judge import Verdict
 from elakit.prompt import Entity, Prompt
 
-# Which signs in the attention go with which failure, and which causes account for it.
+# Causes whose indicators in the attention accompany a failure, and the failures that a cause can explain.
 SHOWS: dict[FailureKind, tuple[CauseKind, ...]] = {
     "missing": ("token ignored", "start-of-text competition", "captured", "never localized", "regions swap"),
     "fused": ("captured", "regions swap", "never localized", "token ignored"),
@@ -31,12 +31,12 @@ EXPLAINS: dict[CauseKind, tuple[FailureKind, ...]] = {
     "never localized": ("missing", "fused"),
     "region split": ("spill", "missing", "fused"),
 }
-# A sign this strong is suspected to have spoilt an image that no judge has seen.
+# Strength from which an indicator is suspected to cause a failure in an image that was not judged.
 SUSPECT = 0.5
 
 
-class What(NamedTuple):
-    """A failure, whatever run it is in."""
+class Observation(NamedTuple):
+    """A failure without the run that it occurs in."""
 
     kind: FailureKind
     entity: str
@@ -44,8 +44,8 @@ class What(NamedTuple):
     token: str = ""
 
 
-def seen(verdict: Verdict, prompt: Prompt) -> set[What]:
-    """What a judge sees to be wrong.
+def seen(verdict: Verdict, prompt: Prompt) -> set[Observation]:
+    """Failures that a judge finds.
 
     Parameters
     ----------
@@ -54,57 +54,59 @@ def seen(verdict: Verdict, prompt: Prompt) -> set[What]:
 
     Notes
     -----
-    A thing that is there more often than asked for spills; that alone does not make an image wrong.
+    A noun that occurs more often than the prompt asks for is a spill; that alone does not make an image wrong.
     """
-    found: set[What] = set()
+    found: set[Observation] = set()
     nouns = verdict.nouns
     fused = {noun for mixture in verdict.mixtures for noun in mixture}
     for entity in prompt.entities:
         label, noun = entity.label, nouns[entity.label]
         if not verdict.present[label]:
             if noun not in fused:
-                found.add(What("missing", label))
+                found.add(Observation("missing", label))
         elif not verdict.right_color[label]:
             found.add(_color(verdict, prompt, entity))
         if noun in verdict.extra:
-            found.add(What("spill", label))
+            found.add(Observation("spill", label))
     labels = {noun: label for label, noun in reversed(nouns.items())}
     for mixture in verdict.mixtures:
         first, *others = sorted(
             mixture, key=lambda noun: (noun not in labels, list(labels).index(noun) if noun in labels else 0)
         )
-        found |= {What("fused", labels.get(first, first), labels.get(other, other)) for other in others}
+        found |= {Observation("fused", labels.get(first, first), labels.get(other, other)) for other in others}
     return found
 
 
-def suspected(signs: Iterable[Sign]) -> set[What]:
-    """What strong signs in the attention let suspect."""
-    found: set[What] = set()
-    for sign in signs:
-        if sign.strength >= SUSPECT:
-            if sign.kind in ("token ignored", "never localized", "start-of-text competition"):
-                found.add(What("missing", sign.entity))
-            elif sign.kind == "captured":
-                kind: FailureKind = "fused" if sign.measure == "alike" else "missing"
-                found.add(What(kind, sign.entity, sign.other if kind == "fused" else "", sign.token))
-            elif sign.kind == "attribute misplaced":
-                found.add(What("wrong attribute", sign.other, sign.entity, sign.token))
-            elif sign.kind == "region split":
-                found.add(What("spill", sign.entity))
+def suspected(indicators: Iterable[Indicator]) -> set[Observation]:
+    """Failures suspected from strong indicators in the attention."""
+    found: set[Observation] = set()
+    for indicator in indicators:
+        if indicator.strength >= SUSPECT:
+            if indicator.kind in ("token ignored", "never localized", "start-of-text competition"):
+                found.add(Observation("missing", indicator.entity))
+            elif indicator.kind == "captured":
+                kind: FailureKind = "fused" if indicator.measure == "alike" else "missing"
+                other = indicator.other if kind == "fused" else ""
+                found.add(Observation(kind, indicator.entity, other, indicator.token))
+            elif indicator.kind == "attribute misplaced":
+                found.add(Observation("wrong attribute", indicator.other, indicator.entity, indicator.token))
+            elif indicator.kind == "region split":
+                found.add(Observation("spill", indicator.entity))
     return found
 
 
-def _color(verdict: Verdict, prompt: Prompt, entity: Entity) -> What:
-    """An entity whose color is another's, or neither its own nor another's."""
+def _color(verdict: Verdict, prompt: Prompt, entity: Entity) -> Observation:
+    """Failure of an entity that has the color of another entity, or neither its own nor that of another."""
     seen = verdict.colors[entity.label]
     for other in prompt.entities:
         if other is not entity and verdict.asked[other.label] == seen:
-            return What("wrong attribute", entity.label, other.label, _attribute(prompt, other, seen or ""))
-    return What("lost attribute", entity.label, "", _attribute(prompt, entity, verdict.asked[entity.label] or ""))
+            return Observation("wrong attribute", entity.label, other.label, _attribute(prompt, other, seen or ""))
+    asked = verdict.asked[entity.label] or ""
+    return Observation("lost attribute", entity.label, "", _attribute(prompt, entity, asked))
 
 
 def _attribute(prompt: Prompt, entity: Entity, said: str) -> str:
-    """Label of an entity's attribute that says so."""
+    """Label of the attribute of an entity with a given word."""
     words = dict.fromkeys(token.word for token in prompt.tokens if token.index in entity.attribute_indices)
     labels = [word_label(prompt, word) for word in words]
     return next((label for label in labels if label.partition("#")[0] == said), said)

@@ -1,4 +1,4 @@
-"""From finished runs to findings: failures are counted, signs are weighed, and the likeliest causes named."""
+"""Find the failures of finished runs and their most likely causes."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from elakit.causes.failures import SHOWS, What, seen, suspected
+from elakit.causes.failures import SHOWS, Observation, seen, suspected
 from elakit.causes.findings import Cause, Failure, Findings
-from elakit.causes.reading import Place, Reading, place
-from elakit.causes.signs import Sign
+from elakit.causes.indicators import Indicator
+from elakit.causes.ranking import before_the_image, explained, in_attention, ranked, unknown_words, without_duplicates
+from elakit.causes.run_indicators import Place, RunIndicators, place
+from elakit.causes.sentences import sentence
 from elakit.causes.text import text_states
-from elakit.causes.weigh import before_the_image, explained, in_attention, ranked, told_once, unknown_words
-from elakit.causes.wording import sentence
 from elakit.errors import SettingError
 from elakit.run import Run
 
 
 def find(pipe: Any, runs: Sequence[Run]) -> Findings:
-    """Find what goes wrong in runs of one prompt, and why.
+    """Find the failures in runs of one prompt, and their causes.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
-        That drew them: its text encoder is asked again.
+        The pipeline that generated the runs; its text encoder is used again.
     runs : sequence of Run
-        Recorded, of one prompt, a seed each. Four tell much more than one.
+        Recorded runs of one prompt with different seeds. Four are much more informative than one.
 
     Returns
     -------
@@ -34,20 +34,21 @@ def find(pipe: Any, runs: Sequence[Run]) -> Findings:
     Raises
     ------
     SettingError
-        No run, or runs of different prompts.
+        No run, or runs with different prompts.
     RecordingError
         A run was not recorded.
 
     Notes
     -----
-    Failures are what the judge sees; where it does not know the prompt they are suspicions from the attention. Causes
-    are looked for in the runs that fail, in the text encoder's states and in the attention of the decoder. One is named
-    where a number is outside of what right images have. Its confidence falls where something that comes before it
-    accounts for it, and where right images of the same prompt show it too.
+    Failures are those that the judge finds; if it does not know the prompt, they are suspected from the attention.
+    Causes are searched in the runs that fail, in the states of the text encoder and in the attention of the decoder. A
+    cause is named if an indicator lies outside the range of right images and if it explains one of the failures found;
+    otherwise the findings state that no cause was found. The confidence decreases if an earlier cause explains this
+    one, and if right images of the same prompt show it too.
 
     Examples
     --------
-    The bird's noun is hidden from the image:
+    The attention to the bird's noun is set to zero:
 
     >>> import elakit
     >>> from elakit.attention import Edit, edit
@@ -60,15 +61,15 @@ def find(pipe: Any, runs: Sequence[Run]) -> Findings:
     ('missing', 'token ignored', 'bird')
     """
     if not runs:
-        raise SettingError("There is no run to look at; draw some: elakit.generate(pipe, prompt, seed=[0, 1, 2, 3]).")
+        raise SettingError("There is no run; generate some: elakit.generate(pipe, prompt, seed=[0, 1, 2, 3]).")
     if len({run.prompt.text for run in runs}) > 1:
-        raise SettingError("The runs are of different prompts; give those of one prompt, a seed each.")
+        raise SettingError("The runs have different prompts; give runs of one prompt with different seeds.")
     prompt = runs[0].prompt
-    readings = [Reading(run) for run in runs]
+    readings = [RunIndicators(run) for run in runs]
     judged = all(run.verdict is not None for run in runs)
     wrong = [_wrong(reading, judged) for reading in readings]
     failures = _failures(readings, wrong, judged)
-    # Something too many does not make an image wrong, unless nothing else does.
+    # Surplus things count as a failure only if no image has another one.
     failing = [i for i, each in enumerate(wrong) if any(what.kind != "spill" for what in each)]
     failing = failing or [i for i, each in enumerate(wrong) if each]
     states = text_states(pipe, prompt)
@@ -77,28 +78,34 @@ def find(pipe: Any, runs: Sequence[Run]) -> Findings:
         causes += before_the_image(runs, states)
         right = [reading for i, reading in enumerate(readings) if i not in failing]
         causes += in_attention([readings[i] for i in failing], right)
-    likeliest = (explained(cause, failures) for cause in ranked(told_once(causes, failures)))
-    told = [cause for cause in likeliest if cause.explains or not judged or cause.kind == "ambiguous word"]
-    placed = [_placed(readings, cause) for cause in told]
+    explaining = [cause for cause in (explained(cause, failures) for cause in causes) if _is_reported(cause)]
+    placed = [_placed(readings, cause) for cause in ranked(without_duplicates(explaining, failures))]
     named = tuple(replace(cause, sentence=sentence(cause)) for cause in placed)
     return Findings(prompt, tuple(run.seed for run in runs), judged, failures, named)
 
 
-def _wrong(reading: Reading, judged: bool) -> set[What]:
+def _is_reported(cause: Cause) -> bool:
+    """True if a cause explains a failure, or states that a word is unknown to the model."""
+    return bool(cause.explains) or cause.kind == "ambiguous word"
+
+
+def _wrong(reading: RunIndicators, judged: bool) -> set[Observation]:
     verdict = reading.run.verdict
     if judged and verdict is not None:
         return seen(verdict, reading.run.prompt)
-    return suspected(reading.signs.values())
+    return suspected(reading.indicators.values())
 
 
-def _failures(readings: Sequence[Reading], wrong: Sequence[set[What]], judged: bool) -> tuple[Failure, ...]:
-    """Each failure with the runs it happens in, the most frequent first."""
+def _failures(
+    readings: Sequence[RunIndicators], wrong: Sequence[set[Observation]], judged: bool
+) -> tuple[Failure, ...]:
+    """Failures with the runs that they occur in, the most frequent first."""
     found = []
     for what in dict.fromkeys(what for each in wrong for what in sorted(each)):
         there = [reading for reading, each in zip(readings, wrong, strict=True) if what in each]
-        signs = [sign for reading in there if (sign := _shown(reading, what)) is not None]
-        clearest = max(signs, key=lambda sign: sign.strength, default=None)
-        showing = [reading for reading in there if clearest is not None and clearest.key in reading.signs]
+        indicators = [indicator for reading in there if (indicator := _shown(reading, what)) is not None]
+        clearest = max(indicators, key=lambda indicator: indicator.strength, default=None)
+        showing = [reading for reading in there if clearest is not None and clearest.key in reading.indicators]
         step, layers, heads = Place() if clearest is None else place(showing, clearest.key)
         taken = "" if clearest is None or clearest.token == what.entity else clearest.token
         found.append(
@@ -118,23 +125,23 @@ def _failures(readings: Sequence[Reading], wrong: Sequence[set[What]], judged: b
     return tuple(sorted(found, key=lambda failure: -failure.count))
 
 
-def _shown(reading: Reading, what: What) -> Sign | None:
-    """The strongest sign in a run's attention that shows a failure."""
+def _shown(reading: RunIndicators, what: Observation) -> Indicator | None:
+    """The strongest indicator of a failure in the attention of a run."""
     kinds = SHOWS[what.kind]
     fitting = [
-        sign
-        for sign in reading.signs.values()
-        if sign.kind in kinds
-        and sign.strength > 0
-        and (what.entity == sign.entity or (what.entity == sign.other and what.kind != "missing"))
+        indicator
+        for indicator in reading.indicators.values()
+        if indicator.kind in kinds
+        and indicator.strength > 0
+        and (what.entity == indicator.entity or (what.entity == indicator.other and what.kind != "missing"))
     ]
-    return max(fitting, key=lambda sign: sign.strength, default=None)
+    return max(fitting, key=lambda indicator: indicator.strength, default=None)
 
 
-def _placed(readings: Sequence[Reading], cause: Cause) -> Cause:
-    """The cause with the step and the layers in which it starts to show; one before the image has none."""
+def _placed(readings: Sequence[RunIndicators], cause: Cause) -> Cause:
+    """Cause with the step and the layers where it is first visible; causes in the text encoder have none."""
     key = cause.kind, cause.entity, cause.other, cause.token
-    showing = [reading for reading in readings if reading.run.seed in cause.seeds and key in reading.signs]
+    showing = [reading for reading in readings if reading.run.seed in cause.seeds and key in reading.indicators]
     if not showing or "length" in cause.evidence:
         return cause
     step, layers, _ = place(showing, key)

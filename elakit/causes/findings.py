@@ -1,12 +1,12 @@
-"""What was found: failures with how often and from when, and causes with how strong and how sure."""
+"""Failures with their frequency and first step, and causes with their strength and confidence."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from elakit.prompt import Prompt
+from elakit.statistics import wilson
 
 FailureKind = Literal["missing", "fused", "wrong attribute", "lost attribute", "spill"]
 CauseKind = Literal[
@@ -23,38 +23,10 @@ CauseKind = Literal[
 ]
 FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 CAUSE_KINDS: tuple[CauseKind, ...] = get_args(CauseKind)
-
-# Normal quantile of a 95 % interval.
-_Z = 1.959963984540054
-
-
-def wilson(hits: int, of: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a share.
-
-    Parameters
-    ----------
-    hits, of : int
-        How many of how many.
-
-    Returns
-    -------
-    (float, float)
-        Of nothing at all nothing is known: (0, 1).
-
-    References
-    ----------
-    Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22, 1927.
-
-    Examples
-    --------
-    >>> [round(bound, 3) for bound in wilson(3, 4)]
-    [0.301, 0.954]
-    """
-    if not of:
-        return 0.0, 1.0
-    share, square = hits / of, _Z**2 / of
-    center, half = share + square / 2, _Z * math.sqrt(share * (1 - share) / of + square / (4 * of))
-    return max((center - half) / (1 + square), 0.0), min((center + half) / (1 + square), 1.0)
+# Kinds that affect both entities in the same way.
+MUTUAL_KINDS: tuple[CauseKind, ...] = ("text states alike", "regions swap")
+# Share of the attention at the place of an entity from which another noun counts as taking it.
+CAPTURED = 0.6
 
 
 @dataclass(frozen=True)
@@ -64,28 +36,28 @@ class Failure:
     Attributes
     ----------
     kind : {"missing", "fused", "wrong attribute", "lost attribute", "spill"}
-        An entity is not there; two are one; an entity has what was asked for another; it has neither that nor its own;
-        the entity is also where it was not asked for.
+        An entity is missing; two are fused into one; an entity has the attribute of another one; it has neither its own
+        attribute nor that of another; an entity appears more often than the prompt asks.
     entity : str
-        Label of the entity it happens to.
+        Label of the affected entity.
     other : str
-        The other entity: fused with it, or whose attribute it has; "" where there is none.
+        The other entity: the one fused with it, or the owner of the attribute; "" if there is none.
     token : str
-        Label of the token that takes its place: of the noun that fills a missing entity's region, of the attribute that
-        is on the wrong thing; "" where none does.
+        Label of the noun that receives the attention at the place of a missing entity, or of the attribute on the wrong
+        entity; "" if there is none.
     seeds : tuple of int
-        Of the runs in which it happens.
+        Seeds of the runs with this failure.
     of : int
-        Number of runs that were looked at.
+        Number of runs.
     step : int or None
-        Denoiser call from which on it shows in the attention, counted from 0: the median over those runs; None where it
-        never shows there.
+        Denoiser call from which the failure is visible in the attention, counted from 0 (median over those runs); None
+        if it is not visible.
     layers : tuple of str
-        Layers in which it shows first, the clearest first.
+        Layers where it is visible first, the clearest first.
     heads : tuple of (str, int)
-        Heads (layer, number) in which it shows first; empty where heads were not kept apart.
+        Heads (layer, number) where it is visible first; empty if heads were averaged.
     judged : bool
-        Whether a judge saw it in the images; otherwise it is read off the attention alone.
+        True if a judge found it in the images; otherwise it is suspected from the attention.
     """
 
     kind: FailureKind
@@ -101,12 +73,12 @@ class Failure:
 
     @property
     def count(self) -> int:
-        """In how many runs it happens."""
+        """Number of runs with this failure."""
         return len(self.seeds)
 
     @property
     def rate(self) -> float:
-        """Share of the runs in which it happens."""
+        """Share of runs with this failure."""
         return self.count / self.of if self.of else 0.0
 
     @property
@@ -116,19 +88,21 @@ class Failure:
 
     @property
     def sentence(self) -> str:
-        """It in plain words, without what is said of steps and layers."""
+        """One sentence that states the failure and its frequency."""
         other, token = self.other, self.token
         what = {
-            "missing": f"the {self.entity} is missing" + (f", and {token!r} holds its place" if token else ""),
+            "missing": f"the {self.entity} is missing"
+            + (f", and {token!r} has the attention at its place" if token else ""),
             "fused": f"the {self.entity} and the {other} are fused into one",
-            "wrong attribute": f"the {self.entity} is {_word(token)}, which was asked for the {other}",
+            "wrong attribute": f"the {self.entity} is {_word(token)}, the attribute of the {other}",
             "lost attribute": f"the {self.entity} is not {_word(token)}",
-            "spill": f"the {self.entity} spills over into the rest of the image",
+            "spill": f"the {self.entity} appears more often than the prompt asks",
         }[self.kind]
-        return f"In {self.count} of {self.of} {what}."
+        images = "image" if self.of == 1 else "images"
+        return f"In {self.count} of {self.of} {images}, {what}."
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, with count, rate, interval and sentence."""
+        """Dictionary for JSON, with count, rate, interval and sentence."""
         return asdict(self) | {
             "count": self.count,
             "rate": self.rate,
@@ -139,44 +113,44 @@ class Failure:
     def __str__(self) -> str:
         where = []
         if self.step is not None:
-            where.append(f"from step {self.step}")
+            where.append(f"from denoiser call {self.step}")
         if self.layers:
-            where.append(f"first in {self.layers[0]}")
+            where.append(f"visible first in {self.layers[0]}")
         low, high = self.interval
         return f"{self.sentence} ({low:.0%} to {high:.0%}{''.join(f'; {each}' for each in where)})"
 
 
 @dataclass(frozen=True)
 class Cause:
-    """One reason why the prompt fails.
+    """One cause of a failure.
 
     Attributes
     ----------
     kind : str
-        One of `CAUSE_KINDS`.
+        Kind, one of `CAUSE_KINDS`.
     entity : str
-        Label of the entity that suffers.
+        Label of the affected entity.
     other : str
-        Label of the entity at fault; "" where there is none.
+        Label of the entity that interferes; "" if there is none.
     token : str
-        Label of the token at fault: the word whose meaning leaked, the attribute that is misplaced, the noun that is
-        not known; "" where there is none.
+        Label of the interfering token: the attribute that leaked or is misplaced, or the unknown noun; "" if there is
+        none.
     strength : float
-        How marked it is, 0 (as in images that come out right) to 1 (as if nothing else were there).
+        Strength of the indicator, from 0 (as in right images) to 1 (the strongest case).
     confidence : float
-        How sure we are that this is it, 0 to 1; ``docs/causes.md`` has how often causes of a confidence were right.
+        Confidence, 0 to 1; ``docs/causes.md`` reports how often causes of a given confidence were right.
     step : int or None
-        Denoiser call from which on it shows; None for a cause that lies before the image.
+        Denoiser call from which it is visible; None for a cause in the text encoder.
     layers : tuple of str
-        Layers in which it shows most, the clearest first.
+        Layers where it is visible first, the clearest first.
     seeds : tuple of int
-        Of the runs in which it shows; all of them for a cause that lies before the image.
+        Seeds of the runs that show it; all runs for a cause in the text encoder.
     explains : tuple of str
-        Kinds of the failures found that it accounts for.
+        Kinds of the failures that it explains.
     evidence : dict of str to float
-        The numbers it rests on, by name.
+        Numbers that support it, by name.
     sentence : str
-        It in one plain sentence.
+        One sentence that describes the cause.
     """
 
     kind: CauseKind
@@ -192,8 +166,23 @@ class Cause:
     evidence: dict[str, float] = field(default_factory=dict)
     sentence: str = ""
 
+    def accounts_for(self, failure: Failure) -> bool:
+        """True if the entities of the cause are those of the failure, in the same roles.
+
+        A cause that affects both entities alike (similar text states, an exchange of places) matches a failure of
+        either. A misplaced attribute affects the entity that receives it, and its own entity if that lost it. All other
+        causes affect their `entity` only.
+        """
+        if self.kind in MUTUAL_KINDS or (self.kind == "captured" and self.evidence.get("held", 0.0) <= CAPTURED):
+            return bool({self.entity, self.other} & {failure.entity, failure.other} - {""})
+        if failure.kind == "fused":
+            return self.entity in (failure.entity, failure.other)
+        if self.kind == "attribute misplaced" and failure.kind == "wrong attribute":
+            return self.other == failure.entity
+        return self.entity == failure.entity
+
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """Dictionary for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -202,19 +191,19 @@ class Cause:
 
 @dataclass(frozen=True)
 class Findings:
-    """What goes wrong with a prompt, and why; `find` makes it.
+    """Failures of a prompt and their causes, as returned by `find`.
 
     Attributes
     ----------
     prompt : Prompt
     seeds : tuple of int
-        Of the runs.
+        Seeds of the runs.
     judged : bool
-        Whether a judge saw the images; otherwise failures are read off the attention and are suspicions.
+        True if a judge judged the images; otherwise failures are suspected from the attention.
     failures : tuple of Failure
-        Most frequent first; empty where nothing goes wrong.
+        Failures, the most frequent first.
     causes : tuple of Cause
-        Likeliest first; empty where none can be named.
+        Causes, the most likely first; empty if none was found.
     """
 
     prompt: Prompt
@@ -225,33 +214,32 @@ class Findings:
 
     @property
     def failing(self) -> tuple[int, ...]:
-        """Seeds of the runs in which anything goes wrong."""
+        """Seeds of the runs with a failure."""
         return tuple(seed for seed in self.seeds if any(seed in failure.seeds for failure in self.failures))
 
     @property
     def unexplained(self) -> tuple[Failure, ...]:
-        """Failures for which no cause can be named."""
+        """Failures that no cause explains."""
         return tuple(
             failure
             for failure in self.failures
-            if not any(
-                failure.kind in cause.explains and {failure.entity, failure.other} & {cause.entity, cause.other}
-                for cause in self.causes
-            )
+            if not any(cause.accounts_for(failure) and failure.kind in cause.explains for cause in self.causes)
         )
 
     @property
     def verdict(self) -> str:
-        """One plain sentence: how often it fails, and the likeliest cause, or that none was found."""
+        """One or two sentences: how often the prompt fails, and the most likely cause, or that none was found."""
         count, failing = len(self.seeds), len(self.failing)
         if not failing:
-            source = "in the images" if self.judged else "in the attention (no judge has seen the images)"
-            return f"Nothing is wrong {source} of {count} seed{'s' * (count > 1)}."
-        said = f"{failing} of {count} images {'go' if self.judged else 'seem to go'} wrong. "
-        return said + (self.causes[0].sentence if self.causes else "No cause was found that could be named.")
+            source = "in the images" if self.judged else "in the attention (the images were not judged)"
+            return f"No failure was found {source} of {count} seed{'s' * (count > 1)}."
+        one, many = ("fails", "fail") if self.judged else ("probably fails", "probably fail")
+        what = f"{failing} of {count} images {many if count > 1 else one}. ".replace("1 images", "1 image")
+        cause = next((cause for cause in self.causes if cause.explains), None)
+        return what + (cause.sentence if cause is not None else "No cause was found.")
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain lists and dictionaries, as JSON takes them."""
+        """Dictionary for JSON."""
         return {
             "prompt": self.prompt.text,
             "seeds": list(self.seeds),
@@ -266,14 +254,14 @@ class Findings:
     def __str__(self) -> str:
         lines = [f"{self.prompt.text!r}: {self.verdict}"]
         if self.failures:
-            lines += ["What goes wrong", *(f"  {failure}" for failure in self.failures)]
+            lines += ["Failures", *(f"  {failure}" for failure in self.failures)]
         if self.causes:
-            lines += ["Why", *(f"  {i}. {cause}" for i, cause in enumerate(self.causes, 1))]
+            lines += ["Causes", *(f"  {i}. {cause}" for i, cause in enumerate(self.causes, 1))]
         if self.failures and self.causes and self.unexplained:
-            lines += ["No cause found for", *(f"  {failure.sentence}" for failure in self.unexplained)]
+            lines += ["Failures without a known cause", *(f"  {failure.sentence}" for failure in self.unexplained)]
         return "\n".join(lines)
 
 
 def _word(label: str) -> str:
-    """A label as the word it stands for: "red#2" -> "red"."""
+    """Word of a label: "red#2" -> "red"."""
     return label.partition("#")[0]

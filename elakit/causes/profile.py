@@ -1,4 +1,4 @@
-"""Where in the network entities bleed: the measures of `elakit.bleeding`, layer by layer and head by head."""
+"""Bleeding by layer and head: the measures of `elakit.bleeding` for each part of the network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from elakit.errors import RecordingError
 from elakit.measures.arrays import resize
 from elakit.run import Run
 
-# What is told of each layer; `elakit.Bleeding.to_frame` says what they mean.
+# Measures of each layer; `elakit.Bleeding.to_frame` explains them.
 MEASURES = (
     "bleed", "intrusion", "spill", "ruzicka", "attribute_bleed", "attribute_intrusion", "attribute_spill",
     "attribute_margin",
@@ -20,12 +20,12 @@ MEASURES = (
 
 
 def profile(run: Run) -> pd.DataFrame:
-    """Measures of bleeding of each layer, head and step.
+    """Measures of bleeding for each layer, head and step.
 
     Parameters
     ----------
     run : Run
-        Recorded; with ``RecordSpec(heads="all")`` for a row a head.
+        A recorded run; with ``RecordSpec(heads="all")`` there is one row per head.
 
     Returns
     -------
@@ -40,8 +40,8 @@ def profile(run: Run) -> pd.DataFrame:
 
     Notes
     -----
-    Every layer is measured against the same regions, ``run.regions``, to whose size its maps are brought: the question
-    is where a layer looks, and not where it would draw the border itself.
+    Every layer is compared with the same regions, ``run.regions``, and its maps are resized to them. The measures show
+    where a layer attends, not which regions would be localized in it.
 
     Examples
     --------

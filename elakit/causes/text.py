@@ -1,8 +1,8 @@
-"""What lies before the image: how alike the text encoder's states are, and which word's meaning leaked into another.
+"""Causes in the text encoder: similarity of the nouns' states, and attributes that leak into the state of a noun.
 
-In a causal text encoder such as CLIP's every token attends to those before it, so that the "red" of "a red car and a
-bird" may come to live in the bird's state as well. Leakage is measured by a counterfactual: the prompt is encoded again
-without the suspected word.
+In a causal text encoder such as CLIP's, every token attends to those before it, so "red" in "a red car and a bird" may
+persist in the state of "bird". Leakage is measured by a counterfactual: the prompt is encoded again without the
+suspected word.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ import numpy as np
 from elakit.models import adapter_for
 from elakit.prompt import Entity, Prompt, parse
 
-# Lengths below this are taken for none at all.
+# Lengths below this count as zero.
 NOTHING = 1e-12
 
 
 @dataclass(frozen=True)
 class Leak:
-    """What of an attribute's meaning is found in the state of another entity's noun.
+    """Leakage of an attribute into the state of another entity's noun.
 
     Attributes
     ----------
     entity : str
-        Label of the entity whose noun is looked at.
+        Label of the entity whose noun is analyzed.
     other : str
         Label of the entity that the attribute belongs to.
     token : str
         Label of the attribute.
     share : float
-        How far the attribute's being in the prompt moves the noun's state toward what it is when the attribute is its
-        own: 0 not at all, 1 as if it had been asked for the noun.
+        Share of the way that the attribute moves the state of the noun toward its state with the attribute as its own:
+        0 no effect, 1 as if the attribute described the noun.
     change : float
-        Length of that change, as a share of the state's length.
+        Norm of the change, divided by the norm of the state.
     """
 
     entity: str
@@ -49,19 +49,20 @@ class Leak:
 
 @dataclass(frozen=True)
 class States:
-    """What the text encoder makes of a prompt's nouns.
+    """States of the nouns of a prompt in the text encoder.
 
     Attributes
     ----------
     entities : tuple of str
         Labels.
     length : tuple of float
-        Of each noun's state, as a share of the median length of the words' states.
+        Norm of each noun's state, divided by the median norm of the words' states.
     alike : ndarray, (entity, entity)
-        Cosine of the nouns' states less the mean state of the words: 1 the same, about 0 unrelated.
+        Cosine similarity of the nouns' states after subtracting the mean state of the words: 1 for equal states, about
+        0 for unrelated ones.
     leaks : tuple of Leak
     pieces : tuple of int
-        Tokens that each noun is cut into, by the encoder that cuts it least.
+        Number of tokens of each noun; with several encoders, the smallest number.
     """
 
     entities: tuple[str, ...]
@@ -72,7 +73,7 @@ class States:
 
 
 def text_states(pipe: Any, prompt: Prompt) -> States:
-    """Encode a prompt, and again without each of its attributes.
+    """Encode a prompt, and encode it again without each of its attributes.
 
     Parameters
     ----------
@@ -91,7 +92,7 @@ def text_states(pipe: Any, prompt: Prompt) -> States:
 
     Examples
     --------
-    The bird of picture-world knows of the red before it; the car cannot know of what comes after:
+    In picture-world, the state of the bird contains the earlier word red; that of the car cannot contain a later word:
 
     >>> import elakit
     >>> pipe = elakit.load("picture-world")
@@ -139,7 +140,7 @@ def _leaks(encoder: _Encoder, prompt: Prompt) -> Iterator[Leak]:
 
 
 class _Encoder:
-    """The pipeline's text encoder; each text is encoded once."""
+    """Text encoder of a pipeline with a cache of encoded texts."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -154,13 +155,13 @@ class _Encoder:
         return self._states[text]
 
     def noun(self, marked: str) -> np.ndarray:
-        """State of the noun that stands in brackets, the mean over its tokens."""
+        """State of the noun in brackets, the mean over its tokens."""
         prompt = parse(marked, self.pipe)
         return self.states(prompt.text)[list(prompt.entities[0].token_indices)].mean(0)
 
 
 def _marked(prompt: Prompt, entity: Entity, without: int | None = None) -> str:
-    """The prompt's text with brackets around an entity's noun, and without one of its words."""
+    """Text of the prompt with brackets around the noun of an entity, and without one of the words."""
     spans = prompt.words
     noun = next(token.word for token in prompt.tokens if token.index in entity.token_indices)
     text = prompt.text
@@ -171,13 +172,13 @@ def _marked(prompt: Prompt, entity: Entity, without: int | None = None) -> str:
 
 
 def word_label(prompt: Prompt, word: int) -> str:
-    """Label of a whole word of the prompt, "red" or "red#2", also where it is cut into pieces."""
+    """Label of a word of the prompt, "red" or "red#2", also if it has several tokens."""
     token = next(token for token in prompt.tokens if token.word == word)
     return re.sub(r"(?<=.)(/\d+)?(@\w+)?$", "", token.label)
 
 
 def _pieces(prompt: Prompt, entity: Entity) -> int:
-    """Tokens of a noun, by the encoder that cuts it least (Stable Diffusion 3 reads a prompt twice)."""
+    """Number of tokens of a noun; the smallest number if a pipeline has several encoders (Stable Diffusion 3)."""
     labels = [token.label for token in prompt.tokens if token.index in entity.token_indices]
     readings = [label.partition("@")[2] for label in labels]
     return min(readings.count(reading) for reading in readings)

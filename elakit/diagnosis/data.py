@@ -189,10 +189,8 @@ class DiagnosisData:
 
 
 def explains(cause: Cause, failure: Failure) -> bool:
-    """True if a cause accounts for a failure: for its kind, and for one of its entities."""
-    return failure.kind in cause.explains and bool(
-        ({cause.entity, cause.other} & {failure.entity, failure.other}) - {""}
-    )
+    """True if a cause explains a failure: its kind, and the entities in their roles."""
+    return failure.kind in cause.explains and cause.accounts_for(failure)
 
 
 def _row(pair: Pair) -> dict[str, Any]:

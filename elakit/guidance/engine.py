@@ -250,21 +250,6 @@ def acts(updates: Sequence[Update]) -> bool:
     return any(update.size or update.hold for update in updates)
 
 
-def check_inference(denoiser: nn.Module) -> None:
-    """Refuse weights that autograd cannot use.
-
-    Raises
-    ------
-    SettingError
-        The model was loaded inside ``torch.inference_mode``.
-    """
-    if any(parameter.is_inference() for parameter in denoiser.parameters()):
-        raise SettingError(
-            "Guidance takes gradients, and this model was loaded inside torch.inference_mode(), so autograd cannot use "
-            "its weights. Load it outside; elakit.generate itself may be called inside."
-        )
-
-
 class Guide:
     """Guidance of one run: moves the latents before each denoising step, and keeps one trace per image.
 
@@ -295,7 +280,6 @@ class Guide:
         self.layers = method.select(self.adapter.layers(), latent)
         noise = noise_levels(pipe.scheduler)
         self.updates = tuple(method.plan(noise, prompt))
-        check_inference(self.adapter.denoiser)
         if not acts(self.updates) and acts(method.plan([1.0] * MANY_STEPS, prompt)):
             logger.warning(
                 "%s does nothing in a run of %d steps: none of them falls into its guided share. Use more steps, or "

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from tiny import tiny_pipeline
 
-from elakit.errors import SettingError
+from elakit.errors import ModelError, SettingError
 from elakit.generation import generate
 from elakit.guidance import ELA, Anchors, AttendAndExcite, FromMaps, LatentStep, RegionalAttention, Update
 from elakit.guidance.engine import gradient, reading
@@ -283,7 +283,7 @@ def test_a_model_loaded_inside_inference_mode_is_refused() -> None:
     with torch.inference_mode():
         weight = pipe.unet.conv_in.weight.clone()
     pipe.unet.conv_in.weight = torch.nn.Parameter(weight, requires_grad=False)
-    with pytest.raises(SettingError, match=r"loaded inside torch\.inference_mode"):
+    with pytest.raises(ModelError, match=r"loaded within torch\.inference_mode"):
         generate(pipe, PAIR, steps=4, guidance=ELA(), record=False, progress=False)
 
 

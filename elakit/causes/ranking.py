@@ -1,4 +1,4 @@
-"""From signs to causes: those that are marked enough in the runs that fail, weighed against each other."""
+"""Causes from indicators: selection, confidence and order."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ from statistics import mean
 
 from elakit.causes.failures import EXPLAINS
 from elakit.causes.findings import Cause, CauseKind, Failure
-from elakit.causes.reading import Reading
-from elakit.causes.signs import LEAST, Key, of_text, strongest
+from elakit.causes.indicators import LEAST, Key, of_text, strongest
+from elakit.causes.run_indicators import RunIndicators
 from elakit.causes.text import States
 from elakit.models import EMBEDDED
 from elakit.run import Run
 from elakit.world.vocabulary import NOUNS
 
-# What comes first brings about what comes later: a noun whose state is another's is also attended to where it is.
+# Causal order: an earlier kind can bring about a later one. A noun with the text state of another noun, for example, is
+# also attended to at the place of that noun.
 ORDER: tuple[CauseKind, ...] = (
     "ambiguous word", "text states alike", "token ignored", "text leakage", "start-of-text competition",
     "regions swap", "captured", "attribute misplaced", "never localized", "region split",
 )  # fmt: skip
-# Either of two entities may be the one that suffers: told once, of the one that is missing.
+# Either of two entities may be affected; the cause is reported once, for the entity that is missing.
 MUTUAL: tuple[CauseKind, ...] = ("text states alike", "captured", "regions swap")
 
 
-def sure(strength: float) -> float:
-    """How sure a sign of a strength makes by itself, 0 to 1; ``python -m benchmarks.causes report`` tells how right."""
+def confidence_of(strength: float) -> float:
+    """Confidence of a cause from the strength of its indicator, 0 to 1; see ``python -m benchmarks.causes report``."""
     return 0.5 + 0.45 * strength
 
 
 def unknown_words(runs: Sequence[Run], states: States) -> list[Cause]:
-    """Nouns that the model does not know, or that its tokenizer cuts into pieces.
+    """Causes "ambiguous word": nouns that the model does not know, or that its tokenizer splits into pieces.
 
-    The embedded model's vocabulary is known, whatever its tokenizer makes of other words.
+    The vocabulary of the embedded model is known, so the number of pieces is not used for it.
     """
     embedded = all(run.settings.get("model") in EMBEDDED for run in runs)
     found = []
@@ -45,30 +46,30 @@ def unknown_words(runs: Sequence[Run], states: States) -> list[Cause]:
 
 
 def before_the_image(runs: Sequence[Run], states: States) -> list[Cause]:
-    """Causes in the text encoder's states."""
-    signs = strongest(of_text(states)).values()
+    """Causes in the states of the text encoder."""
+    indicators = strongest(of_text(states)).values()
     return [
-        _cause(sign.key, sign.strength, runs, {sign.measure: sign.value, **sign.evidence})
-        for sign in signs
-        if sign.strength >= LEAST
+        _cause(indicator.key, indicator.strength, runs, {indicator.measure: indicator.value, **indicator.evidence})
+        for indicator in indicators
+        if indicator.strength >= LEAST
     ]
 
 
-def in_attention(failing: Sequence[Reading], right: Sequence[Reading]) -> list[Cause]:
-    """Causes in the attention of the runs that fail; less sure where few of them show it, or right runs do too.
+def in_attention(failing: Sequence[RunIndicators], right: Sequence[RunIndicators]) -> list[Cause]:
+    """Causes in the attention of the runs that fail; confidence is lower if few of them, or right runs too, show it.
 
     Parameters
     ----------
-    failing, right : sequence of Reading
+    failing, right : sequence of RunIndicators
     """
     found = []
-    for key in dict.fromkeys(key for reading in failing for key in reading.signs):
-        shown = [r for r in failing if key in r.signs and r.signs[key].strength >= LEAST]
+    for key in dict.fromkeys(key for reading in failing for key in reading.indicators):
+        shown = [r for r in failing if key in r.indicators and r.indicators[key].strength >= LEAST]
         if not shown:
             continue
         strength = _strength(shown, key)
-        signs = [reading.signs[key] for reading in shown]
-        tables = [{**sign.evidence, sign.measure: sign.value} for sign in signs]
+        indicators = [reading.indicators[key] for reading in shown]
+        tables = [{**indicator.evidence, indicator.measure: indicator.value} for indicator in indicators]
         names = dict.fromkeys(name for table in tables for name in table)
         evidence = {name: mean(table[name] for table in tables if name in table) for name in names}
         cause = _cause(key, strength, [reading.run for reading in shown], evidence)
@@ -81,8 +82,8 @@ def in_attention(failing: Sequence[Reading], right: Sequence[Reading]) -> list[C
     return found
 
 
-def told_once(causes: Iterable[Cause], failures: Sequence[Failure]) -> list[Cause]:
-    """Of each pair of mutual causes the stronger, or that whose entity is missing more often, or less attended to."""
+def without_duplicates(causes: Iterable[Cause], failures: Sequence[Failure]) -> list[Cause]:
+    """Keep one of two mutual causes: the stronger one, or the one whose entity fails more or has less attention."""
     missing: dict[str, int] = {}
     for failure in failures:
         if failure.kind in ("missing", "fused"):
@@ -103,7 +104,7 @@ def told_once(causes: Iterable[Cause], failures: Sequence[Failure]) -> list[Caus
 
 
 def ranked(causes: Sequence[Cause]) -> list[Cause]:
-    """Causes, the likeliest first; little is left of one that an earlier kind brings about."""
+    """Causes, the most likely first; the confidence of a cause is reduced if an earlier kind can bring it about."""
     found = []
     for cause in causes:
         left = cause.confidence
@@ -116,17 +117,16 @@ def ranked(causes: Sequence[Cause]) -> list[Cause]:
 
 
 def explained(cause: Cause, failures: Sequence[Failure]) -> Cause:
-    """The cause with the kinds of the failures that it accounts for."""
-    about = {cause.entity, cause.other} - {""}
-    fitting = (f.kind for f in failures if f.kind in EXPLAINS[cause.kind] and about & {f.entity, f.other})
+    """Cause with the kinds of the failures that it explains."""
+    fitting = (f.kind for f in failures if f.kind in EXPLAINS[cause.kind] and cause.accounts_for(f))
     return replace(cause, explains=tuple(dict.fromkeys(fitting)))
 
 
 def _cause(key: Key, strength: float, runs: Sequence[Run], evidence: dict[str, float]) -> Cause:
     kind, entity, other, token = key
     seeds = tuple(run.seed for run in runs)
-    return Cause(kind, entity, other, token, strength, sure(strength), seeds=seeds, evidence=evidence)
+    return Cause(kind, entity, other, token, strength, confidence_of(strength), seeds=seeds, evidence=evidence)
 
 
-def _strength(readings: Sequence[Reading], key: Key) -> float:
-    return mean(reading.signs[key].strength if key in reading.signs else 0.0 for reading in readings)
+def _strength(readings: Sequence[RunIndicators], key: Key) -> float:
+    return mean(reading.indicators[key].strength if key in reading.indicators else 0.0 for reading in readings)

@@ -1,4 +1,4 @@
-"""A run and the signs in its attention: of the decoder, and, when asked for, of single layers and heads."""
+"""Indicators in the attention of a run: of the whole decoder, and of single layers and heads."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any, NamedTuple
 
 from elakit.causes.evidence import Maps, read
 from elakit.causes.findings import CAUSE_KINDS, CauseKind
-from elakit.causes.signs import LEAST, Key, Sign, of_maps, strongest
+from elakit.causes.indicators import LEAST, Indicator, Key, of_maps, strongest
 from elakit.causes.text import word_label
 from elakit.measures.masks import coverage
 from elakit.run import Run
 
-# Layers and heads that are named at most.
+# Largest number of layers and of heads that are named.
 MOST = 3
 
 
-class Reading:
-    """A run with the signs in its attention.
+class RunIndicators:
+    """Indicators in the attention of a run, computed when they are needed.
 
     Parameters
     ----------
     run : Run
-        Recorded.
+        A recorded run.
 
     Raises
     ------
@@ -44,25 +44,25 @@ class Reading:
             for entity in entities
             for word in dict.fromkeys(t.word for t in run.prompt.tokens if t.index in entity.attribute_indices)
         ]
-        self._parts: dict[tuple[str, int | None, CauseKind], dict[Key, Sign]] = {}
+        self._parts: dict[tuple[str, int | None, CauseKind], dict[Key, Indicator]] = {}
 
     @cached_property
-    def signs(self) -> dict[Key, Sign]:
-        """The strongest sign for each cause in the decoder."""
-        return self._signs(read(self.recording, self.recording.decoder))
+    def indicators(self) -> dict[Key, Indicator]:
+        """The strongest indicator of each cause in the decoder."""
+        return self._indicators(read(self.recording, self.recording.decoder))
 
-    def part(self, layer: str, head: int | None, kind: CauseKind) -> dict[Key, Sign]:
-        """The strongest signs for causes of a kind in one layer, the mean of its heads or one of them."""
+    def part(self, layer: str, head: int | None, kind: CauseKind) -> dict[Key, Indicator]:
+        """The strongest indicators of a kind of cause in one layer, for the mean of its heads or for one head."""
         if (layer, head, kind) not in self._parts:
             recording = self.recording if head is None else self.recording.sel(layer=layer, head=head)
-            self._parts[layer, head, kind] = self._signs(read(recording, layer), (kind,))
+            self._parts[layer, head, kind] = self._indicators(read(recording, layer), (kind,))
         return self._parts[layer, head, kind]
 
     def heads(self, layer: str) -> list[int]:
         """Numbers of the heads of a layer that were kept apart."""
         return list(self.recording.heads(layer))
 
-    def _signs(self, maps: Maps, kinds: Sequence[CauseKind] = CAUSE_KINDS) -> dict[Key, Sign]:
+    def _indicators(self, maps: Maps, kinds: Sequence[CauseKind] = CAUSE_KINDS) -> dict[Key, Indicator]:
         covered = None
         if self.run.verdict is not None:
             covered = coverage(self.run.verdict.masks, maps.entities.shape[-2:])
@@ -70,16 +70,16 @@ class Reading:
 
 
 class Place(NamedTuple):
-    """Where and when something starts to show.
+    """Step, layers and heads where an indicator is first visible.
 
     Attributes
     ----------
     step : int or None
-        Denoiser call from which on it shows, the median over runs.
+        Denoiser call from which it is visible, the median over runs.
     layers : tuple of str
-        Where it shows first, the clearest first.
+        Layers where it is visible first, the clearest first.
     heads : tuple of (str, int)
-        Layer and number of the heads in which it shows first; empty where heads were not kept apart.
+        Layer and number of the heads where it is visible first; empty if heads were averaged.
     """
 
     step: int | None = None
@@ -87,43 +87,43 @@ class Place(NamedTuple):
     heads: tuple[tuple[str, int], ...] = ()
 
 
-def place(readings: Sequence[Reading], key: Key) -> Place:
-    """Where and when signs for a cause start to show.
+def place(readings: Sequence[RunIndicators], key: Key) -> Place:
+    """Step, layers and heads where the indicators of a cause are first visible.
 
     Parameters
     ----------
-    readings : sequence of Reading
-        Of the runs that show it.
+    readings : sequence of RunIndicators
+        Indicators of the runs that show the cause.
     key : Key
     """
     since = [
         step
         for reading in readings
-        if key in reading.signs and (step := _since(reading, reading.signs[key])) is not None
+        if key in reading.indicators and (step := _since(reading, reading.indicators[key])) is not None
     ]
     layers: dict[str, list[tuple[float, float]]] = {}
     heads: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for reading in readings:
         for layer in reading.recording.layers:
-            layers.setdefault(layer, []).append(_speaks(reading.part(layer, None, key[0]).get(key)))
+            layers.setdefault(layer, []).append(_visible(reading.part(layer, None, key[0]).get(key)))
             for head in reading.heads(layer):
-                heads.setdefault((layer, head), []).append(_speaks(reading.part(layer, head, key[0]).get(key)))
+                heads.setdefault((layer, head), []).append(_visible(reading.part(layer, head, key[0]).get(key)))
     return Place(round(median(since)) if since else None, _clearest(layers), _clearest(heads))
 
 
-def _since(reading: Reading, sign: Sign) -> int | None:
-    """Denoiser call from which on a sign speaks."""
-    position = sign.since()
+def _since(reading: RunIndicators, indicator: Indicator) -> int | None:
+    """Denoiser call from which an indicator is visible."""
+    position = indicator.since()
     return None if position is None else reading.recording.steps[position]
 
 
-def _speaks(sign: Sign | None) -> tuple[float, float]:
-    """Position of the step from which on a sign speaks (past all where it never does), and its strength."""
-    position = None if sign is None else sign.since()
-    return float("inf") if position is None else float(position), 0.0 if sign is None else sign.strength
+def _visible(indicator: Indicator | None) -> tuple[float, float]:
+    """Position of the step from which an indicator is visible (infinite if it never is), and its strength."""
+    position = None if indicator is None else indicator.since()
+    return float("inf") if position is None else float(position), 0.0 if indicator is None else indicator.strength
 
 
 def _clearest(found: Mapping[Any, Sequence[tuple[float, float]]]) -> tuple[Any, ...]:
-    """Keys where it shows: the earliest first, of these the strongest."""
+    """Keys where the indicator is visible, the earliest first and then the strongest."""
     ranks = {key: (median(since for since, _ in each), -mean(s for _, s in each)) for key, each in found.items()}
     return tuple(sorted((key for key, (_, minus) in ranks.items() if minus <= -LEAST), key=ranks.__getitem__)[:MOST])

@@ -1,7 +1,7 @@
-"""Signs of causes: which numbers speak for which cause, and how strongly.
+"""Indicators of causes: the numbers that support a cause, and their strength.
 
-A `Scale` says what is usual in images that come out right and what is as bad as it gets; both were read off
-picture-world (``python -m benchmarks.causes --split calibrate``: prompts and seeds that are in no test).
+A `Scale` maps a number to a strength, from the usual value in right images to the worst value. Both were calibrated on
+picture-world (``python -m benchmarks.causes --split calibrate``, with prompts and seeds that no test uses).
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from elakit.causes.evidence import Maps, places
 from elakit.causes.findings import CAUSE_KINDS, CauseKind
 from elakit.causes.text import States
 
-# What a sign speaks for: kind, entity, other, token.
+# Cause that an indicator supports: kind, entity, other, token.
 Key: TypeAlias = tuple[CauseKind, str, str, str]
 
-# A sign weaker than this is none.
+# Weaker indicators are ignored.
 LEAST = 0.15
-# Steps before this share of the run show noise rather than things.
+# Steps before this share of the run are ignored, because their attention is noise.
 FIRST = 0.08
-# An entity with less than this share beside an idle word at its own place is not read at all: who holds its place, or
-# whether start-of-text does, then says nothing.
+# The denoiser ignores an entity with a smaller share of attention than this, compared with function words at its own
+# place; the attention of other tokens at its place is then not informative.
 READ = 0.15
 
 
 @dataclass(frozen=True)
 class Scale:
-    """From what is usual (0) to what is as bad as it gets (1).
+    """Linear scale from the usual value (strength 0) to the worst value (strength 1).
 
     Examples
     --------
@@ -64,19 +64,19 @@ SCALES = {
 
 
 @dataclass(frozen=True, eq=False)
-class Sign:
-    """One number that speaks for one cause, in one run (or for all, where it lies before the image).
+class Indicator:
+    """One number that supports one cause, in one run (or in all runs, if it comes from the text encoder).
 
     Attributes
     ----------
     kind, entity, other, token : str
-        As of a `Cause`.
+        The same as in `Cause`.
     measure : str
-        Name of the number, a key of `SCALES`.
+        Name of the number; a key of `SCALES`.
     value : float
-        The number: its mean over the steps that count; of a swap the largest.
+        Mean over the steps that are not ignored; the maximum for a swap.
     series : ndarray, (step,)
-        It at each step; empty where it lies before the image.
+        The number at each step; empty if it comes from the text encoder.
     evidence : dict of str to float
         Further numbers, by name.
     """
@@ -92,35 +92,35 @@ class Sign:
 
     @property
     def key(self) -> Key:
-        """What it speaks for."""
+        """Cause that it supports."""
         return self.kind, self.entity, self.other, self.token
 
     @property
     def strength(self) -> float:
-        """How strongly it speaks, 0 to 1."""
+        """Strength, 0 to 1."""
         return SCALES[self.measure](self.value)
 
     def since(self) -> int | None:
-        """Position of the first step from which on it speaks in four fifths of the steps; None where it never does."""
-        speaks = np.array([SCALES[self.measure](value) > 0 for value in self.series], bool)
+        """Position of the first step from which it is visible in four fifths of the steps; None if there is none."""
+        visible = np.array([SCALES[self.measure](value) > 0 for value in self.series], bool)
         if self.measure == "swap":
-            return int(speaks.argmax()) if speaks.any() else None
-        for step in np.flatnonzero(speaks).tolist():
-            if speaks[step:].mean() >= 0.8:
+            return int(visible.argmax()) if visible.any() else None
+        for step in np.flatnonzero(visible).tolist():
+            if visible[step:].mean() >= 0.8:
                 return int(step)
         return None
 
 
-def of_text(states: States) -> Iterator[Sign]:
-    """Signs that lie before the image, in the text encoder's states."""
+def of_text(states: States) -> Iterator[Indicator]:
+    """Indicators in the states of the text encoder."""
     names = states.entities
     for i, entity in enumerate(names):
-        yield Sign("token ignored", entity, "", entity, "length", states.length[i])
+        yield Indicator("token ignored", entity, "", entity, "length", states.length[i])
         for j in range(len(names)):
             if j != i:
-                yield Sign("text states alike", entity, names[j], names[j], "likeness", float(states.alike[i, j]))
+                yield Indicator("text states alike", entity, names[j], names[j], "likeness", float(states.alike[i, j]))
     for leak in states.leaks:
-        yield Sign(
+        yield Indicator(
             "text leakage", leak.entity, leak.other, leak.token, "leak", leak.share, evidence={"change": leak.change}
         )
 
@@ -131,8 +131,8 @@ def of_maps(
     attributes: Sequence[str],
     covered: np.ndarray | None = None,
     kinds: Collection[CauseKind] = CAUSE_KINDS,
-) -> Iterator[Sign]:
-    """Signs in the attention of a run, of a layer or of a head.
+) -> Iterator[Indicator]:
+    """Indicators in the attention of a run, a layer or a head.
 
     Parameters
     ----------
@@ -140,9 +140,9 @@ def of_maps(
     entities, attributes : sequence of str
         Labels.
     covered : ndarray, (entity, y, x), optional
-        Share of each cell that each entity covers in the finished image.
+        Share of each location that each entity covers in the finished image.
     kinds : collection of str
-        Signs of other causes are not looked for.
+        Kinds of causes to search for.
     """
     late = slice(min(int(np.ceil(FIRST * len(maps.steps))), len(maps.steps) - 1), None)
 
@@ -152,34 +152,35 @@ def of_maps(
     for i, entity in enumerate(entities):
         standing, start = mean(maps.standing[:, i]), mean(maps.start_held[:, i])
         about = {"presence": mean(maps.presence[:, i]), "localized": mean(maps.localized[:, i])}
-        yield Sign("token ignored", entity, "", entity, "standing", standing, maps.standing[:, i], about)
+        yield Indicator("token ignored", entity, "", entity, "standing", standing, maps.standing[:, i], about)
         if standing < READ:
             continue
         rivals = [mean(maps.held[:, i, j]) if j != i else 0.0 for j in range(len(entities))]
         if start > max(rivals):
             series = maps.start_held[:, i]
-            yield Sign("start-of-text competition", entity, "", "<start>", "start_held", start, series, about)
-        yield Sign("never localized", entity, "", entity, "localized", about["localized"], maps.localized[:, i], about)
+            yield Indicator("start-of-text competition", entity, "", "<start>", "start_held", start, series, about)
+        localized = about["localized"], maps.localized[:, i], about
+        yield Indicator("never localized", entity, "", entity, "localized", *localized)
         if "region split" in kinds:
             parted = maps.split[:, i] * np.minimum(maps.localized[:, i] / 0.2, 1.0)
-            yield Sign("region split", entity, "", entity, "split", mean(parted), parted, about)
+            yield Indicator("region split", entity, "", entity, "split", mean(parted), parted, about)
         for j, other in enumerate(entities):
             if j == i:
                 continue
             both = {"held": rivals[j], "overlap": mean(maps.alike[:, i, j]), **about}
             if rivals[j] > start:
-                yield Sign("captured", entity, other, other, "held", rivals[j], maps.held[:, i, j], both)
-            yield Sign("captured", entity, other, other, "alike", both["overlap"], maps.alike[:, i, j], both)
+                yield Indicator("captured", entity, other, other, "held", rivals[j], maps.held[:, i, j], both)
+            yield Indicator("captured", entity, other, other, "alike", both["overlap"], maps.alike[:, i, j], both)
             if "regions swap" in kinds:
                 swap = maps.swap[:, i, j]
-                yield Sign("regions swap", entity, other, other, "swap", float(swap.max()), swap, both)
+                yield Indicator("regions swap", entity, other, other, "swap", float(swap.max()), swap, both)
     if len(maps.owners) and "attribute misplaced" in kinds:
         yield from _of_attributes(maps, entities, attributes, covered, late)
 
 
 def _of_attributes(
     maps: Maps, entities: Sequence[str], attributes: Sequence[str], covered: np.ndarray | None, late: slice
-) -> Iterator[Sign]:
+) -> Iterator[Indicator]:
     place = places(maps.attributes)
     for a, (attribute, owner) in enumerate(zip(attributes, maps.owners, strict=True)):
         for j, other in enumerate(entities):
@@ -187,7 +188,7 @@ def _of_attributes(
                 continue
             astray, held = maps.astray[:, a, j], maps.attribute_held[:, a, j]
             series = {"astray": astray}
-            if float(astray[late].mean()) > 0.3:  # else it is strong there because it is strong everywhere
+            if float(astray[late].mean()) > 0.3:  # otherwise it is strong at every place
                 series["attribute_held"] = held
             if covered is not None:
                 there, own = ((place[:, a] * covered[e]).sum((-2, -1)) for e in (j, owner))
@@ -195,13 +196,15 @@ def _of_attributes(
                     series["on_other"] = there
             about = {name: float(values[late].mean()) for name, values in series.items()}
             for name, values in series.items():
-                yield Sign("attribute misplaced", entities[owner], other, attribute, name, about[name], values, about)
+                yield Indicator(
+                    "attribute misplaced", entities[owner], other, attribute, name, about[name], values, about
+                )
 
 
-def strongest(signs: Iterable[Sign]) -> dict[Key, Sign]:
-    """Of the signs for each cause the strongest."""
-    found: dict[Key, Sign] = {}
-    for sign in signs:
-        if sign.key not in found or sign.strength > found[sign.key].strength:
-            found[sign.key] = sign
+def strongest(indicators: Iterable[Indicator]) -> dict[Key, Indicator]:
+    """The strongest indicator of each cause."""
+    found: dict[Key, Indicator] = {}
+    for indicator in indicators:
+        if indicator.key not in found or indicator.strength > found[indicator.key].strength:
+            found[indicator.key] = indicator
     return found

@@ -1,0 +1,71 @@
+"""Sentences that describe causes."""
+
+from __future__ import annotations
+
+from elakit.causes.findings import CAPTURED, Cause
+
+
+def sentence(cause: Cause) -> str:
+    """One sentence that describes a cause, with the number that supports it.
+
+    Parameters
+    ----------
+    cause : Cause
+
+    Examples
+    --------
+    >>> sentence(Cause("captured", "bird", "car", "car", evidence={"held": 0.93}))
+    'At the place of the bird, attention goes to "car" (93 % of the attention to the two nouns).'
+    """
+    entity, other, token, n = cause.entity, cause.other, cause.token, cause.evidence
+    match cause.kind:
+        case "ambiguous word" if n.get("unknown"):
+            return f'The noun "{entity}" was not in the training data of the model.'
+        case "ambiguous word":
+            return f'The tokenizer has no token for "{entity}" and splits it into {n.get("pieces", 0):.0f} pieces.'
+        case "text states alike":
+            return (
+                f'The text states of "{entity}" and "{other}" are nearly the same, so the denoiser can hardly '
+                f"distinguish them (cosine {n.get('likeness', 0):.2f})."
+            )
+        case "text leakage":
+            return (
+                f'The text state of "{entity}" contains "{token}", an attribute of the {other}: it is '
+                f'{_percent(n.get("leak", 0))} of the way to the state of "{_word(token)} {_word(entity)}".'
+            )
+        case "token ignored":
+            why = "its text state is empty" if "length" in n else "it receives almost no attention"
+            return f'The denoiser ignores "{entity}": {why}.'
+        case "start-of-text competition":
+            return (
+                f"At the place of the {entity}, attention goes to start-of-text "
+                f"({_percent(n.get('start_held', 0))} of the attention to the noun and start-of-text)."
+            )
+        case "regions swap":
+            when = "during the run" if cause.step is None else f"at denoiser call {cause.step}"
+            return f'The attention to "{entity}" and to "{other}" exchanges places {when}, after the layout has formed.'
+        case "captured" if n.get("held", 0) > CAPTURED:
+            return (
+                f'At the place of the {entity}, attention goes to "{token}" '
+                f"({_percent(n['held'])} of the attention to the two nouns)."
+            )
+        case "captured":
+            return (
+                f'"{entity}" and "{other}" receive attention at the same place (overlap '
+                f"{_percent(n.get('overlap', n.get('alike', 0)))}), where only one of them can appear."
+            )
+        case "attribute misplaced":
+            return f'"{token}" describes the {entity}, but receives attention at the place of the {other}.'
+        case "never localized":
+            return f'The attention to "{entity}" is spread over the whole image, so it has no place of its own.'
+        case "region split":
+            return f'The attention to "{entity}" has two separate places, so it may appear split or twice.'
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _word(label: str) -> str:
+    """Word of a label: "red#2" -> "red"."""
+    return label.partition("#")[0]
