@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 MAX_TEXT_BYTES = 256 * 2**20
 
 # How often a folder is renamed to its place while other processes put theirs there.
-_ATTEMPTS = 100
+_ATTEMPTS = 100  # renames that lost a race against another writer of the same folder
 
 
 def write_file(path: str | Path, content: bytes) -> Path:
@@ -271,10 +271,13 @@ def _swap(new: Path, target: Path, aside: list[Path]) -> None:
                 taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
                 if not taken or attempt == _ATTEMPTS - 1:  # taken: another process put its folder there meanwhile
                     raise
-    finally:
-        # also after an interrupt between the two
+    except BaseException:
+        # Also after an interrupt between the two renames. A folder that another writer put there meanwhile stays.
         if aside and not os.path.lexists(target):
-            os.rename(aside.pop(), target)
+            with suppress(OSError):
+                os.rename(aside[-1], target)
+                aside.pop()
+        raise
 
 
 def leftovers(folder: str | Path) -> list[Path]:

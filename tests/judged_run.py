@@ -44,5 +44,5 @@ def embedded(monkeypatch: pytest.MonkeyPatch, text: str = PAIR) -> tuple[Run, li
         labels = tuple(entity.label for entity in prompt.entities)
         return Verdict(labels, {}, {}, {}, corner(generated, labels).values)
 
-    monkeypatch.setattr(importlib.import_module("elakit.generation"), "judge", judge)
+    monkeypatch.setattr(importlib.import_module("elakit.run"), "judge", judge)
     return generated, judged

@@ -63,7 +63,7 @@ def table() -> str:
 
 
 def _encodes(adapter: Any) -> bool:
-    """Whether an existing image gets latents of the form that the denoiser takes."""
+    """True if the latents of an existing image have the form that the denoiser takes."""
     try:
         latents = adapter.encode_image(Image.new("RGB", (64, 64)))
     except (ModelError, AttributeError):
