@@ -20,31 +20,34 @@ def main(
         "work/picture-world"
     ),
     config: Annotated[Path | None, typer.Option(help="Settings (TOML); by default those of the shipped model.")] = None,
-    stage: Annotated[str, typer.Option(help=f"One of {', '.join(STAGES)}, or all of them in this order.")] = "all",
+    stage: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(STAGES)}; or all of them.")] = "all",
     device: Annotated[str, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = "",
     start: Annotated[
         Path | None, typer.Option(help="Folder of an earlier edition whose weights the training starts from.")
     ] = None,
 ) -> None:
     """Train picture-world: autoencoder, its decoder once more (with ``polish``), text encoder with denoiser, judge."""
-    if stage not in (*STAGES, "all"):
-        raise typer.BadParameter(f"{stage!r} is no stage; choose from {', '.join(STAGES)}, all.", param_hint="--stage")
+    stages = set(STAGES if stage == "all" else stage.split(","))
+    if unknown := stages - set(STAGES):
+        raise typer.BadParameter(
+            f"{', '.join(sorted(unknown))} is no stage; choose from {', '.join(STAGES)}, all.", param_hint="--stage"
+        )
     settings = read_config(config)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(0)
-    if stage in ("vae", "decoder", "all"):
+    if "vae" in stages or (settings.vae.polish and "decoder" in stages):
         scenes = cached_crowds(settings.world, settings.vae.scenes, 1, out / "crowds.npz")
-        if stage in ("vae", "all"):
+        if "vae" in stages:
             vae = train_autoencoder(settings, scenes, out, where, start / "vae" if start else None)
-        if settings.vae.polish and stage in ("decoder", "all"):
+        if settings.vae.polish and "decoder" in stages:
             vae = train_decoder(settings, scenes, out, where)
         test = compose_scenes(settings.world, 256, seed=1_000_001)
         print(f"autoencoder: PSNR {psnr(vae, test):.1f} dB on 256 new scenes")
-    if stage in ("denoiser", "all"):
+    if "denoiser" in stages:
         from elakit.world.training.denoiser import train_denoiser
 
         train_denoiser(settings, out, where, start)
-    if stage in ("judge", "all"):
+    if "judge" in stages:
         from elakit.world.training.judge import train_judge
 
         train_judge(settings, out, where)

@@ -115,8 +115,8 @@ def train_autoencoder(
     judge = _features(settings, device)
 
     def loss(step: int) -> Tensor:
-        whole = step >= settings.crop_share * schedule.steps
-        return _loss(model, _batch(config, scenes, np.random.default_rng((1, step)), whole).to(device), settings, judge)
+        images, whole = _batch(config, scenes, np.random.default_rng((1, step)))
+        return _loss(model, images.to(device), whole, settings, judge)
 
     def sheet(average: Any, step: int) -> None:
         _sheet(average, config, scenes, folder)
@@ -153,8 +153,8 @@ def train_decoder(config: Config, scenes: Scenes, folder: Path, device: torch.de
     judge = _features(settings, device)
 
     def loss(step: int) -> Tensor:
-        whole = step >= settings.crop_share * schedule.steps
-        return _loss(model, _batch(config, scenes, np.random.default_rng((6, step)), whole).to(device), settings, judge)
+        images, whole = _batch(config, scenes, np.random.default_rng((6, step)))
+        return _loss(model, images.to(device), whole, settings, judge)
 
     def sheet(average: Any, step: int) -> None:
         polished = copy.deepcopy(model).eval()
@@ -167,13 +167,17 @@ def train_decoder(config: Config, scenes: Scenes, folder: Path, device: torch.de
     return model
 
 
-def _batch(config: Config, scenes: Scenes, rng: np.random.Generator, whole: bool) -> Tensor:
-    """Random images, (batch, 3, side, side) in [-1, 1]: crops around entities, or whole scenes (a quarter as many)."""
+def _batch(config: Config, scenes: Scenes, rng: np.random.Generator) -> tuple[Tensor, bool]:
+    """Random images, (batch, 3, side, side) in [-1, 1]: crops around entities, or whole scenes (a quarter as many).
+
+    The second value is true for whole scenes.
+    """
+    whole = bool(rng.random() >= config.vae.crop_share)
     rows = rng.integers(len(scenes), size=max(1, config.vae.batch // 4) if whole else config.vae.batch)
     images = scenes.batch(rows)
     if not whole:
         images = _crops(images, scenes.classes[rows], config.vae.crop, rng)
-    return images.contiguous(memory_format=torch.channels_last)
+    return images.contiguous(memory_format=torch.channels_last), whole
 
 
 def _features(settings: VaeSettings, device: torch.device) -> Segmenter | None:
@@ -181,18 +185,19 @@ def _features(settings: VaeSettings, device: torch.device) -> Segmenter | None:
     return copy.deepcopy(load_segmenter()).requires_grad_(False).to(device) if settings.features else None
 
 
-def _loss(model: Any, images: Tensor, settings: VaeSettings, judge: Segmenter | None) -> Tensor:
+def _loss(model: Any, images: Tensor, exact: bool, settings: VaeSettings, judge: Segmenter | None) -> Tensor:
     """Errors of pixels, of differences between neighboring pixels at three scales, of features; a pull on the latents.
 
     The decoder bounds latents to -3..3. Noise on them makes neighboring latents mean neighboring images, and some
     images are decoded from the first half of the channels alone, which so carry the shapes and the others the details.
+    `exact` computes layer by layer, which is slower and right at the border of the image too.
     """
-    latents = linear_runs.encode(model, images)
+    latents = model.encode(images).latents if exact else linear_runs.encode(model, images)
     noisy = latents + settings.noise * torch.randn_like(latents)
     half = noisy.shape[1] // 2
     kept = torch.rand(len(noisy), 1, 1, 1, device=noisy.device) >= settings.nested
     noisy = torch.cat([noisy[:, :half], noisy[:, half:] * kept], 1)
-    rebuilt = linear_runs.decode(model, noisy)
+    rebuilt = model.decode(noisy).sample if exact else linear_runs.decode(model, noisy)
     total = F.l1_loss(rebuilt, images) + settings.pull * latents.pow(2).mean()
     a, b = rebuilt, images
     for scale in range(3):

@@ -16,12 +16,12 @@ from elakit.world.scenes import World
 class VaeSettings:
     """The autoencoder: architecture, loss weights and length of training (`samples` images).
 
-    The first `crop_share` of the samples are squares of `crop` pixels around an entity: most of a scene is background,
-    and crops teach more per second. The rest are whole scenes. The learning rate falls to zero from `decay_from` of the
-    run on. `noise` is added to the latents, `pull` is the weight of their mean square, `edges` that of the loss on
-    differences between neighboring pixels, `features` that of the loss on the shipped judge's activations, and `nested`
-    the share of images decoded from the first half of the channels alone. Afterward the decoder alone learns from
-    `polish` more samples.
+    A share of the steps, `crop_share`, takes squares of `crop` pixels around an entity: most of a scene is background,
+    and crops teach more per second. The others take whole scenes, a quarter as many per step. The learning rate falls
+    to zero from `decay_from` of the run on. `noise` is added to the latents, `pull` is the weight of their mean square,
+    `edges` that of the loss on differences between neighboring pixels, `features` that of the loss on the shipped
+    judge's activations, and `nested` the share of images decoded from the first half of the channels alone. Afterward
+    the decoder alone learns from `polish` more samples.
     """
 
     width: int
