@@ -461,7 +461,9 @@ def test_process_a_real_pipeline_is_swept(tmp_path: Path) -> None:
 
     tiny_pipeline().save_pretrained(tmp_path / "tiny")
     prompts = ["a [red car] and a [blue bird]", "a [cat] and a [dog]"]
-    planned = plan({"mine": prompts}, [1, 3], model=str(tmp_path / "tiny"), steps=2, device="cpu")
+    # every image is guided, at every step and whatever its loss is
+    always = ("ela", {"anchor.start": 0, "anchor.guided": 1, "anchor.needed": None, "anchor.enough": None})
+    planned = plan({"mine": prompts}, [1, 3], ["plain", always], model=str(tmp_path / "tiny"), steps=2, device="cpu")
     outcome = run(planned, tmp_path / "sweep", workers=1)
     assert outcome.failed == {}
     found = table(tmp_path / "sweep")
