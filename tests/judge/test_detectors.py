@@ -633,7 +633,7 @@ def test_code_in_a_checkpoint_is_not_run(parts, tmp_path):
         ({"nms": -0.1}, "nms is -0.1"),
         ({"query": "a cat"}, "query is 'a cat'"),
         ({"text_threshold": 0.3}, "OwlDetector has no option 'text_threshold'; it has threshold, nms, query"),
-        ({"device": "gpu"}, "device is 'gpu'"),
+        ({"device": "gpu"}, "device='gpu' is not a device"),
     ],
 )
 def test_settings_out_of_range_are_refused(folders, options, message):

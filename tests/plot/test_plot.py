@@ -22,7 +22,7 @@ from tiny import tiny_pipeline
 from elakit import plot
 from elakit.errors import OutputError, RecordingError, SettingError
 from elakit.generation import generate
-from elakit.guidance import ELA
+from elakit.guidance import ELA, LatentStep
 from elakit.plot import style
 from elakit.plot.images import light_gray
 from elakit.plot.style import ENTITY_COLORS, escape, pick_steps
@@ -45,7 +45,7 @@ def plain() -> Run:
 
 @pytest.fixture(scope="module")
 def guided() -> Run:
-    return draw(guidance=ELA())
+    return draw(guidance=ELA(anchor=LatentStep(start=0, guided=1, needed=None, enough=None)))  # guided at every step
 
 
 def heatmaps(figure: go.Figure) -> list[go.Heatmap]:
