@@ -347,7 +347,7 @@ def test_the_command_writes_a_page_json_and_the_runs(
         (["diagnose", WORLD, "--json", "no/such/found.json"], "there is no folder"),
         (["diagnose", WORLD, "--predictor", "none.json"], "none.json cannot be read"),
         (["diagnose", "--prompts", "none.txt"], "none.txt cannot be read"),
-        (["run", WORLD, "--out", "run", "--regions", "0,0,1,1"], "plain drawing takes no regions"),
+        (["run", WORLD, "--out", "run", "--regions", "0,0,1,1"], "plain generation has no regions"),
         (["run", WORLD, "--out", "run", "--method", "syngen", "--regions", "0,0,1,1"], "syngen takes no regions"),
         (["run", WORLD, "--out", "run", "--method", "ela", "--regions", "left"], "write left,top,right,bottom"),
     ],

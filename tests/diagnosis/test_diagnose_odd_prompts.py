@@ -50,7 +50,7 @@ ERRORS = {
     "unbalanced brackets": ("a [red car and a [bird]", "opens inside the one at"),
     "a closing bracket alone": ("a cat] and a frog", "closes none"),
     "empty brackets": ("a [] and a [frog]", "is empty"),
-    "too long": ("a cat and a frog " * 40, "tokens, the encoder takes.*shorten"),
+    "too long": ("a cat and a frog " * 40, "tokens, but the text encoder takes.*Shorten"),
 }
 # fmt: on
 

@@ -18,7 +18,7 @@ from elakit.judge.segmenter import Segmenter, load_segmenter
 from elakit.world.training import linear_runs
 from elakit.world.training.config import Config, VaeSettings
 from elakit.world.training.data import Scenes, to_unit
-from elakit.world.training.loop import Schedule, train
+from elakit.world.training.loop import Schedule, autocast, train
 
 
 def build(config: Config) -> Any:
@@ -116,7 +116,8 @@ def train_autoencoder(
 
     def loss(step: int) -> Tensor:
         images, whole = _batch(config, scenes, np.random.default_rng((1, step)))
-        return _loss(model, images.to(device), whole, settings, judge)
+        with autocast(device):
+            return _loss(model, images.to(device), whole, settings, judge)
 
     def sheet(average: Any, step: int) -> None:
         _sheet(average, config, scenes, folder)
@@ -154,7 +155,8 @@ def train_decoder(config: Config, scenes: Scenes, folder: Path, device: torch.de
 
     def loss(step: int) -> Tensor:
         images, whole = _batch(config, scenes, np.random.default_rng((6, step)))
-        return _loss(model, images.to(device), whole, settings, judge)
+        with autocast(device):
+            return _loss(model, images.to(device), whole, settings, judge)
 
     def sheet(average: Any, step: int) -> None:
         polished = copy.deepcopy(model).eval()

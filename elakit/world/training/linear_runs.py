@@ -37,7 +37,8 @@ def compose_kernels(first: Tensor, second: Tensor, stride: int = 1) -> Tensor:
     -------
     Tensor, (o, c, (l - 1) * stride + k, (l - 1) * stride + k)
     """
-    return F.conv_transpose2d(second, first, stride=stride)
+    with torch.autocast(first.device.type, enabled=False):  # kernels are small: their product costs little in full
+        return F.conv_transpose2d(second, first, stride=stride)
 
 
 def upsampled_convolution(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,7 +56,8 @@ def upsampled_convolution(x: Tensor, kernel: Tensor, bias: Tensor | None = None)
     Tensor, (n, o, 2 h, 2 w)
     """
     phases = (_PHASES_3 if kernel.shape[-1] == 3 else _PHASES_5).to(kernel)
-    small = torch.einsum("axi,byj,ocij->oabcxy", phases, phases, kernel).flatten(0, 2)
+    with torch.autocast(kernel.device.type, enabled=False):
+        small = torch.einsum("axi,byj,ocij->oabcxy", phases, phases, kernel).flatten(0, 2)
     n, _, h, w = x.shape
     y = F.conv2d(x, small.contiguous(memory_format=torch.channels_last), padding=1)
     if kernel.shape[-1] == 3:  # two taps: phase 0 looks to the left, phase 1 to the right
