@@ -25,6 +25,7 @@ from elakit.errors import SettingError
 from elakit.guidance.holding import Holder
 from elakit.guidance.metadata import options_of
 from elakit.guidance.method import Attention, Hold, Holds, Loss, Method, NoiseSearch, Update
+from elakit.guidance.reweighing import Reweigher, Reweighs
 from elakit.guidance.trace import Trace
 from elakit.models import Adapter, AttentionLayer, Conditioning, adapter_for
 from elakit.prompt import Prompt
@@ -293,7 +294,10 @@ class Guide:
         self.left_alone: set[int] = set()  # those of them that were never to be guided
         self.holder: Holder | None = None
         if isinstance(method, Holds) and any(update.hold for update in self.updates):
-            self.holder = Holder(self.adapter, self.layers, images)
+            if isinstance(method, Reweighs):
+                self.holder = Reweigher(self.adapter, self.layers, method, prompt, self.states)
+            else:
+                self.holder = Holder(self.adapter, self.layers, images)
         rows, columns = (-(-side // self.layers[0].factor) for side in latent) if self.layers else (0, 0)
         self.map_size = rows, columns  # of the maps read
 
@@ -427,7 +431,8 @@ class Guide:
             loss = self.method.loss(self.holder.attention(i), self.prompt, step, self.states[i])
             if loss.enough:
                 self.done.add(i)
-            self.traces[i].add(_row(step, timestep, loss, time.perf_counter() - began), one.masks)
+            masks = one.masks if loss.regions is None else loss.regions
+            self.traces[i].add(_row(step, timestep, loss, time.perf_counter() - began), masks)
 
     def _gradient(
         self,
