@@ -36,6 +36,7 @@ SAMPLE_PROMPTS = (
 )  # fmt: skip
 ENCODED_AT_ONCE = 64
 SHEET_EVERY = 50_000  # samples
+TOKEN_EMBEDDING = "token_embedding.weight"
 
 
 def build_unet(config: Config, width: int) -> UNet2DConditionModel:
@@ -185,13 +186,17 @@ def _classes(scene: Scene, side: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def grow(model: Any, old: StableDiffusionPipeline) -> None:
+def grow(model: Any, tokenizer: CLIPTokenizer, old: StableDiffusionPipeline) -> None:
     """Start from an earlier edition's weights: copy those that fit, and let new latent channels begin at zero.
+
+    Token embeddings are copied token by token, since an edition with other captions has another vocabulary.
 
     Parameters
     ----------
     model : nn.ModuleDict
         "text" and "unet", changed in place: the architecture of `old`, with at least its latent channels.
+    tokenizer : CLIPTokenizer
+        Tokenizer of `model`.
     old : StableDiffusionPipeline
 
     Raises
@@ -199,10 +204,16 @@ def grow(model: Any, old: StableDiffusionPipeline) -> None:
     SettingError
         The architectures differ in more than the latent channels.
     """
+    known = old.tokenizer.get_vocab()
+    rows = [(index, known[token]) for token, index in tokenizer.get_vocab().items() if token in known]
     for part, source in ((model["text"], old.text_encoder), (model["unet"], old.unet)):
         values, sources = part.state_dict(), source.state_dict()
         for name, value in values.items():
             given = sources.get(name)
+            if given is not None and name.endswith(TOKEN_EMBEDDING):
+                new, theirs = torch.tensor(rows).T
+                value[new] = given[theirs]
+                continue
             grown = name in ("conv_in.weight", "conv_out.weight", "conv_out.bias")
             if given is None or (given.shape != value.shape and not grown):
                 raise SettingError(
@@ -249,7 +260,11 @@ def train_denoiser(
     outlines = nn.Conv2d(settings.channels[1], 1 + len(NOUNS), 1)
     model: Any = nn.ModuleDict({"text": text, "unet": unet, "outlines": outlines}).to(device)
     if start is not None and not (folder / "denoiser.pt").exists():
-        grow(model, StableDiffusionPipeline.from_pretrained(start, torch_dtype=torch.float32, local_files_only=True))
+        grow(
+            model,
+            tokenizer,
+            StableDiffusionPipeline.from_pretrained(start, torch_dtype=torch.float32, local_files_only=True),
+        )
     scheduler = build_scheduler()
     alphas = scheduler.alphas_cumprod.to(device)
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids.to(device)
