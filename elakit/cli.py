@@ -100,7 +100,7 @@ def run(
     from elakit.judge import is_black  # imports torch
 
     guidance = None if method == "plain" else _guidance(method, method_options(method, options), regions)
-    pipe = load_pipeline(model, device, dtype, variant=variant, scheduler=scheduler, lora=lora)
+    pipe = load_pipeline(model, device=device, dtype=dtype, variant=variant, scheduler=scheduler, lora=lora)
     made = elakit.generate(
         pipe, prompt, seed=seed, steps=steps, guidance_scale=scale, negative_prompt=negative_prompt, height=height,
         width=width, guidance=guidance,

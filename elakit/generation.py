@@ -22,7 +22,7 @@ from elakit.attention import record as recorded
 from elakit.errors import ModelError, SettingError
 from elakit.guidance import Guide, Method
 from elakit.guidance.method import NoiseSearch
-from elakit.models import Adapter, adapter_for, default_settings, name_of
+from elakit.models import Adapter, adapter_for, default_settings, loaded_with, name_of
 from elakit.prompt import Prompt, parse
 from elakit.run import Run
 
@@ -245,6 +245,7 @@ def generate(
         }
         settings = {
             "model": name_of(pipe),
+            **loaded_with(pipe),
             "steps": steps,
             "guidance_scale": scale,
             "height": height,
