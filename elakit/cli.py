@@ -98,7 +98,7 @@ def run(
         if value is not None:
             checks.whole_number(value, name, low, high)
     guidance = None if method == "plain" else _guidance(method, method_options(method, options), regions)
-    pipe = load_pipeline(model, device, dtype, variant=variant, scheduler=scheduler, lora=lora)
+    pipe = load_pipeline(model, device=device, dtype=dtype, variant=variant, scheduler=scheduler, lora=lora)
     made = elakit.generate(
         pipe, prompt, seed=seed, steps=steps, guidance_scale=scale, negative_prompt=negative_prompt, height=height,
         width=width, guidance=guidance,

@@ -23,7 +23,7 @@ from elakit.errors import ModelError, SettingError
 from elakit.guidance import Guide, Method
 from elakit.guidance.engine import encoded
 from elakit.guidance.method import Encodes, NoiseSearch
-from elakit.models import adapter_for, default_settings, name_of
+from elakit.models import adapter_for, default_settings, loaded_with, name_of
 from elakit.prompt import Prompt, parse
 from elakit.run import Run
 
@@ -251,6 +251,7 @@ def generate(
         }
         settings = {
             "model": name_of(pipe),
+            **loaded_with(pipe),
             "steps": steps,
             "guidance_scale": scale,
             "height": height,

@@ -159,13 +159,13 @@ def modulation(scores: Tensor, belongs: Tensor, amount: Tensor) -> Tensor:
 
 
 def same_region(regions: Tensor) -> Tensor:
-    """Whether two locations share a region, the rest of the image being one; bool (entity, n) -> (n, n)."""
+    """Return True for two locations of the same region, the rest of the image being one; bool (entity, n) -> (n, n)."""
     every = torch.cat([regions, ~regions.any(0, keepdim=True)]).float()
     return (every.T @ every) > 0
 
 
 def of_words(regions: Tensor, words: Sequence[Sequence[int]], length: int) -> Tensor:
-    """Whether a word belongs to a location's region; bool (entity, n) -> (n, text position)."""
+    """Return True for the words of a location's region; bool (entity, n) -> (n, text position)."""
     belongs = torch.zeros(regions.shape[1], length, dtype=torch.bool)
     for region, positions in zip(regions, words, strict=True):
         belongs[:, list(positions)] |= region[:, None]

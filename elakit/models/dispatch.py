@@ -9,8 +9,11 @@ from elakit.errors import ModelError
 from elakit.models.adapter import Adapter, OtherKind
 from elakit.models.aura_flow import AuraFlow
 from elakit.models.chroma import Chroma
+from elakit.models.cogview4 import CogView4
 from elakit.models.flux import Flux
 from elakit.models.flux2 import Flux2
+from elakit.models.hunyuan_dit import HunyuanDiT
+from elakit.models.kolors import Kolors
 from elakit.models.lumina2 import Lumina2
 from elakit.models.pipeline import Pipeline
 from elakit.models.pixart import PixArt
@@ -24,6 +27,7 @@ from elakit.models.z_image import ZImage
 FAMILIES: tuple[type[Adapter], ...] = (
     StableDiffusion,
     StableDiffusionXL,
+    Kolors,
     PixArt,
     StableDiffusion3,
     Flux,
@@ -34,6 +38,8 @@ FAMILIES: tuple[type[Adapter], ...] = (
     Chroma,
     AuraFlow,
     Lumina2,
+    CogView4,
+    HunyuanDiT,
 )
 
 _KEPT = "_elakit_adapter"  # where a pipeline keeps its adapter: they are freed together

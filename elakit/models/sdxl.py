@@ -62,7 +62,7 @@ class StableDiffusionXL(UNetAdapter):
         call = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
         if guided:
             call |= {"negative_prompt_embeds": negative_embeds, "negative_pooled_prompt_embeds": negative_pooled}
-        second = self.pipe.text_encoder_2
+        second = getattr(self.pipe, "text_encoder_2", None)
         inputs = {
             "encoder_hidden_states": embeds,
             "added_cond_kwargs": self._added(embeds, pooled, size, None if second is None else second.config),
