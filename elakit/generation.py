@@ -23,7 +23,7 @@ from elakit.errors import ModelError, SettingError
 from elakit.guidance import Guide, Method
 from elakit.guidance.engine import encoded
 from elakit.guidance.method import Encodes, NoiseSearch
-from elakit.models import adapter_for, default_settings, loaded_with, name_of
+from elakit.models import Adapter, adapter_for, default_settings, loaded_with, name_of
 from elakit.prompt import Prompt, parse
 from elakit.run import Run
 
@@ -225,7 +225,7 @@ def generate(
         hint="1 or less switches classifier-free guidance off.",
     )  # fmt: skip
     _check_arguments(negative_prompt, guidance, guide_if, stop_if, record)
-    extra = _call_arguments(pipe, call, guidance)
+    extra = _call_arguments(adapter, call, guidance)
     if guidance is not None:
         _check_trainable(pipe)
     with _normal_mode():
@@ -261,7 +261,7 @@ def generate(
             "method": guidance.name if guidance is not None else None,
         }
         guide = None
-        if _takes_image(pipe, extra):
+        if _takes_image(adapter, extra):
             accepted = inspect.signature(pipe.__call__).parameters
             arguments |= {name: side for name, side in given.items() if side is not None and name in accepted}
             settings["call"] = _listed(extra)
@@ -328,7 +328,7 @@ def generate(
                 settings["stopped"] = stopped.progress.step + 1
                 images = adapter.decode(stopped.progress.latents, height, width)
                 pipe.maybe_free_model_hooks()  # the call's own end was not reached
-        if _takes_image(pipe, extra):
+        if _takes_image(adapter, extra):
             settings["width"], settings["height"] = images[0].size
         runs = runs_of(images, recording, hidden)
     if any(run.nsfw for run in runs):
@@ -362,27 +362,27 @@ def _check_arguments(negative_prompt: Any, guidance: Any, guide_if: Any, stop_if
         checks.boolean(record, "record", hint="An elakit.RecordSpec is allowed, too.")
 
 
-def _takes_image(pipe: Any, call: Mapping[str, Any]) -> bool:
+def _takes_image(adapter: Adapter, call: Mapping[str, Any]) -> bool:
     """True for image-to-image, inpainting, ControlNet and similar calls, which require an image or are given one."""
-    if "image" not in inspect.signature(pipe.__call__).parameters:
+    if "image" not in inspect.signature(adapter.pipe.__call__).parameters:
         return False
-    return call.get("image") is not None or not adapter_for(pipe).image_optional
+    return call.get("image") is not None or not adapter.image_optional
 
 
-def _call_arguments(pipe: Any, call: Mapping[str, Any] | None, guidance: Method | None) -> dict[str, Any]:
+def _call_arguments(adapter: Adapter, call: Mapping[str, Any] | None, guidance: Method | None) -> dict[str, Any]:
     """Check the further arguments of the pipeline's call."""
-    kind = type(pipe).__name__
+    kind = type(adapter.pipe).__name__
     if call is not None and not isinstance(call, Mapping):
         checks.refuse(call, "call", 'a dictionary of arguments of the pipeline, such as {"strength": 0.6}')
     call = dict(call or {})
-    takes_image = _takes_image(pipe, call)
+    takes_image = _takes_image(adapter, call)
     if guidance is not None and (call or takes_image):
         raise SettingError(
             f"guidance={guidance.name} is not possible with {kind if takes_image else 'call=...'}: guidance "
             "computes its own passes of the denoiser, which see neither an image nor further arguments. Generate "
             "without guidance, or use a text-to-image pipeline."
         )
-    accepted = inspect.signature(pipe.__call__).parameters
+    accepted = inspect.signature(adapter.pipe.__call__).parameters
     for name in call:
         if name in _OWN:
             raise SettingError(f"call={{{name!r}: ...}}: elakit.generate sets this itself; use its own arguments.")

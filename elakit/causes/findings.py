@@ -25,7 +25,7 @@ FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 CAUSE_KINDS: tuple[CauseKind, ...] = get_args(CauseKind)
 # Kinds that affect both entities in the same way.
 MUTUAL_KINDS: tuple[CauseKind, ...] = ("text states alike", "regions swap")
-# Share of the attention at the place of an entity from which another noun counts as taking it.
+# Share of the attention at the location of an entity from which another noun counts as taking it.
 CAPTURED = 0.6
 
 
@@ -43,8 +43,8 @@ class Failure:
     other : str
         The other entity: the one fused with it, or the owner of the attribute; "" if there is none.
     token : str
-        Label of the noun that receives the attention at the place of a missing entity, or of the attribute on the wrong
-        entity; "" if there is none.
+        Label of the noun that receives the attention at the location of a missing entity, or of the attribute on the
+        wrong entity; "" if there is none.
     seeds : tuple of int
         Seeds of the runs with this failure.
     of : int

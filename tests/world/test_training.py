@@ -66,6 +66,7 @@ min_snr = 5.0
 drop_text = 0.1
 neutral_end = 0.6
 outlines = 0.05
+compiled = false
 
 [judge]
 channels = [8, 8, 8, 8]

@@ -101,7 +101,7 @@ class Encoded:
         Unit variance.
     tokens : Tensor, int64, (n, positions)
     classes : Tensor, uint8, (n, h, w)
-        What stands at the center of each latent location: 0 for the background, 1 + index in ``NOUNS`` for a thing.
+        Class at the center of each latent location: 0 for the background, 1 + index in ``NOUNS`` for a thing.
     """
 
     latents: Tensor
@@ -259,6 +259,8 @@ def train_denoiser(
     # trained beside the UNet and discarded: it reads what the second decoder block knows of the things' outlines
     outlines = nn.Conv2d(settings.channels[1], 1 + len(NOUNS), 1)
     model: Any = nn.ModuleDict({"text": text, "unet": unet, "outlines": outlines}).to(device)
+    if settings.compiled:
+        unet.to(memory_format=torch.channels_last)  # the faster one when compiled only
     if start is not None and not (folder / "denoiser.pt").exists():
         grow(
             model,
@@ -268,6 +270,7 @@ def train_denoiser(
     scheduler = build_scheduler()
     alphas = scheduler.alphas_cumprod.to(device)
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids.to(device)
+    network: Any = torch.compile(unet) if settings.compiled else unet
     seen: list[Tensor] = []
     unet.up_blocks[1].register_forward_hook(lambda module, given, features: seen.append(features))
 
@@ -285,7 +288,7 @@ def train_denoiser(
             states, neutral = states[:-1], states[-1:]
             ended = (tokens == tokenizer.eos_token_id) & _chance(settings.neutral_end, len(tokens), device)[:, None]
             states = torch.where(ended[..., None], neutral, states)
-            predicted = model["unet"](noisy, times, states).sample.float()
+            predicted = network(noisy, times, states).sample.float()
             named = model["outlines"](seen.pop()).float()
         ratio = alphas[times] / (1 - alphas[times])
         weight = ratio.clamp(max=settings.min_snr) / (ratio + 1)
