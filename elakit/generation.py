@@ -21,7 +21,8 @@ from elakit.attention import Recording, RecordSpec
 from elakit.attention import record as recorded
 from elakit.errors import ModelError, SettingError
 from elakit.guidance import Guide, Method
-from elakit.guidance.method import NoiseSearch
+from elakit.guidance.engine import encoded
+from elakit.guidance.method import Encodes, NoiseSearch
 from elakit.models import Adapter, adapter_for, default_settings, loaded_with, name_of
 from elakit.prompt import Prompt, parse
 from elakit.run import Run
@@ -73,6 +74,10 @@ class _Stopped(Exception):
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
+
+
+class _Rehearsed(Exception):
+    """Ends a rehearsal."""
 
 
 @overload
@@ -235,6 +240,7 @@ def generate(
         conditioning = adapter.encode(
             parsed.text, negative_prompt, guided=scale > 1, size=(height, width), guidance_scale=scale
         )
+        conditioning = encoded(guidance, adapter, parsed, conditioning)
         generators = [torch.Generator("cpu").manual_seed(one) for one in batch]
         arguments: dict[str, Any] = {
             "num_inference_steps": steps,
@@ -265,6 +271,9 @@ def generate(
                 noise_scale = adapter.set_timesteps(steps, height, width)
                 guide = Guide(pipe, guidance, parsed, conditioning, latent, len(batch))
                 _warn_if_inactive(guide, steps)
+                plain = {**arguments, "height": height, "width": width, "latents": latents}
+                if guide.rehearse(lambda enough: _rehearse(pipe, plain, generators, enough)):
+                    adapter.set_timesteps(steps, height, width)  # the run starts again
                 if guide_if is None:
                     latents = guide.start(latents, noise_scale, pipe.scheduler.timesteps[0])
             arguments |= {"height": height, "width": width, "latents": latents}
@@ -344,6 +353,11 @@ def _check_arguments(negative_prompt: Any, guidance: Any, guide_if: Any, stop_if
             checks.refuse(function, name, "a function that takes an elakit.Progress, or None")
     if guide_if is not None and guidance is None:
         raise SettingError("guide_if decides which images are guided, but there is no guidance: guidance=elakit.ELA().")
+    if guide_if is not None and isinstance(guidance, Encodes):
+        raise SettingError(
+            f"guide_if with {type(guidance).__name__}: it changes the text states of the whole run, so that it cannot "
+            "wait for a decision. Leave guide_if out, or use another method, such as elakit.ELA()."
+        )
     if not isinstance(record, RecordSpec):
         checks.boolean(record, "record", hint="An elakit.RecordSpec is allowed, too.")
 
@@ -407,6 +421,27 @@ def _normal_mode() -> Iterator[None]:
         return
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def _rehearse(
+    pipe: Any, arguments: Mapping[str, Any], generators: Sequence[torch.Generator], enough: Callable[[int], bool]
+) -> None:
+    """Make the first steps of a plain run, and set the generators back."""
+    before = [generator.get_state() for generator in generators]
+
+    def after(step: int, latents: Tensor) -> Tensor:
+        if enough(step):
+            raise _Rehearsed
+        return latents
+
+    try:
+        with _progress_bar(pipe, False):
+            pipe(**arguments, output_type="latent", **adapter_for(pipe).on_step(after))
+    except _Rehearsed:
+        pipe.maybe_free_model_hooks()  # the call's own end was not reached
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
 
 
 def _warn_if_inactive(guide: Guide, steps: int) -> None:
