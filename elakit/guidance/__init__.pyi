@@ -4,6 +4,7 @@ from .attend_excite import AttendAndExcite as AttendAndExcite
 from .box_diff import BoxDiff as BoxDiff
 from .conform import CONFORM as CONFORM
 from .deleaker import DeLeaker as DeLeaker
+from .dense_diffusion import DenseDiffusion as DenseDiffusion
 from .divide_bind import DivideAndBind as DivideAndBind
 from .ebama import EBAMA as EBAMA
 from .ela import ELA as ELA
@@ -25,9 +26,11 @@ from .method import NoiseSearch as NoiseSearch
 from .method import Update as Update
 from .predicated_diffusion import PredicatedDiffusion as PredicatedDiffusion
 from .regional_attention import RegionalAttention as RegionalAttention
+from .regional_prompter import RegionalPrompter as RegionalPrompter
 from .registry import METHODS as METHODS
 from .registry import method_title as method_title
 from .registry import without_regions as without_regions
 from .self_cross import SelfCross as SelfCross
+from .spdiffusion import SPDiffusion as SPDiffusion
 from .syngen import SynGen as SynGen
 from .trace import Trace as Trace

@@ -56,8 +56,11 @@ METHODS = Methods(
         "initno": "initno:InitNO",
         "deleaker": "deleaker:DeLeaker",
         "predicated-diffusion": "predicated_diffusion:PredicatedDiffusion",
+        "spdiffusion": "spdiffusion:SPDiffusion",
+        "regional-prompter": "regional_prompter:RegionalPrompter",
         "layout-guidance": "layout_guidance:LayoutGuidance",
         "boxdiff": "box_diff:BoxDiff",
+        "densediffusion": "dense_diffusion:DenseDiffusion",
     }
 )
 """Guidance methods by name: module and class. Each class carries its metadata: see `elakit.guidance.Method`."""

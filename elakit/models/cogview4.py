@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from elakit.models.adapter import AttentionLayer, Call, Conditioning, Layout, argument
+from elakit.models.encoding import PromptInput
 from elakit.models.transformer import TransformerAdapter
 from elakit.tokens import TextSequence
 
@@ -69,30 +70,13 @@ class CogView4(TransformerAdapter):
         """Sequence of GLM's tokens behind its padding."""
         return (TextSequence("glm", self.pipe.tokenizer, 0, self._t5_length(), padding="left", multiple=16),)
 
-    @torch.no_grad()
-    def encode(
-        self,
-        text: str,
-        negative: str | None = None,
-        guided: bool = True,
-        size: tuple[int, int] | None = None,
-        guidance_scale: float | None = None,
-    ) -> Conditioning:
-        """Text states and the size of the image.
-
-        Parameters
-        ----------
-        text, negative : str
-        guided : bool
-            Whether classifier-free guidance is used; without it there are no negative states.
-        size : tuple of int, optional
-            (height, width) of the image; by default the model's.
-        guidance_scale : float, optional
-            Not used by this family.
-        """
-        embeds, negative_embeds = self.pipe.encode_prompt(text, negative, guided, device=self.pipe._execution_device)
-        call = {"prompt_embeds": embeds} | ({"negative_prompt_embeds": negative_embeds} if guided else {})
-        sides = embeds.new_tensor([size or self.default_size()])
+    def _encode(self, prompt: PromptInput) -> Conditioning:
+        """Text states and the size of the image."""
+        embeds, negative_embeds = self.pipe.encode_prompt(
+            prompt.text, prompt.negative, prompt.guided, device=self.pipe._execution_device
+        )
+        call = {"prompt_embeds": embeds} | ({"negative_prompt_embeds": negative_embeds} if prompt.guided else {})
+        sides = embeds.new_tensor([prompt.size])
         sizes = {"original_size": sides, "target_size": sides, "crop_coords": torch.zeros_like(sides)}
         return Conditioning(call, {"encoder_hidden_states": embeds, **sizes})
 

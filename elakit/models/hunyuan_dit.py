@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from elakit.models.adapter import AttentionLayer, Call, Conditioning, Layout, argument, call_default
+from elakit.models.encoding import PromptInput
 from elakit.models.transformer import TransformerAdapter
 from elakit.tokens import TextSequence
 
@@ -18,7 +19,7 @@ _BERT, _T5 = 77, 256
 class HunyuanDiT(TransformerAdapter):
     """Adapter of HunyuanDiT pipelines.
 
-    The transformer puts a learned state in the place of each padding token, and rotates the queries of its
+    The transformer replaces each padding token by a learned state, and rotates the queries of its
     cross-attention only. `elakit.generate` generates at exactly the given size, without the pipeline's resolution
     binning.
 
@@ -60,48 +61,29 @@ class HunyuanDiT(TransformerAdapter):
             TextSequence("t5", self.pipe.tokenizer_2, _BERT, _T5),
         )
 
-    @torch.no_grad()
-    def encode(
-        self,
-        text: str,
-        negative: str | None = None,
-        guided: bool = True,
-        size: tuple[int, int] | None = None,
-        guidance_scale: float | None = None,
-    ) -> Conditioning:
-        """Text states of both encoders with their masks, the size of the image and the positions of its patches.
-
-        Parameters
-        ----------
-        text, negative : str
-        guided : bool
-            Whether classifier-free guidance is used; without it there are no negative states.
-        size : tuple of int, optional
-            (height, width) of the image; by default the model's.
-        guidance_scale : float, optional
-            Not used by this family.
-        """
+    def _encode(self, prompt: PromptInput) -> Conditioning:
+        """Text states of both encoders with their masks, the size of the image and the positions of its patches."""
         device = self.pipe._execution_device
         call: dict[str, Any] = {"use_resolution_binning": False}
         inputs: dict[str, Any] = {}
         for index, (length, ending, suffix) in enumerate(((_BERT, "", ""), (_T5, "_2", "_t5"))):
             embeds, negative_embeds, mask, negative_mask = self.pipe.encode_prompt(
-                text,
+                prompt.text,
                 device=device,
                 dtype=self.pipe.transformer.dtype,
-                do_classifier_free_guidance=guided,
-                negative_prompt=negative if guided else None,
+                do_classifier_free_guidance=prompt.guided,
+                negative_prompt=prompt.negative if prompt.guided else None,
                 max_sequence_length=length,
                 text_encoder_index=index,
             )
             call |= {f"prompt_embeds{ending}": embeds, f"prompt_attention_mask{ending}": mask}
-            if guided:
+            if prompt.guided:
                 call |= {
                     f"negative_prompt_embeds{ending}": negative_embeds,
                     f"negative_prompt_attention_mask{ending}": negative_mask,
                 }
             inputs |= {f"encoder_hidden_states{suffix}": embeds, f"text_embedding_mask{suffix}": mask}
-        height, width = size or self.default_size()
+        height, width = prompt.size
         meta = [*call_default(self.pipe, "original_size"), height, width, 0, 0]
         inputs |= {
             "image_meta_size": inputs["encoder_hidden_states"].new_tensor([meta]),

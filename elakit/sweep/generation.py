@@ -81,11 +81,11 @@ def png(image: Image.Image) -> bytes:
 
 
 def _row(unit: Unit, run: Run, seconds: float, device: str) -> dict[str, Any]:
-    from elakit.judge import judge
+    from elakit.judge import is_black, judge
     from elakit.prediction import features
 
-    if run.nsfw:
-        verdict = None  # the safety checker's black image says nothing about the method
+    if run.nsfw or is_black(run.image):
+        verdict = None  # a black image (safety checker, overflow in half precision) is no result of the method
     elif unit.detector is None:
         verdict = run.verdict
     else:

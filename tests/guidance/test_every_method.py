@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "self-cross": {"gate": 1, "refinements": 1},
     "layout-guidance": {"regions": HALVES, "guided": 1, "iterations": 2},
     "boxdiff": {"regions": HALVES},
+    "densediffusion": {"regions": HALVES},
     "initno": {"rounds": 2, "iterations": 1, "last_iterations": 1, "refinements": 1},
 }
 EVERY = [METHODS[name](**OPTIONS.get(name, {})) for name in METHODS] + [SynGen(lone_nouns=True)]

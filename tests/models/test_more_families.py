@@ -29,7 +29,7 @@ PLAIN = "a red car and a blue giraffe"
 
 @dataclass
 class Spec:
-    """What a family's attention calls look like, known from its code in diffusers.
+    """Form of a family's attention calls, known from its code in diffusers.
 
     ``image`` and ``text`` give the first image query and the first text key, from (image patches, keys); ``token`` the
     token whose state stands at a text position, from (position, tokens of the text).

@@ -519,7 +519,7 @@ def test_the_summary_of_a_table_with_a_known_answer() -> None:
     frame = pd.concat(
         [
             images("plain", [0] * 8 + [1] * 4, neglect=[1] * 6 + [0] * 6, seconds=2.0, score=0.5),
-            # fixes six of eight, harms one of four
+            # fixes six of eight, breaks one of four
             images("good", [1] * 6 + [0] * 2 + [0] + [1] * 3, neglect=0, seconds=3.0, score=0.4),
             images("same", [0] * 8 + [1] * 4, neglect=[1] * 6 + [0] * 6, seconds=2.0, score=0.5),
         ]

@@ -19,7 +19,7 @@ from elakit.diagnosis.trials import check
 from elakit.errors import OutputError, SettingError
 from elakit.files import read_json, write_json
 from elakit.models import load
-from elakit.plot.images import data_uri
+from elakit.plot.image_figures import data_uri
 from elakit.prediction import load_predictor
 from elakit.sweep.options import canonical_options
 from elakit.sweep.units import Unit, check_prompts, checked_sizes

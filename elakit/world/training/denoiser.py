@@ -36,6 +36,7 @@ SAMPLE_PROMPTS = (
 )  # fmt: skip
 ENCODED_AT_ONCE = 64
 SHEET_EVERY = 50_000  # samples
+TOKEN_EMBEDDING = "token_embedding.weight"
 
 
 def build_unet(config: Config, width: int) -> UNet2DConditionModel:
@@ -100,7 +101,7 @@ class Encoded:
         Unit variance.
     tokens : Tensor, int64, (n, positions)
     classes : Tensor, uint8, (n, h, w)
-        What stands at the center of each latent location: 0 for the background, 1 + index in ``NOUNS`` for a thing.
+        Class at the center of each latent location: 0 for the background, 1 + index in ``NOUNS`` for a thing.
     """
 
     latents: Tensor
@@ -185,13 +186,17 @@ def _classes(scene: Scene, side: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def grow(model: Any, old: StableDiffusionPipeline) -> None:
+def grow(model: Any, tokenizer: CLIPTokenizer, old: StableDiffusionPipeline) -> None:
     """Start from an earlier edition's weights: copy those that fit, and let new latent channels begin at zero.
+
+    Token embeddings are copied token by token, since an edition with other captions has another vocabulary.
 
     Parameters
     ----------
     model : nn.ModuleDict
         "text" and "unet", changed in place: the architecture of `old`, with at least its latent channels.
+    tokenizer : CLIPTokenizer
+        Tokenizer of `model`.
     old : StableDiffusionPipeline
 
     Raises
@@ -199,10 +204,16 @@ def grow(model: Any, old: StableDiffusionPipeline) -> None:
     SettingError
         The architectures differ in more than the latent channels.
     """
+    known = old.tokenizer.get_vocab()
+    rows = [(index, known[token]) for token, index in tokenizer.get_vocab().items() if token in known]
     for part, source in ((model["text"], old.text_encoder), (model["unet"], old.unet)):
         values, sources = part.state_dict(), source.state_dict()
         for name, value in values.items():
             given = sources.get(name)
+            if given is not None and name.endswith(TOKEN_EMBEDDING):
+                new, theirs = torch.tensor(rows).T
+                value[new] = given[theirs]
+                continue
             grown = name in ("conv_in.weight", "conv_out.weight", "conv_out.bias")
             if given is None or (given.shape != value.shape and not grown):
                 raise SettingError(
@@ -248,11 +259,18 @@ def train_denoiser(
     # trained beside the UNet and discarded: it reads what the second decoder block knows of the things' outlines
     outlines = nn.Conv2d(settings.channels[1], 1 + len(NOUNS), 1)
     model: Any = nn.ModuleDict({"text": text, "unet": unet, "outlines": outlines}).to(device)
+    if settings.compiled:
+        unet.to(memory_format=torch.channels_last)  # the faster one when compiled only
     if start is not None and not (folder / "denoiser.pt").exists():
-        grow(model, StableDiffusionPipeline.from_pretrained(start, torch_dtype=torch.float32, local_files_only=True))
+        grow(
+            model,
+            tokenizer,
+            StableDiffusionPipeline.from_pretrained(start, torch_dtype=torch.float32, local_files_only=True),
+        )
     scheduler = build_scheduler()
     alphas = scheduler.alphas_cumprod.to(device)
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids.to(device)
+    network: Any = torch.compile(unet) if settings.compiled else unet
     seen: list[Tensor] = []
     unet.up_blocks[1].register_forward_hook(lambda module, given, features: seen.append(features))
 
@@ -270,7 +288,7 @@ def train_denoiser(
             states, neutral = states[:-1], states[-1:]
             ended = (tokens == tokenizer.eos_token_id) & _chance(settings.neutral_end, len(tokens), device)[:, None]
             states = torch.where(ended[..., None], neutral, states)
-            predicted = model["unet"](noisy, times, states).sample.float()
+            predicted = network(noisy, times, states).sample.float()
             named = model["outlines"](seen.pop()).float()
         ratio = alphas[times] / (1 - alphas[times])
         weight = ratio.clamp(max=settings.min_snr) / (ratio + 1)
