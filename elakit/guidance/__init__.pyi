@@ -5,6 +5,7 @@ from .attention_regulation import AttentionRegulation as AttentionRegulation
 from .bounded_attention import BoundedAttention as BoundedAttention
 from .box_diff import BoxDiff as BoxDiff
 from .conform import CONFORM as CONFORM
+from .deleaker import DeLeaker as DeLeaker
 from .dense_diffusion import DenseDiffusion as DenseDiffusion
 from .divide_bind import DivideAndBind as DivideAndBind
 from .ebama import EBAMA as EBAMA

@@ -40,6 +40,7 @@ from elakit.guidance.method import (
     Restricts,
     Update,
 )
+from elakit.guidance.reweighing import Reweigher, Reweighs
 from elakit.guidance.trace import Trace
 from elakit.models import Adapter, AttentionLayer, Conditioning, adapter_for
 from elakit.prompt import Prompt
@@ -316,12 +317,15 @@ class Guide:
         self.holder: Holder | None = None
         self.rescored: tuple[AttentionLayer, ...] = ()
         if isinstance(method, Holds) and any(update.hold for update in self.updates):
-            self.rescored = self._rescored()
-            self.holder = Holder(
-                self.adapter, self.layers, images,
-                reads_self=method.reads_self and not isinstance(method, Rehearses),  # which has read it before the run
-                rescored=self.rescored,
-            )  # fmt: skip
+            if isinstance(method, Reweighs):
+                self.holder = Reweigher(self.adapter, self.layers, method, prompt, self.states)
+            else:
+                self.rescored = self._rescored()
+                self.holder = Holder(
+                    self.adapter, self.layers, images,
+                    reads_self=method.reads_self and not isinstance(method, Rehearses),  # has read it before the run
+                    rescored=self.rescored,
+                )  # fmt: skip
         rows, columns = (-(-side // self.layers[0].factor) for side in latent) if self.layers else (0, 0)
         self.map_size = rows, columns  # of the maps read
 
@@ -501,7 +505,7 @@ class Guide:
             loss = self.method.loss(self.holder.attention(i), self.prompt, step, self.states[i])
             if loss.enough:
                 self.done.add(i)
-            regions = one.regions
+            regions = loss.regions if isinstance(self.holder, Reweigher) else one.regions
             if regions is None and isinstance(one, Hold) and isinstance(one.masks, np.ndarray):
                 regions = one.masks
             self.traces[i].add(_row(step, timestep, loss, time.perf_counter() - began), regions)
