@@ -1,7 +1,7 @@
 """The figures of the embedded model's card: ``python -m benchmarks.picture_world all``, or one part of it.
 
 Every part prints rows of a Markdown table with 95 % Wilson intervals. Verdicts on generated images are kept in
-``work/benchmarks`` as they come, so that a part that was stopped goes on; ``--fresh`` draws again.
+``work/benchmarks``, so that an interrupted part is resumed; ``--fresh`` generates all images again.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ def show(what: str, hits: Any, bar: str = "") -> None:
 
 
 def test_world() -> World:
-    """picture-world's own, with `SHARES` of scenes."""
+    """World of picture-world, with `SHARES` of scenes."""
     return replace(read_config().world, entities=SHARES)
 
 
 def right(scene: Scene, image: Image.Image, pipe: Any) -> tuple[bool, list[tuple[str | None, str | None]]]:
-    """Whether the judge sees exactly the scene's entities in their colors; and (asked, seen) of the colors."""
+    """True if the judge finds exactly the scene's entities in their colors; and its (requested, found) colors."""
     verdict = judge(image, elakit.parse(" and ".join(f"a [{e.subject.words}]" for e in scene.entities), pipe))
     colors = [(c, verdict.colors[e]) for e, c in verdict.asked.items() if c and verdict.present[e]]
     return verdict.success and not verdict.extra, colors
@@ -187,7 +187,7 @@ def judge_(scenes: int = 1000) -> None:
 
 
 def _named(image: np.ndarray, mask: np.ndarray) -> bool:
-    """Whether something recognizable is seen that covers at least half of the mask."""
+    """True if recognizable things cover at least half of the mask."""
     found = [thing.mask for thing in find_things(Image.fromarray(image)) if thing.recognizable]
     return bool(found) and bool(np.any(found, 0)[mask].mean() >= 0.5)
 
@@ -214,7 +214,7 @@ def verdicts(
     neutral: bool = False,
     scale: float = GUIDANCE_SCALE,
 ) -> list[dict]:
-    """Draw every prompt with every seed and judge it; what is in the file of an earlier run is not drawn again."""
+    """Verdicts for every prompt and seed; those in the file of an earlier run are reused."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / (f"{name}.jsonl" if scale == GUIDANCE_SCALE else f"{name}-scale-{scale:g}.jsonl")
     if fresh:

@@ -27,7 +27,7 @@ from elakit.resources import data_path
 
 FACTORS = (0.25, 0.5, 1.0)  # of the default step size, which the authors chose on Stable Diffusion
 GUIDED = (0.25, 0.5)  # shares of the denoising steps
-SIZES = ("step_size", "strength")  # names of the option that says how strongly a method acts
+SIZES = ("step_size", "strength", "self_threshold")  # names of the option that says how strongly a method acts
 DEVELOPMENT = 1000  # seeds below this are for choosing settings; even ones here, odd ones are for reports
 
 

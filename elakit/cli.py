@@ -50,7 +50,7 @@ app.command()(diagnose)
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
         typer.echo(f"elakit {elakit.__version__}")
         raise typer.Exit
@@ -97,8 +97,10 @@ def run(
     for name, value, low, high in (("steps", steps, 1, 1000), ("height", height, 1, None), ("width", width, 1, None)):
         if value is not None:
             checks.whole_number(value, name, low, high)
+    from elakit.judge import is_black  # imports torch
+
     guidance = None if method == "plain" else _guidance(method, method_options(method, options), regions)
-    pipe = load_pipeline(model, device, dtype, variant=variant, scheduler=scheduler, lora=lora)
+    pipe = load_pipeline(model, device=device, dtype=dtype, variant=variant, scheduler=scheduler, lora=lora)
     made = elakit.generate(
         pipe, prompt, seed=seed, steps=steps, guidance_scale=scale, negative_prompt=negative_prompt, height=height,
         width=width, guidance=guidance,
@@ -107,6 +109,8 @@ def run(
     typer.echo(repr(made.bleeding))
     if made.nsfw:
         typer.echo("Verdict: none, the safety checker replaced the image")
+    elif is_black(made.image):
+        typer.echo("Verdict: none, the image is entirely black")
     elif made.verdict is None:
         typer.echo("Verdict: none, the embedded judge knows images and words of picture-world only")
     else:

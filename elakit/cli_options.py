@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from elakit.errors import ModelError, SettingError
+from elakit.errors import SettingError
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -80,24 +80,8 @@ def method_options(method: str, settings: list[str] | None) -> dict[str, Any]:
     return options
 
 
-def load_pipeline(
-    model: str,
-    device: str | None = None,
-    dtype: str | None = None,
-    *,
-    variant: str | None = None,
-    scheduler: str | None = None,
-    lora: str | None = None,
-) -> Any:
-    """Load a pipeline with the options of the command line; loading bars of the libraries are not shown.
-
-    Raises
-    ------
-    ModelError
-        Raised when the model or the LoRA weights cannot be loaded.
-    SettingError
-        Raised when the device, data type or scheduler does not exist or does not fit the model.
-    """
+def load_pipeline(model: str, **settings: Any) -> Any:
+    """Load a pipeline as `elakit.load` does; loading bars of the libraries are not shown."""
     import diffusers
     import transformers
 
@@ -106,19 +90,4 @@ def load_pipeline(
     # their loading bars would hide the progress of the command
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    pipe: Any = elakit.load(model, device=device, dtype=dtype, **({} if variant is None else {"variant": variant}))
-    if scheduler is not None:
-        compatible = {kind.__name__: kind for kind in pipe.scheduler.compatibles}
-        if scheduler not in compatible:
-            choices = ", ".join(sorted(compatible)) or type(pipe.scheduler).__name__
-            raise SettingError(f"--scheduler {scheduler}: choose from {choices}.")
-        pipe.scheduler = compatible[scheduler].from_config(pipe.scheduler.config)
-    if lora is not None:
-        if not hasattr(pipe, "load_lora_weights"):
-            raise SettingError(f"--lora {lora}: {type(pipe).__name__} takes no LoRA weights.")
-        try:
-            pipe.load_lora_weights(lora, use_safetensors=True)
-        except Exception as error:  # peft, diffusers, safetensors and the hub client raise a dozen kinds
-            step = " Install peft with  pip install 'elakit[lora]'." if "peft" in str(error).lower() else ""
-            raise ModelError(f"--lora {lora} cannot be loaded: {(str(error).splitlines() or [''])[0]}{step}") from error
-    return pipe
+    return elakit.load(model, **settings)

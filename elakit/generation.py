@@ -21,8 +21,10 @@ from elakit.attention import Recording, RecordSpec
 from elakit.attention import record as recorded
 from elakit.errors import ModelError, SettingError
 from elakit.guidance import Guide, Method
-from elakit.guidance.method import NoiseSearch
-from elakit.models import adapter_for, default_settings, name_of
+from elakit.guidance.clean import watched_steps
+from elakit.guidance.engine import encoded
+from elakit.guidance.method import Encodes, NoiseSearch
+from elakit.models import Adapter, adapter_for, default_settings, loaded_with, name_of
 from elakit.prompt import Prompt, parse
 from elakit.run import Run
 
@@ -53,6 +55,8 @@ class Progress:
         ``runs()`` returns the runs in their present state: images decoded from the latents, which are noisy before the
         end, recordings of the steps made, and traces so far. Measures, regions, figures and features can be computed
         from them as from a finished `Run`. ``runs(decode=False)`` does not call the VAE decoder: images are blank.
+        ``runs(predicted=True)`` decodes the clean latents that the step predicts instead, which show what the image
+        will be; with a scheduler whose prediction type is unknown, the latents themselves.
     states : sequence
         State of the guidance method for each image, as its ``begin`` returned it; empty for a plain run. ELA's are
         `elakit.guidance.Anchors`, and ``anchors.steer(regions)`` sets the regions from here on.
@@ -73,6 +77,10 @@ class _Stopped(Exception):
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
+
+
+class _Rehearsed(Exception):
+    """Ends a rehearsal."""
 
 
 @overload
@@ -220,7 +228,7 @@ def generate(
         hint="1 or less switches classifier-free guidance off.",
     )  # fmt: skip
     _check_arguments(negative_prompt, guidance, guide_if, stop_if, record)
-    extra = _call_arguments(pipe, call, guidance)
+    extra = _call_arguments(adapter, call, guidance)
     if guidance is not None:
         _check_trainable(pipe)
     with _normal_mode():
@@ -235,6 +243,7 @@ def generate(
         conditioning = adapter.encode(
             parsed.text, negative_prompt, guided=scale > 1, size=(height, width), guidance_scale=scale
         )
+        conditioning = encoded(guidance, adapter, parsed, conditioning)
         generators = [torch.Generator("cpu").manual_seed(one) for one in batch]
         arguments: dict[str, Any] = {
             "num_inference_steps": steps,
@@ -245,6 +254,7 @@ def generate(
         }
         settings = {
             "model": name_of(pipe),
+            **loaded_with(pipe),
             "steps": steps,
             "guidance_scale": scale,
             "height": height,
@@ -254,7 +264,7 @@ def generate(
             "method": guidance.name if guidance is not None else None,
         }
         guide = None
-        if _takes_image(pipe, extra):
+        if _takes_image(adapter, extra):
             accepted = inspect.signature(pipe.__call__).parameters
             arguments |= {name: side for name, side in given.items() if side is not None and name in accepted}
             settings["call"] = _listed(extra)
@@ -264,6 +274,9 @@ def generate(
                 noise_scale = adapter.set_timesteps(steps, height, width)
                 guide = Guide(pipe, guidance, parsed, conditioning, latent, len(batch))
                 _warn_if_inactive(guide, steps)
+                plain = {**arguments, "height": height, "width": width, "latents": latents}
+                if guide.rehearse(lambda enough: _rehearse(pipe, plain, generators, enough)):
+                    adapter.set_timesteps(steps, height, width)  # the run starts again
                 if guide_if is None:
                     latents = guide.start(latents, noise_scale, pipe.scheduler.timesteps[0])
             arguments |= {"height": height, "width": width, "latents": latents}
@@ -291,9 +304,12 @@ def generate(
         def after(step: int, latents: Tensor) -> Tensor:
             nonlocal waiting
 
-            def runs(decode: bool = True) -> list[Run]:
-                blank = [Image.new("RGB", (width, height))] * len(batch)
-                return runs_of(adapter.decode(latents, height, width) if decode else blank, recording)
+            def runs(decode: bool = True, predicted: bool = False) -> list[Run]:
+                if not decode:
+                    return runs_of([Image.new("RGB", (width, height))] * len(batch), recording)
+                clean = watched.predicted(step) if predicted and watched is not None else None
+                shown = latents if clean is None else clean.to(latents.dtype)
+                return runs_of(adapter.decode(shown, height, width), recording)
 
             so_far = Progress(step, steps, latents, runs, guide.states if guide else ())
             if stop_if is not None and stop_if(so_far):
@@ -310,7 +326,8 @@ def generate(
         holding = nullcontext() if guide is None else guide.holding()
         _log.info("Generating %r, seeds %s, %s", parsed.text, batch, settings)
         hidden = None
-        with _progress_bar(pipe, progress), recorder as recording, holding:
+        watching = nullcontext(None) if stop_if is None else watched_steps(pipe.scheduler)
+        with _progress_bar(pipe, progress), recorder as recording, holding, watching as watched:
             try:
                 output = pipe(**arguments)
                 images, hidden = output.images, getattr(output, "nsfw_content_detected", None)
@@ -318,7 +335,7 @@ def generate(
                 settings["stopped"] = stopped.progress.step + 1
                 images = adapter.decode(stopped.progress.latents, height, width)
                 pipe.maybe_free_model_hooks()  # the call's own end was not reached
-        if _takes_image(pipe, extra):
+        if _takes_image(adapter, extra):
             settings["width"], settings["height"] = images[0].size
         runs = runs_of(images, recording, hidden)
     if any(run.nsfw for run in runs):
@@ -343,31 +360,36 @@ def _check_arguments(negative_prompt: Any, guidance: Any, guide_if: Any, stop_if
             checks.refuse(function, name, "a function that takes an elakit.Progress, or None")
     if guide_if is not None and guidance is None:
         raise SettingError("guide_if decides which images are guided, but there is no guidance: guidance=elakit.ELA().")
+    if guide_if is not None and isinstance(guidance, Encodes):
+        raise SettingError(
+            f"guide_if with {type(guidance).__name__}: it changes the text states of the whole run, so that it cannot "
+            "wait for a decision. Leave guide_if out, or use another method, such as elakit.ELA()."
+        )
     if not isinstance(record, RecordSpec):
         checks.boolean(record, "record", hint="An elakit.RecordSpec is allowed, too.")
 
 
-def _takes_image(pipe: Any, call: Mapping[str, Any]) -> bool:
+def _takes_image(adapter: Adapter, call: Mapping[str, Any]) -> bool:
     """True for image-to-image, inpainting, ControlNet and similar calls, which require an image or are given one."""
-    if "image" not in inspect.signature(pipe.__call__).parameters:
+    if "image" not in inspect.signature(adapter.pipe.__call__).parameters:
         return False
-    return call.get("image") is not None or not adapter_for(pipe).image_optional
+    return call.get("image") is not None or not adapter.image_optional
 
 
-def _call_arguments(pipe: Any, call: Mapping[str, Any] | None, guidance: Method | None) -> dict[str, Any]:
+def _call_arguments(adapter: Adapter, call: Mapping[str, Any] | None, guidance: Method | None) -> dict[str, Any]:
     """Check the further arguments of the pipeline's call."""
-    kind = type(pipe).__name__
+    kind = type(adapter.pipe).__name__
     if call is not None and not isinstance(call, Mapping):
         checks.refuse(call, "call", 'a dictionary of arguments of the pipeline, such as {"strength": 0.6}')
     call = dict(call or {})
-    takes_image = _takes_image(pipe, call)
+    takes_image = _takes_image(adapter, call)
     if guidance is not None and (call or takes_image):
         raise SettingError(
             f"guidance={guidance.name} is not possible with {kind if takes_image else 'call=...'}: guidance "
             "computes its own passes of the denoiser, which see neither an image nor further arguments. Generate "
             "without guidance, or use a text-to-image pipeline."
         )
-    accepted = inspect.signature(pipe.__call__).parameters
+    accepted = inspect.signature(adapter.pipe.__call__).parameters
     for name in call:
         if name in _OWN:
             raise SettingError(f"call={{{name!r}: ...}}: elakit.generate sets this itself; use its own arguments.")
@@ -406,6 +428,27 @@ def _normal_mode() -> Iterator[None]:
         return
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def _rehearse(
+    pipe: Any, arguments: Mapping[str, Any], generators: Sequence[torch.Generator], enough: Callable[[int], bool]
+) -> None:
+    """Make the first steps of a plain run, and set the generators back."""
+    before = [generator.get_state() for generator in generators]
+
+    def after(step: int, latents: Tensor) -> Tensor:
+        if enough(step):
+            raise _Rehearsed
+        return latents
+
+    try:
+        with _progress_bar(pipe, False):
+            pipe(**arguments, output_type="latent", **adapter_for(pipe).on_step(after))
+    except _Rehearsed:
+        pipe.maybe_free_model_hooks()  # the call's own end was not reached
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
 
 
 def _warn_if_inactive(guide: Guide, steps: int) -> None:

@@ -23,7 +23,7 @@ from elakit.attention import Recording, open_recording
 from elakit.bleeding import Bleeding, measure
 from elakit.errors import ElakitError, OutputError, RecordingError
 from elakit.guidance import FromMaps, Trace
-from elakit.judge import Verdict, judge, knows
+from elakit.judge import Verdict, is_black, judge, knows
 from elakit.measures.arrays import nearest_size
 from elakit.models import EMBEDDED
 from elakit.prompt import Prompt
@@ -94,10 +94,11 @@ class Run:
         """Result of the embedded judge; None if it cannot judge the image.
 
         The embedded judge knows images of the embedded model and prompts of that model's nouns and colors. Judge other
-        images with `elakit.judge.judge` and a detector, and pass the verdict to `measure`. An image that the pipeline's
-        safety checker replaced is not judged.
+        images with `elakit.judge.judge` and a detector, and pass the verdict to `measure`. An entirely black image is
+        not judged, nor is one that the pipeline's safety checker replaced.
         """
-        if self.nsfw or self.settings.get("model") not in EMBEDDED or not knows(self.prompt):
+        known = self.settings.get("model") in EMBEDDED and knows(self.prompt)
+        if self.nsfw or not known or is_black(self.image):
             return None
         return judge(self.image, self.prompt)
 

@@ -69,7 +69,8 @@ class TextSequence:
     before, after : text that the pipeline puts around the prompt, such as a chat template.
     dropped : number of leading tokens whose states the pipeline removes (those of a template).
     padding : the side on which the tokenizer pads. With "left", positions are valid only for a text of exactly
-        ``length`` positions.
+        ``length`` positions, or padded to `multiple`.
+    multiple : with padding on the left, the number of positions is the next multiple of this number, and not `length`.
     specials : True if the tokenizer adds special tokens. A chat template contains its own.
     """
 
@@ -82,6 +83,7 @@ class TextSequence:
     after: str = ""
     dropped: int = 0
     padding: Literal["left", "right"] = "right"
+    multiple: int | None = None
     specials: bool = True
 
     def tokenized(self, text: str, **options: Any) -> Any:
@@ -234,7 +236,7 @@ def tokenize(text: str, words: Sequence[Span], labels: Sequence[str], sequences:
                 "Shorten the prompt."
             )
         pieces = [piece for piece in pieces if piece[0] < sequence.length - closing]
-        shift = max(0, sequence.length - total) if sequence.padding == "left" else 0
+        shift = _left_padding(sequence, total)
         pieces = [(index + shift, word, piece) for index, word, piece in pieces]
         if nth == 0 and _has_start(sequence, read):
             start = sequence.offset
@@ -249,6 +251,13 @@ def tokenize(text: str, words: Sequence[Span], labels: Sequence[str], sequences:
             label = labels[word] if of_word[word] == 1 else f"{labels[word]}/{done[word]}"
             tokens.append(Token(sequence.offset + index, piece, label + suffix, word))
     return Tokens(tuple(tokens), start, tuple(ends), sequences[-1].offset + sequences[-1].length)
+
+
+def _left_padding(sequence: TextSequence, total: int) -> int:
+    """Return the number of padding tokens before a text of `total` tokens."""
+    if sequence.padding == "right":
+        return 0
+    return -total % sequence.multiple if sequence.multiple else max(0, sequence.length - total)
 
 
 def _shortened(text: str, limit: int = 80) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +87,80 @@ def test_run_takes_the_options_of_generation_and_prints_verdict_and_image(
     assert run.guidance.options["anchor.step_size"] == 0.2
 
 
+SETTINGS = ["--negative-prompt", "a dog", "--height", "64", "--width", "128", "--scheduler", "EulerDiscreteScheduler"]
+
+
+def test_diagnose_takes_the_options_of_generation_and_reports_a_command_that_repeats_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import elakit
+
+    folder, found = tmp_path / "runs", tmp_path / "found.json"
+    options = [*SETTINGS, "--set", "ela.anchor.step_size=0.2", "--steps", "2", "--seeds", "1", "--remedies", "none"]
+    files = ["--out", str(tmp_path / "report.html"), "--keep", str(folder), "--json", str(found)]
+    assert call(monkeypatch, "diagnose", PAIR, *options, *files) == 0
+    diagnosis = elakit.open_diagnosis(folder)
+    guided = diagnosis.pairs[0].guided
+    wanted = {"negative_prompt": "a dog", "height": 64, "width": 128, "scheduler": "EulerDiscreteScheduler"}
+    assert {name: guided.settings[name] for name in wanted} == wanted
+    assert (guided.image.size, guided.guidance.options["anchor.step_size"]) == ((128, 64), 0.2)
+    command = shlex.split(json.loads(found.read_text())["command"])
+    assert call(monkeypatch, *command[1:], "--keep", str(folder), "--out", str(tmp_path / "again.html")) == 0
+    assert len(list((folder / "runs").glob("*.json"))) == 2  # the same runs, found again
+
+
+def test_runs_with_another_negative_prompt_or_size_are_not_reused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    short = ["--steps", "1", "--seeds", "1", "--remedies", "none", "--keep", str(tmp_path / "runs")]
+    for number, options in enumerate(([], ["--negative-prompt", "a dog"], ["--height", "64"])):
+        call(monkeypatch, "diagnose", PAIR, *options, *short, "--out", str(tmp_path / "report.html"))
+        assert len(list((tmp_path / "runs" / "runs").glob("*.json"))) == 2 * (number + 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--set", "syngen.guided=1"], "the method is ela"),
+        (["--height", "0"], "height=0"),
+        (["--scheduler", "Eular"], "EulerDiscreteScheduler"),
+        (["--method", "elaa", "--set", "elaa.x=1"], "--method elaa"),
+    ],
+)
+def test_diagnose_refuses_wrong_options_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    words: list[str],
+    part: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "diagnose", PAIR, *words) == 2
+    assert part in capsys.readouterr().err
+
+
+def test_lora_weights_change_the_image_and_are_named_in_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import elakit
+
+    peft = pytest.importorskip("peft")
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    pipe = elakit.load("picture-world")
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    layers = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(pipe.unet))
+    assert all(torch.isfinite(weight).all() for weight in layers.values())
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=layers)
+    for name, options in (("plain", []), ("lora", ["--lora", str(tmp_path / "lora")])):
+        assert call(monkeypatch, "run", PAIR, "--steps", "2", *options, "--out", str(tmp_path / f"run-{name}")) == 0
+    plain, adapted = elakit.open_run(tmp_path / "run-plain"), elakit.open_run(tmp_path / "run-lora")
+    assert (plain.settings["lora"], adapted.settings["lora"]) == (None, str(tmp_path / "lora"))
+    assert plain.image.tobytes() != adapted.image.tobytes()
+
+
 def test_a_folder_whose_name_is_no_text_is_written(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -101,8 +177,8 @@ def test_a_folder_whose_name_is_no_text_is_written(
         (["--height", "0"], ["height=0", "1 or more"]),
         (["--out", "x" * 300], ["too long"]),
         (["--device", "mps"], ["mps"]),
-        (["--scheduler", "Eular"], ["--scheduler Eular", "EulerDiscreteScheduler"]),
-        (["--lora", "no/such-weights"], ["--lora no/such-weights cannot be loaded"]),
+        (["--scheduler", "Eular"], ["scheduler='Eular'", "EulerDiscreteScheduler"]),
+        (["--lora", "no/such-weights"], ["LoRA weights 'no/such-weights' cannot be loaded"]),
         (["--method", "ela", "--set", "ela.strength"], ["METHOD.OPTION=VALUE"]),
         (["--method", "ela", "--set", "syngen.guided=1"], ["the method is ela"]),
         (["--method", "ela", "--set", "ela.strength=1"], ["no option 'strength'"]),

@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,17 @@ def test_regions_without_a_recording_say_what_to_do() -> None:
     run = generate(tiny_pipeline(), PAIR, steps=2, record=False, progress=False)
     with pytest.raises(RecordingError, match="record=True"):
         _ = run.regions
+
+
+def test_a_black_image_is_not_judged_and_its_attention_is_measured() -> None:
+    run = generate(tiny_pipeline(), PAIR, steps=2, progress=False)
+    run.settings["model"] = "picture-world"  # the embedded judge knows its images
+    seen = replace(run)
+    seen.image = Image.new("RGB", run.image.size, "navy")
+    run.image = Image.new("RGB", run.image.size)
+    assert seen.verdict is not None
+    assert run.verdict is None
+    assert not run.bleeding.overall().empty
 
 
 @pytest.fixture(scope="module")

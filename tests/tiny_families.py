@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any
 
 import diffusers
@@ -15,9 +21,15 @@ from diffusers import (
     AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxKontextPipeline,
+    HunyuanDiT2DModel,
+    HunyuanDiTPipeline,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     QwenImagePipeline,
@@ -25,7 +37,8 @@ from diffusers import (
     SanaPipeline,
     SanaTransformer2DModel,
 )
-from tiny import CORPUS, _sharpen, autoencoder, ready, t5_encoder, tiny_flux, tiny_t5_tokenizer
+from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+from tiny import CORPUS, _sharpen, autoencoder, ready, t5_encoder, tiny_flux, tiny_t5_tokenizer, tiny_unet
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -33,8 +46,13 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
     Gemma2Config,
     Gemma2Model,
+    GlmConfig,
+    GlmModel,
     MistralConfig,
     MistralModel,
     PreTrainedTokenizerFast,
@@ -303,6 +321,146 @@ def tiny_chroma(seed: int = 0) -> Any:
     return ready(ChromaPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), **parts))
 
 
+def tiny_cogview4(seed: int = 0) -> Any:
+    """CogView4 pipeline: two blocks, text padded on the left to a multiple of 16 tokens."""
+    tokenizer = chat_tokenizer("left", start=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = GlmModel(GlmConfig(vocab_size=len(tokenizer), pad_token_id=0, **_LANGUAGE))
+        net: Any = CogView4Transformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            text_embed_dim=16,
+            time_embed_dim=8,
+            condition_dim=4,
+            pos_embed_max_size=64,
+            sample_size=8,
+            rope_axes_dim=(16, 16),
+        )
+        vae = autoencoder()
+        _sharpen(net, ".attn1.to_q.", ".attn1.to_k.")
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear"
+    )
+    return ready(CogView4Pipeline(tokenizer, encoder, vae, net, scheduler))  # type: ignore[call-arg]
+
+
+def bert_tokenizer(file: Path) -> BertTokenizer:
+    """WordPiece of the corpus's words, "gira" and "##ffe"."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(CORPUS.split())), "gira", "##ffe", *"abdo"]
+    file.write_text("\n".join(dict.fromkeys(words)), encoding="utf-8")
+    return BertTokenizer(str(file), model_max_length=77)
+
+
+def tiny_hunyuan_dit(seed: int = 0) -> Any:
+    """HunyuanDiT pipeline: four blocks with a skip connection, BERT and T5 states."""
+    with TemporaryDirectory() as folder:
+        tokenizer = bert_tokenizer(Path(folder) / "vocab.txt")
+    second = tiny_t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        bert = BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+        )
+        net: Any = HunyuanDiT2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            patch_size=2,
+            sample_size=8,
+            hidden_size=16,
+            num_layers=4,
+            cross_attention_dim=16,
+            cross_attention_dim_t5=32,
+            pooled_projection_dim=16,
+        )
+        parts = {"text_encoder": BertModel(bert), "text_encoder_2": t5_encoder(second, 32)}
+        vae = autoencoder(
+            block_out_channels=(8, 8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
+        _sharpen(net, ".attn2.to_q.", ".attn2.to_k.")
+    parts |= {"tokenizer": tokenizer, "tokenizer_2": second, "vae": vae, "transformer": net}
+    pipe = HunyuanDiTPipeline(
+        scheduler=DDPMScheduler(prediction_type="v_prediction"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **parts,
+    )
+    return ready(pipe)
+
+
+class _GlmTokenizer(PreTrainedTokenizerFast):
+    """Chat tokenizer that pads on the left and returns positions, as ChatGLM's does."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        found = super().__call__(*args, **options)
+        if options.get("return_tensors") == "pt":
+            found["position_ids"] = (found["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        return found
+
+
+def tiny_kolors(seed: int = 0) -> Any:
+    """Kolors pipeline: the tiny SDXL's UNet over the states of a ChatGLM."""
+    tokenizer = chat_tokenizer("left", start=True)
+    tokenizer.__class__ = _GlmTokenizer
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = ChatGLMConfig(
+            num_layers=2,
+            padded_vocab_size=len(tokenizer),
+            hidden_size=16,
+            ffn_hidden_size=32,
+            kv_channels=8,
+            num_attention_heads=2,
+            seq_length=256,
+            original_rope=True,
+            multi_query_attention=True,
+            add_qkv_bias=True,
+        )
+        encoder = ChatGLMModel(config, empty_init=False)
+        with torch.no_grad():
+            for weight in encoder.parameters():
+                weight.normal_(std=0.3)
+        net = tiny_unet(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            cross_attention_dim=32,
+            encoder_hid_dim=16,
+            encoder_hid_dim_type="text_proj",
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=16 + 6 * 8,
+        )
+        vae = autoencoder()
+        _sharpen(net, ".attn2.to_q.", ".attn2.to_k.")
+    return ready(_kolors_pipeline()(vae, encoder, tokenizer, net, EulerDiscreteScheduler()))
+
+
+def _kolors_pipeline() -> Any:
+    """Class of the pipeline; its module imports sentencepiece, which only the tokenizer of real checkpoints needs."""
+    if find_spec("sentencepiece") is not None:
+        return importlib.import_module("diffusers.pipelines.kolors.pipeline_kolors").KolorsPipeline
+    sys.modules["sentencepiece"] = stand_in = ModuleType("sentencepiece")
+    vars(stand_in)["SentencePieceProcessor"] = None
+    try:
+        return importlib.import_module("diffusers.pipelines.kolors.pipeline_kolors").KolorsPipeline
+    finally:
+        del sys.modules["sentencepiece"]
+
+
 def tiny_kontext() -> Any:
     """FLUX Kontext pipeline of the components of the tiny FLUX."""
     parts = {name: part for name, part in tiny_flux().components.items() if part is not None}
@@ -318,6 +476,9 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "Lumina 2": tiny_lumina2,
     "AuraFlow": tiny_aura_flow,
     "Chroma": tiny_chroma,
+    "CogView4": tiny_cogview4,
+    "HunyuanDiT": tiny_hunyuan_dit,
+    "Kolors": tiny_kolors,
     "FLUX.1 Kontext": tiny_kontext,
 }
 if not hasattr(diffusers, "Flux2KleinPipeline"):

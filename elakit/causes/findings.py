@@ -25,7 +25,7 @@ FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 CAUSE_KINDS: tuple[CauseKind, ...] = get_args(CauseKind)
 # Kinds that affect both entities in the same way.
 MUTUAL_KINDS: tuple[CauseKind, ...] = ("text states alike", "regions swap")
-# Share of the attention at the place of an entity from which another noun counts as taking it.
+# Share of the attention at the location of an entity from which another noun counts as taking it.
 CAPTURED = 0.6
 
 
@@ -43,8 +43,8 @@ class Failure:
     other : str
         The other entity: the one fused with it, or the owner of the attribute; "" if there is none.
     token : str
-        Label of the noun that receives the attention at the place of a missing entity, or of the attribute on the wrong
-        entity; "" if there is none.
+        Label of the noun that receives the attention at the location of a missing entity, or of the attribute on the
+        wrong entity; "" if there is none.
     seeds : tuple of int
         Seeds of the runs with this failure.
     of : int
@@ -92,7 +92,7 @@ class Failure:
         other, token = self.other, self.token
         what = {
             "missing": f"the {self.entity} is missing"
-            + (f", and {token!r} has the attention at its place" if token else ""),
+            + (f", and {token!r} has the attention at its location" if token else ""),
             "fused": f"the {self.entity} and the {other} are fused into one",
             "wrong attribute": f"the {self.entity} is {_word(token)}, the attribute of the {other}",
             "lost attribute": f"the {self.entity} is not {_word(token)}",

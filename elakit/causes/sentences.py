@@ -15,7 +15,7 @@ def sentence(cause: Cause) -> str:
     Examples
     --------
     >>> sentence(Cause("captured", "bird", "car", "car", evidence={"held": 0.93}))
-    'At the place of the bird, attention goes to "car" (93 % of the attention to the two nouns).'
+    'At the location of the bird, attention goes to "car" (93 % of the attention to the two nouns).'
     """
     entity, other, token, n = cause.entity, cause.other, cause.token, cause.evidence
     match cause.kind:
@@ -38,7 +38,7 @@ def sentence(cause: Cause) -> str:
             return f'The denoiser ignores "{entity}": {why}.'
         case "start-of-text competition":
             return (
-                f"At the place of the {entity}, attention goes to start-of-text "
+                f"At the location of the {entity}, attention goes to start-of-text "
                 f"({_percent(n.get('start_held', 0))} of the attention to the noun and start-of-text)."
             )
         case "regions swap":
@@ -46,20 +46,20 @@ def sentence(cause: Cause) -> str:
             return f'The attention to "{entity}" and to "{other}" exchanges places {when}, after the layout has formed.'
         case "captured" if n.get("held", 0) > CAPTURED:
             return (
-                f'At the place of the {entity}, attention goes to "{token}" '
+                f'At the location of the {entity}, attention goes to "{token}" '
                 f"({_percent(n['held'])} of the attention to the two nouns)."
             )
         case "captured":
             return (
-                f'"{entity}" and "{other}" receive attention at the same place (overlap '
+                f'"{entity}" and "{other}" receive attention at the same location (overlap '
                 f"{_percent(n.get('overlap', n.get('alike', 0)))}), where only one of them can appear."
             )
         case "attribute misplaced":
-            return f'"{token}" describes the {entity}, but receives attention at the place of the {other}.'
+            return f'"{token}" describes the {entity}, but receives attention at the location of the {other}.'
         case "never localized":
-            return f'The attention to "{entity}" is spread over the whole image, so it has no place of its own.'
+            return f'The attention to "{entity}" is spread over the whole image, so it has no location of its own.'
         case "region split":
-            return f'The attention to "{entity}" has two separate places, so it may appear split or twice.'
+            return f'The attention to "{entity}" has two separate peaks, so it may appear split or twice.'
 
 
 def _percent(share: float) -> str:

@@ -10,7 +10,23 @@ from typing import Annotated, Any
 import typer
 
 from elakit import checks
-from elakit.cli_options import PROMPT, Device, Dtype, Model, Scale, Steps, load_pipeline
+from elakit.cli_options import (
+    PROMPT,
+    Device,
+    Dtype,
+    Height,
+    Lora,
+    Model,
+    Negative,
+    Options,
+    Scale,
+    Scheduler,
+    Steps,
+    Variant,
+    Width,
+    load_pipeline,
+    method_options,
+)
 from elakit.errors import SettingError
 from elakit.guidance.registry import METHODS
 
@@ -27,9 +43,16 @@ def diagnose(
             "another-seed, swapped, next-to and regions."
         ),
     ] = "all",
+    options: Options = None,
     model: Model = "picture-world",
     steps: Steps = None,
     scale: Scale = None,
+    negative_prompt: Negative = None,
+    height: Height = None,
+    width: Width = None,
+    scheduler: Scheduler = None,
+    lora: Lora = None,
+    variant: Variant = None,
     device: Device = None,
     dtype: Dtype = None,
     predictor: Annotated[
@@ -54,12 +77,11 @@ def diagnose(
     """
     from elakit.diagnosis.procedure import MAX_SEEDS
     from elakit.diagnosis.trials import check
-    from elakit.sweep.units import MAX_STEPS
+    from elakit.sweep.units import checked_sizes
 
     checks.whole_number(seeds, "--seeds", 1, MAX_SEEDS)
     checks.whole_number(first_seed, "--first-seed", 0, checks.MAX_SEED - seeds)
-    if steps is not None:
-        checks.whole_number(steps, "steps", 1, MAX_STEPS)
+    checked_sizes(steps, height, width)
     asked: bool | list[str] = remedies == "all"
     if remedies not in ("all", "none"):
         asked = [name.strip() for name in remedies.split(",") if name.strip()]
@@ -68,13 +90,23 @@ def diagnose(
         raise SettingError('Give one prompt, such as "a cat and a lion", or a file of prompts with --prompts.')
     settings = {
         "seeds": list(range(first_seed, first_seed + seeds)), "method": method, "remedies": asked, "steps": steps,
-        "guidance_scale": scale,
+        "guidance_scale": scale, "negative_prompt": negative_prompt, "height": height, "width": width,
     }  # fmt: skip
-    resources = {"model": model, "device": device, "dtype": dtype}
+    resources = {
+        "model": model, "device": device, "dtype": dtype, "variant": variant, "scheduler": scheduler, "lora": lora,
+    }  # fmt: skip
+    if method not in METHODS:
+        raise SettingError(f"--method {method}: choose from {', '.join(METHODS)}.")
+    own = method_options(method, options)
     if prompts is not None:
-        _diagnose_many(prompts, out or Path("diagnoses"), predictor=predictor, workers=workers, **resources, **settings)
+        chosen = out or Path("diagnoses")
+        _diagnose_many(prompts, chosen, predictor=predictor, workers=workers, options=own, **resources, **settings)
     else:
         assert prompt is not None
+        if own:
+            from elakit.guidance.metadata import build
+
+            settings["method"] = build(METHODS[method], own)
         _diagnose_one(prompt, out or Path("report.html"), keep, json_out, predictor, resources, settings)
 
 

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from elakit.cli_options import value_of
 from elakit.diagnosis.data import DiagnosisData
 from elakit.diagnosis.remedies import RemedyResult
 from elakit.diagnosis.trials import DEFAULT
+from elakit.errors import ElakitError
+from elakit.files import read_json
 from elakit.guidance import METHODS, as_code, method_options
 from elakit.models import EMBEDDED, HUB_ID
 from elakit.rewording import bracketed
@@ -37,8 +40,7 @@ def code(diagnosis: DiagnosisData) -> str:
             f"    seeds={seeds},",
             f"    method={_method(diagnosis.method, diagnosis.options)},",
             *([f"    remedies={remedies!r},"] if remedies else []),
-            f"    steps={settings.get('steps')},",
-            f"    guidance_scale={settings.get('guidance_scale'):g},",
+            *_generation(settings),
             ")",
             'report.write(found, "report.html")',
         ]
@@ -46,7 +48,7 @@ def code(diagnosis: DiagnosisData) -> str:
 
 
 def command(diagnosis: DiagnosisData) -> str:
-    """Command line that reproduces a diagnosis; "" if there is none (methods with options, seeds with gaps).
+    """Command line that reproduces a diagnosis; "" if there is none (methods of your own, seeds with gaps).
 
     Parameters
     ----------
@@ -54,12 +56,14 @@ def command(diagnosis: DiagnosisData) -> str:
     """
     settings = diagnosis.pairs[0].plain.settings
     seeds = [pair.seed for pair in diagnosis.pairs]
-    if seeds != list(range(seeds[0], seeds[0] + len(seeds))) or changed(diagnosis.method, diagnosis.options) != {}:
+    options = _set(diagnosis.method, changed(diagnosis.method, diagnosis.options))
+    if seeds != list(range(seeds[0], seeds[0] + len(seeds))) or options is None:
         return ""
     remedies = _remedies(diagnosis)
     words = ["elakit", "diagnose", bracketed(diagnosis.prompt), "--seeds", str(len(seeds))]
     words += ["--first-seed", str(seeds[0])] if seeds[0] else []
     words += ["--method", diagnosis.method] if diagnosis.method != "ela" else []
+    words += options
     if remedies != list(DEFAULT):
         words += ["--remedies", ",".join(remedies) if remedies else "none"]
     return shlex.join([*words, *_settings(settings)])
@@ -109,8 +113,7 @@ def _remedy_code(result: RemedyResult) -> str:
             f"    {bracketed(remedy.prompt)!r},",
             f"    seed={[run.seed for run in result.runs]},",
             *([f"    guidance={guidance},"] if guidance else []),
-            f"    steps={settings.get('steps')},",
-            f"    guidance_scale={settings.get('guidance_scale'):g},",
+            *_generation(settings),
             ")",
             f'runs[{_shown(result)}].image.save("image.png")',
         ]
@@ -121,16 +124,22 @@ def _remedy_command(result: RemedyResult) -> str:
     remedy, run = result.remedy, result.runs[_shown(result)]
     words = ["elakit", "run", bracketed(remedy.prompt), "--seed", str(run.seed)]
     if remedy.method is not None:
-        options = changed(remedy.method, remedy.options)
-        if options is None or set(options) - {"regions"}:
+        own = changed(remedy.method, remedy.options)
+        regions = (own or {}).pop("regions", None)
+        options = _set(remedy.method, own)
+        if options is None or not (regions is None or _are_boxes(regions)):
             return ""
-        words += ["--method", remedy.method]
-        if "regions" in options:
-            if not _are_boxes(options["regions"]):
-                return ""
-            boxes = ";".join(",".join(f"{side:g}" for side in box) for box in options["regions"])
-            words += ["--regions", boxes]
+        words += ["--method", remedy.method, *options]
+        if regions is not None:
+            words += ["--regions", ";".join(",".join(f"{side:g}" for side in box) for box in regions)]
     return shlex.join([*words, *_settings(run.settings), "--out", f"run-{run.seed}"])
+
+
+def _set(method: str, options: Mapping[str, Any] | None) -> list[str] | None:
+    """Words ``--set METHOD.OPTION=VALUE`` for options of a method; None if a value cannot be written as text."""
+    if options is None or any(value_of(str(value)) != value for value in options.values()):
+        return None
+    return [word for name, value in options.items() for word in ("--set", f"{method}.{name}={value}")]
 
 
 def _are_boxes(regions: Any) -> bool:
@@ -143,8 +152,40 @@ def _are_boxes(regions: Any) -> bool:
 def _loading(settings: Mapping[str, Any]) -> list[str]:
     model = str(settings.get("model"))
     if model in EMBEDDED or HUB_ID.fullmatch(model) or Path(model).is_dir():
-        return [f"pipe = elakit.load({model!r})"]
+        given = "".join(f", {name}={value!r}" for name, value in _loaded(settings).items())
+        return [f"pipe = elakit.load({model!r}{given})"]
     return [f"pipe = ...  # your own {model}"]
+
+
+def _generation(settings: Mapping[str, Any]) -> list[str]:
+    """Settings of generation as code: steps and scale, and others that differ from the defaults."""
+    lines = [f"    steps={settings.get('steps')},", f"    guidance_scale={settings.get('guidance_scale'):g},"]
+    return [*lines, *(f"    {name}={value!r}," for name, value in _generated(settings).items())]
+
+
+def _loaded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `elakit.load` that differ from the defaults."""
+    own = {name: settings.get(name) for name in ("variant", "scheduler", "lora")}
+    if own["scheduler"] == _own_scheduler(str(settings.get("model"))):
+        own["scheduler"] = None
+    return {name: value for name, value in own.items() if value is not None}
+
+
+def _generated(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Negative prompt and size where they differ from the defaults of an embedded model."""
+    model = EMBEDDED.get(str(settings.get("model")))
+    usual = {} if model is None else {"height": model.size, "width": model.size}
+    own = {name: settings.get(name) for name in ("negative_prompt", "height", "width")}
+    return {name: value for name, value in own.items() if value is not None and value != usual.get(name)}
+
+
+def _own_scheduler(model: str) -> str | None:
+    """Scheduler of an embedded model or a folder; None if it cannot be read without a download."""
+    folder = EMBEDDED[model].path if model in EMBEDDED else Path(model)
+    try:
+        return str(read_json(folder / "model_index.json")["scheduler"][1])
+    except (ElakitError, OSError, KeyError, TypeError, IndexError):
+        return None
 
 
 def _settings(settings: Mapping[str, Any]) -> list[str]:
@@ -155,6 +196,8 @@ def _settings(settings: Mapping[str, Any]) -> list[str]:
         words += ["--steps", str(settings.get("steps"))]
     if model is None or settings.get("guidance_scale") != model.guidance_scale:
         words += ["--scale", f"{settings.get('guidance_scale'):g}"]
+    for name, value in {**_generated(settings), **_loaded(settings)}.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
     return words
 
 

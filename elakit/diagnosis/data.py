@@ -11,7 +11,7 @@ import pandas as pd
 
 from elakit.causes import Cause, Failure, Findings
 from elakit.diagnosis.remedies import RemedyResult, bleed
-from elakit.judge import Verdict
+from elakit.judge import Verdict, is_black
 from elakit.prompt import Prompt
 from elakit.run import Run
 from elakit.statistics import wilson
@@ -101,6 +101,12 @@ class DiagnosisData:
         """Number of images that the pipeline's safety checker replaced."""
         runs = [run for pair in self.pairs for run in (pair.plain, pair.guided)]
         return sum(run.nsfw for run in runs)
+
+    @property
+    def black(self) -> int:
+        """Number of images that are entirely black, as some safety checkers leave them without a report."""
+        runs = [run for pair in self.pairs for run in (pair.plain, pair.guided)]
+        return sum(is_black(run.image) for run in runs)
 
     @property
     def plain(self) -> tuple[Run, ...]:

@@ -14,7 +14,7 @@ from elakit.diagnosis.run_store import RunStore, run_key
 from elakit.generation import Progress, generate
 from elakit.guidance import Method
 from elakit.guidance.metadata import options_of
-from elakit.models import EMBEDDED, default_settings, name_of
+from elakit.models import EMBEDDED, adapter_for, default_settings, loaded_with, name_of
 from elakit.prompt import Prompt
 from elakit.run import Run
 
@@ -44,7 +44,7 @@ class ImageGenerator:
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
-    steps, guidance_scale : optional
+    steps, guidance_scale, negative_prompt, height, width : optional
         As in `elakit.generate`.
     batch : int, optional
         Largest number of seeds per batch. By default all seeds for an embedded model, and 1 for other models, whose
@@ -77,6 +77,9 @@ class ImageGenerator:
         *,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
         batch: int | None = None,
         folder: str | Path | None = None,
         on_progress: OnProgress | None = None,
@@ -86,6 +89,9 @@ class ImageGenerator:
         self.batch = None if batch is None else checks.whole_number(batch, "batch", 1)
         self.steps = defaults.steps if steps is None else steps
         self.guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        self.negative_prompt = negative_prompt
+        sides = adapter_for(pipe).default_size()
+        self.height, self.width = sides[0] if height is None else height, sides[1] if width is None else width
         self.store = None if folder is None else RunStore(folder)
         self.done, self.total = 0, 0
         self._on_progress = on_progress or (lambda done, total, what: None)
@@ -125,6 +131,8 @@ class ImageGenerator:
         settings = {
             "model": name_of(self.pipe), "steps": self.steps, "guidance_scale": self.guidance_scale,
             "scheduler": type(self.pipe.scheduler).__name__, "method": getattr(guidance, "name", None),
+            "negative_prompt": self.negative_prompt, "height": self.height, "width": self.width,
+            **loaded_with(self.pipe),
         }  # fmt: skip
         if stop_after is not None and stop_after < self.steps:
             settings["stopped"] = stop_after
@@ -171,6 +179,9 @@ class ImageGenerator:
             seed=list(seeds),
             steps=self.steps,
             guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
+            height=self.height,
+            width=self.width,
             guidance=guidance,
             record=record or RecordSpec(),
             stop_if=after_step,

@@ -34,6 +34,9 @@ def diagnose(
     remedies: bool | Sequence[str | Method] = False,
     steps: int | None = None,
     guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
     predictor: Predictor | None = None,
     batch: int | None = None,
     folder: str | Path | None = None,
@@ -54,7 +57,7 @@ def diagnose(
         "another-seed", "swapped" (entities in the opposite order), "next-to" (instead of "and"), "regions" (guidance
         with one box per entity, side by side). No remedy is tried if all plain images are right. An exception in one
         remedy is reported and does not affect the others.
-    steps, guidance_scale : optional
+    steps, guidance_scale, negative_prompt, height, width : optional
         As in `elakit.generate`.
     predictor : Predictor, optional
         Predicts failures and chooses other seeds; by default the shipped predictor if it was fitted on this model.
@@ -96,8 +99,9 @@ def diagnose(
     model = name_of(pipe)
     predictor = predictor or _shipped(model)
     generator = ImageGenerator(
-        pipe, steps=steps, guidance_scale=guidance_scale, batch=batch, folder=folder, on_progress=on_progress
-    )
+        pipe, steps=steps, guidance_scale=guidance_scale, negative_prompt=negative_prompt, height=height, width=width,
+        batch=batch, folder=folder, on_progress=on_progress,
+    )  # fmt: skip
     generator.expect(2 * len(numbers) + sum(images_of(one, len(numbers)) for one in others))
     began = time.perf_counter()
     plain = generator.generate(parsed, numbers, what="plain")

@@ -72,11 +72,14 @@ def run_key(prompt: Prompt, seed: int, settings: Mapping[str, Any], options: Map
     prompt : Prompt
     seed : int
     settings : mapping
-        As in `Run.settings`; model, scheduler, steps, guidance_scale, method and stopped are used.
+        As in `Run.settings`; all that change the image are used.
     options : mapping
         Options of the method.
     """
-    names = ("model", "scheduler", "steps", "guidance_scale", "method", "stopped")
+    names = (
+        "model", "variant", "lora", "scheduler", "steps", "guidance_scale", "negative_prompt", "height", "width",
+        "method", "stopped",
+    )  # fmt: skip
     used = {name: settings.get(name) for name in names} | {"guidance_scale": float(settings["guidance_scale"])}
     identity = [prompt.to_dict(), seed, used, options]
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=repr).encode()).hexdigest()[:16]

@@ -110,6 +110,11 @@ def _images(diagnosis: DiagnosisData) -> list[str]:
             f"The pipeline's safety checker replaced {blocked} of {2 * count} images, so the images were not judged. "
             "The measures of attention are not affected."
         ]
+    if not diagnosis.judged and (black := diagnosis.black):
+        return [
+            f"{black} of {2 * count} images {'is' if black == 1 else 'are'} entirely black, so the images were not "
+            "judged. Load the pipeline with safety_checker=None, or with another dtype."
+        ]
     if not diagnosis.judged:
         return [
             "The images were not judged, because the judge knows only the nouns and colors of picture-world. Look at "

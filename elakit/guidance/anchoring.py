@@ -169,6 +169,34 @@ def intrusion(maps: Tensor, regions: Tensor) -> Tensor:
     return others / (own + others)
 
 
+def confinement(maps: Tensor, masks: np.ndarray, prompt: Prompt, regions: np.ndarray | None = None) -> Loss:
+    """Squared shares of attention outside the masks, for the trace of methods without a loss.
+
+    Parameters
+    ----------
+    maps : Tensor, (token, y, x)
+    masks : ndarray, bool, (entity, y, x)
+        Where each entity's words may be attended to.
+    prompt : Prompt
+    regions : ndarray, bool, (entity, y, x), optional
+        Regions of the loss, if they are not the masks.
+
+    Returns
+    -------
+    Loss
+        The sum of its terms "outside" (mean over entities) and "attributes" (mean over attribute tokens).
+    """
+    inside = torch.from_numpy(masks).to(maps.device)
+    terms = {
+        "outside": outside_share(entity_means(maps, prompt), inside).square().mean(),
+        "attributes": attributes_outside(maps, inside, prompt),
+    }
+    total = terms["outside"] + terms["attributes"]
+    return Loss(
+        total, {name: float(term.detach()) for name, term in terms.items()}, masks if regions is None else regions
+    )
+
+
 def attributes_outside(maps: Tensor, regions: Tensor, prompt: Prompt) -> Tensor:
     """Mean squared `outside_share` over attribute tokens, each with the region of its entity; 0 without attributes."""
     owners: Sequence[tuple[int, int]] = [

@@ -16,15 +16,31 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from elakit.attention import paused
+from elakit.attention.rescoring import check_layers, rescored
 from elakit.attention.taps import Attend, tap
 from elakit.errors import SettingError
 from elakit.guidance.holding import Holder
 from elakit.guidance.metadata import options_of
-from elakit.guidance.method import Attention, Hold, Holds, Loss, Method, NoiseSearch, Update
+from elakit.guidance.method import (
+    Attention,
+    Encodes,
+    Hold,
+    Holds,
+    Loss,
+    Method,
+    NoiseSearch,
+    Rehearses,
+    Rescore,
+    Rescores,
+    Restricts,
+    Update,
+)
+from elakit.guidance.reweighing import Reweigher, Reweighs
 from elakit.guidance.trace import Trace
 from elakit.models import Adapter, AttentionLayer, Conditioning, adapter_for
 from elakit.models.device import compute_dtype
@@ -268,6 +284,13 @@ def acts(updates: Sequence[Update]) -> bool:
     return any(update.size or update.hold for update in updates)
 
 
+def encoded(method: Method | None, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
+    """Text states of a run: those of the plain run, unless the method changes them."""
+    if isinstance(method, Encodes) and len(prompt.entities) > 1:
+        return method.encode(adapter, prompt, conditioning)
+    return conditioning
+
+
 class Guide:
     """Guidance of one run: moves the latents before each denoising step, and keeps one trace per image.
 
@@ -310,14 +333,56 @@ class Guide:
         self.done: set[int] = set()  # images that are not guided any more
         self.left_alone: set[int] = set()  # those of them that were never to be guided
         self.holder: Holder | None = None
+        self.rescored: tuple[AttentionLayer, ...] = ()
         if isinstance(method, Holds) and any(update.hold for update in self.updates):
-            self.holder = Holder(self.adapter, self.layers, images)
+            if isinstance(method, Reweighs):
+                self.holder = Reweigher(self.adapter, self.layers, method, prompt, self.states)
+            else:
+                self.rescored = self._rescored()
+                self.holder = Holder(
+                    self.adapter, self.layers, images,
+                    reads_self=method.reads_self and not isinstance(method, Rehearses),  # has read it before the run
+                    rescored=self.rescored,
+                )  # fmt: skip
         rows, columns = (-(-side // self.layers[0].factor) for side in latent) if self.layers else (0, 0)
         self.map_size = rows, columns  # of the maps read
+
+    def _rescored(self) -> tuple[AttentionLayer, ...]:
+        """Layers whose scores the method changes as they run."""
+        if not isinstance(self.method, Rescores):
+            return ()
+        layers, beside = self.method.rescored(self.adapter.layers(), self.layers)
+        check_layers(self.adapter, [*layers, *beside])
+        return *layers, *self.adapter.self_layers(beside)
 
     def holding(self) -> AbstractContextManager[None]:
         """Context for the pipeline's call, in which passes are restricted as the method defines."""
         return nullcontext() if self.holder is None else self.holder()
+
+    def rehearse(self, run: Callable[[Callable[[int], bool]], None]) -> bool:
+        """Let the method look at the first steps of a plain run; False if it does not do so.
+
+        Parameters
+        ----------
+        run : callable
+            ``run(enough)`` makes plain steps from the run's noise until ``enough(step)``, called after each, is True.
+        """
+        method = self.method
+        if not isinstance(method, Rehearses) or not acts(self.updates):
+            return False
+        holder = Holder(self.adapter, self.layers, self.images, reads_self=method.reads_self)
+        passes: list[list[Attention]] = [[] for _ in range(self.images)]
+
+        def enough(step: int) -> bool:
+            for image, seen in enumerate(passes):
+                seen.append(holder.attention(image))
+            return step + 1 >= method.steps
+
+        with holder():
+            run(enough)
+        for seen, state in zip(passes, self.states, strict=True):
+            method.rehearse(seen, self.prompt, state)
+        return True
 
     def only(self, needed: Sequence[bool]) -> None:
         """Do not guide, from this step on, the images that do not need it."""
@@ -362,7 +427,7 @@ class Guide:
         z = latents.detach().to(torch.promote_types(latents.dtype, torch.float32)).clone()
         last: dict[int, tuple[Loss, Tensor]] = {}
         refinements = [0] * len(z)
-        with paused(self.adapter.pipe), frozen(self.adapter.denoiser):
+        with paused(self.adapter.pipe), frozen(self.adapter.denoiser), self._restricted(step, lambda: pending):
             for attempt in range(update.repeats + 1):
 
                 def refining(loss: Loss, extra: bool = attempt < update.repeats) -> bool:
@@ -399,6 +464,19 @@ class Guide:
         # the same object, so that initial noise is not scaled back and forth, which would round it
         return latents if torch.equal(z, latents.to(z.dtype)) else z.to(latents.dtype)
 
+    def _restricted(self, step: int, pending: Callable[[], Sequence[int]]) -> AbstractContextManager[None]:
+        """Context for gradient passes, in which scores change as the method defines; `pending` are their images."""
+        method = self.method
+        if not isinstance(method, Restricts) or not self.rescored:
+            return nullcontext()
+        changes = [method.restrict(self.prompt, step, state) for state in self.states]
+        return rescored(
+            self.adapter,
+            self.rescored,
+            lambda site, scores: changes[pending()[site.image]].change(site, scores),
+            own_passes=True,
+        )
+
     def _unit(self, latents: Tensor, timestep: Tensor) -> float:
         """Factor that scales the scheduler's latents to unit variance: 1 for most, less for Euler, LMS and Heun."""
         return float(_scaled(self.adapter, torch.ones((), device=latents.device), timestep))
@@ -424,7 +502,7 @@ class Guide:
         """Set the restrictions of the pass of a step about to run."""
         if self.holder is None or not isinstance(self.method, Holds):
             return
-        held: list[Hold | None] = [None] * self.images
+        held: list[Hold | Rescore | None] = [None] * self.images
         pending = set(range(self.images)) - self.done
         if step < len(self.updates) and self.updates[step].hold:
             for i in pending:
@@ -439,13 +517,16 @@ class Guide:
         if self.holder is None:
             return
         for i, one in enumerate(self.holder.held):
-            if one is None:
+            if one is None or self.updates[step].size:  # a step that moved the latent has its row
                 continue
             began = time.perf_counter()
             loss = self.method.loss(self.holder.attention(i), self.prompt, step, self.states[i])
             if loss.enough:
                 self.done.add(i)
-            self.traces[i].add(_row(step, timestep, loss, time.perf_counter() - began), one.masks)
+            regions = loss.regions if isinstance(self.holder, Reweigher) else one.regions
+            if regions is None and isinstance(one, Hold) and isinstance(one.masks, np.ndarray):
+                regions = one.masks
+            self.traces[i].add(_row(step, timestep, loss, time.perf_counter() - began), regions)
 
     def _gradient(
         self,

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elakit.attention.rescoring import Change, Scores, Site
 from elakit.errors import SettingError
-from elakit.models import AttentionLayer
+from elakit.models import Adapter, AttentionLayer, Conditioning
 from elakit.prompt import Prompt
 
 
@@ -115,17 +116,42 @@ class Hold:
 
     Attributes
     ----------
-    masks : ndarray, bool, (entity, y, x)
-        Regions at any resolution; an entity with an empty mask is not restricted.
+    masks : ndarray, bool, (entity, y, x), or callable
+        Regions at any resolution; an entity with an empty mask is not restricted. A callable gives them for a layer's
+        (rows, columns), and is taken at its word: an entity with an empty mask is attended to nowhere.
     tokens : tuple of tuple of int
         Positions of each entity's words.
     strength : float
-        Amount subtracted from the scores of an entity's words outside its mask.
+        Amount subtracted from the scores of an entity's words outside its mask; where a location of a layer is partly
+        outside, this share of it.
+    regions : ndarray, bool, (entity, y, x), optional
+        Regions for the trace; by default the masks, if they are an array.
+    hidden : tuple of int
+        Positions from which the strength is subtracted everywhere.
     """
 
-    masks: np.ndarray
+    masks: np.ndarray | Callable[[tuple[int, int]], np.ndarray]
     tokens: tuple[tuple[int, ...], ...]
     strength: float
+    regions: np.ndarray | None = None
+    hidden: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Rescore:
+    """Change of attention scores that is computed in each layer as it runs; for methods that are `Rescores`.
+
+    Attributes
+    ----------
+    change : callable
+        ``change(site, scores)`` returns the change of one layer's scores in one image, or None, see
+        `elakit.attention.rescoring.rescored`.
+    regions : ndarray, bool, (entity, y, x), optional
+        Regions for the trace.
+    """
+
+    change: Callable[[Site, Scores], Change | None]
+    regions: np.ndarray | None = None
 
 
 class Method(Protocol):
@@ -175,12 +201,61 @@ class Holds(Protocol):
 
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Any
-    ) -> Hold | None:
+    ) -> Hold | Rescore | None:
         """Restriction in one step's pass for one image, or None, given the attention of the previous pass.
 
         Before the first pass there is no attention; size is (rows, columns) of the maps that are read. `Method.loss`
         is called afterwards, with the attention of the restricted pass.
         """
+
+
+@runtime_checkable
+class Rescores(Protocol):
+    """A method whose `Holds.hold` returns a `Rescore`, for models with plain cross-attention layers."""
+
+    def hold(
+        self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Any
+    ) -> Rescore | None:
+        """See `Holds`."""
+
+    def rescored(
+        self, layers: Sequence[AttentionLayer], read: Sequence[AttentionLayer]
+    ) -> tuple[Sequence[AttentionLayer], Sequence[AttentionLayer]]:
+        """Layers whose scores change, and layers beside which self-attention changes, given all and those read."""
+
+
+@runtime_checkable
+class Restricts(Protocol):
+    """A method that is `Rescores` and also changes the scores in the passes from which its gradient is taken."""
+
+    def restrict(self, prompt: Prompt, step: int, state: Any) -> Rescore:
+        """Change of the scores in a step's gradient passes for one image."""
+
+
+@runtime_checkable
+class Encodes(Protocol):
+    """A method that changes the text states of the whole run."""
+
+    def encode(self, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
+        """The prompt's text states as the method uses them, given those of the plain run."""
+
+
+@runtime_checkable
+class Rehearses(Protocol):
+    """A method that looks at the first steps of a plain run, which then starts again from the same noise.
+
+    Attributes
+    ----------
+    steps : int
+        Number of plain steps.
+    """
+
+    @property
+    def steps(self) -> int:
+        """Number of plain steps."""
+
+    def rehearse(self, passes: Sequence[Attention], prompt: Prompt, state: Any) -> None:
+        """Note what one image's plain passes show; each has the mean over heads, self-attention if `reads_self`."""
 
 
 @runtime_checkable

@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from elakit.checks import choice, real_number, refuse, share, whole_number
-from elakit.guidance.anchoring import attributes_outside, outside_share
+from elakit.guidance.anchoring import confinement
 from elakit.guidance.ela import decoder_side_layers
 from elakit.guidance.layout import Layout, apart, check_layout, layout_masks
 from elakit.guidance.localization import Anchors, FromMaps, complete, entity_means, is_complete
@@ -169,13 +168,7 @@ class RegionalAttention:
         """Squared share of attention outside the regions, for the trace only: "outside" plus "attributes"."""
         maps = attention.mean
         masks = self._masks(maps.detach(), prompt, state) if state.held is None else state.held
-        regions = torch.from_numpy(masks).to(maps.device)
-        terms = {
-            "outside": outside_share(entity_means(maps, prompt), regions).square().mean(),
-            "attributes": attributes_outside(maps, regions, prompt),
-        }
-        total = terms["outside"] + terms["attributes"]
-        return Loss(total, {name: float(term.detach()) for name, term in terms.items()}, masks)
+        return confinement(maps, masks, prompt)
 
     def _masks(self, maps: Tensor, prompt: Prompt, state: Anchors) -> np.ndarray:
         """Regions of the next pass; maps (token, y, x) -> bool (entity, y, x)."""

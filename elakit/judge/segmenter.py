@@ -1,4 +1,4 @@
-"""The embedded judge's network: what every pixel shows, and whether it is part of a hybrid or of nothing nameable."""
+"""Network of the embedded judge: a class for every pixel, and probabilities of hybrids and unrecognizable shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.ndimage import binary_dilation
-from skimage.measure import label as components
+from skimage.measure import label
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,27 +25,27 @@ from elakit.world.vocabulary import NOUNS
 CLASSES = 1 + len(NOUNS)
 CHANNELS = (16, 48, 96, 160, 224)
 SIZE = 128  # pixels; images of another size are resized to what the judge was trained on
-# A thing is there if one connected patch of it covers this share of the image. In the world's scenes the smallest
-# (glasses among three) covers about 1.5 %.
+# A thing is present if one connected component of its class covers this share of the image. In the world's scenes the
+# smallest (glasses among three) covers about 1.5 %.
 LEAST_AREA = 0.008
-# A patch this much smaller than a larger one that it touches is a speck in the larger one's drawing, not a thing.
+# A component that covers less than this share of a larger one that it touches is noise, not a thing.
 SPECK = 0.15
-# A patch is part of a hybrid if its pixels say so with at least this mean probability. Chosen on 300 composed hybrids,
-# 300 pairs and 288 drawings of single things, of seeds of their own.
+# A component is part of a hybrid if the mean probability over its pixels is larger. Chosen on 300 composed hybrids,
+# 300 pairs and 288 images of single things, with seeds used for nothing else.
 MIXED = 0.3
-# A patch is unrecognizable if its pixels say so with at least this mean probability.
+# A component is unrecognizable if the mean probability over its pixels is larger.
 UNRECOGNIZABLE = 0.5
 
 
 class Segmenter(nn.Module):
-    """A small U-Net that works at half resolution and answers at full.
+    """A small U-Net that computes at half resolution; its output has the resolution of the image.
 
     Parameters
     ----------
     channels : tuple of int
         Widths at 1/2, 1/4, 1/8, ... of the image's side.
     outputs : int
-        ``CLASSES + 2``; or ``CLASSES + 1`` for a judge that has no notion of the unrecognizable.
+        ``CLASSES + 2``, or ``CLASSES + 1`` for a judge without an output for unrecognizable shapes.
     """
 
     def __init__(self, channels: tuple[int, ...] = CHANNELS, outputs: int = CLASSES + 2) -> None:
@@ -58,7 +58,7 @@ class Segmenter(nn.Module):
         self.head = nn.Conv2d(channels[0], outputs, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class scores, and the logits of being part of a hybrid and of being unrecognizable.
+        """Class scores, and logits for hybrids and unrecognizable shapes.
 
         Parameters
         ----------
@@ -73,7 +73,7 @@ class Segmenter(nn.Module):
         return F.interpolate(self.halved(images), size=images.shape[-2:], mode="bilinear", align_corners=False)
 
     def halved(self, images: Tensor) -> Tensor:
-        """The scores at half resolution, as the network computes them: (n, 27, h / 2, w / 2)."""
+        """Scores at half resolution, as the network computes them: (n, 27, h / 2, w / 2)."""
         x = self.stem(images)
         skips = []
         for down in self.down:
@@ -86,12 +86,12 @@ class Segmenter(nn.Module):
 
 @lru_cache(maxsize=1)
 def load_segmenter() -> Segmenter:
-    """The shipped judge.
+    """Load the embedded judge, once per process.
 
     Raises
     ------
     ModelError
-        Its weights are missing, or are of another edition.
+        Raised when its weights are missing or belong to another version.
     """
     path = data_path("picture-world", "judge", "model.safetensors")
     remedy = "Train them: python -m elakit.world.train --stage judge, and copy judge/ to data/picture-world/."
@@ -108,17 +108,18 @@ def load_segmenter() -> Segmenter:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the judge's network makes of some images.
+    """Output of the judge's network for some images.
 
     Attributes
     ----------
     classes : ndarray of int, (n, size, size)
-        0 background, 1 + index in ``NOUNS`` elsewhere.
+        0 for background, 1 + index in ``NOUNS`` elsewhere.
     probabilities : ndarray, float32, (n, 25, size, size)
+        Probability of each class.
     mixed : ndarray, float32, (n, size, size)
-        Probability of being part of a hybrid.
+        Probability that the pixel belongs to a hybrid.
     unrecognizable : ndarray, float32, (n, size, size)
-        Probability of being part of a shape that cannot be named; 0 from a judge that does not know the notion.
+        Probability that the pixel belongs to an unrecognizable shape; 0 if the judge has no output for it.
     """
 
     classes: np.ndarray
@@ -129,7 +130,7 @@ class Seen:
 
 @torch.no_grad()
 def segment(images: np.ndarray) -> Seen:
-    """Look at every pixel.
+    """Classify every pixel of some images.
 
     Parameters
     ----------
@@ -145,7 +146,7 @@ def segment(images: np.ndarray) -> Seen:
     """
     pixels = torch.tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     model = load_segmenter()
-    # the mirror image is a second opinion
+    # mean over the image and its mirror image
     scores = (model(pixels) + model(pixels.flip(-1)).flip(-1)) / 2
     probabilities = scores[:, :CLASSES].softmax(1)
     mixed, spoiled = scores[:, CLASSES].sigmoid(), scores[:, CLASSES + 1 :].sigmoid()
@@ -154,19 +155,19 @@ def segment(images: np.ndarray) -> Seen:
 
 
 def find_things(image: Image.Image, nouns: Sequence[str] = ()) -> list[Thing]:
-    """All things of picture-world in an image, the largest first: the embedded judge as a detector.
+    """Find all things of picture-world in an image, the largest first: the embedded judge as a detector.
 
     Parameters
     ----------
     image : PIL.Image.Image
     nouns : sequence of str
-        Not needed: it looks for all 24 nouns, so that what nobody asked for is found too.
+        Ignored: the judge looks for all 24 nouns, and so also finds things that the prompt does not name.
 
     Returns
     -------
     list of Thing
-        `score` is the mean probability of the noun over the thing's pixels: low in a drawing that is not clean.
-        Shapes that cannot be named are among them, with the most probable noun and ``recognizable=False``.
+        `score` is the mean probability of the noun over the thing's pixels; it is low for a deformed thing.
+        Unrecognizable shapes are included, with the most probable noun and ``recognizable=False``.
 
     Examples
     --------
@@ -180,19 +181,19 @@ def find_things(image: Image.Image, nouns: Sequence[str] = ()) -> list[Thing]:
     pixels = np.asarray(rgb.resize((SIZE, SIZE), way))
     seen = segment(pixels[None])
     classes, probabilities, mixed = seen.classes[0], seen.probabilities[0], seen.mixed[0]
-    patches = [p for p in _patches(_without_specks(classes)) if p[1].mean() >= LEAST_AREA]
-    hybrid = [bool(mixed[mask].mean() > MIXED) for _, mask in patches]
-    blobs = components(classes > 0, connectivity=2)
+    found = [p for p in _components(_without_specks(classes)) if p[1].mean() >= LEAST_AREA]
+    hybrid = [bool(mixed[mask].mean() > MIXED) for _, mask in found]
+    blobs = label(classes > 0, connectivity=2)
     full = (rgb.height, rgb.width)
     things = []
-    for (value, mask), is_hybrid in zip(patches, hybrid, strict=True):
+    for (value, mask), is_hybrid in zip(found, hybrid, strict=True):
         partners: list[int] = []
         if is_hybrid:
             here = set(np.unique(blobs[mask]))
             partners = [
                 other
-                for (other, place), mixed_too in zip(patches, hybrid, strict=True)
-                if mixed_too and other != value and here & set(np.unique(blobs[place]))
+                for (other, area), mixed_too in zip(found, hybrid, strict=True)
+                if mixed_too and other != value and here & set(np.unique(blobs[area]))
             ]
             if not partners:  # blended all over: the second most probable noun
                 mean = probabilities[:, mask].mean(1)
@@ -211,24 +212,24 @@ def find_things(image: Image.Image, nouns: Sequence[str] = ()) -> list[Thing]:
     return things
 
 
-def _patches(classes: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Connected patches of one class, with their class, the largest first."""
-    patches: list[tuple[int, np.ndarray]] = []
+def _components(classes: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Connected components of one class each, with their class, the largest first."""
+    found: list[tuple[int, np.ndarray]] = []
     for value in np.unique(classes[classes > 0]):
-        labeled, count = components(classes == value, return_num=True, connectivity=2)
-        patches += [(int(value), labeled == i) for i in range(1, count + 1)]
-    return sorted(patches, key=lambda patch: -int(patch[1].sum()))
+        labeled, count = label(classes == value, return_num=True, connectivity=2)
+        found += [(int(value), labeled == i) for i in range(1, count + 1)]
+    return sorted(found, key=lambda one: -int(one[1].sum()))
 
 
 def _without_specks(classes: np.ndarray) -> np.ndarray:
-    """Specks given to the largest patch that they touch, the smallest first."""
+    """Classes after specks are assigned to the largest component that they touch, the smallest speck first."""
     classes = classes.copy()
-    patches = _patches(classes)
-    for i in range(len(patches) - 1, 0, -1):
-        speck = patches[i][1]
+    found = _components(classes)
+    for i in range(len(found) - 1, 0, -1):
+        speck = found[i][1]
         around = binary_dilation(speck, iterations=2)
-        host = next((value for value, mask in patches[:i] if (mask & around).any()), None)
-        area = max((int(m.sum()) for v, m in patches[:i] if v == host and (m & around).any()), default=0)
+        host = next((value for value, mask in found[:i] if (mask & around).any()), None)
+        area = max((int(m.sum()) for v, m in found[:i] if v == host and (m & around).any()), default=0)
         if host is not None and speck.sum() < SPECK * area:
             classes[speck] = host
     return classes

@@ -5,6 +5,7 @@ from .adapter import Conditioning as Conditioning
 from .adapter import Layout as Layout
 from .aura_flow import AuraFlow as AuraFlow
 from .chroma import Chroma as Chroma
+from .cogview4 import CogView4 as CogView4
 from .device import device_named as device_named
 from .dispatch import FAMILIES as FAMILIES
 from .dispatch import adapter_for as adapter_for
@@ -12,9 +13,13 @@ from .embedded import EMBEDDED as EMBEDDED
 from .embedded import EmbeddedModel as EmbeddedModel
 from .embedded import GenerationSettings as GenerationSettings
 from .embedded import default_settings as default_settings
+from .embedded import loaded_with as loaded_with
 from .embedded import name_of as name_of
 from .flux import Flux as Flux
 from .flux2 import Flux2 as Flux2
+from .hunyuan_dit import HunyuanDiT as HunyuanDiT
+from .kolors import Kolors as Kolors
+from .loading import check_scheduler as check_scheduler
 from .loading import load as load
 from .lumina2 import Lumina2 as Lumina2
 from .pipeline import Pipeline as Pipeline

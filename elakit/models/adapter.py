@@ -35,8 +35,8 @@ def argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name
 def running(pipe: Pipeline) -> Mapping[str, Any]:
     """Local variables of the ``__call__`` of a pipeline that is running; empty if it is not running.
 
-    Some state is found nowhere else: whether PixArt guides, and which pass of FLUX is that of the negative prompt. The
-    variables are read, never changed.
+    Two facts are found nowhere else: whether PixArt uses classifier-free guidance, and which pass of FLUX belongs to
+    the negative prompt. The variables are read, never changed.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -47,10 +47,10 @@ def running(pipe: Pipeline) -> Mapping[str, Any]:
 
 
 def is_a(value: Any, *names: str) -> bool:
-    """Whether the class of an object, or one of its bases, has one of the names.
+    """True if the class of an object, or one of its bases, has one of the names.
 
-    Families are told apart by the names of diffusers' classes, so that no model has to be imported, and so that a class
-    that an older release lacks is no error.
+    Families are distinguished by the names of diffusers' classes. So no model class has to be imported, and a class
+    that an older release of diffusers lacks causes no error.
 
     Examples
     --------
@@ -377,7 +377,7 @@ class Conditioning:
 
 
 class Adapter(Protocol):
-    """What elakit needs to know about a family; one file in elakit/models for each."""
+    """Description of a family of models: its layers, its text, and how it is run (one file for each family)."""
 
     family: ClassVar[str]
     scale_argument: ClassVar[str]
@@ -397,10 +397,10 @@ class Adapter(Protocol):
 
     @property
     def image_optional(self) -> bool:
-        """Whether the pipeline's call generates from text alone although it also takes an image."""
+        """True if the pipeline's call generates from text alone although it also takes an image."""
 
     def is_current(self) -> bool:
-        """Whether the pipeline still is as the adapter found it: same denoiser, not compiled since."""
+        """True if the pipeline has not changed since it was adapted: same denoiser, not compiled."""
 
     def layers(self) -> tuple[AttentionLayer, ...]:
         """Layers in which the image attends to the text, in forward order."""

@@ -18,6 +18,7 @@ from elakit.models.adapter import (
     argument,
     scheduler_timestep,
 )
+from elakit.models.encoding import PromptInput
 from elakit.models.transformer import TransformerAdapter
 from elakit.tokens import TextSequence
 
@@ -73,32 +74,13 @@ class AuraFlow(TransformerAdapter):
         registers = self.pipe.transformer.register_tokens.shape[1]
         return (TextSequence("t5", self.pipe.tokenizer, registers, self._t5_length()),)
 
-    @torch.no_grad()
-    def encode(
-        self,
-        text: str,
-        negative: str | None = None,
-        guided: bool = True,
-        size: tuple[int, int] | None = None,
-        guidance_scale: float | None = None,
-    ) -> Conditioning:
-        """Text states, and the masks that the pipeline's call asks for.
-
-        Parameters
-        ----------
-        text, negative : str
-        guided : bool
-            Whether classifier-free guidance is used; without it there are no negative states.
-        size : tuple of int, optional
-            Not used by this family.
-        guidance_scale : float, optional
-            Not used by this family.
-        """
+    def _encode(self, prompt: PromptInput) -> Conditioning:
+        """Text states, and the masks that the pipeline's call asks for."""
         embeds, mask, negative_embeds, negative_mask = self.pipe.encode_prompt(
-            text, negative, guided, device=self.pipe._execution_device
+            prompt.text, prompt.negative, prompt.guided, device=self.pipe._execution_device
         )
         call = {"prompt_embeds": embeds, "prompt_attention_mask": mask}
-        if guided:
+        if prompt.guided:
             call |= {"negative_prompt_embeds": negative_embeds, "negative_prompt_attention_mask": negative_mask}
         return Conditioning(call, {"encoder_hidden_states": embeds})
 

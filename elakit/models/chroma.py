@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
-
 from elakit.models.adapter import Conditioning
+from elakit.models.encoding import PromptInput
 from elakit.models.flux import Flux
 from elakit.models.pipeline import Pipeline
 from elakit.tokens import TextSequence
@@ -43,39 +42,20 @@ class Chroma(Flux):
         """One sequence of T5 tokens, without a start token."""
         return (TextSequence("t5", self.pipe.tokenizer, 0, self._t5_length()),)
 
-    @torch.no_grad()
-    def encode(
-        self,
-        text: str,
-        negative: str | None = None,
-        guided: bool = True,
-        size: tuple[int, int] | None = None,
-        guidance_scale: float | None = None,
-    ) -> Conditioning:
-        """Text states with the mask of their padding, and positions of text and image.
-
-        Parameters
-        ----------
-        text, negative : str
-        guided : bool
-            Whether classifier-free guidance is used; without it there are no negative states.
-        size : tuple of int, optional
-            (height, width) of the image; by default the model's.
-        guidance_scale : float, optional
-            Not used by this family.
-        """
+    def _encode(self, prompt: PromptInput) -> Conditioning:
+        """Text states with the mask of their padding, and positions of text and image."""
         device = self.pipe._execution_device
         embeds, text_ids, mask, negative_embeds, _, negative_mask = self.pipe.encode_prompt(
-            text,
-            negative,
+            prompt.text,
+            prompt.negative,
             device=device,
-            do_classifier_free_guidance=guided,
+            do_classifier_free_guidance=prompt.guided,
             max_sequence_length=self._t5_length(),
         )
         call = {"prompt_embeds": embeds, "prompt_attention_mask": mask}
-        if guided:
+        if prompt.guided:
             call |= {"negative_prompt_embeds": negative_embeds, "negative_prompt_attention_mask": negative_mask}
-        rows, columns = (side // self._patch for side in self.latent_size(*(size or self.default_size())))
+        rows, columns = (side // self._patch for side in self.latent_size(*prompt.size))
         whole_mask = self.pipe._prepare_attention_mask(1, rows * columns, embeds.dtype, mask)
         inputs: dict[str, Any] = {"encoder_hidden_states": embeds, "attention_mask": whole_mask}
         image_ids = self.pipe._prepare_latent_image_ids(1, rows, columns, device, embeds.dtype)

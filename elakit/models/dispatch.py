@@ -1,4 +1,4 @@
-"""The adapter of a pipeline: which family it belongs to, or why it belongs to none."""
+"""Choice of the adapter of a pipeline: the family it belongs to, or the reasons why it belongs to none."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from elakit.errors import ModelError
 from elakit.models.adapter import Adapter, OtherKind
 from elakit.models.aura_flow import AuraFlow
 from elakit.models.chroma import Chroma
+from elakit.models.cogview4 import CogView4
 from elakit.models.flux import Flux
 from elakit.models.flux2 import Flux2
+from elakit.models.hunyuan_dit import HunyuanDiT
+from elakit.models.kolors import Kolors
 from elakit.models.lumina2 import Lumina2
 from elakit.models.pipeline import Pipeline
 from elakit.models.pixart import PixArt
@@ -34,13 +37,16 @@ FAMILIES: tuple[type[Adapter], ...] = (
     Chroma,
     AuraFlow,
     Lumina2,
+    CogView4,
+    HunyuanDiT,
+    Kolors,
 )
 
 _KEPT = "_elakit_adapter"  # where a pipeline keeps its adapter: they are freed together
 
 
 def adapter_for(pipe: Pipeline) -> Adapter:
-    """Adapter that reads and runs a pipeline; the same one each time, while the pipeline keeps its denoiser.
+    """Adapter that reads and runs a pipeline; the same object at each call, as long as the pipeline keeps its denoiser.
 
     Parameters
     ----------
@@ -82,7 +88,7 @@ def refuse_index(what: str, index: Mapping[str, Any]) -> None:
 
 
 def unsupported(what: str, reasons: Sequence[str]) -> ModelError:
-    """Error that gives the reasons of the families that come near, or those of all families if none does."""
+    """Error with the reasons of the families that nearly fit, or of all families if none does."""
     near = [reason for reason in reasons if not isinstance(reason, OtherKind)]
     kinds = list(dict.fromkeys(near or reasons))
     families = "; ".join(family.family for family in FAMILIES)

@@ -27,6 +27,8 @@ class EmbeddedModel:
         Default number of denoising steps.
     guidance_scale : float
         Default classifier-free guidance scale.
+    size : int
+        Default height and width of the image in pixels.
     """
 
     name: str
@@ -34,6 +36,7 @@ class EmbeddedModel:
     summary: str
     steps: int
     guidance_scale: float
+    size: int
 
     @property
     def path(self) -> Path:
@@ -50,6 +53,7 @@ EMBEDDED: dict[str, EmbeddedModel] = {
             summary="small Stable Diffusion pipeline trained on composed scenes of 24 nouns and 11 colors",
             steps=25,
             guidance_scale=4.0,
+            size=128,
         ),
     )
 }
@@ -107,3 +111,13 @@ def name_of(pipe: Pipeline) -> str:
     source = str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
     embedded = [model.name for model in EMBEDDED.values() if Path(source) == model.path]
     return embedded[0] if embedded else source
+
+
+def loaded_with(pipe: Pipeline) -> dict[str, str | None]:
+    """Arguments of `load` that change the weights of a pipeline beside its name: variant and LoRA weights.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+    """
+    return {name: getattr(pipe.config, f"_{name}", None) for name in ("variant", "lora")}

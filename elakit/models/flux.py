@@ -22,6 +22,7 @@ from elakit.models.adapter import (
     is_a,
     scheduler_timestep,
 )
+from elakit.models.encoding import PromptInput
 from elakit.models.pipeline import Pipeline
 from elakit.models.transformer import TransformerAdapter
 from elakit.tokens import TextSequence
@@ -37,7 +38,7 @@ class Flux(TransformerAdapter):
     Guidance is distilled into the model: every row of a batch sees the prompt. With a negative prompt the pipeline
     makes a second call, which is not recorded.
 
-    In Kontext pipelines the sequence goes on with the locations of the input image; they are keys like all others, and
+    In Kontext pipelines the sequence continues with the patches of the input image; they are keys like all others, and
     the maps are those of the generated image.
 
     Parameters
@@ -89,12 +90,12 @@ class Flux(TransformerAdapter):
 
     @property
     def image_optional(self) -> bool:
-        """Whether the pipeline's call generates from text alone although it also takes an image."""
+        """True if the pipeline's call generates from text alone although it also takes an image."""
         return is_a(self.pipe, "FluxKontextPipeline")
 
     @property
     def _captured(self) -> bool:
-        """Whether layers are read at the attention call; Kontext's sequence has more than text and image."""
+        """True if layers are read at the attention call: in Kontext the sequence contains more than text and image."""
         return "Kontext" in type(self.pipe).__name__
 
     @property
@@ -105,7 +106,7 @@ class Flux(TransformerAdapter):
         ids = argument(args, kwargs, self.positions["img_ids"], "img_ids")
         if self._seen is None or self._seen[0] is not ids:  # once per run, as it waits for the device
             flat = ids[0] if ids.ndim == 3 else ids
-            generated = flat[flat[:, 0] == 0]  # the locations of Kontext's input image have another first number
+            generated = flat[flat[:, 0] == 0]  # patches of Kontext's input image have a nonzero first coordinate
             rows, columns = (generated[:, 1:3].amax(0) + 1).int().tolist()
             patches = argument(args, kwargs, 0, "hidden_states").shape[1]
             if rows * columns != len(generated) or patches != len(flat):
@@ -158,51 +159,27 @@ class Flux(TransformerAdapter):
         """One sequence of T5 tokens, without a start token."""
         return (TextSequence("t5", self.pipe.tokenizer_2, 0, self._t5_length()),)
 
-    @torch.no_grad()
-    def encode(
-        self,
-        text: str,
-        negative: str | None = None,
-        guided: bool = True,
-        size: tuple[int, int] | None = None,
-        guidance_scale: float | None = None,
-    ) -> Conditioning:
-        """Text states of T5, the pooled state of CLIP, positions of text and image, and the guidance scale.
-
-        Parameters
-        ----------
-        text : str
-        negative : str, optional
-            Not supported: the model has no input for it.
-        guided : bool
-            Not used by this family: no call has a negative part.
-        size : tuple of int, optional
-            (height, width) of the image; by default the model's.
-        guidance_scale : float, optional
-            By default the pipeline's. Not used by models without an input for it (FLUX.1 schnell).
-
-        Raises
-        ------
-        SettingError
-            When a negative prompt is given.
-        """
-        if negative:
+    def _encode(self, prompt: PromptInput) -> Conditioning:
+        """Text states of T5, the pooled state of CLIP, positions of text and image, and the guidance scale."""
+        if prompt.negative:
             raise SettingError(
-                f"negative_prompt={negative!r}: {self.family} is guidance-distilled and makes no pass for a "
+                f"negative_prompt={prompt.negative!r}: {self.family} is guidance-distilled and makes no pass for a "
                 "negative prompt. Leave it out, or call the pipeline yourself with `true_cfg_scale`, inside "
                 "`with elakit.record(pipe, prompt) as recording:`."
             )
         device = self.pipe._execution_device
         embeds, pooled, text_ids = self.pipe.encode_prompt(
-            prompt=text, prompt_2=None, device=device, max_sequence_length=self._t5_length()
+            prompt=prompt.text, prompt_2=None, device=device, max_sequence_length=self._t5_length()
         )
-        rows, columns = self.latent_size(*(size or self.default_size()))
+        rows, columns = self.latent_size(*prompt.size)
         image_ids = self.pipe._prepare_latent_image_ids(
             1, rows // self._patch, columns // self._patch, device, embeds.dtype
         )
         guidance = None
         if self.pipe.transformer.config.guidance_embeds:
-            scale = call_default(self.pipe, "guidance_scale") if guidance_scale is None else guidance_scale
+            scale = (
+                call_default(self.pipe, "guidance_scale") if prompt.guidance_scale is None else prompt.guidance_scale
+            )
             guidance = torch.tensor([float(scale)], device=device)
         return Conditioning(
             {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled},

@@ -10,6 +10,7 @@ from PIL import Image
 from elakit.errors import SettingError
 from elakit.models.adapter import Conditioning, call_default, is_a
 from elakit.models.chat import chat_sequence
+from elakit.models.encoding import PromptInput
 from elakit.models.flux import Flux
 from elakit.models.pipeline import Pipeline
 from elakit.models.transformer import TransformerAdapter
@@ -52,7 +53,7 @@ class Flux2(Flux):
 
     @property
     def image_optional(self) -> bool:
-        """Whether the pipeline's call generates from text alone although it also takes an image."""
+        """True if the pipeline's call generates from text alone although it also takes an image."""
         return is_a(self.pipe, "Flux2Pipeline", "Flux2KleinPipeline")
 
     @property
@@ -87,53 +88,33 @@ class Flux2(Flux):
         specials = None if self._klein else False
         return (chat_sequence("chat", self.pipe.tokenizer, render, length=self._t5_length(), specials=specials),)
 
-    @torch.no_grad()
-    def encode(
-        self,
-        text: str,
-        negative: str | None = None,
-        guided: bool = True,
-        size: tuple[int, int] | None = None,
-        guidance_scale: float | None = None,
-    ) -> Conditioning:
-        """Text states, positions of text and image, and the guidance scale where it is an input.
-
-        Parameters
-        ----------
-        text : str
-        negative : str, optional
-            For Klein only; FLUX.2 dev has no input for it.
-        guided : bool
-            Whether classifier-free guidance is used (Klein); without it there are no negative states.
-        size : tuple of int, optional
-            (height, width) of the image; by default the model's.
-        guidance_scale : float, optional
-            By default the pipeline's. Not used by models without an input for it.
-
-        Raises
-        ------
-        SettingError
-            When a negative prompt is given for FLUX.2 dev, or for Klein, whose pipeline takes none.
-        """
-        if negative:
-            raise SettingError(f"negative_prompt={negative!r}: the pipelines of {self.family} take none; leave it out.")
+    def _encode(self, prompt: PromptInput) -> Conditioning:
+        """Text states, positions of text and image, and the guidance scale where it is an input."""
+        if prompt.negative:
+            raise SettingError(
+                f"negative_prompt={prompt.negative!r}: the pipelines of {self.family} take none; leave it out."
+            )
         device = self.pipe._execution_device
-        embeds, text_ids = self.pipe.encode_prompt(prompt=text, device=device, max_sequence_length=self._t5_length())
+        embeds, text_ids = self.pipe.encode_prompt(
+            prompt=prompt.text, device=device, max_sequence_length=self._t5_length()
+        )
         call = {"prompt_embeds": embeds}
-        if self._klein and guided and not self.pipe.config.is_distilled:
+        if self._klein and prompt.guided and not self.pipe.config.is_distilled:
             call["negative_prompt_embeds"] = self.pipe.encode_prompt(
                 prompt="", device=device, max_sequence_length=self._t5_length()
             )[0]
         guidance = None
         if not self._klein:
-            scale = call_default(self.pipe, "guidance_scale") if guidance_scale is None else guidance_scale
+            scale = (
+                call_default(self.pipe, "guidance_scale") if prompt.guidance_scale is None else prompt.guidance_scale
+            )
             guidance = torch.tensor([float(scale)], device=device)
         return Conditioning(
             call,
             {
                 "encoder_hidden_states": embeds,
                 "txt_ids": text_ids,
-                "img_ids": self._image_ids(*(size or self.default_size())),
+                "img_ids": self._image_ids(*prompt.size),
                 "guidance": guidance,
             },
         )

@@ -33,6 +33,8 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     variant: str | None = None,
+    scheduler: str | None = None,
+    lora: str | Path | None = None,
 ) -> Pipeline:
     """Load a text-to-image pipeline from safetensors; code that comes with a model is never run.
 
@@ -47,6 +49,10 @@ def load(
         Default: float32 on the CPU and for embedded models, float16 for others elsewhere.
     variant : str, optional
         Variant of the weight files, such as ``"fp16"`` for files named ``model.fp16.safetensors``.
+    scheduler : str, optional
+        Scheduler class of diffusers, such as ``"DDIMScheduler"``, with the configuration of the model's own one.
+    lora : str or pathlib.Path, optional
+        LoRA weights in safetensors: a file, a folder or a hub id.
 
     Returns
     -------
@@ -57,9 +63,9 @@ def load(
     ------
     ModelError
         When the model is unknown, cannot be downloaded, would run code, lacks weights or has weights that its
-        architecture does not know, or is of an unsupported family.
+        architecture does not know, or is of an unsupported family, or when the LoRA weights cannot be loaded.
     SettingError
-        When the device, dtype or variant does not exist.
+        When the device, dtype or variant does not exist, or the scheduler is not one that the model can use.
 
     Examples
     --------
@@ -81,14 +87,58 @@ def load(
         dtype = _DTYPES[dtype]
     index = read_index(source)
     _check_index(str(name), index)
+    kind = None if scheduler is None else _scheduler_class(index, scheduler)
     with _quiet(embedded=embedded):
         folder = _downloaded(source, variant)
         _check_weight_files(str(name), folder)
         pipe = _built(str(name), folder, index, dtype, variant)
-    pipe.register_to_config(_name_or_path=source)
+    if kind is not None:
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    if lora is not None:
+        _load_lora(pipe, str(lora))
+    pipe.register_to_config(_name_or_path=source, _variant=variant, _lora=None if lora is None else str(lora))
     adapter_for(pipe)
     loaded: Pipeline = pipe.to(device)
     return loaded
+
+
+def check_scheduler(name: str | Path, scheduler: str) -> None:
+    """Refuse a scheduler that a model cannot use, before its weights are loaded.
+
+    Parameters
+    ----------
+    name : str or pathlib.Path
+        As in `load`.
+    scheduler : str
+
+    Examples
+    --------
+    >>> check_scheduler("picture-world", "DDIMScheduler")
+    >>> check_scheduler("picture-world", "Eular")
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: scheduler='Eular'; allowed are DDIMScheduler, ...
+    """
+    _scheduler_class(read_index(locate(name)), scheduler)
+
+
+def _scheduler_class(index: Mapping[str, Any], scheduler: str) -> Any:
+    """Class of a scheduler that can take the place of a model's own one."""
+    own = getattr(_diffusers(), str((index.get("scheduler") or [None, None])[1]), None)
+    kinds = {} if own is None else {kind.__name__: kind for kind in (own, *own._get_compatibles())}
+    if scheduler not in kinds:
+        raise SettingError(f"scheduler={scheduler!r}; allowed are {', '.join(sorted(kinds))}.")
+    return kinds[scheduler]
+
+
+def _load_lora(pipe: Any, lora: str) -> None:
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ModelError(f"lora={lora!r}: {type(pipe).__name__} takes no LoRA weights.")
+    try:
+        pipe.load_lora_weights(lora, use_safetensors=True)
+    except Exception as error:  # peft, diffusers, safetensors and the hub client raise a dozen kinds
+        step = " Install peft with  pip install 'elakit[lora]'." if "peft" in str(error).lower() else ""
+        raise ModelError(f"The LoRA weights {lora!r} cannot be loaded: {first_line(error)}{step}") from error
 
 
 def _check_index(name: str, index: dict[str, Any]) -> None:

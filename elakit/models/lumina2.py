@@ -9,6 +9,7 @@ import torch
 
 from elakit.errors import ModelError
 from elakit.models.adapter import AttentionLayer, Call, Conditioning, Layout, argument, scheduler_timestep
+from elakit.models.encoding import PromptInput
 from elakit.models.pipeline import Pipeline
 from elakit.models.transformer import TransformerAdapter
 from elakit.tokens import TextSequence
@@ -88,32 +89,13 @@ class Lumina2(TransformerAdapter):
         before = f"{self.pipe.system_prompt} <Prompt Start> "
         return (TextSequence("gemma", self.pipe.tokenizer, 0, self._t5_length(), before=before),)
 
-    @torch.no_grad()
-    def encode(
-        self,
-        text: str,
-        negative: str | None = None,
-        guided: bool = True,
-        size: tuple[int, int] | None = None,
-        guidance_scale: float | None = None,
-    ) -> Conditioning:
-        """Text states with the mask of their padding.
-
-        Parameters
-        ----------
-        text, negative : str
-        guided : bool
-            Whether classifier-free guidance is used; without it there are no negative states.
-        size : tuple of int, optional
-            Not used by this family.
-        guidance_scale : float, optional
-            Not used by this family.
-        """
+    def _encode(self, prompt: PromptInput) -> Conditioning:
+        """Text states with the mask of their padding."""
         embeds, mask, negative_embeds, negative_mask = self.pipe.encode_prompt(
-            text, guided, negative_prompt=negative, device=self.pipe._execution_device
+            prompt.text, prompt.guided, negative_prompt=prompt.negative, device=self.pipe._execution_device
         )
         call = {"prompt_embeds": embeds, "prompt_attention_mask": mask}
-        if guided:
+        if prompt.guided:
             call |= {"negative_prompt_embeds": negative_embeds, "negative_prompt_attention_mask": negative_mask}
         return Conditioning(call, {"encoder_hidden_states": embeds, "encoder_attention_mask": mask})
 

@@ -1,4 +1,4 @@
-"""What elakit needs of a diffusers pipeline, as a type."""
+"""Type of the diffusers pipelines that elakit accepts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 class Pipeline(Protocol):
     """A diffusers pipeline of any supported family.
 
-    Its components (``unet`` or ``transformer``, text encoders, ``vae``, ``scheduler``) depend on the family, so that
+    Its components (``unet`` or ``transformer``, text encoders, ``vae``, ``scheduler``) depend on the family, so
     attribute access is not checked any further.
     """
 

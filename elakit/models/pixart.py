@@ -9,6 +9,7 @@ import torch
 
 from elakit.errors import PromptError
 from elakit.models.adapter import AttentionLayer, Conditioning
+from elakit.models.encoding import PromptInput
 from elakit.models.pipeline import Pipeline
 from elakit.models.transformer import TransformerAdapter
 from elakit.tokens import TextSequence
@@ -59,42 +60,23 @@ class PixArt(TransformerAdapter):
         """One sequence of T5 tokens, without a start token."""
         return (TextSequence("t5", self.pipe.tokenizer, 0, self._t5_length(), self._as_read),)
 
-    @torch.no_grad()
-    def encode(
-        self,
-        text: str,
-        negative: str | None = None,
-        guided: bool = True,
-        size: tuple[int, int] | None = None,
-        guidance_scale: float | None = None,
-    ) -> Conditioning:
-        """Text states with the mask of their padding, and the image size where the model takes it.
-
-        Parameters
-        ----------
-        text, negative : str
-        guided : bool
-            Whether classifier-free guidance is used; without it there are no negative states.
-        size : tuple of int, optional
-            (height, width) of the image; by default the model's.
-        guidance_scale : float, optional
-            Not used by this family.
-        """
+    def _encode(self, prompt: PromptInput) -> Conditioning:
+        """Text states with the mask of their padding, and the image size where the model takes it."""
         embeds, mask, negative_embeds, negative_mask = self.pipe.encode_prompt(
-            text,
-            guided,
-            negative_prompt=negative or "",
+            prompt.text,
+            prompt.guided,
+            negative_prompt=prompt.negative or "",
             device=self.pipe._execution_device,
             clean_caption=_cleans(),
             max_sequence_length=self._t5_length(),
         )
         # The pipeline's default negative prompt is a text, which it does not accept together with text states.
         call = {"prompt_embeds": embeds, "prompt_attention_mask": mask, "negative_prompt": None}
-        if guided:
+        if prompt.guided:
             call |= {"negative_prompt_embeds": negative_embeds, "negative_prompt_attention_mask": negative_mask}
         sizes: dict[str, torch.Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.pipe.transformer.use_additional_conditions:
-            height, width = size or self.default_size()
+            height, width = prompt.size
             sizes["resolution"] = embeds.new_tensor([[height, width]])
             sizes["aspect_ratio"] = embeds.new_tensor([[height / width]])
         inputs = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask, "added_cond_kwargs": sizes}
@@ -129,7 +111,7 @@ class PixArt(TransformerAdapter):
 
 
 def _cleans() -> bool:
-    """Whether the pipeline cleans captions: it does where bs4 and ftfy are installed."""
+    """True if the pipeline cleans captions, which it does if bs4 and ftfy are installed."""
     from diffusers.utils import is_bs4_available, is_ftfy_available
 
     return bool(is_bs4_available() and is_ftfy_available())

@@ -11,6 +11,7 @@ from PIL import Image
 
 from elakit.models.adapter import AttentionLayer, Call, Conditioning, Layout, argument, scheduler_timestep
 from elakit.models.chat import chat_sequence
+from elakit.models.encoding import PromptInput
 from elakit.models.transformer import TransformerAdapter
 from elakit.tokens import TextSequence
 
@@ -101,33 +102,14 @@ class QwenImage(TransformerAdapter):
             ),
         )
 
-    @torch.no_grad()
-    def encode(
-        self,
-        text: str,
-        negative: str | None = None,
-        guided: bool = True,
-        size: tuple[int, int] | None = None,
-        guidance_scale: float | None = None,
-    ) -> Conditioning:
-        """Text states and the shape of the image.
-
-        Parameters
-        ----------
-        text, negative : str
-        guided : bool
-            Whether classifier-free guidance is used; without it there are no negative states.
-        size : tuple of int, optional
-            (height, width) of the image; by default the model's.
-        guidance_scale : float, optional
-            Not used by this family.
-        """
-        embeds, mask = self._states(text)
+    def _encode(self, prompt: PromptInput) -> Conditioning:
+        """Text states and the shape of the image."""
+        embeds, mask = self._states(prompt.text)
         call = {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
-        if guided:
-            negative_embeds, negative_mask = self._states(negative or " ")  # the model was used with a space
+        if prompt.guided:
+            negative_embeds, negative_mask = self._states(prompt.negative or " ")  # the model was used with a space
             call |= {"negative_prompt_embeds": negative_embeds, "negative_prompt_embeds_mask": negative_mask}
-        rows, columns = self.latent_size(*(size or self.default_size()))
+        rows, columns = self.latent_size(*prompt.size)
         shared: dict[str, Any] = {"img_shapes": [[(1, rows // self._patch, columns // self._patch)]]}
         if "txt_seq_lens" in inspect.signature(type(self.denoiser).forward).parameters:  # older diffusers
             shared["txt_seq_lens"] = [embeds.shape[1]]

@@ -10,6 +10,7 @@ import torch
 
 from elakit.errors import ModelError, PromptError
 from elakit.models.adapter import AttentionLayer, Call, Conditioning, Layout, argument, call_default
+from elakit.models.encoding import PromptInput
 from elakit.models.transformer import TransformerAdapter
 from elakit.tokens import TextSequence
 
@@ -88,31 +89,12 @@ class Sana(TransformerAdapter):
             )
         return lowered
 
-    @torch.no_grad()
-    def encode(
-        self,
-        text: str,
-        negative: str | None = None,
-        guided: bool = True,
-        size: tuple[int, int] | None = None,
-        guidance_scale: float | None = None,
-    ) -> Conditioning:
-        """Text states with the mask of their padding.
-
-        Parameters
-        ----------
-        text, negative : str
-        guided : bool
-            Whether classifier-free guidance is used; without it there are no negative states.
-        size : tuple of int, optional
-            Not used by this family.
-        guidance_scale : float, optional
-            Not used by this family.
-        """
+    def _encode(self, prompt: PromptInput) -> Conditioning:
+        """Text states with the mask of their padding."""
         embeds, mask, negative_embeds, negative_mask = self.pipe.encode_prompt(
-            text,
-            guided,
-            negative_prompt=negative or "",
+            prompt.text,
+            prompt.guided,
+            negative_prompt=prompt.negative or "",
             device=self.pipe._execution_device,
             clean_caption=False,
             max_sequence_length=self._t5_length(),
@@ -120,7 +102,7 @@ class Sana(TransformerAdapter):
         )
         # The pipeline's default negative prompt is a text, which it does not accept together with text states.
         call = {"prompt_embeds": embeds, "prompt_attention_mask": mask, "negative_prompt": None}
-        if guided:
+        if prompt.guided:
             call |= {"negative_prompt_embeds": negative_embeds, "negative_prompt_attention_mask": negative_mask}
         inputs = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
         return Conditioning(call | {"use_resolution_binning": False}, inputs)

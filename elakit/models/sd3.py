@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
-
 from elakit.models.adapter import AttentionLayer, Call, Conditioning
+from elakit.models.encoding import PromptInput
 from elakit.models.pipeline import Pipeline
 from elakit.models.transformer import TransformerAdapter
 from elakit.tokens import TextSequence
@@ -68,38 +67,19 @@ class StableDiffusion3(TransformerAdapter):
         """Number of text positions, those of an absent T5 included."""
         return int(self.pipe.tokenizer_max_length) + self._t5_length()
 
-    @torch.no_grad()
-    def encode(
-        self,
-        text: str,
-        negative: str | None = None,
-        guided: bool = True,
-        size: tuple[int, int] | None = None,
-        guidance_scale: float | None = None,
-    ) -> Conditioning:
-        """Text states of all encoders, and the pooled states of both CLIP encoders.
-
-        Parameters
-        ----------
-        text, negative : str
-        guided : bool
-            Whether classifier-free guidance is used; without it there are no negative states.
-        size : tuple of int, optional
-            Not used by this family.
-        guidance_scale : float, optional
-            Not used by this family.
-        """
+    def _encode(self, prompt: PromptInput) -> Conditioning:
+        """Text states of all encoders, and the pooled states of both CLIP encoders."""
         embeds, negative_embeds, pooled, negative_pooled = self.pipe.encode_prompt(
-            text,
+            prompt.text,
             None,
             None,
             device=self.pipe._execution_device,
-            do_classifier_free_guidance=guided,
-            negative_prompt=negative if guided else None,
+            do_classifier_free_guidance=prompt.guided,
+            negative_prompt=prompt.negative if prompt.guided else None,
             max_sequence_length=self._t5_length(),
         )
         call = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-        if guided:
+        if prompt.guided:
             call |= {"negative_prompt_embeds": negative_embeds, "negative_pooled_prompt_embeds": negative_pooled}
         return Conditioning(call, {"encoder_hidden_states": embeds, "pooled_projections": pooled})
 

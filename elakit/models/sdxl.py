@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from elakit.models.adapter import Conditioning
+from elakit.models.encoding import PromptInput
 from elakit.models.unet import UNetAdapter
 
 
@@ -31,42 +32,23 @@ class StableDiffusionXL(UNetAdapter):
         first = getattr(pipe, "tokenizer", None)
         return first if first is not None else getattr(pipe, "tokenizer_2", None)
 
-    @torch.no_grad()
-    def encode(
-        self,
-        text: str,
-        negative: str | None = None,
-        guided: bool = True,
-        size: tuple[int, int] | None = None,
-        guidance_scale: float | None = None,
-    ) -> Conditioning:
-        """Text states of both encoders, the pooled state of the second one and the size of the image.
-
-        Parameters
-        ----------
-        text, negative : str
-        guided : bool
-            Whether classifier-free guidance is used; without it there are no negative states.
-        size : tuple of int, optional
-            (height, width) of the image; by default the model's.
-        guidance_scale : float, optional
-            Used by guidance-distilled UNets only; by default the pipeline's.
-        """
+    def _encode(self, prompt: PromptInput) -> Conditioning:
+        """Text states of both encoders, the pooled state of the second one and the size of the image."""
         device = self.pipe._execution_device
         embeds, negative_embeds, pooled, negative_pooled = self.pipe.encode_prompt(
-            text,
+            prompt.text,
             device=device,
-            do_classifier_free_guidance=guided,
-            negative_prompt=negative if guided else None,
+            do_classifier_free_guidance=prompt.guided,
+            negative_prompt=prompt.negative if prompt.guided else None,
         )
         call = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-        if guided:
+        if prompt.guided:
             call |= {"negative_prompt_embeds": negative_embeds, "negative_pooled_prompt_embeds": negative_pooled}
-        second = self.pipe.text_encoder_2
+        second = getattr(self.pipe, "text_encoder_2", None)
         inputs = {
             "encoder_hidden_states": embeds,
-            "added_cond_kwargs": self._added(embeds, pooled, size, None if second is None else second.config),
-            **self._distilled(guidance_scale),
+            "added_cond_kwargs": self._added(embeds, pooled, prompt.size, None if second is None else second.config),
+            **self._distilled(prompt.guidance_scale),
         }
         return Conditioning(call, inputs)
 

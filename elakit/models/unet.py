@@ -19,7 +19,6 @@ from elakit.models.adapter import (
     OtherKind,
     Place,
     argument,
-    call_default,
     compiled,
     decoded,
     encoded,
@@ -28,6 +27,7 @@ from elakit.models.adapter import (
     stacked_rows,
 )
 from elakit.models.device import compute_dtype
+from elakit.models.encoding import PromptEncoder
 from elakit.models.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
@@ -39,8 +39,8 @@ _OTHER_ROWS = {
 }
 
 
-class UNetAdapter:
-    """Base of the families with a UNet. A family gives its name, the number and the kind of its text encoders."""
+class UNetAdapter(PromptEncoder):
+    """Base of the families with a UNet. A family adds its name, and the number and class of its text encoders."""
 
     family: ClassVar[str]
     two_encoders: ClassVar[bool]
@@ -79,7 +79,7 @@ class UNetAdapter:
             if kind.__name__ in _OTHER_ROWS:
                 return _OTHER_ROWS[kind.__name__]
         if not hasattr(type(pipe), "do_classifier_free_guidance"):
-            return "it does not say which rows of a batch are conditional (no `do_classifier_free_guidance`)"
+            return "it does not show which rows of a batch are conditional (no `do_classifier_free_guidance`)"
         if next(_layers(unet), None) is None:
             return "no layer of its UNet attends to text"
         return None
@@ -108,11 +108,11 @@ class UNetAdapter:
 
     @property
     def image_optional(self) -> bool:
-        """Whether the pipeline's call generates from text alone although it also takes an image."""
+        """True if the pipeline's call generates from text alone although it also takes an image."""
         return False
 
     def is_current(self) -> bool:
-        """Whether the pipeline still is as the adapter found it: same denoiser, not compiled since."""
+        """True if the pipeline has not changed since it was adapted: same denoiser, not compiled."""
         unet = getattr(self.pipe, "unet", None)
         return unet is self.denoiser and compiled(unet, "pipe.unet") is None and self._tokenizer(self.pipe) is not None
 
@@ -192,7 +192,7 @@ class UNetAdapter:
         width = self.pipe.unet.config.time_cond_proj_dim
         if width is None:
             return {}
-        scale = call_default(self.pipe, "guidance_scale") if guidance_scale is None else guidance_scale
+        scale = self._scale(guidance_scale)
         embedding = self.pipe.get_guidance_scale_embedding(torch.tensor([scale - 1.0]), embedding_dim=width)
         return {"timestep_cond": embedding.to(self.pipe._execution_device)}
 
@@ -249,7 +249,7 @@ def seeded_noise(
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number, booleans excluded."""
+    """True for a whole number, booleans excluded."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 

@@ -13,11 +13,11 @@ from elakit.models.adapter import (
     Conditioning,
     Layout,
     argument,
-    call_default,
     running,
     scheduler_timestep,
 )
 from elakit.models.chat import chat_sequence
+from elakit.models.encoding import PromptInput
 from elakit.models.transformer import TransformerAdapter
 from elakit.tokens import TextSequence
 
@@ -108,33 +108,14 @@ class ZImage(TransformerAdapter):
 
         return (chat_sequence("chat", self.pipe.tokenizer, render, length=self._t5_length(), padded=False),)
 
-    @torch.no_grad()
-    def encode(
-        self,
-        text: str,
-        negative: str | None = None,
-        guided: bool = True,
-        size: tuple[int, int] | None = None,
-        guidance_scale: float | None = None,
-    ) -> Conditioning:
-        """Text states, one tensor per row, without padding.
-
-        Parameters
-        ----------
-        text, negative : str
-        guided : bool
-            Not used by this family: the pipeline guides at every scale above 0.
-        size : tuple of int, optional
-            Not used by this family.
-        guidance_scale : float, optional
-            Whether there are negative states depends on it; by default the pipeline's.
-        """
-        scale = call_default(self.pipe, "guidance_scale") if guidance_scale is None else guidance_scale
+    def _encode(self, prompt: PromptInput) -> Conditioning:
+        """Text states, one tensor per row, without padding."""
+        scale = self._scale(prompt.guidance_scale)
         embeds, negative_embeds = self.pipe.encode_prompt(
-            text,
+            prompt.text,
             device=self.pipe._execution_device,
             do_classifier_free_guidance=scale > 0,
-            negative_prompt=negative,
+            negative_prompt=prompt.negative,
         )
         return Conditioning({"prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds}, {"cap_feats": embeds})
 

@@ -1,11 +1,11 @@
-from .agreement import agreement as agreement
+from .agreement_figures import agreement as agreement
 from .animation import save_animation as save_animation
-from .images import entity_maps as entity_maps
-from .images import images as images
+from .image_figures import entity_maps as entity_maps
+from .image_figures import images as images
 from .layers import bleeding_by_layer as bleeding_by_layer
-from .leakage import bleeding_over_steps as bleeding_over_steps
-from .leakage import leakage as leakage
+from .leakage_figures import bleeding_over_steps as bleeding_over_steps
+from .leakage_figures import leakage as leakage
 from .methods import method_comparison as method_comparison
 from .regions import region_animation as region_animation
 from .regions import region_evolution as region_evolution
-from .token_maps import token_maps as token_maps
+from .token_figures import token_maps as token_maps

@@ -16,7 +16,7 @@ from elakit.checks import real_number, whole_number
 from elakit.errors import OutputError
 from elakit.files import write_file
 from elakit.plot import style
-from elakit.plot.images import light_gray
+from elakit.plot.image_figures import light_gray
 from elakit.plot.regions import Source, chosen_regions
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import xarray as xr
 
 from elakit.errors import SettingError
 from elakit.plot import style
-from elakit.plot.images import figure_uri
+from elakit.plot.image_figures import figure_uri
 
 if TYPE_CHECKING:
     from elakit.run import Run

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from elakit.errors import SettingError
-from elakit.prediction.features import FEATURES, SHARES
+from elakit.prediction.attention_features import FEATURES, SHARES
 from elakit.prediction.predictor import OUTCOMES, Predictor, stack
 from elakit.world.vocabulary import NOUNS
 

@@ -11,7 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elakit.cli_options import DTYPES, Device, Dtype, Model, Scale, Steps, value_of
+from elakit.cli_options import (
+    DTYPES,
+    Device,
+    Dtype,
+    Height,
+    Lora,
+    Model,
+    Negative,
+    Scale,
+    Scheduler,
+    Steps,
+    Variant,
+    Width,
+    value_of,
+)
 from elakit.errors import ModelError, SettingError
 
 if TYPE_CHECKING:
@@ -58,6 +72,12 @@ def run(
     model: Model = "picture-world",
     steps: Steps = None,
     scale: Scale = None,
+    negative_prompt: Negative = None,
+    height: Height = None,
+    width: Width = None,
+    scheduler: Scheduler = None,
+    lora: Lora = None,
+    variant: Variant = None,
     device: Device = None,
     dtype: Dtype = None,
     detector: Annotated[
@@ -83,7 +103,7 @@ def run(
     if prompts is not None:
         texts[prompts.name] = spread(read_prompts(prompts), limit)
     part = None if shard is None else _shard(shard)
-    _check_resources(model, detector, device, dtype, local=dask is None)
+    _check_resources(model, detector, device, dtype, scheduler, lora, local=dask is None)
     units = plan(
         texts,
         _seeds(seeds),
@@ -94,6 +114,12 @@ def run(
         device=device,
         dtype=dtype,
         detector=detector,
+        negative_prompt=negative_prompt,
+        height=height,
+        width=width,
+        scheduler=scheduler,
+        lora=lora,
+        variant=variant,
         batch=batch,
     )
     if detector is None and model not in _embedded():
@@ -278,15 +304,27 @@ def _embedded() -> Iterable[str]:
     return EMBEDDED
 
 
-def _check_resources(model: str, detector: str | None, device: str | None, dtype: str | None, local: bool) -> None:
+def _check_resources(
+    model: str,
+    detector: str | None,
+    device: str | None,
+    dtype: str | None,
+    scheduler: str | None,
+    lora: str | None,
+    local: bool,
+) -> None:
     """Refuse what no worker could load, before any starts; folders and devices of other machines are not checked."""
-    from elakit.models import device_named
+    from elakit.models import HUB_ID, check_scheduler, device_named
 
     if local:
         _check_name("--model", model, _embedded())
         if detector is not None:
             _check_name("--detector", detector, ())
+        if lora is not None and not HUB_ID.fullmatch(lora) and not Path(lora).expanduser().exists():
+            raise ModelError(f"--lora {lora}: there is no such file. Give a file, a folder or a hub id.")
         device_named(device)
+        if scheduler is not None:
+            check_scheduler(model, scheduler)
     if dtype is not None and dtype not in DTYPES:
         raise SettingError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}.")
 

@@ -54,9 +54,9 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     ela        1.00     1.0     0.0  0.5
     """
     frame = _with_plain(table)
-    plain = frame.groupby("variant")["plain"].any()
+    plain = frame.groupby("label")["plain"].any()
     names = sorted(plain.index, key=lambda name: (not plain[name], name))
-    rows = [_row(frame[frame["variant"] == name]) for name in names]
+    rows = [_row(frame[frame["label"] == name]) for name in names]
     found = pd.DataFrame(rows, index=pd.Index(names, name="method"))
     found["p_holm"] = holm(found["p"].to_numpy())
     return found
@@ -75,7 +75,7 @@ def score_summary(table: pd.DataFrame) -> pd.DataFrame:
     DataFrame
         Columns method (its label), score, images, value, low, high. Empty without scores.
     """
-    own = [name for name in table.columns if name not in SCHEMA.names and name != "variant"]
+    own = [name for name in table.columns if name not in SCHEMA.names and name != "label"]
     numeric = [
         name for name in own if pd.api.types.is_numeric_dtype(table[name]) or table[name].dropna().isin([0, 1]).all()
     ]
@@ -105,9 +105,22 @@ def _filled(table: pd.DataFrame) -> pd.DataFrame:
     for column in (*IMAGE, "options", *SHARES, "score", "seconds", "device", "blocked"):
         if column not in frame:
             frame[column] = np.nan
-    for column in (*SHARES, "score", "seconds", "steps", "guidance_scale", "seed", "blocked"):
+    numbers = ("seconds", "steps", "guidance_scale", "height", "width", "seed", "blocked")
+    for column in (*SHARES, "score", *numbers):
         frame[column] = frame[column].to_numpy(dtype=float, na_value=np.nan)
-    for column in ("suite", "model", "detector", "device", "dtype", "options"):
+    words = (
+        "suite",
+        "model",
+        "detector",
+        "device",
+        "dtype",
+        "options",
+        "negative_prompt",
+        "scheduler",
+        "lora",
+        "variant",
+    )
+    for column in words:
         frame[column] = frame[column].astype(object).where(frame[column].notna(), "")
     return frame
 
@@ -116,7 +129,7 @@ def _with_plain(table: pd.DataFrame) -> pd.DataFrame:
     """Label each image, and join the plain image from the same noise."""
     frame = _filled(table)
     frame["plain"] = frame["method"] == PLAIN
-    frame["variant"] = _labels(frame)
+    frame["label"] = _labels(frame)
     columns = ["success", "score", "seconds", "device"]
     beside = frame.loc[frame["plain"], [*IMAGE, *columns]].drop_duplicates(list(IMAGE))
     joined = frame.merge(beside, on=list(IMAGE), how="left", suffixes=("", "_plain"))
@@ -144,7 +157,7 @@ def _labels(frame: pd.DataFrame) -> list[str]:
 
 def short(value: Any) -> str:
     """Format a setting."""
-    if value == "":
+    if value == "" or value != value:  # NaN differs from itself
         return "default"
     return f"{value:g}" if isinstance(value, float) else str(value)
 

@@ -55,7 +55,7 @@ def export_images(folder: str | Path, out: str | Path | None = None) -> Path:
     """
     folder = Path(folder)
     table = read_table(folder, scores=False)
-    table["variant"] = variants(table)
+    table["label"] = variants(table)
     table["prompt"] = [_text(row.parsed, row.prompt) for row in table.itertuples()]
     paths = [image_path(folder, row.key, row.seed) for row in table.itertuples()]
     table["source"] = [str(path) if path.exists() else None for path in paths]
@@ -65,9 +65,9 @@ def export_images(folder: str | Path, out: str | Path | None = None) -> Path:
     target = (Path(out) if out is not None else folder / "export").absolute()
     if target.exists() and not (target / "export.json").exists():
         raise OutputError(f"{target} exists and is not an export of a sweep. Choose another folder.")
-    names = _folder_names(list(table["variant"].unique()))
+    names = _folder_names(list(table["label"].unique()))
     with replace_folder(target) as place:
-        for variant, part in table.groupby("variant", sort=True):
+        for variant, part in table.groupby("label", sort=True):
             _export_variant(part, place / names[str(variant)], target / names[str(variant)])
         write_json(place / "export.json", {"sweep": str(folder.absolute()), "folders": names})
     return target
@@ -95,7 +95,7 @@ def _export_variant(part: pd.DataFrame, place: Path, final: Path) -> None:
 
 _METADATA = (
     "prompt", "suite", "seed", "method", "options", "success", "blocked", "model", "steps", "guidance_scale", "dtype",
-    "key",
+    "negative_prompt", "height", "width", "scheduler", "lora", "variant", "key",
 )  # fmt: skip
 
 

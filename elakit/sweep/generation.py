@@ -54,7 +54,7 @@ def generate_unit(unit: Unit, *, keep_images: bool = False) -> list[dict[str, An
     from elakit.prediction import load_predictor
 
     with _lock:  # threads of one process share the pipeline, which is recorded and guided through hooks
-        pipe = _pipeline(unit.model, unit.device, unit.dtype)
+        pipe = _pipeline(unit.model, **unit.loading())
         condition = unit.condition()
         guide_if = load_predictor().guide_if(condition["above"], after=condition["after"]) if condition else None
         began = time.perf_counter()
@@ -62,8 +62,7 @@ def generate_unit(unit: Unit, *, keep_images: bool = False) -> list[dict[str, An
             pipe,
             unit.prompt,
             seed=unit.seeds,
-            steps=unit.steps,
-            guidance_scale=unit.guidance_scale,
+            **unit.generation(),
             guidance=unit.guidance(),
             guide_if=guide_if,
             record=RecordSpec(tokens="entities"),
@@ -82,11 +81,11 @@ def png(image: Image.Image) -> bytes:
 
 
 def _row(unit: Unit, run: Run, seconds: float, device: str) -> dict[str, Any]:
-    from elakit.judge import judge
+    from elakit.judge import is_black, judge
     from elakit.prediction import features
 
-    if run.nsfw:
-        verdict = None  # the safety checker's black image says nothing about the method
+    if run.nsfw or is_black(run.image):
+        verdict = None  # a black image (safety checker, overflow in half precision) is no result of the method
     elif unit.detector is None:
         verdict = run.verdict
     else:
@@ -135,7 +134,7 @@ def _guided(trace: Trace | None) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _pipeline(model: str, device: str | None, dtype: str | None) -> Any:
+def _pipeline(model: str, **settings: str | None) -> Any:
     import diffusers
     import transformers
 
@@ -144,7 +143,7 @@ def _pipeline(model: str, device: str | None, dtype: str | None) -> Any:
     # the loading bars of several workers would interleave with each other and with the sweep's own bar
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    return load(model, device=device, dtype=dtype)
+    return load(model, **settings)
 
 
 @lru_cache(maxsize=1)

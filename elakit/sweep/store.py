@@ -19,7 +19,7 @@ import pyarrow.parquet
 from elakit.errors import OutputError, SettingError
 from elakit.files import read_json, write_file, write_json
 from elakit.prompt import Prompt
-from elakit.sweep.units import Unit
+from elakit.sweep.units import OPTIONAL, Unit
 
 _TEXT, _INTEGER, _NUMBER, _BOOLEAN = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 SCHEMA = pa.schema(
@@ -30,12 +30,13 @@ SCHEMA = pa.schema(
         "bleed": _NUMBER, "intrusion": _NUMBER, "spill": _NUMBER, "ruzicka": _NUMBER, "attribute_bleed": _NUMBER,
         "loss_first": _NUMBER, "loss_last": _NUMBER, "skipped": _INTEGER, "refinements": _INTEGER, "seconds": _NUMBER,
         "model": _TEXT, "steps": _INTEGER, "guidance_scale": _NUMBER, "device": _TEXT, "dtype": _TEXT,
-        "detector": _TEXT, "key": _TEXT, "parsed": _TEXT, "features": pa.list_(pa.float32()),
+        "detector": _TEXT, "negative_prompt": _TEXT, "height": _INTEGER, "width": _INTEGER, "scheduler": _TEXT,
+        "lora": _TEXT, "variant": _TEXT, "key": _TEXT, "parsed": _TEXT, "features": pa.list_(pa.float32()),
     }
 )  # fmt: skip
 # Settings within which images are compared, and the columns that identify an image. The device is not among them: the
 # noise is the same on every device.
-SETTINGS = ("model", "detector", "dtype", "steps", "guidance_scale")
+SETTINGS = ("model", "detector", "dtype", "steps", "guidance_scale", *OPTIONAL)
 IMAGE = ("suite", "prompt", "seed", *SETTINGS)
 IDENTITY = (*IMAGE, "method", "options")
 
@@ -65,8 +66,9 @@ def table(folder: str | Path, scores: bool = True) -> pd.DataFrame:
         score); blocked (the safety checker replaced the image, which is therefore not judged); bleed, intrusion,
         spill, ruzicka, attribute_bleed (means over steps and entities); loss_first, loss_last, skipped, refinements
         (of the guidance); seconds (generation time per image); model, steps, guidance_scale, device, dtype, detector;
-        key (of the unit); parsed (the prompt as JSON, see `parsed_prompt`); features (`elakit.prediction.features`,
-        share by share). Unknown values are missing. An image that two units have in common appears once.
+        negative_prompt, height, width, scheduler, lora, variant (missing: the model's default); key (of the unit);
+        parsed (the prompt as JSON, see `parsed_prompt`); features (`elakit.prediction.features`, share by share).
+        Unknown values are missing. An image that two units have in common appears once.
 
     Raises
     ------
@@ -271,7 +273,7 @@ def _describe(units: Iterable[Unit]) -> dict[str, Any]:
     for unit in units:
         suites.setdefault(unit.suite, set()).add(unit.prompt)
     methods = dict.fromkeys((unit.method, unit.options) for unit in units)
-    single = ("model", "steps", "guidance_scale", "dtype", "detector")
+    single = ("model", "steps", "guidance_scale", "dtype", "detector", *OPTIONAL)
     return {
         "elakit": __version__,
         "suites": {name: len(prompts) for name, prompts in suites.items()},

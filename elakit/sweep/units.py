@@ -15,6 +15,8 @@ from elakit.sweep.options import CONDITION, PLAIN, build_method, canonical, cano
 if TYPE_CHECKING:
     from elakit.guidance import Method
 
+# Settings that are part of a unit's key only where they are set, so that sweeps of earlier releases are resumed.
+OPTIONAL = ("negative_prompt", "height", "width", "scheduler", "lora", "variant")
 MAX_STEPS = 1000  # training steps of the schedulers in diffusers
 
 
@@ -43,6 +45,10 @@ class Unit:
         Data type as in `elakit.load`.
     detector : str, optional
         Detector as in `elakit.judge.detectors.load_detector`; None uses the embedded judge.
+    negative_prompt, height, width : optional
+        As in `elakit.generate`. These and the following are part of `key` only where they are set.
+    scheduler, lora, variant : str, optional
+        As in `elakit.load`.
 
     Examples
     --------
@@ -62,16 +68,34 @@ class Unit:
     device: str | None = None
     dtype: str | None = None
     detector: str | None = None
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    scheduler: str | None = None
+    lora: str | None = None
+    variant: str | None = None
 
     @property
     def key(self) -> str:
         """File name of the unit: equal for equal units in every process and on every machine and device."""
-        identity = {name: value for name, value in asdict(self).items() if name != "device"}
+        identity = {
+            name: value
+            for name, value in asdict(self).items()
+            if name != "device" and not (name in OPTIONAL and value is None)
+        }
         return hashlib.sha256(canonical(identity).encode()).hexdigest()[:16]
 
     def labels(self) -> dict[str, Any]:
         """Columns of the unit's rows that are known in advance: all fields but the seeds, and the key."""
         return {name: value for name, value in asdict(self).items() if name != "seeds"} | {"key": self.key}
+
+    def loading(self) -> dict[str, Any]:
+        """Arguments of `elakit.load` beside the model's name."""
+        return {name: getattr(self, name) for name in ("device", "dtype", "variant", "scheduler", "lora")}
+
+    def generation(self) -> dict[str, Any]:
+        """Settings of `elakit.generate` and `elakit.diagnose`."""
+        return {name: getattr(self, name) for name in ("steps", "guidance_scale", "negative_prompt", "height", "width")}
 
     def guidance(self) -> Method | None:
         """Guidance method with its options; None for plain generation."""
@@ -97,6 +121,12 @@ def plan(
     device: str | None = None,
     dtype: str | None = None,
     detector: str | None = None,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    scheduler: str | None = None,
+    lora: str | None = None,
+    variant: str | None = None,
     batch: int | None = None,
 ) -> list[Unit]:
     """List the units of a sweep, prompt by prompt, so that an interrupted sweep already compares all methods.
@@ -110,7 +140,7 @@ def plan(
     methods : iterable of str or (str, mapping)
         "plain", and names in `elakit.guidance.METHODS`, optionally with options. Keep "plain" in the list: the other
         methods are compared with it.
-    model, steps, guidance_scale, device, dtype, detector
+    model, steps, guidance_scale, device, dtype, detector, negative_prompt, height, width, scheduler, lora, variant
         As in `Unit`.
     batch : int, optional
         Largest number of seeds per batch; by default all seeds are generated in one batch.
@@ -138,8 +168,7 @@ def plan(
     if not any(suites.values()):
         raise SettingError("There is no prompt to generate. Name a suite or give prompts.")
     numbers = sorted(checks.seeds(seeds, "seeds", distinct=True))
-    if steps is not None:
-        steps = checks.whole_number(steps, "steps", 1, MAX_STEPS)
+    steps, height, width = checked_sizes(steps, height, width)
     if guidance_scale is not None:
         guidance_scale = checks.real_number(guidance_scale, "guidance_scale", 0)
     if batch is not None:
@@ -163,6 +192,12 @@ def plan(
             device=device,
             dtype=dtype,
             detector=detector,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            scheduler=scheduler,
+            lora=lora,
+            variant=variant,
         )
         for suite, texts in suites.items()
         for prompt in texts
@@ -170,6 +205,18 @@ def plan(
         for name, options in chosen
     ]
     return list(dict.fromkeys(units))
+
+
+def checked_sizes(steps: int | None, height: int | None, width: int | None) -> list[int | None]:
+    """Number of steps, height and width as integers, where they are set.
+
+    Raises
+    ------
+    SettingError
+        One of them is not a whole number or out of range.
+    """
+    limits = (("steps", steps, MAX_STEPS), ("height", height, None), ("width", width, None))
+    return [None if value is None else checks.whole_number(value, name, 1, high) for name, value, high in limits]
 
 
 def check_prompts(prompts: Any) -> None:

@@ -207,18 +207,20 @@ def test_layers_and_heads_of_self_attention_are_selected(pipe: Any, prompt: Prom
 
 
 # The patches of the image are the last queries and keys.
-@pytest.mark.parametrize("name", ["FLUX.2", "AuraFlow", "Chroma", "Qwen-Image"])
+@pytest.mark.parametrize("name", ["FLUX.2", "AuraFlow", "Chroma", "Qwen-Image", "CogView4", "HunyuanDiT"])
 def test_layers_read_at_their_attention_call_have_it_too(name: str) -> None:
     pipe = BUILDERS[name]()
     prompt = parse(TEXT, pipe)
-    size = {"height": 64, "width": 96} if name == "FLUX.2" else {"height": 32, "width": 48}
+    size = {"height": 64, "width": 96} if name in ("FLUX.2", "HunyuanDiT") else {"height": 32, "width": 48}
+    options = {"use_resolution_binning": False} if name == "HunyuanDiT" else {}
+    adapter = adapter_for(pipe)
     spec = RecordSpec(self_attention=SelfAttention(size=6, heads="all", each_layer=True), dtype="float32")
-    with witness(adapter_for(pipe).layers()) as seen, record(pipe, prompt, spec) as recording:
-        draw(pipe, prompt.text, steps=1, **size)
+    with witness(adapter.self_layers(adapter.layers())) as seen, record(pipe, prompt, spec) as recording:
+        draw(pipe, prompt.text, steps=1, **size, **options)
     (node,) = recording.nodes("image")
-    for one, layer in zip(seen, recording.layers, strict=False):
+    for one, layer in zip(seen, node["layer"].values, strict=False):
         truth = one.probabilities[0][:, -24:, -24:]
         kept = node["probability"].sel(layer=layer).isel(step=0, image=0).values.reshape(-1, 24, 24)
-        if name == "AuraFlow":  # it guides: the second row sees the prompt
+        if name in ("AuraFlow", "HunyuanDiT"):  # they guide: the second row sees the prompt
             truth = one.probabilities[1][:, -24:, -24:]
         np.testing.assert_allclose(kept, truth, atol=1e-5)

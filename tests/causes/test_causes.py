@@ -254,11 +254,11 @@ def test_a_cause_that_few_failing_runs_show_has_less_confidence() -> None:
 @pytest.mark.parametrize(
     ("cause", "failure", "explains"),
     [
-        # Attention at the place of the clock that goes to "bear" explains a missing clock, and not a missing bear.
+        # Attention at the location of the clock that goes to "bear" explains a missing clock, and not a missing bear.
         (Cause("captured", "clock", "bear", "bear", evidence={"held": 0.9}), Failure("missing", "clock"), True),
         (Cause("captured", "clock", "bear", "bear", evidence={"held": 0.9}), Failure("missing", "bear"), False),
         (Cause("captured", "clock", "bear", "bear", evidence={"held": 0.9}), Failure("fused", "bear", "clock"), True),
-        # Two nouns at the same place: either may be missing.
+        # Two nouns at the same location: either may be missing.
         (Cause("captured", "clock", "bear", "bear", evidence={"alike": 0.9}), Failure("missing", "bear"), True),
         (Cause("text states alike", "clock", "bear"), Failure("missing", "bear"), True),
         (Cause("text states alike", "clock", "bear"), Failure("missing", "dog"), False),

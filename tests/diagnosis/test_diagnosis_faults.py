@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from pages import Page
+from PIL import Image
 from tiny_diagnosis import diagnosis, judged_run, tiny_runs
 
 import elakit
@@ -138,6 +139,12 @@ def test_images_of_the_safety_checker_are_not_judged() -> None:
     said = " ".join(statements(found)["images"])
     assert "safety checker replaced 1 of 2 images" in said
     assert "picture-world" not in said
+
+
+def test_a_black_image_is_named_as_the_reason_why_nothing_was_judged() -> None:
+    found = diagnosis(seeds=1)
+    found.pairs[0].plain.image = Image.new("RGB", found.pairs[0].plain.image.size)
+    assert statements(found)["images"][0].startswith("1 of 2 images is entirely black, so the images were not judged.")
 
 
 @pytest.fixture(scope="module")

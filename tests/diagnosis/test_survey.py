@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     second = subprocess.run(command, capture_output=True, text=True, check=False)
     assert second.returncode == 1, second.stderr  # one prompt cannot be read
     assert "3 of 4 prompts are diagnosed" in second.stdout, second.stdout + second.stderr
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished  # not drawn again
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished  # not generated again
     return out
 
 

@@ -1,4 +1,4 @@
-"""Every family is drawn and guided as its own pipeline draws: the same noise, passes, timesteps and images."""
+"""Every family is generated and guided as by its own pipeline: the same noise, passes, timesteps and images."""
 
 from __future__ import annotations
 
@@ -475,7 +475,7 @@ def test_a_negative_prompt_for_flux_is_refused_with_the_way_out() -> None:
 
 
 def test_a_family_without_an_encoding_is_recorded_but_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(StableDiffusion3, "encode")
+    monkeypatch.delattr(StableDiffusion3, "_encode")
     with pytest.raises(ModelError, match=r"with elakit\.record"):
         generate(shared("sd3"), PAIR, progress=False)
 

@@ -246,7 +246,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "developing" / "adding-a-family.md"
 
 
 def test_the_page_on_adding_a_family_is_right() -> None:
-    """What it says an adapter has, `Adapter` has; the files that it names exist, its example among them."""
+    """Its table lists the members of `Adapter`; the files that it names exist, and so does its example."""
     page = PAGE.read_text(encoding="utf-8")
     asked = {name for name in vars(Adapter) if not name.startswith("_")} | set(Adapter.__annotations__)
     optional = {"text_arguments", "text_limit"}

@@ -15,7 +15,7 @@ from tiny import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl
 
 from elakit.errors import ModelError
 from elakit.models import FAMILIES, adapter_for
-from elakit.models.transformer import TransformerAdapter
+from elakit.models.encoding import PromptEncoder
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
@@ -41,7 +41,7 @@ def table() -> str:
         adapter: Any = adapter_for(BUILDERS[family.family]())
         layers = adapter.layers()
         like = all(layer.kind == "cross" and layer.layout is None for layer in layers)
-        generates = getattr(family, "encode", None) is not TransformerAdapter.encode
+        generates = family._encode is not PromptEncoder._encode
         try:
             own = adapter.self_layers(layers)
             self_attention = "yes" if own[0].module is not layers[0].module else "share of the joint softmax"

@@ -24,7 +24,7 @@ from elakit.errors import OutputError, RecordingError, SettingError
 from elakit.generation import generate
 from elakit.guidance import ELA, LatentStep
 from elakit.plot import style
-from elakit.plot.images import light_gray
+from elakit.plot.image_figures import light_gray
 from elakit.plot.style import ENTITY_COLORS, escape, pick_steps
 from elakit.run import Run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import re
@@ -23,6 +24,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as tries
 from hypothesis import strategies as st
+from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from elakit.errors import OutputError, SettingError
@@ -42,6 +44,7 @@ from elakit.sweep import (
     sweep,
     table,
 )
+from elakit.sweep.generation import generate_unit
 from elakit.sweep.options import canonical_options
 from elakit.world.vocabulary import COLORS, NOUNS
 
@@ -193,6 +196,26 @@ def test_a_plan_contains_each_unit_once_and_keys_do_not_depend_on_order(
     variants = 1 + len({canonical_options("ela", options), canonical_options("ela", again)})
     images = [(unit.prompt, unit.method, unit.options, seed) for unit in planned for seed in unit.seeds]
     assert len(images) == len(set(images)) == len(set(prompts)) * len(seeds) * variants
+
+
+def test_settings_that_are_not_given_leave_the_key_as_in_sweeps_without_them() -> None:
+    (unit,) = plan(["a cat and a lion"], [1, 3], ["plain"])
+    assert unit.key == "9490ebfc7ab5d766"
+    others = {"negative_prompt": "a dog", "height": 64, "width": 64, "scheduler": "X", "lora": "y", "variant": "fp16"}
+    keys = {plan(["a cat and a lion"], [1, 3], ["plain"], **{name: value})[0].key for name, value in others.items()}
+    assert len(keys | {unit.key}) == 1 + len(others)
+
+
+def test_a_unit_is_generated_with_its_negative_prompt_size_and_scheduler() -> None:
+    given = {"negative_prompt": "a dog", "height": 64, "scheduler": "EulerDiscreteScheduler"}
+    (plain,), (other,) = (
+        generate_unit(plan(["a [cat] and a [lion]"], [1], ["plain"], steps=2, **some)[0], keep_images=True)
+        for some in ({}, given)
+    )
+    sizes = [Image.open(io.BytesIO(row["png"])).size for row in (plain, other)]
+    assert sizes == [(128, 128), (128, 64)]
+    assert {name: other[name] for name in given} == given
+    assert plain["height"] is None
 
 
 def test_a_unit_contains_all_options_of_its_method() -> None:
@@ -496,7 +519,7 @@ def test_the_summary_of_a_table_with_a_known_answer() -> None:
     frame = pd.concat(
         [
             images("plain", [0] * 8 + [1] * 4, neglect=[1] * 6 + [0] * 6, seconds=2.0, score=0.5),
-            # fixes six of eight, harms one of four
+            # fixes six of eight, breaks one of four
             images("good", [1] * 6 + [0] * 2 + [0] + [1] * 3, neglect=0, seconds=3.0, score=0.4),
             images("same", [0] * 8 + [1] * 4, neglect=[1] * 6 + [0] * 6, seconds=2.0, score=0.5),
         ]
@@ -547,6 +570,20 @@ def test_options_and_settings_have_rows_of_their_own_with_their_own_plain_images
     ]
     assert found["fixed_count"].tolist() == [0, 0, 2, 0, 1]
     assert found["broken_count"].tolist() == [0, 0, 0, 1, 0]
+
+
+def test_images_are_compared_with_plain_ones_of_the_same_negative_prompt_and_size() -> None:
+    given = {"steps": 10, "negative_prompt": "blurry", "height": 64}
+    frame = pd.concat(
+        [images("plain", [0, 0], steps=10), images("plain", [1, 1], **given), images("ela", [0, 1], **given)]
+    )
+    found = summary(frame)
+    assert found.index.tolist() == [
+        "plain, negative prompt blurry, height 64",
+        "plain, negative prompt default, height default",
+        "ela, negative prompt blurry, height 64",
+    ]
+    assert found["broken_count"].tolist() == [0, 0, 1]
 
 
 def test_unjudged_images_and_missing_plain_images_give_missing_values() -> None:
@@ -707,6 +744,9 @@ def test_suites_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         (["--dtype", "int8"], ["int8", "float32"]),
         (["--dask", "tcp://127.0.0.1:1"], ["pip install 'elakit[dask]'"]),
         (["--workers", "0"], ["workers=0"]),
+        (["--height", "0"], ["height=0"]),
+        (["--scheduler", "Eular"], ["scheduler='Eular'", "EulerDiscreteScheduler"]),
+        (["--lora", "no-weights"], ["--lora no-weights", "hub id"]),
     ],
 )
 def test_wrong_input_is_refused_before_any_generation(

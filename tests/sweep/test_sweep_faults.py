@@ -134,14 +134,15 @@ def test_no_cell_of_a_table_is_a_formula(tmp_path: Path) -> None:
         assert not line.startswith(("=", "+", "-", "@"))
 
 
-def test_an_image_of_the_safety_checker_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reported", [True, False])
+def test_a_black_image_is_not_judged(monkeypatch: pytest.MonkeyPatch, reported: bool) -> None:
     pipe = elakit.load("picture-world")
     run_ = elakit.generate(pipe, "a [cat] and a [lion]", seed=1, steps=2, progress=False)
-    run_.nsfw = True
+    run_.nsfw = reported
     run_.image = Image.new("RGB", run_.image.size)
     monkeypatch.setattr("elakit.generation.generate", lambda *_, **__: [run_])
     (row,) = generation.generate_unit(Unit("picture-world", "a [cat] and a [lion]", (1,), steps=2))
-    assert row["blocked"] is True
+    assert row["blocked"] is reported
     assert "success" not in row
     assert "neglect" not in row
 

@@ -119,7 +119,7 @@ def test_a_prompt_that_cannot_be_read_says_why_and_the_last_run_stays(panel: Pan
 @pytest.mark.parametrize("name", METHODS)
 def test_every_option_of_every_method_has_a_control_that_opens_at_its_default(name: str) -> None:
     method = METHODS[name]
-    regions = {"regions": [LEFT, RIGHT]} if name in ("boxdiff", "layout-guidance") else {}
+    regions = {"regions": [LEFT, RIGHT]} if method.needs_regions else {}
     controls = Controls(method)
     assert build(method, controls.values() | regions) == method(**regions)
     assert all(option.about or option.choices for option in options(method))

@@ -65,6 +65,8 @@ average = 0.9
 min_snr = 5.0
 drop_text = 0.1
 neutral_end = 0.6
+outlines = 0.05
+compiled = false
 
 [judge]
 channels = [8, 8, 8, 8]
@@ -196,15 +198,25 @@ def test_a_grown_model_starts_as_the_smaller_one(config: Path) -> None:
 
     old, new = parts(settings), parts(dataclasses.replace(settings, vae=wider))
     pipe = denoiser.assemble(old, small, tokenizer, denoiser.build_scheduler())
-    denoiser.grow(new, pipe)
+    denoiser.grow(new, tokenizer, pipe)
     noisy, states = torch.randn(1, 6, 8, 8), torch.randn(1, 24, 32)
     with torch.no_grad():
         grown = new["unet"](noisy, 500, states).sample
         assert torch.allclose(grown[:, :4], old["unet"](noisy[:, :4], 500, states).sample, atol=1e-5)
         assert not grown[:, 4:].any()
+    # the meaning of a word stays with the word when the new vocabulary gives it another number
+    renumbered = train_tokenizer(settings.text.vocabulary - 50, settings.text.positions)
+    fewer = parts(settings)
+    fewer["text"] = denoiser.build_text_encoder(settings, renumbered)
+    denoiser.grow(fewer, renumbered, pipe)
+    meanings = [
+        part["text"].state_dict()["embeddings.token_embedding.weight"][words.get_vocab()["cat</w>"]]
+        for part, words in ((old, tokenizer), (fewer, renumbered))
+    ]
+    assert torch.equal(*meanings)
     other = dataclasses.replace(settings, denoiser=dataclasses.replace(settings.denoiser, channels=(16, 32, 48)))
     with pytest.raises(SettingError, match="architecture"):
-        denoiser.grow(parts(other), pipe)
+        denoiser.grow(parts(other), tokenizer, pipe)
 
 
 def test_a_long_training_composes_new_scenes_as_it_goes(config: Path, tmp_path: Path) -> None:

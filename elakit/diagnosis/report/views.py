@@ -11,7 +11,7 @@ from elakit.diagnosis.remedies import RemedyResult, bleed
 from elakit.diagnosis.sentences import first_step, layer_name, percent, plural, steps_of
 from elakit.guidance import method_title
 from elakit.judge import Verdict
-from elakit.plot.images import data_uri
+from elakit.plot.image_figures import data_uri
 from elakit.prompt import Prompt
 from elakit.rewording import entity_spans
 from elakit.run import Run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,10 +19,10 @@ from elakit.diagnosis.trials import check
 from elakit.errors import OutputError, SettingError
 from elakit.files import read_json, write_json
 from elakit.models import load
-from elakit.plot.images import data_uri
+from elakit.plot.image_figures import data_uri
 from elakit.prediction import load_predictor
 from elakit.sweep.options import canonical_options
-from elakit.sweep.units import MAX_STEPS, Unit, check_prompts
+from elakit.sweep.units import Unit, check_prompts, checked_sizes
 
 # Longest side of the images in the summary, in pixels.
 SMALL = 96
@@ -68,10 +68,17 @@ def plan_cases(
     seeds: int | Sequence[int],
     *,
     method: str = "ela",
+    options: Mapping[str, Any] | None = None,
     remedies: bool | Sequence[str] = True,
     model: str = "picture-world",
     steps: int | None = None,
     guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    scheduler: str | None = None,
+    lora: str | None = None,
+    variant: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
     predictor: str | Path | None = None,
@@ -82,10 +89,14 @@ def plan_cases(
     ----------
     prompts : iterable of str
     seeds : int or sequence of int
-    method, remedies, steps, guidance_scale, predictor
+    method, remedies, steps, guidance_scale, negative_prompt, height, width
         As in `elakit.diagnose`, methods and remedies by name.
-    model, device, dtype
+    options : mapping of str to object, optional
+        Options of the method that differ from their defaults.
+    model, scheduler, lora, variant, device, dtype
         As in `elakit.load`.
+    predictor : str or Path, optional
+        File written by `elakit.prediction.Predictor.save`.
 
     Returns
     -------
@@ -102,8 +113,7 @@ def plan_cases(
         raise SettingError("There is no prompt to diagnose. Give at least one.")
     numbers = tuple(seed_list(seeds))
     tried = tuple(str(name) for name in check(remedies))
-    if steps is not None:
-        steps = checks.whole_number(steps, "steps", 1, MAX_STEPS)
+    steps, height, width = checked_sizes(steps, height, width)
     if guidance_scale is not None:
         guidance_scale = checks.real_number(guidance_scale, "guidance_scale", 0)
     return [
@@ -112,11 +122,17 @@ def plan_cases(
             prompt=text,
             seeds=numbers,
             method=method,
-            options=canonical_options(method, {}),
+            options=canonical_options(method, options or {}),
             steps=steps,
             guidance_scale=guidance_scale,
             device=device,
             dtype=dtype,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            scheduler=scheduler,
+            lora=lora,
+            variant=variant,
             remedies=tried,
             predictor=None if predictor is None else str(Path(predictor).absolute()),
         )
@@ -139,13 +155,12 @@ def diagnose_case(case: Case, folder: str) -> list[dict[str, Any]]:
         One row per seed, as a sweep stores them.
     """
     found = diagnose(
-        _pipeline(case.model, case.device, case.dtype),
+        _pipeline(case.model, **case.loading()),
         case.prompt,
         seeds=list(case.seeds),
         method=case.guidance() or case.method,
         remedies=case.remedies,
-        steps=case.steps,
-        guidance_scale=case.guidance_scale,
+        **case.generation(),
         predictor=None if case.predictor is None else load_predictor(case.predictor),
     )
     place = Path(folder)
@@ -202,8 +217,8 @@ def _images(found: Diagnosis) -> dict[str, str]:
 
 
 @lru_cache(maxsize=1)
-def _pipeline(model: str, device: str | None, dtype: str | None) -> Any:
+def _pipeline(model: str, **settings: str | None) -> Any:
     # the loading bars of several workers would interleave with each other and with the survey's own bar
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    return load(model, device=device, dtype=dtype)
+    return load(model, **settings)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from elakit.diagnosis.survey.cases import Case, diagnose_case, plan_cases
 from elakit.diagnosis.survey.summary import write
@@ -41,16 +42,9 @@ def diagnose_many(
     out: str | Path,
     *,
     seeds: int | Sequence[int] = 4,
-    method: str = "ela",
-    remedies: bool | Sequence[str] = True,
-    model: str = "picture-world",
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    predictor: str | Path | None = None,
     workers: int | None = None,
     on_progress: Callable[[int, int], object] | None = None,
+    **settings: Any,
 ) -> Survey:
     """Diagnose prompts, each on a page of its own, and summarize them.
 
@@ -66,17 +60,13 @@ def diagnose_many(
         ``summary.json``; ``cases/`` with the `Diagnosis.to_dict` of each prompt.
     seeds : int or sequence of int
         Number of seeds (0, 1, ...), or the seeds.
-    method, remedies, steps, guidance_scale
-        As in `elakit.diagnose`, methods and remedies by name.
-    model, device, dtype
-        As in `elakit.load`.
-    predictor : str or Path, optional
-        File written by `elakit.prediction.Predictor.save`.
     workers : int, optional
         Number of processes; by default one per GPU, or the number of processors. A script that calls this function
         therefore needs ``if __name__ == "__main__":``.
     on_progress : callable, optional
         Called with (prompts done, prompts in total) at the start and after each prompt.
+    **settings
+        Settings of `elakit.diagnosis.survey.plan_cases`: method, remedies, model and so on.
 
     Returns
     -------
@@ -89,18 +79,7 @@ def diagnose_many(
     OutputError
         The folder contains other files, or cannot be written to.
     """
-    cases = plan_cases(
-        prompts,
-        seeds,
-        method=method,
-        remedies=remedies,
-        model=model,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        device=device,
-        dtype=dtype,
-        predictor=predictor,
-    )
+    cases = plan_cases(prompts, seeds, **settings)
     folder = _prepare(check_folder(out))
     _forget_incomplete(folder, cases)
     each = len(cases[0].seeds)

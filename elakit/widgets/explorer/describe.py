@@ -14,7 +14,7 @@ import xarray as xr
 from elakit.attention import Recording
 from elakit.errors import ElakitError, RecordingError
 from elakit.plot import style
-from elakit.plot.images import LOSSLESS_SIDE, data_uri
+from elakit.plot.image_figures import LOSSLESS_SIDE, data_uri
 from elakit.prompt import Prompt
 from elakit.run import Run
 from elakit.widgets.explorer.packing import Buffer, Fit, Source, fit_to, pack

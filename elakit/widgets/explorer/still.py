@@ -12,7 +12,7 @@ from scipy.ndimage import binary_erosion
 
 from elakit.errors import ElakitError
 from elakit.plot import style
-from elakit.plot.images import light_gray
+from elakit.plot.image_figures import light_gray
 from elakit.run import Run
 from elakit.widgets.shared.colors import lookup
 

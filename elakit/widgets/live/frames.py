@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from elakit.errors import ElakitError
-from elakit.plot.images import LOSSLESS_SIDE, data_uri
+from elakit.plot.image_figures import LOSSLESS_SIDE, data_uri
 from elakit.plot.style import entity_colors
 from elakit.run import Run
 from elakit.widgets.shared.quantize import quantize

@@ -60,7 +60,9 @@ class DenoiserSettings:
 
     The training begins with `first_scenes` scenes and ends with `scenes`; `chunk` of them are composed at a time,
     when each has been seen `reuse` times on average. The learning rate is constant after `warmup` steps and falls to
-    zero from `decay_from` of the run on; `average` is the decay of the moving average of the weights.
+    zero from `decay_from` of the run on; `average` is the decay of the moving average of the weights. `outlines` is the
+    weight of an auxiliary loss: the noun at each location, read from the decoder's features. `compiled` runs the UNet
+    through ``torch.compile``, which needs a C++ compiler on a CPU.
     """
 
     channels: tuple[int, ...]
@@ -78,6 +80,8 @@ class DenoiserSettings:
     min_snr: float
     drop_text: float
     neutral_end: float
+    outlines: float
+    compiled: bool
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,18 @@ from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, U
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from elakit.errors import SettingError
 from elakit.models import EMBEDDED
 from elakit.models.portable import write_portable_names
-from elakit.world.scenes import World, sample
+from elakit.world.scenes import Scene, World, sample
 from elakit.world.tokenizer import train_tokenizer
 from elakit.world.training.config import Config
 from elakit.world.training.loop import Schedule, autocast, fast_bfloat16, train
+from elakit.world.vocabulary import NOUNS
 
 SAMPLE_PROMPTS = (
     "a red car", "a lion", "a frog", "a blue apple", "an elephant", "a yellow clock", "a purple bow", "a turtle",
@@ -33,6 +36,7 @@ SAMPLE_PROMPTS = (
 )  # fmt: skip
 ENCODED_AT_ONCE = 64
 SHEET_EVERY = 50_000  # samples
+TOKEN_EMBEDDING = "token_embedding.weight"
 
 
 def build_unet(config: Config, width: int) -> UNet2DConditionModel:
@@ -89,10 +93,20 @@ def build_scheduler() -> DDIMScheduler:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Scenes as the denoiser sees them: latents (n, c, h, w) of unit variance, token ids (n, positions)."""
+    """Scenes as the denoiser sees them.
+
+    Attributes
+    ----------
+    latents : Tensor, float16, (n, c, h, w)
+        Unit variance.
+    tokens : Tensor, int64, (n, positions)
+    classes : Tensor, uint8, (n, h, w)
+        Class at the center of each latent location: 0 for the background, 1 + index in ``NOUNS`` for a thing.
+    """
 
     latents: Tensor
     tokens: Tensor
+    classes: Tensor
 
 
 class GrowingScenes:
@@ -131,7 +145,7 @@ class GrowingScenes:
         rows = torch.randint(count, (size,)).tolist()
         picked = [(self._chunks[row // chunk], row % chunk) for row in rows]
         return Encoded(
-            torch.stack([part.latents[i] for part, i in picked]), torch.stack([part.tokens[i] for part, i in picked])
+            *(torch.stack([getattr(part, f.name)[i] for part, i in picked]) for f in dataclasses.fields(Encoded))
         )
 
     def _chunk(self, number: int) -> Encoded:
@@ -140,7 +154,7 @@ class GrowingScenes:
             size = min(self._config.denoiser.chunk, self._config.denoiser.scenes)
             data = encode_scenes(self._config.world, size, (2, number), self._vae, self._tokenizer, self._device)
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"latents": data.latents, "tokens": data.tokens}, path.with_suffix(".tmp"))
+            torch.save(vars(data), path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)
         return Encoded(**torch.load(path, weights_only=True))
 
@@ -149,7 +163,7 @@ def encode_scenes(
     world: World, count: int, seed: int | tuple[int, ...], vae: Any, tokenizer: CLIPTokenizer, device: torch.device
 ) -> Encoded:
     """Compose scenes and encode each once; a few at a time, since images take more memory than latents."""
-    latents, tokens, rng = [], [], np.random.default_rng(seed)
+    latents, tokens, classes, rng = [], [], [], np.random.default_rng(seed)
     for start in tqdm(range(0, count, ENCODED_AT_ONCE), desc="encode", unit="batch", mininterval=5):
         scenes = [sample(world, rng) for _ in range(min(ENCODED_AT_ONCE, count - start))]
         pixels = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).to(device)
@@ -158,17 +172,31 @@ def encode_scenes(
         latents.append((mean.float() * vae.config.scaling_factor).half().cpu())
         captions = [scene.caption for scene in scenes]
         tokens.append(tokenizer(captions, padding="max_length", return_tensors="pt").input_ids)
-    return Encoded(torch.cat(latents), torch.cat(tokens))
+        classes.append(torch.from_numpy(np.stack([_classes(scene, mean.shape[-1]) for scene in scenes])))
+    return Encoded(torch.cat(latents), torch.cat(tokens), torch.cat(classes))
+
+
+def _classes(scene: Scene, side: int) -> np.ndarray:
+    """Class of what stands at the center of each of the `side` x `side` latent locations, uint8."""
+    found = np.zeros(scene.image.shape[:2], np.uint8)
+    for entity in scene.entities:
+        found[entity.mask] = 1 + NOUNS.index(entity.subject.noun)
+    step = len(found) // side
+    return found[step // 2 :: step, step // 2 :: step]
 
 
 @torch.no_grad()
-def grow(model: Any, old: StableDiffusionPipeline) -> None:
+def grow(model: Any, tokenizer: CLIPTokenizer, old: StableDiffusionPipeline) -> None:
     """Start from an earlier edition's weights: copy those that fit, and let new latent channels begin at zero.
+
+    Token embeddings are copied token by token, since an edition with other captions has another vocabulary.
 
     Parameters
     ----------
     model : nn.ModuleDict
         "text" and "unet", changed in place: the architecture of `old`, with at least its latent channels.
+    tokenizer : CLIPTokenizer
+        Tokenizer of `model`.
     old : StableDiffusionPipeline
 
     Raises
@@ -176,10 +204,16 @@ def grow(model: Any, old: StableDiffusionPipeline) -> None:
     SettingError
         The architectures differ in more than the latent channels.
     """
+    known = old.tokenizer.get_vocab()
+    rows = [(index, known[token]) for token, index in tokenizer.get_vocab().items() if token in known]
     for part, source in ((model["text"], old.text_encoder), (model["unet"], old.unet)):
         values, sources = part.state_dict(), source.state_dict()
         for name, value in values.items():
             given = sources.get(name)
+            if given is not None and name.endswith(TOKEN_EMBEDDING):
+                new, theirs = torch.tensor(rows).T
+                value[new] = given[theirs]
+                continue
             grown = name in ("conv_in.weight", "conv_out.weight", "conv_out.bias")
             if given is None or (given.shape != value.shape and not grown):
                 raise SettingError(
@@ -222,12 +256,23 @@ def train_denoiser(
         # eager attention: on CPU the backward of fused attention in bf16 took over a third of a step (in fp32, fused
         # attention is the faster of the two)
         unet.set_attn_processor(AttnProcessor())
-    model: Any = nn.ModuleDict({"text": text, "unet": unet}).to(device)
+    # trained beside the UNet and discarded: it reads what the second decoder block knows of the things' outlines
+    outlines = nn.Conv2d(settings.channels[1], 1 + len(NOUNS), 1)
+    model: Any = nn.ModuleDict({"text": text, "unet": unet, "outlines": outlines}).to(device)
+    if settings.compiled:
+        unet.to(memory_format=torch.channels_last)  # the faster one when compiled only
     if start is not None and not (folder / "denoiser.pt").exists():
-        grow(model, StableDiffusionPipeline.from_pretrained(start, torch_dtype=torch.float32, local_files_only=True))
+        grow(
+            model,
+            tokenizer,
+            StableDiffusionPipeline.from_pretrained(start, torch_dtype=torch.float32, local_files_only=True),
+        )
     scheduler = build_scheduler()
     alphas = scheduler.alphas_cumprod.to(device)
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids.to(device)
+    network: Any = torch.compile(unet) if settings.compiled else unet
+    seen: list[Tensor] = []
+    unet.up_blocks[1].register_forward_hook(lambda module, given, features: seen.append(features))
 
     def loss(step: int) -> Tensor:
         batch = data.batch(step * settings.batch, settings.batch)
@@ -243,10 +288,14 @@ def train_denoiser(
             states, neutral = states[:-1], states[-1:]
             ended = (tokens == tokenizer.eos_token_id) & _chance(settings.neutral_end, len(tokens), device)[:, None]
             states = torch.where(ended[..., None], neutral, states)
-            predicted = model["unet"](noisy, times, states).sample.float()
+            predicted = network(noisy, times, states).sample.float()
+            named = model["outlines"](seen.pop()).float()
         ratio = alphas[times] / (1 - alphas[times])
         weight = ratio.clamp(max=settings.min_snr) / (ratio + 1)
-        return (weight * (predicted - target).pow(2).mean((1, 2, 3))).mean()
+        total = (weight * (predicted - target).pow(2).mean((1, 2, 3))).mean()
+        # weighted with the share of signal: in noise alone nothing has a place yet
+        wrong = F.cross_entropy(named, batch.classes.to(device).long(), reduction="none").mean((1, 2))
+        return total + settings.outlines * (signal.flatten() * wrong).mean()
 
     drawn = -1
 

@@ -14,7 +14,7 @@ from elakit.bleeding import truth_masks
 from elakit.errors import SettingError
 from elakit.measures.masks import downscale, otsu_masks
 from elakit.plot import style
-from elakit.plot.images import figure_uri, light_gray
+from elakit.plot.image_figures import figure_uri, light_gray
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,0 +1,186 @@
+"""DenseDiffusion: attention scores raised inside given regions and lowered outside, by their range and the area.
+
+Kim et al., "Dense Text-to-Image Generation with Attention Modulation", ICCV 2023 (arXiv:2308.12964), and its released
+code (github.com/naver-ai/DenseDiffusion, gradio_app.py). With s the scores of a location in one head, lowest and
+largest over its keys, and R a map that is 1 where a key belongs to the location:
+
+    s' = s + w t^5 (1 - a) (largest - s)    where R is 1
+    s' = s - w t^5 (1 - a) (s - lowest)     elsewhere
+
+a is the share of the image that the location's region covers, t the timestep as a share of 1000, w is 1 in
+cross-attention and 0.3 in self-attention. In cross-attention R is 1 for the words of the entity whose region the
+location is in, and all other keys (articles, start and end of text) are lowered; in self-attention it is 1 for the
+locations of the same region, the rest of the image being a region without words. Scores change in all layers in the
+first 30 % of the steps. The words of each entity have the text states that they have in a text of their own, in the
+whole run.
+
+Intended difference: the released code reduces masks to a layer by nearest neighbor, here a box has the locations whose
+centers it contains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elakit.attention.rescoring import Change, Scores, Site
+from elakit.checks import real_number, share
+from elakit.guidance.anchoring import confinement
+from elakit.guidance.layout import Layout, check_layout, layout_masks
+from elakit.guidance.method import Attention, Loss, Rescore, Update
+from elakit.guidance.phrases import check_text, phrase_positions, phrases, with_text
+from elakit.guidance.reading import ReadsOneSize
+from elakit.models import Adapter, AttentionLayer, Conditioning
+from elakit.prompt import Prompt
+
+_FADING = 5  # power of the timestep
+
+
+@dataclass(frozen=True)
+class DenseDiffusion(ReadsOneSize):
+    """DenseDiffusion, which needs regions, for models with cross-attention layers.
+
+    Parameters
+    ----------
+    regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
+        Where each entity belongs, in the order of the prompt: boxes in shares of the image, or masks; they may
+        overlap.
+    strength : float
+        Degree of the change in cross-attention; 1 in the released code.
+    self_strength : float
+        Degree of the change in self-attention; 0.3 in the released code.
+    area : float
+        Degree in which the change depends on the area of a region; 1 in the released code, 0 for not at all.
+    guided : float
+        Share of the denoising steps in which scores change, from the first; 0.3 in the released code.
+    layers, size
+        Layers and map size of the trace; see `elakit.guidance.reading.ReadsOneSize`. Scores change in all layers.
+
+    Raises
+    ------
+    SettingError
+        No regions, or a setting outside its range.
+
+    Examples
+    --------
+    >>> DenseDiffusion([(0, 0, 0.5, 1), (0.5, 0, 1, 1)]).self_strength
+    0.3
+    >>> DenseDiffusion([(0, 0, 0.5, 1), (0.5, 0, 1, 1)], area=2)
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: DenseDiffusion(area=2): must be a number from 0 to 1.
+    """
+
+    regions: Layout
+    strength: float = 1.0
+    self_strength: float = 0.3
+    area: float = 1.0
+    guided: float = 0.3
+
+    name: ClassVar[str] = "densediffusion"
+    title: ClassVar[str] = "DenseDiffusion"
+    takes_regions: ClassVar[bool] = True
+    needs_regions: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "regions", check_layout(self.regions, "DenseDiffusion(regions=...)"))
+        for option in ("strength", "self_strength"):
+            real_number(getattr(self, option), option, 0, owner="DenseDiffusion")
+        for option in ("area", "guided"):
+            share(getattr(self, option), option, owner="DenseDiffusion")
+
+    def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
+        """Passes with changed scores; none for a prompt with one entity."""
+        if len(prompt.entities) < 2:
+            return []
+        return [Update(0.0, hold=True)] * round(self.guided * len(noise))
+
+    def rescored(
+        self, layers: Sequence[AttentionLayer], read: Sequence[AttentionLayer]
+    ) -> tuple[Sequence[AttentionLayer], Sequence[AttentionLayer]]:
+        """All layers, and self-attention beside all of them."""
+        return layers, layers
+
+    def encode(self, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
+        """The prompt's states, with those of each entity's words from a text of its own."""
+        check_text(adapter, conditioning, "DenseDiffusion")
+        states = conditioning.inputs["encoder_hidden_states"].clone()
+        for phrase in phrases(adapter, prompt):
+            states[:, list(phrase.positions)] = phrase.states[:, list(phrase.own)].to(states)
+        return with_text(conditioning, states)
+
+    def hold(
+        self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: None
+    ) -> Rescore:
+        """The change of one image's scores."""
+        words = [phrase_positions(prompt, entity) for entity in prompt.entities]
+
+        def change(site: Site, scores: Scores) -> Change | None:
+            regions = torch.from_numpy(layout_masks(self.regions, site.size, len(prompt.entities))).flatten(1)
+            own = site.layer.reads == "image"
+            strength = (self.self_strength if own else self.strength) * site.time**_FADING
+            if not strength:
+                return None
+            values = scores()
+            belongs = same_region(regions) if own else of_words(regions, words, values.shape[-1])
+            amount = strength * (1 - self.area * covered(regions))[:, None]
+            return Change(modulation(values, belongs.to(values.device), amount.to(values)))
+
+        return Rescore(change, layout_masks(self.regions, size, len(prompt.entities)))
+
+    def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
+        """Squared share of attention outside the regions, for the trace only: "outside" plus "attributes"."""
+        maps = attention.mean
+        masks: np.ndarray = layout_masks(self.regions, (maps.shape[1], maps.shape[2]), len(prompt.entities))
+        return confinement(maps, masks, prompt)
+
+
+def modulation(scores: Tensor, belongs: Tensor, amount: Tensor) -> Tensor:
+    """Bias of scores, which go up to the largest where a key belongs to the location, down to the lowest elsewhere.
+
+    Parameters
+    ----------
+    scores : Tensor, (head, location, key)
+    belongs : Tensor, bool, (location, key)
+    amount : Tensor, (location, 1)
+        Share of the way that scores go.
+
+    Examples
+    --------
+    >>> scores, belongs = torch.tensor([[[0.0, 1.0, 4.0]]]), torch.tensor([[False, True, False]])
+    >>> scores + modulation(scores, belongs, torch.tensor([[0.5]]))
+    tensor([[[0.0000, 2.5000, 2.0000]]])
+    """
+    largest, lowest = scores.amax(-1, keepdim=True), scores.amin(-1, keepdim=True)
+    return amount * (torch.where(belongs, largest, lowest) - scores)
+
+
+def same_region(regions: Tensor) -> Tensor:
+    """Return True for two locations of the same region, the rest of the image being one; bool (entity, n) -> (n, n)."""
+    every = torch.cat([regions, ~regions.any(0, keepdim=True)]).float()
+    return (every.T @ every) > 0
+
+
+def of_words(regions: Tensor, words: Sequence[Sequence[int]], length: int) -> Tensor:
+    """Return True for the words of a location's region; bool (entity, n) -> (n, text position)."""
+    belongs = torch.zeros(regions.shape[1], length, dtype=torch.bool)
+    for region, positions in zip(regions, words, strict=True):
+        belongs[:, list(positions)] |= region[:, None]
+    return belongs
+
+
+def covered(regions: Tensor) -> Tensor:
+    """Share of the image that the regions of a location cover, their areas added up; bool (entity, n) -> (n,).
+
+    Examples
+    --------
+    >>> covered(torch.tensor([[True, False, False, False]]))
+    tensor([0.2500, 0.7500, 0.7500, 0.7500])
+    """
+    every = torch.cat([regions, ~regions.any(0, keepdim=True)]).float()
+    return (every.T @ every).sum(1) / regions.shape[1]

@@ -1,0 +1,142 @@
+"""Phrases of a prompt that are encoded on their own, for methods that give each region a text of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from elakit.english import ARTICLES
+from elakit.errors import PromptError, SettingError
+from elakit.models import Adapter, Conditioning
+from elakit.prompt import Entity, Prompt, parse
+from elakit.tokens import split_words
+
+STATES, MASKS = "encoder_hidden_states", "encoder_attention_mask"  # inputs of the denoiser
+_CALL = {STATES: "prompt_embeds", MASKS: "prompt_attention_mask"}  # the same as arguments of the pipeline's call
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """The words of an entity, encoded on their own.
+
+    Attributes
+    ----------
+    positions : tuple of int
+        Positions of its tokens in the prompt: "a red car".
+    own : tuple of int
+        Positions of the same tokens in its own text.
+    states : Tensor, (1, position, channel)
+        Text states of its own text.
+    mask : Tensor, (1, position), or None
+        Attention mask of its own text, if the model takes one.
+    start : int or None
+        Position of start-of-text, in both texts.
+    """
+
+    positions: tuple[int, ...]
+    own: tuple[int, ...]
+    states: Tensor
+    mask: Tensor | None
+    start: int | None
+
+
+def check_text(adapter: Adapter, conditioning: Conditioning, who: str) -> None:
+    """Refuse a model whose text is not the keys of plain cross-attention layers.
+
+    Raises
+    ------
+    SettingError
+    """
+    plain = all(layer.kind == "cross" and layer.layout is None for layer in adapter.layers())
+    if not plain or STATES not in conditioning.inputs or _CALL[STATES] not in conditioning.call:
+        raise SettingError(
+            f"{who} gives each entity a text of its own, which {adapter.family} does not take: image and text are not "
+            "in separate layers. Use a model with cross-attention (Stable Diffusion 1.x, 2.x, XL, PixArt), or another "
+            "method, such as elakit.ELA()."
+        )
+
+
+def phrases(adapter: Adapter, prompt: Prompt) -> list[Phrase]:
+    """Encode the words of each entity on their own.
+
+    Raises
+    ------
+    PromptError
+        The tokenizer cuts the words in their own text in another way than in the prompt.
+    """
+    return [_phrase(adapter, prompt, entity) for entity in prompt.entities]
+
+
+def phrase_positions(prompt: Prompt, entity: Entity) -> tuple[int, ...]:
+    """Positions of the tokens of an entity's words, its article and other words between them included.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> prompt = elakit.parse("a bear and a [blue clock]", elakit.load("picture-world"))
+    >>> phrase_positions(prompt, prompt.entities[0])
+    (4, 5, 6)
+    """
+    word_of = {token.index: token.word for token in prompt.tokens}
+    named = [word_of[index] for index in (*entity.token_indices, *entity.attribute_indices)]
+    said = [prompt.text[slice(*span)] for span in prompt.words]
+    wanted = [entity.text[slice(*span)] for span in split_words(entity.text)]
+    first, past = min(named), max(named) + 1
+    for start in range(len(said) - len(wanted) + 1):
+        if start <= first and past <= start + len(wanted) and said[start : start + len(wanted)] == wanted:
+            first, past = start, start + len(wanted)
+            break
+    if first and said[first - 1].lower() in ARTICLES:  # brackets are often put behind the article
+        first -= 1
+    return tuple(token.index for token in prompt.tokens if first <= token.word < past)
+
+
+def end_of_text(prompt: Prompt) -> int | None:
+    """Position of end-of-text; None if nothing follows the words, because padding precedes them.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> end_of_text(elakit.parse("a [bear] and a [clock]", elakit.load("picture-world")))
+    6
+    """
+    return prompt.end_index if prompt.end_index > max(token.index for token in prompt.tokens) else None
+
+
+def _phrase(adapter: Adapter, prompt: Prompt, entity: Entity) -> Phrase:
+    positions = phrase_positions(prompt, entity)
+    words = {token.index: token.word for token in prompt.tokens}
+    first, last = (prompt.words[words[index]] for index in (positions[0], positions[-1]))
+    text = prompt.text[first[0] : last[1]]
+    alone = parse(f"[{text}]", adapter.pipe)
+    own = tuple(token.index for token in alone.tokens)
+    if len(own) != len(positions):
+        raise PromptError(
+            f"The tokenizer cuts {text!r} into {len(own)} tokens on its own and into {len(positions)} in "
+            f"{prompt.text!r}. Put the words of this entity between spaces."
+        )
+    inputs = adapter.encode(alone.text, guided=False).inputs
+    return Phrase(positions, own, inputs[STATES], inputs.get(MASKS), alone.start_index)
+
+
+def with_text(conditioning: Conditioning, states: Tensor, mask: Tensor | None = None, times: int = 1) -> Conditioning:
+    """Conditioning with other text states.
+
+    Parameters
+    ----------
+    conditioning : Conditioning
+    states : Tensor, (1, position, channel)
+    mask : Tensor, (1, position), optional
+        By default the one it has.
+    times : int
+        Number of times that the text states without the prompt are repeated, to have as many positions: every weight
+        is divided by it, which changes nothing.
+    """
+    given: dict[str, Tensor] = {STATES: states} | ({} if mask is None else {MASKS: mask})
+    call: dict[str, Any] = conditioning.call | {_CALL[name]: value for name, value in given.items()}
+    for name in (f"negative_{each}" for each in _CALL.values()):
+        if isinstance(call.get(name), Tensor):
+            call[name] = call[name].repeat(1, times, *(1,) * (call[name].ndim - 2))
+    return replace(conditioning, call=call, inputs=conditioning.inputs | given)

@@ -1,0 +1,123 @@
+"""Regional Prompter with equal columns: each column of the image attends to the text of its own entity alone.
+
+hako-mikan, sd-webui-regional-prompter (github.com/hako-mikan/sd-webui-regional-prompter, scripts/attention.py), in its
+mode "Attention" with divide mode "Columns", ratios 1,1,..., and neither a base nor a common prompt. Each entity's
+words, "a red car", are encoded on their own. In every cross-attention layer and every step, the locations of column i
+attend to text i, from the left in the order of the prompt. It is the baseline that `RegionalAttention` has to beat.
+
+Here the prompt's text states are followed by those of each text. Column i sees the words of entity i in their places in
+the prompt, with the states of text i, and what is left of text i (end and padding) behind the prompt; all other
+positions are hidden, except start-of-text, whose state is the same in all texts. The weights are those of an attention
+to text i alone, and recordings show each word in its place.
+
+Differences from the extension: words of the prompt that belong to no entity are not read, because nobody divides the
+prompt by hand; Stable Diffusion XL's pooled text state is that of the whole prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from elakit.attention.calls import NEVER
+from elakit.errors import SettingError
+from elakit.guidance.anchoring import confinement
+from elakit.guidance.method import Attention, Hold, Loss, Update
+from elakit.guidance.phrases import MASKS, STATES, check_text, phrase_positions, phrases, with_text
+from elakit.guidance.reading import ReadsOneSize
+from elakit.models import Adapter, Conditioning
+from elakit.prompt import Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionalPrompter(ReadsOneSize):
+    """Regional Prompter with equal columns, for models with cross-attention layers.
+
+    Parameters
+    ----------
+    layers, size
+        Layers and map size of the trace; see `elakit.guidance.reading.ReadsOneSize`. All layers are divided.
+
+    Examples
+    --------
+    >>> RegionalPrompter().title
+    'Regional Prompter'
+    """
+
+    name: ClassVar[str] = "regional-prompter"
+    title: ClassVar[str] = "Regional Prompter"
+
+    def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
+        """Every pass is divided; none for a prompt with one entity."""
+        return [Update(0.0, hold=True)] * len(noise) if len(prompt.entities) > 1 else []
+
+    def encode(self, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
+        """The prompt's states, each word as in its entity's own text, followed by those texts."""
+        check_text(adapter, conditioning, "RegionalPrompter")
+        if len(conditioning.inputs[STATES][0]) != prompt.length:
+            raise SettingError(
+                f"RegionalPrompter: the model was given {len(conditioning.inputs[STATES][0])} text positions, and the "
+                f"prompt has {prompt.length}. Parse it again for this pipeline: elakit.parse(prompt, pipe)."
+            )
+        states, mask = conditioning.inputs[STATES].clone(), conditioning.inputs.get(MASKS)
+        texts = phrases(adapter, prompt)
+        first = 0 if prompt.start_index is None else prompt.start_index + 1
+        if any(phrase.own != tuple(range(first, first + len(phrase.own))) for phrase in texts):
+            raise SettingError(
+                f"RegionalPrompter needs texts that are padded behind their words; {adapter.family} pads elsewhere. Use "
+                "another model, or elakit.guidance.RegionalAttention()."
+            )
+        for phrase in texts:
+            states[:, list(phrase.positions)] = phrase.states[:, list(phrase.own)].to(states)
+        states = torch.cat([states, *(phrase.states.to(states) for phrase in texts)], dim=1)
+        if mask is not None:
+            mask = torch.cat([mask, *(phrase.mask.to(mask) for phrase in texts if phrase.mask is not None)], dim=1)
+        return with_text(conditioning, states, mask, times=1 + len(texts))
+
+    def hold(self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: None) -> Hold:
+        """Each text is seen in its column, and what belongs to none is seen nowhere."""
+        start = prompt.start_index
+        first = 0 if start is None else start + 1  # position of a text's first word
+        seen: list[tuple[int, ...]] = []
+        hidden = set(range(prompt.length * (1 + len(prompt.entities)))) - {start}
+        for i, entity in enumerate(prompt.entities, start=1):
+            positions = phrase_positions(prompt, entity)
+            behind = range(prompt.length * i + first + len(positions), prompt.length * (i + 1))
+            seen.append((*positions, *behind))
+            hidden.difference_update(seen[-1])
+        ranks = in_order(prompt)
+        return Hold(
+            lambda grid: columns(grid, len(ranks))[ranks], tuple(seen), -NEVER,
+            regions=columns(size, len(ranks))[ranks], hidden=tuple(sorted(hidden)),
+        )  # fmt: skip
+
+    def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
+        """Squared share of attention outside the columns, for the trace only: "outside" plus "attributes"."""
+        maps = attention.mean
+        ranks = in_order(prompt)
+        return confinement(maps, columns((maps.shape[1], maps.shape[2]), len(ranks))[ranks], prompt)
+
+
+def in_order(prompt: Prompt) -> list[int]:
+    """Number of each entity's column, in the order of the prompt."""
+    firsts = [min(entity.token_indices) for entity in prompt.entities]
+    return [sorted(firsts).index(first) for first in firsts]
+
+
+def columns(size: tuple[int, int], count: int) -> np.ndarray:
+    """Equal columns, bool (column, rows, columns of the map); borders are truncated.
+
+    Examples
+    --------
+    >>> columns((1, 8), 3).astype(int)[:, 0].tolist()
+    [[1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1, 1]]
+    """
+    borders = [size[1] * i // count for i in range(count + 1)]
+    masks = np.zeros((count, *size), bool)
+    for mask, first, past in zip(masks, borders[:-1], borders[1:], strict=True):
+        mask[:, first:past] = True
+    return masks

@@ -1,0 +1,182 @@
+"""SPDiffusion: find a region per concept in two plain steps, start again, and hide the other concepts' words there.
+
+Zhang et al., "SPDiffusion: Semantic Protection Diffusion Models for Multi-concept Text-to-image Generation"
+(arXiv:2409.01327), and its released code (github.com/zy1xxx/SPDiffusion, SPD_Pipeline.py and run.py). The attention of
+the first two steps of a plain run is averaged over steps, heads and the layers of one map size. With ``scaled`` the
+scaling of a map to 0..1:
+
+    seed     locations where scaled(cross-attention of the noun) > 0.9, the outermost rows and columns left out
+    S        scaled(self-attention of each location to the seed, its mean)
+    region   locations where scaled(relu(S - mean of the other concepts' S)) > 0.1
+
+The run then starts again from the same noise. At each step, in every layer, the locations of a concept's region do not
+attend to the words of the other concepts, nouns and attributes.
+
+Intended differences: the released code protects only concepts that have an attribute, here all entities; it hides the
+same positions of the empty prompt in the unconditional pass (which are padding there), here only the conditional pass
+is changed; in layers coarser than the maps, which Stable Diffusion XL does not have, a location belongs to a region if
+most of it does; a concept whose map is constant gets no region (the released code divides by zero).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elakit.attention.calls import NEVER
+from elakit.checks import share, whole_number
+from elakit.errors import SettingError
+from elakit.guidance.anchoring import confinement
+from elakit.guidance.localization import entity_means
+from elakit.guidance.method import Attention, Hold, Loss, Update
+from elakit.guidance.predicated_diffusion import scaled
+from elakit.guidance.reading import ReadsOneSize
+from elakit.prompt import Prompt
+
+
+@dataclass
+class Protection:
+    """State of one image.
+
+    Attributes
+    ----------
+    regions : ndarray, bool, (entity, y, x), or None
+        Region of each concept; None before the rehearsal.
+    """
+
+    regions: np.ndarray | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SPDiffusion(ReadsOneSize):
+    """SPDiffusion.
+
+    Parameters
+    ----------
+    steps : int
+        Plain steps in which the regions are found, before the run starts again; 2 in the released code.
+    cross_threshold : float
+        Share of the largest cross-attention that a location of the seed exceeds; 0.9 in the released code.
+    self_threshold : float
+        Threshold of the compared self-attention, relative to its maximum; 0.1 in the released code.
+    guided : float
+        Share of the denoising steps in which the words are hidden, from the first; all in the released code.
+    layers, size
+        Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`. Words are hidden in all layers.
+
+    Raises
+    ------
+    SettingError
+        A setting is outside its range.
+
+    Examples
+    --------
+    >>> SPDiffusion().self_threshold
+    0.1
+    >>> SPDiffusion(steps=0)
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: SPDiffusion(steps=0): must be a whole number of 1 or more.
+    """
+
+    steps: int = 2
+    cross_threshold: float = 0.9
+    self_threshold: float = 0.1
+    guided: float = 1.0
+
+    name: ClassVar[str] = "spdiffusion"
+    title: ClassVar[str] = "SPDiffusion"
+    reads_self: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        whole_number(self.steps, "steps", 1, owner="SPDiffusion")
+        for option in ("cross_threshold", "self_threshold", "guided"):
+            share(getattr(self, option), option, owner="SPDiffusion")
+
+    def begin(self, prompt: Prompt, steps: int) -> Protection:
+        """State without regions."""
+        return Protection()
+
+    def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
+        """Restricted passes; none for a prompt with one entity."""
+        if len(prompt.entities) < 2:
+            return []
+        return [Update(0.0, hold=True)] * round(self.guided * len(noise))
+
+    def rehearse(self, passes: Sequence[Attention], prompt: Prompt, state: Protection) -> None:
+        """Find the regions in the attention of the plain steps, averaged."""
+        cross = torch.stack([seen.mean for seen in passes]).mean(0)
+        own = torch.stack([seen.own_mean for seen in passes]).mean(0)
+        state.regions = self.find(entity_means(cross, prompt), own)
+
+    def find(self, entities: Tensor, own: Tensor) -> np.ndarray:
+        """Regions of the concepts.
+
+        Parameters
+        ----------
+        entities : Tensor, (entity, y, x)
+            Cross-attention of the nouns.
+        own : Tensor, (y, x, y, x)
+            Self-attention, from one location to all.
+
+        Returns
+        -------
+        ndarray, bool, (entity, y, x)
+            They may overlap where there are more than two.
+        """
+        height, width = entities.shape[1:]
+        flat = own.reshape(height * width, height * width)
+        similar = torch.stack([scaled(flat[:, seed].mean(1)) for seed in self._seeds(entities).flatten(1)])
+        others = (similar.sum(0) - similar) / max(1, len(similar) - 1)
+        kept = torch.stack([scaled((one - other).relu()) for one, other in zip(similar, others, strict=True)])
+        found: np.ndarray = (kept > self.self_threshold).unflatten(1, (height, width)).cpu().numpy()
+        return found
+
+    def _seeds(self, entities: Tensor) -> Tensor:
+        """Locations with the largest cross-attention, bool (entity, y, x)."""
+        inner = torch.zeros_like(entities[0], dtype=torch.bool)
+        inner[1:-1, 1:-1] = True
+        if not bool(inner.any()):  # maps of less than 3 rows or columns have nothing but a border
+            inner[:] = True
+        seeds = []
+        for one in entities:
+            sharp = scaled(scaled(one) * inner)
+            # nothing exceeds a threshold of 1, and nothing of a constant map: the largest values are the seed
+            seeds.append((sharp > self.cross_threshold) | (sharp == sharp.amax()))
+        return torch.stack(seeds)
+
+    def hold(
+        self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Protection
+    ) -> Hold:
+        """Each concept's words are hidden in the regions of the others."""
+        if state.regions is None:
+            raise SettingError("SPDiffusion finds its regions before the run; use it through elakit.generate.")
+        words = tuple((*entity.token_indices, *entity.attribute_indices) for entity in prompt.entities)
+        return Hold(partial(_allowed_at, state.regions), words, -NEVER, regions=state.regions)
+
+    def loss(self, attention: Attention, prompt: Prompt, step: int, state: Protection) -> Loss:
+        """Squared share of attention in the regions of other concepts, for the trace: "outside" and "attributes"."""
+        if state.regions is None:
+            self.rehearse(
+                [Attention((attention.mean.detach()[None],), (attention.own_mean.detach()[None],))], prompt, state
+            )
+        assert state.regions is not None
+        return confinement(attention.mean, _allowed(state.regions), prompt, state.regions)
+
+
+def _allowed(regions: np.ndarray) -> np.ndarray:
+    """Where each concept's words are attended to: outside the regions of the others; bool (entity, y, x)."""
+    return np.stack([~np.delete(regions, i, axis=0).any(0) for i in range(len(regions))])
+
+
+def _allowed_at(regions: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """`_allowed` at the size of a layer, where a location belongs to a region if most of it does."""
+    share = F.interpolate(torch.from_numpy(regions)[None].float(), size=size, mode="area")[0]
+    return _allowed((share > 0.5).numpy())

@@ -1,0 +1,107 @@
+"""HunyuanDiT: a transformer with cross-attention to the states of BERT and T5, one behind the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from elakit.models.adapter import AttentionLayer, Call, Conditioning, Layout, argument, call_default
+from elakit.models.encoding import PromptInput
+from elakit.models.transformer import TransformerAdapter
+from elakit.tokens import TextSequence
+
+# Lengths that the pipeline's call passes to its text encoders.
+_BERT, _T5 = 77, 256
+
+
+class HunyuanDiT(TransformerAdapter):
+    """Adapter of HunyuanDiT pipelines.
+
+    The transformer replaces each padding token by a learned state, and rotates the queries of its
+    cross-attention only. `elakit.generate` generates at exactly the given size, without the pipeline's resolution
+    binning.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+    """
+
+    family: ClassVar[str] = "HunyuanDiT"
+    models: ClassVar[tuple[str, ...]] = ("HunyuanDiT2DModel",)
+
+    def _make_layers(self) -> tuple[AttentionLayer, ...]:
+        return tuple(
+            AttentionLayer(
+                name=f"blocks.{i}.attn2",
+                place="block",
+                heads=block.attn2.heads,
+                module=block.attn2,
+                block=self.denoiser,
+                factor=self._patch,
+                takes_mask=False,
+                grid=self._grid,
+                layout=self._layout,
+            )
+            for i, block in enumerate(self.pipe.transformer.blocks)
+        )
+
+    def _layout(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout:
+        return Layout(self._grid(args, kwargs), 0, (0, _BERT + _T5))
+
+    def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """Rows, timestep and latent size of a call of the transformer."""
+        return super().read_call(args, {**kwargs, "timestep": argument(args, kwargs, 1, "timestep")})
+
+    def text(self) -> tuple[TextSequence, ...]:
+        """BERT's tokens, then T5's."""
+        return (
+            TextSequence("bert", self.pipe.tokenizer, 0, _BERT),
+            TextSequence("t5", self.pipe.tokenizer_2, _BERT, _T5),
+        )
+
+    def _encode(self, prompt: PromptInput) -> Conditioning:
+        """Text states of both encoders with their masks, the size of the image and the positions of its patches."""
+        device = self.pipe._execution_device
+        call: dict[str, Any] = {"use_resolution_binning": False}
+        inputs: dict[str, Any] = {}
+        for index, (length, ending, suffix) in enumerate(((_BERT, "", ""), (_T5, "_2", "_t5"))):
+            embeds, negative_embeds, mask, negative_mask = self.pipe.encode_prompt(
+                prompt.text,
+                device=device,
+                dtype=self.pipe.transformer.dtype,
+                do_classifier_free_guidance=prompt.guided,
+                negative_prompt=prompt.negative if prompt.guided else None,
+                max_sequence_length=length,
+                text_encoder_index=index,
+            )
+            call |= {f"prompt_embeds{ending}": embeds, f"prompt_attention_mask{ending}": mask}
+            if prompt.guided:
+                call |= {
+                    f"negative_prompt_embeds{ending}": negative_embeds,
+                    f"negative_prompt_attention_mask{ending}": negative_mask,
+                }
+            inputs |= {f"encoder_hidden_states{suffix}": embeds, f"text_embedding_mask{suffix}": mask}
+        height, width = prompt.size
+        meta = [*call_default(self.pipe, "original_size"), height, width, 0, 0]
+        inputs |= {
+            "image_meta_size": inputs["encoder_hidden_states"].new_tensor([meta]),
+            "style": torch.zeros(1, dtype=torch.long, device=device),
+        }
+        return Conditioning(call, inputs, {"image_rotary_emb": self._positions(height, width)})
+
+    def _positions(self, height: int, width: int) -> Any:
+        """Rotary embedding of the patches, as the pipeline's call computes it."""
+        from diffusers.models.embeddings import get_2d_rotary_pos_embed
+        from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
+
+        net = self.pipe.transformer
+        grid = height // 8 // self._patch, width // 8 // self._patch
+        crops = get_resize_crop_region_for_grid(grid, 512 // 8 // self._patch)
+        device = self.pipe._execution_device
+        return get_2d_rotary_pos_embed(net.inner_dim // net.num_heads, crops, grid, device=device, output_type="pt")
+
+    def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
+        """Timestep in the precision of the latents, one per row."""
+        return super()._given(timestep, latents).to(latents.dtype)

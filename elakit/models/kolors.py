@@ -1,0 +1,38 @@
+"""Kolors: the UNet of SDXL over the states of a language model."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from elakit.models.adapter import call_default
+from elakit.models.sdxl import StableDiffusionXL
+from elakit.models.unet import UNetAdapter
+from elakit.tokens import TextSequence
+
+
+class Kolors(StableDiffusionXL):
+    """Adapter of Kolors pipelines.
+
+    The UNet projects the states of ChatGLM, which the tokenizer pads on the left, to the channels of its
+    cross-attention; the state of the last position stands for the whole prompt.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+    """
+
+    family: ClassVar[str] = "Kolors"
+    two_encoders: ClassVar[bool] = False
+    encoders: ClassVar[tuple[str, ...]] = ("ChatGLMModel",)
+
+    @staticmethod
+    def _tokenizer(pipe: Any) -> Any:
+        return UNetAdapter._tokenizer(pipe)
+
+    def text_length(self) -> int:
+        """Number of text positions, padding included."""
+        return int(call_default(self.pipe, "max_sequence_length"))
+
+    def text(self) -> tuple[TextSequence, ...]:
+        """One sequence of ChatGLM's tokens behind its padding."""
+        return (TextSequence("chatglm", self.pipe.tokenizer, 0, self.text_length(), padding="left"),)
