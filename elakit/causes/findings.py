@@ -92,7 +92,7 @@ class Failure:
         other, token = self.other, self.token
         what = {
             "missing": f"the {self.entity} is missing"
-            + (f", and {token!r} has the attention at its place" if token else ""),
+            + (f", and {token!r} has the attention at its location" if token else ""),
             "fused": f"the {self.entity} and the {other} are fused into one",
             "wrong attribute": f"the {self.entity} is {_word(token)}, the attribute of the {other}",
             "lost attribute": f"the {self.entity} is not {_word(token)}",

@@ -136,7 +136,7 @@ def test_failures_and_causes_are_stated(runs: list[Run]) -> None:
     best = tried(runs, "nnyy", "ynyy")
     found_dict = diagnosis_of(best, [best], findings).to_dict()["statements"]
     assert found_dict["failures"] == [
-        "In 2 of 4 images, the bird is missing, and 'car' has the attention at its place (95 % interval 15 to "
+        "In 2 of 4 images, the bird is missing, and 'car' has the attention at its location (95 % interval 15 to "
         "85 %; first visible in the attention at step 1 of 2, counted from 0; in up block 1, attention 0)."
     ]
     assert found_dict["causes"] == ["The car takes the bird's place."]
