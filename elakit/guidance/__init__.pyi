@@ -3,6 +3,7 @@ from .astar import AStar as AStar
 from .attend_excite import AttendAndExcite as AttendAndExcite
 from .box_diff import BoxDiff as BoxDiff
 from .conform import CONFORM as CONFORM
+from .deleaker import DeLeaker as DeLeaker
 from .dense_diffusion import DenseDiffusion as DenseDiffusion
 from .divide_bind import DivideAndBind as DivideAndBind
 from .ebama import EBAMA as EBAMA

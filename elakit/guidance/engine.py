@@ -39,6 +39,7 @@ from elakit.guidance.method import (
     Rescores,
     Update,
 )
+from elakit.guidance.reweighing import Reweigher, Reweighs
 from elakit.guidance.trace import Trace
 from elakit.models import Adapter, AttentionLayer, Conditioning, adapter_for
 from elakit.prompt import Prompt
@@ -314,7 +315,10 @@ class Guide:
         self.left_alone: set[int] = set()  # those of them that were never to be guided
         self.holder: Holder | None = None
         if isinstance(method, Holds) and any(update.hold for update in self.updates):
-            self.holder = Holder(self.adapter, self.layers, images, rescored=self._rescored())
+            if isinstance(method, Reweighs):
+                self.holder = Reweigher(self.adapter, self.layers, method, prompt, self.states)
+            else:
+                self.holder = Holder(self.adapter, self.layers, images, rescored=self._rescored())
         rows, columns = (-(-side // self.layers[0].factor) for side in latent) if self.layers else (0, 0)
         self.map_size = rows, columns  # of the maps read
 
@@ -481,7 +485,7 @@ class Guide:
             loss = self.method.loss(self.holder.attention(i), self.prompt, step, self.states[i])
             if loss.enough:
                 self.done.add(i)
-            regions = one.regions
+            regions = loss.regions if isinstance(self.holder, Reweigher) else one.regions
             if regions is None and isinstance(one, Hold) and isinstance(one.masks, np.ndarray):
                 regions = one.masks
             self.traces[i].add(_row(step, timestep, loss, time.perf_counter() - began), regions)

@@ -54,6 +54,7 @@ METHODS = Methods(
         "conform": "conform:CONFORM",
         "self-cross": "self_cross:SelfCross",
         "initno": "initno:InitNO",
+        "deleaker": "deleaker:DeLeaker",
         "predicated-diffusion": "predicated_diffusion:PredicatedDiffusion",
         "spdiffusion": "spdiffusion:SPDiffusion",
         "regional-prompter": "regional_prompter:RegionalPrompter",
