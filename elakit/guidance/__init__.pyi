@@ -1,6 +1,8 @@
 from .anchoring import LatentStep as LatentStep
 from .astar import AStar as AStar
 from .attend_excite import AttendAndExcite as AttendAndExcite
+from .attention_regulation import AttentionRegulation as AttentionRegulation
+from .bounded_attention import BoundedAttention as BoundedAttention
 from .box_diff import BoxDiff as BoxDiff
 from .conform import CONFORM as CONFORM
 from .deleaker import DeLeaker as DeLeaker
@@ -10,6 +12,7 @@ from .ebama import EBAMA as EBAMA
 from .ela import ELA as ELA
 from .engine import Guide as Guide
 from .engine import checkpointing as checkpointing
+from .focus import FOCUS as FOCUS
 from .initno import InitNO as InitNO
 from .layout_guidance import LayoutGuidance as LayoutGuidance
 from .localization import Anchors as Anchors
