@@ -42,8 +42,8 @@ class AttentionCall:
     scale: float | None
 
 
-BiasOf = Callable[[Tensor, Tensor], Tensor | None]
 OnCall = Callable[[AttentionCall], None]
+BiasOf = Callable[[AttentionCall], Tensor | None]
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def watching(on_call: OnCall) -> Iterator[None]:
 
 @contextmanager
 def biasing(bias_of: BiasOf) -> Iterator[None]:
-    """Add ``bias_of(query, key)`` to the scores of each attention call inside the block; None adds nothing.
+    """Add ``bias_of(call)`` to the scores of each attention call inside the block; None adds nothing.
 
     `watching` sees the biased call, whichever of the two blocks is the outer one.
     """
@@ -94,7 +94,10 @@ class _Mode(TorchFunctionMode):
         named = dict(zip(_NAMES, args, strict=False)) | kwargs
         query, key, mask = named["query"], named["key"], named.get("attn_mask")
         for mode in _ACTIVE.modes:
-            if mode.bias_of is not None and (bias := mode.bias_of(query, key)) is not None:
+            if mode.bias_of is None:
+                continue
+            bias = mode.bias_of(AttentionCall(query, key, mask, named.get("scale")))
+            if bias is not None:
                 mask = bias.to(query.dtype) if mask is None else bias.to(query.dtype) + additive(mask, query.dtype)
         named["attn_mask"] = mask
         if mask is None and named.get("is_causal"):

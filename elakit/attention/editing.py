@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elakit.attention.calls import NEVER, additive, biasing
+from elakit.attention.calls import NEVER, AttentionCall, additive, biasing
 from elakit.attention.hooks import Hooks
 from elakit.attention.running import SeenCall, Watch
 from elakit.attention.spec import END, START, find_tokens, select_layers
@@ -460,15 +460,15 @@ class _Pending:
         self.layout: CallLayout | None = None
         self.full: Tensor | None = None  # of all rows, queries and keys
 
-    def bias_of(self, query: Tensor, key: Tensor) -> Tensor | None:
-        sides = query.shape[-2], key.shape[-2]
+    def bias_of(self, call: AttentionCall) -> Tensor | None:
+        sides = call.query.shape[-2], call.key.shape[-2]
         if self.full is not None:
             # The attention of an IP-Adapter to its image has other keys.
             return self.full if sides == tuple(self.full.shape[-2:]) else None
         if self.small is None or self.layout is None:
             return None
         small, layout, self.small = self.small, self.layout, None  # only the first call of the layer is to the text
-        bias = small.new_zeros(query.shape[0], 1, *sides)
+        bias = small.new_zeros(call.query.shape[0], 1, *sides)
         locations, (first, count) = small.shape[-2], layout.text
         bias[self.rows, 0, layout.image : layout.image + locations, first : first + count] = small
         return bias

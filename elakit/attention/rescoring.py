@@ -60,12 +60,15 @@ class Site:
         Number of the image in the batch.
     time : float
         Timestep as a share of those of the training, from 1 (noise) to 0.
+    keys : int
+        Number of keys: text positions, or locations.
     """
 
     layer: AttentionLayer
     size: tuple[int, int]
     image: int
     time: float
+    keys: int
 
 
 ChangeOf = Callable[[Site, Scores], Change | None]
@@ -180,7 +183,7 @@ class _LayerHook:
         first, past, _ = rows.indices(batch)
         changes: dict[int, Change] = {}
         for row in range(first, past):
-            site = Site(self.layer, self.size, row - first, self.running.time)
+            site = Site(self.layer, self.size, row - first, self.running.time, keys.shape[1])
             change = self.running.change_of(site, partial(self._scores, image[row], keys[row]))
             if change is not None:
                 changes[row] = change

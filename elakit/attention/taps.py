@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elakit.attention.calls import AttentionCall, OnCall, watching
+from elakit.attention.calls import AttentionCall, OnCall, additive, watching
 from elakit.attention.hooks import Hooks
 from elakit.errors import RecordingError
 from elakit.models import AttentionLayer
@@ -42,6 +42,8 @@ _NORMS = {"query": "norm_q", "key": "norm_k", "text_key": "norm_added_k"}
 
 # Per attention module: what an edit adds to the scores of a layer whose processor ignores its attention mask.
 ADDED_SCORES: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+# Per attention module: bias added to its scores, (row, head or 1, query, key), where it calls the attention function.
+LATE_SCORES: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -222,6 +224,8 @@ class _Tap:
                 "ToMe: `tomesd.remove_patch(pipe)`, or `merge_crossattn=False`)."
             )
         mask = scores_mask(self.mask, self.layer, batch, key.shape[1])
+        if (late := LATE_SCORES.get(self.layer.module)) is not None:
+            mask = late if mask is None else late + additive(mask, late.dtype)
         if mask is not None and len(mask) > 1:
             mask = mask[rows]
         if self.layer.kind == "cross":

@@ -100,7 +100,9 @@ class DenseDiffusion(ReadsOneSize):
             return []
         return [Update(0.0, hold=True)] * round(self.guided * len(noise))
 
-    def rescored(self, layers: Sequence[AttentionLayer]) -> tuple[Sequence[AttentionLayer], Sequence[AttentionLayer]]:
+    def rescored(
+        self, layers: Sequence[AttentionLayer], read: Sequence[AttentionLayer]
+    ) -> tuple[Sequence[AttentionLayer], Sequence[AttentionLayer]]:
         """All layers, and self-attention beside all of them."""
         return layers, layers
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from elakit.attention import paused
-from elakit.attention.rescoring import check_layers
+from elakit.attention.rescoring import check_layers, rescored
 from elakit.attention.taps import Attend, tap
 from elakit.errors import SettingError
 from elakit.guidance.holding import Holder
@@ -37,8 +37,10 @@ from elakit.guidance.method import (
     Rehearses,
     Rescore,
     Rescores,
+    Restricts,
     Update,
 )
+from elakit.guidance.reweighing import Reweigher, Reweighs
 from elakit.guidance.trace import Trace
 from elakit.models import Adapter, AttentionLayer, Conditioning, adapter_for
 from elakit.prompt import Prompt
@@ -313,8 +315,17 @@ class Guide:
         self.done: set[int] = set()  # images that are not guided any more
         self.left_alone: set[int] = set()  # those of them that were never to be guided
         self.holder: Holder | None = None
+        self.rescored: tuple[AttentionLayer, ...] = ()
         if isinstance(method, Holds) and any(update.hold for update in self.updates):
-            self.holder = Holder(self.adapter, self.layers, images, rescored=self._rescored())
+            if isinstance(method, Reweighs):
+                self.holder = Reweigher(self.adapter, self.layers, method, prompt, self.states)
+            else:
+                self.rescored = self._rescored()
+                self.holder = Holder(
+                    self.adapter, self.layers, images,
+                    reads_self=method.reads_self and not isinstance(method, Rehearses),  # has read it before the run
+                    rescored=self.rescored,
+                )  # fmt: skip
         rows, columns = (-(-side // self.layers[0].factor) for side in latent) if self.layers else (0, 0)
         self.map_size = rows, columns  # of the maps read
 
@@ -322,7 +333,7 @@ class Guide:
         """Layers whose scores the method changes as they run."""
         if not isinstance(self.method, Rescores):
             return ()
-        layers, beside = self.method.rescored(self.adapter.layers())
+        layers, beside = self.method.rescored(self.adapter.layers(), self.layers)
         check_layers(self.adapter, [*layers, *beside])
         return *layers, *self.adapter.self_layers(beside)
 
@@ -398,7 +409,7 @@ class Guide:
         z = latents.detach().to(torch.promote_types(latents.dtype, torch.float32)).clone()
         last: dict[int, tuple[Loss, Tensor]] = {}
         refinements = [0] * len(z)
-        with paused(self.adapter.pipe), frozen(self.adapter.denoiser):
+        with paused(self.adapter.pipe), frozen(self.adapter.denoiser), self._restricted(step, lambda: pending):
             for attempt in range(update.repeats + 1):
 
                 def refining(loss: Loss, extra: bool = attempt < update.repeats) -> bool:
@@ -434,6 +445,19 @@ class Guide:
             self.traces[i].add(row, loss.regions)
         # the same object, so that initial noise is not scaled back and forth, which would round it
         return latents if torch.equal(z, latents.to(z.dtype)) else z.to(latents.dtype)
+
+    def _restricted(self, step: int, pending: Callable[[], Sequence[int]]) -> AbstractContextManager[None]:
+        """Context for gradient passes, in which scores change as the method defines; `pending` are their images."""
+        method = self.method
+        if not isinstance(method, Restricts) or not self.rescored:
+            return nullcontext()
+        changes = [method.restrict(self.prompt, step, state) for state in self.states]
+        return rescored(
+            self.adapter,
+            self.rescored,
+            lambda site, scores: changes[pending()[site.image]].change(site, scores),
+            own_passes=True,
+        )
 
     def _unit(self, latents: Tensor, timestep: Tensor) -> float:
         """Factor that scales the scheduler's latents to unit variance: 1 for most, less for Euler, LMS and Heun."""
@@ -475,13 +499,13 @@ class Guide:
         if self.holder is None:
             return
         for i, one in enumerate(self.holder.held):
-            if one is None:
+            if one is None or self.updates[step].size:  # a step that moved the latent has its row
                 continue
             began = time.perf_counter()
             loss = self.method.loss(self.holder.attention(i), self.prompt, step, self.states[i])
             if loss.enough:
                 self.done.add(i)
-            regions = one.regions
+            regions = loss.regions if isinstance(self.holder, Reweigher) else one.regions
             if regions is None and isinstance(one, Hold) and isinstance(one.masks, np.ndarray):
                 regions = one.masks
             self.traces[i].add(_row(step, timestep, loss, time.perf_counter() - began), regions)

@@ -96,8 +96,7 @@ class LayoutGuidance:
         """The middle and the first upward block of a UNet, all layers of another network, or the layers chosen."""
         if self.layers is not None:
             return select_layers(layers, self.layers)
-        block = next((_block(layer) for layer in layers if layer.place == "up"), None)
-        return tuple(layer for layer in layers if layer.place == "mid" or _block(layer) == block) or tuple(layers)
+        return first_blocks(layers)
 
     def begin(self, prompt: Prompt, steps: int) -> Progress:
         """Mutable state that remembers the step at which the threshold was met."""
@@ -161,6 +160,12 @@ class Progress:
         if self.step is None and low:
             self.step = step
         return self.step is not None and step > self.step
+
+
+def first_blocks(layers: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
+    """Layers of the middle and the first upward block of a UNet; all layers of another network."""
+    block = next((_block(layer) for layer in layers if layer.place == "up"), None)
+    return tuple(layer for layer in layers if layer.place == "mid" or _block(layer) == block) or tuple(layers)
 
 
 def _block(layer: AttentionLayer) -> tuple[str, ...]:

@@ -218,8 +218,18 @@ class Rescores(Protocol):
     ) -> Rescore | None:
         """See `Holds`."""
 
-    def rescored(self, layers: Sequence[AttentionLayer]) -> tuple[Sequence[AttentionLayer], Sequence[AttentionLayer]]:
-        """Layers whose scores change, and layers beside whose self-attention changes, among all layers."""
+    def rescored(
+        self, layers: Sequence[AttentionLayer], read: Sequence[AttentionLayer]
+    ) -> tuple[Sequence[AttentionLayer], Sequence[AttentionLayer]]:
+        """Layers whose scores change, and layers beside which self-attention changes, given all and those read."""
+
+
+@runtime_checkable
+class Restricts(Protocol):
+    """A method that is `Rescores` and also changes the scores in the passes from which its gradient is taken."""
+
+    def restrict(self, prompt: Prompt, step: int, state: Any) -> Rescore:
+        """Change of the scores in a step's gradient passes for one image."""
 
 
 @runtime_checkable

@@ -54,11 +54,15 @@ METHODS = Methods(
         "conform": "conform:CONFORM",
         "self-cross": "self_cross:SelfCross",
         "initno": "initno:InitNO",
+        "deleaker": "deleaker:DeLeaker",
         "predicated-diffusion": "predicated_diffusion:PredicatedDiffusion",
         "spdiffusion": "spdiffusion:SPDiffusion",
         "regional-prompter": "regional_prompter:RegionalPrompter",
+        "attention-regulation": "attention_regulation:AttentionRegulation",
+        "focus": "focus:FOCUS",
         "layout-guidance": "layout_guidance:LayoutGuidance",
         "boxdiff": "box_diff:BoxDiff",
+        "bounded-attention": "bounded_attention:BoundedAttention",
         "densediffusion": "dense_diffusion:DenseDiffusion",
     }
 )

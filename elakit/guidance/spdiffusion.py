@@ -83,7 +83,7 @@ class SPDiffusion(ReadsOneSize):
     >>> SPDiffusion(steps=0)
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: SPDiffusion(steps=0): must be a whole number of at least 1.
+    elakit.errors.SettingError: SPDiffusion(steps=0): must be a whole number of 1 or more.
     """
 
     steps: int = 2

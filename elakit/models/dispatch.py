@@ -27,7 +27,6 @@ from elakit.models.z_image import ZImage
 FAMILIES: tuple[type[Adapter], ...] = (
     StableDiffusion,
     StableDiffusionXL,
-    Kolors,
     PixArt,
     StableDiffusion3,
     Flux,
@@ -40,6 +39,7 @@ FAMILIES: tuple[type[Adapter], ...] = (
     Lumina2,
     CogView4,
     HunyuanDiT,
+    Kolors,
 )
 
 _KEPT = "_elakit_adapter"  # where a pipeline keeps its adapter: they are freed together

@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "layout-guidance": {"regions": HALVES, "guided": 1, "iterations": 2},
     "boxdiff": {"regions": HALVES},
     "densediffusion": {"regions": HALVES},
+    "bounded-attention": {"regions": [(0, 0, 0.25, 1), (0.75, 0, 1, 1)]},  # with a background
     "initno": {"rounds": 2, "iterations": 1, "last_iterations": 1, "refinements": 1},
 }
 EVERY = [METHODS[name](**OPTIONS.get(name, {})) for name in METHODS] + [SynGen(lone_nouns=True)]

@@ -1,0 +1,231 @@
+"""Attention Regulation: the scores of target words are optimized in each layer until the words get their share.
+
+Zhang et al., "Enhancing Semantic Fidelity in Text-to-Image Synthesis: Attention Regulation in Diffusion Models", ECCV
+2024 (arXiv:2403.06381), and its released code (github.com/YaNgZhAnG-V5/attention_regulation,
+attention_regulation/attn_processor.py, and txt2img.py for the settings). In each cross-attention layer with 16 x 16
+maps, in the first 25 of 50 steps, the scores of the nouns' tokens k get an addend per head, a sum of Gaussians at a
+grid of centers c (standard deviation sigma = a sixteenth of the map, distance 2 sigma) with weights w[c, k]:
+
+    L = mean_k (q90(A_k) - 0.9)^2 + 80 mean_k (mean A_k - min(1, 0.2 n) / n)^2 + 0.09 mean w^2
+
+A_k is the map after the softmax with the addend, q90 its 0.9 quantile over locations, n the number of tokens. Gradient
+descent makes 20 steps of size 100; the addend with the least L is kept, mixed with a quarter of that of the previous
+step, and multiplied by 0.99 to the power of the step. The weights of start-of-text and end-of-text stay what they were
+without the addend, so that those of a location add up to more than 1.
+
+Intended differences: weights start at 0.5, the mean of the released code's random ones, so that a run is repeated by
+its seed alone; the least L is that of one image, in the released code that of a batch; sigma is at least one location;
+where the padding is hidden from the image (T5 in PixArt), it has no part in the softmax of L.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from elakit.attention.rescoring import Change, Scores, Site
+from elakit.guidance.method import Attention, Loss, Rescore, Update
+from elakit.guidance.options import check_guided, check_numbers, check_whole, is_number, refuse
+from elakit.guidance.reading import ReadsOneSize
+from elakit.models import AttentionLayer
+from elakit.prompt import Prompt
+
+_QUANTILE, _GOAL = 0.9, 0.9
+_SHARE = 0.2  # of a location's attention, for each target token
+_START = 0.5  # mean of the released code's random weights
+_SIGMAS = 16  # standard deviations per side of a map
+
+
+@dataclass
+class Addends:
+    """State of one image: the addend of each layer in the previous step.
+
+    Attributes
+    ----------
+    last : dict of str to Tensor, (head, y, x, target)
+    """
+
+    last: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionRegulation(ReadsOneSize):
+    """Attention Regulation, for models with cross-attention layers.
+
+    Parameters
+    ----------
+    step_size : float
+        Step size of the gradient descent on the weights; 100 in the released code.
+    iterations : int
+        Number of its steps in each layer; 20 in the released code.
+    guided : float
+        Share of the denoising steps that are regulated, from the first; 25 of 50 in the released code.
+    share_weight, weight_cost : float
+        Weights of the second and the third term; 80 and 0.09 in the released code.
+    memory : float
+        Part of the previous step's addend in this step's; 0.25 in the released code.
+    decay : float
+        Factor of the addend from one step to the next; 0.99 in the released code.
+    layers, size
+        Layers and map size that are regulated; see `elakit.guidance.reading.ReadsOneSize`.
+
+    Raises
+    ------
+    SettingError
+        A setting is outside its range.
+
+    Examples
+    --------
+    >>> AttentionRegulation().iterations
+    20
+    >>> AttentionRegulation(memory=2)
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: AttentionRegulation(memory=2): must be between 0 and 1.
+    """
+
+    step_size: float = 100.0
+    iterations: int = 20
+    guided: float = 0.5
+    share_weight: float = 80.0
+    weight_cost: float = 0.09
+    memory: float = 0.25
+    decay: float = 0.99
+
+    name: ClassVar[str] = "attention-regulation"
+    title: ClassVar[str] = "Attention Regulation"
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "step_size", "share_weight", "weight_cost")
+        check_whole(self, "iterations", least=1)
+        check_guided(self)
+        for option in ("memory", "decay"):
+            if not is_number(getattr(self, option), most=1):
+                refuse(self, option, "between 0 and 1")
+
+    def begin(self, prompt: Prompt, steps: int) -> Addends:
+        """State without addends."""
+        return Addends()
+
+    def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
+        """Regulated passes; none for a prompt with one entity."""
+        if len(prompt.entities) < 2:
+            return []
+        return [Update(0.0, hold=True)] * round(self.guided * len(noise))
+
+    def rescored(
+        self, layers: Sequence[AttentionLayer], read: Sequence[AttentionLayer]
+    ) -> tuple[Sequence[AttentionLayer], Sequence[AttentionLayer]]:
+        """The layers that are read."""
+        return read, ()
+
+    def hold(
+        self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Addends
+    ) -> Rescore:
+        """The optimization of one image's scores."""
+        targets = targets_of(prompt)
+        kept = tuple(at for at in (prompt.start_index, prompt.end_index) if at is not None)
+        seen = None if prompt.start_index is not None else prompt.end_index + 1
+
+        def change(site: Site, scores: Scores) -> Change | None:
+            values = scores().detach()
+            bumps = gaussians(site.size).to(values)
+            if not len(bumps):
+                return None
+            maps = values[..., :seen].unflatten(1, site.size)
+            first = torch.full((len(maps), len(bumps), len(targets)), _START, dtype=maps.dtype, device=maps.device)
+            best = self.optimize(maps, targets, bumps, first)
+            before = state.last.get(site.layer.name)
+            before = torch.einsum("cyx,hck->hyxk", bumps, first) if before is None else before
+            state.last[site.layer.name] = best
+            bias = torch.zeros_like(values)
+            addend = self.memory * before + (1 - self.memory) * best
+            bias[..., targets] = self.decay**step * addend.flatten(1, 2)
+            return Change(bias, kept)
+
+        return Rescore(change)
+
+    def optimize(self, scores: Tensor, targets: Sequence[int], bumps: Tensor, weights: Tensor) -> Tensor:
+        """Addend to the targets' scores with the least loss.
+
+        Parameters
+        ----------
+        scores : Tensor, (head, y, x, key)
+        targets : sequence of int
+            Keys.
+        bumps : Tensor, (center, y, x)
+        weights : Tensor, (head, center, target)
+            First weights of the Gaussians.
+
+        Returns
+        -------
+        Tensor, (head, y, x, target)
+        """
+        best, least = torch.zeros_like(scores[..., : len(targets)]), float("inf")
+        index = torch.tensor(targets, device=scores.device)
+        with torch.enable_grad():
+            for _ in range(self.iterations):
+                weights = weights.detach().requires_grad_(True)
+                addend = torch.einsum("cyx,hck->hyxk", bumps, weights)
+                maps = scores.index_add(3, index, addend).softmax(-1)[..., targets]
+                terms = objective(maps.movedim(-1, 1))
+                loss = terms[0] + self.share_weight * terms[1] + self.weight_cost * weights.square().mean()
+                if float(loss.detach()) < least:
+                    best, least = addend.detach(), float(loss.detach())
+                # heads are independent: each descends on its own loss, of which `loss` is the mean
+                (slope,) = torch.autograd.grad(loss * len(scores), weights)
+                weights = weights - self.step_size * slope
+        return best
+
+    def loss(self, attention: Attention, prompt: Prompt, step: int, state: Addends) -> Loss:
+        """The first two terms of L on the mean of the regulated layers, for the trace only: "strength" and "share"."""
+        strength, shares = objective(attention.mean[targets_of(prompt)][None])
+        terms = {"strength": strength, "share": shares}
+        total = strength + self.share_weight * shares
+        return Loss(total, {name: float(term.detach()) for name, term in terms.items()})
+
+
+def targets_of(prompt: Prompt) -> list[int]:
+    """Positions of the nouns' tokens, in the order of the prompt."""
+    return sorted({index for entity in prompt.entities for index in entity.token_indices})
+
+
+def objective(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Terms of L that maps have: their 0.9 quantiles, and their shares of all attention.
+
+    Parameters
+    ----------
+    maps : Tensor, (head, target, y, x)
+        Probabilities.
+
+    Examples
+    --------
+    >>> [round(float(term), 4) for term in objective(torch.full((1, 2, 4, 4), 0.5))]  # (.5 - .9)^2, (.5 - .2)^2
+    [0.16, 0.09]
+    """
+    count = maps.shape[1]
+    quantiles = torch.quantile(maps.flatten(2), _QUANTILE, dim=-1)
+    goal = min(1.0, _SHARE * count) / count
+    return (quantiles - _GOAL).square().mean(), (maps.mean((2, 3)) - goal).square().mean()
+
+
+def gaussians(size: tuple[int, int]) -> Tensor:
+    """Gaussians at the centers of a grid, (center, y, x); none for maps of fewer than three rows and columns.
+
+    Examples
+    --------
+    >>> gaussians((16, 16)).shape, [round(value, 2) for value in gaussians((4, 4))[0, 2].tolist()]
+    (torch.Size([49, 16, 16]), [0.14, 0.61, 1.0, 0.61])
+    """
+    sigma = max(1, max(size) // _SIGMAS)
+    rows, columns = (torch.arange(side, dtype=torch.float32) for side in size)
+    bumps = [
+        torch.exp(-((rows[:, None] - y) ** 2 + (columns - x) ** 2) / (2 * sigma**2))
+        for x in range(2 * sigma, size[1], 2 * sigma)
+        for y in range(2 * sigma, size[0], 2 * sigma)
+    ]
+    return torch.stack(bumps) if bumps else torch.zeros(0, *size)

@@ -1,0 +1,388 @@
+"""Bounded Attention: subjects do not see each other, in cross- and self-attention, while a loss moves them into boxes.
+
+Dahary et al., "Be Yourself: Bounded Attention for Multi-Subject Text-to-Image Generation", ECCV 2024
+(arXiv:2403.16990), and its released code (github.com/omer11a/bounded-attention, bounded_attention.py, and run_sd.py for
+the settings of Stable Diffusion). In all layers and passes, with M_s the region of subject s:
+
+    cross-attention   the words of s are hidden outside M_s, articles, prepositions and conjunctions everywhere, and
+                      end-of-text in the background
+    self-attention    a location of M_s does not see the locations of other subjects, with and without the prompt
+
+In the first 15 of 50 steps M_s is the region given, and the latent moves along the raw gradient of
+
+    L = sum_s 1.5 (1 - cross_s)^2 + 0.5 (1 - self_s)^2,    each = inside / (inside + n background)
+
+at most 5 times per step, until L / n is at most 0.2, n the number of subjects; the step size falls from 8 to 2. Inside
+and background are sums of attention over heads and the locations of M_s or of no region, means over the layers of the
+middle and the first upward block: in cross-attention to the words of s and end-of-text, in self-attention to the
+locations of M_s. In these passes words may also be seen in the background, and end-of-text everywhere.
+
+Afterwards the regions follow the image: at every fifth step the self-attention of all passes so far is clustered (three
+clusters per subject), and each cluster goes to the subject whose cross-attention, sharpened and cut to its last region,
+covers most of it, if that is at least 0.2.
+
+Intended differences: k-means has 10 starts of a fixed seed instead of 100 of a random one; the words that are hidden
+everywhere are from a list instead of a tagger; the threshold is that of each image, not of a batch. Settings for Stable
+Diffusion XL in the released code: step sizes 18 and 5, layers of the first upward block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.cluster.vq import kmeans2
+from torch import Tensor
+
+from elakit.attention.calls import NEVER
+from elakit.attention.rescoring import Change, Scores, Site
+from elakit.attention.spec import select_layers
+from elakit.english import ARTICLES
+from elakit.guidance.layout import Layout, check_layout, layout_masks
+from elakit.guidance.layout_guidance import first_blocks
+from elakit.guidance.method import Attention, Loss, Rescore, Update
+from elakit.guidance.options import check_guided, check_numbers, check_whole
+from elakit.models import AttentionLayer
+from elakit.prompt import Prompt
+
+# Words that name and describe nothing: the released code hides them everywhere, by their tags.
+FUNCTION_WORDS: frozenset[str] = ARTICLES | {
+    "this", "that", "these", "those", "some", "any", "each", "every", "no", "and", "or", "but", "nor", "of", "in", "on",
+    "at", "by", "for", "from", "to", "with", "without", "into", "onto", "over", "under", "above", "below", "between",
+    "behind", "beside", "near", "next", "inside", "outside", "through", "across", "around", "along", "against", "as",
+    "than", "he", "she", "it", "they", "his", "her", "its", "their", "who", "which", "what", "where", "when", "one",
+    "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "left", "right", "top", "bottom",
+}  # fmt: skip
+_STARTS, _ITERATIONS = 10, 100  # of k-means
+_SHARPNESS, _CROSS, _COVERED = 10.0, 0.2, 0.2
+_SMALL = 1e-5
+_REFINED = 0.1  # share of the steps from one clustering to the next
+
+
+@dataclass
+class Bounds:
+    """State of one image.
+
+    Attributes
+    ----------
+    steps : int
+        Denoising steps of the run.
+    masks : ndarray, bool, (entity, y, x), or None
+        Regions found by clustering; None as long as the given ones count.
+    cross : Tensor, (entity, location), or None
+        Cross-attention of the nouns, mean over passes and layers.
+    own : Tensor, (location, location), or None
+        Self-attention, likewise.
+    passes : int
+        Number of passes in these means.
+    size : tuple of int
+        (rows, columns) of these maps.
+    centers : ndarray or None
+        Centers of the last clustering, from which the next one starts.
+    """
+
+    steps: int
+    masks: np.ndarray | None = None
+    cross: Tensor | None = None
+    own: Tensor | None = None
+    passes: int = 0
+    size: tuple[int, int] = (0, 0)
+    centers: np.ndarray | None = None
+
+    def add(self, attention: Attention, nouns: Sequence[int]) -> None:
+        """Add a pass to the means: its layers with the largest maps."""
+        largest = max(layer.shape[-2:].numel() for layer in attention.cross)
+        cross = torch.stack([layer.mean(0) for layer in attention.cross if layer.shape[-2:].numel() == largest]).mean(0)
+        own = torch.stack([layer.mean(0) for layer in attention.own if layer.shape[-2:].numel() == largest]).mean(0)
+        self.size = (cross.shape[1], cross.shape[2])
+        latest = cross[list(nouns)].flatten(1), own.flatten(2).flatten(0, 1)
+        self.passes += 1
+        if self.cross is None or self.own is None:
+            self.cross, self.own = latest
+        else:
+            self.cross = self.cross + (latest[0] - self.cross) / self.passes
+            self.own = self.own + (latest[1] - self.own) / self.passes
+
+
+@dataclass(frozen=True)
+class BoundedAttention:
+    """Bounded Attention, which needs regions, for models with cross-attention layers.
+
+    Parameters
+    ----------
+    regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
+        Where each entity belongs, in the order of the prompt: boxes in shares of the image, or masks.
+    step_size, last_step_size : float
+        Step sizes at the first and after the last guided step; 8 and 2 in the released code for Stable Diffusion.
+    guided : float
+        Share of the denoising steps in which the latent moves, from the first; 15 of 50 in the released code. Later
+        the regions follow the image.
+    iterations : int
+        Largest number of updates per step; 5 in the released code.
+    until : float
+        A step ends with the update of the pass whose loss per entity is not above this value; 0.2 in the released code.
+    cross, own : float
+        Weights of cross- and self-attention in the loss; 1.5 and 0.5 in the released code.
+    clusters : int
+        Clusters per entity; 3 in the released code.
+    layers : str, optional
+        Layers of the loss: "up", "down", "mid", "all" or a name pattern; by default the middle block and the first
+        upward block with cross-attention (all layers of PixArt). Attention is bounded in all layers.
+
+    Raises
+    ------
+    SettingError
+        No regions, or a setting outside its range.
+
+    Examples
+    --------
+    >>> BoundedAttention([(0, 0, 0.5, 1), (0.5, 0, 1, 1)]).iterations
+    5
+    >>> BoundedAttention([(0, 0, 0.5, 1), (0.5, 0, 1, 1)], clusters=0)
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: BoundedAttention(clusters=0): must be a whole number of 1 or more.
+    """
+
+    regions: Layout
+    step_size: float = 8.0
+    last_step_size: float = 2.0
+    guided: float = 0.3
+    iterations: int = 5
+    until: float = 0.2
+    cross: float = 1.5
+    own: float = 0.5
+    clusters: int = 3
+    layers: str | None = None
+
+    name: ClassVar[str] = "bounded-attention"
+    title: ClassVar[str] = "Bounded Attention"
+    takes_regions: ClassVar[bool] = True
+    needs_regions: ClassVar[bool] = True
+    steerable: ClassVar[bool] = False
+    reads_self: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "regions", check_layout(self.regions, "BoundedAttention(regions=...)"))
+        check_numbers(self, "step_size", "last_step_size", "until", "cross", "own")
+        check_guided(self)
+        check_whole(self, "iterations", "clusters", least=1)
+
+    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
+        """The middle and the first upward block of a UNet, all layers of another network, or the layers chosen."""
+        return first_blocks(layers) if self.layers is None else select_layers(layers, self.layers)
+
+    def begin(self, prompt: Prompt, steps: int) -> Bounds:
+        """State in which the regions given count."""
+        return Bounds(steps)
+
+    def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
+        """Bounded passes, the first of them guided; none for a prompt with one entity."""
+        if len(prompt.entities) < 2:
+            return []
+        count = round(self.guided * len(noise))
+        slope = (self.last_step_size - self.step_size) / max(1, count)
+        guided = [Update(self.step_size + slope * i, self.iterations - 1, self.until, hold=True) for i in range(count)]
+        return [*guided, *[Update(0.0, hold=True)] * (len(noise) - count)]
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """The raw gradient."""
+        return gradient
+
+    def rescored(
+        self, layers: Sequence[AttentionLayer], read: Sequence[AttentionLayer]
+    ) -> tuple[Sequence[AttentionLayer], Sequence[AttentionLayer]]:
+        """All layers, and self-attention beside all of them."""
+        return layers, layers
+
+    def hold(
+        self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Bounds
+    ) -> Rescore:
+        """Bounds of a step's pass, whose regions follow the image once the latent moves no more."""
+        if attention is not None:
+            state.add(attention, [entity.token_indices[-1] for entity in prompt.entities])
+        first = round(self.guided * state.steps)
+        every = max(1, round(_REFINED * state.steps))
+        if step >= first and (state.masks is None or step % every == 0) and state.passes:
+            self._refine(state)
+        masks = layout_masks(self.regions, size, len(prompt.entities)) if state.masks is None else state.masks
+        return self._bounds(prompt, state.masks, masks, guidance=False)
+
+    def restrict(self, prompt: Prompt, step: int, state: Bounds) -> Rescore:
+        """Bounds of the passes from which the gradient is taken."""
+        return self._bounds(prompt, None, None, guidance=True)
+
+    def _bounds(self, prompt: Prompt, found: np.ndarray | None, shown: np.ndarray | None, *, guidance: bool) -> Rescore:
+        function = function_words(prompt)
+
+        def change(site: Site, scores: Scores) -> Change:
+            count = len(prompt.entities)
+            grid = layout_masks(self.regions, site.size, count) if found is None else resized(found, site.size)
+            masks = torch.from_numpy(grid).flatten(1)
+            if site.layer.reads == "image":
+                return Change(hidden_subjects(masks)[None], unconditional=True)
+            return Change(hidden_words(masks, prompt, function, site.keys, guidance=guidance)[None])
+
+        return Rescore(change, shown)
+
+    def loss(self, attention: Attention, prompt: Prompt, step: int, state: Bounds) -> Loss:
+        """L; its terms are "cross" and "self", each a mean over entities without its weight."""
+        count = len(prompt.entities)
+        contexts = [[*entity.token_indices, *entity.attribute_indices, prompt.end_index] for entity in prompt.entities]
+        cross, own = [], []
+        for layer in attention.cross:
+            masks = self._masks(layer, count)
+            seen = torch.stack([layer[:, context].sum(1) for context in contexts])
+            cross.append(shares(seen, masks))
+        for layer in attention.own:
+            masks = self._masks(layer, count)
+            seen = torch.einsum("hyxuv,nuv->nhyx", layer, masks.to(layer))
+            own.append(shares(seen, masks))
+        parts = {"cross": _beside(cross, count), "self": _beside(own, count)}
+        total = count * (self.cross * parts["cross"] + self.own * parts["self"])
+        return Loss(
+            total,
+            {name: float(part.detach()) for name, part in parts.items()},
+            max((layout_masks(self.regions, (m.shape[-2], m.shape[-1]), count) for m in attention.cross), key=np.size),
+            goal=float(total.detach()) / count,
+        )
+
+    def _masks(self, layer: Tensor, count: int) -> Tensor:
+        """Regions given, at the size of a layer's maps."""
+        masks = layout_masks(self.regions, (layer.shape[-2], layer.shape[-1]), count)
+        return torch.from_numpy(masks).to(layer.device)
+
+    def _refine(self, state: Bounds) -> None:
+        """Regions from the attention of the passes so far."""
+        assert state.cross is not None
+        assert state.own is not None
+        count = len(state.cross)
+        given = layout_masks(self.regions, state.size, count)
+        labels, state.centers = clustered(state.own, min(self.clusters * count, len(state.own)), state.centers)
+        state.masks = assigned(labels, state.cross, given if state.masks is None else state.masks, given)
+
+
+def shares(seen: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention inside each region and in the background, summed over heads; (entity, head, y, x) to (entity,)."""
+    background = ~masks.any(0)
+    inside = (seen * masks[:, None]).sum((1, 2, 3))
+    return inside, (seen * background).sum((1, 2, 3))
+
+
+def _beside(layers: Sequence[tuple[Tensor, Tensor]], count: int) -> Tensor:
+    """Mean over entities of (1 - inside / (inside + n background))^2, with means over layers."""
+    inside, background = (torch.stack(list(part)).mean(0) for part in zip(*layers, strict=True))
+    return (1 - inside / (inside + count * background)).square().mean()
+
+
+def hidden_words(masks: Tensor, prompt: Prompt, function: Sequence[int], length: int, *, guidance: bool) -> Tensor:
+    """Bias of cross-attention, (location, text position): 0 where a word is seen.
+
+    Parameters
+    ----------
+    masks : Tensor, bool, (entity, location)
+    prompt : Prompt
+    function : sequence of int
+        Positions that are hidden everywhere.
+    length : int
+        Number of text positions.
+    guidance : bool
+        Whether the pass is one from which the gradient is taken.
+    """
+    background = ~masks.any(0)
+    bias = torch.zeros(masks.shape[1], length)
+    bias[:, list(function)] = NEVER
+    for mask, entity in zip(masks, prompt.entities, strict=True):
+        seen = mask | background if guidance else mask
+        for position in (*entity.token_indices, *entity.attribute_indices):
+            bias[:, position] = torch.where(seen, 0.0, NEVER)
+    if not guidance:
+        bias[background, prompt.end_index] = NEVER
+    return bias
+
+
+def hidden_subjects(masks: Tensor) -> Tensor:
+    """Bias of self-attention, (location, location): a subject sees itself and the background.
+
+    Examples
+    --------
+    >>> hidden_subjects(torch.tensor([[True, False, False], [False, True, False]])).bool().int().tolist()
+    [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
+    """
+    inside = masks.any(0)
+    alike = (masks.float().T @ masks.float()) > 0
+    return torch.where(inside[:, None] & inside & ~alike, NEVER, 0.0)
+
+
+def function_words(prompt: Prompt) -> list[int]:
+    """Positions of articles, prepositions, conjunctions, pronouns and numerals.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> function_words(elakit.parse("a [bear] and a [clock]", elakit.load("picture-world")))
+    [1, 3, 4]
+    """
+    named = {i for entity in prompt.entities for i in (*entity.token_indices, *entity.attribute_indices)}
+    said = [prompt.text[slice(*span)].lower() for span in prompt.words]
+    return [t.index for t in prompt.tokens if said[t.word] in FUNCTION_WORDS and t.index not in named]
+
+
+def clustered(own: Tensor, clusters: int, centers: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Cluster of each location, and the centers: k-means of its self-attention, relative to the largest to each key.
+
+    Parameters
+    ----------
+    own : Tensor, (location, location)
+    clusters : int
+    centers : ndarray, optional
+        Centers to start from.
+    """
+    features = (own / (own.amax(0, keepdim=True) + _SMALL)).double().cpu().numpy()
+    if centers is not None and len(centers) == clusters:
+        found, labels = kmeans2(features, centers, iter=_ITERATIONS, minit="matrix")
+        return labels, found
+    trials = [kmeans2(features, clusters, iter=_ITERATIONS, minit="++", seed=start) for start in range(_STARTS)]
+    spread = [float(((features - found[labels]) ** 2).sum()) for found, labels in trials]
+    found, labels = trials[int(np.argmin(spread))]
+    return labels, found
+
+
+def assigned(labels: np.ndarray, cross: Tensor, last: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """Regions made of clusters; an entity without one gets the region given for it.
+
+    Parameters
+    ----------
+    labels : ndarray, int, (location,)
+    cross : Tensor, (entity, location)
+    last, given : ndarray, bool, (entity, y, x)
+
+    Returns
+    -------
+    ndarray, bool, (entity, y, x)
+    """
+    sharp = torch.sigmoid(_SHARPNESS * (cross / (cross.amax(1, keepdim=True) + _SMALL) - _CROSS))
+    low, high = sharp.amin(1, keepdim=True), sharp.amax(1, keepdim=True)
+    soft = ((sharp - low) / (high - low + _SMALL)).double().cpu().numpy() * last.reshape(len(last), -1)
+    parts = np.stack([labels == one for one in range(labels.max() + 1)])
+    least = np.minimum(soft.sum(1)[:, None], parts.sum(1))
+    covered = np.divide(soft @ parts.T, least, out=np.zeros_like(least), where=least > 0)
+    owner, score = covered.argmax(0), covered.max(0)
+    masks = np.stack([(owner == i)[labels] & (score >= _COVERED)[labels] for i in range(len(cross))]).reshape(
+        last.shape
+    )
+    for i, mask in enumerate(masks):
+        if not mask.any():
+            masks &= ~given[i]
+            masks[i] = given[i]
+    return masks
+
+
+def resized(masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Masks at another size, by nearest neighbor."""
+    found: np.ndarray = F.interpolate(torch.from_numpy(masks)[None].float(), size=size, mode="nearest-exact")[0].numpy()
+    return found > 0.5

@@ -1,0 +1,227 @@
+"""DeLeaker (Ventura et al., ICLR 2026, arXiv:2510.15015): attention is reweighted where entities leak into each other.
+
+Nothing is optimized: in each layer the attention scores are changed before the softmax. With A the attention
+probabilities of a layer (mean over heads) and T_i the text tokens of entity i:
+
+- mask of an entity: M_i = {x : m_i(x) > mean(m_i) + std(m_i)}, with m_i(x) the mean of A(x, t) over t in T_i, averaged
+  over all layers and steps so far; it is opened and closed with a square of 3 x 3 locations (closing twice);
+- image-text weakening: scores of x in M_i to the tokens of every other entity become minus infinity;
+- image-text strengthening: scores of x in M_i to T_i are multiplied by 1.2, once for each other entity;
+- image-image weakening: for x in M_i and y in M_j, scores become minus infinity where A(x, y) exceeds mean + std of A
+  over M_i x M_j.
+
+Equations and settings are those of the paper and of the code that its authors released for FLUX.1 (Apache-2.0), where
+changes begin in block 18 and averages in block 12 of the 57 blocks of the first of 20 steps, and averages end with step
+12. Here these are shares of steps and layers.
+
+Differences: the masks are those of an entity's noun, and the changes concern its noun and its attributes (the authors
+give words by hand, and have no attributes). Minus infinity is -10,000. Maps that are not square are cleaned, too, which
+the released code leaves out. With three or more entities, cuts of all pairs depend on the layer's own probabilities;
+the released code computes them again after each pair, so that the order of entities matters. In models with separate
+self- and cross-attention (UNets, PixArt), which the authors do not treat, masks come from the maps of one size, and
+image-image weakening changes self-attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elakit.attention.calls import NEVER
+from elakit.checks import boolean, real_number, share
+from elakit.guidance.method import Attention, Hold, Loss, Update
+from elakit.guidance.reading import ReadsOneSize
+from elakit.guidance.reweighing import Scores
+from elakit.prompt import Prompt
+
+
+@dataclass
+class Leaks:
+    """State of one image: the average of the entities' maps, and the masks of the last layer that was changed."""
+
+    steps: int
+    step: int = 0
+    size: tuple[int, int] = (0, 0)
+    maps: Tensor | None = None  # (entity, h*w), sum over layers
+    count: int = 0
+    masks: Tensor | None = None  # bool, (entity, h, w)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeLeaker(ReadsOneSize):
+    """DeLeaker: reweigh attention between entities, without a gradient.
+
+    Parameters
+    ----------
+    strength : float
+        Factor of the scores from an entity's mask to its own words; 1 switches it off.
+    threshold : float
+        Number of standard deviations above the mean from which a location belongs to an entity.
+    image_threshold : float
+        The same for attention from one entity's mask to another's, from which it is cut.
+    cut_text : bool
+        Whether an entity's mask does not attend to the words of other entities.
+    cut_image : bool
+        Whether high attention between masks of different entities is cut.
+    start : float
+        Denoising step at which scores are first changed; its fraction is a share of the layers.
+    average_from : float
+        The same for the average of the maps.
+    averaged : float
+        Share of the denoising steps after which the average, and with it the masks, stay as they are.
+    guided : float
+        Share of the denoising steps in which scores are changed.
+    layers : str
+        Layers whose maps show the entities: "all", "up" (decoder), "down", "mid" or a name pattern. Scores of all
+        layers are changed.
+    size : int, optional
+        Longer side of the maps that show the entities; by default 16, or the nearest size that the model has.
+
+    Raises
+    ------
+    SettingError
+        An option is out of range.
+
+    Examples
+    --------
+    >>> DeLeaker(strength=1.5).strength
+    1.5
+    >>> DeLeaker(guided=2)
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: DeLeaker(guided=2): must be a number from 0 to 1...
+    """
+
+    strength: float = 1.2
+    threshold: float = 1.0
+    image_threshold: float = 1.0
+    cut_text: bool = True
+    cut_image: bool = True
+    start: float = 0.31
+    average_from: float = 0.2
+    averaged: float = 0.6
+    guided: float = 1.0
+
+    name: ClassVar[str] = "deleaker"
+    title: ClassVar[str] = "DeLeaker"
+
+    def __post_init__(self) -> None:
+        own: dict[str, Any] = {"owner": "DeLeaker"}
+        for name in ("strength", "start", "average_from"):
+            real_number(getattr(self, name), name, 0, **own)
+        for name in ("threshold", "image_threshold"):
+            real_number(getattr(self, name), name, **own)
+        for name in ("cut_text", "cut_image"):
+            boolean(getattr(self, name), name, **own)
+        for name in ("averaged", "guided"):
+            share(getattr(self, name), name, **own)
+
+    def begin(self, prompt: Prompt, steps: int) -> Leaks:
+        """Initial state of a run."""
+        return Leaks(steps)
+
+    def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
+        """Passes in which scores are read and changed; none for a prompt with one entity."""
+        if len(prompt.entities) < 2:
+            return []
+        return [Update(0.0, hold=True)] * round(self.guided * len(noise))
+
+    def hold(self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Leaks) -> Hold:
+        """No restriction to regions: the masks are only shown in the trace."""
+        state.step, state.size = step, size
+        masks = np.zeros((len(prompt.entities), *size), bool) if state.masks is None else state.masks.cpu().numpy()
+        return Hold(masks, (), 0.0)
+
+    def reweigh(self, scores: Scores, prompt: Prompt, state: Leaks) -> Tensor | None:
+        """Changes of the scores of one layer."""
+        now = state.step + scores.position
+        probabilities = scores.logits.softmax(-1)
+        if scores.text is not None and scores.size == state.size and now >= self.average_from:
+            self._average(probabilities, scores.text[0], prompt, state)
+        if now < self.start or state.maps is None:
+            return None
+        state.masks = _clean(_above(state.maps / state.count, self.threshold).unflatten(1, state.size))
+        masks = _resized(state.masks, scores.size).flatten(1)
+        change = torch.zeros_like(scores.logits)
+        if scores.text is not None:
+            self._change_text(change, scores, scores.text[0], masks, prompt)
+        if scores.image is not None and self.cut_image:
+            keys = slice(scores.image, scores.image + masks.shape[1])
+            change[:, :, keys] += self._cuts(probabilities[:, :, keys].mean(0), masks)
+        return change.clamp(min=NEVER)
+
+    def _average(self, probabilities: Tensor, first: int, prompt: Prompt, state: Leaks) -> None:
+        """Add a layer's maps of the entities to their average."""
+        if state.maps is not None and state.step >= math.ceil(self.averaged * state.steps):
+            return
+        mean = probabilities.mean(0)
+        maps = torch.stack([mean[:, [first + at for at in e.token_indices]].mean(1) for e in prompt.entities])
+        state.maps = maps if state.maps is None else state.maps + maps
+        state.count += 1
+
+    def _change_text(self, change: Tensor, scores: Scores, first: int, masks: Tensor, prompt: Prompt) -> None:
+        words = [[first + at for at in (*e.token_indices, *e.attribute_indices)] for e in prompt.entities]
+        factor = self.strength ** (len(words) - 1) - 1
+        for mask, own in zip(masks, words, strict=True):
+            change[:, :, own] += factor * scores.logits[:, :, own] * mask[:, None]
+        if self.cut_text:
+            for i, j in permutations(range(len(words)), 2):
+                shared = sorted(set(words[j]) - set(words[i]))  # an adjective of both entities belongs to both
+                change[:, :, shared] += NEVER * masks[i][:, None]
+
+    def _cuts(self, mean: Tensor, masks: Tensor) -> Tensor:
+        """Cuts between the masks of different entities, (h*w, h*w), given the mean attention over heads."""
+        cuts = torch.zeros_like(mean)
+        for i, j in permutations(range(len(masks)), 2):
+            across = masks[i][:, None] & masks[j]
+            found = mean[across & (mean != 0)]
+            if len(found) > 1:
+                limit = found.mean() + self.image_threshold * found.std()
+                cuts[across & (mean > limit)] = NEVER
+        return cuts
+
+    def loss(self, attention: Attention, prompt: Prompt, step: int, state: Leaks) -> Loss:
+        """Attention of the entities' masks to the words of other entities, for the trace only.
+
+        Mean over pairs of entities of the attention from one's mask to the other's noun. Before there are masks, its
+        map takes the place of its mask.
+        """
+        maps = torch.stack([attention.mean[list(e.token_indices)].mean(0) for e in prompt.entities])
+        weights = maps if state.masks is None else state.masks.to(maps)
+        shares = weights / weights.sum((1, 2), keepdim=True).clamp(min=1e-9)
+        pairs = [(shares[i] * maps[j]).sum() for i, j in permutations(range(len(maps)), 2)]
+        total = torch.stack(pairs).mean() if pairs else maps.sum() * 0
+        masks = None if state.masks is None else state.masks.cpu().numpy()
+        return Loss(total, {"leak": float(total.detach())}, masks)
+
+
+def _above(maps: Tensor, deviations: float) -> Tensor:
+    """Locations that exceed the mean of their map by a number of standard deviations, (entity, n) -> bool."""
+    return maps > maps.mean(1, keepdim=True) + deviations * maps.std(1, keepdim=True)
+
+
+def _clean(masks: Tensor) -> Tensor:
+    """Open masks with a square of 3 x 3, then close them with two passes of it; what is outside the map is ignored."""
+    grown = masks[:, None].float()
+    for grow in (False, True, True, True, False, False):
+        grown = _dilated(grown) if grow else 1 - _dilated(1 - grown)
+    return grown[:, 0].bool()
+
+
+def _dilated(masks: Tensor) -> Tensor:
+    return F.max_pool2d(masks, 3, stride=1, padding=1)
+
+
+def _resized(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks at another size: a location belongs to an entity if at least half of it does."""
+    if tuple(masks.shape[1:]) == size:
+        return masks
+    return F.interpolate(masks[:, None].float(), size=size, mode="area")[:, 0] >= 0.5

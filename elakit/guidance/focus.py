@@ -1,0 +1,154 @@
+"""FOCUS: the words of an entity attend alike, and those of different entities apart, by Jensen-Shannon divergences.
+
+Bill, Simsar and Hofmann, "FOCUS: Optimal Control for Multi-Entity World Modeling in Text-to-Image Generation"
+(arXiv:2510.02315, whose first version is "Optimal Control Meets Flow Matching"), and the test-time control of its
+released code (github.com/ericbill21/FOCUS: src/losses.py, src/controller.py, src/sd3/pipeline.py). Maps are those of
+the image's attention to the text in the blocks with two streams, averaged over heads and blocks and blurred with a
+Gaussian of 3 x 3 locations and standard deviation 1. With J the Jensen-Shannon divergence of T distributions divided
+by log T, each map raised to the power of 3 and normalized to a sum of 1:
+
+    L = 1/2 [mean over entities of several tokens of J(their tokens) + 1 - J(mean map of each entity)]
+
+The velocity of each step gets the addend lambda 2 (s + e) / (1 - s + e) s * gradient of L, with s the share of noise
+(the latent is (1 - s) image + s noise) and e = 0.001. The tokens of an entity are those of its attributes and noun.
+
+Intended differences: the released code adds the gradient to the velocity of the same pass, here the latent moves by the
+same amount, that times the step's change of s, before the pass (the two differ in the second order); for FLUX the
+released code has the other sign, which raises L and is taken for an oversight (its Stable Diffusion 3 pipeline has a
+comment on the sign); in models without blocks of two streams, all layers of one map size are read, and s is the
+standard deviation of the noise divided by the sum of those of noise and signal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from elakit.attention.spec import select_layers
+from elakit.guidance.method import Attention, Loss, Update, nearest_size
+from elakit.guidance.options import check_guided, check_numbers
+from elakit.guidance.preprocess import NATIVE_SIZE, smooth
+from elakit.guidance.reading import ReadsOneSize
+from elakit.models import AttentionLayer
+from elakit.prompt import Prompt
+
+_SMALL, _POWER = 1e-10, 3
+_BLUR = math.sqrt(0.5)  # `smooth` counts a standard deviation of 1 as this
+_END = 1e-3
+_CLAMPED = 999.0  # ratios of noise to signal above this were computed with a signal of 0.001
+
+
+@dataclass(frozen=True, kw_only=True)
+class FOCUS(ReadsOneSize):
+    """FOCUS, for models with joint attention (Stable Diffusion 3, FLUX).
+
+    Parameters
+    ----------
+    strength : float
+        Factor lambda of the gradient; 4 in the released code's example and FLUX notebook (10 in its notebook of Stable
+        Diffusion 3.5; 1 is the default of its script).
+    guided : float
+        Share of the denoising steps that are guided, from the first; all in the released code.
+    layers, size
+        Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`. "all" are the blocks with two
+        streams, where there are any.
+
+    Raises
+    ------
+    SettingError
+        A setting is outside its range.
+
+    Examples
+    --------
+    >>> FOCUS().strength
+    4.0
+    >>> FOCUS(strength=-1)
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: FOCUS(strength=-1): must be a number of zero or more.
+    """
+
+    strength: float = 4.0
+    guided: float = 1.0
+
+    name: ClassVar[str] = "focus"
+    title: ClassVar[str] = "FOCUS"
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "strength")
+        check_guided(self)
+
+    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
+        """The blocks with two streams, or else the chosen layers of one map size."""
+        chosen = select_layers(layers, self.layers)
+        if self.layers == "all":
+            chosen = tuple(layer for layer in chosen if layer.kind == "joint") or chosen
+        return nearest_size(chosen, latent, self.size, NATIVE_SIZE, "FOCUS")
+
+    def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
+        """Step sizes that fall with the noise; no update where the prompt names only one entity."""
+        if len(prompt.entities) < 2:
+            return []
+        shares = [noise_share(ratio) for ratio in noise]
+        sizes = [self.strength * control(now) * abs(now - after) for now, after in pairwise([*shares, 0.0])]
+        return [Update(size) for size in sizes[: round(self.guided * len(noise))]]
+
+    def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
+        """Mean of the terms "coherence" and "separation"."""
+        maps = smooth(attention.mean, _BLUR).flatten(1)
+        groups = [maps[[*entity.token_indices, *entity.attribute_indices]] for entity in prompt.entities]
+        alike = [divergence(group) for group in groups if len(group) > 1]
+        terms = {
+            "coherence": torch.stack(alike).mean() if alike else maps.new_zeros(()),
+            "separation": 1 - divergence(torch.stack([group.mean(0) for group in groups])),
+        }
+        total = (terms["coherence"] + terms["separation"]) / 2
+        return Loss(total, {name: float(term.detach()) for name, term in terms.items()})
+
+
+def divergence(maps: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of maps raised to the power of 3, from 0 (equal) to 1 (disjoint).
+
+    Parameters
+    ----------
+    maps : Tensor, (n, location)
+        At least two.
+
+    Examples
+    --------
+    >>> float(divergence(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))), float(divergence(torch.ones(2, 3)))
+    (1.0, 0.0)
+    """
+    peaked = maps**_POWER
+    each = peaked / peaked.sum(1, keepdim=True).clamp_min(_SMALL)
+    mixed = each.mean(0, keepdim=True)
+    relative = (each * ((each + _SMALL).log() - (mixed + _SMALL).log())).sum(1)
+    return relative.mean() / math.log(len(maps))
+
+
+def noise_share(ratio: float) -> float:
+    """Share of noise, given the ratio of noise to signal as `elakit.guidance.engine.noise_levels` computes it.
+
+    Examples
+    --------
+    >>> noise_share(1.0), noise_share(1000.0)
+    (0.5, 1.0)
+    """
+    return ratio * 1e-3 if ratio > _CLAMPED else ratio / (1 + ratio)
+
+
+def control(share: float) -> float:
+    """Factor of the gradient in the velocity, without lambda.
+
+    Examples
+    --------
+    >>> control(0.5), round(control(1.0), 6)
+    (1.0, 2002.0)
+    """
+    return 2 * (share + _END) / (1 - share + _END) * share
