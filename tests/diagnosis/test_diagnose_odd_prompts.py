@@ -113,6 +113,7 @@ class TestInABrowser:
         self, page_of: Callable[[str], Path], browser: Any, name: str
     ) -> None:
         page = browser.new_page()
+        page.set_default_timeout(120_000)  # milliseconds, for a busy machine
         said: list[str] = []
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("dialog", lambda dialog: said.append(dialog.message))
