@@ -21,6 +21,7 @@ from elakit.attention import Recording, RecordSpec
 from elakit.attention import record as recorded
 from elakit.errors import ModelError, SettingError
 from elakit.guidance import Guide, Method
+from elakit.guidance.clean import watched_steps
 from elakit.guidance.engine import encoded
 from elakit.guidance.method import Encodes, NoiseSearch
 from elakit.models import Adapter, adapter_for, default_settings, loaded_with, name_of
@@ -54,6 +55,8 @@ class Progress:
         ``runs()`` returns the runs in their present state: images decoded from the latents, which are noisy before the
         end, recordings of the steps made, and traces so far. Measures, regions, figures and features can be computed
         from them as from a finished `Run`. ``runs(decode=False)`` does not call the VAE decoder: images are blank.
+        ``runs(predicted=True)`` decodes the clean latents that the step predicts instead, which show what the image
+        will be; with a scheduler whose prediction type is unknown, the latents themselves.
     states : sequence
         State of the guidance method for each image, as its ``begin`` returned it; empty for a plain run. ELA's are
         `elakit.guidance.Anchors`, and ``anchors.steer(regions)`` sets the regions from here on.
@@ -301,9 +304,12 @@ def generate(
         def after(step: int, latents: Tensor) -> Tensor:
             nonlocal waiting
 
-            def runs(decode: bool = True) -> list[Run]:
-                blank = [Image.new("RGB", (width, height))] * len(batch)
-                return runs_of(adapter.decode(latents, height, width) if decode else blank, recording)
+            def runs(decode: bool = True, predicted: bool = False) -> list[Run]:
+                if not decode:
+                    return runs_of([Image.new("RGB", (width, height))] * len(batch), recording)
+                clean = watched.predicted(step) if predicted and watched is not None else None
+                shown = latents if clean is None else clean.to(latents.dtype)
+                return runs_of(adapter.decode(shown, height, width), recording)
 
             so_far = Progress(step, steps, latents, runs, guide.states if guide else ())
             if stop_if is not None and stop_if(so_far):
@@ -320,7 +326,8 @@ def generate(
         holding = nullcontext() if guide is None else guide.holding()
         _log.info("Generating %r, seeds %s, %s", parsed.text, batch, settings)
         hidden = None
-        with _progress_bar(pipe, progress), recorder as recording, holding:
+        watching = nullcontext(None) if stop_if is None else watched_steps(pipe.scheduler)
+        with _progress_bar(pipe, progress), recorder as recording, holding, watching as watched:
             try:
                 output = pipe(**arguments)
                 images, hidden = output.images, getattr(output, "nsfw_content_detected", None)

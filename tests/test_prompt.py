@@ -14,12 +14,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_t5_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
+from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 
 from elakit import english
 from elakit.errors import ElakitError, ModelError, PromptError
@@ -34,7 +36,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 @lru_cache(maxsize=1)
 def clip_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer of a few hundred pieces: known words are whole, others split down to bytes."""
-    clip = CLIPTokenizer().backend_tokenizer
+    empty = tiny.clip_tokenizer({START: 0, END: 1}, [])
+    clip = convert_slow_tokenizer(empty) if tiny.FROM_FILES else empty.backend_tokenizer
     trained = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>"))
     trained.normalizer, trained.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -52,7 +55,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     ]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split()) for merge in learned["merges"]]
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+    return tiny.clip_tokenizer(vocabulary, merges, model_max_length=77)
 
 
 @pytest.fixture(scope="session")
@@ -473,7 +476,7 @@ def test_a_prompt_too_long_names_the_words_that_would_be_lost(pipe):
 def test_a_pipeline_without_a_usable_tokenizer():
     with pytest.raises(ModelError, match="SimpleNamespace has no tokenizer"):
         parse("a [cat]", SimpleNamespace())
-    endless = CLIPTokenizer(vocab=clip_tokenizer().get_vocab(), merges=[])
+    endless = tiny.clip_tokenizer(clip_tokenizer().get_vocab(), [])
     with pytest.raises(ModelError, match="model_max_length"):
         parse("a [cat]", SimpleNamespace(tokenizer=endless))
     config = SimpleNamespace(max_position_embeddings=20)

@@ -4,10 +4,14 @@ second."""
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -35,8 +39,10 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import BPE, Unigram
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace
+from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import (
     CLIPTextConfig,
@@ -46,7 +52,11 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    T5TokenizerFast,
 )
+
+# Before release 5, transformers reads the vocabulary of a tokenizer from files.
+FROM_FILES = int(transformers.__version__.partition(".")[0]) < 5
 
 SCHEDULERS: dict[str, type] = {
     "ddim": DDIMScheduler,
@@ -83,10 +93,22 @@ def _vocabulary() -> tuple[dict[str, int], list[Any]]:
     return {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges
 
 
+def clip_tokenizer(vocabulary: dict[str, int], merges: Sequence[Any], **options: Any) -> CLIPTokenizer:
+    """Build a CLIP tokenizer of a vocabulary, with every release of transformers."""
+    if not FROM_FILES:
+        return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), **options)
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        files[0].write_text(json.dumps(vocabulary), encoding="utf-8")
+        # the slow tokenizer skips the first line and the one after the last merge
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
+        files[1].write_text("\n".join(lines), encoding="utf-8")
+        return CLIPTokenizer(str(files[0]), str(files[1]), **options)
+
+
 def tiny_tokenizer(length: int = 20) -> CLIPTokenizer:
     """Build a CLIP tokenizer for any text; ``length`` positions include start, end and padding."""
-    vocabulary, merges = _vocabulary()
-    return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=length)
+    return clip_tokenizer(*_vocabulary(), model_max_length=length)
 
 
 def tiny_unet(**changes: Any) -> Any:
@@ -196,7 +218,13 @@ def tiny_t5_tokenizer() -> T5Tokenizer:
     pieces = [("▁gira", -4.0), ("ffe", -4.0), ("▁", -5.0)]
     letters = [(letter, -8.0) for letter in "abcdefghijklmnopqrstuvwxyz,.!'"]
     specials = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return T5Tokenizer(vocab=[*specials, *dict(words + pieces + letters).items()], extra_ids=0)
+    vocabulary = [*specials, *dict(words + pieces + letters).items()]
+    if not FROM_FILES:
+        return T5Tokenizer(vocab=vocabulary, extra_ids=0)
+    backend = Tokenizer(Unigram(vocabulary, unk_id=2))
+    backend.pre_tokenizer, backend.decoder = Metaspace(), MetaspaceDecoder()
+    backend.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return T5TokenizerFast(tokenizer_object=backend, extra_ids=0)
 
 
 def t5_encoder(tokenizer: T5Tokenizer, width: int) -> Any:

@@ -30,6 +30,7 @@ from torch import Tensor
 from elakit.attention.rescoring import Change, Scores, Site
 from elakit.guidance.method import Attention, Loss, Rescore, Update
 from elakit.guidance.options import check_guided, check_numbers, check_whole, is_number, refuse
+from elakit.guidance.phrases import end_of_text
 from elakit.guidance.reading import ReadsOneSize
 from elakit.models import AttentionLayer
 from elakit.prompt import Prompt
@@ -128,8 +129,9 @@ class AttentionRegulation(ReadsOneSize):
     ) -> Rescore:
         """The optimization of one image's scores."""
         targets = targets_of(prompt)
-        kept = tuple(at for at in (prompt.start_index, prompt.end_index) if at is not None)
-        seen = None if prompt.start_index is not None else prompt.end_index + 1
+        end = end_of_text(prompt)
+        kept = tuple(at for at in (prompt.start_index, end) if at is not None)
+        seen = None if prompt.start_index is not None or end is None else end + 1
 
         def change(site: Site, scores: Scores) -> Change | None:
             values = scores().detach()

@@ -43,6 +43,7 @@ from elakit.guidance.method import (
 from elakit.guidance.reweighing import Reweigher, Reweighs
 from elakit.guidance.trace import Trace
 from elakit.models import Adapter, AttentionLayer, Conditioning, adapter_for
+from elakit.models.device import compute_dtype
 from elakit.prompt import Prompt
 
 # fp16 gradients of a loss of order one underflow; scaling by a power of two is exact
@@ -85,7 +86,8 @@ def reading(adapter: Adapter, layers: Sequence[AttentionLayer], *, reads_self: b
     Raises
     ------
     SettingError
-        Raised when no layer is given, or when there is no self-attention to read.
+        Raised when no layer is given, when there is no self-attention to read, or when gradient checkpointing is on
+        for a model with layerwise casting.
     """
     if not layers:
         raise SettingError(
@@ -121,8 +123,24 @@ def reading(adapter: Adapter, layers: Sequence[AttentionLayer], *, reads_self: b
             Attention(tuple(layer[i] for layer in cross), tuple(layer[i] for layer in own)) for i in range(len(latents))
         ]
 
-    with tap([*beside, *layers], collect):
+    with tap([*beside, *layers], collect), _weights_kept(adapter.denoiser):
         yield read
+
+
+def _weights_kept(denoiser: nn.Module) -> AbstractContextManager[Any]:
+    """Context in which the backward pass finds weights as the forward pass used them.
+
+    With layerwise casting a layer's weights are stored in 8 bits again as soon as the layer has run, in place of those
+    that it computed with. The graph keeps the latter until the gradient is computed.
+    """
+    if not any(weight.dtype.is_floating_point and weight.dtype.itemsize < 2 for weight in denoiser.parameters()):
+        return nullcontext()
+    if getattr(denoiser, "is_gradient_checkpointing", False):
+        raise SettingError(
+            "Gradients of a model with layerwise casting cannot be computed with gradient checkpointing, which repeats "
+            "passes with weights that are stored in 8 bits again: switch one of the two off."
+        )
+    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda kept: kept)
 
 
 def gradient(
@@ -158,7 +176,7 @@ def gradient(
     """
     if states is None:
         states = [method.begin(prompt, len(adapter.pipe.scheduler.timesteps)) for _ in latents]
-    model_dtype: torch.dtype = next(adapter.denoiser.parameters()).dtype
+    model_dtype = compute_dtype(adapter.denoiser)
     scale = _FP16_SCALE if model_dtype == torch.float16 else 1.0
     with torch.enable_grad(), reading(adapter, layers, reads_self=method.reads_self) as read:
         z = latents.detach().to(torch.promote_types(latents.dtype, torch.float32)).requires_grad_(True)
@@ -524,7 +542,7 @@ class Guide:
         )  # fmt: skip
 
     def _search(self, method: NoiseSearch, noise: Tensor, scale: float, timestep: Tensor, image: int) -> Tensor:
-        model_dtype: torch.dtype = next(self.adapter.denoiser.parameters()).dtype
+        model_dtype = compute_dtype(self.adapter.denoiser)
         with (
             paused(self.adapter.pipe),
             frozen(self.adapter.denoiser),

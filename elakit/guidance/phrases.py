@@ -93,6 +93,18 @@ def phrase_positions(prompt: Prompt, entity: Entity) -> tuple[int, ...]:
     return tuple(token.index for token in prompt.tokens if first <= token.word < past)
 
 
+def end_of_text(prompt: Prompt) -> int | None:
+    """Position of end-of-text; None if nothing follows the words, because padding precedes them.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> end_of_text(elakit.parse("a [bear] and a [clock]", elakit.load("picture-world")))
+    6
+    """
+    return prompt.end_index if prompt.end_index > max(token.index for token in prompt.tokens) else None
+
+
 def _phrase(adapter: Adapter, prompt: Prompt, entity: Entity) -> Phrase:
     positions = phrase_positions(prompt, entity)
     words = {token.index: token.word for token in prompt.tokens}

@@ -65,6 +65,12 @@ class RegionalPrompter(ReadsOneSize):
             )
         states, mask = conditioning.inputs[STATES].clone(), conditioning.inputs.get(MASKS)
         texts = phrases(adapter, prompt)
+        first = 0 if prompt.start_index is None else prompt.start_index + 1
+        if any(phrase.own != tuple(range(first, first + len(phrase.own))) for phrase in texts):
+            raise SettingError(
+                f"RegionalPrompter needs texts that are padded behind their words; {adapter.family} pads elsewhere. "
+                "Use another model, or elakit.guidance.RegionalAttention()."
+            )
         for phrase in texts:
             states[:, list(phrase.positions)] = phrase.states[:, list(phrase.own)].to(states)
         states = torch.cat([states, *(phrase.states.to(states) for phrase in texts)], dim=1)

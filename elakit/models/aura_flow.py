@@ -8,7 +8,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from elakit.models.adapter import AttentionLayer, Call, Conditioning, Kind, Place, scheduler_timestep
+from elakit.models.adapter import (
+    AttentionLayer,
+    Call,
+    Conditioning,
+    Kind,
+    Layout,
+    Place,
+    argument,
+    scheduler_timestep,
+)
 from elakit.models.encoding import PromptInput
 from elakit.models.transformer import TransformerAdapter
 from elakit.tokens import TextSequence
@@ -43,10 +52,17 @@ class AuraFlow(TransformerAdapter):
                 text_first=True,
                 takes_mask=False,
                 grid=self._grid,
+                layout=self._layout,  # releases of diffusers differ in which norm the text's keys go through
             )
             for stack, place, kind in _STACKS
             for i, block in enumerate(getattr(self.pipe.transformer, stack))
         )
+
+    def _layout(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout:
+        """Registers, then the text, then the image."""
+        registers = self.pipe.transformer.register_tokens.shape[1]
+        text = registers + argument(args, kwargs, 1, "encoder_hidden_states").shape[1]
+        return Layout(self._grid(args, kwargs), text, (0, text))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """Rows, timestep and latent size of a call; the model is given a thousandth of the scheduler's timestep."""

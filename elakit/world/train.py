@@ -50,7 +50,7 @@ def main(
     if "judge" in stages:
         from elakit.world.training.judge import train_judge
 
-        train_judge(settings, out, where)
+        train_judge(settings, out, where, start)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -260,6 +261,8 @@ SHAPES = [(1, KEYS), (2, KEYS), (KEYS, KEYS), (1, 1, KEYS), (1, 1, 1, KEYS), (2,
 def test_attention_masks_of_every_shape_are_applied_as_the_attention_call_does(
     shape: tuple[int, ...], boolean: bool
 ) -> None:
+    if shape == (2, KEYS) and not hasattr(diffusers, "Flux2Pipeline"):
+        pytest.skip("this release of diffusers takes no mask of a row per image")
     pipe = tiny_flux()
     prompt = parse(TEXT, pipe)
     mask: Tensor = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.3

@@ -407,7 +407,7 @@ def test_half_precision_is_drawn_and_guided(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_in_every_family_words_stay_where_they_are_held(name: str) -> None:
     pipe = shared(name)
-    method = RegionalAttention(regions=[(0, 0, 0.5, 1), (0.5, 0, 1, 1)], strength=50.0)
+    method = RegionalAttention(regions=[(0, 0, 0.5, 1), (0.5, 0, 1, 1)], strength=1000.0)
     run = generate(pipe, PAIR, seed=2, steps=2, guidance=method, progress=False, **SIZE)
     car, bird = run.entity_maps().isel(step=-1).values
     half = car.shape[1] // 2

@@ -219,6 +219,21 @@ def test_a_grown_model_starts_as_the_smaller_one(config: Path) -> None:
         denoiser.grow(parts(other), tokenizer, pipe)
 
 
+def test_a_judge_with_a_new_output_starts_as_the_earlier_one() -> None:
+    from elakit.judge.segmenter import CLASSES, Segmenter
+    from elakit.world.training.judge import grow
+
+    torch.manual_seed(0)
+    old, new = Segmenter((4, 8, 8), outputs=CLASSES + 1).eval(), Segmenter((4, 8, 8)).eval()
+    grow(new, old.state_dict())
+    images = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(new(images)[:, : CLASSES + 1], old(images))
+        assert not new(images)[:, CLASSES + 1].any()
+    with pytest.raises(SettingError, match=r"stem.*shape.*channels"):
+        grow(Segmenter((8, 8, 8)), old.state_dict())
+
+
 def test_a_long_training_composes_new_scenes_as_it_goes(config: Path, tmp_path: Path) -> None:
     from elakit.world.training.denoiser import GrowingScenes
 

@@ -197,7 +197,7 @@ class Session:
         if self.no_preview is not None or (began - ready < rest and not always):
             return
         try:
-            self.on_preview(progress.runs()[0], progress.step, steps)
+            self.on_preview(progress.runs(predicted=True)[0], progress.step, steps)
         except Exception as error:  # a preview that cannot be decoded must not end the run
             self.no_preview = error
         now = time.monotonic()

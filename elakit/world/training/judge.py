@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from elakit.errors import SettingError
 from elakit.judge.segmenter import CLASSES, Segmenter
 from elakit.models import EMBEDDED
 from elakit.world.art import ARTISTS, Drawing, drawings
@@ -242,7 +243,35 @@ def _joined(a: Examples, b: Examples) -> Examples:
     return Examples(captions=a.captions + b.captions, **arrays)
 
 
-def train_judge(config: Config, folder: Path, device: torch.device) -> Segmenter:
+@torch.no_grad()
+def grow(model: Segmenter, old: dict[str, Tensor]) -> None:
+    """Start from an earlier edition's judge, whose last layer may have fewer outputs; new ones begin at zero.
+
+    Parameters
+    ----------
+    model : Segmenter
+        Changed in place.
+    old : dict
+        Weights of a judge of the same widths.
+
+    Raises
+    ------
+    SettingError
+        The widths differ.
+    """
+    for name, value in model.state_dict().items():
+        given = old.get(name)
+        if given is None or (given.shape != value.shape and not name.startswith("head.")):
+            raise SettingError(
+                f"The earlier judge does not fit: {name} has shape {None if given is None else tuple(given.shape)}, "
+                f"not {tuple(value.shape)}. Use the same [judge] channels, or train without --start."
+            )
+        if given.shape != value.shape:
+            value.zero_()
+        value[tuple(slice(0, n) for n in given.shape)] = given
+
+
+def train_judge(config: Config, folder: Path, device: torch.device, start: Path | None = None) -> Segmenter:
     """Train and save to ``folder/judge/model.safetensors`` (fp16).
 
     Parameters
@@ -251,11 +280,21 @@ def train_judge(config: Config, folder: Path, device: torch.device) -> Segmenter
     folder : Path
         Must hold the trained autoencoder, ``vae/``, and pipeline, ``model/``.
     device : torch.device
+    start : Path, optional
+        Folder of an earlier edition, whose ``judge/`` the training starts from.
+
+    Returns
+    -------
+    Segmenter
+        With averaged weights.
     """
     settings = config.judge
     examples = prepare_examples(config, folder, device)
     torch.manual_seed(1)
-    model = Segmenter(settings.channels).to(device)
+    model = Segmenter(settings.channels)
+    if start is not None:
+        grow(model, load_file(start / "judge" / "model.safetensors"))
+    model.to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss(step: int) -> Tensor:

@@ -1,0 +1,103 @@
+"""The clean latents that a denoising step predicts, from the output that a pipeline passes to its scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elakit.guidance.engine import noise_levels
+
+
+class Steps:
+    """The last step of a scheduler: its model output, and the latents before it."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.levels: list[float] | None = None  # ratio of noise to signal before each step
+        self.last: tuple[Tensor, Tensor] | None = None  # output of the model, latents
+
+    def predicted(self, step: int) -> Tensor | None:
+        """Clean latents that the last step predicts; None if no step was seen, or its prediction type is unknown."""
+        if self.last is None:
+            return None
+        if self.levels is None or len(self.levels) != len(self.scheduler.timesteps):
+            self.levels = noise_levels(self.scheduler)
+        return predicted_clean(self.scheduler, *self.last, self.levels[step])
+
+
+@contextmanager
+def watched_steps(scheduler: Any) -> Iterator[Steps]:
+    """Context in which the arguments of a scheduler's steps are kept; the steps themselves stay as they are.
+
+    Parameters
+    ----------
+    scheduler : diffusers.SchedulerMixin
+    """
+    steps, plain, had = Steps(scheduler), scheduler.step, "step" in vars(scheduler)
+
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        steps.last = model_output, sample
+        return plain(model_output, timestep, sample, *args, **kwargs)
+
+    scheduler.step = step
+    try:
+        yield steps
+    finally:
+        if had:
+            scheduler.step = plain
+        else:
+            del scheduler.step
+
+
+def predicted_clean(scheduler: Any, output: Tensor, latents: Tensor, level: float) -> Tensor | None:
+    """Clean latents, from the output of the model by the scheduler's prediction type.
+
+    Parameters
+    ----------
+    scheduler : diffusers.SchedulerMixin
+    output : Tensor
+        Output of the model, after classifier-free guidance.
+    latents : Tensor
+        Latents before the step.
+    level : float
+        Their ratio of noise to signal, as in `elakit.guidance.engine.noise_levels`.
+
+    Returns
+    -------
+    Tensor or None
+        In the form of the latents; None if the scheduler has another prediction type.
+
+    Notes
+    -----
+    With s = 1 / sqrt(1 + level²) and n = level s, latents of unit variance are x = s x0 + n e. The output is e
+    ("epsilon"), s e - n x0 ("v_prediction") or x0 ("sample"). In flow matching x = (1 - t) x0 + t e, and the output is
+    e - x0.
+
+    Examples
+    --------
+    >>> from diffusers import DDIMScheduler
+    >>> scheduler = DDIMScheduler()
+    >>> scheduler.set_timesteps(3)
+    >>> clean, noise = torch.ones(1), torch.full((1,), -2.0)
+    >>> latents = scheduler.add_noise(clean, noise, scheduler.timesteps[1:2])
+    >>> predicted_clean(scheduler, noise, latents, noise_levels(scheduler)[1])
+    tensor([1.0000])
+    """
+    kind = getattr(scheduler.config, "prediction_type", None)
+    flow = kind == "flow_prediction" or getattr(scheduler.config, "use_flow_sigmas", False)
+    output, latents = output.float(), latents.float()
+    if flow or (kind is None and hasattr(scheduler, "sigmas") and not hasattr(scheduler, "alphas_cumprod")):
+        return latents - level / (1 + level) * output
+    signal = (1 + level**2) ** -0.5
+    noise = level * signal
+    # Schedulers of the other kind (Euler) keep latents x0 + level e, whose variance is not 1.
+    latents = latents * signal if float(torch.as_tensor(scheduler.init_noise_sigma)) > 1.0001 else latents
+    if kind == "epsilon":
+        return (latents - noise * output) / signal
+    if kind == "v_prediction":
+        return signal * latents - noise * output
+    return output if kind == "sample" else None

@@ -1,0 +1,101 @@
+"""The clean latents that a step predicts: those of the schedulers themselves, and the preview of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+)
+from tiny import tiny_flux
+
+import elakit
+from elakit.guidance.clean import predicted_clean, watched_steps
+from elakit.guidance.engine import noise_levels
+
+KINDS = ("epsilon", "v_prediction", "sample")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, LMSDiscreteScheduler])
+def test_it_is_what_the_scheduler_predicts(make: Any, kind: str) -> None:
+    scheduler = make(prediction_type=kind, **({"clip_sample": False} if "DD" in make.__name__ else {}))
+    scheduler.set_timesteps(4)
+    levels = noise_levels(scheduler)
+    latents, output = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    latents = latents * float(scheduler.init_noise_sigma)
+    for level, timestep in zip(levels, scheduler.timesteps, strict=True):
+        scheduler.scale_model_input(latents, timestep)
+        step = scheduler.step(output, timestep, latents)
+        found = predicted_clean(scheduler, output, latents, level)
+        assert found is not None
+        scale = float(step.pred_original_sample.abs().max())
+        assert float((found - step.pred_original_sample).abs().max()) < 2e-3 * scale
+        latents = step.prev_sample
+
+
+def test_flow_matching_and_solvers_recover_the_clean_latents() -> None:
+    clean, noise = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    flow.set_timesteps(5)
+    for level, sigma in zip(noise_levels(flow), flow.sigmas, strict=False):
+        latents = (1 - sigma) * clean + sigma * noise
+        if sigma < 0.999:
+            found = predicted_clean(flow, noise - clean, latents, level)
+            torch.testing.assert_close(found, clean, atol=1e-4, rtol=1e-4)
+    solver = DPMSolverMultistepScheduler()
+    solver.set_timesteps(5)
+    for level, timestep in zip(noise_levels(solver), solver.timesteps, strict=True):
+        latents = solver.add_noise(clean, noise, timestep[None])
+        found = predicted_clean(solver, noise, latents, level)
+        torch.testing.assert_close(found, clean, atol=0.02, rtol=0.02)
+
+
+def test_steps_stay_as_they_are_and_the_scheduler_is_left_unchanged() -> None:
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(3)
+    latents, output = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    plain = scheduler.step(output, scheduler.timesteps[0], latents, return_dict=False)[0]
+    with watched_steps(scheduler) as steps:
+        assert steps.predicted(0) is None
+        assert torch.equal(scheduler.step(output, scheduler.timesteps[0], latents, return_dict=False)[0], plain)
+        assert steps.predicted(0) is not None
+    assert "step" not in vars(scheduler)
+
+
+def test_the_preview_of_a_run_comes_closer_to_the_image_than_its_latents() -> None:
+    shown: list[np.ndarray] = []
+    noisy: list[np.ndarray] = []
+
+    def look(so_far: elakit.Progress) -> bool:
+        shown.append(np.asarray(so_far.runs(predicted=True)[0].image, float))
+        noisy.append(np.asarray(so_far.runs()[0].image, float))
+        return False
+
+    pipe = elakit.load("picture-world")
+    run = elakit.generate(pipe, "a [cat] and a [lion]", steps=5, stop_if=look, record=False, progress=False)
+    final = np.asarray(run.image, float)
+    off = [np.abs(image - final).mean() for image in shown]
+    before = [np.abs(image - final).mean() for image in noisy]
+    assert all(one < other for one, other in zip(off[:3], before[:3], strict=True))
+    assert off[-1] < 2
+
+
+def test_packed_latents_are_predicted_in_a_batch() -> None:
+    pipe, sizes = tiny_flux(), set[tuple[int, int]]()
+
+    def look(so_far: elakit.Progress) -> None:
+        sizes.update(run.image.size for run in so_far.runs(predicted=True))
+
+    elakit.generate(
+        pipe, "a [car]", seed=[1, 2], steps=2, height=32, width=48, stop_if=look, record=False, progress=False
+    )
+    assert sizes == {(48, 32)}
