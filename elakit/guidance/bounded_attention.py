@@ -46,6 +46,7 @@ from elakit.guidance.layout import Layout, check_layout, layout_masks
 from elakit.guidance.layout_guidance import first_blocks
 from elakit.guidance.method import Attention, Loss, Rescore, Update
 from elakit.guidance.options import check_guided, check_numbers, check_whole
+from elakit.guidance.phrases import end_of_text
 from elakit.models import AttentionLayer
 from elakit.prompt import Prompt
 
@@ -232,7 +233,9 @@ class BoundedAttention:
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Bounds) -> Loss:
         """L; its terms are "cross" and "self", each a mean over entities without its weight."""
         count = len(prompt.entities)
-        contexts = [[*entity.token_indices, *entity.attribute_indices, prompt.end_index] for entity in prompt.entities]
+        end = end_of_text(prompt)
+        ends = [] if end is None else [end]
+        contexts = [[*entity.token_indices, *entity.attribute_indices, *ends] for entity in prompt.entities]
         cross, own = [], []
         for layer in attention.cross:
             masks = self._masks(layer, count)
@@ -300,8 +303,8 @@ def hidden_words(masks: Tensor, prompt: Prompt, function: Sequence[int], length:
         seen = mask | background if guidance else mask
         for position in (*entity.token_indices, *entity.attribute_indices):
             bias[:, position] = torch.where(seen, 0.0, NEVER)
-    if not guidance:
-        bias[background, prompt.end_index] = NEVER
+    if not guidance and (end := end_of_text(prompt)) is not None:
+        bias[background, end] = NEVER
     return bias
 
 
