@@ -20,7 +20,7 @@ from elakit.attention.taps import Attend, rotate, tap
 from elakit.errors import RecordingError, SettingError
 from elakit.measures.arrays import resize
 from elakit.models import Adapter, AttentionLayer, adapter_for
-from elakit.models.adapter import argument
+from elakit.models.adapter import argument, is_a
 from elakit.prompt import Prompt, parse
 
 
@@ -105,11 +105,11 @@ def map_concepts(
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
-        Pipeline with cross-attention (Stable Diffusion, SDXL, PixArt), or FLUX.1.
+        Pipeline with cross-attention (Stable Diffusion, SDXL, PixArt), FLUX.1 or Stable Diffusion 3.
     prompt : Prompt or str
         The prompt that the pipeline is called with.
     words : sequence of str
-        Concepts: words or short phrases. FLUX needs at least two.
+        Concepts: words or short phrases. FLUX.1 and Stable Diffusion 3 need at least two.
     layers : str or sequence of str
         As in `select_layers`. In FLUX only double stream blocks are used.
 
@@ -120,16 +120,16 @@ def map_concepts(
 
         * cross-attention, kind "probability": the attention that a token of the concept would get if it stood beside
           the tokens of the prompt, ``exp(s_c) / (sum_t exp(s_t) + exp(s_c))``, the mean over the tokens of a concept;
-        * FLUX, kind "similarity": ConceptAttention. The concepts are a second text stream that attends to itself and to
-          the image; the map is the softmax over the concepts of the dot product between the attention outputs of a
-          location and of each concept.
+        * FLUX.1 and Stable Diffusion 3, kind "similarity": ConceptAttention. The concepts are a second text stream that
+          attends to itself and to the image; the map is the softmax over the concepts of the dot product between the
+          attention outputs of a location and of each concept.
 
     Raises
     ------
     SettingError
-        When no concept is given, or only one for FLUX.
+        When no concept is given, or only one for FLUX.1 or Stable Diffusion 3.
     RecordingError
-        When the model has neither cross-attention nor FLUX's double stream blocks; in the cases of `elakit.record`.
+        When the model has neither cross-attention nor such double stream blocks; in the cases of `elakit.record`.
 
     References
     ----------
@@ -150,15 +150,16 @@ def map_concepts(
     words = [words] if isinstance(words, str) else list(words)
     chosen = select_layers(adapter.layers(), layers)
     cross = all(layer.kind == "cross" and layer.layout is None for layer in chosen)
-    double = [layer for layer in chosen if layer.kind == "joint" and layer.text_first and layer.layout is None]
+    streams = is_a(adapter.denoiser, "FluxTransformer2DModel", "SD3Transformer2DModel")
+    double = [layer for layer in chosen if layer.kind == "joint"] if streams else []
     if not words or (not cross and len(words) < 2):
         raise SettingError(
             f"words={words!r}: give {'one concept' if cross else 'two concepts'} or more, such as 'sky'."
         )
-    if not cross and not (double and hasattr(adapter.denoiser, "context_embedder")):
+    if not cross and not double:
         raise RecordingError(
-            f"{adapter.family} has neither cross-attention nor FLUX's double stream blocks in the selected layers, "
-            "which maps of concepts need."
+            f"{adapter.family} has neither cross-attention nor double stream blocks of FLUX.1 or Stable Diffusion 3 in "
+            "the selected layers, which maps of concepts need."
         )
     states = [_states(adapter, word) for word in words]
     found = ConceptMaps(words, "probability" if cross else "similarity")
@@ -222,7 +223,7 @@ class _Cross(_Reader):
 
 
 class _Stream(_Reader):
-    """Concepts as a second text stream through FLUX's double stream blocks."""
+    """Concepts as a second text stream through the double stream blocks of FLUX.1 or Stable Diffusion 3."""
 
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
         chosen = {layer.name for layer in layers}
@@ -247,19 +248,23 @@ class _Stream(_Reader):
             if self.seen is None:
                 return
             rows, output = self.seen.rows, self.output
-            image, temb, rotary = (
-                argument(args, kwargs, place, name)
-                for place, name in ((0, "hidden_states"), (2, "temb"), (3, "image_rotary_emb"))
-            )
+            image, temb = (argument(args, kwargs, place, name) for place, name in ((0, "hidden_states"), (2, "temb")))
+            rotary = argument(args, kwargs, 3, "image_rotary_emb") if layer.text_first else None  # FLUX.1
             temb = temb[rows] if len(temb) > 1 else temb
             if first:
                 begin = self.denoiser.context_embedder(self.states.to(image.dtype))
                 self.stream = begin.expand(rows.stop - rows.start, -1, -1)
-            concept, gate, shift, scale, gate_mlp = block.norm1_context(self.stream, emb=temb)
+            ends = bool(getattr(block, "context_pre_only", False))  # the text stream ends in this block
+            if ends:
+                concept = block.norm1_context(self.stream, temb)
+            else:
+                concept, gate, shift, scale, gate_mlp = block.norm1_context(self.stream, emb=temb)
             own = _concept_attention(layer, concept, block.norm1(image[rows], emb=temb)[0], rotary)
             if keeps:
                 scores = output[rows] @ own.transpose(-1, -2)  # (images, h*w, concept tokens)
                 self.found.add(self.by_concept(scores.float()).softmax(-1).movedim(-1, 1), self.size)
+            if ends:
+                return
             self.stream = self.stream + gate.unsqueeze(1) * block.attn.to_add_out(own)
             normed = block.norm2_context(self.stream) * (1 + scale[:, None]) + shift[:, None]
             self.stream = self.stream + gate_mlp.unsqueeze(1) * block.ff_context(normed)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import FAMILIES, SHORT, TEXT, draw
 from tiny import tiny_flux, tiny_pipeline, tiny_sd3
+from tiny_families import tiny_aura_flow
 
 from elakit.attention import RecordSpec, map_concepts, record
 from elakit.errors import RecordingError, SettingError
@@ -19,7 +20,7 @@ from elakit.prompt import parse
 FLUX = SHORT | {"height": 32, "width": 48}
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "pixart-alpha", "flux"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "pixart-alpha", "flux", "sd3"])
 def test_the_image_does_not_see_the_concepts(name: str) -> None:
     pipe = FAMILIES[name].make()
     options = FAMILIES[name].options | {"num_images_per_prompt": 2, "height": 32, "width": 48}
@@ -34,7 +35,7 @@ def test_the_image_does_not_see_the_concepts(name: str) -> None:
     assert maps.shape == (2, 2, *recording.sizes[0])
     assert maps.timestep.values.tolist() == recording.nodes()[0]["timestep"].values.tolist()
     assert float(maps.min()) > 0
-    if name == "flux":
+    if name in ("flux", "sd3"):
         np.testing.assert_allclose(maps.sum("concept"), 1, atol=1e-5)
 
 
@@ -64,28 +65,31 @@ def test_a_concept_with_the_state_of_a_word_gets_that_word_s_attention(monkeypat
         np.testing.assert_allclose(found.maps(size=node.sizes["y"])[:, 0], expected, atol=1e-6)
 
 
-def test_in_flux_concepts_are_a_text_stream_that_sees_the_image() -> None:
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_in_double_streams_concepts_are_a_text_stream_that_sees_the_image(name: str) -> None:
     """Given the concepts alone as its text, the first block computes for them what the second stream must compute."""
-    pipe = tiny_flux()
+    pipe: Any = tiny_flux() if name == "flux" else tiny_sd3()
+    options = FLUX if name == "flux" else FLUX | {"guidance_scale": 1.0}
     adapter = adapter_for(pipe)
     words = ["red dog", "bear"]
     calls: list[Any] = []
     handle = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
-    with map_concepts(pipe, TEXT, words) as found:
-        draw(pipe, num_inference_steps=1, **FLUX)
+    with map_concepts(pipe, TEXT, words, layers="transformer_blocks.0.attn") as found:
+        draw(pipe, num_inference_steps=1, **options)
     handle.remove()
     tokens = [[token.index for token in parse(f"[{word}]", pipe).tokens] for word in words]
     states = [adapter.encode(w).inputs["encoder_hidden_states"][:, at] for w, at in zip(words, tokens, strict=True)]
     attn = pipe.transformer.transformer_blocks[0].attn
     outputs: dict[str, torch.Tensor] = {}
-    for name, module in (("text", attn.to_add_out), ("image", attn.to_out[0])):
-        module.register_forward_pre_hook(lambda _, args, name=name: outputs.setdefault(name, args[0]))
+    for part, module in (("text", attn.to_add_out), ("image", attn.to_out[0])):
+        module.register_forward_pre_hook(lambda _, args, part=part: outputs.setdefault(part, args[0]))
     with torch.no_grad():
         text = torch.cat(states, dim=1)
         pipe.transformer(**calls[0] | {"encoder_hidden_states": calls[0]["encoder_hidden_states"]})
         image = outputs.pop("image")
         outputs.clear()
-        pipe.transformer(**calls[0] | {"encoder_hidden_states": text, "txt_ids": torch.zeros(text.shape[1], 3)})
+        positions = {"txt_ids": torch.zeros(text.shape[1], 3)} if name == "flux" else {}
+        pipe.transformer(**calls[0] | {"encoder_hidden_states": text, **positions})
     scores = (image @ outputs["text"].transpose(-1, -2))[0]  # (h*w, tokens)
     by_word = torch.stack([part.mean(-1) for part in scores.split([len(at) for at in tokens], dim=-1)], dim=-1)
     expected = by_word.softmax(-1).T.reshape(2, 4, 6)
@@ -94,13 +98,13 @@ def test_in_flux_concepts_are_a_text_stream_that_sees_the_image() -> None:
 
 
 def test_what_cannot_be_mapped_is_refused() -> None:
-    pipe, flux, sd3 = tiny_pipeline(), tiny_flux(), tiny_sd3()
+    pipe, flux, aura_flow = tiny_pipeline(), tiny_flux(), tiny_aura_flow()
     for words in ([], [""], ["a [dog]"]):
         with pytest.raises(SettingError, match="words"), map_concepts(pipe, TEXT, words):
             pass
     with pytest.raises(SettingError, match="two concepts"), map_concepts(flux, TEXT, ["dog"]):
         pass
-    with pytest.raises(RecordingError, match="neither cross-attention"), map_concepts(sd3, TEXT, ["dog", "cat"]):
+    with pytest.raises(RecordingError, match="neither cross-attention"), map_concepts(aura_flow, TEXT, ["dog", "cat"]):
         pass
     block = map_concepts(flux, TEXT, ["dog", "cat"], layers="single")
     with pytest.raises(RecordingError, match="neither cross-attention"), block:

@@ -1,0 +1,140 @@
+"""Maps, time and memory of elakit beside attention-map-diffusers 1.0, on the families that both read.
+
+Both record the attention of the image to the text, of every head, layer and step, from the same noise: elakit to the
+prompt's words, attention-map-diffusers to all positions. The maps of the words are compared. The pipelines are those of
+the tests: real classes with random weights, a few channels wide. From the root of the repository, in an environment
+with elakit and its test dependencies::
+
+    pip install attention-map-diffusers==1.0.0
+    python -m benchmarks.parity_amd  # --side, --steps, --repeats, --family
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import tiny
+import tiny_families
+
+import elakit
+from benchmarks.shapes import MB, machine
+from elakit.attention import RecordSpec
+from elakit.models import adapter_for
+
+TEXT = "a [red car] and a [blue giraffe]"
+# Builder, further arguments of the call (without classifier-free guidance), and the smallest multiple of the sides.
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "Stable Diffusion 1.x/2.x": (tiny.tiny_pipeline, {"guidance_scale": 1.0}),
+    "Stable Diffusion XL": (tiny.tiny_sdxl, {"guidance_scale": 1.0}),
+    "Stable Diffusion 3/3.5": (tiny.tiny_sd3, {"guidance_scale": 1.0}),
+    "FLUX.1": (tiny.tiny_flux, {}),
+    "FLUX.2": (tiny_families.BUILDERS["FLUX.2"], {}),
+    "Z-Image": (tiny_families.BUILDERS["Z-Image"], {"guidance_scale": 0.0}),
+    "Sana": (tiny_families.BUILDERS["Sana"], {"guidance_scale": 1.0, "use_resolution_binning": False}),
+}
+TOLERANCE = 1e-5
+
+
+def main() -> int:
+    """Print a row per family; 1 if any maps differ by more than the tolerance."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, default=128, help="height and width of the images in pixels")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--family", choices=FAMILIES, action="append")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    print(f"{options.steps} steps, {options.side} pixels, float32 on {machine('cpu')}; ", end="")
+    print(f"CPU time of the run and of all its maps relative to the plain run, median of {options.repeats} runs\n")
+    columns = ["family", "largest difference", "layers", "image unchanged", "time: elakit", "AMD", "MB: elakit", "AMD"]
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    worst = 0.0
+    for name in options.family or FAMILIES:
+        difference, cells = compare(name, options.side, options.steps, options.repeats)
+        worst = max(worst, difference)
+        print(f"| {name} | {difference:.1e} | {' | '.join(cells)} |", flush=True)
+    return int(worst > TOLERANCE)
+
+
+def compare(name: str, side: int, steps: int, repeats: int) -> tuple[float, list[str]]:
+    """Largest difference between the maps of a family, and its other columns."""
+    from attention_map_diffusers import AttentionCapture
+
+    make, call = FAMILIES[name]
+    pipe = make()
+    prompt = elakit.parse(TEXT, pipe)
+    spec = RecordSpec(heads="all", dtype="float32")
+
+    def draw() -> np.ndarray:
+        settings = {"num_inference_steps": steps, "height": side, "width": side, "output_type": "np"}
+        generator = torch.Generator().manual_seed(0)
+        image: np.ndarray = pipe(prompt=prompt.text, generator=generator, **settings, **call).images
+        return image
+
+    def ours() -> tuple[np.ndarray, Any]:
+        with elakit.record(pipe, prompt, spec) as recording:
+            return draw(), recording
+
+    def theirs() -> tuple[np.ndarray, Any]:
+        with AttentionCapture(pipe, relations="image->text", timesteps="all", heads="all") as capture:
+            image = draw()
+        return image, capture.compute()
+
+    seconds: dict[str, list[float]] = defaultdict(list)
+    found: dict[str, Any] = {}
+    for way in (draw, ours, theirs):  # hooks and processors are made for the first time
+        way()
+    for _ in range(repeats):
+        for way, run in (("plain", lambda: (draw(), None)), ("elakit", ours), ("AMD", theirs)):
+            began = time.process_time()
+            found[way] = run()
+            seconds[way].append(time.process_time() - began)
+    ratios = [
+        statistics.median(a / b for a, b in zip(seconds[way], seconds["plain"], strict=True))
+        for way in ("elakit", "AMD")
+    ]
+    recording = found["elakit"][1]
+    records = [one for one in found["AMD"][1] if one.relation == "image->text"]
+    kept = sum(one.data.numel() * one.data.element_size() for one in records)
+    same = ["yes" if np.array_equal(found["plain"][0], found[way][0]) else "no" for way in ("elakit", "AMD")]
+    layers = {layer.name for layer in adapter_for(pipe).layers()}
+    read = {one.layer_id.partition(".")[2] for one in records}
+    cells = [f"{len(layers)} / {len(layers & read)}", " / ".join(same), *(f"{ratio:.2f}" for ratio in ratios)]
+    cells += [f"{recording.nbytes / MB:.1f}", f"{kept / MB:.1f}"]
+    return largest_difference(pipe, prompt, recording, records), cells
+
+
+def largest_difference(pipe: Any, prompt: Any, recording: Any, records: list[Any]) -> float:
+    """Largest difference between the maps, over steps, the layers that both read, heads, locations and words."""
+    of_layer: dict[str, list[Any]] = defaultdict(list)
+    for one in records:
+        of_layer[one.layer_id.partition(".")[2]].append(one.data)
+    worst, compared = 0.0, 0
+    for node in recording.tree.children.values():
+        kept = node["probability"]
+        for layer in kept["layer"].values:
+            for step, maps in enumerate(of_layer.get(str(layer), [])):
+                theirs = maps[-1].unflatten(1, (kept.sizes["y"], kept.sizes["x"]))
+                for token in prompt.tokens:
+                    ours = kept.sel(layer=layer, token=token.label).isel(step=step, image=0).values
+                    worst = max(worst, float(np.abs(ours - theirs[..., token.index].numpy()).max()))
+                    compared += 1
+    if not compared:
+        raise SystemExit("attention-map-diffusers recorded none of the layers that elakit reads.")
+    return worst
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
