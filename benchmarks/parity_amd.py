@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def compare(name: str, side: int, steps: int, repeats: int) -> tuple[float, list[str]]:
-    """Largest difference between the maps of a family, and the cells of its row."""
+    """Largest difference between the maps of a family, and its other columns."""
     from attention_map_diffusers import AttentionCapture
 
     make, call = FAMILIES[name]

@@ -10,7 +10,6 @@ pipeline's ``__call__`` is copied. Methods that restrict attention in the pipeli
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -48,11 +47,6 @@ from elakit.prompt import Prompt
 
 # fp16 gradients of a loss of order one underflow; scaling by a power of two is exact
 _FP16_SCALE = 256.0
-
-
-MANY_STEPS = 50  # run in which every method acts that is not switched off by its options
-
-logger = logging.getLogger(__name__)
 
 
 class _Enough(Exception):
@@ -321,11 +315,6 @@ class Guide:
         self.layers = method.select(self.adapter.layers(), latent)
         noise = noise_levels(pipe.scheduler)
         self.updates = tuple(method.plan(noise, prompt))
-        if not acts(self.updates) and acts(method.plan([1.0] * MANY_STEPS, prompt)):
-            logger.warning(
-                "%s does nothing in a run of %d steps: none of them falls into its guided share. Use more steps, or "
-                "guide a larger share of them.", method.title, len(noise),
-            )  # fmt: skip
         self.images = images
         self.states = [method.begin(prompt, len(pipe.scheduler.timesteps)) for _ in range(images)]
         options, labels = options_of(method), tuple(e.label for e in prompt.entities)

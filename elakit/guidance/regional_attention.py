@@ -14,7 +14,7 @@ run suffices.
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -35,8 +35,6 @@ from elakit.regions import divide
 
 START = {"strips": 0.08, "maps": 0.2}  # default start: the order of the entities is visible before their shapes are
 MOST_STRIPS = 3  # narrower strips cut entities apart
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +128,12 @@ class RegionalAttention:
     def begin(self, prompt: Prompt, steps: int) -> Anchors:
         """Initial state of a run."""
         if self.regions is None and self.layout != "maps" and len(prompt.entities) > MOST_STRIPS:
-            logger.warning(
-                "RegionalAttention: %d entities get strips of 1/%d of the image, which may be too narrow for them. "
-                "Use layout='maps', or give regions by hand.", len(prompt.entities), len(prompt.entities),
-            )  # fmt: skip
+            count = len(prompt.entities)
+            warnings.warn(
+                f"RegionalAttention: {count} entities get strips of 1/{count} of the image, which may be too narrow "
+                "for them. Use layout='maps', or give regions by hand.",
+                stacklevel=2,
+            )
         return Anchors(given=self.regions)
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ PAGES = {
     "backslashes and TeX": "a [cat\\] and a [frog] $\\alpha$ \\u003cscript>",
     "many entities": ", ".join(f"a [{noun}]" for noun in ("cat", "dog", "bear", "car", "clock", "bow", "apple")),
 }
+# Prompts with characters that mean something in HTML, in scripts or in plotly's texts, and one with many figures.
+HOSTILE = (
+    "HTML", "a script", "a script in an entity", "breaking out of a script", "templates", "quotes",
+    "backslashes and TeX", "many entities",
+)
 OF_PICTURE_WORLD = {"one word", "brackets", "the same entity twice", "a negation"}
 ERRORS = {
     "empty": ("", "empty"),
@@ -56,21 +62,23 @@ ERRORS = {
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The page of each odd prompt: of picture-world, or of a tiny model that takes more than 22 tokens."""
+def page_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Writes the page of an odd prompt once: of picture-world, or of a tiny model that takes more than 22 tokens."""
     world, roomy, folder = elakit.load("picture-world"), tiny_pipeline(length=400), tmp_path_factory.mktemp("pages")
-    written = {}
-    for name, prompt in PAGES.items():
-        pipe = world if name in OF_PICTURE_WORLD else roomy
-        found = elakit.diagnose(pipe, prompt, seeds=1, steps=2, remedies=["swapped", "next-to", "regions"])
+
+    @cache
+    def write(name: str) -> Path:
+        prompt, pipe = PAGES[name], world if name in OF_PICTURE_WORLD else roomy
+        found = elakit.diagnose(pipe, prompt, seeds=1, steps=2, remedies=["swapped", "next-to"])
         json.dumps(found.to_dict(), allow_nan=False)
-        written[name] = report.write(found, folder / f"{len(written)}.html", f"elakit diagnose '{prompt}'")
-    return written
+        return report.write(found, folder / f"{list(PAGES).index(name)}.html", f"elakit diagnose '{prompt}'")
+
+    return write
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_it_gives_a_page_that_shows_the_prompt(pages: dict[str, Path], name: str) -> None:
-    html = pages[name].read_text(encoding="utf-8")
+def test_it_gives_a_page_that_shows_the_prompt(page_of: Callable[[str], Path], name: str) -> None:
+    html = page_of(name).read_text(encoding="utf-8")
     page = Page(html)
     plain = " ".join(PAGES[name].replace("[", "").replace("]", "").split())
     assert plain in page.text
@@ -100,15 +108,18 @@ def browser() -> Iterator[Any]:
 class TestInABrowser:
     pytestmark = lab.MARKS
 
-    def test_nothing_in_a_prompt_runs_in_its_page(self, pages: dict[str, Path], browser: Any) -> None:
-        for name, path in pages.items():
-            page = browser.new_page()
-            said: list[str] = []
-            page.on("pageerror", lambda error, said=said: said.append(str(error)))
-            page.on("dialog", lambda dialog, said=said: said.append(dialog.message))
-            page.goto(path.as_uri())
-            page.wait_for_function("document.querySelectorAll('.plot .main-svg').length > 3")
-            assert page.evaluate("window.hacked") is None, name
-            assert page.title().endswith("· elakit"), name
-            assert not said, (name, said)
-            page.close()
+    @pytest.mark.parametrize("name", HOSTILE)
+    def test_nothing_in_a_prompt_runs_in_its_page(
+        self, page_of: Callable[[str], Path], browser: Any, name: str
+    ) -> None:
+        page = browser.new_page()
+        page.set_default_timeout(120_000)  # milliseconds, for a busy machine
+        said: list[str] = []
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: said.append(dialog.message))
+        page.goto(page_of(name).as_uri())
+        page.wait_for_function("document.querySelectorAll('.plot .main-svg').length > 3")
+        assert page.evaluate("window.hacked") is None
+        assert page.title().endswith("· elakit")
+        assert not said
+        page.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -176,19 +177,32 @@ PROMPTS = ["a [bear] and a [blue clock]", "a [cat] and a [frog]"]
 SETTINGS: dict[str, Any] = {"seeds": 1, "steps": 1, "remedies": False}
 
 
-@pytest.fixture
-def survey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A finished survey, generated in this process."""
+@pytest.fixture(scope="module")
+def in_process() -> Iterator[None]:
+    """Surveys are generated in this process."""
     from concurrent.futures import ThreadPoolExecutor
 
-    def in_process(cases: Any, folder: Any, **options: Any) -> Any:
+    def without_workers(cases: Any, folder: Any, **options: Any) -> Any:
         with ThreadPoolExecutor(1) as pool:
             return run(cases, folder, pool, **{**options, "workers": None})
 
-    monkeypatch.setattr("elakit.diagnosis.survey.run.run", in_process)
-    done = diagnose_many(PROMPTS, tmp_path / "out", **SETTINGS)
-    assert done.diagnosed == 2
-    return tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("elakit.diagnosis.survey.run.run", without_workers)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(in_process: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished survey."""
+    folder = tmp_path_factory.mktemp("survey") / "out"
+    assert diagnose_many(PROMPTS, folder, **SETTINGS).diagnosed == 2
+    return folder
+
+
+@pytest.fixture
+def survey(finished: Path, tmp_path: Path) -> Path:
+    """A copy of a finished survey, which a test may damage."""
+    return Path(shutil.copytree(finished, tmp_path / "out"))
 
 
 def test_a_damaged_or_deleted_case_is_named_and_diagnosed_again(survey: Path) -> None:

@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts, out = place / "prompts.txt", place / "out"
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
     words = ["diagnose", "--prompts", str(prompts), "--out", str(out), "--seeds", "1", "--steps", "1"]
-    words += ["--workers", "1", "--remedies", "swapped,regions"]
+    words += ["--workers", "1", "--remedies", "swapped"]
     command = [sys.executable, "-m", "elakit.cli", *words]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 540
@@ -68,7 +68,7 @@ def test_the_tables_are_the_same_in_every_format(folder: Path) -> None:
     finished = found[found["error"].isna()].set_index("prompt")["bleed"].to_dict()
     assert {one["given"]: one["plain"]["bleed"] for one in told} == pytest.approx(finished)
     tried = pd.read_parquet(folder / "remedies.parquet")
-    assert set(tried["name"]) <= {"ela", "swapped", "regions"}
+    assert set(tried["name"]) <= {"ela", "swapped"}
 
 
 def test_the_summary_runs_no_script_and_links_to_the_pages(folder: Path) -> None:

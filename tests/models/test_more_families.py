@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from families import lora, offload
 from PIL import Image
 from tiny_families import BUILDERS
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import elakit
-from elakit.attention import Edit, RecordSpec, edit, record
+from elakit.attention import Edit, Recording, RecordSpec, edit, record
 from elakit.errors import ModelError
 from elakit.guidance import AttendAndExcite
 from elakit.models import adapter_for
@@ -118,17 +119,9 @@ def rows_of(spec: Spec, batch: int) -> slice:
     return {"all": slice(0, batch), "first half": slice(0, half), "second half": slice(half, batch)}[spec.rows]
 
 
-@pytest.mark.parametrize("images", [1, 2])
-@pytest.mark.parametrize("name", SPECS)
-def test_maps_are_those_of_the_attention_call_and_the_image_stays(name: str, images: int) -> None:
-    spec, pipe = SPECS[name], BUILDERS[name]()
-    several = {"num_images_per_prompt": images}
-    plain = draw(pipe, spec, **several)
-    prompt = parse(TEXT, pipe)
-    layers = adapter_for(pipe).layers()
-    witness = Witness({layer.name: layer.module for layer in layers})
-    with record(pipe, prompt, RecordSpec(heads="all", dtype="float32")) as recording, witness:
-        assert np.array_equal(plain, draw(pipe, spec, **several))
+def compare(spec: Spec, pipe: Any, recording: Recording, witness: Witness, images: int) -> None:
+    """Assert that every recorded probability is what the attention call received."""
+    prompt, layers = recording.prompt, recording.layers
     calls = [witness.seen[i : i + len(layers)] for i in range(0, len(witness.seen), len(layers))]
     calls = calls[::2] if spec.second_pass else calls  # the negative prompt comes second
     assert recording.steps == (0, 1)
@@ -152,6 +145,41 @@ def test_maps_are_those_of_the_attention_call_and_the_image_stays(name: str, ima
     labels = {token.index: token.label for token in prompt.tokens}
     car = labels[prompt.find("car")[0]]
     assert float(kept.sel(token=car).std()) > 1e-4  # not all alike, so that a wrong column would be noticed
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("name", SPECS)
+def test_maps_are_those_of_the_attention_call_and_the_image_stays(name: str, images: int) -> None:
+    spec, pipe = SPECS[name], BUILDERS[name]()
+    several = {"num_images_per_prompt": images}
+    plain = draw(pipe, spec, **several)
+    prompt = parse(TEXT, pipe)
+    layers = adapter_for(pipe).layers()
+    witness = Witness({layer.name: layer.module for layer in layers})
+    with record(pipe, prompt, RecordSpec(heads="all", dtype="float32")) as recording, witness:
+        assert np.array_equal(plain, draw(pipe, spec, **several))
+    compare(spec, pipe, recording, witness, images)
+
+
+def lora_and_offload(pipe: Any) -> None:
+    lora(adapter_for(pipe).denoiser)
+    offload(pipe)
+
+
+def layerwise_casting(pipe: Any) -> None:
+    adapter_for(pipe).denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("way", [lora_and_offload, layerwise_casting], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("name", SPECS)
+def test_maps_are_those_of_the_attention_call_whatever_way_it_is_run(name: str, way: Callable[[Any], None]) -> None:
+    spec, pipe = SPECS[name], BUILDERS[name]()
+    way(pipe)
+    witness = Witness({layer.name: layer.module for layer in adapter_for(pipe).layers()})
+    exact = RecordSpec(heads="all", dtype="float32")
+    with record(pipe, parse(TEXT, pipe), exact) as recording, witness:
+        draw(pipe, spec)
+    compare(spec, pipe, recording, witness, 1)
 
 
 @pytest.mark.parametrize("name", SPECS)
