@@ -23,6 +23,7 @@ from elakit.errors import ModelError, SettingError
 from elakit.guidance import Guide, Method
 from elakit.guidance.clean import watched_steps
 from elakit.guidance.engine import encoded
+from elakit.guidance.metadata import option_values
 from elakit.guidance.method import Encodes, NoiseSearch
 from elakit.models import Adapter, adapter_for, default_settings, loaded_with, name_of
 from elakit.prompt import Prompt, parse
@@ -452,9 +453,11 @@ def _rehearse(
 
 
 def _warn_if_inactive(guide: Guide, steps: int) -> None:
-    """Warn when a method acts at no step of a run, as with one or two steps."""
+    """Warn when a method acts at no step of a run, as with one or two steps; not when it was told to do nothing."""
     acts = any(update.size or update.hold for update in guide.updates) or isinstance(guide.method, NoiseSearch)
-    if not acts:
+    switches = ("step_size", "strength", "guided")
+    off = any(value == 0 and name.endswith(switches) for name, value in option_values(guide.method).items())
+    if not acts and not off:
         warnings.warn(
             f"{guide.method.name} acts at none of the {steps} steps of this run with {len(guide.prompt.entities)} "
             "entities: the image is the one without guidance. Use more steps, or a larger guided share of them.",

@@ -21,7 +21,8 @@ from PIL import Image
 PLOTLY_MIME, PNG_MIME = "application/vnd.plotly.v1+json", "image/png"
 PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-COLORS = 256  # size of the palette: smaller files without a visible difference
+LARGE = 60_000  # bytes above which a PNG is stored with a palette
+COLORS = 256  # size of the palette
 SCALE = 1.5  # pixels of the PNG per pixel of the figure
 DEFAULT_SIZE = 700, 450  # of figures that state none, as in plotly
 
@@ -83,9 +84,16 @@ def image(page: Any, figure: dict[str, Any]) -> bytes:
     )
     png = page.screenshot()
     colors = Image.open(io.BytesIO(png)).convert("RGB")
-    small = colors.quantize(COLORS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    stored = _png(colors)
+    if len(stored) > LARGE:
+        # a palette chosen by median cut: that of maximum coverage breaks the smooth backgrounds of images into bands
+        stored = _png(colors.quantize(COLORS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE))
+    return stored
+
+
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    small.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

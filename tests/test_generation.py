@@ -161,6 +161,8 @@ def test_a_run_of_too_few_steps_for_guidance_says_so() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generate(pipe, PAIR, steps=4, guidance=SynGen(), progress=False)
+        # a user who compares with a step size of 0 wants the image without guidance
+        generate(pipe, PAIR, steps=4, guidance=SynGen(step_size=0.0), progress=False)
 
 
 def test_images_that_the_safety_checker_replaced_are_reported_and_not_judged(tmp_path: Path) -> None:

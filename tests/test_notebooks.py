@@ -20,40 +20,14 @@ import pytest
 from notebooks import run, static_figures
 
 NOTEBOOKS = sorted(run.HERE.glob("*.ipynb"))
-# Notebooks whose sources have changed since they were run; the list ends empty.
-TO_RUN_AGAIN = frozenset(
-    [
-        "01_first_look",
-        "02_how_text_reaches_the_image",
-        "03_measuring_bleeding",
-        "04_ela_step_by_step",
-        "05_steering_by_hand",
-        "06_diagnosing_a_prompt",
-        "07_which_method_fixes_what",
-        "09_your_own_model",
-    ]
-)
 # A whole notebook takes minutes: the first one always runs, the others only if ELAKIT_NOTEBOOKS=1 (a weekly job).
 RUN_ALWAYS = frozenset(["01_first_look"])
 ALL = bool(int(os.environ.get("ELAKIT_NOTEBOOKS", "0")))
 
 every = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-current = pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(
-            path,
-            id=path.stem,
-            marks=[pytest.mark.xfail(reason="to be run again: python notebooks/run.py", run=False)]
-            if path.stem in TO_RUN_AGAIN
-            else [],
-        )
-        for path in NOTEBOOKS
-    ],
-)
 
 
-@current
+@every
 def test_it_runs(path: Path) -> None:
     if not ALL and path.stem not in RUN_ALWAYS:
         pytest.skip("whole notebooks run with ELAKIT_NOTEBOOKS=1")
@@ -101,7 +75,7 @@ def test_it_uses_names_and_arguments_that_exist(path: Path) -> None:
             assert free or set(keywords) <= set(accepted), f"{used} takes no {set(keywords) - set(accepted)}"
 
 
-@current
+@every
 def test_its_outputs_are_those_of_its_code(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     assert not run.is_stale(notebook), f"its code has changed since it was run: python notebooks/run.py {path.name}"
@@ -114,7 +88,7 @@ def test_its_outputs_are_those_of_its_code(path: Path) -> None:
     assert run.is_stale(notebook)
 
 
-@current
+@every
 def test_it_is_small_and_holds_no_error(path: Path) -> None:
     assert path.stat().st_size < run.MOST_BYTES
     notebook = nbformat.read(path, as_version=4)
@@ -124,7 +98,15 @@ def test_it_is_small_and_holds_no_error(path: Path) -> None:
     assert "error" not in kinds
 
 
-@current
+@every
 def test_every_figure_has_a_static_image(path: Path) -> None:
     missing = static_figures.without_images(nbformat.read(path, as_version=4))
     assert not missing, f"cells {missing} have figures without a PNG: python notebooks/run.py --images {path}"
+
+
+@every
+def test_no_saved_widget_waits_for_a_kernel(path: Path) -> None:
+    for cell in nbformat.read(path, as_version=4).cells:
+        for output in cell.get("outputs", []):
+            kinds = set(output.get("data", {}))
+            assert run.WIDGET_MIME not in kinds or static_figures.PNG_MIME not in kinds, "JupyterLab shows an error"
