@@ -460,8 +460,8 @@ def _warn_if_inactive(guide: Guide, steps: int) -> None:
     if not acts and not off:
         warnings.warn(
             f"{guide.method.name} acts at none of the {steps} steps of this run with {len(guide.prompt.entities)} "
-            "entities: the image is the one without guidance. Use more steps, a larger guided share of them, or a prompt "
-            "that gives the method something to bind (two entities; for syngen, attributes).",
+            "entities: the image is the one without guidance. Use more steps, a larger guided share of them, or a "
+            "prompt that gives the method something to bind (two entities; for syngen, attributes).",
             stacklevel=3,
         )
 
