@@ -58,6 +58,8 @@ def execute(path: Path) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         for output in cell.get("outputs", []):
+            if output.output_type == "stream":  # warnings state the files of this machine
+                output.text = output.text.replace(f"{HERE.parent}/", "")
             data = output.get("data", {})
             if PNG_MIME in data:  # JupyterLab would prefer a widget whose state is not saved, and show an error
                 data.pop(WIDGET_MIME, None)

@@ -94,6 +94,9 @@ def test_it_is_small_and_holds_no_error(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     assert notebook.cells[0].source.startswith("# ")
     assert notebook.cells[0].source.splitlines()[0].endswith("?")
+    assert "/site-packages/" not in (text := path.read_text(encoding="utf-8"))
+    assert str(Path.home()) not in text
+    assert str(run.HERE.parent) not in text
     kinds = {output.output_type for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs}
     assert "error" not in kinds
 
