@@ -30,7 +30,7 @@ import elakit
 from elakit.guidance import Trace
 
 PROMPT = "a [red car] beside a [bird]"  # six of eight tokens; the others are start-of-text and the end
-IMAGED = "a [red car] and a [blue bird]"
+IMAGED = "a [green apple] and a [red car]"
 MB = 10**6
 SIDES = (64, 32, 16)
 PAINTS = {"red": "#c0392b", "blue": "#2f6fb5", "green": "#3f8f4f", "white": "#eceae4", "black": "#33363b"}
@@ -257,9 +257,11 @@ def main(
     if images:
         if chromium is None:
             raise typer.BadParameter("Chromium is not installed; on Debian: apt-get install chromium.")
-        small = Shape(steps=20, layers=8, sides=(32, 16))
-        runs = [synthetic_run(IMAGED, small, seed=7, guided=guided) for guided in (False, True)]
-        shoot(elakit.explore(*runs), images, chromium)
+        pipe = elakit.load("picture-world")
+        shown = [elakit.generate(pipe, IMAGED, seed=0, guidance=guidance) for guidance in (None, elakit.ELA())]
+        explorer = elakit.explore(*shown)
+        explorer.token, explorer.step = "car", 8
+        shoot(explorer, images, chromium)
         return
     shape = Shape()
     runs = [synthetic_run(guided=guided, seed=7) for guided in (False, True)]

@@ -453,10 +453,10 @@ def _rehearse(
 
 
 def _warn_if_inactive(guide: Guide, steps: int) -> None:
-    """Warn when a method acts at no step of a run, as with one or two steps; not when it was told to do nothing."""
+    """Warn when a method acts at no step of a run, as with one or two steps, although none of its switches is 0."""
     acts = any(update.size or update.hold for update in guide.updates) or isinstance(guide.method, NoiseSearch)
     switches = ("step_size", "strength", "guided")
-    off = any(value == 0 and name.endswith(switches) for name, value in option_values(guide.method).items())
+    off = any(name.endswith(switches) and value == 0 for name, value in option_values(guide.method).items())
     if not acts and not off:
         warnings.warn(
             f"{guide.method.name} acts at none of the {steps} steps of this run with {len(guide.prompt.entities)} "

@@ -194,7 +194,7 @@ def painted(size, box, color="red"):
 def bright(pixels):
     """Where a processed image (3, y, x) is red, whatever its mean and deviation."""
     red = pixels[0] - pixels[1]
-    return red > (red.min() + red.max()) / 2
+    return red >= (red.min() + red.max()) / 2  # an image that is red all over is bright all over
 
 
 def bright_box(kind):
