@@ -99,9 +99,7 @@ def image(browser: Any, figure: go.Figure, scale: float = 1.5) -> bytes:
     png = page.screenshot()
     page.close()
     few = (
-        Image.open(io.BytesIO(png))
-        .convert("RGB")
-        .quantize(COLORS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        Image.open(io.BytesIO(png)).convert("RGB").quantize(COLORS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     )
     made = io.BytesIO()
     few.save(made, "PNG", optimize=True)
