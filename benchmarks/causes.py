@@ -31,6 +31,7 @@ from elakit.attention import Edit, edit
 from elakit.causes.ranking import MUTUAL
 from elakit.models import adapter_for
 from elakit.prompt import Entity, Prompt
+from elakit.statistics import wilson
 from elakit.world.vocabulary import COLORS, NOUNS
 
 OUT = Path("work/benchmarks/causes")
@@ -364,7 +365,7 @@ def report(split: str = "report", verbose: bool = False) -> None:
 
 def _share(found: list[Case]) -> str:
     right = sum(case.right for case in found)
-    low, high = elakit.causes.wilson(right, len(found))
+    low, high = wilson(right, len(found))
     return f"{right} of {len(found)} ({low:.2f} to {high:.2f})" if found else "–"
 
 

@@ -363,8 +363,8 @@ def _check_arguments(negative_prompt: Any, guidance: Any, guide_if: Any, stop_if
         raise SettingError("guide_if decides which images are guided, but there is no guidance: guidance=elakit.ELA().")
     if guide_if is not None and isinstance(guidance, Encodes):
         raise SettingError(
-            f"guide_if with {type(guidance).__name__}: it changes the text states of the whole run, so that it cannot "
-            "wait for a decision. Leave guide_if out, or use another method, such as elakit.ELA()."
+            f"guide_if cannot be used with {type(guidance).__name__}, which changes the text embeddings before the "
+            "first step. Leave guide_if out, or use another method, such as elakit.ELA()."
         )
     if not isinstance(record, RecordSpec):
         checks.boolean(record, "record", hint="An elakit.RecordSpec is allowed, too.")

@@ -23,11 +23,14 @@ def lab(
     ] = None,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the server.")] = None,
-    allow_root: Annotated[bool, typer.Option("--allow-root", help="Run as root, as containers do.")] = False,
+    allow_root: Annotated[
+        bool, typer.Option("--allow-root", help="Allow JupyterLab to run as root, as in a container.")
+    ] = False,
 ) -> None:
     """Open the notebooks in JupyterLab.
 
-    A checkout opens its own notebooks. An installed package copies them to a folder first; files in it are kept.
+    A checkout opens its own notebooks. An installed package copies them to a folder first; existing files are not
+    overwritten.
 
     Example: elakit lab ~/elakit-notebooks --no-browser --port 8890
     """

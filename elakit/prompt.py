@@ -463,7 +463,7 @@ def _in_english(text: str, words: Sequence[Span], nlp: Any) -> list[_Marked]:
     if nlp is None and (foreign := _not_latin(text)):
         raise PromptError(
             f"The parser reads English only, and {text!r} contains {foreign!r}. Mark the entities with brackets, which "
-            "works for every language."
+            "work in every language."
         )
     found = []
     for phrase in phrases((nlp or load_reader())(plain_english(text))):

@@ -183,10 +183,11 @@ class Watch:
             try:
                 states = self.adapter.encode(self.prompt.text, guided=False).inputs.get("encoder_hidden_states")
             except (ModelError, AttributeError) as error:
-                raise RecordingError(f"A loop without the pipeline cannot be recorded: {error}") from error
+                raise RecordingError(f"Denoiser calls outside pipe(...) cannot be recorded: {error}") from error
             if not isinstance(states, Tensor):
                 raise RecordingError(
-                    f"A loop without the pipeline cannot be recorded with {self.adapter.family}; call the pipeline."
+                    f"Denoiser calls outside pipe(...) cannot be recorded with {self.adapter.family}. "
+                    "Call the pipeline."
                 )
             self._expected = states
         return self._expected.to(like.device)

@@ -25,25 +25,28 @@ def sentence(cause: Cause) -> str:
             return f'The tokenizer has no token for "{entity}" and splits it into {n.get("pieces", 0):.0f} pieces.'
         case "text states alike":
             return (
-                f'The text states of "{entity}" and "{other}" are nearly the same, so the denoiser can hardly '
+                f'The text embeddings of "{entity}" and "{other}" are nearly the same, so the denoiser can hardly '
                 f"distinguish them (cosine {n.get('likeness', 0):.2f})."
             )
         case "text leakage":
             return (
-                f'The text state of "{entity}" contains "{token}", an attribute of the {other}: it is '
-                f'{_percent(n.get("leak", 0))} of the way to the state of "{_word(token)} {_word(entity)}".'
+                f'The text encoder mixes "{token}", an attribute of the {other}, into "{entity}": its embedding lies '
+                f'{_percent(n.get("leak", 0))} of the way to that of "{_word(token)} {_word(entity)}".'
             )
         case "token ignored":
             why = "its text state is empty" if "length" in n else "it receives almost no attention"
             return f'The denoiser ignores "{entity}": {why}.'
         case "start-of-text competition":
             return (
-                f"At the location of the {entity}, attention goes to start-of-text "
-                f"({_percent(n.get('start_held', 0))} of the attention to the noun and start-of-text)."
+                f"At the location of the {entity}, attention goes to the start-of-text token rather than to the noun "
+                f"({_percent(n.get('start_held', 0))} of what the two receive)."
             )
         case "regions swap":
             when = "during the run" if cause.step is None else f"at denoiser call {cause.step}"
-            return f'The attention to "{entity}" and to "{other}" exchanges places {when}, after the layout has formed.'
+            return (
+                f'The attention to "{entity}" and the attention to "{other}" swap places {when}, after the layout has '
+                "formed."
+            )
         case "captured" if n.get("held", 0) > CAPTURED:
             return (
                 f'At the location of the {entity}, attention goes to "{token}" '

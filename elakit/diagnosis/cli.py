@@ -40,7 +40,7 @@ def diagnose(
         str,
         typer.Option(
             help="Further remedies to try if an image is wrong: all, none, or comma-separated names of methods, "
-            "another-seed, swapped, next-to and regions."
+            "another-seed, swapped and next-to (the prompt reworded), and regions (ELA with one box per entity)."
         ),
     ] = "all",
     options: Options = None,
@@ -56,10 +56,11 @@ def diagnose(
     device: Device = None,
     dtype: Dtype = None,
     predictor: Annotated[
-        Path | None, typer.Option(help="File of `elakit predict fit` that predicts failures. Default: the shipped one.")
+        Path | None, typer.Option(help="Failure predictor written by `elakit predict fit`. Default: the included one.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="HTML report to write (default: report.html), or the folder with --prompts.")
+        Path | None,
+        typer.Option(help="HTML report to write (default: report.html); with --prompts, the output folder."),
     ] = None,
     keep: Annotated[
         Path | None, typer.Option(help="Folder in which all runs are stored; existing runs are not generated again.")

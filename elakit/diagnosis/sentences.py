@@ -167,9 +167,12 @@ def _remedy(diagnosis: DiagnosisData) -> list[str]:
             "image, and guidance lowers it by design: look at the images."
         )
     if best is None:
-        said.append(f"None of the {len(tried)} remedies did better than generation without guidance.")
+        none = f"None of the {len(tried)} remedies" if len(tried) > 1 else "The only remedy tried did not do"
+        said.append(f"{none}{' did' if len(tried) > 1 else ''} better than generation without guidance.")
     else:
-        number = f"Of {len(tried)} remedies, the best is" if len(tried) > 1 else "The only remedy that worked is"
+        number = (
+            f"Of {len(tried)} remedies, the best is" if len(tried) > 1 else "The only remedy that could be tried is"
+        )
         said.append(f"{number} {_named(best)}: {_result(diagnosis, best)}.")
         if best.judged:
             equal = [one for one in tried if one is not best and one.judged and one.rate == best.rate and one.helps]
@@ -233,9 +236,10 @@ def _result(diagnosis: DiagnosisData, best: RemedyResult) -> str:
     if not best.judged:
         return f"bleed {best.bleed:.2f} instead of {bleed(best.plain):.2f}, at {time}"
     low, high = (_percent(end) for end in best.interval)
+    are = "is" if best.right == 1 else "are"
     said = (
-        f"{best.right} of {count} images are right ({low} to {high} %) instead of {diagnosis.right} of {count}, at "
-        f"{time}"
+        f"{best.right} of {count} {plural('image', count)} {are} right ({low} to {high} %) instead of "
+        f"{diagnosis.right} of {count}, at {time}"
     )
     return said if not best.broken else f"{said}; it broke {len(best.broken)} of {diagnosis.right} right images"
 

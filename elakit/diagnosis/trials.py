@@ -132,7 +132,7 @@ def build_remedy(which: str | Method, prompt: Prompt, pipe: Any) -> Remedy:
         return Remedy(
             name=which,
             kind="regions",
-            what="Each entity is assigned a box, side by side in the order of the prompt.",
+            what="Each entity gets its own box; the boxes follow the order of the prompt, side by side or in a grid.",
             prompt=prompt,
             method=guidance.name,
             options=options_of(guidance),

@@ -92,7 +92,7 @@ class Flux2(Flux):
         """Text states, positions of text and image, and the guidance scale where it is an input."""
         if prompt.negative:
             raise SettingError(
-                f"negative_prompt={prompt.negative!r}: the pipelines of {self.family} take none; leave it out."
+                f"negative_prompt={prompt.negative!r}: {self.family} pipelines have no negative prompt. Leave it out."
             )
         device = self.pipe._execution_device
         embeds, text_ids = self.pipe.encode_prompt(

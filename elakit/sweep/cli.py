@@ -51,11 +51,11 @@ def run(
         typer.Option(
             "--set",
             help="Option of a method as METHOD.OPTION=VALUE, such as ela.anchor.step_size=0.2. May be given several "
-            "times. Every method takes guide_above=0.2, which guides only images with a higher predicted probability "
-            "of failure.",
+            "times. With guide_above=0.2, a method guides only images whose predicted probability of failure exceeds "
+            "0.2.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Largest number of prompts per suite, evenly spaced.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many prompts per suite, at even intervals.")] = None,
     batch: Annotated[int | None, typer.Option(help="Largest number of seeds per batch. Default: all seeds.")] = None,
     shard: Annotated[
         str | None, typer.Option(help="Generate only shard I of N, written I/N, for example 1/3 in a SLURM array.")
@@ -170,7 +170,7 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Summarize a sweep: shares with intervals and tests against plain generation, as HTML, Markdown and CSV.
+    """Summarize a sweep: success rates with intervals, and tests against plain generation, as HTML, Markdown and CSV.
 
     Example: elakit sweep report results/animals
     """

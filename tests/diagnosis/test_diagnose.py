@@ -110,8 +110,8 @@ def test_the_best_remedy_is_named_with_numbers_and_failed_ones_are_reported(runs
     assert found.best is best
     fix = found.to_dict()["statements"]["remedy"]
     assert fix[0] == (
-        "The only remedy that worked is ELA: 3 of 4 images are right (30 to 95 %) instead of 2 of 4, at 1.5 times the "
-        "generation time."
+        "The only remedy that could be tried is ELA: 3 of 4 images are right (30 to 95 %) instead of 2 of 4, at "
+        "1.5 times the generation time."
     )
     assert fix[1] == "SynGen failed: no memory"
 

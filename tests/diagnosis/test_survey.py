@@ -100,5 +100,5 @@ def test_wrong_settings_are_refused_before_any_work(tmp_path: Path) -> None:
         plan_cases(["a [cat]"], [1, 1])
     assert not (tmp_path / "out").exists()
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(OutputError, match="other files"):
+    with pytest.raises(OutputError, match="do not belong to a survey"):
         diagnose_many(["a [cat]"], tmp_path)

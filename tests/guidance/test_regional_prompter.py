@@ -110,7 +110,7 @@ def test_models_with_joint_attention_are_refused(method: str, name: str) -> None
 
 
 def test_text_that_is_changed_from_the_start_cannot_wait_for_a_decision() -> None:
-    with pytest.raises(SettingError, match="guide_if with RegionalPrompter"):
+    with pytest.raises(SettingError, match="guide_if cannot be used with RegionalPrompter"):
         generate(tiny_pipeline(), PAIR, steps=2, guidance=RegionalPrompter(), guide_if=lambda so_far: True)
 
 

@@ -102,7 +102,7 @@ def test_layers_words_and_values_are_chosen(page: Any) -> None:
     page.get_by_label("Values", exact=True).select_option(label="× start-of-text")
     settle(page)
     seen.append(page.evaluate(OVERLAY))
-    assert page.locator(".elx-unit").inner_text() == "times start-of-text"
+    assert page.locator(".elx-unit").inner_text() == "relative to the start-of-text token"
     page.get_by_label("Values", exact=True).select_option(label="probability")
     page.get_by_label("Color scale", exact=True).select_option(index=1)
     settle(page)

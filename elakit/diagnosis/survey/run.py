@@ -110,7 +110,9 @@ def _forget_incomplete(folder: Path, cases: Sequence[Case]) -> None:
 def _prepare(folder: Path) -> Path:
     try:
         if folder.is_dir() and any(folder.iterdir()) and not (folder / "cases").is_dir():
-            raise OutputError(f"{folder} contains other files than a survey. Choose a new folder, or that of a survey.")
+            raise OutputError(
+                f"{folder} contains files that do not belong to a survey. Choose a new folder or that of a survey."
+            )
         for name in ("cases", "pages"):
             (folder / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:

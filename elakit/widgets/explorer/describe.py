@@ -25,7 +25,7 @@ START, END = "<start>", "<end>"
 NORMALIZATIONS = {
     "none": "probability",
     "sum": "share of the map",
-    "start": "times start-of-text",
+    "start": "relative to the start-of-text token",
 }
 # Matrices have too many lines for one plot; they are shown by `elakit.plot.leakage`.
 _MATRICES = ("leakage", "attribute_leakage", "truth_leakage", "attribute_truth_leakage", "attribute_overlap")
@@ -334,12 +334,12 @@ def _notes(sources: Sequence[Source], fit: Fit) -> list[str]:
     large = {(node.sizes["y"], node.sizes["x"]) for source in sources for node in source.nodes}
     shrunk = {size: fit.size(*size) for size in sorted(large, reverse=True) if fit.size(*size) != size}
     if shrunk:
-        sizes = ", ".join(f"{a[0]}×{a[1]} maps as {b[0]}×{b[1]}" for a, b in shrunk.items())
-        notes.append(f"To limit the size, the explorer has {sizes} (area means).")
+        sizes = ", ".join(f"{a[0]}×{a[1]} maps are averaged to {b[0]}×{b[1]}" for a, b in shrunk.items())
+        notes.append(f"To limit the size, {sizes}.")
     steps = max(source.nodes[0].sizes["step"] for source in sources)
     if len(fit.positions(steps)) < steps:
         kept = len(fit.positions(steps))
-        notes.append(f"To limit the size, the explorer has {kept} of {steps} steps, evenly spaced.")
+        notes.append(f"To limit the size, only {kept} of {steps} steps are included, evenly spaced.")
     if notes:
         notes.append("Raise the limit with elakit.explore(..., budget=...).")
     return notes
