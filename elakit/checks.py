@@ -11,8 +11,6 @@ from collections.abc import Collection, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any, NoReturn, TypeVar
 
-import numpy as np
-
 from elakit.errors import SettingError
 
 T = TypeVar("T")
@@ -49,6 +47,7 @@ def whole_number(
 
     Examples
     --------
+    >>> import numpy as np
     >>> whole_number(np.int64(25), "steps", 1)
     25
     >>> whole_number(2.5, "steps", 1)
@@ -89,6 +88,7 @@ def real_number(
 
     Examples
     --------
+    >>> import numpy as np
     >>> real_number(np.float32(0.5), "strength", 0)
     0.5
     >>> real_number(float("nan"), "strength", 0, 1)
@@ -197,9 +197,12 @@ def boolean(value: Any, name: str, *, owner: str = "", hint: str = "") -> bool:
 
     Examples
     --------
+    >>> import numpy as np
     >>> boolean(np.True_, "refine")
     True
     """
+    import numpy as np  # not at the top: the command line's help does without it
+
     if not isinstance(value, bool | np.bool_):
         refuse(value, name, "True or False", owner=owner, hint=hint)
     return bool(value)
@@ -225,6 +228,7 @@ def seed(value: Any, name: str = "seed") -> int:
 
     Examples
     --------
+    >>> import numpy as np
     >>> seed(np.uint8(7))
     7
     >>> seed(-1)
@@ -259,11 +263,14 @@ def seeds(values: Any, name: str = "seed", *, distinct: bool = False) -> list[in
 
     Examples
     --------
+    >>> import numpy as np
     >>> seeds(3), seeds(range(2)), seeds(np.array([5, 6]))
     ([3], [0, 1], [5, 6])
     """
     if isinstance(values, Integral) and not isinstance(values, bool):
         return [seed(values, name)]
+    import numpy as np
+
     listed = isinstance(values, Sequence | np.ndarray | Iterable) and not isinstance(values, str | bytes | dict)
     if not listed or (isinstance(values, np.ndarray) and values.ndim != 1):
         refuse(values, name, f"a whole number from 0 to {MAX_SEED}, or a list with one for each image")
@@ -326,6 +333,8 @@ def _number(value: float) -> str:
 
 def _shown(value: Any, length: int = 80) -> str:
     """Value as text for a message, shortened; NumPy scalars as plain numbers."""
+    import numpy as np
+
     if isinstance(value, np.generic):
         value = value.item()
     try:
