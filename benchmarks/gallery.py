@@ -6,29 +6,24 @@ and resumed if it exists. Chromium renders the plotly figures.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import plotly
 import plotly.graph_objects as go
 import typer
-from PIL import Image
 
 import elakit
 from elakit import causes, plot, sweep
-from tests import lab
+from notebooks.static_figures import image, open_page
 
 ROOT = Path(__file__).parents[1]
-PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 PROMPT, SEED = "a [green apple] and a [red car]", 0
 METHODS = ["plain", "ela", "regional-attention", "ebama", "conform"]
 PAIRS = ("a green apple and a red car", "a red car and a blue bird", "a bear and a blue clock")
 SEEDS = [1, 3, 5, 7]
 SUITE, PROMPTS = "attend-and-excite", 12
-COLORS = 256  # size of the palette: smaller files without a visible difference
 
 
 def figures(folder: Path) -> Iterator[tuple[str, go.Figure]]:
@@ -84,28 +79,6 @@ def shown_at(figure: go.Figure, frame: int) -> go.Figure:
     return figure
 
 
-def image(browser: Any, figure: go.Figure, scale: float = 1.5) -> bytes:
-    """Return a figure as a PNG with a palette."""
-    layout = figure.layout
-    page = browser.new_page(
-        viewport={"width": int(layout.width or 760), "height": int(layout.height or 450)}, device_scale_factor=scale
-    )
-    page.set_content("<style>body { margin: 0 }</style><div id=figure></div>")
-    page.add_script_tag(path=str(PLOTLY))
-    page.evaluate(
-        "(f) => Plotly.newPlot('figure', f.data, f.layout, { staticPlot: true })", json.loads(figure.to_json())
-    )
-    page.wait_for_timeout(300)  # wait until images inside the figure are decoded
-    png = page.screenshot()
-    page.close()
-    few = (
-        Image.open(io.BytesIO(png)).convert("RGB").quantize(COLORS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    )
-    made = io.BytesIO()
-    few.save(made, "PNG", optimize=True)
-    return made.getvalue()
-
-
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = ROOT / "docs" / "gallery",
     folder: Annotated[Path, typer.Option("--sweep", help="Folder of the sweep.")] = ROOT / "work" / "gallery-sweep",
@@ -113,10 +86,10 @@ def main(
 ) -> None:
     """Write the images, and print the size of each."""
     out.mkdir(parents=True, exist_ok=True)
-    with lab.browse() as browser:
+    with open_page() as page:
         for name, figure in figures(folder):
             if only in name:
-                (out / f"{name}.png").write_bytes(image(browser, figure))
+                (out / f"{name}.png").write_bytes(image(page, json.loads(figure.to_json())))
                 print(f"{name}.png: {(out / f'{name}.png').stat().st_size / 1000:.0f} kB", flush=True)
     print(f"all: {sum(path.stat().st_size for path in out.glob('*.png')) / 1e6:.2f} MB")
 

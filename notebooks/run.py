@@ -25,7 +25,7 @@ if str(HERE) not in sys.path:  # run.py is a script and a module of the tests
 from static_figures import PNG_MIME, add_images, without_images
 
 CELL_SECONDS = 600
-MOST_BYTES = 4_000_000  # half of it are PNGs of figures, for viewers without JavaScript
+MOST_BYTES = 3_000_000
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 
 

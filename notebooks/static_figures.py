@@ -23,7 +23,7 @@ PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 LARGE = 60_000  # bytes above which a PNG is stored with a palette
 COLORS = 256  # size of the palette
-SCALE = 1.5  # pixels of the PNG per pixel of the figure
+SCALE = 1.0  # pixels of the PNG per pixel of the figure
 DEFAULT_SIZE = 700, 450  # of figures that state none, as in plotly
 
 

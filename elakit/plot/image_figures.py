@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 # Images up to this side are encoded losslessly; larger ones, of which a report may contain many, as JPEG.
 LOSSLESS_SIDE = 256
+SAVED: dict[str, dict[str, Any]] = {
+    "png": {"optimize": True},
+    "jpeg": {"quality": 90},
+    "webp": {"lossless": True, "quality": 100, "method": 6},
+}
 
 
 def data_uri(image: Image.Image, most: int | None = None) -> str:
@@ -40,19 +45,23 @@ def data_uri(image: Image.Image, most: int | None = None) -> str:
     if most is not None and max(image.size) > most:
         image = image.copy()
         image.thumbnail((most, most), Image.Resampling.LANCZOS)
+    return _encoded(image, "png" if max(image.size) <= LOSSLESS_SIDE else "jpeg")
+
+
+def _encoded(image: Image.Image, kind: str) -> str:
     buffer = io.BytesIO()
-    if max(image.size) <= LOSSLESS_SIDE:
-        image.save(buffer, "PNG", optimize=True)
-        kind = "png"
-    else:
-        image.save(buffer, "JPEG", quality=90)
-        kind = "jpeg"
+    image.save(buffer, kind, **SAVED[kind])
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def figure_uri(image: Image.Image) -> str:
-    """Image as a data URI for a figure, with sides of 256 to 512 pixels."""
-    return data_uri(_enlarged(image), 512)
+    """Image as a data URI for a figure, with sides of 256 to 512 pixels.
+
+    WebP takes a quarter less than PNG, which matters in notebooks with many figures.
+    """
+    image = _enlarged(image.convert("RGB")).copy()
+    image.thumbnail((512, 512), Image.Resampling.LANCZOS)
+    return _encoded(image, "webp" if max(image.size) <= LOSSLESS_SIDE else "jpeg")
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
