@@ -17,7 +17,7 @@ PACKAGE = ROOT / "elakit"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
-        "errors resources files checks statistics cli_options",
+        "errors resources files checks statistics cli_options pipeline",
         "tokens english prompt rewording",
         "measures regions",
         "models",
@@ -177,3 +177,18 @@ def test_a_lazy_package_has_what_its_stub_lists(package: str) -> None:
             elif isinstance(node, ast.ImportFrom):
                 defined |= {alias.asname or alias.name for alias in node.names}
         assert name in defined | set(stub(home)), f"{package}/__init__.pyi takes {name} from {home}, which has none"
+
+
+def test_every_pipeline_argument_says_what_a_pipeline_is() -> None:
+    # diffusers' own classes are `Any` to a type checker, so a pipeline is a Protocol or the class that a script builds
+    vague = [
+        f"{module}:{argument.lineno}: {argument.arg}: {annotation}"
+        for module, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+        if argument.arg == "pipe"
+        for annotation in [ast.unparse(argument.annotation) if argument.annotation else "nothing"]
+        if "Pipeline" not in annotation
+    ]
+    assert not vague, "\n".join(vague)

@@ -22,6 +22,7 @@ from elakit.measures.arrays import resize
 from elakit.models import Adapter, AttentionLayer, adapter_for
 from elakit.models.adapter import argument, is_a
 from elakit.models.device import compute_dtype
+from elakit.pipeline import Pipeline
 from elakit.prompt import Prompt, parse
 
 
@@ -96,7 +97,7 @@ class ConceptMaps:
 
 @contextmanager
 def map_concepts(
-    pipe: Any, prompt: Prompt | str, words: Sequence[str], *, layers: str | Sequence[str] = "all"
+    pipe: Pipeline, prompt: Prompt | str, words: Sequence[str], *, layers: str | Sequence[str] = "all"
 ) -> Iterator[ConceptMaps]:
     """Map concepts that need not be in the prompt onto the images of the runs inside the ``with`` block.
 

@@ -12,8 +12,8 @@ from elakit.models.adapter import Conditioning, call_default, is_a
 from elakit.models.chat import chat_sequence
 from elakit.models.encoding import PromptInput
 from elakit.models.flux import Flux
-from elakit.models.pipeline import Pipeline
 from elakit.models.unet import seeded_noise
+from elakit.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
 
