@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, overload
 
 import numpy as np
@@ -346,7 +345,7 @@ def generate(
     if guide is not None and guide_if is not None:
         for i, run in enumerate(runs):
             run.settings["guided"] = not waiting and i not in guide.left_alone
-    return runs[0] if isinstance(seed, Integral) else runs
+    return runs[0] if checks.is_whole(seed) else runs
 
 
 def _check_arguments(negative_prompt: Any, guidance: Any, guide_if: Any, stop_if: Any, record: Any) -> None:
