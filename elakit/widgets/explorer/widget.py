@@ -34,6 +34,7 @@ SETTINGS = (
     "shared_scale",
     "measure",
     "regions",
+    "predicted",
     "opacity",
     "smooth",
     "colors",
@@ -82,6 +83,9 @@ class Explorer(anywidget.AnyWidget):
         Measure that is plotted over the steps, one of ``run.bleeding.to_frame()``.
     regions : bool
         Outline the entities' regions.
+    predicted : bool
+        Show the image that the step predicts under the overlay, for runs that were generated with ``predicted=True``;
+        otherwise the finished image. Default: True if there is such a run.
     opacity : float
         Opacity of the attention overlay, 0 to 1.
     smooth : bool
@@ -110,6 +114,7 @@ class Explorer(anywidget.AnyWidget):
     shared_scale = t.Any(True).tag(sync=True)
     measure = t.Any().tag(sync=True)
     regions = t.Any(True).tag(sync=True)
+    predicted = t.Any().tag(sync=True)
     opacity = t.Any(0.75).tag(sync=True)
     smooth = t.Any(False).tag(sync=True)
     colors = t.Any("viridis").tag(sync=True)
@@ -161,6 +166,10 @@ class Explorer(anywidget.AnyWidget):
     def _default_measure(self) -> str:
         return str(self._meta["default"]["measure"])
 
+    @t.default("predicted")
+    def _default_predicted(self) -> bool:
+        return any(run["predicted"] for run in self._meta["runs"])
+
     @t.validate("token", "layer", "size", "head", "normalization", "measure", "colors")
     def _check_choice(self, proposal: Any) -> Any:
         name, value = proposal["trait"].name, proposal["value"]
@@ -195,7 +204,7 @@ class Explorer(anywidget.AnyWidget):
             raise RefusedError(f"tokens: {what} is not available; choose one or more of {', '.join(map(repr, there))}.")
         return list(dict.fromkeys(chosen))
 
-    @t.validate("shared_scale", "regions", "smooth", "playing")
+    @t.validate("shared_scale", "regions", "predicted", "smooth", "playing")
     def _check_switch(self, proposal: Any) -> bool:
         if not isinstance(proposal["value"], bool | np.bool_):
             raise RefusedError(f"{proposal['trait'].name}={proposal['value']!r}: give True or False.")
