@@ -20,6 +20,8 @@ from elakit.world.training.config import Config, VaeSettings
 from elakit.world.training.data import Scenes, to_unit
 from elakit.world.training.loop import Schedule, autocast, train
 
+NEW_CHANNELS = 3.0  # factor on the initial strength of the latent channels that `grow` adds
+
 
 def build(config: Config) -> Any:
     """Build an untrained autoencoder of the configuration.
@@ -42,7 +44,8 @@ def grow(model: Any, old: Any) -> None:
     """Start from a smaller autoencoder of the same width: copy its weights, and let what is new change little.
 
     New latent channels are appended to the old ones and are not decoded at first; new blocks at the end of a
-    resolution are the identity at first.
+    resolution are the identity at first. New channels start `NEW_CHANNELS` times as strong as the initialization makes
+    them, about as strong as trained ones: weak ones would hardly be seen through the noise on the latents.
 
     Parameters
     ----------
@@ -57,6 +60,9 @@ def grow(model: Any, old: Any) -> None:
                 else:
                     nn.init.zeros_(layer.conv[-1].weight)
                     nn.init.zeros_(layer.conv[-1].bias)
+    with torch.no_grad():
+        for values in model.encoder.layers[-1].parameters():
+            values[old.config.latent_channels :] *= NEW_CHANNELS
 
 
 def _runs(layers: Any) -> list[list[Any]]:
