@@ -21,7 +21,8 @@ class VaeSettings:
     to zero from `decay_from` of the run on. `noise` is added to the latents, `pull` is the weight of their mean square,
     `edges` that of the loss on differences between neighboring pixels, `features` that of the loss on the shipped
     judge's activations, and `nested` the share of images decoded from the first half of the channels alone. `kept` is
-    the weight of the loss that keeps the latent channels of an earlier edition as they were. Afterward the decoder alone learns from `polish` more samples.
+    the weight of the loss that keeps the latent channels of an earlier edition as they were. Afterward the decoder
+    alone learns from `polish` more samples.
     """
 
     width: int
