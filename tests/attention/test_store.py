@@ -375,7 +375,7 @@ def test_a_path_that_is_taken_is_refused_before_the_run(pipe: Any, prompt: Promp
             draw(pipe, prompt.text)
     assert (tmp_path / "thesis").read_text() == "years of work"
     both = record(pipe, prompt, RecordSpec(device="model"), store=tmp_path / "run.zarr")
-    with pytest.raises(SettingError, match="Leave one of them out"), both:
+    with pytest.raises(SettingError, match="Omit one of the two"), both:
         draw(pipe, prompt.text)
     with record(pipe, prompt, store=tmp_path / "empty.zarr"):
         pass  # no run
