@@ -26,6 +26,7 @@ from elakit.guidance.engine import encoded
 from elakit.guidance.metadata import option_values
 from elakit.guidance.method import Encodes, NoiseSearch
 from elakit.models import Adapter, adapter_for, default_settings, loaded_with, name_of
+from elakit.pipeline import Pipeline
 from elakit.prompt import Prompt, parse
 from elakit.run import Run
 
@@ -86,7 +87,7 @@ class _Rehearsed(Exception):
 
 @overload
 def generate(
-    pipe: Any,
+    pipe: Pipeline,
     prompt: str | Prompt,
     *,
     seed: int = ...,
@@ -104,7 +105,7 @@ def generate(
 ) -> Run: ...
 @overload
 def generate(
-    pipe: Any,
+    pipe: Pipeline,
     prompt: str | Prompt,
     *,
     seed: Sequence[int],
@@ -121,7 +122,7 @@ def generate(
     progress: bool = ...,
 ) -> list[Run]: ...
 def generate(
-    pipe: Any,
+    pipe: Pipeline,
     prompt: str | Prompt,
     *,
     seed: int | Sequence[int] = 0,
@@ -411,7 +412,7 @@ def _listed(call: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" if isinstance(value, plain) else name for name, value in call.items())
 
 
-def _check_trainable(pipe: Any) -> None:
+def _check_trainable(pipe: Pipeline) -> None:
     """Refuse weights that autograd cannot pass through."""
     for name in ("unet", "transformer"):
         module = getattr(pipe, name, None)
@@ -432,7 +433,7 @@ def _normal_mode() -> Iterator[None]:
 
 
 def _rehearse(
-    pipe: Any, arguments: Mapping[str, Any], generators: Sequence[torch.Generator], enough: Callable[[int], bool]
+    pipe: Pipeline, arguments: Mapping[str, Any], generators: Sequence[torch.Generator], enough: Callable[[int], bool]
 ) -> None:
     """Make the first steps of a plain run, and set the generators back."""
     before = [generator.get_state() for generator in generators]
@@ -467,7 +468,7 @@ def _warn_if_inactive(guide: Guide, steps: int) -> None:
 
 
 @contextmanager
-def _progress_bar(pipe: Any, shown: bool) -> Iterator[None]:
+def _progress_bar(pipe: Pipeline, shown: bool) -> Iterator[None]:
     """Switch a pipeline's progress bar on or off, and back afterwards."""
     before = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**before, "disable": not shown})

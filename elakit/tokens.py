@@ -17,6 +17,7 @@ from operator import itemgetter
 from typing import Any, Literal, TypeAlias
 
 from elakit.errors import ModelError, PromptError
+from elakit.pipeline import HasTokenizer, Pipeline
 
 Span: TypeAlias = tuple[int, int]  # first character, and the one after the last
 
@@ -327,7 +328,7 @@ def _align_by_words(text: str, words: Sequence[Span], sequence: TextSequence) ->
     ]
 
 
-def encoder_length(pipe: Any, tokenizer: Any) -> int:
+def encoder_length(pipe: Pipeline | HasTokenizer, tokenizer: Any) -> int:
     """Return the number of positions that a pipeline's text encoder takes.
 
     Raises

@@ -26,6 +26,7 @@ from elakit.errors import RecordingError, SettingError
 from elakit.models import Adapter, AttentionLayer, adapter_for
 from elakit.models.adapter import Layout as CallLayout
 from elakit.models.adapter import argument
+from elakit.pipeline import Pipeline
 from elakit.prompt import Entity, Prompt, parse
 
 
@@ -124,7 +125,7 @@ class Edit:
 
 
 @contextmanager
-def edit(pipe: Any, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> Iterator[None]:
+def edit(pipe: Pipeline, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> Iterator[None]:
     """Change the attention of the runs of ``pipe`` inside the ``with`` block.
 
     Only rows of a batch that see the prompt are changed, and only the attention of the image's locations. Edits of one
@@ -173,7 +174,7 @@ BiasOf = Callable[[AttentionLayer, tuple[int, int], int], Tensor | None]
 
 
 @contextmanager
-def biased(pipe: Any, bias_of: BiasOf) -> Iterator[None]:
+def biased(pipe: Pipeline, bias_of: BiasOf) -> Iterator[None]:
     """Add a bias, computed for each image of a batch, to the attention scores of each pass inside the block.
 
     Parameters

@@ -26,6 +26,7 @@ from elakit.checks import seed as seed_of
 from elakit.checks import whole_number
 from elakit.errors import ModelError, RecordingError, SettingError
 from elakit.models import Adapter, AttentionLayer, adapter_for
+from elakit.pipeline import Pipeline
 from elakit.prompt import Prompt, parse
 
 # The active recorder of each denoiser. Pipelines made of the same components share it, so the denoiser is the key.
@@ -34,7 +35,7 @@ _ACTIVE: WeakKeyDictionary[nn.Module, _Recorder] = WeakKeyDictionary()
 
 @contextmanager
 def record(
-    pipe: Any, prompt: Prompt | str, spec: RecordSpec | None = None, store: str | Path | None = None
+    pipe: Pipeline, prompt: Prompt | str, spec: RecordSpec | None = None, store: str | Path | None = None
 ) -> Iterator[Recording]:
     """Record the cross-attention of the runs of ``pipe`` inside the ``with`` block.
 
@@ -104,7 +105,7 @@ def record(
 
 @torch.no_grad()
 def record_image(
-    pipe: Any,
+    pipe: Pipeline,
     prompt: Prompt | str,
     image: Image.Image,
     *,
@@ -207,7 +208,7 @@ def _recorded(recorder: _Recorder) -> Iterator[Recording]:
 
 
 @contextmanager
-def paused(pipe: Any) -> Iterator[None]:
+def paused(pipe: Pipeline) -> Iterator[None]:
     """Run the denoiser inside the block without recording or editing it: for passes of guidance itself.
 
     Paused calls are not counted either, so that a guided run has the same call numbers as a plain one.
@@ -444,7 +445,7 @@ def _shape_text(images: int, latent: Size) -> str:
     return f"{images} image{'s' * (images > 1)} of {size_name(latent)} latents"
 
 
-def _expected_calls(pipe: Any) -> int | None:
+def _expected_calls(pipe: Pipeline) -> int | None:
     """Number of denoiser calls of the run that begins, known once its timesteps are set; None if it is unknown."""
     timesteps = getattr(pipe.scheduler, "timesteps", None)
     if timesteps is None or len(timesteps) == 0 or getattr(pipe.scheduler, "num_inference_steps", 0) is None:

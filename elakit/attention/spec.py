@@ -14,6 +14,7 @@ from torch import Tensor
 from elakit.checks import boolean, choice, whole_number
 from elakit.errors import PromptError, RecordingError, SettingError
 from elakit.models import AttentionLayer, adapter_for
+from elakit.pipeline import Pipeline
 from elakit.prompt import Prompt, parse
 
 START, END = "<start>", "<end>"
@@ -406,7 +407,7 @@ class RecordSpec:
 
     def plan(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         prompt: Prompt | str,
         *,
         steps: int,

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from elakit import causes, checks
 from elakit.diagnosis.data import Pair
@@ -18,6 +17,7 @@ from elakit.errors import ElakitError, OutputError, SettingError
 from elakit.guidance import METHODS, Method, without_regions
 from elakit.guidance.metadata import options_of
 from elakit.models import name_of
+from elakit.pipeline import Pipeline
 from elakit.prediction import Predictor, load_predictor
 from elakit.prompt import Prompt, parse
 from elakit.run import Run
@@ -26,7 +26,7 @@ MAX_SEEDS = 10_000
 
 
 def diagnose(
-    pipe: Any,
+    pipe: Pipeline,
     prompt: str | Prompt,
     *,
     seeds: int | Sequence[int] = 4,
@@ -175,7 +175,7 @@ def _name(one: str | Method) -> str:
     return one if isinstance(one, str) else one.name
 
 
-def _findings(pipe: Any, runs: Sequence[Run], problems: list[str]) -> causes.Findings | None:
+def _findings(pipe: Pipeline, runs: Sequence[Run], problems: list[str]) -> causes.Findings | None:
     try:
         return causes.find(pipe, runs)
     except Exception as error:  # the images are worth keeping without an explanation

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import ceil, sqrt
-from typing import Any
 
 from elakit.attention import RecordSpec
 from elakit.diagnosis.generation import ImageGenerator
@@ -12,6 +11,7 @@ from elakit.diagnosis.remedies import Kind, Remedy, RemedyResult
 from elakit.errors import ElakitError, SettingError
 from elakit.guidance import ELA, METHODS, Method, without_regions
 from elakit.guidance.metadata import options_of
+from elakit.pipeline import Pipeline
 from elakit.prediction import FEATURES, Predictor
 from elakit.prompt import Prompt, parse
 from elakit.rewording import next_to, swapped
@@ -103,7 +103,7 @@ def guidance_remedy(guidance: Method, prompt: Prompt) -> Remedy:
     )
 
 
-def build_remedy(which: str | Method, prompt: Prompt, pipe: Any) -> Remedy:
+def build_remedy(which: str | Method, prompt: Prompt, pipe: Pipeline) -> Remedy:
     """Build a remedy for a prompt.
 
     Parameters

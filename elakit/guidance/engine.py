@@ -43,6 +43,7 @@ from elakit.guidance.reweighing import Reweigher, Reweighs
 from elakit.guidance.trace import Trace
 from elakit.models import Adapter, AttentionLayer, Conditioning, adapter_for
 from elakit.models.device import compute_dtype
+from elakit.pipeline import Pipeline
 from elakit.prompt import Prompt
 
 # fp16 gradients of a loss of order one underflow; scaling by a power of two is exact
@@ -211,7 +212,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def checkpointing(pipe: Any) -> Iterator[None]:
+def checkpointing(pipe: Pipeline) -> Iterator[None]:
     """Context in which guidance uses gradient checkpointing: less memory, more time.
 
     Uses the gradient checkpointing of diffusers, one residual or transformer block at a time. Its previous state is
@@ -303,7 +304,7 @@ class Guide:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         method: Method,
         prompt: Prompt,
         conditioning: Conditioning,

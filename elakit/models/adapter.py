@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from elakit.errors import ModelError
-from elakit.models.pipeline import Pipeline
+from elakit.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
 Place = Literal["down", "mid", "up", "double", "single", "block"]
@@ -172,7 +172,7 @@ class OtherKind(str):
     """Reason for a refusal that only says that a pipeline is of another kind; left out of errors with a nearer one."""
 
 
-def modular(pipe: Any) -> str | None:
+def modular(pipe: Pipeline) -> str | None:
     """Why a modular pipeline is refused; None for all others."""
     if not is_a(pipe, "ModularPipeline"):
         return None

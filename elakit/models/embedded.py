@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elakit.errors import ModelError
-from elakit.models.pipeline import Pipeline
+from elakit.pipeline import Pipeline
 from elakit.resources import data_path
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from elakit.models.adapter import call_default
 from elakit.models.sdxl import StableDiffusionXL
 from elakit.models.unet import UNetAdapter
+from elakit.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
 
@@ -26,7 +27,7 @@ class Kolors(StableDiffusionXL):
     encoders: ClassVar[tuple[str, ...]] = ("ChatGLMModel",)
 
     @staticmethod
-    def _tokenizer(pipe: Any) -> Any:
+    def _tokenizer(pipe: Pipeline) -> Any:
         return UNetAdapter._tokenizer(pipe)
 
     def text_length(self) -> int:

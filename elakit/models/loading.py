@@ -17,8 +17,8 @@ from elakit.errors import ModelError, SettingError
 from elakit.models.device import device_named
 from elakit.models.dispatch import adapter_for, refuse_index
 from elakit.models.embedded import EMBEDDED
-from elakit.models.pipeline import Pipeline
 from elakit.models.source import first_line, locate, read_index, unavailable
+from elakit.pipeline import Pipeline
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Buffers that old releases saved and that are computed when a model is built.
@@ -131,7 +131,7 @@ def _scheduler_class(index: Mapping[str, Any], scheduler: str) -> Any:
     return kinds[scheduler]
 
 
-def _load_lora(pipe: Any, lora: str) -> None:
+def _load_lora(pipe: Pipeline, lora: str) -> None:
     if not hasattr(pipe, "load_lora_weights"):
         raise ModelError(f"lora={lora!r}: {type(pipe).__name__} takes no LoRA weights.")
     try:

@@ -29,8 +29,8 @@ from elakit.models.adapter import (
 )
 from elakit.models.device import compute_dtype
 from elakit.models.encoding import PromptEncoder
-from elakit.models.pipeline import Pipeline
 from elakit.models.unet import check_sides, seeded_noise, self_layer, step_callback
+from elakit.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
 

@@ -28,7 +28,7 @@ from elakit.models.adapter import (
 )
 from elakit.models.device import compute_dtype
 from elakit.models.encoding import PromptEncoder
-from elakit.models.pipeline import Pipeline
+from elakit.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
 # Pipelines with a supported UNet whose batch has another layout, or that make passes of their own.
@@ -117,7 +117,7 @@ class UNetAdapter(PromptEncoder):
         return unet is self.denoiser and compiled(unet, "pipe.unet") is None and self._tokenizer(self.pipe) is not None
 
     @staticmethod
-    def _tokenizer(pipe: Any) -> Any:
+    def _tokenizer(pipe: Pipeline) -> Any:
         """Tokenizer whose text encoder is loaded."""
         if getattr(pipe, "text_encoder", None) is not None and getattr(pipe, "tokenizer", None) is not None:
             return pipe.tokenizer
@@ -256,7 +256,7 @@ def is_whole(value: Any) -> bool:
 def step_callback(move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
     """Arguments for a ``callback_on_step_end`` that passes (step, latents) through ``move``."""
 
-    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def callback(pipe: Pipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         return {**tensors, "latents": move(step, tensors["latents"])}
 
     return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents"]}

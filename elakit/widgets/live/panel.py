@@ -12,6 +12,7 @@ from elakit.errors import ElakitError, PromptError, SettingError
 from elakit.guidance import ELA, METHODS, Method, build, method_title, option_values
 from elakit.guidance.layout import Region, check_layout
 from elakit.models import adapter_for, default_settings
+from elakit.pipeline import Pipeline
 from elakit.plot.style import entity_colors
 from elakit.prompt import Entity, Prompt, parse
 from elakit.run import Run
@@ -54,7 +55,7 @@ class Panel:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         prompt: str | Prompt,
         *,
         seed: int,
@@ -561,7 +562,7 @@ class Panel:
 
 
 def live(
-    pipe: Any,
+    pipe: Pipeline,
     prompt: str | Prompt = "",
     *,
     seed: int = 0,
