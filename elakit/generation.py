@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, overload
 
 import numpy as np
@@ -101,6 +100,7 @@ def generate(
     record: bool | RecordSpec = ...,
     call: Mapping[str, Any] | None = ...,
     stop_if: Callable[[Progress], object] | None = ...,
+    predicted: bool = ...,
     progress: bool = ...,
 ) -> Run: ...
 @overload
@@ -119,6 +119,7 @@ def generate(
     record: bool | RecordSpec = ...,
     call: Mapping[str, Any] | None = ...,
     stop_if: Callable[[Progress], object] | None = ...,
+    predicted: bool = ...,
     progress: bool = ...,
 ) -> list[Run]: ...
 def generate(
@@ -136,6 +137,7 @@ def generate(
     record: bool | RecordSpec = True,
     call: Mapping[str, Any] | None = None,
     stop_if: Callable[[Progress], object] | None = None,
+    predicted: bool = False,
     progress: bool = True,
 ) -> Run | list[Run]:
     """Generate an image, or one image per seed in a batch, recorded and, if requested, guided.
@@ -177,6 +179,9 @@ def generate(
         Called with the `Progress` after each step, before guidance moves the latents for the next one. The run ends
         there if it returns True: the image is decoded from the latents of that step, and ``settings["stopped"]`` is
         the number of steps made.
+    predicted : bool
+        Whether `Run.predicted` keeps the image that each step predicts, decoded from its clean latents, for the
+        explorer. Costs one call of the VAE decoder per step; not for pipelines that take an image.
     progress : bool
         Whether the pipeline shows its progress bar.
 
@@ -230,7 +235,13 @@ def generate(
         hint="1 or less switches classifier-free guidance off.",
     )  # fmt: skip
     _check_arguments(negative_prompt, guidance, guide_if, stop_if, record)
+    checks.boolean(predicted, "predicted")
     extra = _call_arguments(adapter, call, guidance)
+    if predicted and _takes_image(adapter, extra):
+        raise SettingError(
+            f"predicted=True is not possible with {type(pipe).__name__}, which begins in the middle of its schedule or "
+            "takes an image; leave it out, or use a text-to-image pipeline."
+        )
     if guidance is not None:
         _check_trainable(pipe)
     with _normal_mode():
@@ -285,6 +296,8 @@ def generate(
             if extra:
                 settings["call"] = _listed(extra)
 
+        kept: list[list[Image.Image]] = []  # what each step predicts, one image per seed
+
         def runs_of(
             images: Sequence[Image.Image], recording: Recording | None, hidden: Sequence[bool] | None = None
         ) -> list[Run]:
@@ -297,11 +310,16 @@ def generate(
                     recording=recording.isel(image=[i]) if recording is not None and len(batch) > 1 else recording,
                     guidance=guide.traces[i] if guide else None,
                     nsfw=bool(hidden and hidden[i]),
+                    predicted=None if not predicted or (hidden and hidden[i]) else tuple(each[i] for each in kept),
                 )
                 for i, (one, image) in enumerate(zip(batch, images, strict=True))
             ]
 
-        waiting = guide_if is not None
+        def images_of(step: int, latents: Tensor, predicted: bool) -> list[Image.Image]:
+            clean = watched.predicted(step) if predicted and watched is not None else None
+            return adapter.decode(latents if clean is None else clean.to(latents.dtype), height, width)
+
+        waiting, keeps = guide_if is not None, predicted
 
         def after(step: int, latents: Tensor) -> Tensor:
             nonlocal waiting
@@ -309,10 +327,10 @@ def generate(
             def runs(decode: bool = True, predicted: bool = False) -> list[Run]:
                 if not decode:
                     return runs_of([Image.new("RGB", (width, height))] * len(batch), recording)
-                clean = watched.predicted(step) if predicted and watched is not None else None
-                shown = latents if clean is None else clean.to(latents.dtype)
-                return runs_of(adapter.decode(shown, height, width), recording)
+                return runs_of(images_of(step, latents, predicted), recording)
 
+            if keeps:
+                kept.append(images_of(step, latents, True))
             so_far = Progress(step, steps, latents, runs, guide.states if guide else ())
             if stop_if is not None and stop_if(so_far):
                 raise _Stopped(so_far)
@@ -321,14 +339,14 @@ def generate(
                 guide.only(_one_each(answer, len(batch)))
             return guide.on_step_end(step, latents) if guide and not waiting else latents
 
-        if guide is not None or stop_if is not None:
+        if guide is not None or stop_if is not None or keeps:
             arguments |= adapter.on_step(after)
         spec = record if isinstance(record, RecordSpec) else RecordSpec()
         recorder = recorded(pipe, parsed, spec) if record else nullcontext(None)
         holding = nullcontext() if guide is None else guide.holding()
         _log.info("Generating %r, seeds %s, %s", parsed.text, batch, settings)
         hidden = None
-        watching = nullcontext(None) if stop_if is None else watched_steps(pipe.scheduler)
+        watching = watched_steps(pipe.scheduler) if keeps or stop_if is not None else nullcontext(None)
         with _progress_bar(pipe, progress), recorder as recording, holding, watching as watched:
             try:
                 output = pipe(**arguments)
@@ -346,7 +364,7 @@ def generate(
     if guide is not None and guide_if is not None:
         for i, run in enumerate(runs):
             run.settings["guided"] = not waiting and i not in guide.left_alone
-    return runs[0] if isinstance(seed, Integral) else runs
+    return runs[0] if checks.is_whole(seed) else runs
 
 
 def _check_arguments(negative_prompt: Any, guidance: Any, guide_if: Any, stop_if: Any, record: Any) -> None:

@@ -56,6 +56,8 @@ class Run:
         Trace of guidance; None for a plain run.
     nsfw : bool
         True if the pipeline's safety checker replaced the image; such an image is not judged.
+    predicted : tuple of PIL.Image.Image or None
+        Image that each step predicts, if the run was generated with ``predicted=True`` and its image was not replaced.
     """
 
     image: Image.Image
@@ -65,6 +67,7 @@ class Run:
     recording: Recording | None = None
     guidance: Trace | None = None
     nsfw: bool = False
+    predicted: tuple[Image.Image, ...] | None = None
 
     @property
     def label(self) -> str:
@@ -172,6 +175,10 @@ class Run:
             raise OutputError(f"{folder} already exists; {remedy}choose another folder.")
         with files.replace_folder(folder) as new:
             self.image.save(new / "image.png")
+            if self.predicted is not None:
+                os.mkdir(new / "predicted")
+                for step, image in enumerate(self.predicted):
+                    image.save(new / "predicted" / f"{step:04d}.png")
             if self.recording is not None:
                 self.recording.save(new / "recording.zarr")
             if self.guidance is not None and self.guidance.regions is not None:
@@ -262,6 +269,10 @@ def open_run(folder: str | Path) -> Run:
                 raise ValueError(f"the setting {name} has the wrong type")
     with _intact(folder / "image.png"):
         image = _read_image(folder / "image.png")
+    predicted = None
+    if os.path.isdir(folder / "predicted"):
+        with _intact(folder / "predicted"):
+            predicted = tuple(_read_image(path) for path in sorted((folder / "predicted").iterdir()))
     trace = None
     if traced is not None:
         masks: dict[int, np.ndarray] = {}
@@ -276,7 +287,7 @@ def open_run(folder: str | Path) -> Run:
     if os.path.exists(folder / "recording.zarr"):
         with _intact(folder / "recording.zarr"):
             recording = open_recording(folder / "recording.zarr")
-    return Run(image, prompt, seed, settings, recording, trace, nsfw)
+    return Run(image, prompt, seed, settings, recording, trace, nsfw, predicted)
 
 
 def compare(runs: Sequence[Run]) -> pd.DataFrame:

@@ -148,6 +148,17 @@ def may_split(text: str, at: int) -> bool:
     return bool(_UNSPACED.match(text[at - 1]) or _UNSPACED.match(text[at]))
 
 
+def word_of(label: str) -> str:
+    """Return the word of a label.
+
+    Examples
+    --------
+    >>> word_of("red#2"), word_of("car")
+    ('red', 'car')
+    """
+    return label.partition("#")[0]
+
+
 def label_words(text: str, words: Sequence[Span]) -> tuple[str, ...]:
     """Return a unique label for each word: "car", or "red#1" and "red#2" if the word occurs twice.
 

@@ -209,3 +209,14 @@ def test_only_one_module_writes_under_a_temporary_name() -> None:
         or (isinstance(node, ast.Constant) and str(node.value).endswith((".tmp", ".part", ".part.npz")))
     }
     assert not copies, "\n".join(sorted(copies))
+
+
+def test_maps_are_resampled_by_area_in_one_module() -> None:
+    # torch's "area" pools whole pixels: a box of one and a half pixels counts two of them in full
+    copies = {
+        f"{module}:{node.lineno}"
+        for module, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.keyword) and node.arg == "mode" and ast.unparse(node.value) == "'area'"
+    }
+    assert not copies, "\n".join(sorted(copies))

@@ -43,6 +43,16 @@ def test_a_run_is_saved_whole_and_opens_as_it_was(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+def test_predicted_images_are_saved_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    run = generate(tiny_pipeline(), PAIR, steps=3, predicted=True, progress=False)
+    folder = run.save(tmp_path / "run")
+    again = open_run(folder)
+    assert [image.tobytes() for image in again.predicted or ()] == [image.tobytes() for image in run.predicted or ()]
+    (folder / "predicted" / "0001.png").write_bytes(b"no image")
+    with pytest.raises(OutputError, match="predicted is damaged"):
+        open_run(folder)
+
+
 def test_a_folder_that_is_no_run_is_neither_opened_nor_replaced(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     run = generate(tiny_pipeline(), PAIR, steps=2, progress=False)

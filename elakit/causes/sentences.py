@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from elakit.causes.findings import CAPTURED, Cause
 from elakit.numbering import step_name
+from elakit.tokens import word_of
 
 
 def sentence(cause: Cause) -> str:
@@ -32,7 +33,7 @@ def sentence(cause: Cause) -> str:
         case "text leakage":
             return (
                 f'The text encoder mixes "{token}", an attribute of the {other}, into "{entity}": its embedding lies '
-                f'{_percent(n.get("leak", 0))} of the way to that of "{_word(token)} {_word(entity)}".'
+                f'{_percent(n.get("leak", 0))} of the way to that of "{word_of(token)} {word_of(entity)}".'
             )
         case "token ignored":
             why = "its text state is empty" if "length" in n else "it receives almost no attention"
@@ -68,8 +69,3 @@ def sentence(cause: Cause) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f}%"
-
-
-def _word(label: str) -> str:
-    """Word of a label: "red#2" -> "red"."""
-    return label.partition("#")[0]

@@ -157,7 +157,7 @@ def seed_list(seeds: int | Sequence[int]) -> list[int]:
     >>> seed_list(2), seed_list([7, 3])
     ([0, 1], [7, 3])
     """
-    if isinstance(seeds, int) and not isinstance(seeds, bool):
+    if checks.is_whole(seeds):
         return list(range(checks.whole_number(seeds, "seeds", 1, MAX_SEEDS)))
     return checks.seeds(seeds, "seeds", distinct=True)
 

@@ -24,7 +24,7 @@ from elakit.errors import SettingError
 from elakit.guidance.anchoring import LatentStep
 from elakit.guidance.layout import Layout, check_layout
 from elakit.guidance.localization import Anchors, FromMaps, complete, entity_means, is_complete
-from elakit.guidance.method import Attention, Loss, Update, nearest_size
+from elakit.guidance.method import Attention, Loss, Update, layers_of_size
 from elakit.guidance.preprocess import NATIVE_SIZE
 from elakit.models import AttentionLayer
 from elakit.models.adapter import decoder_side
@@ -104,7 +104,7 @@ class ELA:
         """The layers of the chosen side whose maps have the chosen size."""
         chosen = decoder_side_layers(layers, self.layers)
         if self.size is not None:
-            return nearest_size(chosen, latent, self.size, NATIVE_SIZE, "ELA")
+            return layers_of_size(chosen, latent, self.size, NATIVE_SIZE, "ELA")
         coarsest = max(layer.factor for layer in chosen)
         return tuple(layer for layer in chosen if layer.factor == coarsest)
 

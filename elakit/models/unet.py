@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import nn
 
+from elakit.checks import is_whole
 from elakit.errors import ModelError, SettingError
 from elakit.models.adapter import (
     AttentionLayer,
@@ -246,11 +246,6 @@ def seeded_noise(
 
     noise: torch.Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
     return noise
-
-
-def is_whole(value: Any) -> bool:
-    """True for a whole number, booleans excluded."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def step_callback(move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:

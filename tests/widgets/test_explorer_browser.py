@@ -29,7 +29,15 @@ def opened(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
     """A page of two runs, and what its console and its network say."""
     pipe = tiny_pipeline()
     runs = [
-        elakit.generate(pipe, "a [red car] and a [blue bird]", seed=1, steps=6, guidance=guidance, progress=False)
+        elakit.generate(
+            pipe,
+            "a [red car] and a [blue bird]",
+            seed=1,
+            steps=6,
+            guidance=guidance,
+            progress=False,
+            predicted=guidance is None,
+        )
         for guidance in (None, elakit.ELA())
     ]
     path = elakit.explore(*runs, step=0).to_html(tmp_path_factory.mktemp("explorer") / "page.html")
@@ -78,6 +86,25 @@ def test_the_slider_moves_attention_and_the_outlines_of_regions(page: Any) -> No
     assert before[0] != after[0]
     assert before[1] != after[1]
     assert page.locator(".elx-step").inner_text() == "step 6 of 6"
+
+
+def test_the_overlay_lies_over_the_predicted_image_of_the_step_or_the_finished_one(page: Any) -> None:
+    images, finished = page.locator(".elx-stage img"), page.locator(".elx-thumb img").first.get_attribute("src")
+    slider, box = page.locator(".elx-transport input[type=range]"), page.get_by_label("Predicted image")
+    assert box.is_checked()
+    seen = []
+    for step in (0, 5):
+        slider.fill(str(step))
+        settle(page)
+        seen.append(images.first.get_attribute("src"))
+    guided = images.last.get_attribute("src")  # this run kept only its finished image
+    box.uncheck()
+    settle(page)
+    seen.append(images.first.get_attribute("src"))
+    assert seen[0] != seen[1]
+    assert seen[2] == finished
+    assert images.last.get_attribute("src") == guided
+    box.check()
 
 
 def test_play_comes_to_the_last_step_and_stops(page: Any) -> None:

@@ -2,8 +2,8 @@
 // Python, this view and other views of the same widget stay synchronized.
 
 const SHARED = [
-  "step", "tokens", "token", "layer", "size", "head", "normalization", "shared_scale", "measure", "regions", "opacity",
-  "smooth", "colors", "speed", "playing",
+  "step", "tokens", "token", "layer", "size", "head", "normalization", "shared_scale", "measure", "regions", "predicted",
+  "opacity", "smooth", "colors", "speed", "playing",
 ];
 const PLACES = { down: "down (encoder)", mid: "middle", up: "up (decoder)" };
 const VALUES = { none: "probability", sum: "share of map", start: "× start-of-text" };
@@ -264,7 +264,11 @@ class View {
       return h("label", { class: "elx-check" }, input, text);
     };
     const overlay = h("label", { class: "elx-field" }, h("span", {}, "Opacity"), this.opacity);
-    const boxes = h("div", { class: "elx-checks" }, box("regions", "Regions"), box("smooth", "Smooth"));
+    const keptSteps = this.meta.runs.some((run) => run.predicted);
+    const boxes = h(
+      "div", { class: "elx-checks" },
+      box("regions", "Regions"), box("smooth", "Smooth"), keptSteps ? box("predicted", "Predicted image") : null,
+    );
     return h("section", { class: "elx-settings", "aria-label": "Display settings" }, ...fields.map((each) => each.field), overlay, boxes);
   }
 
@@ -401,6 +405,8 @@ class View {
       say(column.none, there || opacity === 0 ? "" : `${series[0].toUpperCase()}${series.slice(1)}.`);
       if (there) paint(column.canvas, series, position, shared ? top : series.tops[position], colors);
       column.canvas.style.opacity = opacity;
+      const source = (this.get("predicted") && run.predicted?.[position]) || run.image;
+      if (column.image.getAttribute("src") !== source) column.image.src = source;
       column.canvas.style.imageRendering = rendering;
       column.image.style.filter = there ? `grayscale(${Math.min(1, opacity * 1.4)})` : "";
       const paths = this.get("regions") ? maps.regionPaths(position) : [];
