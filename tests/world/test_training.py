@@ -1,4 +1,4 @@
-"""The embedded model can be trained again by one command, and a training that was stopped goes on."""
+"""The built-in model can be trained again by one command, and a training that was stopped goes on."""
 
 from __future__ import annotations
 
