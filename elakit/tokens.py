@@ -351,5 +351,5 @@ def encoder_length(pipe: Pipeline | HasTokenizer, tokenizer: Any) -> int:
     if length is None or length > 10**6:  # tokenizers report a huge number if they have no limit
         length = getattr(getattr(getattr(pipe, "text_encoder", None), "config", None), "max_position_embeddings", None)
     if length is None:
-        raise ModelError("The tokenizer states no maximum length. Set pipe.tokenizer.model_max_length (77 for CLIP).")
+        raise ModelError("The tokenizer has no maximum length. Set pipe.tokenizer.model_max_length (77 for CLIP).")
     return int(length)

@@ -101,7 +101,7 @@ class Edit:
         steps = self.steps
         numbers = (steps.start, steps.stop) if isinstance(steps, slice) else _as_sequence(steps)
         if any(number is not None and number < 0 for number in numbers):
-            raise SettingError(f"steps is {steps}; count calls from the start: 0, 1, 2...")
+            raise SettingError(f"steps is {steps}; count calls from the start of the run: 0, 1, 2, ...")
         if isinstance(steps, slice) and steps.step is not None and steps.step < 1:
             raise SettingError(f"steps is {steps}; its stride must be positive.")
         if self.region is not None:

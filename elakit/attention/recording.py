@@ -39,7 +39,7 @@ class Recording:
     ``token_index(token)`` (position in the text encoder's sequence; -1 for ``"<end>"``).
 
     ``"<start>"`` is start-of-text and ``"<end>"`` the summed mass of end-of-text and padding. If every word is kept,
-    the tokens of a location sum to 1 (in joint attention, to the share that the text gets beside the image). Encoders
+    the tokens of a location sum to 1 (in joint attention, to the share that the text receives). Encoders
     without a start-of-text token, such as T5, have no ``"<start>"``. A mean over steps
     (``RecordSpec(accumulate=True)``) is stored as one step: the last call's number, with the means of timestep and
     sigma.
@@ -326,8 +326,8 @@ class Recording:
         Returns
         -------
         xarray.DataArray, (step, y, x, y_key, x_key)
-            float32. Rows (over y_key and x_key) sum to 1; in joint attention, to the share that the image gets beside
-            the text.
+            float32. Rows (over y_key and x_key) sum to 1; in joint attention, to the share that the image
+            receives.
 
         Raises
         ------
@@ -486,7 +486,7 @@ class Recording:
         Raises
         ------
         OutputError
-            When the path exists already or cannot be written to.
+            When the path already exists or cannot be written to.
         """
         return save_tree(self.tree, path, overwrite)
 
@@ -583,12 +583,26 @@ def open_recording(path: str | Path) -> Recording:
     ----------
     path : str or pathlib.Path
 
+    Returns
+    -------
+    Recording
+
     Raises
     ------
     OutputError
         When nothing exists at the path.
     RecordingError
         When the folder is not a recording, or a file of it is missing or damaged.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> from tempfile import TemporaryDirectory
+    >>> run = elakit.generate(elakit.load("picture-world"), "a [red car]", steps=1, progress=False)
+    >>> with TemporaryDirectory() as folder:
+    ...     saved = run.recording.save(f"{folder}/car.zarr")
+    ...     open_recording(f"{folder}/car.zarr").steps
+    (0,)
     """
     source = Path(path).expanduser()
     if not source.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from elakit.numbering import step_name
 from elakit.prompt import Prompt
 from elakit.statistics import wilson
 from elakit.tokens import word_of
@@ -84,7 +85,7 @@ class Failure:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of `rate`."""
+        """95% Wilson interval of `rate`."""
         return wilson(self.count, self.of)
 
     @property
@@ -93,7 +94,7 @@ class Failure:
         other, token = self.other, self.token
         what = {
             "missing": f"the {self.entity} is missing"
-            + (f", and {token!r} has the attention at its location" if token else ""),
+            + (f", and {token!r} receives the attention at the location of the {self.entity}" if token else ""),
             "fused": f"the {self.entity} and the {other} are fused into one",
             "wrong attribute": f"the {self.entity} is {word_of(token)}, the attribute of the {other}",
             "lost attribute": f"the {self.entity} is not {word_of(token)}",
@@ -114,7 +115,7 @@ class Failure:
     def __str__(self) -> str:
         where = []
         if self.step is not None:
-            where.append(f"from denoiser call {self.step}")
+            where.append(f"from {step_name(self.step)}")
         if self.layers:
             where.append(f"visible first in {self.layers[0]}")
         low, high = self.interval

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from elakit.causes.findings import CAPTURED, Cause
+from elakit.numbering import step_name
 from elakit.tokens import word_of
 
 
@@ -16,7 +17,7 @@ def sentence(cause: Cause) -> str:
     Examples
     --------
     >>> sentence(Cause("captured", "bird", "car", "car", evidence={"held": 0.93}))
-    'At the location of the bird, attention goes to "car" (93 % of the attention to the two nouns).'
+    'At the location of the bird, attention goes to "car" (93% of the attention to the two nouns).'
     """
     entity, other, token, n = cause.entity, cause.other, cause.token, cause.evidence
     match cause.kind:
@@ -43,7 +44,7 @@ def sentence(cause: Cause) -> str:
                 f"({_percent(n.get('start_held', 0))} of what the two receive)."
             )
         case "regions swap":
-            when = "during the run" if cause.step is None else f"at denoiser call {cause.step}"
+            when = "during the run" if cause.step is None else f"at {step_name(cause.step)}"
             return (
                 f'The attention to "{entity}" and the attention to "{other}" swap places {when}, after the layout has '
                 "formed."
@@ -67,4 +68,4 @@ def sentence(cause: Cause) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+    return f"{100 * share:.0f}%"

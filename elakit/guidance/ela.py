@@ -3,10 +3,10 @@
 Zhang et al., "Easing Concept Bleeding in Diffusion via Entity Localization and Anchoring", ICML 2024
 (PMLR 235:58955-58966).
 
-Known from the paper: decoder maps at 16 x 16, start-of-text read beside the entities, disjoint regions by
+Known from the paper: decoder maps at 16 x 16, start-of-text read along with the entities, disjoint regions by
 differentiation and binarization, one loss term per entity, ``z' = z - alpha * gradient``, a slight step. Not public:
 the exact rules, the form of the loss, the guided steps and alpha. This is therefore *our reading of ELA*: what the
-paper leaves open are options, with defaults chosen by measurement on the embedded model.
+paper leaves open are options, with defaults chosen by measurement on the built-in model.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ELA:
     >>> ELA(regions=[(0, 0, 0.5, 1), (0.5, 0, 1, 1)], localize=FromMaps(smooth=1))
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: ELA(localize=...): must be left out if all regions are given by hand. ...
+    elakit.errors.SettingError: ELA(localize=...): must be omitted if all regions are given by hand. ...
     """
 
     localize: FromMaps = field(default_factory=FromMaps)
@@ -96,7 +96,7 @@ class ELA:
             object.__setattr__(self, "regions", check_layout(self.regions, "ELA(regions=...)", partial=True))
         if is_complete(self.regions) and self.localize != FromMaps():
             raise SettingError(
-                "ELA(localize=...): must be left out if all regions are given by hand. Use None for entities that are "
+                "ELA(localize=...): must be omitted if all regions are given by hand. Use None for entities that are "
                 "to be localized."
             )
 

@@ -1,4 +1,4 @@
-"""FOCUS: the words of an entity attend alike, and those of different entities apart, by Jensen-Shannon divergences.
+"""FOCUS: similar maps for the words of one entity, different ones across entities, by Jensen-Shannon divergence.
 
 Bill, Simsar and Hofmann, "FOCUS: Optimal Control for Multi-Entity World Modeling in Text-to-Image Generation"
 (arXiv:2510.02315, whose first version is "Optimal Control Meets Flow Matching"), and the test-time control of its

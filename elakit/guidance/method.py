@@ -222,7 +222,7 @@ class Rescores(Protocol):
     def rescored(
         self, layers: Sequence[AttentionLayer], read: Sequence[AttentionLayer]
     ) -> tuple[Sequence[AttentionLayer], Sequence[AttentionLayer]]:
-        """Layers whose scores change, and layers beside which self-attention changes, given all and those read."""
+        """Layers whose scores change, and layers in whose blocks self-attention changes, given all and those read."""
 
 
 @runtime_checkable

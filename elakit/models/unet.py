@@ -267,7 +267,7 @@ def self_layer(denoiser: nn.Module, beside: AttentionLayer) -> AttentionLayer:
         module = None
     if not is_a(module, "Attention") or module.is_cross_attention:
         raise ModelError(
-            f"There is no self-attention layer beside {beside.name}; leave out the option or method that reads it."
+            f"There is no self-attention layer in the block of {beside.name}; omit the option or method that reads it."
         )
     return replace(beside, name=name, heads=module.heads, module=module, reads="image")
 

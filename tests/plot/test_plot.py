@@ -218,11 +218,11 @@ def test_curves_are_means_over_entities(plain: Run, guided: Run) -> None:
     frame = plain.bleeding.to_frame()
     bleed = frame[frame["measure"] == "bleed"].groupby("step")["value"].mean()
     first = figure.data[0]
-    assert (first.name, list(first.x)) == ("plain", list(range(STEPS)))
+    assert (first.name, list(first.x)) == ("plain", list(range(1, STEPS + 1)))
     np.testing.assert_allclose(first.y, bleed.to_numpy())
     shaded = figure.layout.shapes[0]
     steps = guided.guidance.to_frame().index
-    assert (shaded.x0, shaded.x1) == (steps.min() - 0.5, steps.max() + 0.5)
+    assert (shaded.x0, shaded.x1) == (steps.min() + 0.5, steps.max() + 1.5)  # steps count from 1 in figures
 
 
 def test_runs_of_one_method_are_averaged(plain: Run) -> None:
