@@ -125,7 +125,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> Path:
     r"""Write a text file in UTF-8, completely or not at all; an existing file is replaced.
 
-    Bytes of a command line that are no valid text (lone surrogates) are written as escapes such as ``\udcff``.
+    Bytes of a command line that are not valid text (lone surrogates) are written as escapes such as ``\udcff``.
 
     Parameters
     ----------
@@ -256,7 +256,7 @@ def replace_folder(folder: str | Path, *, overwrite: bool = True) -> Iterator[Pa
 
     When the body has finished, an existing folder is renamed aside, the new folder is renamed to its final name, and
     only then is the old folder deleted. When anything fails, the old folder is back in its place. Temporary folders lie
-    beside the final one, with unique hidden names, so an interrupted earlier call never blocks a later one.
+    next to the final one, with unique hidden names, so an interrupted earlier call never blocks a later one.
 
     Parameters
     ----------
@@ -345,12 +345,12 @@ def _rename(new: Path, target: Path) -> None:
         if error.errno not in _TAKEN:
             raise
         raise OutputError(
-            f"{_shown(target)} exists already, and is not replaced. Choose another path, or move what is there."
+            f"{_shown(target)} already exists, and is not replaced. Choose another path, or move what is there."
         ) from error
 
 
 def leftovers(folder: str | Path) -> list[Path]:
-    """Hidden folders that a killed `replace_folder` of this folder may have left beside it: replaced ones.
+    """Hidden folders that a killed `replace_folder` of this folder may have left next to it: replaced ones.
 
     Parameters
     ----------

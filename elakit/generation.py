@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, overload
 
 import numpy as np
@@ -155,7 +154,7 @@ def generate(
     prompt : str or Prompt
         Prompt to generate.
     seed : int or sequence of int
-        Seed of the starting noise; a sequence generates one image per seed in one batch.
+        Seed of the initial noise; a sequence generates one image per seed in one batch.
     steps : int, optional
         Number of denoising steps; by default the model's (25 for picture-world, otherwise the pipeline's own default).
     guidance_scale : float, optional
@@ -365,7 +364,7 @@ def generate(
     if guide is not None and guide_if is not None:
         for i, run in enumerate(runs):
             run.settings["guided"] = not waiting and i not in guide.left_alone
-    return runs[0] if isinstance(seed, Integral) else runs
+    return runs[0] if checks.is_whole(seed) else runs
 
 
 def _check_arguments(negative_prompt: Any, guidance: Any, guide_if: Any, stop_if: Any, record: Any) -> None:
@@ -375,12 +374,12 @@ def _check_arguments(negative_prompt: Any, guidance: Any, guide_if: Any, stop_if
     if guidance is not None and (
         isinstance(guidance, type) or not all(hasattr(guidance, name) for name in ("loss", "plan", "select"))
     ):
-        raise SettingError(f"guidance={guidance!r} is no guidance method; pass an instance, such as elakit.ELA().")
+        raise SettingError(f"guidance={guidance!r} is not a guidance method; pass an instance, such as elakit.ELA().")
     for name, function in (("guide_if", guide_if), ("stop_if", stop_if)):
         if function is not None and not callable(function):
             checks.refuse(function, name, "a function that takes an elakit.Progress, or None")
     if guide_if is not None and guidance is None:
-        raise SettingError("guide_if decides which images are guided, but there is no guidance: guidance=elakit.ELA().")
+        raise SettingError("guide_if selects images to guide, but guidance is None. Give one, such as elakit.ELA().")
     if guide_if is not None and isinstance(guidance, Encodes):
         raise SettingError(
             f"guide_if cannot be used with {type(guidance).__name__}, which changes the text embeddings before the "

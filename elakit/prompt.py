@@ -11,9 +11,9 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from numbers import Integral
 from typing import Any, NamedTuple, cast
 
+from elakit.checks import is_whole
 from elakit.english import ARTICLES, load_reader, phrases, plain_english
 from elakit.errors import ModelError, PromptError
 from elakit.pipeline import HasTokenizer, Pipeline
@@ -148,7 +148,7 @@ class Prompt:
             if which not in self.entities:
                 raise PromptError(f"{which.text!r} is not an entity of {self.text!r}. {self._choices}")
             return which.token_indices
-        if isinstance(which, Integral) and not isinstance(which, bool):
+        if is_whole(which):
             if not 0 <= which < self.length:
                 raise PromptError(f"Position {which} is outside the text encoder's sequence: 0 to {self.length - 1}.")
             return (int(which),)

@@ -148,6 +148,17 @@ def may_split(text: str, at: int) -> bool:
     return bool(_UNSPACED.match(text[at - 1]) or _UNSPACED.match(text[at]))
 
 
+def word_of(label: str) -> str:
+    """Return the word of a label.
+
+    Examples
+    --------
+    >>> word_of("red#2"), word_of("car")
+    ('red', 'car')
+    """
+    return label.partition("#")[0]
+
+
 def label_words(text: str, words: Sequence[Span]) -> tuple[str, ...]:
     """Return a unique label for each word: "car", or "red#1" and "red#2" if the word occurs twice.
 
@@ -340,5 +351,5 @@ def encoder_length(pipe: Pipeline | HasTokenizer, tokenizer: Any) -> int:
     if length is None or length > 10**6:  # tokenizers report a huge number if they have no limit
         length = getattr(getattr(getattr(pipe, "text_encoder", None), "config", None), "max_position_embeddings", None)
     if length is None:
-        raise ModelError("The tokenizer states no maximum length. Set pipe.tokenizer.model_max_length (77 for CLIP).")
+        raise ModelError("The tokenizer has no maximum length. Set pipe.tokenizer.model_max_length (77 for CLIP).")
     return int(length)

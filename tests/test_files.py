@@ -98,7 +98,7 @@ def test_a_folder_is_replaced_and_nothing_else_remains(tmp_path: Path) -> None:
 
 def test_a_folder_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     with (
-        pytest.raises(OutputError, match="exists already, and is not replaced"),
+        pytest.raises(OutputError, match="already exists, and is not replaced"),
         files.replace_folder(tmp_path / "run", overwrite=False),
     ):
         folder_with(tmp_path / "run", "first")

@@ -101,8 +101,8 @@ def map_concepts(
 ) -> Iterator[ConceptMaps]:
     """Map concepts that need not be in the prompt onto the images of the runs inside the ``with`` block.
 
-    The image is the same, bit for bit, as without the block: the concepts see the image, and the image does not see
-    them.
+    The image is the same, bit for bit, as without the block: the concepts attend to the image, and the image does not
+    attend to them.
 
     Parameters
     ----------
@@ -120,8 +120,8 @@ def map_concepts(
     ConceptMaps
         Its values are not attention of the run, because the run has no such token:
 
-        * cross-attention, kind "probability": the attention that a token of the concept would get if it stood beside
-          the tokens of the prompt, ``exp(s_c) / (sum_t exp(s_t) + exp(s_c))``, the mean over the tokens of a concept;
+        * cross-attention, kind "probability": the attention that a token of the concept would get if it were
+          appended to the prompt, ``exp(s_c) / (sum_t exp(s_t) + exp(s_c))``, the mean over the tokens of a concept;
         * FLUX.1 and Stable Diffusion 3, kind "similarity": ConceptAttention. The concepts are a second text stream that
           attends to itself and to the image; the map is the softmax over the concepts of the dot product between the
           attention outputs of a location and of each concept.

@@ -356,8 +356,7 @@ def free_path(path: str | Path) -> Path:
     target = Path(path).expanduser()
     if target.exists() or target.is_symlink():
         raise OutputError(
-            f"{target} exists already; a run is only written to a free path. Choose another path, or move what is "
-            "there."
+            f"{target} already exists; a run is only written to a new path. Choose another path, or move what is there."
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -377,13 +376,13 @@ def save_tree(tree: xr.DataTree, path: str | Path, overwrite: bool) -> Path:
         if not is_recording(target):
             raise OutputError(f"{target} exists and is not a recording; choose another path.")
         if not overwrite:
-            raise OutputError(f"{target} is a recording already; choose another path or give overwrite=True.")
+            raise OutputError(f"{target} is already a recording; choose another path or pass overwrite=True.")
     write_whole(tree, target, replace=overwrite)
     return target
 
 
 def write_whole(tree: xr.DataTree, target: Path, step_chunk: int | None = None, replace: bool = False) -> None:
-    """Write a store beside ``target`` and move it there, in place of what was there if ``replace`` is true."""
+    """Write a store next to ``target`` and move it there, in place of what was there if ``replace`` is true."""
     with replace_folder(target, overwrite=replace) as part:
         _write_tree(tree, part, step_chunk)
 

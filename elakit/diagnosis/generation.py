@@ -47,7 +47,7 @@ class ImageGenerator:
     steps, guidance_scale, negative_prompt, height, width : optional
         As in `elakit.generate`.
     batch : int, optional
-        Largest number of seeds per batch. By default all seeds for an embedded model, and 1 for other models, whose
+        Largest number of seeds per batch. By default all seeds for a built-in model, and 1 for other models, whose
         memory use is unknown.
     folder : str or Path, optional
         Folder in which runs are stored, and from which existing runs are read.

@@ -62,7 +62,7 @@ def diagnose(
     predictor : Predictor, optional
         Predicts failures and chooses other seeds; by default the shipped predictor if it was fitted on this model.
     batch : int, optional
-        Largest number of seeds per batch. By default all seeds for an embedded model, and 1 for other models. Batches
+        Largest number of seeds per batch. By default all seeds for a built-in model, and 1 for other models. Batches
         differ from single images only by rounding.
     folder : str or Path, optional
         Store each run there as soon as it is generated, and finally the diagnosis. A later call with the same folder
@@ -157,7 +157,7 @@ def seed_list(seeds: int | Sequence[int]) -> list[int]:
     >>> seed_list(2), seed_list([7, 3])
     ([0, 1], [7, 3])
     """
-    if isinstance(seeds, int) and not isinstance(seeds, bool):
+    if checks.is_whole(seeds):
         return list(range(checks.whole_number(seeds, "seeds", 1, MAX_SEEDS)))
     return checks.seeds(seeds, "seeds", distinct=True)
 

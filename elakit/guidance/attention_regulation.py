@@ -152,7 +152,7 @@ class AttentionRegulation(ReadsOneSize):
         return Rescore(change)
 
     def optimize(self, scores: Tensor, targets: Sequence[int], bumps: Tensor, weights: Tensor) -> Tensor:
-        """Addend to the targets' scores with the least loss.
+        """Offset to the targets' scores that minimizes the loss.
 
         Parameters
         ----------

@@ -197,7 +197,7 @@ class BoundedAttention:
     def rescored(
         self, layers: Sequence[AttentionLayer], read: Sequence[AttentionLayer]
     ) -> tuple[Sequence[AttentionLayer], Sequence[AttentionLayer]]:
-        """All layers, and self-attention beside all of them."""
+        """All layers, and the self-attention of their blocks."""
         return layers, layers
 
     def hold(

@@ -133,7 +133,7 @@ def _weights_kept(denoiser: nn.Module) -> AbstractContextManager[Any]:
     if getattr(denoiser, "is_gradient_checkpointing", False):
         raise SettingError(
             "Gradients of a model with layerwise casting cannot be computed with gradient checkpointing, which repeats "
-            "passes with weights that are stored in 8 bits again: switch one of the two off."
+            "passes after the weights have been cast back to 8 bits: disable one of the two."
         )
     return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda kept: kept)
 

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elakit.attention import biased
@@ -16,6 +15,7 @@ from elakit.attention.rescoring import Change, Scores, Site, rescored
 from elakit.attention.running import Watch
 from elakit.attention.taps import Attend, tap
 from elakit.guidance.method import Attention, Hold, Rescore
+from elakit.measures.arrays import area_mean
 from elakit.models import Adapter, AttentionLayer
 
 
@@ -120,9 +120,8 @@ def _push(bias: Tensor, held: Hold, size: tuple[int, int]) -> None:
         share = torch.from_numpy(held.masks(size)).float().flatten(1)
         restricted = [True] * len(share)
     else:
-        masks = torch.from_numpy(held.masks).float()
-        share = F.interpolate(masks[None], size=size, mode="area")[0].flatten(1)
-        restricted = masks.flatten(1).any(1).tolist()
+        share = torch.from_numpy(area_mean(held.masks, size)).float().flatten(1)
+        restricted = [bool(mask.any()) for mask in held.masks]
     for positions, inside, acts in zip(held.tokens, share, restricted, strict=True):
         if acts:
             bias[:, list(positions)] -= held.strength * (1 - inside[:, None])

@@ -456,7 +456,7 @@ class Adapter(Protocol):
         """Set the scheduler's timesteps as the pipeline's call does; returns the factor of the initial noise."""
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images of latents in the pipeline's form, also of the noisy latents in the middle of a run."""
+        """Images of latents in the pipeline's form, including the noisy latents in the middle of a run."""
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:
         """Latents of an image for one row, in the pipeline's form."""

@@ -52,6 +52,10 @@ def adapter_for(pipe: Pipeline) -> Adapter:
     ----------
     pipe : diffusers.DiffusionPipeline
 
+    Returns
+    -------
+    Adapter
+
     Raises
     ------
     ModelError

@@ -35,5 +35,5 @@ class Kolors(StableDiffusionXL):
         return int(call_default(self.pipe, "max_sequence_length"))
 
     def text(self) -> tuple[TextSequence, ...]:
-        """One sequence of ChatGLM's tokens behind its padding."""
+        """One sequence of ChatGLM's tokens, preceded by padding."""
         return (TextSequence("chatglm", self.pipe.tokenizer, 0, self.text_length(), padding="left"),)

@@ -181,7 +181,7 @@ class TransformerAdapter(PromptEncoder):
 
         These are the self-attention layers of the same blocks. In joint attention, where image and text are keys
         together, they are the given layers themselves: their attention to the keys of the image, whose rows sum to the
-        share of attention that the image gets beside the text.
+        share of attention that the image receives.
 
         Raises
         ------

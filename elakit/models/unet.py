@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import nn
 
+from elakit.checks import is_whole
 from elakit.errors import ModelError, SettingError
 from elakit.models.adapter import (
     AttentionLayer,
@@ -248,11 +248,6 @@ def seeded_noise(
     return noise
 
 
-def is_whole(value: Any) -> bool:
-    """True for a whole number, booleans excluded."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def step_callback(move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
     """Arguments for a ``callback_on_step_end`` that passes (step, latents) through ``move``."""
 
@@ -272,7 +267,7 @@ def self_layer(denoiser: nn.Module, beside: AttentionLayer) -> AttentionLayer:
         module = None
     if not is_a(module, "Attention") or module.is_cross_attention:
         raise ModelError(
-            f"There is no self-attention layer beside {beside.name}; leave out the option or method that reads it."
+            f"There is no self-attention layer in the block of {beside.name}; omit the option or method that reads it."
         )
     return replace(beside, name=name, heads=module.heads, module=module, reads="image")
 

@@ -85,7 +85,7 @@ def test_the_slider_moves_attention_and_the_outlines_of_regions(page: Any) -> No
     after = page.evaluate(OVERLAY), page.evaluate(outlines)
     assert before[0] != after[0]
     assert before[1] != after[1]
-    assert page.locator(".elx-step").inner_text() == "step 5 / 5"
+    assert page.locator(".elx-step").inner_text() == "step 6 of 6"
 
 
 def test_the_overlay_lies_over_the_predicted_image_of_the_step_or_the_finished_one(page: Any) -> None:
@@ -113,7 +113,7 @@ def test_play_comes_to_the_last_step_and_stops(page: Any) -> None:
     before = page.evaluate(OVERLAY)
     page.locator(".elx-play").click()
     expect(page.locator(".elx-play")).to_have_attribute("aria-label", "Pause")
-    expect(page.locator(".elx-step")).to_have_text("step 5 / 5", timeout=20_000)
+    expect(page.locator(".elx-step")).to_have_text("step 6 of 6", timeout=20_000)
     expect(page.locator(".elx-play")).to_have_attribute("aria-label", "Play", timeout=20_000)
     assert page.evaluate(OVERLAY) != before
 
@@ -156,7 +156,7 @@ def test_keys_do_what_the_foot_of_the_page_says(page: Any) -> None:
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowLeft")
     settle(page)
-    assert step.inner_text() == "step 1 / 5"
+    assert step.inner_text() == "step 2 of 6"
     before = layer.evaluate("(select) => select.selectedIndex")
     page.keyboard.press("ArrowUp")
     settle(page)
@@ -166,7 +166,7 @@ def test_keys_do_what_the_foot_of_the_page_says(page: Any) -> None:
     settle(page)
     assert page.locator(".elx-current").inner_text().startswith("bird")
     page.keyboard.press("Space")
-    expect(step).to_have_text("step 5 / 5", timeout=20_000)
+    expect(step).to_have_text("step 6 of 6", timeout=20_000)
     expect(page.locator(".elx-play")).to_have_attribute("aria-label", "Play", timeout=20_000)
 
 
@@ -174,7 +174,7 @@ def test_a_click_into_the_plot_goes_to_its_step(page: Any) -> None:
     box = page.locator(".elx-plot svg").bounding_box()
     page.mouse.click(box["x"] + box["width"] - 12, box["y"] + 60)
     settle(page)
-    assert page.locator(".elx-step").inner_text() == "step 5 / 5"
+    assert page.locator(".elx-step").inner_text() == "step 6 of 6"
 
 
 def test_a_row_of_the_table_picks_its_lines_out_of_the_plot(page: Any) -> None:

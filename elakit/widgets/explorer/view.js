@@ -379,8 +379,8 @@ class View {
     this.choices.size.forEach((size, i) => (this.sizeField.options[i].disabled = size !== null && !sizes.has(size)));
     this.opacity.value = Math.round(this.get("opacity") * 100);
     this.slider.value = this.position();
-    const step = this.get("step"), last = this.reference.calls - 1;
-    const text = this.reference.averaged ? `mean of ${this.reference.averaged} steps` : `step ${step} / ${last}`;
+    const step = this.get("step") + 1, calls = this.reference.calls; // people count from 1
+    const text = this.reference.averaged ? `mean of ${this.reference.averaged} steps` : `step ${step} of ${calls}`;
     say(this.stepText, text);
     this.slider.setAttribute("aria-valuetext", text);
     const playing = this.get("playing");
@@ -434,7 +434,7 @@ class View {
   /** Readout of the location under the pointer, or of the maximum; the same text goes to screen readers. */
   describe(column, position, series, token, opacity) {
     const { run, maps } = column, timestep = run.timesteps[position];
-    const when = run.averaged ? `mean of ${run.averaged} steps` : `step ${run.steps[position]}${timestep === null ? "" : ` · t ${timestep < 10 ? timestep : Math.round(timestep)}`}`;
+    const when = run.averaged ? `mean of ${run.averaged} steps` : `step ${run.steps[position] + 1}${timestep === null ? "" : ` · t ${timestep < 10 ? timestep : Math.round(timestep)}`}`;
     say(column.when, when);
     const verdict = run.outcome ? ` ${run.outcome.verdict}.` : "";
     const alone = `Image of “${run.prompt}” by ${run.name}, seed ${run.seed}.${verdict}`;

@@ -12,6 +12,7 @@ import numpy as np
 import traitlets as t
 
 from elakit.attention import Recording
+from elakit.checks import is_whole, whole_number
 from elakit.errors import RecordingError, SettingError
 from elakit.run import Run
 from elakit.widgets.explorer import page, still
@@ -125,10 +126,9 @@ class Explorer(anywidget.AnyWidget):
             raise SettingError(
                 f"explore() has no setting {', '.join(unknown)}; its settings are {', '.join(SETTINGS)}."
             )
-        if isinstance(budget, bool) or not isinstance(budget, int | np.integer) or budget < 1:
-            raise SettingError(f"budget={budget!r}: give a whole number of bytes of 1 or more, such as {BUDGET}.")
+        budget = whole_number(budget, "budget", 1, hint=f"Give a number of bytes, such as {BUDGET}.")
         self._runs = _checked(runs)
-        self._payload = describe(self._runs, int(budget))
+        self._payload = describe(self._runs, budget)
         super().__init__(**settings)
 
     # -- defaults and checks ---------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class Explorer(anywidget.AnyWidget):
     @t.validate("token", "layer", "size", "head", "normalization", "measure", "colors")
     def _check_choice(self, proposal: Any) -> Any:
         name, value = proposal["trait"].name, proposal["value"]
-        value = int(value) if isinstance(value, np.integer) else value
+        value = int(value) if is_whole(value) else value
         there = self._meta["choices"]["tokens" if name == "token" else name]
         # A boolean equals 0 or 1, and a list has no hash: neither is ever a choice.
         if isinstance(value, bool) or value not in there:
@@ -187,8 +187,7 @@ class Explorer(anywidget.AnyWidget):
     @t.validate("step")
     def _check_step(self, proposal: Any) -> int:
         value, steps = proposal["value"], self._meta["choices"]["step"]
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        step = int(value) + (steps[-1] + 1 if value < 0 else 0) if whole else None
+        step = int(value) + (steps[-1] + 1 if value < 0 else 0) if is_whole(value) else None
         if step is None or step not in steps:
             dense = len(steps) > 1 and steps == list(range(steps[0], steps[-1] + 1))
             there = f"{steps[0]} to {steps[-1]}" if dense else ", ".join(map(str, steps))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from elakit.checks import is_whole, whole_number
 from elakit.errors import ElakitError, PromptError, SettingError
 from elakit.guidance import ELA, METHODS, Method, build, method_title, option_values
 from elakit.guidance.layout import Region, check_layout
@@ -273,8 +274,7 @@ class Panel:
         ElakitError
             See `start`; also raised when `steps` is less than 1.
         """
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise SettingError(f"step({steps!r}): steps must be a whole number of 1 or more.")
+        steps = whole_number(steps, "steps", 1, owner="step")
         if self.state == "paused":
             self._session.resume(steps)
         else:
@@ -533,7 +533,7 @@ class Panel:
 
     def _label(self, entity: str | int | Entity) -> str:
         labels = list(self._regions())
-        if isinstance(entity, int) and not isinstance(entity, bool) and 0 <= entity < len(labels):
+        if is_whole(entity) and 0 <= entity < len(labels):
             return labels[entity]
         label = entity.label if isinstance(entity, Entity) else entity
         if label not in labels:
