@@ -173,7 +173,7 @@ def phrases(doc: Any) -> tuple[Phrase, ...]:
       adjective that has "the" or no article ("in the library", "on the beach", "on Mars", "at night"). A phrase with
       a, an, a number or an adjective remains an entity: "on a chair", "in the red box";
     * words that relate objects: "in front of", "to the left of", "right of", "on top of", and a bare name after a
-      phrase that is no entity ("in the style of Dali").
+      phrase that is not an entity ("in the style of Dali").
 
     Words before the noun are its attributes (adjectives, participles, compounds), and so are the adjectives that follow
     with "is", "painted" and similar verbs. Articles, numbers and adverbs are not attributes.
@@ -195,7 +195,7 @@ def phrases(doc: Any) -> tuple[Phrase, ...]:
     """
     tokens = [token for token in doc if not token.is_space]
     found: list[Phrase] = []
-    dropped_until = -1  # end of the last phrase that is no entity
+    dropped_until = -1  # end of the last phrase that is not an entity
     for start, stop in _cut(tokens):
         if _is_entity(tokens, start, stop, after_dropped=dropped_until == start - 1):
             found.append(_describe(tokens, start, stop))

@@ -34,6 +34,13 @@ def test_the_page_on_guidance_lists_every_method_once_per_table() -> None:
         assert rows.count(name) == 3, f"{name}: one row each for loss, updates and source"
 
 
+def test_the_readme_names_every_method() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    methods = " ".join(text[text.index("## Methods") : text.index("## Sweeps")].lower().split())
+    for kind in METHODS.values():
+        assert kind.title.lower() in methods or f"elakit.{kind.__name__}()".lower() in methods, kind.title
+
+
 def test_the_page_on_errors_lists_every_error() -> None:
     text = (DOCS / "errors.md").read_text(encoding="utf-8")
     kinds = {name for name, kind in vars(elakit.errors).items() if isinstance(kind, type)}

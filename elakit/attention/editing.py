@@ -23,9 +23,11 @@ from elakit.attention.running import SeenCall, Watch
 from elakit.attention.spec import END, START, find_tokens, select_layers
 from elakit.attention.taps import ADDED_SCORES, check_processor, scores_mask
 from elakit.errors import RecordingError, SettingError
+from elakit.measures.arrays import area_mean
 from elakit.models import Adapter, AttentionLayer, adapter_for
 from elakit.models.adapter import Layout as CallLayout
 from elakit.models.adapter import argument
+from elakit.pipeline import Pipeline
 from elakit.prompt import Entity, Prompt, parse
 
 
@@ -99,14 +101,14 @@ class Edit:
         steps = self.steps
         numbers = (steps.start, steps.stop) if isinstance(steps, slice) else _as_sequence(steps)
         if any(number is not None and number < 0 for number in numbers):
-            raise SettingError(f"steps is {steps}; count calls from the start: 0, 1, 2...")
+            raise SettingError(f"steps is {steps}; count calls from the start of the run: 0, 1, 2, ...")
         if isinstance(steps, slice) and steps.step is not None and steps.step < 1:
             raise SettingError(f"steps is {steps}; its stride must be positive.")
         if self.region is not None:
             region = _region(self.region)
-            if region.ndim != 2 or not region.numel():
-                raise SettingError(f"region has shape {tuple(region.shape)}; give (y, x), at least one location.")
-            if not bool(torch.isfinite(region).all()) or float(region.min()) < 0 or float(region.max()) > 1:
+            if region.ndim != 2 or not region.size:
+                raise SettingError(f"region has shape {region.shape}; give (y, x), at least one location.")
+            if not np.isfinite(region).all() or region.min() < 0 or region.max() > 1:
                 raise SettingError("region has values outside 0 to 1; give booleans or the share of each location.")
 
     @property
@@ -124,7 +126,7 @@ class Edit:
 
 
 @contextmanager
-def edit(pipe: Any, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> Iterator[None]:
+def edit(pipe: Pipeline, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> Iterator[None]:
     """Change the attention of the runs of ``pipe`` inside the ``with`` block.
 
     Only rows of a batch that see the prompt are changed, and only the attention of the image's locations. Edits of one
@@ -394,9 +396,9 @@ def _as_sequence(what: Any) -> tuple[Any, ...]:
     return () if what is None else tuple(what) if isinstance(what, Sequence) and not isinstance(what, str) else (what,)
 
 
-def _region(region: Any) -> Tensor:
+def _region(region: Any) -> np.ndarray:
     values = region.values if hasattr(region, "dims") else region
-    return torch.as_tensor(np.asarray(values) if not isinstance(values, Tensor) else values.detach().cpu()).double()
+    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, np.float64)
 
 
 def _log_factor(change: Edit, size: tuple[int, int]) -> Tensor:
@@ -408,7 +410,7 @@ def _share(change: Edit, size: tuple[int, int]) -> Tensor:
     """Share of each location that the region covers, (h, w)."""
     if change.region is None:
         return torch.ones(size, dtype=torch.float64)
-    return F.interpolate(_region(change.region)[None, None], size=size, mode="area")[0, 0]
+    return torch.from_numpy(area_mean(_region(change.region), size))
 
 
 def _positions(prompt: Prompt, tokens: Any, length: int) -> list[int]:

@@ -154,7 +154,7 @@ class AttentionRegulation(ReadsOneSize):
         return ScoreEdit(change)
 
     def optimize(self, scores: Tensor, targets: Sequence[int], bumps: Tensor, weights: Tensor) -> Tensor:
-        """Addend to the targets' scores with the least loss.
+        """Offset to the targets' scores that minimizes the loss.
 
         Parameters
         ----------

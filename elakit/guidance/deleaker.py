@@ -39,6 +39,7 @@ from elakit.attention.rescoring import Change, Scores, Site
 from elakit.checks import boolean, real_number, share
 from elakit.guidance.method import Attention, Loss, ScoreEdit, Update
 from elakit.guidance.reading import ReadsOneSize
+from elakit.measures.arrays import area_mean
 from elakit.prompt import Prompt
 
 
@@ -224,4 +225,4 @@ def _resized(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """Masks at another size: a location belongs to an entity if at least half of it does."""
     if tuple(masks.shape[1:]) == size:
         return masks
-    return F.interpolate(masks[:, None].float(), size=size, mode="area")[:, 0] >= 0.5
+    return torch.from_numpy(area_mean(masks.cpu().numpy(), size) >= 0.5).to(masks.device)

@@ -11,7 +11,7 @@ a is the share of the image that the location's region covers, t the timestep as
 cross-attention and 0.3 in self-attention. In cross-attention R is 1 for the words of the entity whose region the
 location is in, and all other keys (articles, start and end of text) are lowered; in self-attention it is 1 for the
 locations of the same region, the rest of the image being a region without words. Scores change in all layers in the
-first 30 % of the steps. The words of each entity have the text states that they have in a text of their own, in the
+first 30% of the steps. The words of each entity have the text states that they have in a text of their own, in the
 whole run.
 
 Intended difference: the released code reduces masks to a layer by nearest neighbor, here a box has the locations whose

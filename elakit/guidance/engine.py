@@ -38,6 +38,7 @@ from elakit.guidance.method import (
 from elakit.guidance.trace import Trace
 from elakit.models import Adapter, AttentionLayer, Conditioning, adapter_for
 from elakit.models.device import compute_dtype
+from elakit.pipeline import Pipeline
 from elakit.prompt import Prompt
 
 # fp16 gradients of a loss of order one underflow; scaling by a power of two is exact
@@ -127,7 +128,7 @@ def _weights_kept(denoiser: nn.Module) -> AbstractContextManager[Any]:
     if getattr(denoiser, "is_gradient_checkpointing", False):
         raise SettingError(
             "Gradients of a model with layerwise casting cannot be computed with gradient checkpointing, which repeats "
-            "passes with weights that are stored in 8 bits again: switch one of the two off."
+            "passes after the weights have been cast back to 8 bits: disable one of the two."
         )
     return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda kept: kept)
 
@@ -206,7 +207,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def checkpointing(pipe: Any) -> Iterator[None]:
+def checkpointing(pipe: Pipeline) -> Iterator[None]:
     """Context in which guidance uses gradient checkpointing: less memory, more time.
 
     Uses the gradient checkpointing of diffusers, one residual or transformer block at a time. Its previous state is
@@ -298,7 +299,7 @@ class Guide:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         method: Method,
         prompt: Prompt,
         conditioning: Conditioning,

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elakit.attention.hooks import Hooks
@@ -16,6 +15,7 @@ from elakit.attention.rescoring import Change, Scores, Site, changeable_layers, 
 from elakit.attention.running import Watch
 from elakit.attention.taps import Attend, tap
 from elakit.guidance.method import Attention, ScoreEdit
+from elakit.measures.arrays import area_mean
 from elakit.models import Adapter, AttentionLayer
 
 
@@ -140,9 +140,8 @@ def restriction(
             share = torch.from_numpy(masks(size)).float().flatten(1)
             restricted = [True] * len(share)
         else:
-            given = torch.from_numpy(masks).float()
-            share = F.interpolate(given[None], size=size, mode="area")[0].flatten(1)
-            restricted = given.flatten(1).any(1).tolist()
+            share = torch.from_numpy(area_mean(masks, size)).float().flatten(1)
+            restricted = [bool(mask.any()) for mask in masks]
         bias = torch.zeros(size[0] * size[1], positions)
         for words, inside, acts in zip(tokens, share, restricted, strict=True):
             if acts:

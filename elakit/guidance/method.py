@@ -13,6 +13,7 @@ from torch import Tensor
 
 from elakit.attention.rescoring import Change, Scores, Site
 from elakit.errors import SettingError
+from elakit.measures.arrays import nearest_size
 from elakit.models import Adapter, AttentionLayer, Conditioning
 from elakit.prompt import Prompt
 
@@ -247,7 +248,7 @@ def editor_of(method: Method, updates: Sequence[Update]) -> EditsScores | None:
     return method
 
 
-def nearest_size(
+def layers_of_size(
     layers: Sequence[AttentionLayer], latent: tuple[int, int], size: int | None, native: int, who: str
 ) -> tuple[AttentionLayer, ...]:
     """Layers whose maps' longer side is `size`, or by default the size of the outer blocks nearest to `native`.
@@ -275,9 +276,8 @@ def nearest_size(
     sides = {layer.factor: -(-max(latent) // layer.factor) for layer in layers}
     if size is not None and size not in sides.values():
         raise SettingError(f"{who}(size={size}): the layers have maps of size {sorted(set(sides.values()))}.")
-    wanted = size or native
     # Authors read the downward and upward layers; the middle block joins in where its maps have the same size.
     outer = {layer.factor for layer in layers if layer.place != "mid"} or set(sides)
-    candidates = sides if size is not None else outer
-    factor = min(candidates, key=lambda f: (abs(np.log(sides[f] / wanted)), f))
+    side = nearest_size((sides[factor] for factor in outer), native) if size is None else size
+    factor = min(factor for factor in sides if sides[factor] == side)
     return tuple(layer for layer in layers if layer.factor == factor)

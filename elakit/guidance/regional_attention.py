@@ -28,7 +28,7 @@ from elakit.guidance.ela import decoder_side_layers
 from elakit.guidance.holding import restriction
 from elakit.guidance.layout import Layout, apart, check_layout, layout_masks
 from elakit.guidance.localization import Anchors, FromMaps, complete, entity_means, is_complete
-from elakit.guidance.method import Attention, Loss, ScoreEdit, Update, nearest_size
+from elakit.guidance.method import Attention, Loss, ScoreEdit, Update, layers_of_size
 from elakit.guidance.preprocess import NATIVE_SIZE
 from elakit.models import AttentionLayer
 from elakit.prompt import Prompt
@@ -122,7 +122,7 @@ class RegionalAttention:
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
         """The layers of the chosen side whose maps have the chosen size."""
-        return nearest_size(
+        return layers_of_size(
             decoder_side_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, "RegionalAttention"
         )
 

@@ -6,7 +6,7 @@ words, "a red car", are encoded on their own. In every cross-attention layer and
 attend to text i, from the left in the order of the prompt. It is the baseline that `RegionalAttention` has to beat.
 
 Here the prompt's text states are followed by those of each text. Column i sees the words of entity i in their places in
-the prompt, with the states of text i, and what is left of text i (end and padding) behind the prompt; all other
+the prompt, with the states of text i, and what is left of text i (end and padding) after the prompt; all other
 positions are hidden, except start-of-text, whose state is the same in all texts. The weights are those of an attention
 to text i alone, and recordings show each word in its place.
 
@@ -69,7 +69,7 @@ class RegionalPrompter(ReadsOneSize):
         first = 0 if prompt.start_index is None else prompt.start_index + 1
         if any(phrase.own != tuple(range(first, first + len(phrase.own))) for phrase in texts):
             raise SettingError(
-                f"RegionalPrompter needs texts that are padded behind their words; {adapter.family} pads elsewhere. "
+                f"RegionalPrompter needs texts that are padded after their words; {adapter.family} pads elsewhere. "
                 "Use another model, or elakit.guidance.RegionalAttention()."
             )
         for phrase in texts:

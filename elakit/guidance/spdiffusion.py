@@ -27,7 +27,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from elakit.attention.calls import NEVER
@@ -39,6 +38,7 @@ from elakit.guidance.localization import entity_means
 from elakit.guidance.method import Attention, Loss, ScoreEdit, Update
 from elakit.guidance.predicated_diffusion import scaled
 from elakit.guidance.reading import ReadsOneSize
+from elakit.measures.arrays import area_mean
 from elakit.prompt import Prompt
 
 
@@ -179,5 +179,4 @@ def _allowed(regions: np.ndarray) -> np.ndarray:
 
 def _allowed_at(regions: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """`_allowed` at the size of a layer, where a location belongs to a region if most of it does."""
-    share = F.interpolate(torch.from_numpy(regions)[None].float(), size=size, mode="area")[0]
-    return _allowed((share > 0.5).numpy())
+    return _allowed(area_mean(regions, size) > 0.5)
