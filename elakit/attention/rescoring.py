@@ -183,7 +183,7 @@ class _LayerHook:
         first, past, _ = rows.indices(batch)
         changes: dict[int, Change] = {}
         for row in range(first, past):
-            site = Site(self.layer, self.size, row - first, self.running.time, keys.shape[1])
+            site = Site(layer=self.layer, size=self.size, image=row - first, time=self.running.time, keys=keys.shape[1])
             change = self.running.change_of(site, partial(self._scores, image[row], keys[row]))
             if change is not None:
                 changes[row] = change

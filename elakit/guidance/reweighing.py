@@ -170,4 +170,4 @@ def _scores(
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         mask = mask[row if mask.shape[0] > 1 else 0]
         logits = logits + (mask[:, first : first + locations] if mask.shape[1] > 1 else mask)
-    return Scores(logits, size, text, image, position), first
+    return Scores(logits=logits, size=size, text=text, image=image, position=position), first

@@ -72,7 +72,7 @@ class AuraFlow(TransformerAdapter):
     def text(self) -> tuple[TextSequence, ...]:
         """T5 tokens after the registers."""
         registers = self.pipe.transformer.register_tokens.shape[1]
-        return (TextSequence("t5", self.pipe.tokenizer, registers, self._t5_length()),)
+        return (TextSequence(name="t5", tokenizer=self.pipe.tokenizer, offset=registers, length=self._t5_length()),)
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
         """Text states, and the masks that the pipeline's call asks for."""

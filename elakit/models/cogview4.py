@@ -68,7 +68,16 @@ class CogView4(TransformerAdapter):
 
     def text(self) -> tuple[TextSequence, ...]:
         """Sequence of GLM's tokens, preceded by padding."""
-        return (TextSequence("glm", self.pipe.tokenizer, 0, self._t5_length(), padding="left", multiple=16),)
+        return (
+            TextSequence(
+                name="glm",
+                tokenizer=self.pipe.tokenizer,
+                offset=0,
+                length=self._t5_length(),
+                padding="left",
+                multiple=16,
+            ),
+        )
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
         """Text states and the size of the image."""

@@ -157,7 +157,7 @@ class Flux(TransformerAdapter):
 
     def text(self) -> tuple[TextSequence, ...]:
         """One sequence of T5 tokens, without a start token."""
-        return (TextSequence("t5", self.pipe.tokenizer_2, 0, self._t5_length()),)
+        return (TextSequence(name="t5", tokenizer=self.pipe.tokenizer_2, offset=0, length=self._t5_length()),)
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
         """Text states of T5, the pooled state of CLIP, positions of text and image, and the guidance scale."""

@@ -57,8 +57,8 @@ class HunyuanDiT(TransformerAdapter):
     def text(self) -> tuple[TextSequence, ...]:
         """BERT's tokens, then T5's."""
         return (
-            TextSequence("bert", self.pipe.tokenizer, 0, _BERT),
-            TextSequence("t5", self.pipe.tokenizer_2, _BERT, _T5),
+            TextSequence(name="bert", tokenizer=self.pipe.tokenizer, offset=0, length=_BERT),
+            TextSequence(name="t5", tokenizer=self.pipe.tokenizer_2, offset=_BERT, length=_T5),
         )
 
     def _encode(self, prompt: PromptInput) -> Conditioning:

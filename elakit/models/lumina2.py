@@ -87,7 +87,11 @@ class Lumina2(TransformerAdapter):
     def text(self) -> tuple[TextSequence, ...]:
         """Sequence of the system message and the prompt."""
         before = f"{self.pipe.system_prompt} <Prompt Start> "
-        return (TextSequence("gemma", self.pipe.tokenizer, 0, self._t5_length(), before=before),)
+        return (
+            TextSequence(
+                name="gemma", tokenizer=self.pipe.tokenizer, offset=0, length=self._t5_length(), before=before
+            ),
+        )
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
         """Text states with the mask of their padding."""
