@@ -19,7 +19,7 @@ from elakit.resources import notebooks_path
 def lab(
     folder: Annotated[
         Path | None,
-        typer.Argument(help="Folder to copy the notebooks to. Default: the checkout's notebooks; ./elakit-notebooks."),
+        typer.Argument(help="Folder to copy the notebooks to. Default: ./elakit-notebooks; a checkout opens its own."),
     ] = None,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the server.")] = None,

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from elakit.checks import is_whole, whole_number
 from elakit.errors import ElakitError, PromptError, SettingError
 from elakit.guidance import ELA, METHODS, Method, build, method_title, option_values
 from elakit.guidance.layout import Region, check_layout
 from elakit.models import adapter_for, default_settings
+from elakit.pipeline import Pipeline
 from elakit.plot.style import entity_colors
 from elakit.prompt import Entity, Prompt, parse
 from elakit.run import Run
@@ -54,7 +56,7 @@ class Panel:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         prompt: str | Prompt,
         *,
         seed: int,
@@ -272,8 +274,7 @@ class Panel:
         ElakitError
             See `start`; also raised when `steps` is less than 1.
         """
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise SettingError(f"step({steps!r}): steps must be a whole number of 1 or more.")
+        steps = whole_number(steps, "steps", 1, owner="step")
         if self.state == "paused":
             self._session.resume(steps)
         else:
@@ -532,7 +533,7 @@ class Panel:
 
     def _label(self, entity: str | int | Entity) -> str:
         labels = list(self._regions())
-        if isinstance(entity, int) and not isinstance(entity, bool) and 0 <= entity < len(labels):
+        if is_whole(entity) and 0 <= entity < len(labels):
             return labels[entity]
         label = entity.label if isinstance(entity, Entity) else entity
         if label not in labels:
@@ -561,7 +562,7 @@ class Panel:
 
 
 def live(
-    pipe: Any,
+    pipe: Pipeline,
     prompt: str | Prompt = "",
     *,
     seed: int = 0,
