@@ -40,13 +40,12 @@ from torch import Tensor
 
 from elakit.attention.calls import NEVER
 from elakit.attention.rescoring import Change, Scores, Site
-from elakit.attention.spec import select_layers
 from elakit.english import ARTICLES
-from elakit.guidance.layout import Layout, check_layout, layout_masks
-from elakit.guidance.layout_guidance import first_blocks
+from elakit.guidance.layout import NeedsLayout, layout_masks
 from elakit.guidance.method import Attention, Loss, Rescore, Update
 from elakit.guidance.options import check_guided, check_numbers, check_whole
 from elakit.guidance.phrases import end_of_text
+from elakit.guidance.reading import ReadsFirstBlocks
 from elakit.models import AttentionLayer
 from elakit.prompt import Prompt
 
@@ -110,7 +109,7 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class BoundedAttention:
+class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
     """Bounded Attention, which needs regions, for models with cross-attention layers.
 
     Parameters
@@ -149,7 +148,6 @@ class BoundedAttention:
     elakit.errors.SettingError: BoundedAttention(clusters=0): must be a whole number of 1 or more.
     """
 
-    regions: Layout
     step_size: float = 8.0
     last_step_size: float = 2.0
     guided: float = 0.3
@@ -158,24 +156,16 @@ class BoundedAttention:
     cross: float = 1.5
     own: float = 0.5
     clusters: int = 3
-    layers: str | None = None
 
     name: ClassVar[str] = "bounded-attention"
     title: ClassVar[str] = "Bounded Attention"
-    takes_regions: ClassVar[bool] = True
-    needs_regions: ClassVar[bool] = True
-    steerable: ClassVar[bool] = False
     reads_self: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "regions", check_layout(self.regions, "BoundedAttention(regions=...)"))
+        super().__post_init__()
         check_numbers(self, "step_size", "last_step_size", "until", "cross", "own")
         check_guided(self)
         check_whole(self, "iterations", "clusters", least=1)
-
-    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The middle and the first upward block of a UNet, all layers of another network, or the layers chosen."""
-        return first_blocks(layers) if self.layers is None else select_layers(layers, self.layers)
 
     def begin(self, prompt: Prompt, steps: int) -> Bounds:
         """State in which the regions given count."""
@@ -189,10 +179,6 @@ class BoundedAttention:
         slope = (self.last_step_size - self.step_size) / max(1, count)
         guided = [Update(self.step_size + slope * i, self.iterations - 1, self.until, hold=True) for i in range(count)]
         return [*guided, *[Update(0.0, hold=True)] * (len(noise) - count)]
-
-    def direction(self, gradient: Tensor) -> Tensor:
-        """The raw gradient."""
-        return gradient
 
     def rescored(
         self, layers: Sequence[AttentionLayer], read: Sequence[AttentionLayer]

@@ -31,7 +31,7 @@ from torch import Tensor
 from elakit.attention.rescoring import Change, Scores, Site
 from elakit.checks import real_number, share
 from elakit.guidance.anchoring import confinement
-from elakit.guidance.layout import Layout, check_layout, layout_masks
+from elakit.guidance.layout import NeedsLayout, layout_masks
 from elakit.guidance.method import Attention, Loss, Rescore, Update
 from elakit.guidance.phrases import check_text, phrase_positions, phrases, with_text
 from elakit.guidance.reading import ReadsOneSize
@@ -42,7 +42,7 @@ _FADING = 5  # power of the timestep
 
 
 @dataclass(frozen=True)
-class DenseDiffusion(ReadsOneSize):
+class DenseDiffusion(NeedsLayout, ReadsOneSize):
     """DenseDiffusion, which needs regions, for models with cross-attention layers.
 
     Parameters
@@ -76,7 +76,6 @@ class DenseDiffusion(ReadsOneSize):
     elakit.errors.SettingError: DenseDiffusion(area=2): must be a number from 0 to 1.
     """
 
-    regions: Layout
     strength: float = 1.0
     self_strength: float = 0.3
     area: float = 1.0
@@ -84,11 +83,9 @@ class DenseDiffusion(ReadsOneSize):
 
     name: ClassVar[str] = "densediffusion"
     title: ClassVar[str] = "DenseDiffusion"
-    takes_regions: ClassVar[bool] = True
-    needs_regions: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "regions", check_layout(self.regions, "DenseDiffusion(regions=...)"))
+        super().__post_init__()
         for option in ("strength", "self_strength"):
             real_number(getattr(self, option), option, 0, owner="DenseDiffusion")
         for option in ("area", "guided"):
