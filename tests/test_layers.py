@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -112,6 +113,14 @@ def level(module: str) -> int:
 def test_every_part_belongs_to_a_layer() -> None:
     parts = {part(module) for module in modules()} - {""}
     assert parts <= frozenset().union(*LAYERS), parts - frozenset().union(*LAYERS)
+
+
+def test_the_architecture_page_lists_the_same_layers() -> None:
+    page = (ROOT / "docs" / "developing" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [a-z ]+ \| ((?:`[\w/]+`(?:, )?)+) \|$", page, re.M)
+    listed = [{name.rstrip("/") for name in re.findall(r"`(.+?)`", row)} for row in rows]
+    of_part = {"training": {"world/train", "world/training"}}
+    assert listed == [set().union(*(of_part.get(part, {part}) for part in layer)) for layer in LAYERS]
 
 
 def test_no_module_imports_from_a_layer_above() -> None:

@@ -26,7 +26,8 @@ import torch
 from elakit.attention.calls import NEVER
 from elakit.errors import SettingError
 from elakit.guidance.anchoring import confinement
-from elakit.guidance.method import Attention, Hold, Loss, Update
+from elakit.guidance.holding import restriction
+from elakit.guidance.method import Attention, Loss, ScoreEdit, Update
 from elakit.guidance.phrases import MASKS, STATES, check_text, phrase_positions, phrases, with_text
 from elakit.guidance.reading import ReadsOneSize
 from elakit.models import Adapter, Conditioning
@@ -78,7 +79,9 @@ class RegionalPrompter(ReadsOneSize):
             mask = torch.cat([mask, *(phrase.mask.to(mask) for phrase in texts if phrase.mask is not None)], dim=1)
         return with_text(conditioning, states, mask, times=1 + len(texts))
 
-    def hold(self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: None) -> Hold:
+    def hold(
+        self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: None
+    ) -> ScoreEdit:
         """Each text is seen in its column, and what belongs to none is seen nowhere."""
         start = prompt.start_index
         first = 0 if start is None else start + 1  # position of a text's first word
@@ -90,9 +93,9 @@ class RegionalPrompter(ReadsOneSize):
             seen.append((*positions, *behind))
             hidden.difference_update(seen[-1])
         ranks = in_order(prompt)
-        return Hold(
-            lambda grid: columns(grid, len(ranks))[ranks], tuple(seen), -NEVER,
-            regions=columns(size, len(ranks))[ranks], hidden=tuple(sorted(hidden)),
+        return restriction(
+            lambda grid: columns(grid, len(ranks))[ranks], seen, -NEVER,
+            regions=columns(size, len(ranks))[ranks], hidden=sorted(hidden),
         )  # fmt: skip
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:

@@ -382,7 +382,7 @@ def test_animations_can_show_a_few_steps_and_the_regions_of_guidance(guided: Run
 
 def test_an_mp4_file_is_written_if_ffmpeg_is_installed(plain: Run, tmp_path: Path) -> None:
     if importlib.util.find_spec("imageio_ffmpeg") is None:
-        with pytest.raises(OutputError, match="pip install imageio-ffmpeg"):
+        with pytest.raises(OutputError, match=r"pip install 'elakit\[video\]'"):
             plot.save_animation(plain, tmp_path / "regions.mp4")
         assert not list(tmp_path.iterdir())
     else:
