@@ -68,7 +68,7 @@ def test_a_missing_file_is_named_when_the_recording_is_opened(folder: Path) -> N
         content = path.read_bytes()
         path.unlink()
         with pytest.raises(
-            RecordingError, match=rf"^The recording's file \S*{path.parent.name}/{path.name} is missing"
+            RecordingError, match=rf"^The recording.s file \S*{path.parent.name}/{path.name} is missing"
         ):
             open_recording(folder)
         path.write_bytes(content)

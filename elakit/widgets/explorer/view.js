@@ -79,7 +79,7 @@ class View {
     const images = h("div", { class: "elx-runs" }, ...this.columns.map((column) => column.element));
     const foot = h("div", { class: "elx-foot" });
     const lines = [...notes, ...runs.flatMap((run) => run.notes.map((note) => (runs.length > 1 ? `${run.name}: ${note}` : note)))];
-    for (const note of lines) foot.append(h("p", {}, note));
+    for (const note of ["At every step, attention lies over the finished image.", ...lines]) foot.append(h("p", {}, note));
     foot.append(this.help());
     this.root.style.setProperty("--runs", Math.min(3, runs.length));
     this.root.append(
