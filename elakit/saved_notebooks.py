@@ -12,8 +12,8 @@ def keep_images(model: dict[str, Any], **_: Any) -> None:
 
     A widget view is a reference into a running kernel. JupyterLab prefers it to the image that `elakit.explore` and
     `elakit.live` store beside it, and shows "Error displaying widget" once the kernel has ended. The page that is open
-    in the browser keeps its widgets; only the file changes. ``elakit lab`` uses this as Jupyter Server's pre-save hook. In
-    another JupyterLab, add this line to ``jupyter_server_config.py``::
+    in the browser keeps its widgets; only the file changes. ``elakit lab`` uses this function as the pre-save hook of
+    Jupyter Server. In another JupyterLab, add this line to ``jupyter_server_config.py``::
 
         c.ContentsManager.pre_save_hook = "elakit.saved_notebooks.keep_images"
 
