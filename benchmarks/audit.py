@@ -151,7 +151,7 @@ def kappa(first: Sequence[bool], second: Sequence[bool]) -> float:
 
 
 def kappa_interval(first: Sequence[bool], second: Sequence[bool], samples: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of `kappa`, resampling images."""
+    """95% bootstrap interval of `kappa`, resampling images."""
     a, b = np.asarray(first, bool), np.asarray(second, bool)
     rows = np.random.default_rng(0).integers(len(a), size=(samples, len(a)))
     values = [value for r in rows if not np.isnan(value := kappa(a[r], b[r]))]

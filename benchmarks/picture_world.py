@@ -1,6 +1,6 @@
-"""The figures of the embedded model's card: ``python -m benchmarks.picture_world all``, or one part of it.
+"""The figures of the built-in model's card: ``python -m benchmarks.picture_world all``, or one part of it.
 
-Every part prints rows of a Markdown table with 95 % Wilson intervals. Verdicts on generated images are kept in
+Every part prints rows of a Markdown table with 95% Wilson intervals. Verdicts on generated images are kept in
 ``work/benchmarks``, so that an interrupted part is resumed; ``--fresh`` generates all images again.
 """
 
@@ -86,7 +86,7 @@ def vae(
     against: Annotated[Path | None, typer.Option(help="Another one, measured on the same crops.")] = None,
     out: Out = Path("work/benchmarks"),
 ) -> None:
-    """Autoencoder: PSNR of crops of things at 25 to 50 % of the side, a sheet, the judge's classes before and after."""
+    """Autoencoder: PSNR of crops of things at 25 to 50% of the side, a sheet, the judge's classes before and after."""
     shipped = data_path("picture-world", "vae")
     models = {"autoencoder": folder or shipped} | ({"compared": against} if against else {})
     world = replace(test_world(), entities=(0.0, 0.5, 0.3, 0.2))
@@ -100,7 +100,7 @@ def vae(
         parts = [rebuild(images[i : i + 32], model, torch.device("cpu")) for i in range(0, scenes, 32)]
         rebuilt[name] = np.concatenate(parts)
         values[name] = np.array([_psnr(images[i], rebuilt[name][i], box) for i, box in crops])
-        what = f"{name}: PSNR on {len(crops)} crops of things at 25 to 50 % of the side"
+        what = f"{name}: PSNR on {len(crops)} crops of things at 25 to 50% of the side"
         print(f"| {what} | {values[name].mean():.2f} dB | |", flush=True)
     if against:
         gain = values["autoencoder"] - values["compared"]

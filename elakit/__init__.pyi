@@ -29,6 +29,7 @@ from .guidance import ELA as ELA
 from .guidance import RegionalAttention as RegionalAttention
 from .measures import agreement as agreement
 from .models import load as load
+from .pipeline import Pipeline as Pipeline
 from .prompt import Entity as Entity
 from .prompt import Prompt as Prompt
 from .prompt import Token as Token

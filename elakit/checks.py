@@ -9,14 +9,29 @@ import difflib
 import math
 from collections.abc import Collection, Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from elakit.errors import SettingError
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs  # in typing from Python 3.13; type checkers have it built in
 
 T = TypeVar("T")
 
 # Seeds are stored in 64-bit signed columns of tables.
 MAX_SEED = 2**63 - 1
+
+
+def is_whole(value: Any) -> TypeIs[int]:
+    """True for a whole number of Python or NumPy; booleans are none.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> is_whole(np.int64(3)), is_whole(3.0), is_whole(True)
+    (True, False, False)
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def whole_number(
@@ -55,7 +70,7 @@ def whole_number(
     ...
     elakit.errors.SettingError: steps=2.5: must be a whole number of 1 or more.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool) or not _within(value, low, high):
+    if not is_whole(value) or not _within(value, low, high):
         refuse(value, name, f"a whole number{_bounds(low, high)}", owner=owner, hint=hint)
     return int(value)
 
@@ -267,7 +282,7 @@ def seeds(values: Any, name: str = "seed", *, distinct: bool = False) -> list[in
     >>> seeds(3), seeds(range(2)), seeds(np.array([5, 6]))
     ([3], [0, 1], [5, 6])
     """
-    if isinstance(values, Integral) and not isinstance(values, bool):
+    if is_whole(values):
         return [seed(values, name)]
     import numpy as np
 

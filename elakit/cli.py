@@ -60,7 +60,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 def run(
     prompt: Prompt,
     out: Annotated[Path, typer.Option(help="Folder for image, recording and settings.")],
-    seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
     method: Annotated[str, typer.Option(help=f"plain, or a guidance method: {', '.join(METHODS)}.")] = "plain",
     options: Options = None,
     regions: Annotated[
@@ -112,7 +112,7 @@ def run(
     elif is_black(made.image):
         typer.echo("Verdict: none, the image is entirely black")
     elif made.verdict is None:
-        typer.echo("Verdict: none, the embedded judge knows images and words of picture-world only")
+        typer.echo("Verdict: none, the built-in judge knows images and words of picture-world only")
     else:
         typer.echo(f"Verdict: {made.verdict}")
     typer.echo(f"Image: {path / 'image.png'}")
@@ -121,7 +121,7 @@ def run(
 
 @app.command()
 def models() -> None:
-    """List the embedded models, and the families of other models that are supported."""
+    """List the built-in models, and the families of other models that are supported."""
     from elakit.models import EMBEDDED, FAMILIES
 
     for model in EMBEDDED.values():
@@ -153,7 +153,7 @@ def _check_folder(out: Path, overwrite: bool) -> None:
     """Refuse, before anything is loaded, a folder that a run cannot be saved to."""
     parent = files.check_path(out / "run.json" if os.path.isdir(out) else out, "run", "run").parent
     if os.path.lexists(out) and not (overwrite and os.path.isfile(out / "run.json")):
-        raise OutputError(f"--out {out} exists already. Choose another folder, or --overwrite an existing run.")
+        raise OutputError(f"--out {out} already exists. Choose another folder, or --overwrite an existing run.")
     if not os.access(parent, os.W_OK):
         raise OutputError(f"--out {out}: {parent} is not writable. Choose another folder.")
 

@@ -14,7 +14,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 # backslashes, because rich, which renders the help, would take the brackets for markup
 PROMPT = r'For example "a cat and a lion". Brackets mark entities: "a \[red car] and a \[bird]".'
 Prompt = Annotated[str, typer.Argument(help=PROMPT)]
-Model = Annotated[str, typer.Option(help="picture-world (embedded), a folder, or a hub id such as org/model.")]
+Model = Annotated[str, typer.Option(help="picture-world (built in), a folder, or a hub id such as org/model.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")]
 Dtype = Annotated[
     str | None, typer.Option(help=f"Data type of the weights: {', '.join(DTYPES)}. Default: float32 on a CPU.")
@@ -22,7 +22,8 @@ Dtype = Annotated[
 Steps = Annotated[int | None, typer.Option(help="Number of denoising steps. Default: the model's (picture-world: 25).")]
 Scale = Annotated[float | None, typer.Option(help="Classifier-free guidance scale. Default: the model's.")]
 Negative = Annotated[
-    str | None, typer.Option("--negative-prompt", help="Prompt to avoid. Needs a guidance scale above 1.")
+    str | None,
+    typer.Option("--negative-prompt", help="What the image should not show; needs a guidance scale above 1."),
 ]
 Height = Annotated[int | None, typer.Option(help="Height of the image in pixels. Default: the model's.")]
 Width = Annotated[int | None, typer.Option(help="Width of the image in pixels. Default: the model's.")]
@@ -34,7 +35,7 @@ Variant = Annotated[str | None, typer.Option(help="Variant of the weight files, 
 Options = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="Option of the method as METHOD.OPTION=VALUE, such as ela.anchor.step_size=0.2. May be repeated."
+        "--set", help="Option of the method as METHOD.OPTION=VALUE, such as ela.anchor.step_size=0.2. Can be repeated."
     ),
 ]
 

@@ -22,9 +22,10 @@ MAX_TEXT_BYTES = 256 * 2**20
 
 # How often a folder is renamed to its place while other processes put theirs there.
 _ATTEMPTS = 100  # renames that lost a race against another writer of the same folder
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # another process put its folder there meanwhile
 
 
-def write_file(path: str | Path, content: bytes) -> Path:
+def write_file(path: str | Path, content: bytes, *, sync: bool = True) -> Path:
     """Write a file completely or not at all; an existing file is replaced.
 
     The content goes to a temporary file with a unique name in the same folder, which is then renamed. A process that is
@@ -35,6 +36,9 @@ def write_file(path: str | Path, content: bytes) -> Path:
     path : str or pathlib.Path
         File to write; its folder must exist.
     content : bytes
+    sync : bool
+        Whether to wait until the disk has the content. Without it the write is as safe against a killed process, but
+        not against a power failure; for files of which a run writes hundreds.
 
     Returns
     -------
@@ -59,21 +63,69 @@ def write_file(path: str | Path, content: bytes) -> Path:
     try:
         with part.open("xb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # a power failure may otherwise leave the new name without the content
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())  # a power failure may otherwise leave the new name without the content
         os.replace(part, target)
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        raise _unwritable(target, error) from error
+        raise unwritable(target, error) from error
     finally:
         with suppress(OSError, ValueError):
             part.unlink(missing_ok=True)
     return target
 
 
+@contextmanager
+def replace_file(path: str | Path) -> Iterator[Path]:
+    """Write a file completely or not at all, for libraries that write to a path: `write_file` in two halves.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        File to write; its folder must exist. An existing file is replaced.
+
+    Yields
+    ------
+    pathlib.Path
+        Path to write to: it has the final name, which some formats repeat in their content, in a temporary folder.
+
+    Raises
+    ------
+    OutputError
+        Raised when the file cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with replace_file(Path(folder, "maps.npz")) as part:
+    ...         np.savez(part, maps=np.zeros(3))
+    ...     [file.name for file in Path(folder).iterdir()]
+    ['maps.npz']
+    """
+    target = Path(path)
+    folder = _sibling(target, "part")
+    try:
+        folder.mkdir()
+        part = folder / target.name
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    except ElakitError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise unwritable(target, error) from error
+    finally:
+        with suppress(OSError, ValueError):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_text(path: str | Path, text: str) -> Path:
     r"""Write a text file in UTF-8, completely or not at all; an existing file is replaced.
 
-    Bytes of a command line that are no valid text (lone surrogates) are written as escapes such as ``\udcff``.
+    Bytes of a command line that are not valid text (lone surrogates) are written as escapes such as ``\udcff``.
 
     Parameters
     ----------
@@ -199,17 +251,20 @@ def read_json(path: str | Path, limit: int = MAX_TEXT_BYTES) -> Any:
 
 
 @contextmanager
-def replace_folder(folder: str | Path) -> Iterator[Path]:
+def replace_folder(folder: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     """Write a folder completely or not at all: the body of the ``with`` statement fills a temporary folder.
 
     When the body has finished, an existing folder is renamed aside, the new folder is renamed to its final name, and
     only then is the old folder deleted. When anything fails, the old folder is back in its place. Temporary folders lie
-    beside the final one, with unique hidden names, so an interrupted earlier call never blocks a later one.
+    next to the final one, with unique hidden names, so an interrupted earlier call never blocks a later one.
 
     Parameters
     ----------
     folder : str or pathlib.Path
-        Final folder; missing parents are created. Whether an existing folder may be replaced is the caller's decision.
+        Final folder; missing parents are created.
+    overwrite : bool
+        Whether an existing folder is replaced, also one that appears while the body runs. If not, it is an error; only
+        an empty folder is still replaced.
 
     Yields
     ------
@@ -219,7 +274,7 @@ def replace_folder(folder: str | Path) -> Iterator[Path]:
     Raises
     ------
     OutputError
-        Raised when the folder cannot be written or renamed.
+        Raised when the folder cannot be written or renamed, or exists and is not to be replaced.
 
     Examples
     --------
@@ -238,11 +293,14 @@ def replace_folder(folder: str | Path) -> Iterator[Path]:
     try:
         part.mkdir(parents=True)
         yield part
-        _swap(part, target, aside)
+        if overwrite:
+            _swap(part, target, aside)
+        else:
+            _rename(part, target)
     except ElakitError:
         raise
     except (OSError, ValueError) as error:
-        raise _unwritable(Path(folder), error) from error
+        raise unwritable(Path(folder), error) from error
     finally:
         with suppress(OSError, ValueError):
             shutil.rmtree(part, ignore_errors=True)
@@ -268,8 +326,7 @@ def _swap(new: Path, target: Path, aside: list[Path]) -> None:
                 os.rename(new, target)
                 return
             except OSError as error:
-                taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
-                if not taken or attempt == _ATTEMPTS - 1:  # taken: another process put its folder there meanwhile
+                if error.errno not in _TAKEN or attempt == _ATTEMPTS - 1:
                     raise
     except BaseException:
         # Also after an interrupt between the two renames. A folder that another writer put there meanwhile stays.
@@ -280,8 +337,20 @@ def _swap(new: Path, target: Path, aside: list[Path]) -> None:
         raise
 
 
+def _rename(new: Path, target: Path) -> None:
+    """Rename a new folder to its place; refuse to replace what another process put there meanwhile."""
+    try:
+        os.rename(new, target)
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            raise
+        raise OutputError(
+            f"{_shown(target)} already exists, and is not replaced. Choose another path, or move what is there."
+        ) from error
+
+
 def leftovers(folder: str | Path) -> list[Path]:
-    """Hidden folders that a killed `replace_folder` of this folder may have left beside it: replaced ones.
+    """Hidden folders that a killed `replace_folder` of this folder may have left next to it: replaced ones.
 
     Parameters
     ----------
@@ -361,7 +430,8 @@ def _sibling(target: Path, suffix: str) -> Path:
     return target.parent / f".{target.name[:_NAME]}.{uuid.uuid4().hex[:12]}.{suffix}"
 
 
-def _unwritable(path: Path, error: Exception) -> OutputError:
+def unwritable(path: Path, error: Exception) -> OutputError:
+    """Error for a file or folder that the file system does not let us write."""
     return OutputError(
         f"{_shown(path)} cannot be written: {_reason(error)}. Free some space, or choose a folder you may write to."
     )

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, overload
 
 import numpy as np
@@ -26,6 +25,7 @@ from elakit.guidance.engine import encoded
 from elakit.guidance.metadata import option_values
 from elakit.guidance.method import Encodes, NoiseSearch
 from elakit.models import Adapter, adapter_for, default_settings, loaded_with, name_of
+from elakit.pipeline import Pipeline
 from elakit.prompt import Prompt, parse
 from elakit.run import Run
 
@@ -86,7 +86,7 @@ class _Rehearsed(Exception):
 
 @overload
 def generate(
-    pipe: Any,
+    pipe: Pipeline,
     prompt: str | Prompt,
     *,
     seed: int = ...,
@@ -100,11 +100,12 @@ def generate(
     record: bool | RecordSpec = ...,
     call: Mapping[str, Any] | None = ...,
     stop_if: Callable[[Progress], object] | None = ...,
+    predicted: bool = ...,
     progress: bool = ...,
 ) -> Run: ...
 @overload
 def generate(
-    pipe: Any,
+    pipe: Pipeline,
     prompt: str | Prompt,
     *,
     seed: Sequence[int],
@@ -118,10 +119,11 @@ def generate(
     record: bool | RecordSpec = ...,
     call: Mapping[str, Any] | None = ...,
     stop_if: Callable[[Progress], object] | None = ...,
+    predicted: bool = ...,
     progress: bool = ...,
 ) -> list[Run]: ...
 def generate(
-    pipe: Any,
+    pipe: Pipeline,
     prompt: str | Prompt,
     *,
     seed: int | Sequence[int] = 0,
@@ -135,6 +137,7 @@ def generate(
     record: bool | RecordSpec = True,
     call: Mapping[str, Any] | None = None,
     stop_if: Callable[[Progress], object] | None = None,
+    predicted: bool = False,
     progress: bool = True,
 ) -> Run | list[Run]:
     """Generate an image, or one image per seed in a batch, recorded and, if requested, guided.
@@ -151,7 +154,7 @@ def generate(
     prompt : str or Prompt
         Prompt to generate.
     seed : int or sequence of int
-        Seed of the starting noise; a sequence generates one image per seed in one batch.
+        Seed of the initial noise; a sequence generates one image per seed in one batch.
     steps : int, optional
         Number of denoising steps; by default the model's (25 for picture-world, otherwise the pipeline's own default).
     guidance_scale : float, optional
@@ -176,6 +179,9 @@ def generate(
         Called with the `Progress` after each step, before guidance moves the latents for the next one. The run ends
         there if it returns True: the image is decoded from the latents of that step, and ``settings["stopped"]`` is
         the number of steps made.
+    predicted : bool
+        Whether `Run.predicted` keeps the image that each step predicts, decoded from its clean latents, for the
+        explorer. Costs one call of the VAE decoder per step; not for pipelines that take an image.
     progress : bool
         Whether the pipeline shows its progress bar.
 
@@ -229,7 +235,13 @@ def generate(
         hint="1 or less switches classifier-free guidance off.",
     )  # fmt: skip
     _check_arguments(negative_prompt, guidance, guide_if, stop_if, record)
+    checks.boolean(predicted, "predicted")
     extra = _call_arguments(adapter, call, guidance)
+    if predicted and _takes_image(adapter, extra):
+        raise SettingError(
+            f"predicted=True is not possible with {type(pipe).__name__}, which begins in the middle of its schedule or "
+            "takes an image; leave it out, or use a text-to-image pipeline."
+        )
     if guidance is not None:
         _check_trainable(pipe)
     with _normal_mode():
@@ -284,6 +296,8 @@ def generate(
             if extra:
                 settings["call"] = _listed(extra)
 
+        kept: list[list[Image.Image]] = []  # what each step predicts, one image per seed
+
         def runs_of(
             images: Sequence[Image.Image], recording: Recording | None, hidden: Sequence[bool] | None = None
         ) -> list[Run]:
@@ -296,11 +310,16 @@ def generate(
                     recording=recording.isel(image=[i]) if recording is not None and len(batch) > 1 else recording,
                     guidance=guide.traces[i] if guide else None,
                     nsfw=bool(hidden and hidden[i]),
+                    predicted=None if not predicted or (hidden and hidden[i]) else tuple(each[i] for each in kept),
                 )
                 for i, (one, image) in enumerate(zip(batch, images, strict=True))
             ]
 
-        waiting = guide_if is not None
+        def images_of(step: int, latents: Tensor, predicted: bool) -> list[Image.Image]:
+            clean = watched.predicted(step) if predicted and watched is not None else None
+            return adapter.decode(latents if clean is None else clean.to(latents.dtype), height, width)
+
+        waiting, keeps = guide_if is not None, predicted
 
         def after(step: int, latents: Tensor) -> Tensor:
             nonlocal waiting
@@ -308,10 +327,10 @@ def generate(
             def runs(decode: bool = True, predicted: bool = False) -> list[Run]:
                 if not decode:
                     return runs_of([Image.new("RGB", (width, height))] * len(batch), recording)
-                clean = watched.predicted(step) if predicted and watched is not None else None
-                shown = latents if clean is None else clean.to(latents.dtype)
-                return runs_of(adapter.decode(shown, height, width), recording)
+                return runs_of(images_of(step, latents, predicted), recording)
 
+            if keeps:
+                kept.append(images_of(step, latents, True))
             so_far = Progress(step, steps, latents, runs, guide.states if guide else ())
             if stop_if is not None and stop_if(so_far):
                 raise _Stopped(so_far)
@@ -320,14 +339,14 @@ def generate(
                 guide.only(_one_each(answer, len(batch)))
             return guide.on_step_end(step, latents) if guide and not waiting else latents
 
-        if guide is not None or stop_if is not None:
+        if guide is not None or stop_if is not None or keeps:
             arguments |= adapter.on_step(after)
         spec = record if isinstance(record, RecordSpec) else RecordSpec()
         recorder = recorded(pipe, parsed, spec) if record else nullcontext(None)
         holding = nullcontext() if guide is None else guide.holding()
         _log.info("Generating %r, seeds %s, %s", parsed.text, batch, settings)
         hidden = None
-        watching = nullcontext(None) if stop_if is None else watched_steps(pipe.scheduler)
+        watching = watched_steps(pipe.scheduler) if keeps or stop_if is not None else nullcontext(None)
         with _progress_bar(pipe, progress), recorder as recording, holding, watching as watched:
             try:
                 output = pipe(**arguments)
@@ -345,7 +364,7 @@ def generate(
     if guide is not None and guide_if is not None:
         for i, run in enumerate(runs):
             run.settings["guided"] = not waiting and i not in guide.left_alone
-    return runs[0] if isinstance(seed, Integral) else runs
+    return runs[0] if checks.is_whole(seed) else runs
 
 
 def _check_arguments(negative_prompt: Any, guidance: Any, guide_if: Any, stop_if: Any, record: Any) -> None:
@@ -355,12 +374,12 @@ def _check_arguments(negative_prompt: Any, guidance: Any, guide_if: Any, stop_if
     if guidance is not None and (
         isinstance(guidance, type) or not all(hasattr(guidance, name) for name in ("loss", "plan", "select"))
     ):
-        raise SettingError(f"guidance={guidance!r} is no guidance method; pass an instance, such as elakit.ELA().")
+        raise SettingError(f"guidance={guidance!r} is not a guidance method; pass an instance, such as elakit.ELA().")
     for name, function in (("guide_if", guide_if), ("stop_if", stop_if)):
         if function is not None and not callable(function):
             checks.refuse(function, name, "a function that takes an elakit.Progress, or None")
     if guide_if is not None and guidance is None:
-        raise SettingError("guide_if decides which images are guided, but there is no guidance: guidance=elakit.ELA().")
+        raise SettingError("guide_if selects images to guide, but guidance is None. Give one, such as elakit.ELA().")
     if guide_if is not None and isinstance(guidance, Encodes):
         raise SettingError(
             f"guide_if cannot be used with {type(guidance).__name__}, which changes the text embeddings before the "
@@ -411,7 +430,7 @@ def _listed(call: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" if isinstance(value, plain) else name for name, value in call.items())
 
 
-def _check_trainable(pipe: Any) -> None:
+def _check_trainable(pipe: Pipeline) -> None:
     """Refuse weights that autograd cannot pass through."""
     for name in ("unet", "transformer"):
         module = getattr(pipe, name, None)
@@ -432,7 +451,7 @@ def _normal_mode() -> Iterator[None]:
 
 
 def _rehearse(
-    pipe: Any, arguments: Mapping[str, Any], generators: Sequence[torch.Generator], enough: Callable[[int], bool]
+    pipe: Pipeline, arguments: Mapping[str, Any], generators: Sequence[torch.Generator], enough: Callable[[int], bool]
 ) -> None:
     """Make the first steps of a plain run, and set the generators back."""
     before = [generator.get_state() for generator in generators]
@@ -467,7 +486,7 @@ def _warn_if_inactive(guide: Guide, steps: int) -> None:
 
 
 @contextmanager
-def _progress_bar(pipe: Any, shown: bool) -> Iterator[None]:
+def _progress_bar(pipe: Pipeline, shown: bool) -> Iterator[None]:
     """Switch a pipeline's progress bar on or off, and back afterwards."""
     before = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**before, "disable": not shown})

@@ -22,7 +22,7 @@ HOOK = "--ContentsManager.pre_save_hook=elakit.saved_notebooks.keep_images"
 def lab(
     folder: Annotated[
         Path | None,
-        typer.Argument(help="Folder to copy the notebooks to. Default: the checkout's notebooks; ./elakit-notebooks."),
+        typer.Argument(help="Folder to copy the notebooks to. Default: ./elakit-notebooks; a checkout opens its own."),
     ] = None,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the server.")] = None,

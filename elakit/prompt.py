@@ -11,11 +11,12 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+from elakit.checks import is_whole
 from elakit.english import ARTICLES, load_reader, phrases, plain_english
 from elakit.errors import ModelError, PromptError
+from elakit.pipeline import HasTokenizer, Pipeline
 from elakit.tokens import (
     Span,
     TextSequence,
@@ -147,7 +148,7 @@ class Prompt:
             if which not in self.entities:
                 raise PromptError(f"{which.text!r} is not an entity of {self.text!r}. {self._choices}")
             return which.token_indices
-        if isinstance(which, Integral) and not isinstance(which, bool):
+        if is_whole(which):
             if not 0 <= which < self.length:
                 raise PromptError(f"Position {which} is outside the text encoder's sequence: 0 to {self.length - 1}.")
             return (int(which),)
@@ -169,7 +170,7 @@ class Prompt:
             raise PromptError(f"{which!r} occurs {len(starts)} times in {self.text!r}: use {labels}.")
         return self._tokens_of(range(starts[0], starts[0] + len(sought)), which)
 
-    def matches(self, pipe: Any) -> bool:
+    def matches(self, pipe: Pipeline | HasTokenizer) -> bool:
         """Return True if a pipeline's tokenizer cuts the text into the tokens of this prompt, at the same positions.
 
         A prompt that was parsed for another family of models does not match: "car" is at position 3 in CLIP and at
@@ -248,7 +249,7 @@ class _Marked(NamedTuple):
     attributes: Sequence[int]
 
 
-def parse(text: str | Prompt, pipe: Any, nlp: Any = None) -> Prompt:
+def parse(text: str | Prompt, pipe: Pipeline | HasTokenizer, nlp: Any = None) -> Prompt:
     """Read the entities of a prompt and find their tokens.
 
     Entities are the noun phrases of the text; `elakit.english.phrases` lists the exceptions, such as "a photo of" and
@@ -324,7 +325,7 @@ def parse(text: str | Prompt, pipe: Any, nlp: Any = None) -> Prompt:
     )
 
 
-def _for_pipeline(prompt: Prompt, pipe: Any) -> Prompt:
+def _for_pipeline(prompt: Prompt, pipe: Pipeline | HasTokenizer) -> Prompt:
     """Return the same text and entities with the tokens of another pipeline."""
     tokens, end_index, length, start_index, ends = _positions(
         _read_tokens(prompt.text, prompt.words, prompt.word_labels, pipe)
@@ -357,7 +358,7 @@ def _for_pipeline(prompt: Prompt, pipe: Any) -> Prompt:
     )
 
 
-def _read_tokens(text: str, words: Sequence[Span], labels: Sequence[str], pipe: Any) -> Tokens:
+def _read_tokens(text: str, words: Sequence[Span], labels: Sequence[str], pipe: Pipeline | HasTokenizer) -> Tokens:
     sequences = _sequences(pipe)
     for sequence in sequences:
         _check_text(text, pipe, sequence.tokenizer)
@@ -379,7 +380,7 @@ def _tokens_by_word(tokens: Iterable[Token]) -> dict[int, list[int]]:
     return of_word
 
 
-def _sequences(pipe: Any) -> tuple[TextSequence, ...]:
+def _sequences(pipe: Pipeline | HasTokenizer) -> tuple[TextSequence, ...]:
     """Return the token sequences that a pipeline's denoiser attends to."""
     tokenizer = getattr(pipe, "tokenizer", None)
     encoder = getattr(pipe, "text_encoder", None)
@@ -387,7 +388,7 @@ def _sequences(pipe: Any) -> tuple[TextSequence, ...]:
     if getattr(pipe, "transformer", None) is not None or other or (tokenizer is None and hasattr(pipe, "tokenizer_2")):
         from elakit.models import adapter_for  # a slow import that a CLIP prompt does not need
 
-        return adapter_for(pipe).text()
+        return adapter_for(cast(Pipeline, pipe)).text()  # which refuses anything else
     if tokenizer is None:
         raise ModelError(
             f"{type(pipe).__name__} has no tokenizer. Pass a text-to-image pipeline, such as "
@@ -396,7 +397,7 @@ def _sequences(pipe: Any) -> tuple[TextSequence, ...]:
     return (TextSequence("clip", tokenizer, 0, encoder_length(pipe, tokenizer)),)
 
 
-def _check_text(text: str, pipe: Any, tokenizer: Any) -> None:
+def _check_text(text: str, pipe: Pipeline | HasTokenizer, tokenizer: Any) -> None:
     if not text.strip():
         raise PromptError(f'The prompt is empty: {text!r}. Describe an image, such as "a red car and a blue bird".')
     try:

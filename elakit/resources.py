@@ -1,4 +1,4 @@
-"""Paths of the shipped data and notebooks: inside an installed package, or beside it in a checkout."""
+"""Paths of the shipped data and notebooks: inside an installed package, or next to it in a checkout."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Run:
     image : PIL.Image.Image
     prompt : Prompt
     seed : int
-        Seed of the starting noise.
+        Seed of the initial noise.
     settings : dict
         steps, guidance_scale, height, width, negative_prompt, model, scheduler, method (None for a plain run); stopped
         (number of steps made) if the run was ended early; guided if ``guide_if`` decided.
@@ -56,6 +56,8 @@ class Run:
         Trace of guidance; None for a plain run.
     nsfw : bool
         True if the pipeline's safety checker replaced the image; such an image is not judged.
+    predicted : tuple of PIL.Image.Image or None
+        Image that each step predicts, if the run was generated with ``predicted=True`` and its image was not replaced.
     """
 
     image: Image.Image
@@ -65,6 +67,7 @@ class Run:
     recording: Recording | None = None
     guidance: Trace | None = None
     nsfw: bool = False
+    predicted: tuple[Image.Image, ...] | None = None
 
     @property
     def label(self) -> str:
@@ -91,9 +94,9 @@ class Run:
 
     @cached_property
     def verdict(self) -> Verdict | None:
-        """Result of the embedded judge; None if it cannot judge the image.
+        """Result of the built-in judge; None if it cannot judge the image.
 
-        The embedded judge knows images of the embedded model and prompts of that model's nouns and colors. Judge other
+        The built-in judge knows images of the built-in model and prompts of that model's nouns and colors. Judge other
         images with `elakit.judge.judge` and a detector, and pass the verdict to `measure`. An entirely black image is
         not judged, nor is one that the pipeline's safety checker replaced.
         """
@@ -169,9 +172,13 @@ class Run:
         folder = Path(folder)
         if os.path.lexists(folder) and not (overwrite and os.path.isfile(folder / "run.json")):
             remedy = "pass overwrite=True or " if os.path.isfile(folder / "run.json") else ""
-            raise OutputError(f"{folder} exists already; {remedy}choose another folder.")
+            raise OutputError(f"{folder} already exists; {remedy}choose another folder.")
         with files.replace_folder(folder) as new:
             self.image.save(new / "image.png")
+            if self.predicted is not None:
+                os.mkdir(new / "predicted")
+                for step, image in enumerate(self.predicted):
+                    image.save(new / "predicted" / f"{step:04d}.png")
             if self.recording is not None:
                 self.recording.save(new / "recording.zarr")
             if self.guidance is not None and self.guidance.regions is not None:
@@ -233,13 +240,22 @@ def open_run(folder: str | Path) -> Run:
         Raised when the folder is not a run, is damaged, or was written by another version of elakit.
     RecordingError
         Raised when its recording is damaged.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> from tempfile import TemporaryDirectory
+    >>> run = elakit.generate(elakit.load("picture-world"), "a [red car]", seed=3, steps=1, progress=False)
+    >>> with TemporaryDirectory() as folder:
+    ...     open_run(run.save(f"{folder}/car")).seed
+    3
     """
     folder = Path(folder)
     if not os.path.isfile(folder / "run.json"):
         aside = files.leftovers(folder)
         kept = f" An interrupted save kept the replaced run in {aside[-1]}; rename it to {folder}." if aside else ""
         raise OutputError(
-            f"{folder} holds no elakit run: there is no run.json. Give a folder of `run.save(...)`.{kept}"
+            f"{folder} contains no elakit run: there is no run.json. Give a folder written by `run.save(...)`.{kept}"
         )
     table = files.read_json(folder / "run.json")
     with _intact(folder / "run.json"):
@@ -247,12 +263,16 @@ def open_run(folder: str | Path) -> Run:
         prompt = Prompt.from_dict(table["prompt"])
         seed, settings, traced, nsfw = table["seed"], table["settings"], table["guidance"], table["nsfw"]
         if type(seed) is not int or not isinstance(settings, dict) or not isinstance(nsfw, bool):
-            raise ValueError("seed, settings or nsfw is of a wrong type")
+            raise ValueError("seed, settings or nsfw has the wrong type")
         for name, value in settings.items():
             if not isinstance(value, str | int | float | bool | None):
-                raise ValueError(f"the setting {name} is of a wrong type")
+                raise ValueError(f"the setting {name} has the wrong type")
     with _intact(folder / "image.png"):
         image = _read_image(folder / "image.png")
+    predicted = None
+    if os.path.isdir(folder / "predicted"):
+        with _intact(folder / "predicted"):
+            predicted = tuple(_read_image(path) for path in sorted((folder / "predicted").iterdir()))
     trace = None
     if traced is not None:
         masks: dict[int, np.ndarray] = {}
@@ -267,7 +287,7 @@ def open_run(folder: str | Path) -> Run:
     if os.path.exists(folder / "recording.zarr"):
         with _intact(folder / "recording.zarr"):
             recording = open_recording(folder / "recording.zarr")
-    return Run(image, prompt, seed, settings, recording, trace, nsfw)
+    return Run(image, prompt, seed, settings, recording, trace, nsfw, predicted)
 
 
 def compare(runs: Sequence[Run]) -> pd.DataFrame:

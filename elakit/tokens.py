@@ -17,6 +17,7 @@ from operator import itemgetter
 from typing import Any, Literal, TypeAlias
 
 from elakit.errors import ModelError, PromptError
+from elakit.pipeline import HasTokenizer, Pipeline
 
 Span: TypeAlias = tuple[int, int]  # first character, and the one after the last
 
@@ -145,6 +146,17 @@ def may_split(text: str, at: int) -> bool:
     if not 0 < at < len(text) or unicodedata.category(text[at]).startswith("M"):
         return False
     return bool(_UNSPACED.match(text[at - 1]) or _UNSPACED.match(text[at]))
+
+
+def word_of(label: str) -> str:
+    """Return the word of a label.
+
+    Examples
+    --------
+    >>> word_of("red#2"), word_of("car")
+    ('red', 'car')
+    """
+    return label.partition("#")[0]
 
 
 def label_words(text: str, words: Sequence[Span]) -> tuple[str, ...]:
@@ -327,7 +339,7 @@ def _align_by_words(text: str, words: Sequence[Span], sequence: TextSequence) ->
     ]
 
 
-def encoder_length(pipe: Any, tokenizer: Any) -> int:
+def encoder_length(pipe: Pipeline | HasTokenizer, tokenizer: Any) -> int:
     """Return the number of positions that a pipeline's text encoder takes.
 
     Raises
@@ -339,5 +351,5 @@ def encoder_length(pipe: Any, tokenizer: Any) -> int:
     if length is None or length > 10**6:  # tokenizers report a huge number if they have no limit
         length = getattr(getattr(getattr(pipe, "text_encoder", None), "config", None), "max_position_embeddings", None)
     if length is None:
-        raise ModelError("The tokenizer states no maximum length. Set pipe.tokenizer.model_max_length (77 for CLIP).")
+        raise ModelError("The tokenizer has no maximum length. Set pipe.tokenizer.model_max_length (77 for CLIP).")
     return int(length)

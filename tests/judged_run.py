@@ -34,7 +34,7 @@ def corner(run: Run, labels: tuple[str, ...] = ("car", "bird")) -> xr.DataArray:
 
 
 def embedded(monkeypatch: pytest.MonkeyPatch, text: str = PAIR) -> tuple[Run, list[str]]:
-    """A run that claims to come from the embedded model, and a list that collects the prompts of its verdicts."""
+    """A run that claims to come from the built-in model, and a list that collects the prompts of its verdicts."""
     generated, judged = generated_run(text), []
     generated.settings["model"] = "picture-world"
 

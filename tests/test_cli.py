@@ -53,7 +53,7 @@ def test_run_saves_what_open_run_opens(
     assert call(monkeypatch, "run", PAIR, "--method", "ela", "--steps", "3", "--out", str(folder)) == 0
     assert elakit.open_run(folder).guidance.method == "ela"
     assert call(monkeypatch, "run", PAIR, "--steps", "3", "--out", str(folder)) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_run_takes_the_options_of_generation_and_prints_verdict_and_image(

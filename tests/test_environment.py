@@ -18,8 +18,6 @@ from packaging.specifiers import SpecifierSet
 import elakit
 
 ROOT = Path(__file__).parents[1]
-# Imported where they are used, with a message that names the package to install.
-OPTIONAL = {"imageio-ffmpeg"}
 CONDA_NAMES = {"lazy-loader": "lazy_loader", "torch": "pytorch", "huggingface-hub": "huggingface_hub"}
 
 
@@ -85,23 +83,36 @@ def test_pip_accepts_the_pip_section_of_environment_yml(tmp_path: Path) -> None:
     assert found.requirement.endswith(ROOT.name) or found.requirement.rstrip("/.") in (str(ROOT), "")
 
 
+def imported_packages(tree: ast.AST) -> set[str]:
+    """Packages that a module imports, at the top or in functions, but not for type checkers only."""
+    found = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+        elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            found |= imported_packages(node)
+    return found
+
+
 def test_every_import_is_declared() -> None:
-    imported = {"resvg_py", "distributed", "sklearn"}  # optional ones are imported in functions
+    imported = set()
     for path in (ROOT / "elakit").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                imported.add(node.module.split(".")[0])
+        imported |= imported_packages(ast.parse(path.read_text(encoding="utf-8")))
+    assert {"torch", "sklearn", "imageio_ffmpeg", "resvg_py"} <= imported  # the last three in functions
     others = {name.replace("_", "-").lower() for name in imported - set(sys.stdlib_module_names) - {"elakit"}}
     names = {"pil": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "resvg-py": "resvg-py"}
-    declared = set(full_set()) | {split(one)[0] for one in project()["optional-dependencies"]["train"]}
-    assert {names.get(name, name) for name in others} - declared - OPTIONAL == set()
+    extras = project()["optional-dependencies"]
+    declared = set(full_set()) | {split(one)[0] for extra in ("train", "video") for one in extras[extra]}
+    assert {names.get(name, name) for name in others} - declared == set()
 
 
 def test_the_version_has_one_place() -> None:
     assert "version" in project()["dynamic"]
-    assert f"version: {elakit.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == elakit.__version__
+    assert [author["name"] for author in citation["authors"]] == [author["name"] for author in project()["authors"]]
     assert f"## {elakit.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 

@@ -47,6 +47,19 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert names(tmp_path) == ["table.json"]
 
 
+def test_a_library_that_breaks_off_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "maps.npz"
+    with files.replace_file(path) as part:
+        assert part.name == path.name  # np.savez appends a suffix to other names
+        part.write_bytes(b"old")
+    with pytest.raises(TypeError), files.replace_file(path) as part:
+        part.open("wb").write("half")  # bytes are wanted
+    with pytest.raises(OutputError, match=r"maps\.npz cannot be written"), files.replace_file(path):
+        pass  # nothing was written
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["maps.npz"]
+
+
 def test_leftovers_of_a_killed_process_with_the_same_id_do_not_matter(tmp_path: Path) -> None:
     # containers start every process with the same id, so names that repeat with it would clash
     for number in range(2):
@@ -81,6 +94,16 @@ def test_a_folder_is_replaced_and_nothing_else_remains(tmp_path: Path) -> None:
     folder_with(tmp_path / "deep" / "run", "new")
     assert (tmp_path / "deep" / "run" / "content.txt").read_text() == "new"
     assert names(tmp_path / "deep") == ["run"]
+
+
+def test_a_folder_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match="already exists, and is not replaced"),
+        files.replace_folder(tmp_path / "run", overwrite=False),
+    ):
+        folder_with(tmp_path / "run", "first")
+    assert (tmp_path / "run" / "content.txt").read_text() == "first"
+    assert names(tmp_path) == ["run"]
 
 
 def test_an_error_in_the_body_leaves_the_old_folder(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_images_that_the_safety_checker_replaced_are_reported_and_not_judged(tmp
         runs = generate(pipe, PAIR, seed=[5, 6], steps=2, progress=False)
     assert [run.nsfw for run in runs] == [False, True]
     for run in runs:
-        run.settings["model"] = "picture-world"  # whose images the embedded judge knows
+        run.settings["model"] = "picture-world"  # whose images the built-in judge knows
     assert runs[0].verdict is not None
     assert runs[1].verdict is None
     assert "hidden by the safety checker" in repr(runs[1])

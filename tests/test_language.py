@@ -53,7 +53,16 @@ RULES = [
     Rule(r"\b(?:analys(?:e|ed|es(?= (?:the|a|an|it))|ing|er)|catalogue\w*|centre\w*|metre\w*|fibre\w*|artefact\w*|licence\w*|defence|offence|"
          r"programme\w*|cancell(?:ed|ing)|labell(?:ed|ing)|modell(?:ed|ing)|travell\w+|fulfil|whilst|amongst|towards|judgement\w*|learnt|"
          r"burnt|spelt|dreamt|ageing|sceptic\w*|aeroplane\w*)\b", "American spelling"),
+    # word order and words of other languages
+    Rule(r"\b(?:exists|is (?:a|an|being) \w+) already\b", "already exists, is already a ..."),
+    Rule(r"(?<!there )\b(?:is|are) no (?:valid|entity|hybrid|method|predictor|error|guidance method)\b", "is not a ..."),
+    Rule(r"\bwould pass (?:the|its) budget\b", "would exceed the budget"),
+    Rule(r"\blikeliest\b", "most likely"),
+    # numbers
+    Rule(r"(?:\A|(?<=[0-9]))[ \u00a0]%(?=[\s.,;:)\"'|]|\Z)", "95%: no space before the percent sign"),
+    Rule(r"\bsteps? \d+(?: of \d+)?,? counted from 0", "step 1 of 25: steps count from 1 in text"),
     # words of the former private dialect
+    Rule(r"\bembedded (?:models?|judge)\b", "built-in model, built-in judge", paths=r"^(?!elakit/world|data)"),
     Rule(r"\bpictures?\b(?![- ]?world)", "image (picture only in the name picture-world)", paths=r"^(?!elakit/world/scenes)"),
     Rule(r"\bpictured?\b(?=s)|\bpictured\b", "image"),
     Rule(r"\bfor(?:e)?(?:tell|tells|told|telling|teller)\b(?<!\bfor)", "predict, prediction"),
@@ -220,6 +229,9 @@ def test_the_patterns_match_what_the_style_page_bans() -> None:
         "The cells of the map",
         "The centre's colour",
         "so many steps",
+        "95 % interval",
+        "at step 4 of 25, counted from 0",
+        "the embedded judge",
     ]
     for text in banned:
         assert any(re.search(rule.pattern, text, rule.flags) for rule in RULES), text
@@ -230,9 +242,19 @@ def test_the_patterns_match_what_the_style_page_bans() -> None:
         "A mask of the image.",
         "size of a map",
         "so many that",
+        "95% interval",
+        "at step 5 of 25",
     ]
     for text in good:
         assert not any(re.search(rule.pattern, text, rule.flags) for rule in RULES if not rule.paths), text
+
+
+def test_widgets_and_reports_write_percentages_like_the_rest() -> None:
+    shown = [path for kind in ("js", "jinja") for path in (ROOT / "elakit").rglob(f"*.{kind}")]
+    assert len(shown) > 5
+    for path in shown:
+        spaced = re.findall(r".*[0-9}] %(?=[\s.,;)\"`<]).*", path.read_text(encoding="utf-8"))
+        assert not spaced, f"{path.name}: no space before the percent sign: {spaced}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom on the embedded model, and its saved outputs are those of its code.
+"""Every notebook runs from top to bottom on the built-in model, and its saved outputs are those of its code.
 
 By default only the first notebook runs as a whole; the code of the others is checked against the names and arguments
 of the package.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -34,6 +35,13 @@ def test_the_page_on_guidance_lists_every_method_once_per_table() -> None:
         assert rows.count(name) == 3, f"{name}: one row each for loss, updates and source"
 
 
+def test_the_readme_names_every_method() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    methods = " ".join(text[text.index("## Methods") : text.index("## Sweeps")].lower().split())
+    for kind in METHODS.values():
+        assert kind.title.lower() in methods or f"elakit.{kind.__name__}()".lower() in methods, kind.title
+
+
 def test_the_page_on_errors_lists_every_error() -> None:
     text = (DOCS / "errors.md").read_text(encoding="utf-8")
     kinds = {name for name, kind in vars(elakit.errors).items() if isinstance(kind, type)}
@@ -49,6 +57,28 @@ def test_links_and_files_exist(page: Path) -> None:
         assert path.resolve().exists(), target
     for path in re.findall(r"`((?:docs|elakit|tests|notebooks|data)/[\w./-]+\.(?:md|py|ipynb|toml|json))`", text):
         assert (ROOT / path).exists() or path.endswith("separate.py"), path
+
+
+def test_badges_open_notebooks_of_this_repository() -> None:
+    files = [ROOT / "README.md", *PAGES, *sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    urls = set(re.findall(r"https://(?:colab\.research\.google\.com/github|mybinder\.org/v2)/[^)\s\"\\]+", text))
+    assert {urlsplit(url).netloc for url in urls} == {"colab.research.google.com", "mybinder.org"}
+    repositories = set()
+    for url in urls:
+        parts = urlsplit(url)
+        if parts.netloc == "mybinder.org":
+            _, _, service, owner, name, branch = parts.path.split("/")
+            assert (service, set(parse_qs(parts.query))) == ("gh", {"labpath"}), url
+            (path,) = parse_qs(parts.query)["labpath"]
+            assert (ROOT / "environment.yml").is_file()  # from which Binder builds
+        else:
+            _, _, owner, name, kind, branch, path = parts.path.split("/", 6)
+            assert (kind, parts.query) == ("blob", ""), url
+        assert branch == "main", url
+        assert (ROOT / path).is_file(), url
+        repositories.add((owner, name))
+    assert len(repositories) == 1
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:

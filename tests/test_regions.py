@@ -118,7 +118,7 @@ def test_background_rule_compares_each_cell_with_start_of_text():
 
 
 def test_mean_std_and_quantile_thresholds():
-    row = np.array([[0.0, 1.0, 2.0, 3.0, 4.0]])  # mean 2, standard deviation 1.41; 60 % quantile 2.4
+    row = np.array([[0.0, 1.0, 2.0, 3.0, 4.0]])  # mean 2, standard deviation 1.41; 60% quantile 2.4
     above_mean = localize([row], binarization="mean-std", min_area=0).masks[0, 0]
     assert above_mean.tolist() == [False] * 4 + [True]
     above_quantile = localize([row], binarization="quantile", quantile=0.6, min_area=0).masks[0, 0]

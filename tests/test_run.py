@@ -43,12 +43,22 @@ def test_a_run_is_saved_whole_and_opens_as_it_was(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+def test_predicted_images_are_saved_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    run = generate(tiny_pipeline(), PAIR, steps=3, predicted=True, progress=False)
+    folder = run.save(tmp_path / "run")
+    again = open_run(folder)
+    assert [image.tobytes() for image in again.predicted or ()] == [image.tobytes() for image in run.predicted or ()]
+    (folder / "predicted" / "0001.png").write_bytes(b"no image")
+    with pytest.raises(OutputError, match="predicted is damaged"):
+        open_run(folder)
+
+
 def test_a_folder_that_is_no_run_is_neither_opened_nor_replaced(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     run = generate(tiny_pipeline(), PAIR, steps=2, progress=False)
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="already exists"):
         run.save(tmp_path, overwrite=True)
-    with pytest.raises(OutputError, match="holds no elakit run"):
+    with pytest.raises(OutputError, match="contains no elakit run"):
         open_run(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
@@ -73,7 +83,7 @@ def test_regions_without_a_recording_say_what_to_do() -> None:
 
 def test_a_black_image_is_not_judged_and_its_attention_is_measured() -> None:
     run = generate(tiny_pipeline(), PAIR, steps=2, progress=False)
-    run.settings["model"] = "picture-world"  # the embedded judge knows its images
+    run.settings["model"] = "picture-world"  # the built-in judge knows its images
     seen = replace(run)
     seen.image = Image.new("RGB", run.image.size, "navy")
     run.image = Image.new("RGB", run.image.size)

@@ -1,13 +1,16 @@
 from .concepts import ConceptMaps as ConceptMaps
 from .concepts import map_concepts as map_concepts
 from .editing import Edit as Edit
-from .editing import biased as biased
 from .editing import edit as edit
 from .recorder import paused as paused
 from .recorder import record as record
 from .recorder import record_image as record_image
 from .recording import Recording as Recording
 from .recording import open_recording as open_recording
+from .rescoring import Change as Change
+from .rescoring import Site as Site
+from .rescoring import changeable_layers as changeable_layers
+from .rescoring import rescored as rescored
 from .spec import Plan as Plan
 from .spec import RecordSpec as RecordSpec
 from .spec import SelfAttention as SelfAttention

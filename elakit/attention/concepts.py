@@ -21,6 +21,8 @@ from elakit.errors import RecordingError, SettingError
 from elakit.measures.arrays import resize
 from elakit.models import Adapter, AttentionLayer, adapter_for
 from elakit.models.adapter import argument, is_a
+from elakit.models.device import compute_dtype
+from elakit.pipeline import Pipeline
 from elakit.prompt import Prompt, parse
 
 
@@ -95,17 +97,17 @@ class ConceptMaps:
 
 @contextmanager
 def map_concepts(
-    pipe: Any, prompt: Prompt | str, words: Sequence[str], *, layers: str | Sequence[str] = "all"
+    pipe: Pipeline, prompt: Prompt | str, words: Sequence[str], *, layers: str | Sequence[str] = "all"
 ) -> Iterator[ConceptMaps]:
     """Map concepts that need not be in the prompt onto the images of the runs inside the ``with`` block.
 
-    The image is the same, bit for bit, as without the block: the concepts see the image, and the image does not see
-    them.
+    The image is the same, bit for bit, as without the block: the concepts attend to the image, and the image does not
+    attend to them.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
-        Pipeline with cross-attention (Stable Diffusion, SDXL, PixArt), FLUX.1 or Stable Diffusion 3.
+        Pipeline of Stable Diffusion, SDXL, Kolors, PixArt, FLUX.1 or Stable Diffusion 3.
     prompt : Prompt or str
         The prompt that the pipeline is called with.
     words : sequence of str
@@ -118,8 +120,8 @@ def map_concepts(
     ConceptMaps
         Its values are not attention of the run, because the run has no such token:
 
-        * cross-attention, kind "probability": the attention that a token of the concept would get if it stood beside
-          the tokens of the prompt, ``exp(s_c) / (sum_t exp(s_t) + exp(s_c))``, the mean over the tokens of a concept;
+        * cross-attention, kind "probability": the attention that a token of the concept would get if it were
+          appended to the prompt, ``exp(s_c) / (sum_t exp(s_t) + exp(s_c))``, the mean over the tokens of a concept;
         * FLUX.1 and Stable Diffusion 3, kind "similarity": ConceptAttention. The concepts are a second text stream that
           attends to itself and to the image; the map is the softmax over the concepts of the dot product between the
           attention outputs of a location and of each concept.
@@ -129,7 +131,7 @@ def map_concepts(
     SettingError
         When no concept is given, or only one for FLUX.1 or Stable Diffusion 3.
     RecordingError
-        When the model has neither cross-attention nor such double stream blocks; in the cases of `elakit.record`.
+        When the family, or the selected layers, cannot map concepts; in the cases of `elakit.record`.
 
     References
     ----------
@@ -158,8 +160,9 @@ def map_concepts(
         )
     if not cross and not double:
         raise RecordingError(
-            f"{adapter.family} has neither cross-attention nor double stream blocks of FLUX.1 or Stable Diffusion 3 in "
-            "the selected layers, which maps of concepts need."
+            f"{adapter.family} with layers={layers!r}: concepts that are not in the prompt can be mapped in the "
+            "cross-attention of Stable Diffusion, SDXL, Kolors and PixArt, and in the double stream blocks of FLUX.1 "
+            "and Stable Diffusion 3. Add the words to the prompt and record the run with `elakit.record`."
         )
     states = [_states(adapter, word) for word in words]
     found = ConceptMaps(words, "probability" if cross else "similarity")
@@ -210,16 +213,28 @@ class _Cross(_Reader):
     """Concepts beside the prompt in cross-attention."""
 
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
+        self.projected = _projected(self.denoiser, self.states)
         stack.enter_context(tap(layers, self.on_attention))
 
     @torch.no_grad()
     def on_attention(self, layer: AttentionLayer, attend: Attend, size: Size) -> None:
         if self.seen is None:
             return
-        every = attend(self.seen.rows, self.states)  # (images, heads, h*w, text positions and concept tokens)
+        every = attend(self.seen.rows, self.projected)  # (images, heads, h*w, text and concept tokens)
         text, own = every.split([every.shape[-1] - len(self.states), len(self.states)], dim=-1)
         alone = own / (text.sum(-1, keepdim=True) + own)  # each token beside the prompt only
         self.found.add(self.by_concept(alone).mean(1).movedim(-1, 1), size)
+
+
+@torch.no_grad()
+def _projected(denoiser: Any, states: Tensor) -> Tensor:
+    """Text states as the keys see them: behind the denoiser's own projection in PixArt and Kolors."""
+    projection = getattr(denoiser, "caption_projection", None)
+    if getattr(denoiser.config, "encoder_hid_dim_type", None) == "text_proj":
+        projection = denoiser.encoder_hid_proj
+    elif moved := getattr(denoiser, "text_encoder_hid_proj", None):  # Kolors with an IP-Adapter
+        projection = moved
+    return states if projection is None else projection(states.to(compute_dtype(denoiser)))
 
 
 class _Stream(_Reader):

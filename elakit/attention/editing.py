@@ -7,7 +7,7 @@ that layers accept, so no processor is replaced, and a recording contains the ch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +23,11 @@ from elakit.attention.running import SeenCall, Watch
 from elakit.attention.spec import END, START, find_tokens, select_layers
 from elakit.attention.taps import ADDED_SCORES, check_processor, scores_mask
 from elakit.errors import RecordingError, SettingError
+from elakit.measures.arrays import area_mean
 from elakit.models import Adapter, AttentionLayer, adapter_for
 from elakit.models.adapter import Layout as CallLayout
 from elakit.models.adapter import argument
+from elakit.pipeline import Pipeline
 from elakit.prompt import Entity, Prompt, parse
 
 
@@ -99,14 +101,14 @@ class Edit:
         steps = self.steps
         numbers = (steps.start, steps.stop) if isinstance(steps, slice) else _as_sequence(steps)
         if any(number is not None and number < 0 for number in numbers):
-            raise SettingError(f"steps is {steps}; count calls from the start: 0, 1, 2...")
+            raise SettingError(f"steps is {steps}; count calls from the start of the run: 0, 1, 2, ...")
         if isinstance(steps, slice) and steps.step is not None and steps.step < 1:
             raise SettingError(f"steps is {steps}; its stride must be positive.")
         if self.region is not None:
             region = _region(self.region)
-            if region.ndim != 2 or not region.numel():
-                raise SettingError(f"region has shape {tuple(region.shape)}; give (y, x), at least one location.")
-            if not bool(torch.isfinite(region).all()) or float(region.min()) < 0 or float(region.max()) > 1:
+            if region.ndim != 2 or not region.size:
+                raise SettingError(f"region has shape {region.shape}; give (y, x), at least one location.")
+            if not np.isfinite(region).all() or region.min() < 0 or region.max() > 1:
                 raise SettingError("region has values outside 0 to 1; give booleans or the share of each location.")
 
     @property
@@ -124,7 +126,7 @@ class Edit:
 
 
 @contextmanager
-def edit(pipe: Any, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> Iterator[None]:
+def edit(pipe: Pipeline, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> Iterator[None]:
     """Change the attention of the runs of ``pipe`` inside the ``with`` block.
 
     Only rows of a batch that see the prompt are changed, and only the attention of the image's locations. Edits of one
@@ -165,124 +167,30 @@ def edit(pipe: Any, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> Itera
     >>> float(car[:, :8].max()), bool(car[:, 8:].min() > 0)
     (0.0, True)
     """
-    with _hooked(_Editor(adapter_for(pipe), parse(prompt, pipe), [edits] if isinstance(edits, Edit) else list(edits))):
-        yield
-
-
-BiasOf = Callable[[AttentionLayer, tuple[int, int], int], Tensor | None]
-
-
-@contextmanager
-def biased(pipe: Any, bias_of: BiasOf) -> Iterator[None]:
-    """Add a bias, computed for each image of a batch, to the attention scores of each pass inside the block.
-
-    Parameters
-    ----------
-    pipe : diffusers.DiffusionPipeline
-        Pipeline of a supported family.
-    bias_of : callable
-        ``bias_of(layer, (h, w), text positions)`` is called as each layer runs, and returns what is added to the scores
-        before the softmax, (image, h*w, text positions); None adds nothing and leaves the pass the same, bit for bit.
-
-    Notes
-    -----
-    As in `edit`, only rows that see the prompt are changed, and passes inside `paused` are not.
-
-    Examples
-    --------
-    >>> import elakit, torch
-    >>> pipe = elakit.load("picture-world")
-    >>> prompt = elakit.parse("a [cat] and a [lion]", pipe)
-    >>> def no_lion(layer, size, positions):
-    ...     bias = torch.zeros(1, size[0] * size[1], positions)
-    ...     bias[..., list(prompt.entities[1].token_indices)] = -50
-    ...     return bias
-    >>> with biased(pipe, no_lion), elakit.record(pipe, prompt) as recording:
-    ...     image = pipe(prompt.text, num_inference_steps=1).images[0]
-    >>> float(recording.maps("lion").max()) < 1e-6 < float(recording.maps("cat").max())
-    True
-    """
-    with _hooked(_Bias(adapter_for(pipe), bias_of)):
-        yield
-
-
-@contextmanager
-def _hooked(source: _Source) -> Iterator[None]:
-    for layer in source.layers:
+    editor = _Editor(adapter_for(pipe), parse(prompt, pipe), [edits] if isinstance(edits, Edit) else list(edits))
+    for layer in editor.layers:
         check_processor(layer)
     with ExitStack() as stack:
-        stack.callback(source.watch.close)
-        if not all(layer.takes_mask for layer in source.layers):
-            stack.enter_context(biasing(source.pending.bias_of))
+        stack.callback(editor.watch.close)
+        if not all(layer.takes_mask for layer in editor.layers):
+            stack.enter_context(biasing(editor.pending.bias_of))
         hooks = stack.enter_context(Hooks())
-        hooks.before(source.adapter.denoiser, source.before_call)
-        for layer in source.layers:
-            _LayerHook(source, layer).place(hooks)
+        hooks.before(editor.adapter.denoiser, editor.before_call)
+        for layer in editor.layers:
+            _LayerHook(editor, layer).place(hooks)
         yield
 
 
-class _Source:
-    """Source of the biases, and the call in progress."""
+class _Editor:
+    """The edits of one block, and the call in progress."""
 
-    def __init__(self, adapter: Adapter, layers: Sequence[AttentionLayer], prompt: Prompt | None = None) -> None:
+    def __init__(self, adapter: Adapter, prompt: Prompt, edits: Sequence[Edit]) -> None:
         self.adapter = adapter
-        self.layers = layers
+        self.prompt = prompt
+        self.edits = edits
         self.watch = Watch(adapter, prompt)
         self.seen: SeenCall | None = None  # the call in progress
         self.pending = _Pending()
-
-    def before_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.pending.clear()
-        self.end()
-        self.seen = self.watch.read(args, kwargs)
-        if self.seen is not None:
-            self.begin()
-
-    def begin(self) -> None:
-        """Begin a call that sees the prompt."""
-        raise NotImplementedError
-
-    def end(self) -> None:
-        """End the last call."""
-        raise NotImplementedError
-
-    def bias(self, layer: AttentionLayer, size: tuple[int, int], text: int, like: Tensor) -> Tensor | None:
-        """Bias of the scores of a layer, (h*w, text positions) or (row that sees the prompt, h*w, text positions); None
-        if there is none."""
-        raise NotImplementedError
-
-    def replaced(
-        self, layer: AttentionLayer, size: tuple[int, int], text: int
-    ) -> list[tuple[list[int], list[int], Tensor]]:
-        """Replacements in a layer: positions, the positions that replace them, and the share at each location."""
-        return []
-
-
-class _Bias(_Source):
-    """One bias per image."""
-
-    def __init__(self, adapter: Adapter, bias_of: BiasOf) -> None:
-        super().__init__(adapter, adapter.layers())
-        self.bias_of = bias_of
-        self.going = False
-
-    def begin(self) -> None:
-        self.going = True
-
-    def end(self) -> None:
-        self.going = False
-
-    def bias(self, layer: AttentionLayer, size: tuple[int, int], text: int, like: Tensor) -> Tensor | None:
-        bias = self.bias_of(layer, size, text) if self.going else None
-        return None if bias is None else bias.clamp(min=NEVER).to(like.device, like.dtype)
-
-
-class _Editor(_Source):
-    """The edits of one block."""
-
-    def __init__(self, adapter: Adapter, prompt: Prompt, edits: Sequence[Edit]) -> None:
-        self.prompt = prompt
-        self.edits = edits
         self.calls = 0
         self.active: tuple[int, ...] = ()  # edits that act in the call in progress
         known = adapter.layers()
@@ -298,18 +206,19 @@ class _Editor(_Source):
                         f"like={each.like!r}: layer {joint[0]} has joint attention to image and text, where logits "
                         "cannot be replaced. Use scale or add, or a model with cross-attention."
                     )
-        layers = [layer for layer in known if any(layer.name in names for names in self.named)]
-        super().__init__(adapter, layers, prompt)
+        self.layers = [layer for layer in known if any(layer.name in names for names in self.named)]
         self._made: dict[Any, Tensor | None] = {}
 
-    def begin(self) -> None:
-        self.active = tuple(i for i, each in enumerate(self.edits) if each.acts(self.calls))
-        self.calls += 1
-
-    def end(self) -> None:
+    def before_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.pending.clear()
         self.active = ()
+        self.seen = self.watch.read(args, kwargs)
+        if self.seen is not None:
+            self.active = tuple(i for i, each in enumerate(self.edits) if each.acts(self.calls))
+            self.calls += 1
 
     def bias(self, layer: AttentionLayer, size: tuple[int, int], text: int, like: Tensor) -> Tensor | None:
+        """Bias of the scores of a layer, (h*w, text positions); None if there is none."""
         acting = tuple(i for i in self.active if layer.name in self.named[i])
         if not acting:
             return None
@@ -325,6 +234,7 @@ class _Editor(_Source):
     def replaced(
         self, layer: AttentionLayer, size: tuple[int, int], text: int
     ) -> list[tuple[list[int], list[int], Tensor]]:
+        """Replacements in a layer: positions, the positions that replace them, and the share at each location."""
         found = []
         for i in self.active:
             change = self.edits[i]
@@ -344,8 +254,8 @@ class _Editor(_Source):
 class _LayerHook:
     """Gives one layer its bias."""
 
-    def __init__(self, source: _Source, layer: AttentionLayer) -> None:
-        self.source = source
+    def __init__(self, editor: _Editor, layer: AttentionLayer) -> None:
+        self.editor = editor
         self.layer = layer
         self.size = (0, 0)
         self.layout: CallLayout | None = None
@@ -361,13 +271,13 @@ class _LayerHook:
         self.size = self.layer.grid(args, kwargs) if self.layout is None else self.layout.size
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.source.seen is None:
+        if self.editor.seen is None:
             return None
         if self.layout is not None:
-            pending = self.source.pending
+            pending = self.editor.pending
             like = argument(args, kwargs, 0, "hidden_states")
-            pending.small = self.source.bias(self.layer, self.size, self.layout.text[1], like)
-            pending.rows, pending.layout = self.source.seen.rows, self.layout
+            pending.small = self.editor.bias(self.layer, self.size, self.layout.text[1], like)
+            pending.rows, pending.layout = self.editor.seen.rows, self.layout
             return None
         image = argument(args, kwargs, 0, "hidden_states")
         if self.layer.kind == "single":
@@ -375,19 +285,19 @@ class _LayerHook:
         else:
             words = argument(args, kwargs, 1, "encoder_hidden_states")
             text = (words[0] if isinstance(words, tuple) else words).shape[1]  # an IP-Adapter comes in a tuple
-        small = self.source.bias(self.layer, self.size, text, image)
-        replaced = self.source.replaced(self.layer, self.size, text)
+        small = self.editor.bias(self.layer, self.size, text, image)
+        replaced = self.editor.replaced(self.layer, self.size, text)
         if small is None and not replaced:
             return None
         check_processor(self.layer)
-        batch = self.source.seen.call.batch
+        batch = self.editor.seen.call.batch
         bias = None if small is None else self._of_all_keys(small)
         if replaced:
             instead = self._differences(image, words[0] if isinstance(words, tuple) else words, replaced)
             bias = instead if bias is None else bias.repeat_interleave(self.layer.heads, dim=0) + instead
         assert bias is not None
         if not self.layer.takes_mask:
-            self.source.pending.full = bias
+            self.editor.pending.full = bias
             ADDED_SCORES[module] = bias if module not in ADDED_SCORES else ADDED_SCORES[module] + bias
             return None
         mask = bias
@@ -425,17 +335,16 @@ class _LayerHook:
             wanted = logits[..., like].mean(-1, keepdim=True)
             bias[..., there] += share.to(logits) * (wanted - logits[..., there])
         seen = torch.zeros(len(bias), 1, 1, 1, dtype=torch.bool, device=bias.device)
-        assert self.source.seen is not None
-        seen[self.source.seen.rows] = True
+        assert self.editor.seen is not None
+        seen[self.editor.seen.rows] = True
         return torch.where(seen, bias, torch.zeros_like(bias)).flatten(0, 1).to(image.dtype)
 
     def _of_all_keys(self, small: Tensor) -> Tensor:
         """Extend a bias of the rows that see the prompt to all rows and keys.
 
-        (h*w, text) or (row that sees it, h*w, text) -> (row, h*w, text) for cross-attention, (row, 1, query, key) for
-        joint attention.
+        (h*w, text) -> (row, h*w, text) for cross-attention, (row, 1, query, key) for joint attention.
         """
-        seen = self.source.seen
+        seen = self.editor.seen
         assert seen is not None
         locations, words = small.shape[-2:]
         every = small.new_zeros(seen.call.batch, locations, words)
@@ -447,7 +356,7 @@ class _LayerHook:
         return F.pad(every, (*columns, before, after)).unsqueeze(1)
 
     def leave(self, module: nn.Module, *_: Any) -> None:
-        self.source.pending.clear()
+        self.editor.pending.clear()
         ADDED_SCORES.pop(module, None)
 
 
@@ -455,7 +364,7 @@ class _Pending:
     """The bias of the layer that is running, for processors that ignore their mask: it is added at the call."""
 
     def __init__(self) -> None:
-        self.small: Tensor | None = None  # (rows that see the prompt or 1, h*w, text positions)
+        self.small: Tensor | None = None  # (h*w, text positions)
         self.rows = slice(0, 0)
         self.layout: CallLayout | None = None
         self.full: Tensor | None = None  # of all rows, queries and keys
@@ -487,9 +396,9 @@ def _as_sequence(what: Any) -> tuple[Any, ...]:
     return () if what is None else tuple(what) if isinstance(what, Sequence) and not isinstance(what, str) else (what,)
 
 
-def _region(region: Any) -> Tensor:
+def _region(region: Any) -> np.ndarray:
     values = region.values if hasattr(region, "dims") else region
-    return torch.as_tensor(np.asarray(values) if not isinstance(values, Tensor) else values.detach().cpu()).double()
+    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, np.float64)
 
 
 def _log_factor(change: Edit, size: tuple[int, int]) -> Tensor:
@@ -501,7 +410,7 @@ def _share(change: Edit, size: tuple[int, int]) -> Tensor:
     """Share of each location that the region covers, (h, w)."""
     if change.region is None:
         return torch.ones(size, dtype=torch.float64)
-    return F.interpolate(_region(change.region)[None, None], size=size, mode="area")[0, 0]
+    return torch.from_numpy(area_mean(_region(change.region), size))
 
 
 def _positions(prompt: Prompt, tokens: Any, length: int) -> list[int]:

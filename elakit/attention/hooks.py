@@ -16,7 +16,7 @@ _PRE, _POST = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"), ("_forwa
 
 
 class Hooks:
-    """Hooks that are placed together and removed together, whatever happens.
+    """Hooks that are placed together and removed together, even after an exception.
 
     A hook is noted before it is placed, so that an interrupt at any moment leaves none behind. It acts only in the
     thread that placed it (and in the threads that compute gradients): another thread that runs the same module is not

@@ -26,6 +26,7 @@ from elakit.checks import seed as seed_of
 from elakit.checks import whole_number
 from elakit.errors import ModelError, RecordingError, SettingError
 from elakit.models import Adapter, AttentionLayer, adapter_for
+from elakit.pipeline import Pipeline
 from elakit.prompt import Prompt, parse
 
 # The active recorder of each denoiser. Pipelines made of the same components share it, so the denoiser is the key.
@@ -34,7 +35,7 @@ _ACTIVE: WeakKeyDictionary[nn.Module, _Recorder] = WeakKeyDictionary()
 
 @contextmanager
 def record(
-    pipe: Any, prompt: Prompt | str, spec: RecordSpec | None = None, store: str | Path | None = None
+    pipe: Pipeline, prompt: Prompt | str, spec: RecordSpec | None = None, store: str | Path | None = None
 ) -> Iterator[Recording]:
     """Record the cross-attention of the runs of ``pipe`` inside the ``with`` block.
 
@@ -72,8 +73,8 @@ def record(
     Raises
     ------
     RecordingError
-        When the pipeline is already being recorded; when the run would pass the budget (raised at the first call of the
-        denoiser, before it computes anything); when the specification selects what does not exist; when the run has
+        When the pipeline is already being recorded; when the run would exceed the budget (raised at the first call of
+        the denoiser, before it computes anything); when the specification selects what does not exist; when the run has
         another prompt; when the denoiser has a cache, or an attention processor that is not from diffusers; when parts
         of the denoiser are replaced inside the block.
     ModelError
@@ -96,7 +97,7 @@ def record(
     if store is not None and spec.device == "model":
         raise SettingError(
             "RecordSpec(device='model') keeps everything on the model's device until the run is over, but a store is "
-            "written during the run. Leave one of them out."
+            "written during the run. Omit one of the two."
         )
     with _recorded(_Recorder(adapter, parse(prompt, pipe), spec, None if store is None else free_path(store))) as found:
         yield found
@@ -104,7 +105,7 @@ def record(
 
 @torch.no_grad()
 def record_image(
-    pipe: Any,
+    pipe: Pipeline,
     prompt: Prompt | str,
     image: Image.Image,
     *,
@@ -113,7 +114,7 @@ def record_image(
     seed: int = 0,
     spec: RecordSpec | None = None,
 ) -> Recording:
-    """Record the attention for an existing image: noise is added to it as at chosen steps, and each is denoised once.
+    """Record attention for an existing image: add the noise of chosen steps, and run the denoiser once for each.
 
     Parameters
     ----------
@@ -191,7 +192,7 @@ def _recorded(recorder: _Recorder) -> Iterator[Recording]:
     denoiser = recorder.adapter.denoiser
     if denoiser in _ACTIVE:
         raise RecordingError(
-            "This pipeline is being recorded already. Leave the outer `with record(...)` first; passes that are not to "
+            "This pipeline is already being recorded. Exit the outer `with record(...)` first; passes that are not to "
             "be recorded go inside `with paused(pipe)`."
         )
     recording = Recording(recorder.tree)
@@ -207,7 +208,7 @@ def _recorded(recorder: _Recorder) -> Iterator[Recording]:
 
 
 @contextmanager
-def paused(pipe: Any) -> Iterator[None]:
+def paused(pipe: Pipeline) -> Iterator[None]:
     """Run the denoiser inside the block without recording or editing it: for passes of guidance itself.
 
     Paused calls are not counted either, so that a guided run has the same call numbers as a plain one.
@@ -215,6 +216,18 @@ def paused(pipe: Any) -> Iterator[None]:
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
+
+    Examples
+    --------
+    >>> import elakit
+    >>> pipe = elakit.load("picture-world")
+    >>> prompt = elakit.parse("a [red car]", pipe)
+    >>> with elakit.record(pipe, prompt) as recording:
+    ...     with paused(pipe):
+    ...         other = pipe("a blue bird", num_inference_steps=1)
+    ...     image = pipe(prompt.text, num_inference_steps=2).images[0]
+    >>> len(recording.steps)
+    2
     """
     with leave_alone(adapter_for(pipe).denoiser):
         yield
@@ -432,7 +445,7 @@ def _shape_text(images: int, latent: Size) -> str:
     return f"{images} image{'s' * (images > 1)} of {size_name(latent)} latents"
 
 
-def _expected_calls(pipe: Any) -> int | None:
+def _expected_calls(pipe: Pipeline) -> int | None:
     """Number of denoiser calls of the run that begins, known once its timesteps are set; None if it is unknown."""
     timesteps = getattr(pipe.scheduler, "timesteps", None)
     if timesteps is None or len(timesteps) == 0 or getattr(pipe.scheduler, "num_inference_steps", 0) is None:

@@ -17,6 +17,7 @@ from elakit.attention.aggregate import Normalize, layer_mean, normalized, refine
 from elakit.attention.layout import Keys, node_name
 from elakit.attention.spec import START, find_tokens, readable_bytes, runs, select_layers
 from elakit.attention.zarr_store import is_recording, open_tree, save_tree
+from elakit.checks import is_whole
 from elakit.errors import OutputError, RecordingError, SettingError
 from elakit.models.adapter import decoder_side
 from elakit.prompt import Entity, Prompt
@@ -38,7 +39,7 @@ class Recording:
     ``token_index(token)`` (position in the text encoder's sequence; -1 for ``"<end>"``).
 
     ``"<start>"`` is start-of-text and ``"<end>"`` the summed mass of end-of-text and padding. If every word is kept,
-    the tokens of a location sum to 1 (in joint attention, to the share that the text gets beside the image). Encoders
+    the tokens of a location sum to 1 (in joint attention, to the share that the text receives). Encoders
     without a start-of-text token, such as T5, have no ``"<start>"``. A mean over steps
     (``RecordSpec(accumulate=True)``) is stored as one step: the last call's number, with the means of timestep and
     sigma.
@@ -242,7 +243,7 @@ class Recording:
         elif isinstance(tokens, str) and tokens == "attributes":
             groups = [group for entity in prompt.entities for group in self._attribute_groups(prompt, entity)]
         else:
-            single = isinstance(tokens, (str, int, Entity))
+            single = isinstance(tokens, str | Entity) or is_whole(tokens)
             groups = [self._group(prompt, which) for which in ([tokens] if single else tokens)]
         if not groups:
             raise RecordingError(f"tokens={tokens!r} names nothing in the prompt {prompt.text!r}.")
@@ -261,7 +262,7 @@ class Recording:
             return _Group(which, (which,))
         if isinstance(which, Entity):
             return _Group(which.label, self._channels(which.token_indices, which.label), which.label)
-        if isinstance(which, int):
+        if is_whole(which):
             (label,) = self._channels((which,), which)
             return _Group(label, (label,))
         return _Group(str(which), self._channels(self._find(prompt, which), which))
@@ -325,8 +326,8 @@ class Recording:
         Returns
         -------
         xarray.DataArray, (step, y, x, y_key, x_key)
-            float32. Rows (over y_key and x_key) sum to 1; in joint attention, to the share that the image gets beside
-            the text.
+            float32. Rows (over y_key and x_key) sum to 1; in joint attention, to the share that the image
+            receives.
 
         Raises
         ------
@@ -418,7 +419,7 @@ class Recording:
                     f"isel takes step, image, head and token, not {dimension!r}; select layers and sizes by name with "
                     "sel(layer=..., size=...)."
                 )
-            indexers[dimension] = [where] if isinstance(where, (int, np.integer)) else where
+            indexers[dimension] = [where] if is_whole(where) else where
         try:
             nodes = {node.attrs["size"]: node.isel(indexers) for node in self.nodes()}
             shared = {name: where for name, where in indexers.items() if name in ("step", "image")}
@@ -434,7 +435,7 @@ class Recording:
         names = {layer.name for layer in select_layers(self._layers(), layers)}
         nodes = list(self.nodes())
         if size is not None:
-            wanted = {size} if isinstance(size, (int, np.integer)) else set(size)
+            wanted = {size} if is_whole(size) else set(size)
             there = {max(_size(node)) for node in nodes}
             if not wanted or wanted - there:
                 raise RecordingError(
@@ -485,7 +486,7 @@ class Recording:
         Raises
         ------
         OutputError
-            When the path exists already or cannot be written to.
+            When the path already exists or cannot be written to.
         """
         return save_tree(self.tree, path, overwrite)
 
@@ -582,12 +583,26 @@ def open_recording(path: str | Path) -> Recording:
     ----------
     path : str or pathlib.Path
 
+    Returns
+    -------
+    Recording
+
     Raises
     ------
     OutputError
         When nothing exists at the path.
     RecordingError
         When the folder is not a recording, or a file of it is missing or damaged.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> from tempfile import TemporaryDirectory
+    >>> run = elakit.generate(elakit.load("picture-world"), "a [red car]", steps=1, progress=False)
+    >>> with TemporaryDirectory() as folder:
+    ...     saved = run.recording.save(f"{folder}/car.zarr")
+    ...     open_recording(f"{folder}/car.zarr").steps
+    (0,)
     """
     source = Path(path).expanduser()
     if not source.exists():
@@ -612,14 +627,14 @@ def _calls(steps: int | slice | Sequence[int], there: Sequence[int]) -> list[int
         if not calls:
             raise RecordingError(f"No recorded step in {steps}; there are {_ranges(there)}.")
         return calls
-    wanted = [steps] if isinstance(steps, (int, np.integer)) else list(steps)
+    wanted = [steps] if is_whole(steps) else list(steps)
     return [int(step) if step >= 0 else last + 1 + int(step) for step in wanted]
 
 
 def _positions(dimension: str, wanted: Any, there: list[Any]) -> list[int]:
     missing = [each for each in wanted if each not in there]
     if missing or not len(wanted):
-        listed = _ranges(there) if all(isinstance(each, (int, np.integer)) for each in there) else ", ".join(there)
+        listed = _ranges(there) if all(map(is_whole, there)) else ", ".join(there)
         raise RecordingError(
             f"No {dimension} {', '.join(map(str, missing)) or '(empty list)'} in the recording; there are {listed}."
         )

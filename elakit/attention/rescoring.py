@@ -1,30 +1,38 @@
-"""Changes of attention scores that are computed from the scores themselves, in cross- and self-attention layers.
+"""Changes of attention scores that are computed as each layer runs, in all layers of all families.
 
-`elakit.attention.edit` adds what is known before a pass. Here a function is called as each layer runs, with the layer's
-scores before the softmax, and returns what is added to them. Hooks pass it through the attention mask that layers
-accept, so no processor is replaced, and a recording contains the changed attention.
+`elakit.attention.edit` adds what is known before a run. Here a function is called for each layer and each image of a
+pass, and returns what is added to the layer's scores before the softmax. It may compute this from the scores
+themselves. The change goes through the attention mask of layers of plain cross- and self-attention; in all others it is
+added at the attention call (`elakit.attention.calls.biasing`). No processor is replaced, and a recording contains the
+changed attention.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from elakit.attention.calls import NEVER, additive
+from elakit.attention.calls import NEVER, AttentionCall, additive, biasing
 from elakit.attention.hooks import Hooks, is_left_alone
 from elakit.attention.running import Watch
-from elakit.attention.taps import check_processor, scores_mask
-from elakit.errors import SettingError
+from elakit.attention.taps import LATE_SCORES, check_processor, scores_mask
+from elakit.errors import ModelError, RecordingError, SettingError
 from elakit.models import Adapter, AttentionLayer
-from elakit.models.adapter import argument
+from elakit.models.adapter import Layout, argument
 
-Scores = Callable[[], Tensor]
+
+class Scores(Protocol):
+    """Scores of one image in one layer, computed when they are asked for."""
+
+    def __call__(self, *, masked: bool = False) -> Tensor:
+        """Scores before the softmax, (head, h*w, keys), in at least float32; `masked`: with the layer's own mask."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +45,17 @@ class Change:
         Added to the scores before the softmax.
     kept : tuple of int
         Keys whose weights stay what they were without the bias, so that the weights of a location no longer sum to 1.
-        A recording shows the weights before this correction.
+        A recording shows the weights before this correction. Only in layers of plain cross- and self-attention.
     unconditional : bool
         Whether the rows that do not see the prompt get the bias, too.
+    keys : slice, optional
+        Keys that the bias is for; by default all of the layer's.
     """
 
     bias: Tensor
     kept: tuple[int, ...] = ()
     unconditional: bool = False
+    keys: slice | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,17 @@ class Site:
     time : float
         Timestep as a share of those of the training, from 1 (noise) to 0.
     keys : int
-        Number of keys: text positions, or locations.
+        Number of keys.
+    text : slice, optional
+        Keys that are text positions; None in self-attention.
+    own : slice, optional
+        Keys that are locations of the image; None in cross-attention.
+    position : float
+        Share of the denoiser's layers that have run before, from 0 to 1.
+    read : bool
+        Whether the layer is one of those whose maps are read.
+    gradient : bool
+        Whether the pass is one of guidance itself, from which a gradient is taken.
     """
 
     layer: AttentionLayer
@@ -69,6 +90,11 @@ class Site:
     image: int
     time: float
     keys: int
+    text: slice | None = None
+    own: slice | None = None
+    position: float = 0.0
+    read: bool = True
+    gradient: bool = False
 
 
 ChangeOf = Callable[[Site, Scores], Change | None]
@@ -76,7 +102,12 @@ ChangeOf = Callable[[Site, Scores], Change | None]
 
 @contextmanager
 def rescored(
-    adapter: Adapter, layers: Sequence[AttentionLayer], change_of: ChangeOf, *, own_passes: bool = False
+    adapter: Adapter,
+    layers: Sequence[AttentionLayer],
+    change_of: ChangeOf,
+    *,
+    read: Sequence[AttentionLayer] = (),
+    gradient: bool = False,
 ) -> Iterator[None]:
     """Change the scores of some layers in each pass inside the block.
 
@@ -84,33 +115,74 @@ def rescored(
     ----------
     adapter : Adapter
     layers : sequence of AttentionLayer
-        Layers of cross-attention, and of self-attention as `Adapter.self_layers` gives them.
+        Any of `changeable_layers`.
     change_of : callable
         ``change_of(site, scores)`` is called as a layer runs, for each image of the batch; ``scores()`` computes the
-        scores of its row that sees the prompt, (head, h*w, keys), in at least float32. None changes nothing.
-    own_passes : bool
+        scores of its row that sees the prompt. None changes nothing, and leaves the pass the same, bit for bit.
+    read : sequence of AttentionLayer
+        Layers whose `Site.read` is True.
+    gradient : bool
         Act in the passes of guidance itself, all of whose rows see the prompt, instead of those of the pipeline.
 
     Raises
     ------
-    SettingError
-        When image and text share one softmax in a layer (Stable Diffusion 3, FLUX).
+    RecordingError
+        When a layer has an attention processor that is not from diffusers, or one that makes no attention call where
+        the change would be added.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> from elakit.models import adapter_for
+    >>> pipe = elakit.load("picture-world")
+    >>> prompt = elakit.parse("a [cat] and a [lion]", pipe)
+    >>> def no_lion(site, scores):
+    ...     bias = torch.zeros(1, site.size[0] * site.size[1], site.keys)
+    ...     bias[..., list(prompt.entities[1].token_indices)] = -50
+    ...     return Change(bias)
+    >>> adapter = adapter_for(pipe)
+    >>> with rescored(adapter, adapter.layers(), no_lion), elakit.record(pipe, prompt) as recording:
+    ...     image = pipe(prompt.text, num_inference_steps=1).images[0]
+    >>> float(recording.maps("lion").max()) < 1e-6 < float(recording.maps("cat").max())
+    True
     """
-    check_layers(adapter, layers)
-    running = _Running(adapter, change_of, own_passes)
-    try:
-        with Hooks() as hooks:
-            hooks.before(adapter.denoiser, running.begin)
-            for layer in layers:
-                check_processor(layer)
-                _LayerHook(running, layer).place(hooks)
-            yield
-    finally:
-        running.watch.close()
+    positions = _positions(adapter)
+    running = _Running(adapter, change_of, gradient)
+    placed = [_Changed(running, layer, positions.get(layer.name, 0.0), layer in read) for layer in layers]
+    with ExitStack() as stack:
+        stack.callback(running.watch.close)
+        hooks = stack.enter_context(Hooks())
+        hooks.before(adapter.denoiser, running.begin)
+        for each in placed:
+            check_processor(each.layer)
+            stack.callback(each.forget)
+            each.place(hooks)
+        if not all(each.by_mask for each in placed):
+            stack.enter_context(biasing(running.bias_of))
+        yield
 
 
-def check_layers(adapter: Adapter, layers: Sequence[AttentionLayer]) -> None:
-    """Refuse layers whose scores cannot be changed.
+def changeable_layers(adapter: Adapter) -> tuple[AttentionLayer, ...]:
+    """Layers in which the image attends to the text or, with attention probabilities, to itself, block by block.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> from elakit.models import adapter_for
+    >>> {layer.reads for layer in changeable_layers(adapter_for(elakit.load("picture-world")))} == {"text", "image"}
+    True
+    """
+    return tuple(each for layer in adapter.layers() for each in (layer, *_beside(adapter, layer)))
+
+
+def check_plain(layers: Sequence[AttentionLayer], who: str) -> None:
+    """Refuse a model in which image and text share one softmax, for methods that need them apart.
+
+    Parameters
+    ----------
+    layers : sequence of AttentionLayer
+    who : str
+        Name of the method, for the message.
 
     Raises
     ------
@@ -118,30 +190,53 @@ def check_layers(adapter: Adapter, layers: Sequence[AttentionLayer]) -> None:
         When image and text share one softmax in a layer, or the layer is read where it is computed.
     """
     for layer in layers:
-        if layer.kind != "cross" or layer.layout is not None:
+        if not _is_plain(layer):
             raise SettingError(
-                f"{adapter.family}: the scores of layer {layer.name} cannot be changed, because it is not a plain "
-                "cross- or self-attention layer. Use a model with cross-attention (Stable Diffusion 1.x, 2.x, XL, "
-                "PixArt), or another method, such as elakit.ELA()."
+                f"{who} cannot change the scores of layer {layer.name}, because it is not a plain cross- or "
+                "self-attention layer. Use a model with cross-attention (Stable Diffusion 1.x, 2.x, XL, PixArt), or "
+                "another method, such as elakit.ELA()."
             )
 
 
-class _Running:
-    """The pass in progress: its rows, and those that see the prompt."""
+def _is_plain(layer: AttentionLayer) -> bool:
+    return layer.kind == "cross" and layer.layout is None
 
-    def __init__(self, adapter: Adapter, change_of: ChangeOf, own_passes: bool) -> None:
+
+def _beside(adapter: Adapter, layer: AttentionLayer) -> tuple[AttentionLayer, ...]:
+    """Self-attention layer beside a layer of cross-attention, if it has probabilities."""
+    if layer.kind != "cross":
+        return ()
+    try:
+        return adapter.self_layers([layer])
+    except ModelError:
+        return ()
+
+
+def _positions(adapter: Adapter) -> dict[str, float]:
+    """Share of the denoiser's layers before each layer, by name."""
+    every = adapter.layers()
+    return {
+        each.name: nth / len(every) for nth, layer in enumerate(every) for each in (layer, *_beside(adapter, layer))
+    }
+
+
+class _Running:
+    """The pass in progress: its rows, those that see the prompt, and the layer whose attention call is awaited."""
+
+    def __init__(self, adapter: Adapter, change_of: ChangeOf, gradient: bool) -> None:
         self.adapter = adapter
         self.change_of = change_of
-        self.own_passes = own_passes
+        self.gradient = gradient
         self.watch = Watch(adapter)
         self.training_steps = int(getattr(adapter.pipe.scheduler.config, "num_train_timesteps", 1000))
         self.batch = 0
         self.time = 0.0
         self.rows: slice | None = None
+        self.awaited: _Changed | None = None
 
     def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.rows = None
-        if self.own_passes:
+        self.rows = self.awaited = None
+        if self.gradient:
             if not is_left_alone(self.adapter.denoiser):
                 return
             call = self.adapter.read_call(args, kwargs)
@@ -153,56 +248,121 @@ class _Running:
             call, self.rows = seen.call, seen.rows
         self.batch, self.time = call.batch, call.timestep / self.training_steps
 
+    def bias_of(self, call: AttentionCall) -> Tensor | None:
+        """Bias of an attention call."""
+        layer, self.awaited = self.awaited, None  # only the first call of a layer is to the text
+        return None if layer is None else layer.at_call(call)
 
-class _LayerHook:
-    """Changes the scores of one layer."""
 
-    def __init__(self, running: _Running, layer: AttentionLayer) -> None:
+class _Changed:
+    """One layer whose scores are changed."""
+
+    def __init__(self, running: _Running, layer: AttentionLayer, position: float, read: bool) -> None:
         self.running = running
         self.layer = layer
+        self.position = position
+        self.read = read
+        self.by_mask = _is_plain(layer) and layer.takes_mask
         self.size = (0, 0)
+        self.layout: Layout | None = None
         self.missing: Tensor | None = None  # what the kept weights add to the layer's output
 
     def place(self, hooks: Hooks) -> None:
         hooks.before(self.layer.block, self._enter_block)
         hooks.before(self.layer.module, self._enter, first=True)
-        hooks.after(self.layer.module, self._leave)
+        hooks.after(self.layer.module, self._leave, always=True)
 
     def _enter_block(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.size = self.layer.grid(args, kwargs)
+        self.layout = None if self.layer.layout is None else self.layer.layout(args, kwargs)
+        self.size = self.layer.grid(args, kwargs) if self.layout is None else self.layout.size
 
-    def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.missing = None
-        rows, batch = self.running.rows, self.running.batch
-        if rows is None:
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.forget()
+        if self.running.rows is None:
             return None
+        if self.by_mask:
+            return self._masked(args, kwargs)
+        self.running.awaited = self
+        return None
+
+    def forget(self) -> None:
+        """Forget the last call; until then a tap reads its bias, in whatever order hooks were placed."""
+        self.missing = None
+        LATE_SCORES.pop(self.layer.module, None)
+
+    def _leave(self, _: nn.Module, args: Any, kwargs: Any, output: Tensor | None) -> Tensor | None:
+        awaited, self.running.awaited = self.running.awaited, None
+        missing, self.missing = self.missing, None
+        if output is None:  # the layer raised an error
+            return None
+        if awaited is self:
+            raise RecordingError(
+                f"Layer {self.layer.name} ran without calling F.scaled_dot_product_attention, where its scores are "
+                "changed. Set the default attention processor and `set_attention_backend('native')` before the run."
+            )
+        return None if missing is None else output + missing
+
+    def _changes(
+        self, keys: int, text: slice | None, own: slice | None, scores_of: Callable[..., Tensor]
+    ) -> dict[int, Change]:
+        """Changes by row; ``scores_of(row, masked=...)`` computes the scores of a row."""
+        running = self.running
+        assert running.rows is not None
+        first, past, _ = running.rows.indices(running.batch)
+        changes: dict[int, Change] = {}
+        for row in range(first, past):
+            site = Site(
+                self.layer, self.size, row - first, running.time, keys, text, own,
+                self.position, self.read, running.gradient,
+            )  # fmt: skip
+            change = running.change_of(site, partial(scores_of, row))
+            if change is not None:
+                changes[row] = change
+        return changes
+
+    def _bias(self, changes: dict[int, Change], like: Tensor, queries: int, keys: int, image: int) -> Tensor:
+        """Bias of a batch, (row, head or 1, query, key); `image` is the first of the image's queries."""
+        running = self.running
+        assert running.rows is not None
+        first, past, _ = running.rows.indices(running.batch)
+        heads = max(len(change.bias) for change in changes.values())
+        bias = torch.zeros((running.batch, heads, queries, keys), dtype=like.dtype, device=like.device)
+        for row, change in changes.items():
+            rows = slice(row - first, running.batch, past - first) if change.unconditional else slice(row, row + 1)
+            there = slice(image, image + math.prod(self.size))
+            bias[rows, :, there, change.keys or slice(None)] = change.bias.clamp(min=NEVER).to(bias)
+        return bias
+
+    # -- plain cross- and self-attention, through the mask ---------------------------------------------------------
+
+    def _masked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Arguments of the layer with the change in its mask; None if nothing changes."""
         image = argument(args, kwargs, 0, "hidden_states")
         words = argument(args, kwargs, 1, "encoder_hidden_states")
         words = words[0] if isinstance(words, tuple) else words  # an IP-Adapter comes in a tuple
-        keys = image if words is None or self.layer.reads == "image" else words
-        first, past, _ = rows.indices(batch)
-        changes: dict[int, Change] = {}
-        for row in range(first, past):
-            site = Site(self.layer, self.size, row - first, self.running.time, keys.shape[1])
-            change = self.running.change_of(site, partial(self._scores, image[row], keys[row]))
-            if change is not None:
-                changes[row] = change
+        to_image = words is None or self.layer.reads == "image"
+        keys = image if to_image else words
+        batch, count = self.running.batch, keys.shape[1]
+        mask = scores_mask(argument(args, kwargs, 2, "attention_mask"), self.layer, batch, count)
+        given = None if mask is None else additive(mask, image.dtype)
+
+        def scores_of(row: int, *, masked: bool = False) -> Tensor:
+            scores = self._scores(image[row], keys[row])
+            return scores + given[row if len(given) > 1 else 0] if masked and given is not None else scores
+
+        every = slice(0, count)
+        changes = self._changes(count, None if to_image else every, every if to_image else None, scores_of)
         if not changes:
             return None
-        shape = (batch, self.layer.heads, image.shape[1], keys.shape[1])
-        bias = torch.zeros(shape, dtype=image.dtype, device=image.device)
-        for row, change in changes.items():
-            all_of_image = range(row - first, batch, past - first)
-            bias[list(all_of_image) if change.unconditional else row] = change.bias.clamp(min=NEVER).to(bias)
-        given = scores_mask(argument(args, kwargs, 2, "attention_mask"), self.layer, batch, keys.shape[1])
-        given = None if given is None else additive(given, bias.dtype)
+        bias = self._bias(changes, image, image.shape[1], count, 0)
         for row, change in changes.items():
             if change.kept:
-                self._keep(row, image, keys, change, bias, given)
-        mask = (bias if given is None else bias + given).flatten(0, 1)
+                self._keep(row, image, keys, change, bias, scores_of(row, masked=True))
+        whole = bias if given is None else bias + given
+        attention_mask = whole.flatten(0, 1)  # (row or row x head, query, key)
         if len(args) > 2:
-            return (*args[:2], mask, *args[3:]), kwargs
-        return args, {**kwargs, "attention_mask": mask}
+            return (*args[:2], attention_mask, *args[3:]), kwargs
+        return args, {**kwargs, "attention_mask": attention_mask}
 
     def _scores(self, image: Tensor, keys: Tensor) -> Tensor:
         """Scores of one row, (head, h*w, keys); queries and keys are projected once more, as masks come first."""
@@ -218,12 +378,9 @@ class _LayerHook:
         scores: Tensor = module.scale * torch.einsum("nhd,khd->hnk", query.to(precision), key.to(precision))
         return scores
 
-    def _keep(self, row: int, image: Tensor, keys: Tensor, change: Change, bias: Tensor, given: Tensor | None) -> None:
+    def _keep(self, row: int, image: Tensor, keys: Tensor, change: Change, bias: Tensor, scores: Tensor) -> None:
         """Note what the kept weights of a row add to the layer's output."""
         module: Any = self.layer.module
-        scores = self._scores(image[row], keys[row])
-        if given is not None:
-            scores = scores + given[row if len(given) > 1 else 0]
         kept = list(change.kept)
         differences = (scores.softmax(-1) - (scores + bias[row]).softmax(-1))[..., kept]
         if self.layer.reads != "image" and getattr(module, "norm_cross", None):
@@ -235,6 +392,51 @@ class _LayerHook:
             self.missing = torch.zeros_like(image)
         self.missing[row] = projected / module.rescale_output_factor
 
-    def _leave(self, _: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-        missing, self.missing = self.missing, None
-        return None if missing is None else output + missing
+    # -- all other layers, at the attention call -------------------------------------------------------------------
+
+    def at_call(self, call: AttentionCall) -> Tensor | None:
+        """Bias of the layer's attention call; None if nothing changes."""
+        queries, keys = call.query.shape[-2], call.key.shape[-2]
+        text, own, first = self._parts(keys)
+        there = slice(first, first + math.prod(self.size))
+        changes = self._changes(keys, text, own, partial(_scores_of, call, there))
+        if not changes:
+            return None
+        if any(change.kept for change in changes.values()):
+            raise SettingError(
+                f"Layer {self.layer.name}: weights cannot be kept in a layer that is not of plain cross- or "
+                "self-attention. Leave out `Change.kept`, or use a model with cross-attention."
+            )
+        bias = self._bias(changes, call.query, queries, keys, first)
+        if self.layout is None:
+            added = LATE_SCORES.get(self.layer.module)  # by another block
+            LATE_SCORES[self.layer.module] = bias if added is None else bias + added
+        return bias
+
+    def _parts(self, keys: int) -> tuple[slice | None, slice | None, int]:
+        """Text keys, image keys, and the first of the image's queries."""
+        locations = math.prod(self.size)
+        if self.layout is not None:
+            start, count = self.layout.text
+            text, image = slice(start, start + count), self.layout.image
+        else:
+            count = keys - locations
+            text = slice(0, count) if self.layer.text_first else slice(locations, keys)
+            image = count if self.layer.text_first else 0
+        if self.layer.kind != "cross":
+            return text, slice(image, image + locations), image
+        return (None, slice(0, locations), 0) if self.layer.reads == "image" else (text, None, 0)
+
+
+def _scores_of(call: AttentionCall, queries: slice, row: int, *, masked: bool = False) -> Tensor:
+    """Scores of one row of an attention call, (head, query, key)."""
+    precision = torch.promote_types(call.query.dtype, torch.float32)
+    query, key = call.query[row, :, queries].to(precision), call.key[row].to(precision)
+    key = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)  # grouped queries
+    scores = query @ key.mT * (1 / math.sqrt(query.shape[-1]) if call.scale is None else call.scale)
+    if not masked or call.mask is None:
+        return scores
+    mask = additive(call.mask, precision)
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    mask = mask[row if mask.shape[0] > 1 else 0]
+    return scores + (mask[:, queries] if mask.shape[1] > 1 else mask)

@@ -24,6 +24,7 @@ from elakit.attention.hooks import is_left_alone
 from elakit.errors import ModelError, RecordingError
 from elakit.models import Adapter, Call, adapter_for
 from elakit.models.adapter import argument
+from elakit.pipeline import Pipeline
 from elakit.prompt import Prompt
 
 # Rounding of half precision, and of batches of different sizes, changes a text state by less.
@@ -111,7 +112,7 @@ class Watch:
         self._run = self._states = None
         self._of_run = self.adapter
 
-    def _begin(self, frame: FrameType, pipe: Any) -> None:
+    def _begin(self, frame: FrameType, pipe: Pipeline) -> None:
         """Check a run at its first call."""
         refuse_caches(self.adapter.denoiser)
         adapter = self.adapter if pipe is self.adapter.pipe else adapter_for(pipe)

@@ -111,7 +111,7 @@ class Memory:
 
 
 class RunningMean:
-    """Keeps the mean of the steps only, summed in float32 on the model's device.
+    """Keeps only the mean over the steps, summed in float32 on the model's device.
 
     Parameters
     ----------
@@ -223,7 +223,7 @@ class Staging:
 
 
 def over_budget(layout: Layout, step: int, limit: int) -> RecordingError:
-    """Error of a run that is longer than expected and would pass the budget."""
+    """Error of a run that is longer than expected and would exceed the budget."""
     return RecordingError(
         f"This denoiser call would bring the recording to {readable_bytes((step + 1) * layout.step_bytes)} and past "
         f"its budget, which has room for {limit} steps. Raise RecordSpec(budget=...), or keep fewer steps, layers or "

@@ -14,6 +14,7 @@ from torch import Tensor
 from elakit.checks import boolean, choice, whole_number
 from elakit.errors import PromptError, RecordingError, SettingError
 from elakit.models import AttentionLayer, adapter_for
+from elakit.pipeline import Pipeline
 from elakit.prompt import Prompt, parse
 
 START, END = "<start>", "<end>"
@@ -235,9 +236,9 @@ class SelfAttention:
 
     It takes (h*w)^2 numbers per step, layer and head: 131 kB at 16 x 16 and 2 MB at 32 x 32 in float16.
 
-    In Stable Diffusion, SDXL and PixArt these are layers of their own, beside those that attend to the text. In joint
+    In Stable Diffusion, SDXL and PixArt these are layers of their own, next to those that attend to the text. In joint
     attention (Stable Diffusion 3, FLUX) they are the same layers: their attention to the keys of the image, whose rows
-    sum to the share that the image gets beside the text.
+    sum to the share of attention that the image receives.
 
     Parameters
     ----------
@@ -406,7 +407,7 @@ class RecordSpec:
 
     def plan(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         prompt: Prompt | str,
         *,
         steps: int,
@@ -482,7 +483,7 @@ class RecordSpec:
             accumulate=self.accumulate,
         )
         if plan.bytes > self.budget:
-            raise RecordingError(f"This recording would pass its budget: {plan}\n{self._ways_out(plan, layers)}")
+            raise RecordingError(f"This recording would exceed its budget: {plan}\n{self._ways_out(plan, layers)}")
         return plan
 
     def _of_self(

@@ -21,9 +21,7 @@ import json
 import math
 import os
 import re
-import shutil
 import struct
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -37,7 +35,7 @@ from torch import Tensor
 from elakit.attention.layout import DIMENSIONS, FORMAT, Layout, LazyArray, Moment, Slots
 from elakit.attention.sinks import over_budget
 from elakit.errors import OutputError, PromptError, RecordingError
-from elakit.files import replace_folder
+from elakit.files import read_json, replace_folder, unwritable, write_file
 from elakit.prompt import Prompt
 
 # Number of steps whose call, timestep and sigma share a file.
@@ -90,15 +88,12 @@ class ZarrStore:
 
     def commit(self, moment: Moment) -> None:
         """Write the step, then the metadata that make it part of the store."""
-        try:
-            if not self._steps:
-                values = {name: _array(slot)[None] for name, slot in self._slots.items()}
-                write_whole(self.layout.tree(values, [moment], moment[0] + 1), self.path, step_chunk=1)
-                self._metadata = json.loads((self.path / ".zmetadata").read_text(encoding="utf-8"))
-            else:
-                self._append([*self._steps, moment])
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
+        if not self._steps:
+            values = {name: _array(slot)[None] for name, slot in self._slots.items()}
+            write_whole(self.layout.tree(values, [moment], moment[0] + 1), self.path, step_chunk=1)
+            self._metadata = read_json(self.path / ".zmetadata")
+        else:
+            self._append([*self._steps, moment])
         self._steps.append(moment)
 
     def _append(self, steps: list[Moment]) -> None:
@@ -132,14 +127,11 @@ class ZarrStore:
         if not self._metadata:
             if self.path.exists():  # someone else took the path in the meantime, which has raised an error
                 return self.layout.tree({}, (), calls)
-            try:
-                write_whole(self.layout.tree({}, (), calls), self.path)
-            except OSError as error:
-                raise _unwritable(self.path, error) from error
+            write_whole(self.layout.tree({}, (), calls), self.path)
             return open_tree(self.path)
         with suppress(OSError):  # a full disk ended the run; the steps before are in the store
             # From the file: an interrupt may have come when the file was ahead of ``self._metadata``.
-            metadata = json.loads((self.path / ".zmetadata").read_text(encoding="utf-8"))
+            metadata = read_json(self.path / ".zmetadata")
             metadata["metadata"][".zattrs"]["calls"] = calls
             _write_json(self.path / ".zattrs", metadata["metadata"][".zattrs"])
             _write_json(self.path / ".zmetadata", metadata)
@@ -366,13 +358,12 @@ def free_path(path: str | Path) -> Path:
     target = Path(path).expanduser()
     if target.exists() or target.is_symlink():
         raise OutputError(
-            f"{target} exists already; a run is only written to a free path. Choose another path, or move what is "
-            "there."
+            f"{target} already exists; a run is only written to a new path. Choose another path, or move what is there."
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(target, error) from error
+        raise unwritable(target, error) from error
     if not os.access(target.parent, os.W_OK):
         raise OutputError(
             f"{target} cannot be written: no permission to write to {target.parent}. Choose another path."
@@ -387,29 +378,15 @@ def save_tree(tree: xr.DataTree, path: str | Path, overwrite: bool) -> Path:
         if not is_recording(target):
             raise OutputError(f"{target} exists and is not a recording; choose another path.")
         if not overwrite:
-            raise OutputError(f"{target} is a recording already; choose another path or give overwrite=True.")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(tree, target, replace=overwrite)
-    except OSError as error:
-        raise _unwritable(target, error) from error
+            raise OutputError(f"{target} is already a recording; choose another path or pass overwrite=True.")
+    write_whole(tree, target, replace=overwrite)
     return target
 
 
 def write_whole(tree: xr.DataTree, target: Path, step_chunk: int | None = None, replace: bool = False) -> None:
-    """Write a store beside ``target`` and move it there, in place of what was there if ``replace`` is true."""
-    if replace:
-        with replace_folder(target) as part:
-            _write_tree(tree, part, step_chunk)
-        return
-    # Renaming to a folder that exists fails, so a recording that another process wrote meanwhile is not replaced.
-    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        part.mkdir()
+    """Write a store next to ``target`` and move it there, in place of what was there if ``replace`` is true."""
+    with replace_folder(target, overwrite=replace) as part:
         _write_tree(tree, part, step_chunk)
-        part.rename(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _write_tree(tree: xr.DataTree, path: Path, step_chunk: int | None) -> None:
@@ -469,28 +446,9 @@ def _write_array(folder: Path, variable: xr.Variable, chunks: tuple[int, ...]) -
 
 
 def _write_chunk(folder: Path, place: Sequence[int], values: np.ndarray) -> None:
-    _replace(folder / _chunk_name(place), _CODEC.encode(np.ascontiguousarray(values)))
+    # A step has dozens of files: to wait for the disk at each would slow the run down.
+    write_file(folder / _chunk_name(place), _CODEC.encode(np.ascontiguousarray(values)), sync=False)
 
 
 def _write_json(path: Path, value: Any) -> None:
-    _replace(path, json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole, in place of what was there; its folder is created."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        file = part.open("wb")
-    except FileNotFoundError:
-        path.parent.mkdir(parents=True)
-        file = part.open("wb")
-    with file:
-        file.write(content)
-    part.replace(path)
-
-
-def _unwritable(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"The recording cannot be written to {path}: {error.strerror or error}. Choose a folder with write permission "
-        "and enough free space."
-    )
+    write_file(path, json.dumps(value, ensure_ascii=False, allow_nan=False).encode(), sync=False)

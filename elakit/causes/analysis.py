@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from elakit.causes.failures import SHOWS, Observation, seen, suspected
 from elakit.causes.findings import Cause, Failure, Findings
@@ -14,10 +13,11 @@ from elakit.causes.run_indicators import Place, RunIndicators, place
 from elakit.causes.sentences import sentence
 from elakit.causes.text import text_states
 from elakit.errors import SettingError
+from elakit.pipeline import Pipeline
 from elakit.run import Run
 
 
-def find(pipe: Any, runs: Sequence[Run]) -> Findings:
+def find(pipe: Pipeline, runs: Sequence[Run]) -> Findings:
     """Find the failures in runs of one prompt, and their causes.
 
     Parameters

@@ -10,6 +10,7 @@ from elakit.causes.indicators import Indicator
 from elakit.causes.text import word_label
 from elakit.judge import Verdict
 from elakit.prompt import Entity, Prompt
+from elakit.tokens import word_of
 
 # Causes whose indicators in the attention accompany a failure, and the failures that a cause can explain.
 SHOWS: dict[FailureKind, tuple[CauseKind, ...]] = {
@@ -109,4 +110,4 @@ def _attribute(prompt: Prompt, entity: Entity, said: str) -> str:
     """Label of the attribute of an entity with a given word."""
     words = dict.fromkeys(token.word for token in prompt.tokens if token.index in entity.attribute_indices)
     labels = [word_label(prompt, word) for word in words]
-    return next((label for label in labels if label.partition("#")[0] == said), said)
+    return next((label for label in labels if word_of(label) == said), said)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from elakit.numbering import step_name
 from elakit.prompt import Prompt
 from elakit.statistics import wilson
+from elakit.tokens import word_of
 
 FailureKind = Literal["missing", "fused", "wrong attribute", "lost attribute", "spill"]
 CauseKind = Literal[
@@ -83,7 +85,7 @@ class Failure:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of `rate`."""
+        """95% Wilson interval of `rate`."""
         return wilson(self.count, self.of)
 
     @property
@@ -92,10 +94,10 @@ class Failure:
         other, token = self.other, self.token
         what = {
             "missing": f"the {self.entity} is missing"
-            + (f", and {token!r} has the attention at its location" if token else ""),
+            + (f", and {token!r} receives the attention at the location of the {self.entity}" if token else ""),
             "fused": f"the {self.entity} and the {other} are fused into one",
-            "wrong attribute": f"the {self.entity} is {_word(token)}, the attribute of the {other}",
-            "lost attribute": f"the {self.entity} is not {_word(token)}",
+            "wrong attribute": f"the {self.entity} is {word_of(token)}, the attribute of the {other}",
+            "lost attribute": f"the {self.entity} is not {word_of(token)}",
             "spill": f"the {self.entity} appears more often than the prompt asks",
         }[self.kind]
         images = "image" if self.of == 1 else "images"
@@ -113,7 +115,7 @@ class Failure:
     def __str__(self) -> str:
         where = []
         if self.step is not None:
-            where.append(f"from denoiser call {self.step}")
+            where.append(f"from {step_name(self.step)}")
         if self.layers:
             where.append(f"visible first in {self.layers[0]}")
         low, high = self.interval
@@ -260,8 +262,3 @@ class Findings:
         if self.failures and self.causes and self.unexplained:
             lines += ["Failures without a known cause", *(f"  {failure.sentence}" for failure in self.unexplained)]
         return "\n".join(lines)
-
-
-def _word(label: str) -> str:
-    """Word of a label: "red#2" -> "red"."""
-    return label.partition("#")[0]

@@ -33,7 +33,7 @@ def confidence_of(strength: float) -> float:
 def unknown_words(runs: Sequence[Run], states: States) -> list[Cause]:
     """Causes "ambiguous word": nouns that the model does not know, or that its tokenizer splits into pieces.
 
-    The vocabulary of the embedded model is known, so the number of pieces is not used for it.
+    The vocabulary of the built-in model is known, so the number of pieces is not used for it.
     """
     embedded = all(run.settings.get("model") in EMBEDDED for run in runs)
     found = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from elakit.causes.findings import CAPTURED, Cause
+from elakit.numbering import step_name
+from elakit.tokens import word_of
 
 
 def sentence(cause: Cause) -> str:
@@ -15,7 +17,7 @@ def sentence(cause: Cause) -> str:
     Examples
     --------
     >>> sentence(Cause("captured", "bird", "car", "car", evidence={"held": 0.93}))
-    'At the location of the bird, attention goes to "car" (93 % of the attention to the two nouns).'
+    'At the location of the bird, attention goes to "car" (93% of the attention to the two nouns).'
     """
     entity, other, token, n = cause.entity, cause.other, cause.token, cause.evidence
     match cause.kind:
@@ -31,7 +33,7 @@ def sentence(cause: Cause) -> str:
         case "text leakage":
             return (
                 f'The text encoder mixes "{token}", an attribute of the {other}, into "{entity}": its embedding lies '
-                f'{_percent(n.get("leak", 0))} of the way to that of "{_word(token)} {_word(entity)}".'
+                f'{_percent(n.get("leak", 0))} of the way to that of "{word_of(token)} {word_of(entity)}".'
             )
         case "token ignored":
             why = "its text state is empty" if "length" in n else "it receives almost no attention"
@@ -42,7 +44,7 @@ def sentence(cause: Cause) -> str:
                 f"({_percent(n.get('start_held', 0))} of what the two receive)."
             )
         case "regions swap":
-            when = "during the run" if cause.step is None else f"at denoiser call {cause.step}"
+            when = "during the run" if cause.step is None else f"at {step_name(cause.step)}"
             return (
                 f'The attention to "{entity}" and the attention to "{other}" swap places {when}, after the layout has '
                 "formed."
@@ -66,9 +68,4 @@ def sentence(cause: Cause) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def _word(label: str) -> str:
-    """Word of a label: "red#2" -> "red"."""
-    return label.partition("#")[0]
+    return f"{100 * share:.0f}%"

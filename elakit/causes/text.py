@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from elakit.models import adapter_for
+from elakit.pipeline import Pipeline
 from elakit.prompt import Entity, Prompt, parse
 
 # Lengths below this count as zero.
@@ -72,7 +72,7 @@ class States:
     pieces: tuple[int, ...]
 
 
-def text_states(pipe: Any, prompt: Prompt) -> States:
+def text_states(pipe: Pipeline, prompt: Prompt) -> States:
     """Encode a prompt, and encode it again without each of its attributes.
 
     Parameters
@@ -142,7 +142,7 @@ def _leaks(encoder: _Encoder, prompt: Prompt) -> Iterator[Leak]:
 class _Encoder:
     """Text encoder of a pipeline with a cache of encoded texts."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Pipeline) -> None:
         self.pipe = pipe
         self.adapter = adapter_for(pipe)
         self._states: dict[str, np.ndarray] = {}

@@ -65,14 +65,14 @@ def diagnose(
     keep: Annotated[
         Path | None, typer.Option(help="Folder in which all runs are stored; existing runs are not generated again.")
     ] = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="JSON file with all results to write.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="JSON file to write, with all results.")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="File with one prompt per line: diagnose all into the folder --out. It can be resumed."),
+        typer.Option(help="File with one prompt per line. Reports are written to the folder --out; can be resumed."),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Number of worker processes with --prompts.")] = None,
 ) -> None:
-    """Generate a prompt for several seeds, and report failures, their causes, and which remedy fixes them.
+    """Generate images of a prompt with several seeds, and report failures, causes, and which remedy fixes them.
 
     Example: elakit diagnose "a cat and a lion" --seeds 4 --out report.html
     """

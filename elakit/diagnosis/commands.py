@@ -172,7 +172,7 @@ def _loaded(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _generated(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Negative prompt and size where they differ from the defaults of an embedded model."""
+    """Negative prompt and size where they differ from the defaults of a built-in model."""
     model = EMBEDDED.get(str(settings.get("model")))
     usual = {} if model is None else {"height": model.size, "width": model.size}
     own = {name: settings.get(name) for name in ("negative_prompt", "height", "width")}
@@ -180,7 +180,7 @@ def _generated(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _own_scheduler(model: str) -> str | None:
-    """Scheduler of an embedded model or a folder; None if it cannot be read without a download."""
+    """Scheduler of a built-in model or a folder; None if it cannot be read without a download."""
     folder = EMBEDDED[model].path if model in EMBEDDED else Path(model)
     try:
         return str(read_json(folder / "model_index.json")["scheduler"][1])
@@ -189,7 +189,7 @@ def _own_scheduler(model: str) -> str | None:
 
 
 def _settings(settings: Mapping[str, Any]) -> list[str]:
-    """Command-line options for settings that differ from the defaults of the embedded model."""
+    """Command-line options for settings that differ from the defaults of the built-in model."""
     model = EMBEDDED.get(str(settings.get("model")))
     words = [] if model is not None and model.name == "picture-world" else ["--model", str(settings.get("model"))]
     if model is None or settings.get("steps") != model.steps:

@@ -76,7 +76,7 @@ class DiagnosisData:
     remedies : tuple of RemedyResult
         Results of all remedies, best first, including the method.
     predicted : dict of int to float
-        Predicted probability of failure by plain seed, after 30 % of the steps.
+        Predicted probability of failure by plain seed, after 30% of the steps.
     problems : tuple of str
         Parts of the diagnosis that failed, with the reason.
     """
@@ -125,7 +125,7 @@ class DiagnosisData:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of `rate`; (0, 1) if the images were not judged."""
+        """95% Wilson interval of `rate`; (0, 1) if the images were not judged."""
         return wilson(self.right, len(self.pairs)) if self.judged else (0.0, 1.0)
 
     @property
@@ -140,7 +140,7 @@ class DiagnosisData:
 
     @property
     def causes(self) -> tuple[Cause, ...]:
-        """Causes, likeliest first: of judged images those that explain a failure, else all signs in the attention."""
+        """Causes, most likely first: of judged images those that explain a failure, else all signs in the attention."""
         if self.findings is None:
             return ()
         if not self.findings.judged:
@@ -177,7 +177,7 @@ class DiagnosisData:
         Returns
         -------
         DataFrame
-            Indexed by name; columns title, status, images, right, rate, low and high (95 % interval), fixed, broken,
+            Indexed by name; columns title, status, images, right, rate, low and high (95% interval), fixed, broken,
             bleed, cost (generation time relative to plain). Empty if no remedy was tried; counts are missing if the
             images were not judged.
         """

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter, process_time
-from typing import Any
 
 from elakit import checks
 from elakit.attention import RecordSpec
@@ -15,6 +14,7 @@ from elakit.generation import Progress, generate
 from elakit.guidance import Method
 from elakit.guidance.metadata import options_of
 from elakit.models import EMBEDDED, adapter_for, default_settings, loaded_with, name_of
+from elakit.pipeline import Pipeline
 from elakit.prompt import Prompt
 from elakit.run import Run
 
@@ -47,7 +47,7 @@ class ImageGenerator:
     steps, guidance_scale, negative_prompt, height, width : optional
         As in `elakit.generate`.
     batch : int, optional
-        Largest number of seeds per batch. By default all seeds for an embedded model, and 1 for other models, whose
+        Largest number of seeds per batch. By default all seeds for a built-in model, and 1 for other models, whose
         memory use is unknown.
     folder : str or Path, optional
         Folder in which runs are stored, and from which existing runs are read.
@@ -73,7 +73,7 @@ class ImageGenerator:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         *,
         steps: int | None = None,
         guidance_scale: float | None = None,

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from elakit import causes, checks
 from elakit.diagnosis.data import Pair
@@ -18,6 +17,7 @@ from elakit.errors import ElakitError, OutputError, SettingError
 from elakit.guidance import METHODS, Method, without_regions
 from elakit.guidance.metadata import options_of
 from elakit.models import name_of
+from elakit.pipeline import Pipeline
 from elakit.prediction import Predictor, load_predictor
 from elakit.prompt import Prompt, parse
 from elakit.run import Run
@@ -26,7 +26,7 @@ MAX_SEEDS = 10_000
 
 
 def diagnose(
-    pipe: Any,
+    pipe: Pipeline,
     prompt: str | Prompt,
     *,
     seeds: int | Sequence[int] = 4,
@@ -62,7 +62,7 @@ def diagnose(
     predictor : Predictor, optional
         Predicts failures and chooses other seeds; by default the shipped predictor if it was fitted on this model.
     batch : int, optional
-        Largest number of seeds per batch. By default all seeds for an embedded model, and 1 for other models. Batches
+        Largest number of seeds per batch. By default all seeds for a built-in model, and 1 for other models. Batches
         differ from single images only by rounding.
     folder : str or Path, optional
         Store each run there as soon as it is generated, and finally the diagnosis. A later call with the same folder
@@ -157,7 +157,7 @@ def seed_list(seeds: int | Sequence[int]) -> list[int]:
     >>> seed_list(2), seed_list([7, 3])
     ([0, 1], [7, 3])
     """
-    if isinstance(seeds, int) and not isinstance(seeds, bool):
+    if checks.is_whole(seeds):
         return list(range(checks.whole_number(seeds, "seeds", 1, MAX_SEEDS)))
     return checks.seeds(seeds, "seeds", distinct=True)
 
@@ -175,7 +175,7 @@ def _name(one: str | Method) -> str:
     return one if isinstance(one, str) else one.name
 
 
-def _findings(pipe: Any, runs: Sequence[Run], problems: list[str]) -> causes.Findings | None:
+def _findings(pipe: Pipeline, runs: Sequence[Run], problems: list[str]) -> causes.Findings | None:
     try:
         return causes.find(pipe, runs)
     except Exception as error:  # the images are worth keeping without an explanation

@@ -111,7 +111,7 @@ class RemedyResult:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of `rate`; (0, 1) if the images were not judged."""
+        """95% Wilson interval of `rate`; (0, 1) if the images were not judged."""
         return wilson(self.right, len(self.runs)) if self.judged else (0.0, 1.0)
 
     @property
@@ -190,6 +190,10 @@ def ranked(results: Iterable[RemedyResult]) -> tuple[RemedyResult, ...]:
     Parameters
     ----------
     results : iterable of RemedyResult
+
+    Returns
+    -------
+    tuple of RemedyResult
     """
 
     def rank(one: RemedyResult) -> tuple[float, ...]:
@@ -209,6 +213,10 @@ def bleed(runs: Sequence[Run]) -> float:
     ----------
     runs : sequence of Run
         Recorded runs.
+
+    Returns
+    -------
+    float
     """
     frames = [run.bleeding.to_frame() for run in runs]
     values = [frame.loc[frame["measure"] == "bleed", "value"].mean() for frame in frames]

@@ -9,6 +9,7 @@ from elakit.diagnosis.data import DiagnosisData, Outcome, explains
 from elakit.diagnosis.measures import measure_table
 from elakit.diagnosis.remedies import RemedyResult, bleed
 from elakit.guidance import method_title
+from elakit.numbering import step_name
 
 # Number of failures and causes in the summary; the report lists all.
 MOST = 3
@@ -81,8 +82,8 @@ def steps_of(diagnosis: DiagnosisData) -> int:
 
 
 def first_step(step: int, steps: int) -> str:
-    """Phrase for the first step in which something is visible."""
-    return f"first visible in the attention at step {step} of {steps}, counted from 0"
+    """Phrase for the first step (counted from 0) in which something is visible."""
+    return f"first visible in the attention at {step_name(step, steps)}"
 
 
 def failure_sentence(found: Failure, steps: int) -> str:
@@ -95,7 +96,7 @@ def failure_sentence(found: Failure, steps: int) -> str:
         Number of denoising steps.
     """
     low, high = found.interval
-    details = [f"95 % interval {_percent(low)} to {_percent(high)} %"]
+    details = [f"95% interval {_percent(low)} to {_percent(high)}%"]
     if found.step is not None:
         details.append(first_step(found.step, steps))
     if found.layers:
@@ -125,7 +126,7 @@ def _images(diagnosis: DiagnosisData) -> list[str]:
     return [
         f"Without guidance, {right} of {count} {plural('image', count)} {'shows' if right == 1 else 'show'} everything "
         f"the prompt asks for. With {method}, {guided_right} of {count} {'does' if guided_right == 1 else 'do'}.",
-        f"{method} fixed {_seeds(diagnosis, 'fixed')} and broke {_seeds(diagnosis, 'broken')}.",
+        f"{method} fixed {_count(diagnosis, 'fixed')} and broke {_count(diagnosis, 'broken')}.",
     ]
 
 
@@ -195,8 +196,8 @@ def _attention(diagnosis: DiagnosisData) -> list[str]:
     before, after = (float(table["bleed", run].mean()) for run in ("plain", "guided"))
     fell = int((table["bleed", "guided"] < table["bleed", "plain"]).sum())
     return [
-        f"On average, {_percent(before)} % of an entity's attention lies outside its own region without guidance, and "
-        f"{_percent(after)} % with {method}. The share is lower with {method} for {fell} of {count} "
+        f"On average, {_percent(before)}% of an entity's attention lies outside its own region without guidance, and "
+        f"{_percent(after)}% with {method}. The share is lower with {method} for {fell} of {count} "
         f"{plural('seed', count)}."
     ]
 
@@ -207,11 +208,11 @@ def _uncertainty(diagnosis: DiagnosisData) -> list[str]:
         low, high = diagnosis.interval
         said.append(
             f"With {count} {plural('seed', count)}, the share of right images without guidance lies between "
-            f"{_percent(low)} and {_percent(high)} % (95 % interval)."
+            f"{_percent(low)} and {_percent(high)}% (95% interval)."
         )
         if len(diagnosis.remedies) > 1 and diagnosis.best is not None and count < ENOUGH:
             said.append(
-                f"The ranking of the remedies rests on {count} {plural('seed', count)} and may be due to chance. "
+                f"The ranking of the remedies is based on {count} {plural('seed', count)} and may be due to chance. "
                 "Generate more seeds before you rely on it."
             )
     said += diagnosis.problems
@@ -238,18 +239,19 @@ def _result(diagnosis: DiagnosisData, best: RemedyResult) -> str:
     low, high = (_percent(end) for end in best.interval)
     are = "is" if best.right == 1 else "are"
     said = (
-        f"{best.right} of {count} {plural('image', count)} {are} right ({low} to {high} %) instead of "
+        f"{best.right} of {count} {plural('image', count)} {are} right ({low} to {high}%) instead of "
         f"{diagnosis.right} of {count}, at {time}"
     )
     return said if not best.broken else f"{said}; it broke {len(best.broken)} of {diagnosis.right} right images"
 
 
-def _seeds(diagnosis: DiagnosisData, outcome: Outcome) -> str:
+def _count(diagnosis: DiagnosisData, outcome: Outcome) -> str:
+    """Number of images with an outcome and their seeds: "2 images (seeds 0, 3)"."""
     seeds = [str(pair.seed) for pair in diagnosis.pairs if pair.outcome == outcome]
     if not seeds:
-        return "none"
+        return "no images"
     shown = ", ".join(seeds[:8]) + (", …" if len(seeds) > 8 else "")
-    return f"{len(seeds)} ({plural('seed', len(seeds))} {shown})"
+    return f"{len(seeds)} {plural('image', len(seeds))} ({plural('seed', len(seeds))} {shown})"
 
 
 def _listed(names: list[str]) -> str:
@@ -261,5 +263,5 @@ def _percent(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """Share as a percentage, with a space as in the rest of the text."""
-    return f"{_percent(value)} %"
+    """Share as a percentage."""
+    return f"{_percent(value)}%"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import ceil, sqrt
-from typing import Any
 
 from elakit.attention import RecordSpec
 from elakit.diagnosis.generation import ImageGenerator
@@ -12,6 +11,7 @@ from elakit.diagnosis.remedies import Kind, Remedy, RemedyResult
 from elakit.errors import ElakitError, SettingError
 from elakit.guidance import ELA, METHODS, Method, without_regions
 from elakit.guidance.metadata import options_of
+from elakit.pipeline import Pipeline
 from elakit.prediction import FEATURES, Predictor
 from elakit.prompt import Prompt, parse
 from elakit.rewording import next_to, swapped
@@ -103,7 +103,7 @@ def guidance_remedy(guidance: Method, prompt: Prompt) -> Remedy:
     )
 
 
-def build_remedy(which: str | Method, prompt: Prompt, pipe: Any) -> Remedy:
+def build_remedy(which: str | Method, prompt: Prompt, pipe: Pipeline) -> Remedy:
     """Build a remedy for a prompt.
 
     Parameters
@@ -124,7 +124,7 @@ def build_remedy(which: str | Method, prompt: Prompt, pipe: Any) -> Remedy:
     if which == "another-seed":
         what = (
             f"For each seed, {CANDIDATES} other seeds are started, and the most promising one after "
-            f"{100 * SHARE:.0f} % of the steps is finished."
+            f"{100 * SHARE:.0f}% of the steps is finished."
         )
         return Remedy(which, "seed", what, prompt)
     if which == "regions":

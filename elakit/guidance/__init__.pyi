@@ -23,9 +23,11 @@ from .metadata import method_options as method_options
 from .metadata import option_values as option_values
 from .metadata import options_of as options_of
 from .method import Attention as Attention
+from .method import EditsScores as EditsScores
 from .method import Loss as Loss
 from .method import Method as Method
 from .method import NoiseSearch as NoiseSearch
+from .method import ScoreEdit as ScoreEdit
 from .method import Update as Update
 from .predicated_diffusion import PredicatedDiffusion as PredicatedDiffusion
 from .regional_attention import RegionalAttention as RegionalAttention

@@ -27,8 +27,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from elakit.attention.rescoring import Change, Scores, Site
-from elakit.guidance.method import Attention, Loss, Rescore, Update
+from elakit.attention.rescoring import Change, Scores, Site, check_plain
+from elakit.guidance.method import Attention, Loss, ScoreEdit, Update
 from elakit.guidance.options import check_guided, check_numbers, check_whole, is_number, refuse
 from elakit.guidance.phrases import end_of_text
 from elakit.guidance.reading import ReadsOneSize
@@ -118,15 +118,15 @@ class AttentionRegulation(ReadsOneSize):
             return []
         return [Update(0.0, hold=True)] * round(self.guided * len(noise))
 
-    def rescored(
-        self, layers: Sequence[AttentionLayer], read: Sequence[AttentionLayer]
-    ) -> tuple[Sequence[AttentionLayer], Sequence[AttentionLayer]]:
-        """The layers that are read."""
-        return read, ()
+    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
+        """The chosen layers whose maps have the chosen size, in a model with cross-attention."""
+        chosen = super().select(layers, latent)
+        check_plain(chosen, "AttentionRegulation")
+        return chosen
 
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Addends
-    ) -> Rescore:
+    ) -> ScoreEdit:
         """The optimization of one image's scores."""
         targets = targets_of(prompt)
         end = end_of_text(prompt)
@@ -134,6 +134,8 @@ class AttentionRegulation(ReadsOneSize):
         seen = None if prompt.start_index is not None or end is None else end + 1
 
         def change(site: Site, scores: Scores) -> Change | None:
+            if not site.read:
+                return None
             values = scores().detach()
             bumps = gaussians(site.size).to(values)
             if not len(bumps):
@@ -149,10 +151,10 @@ class AttentionRegulation(ReadsOneSize):
             bias[..., targets] = self.decay**step * addend.flatten(1, 2)
             return Change(bias, kept)
 
-        return Rescore(change)
+        return ScoreEdit(change)
 
     def optimize(self, scores: Tensor, targets: Sequence[int], bumps: Tensor, weights: Tensor) -> Tensor:
-        """Addend to the targets' scores with the least loss.
+        """Offset to the targets' scores that minimizes the loss.
 
         Parameters
         ----------

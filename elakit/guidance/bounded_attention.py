@@ -39,12 +39,12 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from elakit.attention.calls import NEVER
-from elakit.attention.rescoring import Change, Scores, Site
+from elakit.attention.rescoring import Change, Scores, Site, check_plain
 from elakit.attention.spec import select_layers
 from elakit.english import ARTICLES
 from elakit.guidance.layout import Layout, check_layout, layout_masks
 from elakit.guidance.layout_guidance import first_blocks
-from elakit.guidance.method import Attention, Loss, Rescore, Update
+from elakit.guidance.method import Attention, Loss, ScoreEdit, Update
 from elakit.guidance.options import check_guided, check_numbers, check_whole
 from elakit.guidance.phrases import end_of_text
 from elakit.models import AttentionLayer
@@ -175,6 +175,7 @@ class BoundedAttention:
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
         """The middle and the first upward block of a UNet, all layers of another network, or the layers chosen."""
+        check_plain(layers, "BoundedAttention")
         return first_blocks(layers) if self.layers is None else select_layers(layers, self.layers)
 
     def begin(self, prompt: Prompt, steps: int) -> Bounds:
@@ -194,41 +195,26 @@ class BoundedAttention:
         """The raw gradient."""
         return gradient
 
-    def rescored(
-        self, layers: Sequence[AttentionLayer], read: Sequence[AttentionLayer]
-    ) -> tuple[Sequence[AttentionLayer], Sequence[AttentionLayer]]:
-        """All layers, and self-attention beside all of them."""
-        return layers, layers
-
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Bounds
-    ) -> Rescore:
-        """Bounds of a step's pass, whose regions follow the image once the latent moves no more."""
+    ) -> ScoreEdit:
+        """Bounds of a step, whose regions follow the image once the latent moves no more."""
         if attention is not None:
             state.add(attention, [entity.token_indices[-1] for entity in prompt.entities])
         first = round(self.guided * state.steps)
         every = max(1, round(_REFINED * state.steps))
         if step >= first and (state.masks is None or step % every == 0) and state.passes:
             self._refine(state)
-        masks = layout_masks(self.regions, size, len(prompt.entities)) if state.masks is None else state.masks
-        return self._bounds(prompt, state.masks, masks, guidance=False)
-
-    def restrict(self, prompt: Prompt, step: int, state: Bounds) -> Rescore:
-        """Bounds of the passes from which the gradient is taken."""
-        return self._bounds(prompt, None, None, guidance=True)
-
-    def _bounds(self, prompt: Prompt, found: np.ndarray | None, shown: np.ndarray | None, *, guidance: bool) -> Rescore:
-        function = function_words(prompt)
+        found, function, count = state.masks, function_words(prompt), len(prompt.entities)
 
         def change(site: Site, scores: Scores) -> Change:
-            count = len(prompt.entities)
             grid = layout_masks(self.regions, site.size, count) if found is None else resized(found, site.size)
             masks = torch.from_numpy(grid).flatten(1)
             if site.layer.reads == "image":
                 return Change(hidden_subjects(masks)[None], unconditional=True)
-            return Change(hidden_words(masks, prompt, function, site.keys, guidance=guidance)[None])
+            return Change(hidden_words(masks, prompt, function, site.keys, guidance=site.gradient)[None])
 
-        return Rescore(change, shown)
+        return ScoreEdit(change, layout_masks(self.regions, size, count) if found is None else found)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Bounds) -> Loss:
         """L; its terms are "cross" and "self", each a mean over entities without its weight."""

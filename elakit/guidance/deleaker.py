@@ -30,16 +30,16 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from elakit.attention.calls import NEVER
+from elakit.attention.rescoring import Change, Scores, Site
 from elakit.checks import boolean, real_number, share
-from elakit.guidance.method import Attention, Hold, Loss, Update
+from elakit.guidance.method import Attention, Loss, ScoreEdit, Update
 from elakit.guidance.reading import ReadsOneSize
-from elakit.guidance.reweighing import Scores
+from elakit.measures.arrays import area_mean
 from elakit.prompt import Prompt
 
 
@@ -134,29 +134,30 @@ class DeLeaker(ReadsOneSize):
             return []
         return [Update(0.0, hold=True)] * round(self.guided * len(noise))
 
-    def hold(self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Leaks) -> Hold:
-        """No restriction to regions: the masks are only shown in the trace."""
+    def hold(
+        self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Leaks
+    ) -> ScoreEdit:
+        """Edit of one step, in all layers."""
         state.step, state.size = step, size
-        masks = np.zeros((len(prompt.entities), *size), bool) if state.masks is None else state.masks.cpu().numpy()
-        return Hold(masks, (), 0.0)
+        return ScoreEdit(lambda site, scores: self._change(site, scores, prompt, state))
 
-    def reweigh(self, scores: Scores, prompt: Prompt, state: Leaks) -> Tensor | None:
+    def _change(self, site: Site, scores: Scores, prompt: Prompt, state: Leaks) -> Change | None:
         """Changes of the scores of one layer."""
-        now = state.step + scores.position
-        probabilities = scores.logits.softmax(-1)
-        if scores.text is not None and scores.size == state.size and now >= self.average_from:
-            self._average(probabilities, scores.text[0], prompt, state)
+        now = state.step + site.position
+        logits = scores(masked=True)
+        probabilities = logits.softmax(-1)
+        if site.text is not None and site.size == state.size and now >= self.average_from:
+            self._average(probabilities, site.text.start, prompt, state)
         if now < self.start or state.maps is None:
             return None
         state.masks = _clean(_above(state.maps / state.count, self.threshold).unflatten(1, state.size))
-        masks = _resized(state.masks, scores.size).flatten(1)
-        change = torch.zeros_like(scores.logits)
-        if scores.text is not None:
-            self._change_text(change, scores, scores.text[0], masks, prompt)
-        if scores.image is not None and self.cut_image:
-            keys = slice(scores.image, scores.image + masks.shape[1])
-            change[:, :, keys] += self._cuts(probabilities[:, :, keys].mean(0), masks)
-        return change.clamp(min=NEVER)
+        masks = _resized(state.masks, site.size).flatten(1)
+        change = torch.zeros_like(logits)
+        if site.text is not None:
+            self._change_text(change, logits, site.text.start, masks, prompt)
+        if site.own is not None and self.cut_image:
+            change[:, :, site.own] += self._cuts(probabilities[:, :, site.own].mean(0), masks)
+        return Change(change.clamp(min=NEVER))
 
     def _average(self, probabilities: Tensor, first: int, prompt: Prompt, state: Leaks) -> None:
         """Add a layer's maps of the entities to their average."""
@@ -167,11 +168,11 @@ class DeLeaker(ReadsOneSize):
         state.maps = maps if state.maps is None else state.maps + maps
         state.count += 1
 
-    def _change_text(self, change: Tensor, scores: Scores, first: int, masks: Tensor, prompt: Prompt) -> None:
+    def _change_text(self, change: Tensor, logits: Tensor, first: int, masks: Tensor, prompt: Prompt) -> None:
         words = [[first + at for at in (*e.token_indices, *e.attribute_indices)] for e in prompt.entities]
         factor = self.strength ** (len(words) - 1) - 1
         for mask, own in zip(masks, words, strict=True):
-            change[:, :, own] += factor * scores.logits[:, :, own] * mask[:, None]
+            change[:, :, own] += factor * logits[:, :, own] * mask[:, None]
         if self.cut_text:
             for i, j in permutations(range(len(words)), 2):
                 shared = sorted(set(words[j]) - set(words[i]))  # an adjective of both entities belongs to both
@@ -224,4 +225,4 @@ def _resized(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """Masks at another size: a location belongs to an entity if at least half of it does."""
     if tuple(masks.shape[1:]) == size:
         return masks
-    return F.interpolate(masks[:, None].float(), size=size, mode="area")[:, 0] >= 0.5
+    return torch.from_numpy(area_mean(masks.cpu().numpy(), size) >= 0.5).to(masks.device)

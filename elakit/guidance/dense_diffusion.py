@@ -11,7 +11,7 @@ a is the share of the image that the location's region covers, t the timestep as
 cross-attention and 0.3 in self-attention. In cross-attention R is 1 for the words of the entity whose region the
 location is in, and all other keys (articles, start and end of text) are lowered; in self-attention it is 1 for the
 locations of the same region, the rest of the image being a region without words. Scores change in all layers in the
-first 30 % of the steps. The words of each entity have the text states that they have in a text of their own, in the
+first 30% of the steps. The words of each entity have the text states that they have in a text of their own, in the
 whole run.
 
 Intended difference: the released code reduces masks to a layer by nearest neighbor, here a box has the locations whose
@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elakit.attention.rescoring import Change, Scores, Site
+from elakit.attention.rescoring import Change, Scores, Site, check_plain
 from elakit.checks import real_number, share
 from elakit.guidance.anchoring import confinement
 from elakit.guidance.layout import Layout, check_layout, layout_masks
-from elakit.guidance.method import Attention, Loss, Rescore, Update
+from elakit.guidance.method import Attention, Loss, ScoreEdit, Update
 from elakit.guidance.phrases import check_text, phrase_positions, phrases, with_text
 from elakit.guidance.reading import ReadsOneSize
 from elakit.models import Adapter, AttentionLayer, Conditioning
@@ -100,11 +100,10 @@ class DenseDiffusion(ReadsOneSize):
             return []
         return [Update(0.0, hold=True)] * round(self.guided * len(noise))
 
-    def rescored(
-        self, layers: Sequence[AttentionLayer], read: Sequence[AttentionLayer]
-    ) -> tuple[Sequence[AttentionLayer], Sequence[AttentionLayer]]:
-        """All layers, and self-attention beside all of them."""
-        return layers, layers
+    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
+        """The chosen layers whose maps have the chosen size, in a model with cross-attention."""
+        check_plain(layers, "DenseDiffusion")
+        return super().select(layers, latent)
 
     def encode(self, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
         """The prompt's states, with those of each entity's words from a text of its own."""
@@ -116,7 +115,7 @@ class DenseDiffusion(ReadsOneSize):
 
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: None
-    ) -> Rescore:
+    ) -> ScoreEdit:
         """The change of one image's scores."""
         words = [phrase_positions(prompt, entity) for entity in prompt.entities]
 
@@ -131,7 +130,7 @@ class DenseDiffusion(ReadsOneSize):
             amount = strength * (1 - self.area * covered(regions))[:, None]
             return Change(modulation(values, belongs.to(values.device), amount.to(values)))
 
-        return Rescore(change, layout_masks(self.regions, size, len(prompt.entities)))
+        return ScoreEdit(change, layout_masks(self.regions, size, len(prompt.entities)))
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
         """Squared share of attention outside the regions, for the trace only: "outside" plus "attributes"."""

@@ -3,10 +3,10 @@
 Zhang et al., "Easing Concept Bleeding in Diffusion via Entity Localization and Anchoring", ICML 2024
 (PMLR 235:58955-58966).
 
-Known from the paper: decoder maps at 16 x 16, start-of-text read beside the entities, disjoint regions by
+Known from the paper: decoder maps at 16 x 16, start-of-text read along with the entities, disjoint regions by
 differentiation and binarization, one loss term per entity, ``z' = z - alpha * gradient``, a slight step. Not public:
 the exact rules, the form of the loss, the guided steps and alpha. This is therefore *our reading of ELA*: what the
-paper leaves open are options, with defaults chosen by measurement on the embedded model.
+paper leaves open are options, with defaults chosen by measurement on the built-in model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from elakit.errors import SettingError
 from elakit.guidance.anchoring import LatentStep
 from elakit.guidance.layout import Layout, check_layout
 from elakit.guidance.localization import Anchors, FromMaps, complete, entity_means, is_complete
-from elakit.guidance.method import Attention, Loss, Update, nearest_size
+from elakit.guidance.method import Attention, Loss, Update, layers_of_size
 from elakit.guidance.preprocess import NATIVE_SIZE
 from elakit.models import AttentionLayer
 from elakit.models.adapter import decoder_side
@@ -70,7 +70,7 @@ class ELA:
     >>> ELA(regions=[(0, 0, 0.5, 1), (0.5, 0, 1, 1)], localize=FromMaps(smooth=1))
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: ELA(localize=...): must be left out if all regions are given by hand. ...
+    elakit.errors.SettingError: ELA(localize=...): must be omitted if all regions are given by hand. ...
     """
 
     localize: FromMaps = field(default_factory=FromMaps)
@@ -96,7 +96,7 @@ class ELA:
             object.__setattr__(self, "regions", check_layout(self.regions, "ELA(regions=...)", partial=True))
         if is_complete(self.regions) and self.localize != FromMaps():
             raise SettingError(
-                "ELA(localize=...): must be left out if all regions are given by hand. Use None for entities that are "
+                "ELA(localize=...): must be omitted if all regions are given by hand. Use None for entities that are "
                 "to be localized."
             )
 
@@ -104,7 +104,7 @@ class ELA:
         """The layers of the chosen side whose maps have the chosen size."""
         chosen = decoder_side_layers(layers, self.layers)
         if self.size is not None:
-            return nearest_size(chosen, latent, self.size, NATIVE_SIZE, "ELA")
+            return layers_of_size(chosen, latent, self.size, NATIVE_SIZE, "ELA")
         coarsest = max(layer.factor for layer in chosen)
         return tuple(layer for layer in chosen if layer.factor == coarsest)
 

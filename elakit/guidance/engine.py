@@ -4,8 +4,8 @@ A method defines the layers it reads, its loss and its step sizes (`elakit.guida
 rest in the same way for every method: weights are frozen, fused attention is kept, the network beyond the last layer is
 skipped, loss and gradient are computed in at least float32, and there is no gradient outside the guided steps. It
 enters a pipeline through given latents (before the first step) and its step callback (before every later step), so no
-pipeline's ``__call__`` is copied. Methods that restrict attention in the pipeline's own passes use hooks
-(`elakit.guidance.holding`).
+pipeline's ``__call__`` is copied. Methods that edit attention scores do so through one mechanism
+(`elakit.guidance.holding`), in the pipeline's own passes and in those from which a gradient is taken.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from elakit.attention import paused
-from elakit.attention.rescoring import check_layers, rescored
+from elakit.attention.rescoring import rescored
 from elakit.attention.taps import Attend, tap
 from elakit.errors import SettingError
 from elakit.guidance.holding import Holder
@@ -28,21 +27,18 @@ from elakit.guidance.metadata import options_of
 from elakit.guidance.method import (
     Attention,
     Encodes,
-    Hold,
-    Holds,
     Loss,
     Method,
     NoiseSearch,
     Rehearses,
-    Rescore,
-    Rescores,
-    Restricts,
+    ScoreEdit,
     Update,
+    editor_of,
 )
-from elakit.guidance.reweighing import Reweigher, Reweighs
 from elakit.guidance.trace import Trace
 from elakit.models import Adapter, AttentionLayer, Conditioning, adapter_for
 from elakit.models.device import compute_dtype
+from elakit.pipeline import Pipeline
 from elakit.prompt import Prompt
 
 # fp16 gradients of a loss of order one underflow; scaling by a power of two is exact
@@ -132,7 +128,7 @@ def _weights_kept(denoiser: nn.Module) -> AbstractContextManager[Any]:
     if getattr(denoiser, "is_gradient_checkpointing", False):
         raise SettingError(
             "Gradients of a model with layerwise casting cannot be computed with gradient checkpointing, which repeats "
-            "passes with weights that are stored in 8 bits again: switch one of the two off."
+            "passes after the weights have been cast back to 8 bits: disable one of the two."
         )
     return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda kept: kept)
 
@@ -212,7 +208,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def checkpointing(pipe: Any) -> Iterator[None]:
+def checkpointing(pipe: Pipeline) -> Iterator[None]:
     """Context in which guidance uses gradient checkpointing: less memory, more time.
 
     Uses the gradient checkpointing of diffusers, one residual or transformer block at a time. Its previous state is
@@ -275,7 +271,7 @@ def noise_levels(scheduler: Any) -> list[float]:
 
 
 def acts(updates: Sequence[Update]) -> bool:
-    """True if a plan moves the latent or restricts attention at any step."""
+    """True if a plan moves the latent or edits attention scores at any step."""
     return any(update.size or update.hold for update in updates)
 
 
@@ -304,7 +300,7 @@ class Guide:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         method: Method,
         prompt: Prompt,
         conditioning: Conditioning,
@@ -322,31 +318,16 @@ class Guide:
         self.traces = [Trace(method.name, options, labels) for _ in range(images)]
         self.done: set[int] = set()  # images that are not guided any more
         self.left_alone: set[int] = set()  # those of them that were never to be guided
-        self.holder: Holder | None = None
-        self.rescored: tuple[AttentionLayer, ...] = ()
-        if isinstance(method, Holds) and any(update.hold for update in self.updates):
-            if isinstance(method, Reweighs):
-                self.holder = Reweigher(self.adapter, self.layers, method, prompt, self.states)
-            else:
-                self.rescored = self._rescored()
-                self.holder = Holder(
-                    self.adapter, self.layers, images,
-                    reads_self=method.reads_self and not isinstance(method, Rehearses),  # has read it before the run
-                    rescored=self.rescored,
-                )  # fmt: skip
+        self.editor = editor_of(method, self.updates)
+        self.holder = None if self.editor is None else self._holder()
         rows, columns = (-(-side // self.layers[0].factor) for side in latent) if self.layers else (0, 0)
         self.map_size = rows, columns  # of the maps read
 
-    def _rescored(self) -> tuple[AttentionLayer, ...]:
-        """Layers whose scores the method changes as they run."""
-        if not isinstance(self.method, Rescores):
-            return ()
-        layers, beside = self.method.rescored(self.adapter.layers(), self.layers)
-        check_layers(self.adapter, [*layers, *beside])
-        return *layers, *self.adapter.self_layers(beside)
+    def _holder(self) -> Holder:
+        return Holder(self.adapter, self.layers, self.images, reads_self=self.method.reads_self)
 
     def holding(self) -> AbstractContextManager[None]:
-        """Context for the pipeline's call, in which passes are restricted as the method defines."""
+        """Context for the pipeline's call, in which the method edits attention scores."""
         return nullcontext() if self.holder is None else self.holder()
 
     def rehearse(self, run: Callable[[Callable[[int], bool]], None]) -> bool:
@@ -360,7 +341,7 @@ class Guide:
         method = self.method
         if not isinstance(method, Rehearses) or not acts(self.updates):
             return False
-        holder = Holder(self.adapter, self.layers, self.images, reads_self=method.reads_self)
+        holder = self._holder()
         passes: list[list[Attention]] = [[] for _ in range(self.images)]
 
         def enough(step: int) -> bool:
@@ -372,6 +353,8 @@ class Guide:
             run(enough)
         for seen, state in zip(passes, self.states, strict=True):
             method.rehearse(seen, self.prompt, state)
+        if self.holder is not None:
+            self.holder.beside = ()  # what self-attention shows is known now
         return True
 
     def only(self, needed: Sequence[bool]) -> None:
@@ -417,7 +400,7 @@ class Guide:
         z = latents.detach().to(torch.promote_types(latents.dtype, torch.float32)).clone()
         last: dict[int, tuple[Loss, Tensor]] = {}
         refinements = [0] * len(z)
-        with paused(self.adapter.pipe), frozen(self.adapter.denoiser), self._restricted(step, lambda: pending):
+        with paused(self.adapter.pipe), frozen(self.adapter.denoiser), self._edited(step, lambda: pending):
             for attempt in range(update.repeats + 1):
 
                 def refining(loss: Loss, extra: bool = attempt < update.repeats) -> bool:
@@ -454,17 +437,17 @@ class Guide:
         # the same object, so that initial noise is not scaled back and forth, which would round it
         return latents if torch.equal(z, latents.to(z.dtype)) else z.to(latents.dtype)
 
-    def _restricted(self, step: int, pending: Callable[[], Sequence[int]]) -> AbstractContextManager[None]:
-        """Context for gradient passes, in which scores change as the method defines; `pending` are their images."""
-        method = self.method
-        if not isinstance(method, Restricts) or not self.rescored:
+    def _edited(self, step: int, pending: Callable[[], Sequence[int]]) -> AbstractContextManager[None]:
+        """Context for gradient passes, in which the step's edits act; `pending` are their images."""
+        holder = self.holder
+        if holder is None or not self.updates[step].hold:
             return nullcontext()
-        changes = [method.restrict(self.prompt, step, state) for state in self.states]
         return rescored(
             self.adapter,
-            self.rescored,
-            lambda site, scores: changes[pending()[site.image]].change(site, scores),
-            own_passes=True,
+            holder.changeable,
+            lambda site, scores: holder.change(pending()[site.image], site, scores),
+            read=self.layers,
+            gradient=True,
         )
 
     def _unit(self, latents: Tensor, timestep: Tensor) -> float:
@@ -489,21 +472,21 @@ class Guide:
         return self.move(latents, following, timesteps[following])
 
     def _hold(self, step: int) -> None:
-        """Set the restrictions of the pass of a step about to run."""
-        if self.holder is None or not isinstance(self.method, Holds):
+        """Set the edits of a step about to run."""
+        if self.holder is None or self.editor is None:
             return
-        held: list[Hold | Rescore | None] = [None] * self.images
+        held: list[ScoreEdit | None] = [None] * self.images
         pending = set(range(self.images)) - self.done
         if step < len(self.updates) and self.updates[step].hold:
             for i in pending:
                 seen = self.holder.attention(i) if self.holder.seen else None
-                held[i] = self.method.hold(seen, self.map_size, self.prompt, step, self.states[i])
-        # a restricted pass is traced, and the pass before it shows where the entities are
+                held[i] = self.editor.hold(seen, self.map_size, self.prompt, step, self.states[i])
+        # an edited pass is traced, and the pass before it shows where the entities are
         follows = any(update.hold for update in self.updates[step : step + 2])
         self.holder.hold(held, read=follows and bool(pending))
 
     def _held(self, step: int, timestep: Tensor) -> None:
-        """Add the restricted pass of a step to the trace."""
+        """Add the edited pass of a step to the trace."""
         if self.holder is None:
             return
         for i, one in enumerate(self.holder.held):
@@ -513,9 +496,7 @@ class Guide:
             loss = self.method.loss(self.holder.attention(i), self.prompt, step, self.states[i])
             if loss.enough:
                 self.done.add(i)
-            regions = loss.regions if isinstance(self.holder, Reweigher) else one.regions
-            if regions is None and isinstance(one, Hold) and isinstance(one.masks, np.ndarray):
-                regions = one.masks
+            regions = loss.regions if one.regions is None else one.regions
             self.traces[i].add(_row(step, timestep, loss, time.perf_counter() - began), regions)
 
     def _gradient(

@@ -1,4 +1,4 @@
-"""FOCUS: the words of an entity attend alike, and those of different entities apart, by Jensen-Shannon divergences.
+"""FOCUS: similar maps for the words of one entity, different ones across entities, by Jensen-Shannon divergence.
 
 Bill, Simsar and Hofmann, "FOCUS: Optimal Control for Multi-Entity World Modeling in Text-to-Image Generation"
 (arXiv:2510.02315, whose first version is "Optimal Control Meets Flow Matching"), and the test-time control of its
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from elakit.attention.spec import select_layers
-from elakit.guidance.method import Attention, Loss, Update, nearest_size
+from elakit.guidance.method import Attention, Loss, Update, layers_of_size
 from elakit.guidance.options import check_guided, check_numbers
 from elakit.guidance.preprocess import NATIVE_SIZE, smooth
 from elakit.guidance.reading import ReadsOneSize
@@ -89,7 +89,7 @@ class FOCUS(ReadsOneSize):
         chosen = select_layers(layers, self.layers)
         if self.layers == "all":
             chosen = tuple(layer for layer in chosen if layer.kind == "joint") or chosen
-        return nearest_size(chosen, latent, self.size, NATIVE_SIZE, "FOCUS")
+        return layers_of_size(chosen, latent, self.size, NATIVE_SIZE, "FOCUS")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
         """Step sizes that fall with the noise; no update where the prompt names only one entity."""

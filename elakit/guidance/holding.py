@@ -1,38 +1,36 @@
-"""Restriction of attention in the denoiser's own passes: words are attended to in their regions only."""
+"""Edits of attention scores in the denoiser's passes, and restrictions, by which words are attended to in regions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elakit.attention import biased
 from elakit.attention.hooks import Hooks
-from elakit.attention.rescoring import Change, Scores, Site, rescored
+from elakit.attention.rescoring import Change, Scores, Site, changeable_layers, rescored
 from elakit.attention.running import Watch
 from elakit.attention.taps import Attend, tap
-from elakit.guidance.method import Attention, Hold, Rescore
+from elakit.guidance.method import Attention, ScoreEdit
+from elakit.measures.arrays import area_mean
 from elakit.models import Adapter, AttentionLayer
 
 
 class Holder:
-    """Restrictions of the images of a run, and the attention of the last pass.
+    """Edits of the images of a run, and the attention of the last pass.
 
     Parameters
     ----------
     adapter : Adapter
     layers : sequence of AttentionLayer
-        Layers whose attention is read; all layers are restricted.
+        Layers whose attention is read; the scores of all layers can be changed.
     images : int
         Number of images in the batch.
     reads_self : bool
         Whether the self-attention of the layers' blocks is read, too.
-    rescored : sequence of AttentionLayer
-        Layers whose scores a `Rescore` changes.
     """
 
     def __init__(
@@ -42,30 +40,29 @@ class Holder:
         images: int,
         *,
         reads_self: bool = False,
-        rescored: Sequence[AttentionLayer] = (),
     ) -> None:
         self.adapter = adapter
         self.layers = layers
         self.beside = adapter.self_layers(layers) if reads_self else ()
-        self.rescored = rescored
-        self.held: list[Hold | Rescore | None] = [None] * images
+        self.changeable = changeable_layers(adapter)
+        self.held: list[ScoreEdit | None] = [None] * images
         self._watch = Watch(adapter)
         self._reads = True  # whether passes are read
         self._rows: slice | None = None  # rows of the current pass that see the prompt; None: not read
         self._read: dict[AttentionLayer, Tensor] = {}  # (image, 1, token, y, x), or (image, 1, y, x, y, x)
-        self._made: dict[tuple[tuple[int, int], int], Tensor | None] = {}
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Context in which passes are read and restricted."""
+        """Context in which passes are read, and scores edited."""
+
+        def change(site: Site, scores: Scores) -> Change | None:
+            return self.change(site.image, site, scores)
+
         try:
             with ExitStack() as stack:
                 hooks = stack.enter_context(Hooks())
                 stack.enter_context(tap([*self.beside, *self.layers], self._collect))
-                if self.rescored:
-                    stack.enter_context(rescored(self.adapter, self.rescored, self._change))
-                else:
-                    stack.enter_context(biased(self.adapter.pipe, self._bias))
+                stack.enter_context(rescored(self.adapter, self.changeable, change, read=self.layers))
                 hooks.before(self.adapter.denoiser, self._before)
                 yield
         finally:
@@ -77,15 +74,19 @@ class Holder:
         return bool(self._read)
 
     def attention(self, image: int) -> Attention:
-        """Attention of the last pass that saw the prompt, with its restriction."""
+        """Attention of the last pass that saw the prompt, as it was edited."""
         cross, own = (tuple(self._read[layer][image] for layer in some) for some in (self.layers, self.beside))
         return Attention(cross, own)
 
-    def hold(self, held: Sequence[Hold | Rescore | None], *, read: bool = True) -> None:
-        """Set the restrictions from the next pass on, and whether passes are read, which takes time."""
+    def hold(self, held: Sequence[ScoreEdit | None], *, read: bool = True) -> None:
+        """Set the edits from the next pass on, and whether passes are read, which takes time."""
         self.held = list(held)
         self._reads = read
-        self._made.clear()
+
+    def change(self, image: int, site: Site, scores: Scores) -> Change | None:
+        """Change of one layer's scores in an image."""
+        held = self.held[image]
+        return None if held is None else held.change(site, scores)
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen = self._watch.read(args, kwargs) if self._reads else None
@@ -98,32 +99,63 @@ class Holder:
             mean = mean.unflatten(2, size)
             self._read[layer] = mean.unflatten(-1, size) if layer in self.beside else mean.movedim(-1, 2)
 
-    def _change(self, site: Site, scores: Scores) -> Change | None:
-        held = self.held[site.image]
-        return held.change(site, scores) if isinstance(held, Rescore) else None
 
-    def _bias(self, layer: AttentionLayer, size: tuple[int, int], text: int) -> Tensor | None:
-        if not any(self.held):
+def restriction(
+    masks: np.ndarray | Callable[[tuple[int, int]], np.ndarray],
+    tokens: Sequence[Sequence[int]],
+    strength: float,
+    *,
+    regions: np.ndarray | None = None,
+    hidden: Sequence[int] = (),
+) -> ScoreEdit:
+    """Edit by which words are attended to in regions only, in all layers that attend to the text.
+
+    Parameters
+    ----------
+    masks : ndarray, bool, (entity, y, x), or callable
+        Regions at any resolution; an entity with an empty mask is not restricted. A callable gives them for a layer's
+        (rows, columns), and is taken at its word: an entity with an empty mask is attended to nowhere.
+    tokens : sequence of sequence of int
+        Positions of each entity's words.
+    strength : float
+        Amount subtracted from the scores of an entity's words outside its mask; where a location of a layer is partly
+        outside, this share of it.
+    regions : ndarray, bool, (entity, y, x), optional
+        Regions for the trace; by default the masks, if they are an array.
+    hidden : sequence of int
+        Positions from which the strength is subtracted everywhere.
+
+    Examples
+    --------
+    >>> layer = AttentionLayer("attn2", "up", 1, nn.Identity(), nn.Identity(), 1)
+    >>> left = restriction(np.array([[[True, False]]]), [(1,)], 4.0)
+    >>> left.change(Site(layer, (1, 2), 0, 1.0, 3, text=slice(0, 3)), None).bias
+    tensor([[[ 0.,  0.,  0.],
+             [ 0., -4.,  0.]]])
+    """
+    made: dict[tuple[tuple[int, int], int], Tensor | None] = {}
+
+    def bias_of(size: tuple[int, int], positions: int) -> Tensor | None:
+        if callable(masks):
+            share = torch.from_numpy(masks(size)).float().flatten(1)
+            restricted = [True] * len(share)
+        else:
+            share = torch.from_numpy(area_mean(masks, size)).float().flatten(1)
+            restricted = [bool(mask.any()) for mask in masks]
+        bias = torch.zeros(size[0] * size[1], positions)
+        for words, inside, acts in zip(tokens, share, restricted, strict=True):
+            if acts:
+                bias[:, list(words)] -= strength * (1 - inside[:, None])
+        bias[:, list(hidden)] -= strength
+        return bias[None] if bool(bias.any()) else None
+
+    def change(site: Site, scores: Scores) -> Change | None:
+        if site.text is None:
             return None
-        if (size, text) not in self._made:
-            bias = torch.zeros(len(self.held), size[0] * size[1], text)
-            for row, held in zip(bias, self.held, strict=True):
-                if isinstance(held, Hold):
-                    _push(row, held, size)
-            self._made[size, text] = bias if bool(bias.any()) else None
-        return self._made[size, text]
+        key = site.size, site.text.stop - site.text.start
+        if key not in made:
+            made[key] = bias_of(*key)
+        bias = made[key]
+        return None if bias is None else Change(bias, keys=site.text)
 
-
-def _push(bias: Tensor, held: Hold, size: tuple[int, int]) -> None:
-    """Subtract the strength outside the regions; in place, (h*w, text positions)."""
-    if callable(held.masks):
-        share = torch.from_numpy(held.masks(size)).float().flatten(1)
-        restricted = [True] * len(share)
-    else:
-        masks = torch.from_numpy(held.masks).float()
-        share = F.interpolate(masks[None], size=size, mode="area")[0].flatten(1)
-        restricted = masks.flatten(1).any(1).tolist()
-    for positions, inside, acts in zip(held.tokens, share, restricted, strict=True):
-        if acts:
-            bias[:, list(positions)] -= held.strength * (1 - inside[:, None])
-    bias[:, list(held.hidden)] -= held.strength
+    return ScoreEdit(change, masks if regions is None and isinstance(masks, np.ndarray) else regions)

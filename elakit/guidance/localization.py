@@ -48,7 +48,7 @@ class FromMaps:
     smooth : float
         Standard deviation, in locations, of a Gaussian filter applied to the maps first; 0 switches it off.
     min_area : int, optional
-        Smallest area of a region, in locations; by default 2 % of the map.
+        Smallest area of a region, in locations; by default 2% of the map.
     lock_from : int, optional
         Denoising step from which the regions stay as they are; by default they are localized at every guided step.
 

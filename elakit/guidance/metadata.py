@@ -49,6 +49,15 @@ REQUIRED: Any = MISSING
 def method_options(method: type[Any]) -> tuple[Option, ...]:
     """Options of a method's class, parts expanded, in the order of the dataclass.
 
+    Parameters
+    ----------
+    method : type
+        Class of a guidance method, a dataclass.
+
+    Returns
+    -------
+    tuple of Option
+
     Examples
     --------
     >>> from elakit.guidance import ELA
@@ -75,6 +84,15 @@ def is_part(hint: Any) -> bool:
 def option_values(method: Any) -> dict[str, Any]:
     """Values of a method's options by dotted name, as the method has them.
 
+    Parameters
+    ----------
+    method : Method
+        A guidance method; anything else has no options.
+
+    Returns
+    -------
+    dict of str to object
+
     Examples
     --------
     >>> from elakit.guidance import ELA
@@ -94,12 +112,40 @@ def option_values(method: Any) -> dict[str, Any]:
 
 
 def options_of(method: Any) -> dict[str, Any]:
-    """Values of a method's options by dotted name, as plain values fit for JSON."""
+    """Values of a method's options by dotted name, as plain values fit for JSON.
+
+    Parameters
+    ----------
+    method : Method
+        A guidance method; anything else has no options.
+
+    Returns
+    -------
+    dict of str to object
+        As `option_values`, with lists instead of arrays.
+
+    Examples
+    --------
+    >>> from elakit.guidance import ELA
+    >>> options_of(ELA(regions=np.ones((1, 1, 2), bool)))["regions"]
+    [[[True, True]]]
+    """
     return {name: _plain(value) for name, value in option_values(method).items()}
 
 
 def build(method: type[Any], values: Mapping[str, Any]) -> Any:
     """A method from values by dotted name; options that are not named keep their defaults.
+
+    Parameters
+    ----------
+    method : type
+        Class of a guidance method, a dataclass.
+    values : mapping of str to object
+        Values by dotted name.
+
+    Returns
+    -------
+    Method
 
     Raises
     ------
@@ -139,6 +185,19 @@ def build(method: type[Any], values: Mapping[str, Any]) -> Any:
 
 def as_code(method: type[Any], values: Mapping[str, Any], module: str = "elakit.guidance") -> str:
     """Python code that builds a method from values by dotted name.
+
+    Parameters
+    ----------
+    method : type
+        Class of a guidance method, a dataclass.
+    values : mapping of str to object
+        Values by dotted name.
+    module : str
+        Module from which the code takes the classes.
+
+    Returns
+    -------
+    str
 
     Examples
     --------

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from elakit.attention.rescoring import Change, Scores, Site
 from elakit.errors import SettingError
+from elakit.measures.arrays import nearest_size
 from elakit.models import Adapter, AttentionLayer, Conditioning
 from elakit.prompt import Prompt
 
@@ -100,7 +101,7 @@ class Update:
     final : bool
         Whether one step follows the refinement, whatever the loss is.
     hold : bool
-        Whether attention is restricted in the step's own pass (see `Holds`).
+        Whether attention scores are edited in the step (see `EditsScores`).
     """
 
     size: float
@@ -110,44 +111,17 @@ class Update:
     hold: bool = False
 
 
-@dataclass(frozen=True)
-class Hold:
-    """Restriction of attention: where in an image words may be attended to.
-
-    Attributes
-    ----------
-    masks : ndarray, bool, (entity, y, x), or callable
-        Regions at any resolution; an entity with an empty mask is not restricted. A callable gives them for a layer's
-        (rows, columns), and is taken at its word: an entity with an empty mask is attended to nowhere.
-    tokens : tuple of tuple of int
-        Positions of each entity's words.
-    strength : float
-        Amount subtracted from the scores of an entity's words outside its mask; where a location of a layer is partly
-        outside, this share of it.
-    regions : ndarray, bool, (entity, y, x), optional
-        Regions for the trace; by default the masks, if they are an array.
-    hidden : tuple of int
-        Positions from which the strength is subtracted everywhere.
-    """
-
-    masks: np.ndarray | Callable[[tuple[int, int]], np.ndarray]
-    tokens: tuple[tuple[int, ...], ...]
-    strength: float
-    regions: np.ndarray | None = None
-    hidden: tuple[int, ...] = ()
-
-
 @dataclass(frozen=True, eq=False)
-class Rescore:
-    """Change of attention scores that is computed in each layer as it runs; for methods that are `Rescores`.
+class ScoreEdit:
+    """Edit of the attention scores of one image in one denoising step.
 
     Attributes
     ----------
     change : callable
-        ``change(site, scores)`` returns the change of one layer's scores in one image, or None, see
+        ``change(site, scores)`` returns the change of one layer's scores, or None; it is called as each layer runs, see
         `elakit.attention.rescoring.rescored`.
     regions : ndarray, bool, (entity, y, x), optional
-        Regions for the trace.
+        Regions for the trace; by default those of the loss.
     """
 
     change: Callable[[Site, Scores], Change | None]
@@ -196,40 +170,18 @@ class Method(Protocol):
 
 
 @runtime_checkable
-class Holds(Protocol):
-    """A method that also restricts attention in the denoiser's own passes, in the steps of its plan."""
+class EditsScores(Protocol):
+    """A method that also edits attention scores, in the steps whose `Update.hold` is True."""
 
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Any
-    ) -> Hold | Rescore | None:
-        """Restriction in one step's pass for one image, or None, given the attention of the previous pass.
+    ) -> ScoreEdit | None:
+        """Edit in one step for one image, or None, given the attention of the previous pass.
 
-        Before the first pass there is no attention; size is (rows, columns) of the maps that are read. `Method.loss`
-        is called afterwards, with the attention of the restricted pass.
+        It acts in the denoiser's own pass, and in the passes from which the step's gradient is taken, if there are any
+        (`Site.gradient`). Before the first pass there is no attention; size is (rows, columns) of the maps that are
+        read. `Method.loss` is called afterwards, with the attention of the edited pass.
         """
-
-
-@runtime_checkable
-class Rescores(Protocol):
-    """A method whose `Holds.hold` returns a `Rescore`, for models with plain cross-attention layers."""
-
-    def hold(
-        self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Any
-    ) -> Rescore | None:
-        """See `Holds`."""
-
-    def rescored(
-        self, layers: Sequence[AttentionLayer], read: Sequence[AttentionLayer]
-    ) -> tuple[Sequence[AttentionLayer], Sequence[AttentionLayer]]:
-        """Layers whose scores change, and layers beside which self-attention changes, given all and those read."""
-
-
-@runtime_checkable
-class Restricts(Protocol):
-    """A method that is `Rescores` and also changes the scores in the passes from which its gradient is taken."""
-
-    def restrict(self, prompt: Prompt, step: int, state: Any) -> Rescore:
-        """Change of the scores in a step's gradient passes for one image."""
 
 
 @runtime_checkable
@@ -271,7 +223,32 @@ class NoiseSearch(Protocol):
         """
 
 
-def nearest_size(
+def editor_of(method: Method, updates: Sequence[Update]) -> EditsScores | None:
+    """The method, if its plan edits attention scores.
+
+    Raises
+    ------
+    TypeError
+        The plan edits scores, and the method does not say how.
+
+    Examples
+    --------
+    >>> from elakit.guidance import RegionalAttention
+    >>> method = RegionalAttention()
+    >>> editor_of(method, [Update(0.0)]) is None, editor_of(method, [Update(0.0, hold=True)]) is method
+    (True, True)
+    """
+    if not any(update.hold for update in updates):
+        return None
+    if not isinstance(method, EditsScores):
+        raise TypeError(
+            f"The plan of {type(method).__name__} has updates with hold=True, but the class has no method `hold`: add "
+            "it (see elakit.guidance.method.EditsScores)."
+        )
+    return method
+
+
+def layers_of_size(
     layers: Sequence[AttentionLayer], latent: tuple[int, int], size: int | None, native: int, who: str
 ) -> tuple[AttentionLayer, ...]:
     """Layers whose maps' longer side is `size`, or by default the size of the outer blocks nearest to `native`.
@@ -299,9 +276,8 @@ def nearest_size(
     sides = {layer.factor: -(-max(latent) // layer.factor) for layer in layers}
     if size is not None and size not in sides.values():
         raise SettingError(f"{who}(size={size}): the layers have maps of size {sorted(set(sides.values()))}.")
-    wanted = size or native
     # Authors read the downward and upward layers; the middle block joins in where its maps have the same size.
     outer = {layer.factor for layer in layers if layer.place != "mid"} or set(sides)
-    candidates = sides if size is not None else outer
-    factor = min(candidates, key=lambda f: (abs(np.log(sides[f] / wanted)), f))
+    side = nearest_size((sides[factor] for factor in outer), native) if size is None else size
+    factor = min(factor for factor in sides if sides[factor] == side)
     return tuple(layer for layer in layers if layer.factor == factor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NoReturn
 
-from elakit.errors import SettingError
+from elakit import checks
 
 
 def refuse(method: Any, option: str, rule: str) -> NoReturn:
@@ -15,7 +15,7 @@ def refuse(method: Any, option: str, rule: str) -> NoReturn:
     ------
     SettingError
     """
-    raise SettingError(f"{type(method).__name__}({option}={getattr(method, option)!r}): must be {rule}.")
+    checks.refuse(getattr(method, option), option, rule, owner=type(method).__name__)
 
 
 def check_numbers(method: Any, *options: str) -> None:
@@ -26,18 +26,16 @@ def check_numbers(method: Any, *options: str) -> None:
 
 
 def check_whole(method: Any, *options: str, least: int = 0) -> None:
-    """Refuse options that are not whole numbers of at least `least`."""
+    """Refuse options that are not whole numbers of at least `least`; NumPy's become plain ones."""
     for option in options:
-        value = getattr(method, option)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            refuse(method, option, f"a whole number of {least} or more")
+        value = checks.whole_number(getattr(method, option), option, least, owner=type(method).__name__)
+        object.__setattr__(method, option, value)
 
 
 def check_flag(method: Any, *options: str) -> None:
     """Refuse options that are neither True nor False."""
     for option in options:
-        if not isinstance(getattr(method, option), bool):
-            refuse(method, option, "True or False")
+        checks.boolean(getattr(method, option), option, owner=type(method).__name__)
 
 
 def check_guided(method: Any) -> None:
@@ -54,8 +52,7 @@ def check_refine(method: Any, goal: str) -> None:
     except (TypeError, ValueError):
         refuse(method, "refine", rule)
     for share, least, most in entries:
-        whole = isinstance(most, int) and is_number(most)
-        if not (is_number(share, most=1) and is_number(least) and whole):
+        if not (is_number(share, most=1) and is_number(least) and checks.is_whole(most) and most >= 0):
             refuse(method, "refine", rule)
     if len({share for share, _, _ in entries}) < len(entries):
         refuse(method, "refine", "a sequence that names each share of the steps once")

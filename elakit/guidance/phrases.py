@@ -88,7 +88,7 @@ def phrase_positions(prompt: Prompt, entity: Entity) -> tuple[int, ...]:
         if start <= first and past <= start + len(wanted) and said[start : start + len(wanted)] == wanted:
             first, past = start, start + len(wanted)
             break
-    if first and said[first - 1].lower() in ARTICLES:  # brackets are often put behind the article
+    if first and said[first - 1].lower() in ARTICLES:  # brackets are often placed after the article
         first -= 1
     return tuple(token.index for token in prompt.tokens if first <= token.word < past)
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from elakit.attention.spec import select_layers
-from elakit.guidance.method import nearest_size
+from elakit.guidance.method import layers_of_size
 from elakit.guidance.preprocess import NATIVE_SIZE
 from elakit.models import AttentionLayer
 from elakit.prompt import Prompt
@@ -37,7 +37,7 @@ class ReadsOneSize:
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
         """The chosen layers whose maps have the chosen size."""
-        return nearest_size(select_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, type(self).__name__)
+        return layers_of_size(select_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, type(self).__name__)
 
     def begin(self, prompt: Prompt, steps: int) -> Any:
         """No state."""

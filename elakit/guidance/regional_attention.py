@@ -25,9 +25,10 @@ from torch import Tensor
 from elakit.checks import choice, real_number, refuse, share, whole_number
 from elakit.guidance.anchoring import confinement
 from elakit.guidance.ela import decoder_side_layers
+from elakit.guidance.holding import restriction
 from elakit.guidance.layout import Layout, apart, check_layout, layout_masks
 from elakit.guidance.localization import Anchors, FromMaps, complete, entity_means, is_complete
-from elakit.guidance.method import Attention, Hold, Loss, Update, nearest_size
+from elakit.guidance.method import Attention, Loss, ScoreEdit, Update, layers_of_size
 from elakit.guidance.preprocess import NATIVE_SIZE
 from elakit.models import AttentionLayer
 from elakit.prompt import Prompt
@@ -121,7 +122,7 @@ class RegionalAttention:
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
         """The layers of the chosen side whose maps have the chosen size."""
-        return nearest_size(
+        return layers_of_size(
             decoder_side_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, "RegionalAttention"
         )
 
@@ -153,7 +154,7 @@ class RegionalAttention:
 
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Anchors
-    ) -> Hold | None:
+    ) -> ScoreEdit | None:
         """Restriction of one pass, given the attention of the pass before it."""
         if attention is not None:
             masks = self._masks(attention.mean, prompt, state)
@@ -162,7 +163,8 @@ class RegionalAttention:
         else:
             return None
         state.held = masks
-        return Hold(masks, tuple((*e.token_indices, *e.attribute_indices) for e in prompt.entities), self.strength)
+        words = [(*e.token_indices, *e.attribute_indices) for e in prompt.entities]
+        return restriction(masks, words, self.strength)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Anchors) -> Loss:
         """Squared share of attention outside the regions, for the trace only: "outside" plus "attributes"."""

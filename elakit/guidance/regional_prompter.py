@@ -6,7 +6,7 @@ words, "a red car", are encoded on their own. In every cross-attention layer and
 attend to text i, from the left in the order of the prompt. It is the baseline that `RegionalAttention` has to beat.
 
 Here the prompt's text states are followed by those of each text. Column i sees the words of entity i in their places in
-the prompt, with the states of text i, and what is left of text i (end and padding) behind the prompt; all other
+the prompt, with the states of text i, and what is left of text i (end and padding) after the prompt; all other
 positions are hidden, except start-of-text, whose state is the same in all texts. The weights are those of an attention
 to text i alone, and recordings show each word in its place.
 
@@ -26,7 +26,8 @@ import torch
 from elakit.attention.calls import NEVER
 from elakit.errors import SettingError
 from elakit.guidance.anchoring import confinement
-from elakit.guidance.method import Attention, Hold, Loss, Update
+from elakit.guidance.holding import restriction
+from elakit.guidance.method import Attention, Loss, ScoreEdit, Update
 from elakit.guidance.phrases import MASKS, STATES, check_text, phrase_positions, phrases, with_text
 from elakit.guidance.reading import ReadsOneSize
 from elakit.models import Adapter, Conditioning
@@ -68,7 +69,7 @@ class RegionalPrompter(ReadsOneSize):
         first = 0 if prompt.start_index is None else prompt.start_index + 1
         if any(phrase.own != tuple(range(first, first + len(phrase.own))) for phrase in texts):
             raise SettingError(
-                f"RegionalPrompter needs texts that are padded behind their words; {adapter.family} pads elsewhere. "
+                f"RegionalPrompter needs texts that are padded after their words; {adapter.family} pads elsewhere. "
                 "Use another model, or elakit.guidance.RegionalAttention()."
             )
         for phrase in texts:
@@ -78,7 +79,9 @@ class RegionalPrompter(ReadsOneSize):
             mask = torch.cat([mask, *(phrase.mask.to(mask) for phrase in texts if phrase.mask is not None)], dim=1)
         return with_text(conditioning, states, mask, times=1 + len(texts))
 
-    def hold(self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: None) -> Hold:
+    def hold(
+        self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: None
+    ) -> ScoreEdit:
         """Each text is seen in its column, and what belongs to none is seen nowhere."""
         start = prompt.start_index
         first = 0 if start is None else start + 1  # position of a text's first word
@@ -90,9 +93,9 @@ class RegionalPrompter(ReadsOneSize):
             seen.append((*positions, *behind))
             hidden.difference_update(seen[-1])
         ranks = in_order(prompt)
-        return Hold(
-            lambda grid: columns(grid, len(ranks))[ranks], tuple(seen), -NEVER,
-            regions=columns(size, len(ranks))[ranks], hidden=tuple(sorted(hidden)),
+        return restriction(
+            lambda grid: columns(grid, len(ranks))[ranks], seen, -NEVER,
+            regions=columns(size, len(ranks))[ranks], hidden=sorted(hidden),
         )  # fmt: skip
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:

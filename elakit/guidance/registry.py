@@ -72,6 +72,15 @@ METHODS = Methods(
 def method_title(name: str) -> str:
     """Display name of a method; other names, such as "plain", are returned as they are.
 
+    Parameters
+    ----------
+    name : str
+        Name in `METHODS`, or any other name.
+
+    Returns
+    -------
+    str
+
     Examples
     --------
     >>> method_title("attend-and-excite"), method_title("plain")
@@ -82,6 +91,15 @@ def method_title(name: str) -> str:
 
 def without_regions(name: str) -> Any:
     """A method of `METHODS` with its default options, for uses in which no regions can be given.
+
+    Parameters
+    ----------
+    name : str
+        Name in `METHODS`.
+
+    Returns
+    -------
+    Method
 
     Raises
     ------

@@ -27,17 +27,18 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from elakit.attention.calls import NEVER
 from elakit.checks import share, whole_number
 from elakit.errors import SettingError
 from elakit.guidance.anchoring import confinement
+from elakit.guidance.holding import restriction
 from elakit.guidance.localization import entity_means
-from elakit.guidance.method import Attention, Hold, Loss, Update
+from elakit.guidance.method import Attention, Loss, ScoreEdit, Update
 from elakit.guidance.predicated_diffusion import scaled
 from elakit.guidance.reading import ReadsOneSize
+from elakit.measures.arrays import area_mean
 from elakit.prompt import Prompt
 
 
@@ -154,12 +155,12 @@ class SPDiffusion(ReadsOneSize):
 
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Protection
-    ) -> Hold:
+    ) -> ScoreEdit:
         """Each concept's words are hidden in the regions of the others."""
         if state.regions is None:
             raise SettingError("SPDiffusion finds its regions before the run; use it through elakit.generate.")
-        words = tuple((*entity.token_indices, *entity.attribute_indices) for entity in prompt.entities)
-        return Hold(partial(_allowed_at, state.regions), words, -NEVER, regions=state.regions)
+        words = [(*entity.token_indices, *entity.attribute_indices) for entity in prompt.entities]
+        return restriction(partial(_allowed_at, state.regions), words, -NEVER, regions=state.regions)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Protection) -> Loss:
         """Squared share of attention in the regions of other concepts, for the trace: "outside" and "attributes"."""
@@ -178,5 +179,4 @@ def _allowed(regions: np.ndarray) -> np.ndarray:
 
 def _allowed_at(regions: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """`_allowed` at the size of a layer, where a location belongs to a region if most of it does."""
-    share = F.interpolate(torch.from_numpy(regions)[None].float(), size=size, mode="area")[0]
-    return _allowed((share > 0.5).numpy())
+    return _allowed(area_mean(regions, size) > 0.5)

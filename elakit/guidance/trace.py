@@ -114,9 +114,9 @@ class Trace:
         )
         named = isinstance(entities, list) and all(isinstance(entity, str) for entity in entities)
         if not (steps and named and isinstance(method, str) and isinstance(options, dict)):
-            raise ValueError("the trace of guidance has values of a wrong type")
+            raise ValueError("the trace of guidance has values of the wrong type")
         if not (isinstance(searched, list) and all(isinstance(row, dict) for row in searched)):
-            raise ValueError("the trace of guidance has values of a wrong type")
+            raise ValueError("the trace of guidance has values of the wrong type")
         return cls(method, options, tuple(entities), rows, searched, dict(regions or {}))
 
     def __repr__(self) -> str:

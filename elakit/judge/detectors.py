@@ -1,6 +1,6 @@
 """Zero-shot detectors and segmenters of transformers as judges of real images (Stable Diffusion, SDXL, photographs).
 
-Each class is callable: it takes an image and nouns and returns things, like the embedded judge. Each follows the
+Each class is callable: it takes an image and nouns and returns things, like the built-in judge. Each follows the
 post-processing that the model's authors published; its docstring explains the thresholds.
 """
 
@@ -384,7 +384,7 @@ def mark_coinciding(things: Sequence[Thing], iou: float = 0.9) -> list[Thing]:
     References
     ----------
     .. [1] Chen et al., "A Cat Is A Cat (Not A Dog!): Unraveling Information Mix-ups in Text-to-Image Encoders through
-       Causal Analysis and Embedding Optimization", 2024: two boxes that overlap by more than 90 % are a mixture.
+       Causal Analysis and Embedding Optimization", 2024: two boxes that overlap by more than 90% are a mixture.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Network of the embedded judge: a class for every pixel, and probabilities of hybrids and unrecognizable shapes."""
+"""Network of the built-in judge: a class for every pixel, and probabilities of hybrids and unrecognizable shapes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CLASSES = 1 + len(NOUNS)
 CHANNELS = (16, 48, 96, 160, 224)
 SIZE = 128  # pixels; images of another size are resized to what the judge was trained on
 # A thing is present if one connected component of its class covers this share of the image. In the world's scenes the
-# smallest (glasses among three) covers about 1.5 %.
+# smallest (glasses among three) covers about 1.5%.
 LEAST_AREA = 0.008
 # A component that covers less than this share of a larger one that it touches is noise, not a thing.
 SPECK = 0.15
@@ -86,7 +86,7 @@ class Segmenter(nn.Module):
 
 @lru_cache(maxsize=1)
 def load_segmenter() -> Segmenter:
-    """Load the embedded judge, once per process.
+    """Load the built-in judge, once per process.
 
     Raises
     ------
@@ -155,7 +155,7 @@ def segment(images: np.ndarray) -> Seen:
 
 
 def find_things(image: Image.Image, nouns: Sequence[str] = ()) -> list[Thing]:
-    """Find all things of picture-world in an image, the largest first: the embedded judge as a detector.
+    """Find all things of picture-world in an image, the largest first: the built-in judge as a detector.
 
     Parameters
     ----------

@@ -27,7 +27,7 @@ class Thing:
     color : str or None
         Its color, one of `elakit.world.vocabulary.COLORS`; None if the mask is empty.
     mixed_with : tuple of str
-        Nouns that it is fused with; empty for a thing that is no hybrid.
+        Nouns that it is fused with; empty for a thing that is not a hybrid.
     recognizable : bool
         False for a shape that the detector cannot name: `noun` is then its best guess, and the thing does not count.
 
@@ -59,7 +59,7 @@ class Thing:
 
 
 class Detector(Protocol):
-    """Callable that finds things in an image: the embedded judge, or one of `elakit.judge.detectors`."""
+    """Callable that finds things in an image: the built-in judge, or one of `elakit.judge.detectors`."""
 
     def __call__(self, image: Image.Image, nouns: Sequence[str]) -> list[Thing]:
         """Things in the image; an open-vocabulary detector looks for `nouns`."""

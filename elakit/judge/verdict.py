@@ -140,12 +140,36 @@ class Verdict:
 
 
 def knows(prompt: Prompt) -> bool:
-    """True if every entity of the prompt is one of the 24 nouns and every attribute one of the 11 colors."""
+    """True if every entity of the prompt is one of the 24 nouns and every attribute one of the 11 colors.
+
+    Parameters
+    ----------
+    prompt : Prompt
+
+    Returns
+    -------
+    bool
+
+    Examples
+    --------
+    >>> import elakit
+    >>> pipe = elakit.load("picture-world")
+    >>> knows(elakit.parse("a [red car]", pipe)), knows(elakit.parse("a [red zebra]", pipe))
+    (True, False)
+    """
     return all(_noun(e) in NOUNS and all(a.lower() in COLORS for a in e.attributes) for e in prompt.entities)
 
 
 def is_black(image: Image.Image) -> bool:
     """True if every pixel is black, as in the image that a safety checker returns instead of the one it withholds.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+
+    Returns
+    -------
+    bool
 
     Examples
     --------
@@ -164,7 +188,7 @@ def judge(image: Image.Image, prompt: Prompt, detector: Detector | None = None) 
     prompt : Prompt
     detector : Detector, optional
         Detector of the things in the image: one of `elakit.judge.detectors` for images of other models. By default the
-        embedded judge, which was trained on images of picture-world.
+        built-in judge, which was trained on images of picture-world.
 
     Returns
     -------

@@ -61,8 +61,8 @@ def agreement_iou(maps: Any, masks: Any) -> np.ndarray:
 def auc(maps: Any, masks: Any) -> np.ndarray:
     """Area under the ROC curve of each map as a score that detects the locations of the mask.
 
-    It is the probability that a location on the entity has more attention than a location beside it, a tie counting
-    half. No threshold is needed, and only the order of the values counts.
+    It is the probability that a location on the entity has more attention than a location outside it; ties count
+    half. No threshold is needed, and only the order of the values matters.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ def auc(maps: Any, masks: Any) -> np.ndarray:
     Returns
     -------
     float array, (...)
-        0 to 1; a constant map scores .5, a map that is larger everywhere on the entity than anywhere beside it 1. NaN
+        0 to 1; a constant map scores .5, a map that is larger everywhere on the entity than anywhere else 1. NaN
         where the mask is empty or full.
 
     Raises
@@ -89,7 +89,7 @@ def auc(maps: Any, masks: Any) -> np.ndarray:
 
     Examples
     --------
-    Three of the four pairs (on the entity, beside it) are in order, 3 > 2, 3 > 1 and 2 > 1, and 2 = 2 counts half:
+    Three of the four pairs (on the entity, outside it) are in order, 3 > 2, 3 > 1 and 2 > 1, and 2 = 2 counts half:
 
     >>> float(auc([[3., 2., 2., 1.]], [[1, 1, 0, 0]]))
     0.875

@@ -147,6 +147,22 @@ def intrusion(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
 
     Parameters, shape of the result and errors are those of :func:`bleed`.
 
+    Parameters
+    ----------
+    matrix : array, (..., entity, region + 1)
+        The result of :func:`leakage`.
+    own : sequence of int, optional
+        Index of the region that belongs to each row, as in :func:`bleed`.
+
+    Returns
+    -------
+    float array, (..., entity)
+
+    Raises
+    ------
+    SettingError
+        `own` does not fit the matrix.
+
     Examples
     --------
     >>> intrusion([[0.7, 0.2, 0.1], [0.0, 0.8, 0.2]])
@@ -164,6 +180,15 @@ def intrusion(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
 
 def spill(matrix: Any) -> np.ndarray:
     """Share of each map's mass in the background, K[e, background]; float array (..., entity).
+
+    Parameters
+    ----------
+    matrix : array, (..., entity, region + 1)
+        The result of :func:`leakage`.
+
+    Returns
+    -------
+    float array, (..., entity)
 
     Examples
     --------
@@ -217,6 +242,28 @@ def attribute_overlap(attributes: Any, entities: Any) -> np.ndarray:
     """Ruzicka similarity of every attribute and every entity as distributions, (..., attribute, entity).
 
     Parameters and errors are those of :func:`binding`.
+
+    Parameters
+    ----------
+    attributes : array, tensor or DataArray, (..., attribute, y, x)
+        Attention maps of the attributes, on any scale.
+    entities : array, tensor or DataArray, (..., entity, y, x)
+        Attention maps of the entities' nouns, on any scale.
+
+    Returns
+    -------
+    float array, (..., attribute, entity)
+        0 to 1.
+
+    Raises
+    ------
+    SettingError
+        NaN, infinite or negative values; sizes that differ.
+
+    Examples
+    --------
+    >>> attribute_overlap([[[0., 1., 1.]]], [[[4., 0., 0.]], [[0., 2., 2.]]]).tolist()
+    [[0.0, 1.0]]
     """
     of_attributes, of_entities = distribution(attributes), distribution(entities)
     if of_attributes.ndim < 3 or of_entities.ndim < 3:

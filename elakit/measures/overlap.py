@@ -32,6 +32,20 @@ TINY = 1e-12
 def iou(a: Any, b: Any) -> np.ndarray:
     """Intersection over union (Jaccard index) of masks, 0 to 1; 0 if both are empty.
 
+    Parameters
+    ----------
+    a, b : bool array or tensor, (..., y, x)
+        Masks of one spatial size; leading dimensions broadcast.
+
+    Returns
+    -------
+    float array, (...)
+
+    Raises
+    ------
+    SettingError
+        Sizes that differ, or masks that are not boolean.
+
     Examples
     --------
     >>> float(iou([[1, 1, 0, 0]], [[0, 1, 1, 1]]))
@@ -44,6 +58,20 @@ def iou(a: Any, b: Any) -> np.ndarray:
 def dice(a: Any, b: Any) -> np.ndarray:
     """Dice coefficient of masks, ``2 |a & b| / (|a| + |b|)``, 0 to 1; 0 if both are empty.
 
+    Parameters
+    ----------
+    a, b : bool array or tensor, (..., y, x)
+        Masks of one spatial size; leading dimensions broadcast.
+
+    Returns
+    -------
+    float array, (...)
+
+    Raises
+    ------
+    SettingError
+        Sizes that differ, or masks that are not boolean.
+
     Examples
     --------
     >>> float(dice([[1, 1, 0, 0]], [[0, 1, 1, 1]]))
@@ -55,6 +83,20 @@ def dice(a: Any, b: Any) -> np.ndarray:
 
 def overlap_coefficient(a: Any, b: Any) -> np.ndarray:
     """Overlap coefficient (Szymkiewicz-Simpson), ``|a & b| / min(|a|, |b|)`` of masks, 0 to 1; 0 if one is empty.
+
+    Parameters
+    ----------
+    a, b : bool array or tensor, (..., y, x)
+        Masks of one spatial size; leading dimensions broadcast.
+
+    Returns
+    -------
+    float array, (...)
+
+    Raises
+    ------
+    SettingError
+        Sizes that differ, or masks that are not boolean.
 
     Examples
     --------
@@ -71,6 +113,20 @@ def ruzicka(a: Any, b: Any) -> np.ndarray:
     The scale of the maps counts; pass the :func:`~elakit.measures.arrays.distribution` of each to compare where they
     lie and not how strong they are.
 
+    Parameters
+    ----------
+    a, b : array or tensor, (..., y, x)
+        Maps of one spatial size, finite and not negative; leading dimensions broadcast.
+
+    Returns
+    -------
+    float array, (...)
+
+    Raises
+    ------
+    SettingError
+        Sizes that differ; NaN, infinite or negative values.
+
     Examples
     --------
     >>> float(ruzicka([[1., 2., 1.]], [[0., 1., 2.]]))
@@ -84,6 +140,20 @@ def astar_overlap(a: Any, b: Any) -> np.ndarray:
     """Overlap of maps in A-STAR's segregation loss, sum min(a, b) / sum (a + b), 0 to .5; 0 if both are zero.
 
     It is half the soft Dice coefficient. The scale of the maps counts, as in :func:`ruzicka`.
+
+    Parameters
+    ----------
+    a, b : array or tensor, (..., y, x)
+        Maps of one spatial size, finite and not negative; leading dimensions broadcast.
+
+    Returns
+    -------
+    float array, (...)
+
+    Raises
+    ------
+    SettingError
+        Sizes that differ; NaN, infinite or negative values.
 
     References
     ----------
@@ -103,6 +173,20 @@ def symmetric_kl(a: Any, b: Any) -> np.ndarray:
 
     Probabilities below 1e-12 are raised to it.
 
+    Parameters
+    ----------
+    a, b : array or tensor, (..., y, x)
+        Maps of one spatial size, finite and not negative; leading dimensions broadcast.
+
+    Returns
+    -------
+    float array, (...)
+
+    Raises
+    ------
+    SettingError
+        Sizes that differ; NaN, infinite or negative values.
+
     Examples
     --------
     Maps that differ only in scale do not diverge:
@@ -117,6 +201,20 @@ def symmetric_kl(a: Any, b: Any) -> np.ndarray:
 def jensen_shannon(a: Any, b: Any) -> np.ndarray:
     """Jensen-Shannon divergence of maps as distributions, 0 to ln 2 nats.
 
+    Parameters
+    ----------
+    a, b : array or tensor, (..., y, x)
+        Maps of one spatial size, finite and not negative; leading dimensions broadcast.
+
+    Returns
+    -------
+    float array, (...)
+
+    Raises
+    ------
+    SettingError
+        Sizes that differ; NaN, infinite or negative values.
+
     Examples
     --------
     >>> round(float(jensen_shannon([[1., 0.]], [[0., 5.]])), 4)
@@ -130,6 +228,20 @@ def jensen_shannon(a: Any, b: Any) -> np.ndarray:
 
 def hellinger(a: Any, b: Any) -> np.ndarray:
     """Hellinger distance of maps as distributions, 0 to 1.
+
+    Parameters
+    ----------
+    a, b : array or tensor, (..., y, x)
+        Maps of one spatial size, finite and not negative; leading dimensions broadcast.
+
+    Returns
+    -------
+    float array, (...)
+
+    Raises
+    ------
+    SettingError
+        Sizes that differ; NaN, infinite or negative values.
 
     Examples
     --------

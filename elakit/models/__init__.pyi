@@ -22,7 +22,6 @@ from .kolors import Kolors as Kolors
 from .loading import check_scheduler as check_scheduler
 from .loading import load as load
 from .lumina2 import Lumina2 as Lumina2
-from .pipeline import Pipeline as Pipeline
 from .pixart import PixArt as PixArt
 from .qwen_image import QwenImage as QwenImage
 from .sana import Sana as Sana

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from elakit.errors import ModelError
-from elakit.models.pipeline import Pipeline
+from elakit.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
 Place = Literal["down", "mid", "up", "double", "single", "block"]
@@ -172,7 +172,7 @@ class OtherKind(str):
     """Reason for a refusal that only says that a pipeline is of another kind; left out of errors with a nearer one."""
 
 
-def modular(pipe: Any) -> str | None:
+def modular(pipe: Pipeline) -> str | None:
     """Why a modular pipeline is refused; None for all others."""
     if not is_a(pipe, "ModularPipeline"):
         return None
@@ -456,7 +456,7 @@ class Adapter(Protocol):
         """Set the scheduler's timesteps as the pipeline's call does; returns the factor of the initial noise."""
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images of latents in the pipeline's form, also of the noisy latents in the middle of a run."""
+        """Images of latents in the pipeline's form, including the noisy latents in the middle of a run."""
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:
         """Latents of an image for one row, in the pipeline's form."""

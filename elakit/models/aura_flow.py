@@ -1,4 +1,4 @@
-"""AuraFlow: an MM-DiT of double- and single-stream blocks over T5 tokens behind register tokens."""
+"""AuraFlow: an MM-DiT of double- and single-stream blocks over register tokens and T5 tokens."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class AuraFlow(TransformerAdapter):
         return replace(call, timestep=scheduler_timestep(self.pipe, 1000 * call.timestep))
 
     def text(self) -> tuple[TextSequence, ...]:
-        """T5 tokens behind the registers."""
+        """T5 tokens after the registers."""
         registers = self.pipe.transformer.register_tokens.shape[1]
         return (TextSequence("t5", self.pipe.tokenizer, registers, self._t5_length()),)
 

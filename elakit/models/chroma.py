@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from elakit.models.adapter import Conditioning
 from elakit.models.encoding import PromptInput
 from elakit.models.flux import Flux
-from elakit.models.pipeline import Pipeline
+from elakit.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
 

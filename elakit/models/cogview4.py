@@ -67,7 +67,7 @@ class CogView4(TransformerAdapter):
         return slice(0, batch)
 
     def text(self) -> tuple[TextSequence, ...]:
-        """Sequence of GLM's tokens behind its padding."""
+        """Sequence of GLM's tokens, preceded by padding."""
         return (TextSequence("glm", self.pipe.tokenizer, 0, self._t5_length(), padding="left", multiple=16),)
 
     def _encode(self, prompt: PromptInput) -> Conditioning:

@@ -12,6 +12,14 @@ from elakit.errors import SettingError
 def device_named(device: str | torch.device | None) -> torch.device:
     """Device of a given name; None stands for CUDA where it is available and the CPU elsewhere.
 
+    Parameters
+    ----------
+    device : str or torch.device, optional
+
+    Returns
+    -------
+    torch.device
+
     Raises
     ------
     SettingError

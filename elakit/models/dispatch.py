@@ -15,7 +15,6 @@ from elakit.models.flux2 import Flux2
 from elakit.models.hunyuan_dit import HunyuanDiT
 from elakit.models.kolors import Kolors
 from elakit.models.lumina2 import Lumina2
-from elakit.models.pipeline import Pipeline
 from elakit.models.pixart import PixArt
 from elakit.models.qwen_image import QwenImage
 from elakit.models.sana import Sana
@@ -23,6 +22,7 @@ from elakit.models.sd3 import StableDiffusion3
 from elakit.models.sdxl import StableDiffusionXL
 from elakit.models.stable_diffusion import StableDiffusion
 from elakit.models.z_image import ZImage
+from elakit.pipeline import Pipeline
 
 FAMILIES: tuple[type[Adapter], ...] = (
     StableDiffusion,
@@ -51,6 +51,10 @@ def adapter_for(pipe: Pipeline) -> Adapter:
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
+
+    Returns
+    -------
+    Adapter
 
     Raises
     ------

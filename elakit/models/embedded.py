@@ -1,4 +1,4 @@
-"""Embedded models, and the settings that pipelines generate with by default."""
+"""Built-in models, and the settings that pipelines generate with by default."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elakit.errors import ModelError
-from elakit.models.pipeline import Pipeline
+from elakit.pipeline import Pipeline
 from elakit.resources import data_path
 
 
@@ -76,16 +76,26 @@ class GenerationSettings:
 
 
 def default_settings(pipe: Pipeline) -> GenerationSettings:
-    """Default settings of an embedded model, or of the ``__call__`` of any other pipeline.
+    """Default settings of a built-in model, or of the ``__call__`` of any other pipeline.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
 
+    Returns
+    -------
+    GenerationSettings
+
     Raises
     ------
     ModelError
         When the call of the pipeline has no number of steps.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> default_settings(elakit.load("picture-world"))
+    GenerationSettings(steps=25, guidance_scale=4.0)
     """
     if (model := EMBEDDED.get(name_of(pipe))) is not None:
         return GenerationSettings(model.steps, model.guidance_scale)
@@ -102,11 +112,21 @@ def default_settings(pipe: Pipeline) -> GenerationSettings:
 
 
 def name_of(pipe: Pipeline) -> str:
-    """Name under which `load` finds a pipeline again: an embedded model, a hub id or a folder; else its class.
+    """Name under which `load` finds a pipeline again: a built-in model, a hub id or a folder; else its class.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> import elakit
+    >>> name_of(elakit.load("picture-world"))
+    'picture-world'
     """
     source = str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
     embedded = [model.name for model in EMBEDDED.values() if Path(source) == model.path]
@@ -114,10 +134,20 @@ def name_of(pipe: Pipeline) -> str:
 
 
 def loaded_with(pipe: Pipeline) -> dict[str, str | None]:
-    """Arguments of `load` that change the weights of a pipeline beside its name: variant and LoRA weights.
+    """Arguments of `load` that change the weights of a pipeline, other than its name: variant and LoRA weights.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
+
+    Returns
+    -------
+    dict of str to (str or None)
+
+    Examples
+    --------
+    >>> import elakit
+    >>> loaded_with(elakit.load("picture-world"))
+    {'variant': None, 'lora': None}
     """
     return {name: getattr(pipe.config, f"_{name}", None) for name in ("variant", "lora")}

@@ -9,7 +9,7 @@ import torch
 
 from elakit.errors import ModelError
 from elakit.models.adapter import Conditioning, call_default
-from elakit.models.pipeline import Pipeline
+from elakit.pipeline import Pipeline
 
 
 @dataclass(frozen=True)

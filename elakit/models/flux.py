@@ -23,8 +23,8 @@ from elakit.models.adapter import (
     scheduler_timestep,
 )
 from elakit.models.encoding import PromptInput
-from elakit.models.pipeline import Pipeline
 from elakit.models.transformer import TransformerAdapter
+from elakit.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
 

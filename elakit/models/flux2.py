@@ -12,9 +12,8 @@ from elakit.models.adapter import Conditioning, call_default, is_a
 from elakit.models.chat import chat_sequence
 from elakit.models.encoding import PromptInput
 from elakit.models.flux import Flux
-from elakit.models.pipeline import Pipeline
-from elakit.models.transformer import TransformerAdapter
 from elakit.models.unet import seeded_noise
+from elakit.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
 
@@ -148,9 +147,14 @@ class Flux2(Flux):
         self._set_flow(steps, compute_empirical_mu(image_seq_len=patches, num_steps=steps))
         return 1.0
 
+    @torch.no_grad()
     def encode_image(self, image: Image.Image) -> torch.Tensor:
-        """Raise a `ModelError`: latents of existing images are not supported for this family yet."""
-        return TransformerAdapter.encode_image(self, image)
+        """Latents of an image in the form of the initial noise, one location per patch: (1, 4c, h, w)."""
+        pipe, vae = self.pipe, self.pipe.vae
+        pixels = pipe.image_processor.preprocess(image.convert("RGB")).to(vae.device, vae.dtype)
+        latents: torch.Tensor = pipe._patchify_latents(vae.encode(pixels).latent_dist.mode())
+        mean, spread = self._statistics(latents)
+        return (latents - mean) / spread
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
@@ -158,8 +162,13 @@ class Flux2(Flux):
         pipe, vae = self.pipe, self.pipe.vae
         ids = self._image_ids(height, width).expand(len(latents), -1, -1)
         unpacked = pipe._unpack_latents_with_ids(latents, ids)
-        mean = vae.bn.running_mean.view(1, -1, 1, 1).to(unpacked)
-        spread = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(unpacked)
+        mean, spread = self._statistics(unpacked)
         pixels = vae.decode(pipe._unpatchify_latents(unpacked * spread + mean).to(vae.dtype), return_dict=False)[0]
         images: list[Image.Image] = pipe.image_processor.postprocess(pixels, output_type="pil")
         return images
+
+    def _statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the autoencoder's latents, (1, 4c, 1, 1), in the latents' precision."""
+        norm, epsilon = self.pipe.vae.bn, self.pipe.vae.config.batch_norm_eps
+        mean, variance = (each.view(1, -1, 1, 1).to(latents) for each in (norm.running_mean, norm.running_var))
+        return mean, torch.sqrt(variance + epsilon)

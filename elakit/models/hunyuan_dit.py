@@ -1,4 +1,4 @@
-"""HunyuanDiT: a transformer with cross-attention to the states of BERT and T5, one behind the other."""
+"""HunyuanDiT: a transformer with cross-attention to the states of BERT, followed by those of T5."""
 
 from __future__ import annotations
 

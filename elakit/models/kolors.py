@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from elakit.models.adapter import call_default
 from elakit.models.sdxl import StableDiffusionXL
 from elakit.models.unet import UNetAdapter
+from elakit.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
 
@@ -26,7 +27,7 @@ class Kolors(StableDiffusionXL):
     encoders: ClassVar[tuple[str, ...]] = ("ChatGLMModel",)
 
     @staticmethod
-    def _tokenizer(pipe: Any) -> Any:
+    def _tokenizer(pipe: Pipeline) -> Any:
         return UNetAdapter._tokenizer(pipe)
 
     def text_length(self) -> int:
@@ -34,5 +35,5 @@ class Kolors(StableDiffusionXL):
         return int(call_default(self.pipe, "max_sequence_length"))
 
     def text(self) -> tuple[TextSequence, ...]:
-        """One sequence of ChatGLM's tokens behind its padding."""
+        """One sequence of ChatGLM's tokens, preceded by padding."""
         return (TextSequence("chatglm", self.pipe.tokenizer, 0, self.text_length(), padding="left"),)

@@ -17,8 +17,8 @@ from elakit.errors import ModelError, SettingError
 from elakit.models.device import device_named
 from elakit.models.dispatch import adapter_for, refuse_index
 from elakit.models.embedded import EMBEDDED
-from elakit.models.pipeline import Pipeline
 from elakit.models.source import first_line, locate, read_index, unavailable
+from elakit.pipeline import Pipeline
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Buffers that old releases saved and that are computed when a model is built.
@@ -41,12 +41,12 @@ def load(
     Parameters
     ----------
     name : str or pathlib.Path
-        An embedded model (``"picture-world"``, no network), a folder that ``save_pretrained`` wrote, or a hub id
+        A built-in model (``"picture-world"``, no network), a folder that ``save_pretrained`` wrote, or a hub id
         ``"organization/model"``.
     device : str or torch.device, optional
         Default: CUDA where it is available, else the CPU.
     dtype : {"float32", "float16", "bfloat16"} or torch.dtype, optional
-        Default: float32 on the CPU and for embedded models, float16 for others elsewhere.
+        Default: float32 on the CPU and for built-in models, float16 for others elsewhere.
     variant : str, optional
         Variant of the weight files, such as ``"fp16"`` for files named ``model.fp16.safetensors``.
     scheduler : str, optional
@@ -131,7 +131,7 @@ def _scheduler_class(index: Mapping[str, Any], scheduler: str) -> Any:
     return kinds[scheduler]
 
 
-def _load_lora(pipe: Any, lora: str) -> None:
+def _load_lora(pipe: Pipeline, lora: str) -> None:
     if not hasattr(pipe, "load_lora_weights"):
         raise ModelError(f"lora={lora!r}: {type(pipe).__name__} takes no LoRA weights.")
     try:
@@ -144,7 +144,7 @@ def _load_lora(pipe: Any, lora: str) -> None:
 def _check_index(name: str, index: dict[str, Any]) -> None:
     kind = index.get("_class_name")
     if not isinstance(kind, str):
-        raise ModelError(f"Model {name!r} brings a pipeline class of its own; elakit runs no code from models.")
+        raise ModelError(f"Model {name!r} has its own pipeline class; elakit runs no code from models.")
     for part, value in index.items():
         library = value[0] if isinstance(value, list) and len(value) == 2 else None
         if library not in (None, "diffusers", "transformers") and not hasattr(_diffusers().pipelines, str(library)):
@@ -179,7 +179,7 @@ def _downloaded(source: str, variant: str | None) -> Path:
 
 
 def _check_weight_files(name: str, folder: Path) -> None:
-    """Refuse an index of sharded weights that names anything but safetensors files beside it."""
+    """Refuse an index of sharded weights that names anything but safetensors files next to it."""
     for path in sorted(folder.glob("*/*.safetensors.index*.json")):
         try:
             files = set(json.loads(path.read_text(encoding="utf-8-sig"))["weight_map"].values())
@@ -300,7 +300,7 @@ def _quiet(embedded: bool) -> Iterator[None]:
     """Silence progress bars, and what the libraries log at every load although nothing is wrong.
 
     transformers warns about image processors that need torchvision and are not used here; diffusers warns about
-    embedded models, whose autoencoder is an ``AutoencoderTiny``. Missing weights are reported by `_component`.
+    built-in models, whose autoencoder is an ``AutoencoderTiny``. Missing weights are reported by `_component`.
     """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

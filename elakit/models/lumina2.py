@@ -10,8 +10,8 @@ import torch
 from elakit.errors import ModelError
 from elakit.models.adapter import AttentionLayer, Call, Conditioning, Layout, argument, scheduler_timestep
 from elakit.models.encoding import PromptInput
-from elakit.models.pipeline import Pipeline
 from elakit.models.transformer import TransformerAdapter
+from elakit.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
 

@@ -10,8 +10,8 @@ import torch
 from elakit.errors import PromptError
 from elakit.models.adapter import AttentionLayer, Conditioning
 from elakit.models.encoding import PromptInput
-from elakit.models.pipeline import Pipeline
 from elakit.models.transformer import TransformerAdapter
+from elakit.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
 

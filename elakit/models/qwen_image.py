@@ -141,14 +141,30 @@ class QwenImage(TransformerAdapter):
         return 1.0
 
     @torch.no_grad()
+    def encode_image(self, image: Image.Image) -> torch.Tensor:
+        """Packed latents of an image, (1, patches, 4c)."""
+        pipe, vae = self.pipe, self.pipe.vae
+        pixels = pipe.image_processor.preprocess(image.convert("RGB")).to(vae.device, vae.dtype)
+        latents = vae.encode(pixels[:, :, None]).latent_dist.mode()  # the autoencoder of a video, of one frame
+        mean, spread = self._statistics(latents)
+        latents = ((latents - mean) / spread)[:, :, 0]
+        packed: torch.Tensor = pipe._pack_latents(latents, *latents.shape)
+        return packed
+
+    @torch.no_grad()
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
         """Images of packed latents, (n, patches, 4c), also of the noisy latents in the middle of a run."""
         pipe, vae = self.pipe, self.pipe.vae
         frames = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor).to(vae.dtype)
-        mean, spread = (
-            torch.tensor(getattr(vae.config, f"latents_{name}")).view(1, -1, 1, 1, 1).to(frames)
-            for name in ("mean", "std")
-        )
+        mean, spread = self._statistics(frames)
         pixels = vae.decode(frames * spread + mean, return_dict=False)[0][:, :, 0]
         images: list[Image.Image] = pipe.image_processor.postprocess(pixels, output_type="pil")
         return images
+
+    def _statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Mean and standard deviation of the autoencoder's latents, (1, c, 1, 1, 1)."""
+        config = self.pipe.vae.config
+        return tuple(
+            torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
+            for values in (config.latents_mean, config.latents_std)
+        )

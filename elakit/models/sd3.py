@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from elakit.models.adapter import AttentionLayer, Call, Conditioning
 from elakit.models.encoding import PromptInput
-from elakit.models.pipeline import Pipeline
 from elakit.models.transformer import TransformerAdapter
+from elakit.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
 

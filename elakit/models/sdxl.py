@@ -9,6 +9,7 @@ import torch
 from elakit.models.adapter import Conditioning
 from elakit.models.encoding import PromptInput
 from elakit.models.unet import UNetAdapter
+from elakit.pipeline import Pipeline
 
 
 class StableDiffusionXL(UNetAdapter):
@@ -27,7 +28,7 @@ class StableDiffusionXL(UNetAdapter):
     two_encoders: ClassVar[bool] = True
 
     @staticmethod
-    def _tokenizer(pipe: Any) -> Any:
+    def _tokenizer(pipe: Pipeline) -> Any:
         # The refiner has the second encoder only.
         first = getattr(pipe, "tokenizer", None)
         return first if first is not None else getattr(pipe, "tokenizer_2", None)

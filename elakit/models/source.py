@@ -1,4 +1,4 @@
-"""Where a model comes from: an embedded model, a folder or the hub, and the index of its components."""
+"""Where a model comes from: a built-in model, a folder or the hub, and the index of its components."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def locate(name: str | Path) -> str:
         folder = EMBEDDED[text].path
         if not (folder / "model_index.json").is_file():
             raise ModelError(
-                f"The embedded model {text!r} is missing from this installation; install elakit again from a complete "
+                f"The built-in model {text!r} is missing from this installation; install elakit again from a complete "
                 "checkout (the weights are in the repository's data folder)."
             )
         return str(folder)
     path = Path(text).expanduser()
     expected = (
-        f"Expected an embedded model ({', '.join(EMBEDDED)}), a folder that `pipe.save_pretrained` wrote, or a hub id "
+        f"Expected a built-in model ({', '.join(EMBEDDED)}), a folder that `pipe.save_pretrained` wrote, or a hub id "
         "such as 'stable-diffusion-v1-5/stable-diffusion-v1-5'."
     )
     if text and path.is_dir():
@@ -91,12 +91,26 @@ def _download_index(hub_id: str) -> str:
 def unavailable(hub_id: str, why: str) -> ModelError:
     """Error for a model of the hub that cannot be downloaded."""
     return ModelError(
-        f"Model {hub_id!r} cannot be downloaded: {why} Give an embedded model ({', '.join(EMBEDDED)}: no network "
+        f"Model {hub_id!r} cannot be downloaded: {why} Give a built-in model ({', '.join(EMBEDDED)}: no network "
         "needed), a folder or another hub id."
     )
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an error as a sentence; the further lines of a library's error advise on its own API."""
+    """First line of an error as a sentence; the further lines of a library's error advise on its own API.
+
+    Parameters
+    ----------
+    error : BaseException
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> first_line(OSError("The file is missing\\nCall reload() again"))
+    'The file is missing.'
+    """
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if line.endswith(".") else f"{line}."

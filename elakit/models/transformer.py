@@ -29,8 +29,8 @@ from elakit.models.adapter import (
 )
 from elakit.models.device import compute_dtype
 from elakit.models.encoding import PromptEncoder
-from elakit.models.pipeline import Pipeline
 from elakit.models.unet import check_sides, seeded_noise, self_layer, step_callback
+from elakit.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
 
@@ -181,7 +181,7 @@ class TransformerAdapter(PromptEncoder):
 
         These are the self-attention layers of the same blocks. In joint attention, where image and text are keys
         together, they are the given layers themselves: their attention to the keys of the image, whose rows sum to the
-        share of attention that the image gets beside the text.
+        share of attention that the image receives.
 
         Raises
         ------

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import nn
 
+from elakit.checks import is_whole
 from elakit.errors import ModelError, SettingError
 from elakit.models.adapter import (
     AttentionLayer,
@@ -28,7 +28,7 @@ from elakit.models.adapter import (
 )
 from elakit.models.device import compute_dtype
 from elakit.models.encoding import PromptEncoder
-from elakit.models.pipeline import Pipeline
+from elakit.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
 # Pipelines with a supported UNet whose batch has another layout, or that make passes of their own.
@@ -117,7 +117,7 @@ class UNetAdapter(PromptEncoder):
         return unet is self.denoiser and compiled(unet, "pipe.unet") is None and self._tokenizer(self.pipe) is not None
 
     @staticmethod
-    def _tokenizer(pipe: Any) -> Any:
+    def _tokenizer(pipe: Pipeline) -> Any:
         """Tokenizer whose text encoder is loaded."""
         if getattr(pipe, "text_encoder", None) is not None and getattr(pipe, "tokenizer", None) is not None:
             return pipe.tokenizer
@@ -248,15 +248,10 @@ def seeded_noise(
     return noise
 
 
-def is_whole(value: Any) -> bool:
-    """True for a whole number, booleans excluded."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def step_callback(move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
     """Arguments for a ``callback_on_step_end`` that passes (step, latents) through ``move``."""
 
-    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def callback(pipe: Pipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         return {**tensors, "latents": move(step, tensors["latents"])}
 
     return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents"]}
@@ -272,7 +267,7 @@ def self_layer(denoiser: nn.Module, beside: AttentionLayer) -> AttentionLayer:
         module = None
     if not is_a(module, "Attention") or module.is_cross_attention:
         raise ModelError(
-            f"There is no self-attention layer beside {beside.name}; leave out the option or method that reads it."
+            f"There is no self-attention layer in the block of {beside.name}; omit the option or method that reads it."
         )
     return replace(beside, name=name, heads=module.heads, module=module, reads="image")
 

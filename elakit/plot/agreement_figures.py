@@ -13,6 +13,7 @@ from skimage.measure import approximate_polygon, find_contours
 from elakit.bleeding import truth_masks
 from elakit.errors import SettingError
 from elakit.measures.masks import downscale, otsu_masks
+from elakit.numbering import step_name, step_number
 from elakit.plot import style
 from elakit.plot.image_figures import figure_uri, light_gray
 
@@ -78,7 +79,7 @@ def agreement(
     known = run.verdict if truth is None else truth
     if known is None:
         raise SettingError(
-            "The embedded judge cannot judge this image: it knows images of the embedded model and its nouns and "
+            "The built-in judge cannot judge this image: it knows images of the built-in model and its nouns and "
             "colors. Give truth: a Verdict, or masks as a DataArray (entity, y, x)."
         )
     maps = run.entity_maps()
@@ -117,7 +118,7 @@ def agreement(
             _draw_outline(made, i, j, outline, label)
             _draw_peak(made, i, j, values, colors[label])
             _below(made, i, j, _numbers(frame, step, label, panel), rows, columns)
-    for j, heading in enumerate(["image", *(f"step {step}" for step in chosen)], start=1):
+    for j, heading in enumerate(["image", *map(step_name, chosen)], start=1):
         made.over(1, j, heading)
     _draw_curves(made, len(entities) + 1, frame, colors, chosen, height)
     return made.figure()
@@ -217,7 +218,7 @@ def _heat(values: np.ndarray, color: str, label: str, step: int) -> dict[str, An
         "showscale": False,
         "name": style.escape(label),
         "meta": {"step": step, "entity": label},
-        "hovertemplate": f"{style.escape(label)}, step {step}<br>x %{{x}}, y %{{y}}<br>"
+        "hovertemplate": f"{style.escape(label)}, {step_name(step)}<br>x %{{x}}, y %{{y}}<br>"
         "probability %{z:.4f}<extra></extra>",
     }
 
@@ -238,7 +239,7 @@ def _draw_curves(
             # Lines drawn later are thinner, so that coinciding lines are all visible.
             thick = 2.2 + 1.8 * min(len(colors) - 1 - below, 3)
             trace = {
-                "type": "scatter", "mode": "lines+markers", "x": curve["step"].to_numpy(),
+                "type": "scatter", "mode": "lines+markers", "x": [step_number(step) for step in curve["step"]],
                 "y": curve["value"].to_numpy(), "name": name, "showlegend": False,
                 "line": {"color": color, "width": thick}, "marker": {"size": thick + 2.5, "color": color},
                 "meta": {"measure": measure, "entity": label},
@@ -247,15 +248,15 @@ def _draw_curves(
             made.add(row, column, trace)
         made.over(row, column, heading)
         dotted = {"color": style.FAINT, "width": 1, "dash": "dot"}
-        for step in chosen:
-            made.shape(row, column, type="line", x0=step, x1=step, y0=0, y1=1, line=dotted, layer="below")
-        steps = part["step"]
+        for at in map(step_number, chosen):
+            made.shape(row, column, type="line", x0=at, x1=at, y0=0, y1=1, line=dotted, layer="below")
+        first, last = step_number(part["step"].min()), step_number(part["step"].max())
         made.axes(
             row,
             column,
             {
                 "domain": [left / inner, min(1.0, (left + width) / inner)], "zeroline": False, "showgrid": False,
-                "range": [steps.min() - 0.5, steps.max() + 0.5],
+                "range": [first - 0.5, last + 0.5],
                 "title": {"text": "step", "font": {"size": 11}, "standoff": 4},
             },
             {

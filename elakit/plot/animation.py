@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from elakit.checks import real_number, whole_number
 from elakit.errors import OutputError
 from elakit.files import write_file
+from elakit.numbering import step_name
 from elakit.plot import style
 from elakit.plot.image_figures import light_gray
 from elakit.plot.regions import Source, chosen_regions
@@ -83,7 +84,7 @@ def save_animation(
     if target.suffix.lower() not in (".gif", ".mp4"):
         raise OutputError(f"{path}: the suffix is {target.suffix!r}; give a file name that ends in .gif or .mp4.")
     if target.suffix.lower() == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
-        raise OutputError(f"{path}: MP4 needs imageio-ffmpeg. Run `pip install imageio-ffmpeg`, or write a .gif.")
+        raise OutputError(f"{path}: MP4 needs imageio-ffmpeg. Run `pip install 'elakit[video]'`, or write a .gif.")
     speed = real_number(speed, "speed", low=0.1, high=50)
     panel = whole_number(panel, "panel", low=32, high=2048)
     maps, regions = run.entity_maps(), chosen_regions(run, source)
@@ -103,7 +104,7 @@ def _frame(run: Run, maps: xr.DataArray, regions: xr.DataArray, step: int, panel
     size = 3 * _MARGIN + 2 * width, 3 * _MARGIN + height + (1 + len(lines)) * (_TEXT + 6)
     canvas = Image.new("RGB", (size[0] + size[0] % 2, size[1] + size[1] % 2), "white")  # MP4 needs even sides
     draw = ImageDraw.Draw(canvas)
-    draw.text((_MARGIN, _MARGIN), f"step {step}", fill=style.INK, font=font)
+    draw.text((_MARGIN, _MARGIN), step_name(step), fill=style.INK, font=font)
     draw.text((2 * _MARGIN + width, _MARGIN), f"{style.run_name(run)}, seed {run.seed}", fill=style.INK, font=font)
     top = 2 * _MARGIN + _TEXT
     white = Image.new("RGB", (width, height), "white")

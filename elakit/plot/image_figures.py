@@ -13,6 +13,7 @@ import xarray as xr
 from PIL import Image
 
 from elakit.errors import SettingError
+from elakit.numbering import step_name
 from elakit.plot import style
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def entity_maps(
     across = 1 + len(entities)
     panel = panel or int(min(190, (style.WIDTH - 80) / across - 10))
     ratio = run.image.height / run.image.width
-    when = "mean over the steps" if step is None else f"step {int(maps[0].step)}"
+    when = "mean over the steps" if step is None else step_name(int(maps[0].step))
     made = style.Panels(
         len(runs), across, width=panel, height=panel * ratio, gap=(10, 10), margin=(64, 16, 24, 14),
         title=style.escape("Attention of each entity" if title is None else title),

@@ -9,6 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from elakit.errors import SettingError
+from elakit.numbering import step_number
 from elakit.plot import style
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def bleeding_by_layer(
     Returns
     -------
     plotly.graph_objects.Figure
-        A matrix, with the mean of each layer beside it.
+        A matrix, with the mean of each layer next to it.
 
     Raises
     ------
@@ -83,7 +84,8 @@ def bleeding_by_layer(
         title=style.escape(heading if title is None else title),
         caption=f"Mean over {rest}; layers in the order of the network.",
     )  # fmt: skip
-    names = [style.escape(f"{across} {name}") for name in matrix.columns]
+    titles = [str(step_number(name) if across == "step" else name) for name in matrix.columns]
+    names = [style.escape(f"{across} {title}") for title in titles]
     made.add(1, 1, {**_heatmap(matrix.values, names, labels, span), **_bar(span)})
     column = means.to_numpy()[:, None]
     made.add(1, 1, {**_heatmap(column, ["mean"], labels, span), "x": [mean_from, mean_to]})
@@ -95,7 +97,7 @@ def bleeding_by_layer(
         1,
         {
             **bare, "range": [-0.5, mean_to], "tickvals": [*shown, middle], "tickangle": 0,
-            "ticktext": [*(style.escape(matrix.columns[i]) for i in shown), "mean"],
+            "ticktext": [*(style.escape(titles[i]) for i in shown), "mean"],
             "title": {"text": across, "font": {"size": 11}, "standoff": 4},
         },
         {**bare, "range": [len(layers) - 0.5, -0.5], "tickvals": list(range(len(layers))), "ticktext": labels},

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from elakit.errors import SettingError
+from elakit.numbering import step_name, step_number
 from elakit.plot import style
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def leakage(
     cell = panel / len(regions) if panel else float(np.clip(space / len(regions), 30, 96))
     slanted = max(len(label) for label in regions) * 7 > cell
     bottom = 34 + (7 * min(max(map(len, regions)), most) * 0.75 if slanted else 18)
-    when = "mean over the steps" if step is None else f"step {int(matrices[0].step)}"
+    when = "mean over the steps" if step is None else step_name(int(matrices[0].step))
     heading = "Share of each entity's attention by region" if title is None else title
     made = style.Panels(
         1, len(runs), width=cell * len(regions), height=min(cell, 64) * len(rows), gap=(36, 0),
@@ -259,7 +260,7 @@ def _line(
     trace = {
         "type": "scatter",
         "mode": "lines",
-        "x": curve.index.to_numpy(),
+        "x": [step_number(step) for step in curve.index],
         "y": curve.to_numpy(),
         "name": style.escape(name),
         "legendgroup": group,
@@ -275,7 +276,7 @@ def _shade_guided(made: style.Panels, runs: Sequence[Run], column: int) -> None:
     steps = [row["step"] for run in runs if run.guidance is not None for row in run.guidance.rows]
     if not steps:
         return
-    start, stop = min(steps) - 0.5, max(steps) + 0.5
+    start, stop = step_number(min(steps)) - 0.5, step_number(max(steps)) + 0.5
     _, down = made.panel_axes(1, column)
     made.shape(
         1, column, type="rect", x0=start, x1=stop, y0=0, y1=1, yref=f"{down} domain", layer="below",

@@ -75,7 +75,7 @@ def method_comparison(summary: pd.DataFrame, *, panel: int | None = None, title:
     made = style.Panels(
         1, len(_PANELS), width=panel, height=row * len(found), gap=(28, 0), margin=(left, 24, 44, 34),
         title=style.escape(f"{len(found)} methods compared" if title is None else title),
-        caption="Whiskers: 95 % intervals over prompts. Filled dots: success differs from plain generation (p < 0.05, "
+        caption="Whiskers: 95% intervals over prompts. Filled dots: success differs from plain generation (p < 0.05, "
         "McNemar test with Holm's correction).",
     )  # fmt: skip
     for column, (name, heading) in enumerate(_PANELS.items(), start=1):

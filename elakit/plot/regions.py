@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from elakit.errors import SettingError
+from elakit.numbering import step_name, step_number
 from elakit.plot import style
 from elakit.plot.image_figures import figure_uri
 
@@ -96,7 +97,7 @@ def region_evolution(
         for label in entities:
             mask = regions.sel(step=step, entity=label).values
             made.add(row, column, _region(mask, label, colors[label], step, over_image))
-        made.over(row, column, f"image, step {step}" if over_image else f"step {step}")
+        made.over(row, column, f"image, {step_name(step)}" if over_image else step_name(step))
     made.entity_legend(entities)
     return made.figure()
 
@@ -197,7 +198,9 @@ def _transport(steps: Sequence[int], speed: float) -> dict[str, Any]:
         **place, "x": 0.36, "len": 0.64, "pad": {"t": 6, "b": 0, "l": 0, "r": 0}, "active": 0, "ticklen": 3,
         "minorticklen": 0,
         "font": {"size": 10}, "currentvalue": {"prefix": "step ", "font": {"size": 12}, "xanchor": "left", "offset": 8},
-        "steps": [{"label": str(step), "method": "animate", "args": [[str(step)], stop]} for step in steps],
+        "steps": [
+            {"label": str(step_number(step)), "method": "animate", "args": [[str(step)], stop]} for step in steps
+        ],
     }  # fmt: skip
     menu = {
         **place, "type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "pad": {"t": 22, "r": 0},
@@ -258,5 +261,5 @@ def _region(mask: np.ndarray, label: str, color: str, step: int, over_image: boo
         "legendgroup": label,
         "hoverongaps": False,
         "meta": {"step": step, "entity": label},
-        "hovertemplate": f"{style.escape(label)}, step {step}<br>x %{{x}}, y %{{y}}<extra></extra>",
+        "hovertemplate": f"{style.escape(label)}, {step_name(step)}<br>x %{{x}}, y %{{y}}<extra></extra>",
     }

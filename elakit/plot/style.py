@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import plotly.graph_objects as go
 
+from elakit.checks import is_whole
 from elakit.errors import RecordingError, SettingError
 from elakit.guidance import method_title
 from elakit.measures.arrays import nearest_size
@@ -118,9 +119,9 @@ def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
     ([0, 5, 10, 14, 19], [19], [0, 19])
     """
     steps = [int(step) for step in there]
-    if isinstance(wanted, bool) or (isinstance(wanted, int) and wanted < 1) or not steps:
+    if isinstance(wanted, bool) or (is_whole(wanted) and wanted < 1) or not steps:
         raise SettingError(f"steps={wanted!r}: give the number of steps to show, at least 1, or a list of steps.")
-    if isinstance(wanted, int):
+    if is_whole(wanted):
         if wanted == 1:
             return steps[-1:]
         places = np.floor(np.linspace(0, len(steps) - 1, min(wanted, len(steps))) + 0.5).astype(int)

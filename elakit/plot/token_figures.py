@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from elakit.errors import SettingError
+from elakit.numbering import step_name
 from elakit.plot import style
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def token_maps(
             heading += f"<br><span style='font-size:10px'>{_number(column_top)}</span>"
         made.over(1, j, heading)
     for i, step in enumerate(chosen, start=1):
-        made.beside(i, 1, f"step {step}")
+        made.beside(i, 1, step_name(step))
     made.add(1, 1, _color_bar(colors, scale, float(maps.max())))
     return made.figure()
 
@@ -146,7 +147,7 @@ def _heatmap(
         "showscale": False,
         "name": style.escape(label),
         "meta": {"step": step, "token": label},
-        "hovertemplate": f"{style.escape(label)}, step {step} (t = {timestep:g})<br>x %{{x}}, y %{{y}}<br>"
+        "hovertemplate": f"{style.escape(label)}, {step_name(step)} (t = {timestep:g})<br>x %{{x}}, y %{{y}}<br>"
         f"{what} %{{z:.4g}}<extra></extra>",
     }
 

@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Predict from the first steps of a run whether its image fails, and how.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Fit predictors that estimate, from the first steps of a run, whether and how its image will fail.",
+)
 
 
 @app.callback()
@@ -39,5 +42,5 @@ def fit(
     typer.echo("Calibration of the predictor:\n" + own.to_string(float_format="%.3f"))
     counts = confusion(held_out)
     right = float(np.nanmean(np.diag(counts) / counts.sum(axis=1).replace(0, np.nan)))
-    typer.echo(f"Kinds of failure after the whole run, mean accuracy {right:.0%} (chance: 33 %):\n{counts}")
+    typer.echo(f"Kinds of failure after the whole run, mean accuracy {right:.0%} (chance: 33%):\n{counts}")
     typer.echo(f"Written to {out}. From Python: elakit.prediction.load_predictor({str(out)!r}).")

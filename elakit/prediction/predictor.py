@@ -193,16 +193,26 @@ def load_predictor(path: str | Path | None = None) -> Predictor:
     ----------
     path : str or Path, optional
 
+    Returns
+    -------
+    Predictor
+
     Raises
     ------
     OutputError
-        The file cannot be read, is no predictor, or was written by a version of elakit with other features.
+        The file cannot be read, is not a predictor, or was written by a version of elakit with other features.
+
+    Examples
+    --------
+    >>> predictor = load_predictor()
+    >>> predictor.shares, predictor.outcomes[0]
+    ((0.1, 0.2, 0.3, 0.5, 1.0), 'failure')
     """
     path = data_path("picture-world", "predictor.json") if path is None else Path(path)
     table = read_json(path)
     remedy = f"Fit one on a sweep: elakit predict fit SWEEP --out {path.name}."
     if not isinstance(table, dict) or "weights" not in table:
-        raise OutputError(f"{path} is no predictor. {remedy}")
+        raise OutputError(f"{path} is not a predictor. {remedy}")
     if (found := table.get("format", 1)) != FORMAT:
         newer = isinstance(found, int) and found > FORMAT
         raise OutputError(
@@ -219,7 +229,7 @@ def load_predictor(path: str | Path | None = None) -> Predictor:
             about=table["about"],
         )
     except (ValueError, KeyError, TypeError) as error:  # SettingError is a ValueError
-        raise OutputError(f"{path} is no valid predictor ({error}). {remedy}") from error
+        raise OutputError(f"{path} is not a valid predictor ({error}). {remedy}") from error
 
 
 def stack(rows: Sequence[Any]) -> np.ndarray:

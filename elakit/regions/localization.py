@@ -81,7 +81,7 @@ def localize(
         says nothing about its location. The figure's maps are displayed in this way, hence the threshold was fitted to
         maps without a pedestal; `elakit.ELA` and `Run.regions` switch it on for recorded maps.
     min_area : int, optional
-        Least area of a region, in locations. By default 2 % of the map, at least one location (5 at 16x16). 0
+        Smallest area of a region, in locations. By default 2% of the map, at least one location (5 at 16x16). 0
         switches the floor off, so that an entity may have an empty region. See Notes.
     smooth : float
         Standard deviation, in locations, of a Gaussian filter applied to all maps first; 0 switches it off.
@@ -104,7 +104,7 @@ def localize(
     Notes
     -----
     The paper says that differentiation and binarization of cross-attention maps locate entities in areas that
-    do not overlap, and its method figure shows the start-of-text map beside the entities'. The exact rule and
+    do not overlap, and its method figure shows the start-of-text map next to the entities'. The exact rule and
     its threshold are not public: the options and defaults here are ours, chosen by how well they reproduce the two
     regions of that figure. The default gives IoU .80 (cat) and .93 (frog). The threshold is fitted to that one
     figure, and no rule that considers one location at a time reproduces it exactly.
@@ -121,7 +121,7 @@ def localize(
     location is free are locations taken from regions larger than `min_area`. With the default, the floor is lower on
     maps too small to give every entity that much.
 
-    Maps that are constant, zero or equal are no error: nothing stands out, so the regions result from ties and the
+    Maps that are constant, zero or equal are allowed: nothing stands out, so the regions result from ties and the
     floor.
 
     References
@@ -215,11 +215,11 @@ def localize_steps(maps: xr.DataArray, sot: xr.DataArray | None = None, **option
     maps = steps_first(maps, "maps")
     if sot is not None:
         if not isinstance(sot, xr.DataArray):
-            raise SettingError(f"sot is a {type(sot).__name__}; localize_steps wants a DataArray (step, y, x)")
+            raise SettingError(f"sot is a {type(sot).__name__}; localize_steps needs a DataArray (step, y, x)")
         if sot.sizes.get("token") == 1:
             sot = sot.isel(token=0)
         if set(sot.dims) != {"step", "y", "x"}:
-            raise SettingError(f"sot has dimensions {sot.dims}; localize_steps wants (step, y, x)")
+            raise SettingError(f"sot has dimensions {sot.dims}; localize_steps needs (step, y, x)")
         if not np.array_equal(step_labels(sot), step_labels(maps)):
             raise SettingError(
                 f"sot has steps {step_labels(sot)}, maps {step_labels(maps)}; give the same steps of both"

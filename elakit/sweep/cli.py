@@ -39,7 +39,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder of the sweep; an existing sweep is resumed.")],
     suites: Annotated[
         list[str] | None,
-        typer.Option("--suite", help="Name of a suite, see `elakit sweep suites`. May be given several times."),
+        typer.Option("--suite", help="Name of a suite, see `elakit sweep suites`. Can be repeated."),
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="File of prompts: text with one prompt per line, JSON, JSON Lines or CSV.")
@@ -55,7 +55,7 @@ def run(
             "0.2.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many prompts per suite, at even intervals.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Largest number of prompts per suite, evenly spaced.")] = None,
     batch: Annotated[int | None, typer.Option(help="Largest number of seeds per batch. Default: all seeds.")] = None,
     shard: Annotated[
         str | None, typer.Option(help="Generate only shard I of N, written I/N, for example 1/3 in a SLURM array.")
@@ -63,7 +63,7 @@ def run(
     keep_images: Annotated[bool, typer.Option("--keep-images", help="Store all images as PNG, for scoring.")] = False,
     workers: Annotated[
         int | None,
-        typer.Option(help="Number of worker processes. Default: one per GPU, or processors divided by threads."),
+        typer.Option(help="Number of worker processes. Default: one per GPU, or CPU cores divided by threads."),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Number of torch threads per worker. Default: 1.")] = None,
     dask: Annotated[
@@ -85,9 +85,9 @@ def run(
         typer.Option(help="Detector that judges images of other models: a folder or hub id, such as an OWLv2."),
     ] = None,
 ) -> None:
-    """Generate prompts with several methods from the same noise, judge and measure the images.
+    """Generate images of many prompts with several methods from the same noise, and judge and measure them.
 
-    An interrupted sweep is resumed by the same command.
+    Run the same command again to resume an interrupted sweep.
 
     Example: elakit sweep run --suite animals --limit 10 --methods plain,ela --out results/animals
     """
@@ -166,7 +166,7 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="HTML page to write. Default: report.html in the folder. Markdown and CSV are put beside it."
+            help="HTML page to write. Default: report.html in the folder. Markdown and CSV are written next to it."
         ),
     ] = None,
 ) -> None:
@@ -189,7 +189,7 @@ def score(
     folder: Annotated[Path | None, typer.Argument(help="Folder of a sweep that was run with --keep-images.")] = None,
     scorers: Annotated[
         list[str] | None,
-        typer.Option("--scorer", help="NAME or NAME=MODEL, see --list. May be given several times."),
+        typer.Option("--scorer", help="NAME or NAME=MODEL, see --list. Can be repeated."),
     ] = None,
     device: Device = None,
     show: Annotated[bool, typer.Option("--list", help="List the scorers with their default models, and exit.")] = False,
@@ -224,7 +224,7 @@ def score(
 @app.command("export")
 def export(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep that was run with --keep-images.")],
-    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: export in the folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: the subfolder export.")] = None,
 ) -> None:
     """Export kept images in the layouts that T2I-CompBench, GenEval 2 and t2v_metrics read.
 

@@ -38,7 +38,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     Notes
     -----
     The bootstrap resamples prompts with all their images, because images of one prompt are correlated: 2,000 resamples,
-    95 % percentile intervals. McNemar's test treats images as independent, so with many seeds per prompt its p-values
+    95% percentile intervals. McNemar's test treats images as independent, so with many seeds per prompt its p-values
     are too small; rely on the intervals.
 
     Times are compared between images that were generated on the same kind of device.

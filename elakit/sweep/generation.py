@@ -85,7 +85,7 @@ def _row(unit: Unit, run: Run, seconds: float, device: str) -> dict[str, Any]:
     from elakit.prediction import features
 
     if run.nsfw or is_black(run.image):
-        verdict = None  # a black image (safety checker, overflow in half precision) is no result of the method
+        verdict = None  # a black image (safety checker, overflow in half precision) is not a result of the method
     elif unit.detector is None:
         verdict = run.verdict
     else:

@@ -111,12 +111,25 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
         A text file with one prompt per line; a JSON list of prompts or of objects; JSON Lines, CSV or Parquet with a
         column "prompt", "text" or "caption"; or a folder of Parquet files.
 
+    Returns
+    -------
+    tuple of str
+
     Raises
     ------
     OutputError
         The file cannot be read, or is not text in UTF-8.
     SettingError
         It has no such column, or contains no prompt.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     file = Path(folder, "prompts.txt")
+    ...     _ = file.write_text("a cat and a lion\\na red car\\n")
+    ...     read_prompts(file)
+    ('a cat and a lion', 'a red car')
     """
     path = Path(path)
     try:
@@ -143,6 +156,10 @@ def spread(prompts: Sequence[str], count: int | None) -> tuple[str, ...]:
     prompts : sequence of str
     count : int, optional
         None selects all prompts.
+
+    Returns
+    -------
+    tuple of str
 
     Raises
     ------

@@ -34,7 +34,7 @@ MEASURES: tuple[tuple[str, str, str], ...] = (
 
 
 def write(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Write the report of a sweep as a self-contained HTML page, with Markdown and CSV beside it.
+    """Write the report of a sweep as a self-contained HTML page, with Markdown and CSV next to it.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Score the kept images of a sweep, and store the scores beside its table."""
+"""Score the kept images of a sweep, and store the scores next to its table."""
 
 from __future__ import annotations
 

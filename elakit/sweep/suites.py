@@ -55,6 +55,10 @@ def suite(name: str) -> tuple[str, ...]:
     name : str
         A name in `SUITES`.
 
+    Returns
+    -------
+    tuple of str
+
     Raises
     ------
     SettingError

@@ -44,7 +44,7 @@ class Unit:
     dtype : str, optional
         Data type as in `elakit.load`.
     detector : str, optional
-        Detector as in `elakit.judge.detectors.load_detector`; None uses the embedded judge.
+        Detector as in `elakit.judge.detectors.load_detector`; None uses the built-in judge.
     negative_prompt, height, width : optional
         As in `elakit.generate`. These and the following are part of `key` only where they are set.
     scheduler, lora, variant : str, optional
@@ -90,7 +90,7 @@ class Unit:
         return {name: value for name, value in asdict(self).items() if name != "seeds"} | {"key": self.key}
 
     def loading(self) -> dict[str, Any]:
-        """Arguments of `elakit.load` beside the model's name."""
+        """Arguments of `elakit.load` other than the model's name."""
         return {name: getattr(self, name) for name in ("device", "dtype", "variant", "scheduler", "lora")}
 
     def generation(self) -> dict[str, Any]:
@@ -222,6 +222,10 @@ def checked_sizes(steps: int | None, height: int | None, width: int | None) -> l
 def check_prompts(prompts: Any) -> None:
     """Refuse a single string where a sequence of prompts is expected.
 
+    Parameters
+    ----------
+    prompts : object
+
     Raises
     ------
     SettingError
@@ -244,6 +248,10 @@ def shard(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
         Number of the shard, from 1 to `count`.
     count : int
         Number of shards.
+
+    Returns
+    -------
+    list of Unit
 
     Raises
     ------

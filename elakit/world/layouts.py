@@ -86,7 +86,7 @@ def fits(layout: str, first: str, second: str) -> bool:
 
 
 def single_place(rng: np.random.Generator) -> Place:
-    """A place for a single thing: any size from 25 to 85 % of the side, anywhere inside."""
+    """A place for a single thing: any size from 25 to 85% of the side, anywhere inside."""
     scale = float(rng.uniform(*SINGLE_SCALES))
     return _anywhere(scale, rng)
 

@@ -55,7 +55,7 @@ def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng:
     subjects : tuple of Subject
         Two or three.
     kind : str
-        One of `KINDS`; or "occluded": one thing in front of another, which shows at least 70 % of itself.
+        One of `KINDS`; or "occluded": one thing in front of another, which shows at least 70% of itself.
     world : World
     rng : numpy.random.Generator
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from families import FAMILIES, SHORT, TEXT, draw
 from tiny import tiny_flux, tiny_pipeline, tiny_sd3
-from tiny_families import tiny_aura_flow
+from tiny_families import tiny_aura_flow, tiny_kolors
 
 from elakit.attention import RecordSpec, map_concepts, record
 from elakit.errors import RecordingError, SettingError
-from elakit.models import StableDiffusion, adapter_for
+from elakit.models import adapter_for
 from elakit.prompt import parse
 
 FLUX = SHORT | {"height": 32, "width": 48}
@@ -39,12 +39,17 @@ def test_the_image_does_not_see_the_concepts(name: str) -> None:
         np.testing.assert_allclose(maps.sum("concept"), 1, atol=1e-5)
 
 
-def test_a_concept_with_the_state_of_a_word_gets_that_word_s_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["sd", "pixart-alpha", "kolors"])
+def test_a_concept_with_the_state_of_a_word_gets_that_word_s_attention(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beside a prompt whose token gets p, a second token with the same state gets p / (1 + p)."""
-    pipe = tiny_pipeline()
+    pipe, options = (tiny_kolors(), {}) if name == "kolors" else (FAMILIES[name].make(), FAMILIES[name].options)
+    options = options | {"height": 32, "width": 48}
     prompt = parse(TEXT, pipe)
     (car,) = prompt.find("car")
-    encode = StableDiffusion.encode
+    family: Any = type(adapter_for(pipe))
+    encode = family.encode
 
     def same(self: Any, text: str, *args: Any, **kwargs: Any) -> Any:
         found = encode(self, prompt.text, *args, **kwargs)
@@ -53,16 +58,17 @@ def test_a_concept_with_the_state_of_a_word_gets_that_word_s_attention(monkeypat
         states = found.inputs["encoder_hidden_states"]
         return replace(found, inputs={"encoder_hidden_states": states[:, [car]].expand(-1, states.shape[1], -1)})
 
-    monkeypatch.setattr(StableDiffusion, "encode", same)
+    monkeypatch.setattr(family, "encode", same)
     with (
-        map_concepts(pipe, prompt, ["dog"], layers="up") as found,
-        record(pipe, prompt, RecordSpec(heads="all", layers="up", dtype="float32")) as recording,
+        map_concepts(pipe, prompt, ["dog"]) as found,
+        record(pipe, prompt, RecordSpec(heads="all", dtype="float32")) as recording,
     ):
-        draw(pipe, prompt.text)
+        draw(pipe, prompt.text, **options)
     for node in recording.nodes():
         p = node["probability"].sel(token="car").isel(image=0)
         expected = (p / (1 + p)).mean(("layer", "head"))
-        np.testing.assert_allclose(found.maps(size=node.sizes["y"])[:, 0], expected, atol=1e-6)
+        size = max(node.sizes["y"], node.sizes["x"])
+        np.testing.assert_allclose(found.maps(size=size)[:, 0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3"])
@@ -104,10 +110,10 @@ def test_what_cannot_be_mapped_is_refused() -> None:
             pass
     with pytest.raises(SettingError, match="two concepts"), map_concepts(flux, TEXT, ["dog"]):
         pass
-    with pytest.raises(RecordingError, match="neither cross-attention"), map_concepts(aura_flow, TEXT, ["dog", "cat"]):
+    with pytest.raises(RecordingError, match="AuraFlow with layers"), map_concepts(aura_flow, TEXT, ["dog", "cat"]):
         pass
     block = map_concepts(flux, TEXT, ["dog", "cat"], layers="single")
-    with pytest.raises(RecordingError, match="neither cross-attention"), block:
+    with pytest.raises(RecordingError, match="FLUX"), block:
         pass
     with map_concepts(pipe, TEXT, ["dog"]) as found:
         pass

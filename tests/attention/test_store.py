@@ -199,14 +199,14 @@ def test_a_write_that_breaks_off_anywhere_leaves_the_steps_before(
     sink = ZarrStore(layout(), tmp_path / "run.zarr", limit=99)
     for step in range(8):
         fill(sink, step)
-    replace = zarr_store._replace
+    replace = os.replace
 
-    def fail(path: Path, content: bytes) -> None:
+    def fail(part: Path, path: Path) -> None:
         if broken in (path.name, path.parent.name):
             raise OSError(28, "No space left on device")
-        replace(path, content)
+        replace(part, path)
 
-    monkeypatch.setattr(zarr_store, "_replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OutputError, match="No space left"):
         fill(sink, 8)
     killed = open_recording(tmp_path / "run.zarr")
@@ -375,7 +375,7 @@ def test_a_path_that_is_taken_is_refused_before_the_run(pipe: Any, prompt: Promp
             draw(pipe, prompt.text)
     assert (tmp_path / "thesis").read_text() == "years of work"
     both = record(pipe, prompt, RecordSpec(device="model"), store=tmp_path / "run.zarr")
-    with pytest.raises(SettingError, match="Leave one of them out"), both:
+    with pytest.raises(SettingError, match="Omit one of the two"), both:
         draw(pipe, prompt.text)
     with record(pipe, prompt, store=tmp_path / "empty.zarr"):
         pass  # no run
@@ -391,7 +391,7 @@ def test_another_recording_that_came_first_is_never_replaced(pipe: Any, prompt: 
         other.save(path)
 
     pipe.unet.conv_in.register_forward_hook(meanwhile)
-    with pytest.raises(OutputError, match="cannot be written"), record(pipe, prompt, store=path):
+    with pytest.raises(OutputError, match="already exists"), record(pipe, prompt, store=path):
         draw(pipe, prompt.text, steps=2)
     assert open_recording(path).steps == (0,)
     assert open_recording(path).tree.attrs == other.tree.attrs

@@ -110,7 +110,7 @@ def test_the_best_remedy_is_named_with_numbers_and_failed_ones_are_reported(runs
     assert found.best is best
     fix = found.to_dict()["statements"]["remedy"]
     assert fix[0] == (
-        "The only remedy that could be tried is ELA: 3 of 4 images are right (30 to 95 %) instead of 2 of 4, at "
+        "The only remedy that could be tried is ELA: 3 of 4 images are right (30 to 95%) instead of 2 of 4, at "
         "1.5 times the generation time."
     )
     assert fix[1] == "SynGen failed: no memory"
@@ -136,8 +136,8 @@ def test_failures_and_causes_are_stated(runs: list[Run]) -> None:
     best = tried(runs, "nnyy", "ynyy")
     found_dict = diagnosis_of(best, [best], findings).to_dict()["statements"]
     assert found_dict["failures"] == [
-        "In 2 of 4 images, the bird is missing, and 'car' has the attention at its location (95 % interval 15 to "
-        "85 %; first visible in the attention at step 1 of 2, counted from 0; in up block 1, attention 0)."
+        "In 2 of 4 images, the bird is missing, and 'car' receives the attention at the location of the "
+        "bird (95% interval 15 to 85%; first visible in the attention at step 2 of 2; in up block 1, attention 0)."
     ]
     assert found_dict["causes"] == ["The car takes the bird's place."]
 
@@ -207,7 +207,7 @@ def test_another_seed_is_the_one_least_likely_to_fail(world: Any) -> None:
     for group, run in zip((other.candidates[:CANDIDATES], other.candidates[CANDIDATES:]), other.runs, strict=True):
         assert run.seed == min(group, key=lambda one: one["score"])["seed"]
         assert "stopped" not in run.settings
-    # the score is what the predictor says of the run after 30 % of its steps
+    # the score is what the predictor says of the run after 30% of its steps
     first = elakit.generate(world, WORLD, seed=8, steps=4, progress=False)
     expected = float(predictor.predict(first).loc[0.3, "failure"])
     assert other.candidates[0]["score"] == pytest.approx(expected, abs=1e-3)

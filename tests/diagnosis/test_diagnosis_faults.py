@@ -50,7 +50,7 @@ def trace(masks: list[list[int]], moved: list[float], **options: Any) -> Trace:
             "given by hand. The latent was moved along the gradient",
         ),
         ([[1, 0], [0, 1], [1, 1]], [0.1] * 3, {}, "localized again in each guided step. The latent was moved"),
-        ([[1, 0], [0, 1], [0, 1]], [0.1, 0, 0.1], {}, "before step 3, and did not change from then on. The latent was"),
+        ([[1, 0], [0, 1], [0, 1]], [0.1, 0, 0.1], {}, "before step 4, and did not change from then on. The latent was"),
         ([[1, 0], [0, 1], [0, 1]], [0.1, 0, 0.1], {}, "in 2 of 3 guided steps"),
     ],
 )

@@ -42,7 +42,7 @@ def page(found: Diagnosis) -> str:
 def test_the_summary_is_on_the_page(found: Diagnosis, page: str) -> None:
     said = report.summary(found)
     assert said[0] == "Without guidance, 2 of 4 images show everything the prompt asks for. With ELA, 2 of 4 do."
-    assert said[1] == "ELA fixed 1 (seed 0) and broke 1 (seed 1)."
+    assert said[1] == "ELA fixed 1 image (seed 0) and broke 1 image (seed 1)."
     text = Page(page).text
     assert all(sentence in text for sentence in said)
     assert "car: green instead of red" in text

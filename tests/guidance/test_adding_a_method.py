@@ -11,26 +11,38 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_flux, tiny_pipeline, tiny_sd3
 
 import elakit
 from elakit.guidance import METHODS
-from elakit.guidance.method import Attention, Method
+from elakit.guidance.method import Attention, Method, Update
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "developing" / "adding-a-method.md"
 
 
-@pytest.fixture(scope="module")
-def separate() -> Iterator[Any]:
+def example(name: str) -> Iterator[ModuleType]:
     text = PAGE.read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n# elakit/guidance/separate\.py\n(.*?)```", text, flags=re.S)
-    module = ModuleType("separate")
-    sys.modules["separate"] = module  # dataclasses look their module up
+    (code,) = re.findall(rf"```python\n# elakit/guidance/{name}\.py\n(.*?)```", text, flags=re.S)
+    module = ModuleType(name)
+    sys.modules[name] = module  # dataclasses look their module up
     try:
         exec(compile(code, str(PAGE), "exec"), module.__dict__)
-        yield module.Separate
+        yield module
     finally:
-        del sys.modules["separate"]
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def separate() -> Iterator[Any]:
+    for module in example("separate"):
+        yield module.Separate
+
+
+@pytest.fixture(scope="module")
+def loud() -> Iterator[Any]:
+    for module in example("loud"):
+        yield module.Loud
 
 
 def test_the_table_lists_the_interface_and_all_files_exist() -> None:
@@ -64,3 +76,26 @@ def test_the_example_guides_and_can_be_registered(separate: Any, monkeypatch: py
     assert (trace["moved"] > 0).all()
     with pytest.raises(elakit.errors.SettingError, match="guided"):
         separate(guided=2)
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sd3, tiny_flux])
+def test_the_example_that_edits_scores_raises_the_share_of_attributes(loud: Any, make: Any) -> None:
+    options = {"seed": 0, "steps": 2, "progress": False, "record": False, "height": 32, "width": 48}
+    pipe = make()
+    shares = [
+        elakit.generate(pipe, "a [red car] and a [blue bird]", guidance=loud(strength=strength), **options)
+        .guidance.to_frame()
+        .attributes
+        for strength in (0.0, 2.0)
+    ]
+    assert (shares[1] > shares[0]).all()
+
+
+def test_a_plan_of_edits_without_edits_is_refused(separate: Any) -> None:
+    class Forgotten(separate):  # type: ignore[misc]
+        def plan(self, noise: Any, prompt: Any) -> Any:
+            return [Update(0.0, hold=True)] * len(noise)
+
+    pipe = elakit.load("picture-world")
+    with pytest.raises(TypeError, match="Forgotten has updates with hold=True, but the class has no method `hold`"):
+        elakit.generate(pipe, "a [bear] and a [clock]", seed=0, steps=1, guidance=Forgotten(), progress=False)

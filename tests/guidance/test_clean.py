@@ -14,10 +14,13 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LMSDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
 )
-from tiny import tiny_flux
+from PIL import Image
+from tiny import tiny_flux, tiny_pipeline
 
 import elakit
+from elakit.errors import SettingError
 from elakit.guidance.clean import predicted_clean, watched_steps
 from elakit.guidance.engine import noise_levels
 
@@ -99,3 +102,28 @@ def test_packed_latents_are_predicted_in_a_batch() -> None:
         pipe, "a [car]", seed=[1, 2], steps=2, height=32, width=48, stop_if=look, record=False, progress=False
     )
     assert sizes == {(48, 32)}
+
+
+def test_a_run_keeps_what_its_steps_predict_and_its_image_stays() -> None:
+    pipe, text, seeds = tiny_pipeline(), "a [red car] and a [blue bird]", [1, 2]
+    watched: list[list[Image.Image]] = []
+    plain = elakit.generate(
+        pipe, text, seed=seeds, steps=3, progress=False,
+        stop_if=lambda so_far: watched.append([run.image for run in so_far.runs(predicted=True)]),
+    )  # fmt: skip
+    runs = elakit.generate(pipe, text, seed=seeds, steps=3, predicted=True, progress=False)
+    for i, (run, other) in enumerate(zip(runs, plain, strict=True)):
+        assert other.predicted is None
+        assert np.array_equal(np.asarray(run.image), np.asarray(other.image))
+        assert run.predicted is not None
+        assert [one.tobytes() for one in run.predicted] == [images[i].tobytes() for images in watched]
+    early = elakit.generate(pipe, text, steps=3, predicted=True, stop_if=lambda at: at.step == 1, progress=False)
+    assert early.predicted is not None
+    assert len(early.predicted) == 2
+
+
+def test_predicted_images_are_refused_for_a_schedule_that_begins_in_its_middle() -> None:
+    pipe = StableDiffusionImg2ImgPipeline(**tiny_pipeline().components)
+    photo = {"image": Image.new("RGB", (32, 32))}
+    with pytest.raises(SettingError, match="StableDiffusionImg2ImgPipeline"):
+        elakit.generate(pipe, "a [car]", call=photo, predicted=True, progress=False)

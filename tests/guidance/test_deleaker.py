@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from tiny import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sd3
 from tiny_families import BUILDERS
 
 import elakit
+from elakit.attention import Site
 from elakit.errors import SettingError
 from elakit.guidance import DeLeaker
-from elakit.guidance.reweighing import Scores
+from elakit.models import adapter_for
 from elakit.prompt import Entity, Prompt, Token
 
 DATA = Path(__file__).parents[1] / "data" / "parity" / "deleaker.npz"
@@ -34,18 +36,23 @@ def of_two() -> Prompt:
     )
 
 
+def scores_of(given: torch.Tensor, masked: bool = False) -> torch.Tensor:
+    return given
+
+
 def test_probabilities_equal_those_of_the_released_code() -> None:
     """Four blocks in two steps; averages of the first step alone, changes from its second block on."""
     with np.load(DATA) as stored:
         logits, wanted = (torch.from_numpy(stored[name]).double() for name in ("logits", "probabilities"))
     method, prompt = DeLeaker(average_from=0.5, start=0.5, averaged=0.5), of_two()
-    state = method.begin(prompt, 2)
+    state, layer = method.begin(prompt, 2), adapter_for(tiny_flux()).layers()[0]
     for nth, (given, expected) in enumerate(zip(logits, wanted, strict=True)):
         step, block = divmod(nth, 2)
         if block == 0:
-            method.hold(None, (8, 8), prompt, step, state)
-        change = method.reweigh(Scores(given, (8, 8), (0, 6), 6, block / 2), prompt, state)
-        found = given if change is None else given + change
+            edit = method.hold(None, (8, 8), prompt, step, state)
+        site = Site(layer, (8, 8), 0, 1.0, 70, slice(0, 6), slice(6, 70), block / 2)
+        change = edit.change(site, partial(scores_of, given))
+        found = given if change is None else given + change.bias
         np.testing.assert_allclose(found.softmax(-1), expected, atol=2e-6)
     plain = logits.softmax(-1)
     assert float((wanted[1:] - plain[1:]).abs().max()) > 0.1

@@ -238,7 +238,7 @@ def test_a_part_names_the_option_that_is_out_of_range(part: Any, options: dict[s
         (lambda: FromMaps(binarization="otsu", threshold=0.2), "threshold.*binarization='background' only"),
         (lambda: FromMaps(quantile=0.5), "quantile.*binarization='quantile' only"),
         (lambda: FromMaps(binarization="mean-std", background="start"), "background.*only"),
-        (lambda: ELA(regions=HALVES, localize=FromMaps(smooth=1)), "localize.*left out"),
+        (lambda: ELA(regions=HALVES, localize=FromMaps(smooth=1)), "localize.*omitted"),
         (lambda: RegionalAttention(layout="maps", regions=HALVES), "layout='maps'.*None"),
         (lambda: ELA(localize="maps"), "localize='maps'.*a FromMaps"),
         (lambda: ELA(anchor=FromMaps()), "anchor=.*a LatentStep"),

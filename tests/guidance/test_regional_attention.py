@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from tiny import tiny_pipeline
 
 from elakit import generate
-from elakit.attention import Edit, edit
+from elakit.attention import Edit, Site, edit
 from elakit.errors import SettingError
 from elakit.generation import Progress
 from elakit.guidance import Guide, RegionalAttention
-from elakit.guidance.holding import Holder
-from elakit.guidance.method import Hold
+from elakit.guidance.holding import Holder, restriction
 from elakit.models import adapter_for
 from elakit.prompt import parse
 from elakit.regions import divide
@@ -163,16 +163,14 @@ def test_a_window_of_the_steps_may_be_held() -> None:
     assert [update.hold for update in RegionalAttention().plan([1.0] * 3, run.prompt)] == [False, True, True]
 
 
-def test_a_hold_covers_a_coarse_layers_cells_by_their_share() -> None:
-    pipe = tiny_pipeline()
-    adapter = adapter_for(pipe)
-    holder = Holder(adapter, adapter.layers()[:1], 1)
+def test_a_restriction_covers_a_coarse_layers_locations_by_their_share() -> None:
+    layer = adapter_for(tiny_pipeline()).layers()[0]
     mask = np.zeros((1, 4, 4), bool)
     mask[0, :, :1] = True
-    holder.hold([Hold(mask, ((2, 3),), 4.0)])
-    bias = holder._bias(adapter.layers()[0], (2, 2), 5)
-    assert bias is not None
-    assert bias[0].tolist() == [[0, 0, -2, -2, 0], [0, 0, -4, -4, 0]] * 2
+    edit = restriction(mask, [(2, 3)], 4.0)
+    change = edit.change(Site(layer, (2, 2), 0, 0.9, 5, text=slice(0, 5)), lambda **_: torch.zeros(1, 4, 5))
+    assert change is not None
+    assert change.bias[0].tolist() == [[0, 0, -2, -2, 0], [0, 0, -4, -4, 0]] * 2
 
 
 def test_nothing_is_hooked_where_nothing_is_to_be_held() -> None:

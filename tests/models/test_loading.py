@@ -65,7 +65,7 @@ def test_a_folder_gives_the_pipeline_that_was_saved(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_network")
-def test_an_embedded_model_is_looked_up_in_the_shipped_data(
+def test_a_built_in_model_is_looked_up_in_the_shipped_data(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedded, "data_path", lambda *parts: folder.parent.joinpath("tiny"))

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from tiny import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl
 
-from elakit.errors import ModelError
+from elakit.attention import map_concepts
+from elakit.errors import ModelError, RecordingError
 from elakit.models import FAMILIES, adapter_for
 from elakit.models.encoding import PromptEncoder
 
@@ -34,8 +35,8 @@ def table() -> str:
     """A row per family, from what its adapter does with a tiny pipeline."""
     lines = [
         "| family | record | edit | generate and guide | several images | self-attention | existing image | "
-        "maps checked against |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "words not in the prompt | maps checked against |",
+        f"|{' --- |' * 9}",
     ]
     for family in FAMILIES:
         adapter: Any = adapter_for(BUILDERS[family.family]())
@@ -56,6 +57,7 @@ def table() -> str:
             "yes",
             self_attention,
             "yes" if _encodes(adapter) else "no",
+            _kind_of_concepts(adapter.pipe),
             checked,
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -69,6 +71,15 @@ def _encodes(adapter: Any) -> bool:
     except (ModelError, AttributeError):
         return False
     return bool(latents.shape == adapter.noise(torch.Generator(), 64, 64).shape)
+
+
+def _kind_of_concepts(pipe: Any) -> str:
+    """Kind of the values of maps of words that are not in the prompt."""
+    try:
+        with map_concepts(pipe, "a [red car]", ["frog", "clock"]) as found:
+            return found.kind
+    except RecordingError:
+        return "no"
 
 
 def test_the_support_table_says_what_the_adapters_do() -> None:

@@ -218,11 +218,11 @@ def test_curves_are_means_over_entities(plain: Run, guided: Run) -> None:
     frame = plain.bleeding.to_frame()
     bleed = frame[frame["measure"] == "bleed"].groupby("step")["value"].mean()
     first = figure.data[0]
-    assert (first.name, list(first.x)) == ("plain", list(range(STEPS)))
+    assert (first.name, list(first.x)) == ("plain", list(range(1, STEPS + 1)))
     np.testing.assert_allclose(first.y, bleed.to_numpy())
     shaded = figure.layout.shapes[0]
     steps = guided.guidance.to_frame().index
-    assert (shaded.x0, shaded.x1) == (steps.min() - 0.5, steps.max() + 0.5)
+    assert (shaded.x0, shaded.x1) == (steps.min() + 0.5, steps.max() + 1.5)  # steps count from 1 in figures
 
 
 def test_runs_of_one_method_are_averaged(plain: Run) -> None:
@@ -382,7 +382,7 @@ def test_animations_can_show_a_few_steps_and_the_regions_of_guidance(guided: Run
 
 def test_an_mp4_file_is_written_if_ffmpeg_is_installed(plain: Run, tmp_path: Path) -> None:
     if importlib.util.find_spec("imageio_ffmpeg") is None:
-        with pytest.raises(OutputError, match="pip install imageio-ffmpeg"):
+        with pytest.raises(OutputError, match=r"pip install 'elakit\[video\]'"):
             plot.save_animation(plain, tmp_path / "regions.mp4")
         assert not list(tmp_path.iterdir())
     else:

@@ -36,7 +36,7 @@ def test_curves_and_maps_show_the_values_of_the_run(run: Run) -> None:
     assert len(curves) == 3 * 2
     for curve in curves:
         part = frame[(frame["measure"] == curve.meta["measure"]) & (frame["entity"] == curve.meta["entity"])]
-        np.testing.assert_array_equal(curve.x, range(STEPS))
+        np.testing.assert_array_equal(curve.x, range(1, STEPS + 1))
         np.testing.assert_array_equal(curve.y, part["value"])
     maps = [trace for trace in figure.data if trace.type == "heatmap"]
     assert [(t.meta["entity"], t.meta["step"]) for t in maps] == [("car", 0), ("car", 3), ("bird", 0), ("bird", 3)]

@@ -163,7 +163,7 @@ def test_a_table_without_a_required_column_is_refused() -> None:
 def test_each_frame_shows_the_regions_of_its_step(run: Run) -> None:
     figure = plot.region_animation(run)
     assert [frame.name for frame in figure.frames] == ["0", "1", "2", "3"]
-    assert [step.label for step in figure.layout.sliders[0].steps] == ["0", "1", "2", "3"]
+    assert [step.label for step in figure.layout.sliders[0].steps] == ["1", "2", "3", "4"]
     for frame in figure.frames:
         shown = [trace for trace in frame.data if trace.legendgroup]
         assert len(shown) == 2 * 2  # two entities, over attention and over the image

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from elakit.errors import SettingError
@@ -49,6 +50,22 @@ def test_three_shards_in_three_processes_give_the_table_of_one(tmp_path: Path) -
         table(tmp_path / name).to_parquet(tmp_path / f"{name}.parquet")
     assert (tmp_path / "sharded.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     assert (tmp_path / "sharded" / "sweep.json").read_text() == (tmp_path / "whole" / "sweep.json").read_text()
+
+
+@pytest.mark.slow
+def test_the_command_with_three_shards_generates_the_table_of_one(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a [cat]\na [red car] and a [dog]\na [frog]\n")
+    words = (
+        f"sweep run --prompts {tmp_path / 'prompts.txt'} --seeds 1 --methods plain --steps 2 --workers 1 --device cpu"
+    )
+    command = [sys.executable, "-m", "elakit", *words.split(), "--out"]
+    calls = [[str(tmp_path / "sharded"), "--shard", f"{index}/3"] for index in (1, 2, 3)] + [[str(tmp_path / "whole")]]
+    processes = [subprocess.Popen([*command, *call], stderr=subprocess.PIPE, text=True) for call in calls]
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, said
+    sharded, whole = (table(tmp_path / name).drop(columns=["seconds"]) for name in ("sharded", "whole"))
+    assert len(whole) == 3
+    pd.testing.assert_frame_equal(sharded, whole)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 20])

@@ -493,7 +493,7 @@ def test_process_a_real_pipeline_is_swept(tmp_path: Path) -> None:
     assert len(found) == 2 * 2 * 2
     assert (found["suite"] == "mine").all()
     assert (found["steps"] == 2).all()
-    assert found["success"].isna().all()  # the embedded judge does not know this model's images
+    assert found["success"].isna().all()  # the built-in judge does not know this model's images
     assert found[["bleed", "intrusion", "spill", "ruzicka"]].notna().all(axis=None)
     assert (found["attribute_bleed"].notna() == found["prompt"].str.contains("car")).all()
     guided = found["method"] == "ela"

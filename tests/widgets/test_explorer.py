@@ -215,6 +215,21 @@ def test_saved_notebooks_show_a_image(plain: Run, guided: Run) -> None:
     assert np.asarray(image).std() > 10
 
 
+def test_the_predicted_image_of_each_step_is_sent_if_the_run_kept_it(plain: Run) -> None:
+    kept = draw(predicted=True)
+    explorer = elakit.explore(plain, kept)
+    assert explorer.predicted is True
+    assert elakit.explore(plain).predicted is False
+    without, sent = (run["predicted"] for run in explorer._meta["runs"])
+    assert without is None
+    for uri, image in zip(sent, kept.predicted, strict=True):
+        shown = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+        assert np.array_equal(np.asarray(shown), np.asarray(image))
+    explorer.predicted = False
+    with pytest.raises(SettingError, match="predicted="):
+        explorer.predicted = "no"
+
+
 def test_one_entity_and_five_can_be_explored() -> None:
     for text in ("a [cat]", "a [cat], a [dog], a [bird], a [car] and a [frog]"):
         explorer = elakit.explore(draw(text, steps=2))

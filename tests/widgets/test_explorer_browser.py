@@ -29,7 +29,15 @@ def opened(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
     """A page of two runs, and what its console and its network say."""
     pipe = tiny_pipeline()
     runs = [
-        elakit.generate(pipe, "a [red car] and a [blue bird]", seed=1, steps=6, guidance=guidance, progress=False)
+        elakit.generate(
+            pipe,
+            "a [red car] and a [blue bird]",
+            seed=1,
+            steps=6,
+            guidance=guidance,
+            progress=False,
+            predicted=guidance is None,
+        )
         for guidance in (None, elakit.ELA())
     ]
     path = elakit.explore(*runs, step=0).to_html(tmp_path_factory.mktemp("explorer") / "page.html")
@@ -77,7 +85,26 @@ def test_the_slider_moves_attention_and_the_outlines_of_regions(page: Any) -> No
     after = page.evaluate(OVERLAY), page.evaluate(outlines)
     assert before[0] != after[0]
     assert before[1] != after[1]
-    assert page.locator(".elx-step").inner_text() == "step 5 / 5"
+    assert page.locator(".elx-step").inner_text() == "step 6 of 6"
+
+
+def test_the_overlay_lies_over_the_predicted_image_of_the_step_or_the_finished_one(page: Any) -> None:
+    images, finished = page.locator(".elx-stage img"), page.locator(".elx-thumb img").first.get_attribute("src")
+    slider, box = page.locator(".elx-transport input[type=range]"), page.get_by_label("Predicted image")
+    assert box.is_checked()
+    seen = []
+    for step in (0, 5):
+        slider.fill(str(step))
+        settle(page)
+        seen.append(images.first.get_attribute("src"))
+    guided = images.last.get_attribute("src")  # this run kept only its finished image
+    box.uncheck()
+    settle(page)
+    seen.append(images.first.get_attribute("src"))
+    assert seen[0] != seen[1]
+    assert seen[2] == finished
+    assert images.last.get_attribute("src") == guided
+    box.check()
 
 
 def test_play_comes_to_the_last_step_and_stops(page: Any) -> None:
@@ -86,7 +113,7 @@ def test_play_comes_to_the_last_step_and_stops(page: Any) -> None:
     before = page.evaluate(OVERLAY)
     page.locator(".elx-play").click()
     expect(page.locator(".elx-play")).to_have_attribute("aria-label", "Pause")
-    expect(page.locator(".elx-step")).to_have_text("step 5 / 5", timeout=20_000)
+    expect(page.locator(".elx-step")).to_have_text("step 6 of 6", timeout=20_000)
     expect(page.locator(".elx-play")).to_have_attribute("aria-label", "Play", timeout=20_000)
     assert page.evaluate(OVERLAY) != before
 
@@ -130,7 +157,7 @@ def test_keys_do_what_the_foot_of_the_page_says(page: Any) -> None:
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowLeft")
     settle(page)
-    assert step.inner_text() == "step 1 / 5"
+    assert step.inner_text() == "step 2 of 6"
     before = layer.evaluate("(select) => select.selectedIndex")
     page.keyboard.press("ArrowUp")
     settle(page)
@@ -140,7 +167,7 @@ def test_keys_do_what_the_foot_of_the_page_says(page: Any) -> None:
     settle(page)
     assert page.locator(".elx-current").inner_text().startswith("bird")
     page.keyboard.press("Space")
-    expect(step).to_have_text("step 5 / 5", timeout=20_000)
+    expect(step).to_have_text("step 6 of 6", timeout=20_000)
     expect(page.locator(".elx-play")).to_have_attribute("aria-label", "Play", timeout=20_000)
 
 
@@ -148,7 +175,7 @@ def test_a_click_into_the_plot_goes_to_its_step(page: Any) -> None:
     box = page.locator(".elx-plot svg").bounding_box()
     page.mouse.click(box["x"] + box["width"] - 12, box["y"] + 60)
     settle(page)
-    assert page.locator(".elx-step").inner_text() == "step 5 / 5"
+    assert page.locator(".elx-step").inner_text() == "step 6 of 6"
 
 
 def test_a_row_of_the_table_picks_its_lines_out_of_the_plot(page: Any) -> None:

@@ -71,11 +71,11 @@ def test_the_slider_and_play_move_the_overlay(page: Any) -> None:
 
     step, first = page.locator(".elx-step"), page.evaluate(OVERLAY)
     page.locator(".elx-transport input[type=range]").fill("1")
-    expect(step).to_have_text(f"step 1 / {STEPS - 1}")
+    expect(step).to_have_text(f"step 2 of {STEPS}")
     settle(page)
     second = page.evaluate(OVERLAY)
     page.locator(".elx-play").click()
-    expect(step).to_have_text(f"step {STEPS - 1} / {STEPS - 1}", timeout=20_000)
+    expect(step).to_have_text(f"step {STEPS} of {STEPS}", timeout=20_000)
     expect(page.locator(".elx-play")).to_have_attribute("aria-label", "Play", timeout=20_000)
     assert len({first, second, page.evaluate(OVERLAY)}) == 3
 
@@ -104,4 +104,4 @@ def test_the_explorer_follows_what_python_sets(opened: tuple[lab.Lab, lab.Notebo
 
     _, notebook = opened
     notebook.run_cell(f"{EXPLORER}.step = 3")
-    expect(page.locator(".elx-step").first).to_have_text(f"step 3 / {STEPS - 1}")
+    expect(page.locator(".elx-step").first).to_have_text(f"step 4 of {STEPS}")

@@ -1,4 +1,4 @@
-"""The embedded model can be trained again by one command, and a training that was stopped goes on."""
+"""The built-in model can be trained again by one command, and a training that was stopped goes on."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ pull = 1e-4
 edges = 1.0
 features = 0.1
 nested = 0.5
+kept = 10.0
 
 [text]
 positions = 24
@@ -135,6 +136,31 @@ def test_latents_have_unit_variance_and_the_decoder_alone_is_polished(config: Pa
     assert all(torch.equal(value, same[name]) for name, value in polished.encoder.named_parameters())
     other = dict(vae.decoder.named_parameters())
     assert any(not torch.equal(value, other[name]) for name, value in polished.decoder.named_parameters())
+
+
+def test_an_autoencoder_that_grows_keeps_the_latents_it_started_from(config: Path, tmp_path: Path) -> None:
+    from elakit.world.training.autoencoder import train_autoencoder
+    from elakit.world.training.data import compose_scenes
+
+    settings = read_config(config)
+    scenes, where = compose_scenes(settings.world, settings.vae.scenes, seed=1), torch.device("cpu")
+    small = train_autoencoder(settings, scenes, tmp_path / "small", where)
+    images = scenes.batch(np.arange(16))
+
+    def moved(kept: float) -> float:
+        wider = dataclasses.replace(settings.vae, latent_channels=6, kept=kept, samples=400, learning_rate=1e-2)
+        out = tmp_path / f"kept-{kept}"
+        grown = train_autoencoder(
+            dataclasses.replace(settings, vae=wider), scenes, out, where, start=tmp_path / "small" / "vae"
+        )
+        assert grown.config.scaling_factor == small.config.scaling_factor
+        with torch.no_grad():
+            latents, before = grown.encode(images).latents, small.encode(images).latents
+        assert latents.shape[1] == 6
+        return float((latents[:, :4] - before).pow(2).mean() / before.var())
+
+    # an autoencoder that may change its latents does, and one that must keep them does not
+    assert moved(100.0) < 0.3 * moved(0.0)
 
 
 def test_a_stage_that_does_not_exist_is_refused(config: Path, tmp_path: Path) -> None:

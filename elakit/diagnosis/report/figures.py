@@ -11,6 +11,7 @@ from markupsafe import Markup
 from elakit import plot
 from elakit.diagnosis.data import DiagnosisData, Pair
 from elakit.guidance import Trace, method_title
+from elakit.numbering import step_name
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def describe_regions(trace: Trace) -> str:
         same = next(i for i in range(len(steps)) if (masks[i:] == masks[i]).all())
         source = "These regions were localized again in each guided step"
         if same < len(steps) - 1:
-            source += f" before step {steps[same]}, and did not change from then on"
+            source += f" before {step_name(steps[same])}, and did not change from then on"
     moved = sum(bool(row["moved"] > 0) for row in trace.rows)
     if moved == len(trace.rows):
         return f"{source}. The latent was moved along the gradient of the loss in each of the {moved} guided steps."

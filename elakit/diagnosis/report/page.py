@@ -22,6 +22,7 @@ from elakit.diagnosis.report.figures import figures
 from elakit.diagnosis.sentences import plural, statements, unexplained
 from elakit.files import check_path, write_text
 from elakit.guidance import Trace, method_title
+from elakit.numbering import step_number
 from elakit.plot.style import entity_colors
 
 
@@ -241,7 +242,7 @@ def _is_off(value: Any) -> bool:
 
 
 def _guided_steps(traces: Sequence[Trace]) -> str:
-    steps = sorted({int(row["step"]) for trace in traces for row in trace.rows})
+    steps = sorted({step_number(row["step"]) for trace in traces for row in trace.rows})
     if not steps:
         return "none"
     return f"{len(steps)}: {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"1: {steps[0]}"

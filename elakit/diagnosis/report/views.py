@@ -151,7 +151,7 @@ def failures(diagnosis: DiagnosisData) -> list[Reason]:
 
 
 def causes(diagnosis: DiagnosisData) -> list[Reason]:
-    """Causes of the failures, or signs in the attention of images that were not judged, likeliest first."""
+    """Causes of the failures, or signs in the attention of images that were not judged, most likely first."""
     found, steps = [], steps_of(diagnosis)
     for one in diagnosis.causes:
         facts = [f"confidence {percent(one.confidence)}", f"strength {percent(one.strength)}"]
@@ -181,7 +181,7 @@ def _row(one: RemedyResult, rank: int | None, best: bool) -> Row:
     facts = []
     if one.status == "tried":
         if one.judged:
-            facts += [f"fixed {len(one.fixed)}", f"broken {len(one.broken)}"]
+            facts += [f"{len(one.fixed)} fixed", f"{len(one.broken)} broken"]
         facts.append(f"time × {one.cost:.1f}")
     if one.chosen_by:
         facts.append(f"chosen by {one.chosen_by}")

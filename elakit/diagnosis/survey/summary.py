@@ -46,10 +46,10 @@ def table(folder: str | Path, order: Sequence[str] = ()) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Columns prompt; images, right, rate, low, high (of the plain images, with the 95 % interval), bleed; failures
-        (kinds, separated by semicolons), failure (the most frequent one, as a sentence), causes (kind of the likeliest
-        one), cause (as a sentence); best (name of the best remedy), title, best_right, best_rate, best_low, best_high,
-        fixed, broken, cost; seconds; page; error (of a prompt that failed; all other values are missing).
+        Columns prompt; images, right, rate, low, high (of the plain images, with the 95% interval), bleed; failures
+        (kinds, separated by semicolons), failure (the most frequent one, as a sentence), causes (kind of the most
+        likely one), cause (as a sentence); best (name of the best remedy), title, best_right, best_rate, best_low,
+        best_high, fixed, broken, cost; seconds; page; error (of a prompt that failed; all other values are missing).
     """
     cases, _ = _cases(folder)
     return _table(folder, cases, order)
@@ -165,7 +165,7 @@ def _statements(
         all_right = int((judged["right"] == judged["images"]).sum())
         said.append(
             f"Without guidance, {right} of {of} images of {_prompts(len(judged))} show everything the prompt asks for "
-            f"(95 % interval {low} to {high} %). All images are right for {all_right} of {_prompts(len(judged))}."
+            f"(95% interval {low} to {high}%). All images are right for {all_right} of {_prompts(len(judged))}."
         )
         fails = judged[judged["right"] < judged["images"]]
         if len(fails):
@@ -187,7 +187,7 @@ def _prompts(count: int) -> str:
 
 
 def _failures(done: pd.DataFrame) -> list[_Share]:
-    """Number of prompts in which each kind of failure occurs, and for which each cause is the likeliest."""
+    """Number of prompts in which each kind of failure occurs, and for which each cause is the most likely."""
     counts = Counter(kind for kinds in done["failures"].dropna() for kind in set(kinds.split("; ")) if kind)
     causes = done.groupby("causes")["prompt"].count() if len(done) else pd.Series(dtype=int)
     shares = [
@@ -211,8 +211,8 @@ def _remedy_shares(tried: pd.DataFrame) -> list[_Share]:
         right, of = int(part["right"].sum()), int(part["images"].sum())
         facts = (
             _prompts(len(part)),
-            f"fixed {int(part['fixed'].sum())}",
-            f"broken {int(part['broken'].sum())}",
+            f"{int(part['fixed'].sum())} fixed",
+            f"{int(part['broken'].sum())} broken",
             f"time × {float(np.median(part['cost'].astype(float))):.1f}",
         )
         shares.append(_Share(str(title), f"{right} of {of} right", Bar(right / of, *wilson(right, of)), facts))

@@ -202,6 +202,7 @@ def _run_data(run: Run, name: str, words: Sequence[Word], source: Source, fit: F
         "seed": run.seed,
         "prompt": prompt.text,
         "image": data_uri(run.image, 512),
+        "predicted": _predicted(run, steps),
         "width": run.image.width,
         "height": run.image.height,
         "coarse": max(run.image.size) < LOSSLESS_SIDE,
@@ -219,6 +220,13 @@ def _run_data(run: Run, name: str, words: Sequence[Word], source: Source, fit: F
         "measures": measures,
         "notes": notes,
     }
+
+
+def _predicted(run: Run, steps: Sequence[int]) -> list[str] | None:
+    """Image that each of the steps predicts; None if they were not kept."""
+    if not run.predicted:
+        return None
+    return [data_uri(run.predicted[min(step, len(run.predicted) - 1)], LOSSLESS_SIDE) for step in steps]
 
 
 def _outcome(run: Run) -> dict[str, Any] | None:

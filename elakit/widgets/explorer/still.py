@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_erosion
 
 from elakit.errors import ElakitError
+from elakit.numbering import step_name
 from elakit.plot import style
 from elakit.plot.image_figures import light_gray
 from elakit.run import Run
@@ -62,7 +63,7 @@ def png(
             assert values is not None
             x = _MARGIN + i * (_PANEL + _GAP)
             _square(draw, x, y, colors.get(label, style.FAINT))
-            _write(draw, x + 16, y, f"{style.shorten(label, 16)}, step {int(values.step)}")
+            _write(draw, x + 16, y, f"{style.shorten(label, 16)}, {step_name(int(values.step))}")
             _paste(canvas, _overlay(run.image, values.sel(token=label).values, top), i, y + _HEAD, high)
             _outline(canvas, run, int(values.step), i, y + _HEAD, high, colors)
         y += _HEAD + high + _GAP

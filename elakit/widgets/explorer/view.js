@@ -2,8 +2,8 @@
 // Python, this view and other views of the same widget stay synchronized.
 
 const SHARED = [
-  "step", "tokens", "token", "layer", "size", "head", "normalization", "shared_scale", "measure", "regions", "opacity",
-  "smooth", "colors", "speed", "playing",
+  "step", "tokens", "token", "layer", "size", "head", "normalization", "shared_scale", "measure", "regions", "predicted",
+  "opacity", "smooth", "colors", "speed", "playing",
 ];
 const PLACES = { down: "down (encoder)", mid: "middle", up: "up (decoder)" };
 const VALUES = { none: "probability", sum: "share of map", start: "× start-of-text" };
@@ -79,7 +79,9 @@ class View {
     const images = h("div", { class: "elx-runs" }, ...this.columns.map((column) => column.element));
     const foot = h("div", { class: "elx-foot" });
     const lines = [...notes, ...runs.flatMap((run) => run.notes.map((note) => (runs.length > 1 ? `${run.name}: ${note}` : note)))];
-    for (const note of ["At every step, attention lies over the finished image.", ...lines]) foot.append(h("p", {}, note));
+    // runs with an image for each step have a box that switches between them
+    const under = runs.some((run) => run.predicted) ? [] : ["At every step, attention lies over the finished image."];
+    for (const note of [...under, ...lines]) foot.append(h("p", {}, note));
     foot.append(this.help());
     this.root.style.setProperty("--runs", Math.min(3, runs.length));
     this.root.append(
@@ -264,7 +266,11 @@ class View {
       return h("label", { class: "elx-check" }, input, text);
     };
     const overlay = h("label", { class: "elx-field" }, h("span", {}, "Opacity"), this.opacity);
-    const boxes = h("div", { class: "elx-checks" }, box("regions", "Regions"), box("smooth", "Smooth"));
+    const keptSteps = this.meta.runs.some((run) => run.predicted);
+    const boxes = h(
+      "div", { class: "elx-checks" },
+      box("regions", "Regions"), box("smooth", "Smooth"), keptSteps ? box("predicted", "Predicted image") : null,
+    );
     return h("section", { class: "elx-settings", "aria-label": "Display settings" }, ...fields.map((each) => each.field), overlay, boxes);
   }
 
@@ -375,8 +381,8 @@ class View {
     this.choices.size.forEach((size, i) => (this.sizeField.options[i].disabled = size !== null && !sizes.has(size)));
     this.opacity.value = Math.round(this.get("opacity") * 100);
     this.slider.value = this.position();
-    const step = this.get("step"), last = this.reference.calls - 1;
-    const text = this.reference.averaged ? `mean of ${this.reference.averaged} steps` : `step ${step} / ${last}`;
+    const step = this.get("step") + 1, calls = this.reference.calls; // people count from 1
+    const text = this.reference.averaged ? `mean of ${this.reference.averaged} steps` : `step ${step} of ${calls}`;
     say(this.stepText, text);
     this.slider.setAttribute("aria-valuetext", text);
     const playing = this.get("playing");
@@ -401,6 +407,8 @@ class View {
       say(column.none, there || opacity === 0 ? "" : `${series[0].toUpperCase()}${series.slice(1)}.`);
       if (there) paint(column.canvas, series, position, shared ? top : series.tops[position], colors);
       column.canvas.style.opacity = opacity;
+      const source = (this.get("predicted") && run.predicted?.[position]) || run.image;
+      if (column.image.getAttribute("src") !== source) column.image.src = source;
       column.canvas.style.imageRendering = rendering;
       column.image.style.filter = there ? `grayscale(${Math.min(1, opacity * 1.4)})` : "";
       const paths = this.get("regions") ? maps.regionPaths(position) : [];
@@ -428,7 +436,7 @@ class View {
   /** Readout of the location under the pointer, or of the maximum; the same text goes to screen readers. */
   describe(column, position, series, token, opacity) {
     const { run, maps } = column, timestep = run.timesteps[position];
-    const when = run.averaged ? `mean of ${run.averaged} steps` : `step ${run.steps[position]}${timestep === null ? "" : ` · t ${timestep < 10 ? timestep : Math.round(timestep)}`}`;
+    const when = run.averaged ? `mean of ${run.averaged} steps` : `step ${run.steps[position] + 1}${timestep === null ? "" : ` · t ${timestep < 10 ? timestep : Math.round(timestep)}`}`;
     say(column.when, when);
     const verdict = run.outcome ? ` ${run.outcome.verdict}.` : "";
     const alone = `Image of “${run.prompt}” by ${run.name}, seed ${run.seed}.${verdict}`;

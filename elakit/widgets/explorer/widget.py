@@ -12,6 +12,7 @@ import numpy as np
 import traitlets as t
 
 from elakit.attention import Recording
+from elakit.checks import is_whole, whole_number
 from elakit.errors import RecordingError, SettingError
 from elakit.run import Run
 from elakit.widgets.explorer import page, still
@@ -33,6 +34,7 @@ SETTINGS = (
     "shared_scale",
     "measure",
     "regions",
+    "predicted",
     "opacity",
     "smooth",
     "colors",
@@ -81,6 +83,9 @@ class Explorer(anywidget.AnyWidget):
         Measure that is plotted over the steps, one of ``run.bleeding.to_frame()``.
     regions : bool
         Outline the entities' regions.
+    predicted : bool
+        Show the image that the step predicts under the overlay, for runs that were generated with ``predicted=True``;
+        otherwise the finished image. Default: True if there is such a run.
     opacity : float
         Opacity of the attention overlay, 0 to 1.
     smooth : bool
@@ -109,6 +114,7 @@ class Explorer(anywidget.AnyWidget):
     shared_scale = t.Any(True).tag(sync=True)
     measure = t.Any().tag(sync=True)
     regions = t.Any(True).tag(sync=True)
+    predicted = t.Any().tag(sync=True)
     opacity = t.Any(0.75).tag(sync=True)
     smooth = t.Any(False).tag(sync=True)
     colors = t.Any("viridis").tag(sync=True)
@@ -120,10 +126,9 @@ class Explorer(anywidget.AnyWidget):
             raise SettingError(
                 f"explore() has no setting {', '.join(unknown)}; its settings are {', '.join(SETTINGS)}."
             )
-        if isinstance(budget, bool) or not isinstance(budget, int | np.integer) or budget < 1:
-            raise SettingError(f"budget={budget!r}: give a whole number of bytes of 1 or more, such as {BUDGET}.")
+        budget = whole_number(budget, "budget", 1, hint=f"Give a number of bytes, such as {BUDGET}.")
         self._runs = _checked(runs)
-        self._payload = describe(self._runs, int(budget))
+        self._payload = describe(self._runs, budget)
         super().__init__(**settings)
 
     # -- defaults and checks ---------------------------------------------------------------------------------------
@@ -161,10 +166,14 @@ class Explorer(anywidget.AnyWidget):
     def _default_measure(self) -> str:
         return str(self._meta["default"]["measure"])
 
+    @t.default("predicted")
+    def _default_predicted(self) -> bool:
+        return any(run["predicted"] for run in self._meta["runs"])
+
     @t.validate("token", "layer", "size", "head", "normalization", "measure", "colors")
     def _check_choice(self, proposal: Any) -> Any:
         name, value = proposal["trait"].name, proposal["value"]
-        value = int(value) if isinstance(value, np.integer) else value
+        value = int(value) if is_whole(value) else value
         there = self._meta["choices"]["tokens" if name == "token" else name]
         # A boolean equals 0 or 1, and a list has no hash: neither is ever a choice.
         if isinstance(value, bool) or value not in there:
@@ -178,8 +187,7 @@ class Explorer(anywidget.AnyWidget):
     @t.validate("step")
     def _check_step(self, proposal: Any) -> int:
         value, steps = proposal["value"], self._meta["choices"]["step"]
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        step = int(value) + (steps[-1] + 1 if value < 0 else 0) if whole else None
+        step = int(value) + (steps[-1] + 1 if value < 0 else 0) if is_whole(value) else None
         if step is None or step not in steps:
             dense = len(steps) > 1 and steps == list(range(steps[0], steps[-1] + 1))
             there = f"{steps[0]} to {steps[-1]}" if dense else ", ".join(map(str, steps))
@@ -196,7 +204,7 @@ class Explorer(anywidget.AnyWidget):
             raise RefusedError(f"tokens: {what} is not available; choose one or more of {', '.join(map(repr, there))}.")
         return list(dict.fromkeys(chosen))
 
-    @t.validate("shared_scale", "regions", "smooth", "playing")
+    @t.validate("shared_scale", "regions", "predicted", "smooth", "playing")
     def _check_switch(self, proposal: Any) -> bool:
         if not isinstance(proposal["value"], bool | np.bool_):
             raise RefusedError(f"{proposal['trait'].name}={proposal['value']!r}: give True or False.")

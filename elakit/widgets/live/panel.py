@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from elakit import checks
+from elakit.checks import is_whole, real_number, whole_number
 from elakit.errors import ElakitError, PromptError, SettingError
 from elakit.guidance import ELA, METHODS, Method, build, method_title, option_values
 from elakit.guidance.layout import Region, check_layout
 from elakit.models import adapter_for, default_settings
+from elakit.pipeline import Pipeline
 from elakit.plot.style import entity_colors
 from elakit.prompt import Entity, Prompt, parse
 from elakit.run import Run
@@ -55,7 +56,7 @@ class Panel:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         prompt: str | Prompt,
         *,
         seed: int,
@@ -74,9 +75,9 @@ class Panel:
         self._controls: dict[str, Controls] = {}
         self._session = Session(pipe, self._on_state, self._on_preview)
         self._view = PanelView(
-            seed=checks.whole_number(seed, "seed", 0, LARGEST_SEED),
-            steps=checks.whole_number(defaults.steps if steps is None else steps, "steps", 1, MOST_STEPS),
-            guidance_scale=checks.real_number(
+            seed=whole_number(seed, "seed", 0, LARGEST_SEED),
+            steps=whole_number(defaults.steps if steps is None else steps, "steps", 1, MOST_STEPS),
+            guidance_scale=real_number(
                 defaults.guidance_scale if guidance_scale is None else guidance_scale, "guidance_scale", 0
             ),
             methods=[(method_title(name), name) for name in (PLAIN, *METHODS)],
@@ -126,7 +127,7 @@ class Panel:
 
     @seed.setter
     def seed(self, seed: int) -> None:
-        self._view.seed.value = checks.whole_number(seed, "seed", 0, LARGEST_SEED)
+        self._view.seed.value = whole_number(seed, "seed", 0, LARGEST_SEED)
 
     @property
     def steps(self) -> int:
@@ -135,7 +136,7 @@ class Panel:
 
     @steps.setter
     def steps(self, steps: int) -> None:
-        self._view.steps.value = checks.whole_number(steps, "steps", 1, MOST_STEPS)
+        self._view.steps.value = whole_number(steps, "steps", 1, MOST_STEPS)
 
     @property
     def guidance_scale(self) -> float:
@@ -144,7 +145,7 @@ class Panel:
 
     @guidance_scale.setter
     def guidance_scale(self, scale: float) -> None:
-        self._view.guidance_scale.value = checks.real_number(scale, "guidance_scale", 0)
+        self._view.guidance_scale.value = real_number(scale, "guidance_scale", 0)
 
     @property
     def method(self) -> str:
@@ -275,8 +276,7 @@ class Panel:
         ElakitError
             See `start`; also raised when `steps` is less than 1.
         """
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise SettingError(f"step({steps!r}): steps must be a whole number of 1 or more.")
+        steps = whole_number(steps, "steps", 1, owner="step")
         if self.state == "paused":
             self._session.resume(steps)
         else:
@@ -535,7 +535,7 @@ class Panel:
 
     def _label(self, entity: str | int | Entity) -> str:
         labels = list(self._regions())
-        if isinstance(entity, int) and not isinstance(entity, bool) and 0 <= entity < len(labels):
+        if is_whole(entity) and 0 <= entity < len(labels):
             return labels[entity]
         label = entity.label if isinstance(entity, Entity) else entity
         if label not in labels:
@@ -564,7 +564,7 @@ class Panel:
 
 
 def live(
-    pipe: Any,
+    pipe: Pipeline,
     prompt: str | Prompt = "",
     *,
     seed: int = 0,

@@ -12,12 +12,13 @@ from elakit.errors import SettingError
 from elakit.generation import Progress, generate
 from elakit.guidance import Anchors
 from elakit.guidance.layout import Layout
+from elakit.pipeline import Pipeline
 from elakit.run import Run
 
 State: TypeAlias = Literal["idle", "running", "paused", "done", "canceled", "failed"]
 PREVIEW_SHARE = 0.25  # largest share of the time spent on previews
 PREVIEWS_PER_SECOND = 10.0  # at most
-_BUSY: WeakSet[Any] = WeakSet()  # pipelines in use by a session: a pipeline holds the state of one run only
+_BUSY: WeakSet[Pipeline] = WeakSet()  # pipelines in use by a session: a pipeline holds the state of one run only
 _GUARD = threading.Lock()
 
 
@@ -59,7 +60,7 @@ class Session:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         on_state: Callable[[], None] = lambda: None,
         on_preview: Callable[[Run, int, int], None] = lambda run, step, steps: None,
     ) -> None:

@@ -62,7 +62,7 @@ class Stage {
     this.verdict = h("p", { class: "ell-verdict", hidden: true });
     this.note = h("p", { class: "elx-soft" });
     this.rows = h("div", { class: "ell-rows" });
-    this.reset = h("button", { type: "button", class: "ell-button", onclick: () => this.clear() }, "Localize all");
+    this.reset = h("button", { type: "button", class: "ell-button", title: "Remove all boxes and masks", onclick: () => this.clear() }, "Clear all regions");
     this.plot = h("div", { class: "elx-plot ell-plot" });
     this.loss = h("p", { class: "elx-soft" });
     const keys = h("p", { class: "elx-soft" }, "Draw boxes on the image. The stepped outlines are the regions found in the attention maps. ", h("kbd", {}, "Tab"), " selects a box, ", h("kbd", {}, "← ↑ → ↓"), " move it, ", h("kbd", {}, "Shift"), " + arrows resize it, ", h("kbd", {}, "Del"), " removes it.");
@@ -321,7 +321,6 @@ class Stage {
       say(act, boxes[i] || masks[i] ? "Clear" : "Place");
       act.setAttribute("aria-label", `${act.textContent} the region of ${entities[i].label}`);
     });
-    say(this.reset, takes && !needs ? "Localize all" : "Clear all");
     say(this.note, note);
     this.note.hidden = !note;
   }
@@ -350,7 +349,7 @@ class Stage {
     [...this.steps.children].forEach((mark, i) => mark.classList.toggle("ell-made", i < made));
     for (const [name, value] of [["valuemin", 0], ["valuemax", steps], ["valuenow", made]]) this.steps.setAttribute(`aria-${name}`, value);
     const held = guided.length ? ` · guided steps are underlined` : "";
-    say(this.when, about ? `step ${made} / ${steps}${state === "paused" ? " · paused" : ""}${held}` : `${steps} steps${held}`);
+    say(this.when, about ? `step ${made} of ${steps}${state === "paused" ? " · paused" : ""}${held}` : `${steps} steps${held}`);
     say(this.verdict, about?.verdict ? `Judge: ${about.verdict}.` : "");
     this.verdict.hidden = !about?.verdict;
   }
@@ -361,7 +360,7 @@ class Stage {
     if (this.plotted === key) return;
     this.plotted = key;
     this.plot.hidden = !losses.length;
-    say(this.loss, losses.length ? `${shortNumber(losses.at(-1)[1])} at step ${losses.at(-1)[0] + 1}; ${shortNumber(losses[0][1])} at step ${losses[0][0] + 1}` : this.get("_guidance").quiet);
+    say(this.loss, losses.length ? lossNote(losses) : this.get("_guidance").quiet);
     if (!losses.length) return;
     const values = losses.map(([, loss]) => loss);
     const ticks = niceTicks(Math.min(0, ...values), Math.max(...values)), [low, high] = [ticks[0], ticks.at(-1)];
@@ -389,8 +388,14 @@ function shifted(box, dx, dy) {
   return [box[0] + x, box[1] + y, box[2] + x, box[3] + y];
 }
 
+/** The last loss, compared with the first if there are several. */
+function lossNote(losses) {
+  const [[from, first], [step, loss]] = [losses[0], losses.at(-1)];
+  return `The loss is ${shortNumber(loss)} at step ${step + 1}${step === from ? "." : `; it was ${shortNumber(first)} at step ${from + 1}.`}`;
+}
+
 function spell([left, top, right, bottom]) {
-  return `x ${percent(left)}–${percent(right)} %, y ${percent(top)}–${percent(bottom)} %`;
+  return `x ${percent(left)}–${percent(right)}%, y ${percent(top)}–${percent(bottom)}%`;
 }
 
 function render({ model, el }) {

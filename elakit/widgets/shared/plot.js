@@ -116,7 +116,7 @@ class Plot {
     const last = this.reference.calls - 1, middle = Math.round(last / 2);
     for (const [step, anchor] of [[0, "start"], [middle, "middle"], [last, "end"]]) {
       if (step === middle && (step === 0 || step === last)) continue;
-      const label = step === 0 ? "step 0" : String(step);
+      const label = step === 0 ? "step 1" : String(step + 1); // people count from 1
       svg.append(h("text", { x: this.x(last ? step / last : 0), y: height - 8, "text-anchor": anchor }, label));
       if (!last) break;
     }

@@ -20,6 +20,8 @@ from elakit.world.training.config import Config, VaeSettings
 from elakit.world.training.data import Scenes, to_unit
 from elakit.world.training.loop import Schedule, autocast, train
 
+NEW_CHANNELS = 3.0  # factor on the initial strength of the latent channels that `grow` adds
+
 
 def build(config: Config) -> Any:
     """Build an untrained autoencoder of the configuration.
@@ -42,7 +44,8 @@ def grow(model: Any, old: Any) -> None:
     """Start from a smaller autoencoder of the same width: copy its weights, and let what is new change little.
 
     New latent channels are appended to the old ones and are not decoded at first; new blocks at the end of a
-    resolution are the identity at first.
+    resolution are the identity at first. New channels start `NEW_CHANNELS` times as strong as the initialization makes
+    them, about as strong as trained ones: weak ones would hardly be seen through the noise on the latents.
 
     Parameters
     ----------
@@ -57,6 +60,9 @@ def grow(model: Any, old: Any) -> None:
                 else:
                     nn.init.zeros_(layer.conv[-1].weight)
                     nn.init.zeros_(layer.conv[-1].bias)
+    with torch.no_grad():
+        for values in model.encoder.layers[-1].parameters():
+            values[old.config.latent_channels :] *= NEW_CHANNELS
 
 
 def _runs(layers: Any) -> list[list[Any]]:
@@ -106,8 +112,11 @@ def train_autoencoder(
     settings = config.vae
     torch.manual_seed(0)
     model: Any = build(config)
+    old: Any = None
     if start is not None:
-        grow(model, AutoencoderTiny.from_pretrained(start))
+        old = AutoencoderTiny.from_pretrained(start).to(device, memory_format=torch.channels_last)
+        old.requires_grad_(False)
+        grow(model, old)
     model = model.to(device, memory_format=torch.channels_last)
     schedule = Schedule(
         settings.samples, settings.batch, settings.learning_rate, decay_from=settings.decay_from, average=0.998
@@ -117,7 +126,7 @@ def train_autoencoder(
     def loss(step: int) -> Tensor:
         images, whole = _batch(config, scenes, np.random.default_rng((1, step)))
         with autocast(device):
-            return _loss(model, images.to(device), whole, settings, judge)
+            return _loss(model, images.to(device), whole, settings, judge, old)
 
     def sheet(average: Any, step: int) -> None:
         _sheet(average, config, scenes, folder)
@@ -125,7 +134,9 @@ def train_autoencoder(
     model = train(model, loss, schedule, folder, "vae", checkpoint_seconds=300, on_checkpoint=sheet)
     with torch.no_grad():
         latents = model.encode(scenes.batch(np.arange(min(256, len(scenes)))).to(device)).latents
-    model.register_to_config(scaling_factor=float(1 / latents.std()))
+    # the denoiser of an earlier edition fits its channels at their own scale
+    scaling = float(1 / latents.std()) if old is None else old.config.scaling_factor
+    model.register_to_config(scaling_factor=scaling)
     model.save_pretrained(folder / "vae")
     return model
 
@@ -187,12 +198,16 @@ def _features(settings: VaeSettings, device: torch.device) -> Segmenter | None:
     return copy.deepcopy(load_segmenter()).requires_grad_(False).to(device) if settings.features else None
 
 
-def _loss(model: Any, images: Tensor, exact: bool, settings: VaeSettings, judge: Segmenter | None) -> Tensor:
+def _loss(
+    model: Any, images: Tensor, exact: bool, settings: VaeSettings, judge: Segmenter | None, old: Any = None
+) -> Tensor:
     """Errors of pixels, of differences between neighboring pixels at three scales, of features; a pull on the latents.
 
     The decoder bounds latents to -3..3. Noise on them makes neighboring latents mean neighboring images, and some
     images are decoded from the first half of the channels alone, which so carry the shapes and the others the details.
-    `exact` computes layer by layer, which is slower and right at the border of the image too.
+    `exact` computes layer by layer, which is slower and right at the border of the image too. With an autoencoder that
+    the training started from, `old`, its latent channels are kept as they were, so that a denoiser trained on them can
+    be trained further.
     """
     latents = model.encode(images).latents if exact else linear_runs.encode(model, images)
     noisy = latents + settings.noise * torch.randn_like(latents)
@@ -201,6 +216,10 @@ def _loss(model: Any, images: Tensor, exact: bool, settings: VaeSettings, judge:
     noisy = torch.cat([noisy[:, :half], noisy[:, half:] * kept], 1)
     rebuilt = model.decode(noisy).sample if exact else linear_runs.decode(model, noisy)
     total = F.l1_loss(rebuilt, images) + settings.pull * latents.pow(2).mean()
+    if old is not None:
+        with torch.no_grad():
+            kept_latents = old.encode(images).latents if exact else linear_runs.encode(old, images)
+        total = total + settings.kept * F.mse_loss(latents[:, : kept_latents.shape[1]], kept_latents)
     a, b = rebuilt, images
     for scale in range(3):
         edges = sum(F.l1_loss(a.diff(dim=axis), b.diff(dim=axis)) for axis in (-1, -2))

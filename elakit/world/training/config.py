@@ -20,8 +20,9 @@ class VaeSettings:
     and crops teach more per second. The others take whole scenes, a quarter as many per step. The learning rate falls
     to zero from `decay_from` of the run on. `noise` is added to the latents, `pull` is the weight of their mean square,
     `edges` that of the loss on differences between neighboring pixels, `features` that of the loss on the shipped
-    judge's activations, and `nested` the share of images decoded from the first half of the channels alone. Afterward
-    the decoder alone learns from `polish` more samples.
+    judge's activations, and `nested` the share of images decoded from the first half of the channels alone. `kept` is
+    the weight of the loss that keeps the latent channels of an earlier edition as they were. Afterward the decoder
+    alone learns from `polish` more samples.
     """
 
     width: int
@@ -40,6 +41,7 @@ class VaeSettings:
     edges: float
     features: float
     nested: float
+    kept: float
     polish: int
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from elakit.files import replace_file
 from elakit.world.backgrounds import background
 from elakit.world.layouts import Place, posed
 from elakit.world.scenes import Subject, World, blend, mean_color, sample, sprite_layer, sprite_of
@@ -115,9 +115,8 @@ def cached_crowds(world: World, count: int, seed: int, path: Path) -> Scenes:
                 return Scenes(kept["images"], [""] * count, kept["classes"], np.full((count, 1), -1, np.int8))
     scenes = compose_crowds(world, count, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part.npz")
-    np.savez(part, made_with=made_with, images=scenes.images, classes=scenes.classes)
-    os.replace(part, path)
+    with replace_file(path) as part:
+        np.savez(part, made_with=made_with, images=scenes.images, classes=scenes.classes)
     return scenes
 
 

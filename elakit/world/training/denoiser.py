@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from elakit.errors import SettingError
+from elakit.files import replace_file, replace_folder
 from elakit.models import EMBEDDED
 from elakit.models.portable import write_portable_names
 from elakit.world.scenes import Scene, World, sample
@@ -154,8 +154,8 @@ class GrowingScenes:
             size = min(self._config.denoiser.chunk, self._config.denoiser.scenes)
             data = encode_scenes(self._config.world, size, (2, number), self._vae, self._tokenizer, self._device)
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(vars(data), path.with_suffix(".tmp"))
-            os.replace(path.with_suffix(".tmp"), path)
+            with replace_file(path) as part:
+                torch.save(vars(data), part)
         return Encoded(**torch.load(path, weights_only=True))
 
 
@@ -338,7 +338,6 @@ def assemble(model: Any, vae: Any, tokenizer: CLIPTokenizer, scheduler: DDIMSche
 
 def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
     """Write the pipeline as fp16 safetensors; an unfinished write never replaces a good folder."""
-    temporary = folder.with_name(folder.name + ".tmp")
     half = StableDiffusionPipeline(
         **{
             name: copy.deepcopy(part).half() if isinstance(part, nn.Module) else part
@@ -346,17 +345,9 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
         },
         requires_safety_checker=False,
     )
-    half.save_pretrained(temporary, safe_serialization=True)
-    write_portable_names(temporary)
-    if folder.exists():
-        old = folder.with_name(folder.name + ".old")
-        os.replace(folder, old)
-        os.replace(temporary, folder)
-        for file in sorted(old.rglob("*"), reverse=True):
-            file.rmdir() if file.is_dir() else file.unlink()
-        old.rmdir()
-    else:
-        os.replace(temporary, folder)
+    with replace_folder(folder) as part:
+        half.save_pretrained(part, safe_serialization=True)
+        write_portable_names(part)
 
 
 def sample_sheet(pipe: StableDiffusionPipeline, prompts: tuple[str, ...] = SAMPLE_PROMPTS) -> Image.Image:

@@ -166,7 +166,7 @@ def prepare_examples(config: Config, folder: Path, device: torch.device) -> Exam
     return examples
 
 
-def draw_singles(pipe: Any, count: int, steps: int = REDRAW_STEPS) -> Examples:
+def draw_singles(pipe: StableDiffusionPipeline, count: int, steps: int = REDRAW_STEPS) -> Examples:
     """Whole drawings of single things by the denoiser, which are no hybrids however askew.
 
     Where in the image the thing is, nobody knows; that nothing but its noun is there is taken for granted (an earlier
@@ -204,7 +204,7 @@ def draw_singles(pipe: Any, count: int, steps: int = REDRAW_STEPS) -> Examples:
 
 
 @torch.no_grad()
-def draw_unfinished(pipe: Any, count: int) -> Examples:
+def draw_unfinished(pipe: StableDiffusionPipeline, count: int) -> Examples:
     """Images of single things, decoded from what the denoiser predicts after the first steps: nothing is recognizable.
 
     Parameters
@@ -359,7 +359,9 @@ def _pixels(decoded: Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def redraw(images: np.ndarray, captions: list[str], pipe: Any, steps: tuple[int, int], seed: int) -> np.ndarray:
+def redraw(
+    images: np.ndarray, captions: list[str], pipe: StableDiffusionPipeline, steps: tuple[int, int], seed: int
+) -> np.ndarray:
     """Images as the denoiser would draw them: brought back from noise that leaves things where and what they are.
 
     Parameters

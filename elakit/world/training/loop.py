@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+
+from elakit.files import replace_file
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -137,24 +138,16 @@ def train(
             bar.update()
             last = step + 1 == schedule.steps
             if last or time.monotonic() - saved > checkpoint_seconds:
-                _write(
-                    path,
-                    {
-                        "model": model.state_dict(),
-                        "average": average.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "step": step + 1,
-                        "history": history,
-                    },
-                )
+                state = {
+                    "model": model.state_dict(),
+                    "average": average.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step + 1,
+                    "history": history,
+                }
+                with replace_file(path) as part:  # a kill while writing leaves the previous checkpoint
+                    torch.save(state, part)
                 if on_checkpoint is not None:
                     on_checkpoint(average, step + 1)
                 saved = time.monotonic()
     return average
-
-
-def _write(path: Path, state: dict) -> None:
-    """Whole or not at all: a kill while writing leaves the previous checkpoint."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)

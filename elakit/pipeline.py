@@ -1,4 +1,4 @@
-"""Type of the diffusers pipelines that elakit accepts."""
+"""Types of the objects that elakit takes as a pipeline."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ class Pipeline(Protocol):
 
     Its components (``unet`` or ``transformer``, text encoders, ``vae``, ``scheduler``) depend on the family, so
     attribute access is not checked any further.
+
+    Examples
+    --------
+    >>> def describe(pipe: Pipeline) -> str:
+    ...     return type(pipe.scheduler).__name__
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -17,3 +22,9 @@ class Pipeline(Protocol):
 
     def __getattr__(self, name: str) -> Any:
         """A component or a method of the pipeline."""
+
+
+class HasTokenizer(Protocol):
+    """Anything with a tokenizer that reads CLIP prompts: enough to parse a prompt, which runs no model."""
+
+    tokenizer: Any

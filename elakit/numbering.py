@@ -1,0 +1,49 @@
+"""Numbers of steps as people read them: arrays count from 0, text and figures from 1."""
+
+from __future__ import annotations
+
+
+def step_number(index: int) -> int:
+    """Number of a step in text and figures.
+
+    Parameters
+    ----------
+    index : int
+        Coordinate of the step in arrays and tables, counted from 0.
+
+    Returns
+    -------
+    int
+        Number of the step, counted from 1.
+
+    Examples
+    --------
+    >>> step_number(0)
+    1
+    """
+    return int(index) + 1
+
+
+def step_name(index: int, total: int | None = None) -> str:
+    """Name of a step in text and figures: "step 1 of 25".
+
+    Parameters
+    ----------
+    index : int
+        Coordinate of the step in arrays and tables, counted from 0.
+    total : int, optional
+        Number of steps. It is omitted from the name if it is unknown, or smaller than the number of the step (a
+        scheduler such as Heun makes two calls per step, and arrays count calls).
+
+    Returns
+    -------
+    str
+        Name of the step.
+
+    Examples
+    --------
+    >>> step_name(0, 25), step_name(4)
+    ('step 1 of 25', 'step 5')
+    """
+    number = step_number(index)
+    return f"step {number}" if total is None or total < number else f"step {number} of {total}"
