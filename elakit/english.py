@@ -63,7 +63,12 @@ _SIDES = frozenset({
     "left", "right", "top", "bottom", "side", "front", "back", "rear", "middle", "center", "centre", "edge", "corner",
     "end", "inside", "outside",
 })
-_BEFORE_SIDE = frozenset({"the", "very", "far", "left", "right", "left-hand", "right-hand", "hand", "other", "-"})
+# Parts of the image: "in the top left corner", "the lower half".
+_PLACES = _SIDES | {"upper", "lower", "half", "far", "hand", "left-hand", "right-hand", "-"}
+_BEFORE_SIDE = frozenset({
+    "the", "very", "far", "left", "right", "top", "bottom", "upper", "lower", "left-hand", "right-hand", "hand",
+    "other", "opposite", "immediate", "-",
+})
 _TO_SIDE = frozenset({"to", "on", "at", "in", "near", "along", "by", "from", "off"})
 # fmt: on
 
@@ -427,6 +432,10 @@ def _is_entity(tokens: Sequence[Any], start: int, stop: int, after_dropped: bool
     described = any(_is_adjective(token) or token.pos_ == "NUM" for token in tokens[start : stop - 1])
     if opener == "no" or before == "without":
         return False
+    if before == "of" and noun in _IMAGE and tokens[start - 2].lower_ in _SIDES:
+        return False  # "in the corner of the image"
+    if _is_place(tokens, start, stop) and not of_follows:
+        return False
     if noun in _IMAGE and (of_follows or bare or before in _SETTING_PREPOSITIONS):
         return False
     if noun in _BACKDROP and before in ("with", "against"):
@@ -441,12 +450,22 @@ def _is_entity(tokens: Sequence[Any], start: int, stop: int, after_dropped: bool
     return not (bare and not described and before == "of" and after_dropped and tokens[stop - 1].pos_ == "PROPN")
 
 
+def _is_place(tokens: Sequence[Any], start: int, stop: int) -> bool:
+    """Recognize a part of the image, "the top left corner" or "the lower half", and the "right" of "to its right"."""
+    words = [token.lower_ for token in tokens[start:stop]]
+    if words[0] == "the" and len(words) > 2:
+        return _PLACES.issuperset(words[1:])
+    owned = start > 1 and tokens[start - 1].tag_ == "PRP$" and tokens[start - 2].lower_ in _TO_SIDE
+    return _PLACES.issuperset(words) and (len(words) > 1 or owned)
+
+
 def _describe(tokens: Sequence[Any], start: int, stop: int) -> Phrase:
     noun = tokens[stop - 1]
     attributes = []
     for at in range(start, stop - 1):
         token = tokens[at]
-        adverb = token.pos_ == "ADV" and at + 1 < stop - 1  # "very" in "a very small bird"
+        # "very" in "a very small bird", but not "right" in "a right-handed guitar"
+        adverb = token.pos_ == "ADV" and at + 1 < stop - 1 and not _is_hyphen(tokens[at + 1])
         if token.lower_ in ARTICLES | _COUNTING or token.pos_ in ("DET", "NUM", "CCONJ", "PUNCT") or adverb:
             continue
         attributes.append(token)

@@ -237,6 +237,16 @@ def test_all_prompts_of_attend_and_excite(pipe):
         ("a frog in front of a turtle", ["frog", "turtle"]),
         ("a cat at the edge of a pool", ["cat", "pool"]),
         ("a red top of a bottle and a cat", ["red top", "bottle", "cat"]),
+        ("a dog in the top left corner of a room", ["dog", "room"]),
+        ("a cat is in the upper left corner, a bird in the lower right corner of the image", ["cat", "bird"]),
+        ("the left half is a forest and the right half is a desert", ["forest", "desert"]),
+        ("the right half of an orange", ["right half", "orange"]),
+        ("a lamp on the opposite side of a bed", ["lamp", "bed"]),
+        ("a dog to the immediate left of a bus", ["dog", "bus"]),
+        ("a dog at the bottom right of a tree", ["dog", "tree"]),
+        ("a microwave underneath the sink, and a toaster to its right", ["microwave", "sink", "toaster"]),
+        ("a photo of a skateboard left of a train and right of an umbrella", ["skateboard", "train", "umbrella"]),
+        ("seven wooden pigs to the left of six glass candles", ["wooden pigs", "glass candles"]),
         # compounds of these benchmarks
         ("a fire hydrant and a stop sign", ["fire hydrant", "stop sign"]),
         ("a photo of a parking meter and a traffic light", ["parking meter", "traffic light"]),
@@ -349,6 +359,8 @@ def test_a_textual_inversion_is_one_word_with_one_token(pipe):
     tokenizer.add_tokens("<cat-toy>")
     (toy,) = parse("a [red <cat-toy>]", SimpleNamespace(tokenizer=tokenizer)).entities
     assert (toy.noun, toy.attributes, toy.token_indices) == ("<cat-toy>", ("red",), (3,))
+    (read,) = parse("a red <cat-toy>", SimpleNamespace(tokenizer=tokenizer)).entities
+    assert (read.text, read.noun, read.token_indices) == ("a red <cat-toy>", "<cat-toy>", (3,))
     assert tokenizer.convert_ids_to_tokens(tokenizer("a red <cat-toy>")["input_ids"])[3] == "<cat-toy>"
 
 
