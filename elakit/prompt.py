@@ -479,11 +479,16 @@ def _in_english(text: str, words: Sequence[Span], nlp: Any) -> list[_Marked]:
 
 
 def _without_markup(text: str, span: Span) -> Span:
-    """Return the span after an opening parenthesis that it does not close: "a (red car" -> "red car"."""
+    """Return the span after a parenthesis that it does not close, and with the end of a textual inversion.
+
+    "a (red car" becomes "red car"; "a <cat-toy" becomes "a <cat-toy>".
+    """
     first, last = span
+    if text[last : last + 1] == ">" and text.rfind("<", first, last) > text.rfind(">", first, last):
+        last += 1
     opening = text.rfind("(", first, last)
     if opening < 0 or ")" in text[opening:last]:
-        return span
+        return first, last
     inside = text[opening + 1 : last]
     return last - len(inside.lstrip()), last
 

@@ -30,7 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "causes prediction",
         "sweep diagnosis",
         "widgets",
-        "cli doctor lab __main__",
+        "cli doctor lab saved_notebooks __main__",
     )
 )
 

@@ -23,12 +23,12 @@ from elakit.models.adapter import (
     scheduler_timestep,
 )
 from elakit.models.encoding import PromptInput
-from elakit.models.transformer import TransformerAdapter
+from elakit.models.passes import SeparateNegative
 from elakit.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
 
-class Flux(TransformerAdapter):
+class Flux(SeparateNegative):
     """Adapter of FLUX.1 pipelines (text-to-image, img2img, inpainting, Fill, Kontext, ControlNet).
 
     The denoiser sees T5 tokens only (CLIP gives it one pooled vector); they have no start-of-text token. Double-stream
@@ -145,10 +145,6 @@ class Flux(TransformerAdapter):
         if (current := getattr(self.pipe, "_current_timestep", None)) is not None:
             return float(current)
         return scheduler_timestep(self.pipe, float(given) * 1000)
-
-    def conditional_rows(self, batch: int) -> slice:
-        """All rows; a negative prompt has a call of its own."""
-        return slice(0, batch)
 
     def default_size(self) -> tuple[int, int]:
         """Default height and width of an image, in pixels."""
