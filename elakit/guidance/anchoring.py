@@ -16,8 +16,8 @@ from elakit.guidance.method import Loss, Update
 from elakit.prompt import Prompt
 
 TERMS = ("outside", "presence", "intrusion", "attributes")
-NEEDED, ENOUGH = 1.3, 0.8
-LATE = 0.2  # default start of guidance where regions are localized: earlier maps are nearly noise
+NEEDED, ENOUGH = 0.9, 0.7
+LATE = 0.16  # default start of guidance where regions are localized: earlier maps are nearly noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class LatentStep:
     Parameters
     ----------
     start : float, optional
-        Share of the denoising steps before guidance starts. By default .2 where regions are localized, because earlier
+        Share of the denoising steps before guidance starts. By default .16 where regions are localized, because earlier
         maps are nearly noise, and 0 where all regions are given by hand.
     guided : float
         Share of the denoising steps that are guided, counted from `start`.
@@ -44,11 +44,12 @@ class LatentStep:
     gradient : {"normalized", "raw"}
         Whether the gradient is scaled to a root mean square of 1.
     needed : float, optional
-        An image whose loss is at most this value at its first guided step is not guided at all: its entities are where
-        they belong. The default was chosen on picture-world. Where a model's losses are always larger, every image is
-        guided; None guides every image, too.
+        An image whose `shortfall` is at most this value at its first guided step is not guided at all: its entities are
+        where they belong. The default was chosen on picture-world, where the shortfall tells images that will fail
+        from those that will not better than the loss does. Where a model's shortfalls are always larger, every image
+        is guided; None guides every image, too.
     enough : float, optional
-        An image whose loss is at most this value at a later guided step is not changed from then on.
+        An image whose `shortfall` is at most this value at a later guided step is not changed from then on.
     outside : float
         Weight of the squared share of each entity's attention that lies outside its region. The closest published
         form is the loss of layout guidance (Chen et al., WACV 2024).
@@ -75,7 +76,7 @@ class LatentStep:
     """
 
     start: float | None = None
-    guided: float = 0.36
+    guided: float = 0.4
     every: int = 1
     step_size: float = 0.1
     decay: float = 0.5
@@ -140,24 +141,58 @@ class LatentStep:
         Returns
         -------
         Loss
-            Its terms are the unweighted means of "outside", "presence", "intrusion" and "attributes".
+            Its terms are the unweighted means of "outside", "presence", "intrusion" and "attributes", and the
+            "shortfall", which is not part of the loss.
         """
         entities, regions = entity_means(maps, prompt), torch.from_numpy(masks).to(maps.device)
         terms = {
             "outside": outside_share(entities, regions).square().mean(),
-            "presence": (1 - entities.masked_fill(~regions, 0).amax((1, 2))).mean(),
+            "presence": (1 - peaks(entities, regions)).mean(),
             "intrusion": intrusion(entities, regions).mean(),
             "attributes": attributes_outside(maps, regions, prompt),
         }
         total = torch.stack([getattr(self, name) * term for name, term in terms.items()]).sum()
         least = self.needed if first else self.enough
-        enough = least is not None and float(total.detach()) <= least
-        return Loss(total, {name: float(term.detach()) for name, term in terms.items()}, masks, enough=enough)
+        values = {name: float(term.detach()) for name, term in terms.items()}
+        values["shortfall"] = shortfall(entities.detach(), regions)
+        enough = least is not None and values["shortfall"] <= least
+        return Loss(total, values, masks, enough=enough)
 
 
 def outside_share(maps: Tensor, regions: Tensor) -> Tensor:
     """Share of each map's attention outside its region; (n, y, x) -> (n,)."""
     return 1 - (maps * regions).sum((1, 2)) / maps.sum((1, 2))
+
+
+def peaks(maps: Tensor, regions: Tensor) -> Tensor:
+    """Largest attention of each map inside its region; (n, y, x) -> (n,)."""
+    return maps.masked_fill(~regions, 0).amax((1, 2))
+
+
+def shortfall(maps: Tensor, regions: Tensor) -> float:
+    """Lack of anchoring of the weakest entities: 0 if every entity has all of its attention in its region.
+
+    The sum of the largest squared `outside_share` and of 1 minus the lowest of the `peaks`.
+
+    Parameters
+    ----------
+    maps : Tensor, (entity, y, x)
+        Attention probabilities.
+    regions : Tensor, bool, (entity, y, x)
+
+    Returns
+    -------
+    float
+        From 0 to 2. Maxima, and not means, because one neglected entity is enough for an image to fail; without
+        attributes, because prompts with and without colors then share one scale.
+
+    Examples
+    --------
+    >>> maps = torch.tensor([[[1.0, 0.0]], [[0.25, 0.25]]])
+    >>> shortfall(maps, torch.tensor([[[True, False]], [[False, True]]]))  # half of the second is outside, its peak .25
+    1.0
+    """
+    return float(outside_share(maps, regions).square().amax() + (1 - peaks(maps, regions)).amax())
 
 
 def intrusion(maps: Tensor, regions: Tensor) -> Tensor:

@@ -126,13 +126,13 @@ def test_guidance_that_reads_records_nothing_of_its_own() -> None:
     assert recorded.recording.steps == (0, 1, 2)
 
 
-def test_a_image_that_needs_no_help_is_left_alone_from_there_on() -> None:
+def test_an_image_that_needs_no_help_is_left_alone_from_there_on() -> None:
     pipe = tiny_pipeline()
     plain = generate(pipe, PAIR, seed=[5, 6], steps=6, record=False, progress=False)
     always = generate(pipe, PAIR, seed=[5, 6], steps=6, guidance=ELA(), record=False, progress=False)
-    losses = [run.guidance.to_frame()["loss"].iloc[0] for run in always]
-    between = float(np.mean(losses))
-    better = int(np.argmin(losses))
+    short = [run.guidance.to_frame()["shortfall"].iloc[0] for run in always]
+    between = float(np.mean(short))
+    better = int(np.argmin(short))
     runs = generate(
         pipe,
         PAIR,
@@ -146,7 +146,7 @@ def test_a_image_that_needs_no_help_is_left_alone_from_there_on() -> None:
     assert np.array_equal(np.asarray(runs[better].image), np.asarray(plain[better].image))
     worse = runs[1 - better].guidance.to_frame()
     assert worse["moved"].iloc[0] > 0
-    assert (worse["loss"].iloc[:-1] > between).all()
+    assert (worse["shortfall"].iloc[:-1] > between).all()
 
 
 def test_every_other_step_may_be_guided() -> None:
@@ -160,7 +160,7 @@ def test_every_other_step_may_be_guided() -> None:
         progress=False,
     )
     assert run.guidance is not None
-    assert run.guidance.to_frame().index.tolist() == [2, 4]  # of 8 steps two are made before guidance begins
+    assert run.guidance.to_frame().index.tolist() == [1, 3]  # of 8 steps one is made before guidance begins
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +413,7 @@ def test_a_layout_needs_a_region_for_each_entity() -> None:
 
 @pytest.mark.parametrize(
     ("regions", "start", "first"),
-    [(None, None, 5), (None, 0, 0), (HALVES, None, 0), ([(0, 0, 0.5, 1), None], None, 5)],
+    [(None, None, 4), (None, 0, 0), (HALVES, None, 0), ([(0, 0, 0.5, 1), None], None, 4)],
 )
 def test_localized_regions_wait_for_maps_that_are_not_noise(
     regions: Any, start: float | None, first: int, prompt: Prompt

@@ -60,12 +60,20 @@ def test_an_entity_in_front_of_another_takes_its_part_of_the_region() -> None:
     assert not (masks[0] & masks[1]).any()
 
 
-def pair(presence: float) -> tuple[Attention, Prompt]:
-    """Attention with two entities side by side, of a given strength; positions are start, car, bird, end."""
-    maps = presence * np.stack([np.eye(1, 16, 4).repeat(16, 0), np.eye(1, 16, 12).repeat(16, 0)])
+def pair(car: float, bird: float | None = None, attributes: bool = False) -> tuple[Attention, Prompt]:
+    """Attention with two entities side by side, of given strengths; positions are start, car, bird, end.
+
+    With `attributes`, the word of each entity is also an attribute of the other one.
+    """
+    strengths = np.array([car, car if bird is None else bird])[:, None, None]
+    maps = strengths * np.stack([np.eye(1, 16, 4).repeat(16, 0), np.eye(1, 16, 12).repeat(16, 0)])
     rest = (1 - maps.sum(0)) / 2
     cross = torch.from_numpy(np.stack([rest, *maps, rest]))[None]
-    entities = (Entity("car", "car", (), (1,), (), "car"), Entity("bird", "bird", (), (2,), (), "bird"))
+    crossed = ((2,), (1,)) if attributes else ((), ())
+    entities = (
+        Entity("car", "car", (), (1,), crossed[0], "car"),
+        Entity("bird", "bird", (), (2,), crossed[1], "bird"),
+    )
     tokens = (Token(1, "car", "car", 0), Token(2, "bird", "bird", 1))
     return Attention((cross,)), Prompt("car bird", entities, tokens, 3, 4)
 
@@ -80,16 +88,35 @@ def test_an_image_whose_entities_are_anchored_is_not_guided() -> None:
     middle, _ = pair(0.7)
     state = Anchors()
     assert not method.loss(neglected, prompt, 5, state).enough
-    assert 0.2 < float(method.loss(middle, prompt, 6, state).total) < 0.5
+    assert 0.2 < method.loss(middle, prompt, 6, state).terms["shortfall"] < 0.5
     assert not method.loss(middle, prompt, 6, state).enough
     assert method.loss(anchored, prompt, 7, state).enough
+
+
+def test_the_weakest_entity_decides_whether_an_image_is_guided() -> None:
+    method = ELA(anchor=LatentStep(needed=0.5))
+    (even, prompt), (uneven, _) = pair(0.6), pair(0.95, 0.3)
+    losses = [method.loss(attention, prompt, 5, Anchors()) for attention in (even, uneven)]
+    assert float(losses[0].total) > float(losses[1].total)  # on average, the second image is better
+    assert [loss.enough for loss in losses] == [True, False]
+
+
+def test_attributes_in_the_wrong_place_change_the_loss_but_not_whether_an_image_is_guided() -> None:
+    method = ELA(anchor=LatentStep(needed=0.5))
+    (attention, plain), (_, crossed) = pair(0.9), pair(0.9, attributes=True)
+    without, with_attributes = (method.loss(attention, prompt, 5, Anchors()) for prompt in (plain, crossed))
+    assert float(with_attributes.total) > float(without.total)
+    assert with_attributes.enough
+    assert with_attributes.terms["shortfall"] == without.terms["shortfall"]
 
 
 def test_regions_given_by_hand_are_followed_however_small_the_loss_is() -> None:
     attention, prompt = pair(0.9)
     halves = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
-    method = ELA(regions=halves, anchor=LatentStep(needed=5, enough=5))
-    assert not method.loss(attention, prompt, 0, method.begin(prompt, 10)).enough
+    method = ELA(regions=halves)
+    loss = method.loss(attention, prompt, 0, method.begin(prompt, 10))
+    assert float(loss.total) < method.anchor.needed
+    assert not loss.enough
 
 
 def test_five_entities_get_regions_and_narrow_strips_are_reported() -> None:

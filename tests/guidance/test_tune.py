@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.tune import evaluate, grid, main, markdown
 from elakit.errors import SettingError
-from elakit.guidance import METHODS, build
+from elakit.guidance import ELA, METHODS, build
 
 
 def test_every_method_without_regions_has_a_grid_of_six_points_that_it_accepts() -> None:
@@ -22,6 +22,13 @@ def test_every_method_without_regions_has_a_grid_of_six_points_that_it_accepts()
             continue
         points = grid(name)
         assert len({str(build(kind, point)) for point in points}) == len(points) == 6
+
+
+def test_the_grid_of_a_method_that_chooses_its_images_varies_that_choice_around_the_default() -> None:
+    usual = ELA().anchor
+    points = grid("ela")
+    assert {"anchor.needed": usual.needed, "anchor.step_size": usual.step_size} in points
+    assert {point["anchor.needed"] < usual.needed for point in points} == {True, False}
 
 
 def test_the_setting_with_most_right_minus_broken_images_comes_first() -> None:
