@@ -394,7 +394,7 @@ def _sequences(pipe: Pipeline | HasTokenizer) -> tuple[TextSequence, ...]:
             f"{type(pipe).__name__} has no tokenizer. Pass a text-to-image pipeline, such as "
             'elakit.load("picture-world").'
         )
-    return (TextSequence("clip", tokenizer, 0, encoder_length(pipe, tokenizer)),)
+    return (TextSequence(name="clip", tokenizer=tokenizer, offset=0, length=encoder_length(pipe, tokenizer)),)
 
 
 def _check_text(text: str, pipe: Pipeline | HasTokenizer, tokenizer: Any) -> None:
