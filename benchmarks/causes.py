@@ -326,7 +326,14 @@ def cases(split: str) -> Iterator[Case]:
 def _case(pipe: Any, plant: str, truth: Truth, run: elakit.Run) -> Case:
     findings = elakit.causes.find(pipe, [run])
     failed = run.verdict is None or not run.verdict.success
-    return Case(plant, truth, run.prompt.text, failed, next(iter(findings.causes), None), findings)
+    return Case(
+        plant=plant,
+        truth=truth,
+        prompt=run.prompt.text,
+        failed=failed,
+        named=next(iter(findings.causes), None),
+        findings=findings,
+    )
 
 
 @app.command()

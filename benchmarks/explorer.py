@@ -116,7 +116,14 @@ def synthetic_run(
         trace = Trace("ela", {}, tuple(entity.label for entity in prompt.entities))
         trace.rows += [{"step": step, "skipped": False} for step in range(shape.steps // 2)]
     settings = {"steps": shape.steps, "guidance_scale": 7.5, "height": 512, "width": width, "model": "synthetic"}
-    return elakit.Run(_image(prompt, places, width, guided), prompt, seed, settings, recording, trace)
+    return elakit.Run(
+        image=_image(prompt, places, width, guided),
+        prompt=prompt,
+        seed=seed,
+        settings=settings,
+        recording=recording,
+        guidance=trace,
+    )
 
 
 def _recording(

@@ -55,7 +55,7 @@ def load_figure(folder: Path = PAPER) -> Figure:
     design = np.column_stack([np.ones(sot.size), *(m.ravel() for m in shown)])
     coefficients, residual, *_ = np.linalg.lstsq(design, sot.ravel(), rcond=None)
     r2 = 1 - float(residual[0]) / float(((sot - sot.mean()) ** 2).sum())
-    return Figure(-coefficients[1:, None, None] * shown, sot, masks, coefficients, r2)
+    return Figure(maps=-coefficients[1:, None, None] * shown, sot=sot, masks=masks, coefficients=coefficients, r2=r2)
 
 
 def meeting(figure: Figure, differentiation: Differentiation, step: float = 0.0005) -> list[tuple[float, float]]:

@@ -331,7 +331,7 @@ def generate(
 
             if keeps:
                 kept.append(images_of(step, latents, True))
-            so_far = Progress(step, steps, latents, runs, guide.states if guide else ())
+            so_far = Progress(step=step, steps=steps, latents=latents, runs=runs, states=guide.states if guide else ())
             if stop_if is not None and stop_if(so_far):
                 raise _Stopped(so_far)
             if waiting and guide and guide_if is not None and (answer := guide_if(so_far)) is not None:

@@ -15,6 +15,9 @@ import typer
 from elakit.errors import OutputError, SettingError
 from elakit.resources import notebooks_path
 
+# widgets of a saved notebook are images, which need no kernel
+HOOK = "--ContentsManager.pre_save_hook=elakit.saved_notebooks.keep_images"
+
 
 def lab(
     folder: Annotated[
@@ -44,7 +47,7 @@ def lab(
         folder = Path("elakit-notebooks") if installed else shipped
     if folder.resolve() != shipped.resolve():
         copy_notebooks(shipped, folder)
-    words = [sys.executable, "-m", "jupyterlab", str(folder)]
+    words = [sys.executable, "-m", "jupyterlab", str(folder), HOOK]
     words += [] if browser else ["--no-browser"]
     words += [] if port is None else [f"--port={port}"]
     words += ["--allow-root"] if allow_root else []

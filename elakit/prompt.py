@@ -394,7 +394,7 @@ def _sequences(pipe: Pipeline | HasTokenizer) -> tuple[TextSequence, ...]:
             f"{type(pipe).__name__} has no tokenizer. Pass a text-to-image pipeline, such as "
             'elakit.load("picture-world").'
         )
-    return (TextSequence("clip", tokenizer, 0, encoder_length(pipe, tokenizer)),)
+    return (TextSequence(name="clip", tokenizer=tokenizer, offset=0, length=encoder_length(pipe, tokenizer)),)
 
 
 def _check_text(text: str, pipe: Pipeline | HasTokenizer, tokenizer: Any) -> None:
@@ -479,11 +479,16 @@ def _in_english(text: str, words: Sequence[Span], nlp: Any) -> list[_Marked]:
 
 
 def _without_markup(text: str, span: Span) -> Span:
-    """Return the span after an opening parenthesis that it does not close: "a (red car" -> "red car"."""
+    """Return the span after a parenthesis that it does not close, and with the end of a textual inversion.
+
+    "a (red car" becomes "red car"; "a <cat-toy" becomes "a <cat-toy>".
+    """
     first, last = span
+    if text[last : last + 1] == ">" and text.rfind("<", first, last) > text.rfind(">", first, last):
+        last += 1
     opening = text.rfind("(", first, last)
     if opening < 0 or ")" in text[opening:last]:
-        return span
+        return first, last
     inside = text[opening + 1 : last]
     return last - len(inside.lstrip()), last
 

@@ -287,7 +287,16 @@ def open_run(folder: str | Path) -> Run:
     if os.path.exists(folder / "recording.zarr"):
         with _intact(folder / "recording.zarr"):
             recording = open_recording(folder / "recording.zarr")
-    return Run(image, prompt, seed, settings, recording, trace, nsfw, predicted)
+    return Run(
+        image=image,
+        prompt=prompt,
+        seed=seed,
+        settings=settings,
+        recording=recording,
+        guidance=trace,
+        nsfw=nsfw,
+        predicted=predicted,
+    )
 
 
 def compare(runs: Sequence[Run]) -> pd.DataFrame:

@@ -32,6 +32,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from elakit.lab import HOOK
+
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
@@ -124,6 +126,10 @@ class Notebook:
             for output in cell.get("outputs", [])
             if output["output_type"] == "error"
         ]
+
+    def save(self) -> None:
+        """Save the notebook."""
+        self.page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
 
     def close(self) -> None:
         """Shut the kernel down and close the page."""
@@ -232,7 +238,7 @@ def serve(folder: Path, environment: dict[str, str] | None = None) -> Iterator[t
         command = [
             sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1",
             f"--ServerApp.root_dir={folder}", "--ServerApp.port=0", "--LabApp.expose_app_in_browser=True",
-            "--LabApp.extension_manager=readonly", "--LabApp.news_url=None",
+            "--LabApp.extension_manager=readonly", "--LabApp.news_url=None", HOOK,
         ]  # fmt: skip
         with (home / "log").open("w") as log:
             # in a session of its own, so that its kernels end with it

@@ -237,7 +237,8 @@ def test_lab_of_an_installed_package_copies_the_notebooks(monkeypatch: pytest.Mo
     monkeypatch.setattr(lab.subprocess, "call", lambda words: calls.append(words) or 0)
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, "lab", "--no-browser", "--port", "8890", "--allow-root") == 0
-    assert calls[0][1:] == ["-m", "jupyterlab", "elakit-notebooks", "--no-browser", "--port=8890", "--allow-root"]
+    assert calls[0][1:4] == ["-m", "jupyterlab", "elakit-notebooks"]
+    assert calls[0][4:] == [lab.HOOK, "--no-browser", "--port=8890", "--allow-root"]
     (tmp_path / "elakit-notebooks" / "01.ipynb").write_text("mine")
     (tmp_path / "elakit-notebooks" / "02.ipynb").unlink()
     assert call(monkeypatch, "lab") == 0

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 import elakit
 
@@ -49,6 +50,23 @@ def test_environment_yml_lists_the_full_set() -> None:
     listed = dict(map(split, (d for d in environment["dependencies"] if isinstance(d, str))))
     assert listed.pop("pip") == ""
     assert listed == wanted
+
+
+@pytest.mark.parametrize(
+    ("package", "fails"),
+    [
+        ("torch", "2.5.1"),  # no torch.accelerator
+        ("xarray", "2025.1.2"),  # open_run: 'NoneType' object has no attribute 'read_only'
+        ("peft", "0.16.0"),  # diffusers refuses to be imported beside it
+        ("numcodecs", "0.16.1"),  # decodes pickles
+        ("diffusers", "0.34.0"),
+        ("transformers", "4.55.4"),
+        ("gguf", "0.17.1"),  # imports sentencepiece
+    ],
+)
+def test_releases_that_fail_are_below_the_bounds(package: str, fails: str) -> None:
+    dev = (split(each) for each in project()["optional-dependencies"]["dev"] if not each.startswith("elakit["))
+    assert not SpecifierSet((dict(dev) | full_set())[package]).contains(fails)
 
 
 def test_pip_accepts_the_pip_section_of_environment_yml(tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     UNet2DModel,
 )
+from families import RELATIVES
 from PIL import Image
 from tiny import tiny_pipeline
 
 from elakit.errors import ModelError, SettingError
 from elakit.generation import Progress, generate
-from elakit.guidance import ELA, AttendAndExcite, LatentStep, SynGen
+from elakit.guidance import ELA, AttendAndExcite, InitNO, LatentStep, Method, SynGen
 from elakit.models import adapter_for
 from elakit.run import open_run
 
@@ -133,9 +134,9 @@ def test_any_sequence_of_seeds_is_a_batch(seeds: Any) -> None:
     assert [run.seed for run in runs] == [1, 2]
 
 
-def test_inference_mode_does_not_switch_guidance_off() -> None:
+@pytest.mark.parametrize("method", [AttendAndExcite(), ELA(), InitNO(rounds=1, iterations=2)], ids=lambda m: m.name)
+def test_inference_mode_does_not_switch_guidance_off(method: Method) -> None:
     pipe = tiny_pipeline()
-    method = AttendAndExcite()
     outside = generate(pipe, PAIR, seed=2, steps=4, guidance=method, progress=False)
     with torch.inference_mode():
         inside = generate(pipe, PAIR, seed=2, steps=4, guidance=method, progress=False)
@@ -219,6 +220,15 @@ def test_control_net_and_inpainting_pipelines_run() -> None:
     mask = Image.new("L", (64, 64), 255)
     run = generate(pipe, PAIR, steps=2, call={"image": photo(), "mask_image": mask, "strength": 1.0}, progress=False)
     assert len(run.recording.steps) == 2
+
+
+@pytest.mark.parametrize("name", ["flux img2img", "flux fill"])
+def test_pipelines_of_flux_that_take_an_image_run(name: str) -> None:
+    relative = RELATIVES[name]
+    given = {key: relative.options[key] for key in ("image", "mask_image", "strength") if key in relative.options}
+    run = generate(relative.build(), PAIR, steps=4, height=32, width=32, call=given, progress=False)
+    assert run.recording.steps
+    assert run.image.size == (32, 32)
 
 
 def test_a_pipeline_without_text_is_refused() -> None:

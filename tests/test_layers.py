@@ -30,7 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "causes prediction",
         "sweep diagnosis",
         "widgets",
-        "cli doctor lab __main__",
+        "cli doctor lab saved_notebooks __main__",
     )
 )
 
@@ -229,3 +229,41 @@ def test_maps_are_resampled_by_area_in_one_module() -> None:
         if isinstance(node, ast.keyword) and node.arg == "mode" and ast.unparse(node.value) == "'area'"
     }
     assert not copies, "\n".join(sorted(copies))
+
+
+def wide_dataclasses() -> dict[tuple[str, str], int]:
+    """Number of fields of each dataclass with five or more, by module and name."""
+    found = {}
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(one) for one in node.decorator_list):
+                fields = [one for one in node.body if isinstance(one, ast.AnnAssign)]
+                found[module, node.name] = sum("ClassVar" not in ast.unparse(one.annotation) for one in fields)
+    return {key: count for key, count in found.items() if count >= 5}
+
+
+def test_wide_dataclasses_are_built_by_keyword() -> None:
+    # with four or more values in a row a reader has to count, and a new field in the middle shifts them all
+    wide = wide_dataclasses()
+    positional = []
+    for module, path in modules().items():
+        if module.startswith("elakit.world.training"):  # scripts that train picture-world
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        known = {name for home, name in wide if home == module}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                homes = {alias.asname or alias.name: resolve(node.module, alias.name) for alias in node.names}
+                known |= {name for name, home in homes.items() if (home, name) in wide}
+        calls = [(node, known) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        for owner in ast.walk(tree):
+            if isinstance(owner, ast.ClassDef) and (module, owner.name) in wide:
+                calls += [(node, {"cls"}) for node in ast.walk(owner) if isinstance(node, ast.Call)]
+        positional += [
+            f"{module}:{node.lineno}: {ast.unparse(node)}"
+            for node, names in calls
+            if ast.unparse(node.func) in names
+            and (len(node.args) > 3 or any(isinstance(one, ast.Starred) for one in node.args))
+        ]
+    assert wide["elakit.run", "Run"] >= 5
+    assert not positional, "\n".join(positional)

@@ -359,6 +359,8 @@ def test_a_textual_inversion_is_one_word_with_one_token(pipe):
     tokenizer.add_tokens("<cat-toy>")
     (toy,) = parse("a [red <cat-toy>]", SimpleNamespace(tokenizer=tokenizer)).entities
     assert (toy.noun, toy.attributes, toy.token_indices) == ("<cat-toy>", ("red",), (3,))
+    (read,) = parse("a red <cat-toy>", SimpleNamespace(tokenizer=tokenizer)).entities
+    assert (read.text, read.noun, read.token_indices) == ("a red <cat-toy>", "<cat-toy>", (3,))
     assert tokenizer.convert_ids_to_tokens(tokenizer("a red <cat-toy>")["input_ids"])[3] == "<cat-toy>"
 
 

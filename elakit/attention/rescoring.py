@@ -312,8 +312,8 @@ class _Changed:
         changes: dict[int, Change] = {}
         for row in range(first, past):
             site = Site(
-                self.layer, self.size, row - first, running.time, keys, text, own,
-                self.position, self.read, running.gradient,
+                layer=self.layer, size=self.size, image=row - first, time=running.time, keys=keys, text=text, own=own,
+                position=self.position, read=self.read, gradient=running.gradient,
             )  # fmt: skip
             change = running.change_of(site, partial(scores_of, row))
             if change is not None:

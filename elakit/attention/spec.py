@@ -470,7 +470,7 @@ class RecordSpec:
             heads = _heads_of(self.heads, size, members)
             numbers = steps * images * len(members) * heads * size[0] * size[1] * len(labels)
             names = tuple(layer.name for layer in members)
-            resolutions.append(Resolution(size, names, heads, numbers * _BYTES[self.dtype]))
+            resolutions.append(Resolution(size=size, layers=names, heads=heads, bytes=numbers * _BYTES[self.dtype]))
         if self.own is not None:
             resolutions.append(self._of_self(self.own, layers, latent, steps * images))
         plan = Plan(
@@ -500,7 +500,14 @@ class RecordSpec:
         names = tuple(layer.name for layer in by_size[size])
         heads = _heads_of(own.heads, size, by_size[size])
         numbers = count * (len(names) if own.each_layer else 1) * heads * (size[0] * size[1]) ** 2
-        return Resolution(size, names, heads, numbers * _BYTES[self.dtype], "image", averaged=not own.each_layer)
+        return Resolution(
+            size=size,
+            layers=names,
+            heads=heads,
+            bytes=numbers * _BYTES[self.dtype],
+            keys="image",
+            averaged=not own.each_layer,
+        )
 
     def _ways_out(self, plan: Plan, layers: Sequence[AttentionLayer]) -> str:
         ways = []

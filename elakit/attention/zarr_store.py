@@ -172,6 +172,8 @@ def open_tree(path: Path) -> xr.DataTree:
         if bad := [name for name in names if not _NODE.fullmatch(name)]:
             raise _damaged(path / ".zmetadata", f"it names a group {bad[0]!r}")
         nodes = {name: _open_node(path, name, described) for name in sorted(names)}
+    except RecordingError:  # a ValueError, which names its own file
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise _damaged(path / ".zmetadata", f"{type(error).__name__}: {error}") from error
     tree = xr.DataTree.from_dict(nodes)

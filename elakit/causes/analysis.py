@@ -81,7 +81,9 @@ def find(pipe: Pipeline, runs: Sequence[Run]) -> Findings:
     explaining = [cause for cause in (explained(cause, failures) for cause in causes) if _is_reported(cause)]
     placed = [_placed(readings, cause) for cause in ranked(without_duplicates(explaining, failures))]
     named = tuple(replace(cause, sentence=sentence(cause)) for cause in placed)
-    return Findings(prompt, tuple(run.seed for run in runs), judged, failures, named)
+    return Findings(
+        prompt=prompt, seeds=tuple(run.seed for run in runs), judged=judged, failures=failures, causes=named
+    )
 
 
 def _is_reported(cause: Cause) -> bool:
@@ -110,10 +112,10 @@ def _failures(
         taken = "" if clearest is None or clearest.token == what.entity else clearest.token
         found.append(
             Failure(
-                what.kind,
-                what.entity,
-                what.other,
-                what.token or taken,
+                kind=what.kind,
+                entity=what.entity,
+                other=what.other,
+                token=what.token or taken,
                 seeds=tuple(reading.run.seed for reading in there),
                 of=len(readings),
                 step=step,

@@ -141,13 +141,13 @@ def read(recording: Recording, layers: str = "all", size: int | None = None) -> 
     taken = {i for entity in prompt.entities for i in (*entity.token_indices, *entity.attribute_indices)}
     idle = [t.label for t in prompt.tokens if t.index not in taken and t.label in kept and t.text.isalpha()]
     return Maps(
-        np.asarray(entities.step.values),
-        entities.values.astype(np.float64),
-        attributes,
-        owners,
-        values("<start>")[:, 0] if "<start>" in kept else nothing,
-        values("<end>")[:, 0] if "<end>" in kept else nothing,
-        values(idle).mean(1) if idle else nothing,
+        steps=np.asarray(entities.step.values),
+        entities=entities.values.astype(np.float64),
+        attributes=attributes,
+        owners=owners,
+        start=values("<start>")[:, 0] if "<start>" in kept else nothing,
+        end=values("<end>")[:, 0] if "<end>" in kept else nothing,
+        words=values(idle).mean(1) if idle else nothing,
     )
 
 

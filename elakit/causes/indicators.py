@@ -115,13 +115,28 @@ def of_text(states: States) -> Iterator[Indicator]:
     """Indicators in the states of the text encoder."""
     names = states.entities
     for i, entity in enumerate(names):
-        yield Indicator("token ignored", entity, "", entity, "length", states.length[i])
+        yield Indicator(
+            kind="token ignored", entity=entity, other="", token=entity, measure="length", value=states.length[i]
+        )
         for j in range(len(names)):
             if j != i:
-                yield Indicator("text states alike", entity, names[j], names[j], "likeness", float(states.alike[i, j]))
+                yield Indicator(
+                    kind="text states alike",
+                    entity=entity,
+                    other=names[j],
+                    token=names[j],
+                    measure="likeness",
+                    value=float(states.alike[i, j]),
+                )
     for leak in states.leaks:
         yield Indicator(
-            "text leakage", leak.entity, leak.other, leak.token, "leak", leak.share, evidence={"change": leak.change}
+            kind="text leakage",
+            entity=leak.entity,
+            other=leak.other,
+            token=leak.token,
+            measure="leak",
+            value=leak.share,
+            evidence={"change": leak.change},
         )
 
 
@@ -152,28 +167,90 @@ def of_maps(
     for i, entity in enumerate(entities):
         standing, start = mean(maps.standing[:, i]), mean(maps.start_held[:, i])
         about = {"presence": mean(maps.presence[:, i]), "localized": mean(maps.localized[:, i])}
-        yield Indicator("token ignored", entity, "", entity, "standing", standing, maps.standing[:, i], about)
+        yield Indicator(
+            kind="token ignored",
+            entity=entity,
+            other="",
+            token=entity,
+            measure="standing",
+            value=standing,
+            series=maps.standing[:, i],
+            evidence=about,
+        )
         if standing < READ:
             continue
         rivals = [mean(maps.held[:, i, j]) if j != i else 0.0 for j in range(len(entities))]
         if start > max(rivals):
             series = maps.start_held[:, i]
-            yield Indicator("start-of-text competition", entity, "", "<start>", "start_held", start, series, about)
-        localized = about["localized"], maps.localized[:, i], about
-        yield Indicator("never localized", entity, "", entity, "localized", *localized)
+            yield Indicator(
+                kind="start-of-text competition",
+                entity=entity,
+                other="",
+                token="<start>",
+                measure="start_held",
+                value=start,
+                series=series,
+                evidence=about,
+            )
+        yield Indicator(
+            kind="never localized",
+            entity=entity,
+            other="",
+            token=entity,
+            measure="localized",
+            value=about["localized"],
+            series=maps.localized[:, i],
+            evidence=about,
+        )
         if "region split" in kinds:
             parted = maps.split[:, i] * np.minimum(maps.localized[:, i] / 0.2, 1.0)
-            yield Indicator("region split", entity, "", entity, "split", mean(parted), parted, about)
+            yield Indicator(
+                kind="region split",
+                entity=entity,
+                other="",
+                token=entity,
+                measure="split",
+                value=mean(parted),
+                series=parted,
+                evidence=about,
+            )
         for j, other in enumerate(entities):
             if j == i:
                 continue
             both = {"held": rivals[j], "overlap": mean(maps.alike[:, i, j]), **about}
             if rivals[j] > start:
-                yield Indicator("captured", entity, other, other, "held", rivals[j], maps.held[:, i, j], both)
-            yield Indicator("captured", entity, other, other, "alike", both["overlap"], maps.alike[:, i, j], both)
+                yield Indicator(
+                    kind="captured",
+                    entity=entity,
+                    other=other,
+                    token=other,
+                    measure="held",
+                    value=rivals[j],
+                    series=maps.held[:, i, j],
+                    evidence=both,
+                )
+            yield Indicator(
+                kind="captured",
+                entity=entity,
+                other=other,
+                token=other,
+                measure="alike",
+                value=both["overlap"],
+                series=maps.alike[:, i, j],
+                evidence=both,
+            )
             if "regions swap" in kinds:
                 swap = maps.swap[:, i, j]
-                yield Indicator("regions swap", entity, other, other, "swap", float(swap.max()), swap, both)
+                yield Indicator(
+                    kind="regions swap",
+                    entity=entity,
+                    other=other,
+                    token=other,
+                    measure="swap",
+                    value=float(swap.max()),
+                    series=swap,
+                    evidence=both,
+                )
     if len(maps.owners) and "attribute misplaced" in kinds:
         yield from _of_attributes(maps, entities, attributes, covered, late)
 
@@ -197,7 +274,14 @@ def _of_attributes(
             about = {name: float(values[late].mean()) for name, values in series.items()}
             for name, values in series.items():
                 yield Indicator(
-                    "attribute misplaced", entities[owner], other, attribute, name, about[name], values, about
+                    kind="attribute misplaced",
+                    entity=entities[owner],
+                    other=other,
+                    token=attribute,
+                    measure=name,
+                    value=about[name],
+                    series=values,
+                    evidence=about,
                 )
 
 

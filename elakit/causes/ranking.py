@@ -125,7 +125,16 @@ def explained(cause: Cause, failures: Sequence[Failure]) -> Cause:
 def _cause(key: Key, strength: float, runs: Sequence[Run], evidence: dict[str, float]) -> Cause:
     kind, entity, other, token = key
     seeds = tuple(run.seed for run in runs)
-    return Cause(kind, entity, other, token, strength, confidence_of(strength), seeds=seeds, evidence=evidence)
+    return Cause(
+        kind=kind,
+        entity=entity,
+        other=other,
+        token=token,
+        strength=strength,
+        confidence=confidence_of(strength),
+        seeds=seeds,
+        evidence=evidence,
+    )
 
 
 def _strength(readings: Sequence[RunIndicators], key: Key) -> float:

@@ -111,11 +111,11 @@ def text_states(pipe: Pipeline, prompt: Prompt) -> States:
     apart = nouns - words.mean(0)
     lengths = np.maximum(np.linalg.norm(apart, axis=1), NOTHING)
     return States(
-        tuple(entity.label for entity in prompt.entities),
-        tuple(float(length) for length in np.linalg.norm(nouns, axis=1) / max(usual, NOTHING)),
-        (apart @ apart.T) / (lengths[:, None] * lengths),
-        tuple(_leaks(encoder, prompt)),
-        tuple(_pieces(prompt, entity) for entity in prompt.entities),
+        entities=tuple(entity.label for entity in prompt.entities),
+        length=tuple(float(length) for length in np.linalg.norm(nouns, axis=1) / max(usual, NOTHING)),
+        alike=(apart @ apart.T) / (lengths[:, None] * lengths),
+        leaks=tuple(_leaks(encoder, prompt)),
+        pieces=tuple(_pieces(prompt, entity) for entity in prompt.entities),
     )
 
 
@@ -131,11 +131,11 @@ def _leaks(encoder: _Encoder, prompt: Prompt) -> Iterator[Leak]:
                 own = " ".join(["a", *entity.attributes, f"[{entity.noun}]"])
                 toward = encoder.noun(f"a {said} [{entity.noun}]") - encoder.noun(own)
                 yield Leak(
-                    entity.label,
-                    owner.label,
-                    word_label(prompt, word),
-                    float(moved @ toward) / max(float(toward @ toward), NOTHING),
-                    float(np.linalg.norm(moved)) / max(float(np.linalg.norm(here)), NOTHING),
+                    entity=entity.label,
+                    other=owner.label,
+                    token=word_label(prompt, word),
+                    share=float(moved @ toward) / max(float(toward @ toward), NOTHING),
+                    change=float(np.linalg.norm(moved)) / max(float(np.linalg.norm(here)), NOTHING),
                 )
 
 

@@ -130,11 +130,11 @@ def _findings(plain: Mapping[str, Any] | None, prompt: Prompt) -> Findings | Non
     if plain is None:
         return None
     return Findings(
-        prompt,
-        tuple(plain["seeds"]),
-        plain["judged"],
-        tuple(_built(Failure, one) for one in plain["failures"]),
-        tuple(_built(Cause, one) for one in plain["causes"]),
+        prompt=prompt,
+        seeds=tuple(plain["seeds"]),
+        judged=plain["judged"],
+        failures=tuple(_built(Failure, one) for one in plain["failures"]),
+        causes=tuple(_built(Cause, one) for one in plain["causes"]),
     )
 
 

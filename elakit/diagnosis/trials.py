@@ -126,7 +126,7 @@ def build_remedy(which: str | Method, prompt: Prompt, pipe: Pipeline) -> Remedy:
             f"For each seed, {CANDIDATES} other seeds are started, and the most promising one after "
             f"{100 * SHARE:.0f}% of the steps is finished."
         )
-        return Remedy(which, "seed", what, prompt)
+        return Remedy(name=which, kind="seed", what=what, prompt=prompt)
     if which == "regions":
         guidance = ELA(regions=side_by_side(_several(prompt)))
         return Remedy(
@@ -147,7 +147,7 @@ def build_remedy(which: str | Method, prompt: Prompt, pipe: Pipeline) -> Remedy:
             else "the prompt does not join its entities with “and” or a comma."
         )
     reworded = parse(text, pipe)
-    return Remedy(which, "wording", f"Prompt “{reworded.text}”.", reworded)
+    return Remedy(name=which, kind="wording", what=f"Prompt “{reworded.text}”.", prompt=reworded)
 
 
 def try_remedy(
@@ -174,14 +174,16 @@ def try_remedy(
     """
     plain = tuple(plain)
     name = which if isinstance(which, str) else which.name
-    remedy = Remedy(name, _KINDS.get(name, "guidance"), "", prompt)
+    remedy = Remedy(name=name, kind=_KINDS.get(name, "guidance"), what="", prompt=prompt)
     try:
         remedy = build_remedy(which, prompt, generator.pipe)
         if remedy.kind == "seed":
             return _other_seeds(remedy, generator, plain, plain_seconds, predictor)
         seeds = [run.seed for run in plain]
         batch = generator.generate(remedy.prompt, seeds, remedy.guidance, what=remedy.title, record=_ENTITIES)
-        result = RemedyResult(remedy, plain, batch.runs, batch.seconds, batch.seconds / plain_seconds)
+        result = RemedyResult(
+            remedy=remedy, plain=plain, runs=batch.runs, seconds=batch.seconds, cost=batch.seconds / plain_seconds
+        )
         result.to_dict()  # judges and measures the images here, so that exceptions are caught, too
         return result
     except NotApplicable as error:

@@ -13,6 +13,9 @@ descent makes 20 steps of size 100; the addend with the least L is kept, mixed w
 step, and multiplied by 0.99 to the power of the step. The weights of start-of-text and end-of-text stay what they were
 without the addend, so that those of a location add up to more than 1.
 
+From equal first weights the addend equals that of the released code to a relative 1e-5
+(``tests/guidance/test_parity_of_scores.py``).
+
 Intended differences: weights start at 0.5, the mean of the released code's random ones, so that a run is repeated by
 its seed alone; the least L is that of one image, in the released code that of a batch; sigma is at least one location;
 where the padding is hidden from the image (T5 in PixArt), it has no part in the softmax of L.
@@ -29,7 +32,7 @@ from torch import Tensor
 
 from elakit.attention.rescoring import Change, Scores, Site, check_plain
 from elakit.guidance.method import Attention, Loss, ScoreEdit, Update
-from elakit.guidance.options import check_guided, check_numbers, check_whole, is_number, refuse
+from elakit.guidance.options import check_acts, check_guided, check_numbers, check_whole, is_number, refuse
 from elakit.guidance.phrases import end_of_text
 from elakit.guidance.reading import ReadsOneSize
 from elakit.models import AttentionLayer
@@ -107,6 +110,8 @@ class AttentionRegulation(ReadsOneSize):
         for option in ("memory", "decay"):
             if not is_number(getattr(self, option), most=1):
                 refuse(self, option, "between 0 and 1")
+        if self.iterations == 1:
+            check_acts(self, "iterations=1", "step_size", "weight_cost")
 
     def begin(self, prompt: Prompt, steps: int) -> Addends:
         """State without addends."""

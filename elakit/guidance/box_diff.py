@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elakit.guidance.layout import Layout, check_layout, layout_masks
+from elakit.guidance.layout import NeedsLayout, layout_masks
 from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_flag, check_guided, check_numbers, check_refine, check_whole, refuse
 from elakit.guidance.preprocess import GUIDED, REFINED, STEP_SIZE, Refinement, entity_maps, schedule
@@ -38,7 +38,7 @@ from elakit.prompt import Prompt
 
 
 @dataclass(frozen=True)
-class BoxDiff(ReadsOneSize):
+class BoxDiff(NeedsLayout, ReadsOneSize):
     """BoxDiff, which needs regions.
 
     Parameters
@@ -78,7 +78,6 @@ class BoxDiff(ReadsOneSize):
     elakit.errors.SettingError: BoxDiff(regions=...): None is not a layout: give one box per entity, ...
     """
 
-    regions: Layout
     step_size: float = STEP_SIZE
     guided: float = GUIDED
     share: float = 0.2
@@ -88,11 +87,9 @@ class BoxDiff(ReadsOneSize):
 
     name: ClassVar[str] = "boxdiff"
     title: ClassVar[str] = "BoxDiff"
-    takes_regions: ClassVar[bool] = True
-    needs_regions: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "regions", check_layout(self.regions, "BoxDiff(regions=...)"))
+        super().__post_init__()
         check_numbers(self, "step_size", "share")
         check_guided(self)
         if not 0 < self.share <= 1:

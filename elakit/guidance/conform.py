@@ -12,6 +12,8 @@ Maps are raw probabilities (the code's notebook switches the softmax over tokens
 Step size and guided steps are Attend-and-Excite's; 20 extra updates are made at steps 0, 10 and 20 of 50, however small
 the loss is. A class of one map has no pair before the second step; where no class has any, the first step does nothing.
 Loss and gradient equal those of the official code to rounding (``tests/guidance/test_parity.py``).
+
+Intended difference: a prompt of fewer than two entities is not guided.
 """
 
 from __future__ import annotations

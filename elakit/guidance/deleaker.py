@@ -14,12 +14,14 @@ Equations and settings are those of the paper and of the code that its authors r
 changes begin in block 18 and averages in block 12 of the 57 blocks of the first of 20 steps, and averages end with step
 12. Here these are shares of steps and layers.
 
-Differences: the masks are those of an entity's noun, and the changes concern its noun and its attributes (the authors
-give words by hand, and have no attributes). Minus infinity is -10,000. Maps that are not square are cleaned, too, which
-the released code leaves out. With three or more entities, cuts of all pairs depend on the layer's own probabilities;
-the released code computes them again after each pair, so that the order of entities matters. In models with separate
-self- and cross-attention (UNets, PixArt), which the authors do not treat, masks come from the maps of one size, and
-image-image weakening changes self-attention.
+For two entities, probabilities equal those of the released code within 2e-6 (``tests/guidance/test_deleaker.py``).
+
+Intended differences: the masks are those of an entity's noun, and the changes concern its noun and its attributes (the
+authors give words by hand, and have no attributes). Minus infinity is -10,000. Maps that are not square are cleaned,
+too, which the released code leaves out. With three or more entities, cuts of all pairs depend on the layer's own
+probabilities; the released code computes them again after each pair, so that the order of entities matters. In models
+with separate self- and cross-attention (UNets, PixArt), which the authors do not treat, masks come from the maps of one
+size, and image-image weakening changes self-attention.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from elakit.attention.calls import NEVER
 from elakit.attention.rescoring import Change, Scores, Site
 from elakit.checks import boolean, real_number, share
 from elakit.guidance.method import Attention, Loss, ScoreEdit, Update
+from elakit.guidance.options import check_acts
 from elakit.guidance.reading import ReadsOneSize
 from elakit.measures.arrays import area_mean
 from elakit.prompt import Prompt
@@ -123,6 +126,8 @@ class DeLeaker(ReadsOneSize):
             boolean(getattr(self, name), name, **own)
         for name in ("averaged", "guided"):
             share(getattr(self, name), name, **own)
+        if not self.cut_image:
+            check_acts(self, "cut_image=False", "image_threshold")
 
     def begin(self, prompt: Prompt, steps: int) -> Leaks:
         """Initial state of a run."""

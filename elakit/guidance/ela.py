@@ -100,6 +100,15 @@ class ELA:
                 "to be localized."
             )
 
+        if self.regions is not None:  # what a user asks for is always done
+            for option in ("needed", "enough"):
+                default = getattr(LatentStep(), option)
+                if getattr(self.anchor, option) not in (None, default):
+                    refuse(
+                        getattr(self.anchor, option), f"anchor.{option}", "left out if regions are given by hand",
+                        owner="ELA", hint="Every image is then guided in all guided steps.",
+                    )  # fmt: skip
+
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
         """The layers of the chosen side whose maps have the chosen size."""
         chosen = decoder_side_layers(layers, self.layers)

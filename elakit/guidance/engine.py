@@ -197,9 +197,10 @@ def _scaled(adapter: Adapter, latents: Tensor, timestep: Tensor) -> Tensor:
 def frozen(module: nn.Module) -> Iterator[None]:
     """Context in which no weight requires a gradient; the previous state is restored afterwards."""
     wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
     try:
+        # inside the try: an interrupt between two weights restores them, too
+        for parameter in wanted:
+            parameter.requires_grad_(False)
         yield
     finally:
         for parameter in wanted:

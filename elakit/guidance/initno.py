@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from elakit.guidance.method import Attention, Loss, Update
-from elakit.guidance.options import check_guided, check_numbers, check_whole
+from elakit.guidance.options import check_acts, check_guided, check_numbers, check_whole
 from elakit.guidance.preprocess import (
     GUIDED,
     REFINED,
@@ -117,6 +117,8 @@ class InitNO(ReadsOneSize):
         check_guided(self)
         check_whole(self, "rounds", "iterations", "last_iterations", least=1)
         check_whole(self, "refinements")
+        if self.guided == 0:
+            check_acts(self, "guided=0", "step_size", "refinements")
 
     def search(
         self, noise: Tensor, attend: Callable[[Tensor], Attention], prompt: Prompt

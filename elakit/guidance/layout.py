@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -60,6 +61,31 @@ def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
         ):
             raise SettingError(f"{who}: {region} is not a box within the image: {how}.")
     return regions
+
+
+@dataclass(frozen=True)
+class NeedsLayout:
+    """Base class of methods that need a region for each entity, and keep it during the run.
+
+    Parameters
+    ----------
+    regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
+        Where each entity belongs, in the order of the prompt: boxes in shares of the image, or masks; they may overlap.
+
+    Raises
+    ------
+    SettingError
+        No regions, or one that is empty or leaves the image.
+    """
+
+    regions: Layout
+
+    takes_regions: ClassVar[bool] = True
+    needs_regions: ClassVar[bool] = True
+    steerable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "regions", check_layout(self.regions, f"{type(self).__name__}(regions=...)"))
 
 
 def _region(region: Any) -> Region:

@@ -25,18 +25,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from elakit.attention.spec import select_layers
-from elakit.guidance.layout import Layout, check_layout, layout_masks
+from elakit.guidance.layout import NeedsLayout, layout_masks
 from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers, check_whole
-from elakit.models import AttentionLayer
+from elakit.guidance.reading import ReadsFirstBlocks
 from elakit.prompt import Prompt
 
 
 @dataclass(frozen=True)
-class LayoutGuidance:
+class LayoutGuidance(NeedsLayout, ReadsFirstBlocks):
     """Layout guidance, which needs regions.
 
     Parameters
@@ -72,31 +70,20 @@ class LayoutGuidance:
     elakit.errors.SettingError: LayoutGuidance(regions=...): None is not a layout: give one box per entity, ...
     """
 
-    regions: Layout
     step_size: float = 30.0
     guided: float = 0.2
     iterations: int = 5
     until: float = 0.2
-    layers: str | None = None
 
     name: ClassVar[str] = "layout-guidance"
     title: ClassVar[str] = "Layout guidance"
-    takes_regions: ClassVar[bool] = True
-    needs_regions: ClassVar[bool] = True
-    steerable: ClassVar[bool] = False
     reads_self: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "regions", check_layout(self.regions, "LayoutGuidance(regions=...)"))
+        super().__post_init__()
         check_numbers(self, "step_size", "until")
         check_guided(self)
         check_whole(self, "iterations", least=1)
-
-    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The middle and the first upward block of a UNet, all layers of another network, or the layers chosen."""
-        if self.layers is not None:
-            return select_layers(layers, self.layers)
-        return first_blocks(layers)
 
     def begin(self, prompt: Prompt, steps: int) -> Progress:
         """Mutable state that remembers the step at which the threshold was met."""
@@ -110,10 +97,6 @@ class LayoutGuidance:
         # 30 sigma^2 in the authors' latents, converted to the latents of unit variance that the engine moves
         sizes = [self.step_size * sigma**2 / (1 + sigma**2) for sigma in noise[:count]]
         return [Update(size, self.iterations - 1, self.until) for size in sizes]
-
-    def direction(self, gradient: Tensor) -> Tensor:
-        """The raw gradient."""
-        return gradient
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Progress) -> Loss:
         """E; its term is "outside", and its regions are those on the grid of the largest maps."""
@@ -160,14 +143,3 @@ class Progress:
         if self.step is None and low:
             self.step = step
         return self.step is not None and step > self.step
-
-
-def first_blocks(layers: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
-    """Layers of the middle and the first upward block of a UNet; all layers of another network."""
-    block = next((_block(layer) for layer in layers if layer.place == "up"), None)
-    return tuple(layer for layer in layers if layer.place == "mid" or _block(layer) == block) or tuple(layers)
-
-
-def _block(layer: AttentionLayer) -> tuple[str, ...]:
-    """The block of a UNet that a layer is in, such as ("up_blocks", "1")."""
-    return tuple(layer.name.split(".")[:2])

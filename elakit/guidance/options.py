@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from elakit import checks
@@ -16,6 +17,23 @@ def refuse(method: Any, option: str, rule: str) -> NoReturn:
     SettingError
     """
     checks.refuse(getattr(method, option), option, rule, owner=type(method).__name__)
+
+
+def check_acts(method: Any, cause: str, *options: str) -> None:
+    """Refuse options that differ from their defaults although they have no effect together with another one.
+
+    Parameters
+    ----------
+    method : dataclass instance
+    cause : str
+        Option that switches the others off, with its value, such as "weight=0".
+    *options : str
+        Options without effect.
+    """
+    defaults = {each.name: each.default for each in fields(method)}
+    for option in options:
+        if getattr(method, option) != defaults[option]:
+            refuse(method, option, f"left out with {cause}, which gives it no effect")
 
 
 def check_numbers(method: Any, *options: str) -> None:

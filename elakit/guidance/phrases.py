@@ -118,7 +118,7 @@ def _phrase(adapter: Adapter, prompt: Prompt, entity: Entity) -> Phrase:
             f"{prompt.text!r}. Put the words of this entity between spaces."
         )
     inputs = adapter.encode(alone.text, guided=False).inputs
-    return Phrase(positions, own, inputs[STATES], inputs.get(MASKS), alone.start_index)
+    return Phrase(positions=positions, own=own, states=inputs[STATES], mask=inputs.get(MASKS), start=alone.start_index)
 
 
 def with_text(conditioning: Conditioning, states: Tensor, mask: Tensor | None = None, times: int = 1) -> Conditioning:

@@ -1,4 +1,4 @@
-"""Base class of most methods: they read maps of one size and step along the raw gradient."""
+"""Base classes of most methods, by the layers that they read; all step along the raw gradient."""
 
 from __future__ import annotations
 
@@ -46,3 +46,37 @@ class ReadsOneSize:
     def direction(self, gradient: Tensor) -> Tensor:
         """The raw gradient."""
         return gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadsFirstBlocks:
+    """Base class of methods that read the blocks of a UNet where its maps are smallest.
+
+    Parameters
+    ----------
+    layers : str, optional
+        Layers read: "up", "down", "mid", "all" or a name pattern; by default the middle block and the first upward
+        block that has cross-attention, and all layers of a model without such blocks (PixArt, Stable Diffusion 3,
+        FLUX).
+    """
+
+    layers: str | None = None
+
+    def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
+        """The middle and the first upward block of a UNet, all layers of another network, or the layers chosen."""
+        return first_blocks(layers) if self.layers is None else select_layers(layers, self.layers)
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """The raw gradient."""
+        return gradient
+
+
+def first_blocks(layers: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
+    """Layers of the middle and the first upward block of a UNet; all layers of another network."""
+    block = next((_block(layer) for layer in layers if layer.place == "up"), None)
+    return tuple(layer for layer in layers if layer.place == "mid" or _block(layer) == block) or tuple(layers)
+
+
+def _block(layer: AttentionLayer) -> tuple[str, ...]:
+    """The block of a UNet that a layer is in, such as ("up_blocks", "1")."""
+    return tuple(layer.name.split(".")[:2])

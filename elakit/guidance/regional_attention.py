@@ -3,8 +3,21 @@
 This is not ELA: no loss is computed and no latent is moved. In the denoiser's own passes the attention scores of an
 entity's words (noun and attributes) are lowered by `strength` outside its region, in every cross-attention layer.
 
-Related methods. Regional Prompter and Attention Couple (extensions of Stable Diffusion web UIs) divide the image into
-equal columns, each with a prompt of its own. SPDiffusion (arXiv:2409.01327) finds a region per concept in the attention
+Both this method and `RegionalPrompter` restrict words to parts of the image in every pass, and by default these parts
+are of equal width. They are different methods:
+
+- Text: here the image attends to the states of the whole prompt; there each column attends to its entity's words, which
+  are encoded without the rest of the prompt. Words of no entity, start and end of text act everywhere here; there
+  start-of-text acts everywhere, end and padding are those of the entity's own text, and other words are not read.
+- Strength: here scores are lowered by a number (5 by default), which leaves a word exp(-5), or .7%, of its odds outside
+  its region; there words are hidden.
+- Place: here the order of the parts is that in which an early step shows the entities, a tall image is divided into
+  rows, and regions can come from maps or from the user; there it is the order of the prompt, always in columns.
+- Steps: here from 8% of the run, after a first step that is never restricted; there in all steps.
+- Families: here all of them; there those with separate layers of cross-attention.
+
+Other related methods. Attention Couple (an extension of a Stable Diffusion web UI) gives regions prompts of their own,
+as Regional Prompter does. SPDiffusion (arXiv:2409.01327) finds a region per concept in the attention
 maps of two plain steps, then runs again with the scores of the other concepts' words at minus infinity in each region.
 DenseDiffusion (Kim et al., ICCV 2023) raises scores inside and lowers them outside user masks, in self-attention as
 well. Here the columns are assigned to the entities in the order in which an early step's maps show them (layout

@@ -5,6 +5,12 @@ mode "Attention" with divide mode "Columns", ratios 1,1,..., and neither a base 
 words, "a red car", are encoded on their own. In every cross-attention layer and every step, the locations of column i
 attend to text i, from the left in the order of the prompt. It is the baseline that `RegionalAttention` has to beat.
 
+It differs from `RegionalAttention` in five ways. Each column attends to a text of its own, where that method keeps the
+states of the whole prompt. Words are hidden outside their column, where that method lowers their scores by a number.
+Columns are in the order of the prompt, where that method finds the order in an early step, divides a tall image into
+rows, and can take regions from maps or from the user. All steps are divided, where that method starts at 8% of the run.
+And it needs separate layers of cross-attention, where that method takes all families.
+
 Here the prompt's text states are followed by those of each text. Column i sees the words of entity i in their places in
 the prompt, with the states of text i, and what is left of text i (end and padding) after the prompt; all other
 positions are hidden, except start-of-text, whose state is the same in all texts. The weights are those of an attention

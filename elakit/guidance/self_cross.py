@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from elakit.guidance.method import Attention, Loss, Update
-from elakit.guidance.options import check_guided, check_numbers, check_whole
+from elakit.guidance.options import check_acts, check_guided, check_numbers, check_whole
 from elakit.guidance.preprocess import (
     GUIDED,
     NATIVE_SIZE,
@@ -109,6 +109,10 @@ class SelfCross(ReadsOneSize):
         check_guided(self)
         check_whole(self, "refinements")
         check_whole(self, "top", least=1)
+        if self.weight == 0:
+            check_acts(self, "weight=0", "gate")
+        if self.refinements == 0:
+            check_acts(self, "refinements=0", "until")
 
     def begin(self, prompt: Prompt, steps: int) -> RunningMaps:
         """Running average of the image's maps, for the alignment term of refinement."""

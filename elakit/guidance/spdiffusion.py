@@ -12,6 +12,9 @@ scaling of a map to 0..1:
 The run then starts again from the same noise. At each step, in every layer, the locations of a concept's region do not
 attend to the words of the other concepts, nouns and attributes.
 
+Regions on given tensors equal those of the released code
+(``tests/guidance/test_parity_of_scores.py``).
+
 Intended differences: the released code protects only concepts that have an attribute, here all entities; it hides the
 same positions of the empty prompt in the unconditional pass (which are padding there), here only the conditional pass
 is changed; in layers coarser than the maps, which Stable Diffusion XL does not have, a location belongs to a region if

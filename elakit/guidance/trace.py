@@ -117,7 +117,14 @@ class Trace:
             raise ValueError("the trace of guidance has values of the wrong type")
         if not (isinstance(searched, list) and all(isinstance(row, dict) for row in searched)):
             raise ValueError("the trace of guidance has values of the wrong type")
-        return cls(method, options, tuple(entities), rows, searched, dict(regions or {}))
+        return cls(
+            method=method,
+            options=options,
+            entities=tuple(entities),
+            rows=rows,
+            searched=searched,
+            _regions=dict(regions or {}),
+        )
 
     def __repr__(self) -> str:
         return f"Trace({self.method}, {len(self.rows)} guided steps)"

@@ -262,7 +262,7 @@ class ClipSegSegmenter:
             areas = np.bincount(labeled.ravel(), minlength=count + 1) / labeled.size
             for component in 1 + np.flatnonzero(areas[1:] >= self.least_area):
                 mask = labeled == component
-                things.append(Thing(noun, mask, float(scores[i][mask].mean()), _color(rgb, mask)))
+                things.append(Thing(noun=noun, mask=mask, score=float(scores[i][mask].mean()), color=_color(rgb, mask)))
         return sorted(things, key=lambda thing: -thing.score)
 
     @torch.no_grad()
@@ -414,7 +414,7 @@ def _things(
         left, top, right, bottom = boxes[i]
         mask = np.zeros((rgb.height, rgb.width), bool)
         mask[top:bottom, left:right] = True
-        things.append(Thing(nouns[i], mask, float(confidence[i]), None))
+        things.append(Thing(noun=nouns[i], mask=mask, score=float(confidence[i]), color=None))
     # Before masks are refined, because mixtures are defined by the detector's boxes.
     things = mark_coinciding(things)
     if sam is not None:

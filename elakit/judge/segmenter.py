@@ -201,12 +201,12 @@ def find_things(image: Image.Image, nouns: Sequence[str] = ()) -> list[Thing]:
                 partners = [int(mean.argmax())]
         things.append(
             Thing(
-                NOUNS[value - 1],
-                np.asarray(Image.fromarray(mask).resize(full[::-1], Image.Resampling.NEAREST)),
-                float(probabilities[value][mask].mean()),
-                thing_color(pixels, mask, NOUNS[value - 1]),
-                tuple(dict.fromkeys(NOUNS[p - 1] for p in partners)),
-                bool(seen.unrecognizable[0][mask].mean() <= UNRECOGNIZABLE),
+                noun=NOUNS[value - 1],
+                mask=np.asarray(Image.fromarray(mask).resize(full[::-1], Image.Resampling.NEAREST)),
+                score=float(probabilities[value][mask].mean()),
+                color=thing_color(pixels, mask, NOUNS[value - 1]),
+                mixed_with=tuple(dict.fromkeys(NOUNS[p - 1] for p in partners)),
+                recognizable=bool(seen.unrecognizable[0][mask].mean() <= UNRECOGNIZABLE),
             )
         )
     return things

@@ -40,22 +40,11 @@ class AuraFlow(TransformerAdapter):
     models: ClassVar[tuple[str, ...]] = ("AuraFlowTransformer2DModel",)
 
     def _make_layers(self) -> tuple[AttentionLayer, ...]:
+        # read at the call, since releases of diffusers differ in which norm the text's keys go through
         return tuple(
-            AttentionLayer(
-                name=f"{stack}.{i}.attn",
-                place=place,
-                heads=block.attn.heads,
-                module=block.attn,
-                block=self.denoiser,
-                factor=self._patch,
-                kind=kind,
-                text_first=True,
-                takes_mask=False,
-                grid=self._grid,
-                layout=self._layout,  # releases of diffusers differ in which norm the text's keys go through
-            )
+            layer
             for stack, place, kind in _STACKS
-            for i, block in enumerate(getattr(self.pipe.transformer, stack))
+            for layer in self._layers_at_call(stack, "attn", place, kind, text_first=True)
         )
 
     def _layout(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout:
@@ -72,7 +61,7 @@ class AuraFlow(TransformerAdapter):
     def text(self) -> tuple[TextSequence, ...]:
         """T5 tokens after the registers."""
         registers = self.pipe.transformer.register_tokens.shape[1]
-        return (TextSequence("t5", self.pipe.tokenizer, registers, self._t5_length()),)
+        return (TextSequence(name="t5", tokenizer=self.pipe.tokenizer, offset=registers, length=self._t5_length()),)
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
         """Text states, and the masks that the pipeline's call asks for."""

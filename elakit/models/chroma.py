@@ -40,7 +40,7 @@ class Chroma(Flux):
 
     def text(self) -> tuple[TextSequence, ...]:
         """One sequence of T5 tokens, without a start token."""
-        return (TextSequence("t5", self.pipe.tokenizer, 0, self._t5_length()),)
+        return (TextSequence(name="t5", tokenizer=self.pipe.tokenizer, offset=0, length=self._t5_length()),)
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
         """Text states with the mask of their padding, and positions of text and image."""

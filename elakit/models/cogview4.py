@@ -11,11 +11,11 @@ import torch
 
 from elakit.models.adapter import AttentionLayer, Call, Conditioning, Layout, argument
 from elakit.models.encoding import PromptInput
-from elakit.models.transformer import TransformerAdapter
+from elakit.models.passes import Float32Latents, SeparateNegative
 from elakit.tokens import TextSequence
 
 
-class CogView4(TransformerAdapter):
+class CogView4(SeparateNegative, Float32Latents):
     """Adapter of CogView4 pipelines.
 
     The text comes first; the pipeline pads it on the left to a multiple of 16 tokens, and the image attends to the
@@ -36,22 +36,7 @@ class CogView4(TransformerAdapter):
         return None
 
     def _make_layers(self) -> tuple[AttentionLayer, ...]:
-        return tuple(
-            AttentionLayer(
-                name=f"transformer_blocks.{i}.attn1",
-                place="single",
-                heads=block.attn1.heads,
-                module=block.attn1,
-                block=self.denoiser,
-                factor=self._patch,
-                kind="single",
-                text_first=True,
-                takes_mask=False,
-                grid=self._grid,
-                layout=self._layout,
-            )
-            for i, block in enumerate(self.pipe.transformer.transformer_blocks)
-        )
+        return self._layers_at_call("transformer_blocks", "attn1", "single", "single", text_first=True)
 
     def _layout(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout:
         text = argument(args, kwargs, 1, "encoder_hidden_states").shape[1]
@@ -62,13 +47,18 @@ class CogView4(TransformerAdapter):
         negative = self._is_negative(argument(args, kwargs, 1, "encoder_hidden_states"))
         return replace(super().read_call(args, kwargs), conditional=not negative)
 
-    def conditional_rows(self, batch: int) -> slice:
-        """All rows; the negative prompt has a call of its own."""
-        return slice(0, batch)
-
     def text(self) -> tuple[TextSequence, ...]:
         """Sequence of GLM's tokens, preceded by padding."""
-        return (TextSequence("glm", self.pipe.tokenizer, 0, self._t5_length(), padding="left", multiple=16),)
+        return (
+            TextSequence(
+                name="glm",
+                tokenizer=self.pipe.tokenizer,
+                offset=0,
+                length=self._t5_length(),
+                padding="left",
+                multiple=16,
+            ),
+        )
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
         """Text states and the size of the image."""
@@ -79,16 +69,6 @@ class CogView4(TransformerAdapter):
         sides = embeds.new_tensor([prompt.size])
         sizes = {"original_size": sides, "target_size": sides, "crop_coords": torch.zeros_like(sides)}
         return Conditioning(call, {"encoder_hidden_states": embeds, **sizes})
-
-    def denoise(
-        self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
-    ) -> torch.Tensor:
-        """One conditional pass; the pipeline keeps float32 latents whatever the model's precision."""
-        return super().denoise(latents.to(self.denoiser.dtype), timestep, conditioning)  # type: ignore[arg-type]
-
-    @property
-    def _noise_dtype(self) -> torch.dtype:
-        return torch.float32
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
         """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""

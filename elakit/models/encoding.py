@@ -83,7 +83,15 @@ class PromptEncoder:
         ModelError
             Raised when the family can be recorded only.
         """
-        return self._encode(PromptInput(text, negative, guided, size or self.default_size(), guidance_scale))
+        return self._encode(
+            PromptInput(
+                text=text,
+                negative=negative,
+                guided=guided,
+                size=size or self.default_size(),
+                guidance_scale=guidance_scale,
+            )
+        )
 
     def _scale(self, given: float | None) -> float:
         """Guidance scale, by default that of the pipeline's call."""

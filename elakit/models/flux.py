@@ -23,12 +23,12 @@ from elakit.models.adapter import (
     scheduler_timestep,
 )
 from elakit.models.encoding import PromptInput
-from elakit.models.transformer import TransformerAdapter
+from elakit.models.passes import SeparateNegative
 from elakit.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
 
-class Flux(TransformerAdapter):
+class Flux(SeparateNegative):
     """Adapter of FLUX.1 pipelines (text-to-image, img2img, inpainting, Fill, Kontext, ControlNet).
 
     The denoiser sees T5 tokens only (CLIP gives it one pooled vector); they have no start-of-text token. Double-stream
@@ -146,10 +146,6 @@ class Flux(TransformerAdapter):
             return float(current)
         return scheduler_timestep(self.pipe, float(given) * 1000)
 
-    def conditional_rows(self, batch: int) -> slice:
-        """All rows; a negative prompt has a call of its own."""
-        return slice(0, batch)
-
     def default_size(self) -> tuple[int, int]:
         """Default height and width of an image, in pixels."""
         side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
@@ -157,7 +153,7 @@ class Flux(TransformerAdapter):
 
     def text(self) -> tuple[TextSequence, ...]:
         """One sequence of T5 tokens, without a start token."""
-        return (TextSequence("t5", self.pipe.tokenizer_2, 0, self._t5_length()),)
+        return (TextSequence(name="t5", tokenizer=self.pipe.tokenizer_2, offset=0, length=self._t5_length()),)
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
         """Text states of T5, the pooled state of CLIP, positions of text and image, and the guidance scale."""

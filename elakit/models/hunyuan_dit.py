@@ -32,20 +32,7 @@ class HunyuanDiT(TransformerAdapter):
     models: ClassVar[tuple[str, ...]] = ("HunyuanDiT2DModel",)
 
     def _make_layers(self) -> tuple[AttentionLayer, ...]:
-        return tuple(
-            AttentionLayer(
-                name=f"blocks.{i}.attn2",
-                place="block",
-                heads=block.attn2.heads,
-                module=block.attn2,
-                block=self.denoiser,
-                factor=self._patch,
-                takes_mask=False,
-                grid=self._grid,
-                layout=self._layout,
-            )
-            for i, block in enumerate(self.pipe.transformer.blocks)
-        )
+        return self._layers_at_call("blocks", "attn2", "block")
 
     def _layout(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout:
         return Layout(self._grid(args, kwargs), 0, (0, _BERT + _T5))
@@ -57,8 +44,8 @@ class HunyuanDiT(TransformerAdapter):
     def text(self) -> tuple[TextSequence, ...]:
         """BERT's tokens, then T5's."""
         return (
-            TextSequence("bert", self.pipe.tokenizer, 0, _BERT),
-            TextSequence("t5", self.pipe.tokenizer_2, _BERT, _T5),
+            TextSequence(name="bert", tokenizer=self.pipe.tokenizer, offset=0, length=_BERT),
+            TextSequence(name="t5", tokenizer=self.pipe.tokenizer_2, offset=_BERT, length=_T5),
         )
 
     def _encode(self, prompt: PromptInput) -> Conditioning:

@@ -36,4 +36,8 @@ class Kolors(StableDiffusionXL):
 
     def text(self) -> tuple[TextSequence, ...]:
         """One sequence of ChatGLM's tokens, preceded by padding."""
-        return (TextSequence("chatglm", self.pipe.tokenizer, 0, self.text_length(), padding="left"),)
+        return (
+            TextSequence(
+                name="chatglm", tokenizer=self.pipe.tokenizer, offset=0, length=self.text_length(), padding="left"
+            ),
+        )

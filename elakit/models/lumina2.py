@@ -10,12 +10,12 @@ import torch
 from elakit.errors import ModelError
 from elakit.models.adapter import AttentionLayer, Call, Conditioning, Layout, argument, scheduler_timestep
 from elakit.models.encoding import PromptInput
-from elakit.models.transformer import TransformerAdapter
+from elakit.models.passes import SeparateNegative
 from elakit.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
 
-class Lumina2(TransformerAdapter):
+class Lumina2(SeparateNegative):
     """Adapter of Lumina 2 pipelines.
 
     The sequence consists of the text without padding, then the image; queries share keys in groups of heads. The
@@ -35,22 +35,7 @@ class Lumina2(TransformerAdapter):
         self._seen: tuple[torch.Tensor, int] | None = None
 
     def _make_layers(self) -> tuple[AttentionLayer, ...]:
-        return tuple(
-            AttentionLayer(
-                name=f"layers.{i}.attn",
-                place="single",
-                heads=block.attn.heads,
-                module=block.attn,
-                block=self.denoiser,
-                factor=self._patch,
-                kind="single",
-                text_first=True,
-                takes_mask=False,
-                grid=self._grid,
-                layout=self._layout,
-            )
-            for i, block in enumerate(self.pipe.transformer.layers)
-        )
+        return self._layers_at_call("layers", "attn", "single", "single", text_first=True)
 
     def _layout(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout:
         mask = argument(args, kwargs, 3, "encoder_attention_mask")
@@ -76,10 +61,6 @@ class Lumina2(TransformerAdapter):
             conditional=not self._is_negative(argument(args, kwargs, 2, "encoder_hidden_states")),
         )
 
-    def conditional_rows(self, batch: int) -> slice:
-        """All rows; the negative prompt has a call of its own."""
-        return slice(0, batch)
-
     @property
     def _train_steps(self) -> int:
         return int(self.pipe.scheduler.config.num_train_timesteps)
@@ -87,7 +68,11 @@ class Lumina2(TransformerAdapter):
     def text(self) -> tuple[TextSequence, ...]:
         """Sequence of the system message and the prompt."""
         before = f"{self.pipe.system_prompt} <Prompt Start> "
-        return (TextSequence("gemma", self.pipe.tokenizer, 0, self._t5_length(), before=before),)
+        return (
+            TextSequence(
+                name="gemma", tokenizer=self.pipe.tokenizer, offset=0, length=self._t5_length(), before=before
+            ),
+        )
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
         """Text states with the mask of their padding."""

@@ -58,7 +58,11 @@ class PixArt(TransformerAdapter):
 
     def text(self) -> tuple[TextSequence, ...]:
         """One sequence of T5 tokens, without a start token."""
-        return (TextSequence("t5", self.pipe.tokenizer, 0, self._t5_length(), self._as_read),)
+        return (
+            TextSequence(
+                name="t5", tokenizer=self.pipe.tokenizer, offset=0, length=self._t5_length(), read=self._as_read
+            ),
+        )
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
         """Text states with the mask of their padding, and the image size where the model takes it."""

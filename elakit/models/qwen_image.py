@@ -12,11 +12,11 @@ from PIL import Image
 from elakit.models.adapter import AttentionLayer, Call, Conditioning, Layout, argument, scheduler_timestep
 from elakit.models.chat import chat_sequence
 from elakit.models.encoding import PromptInput
-from elakit.models.transformer import TransformerAdapter
+from elakit.models.passes import SeparateNegative
 from elakit.tokens import TextSequence
 
 
-class QwenImage(TransformerAdapter):
+class QwenImage(SeparateNegative):
     """Adapter of Qwen-Image pipelines (text-to-image, img2img, inpainting, ControlNet).
 
     The denoiser sees the states of a chat without those of its system message. Guidance is a second call with the
@@ -38,22 +38,7 @@ class QwenImage(TransformerAdapter):
         return None
 
     def _make_layers(self) -> tuple[AttentionLayer, ...]:
-        return tuple(
-            AttentionLayer(
-                name=f"transformer_blocks.{i}.attn",
-                place="double",
-                heads=block.attn.heads,
-                module=block.attn,
-                block=self.denoiser,
-                factor=self._patch,
-                kind="joint",
-                text_first=True,
-                takes_mask=False,
-                grid=self._grid,
-                layout=self._layout,
-            )
-            for i, block in enumerate(self.pipe.transformer.transformer_blocks)
-        )
+        return self._layers_at_call("transformer_blocks", "attn", "double", "joint", text_first=True)
 
     @property
     def _patch(self) -> int:
@@ -79,10 +64,6 @@ class QwenImage(TransformerAdapter):
             latent=(rows * self._patch, columns * self._patch),
             conditional=not self._is_negative(argument(args, kwargs, 1, "encoder_hidden_states")),
         )
-
-    def conditional_rows(self, batch: int) -> slice:
-        """All rows; the negative prompt has a call of its own."""
-        return slice(0, batch)
 
     def default_size(self) -> tuple[int, int]:
         """Default height and width of an image, in pixels."""

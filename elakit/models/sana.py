@@ -11,11 +11,11 @@ import torch
 from elakit.errors import ModelError, PromptError
 from elakit.models.adapter import AttentionLayer, Call, Conditioning, Layout, argument, call_default
 from elakit.models.encoding import PromptInput
-from elakit.models.transformer import TransformerAdapter
+from elakit.models.passes import Float32Latents
 from elakit.tokens import TextSequence
 
 
-class Sana(TransformerAdapter):
+class Sana(Float32Latents):
     """Adapter of Sana pipelines.
 
     The pipeline puts an instruction before the prompt and keeps the first state and those of the prompt. It lowercases
@@ -36,20 +36,7 @@ class Sana(TransformerAdapter):
         return None
 
     def _make_layers(self) -> tuple[AttentionLayer, ...]:
-        return tuple(
-            AttentionLayer(
-                name=f"transformer_blocks.{i}.attn2",
-                place="block",
-                heads=block.attn2.heads,
-                module=block.attn2,
-                block=self.denoiser,
-                factor=self._patch,
-                takes_mask=False,
-                grid=self._grid,
-                layout=self._layout,
-            )
-            for i, block in enumerate(self.pipe.transformer.transformer_blocks)
-        )
+        return self._layers_at_call("transformer_blocks", "attn2", "block")
 
     def _layout(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout:
         text = argument(args, kwargs, 1, "encoder_hidden_states").shape[1]
@@ -107,18 +94,8 @@ class Sana(TransformerAdapter):
         inputs = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
         return Conditioning(call | {"use_resolution_binning": False}, inputs)
 
-    def denoise(
-        self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
-    ) -> torch.Tensor:
-        """One conditional pass; the pipeline keeps float32 latents whatever the model's precision."""
-        return super().denoise(latents.to(self.denoiser.dtype), timestep, conditioning)  # type: ignore[arg-type]
-
     def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
         return super()._given(timestep, latents) * self.pipe.transformer.config.timestep_scale
-
-    @property
-    def _noise_dtype(self) -> torch.dtype:
-        return torch.float32
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
         """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""

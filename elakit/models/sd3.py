@@ -58,10 +58,14 @@ class StableDiffusion3(TransformerAdapter):
 
     def text(self) -> tuple[TextSequence, ...]:
         """Sequence of both CLIP encoders, then that of T5 where it is loaded."""
-        clip = TextSequence("clip", self.pipe.tokenizer, 0, int(self.pipe.tokenizer_max_length))
+        clip = TextSequence(
+            name="clip", tokenizer=self.pipe.tokenizer, offset=0, length=int(self.pipe.tokenizer_max_length)
+        )
         if self.pipe.text_encoder_3 is None or self.pipe.tokenizer_3 is None:
             return (clip,)
-        return clip, TextSequence("t5", self.pipe.tokenizer_3, clip.length, self._t5_length())
+        return clip, TextSequence(
+            name="t5", tokenizer=self.pipe.tokenizer_3, offset=clip.length, length=self._t5_length()
+        )
 
     def text_length(self) -> int:
         """Number of text positions, those of an absent T5 included."""

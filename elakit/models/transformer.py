@@ -16,7 +16,10 @@ from elakit.models.adapter import (
     AttentionLayer,
     Call,
     Conditioning,
+    Kind,
+    Layout,
     OtherKind,
+    Place,
     argument,
     call_default,
     compiled,
@@ -95,6 +98,34 @@ class TransformerAdapter(PromptEncoder):
     def _make_layers(self) -> tuple[AttentionLayer, ...]:
         raise NotImplementedError
 
+    def _layers_at_call(
+        self, stack: str, attention: str, place: Place, kind: Kind = "cross", *, text_first: bool = False
+    ) -> tuple[AttentionLayer, ...]:
+        """One layer for each block of a stack, read where it calls the attention function; see `AttentionLayer.layout`.
+
+        ``stack`` and ``attention`` are the names of the list of blocks and of the attention module in a block.
+        """
+        return tuple(
+            AttentionLayer(
+                name=f"{stack}.{i}.{attention}",
+                place=place,
+                heads=getattr(block, attention).heads,
+                module=getattr(block, attention),
+                block=self.denoiser,
+                factor=self._patch,
+                kind=kind,
+                text_first=text_first,
+                takes_mask=False,
+                grid=self._grid,
+                layout=self._layout,
+            )
+            for i, block in enumerate(getattr(self.denoiser, stack))
+        )
+
+    def _layout(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout:
+        """Places of image and text among queries and keys, in a call of the denoiser."""
+        raise NotImplementedError
+
     @property
     def _patch(self) -> int:
         return int(self.pipe.transformer.config.patch_size)
@@ -124,11 +155,6 @@ class TransformerAdapter(PromptEncoder):
         if guided is None:
             guided = running(self.pipe).get("do_classifier_free_guidance", False)
         return stacked_rows(self.pipe, batch, bool(guided))
-
-    def _is_negative(self, text: Any) -> bool:
-        """True if text states belong to the negative prompt, in pipelines that run it in a separate pass."""
-        negative = running(self.pipe).get("negative_prompt_embeds")
-        return negative is not None and text is negative
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the latent of an image of ``height`` x ``width`` pixels, before division into patches.

@@ -235,7 +235,7 @@ class UNetAdapter(PromptEncoder):
 
     def text(self) -> tuple[TextSequence, ...]:
         """One sequence of CLIP tokens."""
-        return (TextSequence("clip", self._tokenizer(self.pipe), 0, self.text_length()),)
+        return (TextSequence(name="clip", tokenizer=self._tokenizer(self.pipe), offset=0, length=self.text_length()),)
 
 
 def seeded_noise(

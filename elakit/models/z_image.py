@@ -45,21 +45,7 @@ class ZImage(TransformerAdapter):
         return None
 
     def _make_layers(self) -> tuple[AttentionLayer, ...]:
-        return tuple(
-            AttentionLayer(
-                name=f"layers.{i}.attention",
-                place="single",
-                heads=block.attention.heads,
-                module=block.attention,
-                block=self.denoiser,
-                factor=self._patch,
-                kind="single",
-                takes_mask=False,
-                grid=self._grid,
-                layout=self._layout,
-            )
-            for i, block in enumerate(self.pipe.transformer.layers)
-        )
+        return self._layers_at_call("layers", "attention", "single", "single")
 
     @property
     def _patch(self) -> int:

@@ -16,6 +16,7 @@ from elakit.measures.masks import downscale, otsu_masks
 from elakit.numbering import step_name, step_number
 from elakit.plot import style
 from elakit.plot.image_figures import figure_uri, light_gray
+from elakit.plot.maps import tint
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,7 +114,9 @@ def agreement(
             values = maps.sel(step=step, token=label).values
             made.map_axes(i, j, rows, columns)
             made.image(i, j, pale, rows, columns)
-            made.add(i, j, _heat(values, colors[label], label, step))
+            # scaled to its own maximum, because agreement does not depend on strength
+            about, meta = f"{label}, {step_name(step)}", {"step": step, "entity": label}
+            made.add(i, j, tint(values, float(values.max()), colors[label], label, about, meta=meta))
             _draw_otsu(made, i, j, values, colors[label])
             _draw_outline(made, i, j, outline, label)
             _draw_peak(made, i, j, values, colors[label])
@@ -205,22 +208,6 @@ def _draw_peak(made: style.Panels, row: int, column: int, values: np.ndarray, co
         "hoverinfo": "skip", "showlegend": False, "meta": {"peak": True},
     }  # fmt: skip
     made.add(row, column, trace)
-
-
-def _heat(values: np.ndarray, color: str, label: str, step: int) -> dict[str, Any]:
-    """Map in one color, scaled to its own maximum, because agreement does not depend on strength."""
-    return {
-        "type": "heatmap",
-        "z": values,
-        "zmin": 0,
-        "zmax": float(values.max()) or 1.0,
-        "colorscale": [[0, style.rgba(color, 0)], [1, style.rgba(color, 0.9)]],
-        "showscale": False,
-        "name": style.escape(label),
-        "meta": {"step": step, "entity": label},
-        "hovertemplate": f"{style.escape(label)}, {step_name(step)}<br>x %{{x}}, y %{{y}}<br>"
-        "probability %{z:.4f}<extra></extra>",
-    }
 
 
 def _draw_curves(

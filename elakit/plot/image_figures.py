@@ -7,14 +7,12 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import plotly.graph_objects as go
-import xarray as xr
 from PIL import Image
 
 from elakit.errors import SettingError
-from elakit.numbering import step_name
 from elakit.plot import style
+from elakit.plot.maps import at_step, labels_of_one_prompt, tint
 
 if TYPE_CHECKING:
     from elakit.run import Run
@@ -178,21 +176,19 @@ def entity_maps(
     ['cat', 'lion']
     """
     runs = (run, *others)
-    maps = [_chosen(each.entity_maps(), step) for each in runs]
-    entities = [str(label) for label in maps[0].token.values]
-    if any([str(label) for label in each.token.values] != entities for each in maps):
-        raise SettingError("entity_maps compares runs of one prompt; the entities of these differ.")
+    found = [at_step(each.entity_maps(), step) for each in runs]
+    maps, when = [values for values, _ in found], found[0][1]
+    entities = labels_of_one_prompt((values.token.values for values in maps), "entity_maps")
     across = 1 + len(entities)
     panel = panel or int(min(190, (style.WIDTH - 80) / across - 10))
     ratio = run.image.height / run.image.width
-    when = "mean over the steps" if step is None else step_name(int(maps[0].step))
     made = style.Panels(
         len(runs), across, width=panel, height=panel * ratio, gap=(10, 10), margin=(64, 16, 24, 14),
         title=style.escape("Attention of each entity" if title is None else title),
-        caption=f"{when[0].upper()}{when[1:]}. Full color: the largest value of the entity in this figure.",
+        caption=f"{when} Full color: the largest value of the entity in this figure.",
     )  # fmt: skip
     colors = style.entity_colors(entities)
-    largest = {label: max(float(each.sel(token=label).max()) for each in maps) or 1.0 for label in entities}
+    largest = {label: max(float(each.sel(token=label).max()) for each in maps) for label in entities}
     for i, (each, values, name) in enumerate(zip(runs, maps, style.run_names(runs), strict=True), start=1):
         rows, columns = values.sizes["y"], values.sizes["x"]
         made.beside(i, 1, style.escape(name).replace(", ", "<br>"))
@@ -203,29 +199,9 @@ def entity_maps(
         for j, label in enumerate(entities, start=2):
             made.map_axes(i, j, rows, columns)
             made.image(i, j, pale, rows, columns)
-            made.add(i, j, _tint(values.sel(token=label).values, largest[label], colors[label], label, name))
+            shown = values.sel(token=label).values
+            made.add(i, j, tint(shown, largest[label], colors[label], label, f"{name}, {label}"))
     made.over(1, 1, "image")
     for j, label in enumerate(entities, start=2):
         made.over(1, j, style.escape(style.shorten(label, panel // 7)))
     return made.figure()
-
-
-def _chosen(maps: xr.DataArray, step: int | None) -> xr.DataArray:
-    if step is None:
-        return maps.mean("step")
-    return maps.sel(step=style.pick_steps(maps.step.values, [step])[0])
-
-
-def _tint(values: np.ndarray, largest: float, color: str, label: str, run: str) -> dict[str, Any]:
-    """A map in one color whose opacity grows with the value."""
-    return {
-        "type": "heatmap",
-        "z": values,
-        "zmin": 0,
-        "zmax": largest,
-        "colorscale": [[0, style.rgba(color, 0)], [1, style.rgba(color, 0.9)]],
-        "showscale": False,
-        "name": style.escape(label),
-        "hovertemplate": f"{style.escape(run)}, {style.escape(label)}<br>x %{{x}}, y %{{y}}<br>"
-        "probability %{z:.4f}<extra></extra>",
-    }

@@ -11,8 +11,9 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from elakit.errors import SettingError
-from elakit.numbering import step_name, step_number
+from elakit.numbering import step_number
 from elakit.plot import style
+from elakit.plot.maps import at_step, labels_of_one_prompt
 
 if TYPE_CHECKING:
     from elakit.run import Run
@@ -67,11 +68,10 @@ def leakage(
     ((2, 3), True)
     """
     runs = _runs(run, others, "leakage")
-    matrices = [_matrix(each, step, attributes) for each in runs]
-    regions = [str(label) for label in matrices[0].region.values]
+    found = [at_step(_matrix(each, attributes), step) for each in runs]
+    matrices, when = [matrix for matrix, _ in found], found[0][1]
+    regions = labels_of_one_prompt((matrix.region.values for matrix in matrices), "leakage")
     labels = [str(label) for label in matrices[0].row.values]
-    if any([str(label) for label in each.region.values] != regions for each in matrices):
-        raise SettingError("leakage compares runs of one prompt; the entities of these differ.")
     most = 16
     rows = [style.escape(style.shorten(label, most + 8)) for label in labels]
     columns = [style.escape(style.shorten(label, most)) for label in regions]
@@ -80,12 +80,11 @@ def leakage(
     cell = panel / len(regions) if panel else float(np.clip(space / len(regions), 30, 96))
     slanted = max(len(label) for label in regions) * 7 > cell
     bottom = 34 + (7 * min(max(map(len, regions)), most) * 0.75 if slanted else 18)
-    when = "mean over the steps" if step is None else step_name(int(matrices[0].step))
     heading = "Share of each entity's attention by region" if title is None else title
     made = style.Panels(
         1, len(runs), width=cell * len(regions), height=min(cell, 64) * len(rows), gap=(36, 0),
         margin=(left, 20, 30 if len(runs) > 1 else 12, bottom), title=style.escape(heading),
-        caption=f"{when[0].upper()}{when[1:]}. Framed: the row's own region.",
+        caption=f"{when} Framed: the row's own region.",
     )  # fmt: skip
     bare = {"showgrid": False, "zeroline": False, "ticks": "outside", "tickcolor": "rgba(0,0,0,0)"}
     for i, (matrix, name) in enumerate(zip(matrices, style.run_names(runs), strict=True), start=1):
@@ -110,8 +109,8 @@ def leakage(
     return made.figure()
 
 
-def _matrix(run: Run, step: int | None, attributes: bool) -> xr.DataArray:
-    """Leakage (row, region) with coordinate owner (row): the entity whose own region belongs to the row."""
+def _matrix(run: Run, attributes: bool) -> xr.DataArray:
+    """Leakage (step, row, region) with coordinate owner (row): the entity whose own region belongs to the row."""
     bleeding = run.bleeding
     entities = bleeding.leakage.rename(entity="row")
     parts = [entities.assign_coords(owner=("row", entities.row.values))]
@@ -120,10 +119,7 @@ def _matrix(run: Run, step: int | None, attributes: bool) -> xr.DataArray:
         owners = words.owner.values
         named = [f"{word} (of {owner})" for word, owner in zip(words.row.values, owners, strict=True)]
         parts.append(words.assign_coords(row=named))
-    matrix = xr.concat(parts, "row") if len(parts) > 1 else parts[0]
-    if step is None:
-        return matrix.mean("step")
-    return matrix.sel(step=style.pick_steps(matrix.step.values, [step])[0])
+    return xr.concat(parts, "row") if len(parts) > 1 else parts[0]
 
 
 def _heatmap(values: np.ndarray, rows: Sequence[str], regions: Sequence[str], name: str) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def drawings(noun: str, artists: tuple[str, ...] = ARTISTS) -> tuple[Drawing, ..
 
 def _drawing(noun: str, row: dict[str, Any]) -> Drawing:
     anchors = {name: tuple(row[name]) for name in ("head", "eyes") if name in row}
-    return Drawing(noun, row["file"].split("/")[0], row["file"], row["view"], **anchors)
+    return Drawing(noun=noun, artist=row["file"].split("/")[0], file=row["file"], view=row["view"], **anchors)
 
 
 def rasterize(drawing: Drawing, size: int) -> np.ndarray:

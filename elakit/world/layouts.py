@@ -133,8 +133,8 @@ def pair_places(layout: str, shapes: tuple[Shape, Shape], rng: np.random.Generat
             posed(_inside(x - step[0], y - step[1], a), rng),
             posed(_inside(x + step[0], y + step[1], b), rng),
         )
-    i = int(rng.integers(2))
-    return posed(Place(*centers[i], float(a)), rng), posed(Place(*centers[1 - i], float(b)), rng)
+    (x, y), (x_other, y_other) = centers if int(rng.integers(2)) == 0 else centers[::-1]
+    return posed(Place(x, y, float(a)), rng), posed(Place(x_other, y_other, float(b)), rng)
 
 
 def worn_places(item: str, shapes: tuple[Shape, Shape], rng: np.random.Generator) -> tuple[Place, Place] | None:
@@ -172,7 +172,7 @@ def worn_places(item: str, shapes: tuple[Shape, Shape], rng: np.random.Generator
         return None
     center = low + (high - low) * rng.random(2)
     return (
-        Place(float(center[0]), float(center[1]), scale, flip),
+        Place(x=float(center[0]), y=float(center[1]), scale=scale, flip=flip),
         Place(float(center[0] + offset[0]), float(center[1] + offset[1]), float(share * scale)),
     )
 
@@ -252,7 +252,7 @@ def _on(shapes: tuple[Shape, Shape], rng: np.random.Generator) -> tuple[Place, P
     seat = top + height * 0.1
     return (
         _inside(x + float(rng.uniform(-0.08, 0.08)), seat - (upper.ink[3] - 0.5) * small, small),
-        Place(x, y, scale, bool(rng.random() < 0.5)),
+        Place(x=x, y=y, scale=scale, flip=bool(rng.random() < 0.5)),
     )
 
 

@@ -102,7 +102,7 @@ def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng:
     inside = layer[..., 3] > 0.5
     owner[inside] = owned[inside]
     image = (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)
-    return Mixture(image, subjects, owner, mixed & inside, kind)
+    return Mixture(image=image, subjects=subjects, owner=owner, mixed=mixed & inside, kind=kind)
 
 
 def sample_mixture(world: World, rng: np.random.Generator, kinds: tuple[str, ...] = KINDS) -> Mixture:

@@ -39,17 +39,17 @@ class Paint:
 
 
 PAINTS = {
-    "red": Paint(47, 68, 46, 0.75, 18, 82),
-    "orange": Paint(68, 40, 72, 0.65, 34, 90),
-    "yellow": Paint(86, -3, 80, 0.55, 52, 97),
-    "green": Paint(54, -50, 44, 0.75, 22, 88),
-    "blue": Paint(46, 14, -62, 0.80, 18, 86),
-    "purple": Paint(40, 48, -54, 0.80, 16, 84),
-    "pink": Paint(75, 42, -4, 0.65, 42, 94),
-    "brown": Paint(37, 19, 30, 0.70, 14, 72),
-    "gray": Paint(58, 0, -1, 0.75, 26, 88),
-    "black": Paint(17, 0, -1, 0.55, 5, 46),
-    "white": Paint(94, 0, 0, 0.55, 66, 100),
+    "red": Paint(lightness=47, a=68, b=46, shading=0.75, floor=18, ceiling=82),
+    "orange": Paint(lightness=68, a=40, b=72, shading=0.65, floor=34, ceiling=90),
+    "yellow": Paint(lightness=86, a=-3, b=80, shading=0.55, floor=52, ceiling=97),
+    "green": Paint(lightness=54, a=-50, b=44, shading=0.75, floor=22, ceiling=88),
+    "blue": Paint(lightness=46, a=14, b=-62, shading=0.80, floor=18, ceiling=86),
+    "purple": Paint(lightness=40, a=48, b=-54, shading=0.80, floor=16, ceiling=84),
+    "pink": Paint(lightness=75, a=42, b=-4, shading=0.65, floor=42, ceiling=94),
+    "brown": Paint(lightness=37, a=19, b=30, shading=0.70, floor=14, ceiling=72),
+    "gray": Paint(lightness=58, a=0, b=-1, shading=0.75, floor=26, ceiling=88),
+    "black": Paint(lightness=17, a=0, b=-1, shading=0.55, floor=5, ceiling=46),
+    "white": Paint(lightness=94, a=0, b=0, shading=0.55, floor=66, ceiling=100),
 }
 
 

@@ -420,7 +420,15 @@ def _attempt(subjects: tuple[Subject, ...], layout: str, world: World, rng: np.r
         entities.reverse()
         relation = CONVERSE[relation] if relation else None
     text, stated = _caption(tuple(e.subject for e in entities), relation, world, rng)
-    return Scene(image, text, tuple(entities), kind, layout, relation, stated)
+    return Scene(
+        image=image,
+        caption=text,
+        entities=tuple(entities),
+        background=kind,
+        layout=layout,
+        relation=relation,
+        stated=stated,
+    )
 
 
 def _places(

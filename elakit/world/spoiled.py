@@ -84,7 +84,9 @@ def sample_spoiled(world: World, rng: np.random.Generator, kinds: tuple[str, ...
     canvas = blend(canvas, shape, world.shadow)
     spoiled = shape[..., 3] > 0.5
     image = (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)
-    return Spoiled(image, spoiled, clean & ~spoiled, tuple(s.noun for s in subjects), kind)
+    return Spoiled(
+        image=image, spoiled=spoiled, clean=clean & ~spoiled, nouns=tuple(s.noun for s in subjects), kind=kind
+    )
 
 
 def _spoil(layer: np.ndarray, kind: str, place: Place, rng: np.random.Generator) -> np.ndarray:

@@ -109,6 +109,27 @@ def test_the_model_is_left_as_it_was_after_an_error_too(own: bool) -> None:
     assert pipe.unet.is_gradient_checkpointing is own
 
 
+@pytest.mark.parametrize("nth", [1, 2, 9])
+def test_an_interrupt_while_weights_are_frozen_leaves_them_as_they_were(
+    nth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = tiny_pipeline().unet
+    freeze, frozen_so_far = torch.nn.Parameter.requires_grad_, 0
+
+    def interrupted(self: torch.nn.Parameter, requires_grad: bool = True) -> torch.Tensor:
+        nonlocal frozen_so_far
+        changed = freeze(self, requires_grad)
+        frozen_so_far += not requires_grad
+        if frozen_so_far == nth and not requires_grad:
+            raise KeyboardInterrupt
+        return changed
+
+    monkeypatch.setattr(torch.nn.Parameter, "requires_grad_", interrupted)
+    with pytest.raises(KeyboardInterrupt), frozen(net):
+        pass
+    assert all(weight.requires_grad for weight in net.parameters())
+
+
 def test_an_error_inside_a_checkpoint_does_not_spoil_the_next_gradient() -> None:
     pipe = tiny_pipeline(torch.float64)
     adapter, prompt, method = adapter_for(pipe), elakit.parse(PAIR, pipe), elakit.ELA()

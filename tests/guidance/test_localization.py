@@ -113,8 +113,10 @@ def test_attributes_in_the_wrong_place_change_the_loss_but_not_whether_an_image_
 def test_regions_given_by_hand_are_followed_however_small_the_loss_is() -> None:
     attention, prompt = pair(0.9)
     halves = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
-    method = ELA(regions=halves, anchor=LatentStep(needed=5, enough=5))
-    assert not method.loss(attention, prompt, 0, method.begin(prompt, 10)).enough
+    method = ELA(regions=halves)
+    loss = method.loss(attention, prompt, 0, method.begin(prompt, 10))
+    assert float(loss.total) < method.anchor.needed
+    assert not loss.enough
 
 
 def test_five_entities_get_regions_and_narrow_strips_are_reported() -> None:

@@ -386,6 +386,15 @@ def test_noise_stays_near_unit_noise_however_fast_it_moves() -> None:
     assert torch.equal(still, noise)
 
 
+def test_noise_is_searched_in_a_batch_as_for_single_images() -> None:
+    pipe, text = tiny_pipeline(), "a [red car] and a [blue dog]"
+    settings = {"steps": 4, "guidance": InitNO(), "progress": False}
+    batch = generate(pipe, text, seed=[1, 2], **settings)
+    for seed, run in zip((1, 2), batch, strict=True):
+        single = generate(pipe, text, seed=seed, **settings)
+        assert np.abs(np.asarray(run.image).astype(int) - np.asarray(single.image)).max() <= 1
+
+
 def test_initno_may_choose_the_noise_and_leave_latents_alone() -> None:
     pipe = tiny_pipeline()
     method = InitNO(rounds=1, iterations=2, last_iterations=1, guided=0, learning_rate=10, max_kl=1)

@@ -198,7 +198,8 @@ def test_pixart_reads_small_letters_and_masks_the_padding() -> None:
     _, seen = observe(pipe, lambda: draw(pipe, "A RED car", **options))
     for one in seen:
         assert float(one.maps[..., loud.end_index + 1 :].abs().max()) == 0
-        assert float(one.maps[..., : loud.end_index + 1].min()) > 0
+        # not the single values: those of random weights may vanish in float32
+        assert float(one.maps[..., : loud.end_index + 1].sum(-1).min()) == pytest.approx(1, abs=1e-5)
     pipe._text_preprocessing = lambda text, clean_caption: ["something else"]
     with pytest.raises(PromptError, match="reads 'a red car' as 'something else'"):
         parse("a [red car]", pipe)

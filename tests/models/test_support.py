@@ -8,6 +8,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import captured
+import families
 import tiny_families
 import torch
 from PIL import Image
@@ -87,6 +89,13 @@ def test_the_support_table_says_what_the_adapters_do() -> None:
     _, _, rest = page.partition(BEGIN)
     found, _, _ = rest.partition(END)
     assert found == table(), "run `python tests/models/test_support.py`"
+
+
+def test_maps_and_image_of_every_family_are_compared_with_its_attention_calls() -> None:
+    # by test_more_families.py at the attention call, by test_families.py from the layers' inputs and weights
+    recomputed = {adapter_for(family.make()).family for family in families.FAMILIES.values()}
+    assert recomputed.isdisjoint(captured.SPECS)
+    assert {family.family for family in FAMILIES} <= recomputed | set(captured.SPECS)
 
 
 if __name__ == "__main__":

@@ -150,6 +150,7 @@ def test_what_is_drawn_is_what_was_recorded(page: Any) -> None:
 def test_keys_do_what_the_foot_of_the_page_says(page: Any) -> None:
     from playwright.sync_api import expect
 
+    assert "attention lies over the finished image" in page.locator(".elx-foot").inner_text()
     step, layer = page.locator(".elx-step"), page.get_by_label("Layers", exact=True)
     page.locator(".elx").focus()
     page.keyboard.press("ArrowRight")

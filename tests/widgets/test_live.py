@@ -113,6 +113,21 @@ def test_a_prompt_that_cannot_be_read_says_why_and_the_last_run_stays(panel: Pan
     assert (panel.error, panel._view.message.value, panel._view.run.disabled) == (None, "", False)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", -5), ("seed", 2**53), ("seed", 1.5), ("steps", 0), ("steps", 1001), ("guidance_scale", -1.0)],
+)
+def test_numbers_out_of_range_are_refused_and_not_replaced_by_others(
+    name: str, value: float, panel: Panel, pipe: Any
+) -> None:
+    before = getattr(panel, name)
+    with pytest.raises(SettingError, match=f"{name}={value}: must be a"):
+        setattr(panel, name, value)
+    assert getattr(panel, name) == before
+    with pytest.raises(SettingError, match=f"{name}={value}: must be a"):
+        elakit.live(pipe, PAIR, **{name: value})
+
+
 # -- options ----------------------------------------------------------------------------------------------------------
 
 

@@ -114,4 +114,12 @@ def _figure(key: str, heading: str, figure: go.Figure, text: str) -> Figure:
     figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
     plain = figure.to_json().replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     alt = f"Figure: {heading}. {text}".strip()
-    return Figure(key, heading, text, alt, Markup(plain), int(figure.layout.width), int(figure.layout.height))
+    return Figure(
+        key=key,
+        heading=heading,
+        text=text,
+        alt=alt,
+        json=Markup(plain),
+        width=int(figure.layout.width),
+        height=int(figure.layout.height),
+    )

@@ -79,7 +79,11 @@ class View {
     const images = h("div", { class: "elx-runs" }, ...this.columns.map((column) => column.element));
     const foot = h("div", { class: "elx-foot" });
     const lines = [...notes, ...runs.flatMap((run) => run.notes.map((note) => (runs.length > 1 ? `${run.name}: ${note}` : note)))];
-    for (const note of lines) foot.append(h("p", {}, note));
+    // a run with an image for each step has a box that switches to it
+    const kept = runs.filter((run) => run.predicted).length;
+    const where = kept ? "In runs without predicted images" : "At every step";
+    const under = kept < runs.length ? [`${where}, attention lies over the finished image.`] : [];
+    for (const note of [...under, ...lines]) foot.append(h("p", {}, note));
     foot.append(this.help());
     this.root.style.setProperty("--runs", Math.min(3, runs.length));
     this.root.append(

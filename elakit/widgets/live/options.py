@@ -62,9 +62,16 @@ def options(method: type[Any]) -> tuple[Option, ...]:
     'Guide every n-th of these steps only.'
     """
     return tuple(
-        Option(each.name, *_kind(each.hint), each.default, descriptions(each.owner).get(each.field_name, ""))
+        Option(
+            name=each.name,
+            kind=kind,
+            choices=choices,
+            default=each.default,
+            about=descriptions(each.owner).get(each.field_name, ""),
+        )
         for each in metadata.method_options(method)
         if each.name != REGIONS
+        for kind, choices in [_kind(each.hint)]
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from elakit.checks import is_whole, whole_number
+from elakit.checks import is_whole, real_number, whole_number
 from elakit.errors import ElakitError, PromptError, SettingError
 from elakit.guidance import ELA, METHODS, Method, build, method_title, option_values
 from elakit.guidance.layout import Region, check_layout
@@ -21,7 +21,7 @@ from elakit.widgets.live import still, words
 from elakit.widgets.live.frames import frame
 from elakit.widgets.live.options import REGIONS, Controls
 from elakit.widgets.live.session import Session, State
-from elakit.widgets.live.view import PanelView
+from elakit.widgets.live.view import LARGEST_SEED, MOST_STEPS, PanelView
 
 PLAIN = "plain"
 _ELA = ELA()
@@ -75,9 +75,11 @@ class Panel:
         self._controls: dict[str, Controls] = {}
         self._session = Session(pipe, self._on_state, self._on_preview)
         self._view = PanelView(
-            seed=seed,
-            steps=steps or defaults.steps,
-            guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
+            seed=whole_number(seed, "seed", 0, LARGEST_SEED),
+            steps=whole_number(defaults.steps if steps is None else steps, "steps", 1, MOST_STEPS),
+            guidance_scale=real_number(
+                defaults.guidance_scale if guidance_scale is None else guidance_scale, "guidance_scale", 0
+            ),
             methods=[(method_title(name), name) for name in (PLAIN, *METHODS)],
             on_word=self._toggle_word,
             on_boxes=self._boxes_changed,
@@ -125,7 +127,7 @@ class Panel:
 
     @seed.setter
     def seed(self, seed: int) -> None:
-        self._view.seed.value = seed
+        self._view.seed.value = whole_number(seed, "seed", 0, LARGEST_SEED)
 
     @property
     def steps(self) -> int:
@@ -134,7 +136,7 @@ class Panel:
 
     @steps.setter
     def steps(self, steps: int) -> None:
-        self._view.steps.value = steps
+        self._view.steps.value = whole_number(steps, "steps", 1, MOST_STEPS)
 
     @property
     def guidance_scale(self) -> float:
@@ -143,7 +145,7 @@ class Panel:
 
     @guidance_scale.setter
     def guidance_scale(self, scale: float) -> None:
-        self._view.guidance_scale.value = scale
+        self._view.guidance_scale.value = real_number(scale, "guidance_scale", 0)
 
     @property
     def method(self) -> str:
@@ -593,7 +595,7 @@ def live(
     ModelError
         The pipeline's family is not supported.
     SettingError
-        The panel has no controls for the given `guidance`.
+        A number is out of range, or the panel has no controls for the given `guidance`.
 
     Examples
     --------

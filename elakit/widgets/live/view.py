@@ -11,6 +11,7 @@ import ipywidgets as w
 from elakit.widgets.live.widgets import Stage, Words
 
 LARGEST_SEED = 2**53 - 1  # the largest whole number that a browser represents exactly
+MOST_STEPS = 1000  # of elakit.generate
 
 
 class PanelView:
@@ -51,7 +52,7 @@ class PanelView:
         self.text = w.Textarea(description="Prompt", rows=2, placeholder='"a red car and a blue bird"')
         self.words = Words(on_word)
         self.seed = w.BoundedIntText(seed, min=0, max=LARGEST_SEED, description="Seed")
-        self.steps = w.BoundedIntText(steps, min=1, max=1000, description="Steps")
+        self.steps = w.BoundedIntText(steps, min=1, max=MOST_STEPS, description="Steps")
         self.guidance_scale = w.FloatText(guidance_scale, description="Guidance scale", step=0.5)
         self.method = w.Dropdown(options=methods, description="Method")
         settings = w.Box([self.seed, self.steps, self.guidance_scale, self.method])

@@ -1,0 +1,102 @@
+"""Parts that the figures of attention share: one step or the mean, the entities of all runs, maps in one color."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from elakit.errors import SettingError
+from elakit.numbering import step_name
+from elakit.plot import style
+
+
+def at_step(values: xr.DataArray, step: int | None) -> tuple[xr.DataArray, str]:
+    """Values at one step, or their mean over the steps, and which of the two as a sentence for a caption.
+
+    Parameters
+    ----------
+    values : DataArray, (step, ...)
+    step : int, optional
+        One step (negative values count back from the last); None takes the mean over all steps.
+
+    Returns
+    -------
+    values : DataArray, (...)
+    caption : str
+        "Step 3." or "Mean over the steps."
+
+    Raises
+    ------
+    SettingError
+        The step was not recorded.
+
+    Examples
+    --------
+    >>> values = xr.DataArray([1.0, 3.0], dims="step", coords={"step": [0, 1]})
+    >>> [(float(chosen), caption) for chosen, caption in (at_step(values, None), at_step(values, -1))]
+    [(2.0, 'Mean over the steps.'), (3.0, 'Step 2.')]
+    """
+    if step is None:
+        return values.mean("step"), "Mean over the steps."
+    chosen = style.pick_steps(values.step.values, [step])[0]
+    return values.sel(step=chosen), f"{step_name(chosen).capitalize()}."
+
+
+def labels_of_one_prompt(labels: Iterable[Iterable[Any]], what: str) -> list[str]:
+    """The labels that all runs of a figure share.
+
+    Parameters
+    ----------
+    labels : iterable of iterable
+        Labels of each run.
+    what : str
+        Name of the figure's function, for the message.
+
+    Raises
+    ------
+    SettingError
+        The labels differ.
+
+    Examples
+    --------
+    >>> labels_of_one_prompt([["cat", "lion"], ["cat", "lion"]], "leakage")
+    ['cat', 'lion']
+    """
+    first, *others = [[str(label) for label in each] for each in labels]
+    if any(each != first for each in others):
+        raise SettingError(f"{what} compares runs of one prompt; the entities of these differ.")
+    return first
+
+
+def tint(values: np.ndarray, largest: float, color: str, label: str, where: str, **more: Any) -> dict[str, Any]:
+    """Heatmap trace in one color whose opacity grows with the value, for attention over an image.
+
+    Parameters
+    ----------
+    values : ndarray, (y, x)
+        Probabilities.
+    largest : float
+        Value of the full color; 0 stands for any value.
+    color : str
+        Hexadecimal color.
+    label : str
+        Name of the trace.
+    where : str
+        Beginning of the text that is shown at the pointer.
+    **more
+        Further properties of the trace.
+    """
+    return {
+        "type": "heatmap",
+        "z": values,
+        "zmin": 0,
+        "zmax": largest or 1.0,
+        "colorscale": [[0, style.rgba(color, 0)], [1, style.rgba(color, 0.9)]],
+        "showscale": False,
+        "name": style.escape(label),
+        "hovertemplate": f"{style.escape(where)}<br>x %{{x}}, y %{{y}}<br>probability %{{z:.4f}}<extra></extra>",
+        **more,
+    }

@@ -1,0 +1,83 @@
+"""Notebooks that users run and save themselves keep their figures where no kernel runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import lab
+import nbformat
+import pytest
+
+from elakit.saved_notebooks import IMAGE, WIDGET, keep_images
+
+RUN = """import sys
+sys.path.insert(0, {tests!r})
+from tiny import tiny_pipeline
+import elakit
+run = elakit.generate(tiny_pipeline(), "a [red car] and a [blue bird]", steps=2, progress=False)"""
+PAGE = Path(__file__).parents[1] / "docs" / "howto" / "export-figures.md"
+
+
+def written(folder: Path, *cells: str) -> Path:
+    """A notebook that generates a run, and then runs this code."""
+    code = [RUN.format(tests=str(Path(__file__).parent)), *cells]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in code])
+    nbformat.write(notebook, folder / "mine.ipynb")
+    return folder / "mine.ipynb"
+
+
+def test_only_widgets_with_an_image_lose_their_view() -> None:
+    outputs: list[dict[str, Any]] = [
+        {"output_type": "stream", "text": "42"},
+        {"output_type": "execute_result", "data": {WIDGET: {"model_id": "a"}, IMAGE: "x", "text/plain": "Explorer"}},
+        {"output_type": "execute_result", "data": {WIDGET: {"model_id": "b"}, "text/plain": "IntSlider"}},
+    ]
+    cells = [{"cell_type": "markdown", "source": "?"}, {"cell_type": "code", "outputs": outputs}]
+    keep_images({"type": "notebook", "content": {"cells": cells}}, path="mine.ipynb", contents_manager=None)
+    assert [list(output.get("data", ())) for output in outputs] == [[], [IMAGE, "text/plain"], [WIDGET, "text/plain"]]
+    for other in ({"type": "file", "content": "text"}, {"type": "notebook", "content": None}, {"type": "directory"}):
+        before = dict(other)
+        keep_images(other)
+        assert other == before
+
+
+@pytest.mark.integration
+def test_an_export_to_html_shows_widgets_and_figures(tmp_path: Path) -> None:
+    from nbclient import NotebookClient
+
+    nbconvert = pytest.importorskip("nbconvert")
+    renderer = re.search(r"pio\.renderers\.default = .+", PAGE.read_text(encoding="utf-8"))
+    assert renderer, "the page does not say how"
+    setting = f"import plotly.io as pio\n{renderer[0]}"
+    path = written(tmp_path, setting, "elakit.plot.leakage(run)", "elakit.explore(run)", "elakit.live(tiny_pipeline())")
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(
+        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    notebook.metadata.pop("widgets", None)  # JupyterLab saves no state of widgets unless it is asked to
+    html, _ = nbconvert.HTMLExporter(template_name="lab").from_notebook_node(notebook)
+    assert len(re.findall(r'<img[^>]+src="data:image/png;base64,', html)) == 2
+    assert "Plotly.newPlot(" in html
+    assert "widget-view+json" not in html
+
+
+class TestInABrowser:
+    pytestmark = lab.MARKS
+
+    def test_a_notebook_that_is_reopened_shows_images_of_widgets(self, tmp_path: Path) -> None:
+        written(tmp_path, "elakit.explore(run)", "elakit.live(tiny_pipeline(), 'a [red car]')")
+        with lab.open_lab(tmp_path) as running:
+            first = running.open("mine.ipynb", timeout=300)
+            first.run(timeout=300)
+            assert first.errors() == []
+            first.page.locator(".elx-stage").first.wait_for(timeout=60_000)
+            first.save()
+            assert first.page.locator(".elx-stage").count() > 0  # the open page keeps its widgets
+            first.close()
+            again = running.open("mine.ipynb", timeout=300)
+            images = again.page.locator(".jp-OutputArea-output img[src^='data:image/png']")
+            images.nth(1).wait_for(timeout=60_000)
+            assert images.count() == 2
+            assert "Error displaying widget" not in again.page.content()
