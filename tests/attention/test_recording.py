@@ -385,6 +385,7 @@ def test_heads_steps_and_sizes_are_kept_as_asked(pipe: Any, prompt: Prompt) -> N
         (None, [0, 1, 2, 3, 4]),
         (2, [0, 2, 4]),
         (slice(1, 3), [1, 2]),
+        (np.int64(2), [0, 2, 4]),
         (slice(-2, None), [3, 4]),
     ]:
         with record(pipe, prompt, RecordSpec(steps=which)) as part:
@@ -394,7 +395,7 @@ def test_heads_steps_and_sizes_are_kept_as_asked(pipe: Any, prompt: Prompt) -> N
         assert halves.dtype == np.float16  # half the size, three significant digits
         np.testing.assert_allclose(halves, mean, rtol=1e-3, atol=1e-7)
         assert part.steps == tuple(mean["step"].values)
-    with record(pipe, prompt, RecordSpec(sizes=4, layers=["mid", "up_blocks.*"], dtype="float32")) as small:
+    with record(pipe, prompt, RecordSpec(sizes=np.int64(4), layers=["mid", "up_blocks.*"], dtype="float32")) as small:
         draw(pipe, prompt.text, steps=1)
     assert small.sizes == ((4, 4),)
     assert {name.split(".")[0] for name in small.layers} == {"mid_block", "up_blocks"}
