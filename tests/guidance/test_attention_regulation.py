@@ -112,12 +112,6 @@ def test_a_batch_is_made_of_single_runs_and_repeats_itself() -> None:
         assert np.abs(np.asarray(alone.image, int) - np.asarray(run.image, int)).max() <= 1
 
 
-@pytest.mark.parametrize("options", [{"iterations": 0}, {"memory": 2}, {"decay": -1}, {"share_weight": -1}])
-def test_settings_out_of_range_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(SettingError, match=next(iter(options))):
-        AttentionRegulation(**options)
-
-
 def test_models_with_joint_attention_are_refused() -> None:
     with pytest.raises(SettingError, match="Use a model with cross-attention"):
         generate(shared("sd3"), PAIR, steps=2, guidance=AttentionRegulation(), progress=False, **SIZE)
