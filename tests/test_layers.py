@@ -263,3 +263,29 @@ def test_wide_dataclasses_are_built_by_keyword() -> None:
         ]
     assert wide["elakit.run", "Run"] >= 5
     assert not positional, "\n".join(positional)
+
+
+# Tests of what is no module: properties and references that all methods share, pages of the documentation.
+NO_MODULES = {
+    "guidance/test_every_method",
+    "guidance/test_parity",
+    "guidance/test_parity_of_scores",
+    "guidance/test_rivals_layout",
+    "guidance/test_rivals_words",
+    "models/test_support",
+    "models/test_video",
+}
+
+
+def test_tests_mirror_the_package() -> None:
+    """A file of tests is named after a module of its folder's package, or after the package, and an aspect."""
+    tests, strays = Path(__file__).parent, []
+    for file in sorted(tests.glob("*/test_*.py")):
+        package = file.parent.name
+        found = [*ROOT.glob(f"elakit/{package}/*"), *ROOT.glob(f"{package}/*")]  # benchmarks is beside elakit
+        modules = {package, *(one.stem for one in found if not one.name.startswith("_"))}
+        name = file.stem.removeprefix("test_")
+        named = any(name == module or name.startswith(f"{module}_") for module in modules)
+        if named == (f"{package}/{file.stem}" in NO_MODULES):
+            strays.append(file.relative_to(tests).as_posix())
+    assert not strays, f"name each after a module, as CONTRIBUTING.md says: {strays}"
