@@ -31,6 +31,7 @@ FACTORS = (0.25, 0.5, 1.0)  # of the default step size, which the authors chose 
 GUIDED = (0.25, 0.5)  # shares of the denoising steps
 THRESHOLD = "anchor.needed"  # largest shortfall of an image that is not guided
 THRESHOLDS = (0.8, 0.9, 1.0)
+LARGER = (1.0, 2.0)  # of ELA's default step size, which was chosen on picture-world
 SIZES = ("step_size", "strength", "self_threshold")  # names of the option that says how strongly a method acts
 DEVELOPMENT = 1000  # seeds below this are for choosing settings; even ones here, odd ones are for reports
 
@@ -53,7 +54,7 @@ def grid(name: str) -> list[dict[str, Any]]:
     >>> grid("syngen")[0], len(grid("ela"))
     ({'step_size': 5.0, 'guided': 0.25}, 6)
     >>> grid("ela")[0]
-    {'anchor.needed': 0.8, 'anchor.step_size': 0.05}
+    {'anchor.needed': 0.8, 'anchor.step_size': 0.1}
     """
     checks.choice(name, "METHOD", tuple(METHODS))
     usual = option_values(without_regions(name))
@@ -63,8 +64,7 @@ def grid(name: str) -> list[dict[str, Any]]:
         raise SettingError(f"{name} has no step size and share of guided steps to tune.")
     if THRESHOLD in usual:
         points = [
-            {THRESHOLD: needed, size: factor * usual[size]}
-            for needed, factor in itertools.product(THRESHOLDS, FACTORS[1:])
+            {THRESHOLD: needed, size: factor * usual[size]} for needed, factor in itertools.product(THRESHOLDS, LARGER)
         ]
     else:
         points = [

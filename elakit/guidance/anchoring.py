@@ -44,12 +44,13 @@ class LatentStep:
     gradient : {"normalized", "raw"}
         Whether the gradient is scaled to a root mean square of 1.
     needed : float, optional
-        An image whose `shortfall` is at most this value at its first guided step is not guided at all: its entities are
-        where they belong. The default was chosen on picture-world, where the shortfall tells images that will fail
-        from those that will not better than the loss does. Where a model's shortfalls are always larger, every image
-        is guided; None guides every image, too.
+        An image whose shortfall is at most this value at its first guided step is not guided at all: its entities are
+        where they belong. The shortfall, a column of the trace, is the largest squared share of an entity's attention
+        outside its region, plus 1 minus the lowest of the entities' largest attention inside theirs. The default was
+        chosen on picture-world, where the shortfall shows better than the loss which images will fail. Where a model's
+        shortfalls are always larger, every image is guided; None guides every image, too.
     enough : float, optional
-        An image whose `shortfall` is at most this value at a later guided step is not changed from then on.
+        An image whose shortfall is at most this value at a later guided step is not changed from then on.
     outside : float
         Weight of the squared share of each entity's attention that lies outside its region. The closest published
         form is the loss of layout guidance (Chen et al., WACV 2024).

@@ -118,7 +118,8 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
     Parameters
     ----------
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
-        Where each entity belongs, in the order of the prompt: boxes in shares of the image, or masks.
+        Where each entity belongs, in the order of the prompt: boxes in shares of the image, or masks. The loss is 0
+        where they leave no background; attention is then bounded, and the latent does not move.
     step_size, last_step_size : float
         Step sizes at the first and after the last guided step; 8 and 2 in the released code for Stable Diffusion.
     guided : float

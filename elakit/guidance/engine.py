@@ -400,16 +400,21 @@ class Guide:
         z = latents.detach().to(torch.promote_types(latents.dtype, torch.float32)).clone()
         last: dict[int, tuple[Loss, Tensor]] = {}
         refinements = [0] * len(z)
-        with paused(self.adapter.pipe), frozen(self.adapter.denoiser), self._edited(step, lambda: pending):
+        part = pending  # images of a gradient pass
+        with paused(self.adapter.pipe), frozen(self.adapter.denoiser), self._edited(step, lambda: part):
             for attempt in range(update.repeats + 1):
 
                 def refining(loss: Loss, extra: bool = attempt < update.repeats) -> bool:
                     return extra and not (update.until is not None and _goal(loss) <= update.until)
 
-                losses, grads = self._gradient(z[pending], step, timestep, pending, refining)
+                # one image per pass in refinement: repeated updates amplify the rounding of batched passes, until an
+                # image of a batch differs visibly from that of a single run
+                for part in [[i] for i in pending] if update.repeats else [pending]:
+                    losses, grads = self._gradient(z[part], step, timestep, part, refining)
+                    last |= zip(part, zip(losses, grads, strict=True), strict=True)
                 going = []
-                for i, loss, grad in zip(pending, losses, grads, strict=True):
-                    last[i] = loss, grad
+                for i in pending:
+                    loss, grad = last[i]
                     if loss.enough:
                         self.done.add(i)
                         continue
@@ -437,15 +442,15 @@ class Guide:
         # the same object, so that initial noise is not scaled back and forth, which would round it
         return latents if torch.equal(z, latents.to(z.dtype)) else z.to(latents.dtype)
 
-    def _edited(self, step: int, pending: Callable[[], Sequence[int]]) -> AbstractContextManager[None]:
-        """Context for gradient passes, in which the step's edits act; `pending` are their images."""
+    def _edited(self, step: int, images: Callable[[], Sequence[int]]) -> AbstractContextManager[None]:
+        """Context for gradient passes, in which the step's edits act; `images` gives those of the current pass."""
         holder = self.holder
         if holder is None or not self.updates[step].hold:
             return nullcontext()
         return rescored(
             self.adapter,
             holder.changeable,
-            lambda site, scores: holder.change(pending()[site.image], site, scores),
+            lambda site, scores: holder.change(images()[site.image], site, scores),
             read=self.layers,
             gradient=True,
         )

@@ -386,13 +386,20 @@ def test_noise_stays_near_unit_noise_however_fast_it_moves() -> None:
     assert torch.equal(still, noise)
 
 
-def test_noise_is_searched_in_a_batch_as_for_single_images() -> None:
-    pipe, text = tiny_pipeline(), "a [red car] and a [blue dog]"
-    settings = {"steps": 4, "guidance": InitNO(), "progress": False}
-    batch = generate(pipe, text, seed=[1, 2], **settings)
-    for seed, run in zip((1, 2), batch, strict=True):
-        single = generate(pipe, text, seed=seed, **settings)
+def test_noise_is_searched_and_refined_in_a_batch_as_for_single_images() -> None:
+    """Each of the 20 updates of refinement amplifies the rounding of those before it."""
+    pipe = tiny_pipeline()
+    method = InitNO(rounds=2, iterations=2, last_iterations=1)
+    settings: dict[str, Any] = {"steps": 2, "guidance": method, "record": False, "progress": False}
+    batch = generate(pipe, PAIR, seed=[1, 2], **settings)
+    for run in batch:
+        single = generate(pipe, PAIR, seed=run.seed, **settings)
         assert np.abs(np.asarray(run.image).astype(int) - np.asarray(single.image)).max() <= 1
+        assert run.guidance is not None
+        assert single.guidance is not None
+        assert run.guidance.searched == single.guidance.searched
+        assert run.guidance.rows[0]["refinements"] == 20
+        assert run.guidance.rows[0]["loss"] == pytest.approx(single.guidance.rows[0]["loss"], rel=1e-6)
 
 
 def test_initno_may_choose_the_noise_and_leave_latents_alone() -> None:
