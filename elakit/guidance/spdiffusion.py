@@ -38,9 +38,9 @@ from elakit.errors import SettingError
 from elakit.guidance.anchoring import confinement
 from elakit.guidance.holding import restriction
 from elakit.guidance.localization import entity_means
-from elakit.guidance.method import Attention, Loss, ScoreEdit, Update
+from elakit.guidance.method import Attention, Loss, ScoreEdit
 from elakit.guidance.predicated_diffusion import scaled
-from elakit.guidance.reading import ReadsOneSize
+from elakit.guidance.reading import EditsFirstSteps, ReadsOneSize
 from elakit.measures.arrays import area_mean
 from elakit.prompt import Prompt
 
@@ -59,7 +59,7 @@ class Protection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SPDiffusion(ReadsOneSize):
+class SPDiffusion(EditsFirstSteps, ReadsOneSize):
     """SPDiffusion.
 
     Parameters
@@ -107,12 +107,6 @@ class SPDiffusion(ReadsOneSize):
     def begin(self, prompt: Prompt, steps: int) -> Protection:
         """State without regions."""
         return Protection()
-
-    def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Restricted passes; none for a prompt with one entity."""
-        if len(prompt.entities) < 2:
-            return []
-        return [Update(0.0, hold=True)] * round(self.guided * len(noise))
 
     def rehearse(self, passes: Sequence[Attention], prompt: Prompt, state: Protection) -> None:
         """Find the regions in the attention of the plain steps, averaged."""

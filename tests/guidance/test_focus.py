@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_every_method import of_two
-from test_guided_families import FAMILIES, PAIR, SIZE, shared
+from test_guidance_families import FAMILIES, PAIR, SIZE, shared
 
 from elakit import generate
 from elakit.guidance import FOCUS, Attention
