@@ -127,7 +127,7 @@ class SPDiffusion(EditsFirstSteps, ReadsOneSize):
         Returns
         -------
         ndarray, bool, (entity, y, x)
-            They may overlap where there are more than two.
+            They may overlap where there are more than two. Two concepts with the same seed have none.
         """
         height, width = entities.shape[1:]
         flat = own.reshape(height * width, height * width)
