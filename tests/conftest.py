@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 # Tiers by file or folder; a test that is in none and has no tier of its own is a unit test.
 TIERS = {
     "integration": (
-        "causes", "diagnosis", "prediction", "sweep", "test_cli.py", "test_startup.py", "widgets",
-        "world/test_world.py",
+        "causes", "diagnosis", "prediction", "sweep", "test_cli.py", "test_startup.py", "test_typing.py",
+        "widgets", "world/test_world.py",
     ),
     "slow": ("test_notebooks.py", "world/test_training.py"),
 }  # fmt: skip

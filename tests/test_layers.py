@@ -203,16 +203,12 @@ def test_every_pipeline_argument_says_what_a_pipeline_is() -> None:
     assert not vague, "\n".join(vague)
 
 
-# elakit.world.training.judge writes its examples itself: one file, replaced by a rename.
-WRITERS = {"elakit.files", "elakit.world.training.judge"}
-
-
 def test_only_one_module_writes_under_a_temporary_name() -> None:
     # a second implementation of whole-or-nothing writing had neither unique names nor a way back
     copies = {
         f"{module}:{node.lineno}"
         for module, path in modules().items()
-        if module not in WRITERS
+        if module != "elakit.files"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if (isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.replace", "os.rename", "shutil.move"))
         or (isinstance(node, ast.Constant) and str(node.value).endswith((".tmp", ".part", ".part.npz")))
@@ -267,3 +263,29 @@ def test_wide_dataclasses_are_built_by_keyword() -> None:
         ]
     assert wide["elakit.run", "Run"] >= 5
     assert not positional, "\n".join(positional)
+
+
+# Tests of what is no module: properties and references that all methods share, pages of the documentation.
+NO_MODULES = {
+    "guidance/test_every_method",
+    "guidance/test_parity",
+    "guidance/test_parity_of_scores",
+    "guidance/test_rivals_layout",
+    "guidance/test_rivals_words",
+    "models/test_support",
+    "models/test_video",
+}
+
+
+def test_tests_mirror_the_package() -> None:
+    """A file of tests is named after a module of its folder's package, or after the package, and an aspect."""
+    tests, strays = Path(__file__).parent, []
+    for file in sorted(tests.glob("*/test_*.py")):
+        package = file.parent.name
+        found = [*ROOT.glob(f"elakit/{package}/*"), *ROOT.glob(f"{package}/*")]  # benchmarks is beside elakit
+        modules = {package, *(one.stem for one in found if not one.name.startswith("_"))}
+        name = file.stem.removeprefix("test_")
+        named = any(name == module or name.startswith(f"{module}_") for module in modules)
+        if named == (f"{package}/{file.stem}" in NO_MODULES):
+            strays.append(file.relative_to(tests).as_posix())
+    assert not strays, f"name each after a module, as CONTRIBUTING.md says: {strays}"

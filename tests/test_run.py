@@ -177,7 +177,7 @@ def test_wrong_values_in_run_json_are_reported(folder: Path, keys: list[str], va
 def test_random_damage_ends_in_an_error_of_elakit(folder: Path) -> None:
     random.seed(3)
     paths = sorted(p for p in folder.glob("*") if p.is_file())
-    for trial in range(150):  # as many more are in test_damaged.py, of recordings
+    for trial in range(150):  # as many more are in test_recording_damaged.py, of recordings
         path = paths[trial % len(paths)]
         content = path.read_bytes()
         damaged = bytearray(content)

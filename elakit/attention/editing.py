@@ -22,6 +22,7 @@ from elakit.attention.hooks import Hooks
 from elakit.attention.running import SeenCall, Watch
 from elakit.attention.spec import END, START, find_tokens, select_layers
 from elakit.attention.taps import ADDED_SCORES, check_processor, scores_mask
+from elakit.checks import is_whole, whole_number
 from elakit.errors import RecordingError, SettingError
 from elakit.measures.arrays import area_mean
 from elakit.models import Adapter, AttentionLayer, adapter_for
@@ -96,12 +97,13 @@ class Edit:
             raise SettingError(
                 f"like={self.like!r} with scale or add: an edit either replaces logits or changes them. Give two edits."
             )
-        if not isinstance(self.tokens, str | int | Entity) and not self.tokens:
+        if not isinstance(self.tokens, str | Entity) and not is_whole(self.tokens) and not self.tokens:
             raise SettingError("tokens is empty; give a word of the prompt, an entity or a position.")
         steps = self.steps
         numbers = (steps.start, steps.stop) if isinstance(steps, slice) else _as_sequence(steps)
-        if any(number is not None and number < 0 for number in numbers):
-            raise SettingError(f"steps is {steps}; count calls from the start of the run: 0, 1, 2, ...")
+        for number in numbers:
+            if number is not None:
+                whole_number(number, "steps", 0, hint="Calls are counted from the start of the run: 0, 1, 2, ...")
         if isinstance(steps, slice) and steps.step is not None and steps.step < 1:
             raise SettingError(f"steps is {steps}; its stride must be positive.")
         if self.region is not None:

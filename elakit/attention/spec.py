@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from elakit.checks import boolean, choice, whole_number
+from elakit.checks import boolean, choice, is_whole, whole_number
 from elakit.errors import PromptError, RecordingError, SettingError
 from elakit.models import AttentionLayer, adapter_for
 from elakit.pipeline import Pipeline
@@ -359,13 +359,13 @@ class RecordSpec:
     @property
     def wanted_sizes(self) -> tuple[int, ...] | None:
         """``sizes`` as a tuple; None for all sizes."""
-        return (self.sizes,) if isinstance(self.sizes, int) else None if self.sizes is None else tuple(self.sizes)
+        return (self.sizes,) if is_whole(self.sizes) else None if self.sizes is None else tuple(self.sizes)
 
     def keeps(self, call: int, calls: int | None) -> bool:
         """Return whether a denoiser call is kept, of ``calls`` expected ones (None: unknown)."""
         if self.steps is None:
             return True
-        if isinstance(self.steps, int):
+        if is_whole(self.steps):
             return call % self.steps == 0
         if calls is None and any(bound is not None and bound < 0 for bound in (self.steps.start, self.steps.stop)):
             raise RecordingError(

@@ -33,7 +33,7 @@ def sentence(cause: Cause) -> str:
         case "text leakage":
             return (
                 f'The text encoder mixes "{token}", an attribute of the {other}, into "{entity}": its embedding lies '
-                f'{_percent(n.get("leak", 0))} of the way to that of "{word_of(token)} {word_of(entity)}".'
+                f'{n.get("leak", 0):.0%} of the way to that of "{word_of(token)} {word_of(entity)}".'
             )
         case "token ignored":
             why = "its text state is empty" if "length" in n else "it receives almost no attention"
@@ -41,7 +41,7 @@ def sentence(cause: Cause) -> str:
         case "start-of-text competition":
             return (
                 f"At the location of the {entity}, attention goes to the start-of-text token rather than to the noun "
-                f"({_percent(n.get('start_held', 0))} of what the two receive)."
+                f"({n.get('start_held', 0):.0%} of what the two receive)."
             )
         case "regions swap":
             when = "during the run" if cause.step is None else f"at {step_name(cause.step)}"
@@ -52,12 +52,12 @@ def sentence(cause: Cause) -> str:
         case "captured" if n.get("held", 0) > CAPTURED:
             return (
                 f'At the location of the {entity}, attention goes to "{token}" '
-                f"({_percent(n['held'])} of the attention to the two nouns)."
+                f"({n['held']:.0%} of the attention to the two nouns)."
             )
         case "captured":
             return (
                 f'"{entity}" and "{other}" receive attention at the same location (overlap '
-                f"{_percent(n.get('overlap', n.get('alike', 0)))}), where only one of them can appear."
+                f"{n.get('overlap', n.get('alike', 0)):.0%}), where only one of them can appear."
             )
         case "attribute misplaced":
             return f'"{token}" describes the {entity}, but receives attention at the location of the {other}.'
@@ -65,7 +65,3 @@ def sentence(cause: Cause) -> str:
             return f'The attention to "{entity}" is spread over the whole image, so it has no location of its own.'
         case "region split":
             return f'The attention to "{entity}" has two separate peaks, so it may appear split or twice.'
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f}%"

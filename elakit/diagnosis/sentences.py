@@ -96,7 +96,7 @@ def failure_sentence(found: Failure, steps: int) -> str:
         Number of denoising steps.
     """
     low, high = found.interval
-    details = [f"95% interval {_percent(low)} to {_percent(high)}%"]
+    details = [f"95% interval {100 * low:.0f} to {high:.0%}"]
     if found.step is not None:
         details.append(first_step(found.step, steps))
     if found.layers:
@@ -196,8 +196,8 @@ def _attention(diagnosis: DiagnosisData) -> list[str]:
     before, after = (float(table["bleed", run].mean()) for run in ("plain", "guided"))
     fell = int((table["bleed", "guided"] < table["bleed", "plain"]).sum())
     return [
-        f"On average, {_percent(before)}% of an entity's attention lies outside its own region without guidance, and "
-        f"{_percent(after)}% with {method}. The share is lower with {method} for {fell} of {count} "
+        f"On average, {before:.0%} of an entity's attention lies outside its own region without guidance, and "
+        f"{after:.0%} with {method}. The share is lower with {method} for {fell} of {count} "
         f"{plural('seed', count)}."
     ]
 
@@ -208,7 +208,7 @@ def _uncertainty(diagnosis: DiagnosisData) -> list[str]:
         low, high = diagnosis.interval
         said.append(
             f"With {count} {plural('seed', count)}, the share of right images without guidance lies between "
-            f"{_percent(low)} and {_percent(high)}% (95% interval)."
+            f"{100 * low:.0f} and {high:.0%} (95% interval)."
         )
         if len(diagnosis.remedies) > 1 and diagnosis.best is not None and count < ENOUGH:
             said.append(
@@ -236,10 +236,10 @@ def _result(diagnosis: DiagnosisData, best: RemedyResult) -> str:
     time = f"{best.cost:.1f} times the generation time"
     if not best.judged:
         return f"bleed {best.bleed:.2f} instead of {bleed(best.plain):.2f}, at {time}"
-    low, high = (_percent(end) for end in best.interval)
+    low, high = best.interval
     are = "is" if best.right == 1 else "are"
     said = (
-        f"{best.right} of {count} {plural('image', count)} {are} right ({low} to {high}%) instead of "
+        f"{best.right} of {count} {plural('image', count)} {are} right ({100 * low:.0f} to {high:.0%}) instead of "
         f"{diagnosis.right} of {count}, at {time}"
     )
     return said if not best.broken else f"{said}; it broke {len(best.broken)} of {diagnosis.right} right images"
@@ -256,12 +256,3 @@ def _count(diagnosis: DiagnosisData, outcome: Outcome) -> str:
 
 def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.0f}"
-
-
-def percent(value: float) -> str:
-    """Share as a percentage."""
-    return f"{_percent(value)}%"

@@ -124,7 +124,7 @@ def build_remedy(which: str | Method, prompt: Prompt, pipe: Pipeline) -> Remedy:
     if which == "another-seed":
         what = (
             f"For each seed, {CANDIDATES} other seeds are started, and the most promising one after "
-            f"{100 * SHARE:.0f}% of the steps is finished."
+            f"{SHARE:.0%} of the steps is finished."
         )
         return Remedy(name=which, kind="seed", what=what, prompt=prompt)
     if which == "regions":

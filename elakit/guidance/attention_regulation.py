@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 
 from elakit.attention.rescoring import Change, Scores, Site, check_plain
-from elakit.guidance.method import Attention, Loss, ScoreEdit, Update
+from elakit.guidance.method import Attention, Loss, ScoreEdit
 from elakit.guidance.options import check_acts, check_guided, check_numbers, check_whole, is_number, refuse
 from elakit.guidance.phrases import end_of_text
-from elakit.guidance.reading import ReadsOneSize
+from elakit.guidance.reading import EditsFirstSteps, ReadsOneSize
 from elakit.models import AttentionLayer
 from elakit.prompt import Prompt
 
@@ -57,7 +57,7 @@ class Addends:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionRegulation(ReadsOneSize):
+class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
     """Attention Regulation, for models with cross-attention layers.
 
     Parameters
@@ -116,12 +116,6 @@ class AttentionRegulation(ReadsOneSize):
     def begin(self, prompt: Prompt, steps: int) -> Addends:
         """State without addends."""
         return Addends()
-
-    def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Regulated passes; none for a prompt with one entity."""
-        if len(prompt.entities) < 2:
-            return []
-        return [Update(0.0, hold=True)] * round(self.guided * len(noise))
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
         """The chosen layers whose maps have the chosen size, in a model with cross-attention."""

@@ -27,7 +27,6 @@ size, and image-image weakening changes self-attention.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any, ClassVar
@@ -39,9 +38,9 @@ from torch import Tensor
 from elakit.attention.calls import NEVER
 from elakit.attention.rescoring import Change, Scores, Site
 from elakit.checks import boolean, real_number, share
-from elakit.guidance.method import Attention, Loss, ScoreEdit, Update
+from elakit.guidance.method import Attention, Loss, ScoreEdit
 from elakit.guidance.options import check_acts
-from elakit.guidance.reading import ReadsOneSize
+from elakit.guidance.reading import EditsFirstSteps, ReadsOneSize
 from elakit.measures.arrays import area_mean
 from elakit.prompt import Prompt
 
@@ -59,7 +58,7 @@ class Leaks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeLeaker(ReadsOneSize):
+class DeLeaker(EditsFirstSteps, ReadsOneSize):
     """DeLeaker: reweigh attention between entities, without a gradient.
 
     Parameters
@@ -132,12 +131,6 @@ class DeLeaker(ReadsOneSize):
     def begin(self, prompt: Prompt, steps: int) -> Leaks:
         """Initial state of a run."""
         return Leaks(steps)
-
-    def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Passes in which scores are read and changed; none for a prompt with one entity."""
-        if len(prompt.entities) < 2:
-            return []
-        return [Update(0.0, hold=True)] * round(self.guided * len(noise))
 
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Leaks

@@ -35,10 +35,10 @@ from elakit.attention.rescoring import Change, Scores, Site, check_plain
 from elakit.checks import real_number, share
 from elakit.guidance.anchoring import confinement
 from elakit.guidance.layout import NeedsLayout, layout_masks
-from elakit.guidance.method import Attention, Loss, ScoreEdit, Update
+from elakit.guidance.method import Attention, Loss, ScoreEdit
 from elakit.guidance.options import check_acts
 from elakit.guidance.phrases import check_text, phrase_positions, phrases, with_text
-from elakit.guidance.reading import ReadsOneSize
+from elakit.guidance.reading import EditsFirstSteps, ReadsOneSize
 from elakit.models import Adapter, AttentionLayer, Conditioning
 from elakit.prompt import Prompt
 
@@ -46,7 +46,7 @@ _FADING = 5  # power of the timestep
 
 
 @dataclass(frozen=True)
-class DenseDiffusion(NeedsLayout, ReadsOneSize):
+class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
     """DenseDiffusion, which needs regions, for models with cross-attention layers.
 
     Parameters
@@ -96,12 +96,6 @@ class DenseDiffusion(NeedsLayout, ReadsOneSize):
             share(getattr(self, option), option, owner="DenseDiffusion")
         if self.strength == 0 and self.self_strength == 0:
             check_acts(self, "strength=0 and self_strength=0", "area")
-
-    def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Passes with changed scores; none for a prompt with one entity."""
-        if len(prompt.entities) < 2:
-            return []
-        return [Update(0.0, hold=True)] * round(self.guided * len(noise))
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
         """The chosen layers whose maps have the chosen size, in a model with cross-attention."""

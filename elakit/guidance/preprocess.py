@@ -17,6 +17,7 @@ from skimage.filters import threshold_otsu
 from torch import Tensor
 from torch.nn import functional as F
 
+from elakit.checks import is_whole
 from elakit.guidance.method import Update
 from elakit.prompt import Prompt
 
@@ -229,7 +230,7 @@ def schedule(
     ([20.0, 19.44, 18.86, 18.26, 17.64], [0.95, None, 0.5, None, None])
     """
     count = round(guided * steps)
-    ends = [tries] * len(refine or {}) if isinstance(tries, int) else list(tries)
+    ends = [tries] * len(refine or {}) if is_whole(tries) else list(tries)
     refinements = zip((refine or {}).items(), ends, strict=True)
     when = {round(share * steps): (until, limit) for (share, until), limit in refinements}
     updates = []

@@ -1,4 +1,4 @@
-"""Base classes of most methods, by the layers that they read; all step along the raw gradient."""
+"""Base classes of most methods: by the layers that they read, all along the raw gradient, and by the steps edited."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from elakit.attention.spec import select_layers
-from elakit.guidance.method import layers_of_size
+from elakit.guidance.method import Update, layers_of_size
 from elakit.guidance.preprocess import NATIVE_SIZE
 from elakit.models import AttentionLayer
 from elakit.prompt import Prompt
@@ -69,6 +69,24 @@ class ReadsFirstBlocks:
     def direction(self, gradient: Tensor) -> Tensor:
         """The raw gradient."""
         return gradient
+
+
+class EditsFirstSteps:
+    """Base class of methods that edit attention scores in the first steps and move no latent.
+
+    Attributes
+    ----------
+    guided : float
+        Share of the denoising steps in which scores are edited.
+    """
+
+    guided: float = 1.0
+
+    def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
+        """Passes with edited scores; none for a prompt with one entity."""
+        if len(prompt.entities) < 2:
+            return []
+        return [Update(0.0, hold=True)] * round(self.guided * len(noise))
 
 
 def first_blocks(layers: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:

@@ -22,7 +22,6 @@ prompt by hand; Stable Diffusion XL's pooled text state is that of the whole pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,15 +32,15 @@ from elakit.attention.calls import NEVER
 from elakit.errors import SettingError
 from elakit.guidance.anchoring import confinement
 from elakit.guidance.holding import restriction
-from elakit.guidance.method import Attention, Loss, ScoreEdit, Update
+from elakit.guidance.method import Attention, Loss, ScoreEdit
 from elakit.guidance.phrases import MASKS, STATES, check_text, phrase_positions, phrases, with_text
-from elakit.guidance.reading import ReadsOneSize
+from elakit.guidance.reading import EditsFirstSteps, ReadsOneSize
 from elakit.models import Adapter, Conditioning
 from elakit.prompt import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegionalPrompter(ReadsOneSize):
+class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
     """Regional Prompter with equal columns, for models with cross-attention layers.
 
     Parameters
@@ -57,10 +56,6 @@ class RegionalPrompter(ReadsOneSize):
 
     name: ClassVar[str] = "regional-prompter"
     title: ClassVar[str] = "Regional Prompter"
-
-    def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Every pass is divided; none for a prompt with one entity."""
-        return [Update(0.0, hold=True)] * len(noise) if len(prompt.entities) > 1 else []
 
     def encode(self, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
         """The prompt's states, each word as in its entity's own text, followed by those texts."""

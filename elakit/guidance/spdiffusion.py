@@ -38,9 +38,9 @@ from elakit.errors import SettingError
 from elakit.guidance.anchoring import confinement
 from elakit.guidance.holding import restriction
 from elakit.guidance.localization import entity_means
-from elakit.guidance.method import Attention, Loss, ScoreEdit, Update
+from elakit.guidance.method import Attention, Loss, ScoreEdit
 from elakit.guidance.predicated_diffusion import scaled
-from elakit.guidance.reading import ReadsOneSize
+from elakit.guidance.reading import EditsFirstSteps, ReadsOneSize
 from elakit.measures.arrays import area_mean
 from elakit.prompt import Prompt
 
@@ -59,7 +59,7 @@ class Protection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SPDiffusion(ReadsOneSize):
+class SPDiffusion(EditsFirstSteps, ReadsOneSize):
     """SPDiffusion.
 
     Parameters
@@ -108,12 +108,6 @@ class SPDiffusion(ReadsOneSize):
         """State without regions."""
         return Protection()
 
-    def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Restricted passes; none for a prompt with one entity."""
-        if len(prompt.entities) < 2:
-            return []
-        return [Update(0.0, hold=True)] * round(self.guided * len(noise))
-
     def rehearse(self, passes: Sequence[Attention], prompt: Prompt, state: Protection) -> None:
         """Find the regions in the attention of the plain steps, averaged."""
         cross = torch.stack([seen.mean for seen in passes]).mean(0)
@@ -133,7 +127,7 @@ class SPDiffusion(ReadsOneSize):
         Returns
         -------
         ndarray, bool, (entity, y, x)
-            They may overlap where there are more than two.
+            They may overlap where there are more than two. Two concepts with the same seed have none.
         """
         height, width = entities.shape[1:]
         flat = own.reshape(height * width, height * width)

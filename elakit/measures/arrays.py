@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from elakit.checks import is_whole
 from elakit.errors import SettingError
 
 __all__ = [
@@ -197,7 +198,7 @@ def area_mean(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     if 0 in values.shape[-2:]:
         raise SettingError(f"masks have shape {values.shape}; the shape must be (..., y, x) with at least one pixel")
-    if len(size) != 2 or any(side != int(side) or side < 1 for side in size):
+    if len(size) != 2 or not all(is_whole(side) and side >= 1 for side in size):
         raise SettingError(f"size={size!r}; give rows and columns, whole numbers of at least 1")
     down, across = (_shared_lengths(old, int(new)) for old, new in zip(values.shape[-2:], size, strict=True))
     # Whole numbers up to the division, so that exactly half stays half.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_guided_families import SIZE, shared
+from test_guidance_families import SIZE, shared
 from tiny import tiny_pipeline
 from torch import Tensor
 
@@ -110,12 +110,6 @@ def test_a_batch_is_made_of_single_runs_and_repeats_itself() -> None:
     for run in generate(pipe, PAIR, seed=[1, 2], **options):
         alone = generate(pipe, PAIR, seed=run.seed, **options)
         assert np.abs(np.asarray(alone.image, int) - np.asarray(run.image, int)).max() <= 1
-
-
-@pytest.mark.parametrize("options", [{"iterations": 0}, {"memory": 2}, {"decay": -1}, {"share_weight": -1}])
-def test_settings_out_of_range_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(SettingError, match=next(iter(options))):
-        AttentionRegulation(**options)
 
 
 def test_models_with_joint_attention_are_refused() -> None:

@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_guided_families import PAIR, SIZE, shared
+from test_guidance_families import PAIR, SIZE, shared
 from tiny import tiny_pipeline
 
 import elakit.guidance.bounded_attention as bounded_attention
 from elakit import generate
 from elakit.attention.taps import tap
-from elakit.errors import SettingError
 from elakit.guidance import Attention, BoundedAttention
 from elakit.guidance.bounded_attention import assigned, clustered, hidden_words
 from elakit.guidance.layout import layout_masks
@@ -135,9 +134,3 @@ def test_a_batch_is_made_of_single_runs_and_regions_follow_the_image(monkeypatch
         assert alone.guidance is not None
         assert np.array_equal(run.guidance.regions, alone.guidance.regions)
     assert len(found) == 4 * 3  # the regions of four images in the last three of five steps
-
-
-@pytest.mark.parametrize(("options", "said"), [({"regions": None}, "not a layout"), ({"clusters": 0}, "clusters")])
-def test_settings_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(SettingError, match=said):
-        BoundedAttention(**{"regions": [LEFT, RIGHT]} | options)

@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_guided_families import SIZE, shared
+from test_guidance_families import SIZE, shared
 from tiny import tiny_pipeline
 
 from elakit import generate
 from elakit.attention.rescoring import Change, rescored
 from elakit.attention.taps import tap
-from elakit.errors import SettingError
 from elakit.guidance import DenseDiffusion
 from elakit.guidance.dense_diffusion import covered, modulation, of_words, same_region
 from elakit.models import adapter_for
@@ -121,17 +120,3 @@ def test_the_order_of_entities_and_the_batch_do_not_matter() -> None:
     for run in generate(pipe, PAIR, seed=[1, 2], **options):
         alone = generate(pipe, PAIR, seed=run.seed, **options)
         assert np.abs(np.asarray(alone.image, int) - np.asarray(run.image, int)).max() <= 1
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"regions": None}, "is not a layout"),
-        ({"strength": -1}, "strength"),
-        ({"area": 2}, "area"),
-        ({"guided": 2}, "guided"),
-    ],
-)
-def test_settings_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(SettingError, match=said):
-        DenseDiffusion(**{"regions": [LEFT, RIGHT]} | options)

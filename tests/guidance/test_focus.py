@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from test_every_method import of_two
-from test_guided_families import FAMILIES, PAIR, SIZE, shared
+from test_guidance_families import FAMILIES, PAIR, SIZE, shared
 
 from elakit import generate
 from elakit.guidance import FOCUS, Attention
@@ -73,12 +72,10 @@ def test_only_the_blocks_with_two_streams_are_read_where_there_are_any() -> None
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_is_guided_and_a_batch_is_made_of_single_runs(name: str) -> None:
+def test_every_family_is_guided_in_every_step(name: str) -> None:
     options: dict[str, Any] = {"steps": 2, "guidance": FOCUS(strength=0.01), "record": False, "progress": False, **SIZE}
-    for run in generate(shared(name), PAIR, seed=[1, 2], **options):
-        alone = generate(shared(name), PAIR, seed=run.seed, **options)
-        assert np.abs(np.asarray(alone.image, int) - np.asarray(run.image, int)).max() <= 1
-        assert run.guidance is not None
-        moved = run.guidance.to_frame().moved
-        assert moved.index.tolist() == [0, 1]
-        assert moved[0] > 0  # the last step has next to no noise, so that its control may vanish
+    run = generate(shared(name), PAIR, seed=1, **options)
+    assert run.guidance is not None
+    moved = run.guidance.to_frame().moved
+    assert moved.index.tolist() == [0, 1]
+    assert moved[0] > 0  # the last step has next to no noise, so that its control may vanish

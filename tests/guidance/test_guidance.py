@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -211,28 +210,6 @@ def test_regions_stay_once_they_are_locked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "options", "named"),
-    [
-        (LatentStep, {"step_size": -1}, "step_size=-1"),
-        (LatentStep, {"step_size": float("nan")}, "step_size=nan"),
-        (LatentStep, {"guided": 1.5}, "guided=1.5"),
-        (LatentStep, {"gradient": "adam"}, "gradient='adam'"),
-        (LatentStep, {"every": 0}, "every=0"),
-        (LatentStep, {"needed": -1}, "needed=-1"),
-        (LatentStep, {"outside": 0, "presence": 0, "intrusion": 0, "attributes": 0}, "outside=0"),
-        (FromMaps, {"lock_from": -2}, "lock_from=-2"),
-        (FromMaps, {"differentiation": "nonsense"}, "differentiation='nonsense'"),
-        (FromMaps, {"threshold": float("nan")}, "threshold=nan"),
-        (FromMaps, {"min_area": -5}, "min_area=-5"),
-        (FromMaps, {"smooth": -1}, "smooth=-1"),
-    ],
-)
-def test_a_part_names_the_option_that_is_out_of_range(part: Any, options: dict[str, Any], named: str) -> None:
-    with pytest.raises(SettingError, match=re.escape(f"{part.__name__}({named})")):
-        part(**options)
-
-
-@pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda: FromMaps(binarization="otsu", threshold=0.2), "threshold.*binarization='background' only"),
@@ -283,11 +260,6 @@ def test_a_model_loaded_inside_inference_mode_is_refused() -> None:
     pipe.unet.conv_in.weight = torch.nn.Parameter(weight, requires_grad=False)
     with pytest.raises(ModelError, match=r"loaded within torch\.inference_mode"):
         generate(pipe, PAIR, steps=4, guidance=ELA(), record=False, progress=False)
-
-
-def test_a_size_the_model_has_not_got_lists_those_it_has() -> None:
-    with pytest.raises(SettingError, match=r"size=16.*\[4, 8\]"):
-        generate(tiny_pipeline(), PAIR, steps=2, guidance=ELA(size=16), progress=False)
 
 
 def test_a_batch_guides_each_image_by_its_own_loss() -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from test_guided_families import FAMILIES, PAIR, SIZE, shared
+from test_guidance_families import FAMILIES, PAIR, SIZE, shared
 from tiny import tiny_pipeline
 
 from elakit import generate
@@ -123,12 +121,6 @@ def test_images_of_a_batch_have_regions_of_their_own() -> None:
         assert np.array_equal(run.guidance.regions, alone.guidance.regions)
         found.append(run.guidance.regions.values[0].tobytes())
     assert len(set(found)) > 1  # or the test would show nothing
-
-
-@pytest.mark.parametrize("options", [{"steps": 0}, {"cross_threshold": 1.5}, {"self_threshold": -1}, {"guided": 2}])
-def test_settings_out_of_range_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(SettingError, match=next(iter(options))):
-        SPDiffusion(**options)
 
 
 def test_without_a_rehearsal_nothing_is_hidden_silently() -> None:

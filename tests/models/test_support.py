@@ -92,7 +92,7 @@ def test_the_support_table_says_what_the_adapters_do() -> None:
 
 
 def test_maps_and_image_of_every_family_are_compared_with_its_attention_calls() -> None:
-    # by test_more_families.py at the attention call, by test_families.py from the layers' inputs and weights
+    # by test_adapter_attention_calls.py at the call, by test_adapter_hooks.py from the layers' inputs and weights
     recomputed = {adapter_for(family.make()).family for family in families.FAMILIES.values()}
     assert recomputed.isdisjoint(captured.SPECS)
     assert {family.family for family in FAMILIES} <= recomputed | set(captured.SPECS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from elakit.world.scenes import FREE_WORDINGS, RELATION_WORDS, Subject, World, c
 from elakit.world.spoiled import KINDS as KINDS_OF_SPOILED
 from elakit.world.spoiled import sample_spoiled
 from elakit.world.tokenizer import train_tokenizer
+from elakit.world.training import judge
 from elakit.world.training.config import read_config
 from elakit.world.training.data import compose_scenes
 from elakit.world.training.judge import judges_world, unseen
@@ -232,6 +234,25 @@ def test_the_judge_never_sees_one_artist_of_every_noun_that_has_three() -> None:
         hidden = [d for d in drawings(noun) if unseen(d)]
         assert len({d.artist for d in hidden}) == (1 if len(artists) >= 3 else 0)
         assert not set(hidden) & set(world.drawings(noun))
+
+
+def test_examples_of_the_judge_are_kept_for_a_training_that_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = read_config()
+    few = dataclasses.replace(shipped.judge, scenes=3, rebuilt=0, redrawn=0, drawn=0, unfinished=0)
+    config = dataclasses.replace(shipped, judge=few)
+    network = mock.MagicMock()  # nothing is generated
+    network.from_pretrained().to().unet.config.sample_size = SHIPPED.size
+    network.from_pretrained().to().vae_scale_factor = 1
+    monkeypatch.setattr(judge, "AutoencoderTiny", network)
+    monkeypatch.setattr(judge, "StableDiffusionPipeline", network)
+    made = judge.prepare_examples(config, tmp_path, torch.device("cpu"))
+    assert [file.name for file in tmp_path.iterdir()] == ["judge-examples.npz"]
+    monkeypatch.setattr(judge, "compose_examples", None)
+    kept = judge.prepare_examples(config, tmp_path, torch.device("cpu"))
+    assert len(made.captions) == 3
+    assert all(np.array_equal(value, vars(kept)[name]) for name, value in vars(made).items())
 
 
 @given(seed=st.integers(0, 10_000), kind=st.sampled_from(KINDS))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from elakit.diagnosis import commands
 from elakit.diagnosis.data import DiagnosisData, Pair
 from elakit.diagnosis.remedies import RemedyResult, bleed
-from elakit.diagnosis.sentences import first_step, layer_name, percent, plural, steps_of
+from elakit.diagnosis.sentences import first_step, layer_name, plural, steps_of
 from elakit.guidance import method_title
 from elakit.judge import Verdict
 from elakit.plot.image_figures import data_uri
@@ -103,7 +103,7 @@ def card(diagnosis: DiagnosisData, pair: Pair, size: int = THUMBNAIL) -> Card:
         outcome=pair.outcome,
         plain=image(pair.plain, pair.plain_verdict, "plain", size),
         guided=image(pair.guided, pair.guided_verdict, method_title(diagnosis.method), size),
-        predicted="" if probability is None else f"predicted probability of failure: {percent(probability)}",
+        predicted="" if probability is None else f"predicted probability of failure: {probability:.0%}",
     )
 
 
@@ -154,7 +154,7 @@ def causes(diagnosis: DiagnosisData) -> list[Reason]:
     """Causes of the failures, or signs in the attention of images that were not judged, most likely first."""
     found, steps = [], steps_of(diagnosis)
     for one in diagnosis.causes:
-        facts = [f"confidence {percent(one.confidence)}", f"strength {percent(one.strength)}"]
+        facts = [f"confidence {one.confidence:.0%}", f"strength {one.strength:.0%}"]
         facts.append("in the text encoder" if one.step is None else first_step(one.step, steps))
         if one.layers:
             facts.append(f"clearest in {layer_name(one.layers[0])}")

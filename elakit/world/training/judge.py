@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from elakit.errors import SettingError
+from elakit.files import replace_file
 from elakit.judge.segmenter import CLASSES, Segmenter
 from elakit.models import EMBEDDED
 from elakit.world.art import ARTISTS, Drawing, drawings
@@ -151,18 +152,8 @@ def prepare_examples(config: Config, folder: Path, device: torch.device) -> Exam
             examples.images[rows] = redraw(examples.images[rows], captions, pipe, steps, seed=int(rows[0]))
     examples = _joined(examples, draw_singles(pipe, settings.drawn))
     examples = _joined(examples, draw_unfinished(pipe, settings.unfinished))
-    part = path.with_suffix(".part.npz")
-    np.savez(
-        part,
-        made_with=made_with,
-        images=examples.images,
-        classes=examples.classes,
-        mixed=examples.mixed,
-        spoiled=examples.spoiled,
-        captions=examples.captions,
-        nouns=examples.nouns,
-    )
-    part.replace(path)
+    with replace_file(path) as part:
+        np.savez(part, made_with=made_with, **vars(examples))
     return examples
 
 

@@ -142,6 +142,8 @@ def test_steps_and_layers_are_chosen(pipe: Any) -> None:
         masked = at // len(layers) == 1 and one.layer.startswith("up")
         assert (float(one.maps[..., car].max()) == 0) == masked
     assert [call for call in range(6) if Edit("car", scale=0, steps=slice(1, 5, 2)).acts(call)] == [1, 3]
+    first = Edit(np.int64(0), scale=0, steps=np.int64(2))  # numbers of NumPy count like Python's
+    assert [call for call in range(6) if first.acts(call)] == [2]
 
 
 def test_edits_act_together_and_blocks_nest() -> None:
@@ -301,8 +303,9 @@ def _pipe() -> Any:
         ({"scale": math.inf}, "scale is inf"),
         ({"add": 1000.0}, "-100 to 100"),
         ({"tokens": []}, "tokens is empty"),
-        ({"steps": -1}, "count calls from the start"),
-        ({"steps": slice(-3, None)}, "count calls from the start"),
+        ({"steps": -1}, "counted from the start"),
+        ({"steps": slice(-3, None)}, "counted from the start"),
+        ({"steps": 1.5}, "whole number of 0 or more"),
         ({"steps": slice(0, 3, -1)}, "stride"),
         ({"region": np.ones(4)}, "give \\(y, x\\)"),
         ({"region": np.full((2, 2), 2.0)}, "outside 0 to 1"),
