@@ -14,7 +14,7 @@ Decisions of ours: a noun of several tokens has the mean of their maps (the offi
 the schedule is kept in shares of the run's steps; a prompt of fewer than two entities is not guided.
 
 The pipeline of diffusers (``StableDiffusionAttendAndExcitePipeline``, 0.42) gives the same losses and updates
-(``tests/guidance/test_rivals_words.py``), except for what we take to be mistakes of its code:
+(``tests/guidance/test_attend_excite.py``), except for what we take to be mistakes of its code:
 
 * its gradient passes get latents that have not been through the scheduler's ``scale_model_input``: wrong for Euler,
   LMS and others whose input is scaled;

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_every_method import OPTIONS
-from test_guided_families import FAMILIES, PAIR, SIZE, shared
+from test_guidance_families import FAMILIES, PAIR, SIZE, shared
 
 from elakit import generate
 from elakit.errors import SettingError
