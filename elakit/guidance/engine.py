@@ -162,7 +162,7 @@ def gradient(
     losses : list of Loss
         One per image.
     gradient : Tensor, of the latents' shape
-        In float32 (float64 for float64 latents); images are independent. Zero if all losses are small enough.
+        In float32 (float64 for float64 latents); images are independent. Zero if no image needs more guidance.
     """
     if states is None:
         states = [method.begin(prompt, len(adapter.pipe.scheduler.timesteps)) for _ in latents]

@@ -170,7 +170,7 @@ class Anchors:
     began : bool
         Whether a loss was computed for the image in this run.
     steered : bool
-        Whether regions were changed during the run; the image is then guided again, even if its loss was small enough.
+        Whether regions were changed during the run; the image is then guided again, even if it needed no more guidance.
     """
 
     masks: np.ndarray | None = None
