@@ -51,9 +51,14 @@ def execute(path: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("widgets", None)  # state of the previous run
     where = {"metadata": {"path": str(path.parent)}}
-    # without execution times, which change with every run
+    # without execution times, which change with every run, and without the state of widgets, which are shown by images
     NotebookClient(
-        notebook, timeout=CELL_SECONDS, kernel_name="python3", resources=where, record_timing=False
+        notebook,
+        timeout=CELL_SECONDS,
+        kernel_name="python3",
+        resources=where,
+        record_timing=False,
+        store_widget_state=False,
     ).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
