@@ -275,7 +275,7 @@ def test_a_image_that_is_never_said_to_need_guidance_is_the_plain_one() -> None:
         run = generate(pipe, PAIR, seed=3, steps=3, guidance=ela, guide_if=lambda _, a=answer: a, progress=False)
         assert np.array_equal(np.asarray(run.image), np.asarray(plain.image))
         assert run.settings["guided"] is False
-    with pytest.raises(SettingError, match=r"guidance=elakit.ELA\(\)"):
+    with pytest.raises(SettingError, match=r"Give one, such as elakit.ELA\(\)"):
         generate(pipe, PAIR, guide_if=lambda _: True)
     with pytest.raises(SettingError, match="2 answers for 1 images"):
         generate(pipe, PAIR, steps=2, guidance=ela, guide_if=lambda _: [True, False], progress=False)

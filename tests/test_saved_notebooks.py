@@ -23,7 +23,10 @@ PAGE = Path(__file__).parents[1] / "docs" / "howto" / "export-figures.md"
 def written(folder: Path, *cells: str) -> Path:
     """A notebook that generates a run, and then runs this code."""
     code = [RUN.format(tests=str(Path(__file__).parent)), *cells]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in code])
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(cell) for cell in code], metadata={"kernelspec": kernel}
+    )
     nbformat.write(notebook, folder / "mine.ipynb")
     return folder / "mine.ipynb"
 

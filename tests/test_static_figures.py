@@ -31,7 +31,7 @@ def test_a_png_of_the_size_of_the_figure_is_stored_beside_it() -> None:
     data = notebook.cells[0].outputs[0].data
     image = Image.open(io.BytesIO(base64.b64decode(data[static_figures.PNG_MIME])))
     assert image.size == (300, 200)
-    pixels = np.asarray(image.convert("RGB"))[100:200, 150:300].reshape(-1, 3)
+    pixels = np.asarray(image.convert("RGB"))[67:133, 100:200].reshape(-1, 3)
     assert (pixels == (255, 0, 0)).mean() > 0.95
     assert static_figures.PLOTLY_MIME in data
     nbformat.validate(notebook)

@@ -22,6 +22,7 @@ import math
 import os
 import re
 import struct
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -211,13 +212,21 @@ def _open_node(path: Path, name: str, described: Mapping[str, Any]) -> xr.Datase
         if values.shape != (shape[dimension],):
             raise _damaged(path / name / variable / ".zarray", f"its shape is {values.shape}")
         if values.dtype.kind == "U":
-            "".join(values.tolist()).encode()  # text that is not Unicode raises an error here and not later
+            _check_text(values, path / name / variable)
         coordinates[variable] = (dimension, values)
     attributes = described[f"{name}/.zattrs"]
     if attributes["size"] != f"{shape['y']}x{shape['x']}" or attributes["keys"] not in ("text", "image"):
         raise _damaged(path / name / ".zattrs", f"it says {attributes!r}")
     lazy = xr.core.indexing.LazilyIndexedArray(stored["probability"])
     return xr.Dataset({"probability": (DIMENSIONS, lazy)}, coords=coordinates, attrs=dict(attributes))
+
+
+def _check_text(values: np.ndarray, folder: Path) -> None:
+    """Refuse text that is not Unicode here; later, when it is used, the error would not name the file."""
+    codes = np.ascontiguousarray(values).view(np.uint32)
+    surrogates = (codes >= 0xD800) & (codes <= 0xDFFF)
+    if (codes > sys.maxunicode).any() or surrogates.any():
+        raise _damaged(folder, "its text is not Unicode")
 
 
 class _StoredArray(LazyArray):

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numcodecs
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -179,6 +180,19 @@ def test_whatever_is_damaged_the_result_is_a_recording_or_an_error_of_elakit(
             read(folder)
     finally:
         path.write_bytes(content)
+
+
+@pytest.mark.parametrize("code", [0x110053, 0xD800], ids=["beyond Unicode", "surrogate"])
+def test_labels_that_are_not_unicode_are_refused_by_file(folder: Path, code: int) -> None:
+    """One flipped bit gives text that numpy reads and that pandas cannot wrap."""
+    name = next(iter(sorted(folder.glob("*/token/0"))))
+    stored = json.loads((name.parent / ".zarray").read_text())
+    codec = numcodecs.get_codec(stored["compressor"])
+    labels = np.frombuffer(codec.decode(name.read_bytes()), np.uint32).copy()
+    labels[1] = code
+    name.write_bytes(codec.encode(labels))
+    with pytest.raises(RecordingError, match=r"token.* is damaged"):
+        read(folder)
 
 
 def test_values_are_read_lazily_in_every_order(folder: Path) -> None:

@@ -161,7 +161,7 @@ panel._session.cancel = lambda: (asked.append(panel._session.made), cancel())
 panel.state"""
     kernel(notebook, watch)
     button(notebook, "Run").click()
-    expect(notebook.page.locator(".ell-when")).to_contain_text("/ 400")  # the first preview is shown
+    expect(notebook.page.locator(".ell-when")).to_contain_text("of 400")  # the first preview is shown
     button(notebook, "Cancel").click()
     says(notebook, "Canceled")
     made, stopped = kernel(notebook, "panel._session.cancel = cancel\nasked[0], panel.run.settings['stopped']")
