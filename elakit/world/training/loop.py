@@ -107,7 +107,9 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.pt"
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), schedule.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), schedule.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
+    )
     start, history = 0, []
     if path.exists():
         state = torch.load(path, weights_only=True)
