@@ -17,7 +17,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from elakit.attention.hooks import is_left_alone
@@ -237,6 +236,8 @@ def _same_tokens(adapter: Adapter, text: str, other: str) -> bool:
 
 def _running(denoiser: nn.Module) -> Any:
     """Calls of pipelines with this denoiser that are running in this thread, the innermost first."""
+    from diffusers import DiffusionPipeline  # whoever has a denoiser has imported it
+
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__call__":
