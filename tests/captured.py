@@ -74,6 +74,14 @@ SPECS = {
 GENERATED = [name for name in SPECS if name != "FLUX.1 Kontext"]  # elakit.generate passes no input image
 
 
+def draw(pipe: Any, spec: Spec, **options: Any) -> np.ndarray:
+    """Images of a short run of the prompt."""
+    height, width = spec.size
+    settings = {"num_inference_steps": 2, "output_type": "np", "height": height, "width": width}
+    generator = torch.Generator().manual_seed(7)
+    return pipe(prompt=PLAIN, generator=generator, **settings | spec.options | options).images
+
+
 class Witness(TorchFunctionMode):
     """Probabilities of every attention call of the chosen modules, in float64, by the arguments that it receives."""
 

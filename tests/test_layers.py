@@ -277,6 +277,20 @@ NO_MODULES = {
 }
 
 
+def test_no_test_file_imports_another() -> None:
+    # a test file can then be renamed, divided or deleted without a look at the others
+    tests = Path(__file__).parent
+    borrowed = {
+        f"{file.relative_to(tests).as_posix()}:{node.lineno}: {ast.unparse(node)}"
+        for file in tests.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [*(alias.name for alias in node.names), getattr(node, "module", None) or ""]
+        if any(part.startswith("test_") for part in name.split("."))
+    }
+    assert not borrowed, "move what is shared to a module of its own:\n" + "\n".join(sorted(borrowed))
+
+
 def test_tests_mirror_the_package() -> None:
     """A file of tests is named after a module of its folder's package, or after the package, and an aspect."""
     tests, strays = Path(__file__).parent, []

@@ -35,7 +35,7 @@ from typing import ClassVar
 
 from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_flag, check_guided, check_numbers, check_refine
-from elakit.guidance.preprocess import GUIDED, REFINED, STEP_SIZE, Refinement, entity_maps, schedule
+from elakit.guidance.preprocess import GUIDED, REFINEMENTS, STEP_SIZE, Refinement, entity_maps, excitation
 from elakit.guidance.reading import ReadsOneSize
 from elakit.prompt import Prompt
 
@@ -76,7 +76,7 @@ class AttendAndExcite(ReadsOneSize):
 
     step_size: float = STEP_SIZE
     guided: float = GUIDED
-    refine: tuple[Refinement, ...] = tuple(zip(REFINED, (0.05, 0.5, 0.8), (20, 20, 20), strict=True))
+    refine: tuple[Refinement, ...] = REFINEMENTS
     normalize_eot: bool = False
 
     name: ClassVar[str] = "attend-and-excite"
@@ -90,11 +90,7 @@ class AttendAndExcite(ReadsOneSize):
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
         """Decreasing step sizes with refinement; no update where the prompt names only one entity."""
-        if len(prompt.entities) < 2:
-            return []
-        until: dict[float, float | None] = {share: 1 - least for share, least, _ in self.refine}
-        tries = [most for _, _, most in self.refine]
-        return schedule(len(noise), self.step_size, guided=self.guided, refine=until, tries=tries)
+        return excitation(len(noise), prompt, self.step_size, guided=self.guided, refine=self.refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
         """1 - the largest attention of the most neglected entity; the term "neglect" is the mean over entities."""

@@ -31,7 +31,7 @@ from torch import Tensor
 from elakit.guidance.layout import NeedsLayout, layout_masks
 from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_flag, check_guided, check_numbers, check_refine, check_whole, refuse
-from elakit.guidance.preprocess import GUIDED, REFINED, STEP_SIZE, Refinement, entity_maps, schedule
+from elakit.guidance.preprocess import GUIDED, REFINEMENTS, STEP_SIZE, Refinement, entity_maps, excitation
 from elakit.guidance.reading import ReadsOneSize
 from elakit.measures.masks import bounding_box
 from elakit.prompt import Prompt
@@ -82,7 +82,7 @@ class BoxDiff(NeedsLayout, ReadsOneSize):
     guided: float = GUIDED
     share: float = 0.2
     edge: int = 1
-    refine: tuple[Refinement, ...] = tuple(zip(REFINED, (0.05, 0.5, 0.8), (20, 20, 20), strict=True))
+    refine: tuple[Refinement, ...] = REFINEMENTS
     normalize_eot: bool = False
 
     name: ClassVar[str] = "boxdiff"
@@ -100,11 +100,7 @@ class BoxDiff(NeedsLayout, ReadsOneSize):
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
         """Decreasing step sizes with refinement; no update where the prompt names only one entity."""
-        if len(prompt.entities) < 2:
-            return []
-        until: dict[float, float | None] = {share: 1 - least for share, least, _ in self.refine}
-        tries = [most for _, _, most in self.refine]
-        return schedule(len(noise), self.step_size, guided=self.guided, refine=until, tries=tries)
+        return excitation(len(noise), prompt, self.step_size, guided=self.guided, refine=self.refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Any) -> Loss:
         """Sum of the terms "inner", "outer" and "corner", each summed over entities."""

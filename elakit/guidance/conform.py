@@ -92,8 +92,8 @@ class CONFORM(ReadsOneSize):
         if len(prompt.entities) < 2:
             return []
         # The loss is 0 only where there is no pair to compare: then the extra passes are skipped.
-        refine = dict.fromkeys(REFINED, 0.0)
-        return schedule(len(noise), self.step_size, guided=self.guided, refine=refine, tries=self.refinements)
+        refine = [(share, 0.0, self.refinements) for share in REFINED]
+        return schedule(len(noise), self.step_size, guided=self.guided, refine=refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Memory) -> Loss:
         """NT-Xent over this step's maps and those of the step before; its term is "contrast"."""

@@ -132,9 +132,8 @@ class DivideAndBind(ReadsOneSize):
         if len(prompt.entities) < 2:
             return []
         scale = _THRESHOLD_SCALE[self.variation]
-        until: dict[float, float | None] = {share: -least / scale for share, least, _ in self.refine}
-        tries = [most for _, _, most in self.refine]
-        return schedule(len(noise), self.step_size, guided=self.guided, refine=until, tries=tries)
+        refine = [(share, -least / scale, most) for share, least, most in self.refine]
+        return schedule(len(noise), self.step_size, guided=self.guided, refine=refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: int) -> Loss:
         """Largest loss over entities.

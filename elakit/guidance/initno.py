@@ -160,8 +160,8 @@ class InitNO(ReadsOneSize):
         """Updates and refinement; none where the prompt names only one entity."""
         if len(prompt.entities) < 2:
             return []
-        refine = dict.fromkeys(REFINED[1:], 1.0)
-        return schedule(len(noise), self.step_size, guided=self.guided, refine=refine, tries=self.refinements)
+        refine = [(share, 1.0, self.refinements) for share in REFINED[1:]]
+        return schedule(len(noise), self.step_size, guided=self.guided, refine=refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: RunningMaps) -> Loss:
         """The cross term ("excite"); "conflict" and "clean" enter refinement only."""

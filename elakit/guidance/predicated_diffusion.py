@@ -90,7 +90,7 @@ class PredicatedDiffusion(ReadsOneSize):
         if len(prompt.entities) < 2:
             return []
         # `None` sets no goal: all extra updates are made
-        return schedule(len(noise), self.step_size, guided=self.guided, refine={0.0: None}, tries=self.refinements)
+        return schedule(len(noise), self.step_size, guided=self.guided, refine=[(0.0, None, self.refinements)])
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
         """Weighted sum of the terms "existence", "correspondence" and "separation", each unweighted in the trace."""

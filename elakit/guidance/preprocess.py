@@ -7,7 +7,7 @@ Chefer et al., "Attend-and-Excite: Attention-Based Semantic Guidance for Text-to
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,6 @@ from skimage.filters import threshold_otsu
 from torch import Tensor
 from torch.nn import functional as F
 
-from elakit.checks import is_whole
 from elakit.guidance.method import Update
 from elakit.prompt import Prompt
 
@@ -27,6 +26,7 @@ Refinement = tuple[float, float, int]  # (share of the steps, goal, largest numb
 GUIDED = 0.5
 REFINED = (0.0, 0.2, 0.4)
 STEP_SIZE = 20.0
+REFINEMENTS: tuple[Refinement, ...] = tuple(zip(REFINED, (0.05, 0.5, 0.8), (20, 20, 20), strict=True))
 _LEVELS = 255  # the official code computes Otsu's threshold on maps quantized to 8 bits
 
 
@@ -197,8 +197,7 @@ def schedule(
     *,
     guided: float = GUIDED,
     last: float = 0.5,
-    refine: Mapping[float, float | None] | None = None,
-    tries: int | Sequence[int] = 20,
+    refine: Sequence[tuple[float, float | None, int]] = (),
 ) -> list[Update]:
     """When and how far the latent moves.
 
@@ -212,11 +211,10 @@ def schedule(
         Share of the steps that are guided, from the first.
     last : float
         See `step_size`; 1 keeps it constant.
-    refine : mapping of float to float or None, optional
-        Share of the steps at which refinement takes place -> loss at which it ends (None: it does not). Where several
-        shares fall on one step of a short run, the last one counts.
-    tries : int or sequence of int
-        Largest number of updates of a refinement, the same for all or one per refinement.
+    refine : sequence of (float, float or None, int)
+        Refinements: the share of the steps at which each takes place, the loss at which it ends (None: it makes all its
+        updates), and the largest number of updates. Where several shares fall on one step of a short run, the last one
+        counts.
 
     Returns
     -------
@@ -225,17 +223,47 @@ def schedule(
 
     Examples
     --------
-    >>> updates = schedule(10, 20.0, refine={0.0: 0.95, 0.2: 0.5})
+    >>> updates = schedule(10, 20.0, refine=[(0.0, 0.95, 20), (0.2, 0.5, 20)])
     >>> [round(u.size, 2) for u in updates], [u.until for u in updates]
     ([20.0, 19.44, 18.86, 18.26, 17.64], [0.95, None, 0.5, None, None])
     """
     count = round(guided * steps)
-    ends = [tries] * len(refine or {}) if is_whole(tries) else list(tries)
-    refinements = zip((refine or {}).items(), ends, strict=True)
-    when = {round(share * steps): (until, limit) for (share, until), limit in refinements}
+    when = {round(share * steps): (until, limit) for share, until, limit in refine}
     updates = []
     for i in range(count):
         size = step_size * math.sqrt(1 - (1 - last) * i / max(1, steps - 1))
         until, limit = when.get(i, (None, 0))
         updates.append(Update(size, repeats=limit, until=until))
     return updates
+
+
+def excitation(
+    steps: int, prompt: Prompt, step_size: float, *, guided: float, refine: Sequence[Refinement]
+) -> list[Update]:
+    """Schedule of Attend-and-Excite, which BoxDiff shares: every entity's attention is raised to given values.
+
+    Parameters
+    ----------
+    steps, step_size, guided
+        See `schedule`.
+    prompt : Prompt
+    refine : sequence of (float, float, int)
+        Refinements: the share of the steps, the attention that every entity has to reach, and the largest number of
+        updates. The loss of a refinement is 1 - the attention of the most neglected entity.
+
+    Returns
+    -------
+    list of Update
+        One per guided step; none where the prompt names only one entity.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> prompt = elakit.parse("a [red car] and a [bird]", elakit.load("picture-world"))
+    >>> [update.until for update in excitation(10, prompt, 20.0, guided=0.3, refine=[(0.2, 0.5, 20)])]
+    [None, None, 0.5]
+    """
+    if len(prompt.entities) < 2:
+        return []
+    losses = [(share, 1 - least, most) for share, least, most in refine]
+    return schedule(steps, step_size, guided=guided, refine=losses)

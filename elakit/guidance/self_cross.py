@@ -122,8 +122,8 @@ class SelfCross(ReadsOneSize):
         """Updates and refinement; none where the prompt names only one entity."""
         if len(prompt.entities) < 2:
             return []
-        refine = dict.fromkeys(REFINED[1:], self.until)
-        return schedule(len(noise), self.step_size, guided=self.guided, refine=refine, tries=self.refinements)
+        refine = [(share, self.until, self.refinements) for share in REFINED[1:]]
+        return schedule(len(noise), self.step_size, guided=self.guided, refine=refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: RunningMaps) -> Loss:
         """The whole loss; its terms are "excite" (the cross term), "self_cross" (also while gated) and "clean"."""

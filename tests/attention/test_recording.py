@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from families import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_recorder import draw
 
 from elakit.attention import (
     Recording,
@@ -229,7 +229,7 @@ def test_selections_are_recordings() -> None:
 
 def test_saving_and_opening_gives_the_same_recording(pipe: Any, prompt: Prompt, tmp_path: Path) -> None:
     with record(pipe, prompt, RecordSpec(heads="all", dtype="float16")) as recording:
-        draw(pipe, prompt.text)
+        draw(pipe, prompt.text, num_inference_steps=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         path = recording.save(tmp_path / "runs" / "car bird")

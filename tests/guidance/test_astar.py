@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_rivals_layout import APART, LEFT, NONE, PROMPT, RIGHT, A, attention, total
+from column_maps import APART, LEFT, NONE, PROMPT, RIGHT, A, attention, total
 
 from elakit.guidance.astar import AStar, Memory
 

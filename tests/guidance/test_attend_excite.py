@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionAttendAndExcitePipeline
-from test_rivals_words import MIDDLE, PAIR, SIDES, hand_made, loss_of, of_shares
 from tiny import tiny_pipeline
+from word_maps import MIDDLE, PAIR, SIDES, hand_made, loss_of, of_shares
 
 from elakit.generation import generate
 from elakit.guidance import Guide

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_guidance_families import SIZE, shared
+from guided_families import SIZE, shared
 from tiny import tiny_pipeline
 from torch import Tensor
 

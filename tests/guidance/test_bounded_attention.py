@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_guidance_families import PAIR, SIZE, shared
+from guided_families import PAIR, SIZE, shared
 from tiny import tiny_pipeline
 
 import elakit.guidance.bounded_attention as bounded_attention

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_rivals_layout import APART, HALVES, LEFT, NONE, PROMPT, RIGHT, A, attention, total
+from column_maps import APART, HALVES, LEFT, NONE, PROMPT, RIGHT, A, attention, total
 
 from elakit.guidance.box_diff import BoxDiff
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from test_rivals_layout import APART, BIRD, CAR, LEFT, NONE, PROMPT, RIGHT, A, attention
+from column_maps import APART, BIRD, CAR, LEFT, NONE, PROMPT, RIGHT, A, attention
 
 from elakit.guidance.astar import Memory
 from elakit.guidance.conform import CONFORM

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_rivals_words import MIDDLE, SIDES, hand_made, loss_of, of_shares
+from word_maps import MIDDLE, SIDES, hand_made, loss_of, of_shares
 
 from elakit.guidance import Attention
 from elakit.guidance.divide_bind import DivideAndBind

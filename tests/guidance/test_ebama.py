@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_rivals_words import attention_of, hand_made, loss_of
+from word_maps import attention_of, hand_made, loss_of
 
 from elakit.guidance.ebama import EBAMA
 from elakit.prompt import Entity, Prompt, Token

@@ -13,26 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from method_options import OPTIONS
 from tiny import tiny_pipeline
+from word_maps import hand_made
 
 from elakit.generation import generate
 from elakit.guidance import METHODS, Attention, SynGen
 from elakit.guidance.engine import gradient
 from elakit.models import adapter_for
-from elakit.prompt import Entity, Prompt, Token, parse
+from elakit.prompt import parse
 
 PAIR = "a [red car] and a [blue bird]"
-HALVES = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
-# Given what they need, with few passes, and without a gate that random weights would keep shut.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "conform": {"refinements": 1},
-    "self-cross": {"gate": 1, "refinements": 1},
-    "layout-guidance": {"regions": HALVES, "guided": 1, "iterations": 2},
-    "boxdiff": {"regions": HALVES},
-    "densediffusion": {"regions": HALVES},
-    "bounded-attention": {"regions": [(0, 0, 0.25, 1), (0.75, 0, 1, 1)]},  # with a background
-    "initno": {"rounds": 2, "iterations": 1, "last_iterations": 1, "refinements": 1},
-}
 EVERY = [METHODS[name](**OPTIONS.get(name, {})) for name in METHODS] + [SynGen(lone_nouns=True)]
 every_method = pytest.mark.parametrize("method", EVERY, ids=lambda method: method.name)
 
@@ -78,21 +69,10 @@ def test_one_slight_step_lowers_the_loss(method: Any) -> None:
     assert at(latents - 1e-3 * direction / direction.pow(2).mean().sqrt())[0] < loss
 
 
-def of_two(pieces: int = 2) -> Prompt:
-    """The prompt "red car blue bird" from position 1, with some pieces of "bird" and two positions of end-of-text."""
-    names = ["red", "car", "blue", *["bird"] * pieces]
-    tokens = tuple(Token(i, name, f"{name}/{i}", min(i, 4) - 1) for i, name in enumerate(names, start=1))
-    entities = (
-        Entity("red car", "car", ("red",), (2,), (1,), "car"),
-        Entity("blue bird", "bird", ("blue",), tuple(range(4, 4 + pieces)), (3,), "bird"),
-    )
-    return Prompt("red car blue bird", entities, tokens, len(names) + 1, len(names) + 3)
-
-
 @every_method
 def test_the_order_of_entities_does_not_matter(method: Any) -> None:
     turned = replace(method, regions=method.regions[::-1]) if getattr(method, "regions", None) is not None else method
-    prompt = of_two()
+    prompt = hand_made(pieces=2)
     reverse = replace(prompt, entities=prompt.entities[::-1])
     states = method.begin(prompt, 10), turned.begin(reverse, 10)
     random = torch.Generator().manual_seed(0)

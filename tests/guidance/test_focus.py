@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_every_method import of_two
-from test_guidance_families import FAMILIES, PAIR, SIZE, shared
+from guided_families import FAMILIES, PAIR, SIZE, shared
+from word_maps import hand_made
 
 from elakit import generate
 from elakit.guidance import FOCUS, Attention
@@ -26,7 +26,7 @@ def test_the_divergence_of_two_maps_by_hand() -> None:
 
 
 def test_words_that_attend_alike_and_apart_from_others_cost_nothing() -> None:
-    prompt = of_two(pieces=1)
+    prompt = hand_made()
     maps = torch.zeros(1, prompt.length, 4, 12, dtype=torch.float64)
     for token in (1, 2):
         maps[0, token, :, :3] = 0.3
@@ -42,7 +42,7 @@ def test_words_that_attend_alike_and_apart_from_others_cost_nothing() -> None:
 
 
 def test_the_blur_is_a_gaussian_of_three_locations_with_standard_deviation_one() -> None:
-    prompt = of_two(pieces=1)
+    prompt = hand_made()
     maps = torch.rand(1, prompt.length, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     weights = torch.tensor([math.exp(-0.5), 1.0, math.exp(-0.5)], dtype=torch.float64)
     kernel = torch.outer(weights, weights) / weights.sum() ** 2
@@ -56,7 +56,7 @@ def test_the_blur_is_a_gaussian_of_three_locations_with_standard_deviation_one()
 def test_step_sizes_are_those_of_the_control_of_the_velocity() -> None:
     pipe = FAMILIES["sd3"].make()
     pipe.scheduler.set_timesteps(4)
-    plan = FOCUS(strength=3).plan(noise_levels(pipe.scheduler), of_two())
+    plan = FOCUS(strength=3).plan(noise_levels(pipe.scheduler), hand_made(pieces=2))
     sigmas = pipe.scheduler.sigmas.double().tolist()  # from 1 to 0
     for update, now, after in zip(plan, sigmas[:-1], sigmas[1:], strict=True):
         t = 1 - now

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_rivals_layout import ALIKE, APART, HALVED, LEFT, NONE, PAIR, PROMPT, RIGHT, A, attention
+from column_maps import ALIKE, APART, HALVED, LEFT, NONE, PAIR, PROMPT, RIGHT, A, attention
 from tiny import tiny_pipeline
 
 from elakit.generation import generate

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from column_maps import APART, EVEN, HALVES, LEFT, NONE, PAIR, PROMPT, RIGHT, attention, total
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
-from test_rivals_layout import APART, EVEN, HALVES, LEFT, NONE, PAIR, PROMPT, RIGHT, attention, total
 from tiny import tiny_pipeline
 
 from elakit.generation import generate

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from test_every_method import HALVES
+from method_options import HALVES
 from tiny import tiny_pipeline
 
 from elakit.errors import SettingError

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_every_method import HALVES, OPTIONS
+from method_options import HALVES, OPTIONS
 from tiny import tiny_pipeline
 from torch import Tensor
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_every_method import OPTIONS
-from test_guidance_families import FAMILIES, PAIR, SIZE, shared
+from guided_families import FAMILIES, PAIR, SIZE, shared
+from method_options import OPTIONS
 
 from elakit import generate
 from elakit.errors import SettingError

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from test_rivals_layout import ALIKE, APART, HALVED, LEFT, NONE, PROMPT, RIGHT, A, attention, total
+from column_maps import ALIKE, APART, HALVED, LEFT, NONE, PROMPT, RIGHT, A, attention, total
 
 from elakit.guidance.self_cross import SelfCross
 

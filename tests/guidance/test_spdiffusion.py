@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_guidance_families import FAMILIES, PAIR, SIZE, shared
+from guided_families import FAMILIES, PAIR, SIZE, shared
 from tiny import tiny_pipeline
 
 from elakit import generate

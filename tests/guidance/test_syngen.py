@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-from test_rivals_words import attention_of, hand_made, loss_of
 from tiny import tiny_pipeline
+from word_maps import attention_of, hand_made, loss_of
 
 from elakit.guidance import Attention
 from elakit.guidance.syngen import SynGen

@@ -163,6 +163,41 @@ def test_an_autoencoder_that_grows_keeps_the_latents_it_started_from(config: Pat
     assert moved(100.0) < 0.3 * moved(0.0)
 
 
+EXAMPLES, WANTED = torch.arange(8.0).reshape(4, 2), torch.tensor([1.0, -1.0, 2.0, 0.5])
+
+
+def fit(folder: Path) -> nn.Module:
+    """Fit a line to this process's share of four examples."""
+    from elakit.world.training.loop import Schedule, rank_and_world, train
+
+    rank, world = rank_and_world()
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+
+    def loss(step: int) -> torch.Tensor:
+        return (model(EXAMPLES[rank::world])[:, 0] - WANTED[rank::world]).pow(2).mean()
+
+    schedule = Schedule(samples=40, batch=4 // world, learning_rate=0.1, warmup=1, processes=world)
+    return train(model, loss, schedule, folder, "line")
+
+
+def fit_together(rank: int, port: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.save(fit(folder).state_dict(), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_together_as_one_with_both_batches(tmp_path: Path) -> None:
+    from elakit.world.train import free_port
+
+    torch.multiprocessing.spawn(fit_together, (free_port(), tmp_path), nprocs=2)
+    alone = fit(tmp_path / "alone").state_dict()
+    for rank in (0, 1):
+        together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in alone.items():
+            assert torch.allclose(together[name], value, atol=1e-5), (rank, name)
+
+
 def test_a_stage_that_does_not_exist_is_refused(config: Path, tmp_path: Path) -> None:
     wrong = command(config, tmp_path, "--stage", "unet")
     assert wrong.returncode == 2

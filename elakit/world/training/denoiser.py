@@ -25,7 +25,7 @@ from elakit.models.portable import write_portable_names
 from elakit.world.scenes import Scene, World, sample
 from elakit.world.tokenizer import train_tokenizer
 from elakit.world.training.config import Config
-from elakit.world.training.loop import Schedule, autocast, fast_bfloat16, train
+from elakit.world.training.loop import Schedule, autocast, fast_bfloat16, rank_and_world, train
 from elakit.world.vocabulary import NOUNS
 
 SAMPLE_PROMPTS = (
@@ -114,7 +114,7 @@ class GrowingScenes:
 
     A training of millions of samples needs many scenes, and composing them all first would take hours. It begins with a
     few chunks, and the next one is composed whenever each scene has been seen `reuse` times on average. Chunk k has the
-    same scenes in every run.
+    same scenes in every run. Of several processes that train together, each composes and uses its own chunks.
 
     Parameters
     ----------
@@ -130,6 +130,7 @@ class GrowingScenes:
         self._config, self._folder, self._device = config, folder / "scenes", device
         self._vae, self._tokenizer = vae, tokenizer
         self._chunks: list[Encoded] = []
+        self._rank, self._world = rank_and_world()
 
     def count(self, samples: int) -> int:
         """Number of scenes in use after a number of samples."""
@@ -139,9 +140,10 @@ class GrowingScenes:
 
     def batch(self, samples: int, size: int) -> Encoded:
         """Random scenes (torch's generator) of those in use after a number of samples."""
-        count, chunk = self.count(samples), self._config.denoiser.chunk
+        chunk = self._config.denoiser.chunk
+        count = -(-self.count(samples) // (chunk * self._world)) * chunk
         while len(self._chunks) * chunk < count:
-            self._chunks.append(self._chunk(len(self._chunks)))
+            self._chunks.append(self._chunk(len(self._chunks) * self._world + self._rank))
         rows = torch.randint(count, (size,)).tolist()
         picked = [(self._chunks[row // chunk], row % chunk) for row in rows]
         return Encoded(
@@ -245,7 +247,7 @@ def train_denoiser(
     StableDiffusionPipeline
         With averaged weights.
     """
-    settings = config.denoiser
+    settings, processes = config.denoiser, rank_and_world()[1]
     vae = AutoencoderTiny.from_pretrained(folder / "vae").to(device).eval()
     tokenizer = train_tokenizer(config.text.vocabulary, config.text.positions)
     data = GrowingScenes(config, folder, vae, tokenizer, device)
@@ -275,7 +277,7 @@ def train_denoiser(
     unet.up_blocks[1].register_forward_hook(lambda module, given, features: seen.append(features))
 
     def loss(step: int) -> Tensor:
-        batch = data.batch(step * settings.batch, settings.batch)
+        batch = data.batch(step * settings.batch * processes, settings.batch)
         latents, tokens = batch.latents.to(device).float(), batch.tokens.to(device)
         tokens = torch.where(_chance(settings.drop_text, len(tokens), device)[:, None], empty, tokens)
         noise = torch.randn_like(latents)
@@ -303,9 +305,10 @@ def train_denoiser(
         nonlocal drawn
         pipe = assemble(average, vae, tokenizer, scheduler)
         save_pipeline(pipe, folder / "model")
-        sheet, last = step * settings.batch // SHEET_EVERY, step == schedule.steps
+        seen_samples = step * settings.batch * processes
+        sheet, last = seen_samples // SHEET_EVERY, step == schedule.steps
         if last or sheet != drawn:  # a sheet takes as long as many steps
-            sample_sheet(pipe).save(folder / f"samples-{step * settings.batch:08d}.png")
+            sample_sheet(pipe).save(folder / f"samples-{seen_samples:08d}.png")
             drawn = sheet
 
     schedule = Schedule(
@@ -315,6 +318,7 @@ def train_denoiser(
         settings.warmup,
         decay_from=settings.decay_from,
         average=settings.average,
+        processes=processes,
     )
     average = train(model, loss, schedule, folder, "denoiser", checkpoint_seconds=300, on_checkpoint=checkpoint)
     return assemble(average, vae, tokenizer, scheduler)
