@@ -8,8 +8,8 @@ from typing import Any
 
 from elakit.errors import ModelError
 
-# Packages that diffusers imports where they are installed, and their lowest releases (pyproject.toml): an older one that
-# another package brought along ends the import of diffusers.
+# Packages that diffusers imports where they are installed, and their lowest releases (pyproject.toml): an older one
+# that another package brought along ends the import of diffusers.
 _BESIDE = {"peft": (0, 17)}
 
 

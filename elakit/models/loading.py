@@ -148,7 +148,9 @@ def _check_index(name: str, index: dict[str, Any]) -> None:
         raise ModelError(f"Model {name!r} has its own pipeline class; elakit runs no code from models.")
     for part, value in index.items():
         library = value[0] if isinstance(value, list) and len(value) == 2 else None
-        if library not in (None, "diffusers", "transformers") and not hasattr(import_diffusers().pipelines, str(library)):
+        if library not in (None, "diffusers", "transformers") and not hasattr(
+            import_diffusers().pipelines, str(library)
+        ):
             raise ModelError(
                 f"Model {name!r} takes its {part} from {library!r}; elakit runs no code from models and knows only "
                 "diffusers and transformers."
