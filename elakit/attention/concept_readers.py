@@ -79,8 +79,10 @@ class Reader:
 
     def compare(self, image: Tensor, concepts: Tensor) -> Tensor:
         """Maps from attention outputs of the image (rows, h*w, c) and of the concepts' tokens (rows, tokens, c)."""
-        scores = image @ concepts.transpose(-1, -2)
-        return self.by_concept(scores.float()).softmax(-1).movedim(-1, 1)
+        # Scores can be in the hundreds, where bfloat16 has steps of 1 or more; autocast would use half precision, too.
+        with torch.autocast(image.device.type, enabled=False):
+            scores = image.float() @ concepts.float().transpose(-1, -2)
+        return self.by_concept(scores).softmax(-1).movedim(-1, 1)
 
     def _positions(self, word: str) -> list[int]:
         """Positions of a concept's tokens in its own encoded text."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from elakit.attention import Edit, edit, map_concepts, record
+from elakit.attention.concept_readers import Reader
 from elakit.errors import RecordingError
 from elakit.models import adapter_for
 from elakit.prompt import parse
@@ -286,6 +287,21 @@ def test_a_concept_with_the_states_of_a_word_gets_that_word_s_attention(
         every = [truth[rows_of(spec, len(truth))][0][..., cars] for _, truth in calls]
         expected = torch.stack([(p / (1 + p)).mean((0, 2)) for p in every]).mean(0)
         np.testing.assert_allclose(found.maps()[step, 0].values.ravel(), expected, atol=1e-6)
+
+
+def test_outputs_in_half_precision_are_compared_in_single_precision() -> None:
+    pipe = BUILDERS["Chroma"]()
+    reader = Reader(adapter_for(pipe), TEXT, ["dog", "car"], lambda timestep: None, lambda maps, size: None)
+    draws = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 6, 512, generator=draws).bfloat16()
+    shared = 25 * torch.sign(image.mean(1, keepdim=True))  # scores in the hundreds that differ by less than 1
+    concepts = (shared + torch.randn(1, sum(reader.counts), 512, generator=draws) / 32).bfloat16()
+    scores = image.double() @ concepts.double().mT
+    means = torch.stack([part.mean(-1) for part in scores.split(reader.counts, dim=-1)], dim=-1)
+    assert float(scores.abs().max()) > 100
+    torch.testing.assert_close(
+        reader.compare(image, concepts).double(), means.softmax(-1).movedim(-1, 1), atol=1e-3, rtol=0
+    )
 
 
 @pytest.mark.parametrize("name", ["Chroma", "HunyuanDiT"])
