@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import Annotated
@@ -75,6 +76,8 @@ def _train_together(
     """Train the denoiser as one of several processes, which share the cores of the machine."""
     from elakit.world.training.denoiser import train_denoiser
 
+    # torch sends SIGINT to a process whose parent is killed; it is ignored in what a shell starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
     train_denoiser(settings, out, device, start)
