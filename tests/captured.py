@@ -60,6 +60,7 @@ SPECS = {
     "Lumina 2": Spec((64, 96), GUIDED, second_pass=True),
     "AuraFlow": Spec(options=GUIDED, rows="second half", token=lambda position, tokens: position - 8),
     "Chroma": Spec(options=GUIDED, second_pass=True),
+    "CogView3-Plus": Spec(options=GUIDED, rows="second half"),
     "CogView4": Spec(options=GUIDED, second_pass=True),
     "HunyuanDiT": Spec(
         (64, 96), GUIDED | {"use_resolution_binning": False}, image=lambda patches, keys: 0, rows="second half"

@@ -132,8 +132,8 @@ def map_concepts(
     FLUX.1 and Stable Diffusion 3 compute the second text beside their blocks. Other families with joint attention keep
     the keys, values and outputs of the image until the denoiser call ends, and then run the denoiser a second time with
     the concepts as its text and one patch (in Qwen-Image, one row of patches) as its image. ConceptAttention was
-    published for double stream blocks; in families that have single stream blocks only (Z-Image, Lumina 2, CogView4)
-    the definition is the same, with the projections that image and text share.
+    published for double stream blocks; in families that have single stream blocks only (Z-Image, Lumina 2,
+    CogView3-Plus, CogView4) the definition is the same, with the projections that image and text share.
 
     References
     ----------
@@ -184,7 +184,7 @@ def _reader_of(
     if not chosen:
         raise RecordingError(
             f"{adapter.family} with layers={asked!r}: in this model, concepts that are not in the prompt are mapped in "
-            "its double stream blocks only. Give layers='double' or some of these blocks. In Z-Image, Lumina 2 "
-            "and CogView4, which have no double stream blocks, single ones are read."
+            "its double stream blocks only. Give layers='double' or some of these blocks. In Z-Image, Lumina 2, "
+            "CogView3-Plus and CogView4, which have no double stream blocks, single ones are read."
         )
     return (TextPass if at_call else Stream), chosen

@@ -69,6 +69,7 @@ BARE = {
     "Lumina 2": Bare("layers", fixed=False),
     "AuraFlow": Bare("joint_transformer_blocks", before=8),
     "Chroma": Bare("transformer_blocks"),
+    "CogView3-Plus": Bare("transformer_blocks", "attn1"),
     "CogView4": Bare("transformer_blocks", "attn1"),
     "FLUX.1 Kontext": Bare("transformer_blocks"),
 }
