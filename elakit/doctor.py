@@ -17,6 +17,7 @@ import typer
 
 import elakit
 from elakit import files
+from elakit.errors import ElakitError
 
 PACKAGES = (
     "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "xarray", "zarr", "numcodecs", "spacy",
@@ -50,11 +51,16 @@ def report(model: str | None = None) -> Iterator[tuple[str, str]]:
     yield from devices()
     try:
         from elakit.models import EMBEDDED
+        from elakit.models.library import import_diffusers
         from elakit.resources import data_path
+
+        import_diffusers()
 
         for embedded in EMBEDDED.values():
             there = (data_path(embedded.folder) / "model_index.json").is_file()
             yield f"model {embedded.name}", "complete" if there else "missing: install elakit from a whole checkout"
+    except ElakitError as error:
+        yield "models", f"none can be loaded: {error}"
     except Exception as error:  # a broken installation is what this command is for
         yield "elakit.models", f"cannot be imported: {error}"
     if model is not None:

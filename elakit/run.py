@@ -184,7 +184,9 @@ class Run:
             if self.guidance is not None and self.guidance.regions is not None:
                 regions = self.guidance.regions
                 np.savez_compressed(new / "regions.npz", masks=regions.values, steps=regions.step.values)
-            files.write_json(new / "run.json", self._to_dict())
+            parts = [name for name in ("recording.zarr", "regions.npz") if os.path.exists(new / name)]
+            parts += [f"predicted/{path.name}" for path in sorted((new / "predicted").glob("*"))]
+            files.write_json(new / "run.json", self._to_dict() | {"parts": parts})
         return folder
 
     def _to_dict(self) -> dict[str, Any]:
@@ -264,9 +266,15 @@ def open_run(folder: str | Path) -> Run:
         seed, settings, traced, nsfw = table["seed"], table["settings"], table["guidance"], table["nsfw"]
         if type(seed) is not int or not isinstance(settings, dict) or not isinstance(nsfw, bool):
             raise ValueError("seed, settings or nsfw has the wrong type")
+        parts = table.get("parts", [])
+        if not (isinstance(parts, list) and all(isinstance(name, str) for name in parts)):
+            raise ValueError("parts has the wrong type")
         for name, value in settings.items():
             if not isinstance(value, str | int | float | bool | None):
                 raise ValueError(f"the setting {name} has the wrong type")
+    for name in parts:  # absent parts would read as a run that was not recorded or has no regions
+        if not os.path.exists(folder / name):
+            raise OutputError(f"{folder / name} is missing. Restore the run's folder, or generate the run again.")
     with _intact(folder / "image.png"):
         image = _read_image(folder / "image.png")
     predicted = None

@@ -1,9 +1,10 @@
 """Run notebooks and save them with their outputs: ``python notebooks/run.py`` for all, or with names of some.
 
 Each saved notebook has a digest of the code that produced its outputs, so that a test can detect later changes of the
-code. A PNG is stored beside each plotly figure, for viewers without JavaScript (see ``static_figures.py``).
-``--check`` lists the notebooks with changed code, and ``--images`` adds missing PNGs to saved outputs; neither runs a
-notebook.
+code. A PNG is stored beside each plotly figure, for viewers without JavaScript (see ``static_figures.py``). The first
+code cell installs elakit where it is missing (Colab); it is alike in all notebooks, and neither executed here nor part
+of the digest. ``--check`` lists the notebooks with changed code, ``--images`` adds missing PNGs to saved outputs, and
+``--install`` adds or updates the code cell that installs elakit; none of them runs a notebook.
 """
 
 from __future__ import annotations
@@ -27,11 +28,35 @@ from static_figures import PNG_MIME, add_images, without_images
 CELL_SECONDS = 600
 MOST_BYTES = 3_000_000
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
+INSTALL_TAG = "install-elakit"
+INSTALL = """\
+# For Colab: install elakit, then restart the session. Where elakit is installed, this does nothing.
+import importlib.util
+
+if importlib.util.find_spec("elakit") is None:
+    %pip install -q "elakit[full] @ git+https://github.com/elakit/elakit\""""
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """Return the code cells without the one that installs elakit."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and not is_install(cell)]
+
+
+def is_install(cell: nbformat.NotebookNode) -> bool:
+    """Return True for the code cell that installs elakit."""
+    return INSTALL_TAG in cell.metadata.get("tags", [])
+
+
+def add_install(notebook: nbformat.NotebookNode) -> None:
+    """Insert the code cell that installs elakit after the first text; one that is there already is replaced."""
+    notebook.cells = [cell for cell in notebook.cells if not is_install(cell)]
+    cell = nbformat.v4.new_code_cell(INSTALL, id=INSTALL_TAG, metadata={"tags": [INSTALL_TAG]})
+    notebook.cells.insert(1, cell)
 
 
 def digest(notebook: nbformat.NotebookNode) -> str:
-    """Return the SHA-256 of the code, in the order of the notebook; prose is not included."""
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    """Return the SHA-256 of the code, in the order of the notebook; prose and the installation are not included."""
+    code = [cell.source for cell in code_cells(notebook)]
     return hashlib.sha256("\0".join(code).encode()).hexdigest()
 
 
@@ -50,6 +75,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
     """
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("widgets", None)  # state of the previous run
+    add_install(notebook)
     where = {"metadata": {"path": str(path.parent)}}
     # without execution times, which change with every run, and without the state of widgets, which are shown by images
     NotebookClient(
@@ -59,6 +85,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
         resources=where,
         record_timing=False,
         store_widget_state=False,
+        skip_cells_with_tag=INSTALL_TAG,
     ).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
@@ -85,6 +112,7 @@ def main() -> int:
         "--check", action="store_true", help="only list the notebooks whose code has changed since they were run"
     )
     parser.add_argument("--images", action="store_true", help="only add missing images of figures to saved outputs")
+    parser.add_argument("--install", action="store_true", help="only add or update the code cell that installs elakit")
     asked = parser.parse_args()
     wrong = 0
     for path in asked.notebooks or sorted(HERE.glob("*.ipynb")):
@@ -94,11 +122,15 @@ def main() -> int:
                 print(f"{path.name}: its code has changed; run: python notebooks/run.py {path}")
             continue
         begun = time.perf_counter()
-        if asked.images:
+        if asked.images or asked.install:
             notebook = nbformat.read(path, as_version=4)
-            if without_images(notebook):
+            before = nbformat.writes(notebook)
+            if asked.install:
+                add_install(notebook)
+            if asked.images and without_images(notebook):
                 add_images(notebook)
-                write_file(path, f"{nbformat.writes(notebook)}\n".encode())
+            if (after := nbformat.writes(notebook)) != before:
+                write_file(path, f"{after}\n".encode())
         else:
             notebook = execute(path)
             add_images(notebook)

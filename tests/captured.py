@@ -60,6 +60,7 @@ SPECS = {
     "Lumina 2": Spec((64, 96), GUIDED, second_pass=True),
     "AuraFlow": Spec(options=GUIDED, rows="second half", token=lambda position, tokens: position - 8),
     "Chroma": Spec(options=GUIDED, second_pass=True),
+    "CogView3-Plus": Spec(options=GUIDED, rows="second half"),
     "CogView4": Spec(options=GUIDED, second_pass=True),
     "HunyuanDiT": Spec(
         (64, 96), GUIDED | {"use_resolution_binning": False}, image=lambda patches, keys: 0, rows="second half"
@@ -72,6 +73,14 @@ SPECS = {
     ),
 }
 GENERATED = [name for name in SPECS if name != "FLUX.1 Kontext"]  # elakit.generate passes no input image
+
+
+def draw(pipe: Any, spec: Spec, **options: Any) -> np.ndarray:
+    """Images of a short run of the prompt."""
+    height, width = spec.size
+    settings = {"num_inference_steps": 2, "output_type": "np", "height": height, "width": width}
+    generator = torch.Generator().manual_seed(7)
+    return pipe(prompt=PLAIN, generator=generator, **settings | spec.options | options).images
 
 
 class Witness(TorchFunctionMode):

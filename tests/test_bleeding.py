@@ -10,18 +10,11 @@ import pytest
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from worked_example import CAT, CAT_REGION, FROG, FROG_REGION, MATRIX
 
 from elakit.bleeding import measure
 from elakit.errors import SettingError
 from elakit.regions import localize, localize_steps
-
-# Two 2x4 maps and their regions. Cat: total 20, of which 16 in its own region, 3 in the frog's, 1 in the background.
-# Frog: total 10, of which 6 in its own region, 1 in the cat's, 3 in the background.
-CAT = np.array([[8.0, 4.0, 2.0, 0.0], [4.0, 0.0, 1.0, 1.0]])
-FROG = np.array([[0.0, 1.0, 4.0, 1.0], [0.0, 2.0, 2.0, 0.0]])
-CAT_REGION = np.array([[1, 1, 0, 0], [1, 0, 0, 0]], bool)
-FROG_REGION = np.array([[0, 0, 1, 0], [0, 0, 1, 0]], bool)
-MATRIX = [[0.8, 0.15, 0.05], [0.1, 0.6, 0.3]]
 
 
 def two_steps():

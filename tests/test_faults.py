@@ -51,4 +51,21 @@ def test_the_readme_states_its_source_and_what_was_not_measured() -> None:
     assert "step sizes of the rivals are those that their authors chose on Stable Diffusion" in text
     assert 'elakit diagnose "a green apple and a red car"' in text  # swapped colors in plain images
     assert "the extra `fit` installs" in text
-    assert "seed=7" not in text  # right without guidance
+
+
+@pytest.mark.integration
+def test_the_readmes_example_is_wrong_when_plain_and_right_with_ela() -> None:
+    import elakit
+
+    text = (TESTS.parent / "README.md").read_text(encoding="utf-8")
+    prompt = re.search(r'prompt = elakit.parse\("(.+)", pipe\)', text)[1]
+    seeds = {int(seed) for seed in re.findall(r"pipe, prompt, seed=(\d+)", text)}
+    assert f'elakit diagnose "{prompt}"' in text
+    pipe = elakit.load("picture-world")
+    for seed in seeds:
+        plain, ela = (
+            elakit.generate(pipe, prompt, seed=seed, guidance=guidance, record=False, progress=False)
+            for guidance in (None, elakit.ELA())
+        )
+        assert not plain.verdict.success
+        assert ela.verdict.success

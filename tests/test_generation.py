@@ -16,6 +16,7 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
     UNet2DModel,
 )
 from families import RELATIVES
@@ -24,7 +25,7 @@ from tiny import tiny_pipeline
 
 from elakit.errors import ModelError, SettingError
 from elakit.generation import Progress, generate
-from elakit.guidance import ELA, AttendAndExcite, InitNO, LatentStep, Method, SynGen
+from elakit.guidance import ELA, AttendAndExcite, InitNO, LatentStep, Method, RegionalAttention, SynGen
 from elakit.models import adapter_for
 from elakit.run import open_run
 
@@ -71,6 +72,29 @@ def test_a_run_may_be_watched_and_ended_after_any_step() -> None:
     whole = generate(pipe, PAIR, seed=9, steps=6, guidance=ELA(anchor=LatentStep(start=0, guided=0.5)), progress=False)
     assert "stopped" not in whole.settings
     assert np.array_equal(run.entity_maps(), whole.entity_maps().isel(step=slice(0, 3)))
+
+
+@pytest.mark.parametrize("method", [ELA(anchor=LatentStep(start=0)), RegionalAttention()], ids=lambda m: m.name)
+def test_an_image_of_a_sibling_generated_inside_stop_if_is_not_guided(method: Method) -> None:
+    pipe = tiny_pipeline()
+    other = StableDiffusionPipeline(
+        **pipe.components | {"scheduler": tiny_pipeline().scheduler}, requires_safety_checker=False
+    )
+    other.set_progress_bar_config(disable=True)
+    settings: dict[str, Any] = {"seed": 3, "steps": 2, "record": False, "progress": False}
+    plain = np.asarray(generate(other, PAIR, **settings).image)
+    inside: list[Any] = []
+
+    def draw_another(so_far: Progress) -> bool:
+        inside.append(generate(other, PAIR, **settings).image)
+        return False
+
+    alone = generate(pipe, PAIR, seed=1, steps=3, guidance=method, progress=False)
+    run = generate(pipe, PAIR, seed=1, steps=3, guidance=method, stop_if=draw_another, progress=False)
+    assert len(inside) == 3
+    assert all(np.array_equal(np.asarray(image), plain) for image in inside)
+    assert np.array_equal(np.asarray(run.image), np.asarray(alone.image))
+    assert run.entity_maps().equals(alone.entity_maps())
 
 
 def test_watching_changes_nothing_and_an_error_of_the_watcher_is_its_own() -> None:

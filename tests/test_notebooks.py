@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 from notebooks import run, static_figures
 
@@ -31,8 +35,8 @@ every = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path: Path) -> None:
     if not ALL and path.stem not in RUN_ALWAYS:
         pytest.skip("whole notebooks run with ELAKIT_NOTEBOOKS=1")
-    saved = [bool(cell.outputs) for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    shown = [bool(cell.outputs) for cell in run.execute(path).cells if cell.cell_type == "code"]
+    saved = [bool(cell.outputs) for cell in run.code_cells(nbformat.read(path, as_version=4))]
+    shown = [bool(cell.outputs) for cell in run.code_cells(run.execute(path))]
     assert saved == shown, f"outputs are stale: python notebooks/run.py {path.name}"
 
 
@@ -64,7 +68,7 @@ def uses(tree: ast.AST) -> Iterator[tuple[Any, list[str]]]:
 
 @every
 def test_it_uses_names_and_arguments_that_exist(path: Path) -> None:
-    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    cells = [cell.source for cell in run.code_cells(nbformat.read(path, as_version=4))]
     code = "\n".join(line for cell in cells for line in cell.splitlines() if not line.lstrip().startswith(("%", "!")))
     called = list(uses(ast.parse(code)))
     assert called
@@ -79,7 +83,7 @@ def test_it_uses_names_and_arguments_that_exist(path: Path) -> None:
 def test_its_outputs_are_those_of_its_code(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     assert not run.is_stale(notebook), f"its code has changed since it was run: python notebooks/run.py {path.name}"
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    code = run.code_cells(notebook)
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "cells were run out of order"
     # the check sees a change of code, and none of prose
     notebook.cells[0].source += "\n\nMore."
@@ -99,6 +103,40 @@ def test_it_is_small_and_holds_no_error(path: Path) -> None:
     assert str(run.HERE.parent) not in text
     kinds = {output.output_type for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs}
     assert "error" not in kinds
+
+
+@every
+def test_its_first_code_cell_installs_elakit_where_it_is_missing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    (number,) = (i for i, cell in enumerate(notebook.cells) if run.is_install(cell))
+    cell = notebook.cells[number]
+    assert number == 1
+    assert cell.source == run.INSTALL, "python notebooks/run.py --install"
+    assert (cell.execution_count, cell.outputs) == (None, [])
+    title = notebook.cells[0].source
+    (repository,) = set(re.findall(r"colab\.research\.google\.com/github/([\w-]+/[\w-]+)/", title))
+    assert f'git+https://github.com/{repository}"' in cell.source
+    assert "next code cell" in title
+    # as IPython runs it
+    magics: list[tuple[str, str]] = []
+    shell = SimpleNamespace(run_line_magic=lambda name, line: magics.append((name, line)))
+    code = TransformerManager().transform_cell(cell.source)
+    exec(code, {"get_ipython": lambda: shell})
+    assert magics == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    exec(code, {"get_ipython": lambda: shell})
+    assert [(name, line.split()[0]) for name, line in magics] == [("pip", "install")]
+
+
+def test_an_install_cell_is_added_once_and_changes_no_digest() -> None:
+    cells = [nbformat.v4.new_markdown_cell("# Why?"), nbformat.v4.new_code_cell("1 + 1")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    before = run.digest(notebook)
+    for _ in range(2):
+        run.add_install(notebook)
+        assert [run.is_install(cell) for cell in notebook.cells] == [False, True, False]
+    assert run.digest(notebook) == before
+    nbformat.validate(notebook)
 
 
 @every

@@ -53,6 +53,18 @@ def test_predicted_images_are_saved_and_a_damaged_one_is_named(tmp_path: Path) -
         open_run(folder)
 
 
+def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
+    """Without its recording or regions, a run would open as one that was not recorded or not anchored."""
+    run = generate(tiny_pipeline(), PAIR, steps=3, guidance=ELA(), predicted=True, progress=False)
+    for name in ("recording.zarr", "regions.npz", "predicted/0001.png", "image.png"):
+        folder = run.save(tmp_path / "run", overwrite=True)
+        (folder / name).rename(tmp_path / "elsewhere")
+        with pytest.raises(OutputError, match=rf"run/{name} is (missing|damaged)"):
+            open_run(folder)
+        (tmp_path / "elsewhere").rename(folder / name)
+        assert open_run(folder).seed == run.seed
+
+
 def test_a_folder_that_is_no_run_is_neither_opened_nor_replaced(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     run = generate(tiny_pipeline(), PAIR, steps=2, progress=False)

@@ -21,6 +21,9 @@ from diffusers import (
     AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    CogVideoXDDIMScheduler,
+    CogView3PlusPipeline,
+    CogView3PlusTransformer2DModel,
     CogView4Pipeline,
     CogView4Transformer2DModel,
     DDPMScheduler,
@@ -321,6 +324,30 @@ def tiny_chroma(seed: int = 0) -> Any:
     return ready(ChromaPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), **parts))
 
 
+def tiny_cogview3_plus(seed: int = 0) -> Any:
+    """CogView3-Plus pipeline: two blocks over T5 states."""
+    tokenizer = tiny_t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = t5_encoder(tokenizer, 32)
+        net: Any = CogView3PlusTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            text_embed_dim=32,
+            time_embed_dim=8,
+            condition_dim=4,
+            pos_embed_max_size=16,
+            sample_size=8,
+        )
+        vae = autoencoder()
+        _sharpen(net, ".attn1.to_q.", ".attn1.to_k.")
+    scheduler = CogVideoXDDIMScheduler()
+    return ready(CogView3PlusPipeline(tokenizer, encoder, vae, net, scheduler))  # type: ignore[call-arg]
+
+
 def tiny_cogview4(seed: int = 0) -> Any:
     """CogView4 pipeline: two blocks, text padded on the left to a multiple of 16 tokens."""
     tokenizer = chat_tokenizer("left", start=True)
@@ -476,6 +503,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "Lumina 2": tiny_lumina2,
     "AuraFlow": tiny_aura_flow,
     "Chroma": tiny_chroma,
+    "CogView3-Plus": tiny_cogview3_plus,
     "CogView4": tiny_cogview4,
     "HunyuanDiT": tiny_hunyuan_dit,
     "Kolors": tiny_kolors,

@@ -1,4 +1,4 @@
-"""Arguments of attention calls: the query, key and mask that `F.scaled_dot_product_attention` receives.
+"""Arguments of attention calls: what `F.scaled_dot_product_attention` receives and returns.
 
 Most layers are read and biased by hooks on their projections and arguments. Layers that do more between projection and
 softmax (their own rotary embeddings, fused projections, masks built inside) are read and biased here instead, at the
@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class AttentionCall:
     query : torch.Tensor, (rows, heads, queries, d)
     key : torch.Tensor, (rows, heads, keys, d)
         With grouped queries the keys have fewer heads than the queries.
+    value : torch.Tensor, (rows, heads, keys, d)
     mask : torch.Tensor or None
         Added to the scores, or booleans that are True where a key is seen; broadcasts to (rows, heads, queries, keys).
     scale : float or None
@@ -38,12 +39,15 @@ class AttentionCall:
 
     query: Tensor
     key: Tensor
+    value: Tensor
     mask: Tensor | None
     scale: float | None
 
 
 OnCall = Callable[[AttentionCall], None]
+OnOutput = Callable[[AttentionCall, Tensor], None]
 BiasOf = Callable[[AttentionCall], Tensor | None]
+ChangeOf = Callable[[AttentionCall], AttentionCall]
 
 
 @contextmanager
@@ -63,6 +67,27 @@ def biasing(bias_of: BiasOf) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def watching_outputs(on_output: OnOutput) -> Iterator[None]:
+    """Call ``on_output(call, output)`` after each attention call inside the block, including biases of `biasing`."""
+    with _Mode(on_output=on_output):
+        yield
+
+
+@contextmanager
+def changing(change_of: ChangeOf, on_output: OnOutput) -> Iterator[None]:
+    """Compute ``change_of(call)`` instead of each attention call inside the block; ``on_output`` gets the output.
+
+    The block is for a pass of its own: other blocks of this module neither see nor change its calls.
+    """
+    outer, _ACTIVE.modes = _ACTIVE.modes, []
+    try:
+        with _Mode(change_of=change_of, on_output=on_output):
+            yield
+    finally:
+        _ACTIVE.modes = outer
+
+
 class _Active(threading.local):
     def __init__(self) -> None:
         self.modes: list[_Mode] = []
@@ -72,12 +97,21 @@ _ACTIVE = _Active()
 
 
 class _Mode(TorchFunctionMode):
-    """One watcher or source of biases; the innermost mode handles a call for all of them."""
+    """One watcher or source of changes; the innermost mode handles a call for all of them."""
 
-    def __init__(self, *, on_call: OnCall | None = None, bias_of: BiasOf | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        on_call: OnCall | None = None,
+        on_output: OnOutput | None = None,
+        bias_of: BiasOf | None = None,
+        change_of: ChangeOf | None = None,
+    ) -> None:
         super().__init__()
         self.on_call = on_call
+        self.on_output = on_output
         self.bias_of = bias_of
+        self.change_of = change_of
 
     def __enter__(self) -> Any:
         _ACTIVE.modes.append(self)
@@ -92,21 +126,32 @@ class _Mode(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention or self is not _ACTIVE.modes[-1]:
             return func(*args, **kwargs)
         named = dict(zip(_NAMES, args, strict=False)) | kwargs
-        query, key, mask = named["query"], named["key"], named.get("attn_mask")
+        call = AttentionCall(
+            query=named["query"],
+            key=named["key"],
+            value=named["value"],
+            mask=named.get("attn_mask"),
+            scale=named.get("scale"),
+        )
         for mode in _ACTIVE.modes:
-            if mode.bias_of is None:
-                continue
-            bias = mode.bias_of(AttentionCall(query, key, mask, named.get("scale")))
+            if mode.change_of is not None:
+                call = mode.change_of(call)
+            bias = mode.bias_of(call) if mode.bias_of is not None else None
             if bias is not None:
-                mask = bias.to(query.dtype) if mask is None else bias.to(query.dtype) + additive(mask, query.dtype)
-        named["attn_mask"] = mask
-        if mask is None and named.get("is_causal"):
-            positions = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device)
-            mask = positions.tril()
+                bias = bias.to(call.query.dtype)
+                call = replace(call, mask=bias if call.mask is None else bias + additive(call.mask, bias.dtype))
+        named |= {"query": call.query, "key": call.key, "value": call.value, "attn_mask": call.mask}
+        if call.mask is None and named.get("is_causal"):
+            sides = call.query.shape[-2], call.key.shape[-2]
+            call = replace(call, mask=torch.ones(sides, dtype=torch.bool, device=call.query.device).tril())
         for mode in _ACTIVE.modes:
             if mode.on_call is not None:
-                mode.on_call(AttentionCall(query, key, mask, named.get("scale")))
-        return func(**named)
+                mode.on_call(call)
+        output: Tensor = func(**named)
+        for mode in _ACTIVE.modes:
+            if mode.on_output is not None:
+                mode.on_output(call, output)
+        return output
 
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")

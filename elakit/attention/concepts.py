@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
-from torch import Tensor, nn
+from torch import Tensor
 
+from elakit.attention.concept_readers import AtCall, Cross, Reader, Stream, TextPass
 from elakit.attention.hooks import Hooks
 from elakit.attention.layout import Size
-from elakit.attention.running import SeenCall, Watch
 from elakit.attention.spec import select_layers
-from elakit.attention.taps import Attend, rotate, tap
 from elakit.errors import RecordingError, SettingError
 from elakit.measures.arrays import resize
 from elakit.models import Adapter, AttentionLayer, adapter_for
-from elakit.models.adapter import argument, is_a
-from elakit.models.device import compute_dtype
 from elakit.pipeline import Pipeline
-from elakit.prompt import Prompt, parse
+from elakit.prompt import Prompt
 
 
 class ConceptMaps:
@@ -107,13 +101,13 @@ def map_concepts(
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
-        Pipeline of Stable Diffusion, SDXL, Kolors, PixArt, FLUX.1 or Stable Diffusion 3.
+        Pipeline of a supported family.
     prompt : Prompt or str
         The prompt that the pipeline is called with.
     words : sequence of str
-        Concepts: words or short phrases. FLUX.1 and Stable Diffusion 3 need at least two.
+        Concepts: words or short phrases. Families with joint attention (kind "similarity") need at least two.
     layers : str or sequence of str
-        As in `select_layers`. In FLUX only double stream blocks are used.
+        As in `select_layers`. In models with double and single stream blocks only the double ones are used.
 
     Yields
     ------
@@ -122,16 +116,24 @@ def map_concepts(
 
         * cross-attention, kind "probability": the attention that a token of the concept would get if it were
           appended to the prompt, ``exp(s_c) / (sum_t exp(s_t) + exp(s_c))``, the mean over the tokens of a concept;
-        * FLUX.1 and Stable Diffusion 3, kind "similarity": ConceptAttention. The concepts are a second text stream that
-          attends to itself and to the image; the map is the softmax over the concepts of the dot product between the
-          attention outputs of a location and of each concept.
+        * joint attention, kind "similarity": ConceptAttention. The concepts are a second text that attends to itself
+          and to the image; the map is the softmax over the concepts of the dot product between the attention outputs
+          of a location and of each concept.
 
     Raises
     ------
     SettingError
-        When no concept is given, or only one for FLUX.1 or Stable Diffusion 3.
+        When no concept is given, or only one for a family with joint attention.
     RecordingError
-        When the family, or the selected layers, cannot map concepts; in the cases of `elakit.record`.
+        When only single stream blocks are selected in a model that has double ones; in the cases of `elakit.record`.
+
+    Notes
+    -----
+    FLUX.1 and Stable Diffusion 3 compute the second text beside their blocks. Other families with joint attention keep
+    the keys, values and outputs of the image until the denoiser call ends, and then run the denoiser a second time with
+    the concepts as its text and one patch (in Qwen-Image, one row of patches) as its image. ConceptAttention was
+    published for double stream blocks; in families that have single stream blocks only (Z-Image, Lumina 2,
+    CogView3-Plus, CogView4) the definition is the same, with the projections that image and text share.
 
     References
     ----------
@@ -151,155 +153,38 @@ def map_concepts(
     adapter = adapter_for(pipe)
     words = [words] if isinstance(words, str) else list(words)
     chosen = select_layers(adapter.layers(), layers)
-    cross = all(layer.kind == "cross" and layer.layout is None for layer in chosen)
-    streams = is_a(adapter.denoiser, "FluxTransformer2DModel", "SD3Transformer2DModel")
-    double = [layer for layer in chosen if layer.kind == "joint"] if streams else []
+    cross = all(layer.kind == "cross" for layer in chosen)
     if not words or (not cross and len(words) < 2):
         raise SettingError(
             f"words={words!r}: give {'one concept' if cross else 'two concepts'} or more, such as 'sky'."
         )
-    if not cross and not double:
-        raise RecordingError(
-            f"{adapter.family} with layers={layers!r}: concepts that are not in the prompt can be mapped in the "
-            "cross-attention of Stable Diffusion, SDXL, Kolors and PixArt, and in the double stream blocks of FLUX.1 "
-            "and Stable Diffusion 3. Add the words to the prompt and record the run with `elakit.record`."
-        )
-    states = [_states(adapter, word) for word in words]
+    for word in words:
+        if not word.strip() or any(bracket in word for bracket in "[]"):
+            raise SettingError(f"words has {word!r}; give words or short phrases without brackets, such as 'sky'.")
     found = ConceptMaps(words, "probability" if cross else "similarity")
-    reader: _Reader = (_Cross if cross else _Stream)(adapter, parse(prompt, pipe), found, states)
+    kind, read = _reader_of(adapter, chosen, layers)
+    reader = kind(adapter, prompt, words, found.begin, found.add)
     with ExitStack() as stack:
-        stack.callback(reader.watch.close)
+        stack.callback(reader.close)
         hooks = stack.enter_context(Hooks())
         hooks.before(adapter.denoiser, reader.before_call)
-        reader.place(chosen if cross else double, hooks, stack)
+        reader.place(read, hooks, stack)
         yield found
 
 
-@torch.no_grad()
-def _states(adapter: Adapter, concept: str) -> Tensor:
-    """Text states of the tokens of a concept, (tokens, channels)."""
-    if not concept.strip() or any(bracket in concept for bracket in "[]"):
-        raise SettingError(f"words has {concept!r}; give words or short phrases without brackets, such as 'sky'.")
-    tokens = [token.index for token in parse(f"[{concept}]", adapter.pipe).tokens]
-    states: Tensor = adapter.encode(concept, guided=False).inputs["encoder_hidden_states"]
-    return states[0, tokens]
-
-
-class _Reader:
-    """Computes the maps of one block."""
-
-    def __init__(self, adapter: Adapter, prompt: Prompt, found: ConceptMaps, states: Sequence[Tensor]) -> None:
-        self.watch = Watch(adapter, prompt)
-        self.denoiser: Any = adapter.denoiser
-        self.found = found
-        self.states = torch.cat(list(states))
-        self.counts = [len(each) for each in states]
-        self.seen: SeenCall | None = None
-
-    def before_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.seen = self.watch.read(args, kwargs)
-        if self.seen is not None:
-            self.found.begin(self.seen.call.timestep)
-
-    def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
-        raise NotImplementedError
-
-    def by_concept(self, values: Tensor) -> Tensor:
-        """Average the tokens of each concept; (..., tokens) -> (..., concepts)."""
-        return torch.stack([part.mean(-1) for part in values.split(self.counts, dim=-1)], dim=-1)
-
-
-class _Cross(_Reader):
-    """Concepts beside the prompt in cross-attention."""
-
-    def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
-        self.projected = _projected(self.denoiser, self.states)
-        stack.enter_context(tap(layers, self.on_attention))
-
-    @torch.no_grad()
-    def on_attention(self, layer: AttentionLayer, attend: Attend, size: Size) -> None:
-        if self.seen is None:
-            return
-        every = attend(self.seen.rows, self.projected)  # (images, heads, h*w, text and concept tokens)
-        text, own = every.split([every.shape[-1] - len(self.states), len(self.states)], dim=-1)
-        alone = own / (text.sum(-1, keepdim=True) + own)  # each token beside the prompt only
-        self.found.add(self.by_concept(alone).mean(1).movedim(-1, 1), size)
-
-
-@torch.no_grad()
-def _projected(denoiser: Any, states: Tensor) -> Tensor:
-    """Text states as the keys see them: behind the denoiser's own projection in PixArt and Kolors."""
-    projection = getattr(denoiser, "caption_projection", None)
-    if getattr(denoiser.config, "encoder_hid_dim_type", None) == "text_proj":
-        projection = denoiser.encoder_hid_proj
-    elif moved := getattr(denoiser, "text_encoder_hid_proj", None):  # Kolors with an IP-Adapter
-        projection = moved
-    return states if projection is None else projection(states.to(compute_dtype(denoiser)))
-
-
-class _Stream(_Reader):
-    """Concepts as a second text stream through the double stream blocks of FLUX.1 or Stable Diffusion 3."""
-
-    def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
-        chosen = {layer.name for layer in layers}
-        for number, block in enumerate(self.denoiser.transformer_blocks):
-            layer = next(one for one in self.watch.adapter.layers() if one.module is block.attn)
-            hooks.before(block.attn.to_out[0], self._keep_output)
-            hooks.after(block, self._step(layer, first=number == 0, keeps=layer.name in chosen))
-        hooks.before(self.denoiser, self._note_size(layers[0]))
-
-    def _note_size(self, layer: AttentionLayer) -> Any:
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            self.size = layer.grid(args, kwargs)
-
-        return hook
-
-    def _keep_output(self, _: nn.Module, args: Any, kwargs: Any) -> None:
-        self.output = args[0]  # attention outputs of the image's locations, (rows, h*w, channels)
-
-    def _step(self, layer: AttentionLayer, *, first: bool, keeps: bool) -> Any:
-        @torch.no_grad()
-        def hook(block: Any, args: Any, kwargs: Any, _: Any) -> None:
-            if self.seen is None:
-                return
-            rows, output = self.seen.rows, self.output
-            image, temb = (argument(args, kwargs, place, name) for place, name in ((0, "hidden_states"), (2, "temb")))
-            rotary = argument(args, kwargs, 3, "image_rotary_emb") if layer.text_first else None  # FLUX.1
-            temb = temb[rows] if len(temb) > 1 else temb
-            if first:
-                begin = self.denoiser.context_embedder(self.states.to(image.dtype))
-                self.stream = begin.expand(rows.stop - rows.start, -1, -1)
-            ends = bool(getattr(block, "context_pre_only", False))  # the text stream ends in this block
-            if ends:
-                concept = block.norm1_context(self.stream, temb)
-            else:
-                concept, gate, shift, scale, gate_mlp = block.norm1_context(self.stream, emb=temb)
-            own = _concept_attention(layer, concept, block.norm1(image[rows], emb=temb)[0], rotary)
-            if keeps:
-                scores = output[rows] @ own.transpose(-1, -2)  # (images, h*w, concept tokens)
-                self.found.add(self.by_concept(scores.float()).softmax(-1).movedim(-1, 1), self.size)
-            if ends:
-                return
-            self.stream = self.stream + gate.unsqueeze(1) * block.attn.to_add_out(own)
-            normed = block.norm2_context(self.stream) * (1 + scale[:, None]) + shift[:, None]
-            self.stream = self.stream + gate_mlp.unsqueeze(1) * block.ff_context(normed)
-
-        return hook
-
-
-def _concept_attention(layer: AttentionLayer, concept: Tensor, image: Tensor, rotary: Any) -> Tensor:
-    """Attention outputs of concepts, which attend to each other and to the image; (rows, tokens, channels)."""
-    module: Any = layer.module
-
-    def heads(x: Tensor, norm: nn.Module | None = None) -> Tensor:
-        x = x.unflatten(-1, (layer.heads, -1))
-        return x if norm is None else norm(x)
-
-    query = heads(module.add_q_proj(concept), module.norm_added_q)
-    keys = [heads(module.add_k_proj(concept), module.norm_added_k), heads(module.to_k(image), module.norm_k)]
-    values = [heads(module.add_v_proj(concept)), heads(module.to_v(image))]
-    if rotary is not None:  # text has position 0, where the rotation is the identity
-        keys[1] = rotate(keys[1], [turn[-image.shape[1] :] for turn in rotary])
-    query, key, value = (x.transpose(1, 2) for x in (query, torch.cat(keys, dim=1), torch.cat(values, dim=1)))
-    scores = query.float() @ key.float().transpose(-1, -2) / math.sqrt(query.shape[-1])
-    return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2).flatten(2)
+def _reader_of(
+    adapter: Adapter, chosen: Sequence[AttentionLayer], asked: str | Sequence[str]
+) -> tuple[type[Reader], Sequence[AttentionLayer]]:
+    """Kind of the computation, and the layers that it reads."""
+    at_call = any(layer.layout is not None for layer in chosen)
+    if all(layer.kind == "cross" for layer in chosen):
+        return (AtCall if at_call else Cross), chosen
+    if any(layer.kind == "joint" for layer in adapter.layers()):
+        chosen = [layer for layer in chosen if layer.kind == "joint"]
+    if not chosen:
+        raise RecordingError(
+            f"{adapter.family} with layers={asked!r}: in this model, concepts that are not in the prompt are mapped in "
+            "its double stream blocks only. Give layers='double' or some of these blocks. In Z-Image, Lumina 2, "
+            "CogView3-Plus and CogView4, which have no double stream blocks, single ones are read."
+        )
+    return (TextPass if at_call else Stream), chosen

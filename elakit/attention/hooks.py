@@ -53,7 +53,7 @@ class Hooks:
         module.register_forward_hook(hook, with_kwargs=True, always_call=always)
 
     def _note(self, module: nn.Module, act: Callable[..., Any]) -> _Hook:
-        hook = _Hook(act, self._thread)
+        hook = _Hook(act, self, self._thread)
         self._placed.append((module, hook))
         return hook
 
@@ -64,15 +64,35 @@ class Hooks:
             self._placed.pop()
 
 
+class _Alone(threading.local):
+    hooks: Hooks | None = None
+
+
+_ALONE = _Alone()
+
+
+@contextmanager
+def alone(hooks: Hooks) -> Iterator[None]:
+    """Let no hooks but these act in this thread, for a pass of their own inside a pass of the run."""
+    outer, _ALONE.hooks = _ALONE.hooks, hooks
+    try:
+        yield
+    finally:
+        _ALONE.hooks = outer
+
+
 class _Hook:
     """A hook that acts in one thread."""
 
-    def __init__(self, act: Callable[..., Any], thread: int) -> None:
+    def __init__(self, act: Callable[..., Any], owner: Hooks, thread: int) -> None:
         self._act = act
+        self._owner = owner
         self._thread = thread
 
     def __call__(self, module: nn.Module, *given: Any) -> Any:
         if threading.get_ident() != self._thread and not _computes_gradients():
+            return None
+        if _ALONE.hooks is not None and _ALONE.hooks is not self._owner:
             return None
         return self._act(module, *given)
 

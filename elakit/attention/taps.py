@@ -56,9 +56,9 @@ def tap(layers: Sequence[AttentionLayer], on_attention: OnAttention) -> Iterator
     on_attention : callable
         ``attend(rows)`` returns the probabilities of a slice of the batch, (rows, heads, h*w, keys), as `probabilities`
         computes them, gradients included; keys are the text positions, or the locations of the image if ``layer.reads``
-        is "image". ``attend(rows, states)`` appends text states (tokens, channels) to the keys of a cross-attention.
-        It has to be called before ``on_attention`` returns. ``(h, w)`` is the size of the layer's maps. An error that
-        ``on_attention`` raises ends the pass.
+        is "image". ``attend(rows, more)`` appends to the keys of a cross-attention: text states (tokens, channels), or
+        keys (1, heads, tokens, d) if the layer has a ``layout``. It has to be called before ``on_attention`` returns.
+        ``(h, w)`` is the size of the layer's maps. An error that ``on_attention`` raises ends the pass.
 
     Raises
     ------
@@ -357,7 +357,7 @@ class _Capture:
         finally:
             self.call = None
 
-    def attend(self, rows: slice) -> Tensor:
+    def attend(self, rows: slice, more: Tensor | None = None) -> Tensor:
         assert self.call is not None
         query, key, mask = self.call.query[rows], self.call.key[rows], self.call.mask
         locations = math.prod(self.layout.size)
@@ -374,6 +374,9 @@ class _Capture:
             columns = queries  # in joint attention, queries and keys are the same sequence
         elif (first, count) == (0, key.shape[-2]):
             columns = None
+            if more is not None:
+                key = torch.cat([key, more.expand(len(key), -1, -1, -1)], dim=-2)
+                mask = None if mask is None else F.pad(mask, (0, more.shape[-2]), value=mask.dtype == torch.bool)
         query, key = query[..., queries, :].transpose(1, 2), key.transpose(1, 2)
         return probabilities(query, key, columns, mask=mask, scale=self.call.scale)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -39,9 +41,15 @@ def watched_steps(scheduler: Any) -> Iterator[Steps]:
     """
     steps, plain, had = Steps(scheduler), scheduler.step, "step" in vars(scheduler)
 
-    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        steps.last = model_output, sample
-        return plain(model_output, timestep, sample, *args, **kwargs)
+    names = list(
+        inspect.signature(plain).parameters
+    )  # solvers of CogView3-Plus take further arguments before the latents
+
+    @wraps(plain)  # pipelines look in its signature whether it takes a generator
+    def step(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        steps.last = given["model_output"], given["sample"]
+        return plain(*args, **kwargs)
 
     scheduler.step = step
     try:

@@ -5,6 +5,7 @@ from .adapter import Conditioning as Conditioning
 from .adapter import Layout as Layout
 from .aura_flow import AuraFlow as AuraFlow
 from .chroma import Chroma as Chroma
+from .cogview3_plus import CogView3Plus as CogView3Plus
 from .cogview4 import CogView4 as CogView4
 from .device import device_named as device_named
 from .dispatch import FAMILIES as FAMILIES

@@ -9,6 +9,7 @@ from elakit.errors import ModelError
 from elakit.models.adapter import Adapter, OtherKind
 from elakit.models.aura_flow import AuraFlow
 from elakit.models.chroma import Chroma
+from elakit.models.cogview3_plus import CogView3Plus
 from elakit.models.cogview4 import CogView4
 from elakit.models.flux import Flux
 from elakit.models.flux2 import Flux2
@@ -37,6 +38,7 @@ FAMILIES: tuple[type[Adapter], ...] = (
     Chroma,
     AuraFlow,
     Lumina2,
+    CogView3Plus,
     CogView4,
     HunyuanDiT,
     Kolors,

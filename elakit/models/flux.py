@@ -27,6 +27,8 @@ from elakit.models.passes import SeparateNegative
 from elakit.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
+_CONTROL = ("controlnet_block_samples", "controlnet_single_block_samples")
+
 
 class Flux(SeparateNegative):
     """Adapter of FLUX.1 pipelines (text-to-image, img2img, inpainting, Fill, Kontext, ControlNet).
@@ -134,6 +136,30 @@ class Flux(SeparateNegative):
             (rows * self._patch, columns * self._patch),
             conditional=not self._is_negative(argument(args, kwargs, 1, "encoder_hidden_states")),
         )
+
+    def text_call(
+        self,
+        states: torch.Tensor,
+        positions: Sequence[int],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        rows: slice,
+    ) -> dict[str, Any]:
+        """Arguments of a pass that sees some text states and one patch; see `TransformerAdapter.text_call`."""
+        given = self._of_rows(args, kwargs, rows)
+        latents = given["hidden_states"]
+        given |= {
+            "hidden_states": latents[:, :1],
+            "encoder_hidden_states": states.to(latents.dtype).expand(len(latents), -1, -1),
+            "img_ids": given["img_ids"][..., :1, :],
+            "txt_ids": self._text_ids(positions, given["img_ids"]),
+        }
+        # These have the length of the whole sequence, or of the image.
+        return given | dict.fromkeys(given.keys() & {"attention_mask", *_CONTROL})
+
+    def _text_ids(self, positions: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        """Rotary positions of text tokens: the text has none."""
+        return like.new_zeros(len(positions), like.shape[-1])
 
     @property
     def text_limit(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -117,6 +118,12 @@ class Flux2(Flux):
                 "guidance": guidance,
             },
         )
+
+    def _text_ids(self, positions: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        """Rotary positions of text tokens: their places in the text are the last coordinate."""
+        ids = super()._text_ids(positions, like)
+        ids[:, -1] = ids.new_tensor(list(positions))
+        return ids
 
     def _image_ids(self, height: int, width: int) -> torch.Tensor:
         rows, columns = self.latent_size(height, width)

@@ -17,6 +17,7 @@ from elakit.errors import ModelError, SettingError
 from elakit.models.device import device_named
 from elakit.models.dispatch import adapter_for, refuse_index
 from elakit.models.embedded import EMBEDDED
+from elakit.models.library import import_diffusers
 from elakit.models.source import first_line, locate, read_index, unavailable
 from elakit.pipeline import Pipeline
 
@@ -124,7 +125,7 @@ def check_scheduler(name: str | Path, scheduler: str) -> None:
 
 def _scheduler_class(index: Mapping[str, Any], scheduler: str) -> Any:
     """Class of a scheduler that can take the place of a model's own one."""
-    own = getattr(_diffusers(), str((index.get("scheduler") or [None, None])[1]), None)
+    own = getattr(import_diffusers(), str((index.get("scheduler") or [None, None])[1]), None)
     kinds = {} if own is None else {kind.__name__: kind for kind in (own, *own._get_compatibles())}
     if scheduler not in kinds:
         raise SettingError(f"scheduler={scheduler!r}; allowed are {', '.join(sorted(kinds))}.")
@@ -147,7 +148,9 @@ def _check_index(name: str, index: dict[str, Any]) -> None:
         raise ModelError(f"Model {name!r} has its own pipeline class; elakit runs no code from models.")
     for part, value in index.items():
         library = value[0] if isinstance(value, list) and len(value) == 2 else None
-        if library not in (None, "diffusers", "transformers") and not hasattr(_diffusers().pipelines, str(library)):
+        if library not in (None, "diffusers", "transformers") and not hasattr(
+            import_diffusers().pipelines, str(library)
+        ):
             raise ModelError(
                 f"Model {name!r} takes its {part} from {library!r}; elakit runs no code from models and knows only "
                 "diffusers and transformers."
@@ -155,25 +158,12 @@ def _check_index(name: str, index: dict[str, Any]) -> None:
     refuse_index(f"Model {name!r} ({kind})", index)
 
 
-def _diffusers() -> Any:
-    try:
-        import diffusers
-
-        diffusers.DiffusionPipeline  # noqa: B018  it is imported at first access, with all that it needs
-    except (ImportError, RuntimeError) as error:
-        raise ModelError(
-            f"diffusers cannot be imported: {first_line(error)} Upgrade what it names; an old peft is the usual cause "
-            "(`pip install -U 'peft>=0.17'`)."
-        ) from error
-    return diffusers
-
-
 def _downloaded(source: str, variant: str | None) -> Path:
     """Folder with the files of a pipeline; those of a hub id are downloaded, safetensors only."""
     if Path(source).is_dir():
         return Path(source)
     try:
-        return Path(_diffusers().DiffusionPipeline.download(source, use_safetensors=True, variant=variant))
+        return Path(import_diffusers().DiffusionPipeline.download(source, use_safetensors=True, variant=variant))
     except _LOADING_ERRORS as error:
         raise unavailable(source, first_line(error)) from error
 
@@ -195,7 +185,7 @@ def _check_weight_files(name: str, folder: Path) -> None:
 
 def _built(name: str, folder: Path, index: Mapping[str, Any], dtype: torch.dtype, variant: str | None) -> Any:
     """The pipeline, of components whose weights were all found and all used."""
-    diffusers = _diffusers()
+    diffusers = import_diffusers()
     parts: dict[str, Any] = {}
     tokenizers: dict[str, Any] = {}
     try:
@@ -247,7 +237,7 @@ def _fast_tokenizer(value: Any, folder: Path) -> Any:
 
 
 def _library(name: str) -> Any:
-    pipelines = _diffusers().pipelines
+    pipelines = import_diffusers().pipelines
     return getattr(pipelines, name) if hasattr(pipelines, name) else importlib.import_module(name)
 
 
@@ -282,7 +272,7 @@ def _typed(kind: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 def _dtype_argument() -> str:
-    code = inspect.getsource(_diffusers().DiffusionPipeline.from_pretrained)
+    code = inspect.getsource(import_diffusers().DiffusionPipeline.from_pretrained)
     return "dtype" if 'kwargs.pop("dtype"' in code else "torch_dtype"
 
 

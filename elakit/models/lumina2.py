@@ -61,6 +61,19 @@ class Lumina2(SeparateNegative):
             conditional=not self._is_negative(argument(args, kwargs, 2, "encoder_hidden_states")),
         )
 
+    def text_call(
+        self,
+        states: torch.Tensor,
+        positions: Sequence[int],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        rows: slice,
+    ) -> dict[str, Any]:
+        """Arguments of a pass that sees some text states and one patch; see `TransformerAdapter.text_call`."""
+        given = super().text_call(states, positions, args, kwargs, rows)
+        mask = given["encoder_attention_mask"]
+        return given | {"encoder_attention_mask": mask.new_ones(len(mask), len(states))}
+
     @property
     def _train_steps(self) -> int:
         return int(self.pipe.scheduler.config.num_train_timesteps)

@@ -65,6 +65,28 @@ class QwenImage(SeparateNegative):
             conditional=not self._is_negative(argument(args, kwargs, 1, "encoder_hidden_states")),
         )
 
+    def text_call(
+        self,
+        states: torch.Tensor,
+        positions: Sequence[int],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        rows: slice,
+    ) -> dict[str, Any]:
+        """Arguments of a pass that sees some text states and one row of patches; see `TransformerAdapter.text_call`."""
+        given = self._of_rows(args, kwargs, rows)
+        latents, side = given["hidden_states"], max(self._grid(args, kwargs))
+        given |= {
+            # Rotary positions of the text begin behind those of the longer side of the image.
+            "hidden_states": latents[:, :side],
+            "img_shapes": [[(1, 1, side)]] * len(latents),
+            "encoder_hidden_states": states.to(latents.dtype).expand(len(latents), -1, -1),
+            "encoder_hidden_states_mask": None,
+        }
+        if "txt_seq_lens" in given:  # older diffusers
+            given["txt_seq_lens"] = [len(states)] * len(latents)
+        return given | dict.fromkeys(given.keys() & {"controlnet_block_samples"})
+
     def default_size(self) -> tuple[int, int]:
         """Default height and width of an image, in pixels."""
         side = self.pipe.default_sample_size * self.pipe.vae_scale_factor

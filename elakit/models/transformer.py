@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -201,6 +202,47 @@ class TransformerAdapter(PromptEncoder):
     def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
         """Timestep in the form in which the model takes it, one per row."""
         return torch.as_tensor(timestep, device=latents.device).expand(len(latents))
+
+    def text_call(
+        self,
+        states: torch.Tensor,
+        positions: Sequence[int],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        rows: slice,
+    ) -> dict[str, Any]:
+        """Arguments of a pass that sees some text states and one patch of the image, otherwise as in a given call.
+
+        `elakit.attention.map_concepts` reads what the text computes in such a pass. Only layers that are read at the
+        attention call need it.
+
+        Parameters
+        ----------
+        states : torch.Tensor, (tokens, channels)
+            The text, alike for all rows.
+        positions : sequence of int
+            Positions at which these tokens had their states.
+        args, kwargs : sequence, mapping
+            Arguments of a call of the denoiser.
+        rows : slice
+            Its rows that the pass has.
+        """
+        given = self._of_rows(args, kwargs, rows)
+        latents = given["hidden_states"]
+        given["hidden_states"] = latents[..., : self._patch, : self._patch]
+        given["encoder_hidden_states"] = states.to(latents.dtype).expand(len(latents), -1, -1)
+        return given
+
+    def _of_rows(self, args: Sequence[Any], kwargs: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+        """Arguments of a call of the denoiser by name, with some of its rows only."""
+        names = list(inspect.signature(type(self.denoiser).forward).parameters)[1:]
+        given = dict(zip(names, args, strict=False)) | dict(kwargs)
+        batch = len(given[names[0]])
+
+        def cut(value: Any) -> Any:
+            return value[rows] if isinstance(value, torch.Tensor | list) and len(value) == batch else value
+
+        return {name: cut(value) for name, value in given.items()}
 
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
         """Layers that read self-attention, one for each of the given layers.

@@ -77,6 +77,19 @@ class ZImage(TransformerAdapter):
         """First rows of the batch, as many as the running call has texts that are not negative ones."""
         return slice(0, min(batch, getattr(self, "_conditional", batch)))
 
+    def text_call(
+        self,
+        states: torch.Tensor,
+        positions: Sequence[int],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        rows: slice,
+    ) -> dict[str, Any]:
+        """Arguments of a pass that sees some text states and one patch; see `TransformerAdapter.text_call`."""
+        given = self._of_rows(args, kwargs, rows)
+        patches = [image[..., : self._patch, : self._patch] for image in given["x"]]
+        return given | {"x": patches, "cap_feats": [states.to(patches[0].dtype)] * len(patches)}
+
     def default_size(self) -> tuple[int, int]:
         """Default height and width of an image, in pixels."""
         return 1024, 1024  # of the pipeline's call; the model has no size of its own

@@ -153,8 +153,8 @@ def plan(
     Raises
     ------
     SettingError
-        There is no prompt, seed or method, `prompts` is a single string, a seed is repeated, a number is out of range,
-        or `elakit.sweep.options.canonical_options` refuses an option.
+        There is no prompt, seed or method, `prompts` or `methods` is a single string, a seed is repeated, a number is
+        out of range, or `elakit.sweep.options.canonical_options` refuses an option.
 
     Examples
     --------
@@ -173,6 +173,8 @@ def plan(
         guidance_scale = checks.real_number(guidance_scale, "guidance_scale", 0)
     if batch is not None:
         batch = checks.whole_number(batch, "batch", 1)
+    if isinstance(methods, str):
+        raise SettingError(f"methods={methods!r} is a single string. Put it in a list: [{methods!r}].")
     pairs: list[tuple[str, Mapping[str, Any]]] = [(one, {}) if isinstance(one, str) else one for one in methods]
     chosen = [(name, canonical_options(name, options)) for name, options in pairs]
     if not chosen:

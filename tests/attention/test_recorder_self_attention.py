@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from captured import SPECS
 from diffusers.models.attention_processor import AttnProcessor
 from tiny import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl
 from tiny_families import BUILDERS
@@ -207,7 +208,9 @@ def test_layers_and_heads_of_self_attention_are_selected(pipe: Any, prompt: Prom
 
 
 # The patches of the image are the last queries and keys.
-@pytest.mark.parametrize("name", ["FLUX.2", "AuraFlow", "Chroma", "Qwen-Image", "CogView4", "HunyuanDiT"])
+@pytest.mark.parametrize(
+    "name", ["FLUX.2", "AuraFlow", "Chroma", "Qwen-Image", "CogView3-Plus", "CogView4", "HunyuanDiT"]
+)
 def test_layers_read_at_their_attention_call_have_it_too(name: str) -> None:
     pipe = BUILDERS[name]()
     prompt = parse(TEXT, pipe)
@@ -221,6 +224,6 @@ def test_layers_read_at_their_attention_call_have_it_too(name: str) -> None:
     for one, layer in zip(seen, node["layer"].values, strict=False):
         truth = one.probabilities[0][:, -24:, -24:]
         kept = node["probability"].sel(layer=layer).isel(step=0, image=0).values.reshape(-1, 24, 24)
-        if name in ("AuraFlow", "HunyuanDiT"):  # they guide: the second row sees the prompt
+        if SPECS[name].rows == "second half":  # of the guided batch
             truth = one.probabilities[1][:, -24:, -24:]
         np.testing.assert_allclose(kept, truth, atol=1e-5)

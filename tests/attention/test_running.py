@@ -318,6 +318,10 @@ def test_image_tokens_of_flux_redux_are_no_padding() -> None:
     text = seen[0].text(slice(0, 1), 16, 512 + 9)
     assert float(text[..., prompt.end_index : 512].max()) == 0
     assert float(text[..., 512:].min()) > 0
+    options["prompt_embeds"] = torch.cat([torch.zeros_like(states), image], dim=1)  # of a prior without text encoders
+    for block in (record(pipe, prompt), edit(pipe, prompt, Edit("car", scale=0))):
+        with pytest.raises(RecordingError, match=r"are the same for every word of 'a red car"), block:
+            draw(pipe, None, **options)
 
 
 # -- hooks

@@ -36,6 +36,7 @@ PAGES = {
     "brackets": "a [red car] and a [blue bird]",
     "the same entity twice": "a [red cat] and a [red cat]",
     "numbers": "two [cats] and 3 [red dogs]",
+    "a background": "a [cat] with a [white background]",
     "a negation": "a [cat] and no [dog]",
     "quotes": "a [cat] called \"Tom's\" and a 'blue' [frog]",
     "a new line": "a [cat]\nand a\t[blue   frog]",

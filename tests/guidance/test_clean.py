@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDPMScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -18,11 +19,29 @@ from diffusers import (
 )
 from PIL import Image
 from tiny import tiny_flux, tiny_pipeline
+from tiny_families import tiny_cogview3_plus
 
 import elakit
 from elakit.errors import SettingError
 from elakit.guidance.clean import predicted_clean, watched_steps
 from elakit.guidance.engine import noise_levels
+
+
+def cogview3_plus_with_dpm() -> Any:
+    pipe = tiny_cogview3_plus()
+    pipe.scheduler = CogVideoXDPMScheduler()
+    return pipe
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_pipeline(scheduler="euler-ancestral"), cogview3_plus_with_dpm])
+def test_a_watched_run_has_the_image_of_its_seed(make: Any) -> None:
+    """Schedulers that draw random numbers receive the run's generator; the latents are one of their arguments."""
+    settings = {"seed": 7, "steps": 3, "height": 32, "width": 32, "progress": False}
+    plain = elakit.generate(make(), "a [red car]", **settings)
+    watched = elakit.generate(make(), "a [red car]", predicted=True, **settings)
+    assert np.array_equal(np.asarray(plain.image), np.asarray(watched.image))
+    assert watched.predicted is not None
+
 
 KINDS = ("epsilon", "v_prediction", "sample")
 

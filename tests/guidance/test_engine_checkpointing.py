@@ -55,6 +55,16 @@ def test_every_method_moves_the_latents_as_without(name: str) -> None:
     np.testing.assert_allclose(run.entity_maps(), plain.entity_maps(), atol=1e-3)
 
 
+def one_pass(pipe: Any, side: int) -> tuple[Any, ...]:
+    """Arguments of `gradient` for one image of ELA."""
+    adapter, prompt, method = adapter_for(pipe), elakit.parse(PAIR, pipe), elakit.ELA()
+    pipe.scheduler.set_timesteps(10)
+    latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(3), dtype=pipe.unet.dtype)
+    layers = method.select(adapter.layers(), (side, side))
+    conditioning = adapter.encode(prompt.text, guided=False)
+    return adapter, method, prompt, layers, latents, pipe.scheduler.timesteps[3], conditioning
+
+
 def kept(at: tuple[Any, ...]) -> int:
     """Count the bytes that a gradient pass keeps, each storage once, without weights."""
     own = {parameter.untyped_storage().data_ptr() for parameter in at[0].denoiser.parameters()}
@@ -72,19 +82,7 @@ def kept(at: tuple[Any, ...]) -> int:
 
 def test_far_less_is_kept_for_the_backward() -> None:
     pipe = tiny_pipeline()
-    adapter, prompt, method = adapter_for(pipe), elakit.parse(PAIR, pipe), elakit.ELA()
-    pipe.scheduler.set_timesteps(10)
-    latents = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(3))
-    layers = method.select(adapter.layers(), (32, 32))
-    at = (
-        adapter,
-        method,
-        prompt,
-        layers,
-        latents,
-        pipe.scheduler.timesteps[3],
-        adapter.encode(prompt.text, guided=False),
-    )
+    at = one_pass(pipe, 32)
     without = kept(at)
     with checkpointing(pipe):
         assert kept(at) < without / 2
@@ -132,25 +130,13 @@ def test_an_interrupt_while_weights_are_frozen_leaves_them_as_they_were(
 
 def test_an_error_inside_a_checkpoint_does_not_spoil_the_next_gradient() -> None:
     pipe = tiny_pipeline(torch.float64)
-    adapter, prompt, method = adapter_for(pipe), elakit.parse(PAIR, pipe), elakit.ELA()
-    pipe.scheduler.set_timesteps(10)
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    layers = method.select(adapter.layers(), (8, 8))
-    at = (
-        adapter,
-        method,
-        prompt,
-        layers,
-        latents,
-        pipe.scheduler.timesteps[3],
-        adapter.encode(prompt.text, guided=False),
-    )
+    at = one_pass(pipe, 8)
     wanted = gradient(*at)[1]
 
     def fail(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    handle = layers[0].module.register_forward_hook(fail)
+    handle = at[3][0].module.register_forward_hook(fail)
     with checkpointing(pipe), pytest.raises(RuntimeError, match="out of memory"):
         gradient(*at)
     handle.remove()

@@ -82,7 +82,22 @@ def bitsandbytes(net: Any) -> Callable[[Tensor], Tensor]:
     return lambda weight: unpack(weight, weight.quant_state) if hasattr(weight, "quant_state") else weight
 
 
-STORED = (layerwise, gguf, torchao, quanto, bitsandbytes)
+def bitsandbytes_8bit(net: Any) -> Callable[[Tensor], Tensor]:
+    """Integers of 8 bits with a scale per row."""
+    library = pytest.importorskip("bitsandbytes")
+    for above, name, module in linears(net):
+        layer = library.nn.Linear8bitLt(
+            module.in_features, module.out_features, module.bias is not None, has_fp16_weights=False
+        )
+        layer.weight = library.nn.Int8Params(
+            module.weight.detach().clone(), requires_grad=False, has_fp16_weights=False
+        )
+        layer.bias = module.bias
+        setattr(above, name, layer.to("cpu"))
+    return lambda weight: weight.float() * weight.SCB[:, None] / 127 if hasattr(weight, "SCB") else weight
+
+
+STORED = (layerwise, gguf, torchao, quanto, bitsandbytes, bitsandbytes_8bit)
 
 
 def stored(name: str, how: Callable[[Any], Callable[[Tensor], Tensor]]) -> tuple[Any, Any]:
@@ -110,13 +125,11 @@ def test_stored_weights_are_recorded_and_guided_as_they_compute(name: str, how: 
         image = draw(pipe, **family.options)
     compare(recording, seen, guided=family.guided)
     np.testing.assert_allclose(image, draw(plain, **family.options), atol=2e-3)
-    guided, known = (elakit.generate(p, TEXT, guidance=AttendAndExcite(), **SETTINGS).guidance for p in (pipe, plain))
+    once = AttendAndExcite(refine=())  # twenty refinements would enlarge what libraries round differently
+    guided, known = (elakit.generate(p, TEXT, guidance=once, **SETTINGS).guidance for p in (pipe, plain))
     assert any(row["moved"] > 0 for row in guided.rows)
-    # libraries round differently
     for row, other in zip(guided.rows, known.rows, strict=True):
-        assert (row["loss"], row["moved"]) == pytest.approx(
-            (other["loss"], other["moved"]), rel=0.05
-        )  # libraries round differently
+        assert (row["loss"], row["moved"]) == pytest.approx((other["loss"], other["moved"]), rel=1e-3)
 
 
 def test_layerwise_casting_and_gradient_checkpointing_are_not_combined() -> None:

@@ -11,17 +11,10 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from worked_example import CAT, CAT_REGION, FROG, FROG_REGION, MATRIX
 
 from elakit.errors import SettingError
 from elakit.measures.leakage import binding, bleed, intrusion, leakage, spill, truth_leakage
-
-# Two 2x4 maps and their regions. Cat: total 20, of which 16 in its own region, 3 in the frog's, 1 in the background.
-# Frog: total 10, of which 6 in its own region, 1 in the cat's, 3 in the background.
-CAT = np.array([[8.0, 4.0, 2.0, 0.0], [4.0, 0.0, 1.0, 1.0]])
-FROG = np.array([[0.0, 1.0, 4.0, 1.0], [0.0, 2.0, 2.0, 0.0]])
-CAT_REGION = np.array([[1, 1, 0, 0], [1, 0, 0, 0]], bool)
-FROG_REGION = np.array([[0, 0, 1, 0], [0, 0, 1, 0]], bool)
-MATRIX = [[0.8, 0.15, 0.05], [0.1, 0.6, 0.3]]
 
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 4))
 values = st.floats(0, 1e3, allow_subnormal=True)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from worked_example import CAT, FROG
 
 from elakit.errors import SettingError
 from elakit.measures.arrays import distribution
@@ -21,8 +22,6 @@ from elakit.measures.overlap import (
     symmetric_kl,
 )
 
-CAT = np.array([[8.0, 4.0, 2.0, 0.0], [4.0, 0.0, 1.0, 1.0]])
-FROG = np.array([[0.0, 1.0, 4.0, 1.0], [0.0, 2.0, 2.0, 0.0]])
 OF_MASKS = (iou, dice, overlap_coefficient)
 OF_MAPS = (ruzicka, astar_overlap)
 DIVERGENCES = (symmetric_kl, jensen_shannon, hellinger)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from captured import GENERATED, PLAIN, SPECS, TEXT, Spec, Witness, compare
+from captured import GENERATED, PLAIN, SPECS, TEXT, Witness, compare, draw
 from families import lora, offload
 from tiny_families import BUILDERS
 from torch import Tensor
@@ -20,13 +20,6 @@ from elakit.errors import ModelError
 from elakit.guidance import AttendAndExcite
 from elakit.models import adapter_for
 from elakit.prompt import parse
-
-
-def draw(pipe: Any, spec: Spec, **options: Any) -> np.ndarray:
-    height, width = spec.size
-    settings = {"num_inference_steps": 2, "output_type": "np", "height": height, "width": width}
-    generator = torch.Generator().manual_seed(7)
-    return pipe(prompt=PLAIN, generator=generator, **settings | spec.options | options).images
 
 
 @pytest.mark.parametrize("images", [1, 2])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -278,6 +281,34 @@ def test_what_only_looks_like_stable_diffusion_is_refused_before_its_download(
     monkeypatch.setattr(source, "hf_hub_download", lambda *_: str(tmp_path / "index.json"))
     with pytest.raises(ModelError, match=r"text encoder is a|three passes"):
         load("someone/some-model")
+
+
+def test_an_old_peft_is_named_by_every_command_that_needs_diffusers(tmp_path: Path) -> None:
+    """Only the extra `lora` has a bound for peft, so another package may have brought an older one along."""
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "__init__.py").write_text("")
+    (tmp_path / "peft-0.13.0.dist-info").mkdir()
+    (tmp_path / "peft-0.13.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.13.0\n")
+    code = """
+import sys
+import elakit
+from elakit.attention import record
+from elakit.cli import main
+from elakit.doctor import report
+print(dict(report())["models"])
+sys.argv = ["elakit", "diagnose", "a [cat] and a [lion]"]
+main()
+"""
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    said = "peft 0.13.0 is installed, and diffusers needs 0.17 or later: `pip install -U 'peft>=0.17'`"
+    assert done.returncode == 2, done.stderr
+    assert said in done.stdout
+    assert done.stderr.splitlines()[-1].startswith("elakit: diffusers cannot be imported (")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_device_of_another_maker_is_refused_where_it_is_absent(folder: Path) -> None:

@@ -35,6 +35,8 @@ def test_a_single_string_is_not_a_list_of_letters() -> None:
         plan("a cat and a lion", [1])
     with pytest.raises(SettingError, match="is a single string"):
         plan({"mine": "a cat and a lion"}, [1])
+    with pytest.raises(SettingError, match=r"methods='ela' is a single string.*\['ela'\]"):
+        plan(["a cat and a lion"], [1], "ela")
 
 
 @pytest.mark.parametrize("seed", [2**64, -1, 1.5, True, "x"])

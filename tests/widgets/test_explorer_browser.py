@@ -73,6 +73,10 @@ def open_page(browser: Any, path: Path) -> tuple[Any, list[str]]:
     return page, said
 
 
+def chosen(select: Any) -> str:
+    return select.evaluate("(select) => select.options[select.selectedIndex].label")
+
+
 def settle(page: Any) -> None:
     page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
@@ -152,7 +156,8 @@ def test_keys_do_what_the_foot_of_the_page_says(page: Any) -> None:
 
     assert "attention lies over the finished image" in page.locator(".elx-foot").inner_text()
     step, layer = page.locator(".elx-step"), page.get_by_label("Layers", exact=True)
-    page.locator(".elx").focus()
+    size = page.get_by_label("Resolution", exact=True)
+    page.evaluate("document.activeElement.blur()")  # as when it was opened
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowLeft")
@@ -162,13 +167,30 @@ def test_keys_do_what_the_foot_of_the_page_says(page: Any) -> None:
     page.keyboard.press("ArrowUp")
     settle(page)
     assert layer.evaluate("(select) => select.selectedIndex") == before - 1
+    assert chosen(size) == "4×4"  # the middle has no other
     page.keyboard.press("ArrowDown")
     page.keyboard.press("2")
     settle(page)
+    assert chosen(size) == "8×8"
     assert page.locator(".elx-current").inner_text().startswith("bird")
+    page.locator(".elx-chip", has_text="car").click()  # a button, which space would click again
     page.keyboard.press("Space")
     expect(step).to_have_text("step 6 of 6", timeout=20_000)
     expect(page.locator(".elx-play")).to_have_attribute("aria-label", "Play", timeout=20_000)
+    assert page.locator(".elx-current").inner_text().startswith("car")
+
+
+def test_the_table_has_room_for_four_runs(browser: Any, tmp_path: Path) -> None:
+    pipe = tiny_pipeline()
+    runs = [
+        elakit.generate(pipe, "a [red car] and a [blue bird]", seed=seed, steps=1, progress=False) for seed in range(4)
+    ]
+    page, said = open_page(browser, elakit.explore(*runs).to_html(tmp_path / "page.html"))
+    table = page.locator(".elx-values")
+    assert table.locator("thead th").count() == 5
+    assert table.evaluate("(table) => table.scrollWidth - table.clientWidth") <= 0
+    assert not said
+    page.close()
 
 
 def test_a_click_into_the_plot_goes_to_its_step(page: Any) -> None:

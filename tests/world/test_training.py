@@ -163,6 +163,41 @@ def test_an_autoencoder_that_grows_keeps_the_latents_it_started_from(config: Pat
     assert moved(100.0) < 0.3 * moved(0.0)
 
 
+EXAMPLES, WANTED = torch.arange(8.0).reshape(4, 2), torch.tensor([1.0, -1.0, 2.0, 0.5])
+
+
+def fit(folder: Path) -> nn.Module:
+    """Fit a line to this process's share of four examples."""
+    from elakit.world.training.loop import Schedule, rank_and_world, train
+
+    rank, world = rank_and_world()
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+
+    def loss(step: int) -> torch.Tensor:
+        return (model(EXAMPLES[rank::world])[:, 0] - WANTED[rank::world]).pow(2).mean()
+
+    schedule = Schedule(samples=40, batch=4 // world, learning_rate=0.1, warmup=1, processes=world)
+    return train(model, loss, schedule, folder, "line")
+
+
+def fit_together(rank: int, port: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.save(fit(folder).state_dict(), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_together_as_one_with_both_batches(tmp_path: Path) -> None:
+    from elakit.world.train import free_port
+
+    torch.multiprocessing.spawn(fit_together, (free_port(), tmp_path), nprocs=2)
+    alone = fit(tmp_path / "alone").state_dict()
+    for rank in (0, 1):
+        together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in alone.items():
+            assert torch.allclose(together[name], value, atol=1e-5), (rank, name)
+
+
 def test_a_stage_that_does_not_exist_is_refused(config: Path, tmp_path: Path) -> None:
     wrong = command(config, tmp_path, "--stage", "unet")
     assert wrong.returncode == 2
@@ -261,10 +296,32 @@ def test_a_judge_with_a_new_output_starts_as_the_earlier_one() -> None:
 
 
 def test_a_long_training_composes_new_scenes_as_it_goes(config: Path, tmp_path: Path) -> None:
-    from elakit.world.training.denoiser import GrowingScenes
+    from elakit.world.training.encoded import GrowingScenes
 
     settings = read_config(config)
     longer = dataclasses.replace(settings.denoiser, scenes=10, first_scenes=3, chunk=2, reuse=5)
     scenes = GrowingScenes(dataclasses.replace(settings, denoiser=longer), tmp_path, None, None, torch.device("cpu"))
     # 3 are rounded up to two chunks; a new chunk is due as soon as every scene has been seen five times
     assert [scenes.count(seen) for seen in (0, 20, 25, 30, 49, 1_000)] == [4, 4, 6, 6, 10, 10]
+
+
+def test_scenes_that_other_processes_compose_ahead_are_the_same(config: Path, tmp_path: Path) -> None:
+    from elakit.world.training import autoencoder
+    from elakit.world.training.encoded import Encoded, GrowingScenes
+
+    settings = read_config(config)
+    longer = dataclasses.replace(settings.denoiser, scenes=12, first_scenes=4, chunk=4, reuse=1)
+    settings = dataclasses.replace(settings, denoiser=longer)
+    torch.manual_seed(0)
+    vae = autoencoder.build(settings).eval()
+    tokenizer = train_tokenizer(settings.text.vocabulary, settings.text.positions)
+
+    def batches(folder: str, workers: int) -> list[Encoded]:
+        scenes = GrowingScenes(settings, tmp_path / folder, vae, tokenizer, torch.device("cpu"), workers)
+        torch.manual_seed(1)
+        return [scenes.batch(seen, 8) for seen in (0, 12)]
+
+    for alone, ahead in zip(batches("alone", 0), batches("ahead", 2), strict=True):
+        for name, value in vars(alone).items():
+            assert torch.equal(getattr(ahead, name), value), name
+    assert len(list((tmp_path / "ahead" / "scenes").glob("*.pt"))) == 3

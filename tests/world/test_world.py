@@ -366,6 +366,11 @@ def test_a_training_file_with_a_wrong_setting_is_refused(tmp_path: Path) -> None
     (tmp_path / "c.toml").write_text(text.replace("pull =", "pulll ="))
     with pytest.raises(SettingError, match=r"\[vae\].*pulll"):
         read_config(tmp_path / "c.toml")
+    (tmp_path / "c.toml").write_bytes(text.replace("pull =", "pull = \xff").encode("latin-1", "replace"))
+    with pytest.raises(SettingError, match="Cannot read the training configuration"):
+        read_config(tmp_path / "c.toml")
+    (tmp_path / "c.toml").write_text(text, encoding="utf-8-sig")
+    assert read_config(tmp_path / "c.toml") == read_config()
     (tmp_path / "c.toml").write_text(text.replace("[text]", "[txt]"))
     with pytest.raises(SettingError, match="txt"):
         read_config(tmp_path / "c.toml")

@@ -147,8 +147,8 @@ def read_config(path: Path | None = None) -> Config:
     """
     path = path or data_path("picture-world", "training.toml")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingError(f"Cannot read the training configuration {path}: {error}.") from error
     sections = {f.name: f.type for f in fields(Config)}
     kinds = {

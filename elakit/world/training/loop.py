@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from tqdm.auto import tqdm
 
 from elakit.files import replace_file
@@ -29,6 +29,26 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
 
 
+def rank_and_world() -> tuple[int, int]:
+    """Number of this process and number of processes that train together: 0 and 1 without ``torchrun``."""
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def share_gradients(model: nn.Module) -> None:
+    """Replace each gradient by its mean over all processes that train together."""
+    world = rank_and_world()[1]
+    if world == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients]) / world
+    distributed.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Length of a training run and its learning rate.
@@ -36,14 +56,17 @@ class Schedule:
     Attributes
     ----------
     samples : int
-        Images seen until the end.
+        Images seen until the end, by all processes together.
     batch : int
+        Images per step and process.
     learning_rate : float
         After `warmup` steps; from `decay_from` of the run on it falls to zero along a cosine.
     warmup : int
     decay_from : float
     average : float
         Decay of the exponential moving average of the weights.
+    processes : int
+        Number of processes that train together.
     """
 
     samples: int
@@ -52,11 +75,12 @@ class Schedule:
     warmup: int = 200
     decay_from: float = 0.5
     average: float = 0.999
+    processes: int = 1
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return math.ceil(self.samples / self.batch)
+        return math.ceil(self.samples / (self.batch * self.processes))
 
     def rate(self, step: int) -> float:
         """Learning rate at a step.
@@ -117,15 +141,18 @@ def train(
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         start, history = state["step"], state["history"]
+    rank, world = rank_and_world()
     saved = time.monotonic()
-    with tqdm(total=schedule.steps, initial=start, desc=name, unit="step", mininterval=5) as bar:
+    with tqdm(total=schedule.steps, initial=start, desc=name, unit="step", mininterval=5, disable=rank > 0) as bar:
         for step in range(start, schedule.steps):
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step + 1)
             optimizer.zero_grad(set_to_none=True)
-            torch.manual_seed(step)  # a training that was killed sees what it would have seen
+            # a training that was killed sees what it would have seen
+            torch.manual_seed(step * world + rank)
             value = loss(step)
             value.backward()
+            share_gradients(model)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             decay = min(schedule.average, (step + 1) / (step + 10))
@@ -139,7 +166,7 @@ def train(
                 bar.set_postfix(loss=f"{value.item():.4f}")
             bar.update()
             last = step + 1 == schedule.steps
-            if last or time.monotonic() - saved > checkpoint_seconds:
+            if rank == 0 and (last or time.monotonic() - saved > checkpoint_seconds):
                 state = {
                     "model": model.state_dict(),
                     "average": average.state_dict(),

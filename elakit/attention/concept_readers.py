@@ -1,0 +1,347 @@
+"""Computation of the maps of concepts that are not in the prompt, for each kind of attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elakit.attention.calls import AttentionCall, changing, watching_outputs
+from elakit.attention.hooks import Hooks, alone
+from elakit.attention.layout import Size
+from elakit.attention.running import SeenCall, Watch
+from elakit.attention.taps import Attend, rotate, tap
+from elakit.errors import RecordingError
+from elakit.models import Adapter, AttentionLayer
+from elakit.models.adapter import Conditioning, argument
+from elakit.models.adapter import Layout as CallLayout
+from elakit.models.device import compute_dtype
+from elakit.prompt import Prompt, parse
+
+
+class Reader:
+    """Computes the maps of one `map_concepts` block.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    prompt : Prompt or str
+        The prompt of the run.
+    words : sequence of str
+        Concepts.
+    begin : callable
+        ``begin(timestep)`` at the start of each denoiser call that sees the prompt.
+    add : callable
+        ``add(maps, size)`` with the maps (image, concept, h*w) of each layer.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        prompt: Prompt | str,
+        words: Sequence[str],
+        begin: Callable[[float], None],
+        add: Callable[[Tensor, Size], None],
+    ) -> None:
+        self.adapter: Any = adapter
+        self.denoiser: Any = adapter.denoiser
+        self.watch = Watch(adapter, parse(prompt, adapter.pipe))
+        self.begin = begin
+        self.add = add
+        self.seen: SeenCall | None = None
+        self.words = list(words)
+        self.positions = [self._positions(word) for word in words]
+        self.counts = [len(each) for each in self.positions]
+
+    def close(self) -> None:
+        """Release what belongs to the last run."""
+        self.watch.close()
+        self.seen = None
+
+    def before_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read a denoiser call that is about to run."""
+        self.seen = self.watch.read(args, kwargs)
+        if self.seen is not None:
+            self.begin(self.seen.call.timestep)
+
+    def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
+        """Start to read these layers."""
+        raise NotImplementedError
+
+    def by_concept(self, values: Tensor) -> Tensor:
+        """Average the tokens of each concept; (..., tokens) -> (..., concepts)."""
+        return torch.stack([part.mean(-1) for part in values.split(self.counts, dim=-1)], dim=-1)
+
+    def compare(self, image: Tensor, concepts: Tensor) -> Tensor:
+        """Maps from attention outputs of the image (rows, h*w, c) and of the concepts' tokens (rows, tokens, c)."""
+        scores = image @ concepts.transpose(-1, -2)
+        return self.by_concept(scores.float()).softmax(-1).movedim(-1, 1)
+
+    def _positions(self, word: str) -> list[int]:
+        """Positions of a concept's tokens in its own encoded text."""
+        return [token.index for token in parse(f"[{word}]", self.adapter.pipe).tokens]
+
+    @torch.no_grad()
+    def _states(self) -> Tensor:
+        """Text states of the tokens of all concepts, (tokens, channels)."""
+        first = self.adapter.text()[0].offset  # positions before it (AuraFlow's registers) have no text states
+        found = []
+        for word, positions in zip(self.words, self.positions, strict=True):
+            states = _text_states(self.adapter.encode(word, guided=False))
+            found.append(states[[position - first for position in positions]])
+        return torch.cat(found)
+
+
+def _text_states(conditioning: Conditioning) -> Tensor:
+    """Text states of an encoded prompt, (positions, channels)."""
+    inputs = conditioning.inputs
+    states: Tensor = inputs["encoder_hidden_states" if "encoder_hidden_states" in inputs else "cap_feats"][0]
+    return states
+
+
+class Cross(Reader):
+    """Concepts beside the prompt in cross-attention that is read by hooks on its projections."""
+
+    def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
+        """Start to read these layers."""
+        self.beside: dict[str, Tensor] = dict.fromkeys(
+            (layer.name for layer in layers), _projected(self.denoiser, self._states())
+        )
+        stack.enter_context(tap(layers, self.on_attention))
+
+    @torch.no_grad()
+    def on_attention(self, layer: AttentionLayer, attend: Attend, size: Size) -> None:
+        """Add the maps of a layer that has run."""
+        if self.seen is None:
+            return
+        count = sum(self.counts)
+        every = attend(self.seen.rows, self.beside[layer.name])  # (images, heads, h*w, text and concept tokens)
+        text, own = every.split([every.shape[-1] - count, count], dim=-1)
+        alone = own / (text.sum(-1, keepdim=True) + own)  # each token beside the prompt only
+        self.add(self.by_concept(alone).mean(1).movedim(-1, 1), size)
+
+
+class AtCall(Cross):
+    """Concepts beside the prompt in cross-attention that is read at its attention call (Sana, HunyuanDiT)."""
+
+    @torch.no_grad()
+    def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
+        """Start to read these layers, whose keys of the concepts depend neither on the image nor on the step."""
+        inside: list[str] = []
+        keys: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+
+        def keep(call: AttentionCall, _: Tensor) -> None:
+            if inside:  # only the first call of a layer is to the text
+                keys[inside.pop()].append(call.key[:1])
+
+        side = self.adapter.pipe.vae_scale_factor * layers[0].factor  # one patch
+        noise = self.adapter.noise(torch.Generator(), side, side)
+        with Hooks() as own, alone(own), changing(lambda call: call, keep):
+            for layer in layers:
+                own.before(layer.module, lambda *_, name=layer.name: inside.append(name))
+                own.after(layer.module, lambda *_: inside.clear())
+            for word in self.words:
+                conditioning = self.adapter.encode(word, guided=False, size=(side, side))
+                self.adapter.denoise(noise, 1.0, conditioning)
+        for layer in layers:
+            if len(keys[layer.name]) < len(self.words):
+                raise _without_call(layer)
+        self.beside = {
+            name: torch.cat([key[:, :, at] for key, at in zip(each, self.positions, strict=True)], dim=2)
+            for name, each in keys.items()
+        }
+        stack.enter_context(tap(layers, self.on_attention))
+
+
+def _without_call(layer: AttentionLayer) -> RecordingError:
+    return RecordingError(
+        f"Layer {layer.name} ran without calling F.scaled_dot_product_attention, where it is read. Set the default "
+        "attention processor and `set_attention_backend('native')` before `map_concepts`."
+    )
+
+
+@torch.no_grad()
+def _projected(denoiser: Any, states: Tensor) -> Tensor:
+    """Text states as the keys see them: behind the denoiser's own projection in PixArt and Kolors."""
+    projection = getattr(denoiser, "caption_projection", None)
+    if getattr(denoiser.config, "encoder_hid_dim_type", None) == "text_proj":
+        projection = denoiser.encoder_hid_proj
+    elif moved := getattr(denoiser, "text_encoder_hid_proj", None):  # Kolors with an IP-Adapter
+        projection = moved
+    return states if projection is None else projection(states.to(compute_dtype(denoiser)))
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Keys and values of the image in one layer of the run's pass, and the outputs of its locations."""
+
+    key: Tensor
+    value: Tensor
+    output: Tensor | None
+
+
+class TextPass(Reader):
+    """Concepts as the text of a pass of their own, whose keys and values of the image are those of the run's pass."""
+
+    def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
+        """Start to read these layers, and those that the concepts pass through before them."""
+        self.states = self._states()
+        self.chosen = {layer.name for layer in layers}
+        every = self.adapter.layers()
+        self.layers = every[: max(at for at, one in enumerate(every) if one.name in self.chosen) + 1]
+        self.hooks = hooks
+        self.kept: dict[str, _Kept] = {}
+        self.inside: AttentionLayer | None = None
+        self.given: tuple[Any, Any] | None = None  # arguments of the run's pass
+        stack.callback(self.kept.clear)
+        for layer in self.layers:
+            hooks.before(layer.module, lambda *_, layer=layer: setattr(self, "inside", layer))
+            hooks.after(layer.module, lambda *_: setattr(self, "inside", None))
+        hooks.after(self.denoiser, self.after_call)
+        stack.enter_context(watching_outputs(self._keep))
+
+    def before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read a denoiser call that is about to run; not the pass of the concepts inside it."""
+        if self.given is not None:
+            return
+        self.kept.clear()
+        super().before_call(module, args, kwargs)
+        if self.seen is not None:
+            self.layout = self._layout(args, kwargs)
+
+    def _layout(self, args: Any, kwargs: Any) -> CallLayout:
+        layout: CallLayout = self.layers[0].layout(args, kwargs)
+        return layout
+
+    def _keep(self, call: AttentionCall, output: Tensor) -> None:
+        layer, self.inside = self.inside, None  # only the first call of a layer is to the text
+        if layer is None or self.seen is None or self.given is not None:
+            return
+        rows, (first, count) = self.seen.rows, self.layout.text
+        image = slice(first + count, None) if layer.text_first else slice(0, first)
+        locations = slice(self.layout.image, self.layout.image + math.prod(self.layout.size))
+        self.kept[layer.name] = _Kept(
+            call.key[rows][..., image, :],
+            call.value[rows][..., image, :],
+            _by_row(output[rows][..., locations, :]) if layer.name in self.chosen else None,
+        )
+
+    @torch.no_grad()
+    def after_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+        """Run the pass of the concepts."""
+        if self.seen is None or self.given is not None:
+            return
+        for layer in self.layers:
+            if layer.name not in self.kept:
+                raise _without_call(layer)
+        self.given = args, kwargs
+        try:
+            of_text = self.adapter.text_call(
+                self.states, [at for each in self.positions for at in each], args, kwargs, self.seen.rows
+            )
+            self.text = self._layout((), of_text).text
+            with alone(self.hooks), changing(self._join, self._compare):
+                self.denoiser(**of_text)
+        finally:
+            self.given = self.seen = self.inside = None
+            self.kept.clear()
+
+    def _join(self, call: AttentionCall) -> AttentionCall:
+        """Keys and values of the pass's text, and those of the run's image."""
+        if self.inside is None:
+            return call
+        first, count = self.text
+        kept = self.kept[self.inside.name]
+
+        def joined(own: Tensor, image: Tensor) -> Tensor:
+            return torch.cat([own[..., first : first + count, :], image], dim=-2)
+
+        return replace(call, key=joined(call.key, kept.key), value=joined(call.value, kept.value), mask=None)
+
+    def _compare(self, _: AttentionCall, output: Tensor) -> None:
+        layer, self.inside = self.inside, None
+        image = None if layer is None else self.kept[layer.name].output
+        if image is None:
+            return
+        first = self.text[0] + self.adapter.text()[0].offset
+        concepts = _by_row(output[..., first : first + len(self.states), :])
+        self.add(self.compare(image, concepts), self.layout.size)
+
+
+def _by_row(output: Tensor) -> Tensor:
+    """Outputs of all heads side by side; (rows, heads, n, d) -> (rows, n, channels)."""
+    return output.transpose(1, 2).flatten(2)
+
+
+class Stream(Reader):
+    """Concepts as a second text stream beside the double stream blocks of FLUX.1 or Stable Diffusion 3."""
+
+    def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
+        """Start to read these layers, and those that the concepts pass through before them."""
+        self.states = self._states()
+        chosen = {layer.name for layer in layers}
+        for number, block in enumerate(self.denoiser.transformer_blocks):
+            layer = next(one for one in self.adapter.layers() if one.module is block.attn)
+            hooks.before(block.attn.to_out[0], self._keep_output)
+            hooks.after(block, self._step(layer, first=number == 0, keeps=layer.name in chosen))
+        hooks.before(self.denoiser, self._note_size(layers[0]))
+
+    def _note_size(self, layer: AttentionLayer) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            self.size = layer.grid(args, kwargs)
+
+        return hook
+
+    def _keep_output(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        self.output = args[0]  # attention outputs of the image's locations, (rows, h*w, channels)
+
+    def _step(self, layer: AttentionLayer, *, first: bool, keeps: bool) -> Any:
+        @torch.no_grad()
+        def hook(block: Any, args: Any, kwargs: Any, _: Any) -> None:
+            if self.seen is None:
+                return
+            rows, output = self.seen.rows, self.output
+            image, temb = (argument(args, kwargs, place, name) for place, name in ((0, "hidden_states"), (2, "temb")))
+            rotary = argument(args, kwargs, 3, "image_rotary_emb") if layer.text_first else None  # FLUX.1
+            temb = temb[rows] if len(temb) > 1 else temb
+            if first:
+                begin = self.denoiser.context_embedder(self.states.to(image.dtype))
+                self.stream = begin.expand(rows.stop - rows.start, -1, -1)
+            ends = bool(getattr(block, "context_pre_only", False))  # the text stream ends in this block
+            if ends:
+                concept = block.norm1_context(self.stream, temb)
+            else:
+                concept, gate, shift, scale, gate_mlp = block.norm1_context(self.stream, emb=temb)
+            own = _concept_attention(layer, concept, block.norm1(image[rows], emb=temb)[0], rotary)
+            if keeps:
+                self.add(self.compare(output[rows], own), self.size)
+            if ends:
+                return
+            self.stream = self.stream + gate.unsqueeze(1) * block.attn.to_add_out(own)
+            normed = block.norm2_context(self.stream) * (1 + scale[:, None]) + shift[:, None]
+            self.stream = self.stream + gate_mlp.unsqueeze(1) * block.ff_context(normed)
+
+        return hook
+
+
+def _concept_attention(layer: AttentionLayer, concept: Tensor, image: Tensor, rotary: Any) -> Tensor:
+    """Attention outputs of concepts, which attend to each other and to the image; (rows, tokens, channels)."""
+    module: Any = layer.module
+
+    def heads(x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        x = x.unflatten(-1, (layer.heads, -1))
+        return x if norm is None else norm(x)
+
+    query = heads(module.add_q_proj(concept), module.norm_added_q)
+    keys = [heads(module.add_k_proj(concept), module.norm_added_k), heads(module.to_k(image), module.norm_k)]
+    values = [heads(module.add_v_proj(concept)), heads(module.to_v(image))]
+    if rotary is not None:  # text has position 0, where the rotation is the identity
+        keys[1] = rotate(keys[1], [turn[-image.shape[1] :] for turn in rotary])
+    query, key, value = (x.transpose(1, 2) for x in (query, torch.cat(keys, dim=1), torch.cat(values, dim=1)))
+    scores = query.float() @ key.float().transpose(-1, -2) / math.sqrt(query.shape[-1])
+    return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2).flatten(2)

@@ -1,0 +1,56 @@
+"""diffusers, imported with an error that names what in the environment keeps it from being imported."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from typing import Any
+
+from elakit.errors import ModelError
+
+# Packages that diffusers imports where they are installed, and their lowest releases (pyproject.toml): an older one
+# that another package brought along ends the import of diffusers.
+_BESIDE = {"peft": (0, 17)}
+
+
+def import_diffusers() -> Any:
+    """Import diffusers, with the modules that it imports at the first use of a pipeline.
+
+    Returns
+    -------
+    module
+
+    Raises
+    ------
+    ModelError
+        diffusers cannot be imported; the message names the package to upgrade.
+
+    Examples
+    --------
+    >>> import_diffusers().DiffusionPipeline.__name__
+    'DiffusionPipeline'
+    """
+    try:
+        import diffusers
+
+        diffusers.DiffusionPipeline  # noqa: B018  it is imported at first access, with all that it needs
+    except (ImportError, RuntimeError, AttributeError) as error:
+        # the first lines of diffusers' error name its own modules, the last one the cause
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"diffusers cannot be imported ({lines[-1].rstrip('.')}). {_remedy()}") from error
+    return diffusers
+
+
+def _remedy() -> str:
+    for package, lowest in _BESIDE.items():
+        try:
+            installed = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if tuple(int(part) for part in re.findall(r"\d+", installed)[: len(lowest)]) < lowest:
+            bound = ".".join(map(str, lowest))
+            return (
+                f"{package} {installed} is installed, and diffusers needs {bound} or later: "
+                f"`pip install -U '{package}>={bound}'`, or uninstall {package}, which only LoRA weights need."
+            )
+    return "Upgrade what it names, or install elakit in an environment of its own; `elakit doctor` lists the versions."
