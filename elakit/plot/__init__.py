@@ -1,7 +1,7 @@
 """Plotly figures of runs and of tables.
 
 Every function takes runs, or a table of runs, returns a `plotly.graph_objects.Figure` and has no side effect. Figures
-are at most 900 pixels wide unless a panel size is given. Words of the prompt are escaped, because plotly reads labels
+are at most 860 pixels wide unless a panel size is given. Words of the prompt are escaped, because plotly reads labels
 as HTML.
 """
 

@@ -56,7 +56,7 @@ def agreement(
     steps : int or sequence of int
         A number of steps, evenly spaced with the first and the last, or the steps.
     panel : int, optional
-        Width of a panel in pixels; by default a row is at most 900 pixels wide.
+        Width of a panel in pixels; by default a row is at most 860 pixels wide.
     title : str, optional
         "" for no title.
 

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 # Images up to this side are encoded losslessly; larger ones, of which a report may contain many, as JPEG.
 LOSSLESS_SIDE = 256
+# WebP: method 6 with quality 100 takes 50 times as long for files that are .1% smaller.
 SAVED: dict[str, dict[str, Any]] = {
     "png": {"optimize": True},
     "jpeg": {"quality": 90},
-    "webp": {"lossless": True, "quality": 100, "method": 6},
+    "webp": {"lossless": True, "quality": 75, "method": 2},
 }
 
 
@@ -155,7 +156,7 @@ def entity_maps(
     step : int, optional
         One step (negative values count back from the last); by default the mean over all steps.
     panel : int, optional
-        Width of a panel in pixels; by default a row is at most 900 pixels wide.
+        Width of a panel in pixels; by default a row is at most 860 pixels wide.
     title : str, optional
         "" for no title.
 

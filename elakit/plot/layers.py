@@ -42,7 +42,7 @@ def bleeding_by_layer(
     across : {"head", "step"}, optional
         By default heads if the table has several, else steps.
     panel : int, optional
-        Width of the matrix in pixels; by default the figure is at most 900 pixels wide.
+        Width of the matrix in pixels; by default the figure is at most 860 pixels wide.
     title : str, optional
         "" for no title.
 

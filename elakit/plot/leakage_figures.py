@@ -46,7 +46,7 @@ def leakage(
     attributes : bool
         Add a row for each attribute of the prompt, such as "red (of car)".
     panel : int, optional
-        Width of a matrix in pixels; by default all fit into 900 pixels.
+        Width of a matrix in pixels; by default all fit into 860 pixels.
     title : str, optional
         "" for no title.
 
@@ -173,7 +173,7 @@ def bleeding_over_steps(
     measures : sequence of str
         Names of measures in ``run.bleeding.to_frame()``.
     width, height : int
-        Size of a panel in pixels; by default the figure is at most 900 pixels wide.
+        Size of a panel in pixels; by default the figure is at most 860 pixels wide.
     title : str, optional
         "" for no title.
 

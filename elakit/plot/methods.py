@@ -34,7 +34,7 @@ def method_comparison(summary: pd.DataFrame, *, panel: int | None = None, title:
         One row per method, as `elakit.sweep.summary` returns it: columns success, fixed, broken and seconds, each with
         _low and _high (whiskers), and optionally p_holm. Plain generation comes first, the methods follow by success.
     panel : int
-        Width of a panel in pixels; by default the figure is at most 900 pixels wide.
+        Width of a panel in pixels; by default the figure is at most 860 pixels wide.
     title : str, optional
         "" for no title.
 

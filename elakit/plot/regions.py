@@ -50,7 +50,7 @@ def region_evolution(
     columns : int
         Maximum number of panels per row.
     panel : int, optional
-        Width of a panel in pixels; by default a row is at most 900 pixels wide.
+        Width of a panel in pixels; by default a row is at most 860 pixels wide.
     title : str, optional
         "" for no title.
 

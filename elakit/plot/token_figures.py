@@ -65,7 +65,7 @@ def token_maps(
     colors : str
         Plotly color scale.
     panel : int, optional
-        Width of a map in pixels; by default 46 to 110, so that a row is at most 900 pixels wide.
+        Width of a map in pixels; by default 46 to 110, so that a row is at most 860 pixels wide.
     title : str, optional
         "" for no title.
 

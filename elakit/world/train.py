@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +31,9 @@ def main(
     processes: Annotated[
         int, typer.Option(min=1, help="Processes that train the denoiser together, each with its own batch.")
     ] = 1,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that compose scenes ahead, for a GPU that waits for them otherwise.")
+    ] = 0,
 ) -> None:
     """Train picture-world: autoencoder, its decoder once more (with ``polish``), text encoder with denoiser, judge."""
     stages = set(STAGES if stage == "all" else stage.split(","))
@@ -41,7 +45,7 @@ def main(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(0)
     if "vae" in stages or (settings.vae.polish and "decoder" in stages):
-        scenes = cached_crowds(settings.world, settings.vae.scenes, 1, out / "crowds.npz")
+        scenes = cached_crowds(settings.world, settings.vae.scenes, 1, out / "crowds.npz", workers)
         if "vae" in stages:
             vae = train_autoencoder(settings, scenes, out, where, start / "vae" if start else None)
         if settings.vae.polish and "decoder" in stages:
@@ -50,16 +54,16 @@ def main(
         print(f"autoencoder: PSNR {psnr(vae, test):.1f} dB on 256 new scenes")
     if "denoiser" in stages:
         if processes > 1:
-            arguments = (processes, free_port(), settings, out, where, start)
+            arguments = (processes, free_port(), settings, out, where, start, workers)
             torch.multiprocessing.spawn(_train_together, arguments, nprocs=processes)
         else:
             from elakit.world.training.denoiser import train_denoiser
 
-            train_denoiser(settings, out, where, start)
+            train_denoiser(settings, out, where, start, workers)
     if "judge" in stages:
         from elakit.world.training.judge import train_judge
 
-        train_judge(settings, out, where, start)
+        train_judge(settings, out, where, start, workers)
 
 
 def free_port() -> int:
@@ -70,14 +74,23 @@ def free_port() -> int:
 
 
 def _train_together(
-    rank: int, processes: int, port: int, settings: Config, out: Path, device: torch.device, start: Path | None
+    rank: int,
+    processes: int,
+    port: int,
+    settings: Config,
+    out: Path,
+    device: torch.device,
+    start: Path | None,
+    workers: int,
 ) -> None:
     """Train the denoiser as one of several processes, which share the cores of the machine."""
     from elakit.world.training.denoiser import train_denoiser
 
+    # torch sends SIGINT to a process whose parent is killed; it is ignored in what a shell starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
-    train_denoiser(settings, out, device, start)
+    train_denoiser(settings, out, device, start, workers)
     torch.distributed.destroy_process_group()
 
 

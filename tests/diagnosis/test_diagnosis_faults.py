@@ -13,6 +13,7 @@ import lab
 import numpy as np
 import pandas as pd
 import pytest
+from commands import surveys_in_this_process
 from pages import Page
 from PIL import Image
 from tiny_diagnosis import diagnosis, judged_run, tiny_runs
@@ -26,7 +27,6 @@ from elakit.diagnosis.survey import diagnose_many, plan_cases, write
 from elakit.diagnosis.survey.cases import case_file
 from elakit.errors import OutputError, SettingError
 from elakit.guidance import Trace
-from elakit.sweep.sweep import run
 
 # --- what the report says -----------------------------------------------------------------------------------
 
@@ -180,14 +180,7 @@ SETTINGS: dict[str, Any] = {"seeds": 1, "steps": 1, "remedies": False}
 @pytest.fixture(scope="module")
 def in_process() -> Iterator[None]:
     """Surveys are generated in this process."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    def without_workers(cases: Any, folder: Any, **options: Any) -> Any:
-        with ThreadPoolExecutor(1) as pool:
-            return run(cases, folder, pool, **{**options, "workers": None})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("elakit.diagnosis.survey.run.run", without_workers)
+    with surveys_in_this_process():
         yield
 
 

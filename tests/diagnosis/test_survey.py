@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from commands import call, surveys_in_this_process
 from pages import Page
 
 from elakit.diagnosis.survey import diagnose_many, plan_cases, table
@@ -24,14 +27,15 @@ PROMPTS = ["a [bear] and a [blue clock]", "a [cat", EVIL, "a [cat] and a [frog]"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A survey that was killed after its first prompt and resumed."""
+    """A survey whose processes were killed after its first prompt, resumed in this process."""
     place = tmp_path_factory.mktemp("survey")
     prompts, out = place / "prompts.txt", place / "out"
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
     words = ["diagnose", "--prompts", str(prompts), "--out", str(out), "--seeds", "1", "--steps", "1"]
     words += ["--workers", "1", "--remedies", "swapped"]
-    command = [sys.executable, "-m", "elakit.cli", *words]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        [sys.executable, "-m", "elakit.cli", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 540
     while not list((out / "units").glob("*.parquet")) and time.monotonic() < deadline and first.poll() is None:
         time.sleep(0.05)
@@ -39,9 +43,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     first.wait()
     finished = {path: path.stat().st_mtime_ns for path in (out / "units").glob("*.parquet")}
     assert finished
-    second = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert second.returncode == 1, second.stderr  # one prompt cannot be read
-    assert "3 of 4 prompts are diagnosed" in second.stdout, second.stdout + second.stderr
+    with surveys_in_this_process(), pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said:
+        assert call(patch, *words) == 1  # one prompt cannot be read
+    assert "3 of 4 prompts are diagnosed" in said.getvalue()
     assert {path: path.stat().st_mtime_ns for path in finished} == finished  # not generated again
     return out
 

@@ -297,7 +297,10 @@ def test_figures_of_one_and_of_many_entities_fit_the_page() -> None:
     many = draw("a [car], a [bird], a [dog], a [cat], a [frog], a [lion], a [bear] and a [clock]", length=60)
     for function in (plot.token_maps, plot.region_evolution, plot.entity_maps):
         assert function(many).layout.width <= style.WIDTH
+    assert style.WIDTH <= 868  # what JupyterLab leaves on a screen of 1300 pixels with its sidebar open
     assert plot.leakage(many, many).layout.width <= style.WIDTH
+    assert plot.images(*[many] * 12).layout.width <= style.WIDTH
+    assert plot.bleeding_over_steps(many, many).layout.width <= style.WIDTH
     alone = draw("a [dog]")
     assert plot.leakage(alone).data[0].z.shape == (1, 2)
     assert len(heatmaps(plot.entity_maps(alone))) == 1

@@ -12,6 +12,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
+from commands import call
 
 from elakit.errors import SettingError
 from elakit.sweep import plan, run, shard, table, workers
@@ -53,16 +55,24 @@ def test_three_shards_in_three_processes_give_the_table_of_one(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_the_command_with_three_shards_generates_the_table_of_one(tmp_path: Path) -> None:
+def test_the_command_with_three_shards_generates_the_table_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole sweep in a worker process, as users run it; the shards in this one, which has imported torch."""
     (tmp_path / "prompts.txt").write_text("a [cat]\na [red car] and a [dog]\na [frog]\n")
-    words = (
-        f"sweep run --prompts {tmp_path / 'prompts.txt'} --seeds 1 --methods plain --steps 2 --workers 1 --device cpu"
-    )
-    command = [sys.executable, "-m", "elakit", *words.split(), "--out"]
-    calls = [[str(tmp_path / "sharded"), "--shard", f"{index}/3"] for index in (1, 2, 3)] + [[str(tmp_path / "whole")]]
-    processes = [subprocess.Popen([*command, *call], stderr=subprocess.PIPE, text=True) for call in calls]
-    said = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4, said
+    words = f"sweep run --prompts {tmp_path / 'prompts.txt'} --seeds 1 --methods plain --steps 2 --device cpu".split()
+    command = [sys.executable, "-m", "elakit", *words, "--workers", "1", "--threads", "1"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "whole")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr("elakit.sweep.cli._executor", lambda _: ThreadPoolExecutor(1))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for index in (1, 2, 3):
+            assert call(monkeypatch, *words, "--out", str(tmp_path / "sharded"), "--shard", f"{index}/3") == 0
+            assert len(list((tmp_path / "sharded" / "units").iterdir())) == index
+    finally:
+        torch.set_num_threads(before)
     sharded, whole = (table(tmp_path / name).drop(columns=["seconds"]) for name in ("sharded", "whole"))
     assert len(whole) == 3
     pd.testing.assert_frame_equal(sharded, whole)

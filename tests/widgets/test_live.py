@@ -18,7 +18,8 @@ import elakit
 from elakit.errors import ElakitError, PromptError, SettingError
 from elakit.guidance import ELA, METHODS, AttendAndExcite, BoxDiff, FromMaps, LatentStep, build
 from elakit.widgets.live import Panel
-from elakit.widgets.live.options import Controls, options
+from elakit.widgets.live.controls import Controls
+from elakit.widgets.live.options import defaults, options, values
 from elakit.widgets.live.session import Session
 from elakit.widgets.live.words import chips, marks_of, toggled
 
@@ -135,14 +136,15 @@ def test_numbers_out_of_range_are_refused_and_not_replaced_by_others(
 def test_every_option_of_every_method_has_a_control_that_opens_at_its_default(name: str) -> None:
     method = METHODS[name]
     regions = {"regions": [LEFT, RIGHT]} if method.needs_regions else {}
-    controls = Controls(method)
-    assert build(method, controls.values() | regions) == method(**regions)
+    controls = Controls(method, defaults(method))
+    entries = {name: widget.value for name, widget in controls.widgets.items()}
+    assert build(method, values(method, entries) | regions) == method(**regions)
     assert all(option.about or option.choices for option in options(method))
     assert all(controls.widgets[option.name].tooltip == option.about for option in options(method))
 
 
 def test_what_is_typed_reaches_the_method(panel: Panel) -> None:
-    controls = panel._controls["ela"].widgets
+    controls = panel._view.controls["ela"].widgets
     controls["anchor.step_size"].value, controls["anchor.gradient"].value = 0.2, "raw"
     controls["localize.lock_from"].value, controls["localize.subtract_pedestal"].value = " 2 ", False
     assert panel.guidance == ELA(
@@ -154,7 +156,7 @@ def test_what_is_typed_reaches_the_method(panel: Panel) -> None:
     panel.method = "attend-and-excite"
     panel.options = {"refine": ((0.0, 0.1, 3),)}
     assert panel.guidance == AttendAndExcite(refine=((0.0, 0.1, 3),))
-    panel._controls["attend-and-excite"].widgets["refine"].value = "soon"
+    panel._view.controls["attend-and-excite"].widgets["refine"].value = "soon"
     with pytest.raises(SettingError, match=r"AttendAndExcite\(refine='soon'\)"):
         _ = panel.guidance
     with pytest.raises(SettingError, match="no option glow; its options are "):
@@ -168,7 +170,7 @@ def test_a_method_that_refuses_its_options_says_so_and_draws_nothing(panel: Pane
     panel._view.run.click()
     assert panel.state == "idle"
     assert "LatentStep(guided=2.0): must be a number from 0 to 1" in panel._view.message.value
-    panel._controls["ela"].reset()
+    panel._view.controls["ela"].back.click()
     assert panel.guidance == ELA()
 
 
@@ -181,6 +183,62 @@ def test_methods_that_need_regions_say_which_are_missing(panel: Panel) -> None:
     assert panel.guidance == BoxDiff([LEFT, RIGHT])
     panel.method = "syngen"
     assert "takes no regions" in panel._view.stage._guidance["note"]
+
+
+def test_a_message_about_a_missing_region_disappears_when_it_is_drawn(panel: Panel) -> None:
+    panel.method = "boxdiff"
+    panel._view.run.click()
+    assert "missing: car, bird" in panel._view.message.value
+    panel.draw("car", LEFT)
+    assert "missing: bird" in panel._view.message.value
+    panel.draw("bird", RIGHT)
+    assert (panel.error, panel._view.message.value) == (None, "")
+
+
+# -- widgets and Python -----------------------------------------------------------------------------------------------
+
+
+def test_widgets_show_what_is_set_from_python(panel: Panel) -> None:
+    panel.seed, panel.steps, panel.guidance_scale = 9, 3, 2.5
+    panel.options = {"anchor.gradient": "raw", "localize.lock_from": 2}
+    view = panel._view
+    assert (view.text.value, view.seed.value, view.steps.value, view.guidance_scale.value) == (PAIR, 9, 3, 2.5)
+    shown = view.controls["ela"].widgets
+    assert (shown["anchor.gradient"].value, shown["localize.lock_from"].value) == ("raw", "2")
+    panel.method = "a-star"
+    assert view.method.value == "a-star"
+    assert "a-star" in view.controls
+    assert panel.prompt is not None
+    panel.prompt = panel.prompt  # a parsed prompt has no brackets
+    assert view.text.value == "a red car and a blue bird"
+
+
+def test_what_is_set_in_widgets_is_seen_from_python(panel: Panel) -> None:
+    view = panel._view
+    view.seed.value, view.steps.value, view.guidance_scale.value, view.method.value = 9, 3, 2.5, "a-star"
+    view.text.value = "a [cat] and a [dog]"
+    assert (panel.seed, panel.steps, panel.guidance_scale, panel.method) == (9, 3, 2.5, "a-star")
+    assert panel.prompt is not None
+    assert [entity.label for entity in panel.prompt.entities] == ["cat", "dog"]
+    assert view.text.value == "a [cat] and a [dog]"
+
+
+def test_a_refused_option_changes_neither_the_method_nor_its_controls(panel: Panel) -> None:
+    with pytest.raises(SettingError, match="one of 'normalized', 'raw'"):
+        panel.options = {"anchor.decay": 0.25, "anchor.gradient": "glow"}
+    assert panel.guidance == ALL
+    assert panel._view.controls["ela"].widgets["anchor.decay"].value == ALL.anchor.decay
+
+
+def test_text_that_arrives_during_a_run_is_refused_and_taken_back(panel: Panel) -> None:
+    """A last keystroke may reach the kernel after the field was locked."""
+    panel.step()
+    panel.wait(PATIENCE)
+    panel._view.text.value = "a [cat]"
+    assert "a run is in progress" in panel._view.message.value
+    assert panel._view.text.value == PAIR
+    assert panel.prompt is not None
+    assert [entity.label for entity in panel.prompt.entities] == ["car", "bird"]
 
 
 # -- regions by hand --------------------------------------------------------------------------------------------------

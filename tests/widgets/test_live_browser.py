@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from ast import literal_eval
@@ -35,7 +36,9 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[lab.Lab, 
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, folder / "live.ipynb")
-    with lab.open_lab(folder, {"PYTHONPATH": str(Path(__file__).parents[1])}) as running:
+    tests = Path(__file__).parents[1]
+    paths = os.pathsep.join(map(str, (tests, tests.parent)))  # the kernel imports the package of this checkout
+    with lab.open_lab(folder, {"PYTHONPATH": paths}) as running:
         shown = running.open("live.ipynb", height=1400)
         shown.run(timeout=180)
         assert shown.errors() == []

@@ -296,10 +296,32 @@ def test_a_judge_with_a_new_output_starts_as_the_earlier_one() -> None:
 
 
 def test_a_long_training_composes_new_scenes_as_it_goes(config: Path, tmp_path: Path) -> None:
-    from elakit.world.training.denoiser import GrowingScenes
+    from elakit.world.training.encoded import GrowingScenes
 
     settings = read_config(config)
     longer = dataclasses.replace(settings.denoiser, scenes=10, first_scenes=3, chunk=2, reuse=5)
     scenes = GrowingScenes(dataclasses.replace(settings, denoiser=longer), tmp_path, None, None, torch.device("cpu"))
     # 3 are rounded up to two chunks; a new chunk is due as soon as every scene has been seen five times
     assert [scenes.count(seen) for seen in (0, 20, 25, 30, 49, 1_000)] == [4, 4, 6, 6, 10, 10]
+
+
+def test_scenes_that_other_processes_compose_ahead_are_the_same(config: Path, tmp_path: Path) -> None:
+    from elakit.world.training import autoencoder
+    from elakit.world.training.encoded import Encoded, GrowingScenes
+
+    settings = read_config(config)
+    longer = dataclasses.replace(settings.denoiser, scenes=12, first_scenes=4, chunk=4, reuse=1)
+    settings = dataclasses.replace(settings, denoiser=longer)
+    torch.manual_seed(0)
+    vae = autoencoder.build(settings).eval()
+    tokenizer = train_tokenizer(settings.text.vocabulary, settings.text.positions)
+
+    def batches(folder: str, workers: int) -> list[Encoded]:
+        scenes = GrowingScenes(settings, tmp_path / folder, vae, tokenizer, torch.device("cpu"), workers)
+        torch.manual_seed(1)
+        return [scenes.batch(seen, 8) for seen in (0, 12)]
+
+    for alone, ahead in zip(batches("alone", 0), batches("ahead", 2), strict=True):
+        for name, value in vars(alone).items():
+            assert torch.equal(getattr(ahead, name), value), name
+    assert len(list((tmp_path / "ahead" / "scenes").glob("*.pt"))) == 3

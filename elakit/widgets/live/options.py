@@ -1,16 +1,16 @@
-"""Controls for a method's options, derived from the method's dataclass fields and docstring."""
+"""A form for a method's options, derived from the method's dataclass fields and docstring: entries and their values."""
 
 from __future__ import annotations
 
 import ast
 import re
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import cleandoc
 from typing import Any, Literal
 
-import ipywidgets as w
-
+from elakit import checks
 from elakit.errors import SettingError
 from elakit.guidance import metadata
 
@@ -97,47 +97,70 @@ def descriptions(method: type[Any]) -> dict[str, str]:
     return found
 
 
-class Controls:
-    """Widgets for the options of one method.
+def defaults(method: type[Any]) -> dict[str, Any]:
+    """Entries of a form that shows the default options of a method.
+
+    Examples
+    --------
+    >>> from elakit.guidance import ELA
+    >>> defaults(ELA)["anchor.decay"], defaults(ELA)["localize.lock_from"]
+    (0.5, '')
+    """
+    return {option.name: entry(method, option, option.default) for option in options(method)}
+
+
+def entry(method: type[Any], option: Option, value: Any) -> Any:
+    """Entry of a form for the value of an option: a literal as text for a "value", otherwise the value itself.
+
+    Raises
+    ------
+    SettingError
+        The form cannot show the value: it is not of the option's kind.
+
+    Examples
+    --------
+    >>> from elakit.guidance import AttendAndExcite
+    >>> refine = next(option for option in options(AttendAndExcite) if option.name == "refine")
+    >>> entry(AttendAndExcite, refine, ((0.0, 0.05, 20),))
+    '((0.0, 0.05, 20),)'
+    """
+    owner = method.__name__
+    if option.kind == "value":
+        return "" if value is None else repr(value)
+    if option.kind == "choice":
+        return checks.choice(value, option.name, option.choices, owner=owner)
+    if option.kind == "switch":
+        return checks.boolean(value, option.name, owner=owner)
+    if option.kind == "integer":
+        return checks.whole_number(value, option.name, owner=owner)
+    if option.kind == "number":
+        return checks.real_number(value, option.name, owner=owner)
+    if not isinstance(value, str):
+        checks.refuse(value, option.name, "a text", owner=owner)
+    return value
+
+
+def values(method: type[Any], entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a method's options, from what was entered in a form.
 
     Parameters
     ----------
     method : type
+    entries : mapping of str to object
+        Entry per option, as from `defaults` and `entry`.
 
-    Attributes
-    ----------
-    view : ipywidgets.VBox
+    Raises
+    ------
+    SettingError
+        A text is not a Python literal.
+
+    Examples
+    --------
+    >>> from elakit.guidance import AttendAndExcite
+    >>> values(AttendAndExcite, defaults(AttendAndExcite) | {"refine": "((0.0, 0.1, 3),)", "size": ""})["refine"]
+    ((0.0, 0.1, 3),)
     """
-
-    def __init__(self, method: type[Any]) -> None:
-        self.method = method
-        self.options = {option.name: option for option in options(method)}
-        self.widgets = {name: _widget(option) for name, option in self.options.items()}
-        grid, back = w.Box(list(self.widgets.values())), w.Button(description="Defaults")
-        grid.add_class("elx-options")
-        back.add_class("ell-defaults")
-        back.on_click(lambda _button: self.reset())
-        self.view = w.VBox([grid, back])
-
-    def values(self) -> dict[str, Any]:
-        """Current values, in the types that the method expects.
-
-        Raises
-        ------
-        SettingError
-            A text is not a Python literal.
-        """
-        return {name: _read(self.method, self.options[name], self.widgets[name].value) for name in self.options}
-
-    def set(self, values: dict[str, Any]) -> None:
-        """Set the given options; the others keep their values."""
-        for name, value in values.items():
-            if name in self.widgets:
-                self.widgets[name].value = _shown(self.options[name], value)
-
-    def reset(self) -> None:
-        """Restore the method's defaults."""
-        self.set({name: option.default for name, option in self.options.items()})
+    return {option.name: _read(method, option, entries[option.name]) for option in options(method)}
 
 
 def _kind(hint: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -149,26 +172,6 @@ def _kind(hint: Any) -> tuple[Any, tuple[Any, ...]]:
         (allowed,) = (typing.get_args(each) for each in alternatives if typing.get_origin(each) is Literal)
         return "choice", (None, *allowed)
     return KINDS.get(hint, "value"), ()
-
-
-def _widget(option: Option) -> Any:
-    make = {"number": w.FloatText, "integer": w.IntText, "switch": w.Checkbox, "choice": w.Dropdown}.get(
-        option.kind, w.Text
-    )
-    settings: dict[str, Any] = {"value": _shown(option, option.default), "tooltip": option.about}
-    if option.kind == "choice":
-        settings["options"] = [("automatic" if each is None else each, each) for each in option.choices]
-    elif option.kind == "switch":
-        settings["indent"] = False
-    elif option.kind == "value":
-        settings["placeholder"] = "automatic" if option.default is None else ""
-    return make(description=option.name.rpartition(".")[2].replace("_", " "), continuous_update=False, **settings)
-
-
-def _shown(option: Option, value: Any) -> Any:
-    if option.kind == "value":
-        return "" if value is None else repr(value)
-    return value
 
 
 def _read(method: type[Any], option: Option, shown: Any) -> Any:

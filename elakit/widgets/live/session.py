@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any
 from weakref import WeakSet
 
 from elakit.errors import SettingError
@@ -14,8 +14,8 @@ from elakit.guidance import Anchors
 from elakit.guidance.layout import Layout
 from elakit.pipeline import Pipeline
 from elakit.run import Run
+from elakit.widgets.live.run_state import RunState, State
 
-State: TypeAlias = Literal["idle", "running", "paused", "done", "canceled", "failed"]
 PREVIEW_SHARE = 0.25  # largest share of the time spent on previews
 PREVIEWS_PER_SECOND = 10.0  # at most
 _BUSY: WeakSet[Pipeline] = WeakSet()  # pipelines in use by a session: a pipeline holds the state of one run only
@@ -36,15 +36,8 @@ class Session:
 
     Attributes
     ----------
-    state : {"idle", "running", "paused", "done", "canceled", "failed"}
-    made : int
-        Number of steps made in the current or the last run.
-    run : Run or None
-        The last run, complete or partial.
-    error : Exception or None
-        The error that ended the last run, if it failed.
-    no_preview : Exception or None
-        The error that ended the previews of this run, if any.
+    now : RunState
+        State of the current or the last run.
 
     Examples
     --------
@@ -65,24 +58,33 @@ class Session:
         on_preview: Callable[[Run, int, int], None] = lambda run, step, steps: None,
     ) -> None:
         self.pipe, self.on_state, self.on_preview = pipe, on_state, on_preview
-        self.state: State = "idle"
-        self.made = 0
-        self.run: Run | None = None
-        self.error: Exception | None = None
-        self.no_preview: Exception | None = None
-        self._changed = threading.Condition()
+        self.now = RunState()
+        self._changed = threading.Condition()  # guards and announces `now`
         self._announced: State = "idle"  # the last state that on_state has handled
-        self._left: int | None = None  # steps until the run pauses; None: no pause is planned
-        self._canceled = False
         self._layout: Layout | None = None
         self._steered = False
         self._progress: Progress | None = None
         self._pace = (0.0, 0.0)  # time at which the last preview was ready, and the seconds to wait before the next
 
     @property
-    def going(self) -> bool:
-        """True while a run is in progress, paused or not."""
-        return self.state in ("running", "paused")
+    def state(self) -> State:
+        """State of the run: "idle", "running", "paused", "done", "canceled" or "failed"."""
+        return self.now.state
+
+    @property
+    def made(self) -> int:
+        """Number of steps made in the current or the last run."""
+        return self.now.made
+
+    @property
+    def run(self) -> Run | None:
+        """The last run, complete or partial; None while one is in progress."""
+        return self.now.run
+
+    @property
+    def error(self) -> Exception | None:
+        """The error that ended the last run, if it failed."""
+        return self.now.error
 
     def start(self, call: dict[str, Any], pause_after: int | None = None) -> None:
         """Start a run.
@@ -100,42 +102,28 @@ class Session:
             A run is in progress, here or in another panel with the same pipeline.
         """
         with _GUARD:
-            if self.going:
+            if self.now.going:
                 raise SettingError("A run is in progress: wait for its end, or cancel it, before you start another.")
             if self.pipe in _BUSY:
                 raise SettingError("The pipeline is in use by another panel: wait for that run, or cancel it there.")
             _BUSY.add(self.pipe)
-            self.made, self.run, self.error, self.no_preview = 0, None, None, None
-            self._left, self._canceled, self._steered = pause_after, False, False
-            self._progress, self._pace = None, (0.0, 0.0)
-            self.state = self._announced = "running"
+            self._steered, self._progress, self._pace = False, None, (0.0, 0.0)
+            self._apply(lambda now: now.start(pause_after))
         self.on_state()
         threading.Thread(target=self._generate, args=(call,), name="elakit-live", daemon=True).start()
 
     def pause(self) -> None:
         """Pause after the current step; no effect when no run is in progress."""
-        with self._changed:
-            if self.state == "running":
-                self._left = 0
+        self._apply(RunState.pause)
 
     def resume(self, steps: int | None = None) -> None:
         """Resume a paused run, to its end or for a number of steps; no effect when the run is not paused."""
-        with self._changed:
-            if self.state != "paused":
-                return
-            self._left = steps
-            self.state = self._announced = "running"
-            self._changed.notify_all()
-        self.on_state()
+        if self._apply(lambda now: now.resume(steps)):
+            self.on_state()
 
     def cancel(self) -> None:
         """End the run after the current step; no effect when no run is in progress."""
-        with self._changed:
-            if not self.going:
-                return
-            self._canceled = True
-            self.state = self._announced = "running"
-            self._changed.notify_all()
+        self._apply(RunState.cancel)
 
     def steer(self, layout: Layout | None) -> None:
         """Anchor the run to these regions from its next guided step on (see `Anchors.steer`)."""
@@ -154,53 +142,61 @@ class Session:
             self._changed.wait_for(lambda: self._announced != "running", timeout)
         return self.state
 
+    def _apply(self, transition: Callable[[RunState], RunState]) -> bool:
+        """Make a transition; True if it applied."""
+        with self._changed:
+            before, self.now = self.now, transition(self.now)
+            if self.now.state == "running":
+                self._announced = "running"
+            self._changed.notify_all()
+            return self.now is not before
+
     # -- in the run's thread ---------------------------------------------------------------------------------------
 
     def _generate(self, call: dict[str, Any]) -> None:
         state: State = "failed"
+        run: Run | None = None
+        failure: Exception | None = None
         try:
-            self.run = generate(self.pipe, stop_if=self._after_step, progress=False, **call)
-            state = "canceled" if "stopped" in self.run.settings else "done"
+            run = generate(self.pipe, stop_if=self._after_step, progress=False, **call)
+            state = "canceled" if "stopped" in run.settings else "done"
         except Exception as error:
-            self.error = error
-            self.run = self._partial_run()
+            run, failure = self._partial_run(), error
         finally:
             self._progress = None
             with _GUARD:
                 _BUSY.discard(self.pipe)
-            self._enter(state)
+            self._enter(lambda now: now.end(state, run, failure))
 
     def _after_step(self, progress: Progress) -> bool:
-        self.made, self._progress = progress.step + 1, progress
+        self._progress = progress
+        self._apply(lambda now: now.step_made(progress.step))
         steps = max(progress.steps, len(self.pipe.scheduler.timesteps))  # schedulers may add steps
         last = self.made >= steps
+        if not self.now.canceling:
+            self._preview(progress, steps, always=last or self.now.pause_due)
+        if not last and self.now.pause_due:
+            self._enter(RunState.enter_pause)
         with self._changed:
-            if self._left:
-                self._left -= 1
-        pausing = self._left == 0 and not last
-        if not self._canceled:
-            self._preview(progress, steps, always=pausing or last)
-        if self._left == 0 and not last and not self._canceled:
-            self._enter("paused")
-        with self._changed:
-            self._changed.wait_for(lambda: self.state == "running" or self._canceled)
+            self._changed.wait_for(lambda: self.state == "running")
             if self._steered:
                 self._steered = False
                 for state in progress.states:
                     if isinstance(state, Anchors):
                         state.steer(self._layout)
-            return self._canceled and not last
+            return self.now.canceling and not last
 
     def _preview(self, progress: Progress, steps: int, *, always: bool) -> None:
         """Show the partial run, unless previews take too much of the time."""
         began = time.monotonic()
         ready, rest = self._pace
-        if self.no_preview is not None or (began - ready < rest and not always):
+        if self.now.no_preview is not None or (began - ready < rest and not always):
             return
         try:
             self.on_preview(progress.runs(predicted=True)[0], progress.step, steps)
         except Exception as error:  # a preview that cannot be decoded must not end the run
-            self.no_preview = error
+            failure = error
+            self._apply(lambda now: now.preview_failed(failure))
         now = time.monotonic()
         self._pace = now, max(1 / PREVIEWS_PER_SECOND, (now - began) * (1 / PREVIEW_SHARE - 1))
 
@@ -215,9 +211,10 @@ class Session:
         run.settings["stopped"] = self.made
         return run
 
-    def _enter(self, state: State) -> None:
-        """Enter a state; `wait` returns after `on_state` has handled it."""
-        self.state = state
+    def _enter(self, transition: Callable[[RunState], RunState]) -> None:
+        """Make a transition; `wait` returns after `on_state` has handled it."""
+        with self._changed:
+            self.now = transition(self.now)
         try:
             self.on_state()
         finally:

@@ -1,30 +1,38 @@
-"""The panel's widgets: fields, buttons, status, options and the stage, without any knowledge of pipelines or runs."""
+"""The panel's widgets: they show the model and pass on what the user does; nothing is kept in them.
+
+Data flow one way: an event calls an action of the model, the model calls `show` or `show_run`, and these set the
+widgets. What they set is no event.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from html import escape
+from threading import get_ident
 from typing import Any
 
 import ipywidgets as w
 
+from elakit.errors import ElakitError
+from elakit.guidance import METHODS, method_title
+from elakit.plot.style import entity_colors
+from elakit.widgets.live import wording, words
+from elakit.widgets.live.choices import LARGEST_SEED, MOST_STEPS, NUMBERS, PLAIN
+from elakit.widgets.live.controls import Controls
+from elakit.widgets.live.model import PanelModel
 from elakit.widgets.live.widgets import Stage, Words
-
-LARGEST_SEED = 2**53 - 1  # the largest whole number that a browser represents exactly
-MOST_STEPS = 1000  # of elakit.generate
 
 
 class PanelView:
-    """The widgets of a `Panel`.
+    """View of a `PanelModel`.
 
     Parameters
     ----------
-    seed, steps, guidance_scale
-        Initial values of the fields.
-    methods : sequence of (title, name)
-        Choices of the method field.
-    on_word, on_boxes, on_clear : callable
-        Called when a word is clicked, when boxes change, and when regions are cleared (see `Words` and `Stage`).
+    model : PanelModel
+    size : (width, height)
+        Size of the images of the pipeline.
 
     Attributes
     ----------
@@ -34,31 +42,28 @@ class PanelView:
         The fields.
     run, hold, step, cancel : ipywidgets.Button
     words : Words
+    controls : dict of str to Controls
+        The options of each method that was shown so far.
     stage : Stage
     message, status : ipywidgets.HTML
     """
 
-    def __init__(
-        self,
-        *,
-        seed: int,
-        steps: int,
-        guidance_scale: float,
-        methods: Sequence[tuple[str, str]],
-        on_word: Callable[[int], None],
-        on_boxes: Callable[[], None],
-        on_clear: Callable[[int | None], None],
-    ) -> None:
-        self.text = w.Textarea(description="Prompt", rows=2, placeholder='"a red car and a blue bird"')
-        self.words = Words(on_word)
-        self.seed = w.BoundedIntText(seed, min=0, max=LARGEST_SEED, description="Seed")
-        self.steps = w.BoundedIntText(steps, min=1, max=MOST_STEPS, description="Steps")
-        self.guidance_scale = w.FloatText(guidance_scale, description="Guidance scale", step=0.5)
-        self.method = w.Dropdown(options=methods, description="Method")
+    def __init__(self, model: PanelModel, size: tuple[int, int]) -> None:
+        self._model = model
+        self._showing: int | None = None  # the thread that sets the widgets
+        choices = model.choices
+        self.text = w.Textarea(choices.text, description="Prompt", rows=2, placeholder='"a red car and a blue bird"')
+        self.words = Words(self._event(model.toggle_word))
+        self.seed = w.BoundedIntText(choices.seed, min=0, max=LARGEST_SEED, description="Seed")
+        self.steps = w.BoundedIntText(choices.steps, min=1, max=MOST_STEPS, description="Steps")
+        self.guidance_scale = w.FloatText(choices.guidance_scale, description="Guidance scale", step=0.5)
+        titles = [(method_title(name), name) for name in (PLAIN, *METHODS)]
+        self.method = w.Dropdown(options=titles, value=choices.method, description="Method")
         settings = w.Box([self.seed, self.steps, self.guidance_scale, self.method])
         settings.add_class("ell-settings")
         for field in self.fields:
             field.add_class("ell-field")
+        self.controls: dict[str, Controls] = {}
         self._options = w.Accordion([w.Box()], selected_index=None)
         self._options.add_class("ell-fold")
         self.run = w.Button(description="Run", icon="play", tooltip="Generate the image")
@@ -73,44 +78,113 @@ class PanelView:
         buttons = w.Box([self.run, self.hold, self.step, self.cancel, self.status])
         buttons.add_class("ell-run")
         self.message = w.HTML()
-        self.stage = Stage(on_boxes, on_clear)
+        self.stage = Stage(size, self._event(model.move_boxes), self._event(model.clear_regions))
         self.root = w.VBox([self.text, self.words, self.message, settings, self._options, buttons, self.stage])
         self.root.add_class("elx")
         self.root.add_class("ell-panel")
+        self._observe()
+        self.show()
 
     @property
     def fields(self) -> tuple[Any, ...]:
         """Fields that are locked during a run."""
         return self.text, self.seed, self.steps, self.guidance_scale, self.method
 
-    def show_state(self, *, running: bool, paused: bool, readable: bool, status: str) -> None:
-        """Lock fields and buttons as the run's state requires, and show the status line.
+    # -- events --------------------------------------------------------------------------------------------------------
 
-        Parameters
-        ----------
-        running, paused : bool
-            Whether the run is making steps, and whether it is paused.
-        readable : bool
-            Whether the prompt can be parsed.
-        status : str
-            Plain text; it is escaped.
-        """
-        going = running or paused
-        for field in self.fields:
-            field.disabled = going
-        self.run.disabled = going or not readable
-        self.step.disabled = running or not readable
-        self.hold.disabled = self.cancel.disabled = not going
-        self.hold.description, self.hold.icon = ("Resume", "play") if paused else ("Pause", "pause")
-        self.status.value = escape(status)
+    def _observe(self) -> None:
+        model = self._model
+        self._on_value(self.text, model.enter_text)
+        self._on_value(self.method, model.choose_method)
+        for number in NUMBERS:
+            self._on_value(getattr(self, number), partial(model.enter_number, number))
+        actions = (
+            (self.run, model.start), (self.hold, model.pause_or_resume), (self.step, model.step), (self.cancel,
+            model.cancel),
+        )  # fmt: skip
+        for button, action in actions:
+            button.on_click(self._event(lambda _button, action=action: action()))
 
-    def show_options(self, title: str, options: Any | None) -> None:
-        """Show a method's controls in the accordion; None hides it."""
-        self._options.layout.display = "none" if options is None else None
-        if options is not None:
-            self._options.titles = (f"Options of {title}",)
-            self._options.children = (options,)
+    def _on_value(self, field: Any, action: Callable[[Any], None]) -> None:
+        act = self._event(action)
+        field.observe(lambda change: act(change["new"]), "value")
 
-    def show_error(self, text: str) -> None:
-        """Show an error message as plain text; an empty one clears it."""
-        self.message.value = f'<p class="ell-error" role="alert">{escape(text)}</p>' if text else ""
+    def _event(self, action: Callable[..., None]) -> Callable[..., None]:
+        """Action for an event: what the view itself sets is none, and what the model refuses is shown."""
+
+        def act(*values: Any) -> None:
+            if self._showing == get_ident():
+                return
+            try:
+                action(*values)
+            except ElakitError as error:
+                self._model.refuse(error)
+
+        return act
+
+    # -- display -------------------------------------------------------------------------------------------------------
+
+    def show(self) -> None:
+        """Show the model; for changes of the choices, in the thread that changed them."""
+        choices = self._model.choices
+        with self._writing():
+            self.text.value, self.method.value = choices.text, choices.method
+            for number in NUMBERS:
+                getattr(self, number).value = getattr(choices, number)
+            self._show_options()
+            self.words.show(words.chips(choices.prompt) if choices.prompt is not None else [])
+            regions = choices.regions()
+            self.stage.name(list(entity_colors(list(regions)).items()), list(regions.values()))
+            self.show_run()
+
+    def show_run(self) -> None:
+        """Show the run and the error, in any thread; what the user may be changing meanwhile is not touched."""
+        with self.stage.lock:
+            model, now = self._model, self._model.now
+            paused, readable = now.state == "paused", model.choices.prompt is not None
+            for field in self.fields:
+                field.disabled = now.going
+            for controls in self.controls.values():
+                controls.lock(now.going)
+            self.words.lock(now.going)
+            self.run.disabled = now.going or not readable
+            self.step.disabled = now.state == "running" or not readable
+            self.hold.disabled = self.cancel.disabled = not now.going
+            self.hold.description, self.hold.icon = ("Resume", "play") if paused else ("Pause", "pause")
+            self.status.value = escape(wording.status(now))
+            text = escape(wording.message(model.error))
+            self.message.value = f'<p class="ell-error" role="alert">{text}</p>' if text else ""
+            self.stage.show(model.frame)
+            self.stage.guide(wording.guidance(model.choices, now))
+
+    def _show_options(self) -> None:
+        """Show the options of the method in the accordion, which is hidden for a plain run."""
+        name = self._model.choices.method
+        self._options.layout.display = "none" if name == PLAIN else None
+        if name == PLAIN:
+            return
+        entries = self._model.choices.entries_of(name)
+        if name not in self.controls:
+            self.controls[name] = self._controls(name)
+        self.controls[name].show(entries)
+        self._options.titles = (f"Options of {method_title(name)}",)
+        self._options.children = (self.controls[name].view,)
+
+    def _controls(self, method: str) -> Controls:
+        model = self._model
+        return Controls(
+            METHODS[method],
+            model.choices.entries_of(method),
+            self._event(partial(model.enter_option, method)),
+            self._event(partial(model.restore_defaults, method)),
+        )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Changes of widgets are no events here."""
+        with self.stage.lock:
+            before, self._showing = self._showing, get_ident()
+            try:
+                yield
+            finally:
+                self._showing = before

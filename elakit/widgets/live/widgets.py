@@ -42,9 +42,13 @@ class Words(anywidget.AnyWidget):
         super().__init__()
         self.on_msg(lambda _widget, message, _buffers: on_click(int(message["click"])))
 
-    def show(self, words: Sequence[dict[str, Any]], locked: bool) -> None:
+    def show(self, words: Sequence[dict[str, Any]]) -> None:
         """Show words, as returned by `elakit.widgets.live.words.chips`."""
-        self._words, self._locked = list(words), locked
+        self._words = list(words)
+
+    def lock(self, locked: bool) -> None:
+        """Lock the words against clicks, or unlock them."""
+        self._locked = locked
 
 
 class Stage(anywidget.AnyWidget):
@@ -52,13 +56,17 @@ class Stage(anywidget.AnyWidget):
 
     Parameters
     ----------
+    size : (width, height)
+        Size of the next images.
     on_boxes : callable
-        Called without arguments when a box was drawn, moved or removed, in the browser or from Python.
+        Called with the boxes when one was drawn, moved or removed, in the browser or from Python.
     on_clear : callable
         Called with the index of the entity whose region is to be removed, None for all.
 
     Attributes
     ----------
+    lock : RLock
+        Held while the browser's changes are applied; hold it to show something from the run's thread.
     boxes : list of (left, top, right, bottom) or None
         One per entity, in shares of the image.
     entity : int
@@ -81,30 +89,35 @@ class Stage(anywidget.AnyWidget):
     entity = t.Int(0).tag(sync=True)
     token = t.Unicode("").tag(sync=True)
 
-    def __init__(self, on_boxes: Callable[[], None], on_clear: Callable[[int | None], None]) -> None:
-        self._lock = RLock()  # frames are shown from the run's thread
-        super().__init__()
-        self.observe(lambda _change: on_boxes(), "boxes")
+    def __init__(
+        self,
+        size: tuple[int, int],
+        on_boxes: Callable[[list[Box | None]], None],
+        on_clear: Callable[[int | None], None],
+    ) -> None:
+        self.lock = RLock()
+        super().__init__(_size=list(size))
+        self.observe(lambda change: on_boxes(change["new"]), "boxes")
         self.on_msg(lambda _widget, message, _buffers: on_clear(message["clear"]))
 
     def set_state(self, sync_data: dict[str, Any]) -> None:
         """Apply state sent by the browser."""
-        with self._lock:
+        with self.lock:
             super().set_state(sync_data)
 
     def show(self, frame: Frame | None) -> None:
         """Show a run after a step; None clears the stage."""
-        with self._lock:
+        with self.lock:
             self._frame = {} if frame is None else {"about": frame.about, "maps": frame.maps}
 
     def guide(self, guidance: dict[str, Any]) -> None:
         """Show how the method uses regions: takes, needs, note, quiet, guided, steps, state."""
-        with self._lock:
+        with self.lock:
             self._guidance = guidance
 
     def name(self, entities: Sequence[tuple[str, str]], regions: Sequence[Box | np.ndarray | None]) -> None:
         """Show entities, each as (label, color), and their regions."""
-        with self._lock:
+        with self.lock:
             if len(entities) != len(self._entities):
                 self.boxes = []  # the number of boxes is validated against the number of entities
             self._entities = [{"label": label, "color": color} for label, color in entities]

@@ -13,6 +13,7 @@ from elakit.files import replace_file
 from elakit.world.backgrounds import background
 from elakit.world.layouts import Place, posed
 from elakit.world.scenes import Subject, World, blend, mean_color, sample, sprite_layer, sprite_of
+from elakit.world.training.workers import in_order
 from elakit.world.vocabulary import COLORS, NOUNS
 
 BACKGROUND = 0  # class of pixels that belong to no entity; noun n of NOUNS has class n + 1
@@ -72,17 +73,18 @@ def compose_scenes(world: World, count: int, seed: int) -> Scenes:
     return Scenes(images, captions, classes, colors)
 
 
+CROWD_PART = 250  # scenes that one process composes at a time
 CROWD, CROWD_SCALES = (4, 8), (0.2, 0.6)  # number of things, and their longest side as a share of the scene's
 
 
-def compose_crowds(world: World, count: int, seed: int) -> Scenes:
+def compose_crowds(world: World, count: int, seed: int | tuple[int, ...]) -> Scenes:
     """Compose scenes of many small things in any color, which may cover each other: the autoencoder's training data.
 
     Parameters
     ----------
     world : World
     count : int
-    seed : int
+    seed : int or tuple of int
 
     Returns
     -------
@@ -106,18 +108,23 @@ def compose_crowds(world: World, count: int, seed: int) -> Scenes:
     return Scenes(images, [""] * count, classes, np.full((count, 1), -1, np.int8))
 
 
-def cached_crowds(world: World, count: int, seed: int, path: Path) -> Scenes:
-    """`compose_crowds`, kept in a file for a training that is stopped; a file of another world is replaced."""
-    made_with = repr((world.size, world.artists, world.views, world.backgrounds, world.shadow, count, seed))
+def cached_crowds(world: World, count: int, seed: int, path: Path, workers: int = 0) -> Scenes:
+    """`compose_crowds` in parts, by several processes if there are `workers`.
+
+    The scenes are kept in a file for a training that is stopped; a file of another world is replaced.
+    """
+    made_with = repr((world.size, world.artists, world.views, world.backgrounds, world.shadow, count, seed, CROWD_PART))
     if path.exists():
         with np.load(path) as kept:
             if str(kept["made_with"]) == made_with:
                 return Scenes(kept["images"], [""] * count, kept["classes"], np.full((count, 1), -1, np.int8))
-    scenes = compose_crowds(world, count, seed)
+    sizes = [min(CROWD_PART, count - start) for start in range(0, count, CROWD_PART)]
+    parts = list(in_order(compose_crowds, [(world, size, (seed, i)) for i, size in enumerate(sizes)], workers))
+    images, classes = (np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "classes"))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as part:
-        np.savez(part, made_with=made_with, images=scenes.images, classes=scenes.classes)
-    return scenes
+        np.savez(part, made_with=made_with, images=images, classes=classes)
+    return Scenes(images, [""] * count, classes, np.full((count, 1), -1, np.int8))
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from elakit.errors import SettingError
-from elakit.files import replace_file, replace_folder
+from elakit.files import replace_folder
 from elakit.models import EMBEDDED
 from elakit.models.portable import write_portable_names
-from elakit.world.scenes import Scene, World, sample
 from elakit.world.tokenizer import train_tokenizer
 from elakit.world.training.config import Config
+from elakit.world.training.encoded import GrowingScenes
 from elakit.world.training.loop import Schedule, autocast, fast_bfloat16, rank_and_world, train
 from elakit.world.vocabulary import NOUNS
 
@@ -34,7 +30,6 @@ SAMPLE_PROMPTS = (
     "a monkey and a green balloon", "a black suitcase and a pink chair", "a bear and a rabbit",
     "a green crown and a bench",
 )  # fmt: skip
-ENCODED_AT_ONCE = 64
 SHEET_EVERY = 50_000  # samples
 TOKEN_EMBEDDING = "token_embedding.weight"
 
@@ -91,102 +86,6 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Scenes as the denoiser sees them.
-
-    Attributes
-    ----------
-    latents : Tensor, float16, (n, c, h, w)
-        Unit variance.
-    tokens : Tensor, int64, (n, positions)
-    classes : Tensor, uint8, (n, h, w)
-        Class at the center of each latent location: 0 for the background, 1 + index in ``NOUNS`` for a thing.
-    """
-
-    latents: Tensor
-    tokens: Tensor
-    classes: Tensor
-
-
-class GrowingScenes:
-    """Encoded scenes, composed in chunks when the training needs them and kept on disk.
-
-    A training of millions of samples needs many scenes, and composing them all first would take hours. It begins with a
-    few chunks, and the next one is composed whenever each scene has been seen `reuse` times on average. Chunk k has the
-    same scenes in every run. Of several processes that train together, each composes and uses its own chunks.
-
-    Parameters
-    ----------
-    config : Config
-    folder : Path
-        Chunks are kept in ``folder/scenes``.
-    vae : AutoencoderTiny
-    tokenizer : CLIPTokenizer
-    device : torch.device
-    """
-
-    def __init__(self, config: Config, folder: Path, vae: Any, tokenizer: CLIPTokenizer, device: torch.device) -> None:
-        self._config, self._folder, self._device = config, folder / "scenes", device
-        self._vae, self._tokenizer = vae, tokenizer
-        self._chunks: list[Encoded] = []
-        self._rank, self._world = rank_and_world()
-
-    def count(self, samples: int) -> int:
-        """Number of scenes in use after a number of samples."""
-        settings = self._config.denoiser
-        wanted = max(settings.first_scenes, samples // settings.reuse)
-        return min(settings.scenes, -(-wanted // settings.chunk) * settings.chunk)
-
-    def batch(self, samples: int, size: int) -> Encoded:
-        """Random scenes (torch's generator) of those in use after a number of samples."""
-        chunk = self._config.denoiser.chunk
-        count = -(-self.count(samples) // (chunk * self._world)) * chunk
-        while len(self._chunks) * chunk < count:
-            self._chunks.append(self._chunk(len(self._chunks) * self._world + self._rank))
-        rows = torch.randint(count, (size,)).tolist()
-        picked = [(self._chunks[row // chunk], row % chunk) for row in rows]
-        return Encoded(
-            *(torch.stack([getattr(part, f.name)[i] for part, i in picked]) for f in dataclasses.fields(Encoded))
-        )
-
-    def _chunk(self, number: int) -> Encoded:
-        path = self._folder / f"{number:04d}.pt"
-        if not path.exists():
-            size = min(self._config.denoiser.chunk, self._config.denoiser.scenes)
-            data = encode_scenes(self._config.world, size, (2, number), self._vae, self._tokenizer, self._device)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replace_file(path) as part:
-                torch.save(vars(data), part)
-        return Encoded(**torch.load(path, weights_only=True))
-
-
-def encode_scenes(
-    world: World, count: int, seed: int | tuple[int, ...], vae: Any, tokenizer: CLIPTokenizer, device: torch.device
-) -> Encoded:
-    """Compose scenes and encode each once; a few at a time, since images take more memory than latents."""
-    latents, tokens, classes, rng = [], [], [], np.random.default_rng(seed)
-    for start in tqdm(range(0, count, ENCODED_AT_ONCE), desc="encode", unit="batch", mininterval=5):
-        scenes = [sample(world, rng) for _ in range(min(ENCODED_AT_ONCE, count - start))]
-        pixels = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).to(device)
-        with torch.no_grad(), autocast(device):
-            mean = vae.encode(pixels.float() / 127.5 - 1).latents
-        latents.append((mean.float() * vae.config.scaling_factor).half().cpu())
-        captions = [scene.caption for scene in scenes]
-        tokens.append(tokenizer(captions, padding="max_length", return_tensors="pt").input_ids)
-        classes.append(torch.from_numpy(np.stack([_classes(scene, mean.shape[-1]) for scene in scenes])))
-    return Encoded(torch.cat(latents), torch.cat(tokens), torch.cat(classes))
-
-
-def _classes(scene: Scene, side: int) -> np.ndarray:
-    """Class of what stands at the center of each of the `side` x `side` latent locations, uint8."""
-    found = np.zeros(scene.image.shape[:2], np.uint8)
-    for entity in scene.entities:
-        found[entity.mask] = 1 + NOUNS.index(entity.subject.noun)
-    step = len(found) // side
-    return found[step // 2 :: step, step // 2 :: step]
-
-
 @torch.no_grad()
 def grow(model: Any, tokenizer: CLIPTokenizer, old: StableDiffusionPipeline) -> None:
     """Start from an earlier edition's weights: copy those that fit, and let new latent channels begin at zero.
@@ -229,7 +128,7 @@ def grow(model: Any, tokenizer: CLIPTokenizer, old: StableDiffusionPipeline) -> 
 
 
 def train_denoiser(
-    config: Config, folder: Path, device: torch.device, start: Path | None = None
+    config: Config, folder: Path, device: torch.device, start: Path | None = None, workers: int = 0
 ) -> StableDiffusionPipeline:
     """Train text encoder and UNet on scenes of the world, and save the pipeline to ``folder/model``.
 
@@ -241,6 +140,8 @@ def train_denoiser(
     device : torch.device
     start : Path, optional
         Pipeline folder of an earlier edition to start from.
+    workers : int
+        Number of processes that compose scenes ahead of the training.
 
     Returns
     -------
@@ -250,7 +151,7 @@ def train_denoiser(
     settings, processes = config.denoiser, rank_and_world()[1]
     vae = AutoencoderTiny.from_pretrained(folder / "vae").to(device).eval()
     tokenizer = train_tokenizer(config.text.vocabulary, config.text.positions)
-    data = GrowingScenes(config, folder, vae, tokenizer, device)
+    data = GrowingScenes(config, folder, vae, tokenizer, device, workers)
     torch.manual_seed(0)
     text = build_text_encoder(config, tokenizer)
     unet = build_unet(config, config.text.width)

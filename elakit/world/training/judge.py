@@ -26,6 +26,7 @@ from elakit.world.scenes import World, caption, sample
 from elakit.world.spoiled import sample_spoiled
 from elakit.world.training.config import Config
 from elakit.world.training.loop import Schedule, autocast, train
+from elakit.world.training.workers import in_order
 from elakit.world.vocabulary import COLORS, NOUNS
 
 # Whose drawings the judge never sees in training, where a noun has three artists or more: the first who drew it.
@@ -37,6 +38,7 @@ REDRAW_STEPS, REDRAWN_STEPS, REDRAWN_STEPS_OF_HYBRIDS = 12, (4, 8), (2, 3)
 # Share of a whole drawing's pixels that must show its noun at least.
 LEAST_SHOWN = 0.04
 UNFINISHED = 255
+PART = 1_000  # scenes that one process composes at a time
 # Steps of `REDRAW_STEPS` after which an image is decoded too early for anything to be recognized in it.
 UNFINISHED_STEPS = (2, 4)
 FIRST_SEED_DRAWN = 1_000_000  # of whole drawings: far from those that people and benchmarks use
@@ -89,7 +91,7 @@ def judges_world(world: World) -> World:
     return wide.without(unseen)
 
 
-def compose_examples(config: Config, seed: int, count: int | None = None) -> Examples:
+def compose_examples(config: Config, seed: int | tuple[int, ...], count: int | None = None) -> Examples:
     """Compose scenes, hybrids, half-hidden things, spoiled drawings and empty scenes in the configuration's shares."""
     settings, rng = config.judge, np.random.default_rng(seed)
     world, count, size = judges_world(config.world), count or config.judge.scenes, config.world.size
@@ -123,14 +125,14 @@ def compose_examples(config: Config, seed: int, count: int | None = None) -> Exa
     return Examples(images, classes, mixed, spoiled, captions, np.zeros(count, np.uint8))
 
 
-def prepare_examples(config: Config, folder: Path, device: torch.device) -> Examples:
+def prepare_examples(config: Config, folder: Path, device: torch.device, workers: int = 0) -> Examples:
     """Composed examples, some rebuilt and some redrawn, and whole drawings of single things.
 
     They take minutes to make, so they are kept in ``folder/judge-examples.npz`` for a training that was killed; a file
-    made with other settings is replaced.
+    made with other settings is replaced. The scenes are composed in parts, by several processes if there are `workers`.
     """
     path, settings = folder / "judge-examples.npz", config.judge
-    made_with = repr((config.world, replace(settings, samples=0, learning_rate=0, channels=())))
+    made_with = repr((config.world, replace(settings, samples=0, learning_rate=0, channels=()), PART))
     if path.exists():
         with np.load(path) as kept:
             if str(kept["made_with"]) == made_with:
@@ -138,7 +140,9 @@ def prepare_examples(config: Config, folder: Path, device: torch.device) -> Exam
                 return Examples(
                     kept["images"], kept["classes"], kept["mixed"], kept["spoiled"], captions, kept["nouns"]
                 )
-    examples = compose_examples(config, seed=3)
+    sizes = [min(PART, settings.scenes - start) for start in range(0, settings.scenes, PART)]
+    parts = in_order(compose_examples, [(config, (3, i), size) for i, size in enumerate(sizes)], workers)
+    examples = _joined(*parts)
     vae = AutoencoderTiny.from_pretrained(folder / "vae").to(device).eval()
     draw = np.random.default_rng(5).random(len(examples.images))
     for rows in _batches(np.flatnonzero(draw < settings.rebuilt), "rebuild"):
@@ -226,12 +230,12 @@ def draw_unfinished(pipe: StableDiffusionPipeline, count: int) -> Examples:
     return Examples(images, classes, nothing, nothing, [""] * count, np.full(count, UNFINISHED, np.uint8))
 
 
-def _joined(a: Examples, b: Examples) -> Examples:
+def _joined(*parts: Examples) -> Examples:
     arrays = {
-        name: np.concatenate([getattr(a, name), getattr(b, name)])
+        name: np.concatenate([getattr(part, name) for part in parts])
         for name in ("images", "classes", "mixed", "spoiled", "nouns")
     }
-    return Examples(captions=a.captions + b.captions, **arrays)
+    return Examples(captions=[text for part in parts for text in part.captions], **arrays)
 
 
 @torch.no_grad()
@@ -262,7 +266,9 @@ def grow(model: Segmenter, old: dict[str, Tensor]) -> None:
         value[tuple(slice(0, n) for n in given.shape)] = given
 
 
-def train_judge(config: Config, folder: Path, device: torch.device, start: Path | None = None) -> Segmenter:
+def train_judge(
+    config: Config, folder: Path, device: torch.device, start: Path | None = None, workers: int = 0
+) -> Segmenter:
     """Train and save to ``folder/judge/model.safetensors`` (fp16).
 
     Parameters
@@ -273,6 +279,8 @@ def train_judge(config: Config, folder: Path, device: torch.device, start: Path 
     device : torch.device
     start : Path, optional
         Folder of an earlier edition, whose ``judge/`` the training starts from.
+    workers : int
+        Number of processes that compose scenes.
 
     Returns
     -------
@@ -280,7 +288,7 @@ def train_judge(config: Config, folder: Path, device: torch.device, start: Path 
         With averaged weights.
     """
     settings = config.judge
-    examples = prepare_examples(config, folder, device)
+    examples = prepare_examples(config, folder, device, workers)
     torch.manual_seed(1)
     model = Segmenter(settings.channels)
     if start is not None:

@@ -1,0 +1,227 @@
+"""The choices that the user of a panel makes for the next run, and the actions that change them; no widgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from elakit.checks import is_whole, real_number, whole_number
+from elakit.errors import ElakitError, SettingError
+from elakit.guidance import METHODS, Method, option_values
+from elakit.guidance.layout import Box, Layout, Region, check_layout
+from elakit.prompt import Entity, Prompt
+from elakit.widgets.live import options, words
+from elakit.widgets.live.options import REGIONS
+
+PLAIN = "plain"
+LARGEST_SEED = 2**53 - 1  # the largest whole number that a browser represents exactly
+MOST_STEPS = 1000  # of elakit.generate
+NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "seed": lambda value: whole_number(value, "seed", 0, LARGEST_SEED),
+    "steps": lambda value: whole_number(value, "steps", 1, MOST_STEPS),
+    "guidance_scale": lambda value: real_number(value, "guidance_scale", 0),
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Choices:
+    """Choices for the next run; each action returns new choices, or the same where it changes nothing.
+
+    Attributes
+    ----------
+    seed, steps, guidance_scale : int, int, float
+        As entered; `elakit.widgets.live.next_run.problems` names those out of range.
+    text : str
+        Text of the prompt, as entered.
+    prompt : Prompt or None
+        The parsed prompt; None where the text cannot be parsed.
+    unreadable : ElakitError or None
+        Why the text cannot be parsed.
+    method : str
+        "plain" or a key of `elakit.guidance.METHODS`.
+    entries : mapping of str to mapping
+        Method -> option -> what was entered (`elakit.widgets.live.options.entry`); methods without an entry have
+        their defaults.
+    by_hand : mapping of str to region
+        Entity's label -> its region by hand. Those of removed entities are kept in case the entity comes back.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> prompt = elakit.parse("a [red car] and a [bird]", elakit.load("picture-world"))
+    >>> choices = Choices(seed=0, steps=4, guidance_scale=3.0).with_prompt(prompt).with_method("boxdiff")
+    >>> choices.with_region("car", (0, 0, 0.5, 1)).regions()
+    {'car': (0.0, 0.0, 0.5, 1.0), 'bird': None}
+    >>> choices.with_word_toggled(1).prompt.entities[0].attributes
+    ()
+    """
+
+    seed: int
+    steps: int
+    guidance_scale: float
+    text: str = ""
+    prompt: Prompt | None = None
+    unreadable: ElakitError | None = None
+    method: str = PLAIN
+    entries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    by_hand: Mapping[str, Region] = field(default_factory=dict)
+
+    # -- actions ---------------------------------------------------------------------------------------------------
+
+    def with_text(self, text: str, read: Callable[[str], Prompt]) -> Choices:
+        """Text read by a parser; resets roles given to words by hand, unless only brackets were removed."""
+        if self.prompt is not None and self.prompt.text == text:
+            return self if self.text == text else replace(self, text=text)
+        try:
+            return replace(self.with_prompt(read(text)), text=text)
+        except ElakitError as error:
+            return replace(self, text=text, prompt=None, unreadable=error)
+
+    def with_prompt(self, prompt: Prompt) -> Choices:
+        """A parsed prompt; its text has no brackets."""
+        return replace(self, text=prompt.text, prompt=prompt, unreadable=None)
+
+    def with_word_toggled(self, at: int) -> Choices:
+        """The role of a word is changed, see `elakit.widgets.live.words.toggled`."""
+        return self if self.prompt is None else replace(self, prompt=words.toggled(self.prompt, at))
+
+    def with_number(self, name: str, value: float) -> Choices:
+        """A number as entered; it is not checked here."""
+        entered: dict[str, Any] = {name: value}
+        return self if getattr(self, name) == value else replace(self, **entered)
+
+    def with_method(self, name: str) -> Choices:
+        """Another method, with the options that were entered for it before.
+
+        Raises
+        ------
+        SettingError
+            There is no such method.
+        """
+        if name not in (PLAIN, *METHODS):
+            raise SettingError(f"method={name!r}: choose one of {', '.join(map(repr, (PLAIN, *METHODS)))}.")
+        return self if name == self.method else replace(self, method=name)
+
+    def with_entry(self, method: str, option: str, entry: Any) -> Choices:
+        """An option of a method as entered; it is not checked here."""
+        entered = self.entries_of(method)
+        return self if entered[option] == entry else self._with_entries(method, {**entered, option: entry})
+
+    def with_options(self, given: Mapping[str, Any]) -> Choices:
+        """Values for some options of the method; the others keep theirs.
+
+        Raises
+        ------
+        SettingError
+            The method has no such option, or it cannot have such a value.
+        """
+        kind = None if self.method == PLAIN else METHODS[self.method]
+        there = {} if kind is None else {option.name: option for option in options.options(kind)}
+        if unknown := sorted(given.keys() - there.keys()):
+            raise SettingError(f"{self.method} has no option {', '.join(unknown)}; its options are {', '.join(there)}.")
+        if kind is None or not given:
+            return self
+        entries = {name: options.entry(kind, there[name], value) for name, value in given.items()}
+        return self._with_entries(self.method, {**self.entries_of(self.method), **entries})
+
+    def with_defaults(self, method: str) -> Choices:
+        """The default options of a method."""
+        return self._with_entries(method, options.defaults(METHODS[method]))
+
+    def with_guidance(self, guidance: Method) -> Choices:
+        """A method with its options; its regions are left out, as they belong to entities of a prompt.
+
+        Raises
+        ------
+        SettingError
+            The method is none of `elakit.guidance.METHODS`.
+        """
+        if METHODS.get(guidance.name) is not type(guidance):
+            raise SettingError(
+                f"guidance={guidance!r}: the panel supports {', '.join(METHODS)}, and None for a plain run."
+            )
+        given = {name: value for name, value in option_values(guidance).items() if name != REGIONS}
+        return self.with_method(guidance.name).with_options(given)
+
+    def with_region(self, entity: str | int | Entity, region: Region | None) -> Choices:
+        """The region of an entity by hand; None lets the method localize it.
+
+        Raises
+        ------
+        SettingError
+            There is no such entity, or the region is not valid.
+        """
+        label = self._label(entity)
+        checked = None if region is None else check_layout([region], f"draw({label!r}, ...)")[0]
+        return self._with_regions({label: checked})
+
+    def with_boxes(self, boxes: Sequence[Box | None]) -> Choices:
+        """Boxes as shown, one per entity; None leaves an entity's mask, and removes its box."""
+        regions = self.regions()
+        if len(boxes) != len(regions):
+            return self
+        changes: dict[str, Region | None] = {}
+        for (label, before), shown in zip(regions.items(), boxes, strict=True):
+            box = None if shown is None else (shown[0], shown[1], shown[2], shown[3])
+            masked = isinstance(before, np.ndarray)
+            if box is not None and (masked or before != box):
+                changes[label] = box
+            elif box is None and before is not None and not masked:
+                changes[label] = None
+        return self._with_regions(changes) if changes else self
+
+    def without_regions(self) -> Choices:
+        """No entity has a region by hand."""
+        return self._with_regions(dict.fromkeys(self.regions()))
+
+    # -- what is chosen ------------------------------------------------------------------------------------------------
+
+    @property
+    def takes_regions(self) -> bool:
+        """True if the method uses regions by hand."""
+        return self.method != PLAIN and METHODS[self.method].takes_regions
+
+    @property
+    def needs_regions(self) -> bool:
+        """True if the method needs a region for each entity."""
+        return self.method != PLAIN and METHODS[self.method].needs_regions
+
+    def regions(self) -> dict[str, Region | None]:
+        """Region by hand per entity of the prompt, None where there is none."""
+        entities = self.prompt.entities if self.prompt is not None else ()
+        return {entity.label: self.by_hand.get(entity.label) for entity in entities}
+
+    def layout(self) -> Layout | None:
+        """The regions in the order of the entities; None where no region was drawn."""
+        regions = tuple(self.regions().values())
+        return None if all(region is None for region in regions) else regions
+
+    def entries_of(self, method: str) -> Mapping[str, Any]:
+        """Entries for the options of a method."""
+        return self.entries[method] if method in self.entries else options.defaults(METHODS[method])
+
+    def options(self) -> dict[str, Any]:
+        """Options of the method without its regions."""
+        return {} if self.method == PLAIN else options.values(METHODS[self.method], self.entries_of(self.method))
+
+    # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def _with_entries(self, method: str, entries: Mapping[str, Any]) -> Choices:
+        return replace(self, entries={**self.entries, method: entries})
+
+    def _with_regions(self, changes: Mapping[str, Region | None]) -> Choices:
+        regions = {**self.by_hand, **changes}
+        return replace(self, by_hand={label: region for label, region in regions.items() if region is not None})
+
+    def _label(self, entity: str | int | Entity) -> str:
+        labels = list(self.regions())
+        if is_whole(entity) and 0 <= entity < len(labels):
+            return labels[entity]
+        label = entity.label if isinstance(entity, Entity) else entity
+        if label not in labels:
+            there = ", ".join(map(repr, labels)) or "none"
+            raise SettingError(f"draw({label!r}, ...): there is no such entity; the entities are {there}.")
+        return str(label)

@@ -1,0 +1,233 @@
+"""The state of a panel: choices for the next run, the run in progress, what it shows, and the runs made so far.
+
+Nothing here depends on widgets. Each method is an action of the user, in the browser or from Python: it changes the
+model, which then calls `on_choices` or `on_run`; a view refreshes itself from the model there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from elakit.checks import whole_number
+from elakit.errors import ElakitError, SettingError
+from elakit.guidance.layout import Box
+from elakit.pipeline import Pipeline
+from elakit.prompt import Prompt, parse
+from elakit.run import Run
+from elakit.widgets.live import next_run
+from elakit.widgets.live.choices import Choices
+from elakit.widgets.live.frames import Frame, frame
+from elakit.widgets.live.run_state import RunState
+from elakit.widgets.live.session import Session
+
+
+class PanelModel:
+    """Model of a `Panel`.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+    choices : Choices
+        The first choices.
+
+    Attributes
+    ----------
+    choices : Choices
+    session : Session
+        The run in progress, if any.
+    runs : list of Run
+        All runs, in the order in which they ended.
+    frame : Frame or None
+        Image, maps and losses of the current or the last run, with the verdict on a finished one.
+    error : Exception or None
+        The error to be shown.
+    on_choices, on_run : callable
+        Called without arguments when the choices have changed, in the thread that changed them, and when the run or
+        the error has changed, in either thread.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> model = PanelModel(elakit.load("picture-world"), Choices(seed=0, steps=3, guidance_scale=3.0))
+    >>> model.enter_text("a [cat")
+    >>> model.choices.prompt, type(model.error).__name__
+    (None, 'PromptError')
+    >>> model.enter_text("a [cat]")
+    >>> model.step(2)
+    >>> model.session.wait(), model.frame.about["step"], model.error
+    ('paused', 1, None)
+    >>> model.cancel()
+    >>> model.session.wait(), len(model.runs)
+    ('canceled', 1)
+    """
+
+    def __init__(self, pipe: Pipeline, choices: Choices) -> None:
+        self.choices = choices
+        self.session = Session(pipe, self._run_changed, self._preview_made)
+        self.runs: list[Run] = []
+        self.frame: Frame | None = None
+        self.error: Exception | None = choices.unreadable
+        self.on_choices: Callable[[], None] = lambda: None
+        self.on_run: Callable[[], None] = lambda: None
+        self._read: Callable[[str], Prompt] = partial(parse, pipe=pipe)
+        self._obstacle: ElakitError | None = None  # the problem that a start was refused for
+        self._started = choices  # those of the current or the last run
+
+    @property
+    def now(self) -> RunState:
+        """State of the run."""
+        return self.session.now
+
+    # -- choices -------------------------------------------------------------------------------------------------------
+
+    def enter_text(self, text: str) -> None:
+        """Another prompt as text, read by the parser; what is shown of the last run is cleared.
+
+        Raises
+        ------
+        SettingError
+            A run is in progress.
+        """
+        self._check_idle("prompt")
+        choices = self.choices.with_text(text, self._read)
+        if choices.prompt is None or choices.prompt is not self.choices.prompt:
+            self.frame = None
+        self.change(choices)
+
+    def enter_prompt(self, prompt: Prompt) -> None:
+        """Another prompt, parsed already.
+
+        Raises
+        ------
+        SettingError
+            A run is in progress.
+        """
+        self._check_idle("prompt")
+        self.change(self.choices.with_prompt(prompt))
+
+    def enter_number(self, name: str, value: float) -> None:
+        """Another seed, number of steps or guidance scale; it is checked when a run is started."""
+        self.change(self.choices.with_number(name, value))
+
+    def choose_method(self, name: str) -> None:
+        """Another method, with the options that were entered for it before.
+
+        Raises
+        ------
+        SettingError
+            There is no such method.
+        """
+        self.change(self.choices.with_method(name))
+
+    def enter_option(self, method: str, option: str, entry: Any) -> None:
+        """Another entry for an option of a method; it is checked when a run is started."""
+        self.change(self.choices.with_entry(method, option, entry))
+
+    def restore_defaults(self, method: str) -> None:
+        """The default options of a method."""
+        self.change(self.choices.with_defaults(method))
+
+    def toggle_word(self, at: int) -> None:
+        """Change the role of a word; not during a run.
+
+        Raises
+        ------
+        PromptError
+            The word cannot have another role.
+        """
+        if not self.now.going:
+            self.change(self.choices.with_word_toggled(at))
+
+    def move_boxes(self, boxes: Sequence[Box | None]) -> None:
+        """Boxes were drawn, moved or removed."""
+        self.change(self.choices.with_boxes(boxes))
+
+    def clear_regions(self, which: int | None = None) -> None:
+        """Remove the region of an entity, counted from 0, or all of them."""
+        if which is None:
+            self.change(self.choices.without_regions())
+        elif 0 <= which < len(self.choices.regions()):
+            self.change(self.choices.with_region(which, None))
+
+    def change(self, choices: Choices) -> None:
+        """Take other choices; a run in progress is steered to the regions among them."""
+        before, self.choices = self.choices, choices
+        if choices is before:
+            return
+        if choices.prompt is not before.prompt or choices.unreadable is not before.unreadable:
+            self.error = choices.unreadable
+        elif self.error is not None and self.error is self._obstacle:  # it may have been removed
+            self.error = self._obstacle = next(iter(next_run.problems(choices).values()), None)
+        if choices.by_hand is not before.by_hand:
+            self.session.steer(choices.layout())
+        self.on_choices()
+
+    # -- the run -------------------------------------------------------------------------------------------------------
+
+    def start(self, pause_after: int | None = None) -> None:
+        """Start a run, which pauses after a number of steps if one is given.
+
+        Raises
+        ------
+        ElakitError
+            A run is in progress, or a choice is invalid.
+        """
+        self._check_idle("start")
+        try:
+            call = next_run.call(self.choices)
+        except ElakitError as error:
+            self._obstacle = error
+            raise
+        self.error, self._started = None, self.choices
+        self.session.start(call, pause_after)
+
+    def step(self, steps: int = 1) -> None:
+        """Make a number of steps and pause, in the paused run or in a new one."""
+        steps = whole_number(steps, "steps", 1, owner="step")
+        if self.now.state == "paused":
+            self.session.resume(steps)
+        else:
+            self.start(steps)
+
+    def pause_or_resume(self) -> None:
+        """Pause after the current step, or resume a paused run."""
+        if self.now.state == "paused":
+            self.session.resume()
+        else:
+            self.session.pause()
+
+    def cancel(self) -> None:
+        """End the run after the current step."""
+        self.session.cancel()
+
+    def refuse(self, error: ElakitError) -> None:
+        """Show why an action was refused."""
+        self.error = error
+        self.on_choices()
+
+    # -- events of the session -----------------------------------------------------------------------------------------
+
+    def _preview_made(self, run: Run, step: int, steps: int) -> None:
+        self.frame = frame(run, step, steps)
+        self.on_run()
+
+    def _run_changed(self) -> None:
+        now = self.now
+        if now.over:
+            if now.run is not None:
+                self.runs.append(now.run)
+                done = now.state == "done"
+                steps = now.made if done else max(now.made, self._started.steps)
+                self.frame = frame(now.run, now.made - 1, steps, finished=done)
+            self.error = now.error
+        self.on_run()
+
+    # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def _check_idle(self, what: str) -> None:
+        if self.now.going:
+            raise SettingError(
+                f"{what}: a run is in progress. Wait for its end with panel.wait(), or end it with panel.cancel()."
+            )

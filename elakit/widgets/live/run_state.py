@@ -1,0 +1,96 @@
+"""Where a run stands and what was asked of it, without threads: which transitions there are between its states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+from elakit.run import Run
+
+State: TypeAlias = Literal["idle", "running", "paused", "done", "canceled", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RunState:
+    """State of the current or the last run; each transition returns a new state, or the same where it does not apply.
+
+    Attributes
+    ----------
+    state : {"idle", "running", "paused", "done", "canceled", "failed"}
+    made : int
+        Number of steps made.
+    left : int or None
+        Number of steps until the run pauses; None: no pause is planned.
+    canceling : bool
+        Whether the run was asked to end after the current step.
+    run : Run or None
+        The finished run, complete or partial.
+    error : Exception or None
+        The error that ended the run, if it failed.
+    no_preview : Exception or None
+        The error that ended the previews of the run, if any.
+
+    Examples
+    --------
+    >>> now = RunState().start(pause_after=2)
+    >>> now = now.step_made(0).step_made(1)
+    >>> now.pause_due, now.enter_pause().state
+    (True, 'paused')
+    >>> now.enter_pause().resume(1).left
+    1
+    """
+
+    state: State = "idle"
+    made: int = 0
+    left: int | None = None
+    canceling: bool = False
+    run: Run | None = None
+    error: Exception | None = None
+    no_preview: Exception | None = None
+
+    @property
+    def going(self) -> bool:
+        """True while a run is in progress, paused or not."""
+        return self.state in ("running", "paused")
+
+    @property
+    def over(self) -> bool:
+        """True when a run has ended."""
+        return self.state in ("done", "canceled", "failed")
+
+    @property
+    def pause_due(self) -> bool:
+        """True when the run pauses before its next step."""
+        return self.state == "running" and self.left == 0 and not self.canceling
+
+    def start(self, pause_after: int | None = None) -> RunState:
+        """A new run, which pauses after a number of steps if one is given."""
+        return RunState(state="running", left=pause_after)
+
+    def step_made(self, step: int) -> RunState:
+        """A step, counted from 0, has been made."""
+        return replace(self, made=step + 1, left=self.left - 1 if self.left else self.left)
+
+    def pause(self) -> RunState:
+        """The run is to pause after the current step."""
+        return replace(self, left=0) if self.state == "running" else self
+
+    def enter_pause(self) -> RunState:
+        """The run pauses, unless it was canceled or resumed in the meantime."""
+        return replace(self, state="paused") if self.pause_due else self
+
+    def resume(self, steps: int | None = None) -> RunState:
+        """A paused run goes on, to its end or for a number of steps."""
+        return replace(self, state="running", left=steps) if self.state == "paused" else self
+
+    def cancel(self) -> RunState:
+        """The run is to end after the current step."""
+        return replace(self, state="running", canceling=True) if self.going else self
+
+    def end(self, state: State, run: Run | None, error: Exception | None = None) -> RunState:
+        """The run has ended."""
+        return replace(self, state=state, run=run, error=error)
+
+    def preview_failed(self, error: Exception) -> RunState:
+        """No more previews of this run can be shown."""
+        return replace(self, no_preview=error)

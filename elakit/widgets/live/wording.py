@@ -1,0 +1,91 @@
+"""Texts of a panel about its choices and its run: status line, hints about regions, errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from elakit.errors import ElakitError
+from elakit.guidance import METHODS, method_title
+from elakit.widgets.live import next_run
+from elakit.widgets.live.choices import PLAIN, Choices
+from elakit.widgets.live.run_state import RunState, State
+
+_STATUS: dict[State, str] = {
+    "idle": "",
+    "running": "Generating…",
+    "paused": "Paused: regions can be drawn or moved now.",
+    "done": "Done.",
+    "canceled": "Canceled; the partial run is kept.",
+    "failed": "Failed; the partial run is kept.",
+}
+
+
+def status(now: RunState) -> str:
+    """Status line of a run.
+
+    Examples
+    --------
+    >>> status(RunState().start())
+    'Generating…'
+    """
+    preview = "" if now.no_preview is None else f" No preview could be shown: {now.no_preview}"
+    return _STATUS[now.state] + preview
+
+
+def message(error: Exception | None) -> str:
+    """Text of an error, with its type unless it is one of elakit's; "" for None.
+
+    Examples
+    --------
+    >>> message(MemoryError("out of memory"))
+    'MemoryError: out of memory'
+    """
+    kind = "" if error is None or isinstance(error, ElakitError) else f"{type(error).__name__}: "
+    return "" if error is None else f"{kind}{error}"
+
+
+def guidance(choices: Choices, now: RunState) -> dict[str, Any]:
+    """Use of regions by the method, its guided steps and a hint, in the format that the stage shows.
+
+    Examples
+    --------
+    >>> shown = guidance(Choices(seed=0, steps=4, guidance_scale=3.0), RunState())
+    >>> shown["takes"], shown["note"].partition(";")[0]
+    (False, 'A plain run takes no regions')
+    """
+    guided = next_run.guided_steps(choices)
+    return {
+        "takes": choices.takes_regions,
+        "needs": choices.needs_regions,
+        "note": note(choices, now, guided),
+        "quiet": "A plain run has no loss." if choices.method == PLAIN else "No guided step yet.",
+        "guided": guided,
+        "steps": choices.steps,
+        "state": now.state,
+    }
+
+
+def note(choices: Choices, now: RunState, guided: list[int]) -> str:
+    """Hint about regions for the method and the state of the run.
+
+    Parameters
+    ----------
+    choices : Choices
+    now : RunState
+    guided : list of int
+        Steps that the method guides.
+    """
+    name = method_title(choices.method)
+    if not choices.takes_regions:
+        able = [method_title(each) for each in METHODS if METHODS[each].takes_regions]
+        return f"{'A plain run' if choices.method == PLAIN else name} takes no regions; {', '.join(able)} do."
+    if not now.going:
+        if choices.needs_regions:
+            return f"{name} needs a region for each entity."
+        alone = choices.prompt is not None and len(choices.prompt.entities) == 1 and choices.layout() is None
+        return f"{name} does not guide a single entity unless its region is drawn." if alone else ""
+    if not METHODS[choices.method].steerable:
+        return f"{name} keeps the regions it started with: changes apply from the next run on."
+    if not guided or now.made > guided[-1]:
+        return "The guided steps of this run are over: changes apply from the next run on."
+    return "Changes apply from the next guided step on."

@@ -1,0 +1,175 @@
+"""Scenes as the denoiser's training data: composed in chunks as they are needed, and encoded once."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import CLIPTokenizer
+
+from elakit.files import replace_file
+from elakit.world.scenes import Scene, World, sample
+from elakit.world.training.config import Config
+from elakit.world.training.loop import autocast, rank_and_world
+from elakit.world.vocabulary import NOUNS
+
+ENCODED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Composed:
+    """Scenes before they are encoded.
+
+    Attributes
+    ----------
+    images : ndarray, uint8, (n, size, size, 3)
+    captions : list of str
+    classes : ndarray, uint8, (n, h, w)
+        Class at the center of each latent location: 0 for the background, 1 + index in ``NOUNS`` for a thing.
+    """
+
+    images: np.ndarray
+    captions: list[str]
+    classes: np.ndarray
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Scenes as the denoiser sees them.
+
+    Attributes
+    ----------
+    latents : Tensor, float16, (n, c, h, w)
+        Unit variance.
+    tokens : Tensor, int64, (n, positions)
+    classes : Tensor, uint8, (n, h, w)
+        Class at the center of each latent location: 0 for the background, 1 + index in ``NOUNS`` for a thing.
+    """
+
+    latents: Tensor
+    tokens: Tensor
+    classes: Tensor
+
+
+class GrowingScenes:
+    """Encoded scenes, composed in chunks when the training needs them and kept on disk.
+
+    A training of millions of samples needs many scenes, and composing them all first would take hours. It begins with a
+    few chunks, and the next one is composed whenever each scene has been seen `reuse` times on average. Chunk k has the
+    same scenes in every run. Of several processes that train together, each composes and uses its own chunks.
+
+    Parameters
+    ----------
+    config : Config
+    folder : Path
+        Chunks are kept in ``folder/scenes``.
+    vae : AutoencoderTiny
+    tokenizer : CLIPTokenizer
+    device : torch.device
+    workers : int
+        Number of processes that compose the next chunks while the training runs; by default, a chunk is composed by
+        this process when it is needed.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        vae: Any,
+        tokenizer: CLIPTokenizer,
+        device: torch.device,
+        workers: int = 0,
+    ) -> None:
+        self._config, self._folder, self._device = config, folder / "scenes", device
+        self._vae, self._tokenizer = vae, tokenizer
+        self._chunks: list[Encoded] = []
+        self._rank, self._world = rank_and_world()
+        self._workers = workers
+        self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers else None
+        self._ahead: dict[int, Future[Composed]] = {}
+
+    def count(self, samples: int) -> int:
+        """Number of scenes in use after a number of samples."""
+        settings = self._config.denoiser
+        wanted = max(settings.first_scenes, samples // settings.reuse)
+        return min(settings.scenes, -(-wanted // settings.chunk) * settings.chunk)
+
+    def batch(self, samples: int, size: int) -> Encoded:
+        """Random scenes (torch's generator) of those in use after a number of samples."""
+        chunk = self._config.denoiser.chunk
+        count = -(-self.count(samples) // (chunk * self._world)) * chunk
+        while len(self._chunks) * chunk < count:
+            self._chunks.append(self._chunk(len(self._chunks) * self._world + self._rank))
+        rows = torch.randint(count, (size,)).tolist()
+        picked = [(self._chunks[row // chunk], row % chunk) for row in rows]
+        return Encoded(
+            *(torch.stack([getattr(part, f.name)[i] for part, i in picked]) for f in dataclasses.fields(Encoded))
+        )
+
+    def _chunk(self, number: int) -> Encoded:
+        path = self._path(number)
+        if not path.exists():
+            composed = self._composed(number)
+            data = encode(composed, self._vae, self._tokenizer, self._device)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replace_file(path) as part:
+                torch.save(vars(data), part)
+        return Encoded(**torch.load(path, weights_only=True))
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number:04d}.pt"
+
+    def _composed(self, number: int) -> Composed:
+        """A chunk that is composed now, or that was composed ahead; the next ones are begun."""
+        settings = self._config.denoiser
+        size = min(settings.chunk, settings.scenes)
+        side = self._config.world.size // 2 ** (len(self._config.vae.encoder_blocks) - 1)
+        if self._pool is None:
+            return compose(self._config.world, side, size, (2, number))
+        last = -(-settings.scenes // settings.chunk)
+        for later in range(number, min(last, number + self._workers * self._world) + 1, self._world):
+            if later not in self._ahead and not self._path(later).exists():
+                self._ahead[later] = self._pool.submit(compose, self._config.world, side, size, (2, later))
+        return self._ahead.pop(number).result()
+
+
+def compose(world: World, side: int, count: int, seed: int | tuple[int, ...]) -> Composed:
+    """Compose `count` scenes, whose latents will have `side` x `side` locations."""
+    rng = np.random.default_rng(seed)
+    scenes = [sample(world, rng) for _ in tqdm(range(count), desc="compose", unit="scene", mininterval=5)]
+    return Composed(
+        np.stack([scene.image for scene in scenes]),
+        [scene.caption for scene in scenes],
+        np.stack([_classes(scene, side) for scene in scenes]),
+    )
+
+
+@torch.no_grad()
+def encode(composed: Composed, vae: Any, tokenizer: CLIPTokenizer, device: torch.device) -> Encoded:
+    """Encode scenes, a few at a time."""
+    latents, tokens = [], []
+    for start in range(0, len(composed.images), ENCODED_AT_ONCE):
+        rows = slice(start, start + ENCODED_AT_ONCE)
+        pixels = torch.from_numpy(composed.images[rows]).permute(0, 3, 1, 2).to(device)
+        with autocast(device):
+            mean = vae.encode(pixels.float() / 127.5 - 1).latents
+        latents.append((mean.float() * vae.config.scaling_factor).half().cpu())
+        tokens.append(tokenizer(composed.captions[rows], padding="max_length", return_tensors="pt").input_ids)
+    return Encoded(torch.cat(latents), torch.cat(tokens), torch.from_numpy(composed.classes))
+
+
+def _classes(scene: Scene, side: int) -> np.ndarray:
+    """Class of what stands at the center of each of the `side` x `side` latent locations, uint8."""
+    found = np.zeros(scene.image.shape[:2], np.uint8)
+    for entity in scene.entities:
+        found[entity.mask] = 1 + NOUNS.index(entity.subject.noun)
+    step = len(found) // side
+    return found[step // 2 :: step, step // 2 :: step]

@@ -1,0 +1,34 @@
+"""Work that several processes share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+R = TypeVar("R")
+
+
+def in_order(task: Callable[..., R], arguments: Sequence[tuple[Any, ...]], workers: int = 0) -> Iterator[R]:
+    """Yield ``task(*a)`` for each tuple of arguments, in their order.
+
+    Parameters
+    ----------
+    task : callable
+        A function of a module, since other processes must be able to import it.
+    arguments : sequence of tuple
+    workers : int
+        Number of processes; 0 computes in this one.
+
+    Examples
+    --------
+    >>> list(in_order(pow, [(2, 3), (3, 2)]))
+    [8, 9]
+    """
+    if not workers:
+        yield from (task(*given) for given in arguments)
+        return
+    # spawned, not forked: a fork copies the locks of torch's threads
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(task, *zip(*arguments, strict=True))
