@@ -39,7 +39,7 @@ def main(
     stages = set(STAGES if stage == "all" else stage.split(","))
     if unknown := stages - set(STAGES):
         raise typer.BadParameter(
-            f"{', '.join(sorted(unknown))} is no stage; choose from {', '.join(STAGES)}, all.", param_hint="--stage"
+            f"{', '.join(sorted(unknown))} is not a stage; choose from {', '.join(STAGES)}, all.", param_hint="--stage"
         )
     settings = read_config(config)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
