@@ -68,7 +68,7 @@ class TransformerAdapter(PromptEncoder):
             return OtherKind("it has no transformer")
         plain = getattr(transformer, "_orig_mod", transformer)
         if not is_a(plain, *cls.models):
-            return OtherKind(f"its transformer is a {type(plain).__name__}")
+            return OtherKind(f"its transformer has the class {type(plain).__name__}")
         return compiled(transformer, "pipe.transformer") or cls._refusal_of_relative(type(pipe).__name__)
 
     @classmethod
@@ -78,7 +78,7 @@ class TransformerAdapter(PromptEncoder):
         if transformer is None:
             return OtherKind("it has no transformer")
         if transformer not in cls.models + cls.index_models:
-            return OtherKind(f"its transformer is a {transformer}")
+            return OtherKind(f"its transformer has the class {transformer}")
         return cls._refusal_of_relative(str(index.get("_class_name")))
 
     @classmethod
