@@ -77,7 +77,9 @@ def write_file(path: str | Path, content: bytes, *, sync: bool = True) -> Path:
 
 @contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
-    """Write a file completely or not at all, for libraries that write to a path: `write_file` in two halves.
+    """Context manager that writes a file completely or not at all, for libraries that write to a path.
+
+    It yields a temporary path, and moves the file that was written there to `path` if no error was raised.
 
     Parameters
     ----------
@@ -87,7 +89,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     Yields
     ------
     pathlib.Path
-        Path to write to: it has the final name, which some formats repeat in their content, in a temporary folder.
+        Path to write to, in a temporary folder. The file name is the final one, because some formats store it.
 
     Raises
     ------

@@ -22,7 +22,7 @@ HOOK = "--ContentsManager.pre_save_hook=elakit.saved_notebooks.keep_images"
 def lab(
     folder: Annotated[
         Path | None,
-        typer.Argument(help="Folder to copy the notebooks to. Default: ./elakit-notebooks; a checkout opens its own."),
+        typer.Argument(help="Folder to copy the notebooks to. Default: ./elakit-notebooks, or no copy in a checkout."),
     ] = None,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the server.")] = None,
@@ -32,8 +32,8 @@ def lab(
 ) -> None:
     """Open the notebooks in JupyterLab.
 
-    A checkout opens its own notebooks. An installed package copies them to a folder first; existing files are not
-    overwritten.
+    In a checkout of the repository, its own notebooks are opened. Otherwise they are copied to a folder first; existing
+    files are not overwritten.
 
     Example: elakit lab ~/elakit-notebooks --no-browser --port 8890
     """

@@ -185,8 +185,10 @@ def touching(words: Sequence[Span], span: Span) -> list[int]:
 
     Parameters
     ----------
-    words : disjoint spans in the order of the text.
-    span : first character, and the one after the last.
+    words : sequence of (int, int)
+        Disjoint spans in the order of the text.
+    span : (int, int)
+        First character, and the one after the last.
     """
     start = bisect_right(words, span[0], key=itemgetter(1))
     stop = bisect_left(words, span[1], key=itemgetter(0))

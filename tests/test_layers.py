@@ -227,6 +227,18 @@ def test_maps_are_resampled_by_area_in_one_module() -> None:
     assert not copies, "\n".join(sorted(copies))
 
 
+def test_labels_are_not_taken_apart() -> None:
+    # the label of a word is Prompt.word_labels; how tokens are labeled is known in elakit.tokens only
+    copies = {
+        f"{module}:{node.lineno}"
+        for module, path in modules().items()
+        if module != "elakit.tokens"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and r"(@\w" in node.value
+    }
+    assert not copies, "\n".join(sorted(copies))
+
+
 def wide_dataclasses() -> dict[tuple[str, str], int]:
     """Number of fields of each dataclass with five or more, by module and name."""
     found = {}

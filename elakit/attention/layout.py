@@ -222,7 +222,7 @@ class LazyArray(BackendArray):
 
 
 class Joined(LazyArray):
-    """Arrays that follow each other along the first dimension; they are joined only where they are read.
+    """Lazy concatenation of arrays along the first dimension; only what is read is copied.
 
     Parameters
     ----------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -276,7 +275,7 @@ class Recording:
         for pieces in words.values():
             # The tokens of one word are labeled "giraffe/1", "giraffe/2", and the map of the word "giraffe". The same
             # holds for "giraffe@clip" and "giraffe@t5" of a text that two encoders read.
-            label = pieces[0].label if len(pieces) == 1 else re.sub(r"(?<=.)(/\d+)?(@\w+)?$", "", pieces[0].label)
+            label = pieces[0].label if len(pieces) == 1 else prompt.word_labels[pieces[0].word]
             groups.append(_Group(label, self._channels([piece.index for piece in pieces], label), entity.label))
         return groups
 

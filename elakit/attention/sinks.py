@@ -111,7 +111,7 @@ class Memory:
 
 
 class RunningMean:
-    """Keeps only the mean over the steps, summed in float32 on the model's device.
+    """Sink that keeps only the mean over the steps, summed in float32 on the model's device.
 
     Parameters
     ----------

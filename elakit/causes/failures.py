@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from elakit.causes.findings import CauseKind, FailureKind
 from elakit.causes.indicators import Indicator
-from elakit.causes.text import word_label
 from elakit.judge import Verdict
 from elakit.prompt import Entity, Prompt
 from elakit.tokens import word_of
@@ -109,5 +108,5 @@ def _color(verdict: Verdict, prompt: Prompt, entity: Entity) -> Observation:
 def _attribute(prompt: Prompt, entity: Entity, said: str) -> str:
     """Label of the attribute of an entity with a given word."""
     words = dict.fromkeys(token.word for token in prompt.tokens if token.index in entity.attribute_indices)
-    labels = [word_label(prompt, word) for word in words]
+    labels = [prompt.word_labels[word] for word in words]
     return next((label for label in labels if word_of(label) == said), said)

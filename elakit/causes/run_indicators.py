@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from elakit.causes.evidence import Maps, read
 from elakit.causes.findings import CAUSE_KINDS, CauseKind
 from elakit.causes.indicators import LEAST, Indicator, Key, of_maps, strongest
-from elakit.causes.text import word_label
 from elakit.measures.masks import coverage
 from elakit.run import Run
 
@@ -40,7 +39,7 @@ class RunIndicators:
         entities = run.prompt.entities
         self._entities = [entity.label for entity in entities]
         self._attributes = [
-            word_label(run.prompt, word)
+            run.prompt.word_labels[word]
             for entity in entities
             for word in dict.fromkeys(t.word for t in run.prompt.tokens if t.index in entity.attribute_indices)
         ]

@@ -36,7 +36,7 @@ def sentence(cause: Cause) -> str:
                 f'{n.get("leak", 0):.0%} of the way to that of "{word_of(token)} {word_of(entity)}".'
             )
         case "token ignored":
-            why = "its text state is empty" if "length" in n else "it receives almost no attention"
+            why = "its text embedding is close to zero" if "length" in n else "it receives almost no attention"
             return f'The denoiser ignores "{entity}": {why}.'
         case "start-of-text competition":
             return (
@@ -62,6 +62,11 @@ def sentence(cause: Cause) -> str:
         case "attribute misplaced":
             return f'"{token}" describes the {entity}, but receives attention at the location of the {other}.'
         case "never localized":
-            return f'The attention to "{entity}" is spread over the whole image, so it has no location of its own.'
+            return (
+                f'The attention to "{entity}" is spread over the whole image, so the {entity} has no location of its '
+                "own."
+            )
         case "region split":
-            return f'The attention to "{entity}" has two separate peaks, so it may appear split or twice.'
+            return (
+                f'The attention to "{entity}" has two separate peaks, so the {entity} may appear in two parts or twice.'
+            )

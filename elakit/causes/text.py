@@ -7,7 +7,6 @@ suspected word.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -133,7 +132,7 @@ def _leaks(encoder: _Encoder, prompt: Prompt) -> Iterator[Leak]:
                 yield Leak(
                     entity=entity.label,
                     other=owner.label,
-                    token=word_label(prompt, word),
+                    token=prompt.word_labels[word],
                     share=float(moved @ toward) / max(float(toward @ toward), NOTHING),
                     change=float(np.linalg.norm(moved)) / max(float(np.linalg.norm(here)), NOTHING),
                 )
@@ -169,12 +168,6 @@ def _marked(prompt: Prompt, entity: Entity, without: int | None = None) -> str:
     for (first, last), instead in sorted(changes, reverse=True):
         text = text[:first] + instead + text[last:]
     return " ".join(text.split())
-
-
-def word_label(prompt: Prompt, word: int) -> str:
-    """Label of a word of the prompt, "red" or "red#2", also if it has several tokens."""
-    token = next(token for token in prompt.tokens if token.word == word)
-    return re.sub(r"(?<=.)(/\d+)?(@\w+)?$", "", token.label)
 
 
 def _pieces(prompt: Prompt, entity: Entity) -> int:

@@ -39,8 +39,9 @@ def diagnose(
     remedies: Annotated[
         str,
         typer.Option(
-            help="Further remedies to try if an image is wrong: all, none, or comma-separated names of methods, "
-            "another-seed, swapped and next-to (the prompt reworded), and regions (ELA with one box per entity)."
+            help="Further remedies to try if an image is wrong: all, none, or comma-separated names. "
+            "Names: the methods; another-seed; swapped (entities in the opposite order); next-to (“next to” instead of "
+            "“and”); regions (ELA with one box per entity)."
         ),
     ] = "all",
     options: Options = None,
@@ -68,7 +69,10 @@ def diagnose(
     json_out: Annotated[Path | None, typer.Option("--json", help="JSON file to write, with all results.")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="File with one prompt per line. Reports are written to the folder --out; can be resumed."),
+        typer.Option(
+            help="File with one prompt per line. Reports are written to the folder --out. Run the command again "
+            "to resume."
+        ),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Number of worker processes with --prompts.")] = None,
 ) -> None:

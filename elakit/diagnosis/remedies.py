@@ -184,8 +184,8 @@ class RemedyResult:
 def ranked(results: Iterable[RemedyResult]) -> tuple[RemedyResult, ...]:
     """Sort results, best first.
 
-    Judged results are sorted by images right, then images broken, then time; others by bleeding, then time. Remedies
-    that failed or were not tried come last.
+    Judged results are sorted by the number of right images, then of broken images, then by time; others by bleeding,
+    then by time. Remedies that failed or were not tried come last.
 
     Parameters
     ----------

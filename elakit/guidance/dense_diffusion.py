@@ -171,7 +171,9 @@ def of_words(regions: Tensor, words: Sequence[Sequence[int]], length: int) -> Te
 
 
 def covered(regions: Tensor) -> Tensor:
-    """Share of the image that the regions of a location cover, their areas added up; bool (entity, n) -> (n,).
+    """Sum of the areas of the regions that contain each location, as fractions of the image; bool (entity, n) -> (n,).
+
+    The rest of the image counts as one more region.
 
     Examples
     --------

@@ -125,7 +125,9 @@ def layout_masks(layout: Layout, size: tuple[int, int], entities: int, *, trunca
     [[[1, 1, 0, 0], [1, 1, 0, 0]], [[0, 0, 0, 1], [0, 0, 0, 0]]]
     """
     if len(layout) != entities:
-        raise SettingError(f"The layout has {len(layout)} regions, the prompt {entities} entities; give one for each.")
+        raise SettingError(
+            f"The layout has {len(layout)} regions, but the prompt has {entities} entities. Give one region per entity."
+        )
     if isinstance(layout, np.ndarray):
         return downscale(layout, size)
     return np.stack([_on_grid(region, size, truncate) for region in layout])

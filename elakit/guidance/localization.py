@@ -210,7 +210,7 @@ def entity_means(maps: Tensor, prompt: Prompt) -> Tensor:
 
 
 def is_complete(given: Layout | None) -> bool:
-    """True for a layout with a region for every entity."""
+    """True if a layout is given and has a region for every entity."""
     return given is not None and all(region is not None for region in given)
 
 

@@ -59,7 +59,7 @@ def otsu_thresholds(maps: np.ndarray) -> np.ndarray:
 
 
 def is_constant(maps: np.ndarray) -> np.ndarray:
-    """Test each map (n, y, x) for a single value, up to rounding; bool array (n, 1, 1)."""
+    """Test whether all values of a map are equal, up to rounding; (n, y, x) -> bool (n, 1, 1)."""
     high = maps.max(axis=(1, 2), keepdims=True)
     return np.asarray(high - maps.min(axis=(1, 2), keepdims=True) <= 1e-9 * high)
 

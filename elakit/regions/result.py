@@ -44,7 +44,8 @@ class Regions:
             )
         if self.scores.shape != self.masks.shape:
             raise SettingError(
-                f"scores have shape {self.scores.shape}, the masks {self.masks.shape}; they must be equal."
+                f"scores have shape {self.scores.shape}, but masks have shape {self.masks.shape}. Give both the same "
+                "shape."
             )
         for what, values in (("floored", self.floored), ("entities", self.entities)):
             if len(values) != len(self.masks):

@@ -44,19 +44,21 @@ def run(
     prompts: Annotated[
         Path | None, typer.Option(help="File of prompts: text with one prompt per line, JSON, JSON Lines or CSV.")
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Comma-separated seeds, generated in one batch.")] = "1,3",
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "1,3",
     methods: Annotated[str, typer.Option(help="Comma-separated methods, see `elakit sweep methods`.")] = "plain,ela",
     options: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
-            help="Option of a method as METHOD.OPTION=VALUE, such as ela.anchor.step_size=0.2. May be given several "
-            "times. With guide_above=0.2, a method guides only images whose predicted probability of failure exceeds "
+            help="Option of a method as METHOD.OPTION=VALUE, such as ela.anchor.step_size=0.2. Can be repeated. "
+            "With METHOD.guide_above=0.2, the method guides only images whose predicted probability of failure exceeds "
             "0.2.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Largest number of prompts per suite, evenly spaced.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Largest number of seeds per batch. Default: all seeds.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use at most this many prompts per suite, evenly spaced.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Generate at most this many seeds per batch. Default: all seeds.")
+    ] = None,
     shard: Annotated[
         str | None, typer.Option(help="Generate only shard I of N, written I/N, for example 1/3 in a SLURM array.")
     ] = None,
@@ -82,7 +84,9 @@ def run(
     dtype: Dtype = None,
     detector: Annotated[
         str | None,
-        typer.Option(help="Detector that judges images of other models: a folder or hub id, such as an OWLv2."),
+        typer.Option(
+            help="Detector that judges images of other models: a folder or hub id, such as google/owlv2-base-patch16."
+        ),
     ] = None,
 ) -> None:
     """Generate images of many prompts with several methods from the same noise, and judge and measure them.

@@ -370,9 +370,11 @@ def compose(subjects: tuple[Subject, ...], world: World, rng: np.random.Generato
         if (scene := _attempt(subjects, chosen, world, rng)) is not None:
             return scene
         del shares[chosen]
-    raise SettingError(
-        f"{subjects[0].words} has no drawing that can have the layout {layout!r}. Choose another layout."
-    )
+    named = " and ".join(s.words for s in subjects)
+    others = [name for name in _possible(subjects, world) if name != layout]
+    if layout is None or not others:
+        raise SettingError(f"The drawings of {named} fit no layout. Choose other subjects.")
+    raise SettingError(f"The drawings of {named} do not fit the layout {layout!r}. Choose from {', '.join(others)}.")
 
 
 def _possible(subjects: tuple[Subject, ...], world: World) -> dict[str, float]:

@@ -17,7 +17,9 @@ from PIL import Image
 from tiny import tiny_pipeline
 from tiny_diagnosis import diagnosis
 
+import elakit
 from elakit.diagnosis import Diagnosis, report
+from elakit.diagnosis.report import views
 from elakit.errors import OutputError
 from elakit.prompt import parse
 
@@ -37,6 +39,21 @@ def page(found: Diagnosis) -> str:
 
 
 # --- content -------------------------------------------------------------------------------------------
+
+
+def test_every_number_that_supports_a_cause_has_a_name_in_the_report() -> None:
+    # a key such as "start_held" means nothing to a reader of the page
+    causes = Path(elakit.causes.__file__).parent
+    source = "".join((causes / name).read_text(encoding="utf-8") for name in ("indicators.py", "ranking.py"))
+    found = set(re.findall(r'measure="(\w+)"', source))
+    found |= {
+        name
+        for part in re.findall(r"(?:about|both|evidence|series) ?=\s*\{([^}]*)\}", source)
+        for name in re.findall(r'"(\w+)":', part)
+    }
+    found |= set(re.findall(r'series\["(\w+)"\] =', source))
+    assert len(found) > 12
+    assert found <= set(views.EVIDENCE), found - set(views.EVIDENCE)
 
 
 def test_the_summary_is_on_the_page(found: Diagnosis, page: str) -> None:

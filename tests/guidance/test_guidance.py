@@ -379,7 +379,7 @@ def test_a_layout_that_is_none_is_refused_with_an_example(layout: Any, part: str
 
 
 def test_a_layout_needs_a_region_for_each_entity() -> None:
-    with pytest.raises(SettingError, match="1 regions, the prompt 2 entities"):
+    with pytest.raises(SettingError, match="1 regions, but the prompt has 2 entities"):
         generate(tiny_pipeline(), PAIR, steps=2, guidance=ELA(regions=[(0, 0, 1, 1)]), progress=False)
 
 

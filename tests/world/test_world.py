@@ -202,6 +202,11 @@ def test_a_layout_that_the_things_cannot_have_is_refused() -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(SettingError, match=r"cannot have the layout 'worn'.*row"):
         compose((Subject("car"), Subject("bowl")), SHIPPED, rng, "worn")
+    nothing_fits = mock.patch("elakit.world.scenes._attempt", return_value=None)
+    with nothing_fits, pytest.raises(SettingError, match=r"car and bowl do not fit the layout 'row'\. Choose from \w+"):
+        compose((Subject("car"), Subject("bowl")), SHIPPED, rng, "row")
+    with nothing_fits, pytest.raises(SettingError, match="fit no layout"):
+        compose((Subject("car"), Subject("bowl")), SHIPPED, rng)
     crowned = compose((Subject("crown"), Subject("bear")), SHIPPED, rng, "worn")
     assert [e.subject.noun for e in crowned.entities] == ["crown", "bear"]
     assert crowned.relation == "worn by"

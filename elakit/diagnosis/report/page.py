@@ -154,12 +154,12 @@ def _why_example(diagnosis: DiagnosisData, example: Pair) -> str:
     if example.outcome == "fixed":
         others = diagnosis.count("fixed") > 1
         return (
-            f"Of the {diagnosis.count('fixed')} fixed seeds, the one with the highest plain bleed."
+            f"Of the {diagnosis.count('fixed')} fixed seeds, the one with the highest bleed without guidance."
             if others
             else ("The only fixed seed.")
         )
     none = f"{method_title(diagnosis.method)} fixed no seed; " if diagnosis.judged else ""
-    said = f"{none}this is the seed with the highest plain bleed."
+    said = f"{none}this is the seed with the highest bleed without guidance."
     return said[:1].upper() + said[1:]
 
 

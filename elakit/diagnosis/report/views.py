@@ -20,6 +20,27 @@ from elakit.run import Run
 THUMBNAIL, LARGE, SMALL = 256, 640, 128
 # Largest number of images shown per remedy; all of them count.
 MAX_IMAGES = 12
+# Names of the numbers that support a cause, as the report shows them; docs/causes.md defines the numbers.
+EVIDENCE = {
+    "likeness": "cosine similarity of the text embeddings",
+    "leak": "shift of the text embedding toward the attribute",
+    "change": "relative change of the text embedding",
+    "length": "relative norm of the text embedding",
+    "pieces": "number of tokens",
+    "unknown": "unknown to the model",
+    "standing": "attention compared with function words",
+    "presence": "maximum compared with the most attended entity",
+    "localized": "localization",
+    "start_held": "share of start-of-text at the entity",
+    "split": "degree of splitting",
+    "held": "share of the other noun at the entity",
+    "overlap": "overlap of the two maps",
+    "alike": "overlap of the two maps",
+    "swap": "degree of exchange",
+    "astray": "share of the attribute's attention at the other entity",
+    "attribute_held": "share of the attribute in the attention at the other entity",
+    "on_other": "share of the attribute's attention on the other entity in the image",
+}
 
 
 @dataclass(frozen=True)
@@ -160,7 +181,9 @@ def causes(diagnosis: DiagnosisData) -> list[Reason]:
             facts.append(f"clearest in {layer_name(one.layers[0])}")
         if one.explains and diagnosis.judged:
             facts.append(f"explains: {', '.join(one.explains)}")
-        evidence = tuple((name.replace("_", " "), f"{value:.3g}") for name, value in one.evidence.items())
+        # "alike" repeats "overlap" where both are listed
+        numbers = {EVIDENCE.get(name, name): f"{value:.3g}" for name, value in one.evidence.items()}
+        evidence = tuple(numbers.items())
         found.append(Reason(text=one.sentence, kind=one.kind, facts=tuple(facts), evidence=evidence))
     return found
 

@@ -170,7 +170,10 @@ def _statements(
         fails = judged[judged["right"] < judged["images"]]
         if len(fails):
             better = int(fails["best"].notna().sum())
-            said.append(f"A remedy did better for {better} of the other {_prompts(len(fails))}.")
+            said.append(
+                f"A remedy did better than generation without guidance for {better} of the other "
+                f"{_prompts(len(fails))}."
+            )
     if len(done) > len(judged):
         said.append(f"{_prompts(len(done) - len(judged))} could not be judged; only the attention was measured.")
     if len(failed):
@@ -178,7 +181,10 @@ def _statements(
     if unreadable:
         said.append(f"{len(unreadable)} {plural('file', len(unreadable))} in cases/ cannot be read; see below.")
     if waiting:
-        said.append(f"{_prompts(len(waiting))} not diagnosed yet: run the same command again.")
+        said.append(
+            f"{_prompts(len(waiting))} {'is' if len(waiting) == 1 else 'are'} not diagnosed yet. Run the same command "
+            "again."
+        )
     return said or ["No prompt is finished yet."]
 
 

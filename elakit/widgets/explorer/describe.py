@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from elakit.attention import Recording
 from elakit.errors import ElakitError, RecordingError
 from elakit.plot import style
 from elakit.plot.image_figures import LOSSLESS_SIDE, data_uri
-from elakit.prompt import Prompt
+from elakit.prompt import Prompt, Token
 from elakit.run import Run
 from elakit.widgets.explorer.packing import Buffer, Fit, Source, fit_to, pack
 from elakit.widgets.shared.colors import TABLES
@@ -141,7 +140,7 @@ def words_of(recording: Recording) -> list[Word]:
     node = nodes_of(recording)[0]
     labels = [str(label) for label in node["token"].values]
     column = {int(index): i for i, index in enumerate(node["token_index"].values) if labels[i] not in (START, END)}
-    pieces: dict[int, list[Any]] = {}
+    pieces: dict[int, list[Token]] = {}
     for token in prompt.tokens:
         pieces.setdefault(token.word, []).append(token)
     words = []
@@ -149,14 +148,13 @@ def words_of(recording: Recording) -> list[Word]:
         kept = [token.index for token in tokens if token.index in column]
         if kept:
             entity, attribute = _owners(prompt, kept)
-            words.append(Word(_label(tokens), tuple(column[index] for index in kept), entity, attribute))
+            words.append(Word(_label(prompt, tokens), tuple(column[index] for index in kept), entity, attribute))
     return words + [Word(end, (labels.index(end),)) for end in (START, END) if end in labels]
 
 
-def _label(tokens: Sequence[Any]) -> str:
+def _label(prompt: Prompt, tokens: Sequence[Token]) -> str:
     """Label of the whole word: "giraffe" for "giraffe/1", "giraffe@clip" and "giraffe@t5"."""
-    label = str(tokens[0].label)
-    return label if len(tokens) == 1 else re.sub(r"(?<=.)(/\d+)?(@\w+)?$", "", label)
+    return tokens[0].label if len(tokens) == 1 else prompt.word_labels[tokens[0].word]
 
 
 def _owners(prompt: Prompt, indices: Sequence[int]) -> tuple[int | None, int | None]:
@@ -169,13 +167,13 @@ def _owners(prompt: Prompt, indices: Sequence[int]) -> tuple[int | None, int | N
 def _chips(prompt: Prompt, words: Sequence[Word]) -> list[dict[str, Any]]:
     """The prompt's words as written, each with its index among the words sent (None if it was not recorded)."""
     place = {word.label: i for i, word in enumerate(words)}
-    pieces: dict[int, list[Any]] = {}
+    pieces: dict[int, list[Token]] = {}
     for token in prompt.tokens:
         pieces.setdefault(token.word, []).append(token)
     chips: list[dict[str, Any]] = []
     last = 0
     for i, (first, past) in enumerate(prompt.words):
-        where = place.get(_label(pieces[i])) if i in pieces else None
+        where = place.get(_label(prompt, pieces[i])) if i in pieces else None
         chips.append({"text": prompt.text[first:past], "gap": first > last, "token": where})
         last = past
     names = {START: "start", END: "end"}

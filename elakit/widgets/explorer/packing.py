@@ -69,7 +69,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Source:
-    """Part of a recording that is sent.
+    """Part of a recording that is sent to the browser.
 
     Attributes
     ----------

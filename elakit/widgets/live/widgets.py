@@ -59,7 +59,7 @@ class Stage(anywidget.AnyWidget):
     size : (width, height)
         Size of the next images.
     on_boxes : callable
-        Called with the boxes when one was drawn, moved or removed, in the browser or from Python.
+        Called with the boxes when one is drawn, moved or removed, in the browser or from Python.
     on_clear : callable
         Called with the index of the entity whose region is to be removed, None for all.
 
@@ -68,7 +68,7 @@ class Stage(anywidget.AnyWidget):
     lock : RLock
         Held while the browser's changes are applied; hold it to show something from the run's thread.
     boxes : list of (left, top, right, bottom) or None
-        One per entity, in shares of the image.
+        One per entity, as fractions of the image.
     entity : int
         Index of the entity whose region is drawn next.
     token : str
