@@ -60,7 +60,7 @@ def report(model: str | None = None) -> Iterator[tuple[str, str]]:
             there = (data_path(embedded.folder) / "model_index.json").is_file()
             yield f"model {embedded.name}", "complete" if there else "missing: install elakit from a whole checkout"
     except ElakitError as error:
-        yield "models", f"none can be loaded: {error}"
+        yield "models", f"cannot be loaded: {error}"
     except Exception as error:  # a broken installation is what this command is for
         yield "elakit.models", f"cannot be imported: {error}"
     if model is not None:

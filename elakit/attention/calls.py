@@ -69,7 +69,7 @@ def biasing(bias_of: BiasOf) -> Iterator[None]:
 
 @contextmanager
 def watching_outputs(on_output: OnOutput) -> Iterator[None]:
-    """Call ``on_output(call, output)`` after each attention call inside the block, including biases of `biasing`."""
+    """Call ``on_output(call, output)`` after each attention call inside the block; biases of `biasing` are included."""
     with _Mode(on_output=on_output):
         yield
 
@@ -78,7 +78,7 @@ def watching_outputs(on_output: OnOutput) -> Iterator[None]:
 def changing(change_of: ChangeOf, on_output: OnOutput) -> Iterator[None]:
     """Compute ``change_of(call)`` instead of each attention call inside the block; ``on_output`` gets the output.
 
-    The block is for a pass of its own: other blocks of this module neither see nor change its calls.
+    Use it around a separate denoiser call: the module's other context managers neither see nor change calls inside it.
     """
     outer, _ACTIVE.modes = _ACTIVE.modes, []
     try:

@@ -35,9 +35,9 @@ class Reader:
     words : sequence of str
         Concepts.
     begin : callable
-        ``begin(timestep)`` at the start of each denoiser call that sees the prompt.
+        Called as ``begin(timestep)`` at the start of each denoiser call that sees the prompt.
     add : callable
-        ``add(maps, size)`` with the maps (image, concept, h*w) of each layer.
+        Called as ``add(maps, size)`` with the maps (image, concept, h*w) of each layer.
     """
 
     def __init__(
@@ -133,12 +133,12 @@ class AtCall(Cross):
 
     @torch.no_grad()
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
-        """Start to read these layers, whose keys of the concepts depend neither on the image nor on the step."""
+        """Start to read these layers; the concepts' keys are computed once, as neither image nor step changes them."""
         inside: list[str] = []
         keys: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
 
         def keep(call: AttentionCall, _: Tensor) -> None:
-            if inside:  # only the first call of a layer is to the text
+            if inside:  # only the first attention call of a layer attends to the text
                 keys[inside.pop()].append(call.key[:1])
 
         side = self.adapter.pipe.vae_scale_factor * layers[0].factor  # one patch
@@ -162,8 +162,8 @@ class AtCall(Cross):
 
 def _without_call(layer: AttentionLayer) -> RecordingError:
     return RecordingError(
-        f"Layer {layer.name} ran without calling F.scaled_dot_product_attention, where it is read. Set the default "
-        "attention processor and `set_attention_backend('native')` before `map_concepts`."
+        f"Layer {layer.name} ran without calling F.scaled_dot_product_attention, where its attention is read. Set the "
+        "default attention processor and `set_attention_backend('native')` before `map_concepts`."
     )
 
 
@@ -180,7 +180,7 @@ def _projected(denoiser: Any, states: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Keys and values of the image in one layer of the run's pass, and the outputs of its locations."""
+    """Keys and values of the image in one layer of the run's denoiser call, and the outputs of its locations."""
 
     key: Tensor
     value: Tensor
@@ -188,7 +188,7 @@ class _Kept:
 
 
 class TextPass(Reader):
-    """Concepts as the text of a pass of their own, whose keys and values of the image are those of the run's pass."""
+    """Concepts as the text of a second denoiser call, with the image's keys and values from the run's own call."""
 
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
         """Start to read these layers, and those that the concepts pass through before them."""
@@ -199,7 +199,7 @@ class TextPass(Reader):
         self.hooks = hooks
         self.kept: dict[str, _Kept] = {}
         self.inside: AttentionLayer | None = None
-        self.given: tuple[Any, Any] | None = None  # arguments of the run's pass
+        self.given: tuple[Any, Any] | None = None  # arguments of the run's denoiser call
         stack.callback(self.kept.clear)
         for layer in self.layers:
             hooks.before(layer.module, lambda *_, layer=layer: setattr(self, "inside", layer))
@@ -208,7 +208,7 @@ class TextPass(Reader):
         stack.enter_context(watching_outputs(self._keep))
 
     def before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read a denoiser call that is about to run; not the pass of the concepts inside it."""
+        """Read a denoiser call that is about to run; the concepts' own call inside it is skipped."""
         if self.given is not None:
             return
         self.kept.clear()
@@ -221,7 +221,7 @@ class TextPass(Reader):
         return layout
 
     def _keep(self, call: AttentionCall, output: Tensor) -> None:
-        layer, self.inside = self.inside, None  # only the first call of a layer is to the text
+        layer, self.inside = self.inside, None  # only a layer's first attention call attends to the text
         if layer is None or self.seen is None or self.given is not None:
             return
         rows, (first, count) = self.seen.rows, self.layout.text
@@ -235,7 +235,7 @@ class TextPass(Reader):
 
     @torch.no_grad()
     def after_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
-        """Run the pass of the concepts."""
+        """Run the denoiser call of the concepts."""
         if self.seen is None or self.given is not None:
             return
         for layer in self.layers:
@@ -254,7 +254,7 @@ class TextPass(Reader):
             self.kept.clear()
 
     def _join(self, call: AttentionCall) -> AttentionCall:
-        """Keys and values of the pass's text, and those of the run's image."""
+        """Join the keys and values of the concepts' text with those of the run's image."""
         if self.inside is None:
             return call
         first, count = self.text

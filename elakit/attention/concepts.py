@@ -129,11 +129,12 @@ def map_concepts(
 
     Notes
     -----
-    FLUX.1 and Stable Diffusion 3 compute the second text beside their blocks. Other families with joint attention keep
-    the keys, values and outputs of the image until the denoiser call ends, and then run the denoiser a second time with
-    the concepts as its text and one patch (in Qwen-Image, one row of patches) as its image. ConceptAttention was
-    published for double stream blocks; in families that have single stream blocks only (Z-Image, Lumina 2,
-    CogView3-Plus, CogView4) the definition is the same, with the projections that image and text share.
+    In FLUX.1 and Stable Diffusion 3, the second text is computed alongside the blocks. Other families with joint
+    attention keep the keys, values and outputs of the image until the denoiser call ends, and then run the denoiser a
+    second time with the concepts as its text and one patch (in Qwen-Image, one row of patches) as its image.
+    ConceptAttention was published for double stream blocks; in families that have single stream blocks only
+    (Z-Image, Lumina 2, CogView3-Plus, CogView4) the definition is the same, with the projections that image and text
+    share.
 
     References
     ----------
@@ -156,11 +157,11 @@ def map_concepts(
     cross = all(layer.kind == "cross" for layer in chosen)
     if not words or (not cross and len(words) < 2):
         raise SettingError(
-            f"words={words!r}: give {'one concept' if cross else 'two concepts'} or more, such as 'sky'."
+            f"words={words!r}: give at least {'one concept' if cross else 'two concepts'}, such as ['sky', 'tree']."
         )
     for word in words:
         if not word.strip() or any(bracket in word for bracket in "[]"):
-            raise SettingError(f"words has {word!r}; give words or short phrases without brackets, such as 'sky'.")
+            raise SettingError(f"words contains {word!r}; give words or short phrases without brackets, such as 'sky'.")
     found = ConceptMaps(words, "probability" if cross else "similarity")
     kind, read = _reader_of(adapter, chosen, layers)
     reader = kind(adapter, prompt, words, found.begin, found.add)
@@ -183,8 +184,7 @@ def _reader_of(
         chosen = [layer for layer in chosen if layer.kind == "joint"]
     if not chosen:
         raise RecordingError(
-            f"{adapter.family} with layers={asked!r}: in this model, concepts that are not in the prompt are mapped in "
-            "its double stream blocks only. Give layers='double' or some of these blocks. In Z-Image, Lumina 2, "
-            "CogView3-Plus and CogView4, which have no double stream blocks, single ones are read."
+            f"{adapter.family} with layers={asked!r}: no double stream block is selected, and concepts are mapped only "
+            "there in models that have such blocks. Use layers='double', or names of double stream blocks."
         )
     return (TextPass if at_call else Stream), chosen

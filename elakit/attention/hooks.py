@@ -73,7 +73,7 @@ _ALONE = _Alone()
 
 @contextmanager
 def alone(hooks: Hooks) -> Iterator[None]:
-    """Let no hooks but these act in this thread, for a pass of their own inside a pass of the run."""
+    """Suspend all other hooks in this thread, for a separate denoiser call inside one of the run."""
     outer, _ALONE.hooks = _ALONE.hooks, hooks
     try:
         yield

@@ -72,7 +72,7 @@ class Watch:
         self._thread = threading.get_ident()
         self._run: FrameType | None = None  # the pipeline's call that is running; compared by identity
         self._of_run = adapter
-        self._by_states = False  # whether the run was given text states in place of a text
+        self._by_states = False  # whether the run was given text states instead of a text
         self._states: tuple[Tensor, slice] | None = None  # of a loop without a pipeline, and its rows
         self._expected: Tensor | None = None
         names = list(inspect.signature(type(adapter.denoiser).forward).parameters)[1:]
@@ -135,14 +135,15 @@ class Watch:
                     )
 
     def _check_rows(self, states: Tensor) -> None:
-        """Refuse a batch of several prompts that were given as text states, and states that hold no words."""
+        """Refuse text states of several prompts in one batch, and text states that are the same for all words."""
         assert self.prompt is not None
         words = [token.index for token in self.prompt.tokens if token.index < states.shape[1]]
         if self._by_states and len(words) > 1 and bool((states[:, words] == states[:, words[:1]]).all()):
             raise RecordingError(
-                f"The text states (prompt_embeds) are the same for every word of {self.prompt.text!r}, as those of "
-                "FluxPriorReduxPipeline without text encoders are: the image cannot attend to a word. Give the prior "
-                "its text encoders, tokenizers and prompt=, or encode the prompt with `pipe.encode_prompt`."
+                f"The text states (prompt_embeds) are the same for every word of {self.prompt.text!r}, so attention "
+                "cannot tell the words apart. FluxPriorReduxPipeline returns such states if it has no text encoders: "
+                "load it with text encoders and tokenizers and pass prompt=, or encode the prompt with "
+                "`pipe.encode_prompt`."
             )
         if len(states) > 1 and not self._agree(states, states[:1]).all():
             raise RecordingError(
@@ -246,7 +247,7 @@ def _same_tokens(adapter: Adapter, text: str, other: str) -> bool:
 
 def _running(denoiser: nn.Module) -> Any:
     """Calls of pipelines with this denoiser that are running in this thread, the innermost first."""
-    from diffusers import DiffusionPipeline  # whoever has a denoiser has imported it
+    from diffusers import DiffusionPipeline  # already imported by the code that made the denoiser
 
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

@@ -349,8 +349,8 @@ class _Capture:
         self.running = False
         if self.call is None:
             raise RecordingError(
-                f"Layer {self.layer.name} ran without calling F.scaled_dot_product_attention, where it is read. Set "
-                "the default attention processor and `set_attention_backend('native')` before the recording."
+                f"Layer {self.layer.name} ran without calling F.scaled_dot_product_attention, where its attention is "
+                "read. Set the default attention processor and `set_attention_backend('native')` before the recording."
             )
         try:
             self.on_attention(self.layer, self.attend, self.layout.size)

@@ -41,11 +41,10 @@ def watched_steps(scheduler: Any) -> Iterator[Steps]:
     """
     steps, plain, had = Steps(scheduler), scheduler.step, "step" in vars(scheduler)
 
-    names = list(
-        inspect.signature(plain).parameters
-    )  # solvers of CogView3-Plus take further arguments before the latents
+    # by name, since solvers of CogView3-Plus take further arguments before the latents
+    names = list(inspect.signature(plain).parameters)
 
-    @wraps(plain)  # pipelines look in its signature whether it takes a generator
+    @wraps(plain)  # pipelines inspect its signature for a generator argument
     def step(*args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
         steps.last = given["model_output"], given["sample"]

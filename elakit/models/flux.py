@@ -145,7 +145,7 @@ class Flux(SeparateNegative):
         kwargs: Mapping[str, Any],
         rows: slice,
     ) -> dict[str, Any]:
-        """Arguments of a pass that sees some text states and one patch; see `TransformerAdapter.text_call`."""
+        """Arguments of a denoiser call with given text states and one patch; see `TransformerAdapter.text_call`."""
         given = self._of_rows(args, kwargs, rows)
         latents = given["hidden_states"]
         given |= {
@@ -158,7 +158,7 @@ class Flux(SeparateNegative):
         return given | dict.fromkeys(given.keys() & {"attention_mask", *_CONTROL})
 
     def _text_ids(self, positions: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        """Rotary positions of text tokens: the text has none."""
+        """Rotary positions of text tokens, which are zero."""
         return like.new_zeros(len(positions), like.shape[-1])
 
     @property

@@ -120,7 +120,7 @@ class Flux2(Flux):
         )
 
     def _text_ids(self, positions: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        """Rotary positions of text tokens: their places in the text are the last coordinate."""
+        """Rotary positions of text tokens: the last coordinate is the position in the text."""
         ids = super()._text_ids(positions, like)
         ids[:, -1] = ids.new_tensor(list(positions))
         return ids

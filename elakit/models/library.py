@@ -1,4 +1,4 @@
-"""diffusers, imported with an error that names what in the environment keeps it from being imported."""
+"""Import of diffusers, with an error that names the cause if the environment prevents it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from elakit.errors import ModelError
 
-# Packages that diffusers imports where they are installed, and their lowest releases (pyproject.toml): an older one
-# that another package brought along ends the import of diffusers.
+# Packages that diffusers imports if they are installed, and the lowest releases that work (pyproject.toml). With an
+# older release, installed for another package, the import of diffusers fails.
 _BESIDE = {"peft": (0, 17)}
 
 
 def import_diffusers() -> Any:
-    """Import diffusers, with the modules that it imports at the first use of a pipeline.
+    """Import diffusers, including the modules that it otherwise imports at the first use of a pipeline.
 
     Returns
     -------
@@ -51,6 +51,6 @@ def _remedy() -> str:
             bound = ".".join(map(str, lowest))
             return (
                 f"{package} {installed} is installed, and diffusers needs {bound} or later: "
-                f"`pip install -U '{package}>={bound}'`, or uninstall {package}, which only LoRA weights need."
+                f"`pip install -U '{package}>={bound}'`, or uninstall {package}, which is used for LoRA weights only."
             )
-    return "Upgrade what it names, or install elakit in an environment of its own; `elakit doctor` lists the versions."
+    return "Upgrade the package that it names, or install elakit in a new environment; `elakit doctor` lists versions."

@@ -69,7 +69,7 @@ class Lumina2(SeparateNegative):
         kwargs: Mapping[str, Any],
         rows: slice,
     ) -> dict[str, Any]:
-        """Arguments of a pass that sees some text states and one patch; see `TransformerAdapter.text_call`."""
+        """Arguments of a denoiser call with given text states and one patch; see `TransformerAdapter.text_call`."""
         given = super().text_call(states, positions, args, kwargs, rows)
         mask = given["encoder_attention_mask"]
         return given | {"encoder_attention_mask": mask.new_ones(len(mask), len(states))}

@@ -73,7 +73,7 @@ class QwenImage(SeparateNegative):
         kwargs: Mapping[str, Any],
         rows: slice,
     ) -> dict[str, Any]:
-        """Arguments of a pass that sees some text states and one row of patches; see `TransformerAdapter.text_call`."""
+        """Arguments of a denoiser call with text states and one row of patches; see `TransformerAdapter.text_call`."""
         given = self._of_rows(args, kwargs, rows)
         latents, side = given["hidden_states"], max(self._grid(args, kwargs))
         given |= {

@@ -68,7 +68,7 @@ class TransformerAdapter(PromptEncoder):
             return OtherKind("it has no transformer")
         plain = getattr(transformer, "_orig_mod", transformer)
         if not is_a(plain, *cls.models):
-            return OtherKind(f"its transformer is a {type(plain).__name__}")
+            return OtherKind(f"its transformer has the class {type(plain).__name__}")
         return compiled(transformer, "pipe.transformer") or cls._refusal_of_relative(type(pipe).__name__)
 
     @classmethod
@@ -78,7 +78,7 @@ class TransformerAdapter(PromptEncoder):
         if transformer is None:
             return OtherKind("it has no transformer")
         if transformer not in cls.models + cls.index_models:
-            return OtherKind(f"its transformer is a {transformer}")
+            return OtherKind(f"its transformer has the class {transformer}")
         return cls._refusal_of_relative(str(index.get("_class_name")))
 
     @classmethod
@@ -211,21 +211,21 @@ class TransformerAdapter(PromptEncoder):
         kwargs: Mapping[str, Any],
         rows: slice,
     ) -> dict[str, Any]:
-        """Arguments of a pass that sees some text states and one patch of the image, otherwise as in a given call.
+        """Arguments of a denoiser call with given text states and one patch of the image, based on another call.
 
-        `elakit.attention.map_concepts` reads what the text computes in such a pass. Only layers that are read at the
-        attention call need it.
+        `elakit.attention.map_concepts` reads the attention outputs of the text in such a call. Only families with joint
+        attention that is read at the attention call need it.
 
         Parameters
         ----------
         states : torch.Tensor, (tokens, channels)
-            The text, alike for all rows.
+            The text, the same for all rows.
         positions : sequence of int
-            Positions at which these tokens had their states.
+            Position of each token in the text that it was encoded in.
         args, kwargs : sequence, mapping
-            Arguments of a call of the denoiser.
+            Arguments of the other denoiser call.
         rows : slice
-            Its rows that the pass has.
+            Rows of that call to keep.
         """
         given = self._of_rows(args, kwargs, rows)
         latents = given["hidden_states"]
@@ -234,7 +234,7 @@ class TransformerAdapter(PromptEncoder):
         return given
 
     def _of_rows(self, args: Sequence[Any], kwargs: Mapping[str, Any], rows: slice) -> dict[str, Any]:
-        """Arguments of a call of the denoiser by name, with some of its rows only."""
+        """Arguments of a denoiser call by name, restricted to some of its rows."""
         names = list(inspect.signature(type(self.denoiser).forward).parameters)[1:]
         given = dict(zip(names, args, strict=False)) | dict(kwargs)
         batch = len(given[names[0]])

@@ -66,7 +66,8 @@ class UNetAdapter(PromptEncoder):
         if reason := compiled(unet, "pipe.unet"):
             return reason
         if not is_a(unet, "UNet2DConditionModel"):
-            return f"its UNet is a {type(unet).__name__}, which does not attend to text as a UNet2DConditionModel does"
+            name = type(unet).__name__
+            return f"its UNet has the class {name}, which does not attend to text as a UNet2DConditionModel does"
         second = any(getattr(pipe, name, None) is not None for name in ("tokenizer_2", "text_encoder_2"))
         if second != cls.two_encoders:
             return OtherKind(f"it has {'two text encoders' if second else 'one text encoder'}")
@@ -91,7 +92,7 @@ class UNetAdapter(PromptEncoder):
         if unet is None:
             return OtherKind("it has no UNet")
         if unet != "UNet2DConditionModel":
-            return f"its UNet is a {unet}, which does not attend to text"
+            return f"its UNet has the class {unet}, which does not attend to text"
         if str(index.get("_class_name")) in _OTHER_ROWS:
             return _OTHER_ROWS[str(index["_class_name"])]
         second = (index.get("tokenizer_2") or [None])[0] is not None

@@ -85,7 +85,7 @@ class ZImage(TransformerAdapter):
         kwargs: Mapping[str, Any],
         rows: slice,
     ) -> dict[str, Any]:
-        """Arguments of a pass that sees some text states and one patch; see `TransformerAdapter.text_call`."""
+        """Arguments of a denoiser call with given text states and one patch; see `TransformerAdapter.text_call`."""
         given = self._of_rows(args, kwargs, rows)
         patches = [image[..., : self._patch, : self._patch] for image in given["x"]]
         return given | {"x": patches, "cap_feats": [states.to(patches[0].dtype)] * len(patches)}

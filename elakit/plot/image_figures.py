@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Images up to this side are encoded losslessly; larger ones, of which a report may contain many, as JPEG.
 LOSSLESS_SIDE = 256
-# WebP: method 6 with quality 100 takes 50 times as long for files that are .1% smaller.
+# WebP: method 6 with quality 100 takes 50 times as long for files that are 0.1% smaller.
 SAVED: dict[str, dict[str, Any]] = {
     "png": {"optimize": True},
     "jpeg": {"quality": 90},

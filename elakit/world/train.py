@@ -32,14 +32,14 @@ def main(
         int, typer.Option(min=1, help="Processes that train the denoiser together, each with its own batch.")
     ] = 1,
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes that compose scenes ahead, for a GPU that waits for them otherwise.")
+        int, typer.Option(min=0, help="Processes that compose scenes in advance, so that a GPU does not wait for them.")
     ] = 0,
 ) -> None:
     """Train picture-world: autoencoder, its decoder once more (with ``polish``), text encoder with denoiser, judge."""
     stages = set(STAGES if stage == "all" else stage.split(","))
     if unknown := stages - set(STAGES):
         raise typer.BadParameter(
-            f"{', '.join(sorted(unknown))} is no stage; choose from {', '.join(STAGES)}, all.", param_hint="--stage"
+            f"{', '.join(sorted(unknown))} is not a stage; choose from {', '.join(STAGES)}, all.", param_hint="--stage"
         )
     settings = read_config(config)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -67,7 +67,7 @@ def main(
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
+    """A port of this machine that is not in use."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
@@ -86,7 +86,7 @@ def _train_together(
     """Train the denoiser as one of several processes, which share the cores of the machine."""
     from elakit.world.training.denoiser import train_denoiser
 
-    # torch sends SIGINT to a process whose parent is killed; it is ignored in what a shell starts in the background
+    # torch sends SIGINT to a process whose parent is killed; processes that a shell starts in the background ignore it
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)

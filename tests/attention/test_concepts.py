@@ -112,7 +112,7 @@ def test_what_cannot_be_mapped_is_refused() -> None:
         pass
     for pipeline, family in ((flux, "FLUX.1"), (aura_flow, "AuraFlow")):
         block = map_concepts(pipeline, TEXT, ["dog", "cat"], layers="single")
-        with pytest.raises(RecordingError, match=rf"{family} with layers='single'.*double.*Z-Image"), block:
+        with pytest.raises(RecordingError, match=rf"{family} with layers='single'.*Use layers='double'"), block:
             pass
     with map_concepts(pipe, TEXT, ["dog"]) as found:
         pass

@@ -146,9 +146,12 @@ def test_a_wrong_family_is_refused_before_its_weights_are_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(source, "hf_hub_download", lambda *_: str(tmp_path / "index.json"))
-    cogview = {"_class_name": "CogView3PlusPipeline", "transformer": ["diffusers", "CogView3PlusTransformer2DModel"]}
+    allegro = {"_class_name": "AllegroPipeline", "transformer": ["diffusers", "AllegroTransformer3DModel"]}
     without = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
-    for index, part in ((cogview, "a CogView3PlusTransformer2DModel"), (without, "UNet2DModel, which does not attend")):
+    for index, part in (
+        (allegro, "has the class AllegroTransformer3DModel"),
+        (without, "UNet2DModel, which does not attend"),
+    ):
         (tmp_path / "index.json").write_text(json.dumps(index))
         with pytest.raises(ModelError, match=part):
             load("someone/some-model")

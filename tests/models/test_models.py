@@ -164,7 +164,7 @@ def compiled() -> Any:
     [
         (object, "no UNet; it has no transformer"),
         (unconditional, "UNet2DModel"),
-        (of_another_transformer, "its transformer is a Linear"),
+        (of_another_transformer, "its transformer has the class Linear"),
         (guided_thrice, "three passes"),
         (without_text, "no layer of its UNet attends to text"),
         (compiled, "_orig_mod"),
@@ -246,13 +246,14 @@ PAGE = Path(__file__).parents[2] / "docs" / "developing" / "adding-a-family.md"
 
 
 def test_the_page_on_adding_a_family_is_right() -> None:
-    """Its table lists the members of `Adapter`; the files that it names exist, and so does its example."""
+    """Its table lists the members of `Adapter`; the files that it names exist, and so do its examples."""
     page = PAGE.read_text(encoding="utf-8")
     asked = {name for name in vars(Adapter) if not name.startswith("_")} | set(Adapter.__annotations__)
-    optional = {"text_arguments", "text_limit"}
+    optional = {"text_arguments", "text_call", "text_limit"}
     assert set(re.findall(r"^\| `(\w+)", page, flags=re.M)) == asked | optional
     assert all(asked - {"pipe", "denoiser"} <= set(dir(family)) for family in dispatch.FAMILIES)
     for named in re.findall(r"`((?:elakit|tests|docs)/[\w./-]+)`", page):
         assert (Path(__file__).parents[2] / named).exists(), named
-    (example,) = re.findall(r"\{literalinclude\} (\S+)", page)
-    assert (PAGE.parent / example).resolve().is_file()
+    examples = re.findall(r"\{literalinclude\} (\S+)", page)
+    assert examples
+    assert all((PAGE.parent / example).resolve().is_file() for example in examples)

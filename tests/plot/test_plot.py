@@ -1,4 +1,4 @@
-"""Figures show the values of their run, fit into 900 pixels, and escape the words of the prompt."""
+"""Figures show the values of their run, fit into 860 pixels, and escape the words of the prompt."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ NUMBERS: dict[str, Callable[[Any], Any]] = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Choices:
-    """Choices for the next run; each action returns new choices, or the same where it changes nothing.
+    """Choices for the next run. Each action returns new choices, or the same object if nothing changes.
 
     Attributes
     ----------
@@ -72,7 +72,7 @@ class Choices:
     # -- actions ---------------------------------------------------------------------------------------------------
 
     def with_text(self, text: str, read: Callable[[str], Prompt]) -> Choices:
-        """Text read by a parser; resets roles given to words by hand, unless only brackets were removed."""
+        """Set the prompt as text and parse it; unless only brackets were removed, roles given by clicks are reset."""
         if self.prompt is not None and self.prompt.text == text:
             return self if self.text == text else replace(self, text=text)
         try:
@@ -81,20 +81,20 @@ class Choices:
             return replace(self, text=text, prompt=None, unreadable=error)
 
     def with_prompt(self, prompt: Prompt) -> Choices:
-        """A parsed prompt; its text has no brackets."""
+        """Set a parsed prompt, whose text has no brackets."""
         return replace(self, text=prompt.text, prompt=prompt, unreadable=None)
 
     def with_word_toggled(self, at: int) -> Choices:
-        """The role of a word is changed, see `elakit.widgets.live.words.toggled`."""
+        """Change the role of a word (see `elakit.widgets.live.words.toggled`)."""
         return self if self.prompt is None else replace(self, prompt=words.toggled(self.prompt, at))
 
     def with_number(self, name: str, value: float) -> Choices:
-        """A number as entered; it is not checked here."""
+        """Set a number as entered; it is not checked here."""
         entered: dict[str, Any] = {name: value}
         return self if getattr(self, name) == value else replace(self, **entered)
 
     def with_method(self, name: str) -> Choices:
-        """Another method, with the options that were entered for it before.
+        """Choose a method; options that were entered for it before are restored.
 
         Raises
         ------
@@ -106,38 +106,40 @@ class Choices:
         return self if name == self.method else replace(self, method=name)
 
     def with_entry(self, method: str, option: str, entry: Any) -> Choices:
-        """An option of a method as entered; it is not checked here."""
+        """Set an option of a method as entered; it is not checked here."""
         entered = self.entries_of(method)
         return self if entered[option] == entry else self._with_entries(method, {**entered, option: entry})
 
     def with_options(self, given: Mapping[str, Any]) -> Choices:
-        """Values for some options of the method; the others keep theirs.
+        """Set some options of the method; the others keep their values.
 
         Raises
         ------
         SettingError
-            The method has no such option, or it cannot have such a value.
+            The method has no such option, or the value has the wrong type.
         """
         kind = None if self.method == PLAIN else METHODS[self.method]
         there = {} if kind is None else {option.name: option for option in options.options(kind)}
         if unknown := sorted(given.keys() - there.keys()):
-            raise SettingError(f"{self.method} has no option {', '.join(unknown)}; its options are {', '.join(there)}.")
+            raise SettingError(
+                f"{self.method} has no option {', '.join(unknown)}; its options are {', '.join(there) or 'none'}."
+            )
         if kind is None or not given:
             return self
         entries = {name: options.entry(kind, there[name], value) for name, value in given.items()}
         return self._with_entries(self.method, {**self.entries_of(self.method), **entries})
 
     def with_defaults(self, method: str) -> Choices:
-        """The default options of a method."""
+        """Restore the default options of a method."""
         return self._with_entries(method, options.defaults(METHODS[method]))
 
     def with_guidance(self, guidance: Method) -> Choices:
-        """A method with its options; its regions are left out, as they belong to entities of a prompt.
+        """Choose a method with its options; its regions are ignored, since they belong to the entities of a prompt.
 
         Raises
         ------
         SettingError
-            The method is none of `elakit.guidance.METHODS`.
+            The method is not among `elakit.guidance.METHODS`.
         """
         if METHODS.get(guidance.name) is not type(guidance):
             raise SettingError(
@@ -147,7 +149,7 @@ class Choices:
         return self.with_method(guidance.name).with_options(given)
 
     def with_region(self, entity: str | int | Entity, region: Region | None) -> Choices:
-        """The region of an entity by hand; None lets the method localize it.
+        """Set the region of an entity by hand; None lets the method localize it.
 
         Raises
         ------
@@ -159,7 +161,7 @@ class Choices:
         return self._with_regions({label: checked})
 
     def with_boxes(self, boxes: Sequence[Box | None]) -> Choices:
-        """Boxes as shown, one per entity; None leaves an entity's mask, and removes its box."""
+        """Set the boxes as shown, one per entity; None removes an entity's box but keeps a mask."""
         regions = self.regions()
         if len(boxes) != len(regions):
             return self
@@ -174,7 +176,7 @@ class Choices:
         return self._with_regions(changes) if changes else self
 
     def without_regions(self) -> Choices:
-        """No entity has a region by hand."""
+        """Remove all regions by hand."""
         return self._with_regions(dict.fromkeys(self.regions()))
 
     # -- what is chosen ------------------------------------------------------------------------------------------------

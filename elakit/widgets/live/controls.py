@@ -21,7 +21,7 @@ class Controls:
     on_entry : callable
         Called with the name of an option and its entry when the entry changes.
     on_defaults : callable
-        Called without arguments when the method's defaults are asked for.
+        Called without arguments when the method's defaults are requested.
 
     Attributes
     ----------

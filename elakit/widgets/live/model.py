@@ -72,7 +72,7 @@ class PanelModel:
         self.on_choices: Callable[[], None] = lambda: None
         self.on_run: Callable[[], None] = lambda: None
         self._read: Callable[[str], Prompt] = partial(parse, pipe=pipe)
-        self._obstacle: ElakitError | None = None  # the problem that a start was refused for
+        self._obstacle: ElakitError | None = None  # the problem for which a start was refused
         self._started = choices  # those of the current or the last run
 
     @property
@@ -83,7 +83,7 @@ class PanelModel:
     # -- choices -------------------------------------------------------------------------------------------------------
 
     def enter_text(self, text: str) -> None:
-        """Another prompt as text, read by the parser; what is shown of the last run is cleared.
+        """Set the prompt as text and parse it; the display of the last run is cleared.
 
         Raises
         ------
@@ -97,7 +97,7 @@ class PanelModel:
         self.change(choices)
 
     def enter_prompt(self, prompt: Prompt) -> None:
-        """Another prompt, parsed already.
+        """Set a parsed prompt.
 
         Raises
         ------
@@ -108,11 +108,11 @@ class PanelModel:
         self.change(self.choices.with_prompt(prompt))
 
     def enter_number(self, name: str, value: float) -> None:
-        """Another seed, number of steps or guidance scale; it is checked when a run is started."""
+        """Set the seed, the number of steps or the guidance scale; it is checked when a run is started."""
         self.change(self.choices.with_number(name, value))
 
     def choose_method(self, name: str) -> None:
-        """Another method, with the options that were entered for it before.
+        """Choose a method; options that were entered for it before are restored.
 
         Raises
         ------
@@ -122,11 +122,11 @@ class PanelModel:
         self.change(self.choices.with_method(name))
 
     def enter_option(self, method: str, option: str, entry: Any) -> None:
-        """Another entry for an option of a method; it is checked when a run is started."""
+        """Set the entry for an option of a method; it is checked when a run is started."""
         self.change(self.choices.with_entry(method, option, entry))
 
     def restore_defaults(self, method: str) -> None:
-        """The default options of a method."""
+        """Restore the default options of a method."""
         self.change(self.choices.with_defaults(method))
 
     def toggle_word(self, at: int) -> None:
@@ -141,7 +141,7 @@ class PanelModel:
             self.change(self.choices.with_word_toggled(at))
 
     def move_boxes(self, boxes: Sequence[Box | None]) -> None:
-        """Boxes were drawn, moved or removed."""
+        """Set the boxes after one was drawn, moved or removed."""
         self.change(self.choices.with_boxes(boxes))
 
     def clear_regions(self, which: int | None = None) -> None:
@@ -152,7 +152,7 @@ class PanelModel:
             self.change(self.choices.with_region(which, None))
 
     def change(self, choices: Choices) -> None:
-        """Take other choices; a run in progress is steered to the regions among them."""
+        """Replace the choices; a run in progress is steered to their regions."""
         before, self.choices = self.choices, choices
         if choices is before:
             return

@@ -1,4 +1,4 @@
-"""The next run that choices amount to: its method and arguments, or the problems that keep it from starting."""
+"""The next run, derived from the choices: its method and arguments, or the problems that prevent a start."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
 
 
 def problems(choices: Choices) -> dict[str, ElakitError]:
-    """Inputs that a run cannot be started with, and why.
+    """Invalid inputs that prevent the start of a run, and their errors.
 
     Parameters
     ----------

@@ -25,9 +25,8 @@ _ELA = ELA()
 class Panel:
     """Interactive panel that runs a pipeline, shows its attention, and takes regions drawn by hand; made by `live`.
 
-    Everything that the panel offers is available from Python, too. Only one run is made at a time, in a thread of its
-    own, so that notebook cells can be run meanwhile. What is chosen and shown is in a `PanelModel`; the widgets are a
-    `PanelView` of it.
+    Everything that the panel offers is available from Python, too. One run is made at a time, in a separate thread, so
+    that notebook cells can be run meanwhile. A `PanelModel` holds the state, and the widgets are a `PanelView` of it.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Where a run stands and what was asked of it, without threads: which transitions there are between its states."""
+"""State of a run and the transitions between its states, without threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ State: TypeAlias = Literal["idle", "running", "paused", "done", "canceled", "fai
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RunState:
-    """State of the current or the last run; each transition returns a new state, or the same where it does not apply.
+    """State of the current or the last run. Each transition returns a new state, or the same one if it does not apply.
 
     Attributes
     ----------
@@ -64,33 +64,33 @@ class RunState:
         return self.state == "running" and self.left == 0 and not self.canceling
 
     def start(self, pause_after: int | None = None) -> RunState:
-        """A new run, which pauses after a number of steps if one is given."""
+        """Start a new run, which pauses after a number of steps if one is given."""
         return RunState(state="running", left=pause_after)
 
     def step_made(self, step: int) -> RunState:
-        """A step, counted from 0, has been made."""
+        """Count a step that has been made; its number starts at 0."""
         return replace(self, made=step + 1, left=self.left - 1 if self.left else self.left)
 
     def pause(self) -> RunState:
-        """The run is to pause after the current step."""
+        """Request a pause after the current step."""
         return replace(self, left=0) if self.state == "running" else self
 
     def enter_pause(self) -> RunState:
-        """The run pauses, unless it was canceled or resumed in the meantime."""
+        """Pause the run, unless it was canceled or resumed in the meantime."""
         return replace(self, state="paused") if self.pause_due else self
 
     def resume(self, steps: int | None = None) -> RunState:
-        """A paused run goes on, to its end or for a number of steps."""
+        """Resume a paused run, to its end or for a number of steps."""
         return replace(self, state="running", left=steps) if self.state == "paused" else self
 
     def cancel(self) -> RunState:
-        """The run is to end after the current step."""
+        """Request the end of the run after the current step."""
         return replace(self, state="running", canceling=True) if self.going else self
 
     def end(self, state: State, run: Run | None, error: Exception | None = None) -> RunState:
-        """The run has ended."""
+        """End the run in a given state."""
         return replace(self, state=state, run=run, error=error)
 
     def preview_failed(self, error: Exception) -> RunState:
-        """No more previews of this run can be shown."""
+        """Stop the previews of this run after an error."""
         return replace(self, no_preview=error)

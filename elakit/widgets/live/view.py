@@ -1,7 +1,7 @@
-"""The panel's widgets: they show the model and pass on what the user does; nothing is kept in them.
+"""The panel's widgets: they show the model and pass on the user's actions; they hold no state of their own.
 
 Data flow one way: an event calls an action of the model, the model calls `show` or `show_run`, and these set the
-widgets. What they set is no event.
+widgets. Changes that they make are not treated as events.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class PanelView:
         field.observe(lambda change: act(change["new"]), "value")
 
     def _event(self, action: Callable[..., None]) -> Callable[..., None]:
-        """Action for an event: what the view itself sets is none, and what the model refuses is shown."""
+        """Handler that calls an action for an event, ignores the view's own changes, and shows the model's errors."""
 
         def act(*values: Any) -> None:
             if self._showing == get_ident():
@@ -125,7 +125,7 @@ class PanelView:
     # -- display -------------------------------------------------------------------------------------------------------
 
     def show(self) -> None:
-        """Show the model; for changes of the choices, in the thread that changed them."""
+        """Show the whole model; called after a change of the choices, in the thread that made it."""
         choices = self._model.choices
         with self._writing():
             self.text.value, self.method.value = choices.text, choices.method
@@ -138,7 +138,7 @@ class PanelView:
             self.show_run()
 
     def show_run(self) -> None:
-        """Show the run and the error, in any thread; what the user may be changing meanwhile is not touched."""
+        """Show the run and the error, in any thread; fields that the user may be editing keep their values."""
         with self.stage.lock:
             model, now = self._model, self._model.now
             paused, readable = now.state == "paused", model.choices.prompt is not None
@@ -181,7 +181,7 @@ class PanelView:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Changes of widgets are no events here."""
+        """Do not treat changes of widgets inside the block as events."""
         with self.stage.lock:
             before, self._showing = self._showing, get_ident()
             try:

@@ -111,7 +111,7 @@ class Stage(anywidget.AnyWidget):
             self._frame = {} if frame is None else {"about": frame.about, "maps": frame.maps}
 
     def guide(self, guidance: dict[str, Any]) -> None:
-        """Show how the method uses regions: takes, needs, note, quiet, guided, steps, state."""
+        """Show how the method uses regions, as returned by `elakit.widgets.live.wording.guidance`."""
         with self.lock:
             self._guidance = guidance
 

@@ -45,7 +45,7 @@ def message(error: Exception | None) -> str:
 
 
 def guidance(choices: Choices, now: RunState) -> dict[str, Any]:
-    """Use of regions by the method, its guided steps and a hint, in the format that the stage shows.
+    """Use of regions by the method, its guided steps and a hint, in the format that `Stage.guide` takes.
 
     Examples
     --------

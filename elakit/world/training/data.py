@@ -109,9 +109,9 @@ def compose_crowds(world: World, count: int, seed: int | tuple[int, ...]) -> Sce
 
 
 def cached_crowds(world: World, count: int, seed: int, path: Path, workers: int = 0) -> Scenes:
-    """`compose_crowds` in parts, by several processes if there are `workers`.
+    """Compose crowds in parts, in several processes if there are `workers`, or read them from a file.
 
-    The scenes are kept in a file for a training that is stopped; a file of another world is replaced.
+    The file is written for a later continuation of the training; one that was made with other settings is replaced.
     """
     made_with = repr((world.size, world.artists, world.views, world.backgrounds, world.shadow, count, seed, CROWD_PART))
     if path.exists():

@@ -141,7 +141,7 @@ def train_denoiser(
     start : Path, optional
         Pipeline folder of an earlier edition to start from.
     workers : int
-        Number of processes that compose scenes ahead of the training.
+        Number of processes that compose scenes in advance.
 
     Returns
     -------

@@ -64,7 +64,7 @@ class GrowingScenes:
 
     A training of millions of samples needs many scenes, and composing them all first would take hours. It begins with a
     few chunks, and the next one is composed whenever each scene has been seen `reuse` times on average. Chunk k has the
-    same scenes in every run. Of several processes that train together, each composes and uses its own chunks.
+    same scenes in every run. If several processes train together, each composes and uses its own chunks.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ class GrowingScenes:
         return min(settings.scenes, -(-wanted // settings.chunk) * settings.chunk)
 
     def batch(self, samples: int, size: int) -> Encoded:
-        """Random scenes (torch's generator) of those in use after a number of samples."""
+        """Random scenes among those in use after a number of samples, chosen with torch's global generator."""
         chunk = self._config.denoiser.chunk
         count = -(-self.count(samples) // (chunk * self._world)) * chunk
         while len(self._chunks) * chunk < count:
@@ -128,7 +128,7 @@ class GrowingScenes:
         return self._folder / f"{number:04d}.pt"
 
     def _composed(self, number: int) -> Composed:
-        """A chunk that is composed now, or that was composed ahead; the next ones are begun."""
+        """A chunk, composed now or in advance; with workers, the composition of the next ones is started."""
         settings = self._config.denoiser
         size = min(settings.chunk, settings.scenes)
         side = self._config.world.size // 2 ** (len(self._config.vae.encoder_blocks) - 1)

@@ -129,7 +129,7 @@ def prepare_examples(config: Config, folder: Path, device: torch.device, workers
     """Composed examples, some rebuilt and some redrawn, and whole drawings of single things.
 
     They take minutes to make, so they are kept in ``folder/judge-examples.npz`` for a training that was killed; a file
-    made with other settings is replaced. The scenes are composed in parts, by several processes if there are `workers`.
+    made with other settings is replaced. The scenes are composed in parts, in several processes if there are `workers`.
     """
     path, settings = folder / "judge-examples.npz", config.judge
     made_with = repr((config.world, replace(settings, samples=0, learning_rate=0, channels=()), PART))

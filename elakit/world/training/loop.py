@@ -30,7 +30,7 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Number of this process and number of processes that train together: 0 and 1 without ``torchrun``."""
+    """Number of this process and number of processes that train together; 0 and 1 if it trains alone."""
     if not distributed.is_initialized():
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
@@ -56,7 +56,7 @@ class Schedule:
     Attributes
     ----------
     samples : int
-        Images seen until the end, by all processes together.
+        Number of images in the whole training, summed over the processes.
     batch : int
         Images per step and process.
     learning_rate : float
@@ -148,7 +148,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step + 1)
             optimizer.zero_grad(set_to_none=True)
-            # a training that was killed sees what it would have seen
+            # a resumed training gets the same random numbers as one that was not interrupted
             torch.manual_seed(step * world + rank)
             value = loss(step)
             value.backward()
