@@ -21,6 +21,7 @@ import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
+from elakit.plot import style
 from notebooks import run, static_figures
 
 NOTEBOOKS = sorted(run.HERE.glob("*.ipynb"))
@@ -165,3 +166,11 @@ def test_no_saved_widget_waits_for_a_kernel(path: Path) -> None:
         for output in cell.get("outputs", []):
             kinds = set(output.get("data", {}))
             assert run.WIDGET_MIME not in kinds or static_figures.PNG_MIME not in kinds, "JupyterLab shows an error"
+
+
+@every
+def test_no_figure_is_wider_than_the_page_beside_an_open_sidebar(path: Path) -> None:
+    for i, cell in enumerate(nbformat.read(path, as_version=4).cells):
+        for output in cell.get("outputs", []):
+            layout = output.get("data", {}).get("application/vnd.plotly.v1+json", {}).get("layout", {})
+            assert layout.get("width", 0) <= style.WIDTH, f"cell {i}"
