@@ -159,6 +159,18 @@ def word_of(label: str) -> str:
     return label.partition("#")[0]
 
 
+def sequence_of(label: str) -> str:
+    """Return the name of the sequence in the label of a token; empty if the model has only one sequence.
+
+    Examples
+    --------
+    >>> sequence_of("car@t5"), sequence_of("giraffe/1@clip"), sequence_of("car"), sequence_of("@/1")
+    ('t5', 'clip', '', '')
+    """
+    suffix = re.search(r"@(\w+)$", label)
+    return suffix[1] if suffix else ""
+
+
 def label_words(text: str, words: Sequence[Span]) -> tuple[str, ...]:
     """Return a unique label for each word: "car", or "red#1" and "red#2" if the word occurs twice.
 

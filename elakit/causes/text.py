@@ -7,6 +7,7 @@ suspected word.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import numpy as np
 from elakit.models import adapter_for
 from elakit.pipeline import Pipeline
 from elakit.prompt import Entity, Prompt, parse
+from elakit.tokens import sequence_of
 
 # Lengths below this count as zero.
 NOTHING = 1e-12
@@ -172,6 +174,4 @@ def _marked(prompt: Prompt, entity: Entity, without: int | None = None) -> str:
 
 def _pieces(prompt: Prompt, entity: Entity) -> int:
     """Number of tokens of a noun; the smallest number if a pipeline has several encoders (Stable Diffusion 3)."""
-    labels = [token.label for token in prompt.tokens if token.index in entity.token_indices]
-    readings = [label.partition("@")[2] for label in labels]
-    return min(readings.count(reading) for reading in readings)
+    return min(Counter(sequence_of(t.label) for t in prompt.tokens if t.index in entity.token_indices).values())
