@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
-from elakit.causes import Failure
+from elakit.causes import Cause, Failure
 from elakit.diagnosis.data import DiagnosisData, Outcome, explains
 from elakit.diagnosis.measures import measure_table
 from elakit.diagnosis.remedies import RemedyResult, bleed
@@ -140,18 +141,22 @@ def _causes(diagnosis: DiagnosisData) -> list[str]:
         return []
     causes = [cause for cause in diagnosis.causes if any(explains(cause, failure) for failure in shown)][:MOST]
     said = [cause.sentence for cause in causes]
-    rest = [one.sentence for one in shown if not any(explains(cause, one) for cause in causes)]
     if not causes:
-        said.append("No cause was found.")
-    elif rest:
-        said.append(f"No cause was found for: {' '.join(rest)}")
-    return said
+        return ["No cause was found."]
+    return said + _without_cause(shown, causes)
 
 
 def unexplained(diagnosis: DiagnosisData) -> list[str]:
-    """Sentences of the failures that no cause explains."""
-    causes = diagnosis.causes
-    return [one.sentence for one in diagnosis.failures if not any(explains(cause, one) for cause in causes)]
+    """One sentence for each failure that no cause explains."""
+    return _without_cause(diagnosis.failures, diagnosis.causes)
+
+
+def _without_cause(failures: Sequence[Failure], causes: Sequence[Cause]) -> list[str]:
+    return [
+        f"{failure.sentence.removesuffix('.')}; no cause was found."
+        for failure in failures
+        if not any(explains(cause, failure) for cause in causes)
+    ]
 
 
 def _remedy(diagnosis: DiagnosisData) -> list[str]:
