@@ -9,7 +9,7 @@ from elakit.causes.failures import SHOWS, Observation, seen, suspected
 from elakit.causes.findings import Cause, Failure, Findings
 from elakit.causes.indicators import Indicator
 from elakit.causes.ranking import before_the_image, explained, in_attention, ranked, unknown_words, without_duplicates
-from elakit.causes.run_indicators import Place, RunIndicators, place
+from elakit.causes.run_indicators import Onset, RunIndicators, onset
 from elakit.causes.sentences import sentence
 from elakit.causes.text import text_states
 from elakit.errors import SettingError
@@ -79,8 +79,8 @@ def find(pipe: Pipeline, runs: Sequence[Run]) -> Findings:
         right = [reading for i, reading in enumerate(readings) if i not in failing]
         causes += in_attention([readings[i] for i in failing], right)
     explaining = [cause for cause in (explained(cause, failures) for cause in causes) if _is_reported(cause)]
-    placed = [_placed(readings, cause) for cause in ranked(without_duplicates(explaining, failures))]
-    named = tuple(replace(cause, sentence=sentence(cause)) for cause in placed)
+    timed = [_with_onset(readings, cause) for cause in ranked(without_duplicates(explaining, failures))]
+    named = tuple(replace(cause, sentence=sentence(cause)) for cause in timed)
     return Findings(
         prompt=prompt, seeds=tuple(run.seed for run in runs), judged=judged, failures=failures, causes=named
     )
@@ -108,7 +108,7 @@ def _failures(
         indicators = [indicator for reading in there if (indicator := _shown(reading, what)) is not None]
         clearest = max(indicators, key=lambda indicator: indicator.strength, default=None)
         showing = [reading for reading in there if clearest is not None and clearest.key in reading.indicators]
-        step, layers, heads = Place() if clearest is None else place(showing, clearest.key)
+        step, layers, heads = Onset() if clearest is None else onset(showing, clearest.key)
         taken = "" if clearest is None or clearest.token == what.entity else clearest.token
         found.append(
             Failure(
@@ -140,11 +140,11 @@ def _shown(reading: RunIndicators, what: Observation) -> Indicator | None:
     return max(fitting, key=lambda indicator: indicator.strength, default=None)
 
 
-def _placed(readings: Sequence[RunIndicators], cause: Cause) -> Cause:
+def _with_onset(readings: Sequence[RunIndicators], cause: Cause) -> Cause:
     """Cause with the step and the layers where it is first visible; causes in the text encoder have none."""
     key = cause.kind, cause.entity, cause.other, cause.token
     showing = [reading for reading in readings if reading.run.seed in cause.seeds and key in reading.indicators]
     if not showing or "length" in cause.evidence:
         return cause
-    step, layers, _ = place(showing, key)
+    step, layers, _ = onset(showing, key)
     return replace(cause, step=step, layers=layers)

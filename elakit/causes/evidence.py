@@ -1,7 +1,8 @@
 """Numbers per step that describe the attention to each entity and attribute, from which causes are inferred.
 
 Plain functions on arrays (step, entity, y, x), so that the same numbers can be computed for the whole decoder, for one
-layer, or for one head. The *place* of an entity is its map minus the minimum, as a distribution over space.
+layer, or for one head. The *spatial distribution* of an entity is its map minus the minimum,
+normalized to a sum of 1.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Maps:
 
     @cached_property
     def standing(self) -> np.ndarray:
-        """Share of an entity in the attention to it and to function words, at its place; 1 without function words."""
+        """Share of an entity in the attention to it and to function words, averaged over its map; 1 without these."""
         return 1.0 - held_by(self.entities, self.words)
 
     @cached_property
@@ -66,44 +67,44 @@ class Maps:
 
     @cached_property
     def held(self) -> np.ndarray:
-        """Share of entity f in the attention to e and f, at the place of e, (step, e, f)."""
+        """Share of entity f in the attention to e and f, averaged over the map of e, (step, e, f)."""
         others = [held_by(self.entities, self.entities[:, f]) for f in range(self.entities.shape[1])]
         return np.stack(others, axis=-1)
 
     @cached_property
     def start_held(self) -> np.ndarray:
-        """Share of start-of-text in the attention to it and to e, at the place of e, (step, entity)."""
+        """Share of start-of-text in the attention to it and to e, averaged over the map of e, (step, entity)."""
         return held_by(self.entities, self.start)
 
     @cached_property
     def alike(self) -> np.ndarray:
-        """Ruzicka similarity of the places of e and f, (step, e, f)."""
+        """Ruzicka similarity of the spatial distributions of e and f, (step, e, f)."""
         return overlap(self.entities, self.entities)
 
     @cached_property
     def astray(self) -> np.ndarray:
-        """Attention to attribute a at the place of f, as a share of that at f and at its own entity, (step, a, f).
+        """Attention to attribute a over the map of f, relative to the maps of f and its own entity, (step, a, f).
 
-        .5 if both are equal, as for its own entity; 1 if the attention is at f alone.
+        .5 if both are equal, as for its own entity; 1 if the attribute is attended to at the locations of f alone.
         """
-        there = np.stack([at_place(self.entities, each) for each in np.moveaxis(self.attributes, 1, 0)], axis=1)
+        there = np.stack([mean_attention(self.entities, each) for each in np.moveaxis(self.attributes, 1, 0)], axis=1)
         own = np.take_along_axis(there, np.array(self.owners, int).reshape(1, -1, 1), axis=-1)
         return there / np.maximum(there + own, NOTHING)
 
     @cached_property
     def attribute_held(self) -> np.ndarray:
-        """Share of attribute a in the attention to it and to noun f, at the place of f, (step, a, f)."""
+        """Share of attribute a in the attention to it and to noun f, averaged over the map of f, (step, a, f)."""
         return np.stack([held_by(self.entities, each) for each in np.moveaxis(self.attributes, 1, 0)], axis=1)
 
     @cached_property
     def split(self) -> np.ndarray:
-        """Degree to which each place consists of two separate parts, (step, entity); see `parted`."""
-        found = [parted(place) for place in places(self.entities).reshape(-1, *self.entities.shape[-2:])]
+        """Degree to which each spatial distribution has two separate parts, (step, entity); see `parted`."""
+        found = [parted(one) for one in spatial_distribution(self.entities).reshape(-1, *self.entities.shape[-2:])]
         return np.array(found).reshape(self.entities.shape[:2])
 
     @cached_property
     def swap(self) -> np.ndarray:
-        """Degree to which two entities exchange places around each step, (step, e, f); see `swaps`."""
+        """Degree to which the maps of two entities swap around each step, (step, e, f); see `swaps`."""
         return swaps(self.entities)
 
 
@@ -151,28 +152,28 @@ def read(recording: Recording, layers: str = "all", size: int | None = None) -> 
     )
 
 
-def places(maps: np.ndarray) -> np.ndarray:
-    """Places of maps: the maps minus their minimum, as distributions over space, (..., y, x).
+def spatial_distribution(maps: np.ndarray) -> np.ndarray:
+    """Spatial distributions of maps: the maps minus their minimum, normalized to a sum of 1, (..., y, x).
 
     Examples
     --------
-    >>> places(np.array([[1.0, 1.0, 4.0, 2.0]])).tolist()
+    >>> spatial_distribution(np.array([[1.0, 1.0, 4.0, 2.0]])).tolist()
     [[0.0, 0.0, 0.75, 0.25]]
     """
     return distribution(maps - maps.min(axis=(-2, -1), keepdims=True))
 
 
 def freed(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
-    """Places of maps with the effect of a rival token removed, weighted to their core, (step, entity, y, x).
+    """Spatial distributions with the effect of a rival token removed, weighted to their core, (step, entity, y, x).
 
-    Attention sums to 1 over the tokens, so without the rival a map A would be A / (1 - rival). The place is squared, so
-    that the few locations where a map is strong count more than the many where it is weak.
+    Attention sums to 1 over the tokens, so without the rival a map A would be A / (1 - rival). The
+    distribution is squared, so that the few locations where a map is strong count more than the many where it is weak.
     """
-    return distribution(places(maps / np.maximum(1.0 - rival[:, None], NOTHING)) ** 2)
+    return distribution(spatial_distribution(maps / np.maximum(1.0 - rival[:, None], NOTHING)) ** 2)
 
 
 def held_by(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
-    """Share of a rival in the attention to it and to each entity, at the place of the entity without the rival.
+    """Share of a rival in the attention to it and to each entity, averaged over the entity's map without the rival.
 
     Parameters
     ----------
@@ -193,8 +194,8 @@ def held_by(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
     return np.asarray((freed(maps, rival) * share).sum(axis=(-2, -1)))
 
 
-def at_place(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
-    """Attention to a rival at the place of each entity without the rival, (step, entity)."""
+def mean_attention(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
+    """Attention to a rival, averaged over the map of each entity without the rival, (step, entity)."""
     return np.asarray((freed(maps, rival) * rival[:, None]).sum(axis=(-2, -1)))
 
 
@@ -212,20 +213,21 @@ def localization(maps: np.ndarray) -> np.ndarray:
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Ruzicka similarity of the place of every a and every b, (step, a, b)."""
-    return np.asarray(ruzicka(places(a)[:, :, None], places(b)[:, None, :]))
+    """Ruzicka similarity of the spatial distributions of every a and every b, (step, a, b)."""
+    return np.asarray(ruzicka(spatial_distribution(a)[:, :, None], spatial_distribution(b)[:, None, :]))
 
 
-def parted(place: np.ndarray) -> float:
-    """Degree to which a place has two separate parts: 0 for one part, 1 for two equal ones half a side apart.
+def parted(density: np.ndarray) -> float:
+    """Degree to which a distribution has two separate parts: 0 for one part, 1 for two equal ones half a side apart.
 
     Parameters
     ----------
-    place : ndarray, (y, x)
+    density : ndarray, (y, x)
+        A spatial distribution.
 
     Notes
     -----
-    Parts are connected components of the squared place above a quarter of its maximum. The result is the ratio of the
+    Parts are connected components of the squared density above a quarter of its maximum. The result is the ratio of the
     weights of the second largest and the largest part, times the distance of their centers in half sides (at most 1).
 
     Examples
@@ -233,19 +235,19 @@ def parted(place: np.ndarray) -> float:
     >>> parted(np.array([[2.0, 0.0, 0.0, 2.0]])), parted(np.array([[2.0, 2.0, 0.0, 0.0]]))
     (1.0, 0.0)
     """
-    weight = place**2
+    weight = density**2
     parts, count = label(weight > weight.max() / 4, connectivity=2, return_num=True)
     if count < 2:
         return 0.0
     sums = np.bincount(parts.ravel(), weights=weight.ravel())[1:]
     second, first = np.argsort(sums)[-2:]
     centers = [np.argwhere(parts == which + 1).mean(0) for which in (first, second)]
-    distance = float(np.linalg.norm(centers[0] - centers[1])) / (max(place.shape) / 2)
+    distance = float(np.linalg.norm(centers[0] - centers[1])) / (max(density.shape) / 2)
     return float(sums[second] / max(sums[first], NOTHING)) * min(distance, 1.0)
 
 
 def swaps(maps: np.ndarray) -> np.ndarray:
-    """Degree to which entities exchange places around each step.
+    """Degree to which the maps of entities swap around each step.
 
     Parameters
     ----------
@@ -254,7 +256,7 @@ def swaps(maps: np.ndarray) -> np.ndarray:
     Returns
     -------
     ndarray, (step, e, f)
-        Overlap of the place of e after the step with that of f before it, minus the overlap with that of e before it;
+        Overlap of the map of e after the step with that of f before it, minus the overlap with that of e before it;
         the minimum of this and the same for f. Positive if each entity is where the other one was. "Before" and
         "after" are means over an eighth of the steps.
 
@@ -266,10 +268,10 @@ def swaps(maps: np.ndarray) -> np.ndarray:
     """
     steps, width = len(maps), max(len(maps) // 8, 1)
     found = np.zeros((steps, maps.shape[1], maps.shape[1]))
-    place = places(maps)
+    density = spatial_distribution(maps)
     for step in range(width, steps - width + 1):
-        before = place[step - width : step].mean(0, keepdims=True)
-        after = place[step : step + width].mean(0, keepdims=True)
+        before = density[step - width : step].mean(0, keepdims=True)
+        after = density[step : step + width].mean(0, keepdims=True)
         moved = overlap(after, before)[0]  # (e after, f before)
         toward = moved - np.diagonal(moved)[:, None]
         found[step] = np.minimum(toward, toward.T)

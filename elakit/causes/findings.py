@@ -171,7 +171,7 @@ class Cause:
     def accounts_for(self, failure: Failure) -> bool:
         """True if the entities of the cause are those of the failure, in the same roles.
 
-        A cause that affects both entities alike (similar text states, an exchange of places) matches a failure of
+        A cause that affects both entities alike (similar text states, regions that swap) matches a failure of
         either. A misplaced attribute affects the entity that receives it, and its own entity if that lost it. All other
         causes affect their `entity` only.
         """

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from elakit.causes.evidence import Maps, places
+from elakit.causes.evidence import Maps, spatial_distribution
 from elakit.causes.findings import CAUSE_KINDS, CauseKind
 from elakit.causes.text import States
 
@@ -23,8 +23,8 @@ Key: TypeAlias = tuple[CauseKind, str, str, str]
 LEAST = 0.15
 # Steps before this share of the run are ignored, because their attention is noise.
 FIRST = 0.08
-# The denoiser ignores an entity with a smaller share of attention than this, compared with function words at its own
-# place; the attention of other tokens at its place is then not informative.
+# The denoiser ignores an entity with a smaller share of attention than this, compared with function words at its
+# locations; the attention to other tokens there is then not informative.
 READ = 0.15
 
 
@@ -258,17 +258,17 @@ def of_maps(
 def _of_attributes(
     maps: Maps, entities: Sequence[str], attributes: Sequence[str], covered: np.ndarray | None, late: slice
 ) -> Iterator[Indicator]:
-    place = places(maps.attributes)
+    density = spatial_distribution(maps.attributes)
     for a, (attribute, owner) in enumerate(zip(attributes, maps.owners, strict=True)):
         for j, other in enumerate(entities):
             if j == owner:
                 continue
             astray, held = maps.astray[:, a, j], maps.attribute_held[:, a, j]
             series = {"astray": astray}
-            if float(astray[late].mean()) > 0.3:  # otherwise it is strong at every place
+            if float(astray[late].mean()) > 0.3:  # otherwise it is strong at all locations
                 series["attribute_held"] = held
             if covered is not None:
-                there, own = ((place[:, a] * covered[e]).sum((-2, -1)) for e in (j, owner))
+                there, own = ((density[:, a] * covered[e]).sum((-2, -1)) for e in (j, owner))
                 if float(there[late].mean()) > float(own[late].mean()):
                     series["on_other"] = there
             about = {name: float(values[late].mean()) for name, values in series.items()}

@@ -68,7 +68,7 @@ class RunIndicators:
         return strongest(of_maps(maps, self._entities, self._attributes, covered, kinds))
 
 
-class Place(NamedTuple):
+class Onset(NamedTuple):
     """Step, layers and heads where an indicator is first visible.
 
     Attributes
@@ -86,7 +86,7 @@ class Place(NamedTuple):
     heads: tuple[tuple[str, int], ...] = ()
 
 
-def place(readings: Sequence[RunIndicators], key: Key) -> Place:
+def onset(readings: Sequence[RunIndicators], key: Key) -> Onset:
     """Step, layers and heads where the indicators of a cause are first visible.
 
     Parameters
@@ -107,7 +107,7 @@ def place(readings: Sequence[RunIndicators], key: Key) -> Place:
             layers.setdefault(layer, []).append(_visible(reading.part(layer, None, key[0]).get(key)))
             for head in reading.heads(layer):
                 heads.setdefault((layer, head), []).append(_visible(reading.part(layer, head, key[0]).get(key)))
-    return Place(round(median(since)) if since else None, _clearest(layers), _clearest(heads))
+    return Onset(round(median(since)) if since else None, _clearest(layers), _clearest(heads))
 
 
 def _since(reading: RunIndicators, indicator: Indicator) -> int | None:
