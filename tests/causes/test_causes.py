@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny import tiny_sd3
 
 import elakit
 from elakit.attention import Edit, RecordSpec, edit
@@ -117,6 +118,11 @@ def test_text_leakage_is_measured_by_removing_the_word() -> None:
     toward = state("a red bird", 3) - state("a bird", 2)
     assert leak.share == pytest.approx(moved @ toward / (toward @ toward), abs=1e-5)
     assert states.pieces == (1, 1)
+
+
+def test_tokens_of_a_noun_are_counted_in_the_encoder_that_splits_it_least() -> None:
+    sd3 = tiny_sd3()  # CLIP splits "giraffe" into seven letters here, T5 into two pieces
+    assert text_states(sd3, elakit.parse("a red [giraffe] and a [car]", sd3)).pieces == (2, 1)
 
 
 @cache
