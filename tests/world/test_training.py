@@ -166,7 +166,7 @@ def test_an_autoencoder_that_grows_keeps_the_latents_it_started_from(config: Pat
 EXAMPLES, WANTED = torch.arange(8.0).reshape(4, 2), torch.tensor([1.0, -1.0, 2.0, 0.5])
 
 
-def fit(folder: Path) -> nn.Module:
+def fit(folder: Path, batch: int = 4) -> nn.Module:
     """Fit a line to this process's share of four examples."""
     from elakit.world.training.loop import Schedule, rank_and_world, train
 
@@ -177,7 +177,7 @@ def fit(folder: Path) -> nn.Module:
     def loss(step: int) -> torch.Tensor:
         return (model(EXAMPLES[rank::world])[:, 0] - WANTED[rank::world]).pow(2).mean()
 
-    schedule = Schedule(samples=40, batch=4 // world, learning_rate=0.1, warmup=1, processes=world)
+    schedule = Schedule(samples=40, batch=batch // world, learning_rate=0.1, warmup=1, processes=world)
     return train(model, loss, schedule, folder, "line")
 
 
@@ -196,6 +196,12 @@ def test_two_processes_train_together_as_one_with_both_batches(tmp_path: Path) -
         together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, value in alone.items():
             assert torch.allclose(together[name], value, atol=1e-5), (rank, name)
+
+
+def test_a_checkpoint_with_other_batches_is_refused(tmp_path: Path) -> None:
+    fit(tmp_path)
+    with pytest.raises(SettingError, match="with 4 images per step, and this run has 2"):
+        fit(tmp_path, batch=2)
 
 
 def test_a_stage_that_does_not_exist_is_refused(config: Path, tmp_path: Path) -> None:

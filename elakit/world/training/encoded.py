@@ -135,7 +135,8 @@ class GrowingScenes:
         if self._pool is None:
             return compose(self._config.world, side, size, (2, number))
         last = -(-settings.scenes // settings.chunk)
-        for later in range(number, min(last, number + self._workers * self._world) + 1, self._world):
+        end = max(number + 1, min(last, number + self._workers * self._world + 1))
+        for later in range(number, end, self._world):
             if later not in self._ahead and not self._path(later).exists():
                 self._ahead[later] = self._pool.submit(compose, self._config.world, side, size, (2, later))
         return self._ahead.pop(number).result()

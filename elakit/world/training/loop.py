@@ -14,6 +14,7 @@ import torch
 from torch import distributed, nn
 from tqdm.auto import tqdm
 
+from elakit.errors import SettingError
 from elakit.files import replace_file
 
 M = TypeVar("M", bound=nn.Module)
@@ -78,9 +79,14 @@ class Schedule:
     processes: int = 1
 
     @property
+    def images_per_step(self) -> int:
+        """Images that an optimizer step sees, summed over the processes."""
+        return self.batch * self.processes
+
+    @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return math.ceil(self.samples / (self.batch * self.processes))
+        return math.ceil(self.samples / self.images_per_step)
 
     def rate(self, step: int) -> float:
         """Learning rate at a step.
@@ -127,6 +133,11 @@ def train(
     -------
     nn.Module
         The exponential moving average of the weights, in eval mode.
+
+    Raises
+    ------
+    SettingError
+        The checkpoint was trained with another number of images per step.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.pt"
@@ -137,6 +148,12 @@ def train(
     start, history = 0, []
     if path.exists():
         state = torch.load(path, weights_only=True)
+        if state["images_per_step"] != schedule.images_per_step:
+            raise SettingError(
+                f"{path} was trained with {state['images_per_step']} images per step, and this run has "
+                f"{schedule.images_per_step}, so its steps would be counted wrongly. Use the batch and number of "
+                "processes of that run, or another folder."
+            )
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
@@ -172,6 +189,7 @@ def train(
                     "average": average.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "step": step + 1,
+                    "images_per_step": schedule.images_per_step,
                     "history": history,
                 }
                 with replace_file(path) as part:  # a kill while writing leaves the previous checkpoint
