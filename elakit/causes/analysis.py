@@ -146,7 +146,7 @@ def _with_onset(readings: Sequence[RunIndicators], cause: Cause) -> Cause:
     """Cause with the step and the layers where it is first visible; causes in the text encoder have none."""
     key = cause.kind, cause.entity, cause.other, cause.token
     showing = [reading for reading in readings if reading.run.seed in cause.seeds and key in reading.indicators]
-    if not showing or "length" in cause.evidence:
+    if not showing or cause.in_text_encoder:
         return cause
     step, layers, _ = onset(showing, key)
     return replace(cause, step=step, layers=layers)

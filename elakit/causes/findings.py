@@ -28,6 +28,8 @@ FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 CAUSE_KINDS: tuple[CauseKind, ...] = get_args(CauseKind)
 # Kinds that affect both entities in the same way.
 MUTUAL_KINDS: tuple[CauseKind, ...] = ("text states alike", "regions swap")
+# Kinds that arise in the text encoder; "token ignored" can arise there or in the attention.
+TEXT_KINDS: tuple[CauseKind, ...] = ("ambiguous word", "text states alike", "text leakage")
 # Share of the attention at the location of an entity from which another noun counts as taking it.
 CAPTURED = 0.6
 
@@ -192,6 +194,11 @@ class Cause:
         if self.kind == "attribute misplaced" and failure.kind == "wrong attribute":
             return self.other == failure.entity
         return self.entity == failure.entity
+
+    @property
+    def in_text_encoder(self) -> bool:
+        """True if the cause was found in the text encoder, False if it was found in the attention."""
+        return self.kind in TEXT_KINDS or "length" in self.evidence
 
     def to_dict(self) -> dict[str, Any]:
         """Dictionary for JSON."""
