@@ -1,4 +1,4 @@
-"""Blind audit of the judge: do its verdicts agree with what a person sees?
+"""Blind audit of the judge: agreement of its verdicts with the labels of a person.
 
 Three steps::
 
@@ -14,12 +14,12 @@ is computed afterward. The same labels can therefore be compared with another ju
     image,first_nameable,first_color,second_nameable,second_color,hybrid,extra
     17,1,1,1,0,0,0
 
-All values are 1 or 0. ``*_nameable``: somebody who has not read the prompt would name this thing so. ``*_color``: it
-has the color that the prompt asks for; where it asks for none, 1 unless it clearly took the other thing's color.
-``hybrid``: two things are fused. ``extra``: something nameable is there that was not asked for, or more often than
-asked for. The second entity's columns are empty for single things. A row whose columns are all empty is not labeled yet
-and is left out. An image is right by eye if every entity is nameable and has its color and nothing is fused, which is
-also the judge's definition of success.
+All values are 1 or 0. ``*_nameable``: a person who has not read the prompt would name the thing as the prompt does.
+``*_color``: the thing has the color that the prompt asks for; if it asks for none, 1 unless the thing clearly took the
+color of the other one. ``hybrid``: two things are fused. ``extra``: a nameable thing was not asked for, or appears more
+often than asked for. The columns of the second entity are empty for single things. A row whose columns are all empty is
+not labeled yet and is left out. An image is right by eye if every entity is nameable and has its color and nothing is
+fused, which is also the judge's definition of success.
 """
 
 from __future__ import annotations
@@ -60,13 +60,14 @@ app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 @dataclass(frozen=True)
 class Label:
-    """Labels of one image, given by a person.
+    """Labels of one image, given by a person; the module's docstring defines them.
 
     Attributes
     ----------
     nameable, color : tuple of bool
-        For each of the one or two entities.
+        One label for each of the one or two entities.
     hybrid, extra : bool
+        Labels of the image.
     """
 
     nameable: tuple[bool, ...]
@@ -76,23 +77,28 @@ class Label:
 
     @property
     def right(self) -> bool:
-        """All entities nameable, each in its color, none fused."""
+        """True if all entities are nameable and have their colors, and none is fused."""
         return all(self.nameable) and all(self.color) and not self.hybrid
 
 
 def read_labels(path: Path) -> dict[int, Label]:
-    """Labels by the image's number.
+    """Read a label file.
 
     Parameters
     ----------
     path : Path
         A label file as described at the top of this module.
 
+    Returns
+    -------
+    dict of int to Label
+        Labels by the number of the image; rows that are not filled in are left out.
+
     Raises
     ------
     SettingError
-        The file is missing, its columns are others, a value is neither 0 nor 1, a row is filled in partly, or an image
-        is labeled twice.
+        The file cannot be read, has other columns, contains a value that is neither 0 nor 1 or a row that is filled in
+        partly, or has two rows for the same image.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -124,16 +130,17 @@ def read_labels(path: Path) -> dict[int, Label]:
 
 
 def kappa(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """Cohen's kappa of two raters: agreement beyond what their frequencies alone would give.
+    """Cohen's kappa of two raters: their agreement beyond the one that is expected by chance.
 
     Parameters
     ----------
     first, second : sequence of bool
+        Answers of each rater to the same questions.
 
     Returns
     -------
     float
-        1 for full agreement, 0 for agreement by chance; nan if both always say the same one thing.
+        1 for full agreement, 0 for agreement by chance; NaN if both raters always give the same answer.
 
     References
     ----------
@@ -160,12 +167,12 @@ def kappa_interval(first: Sequence[bool], second: Sequence[bool], samples: int =
 
 
 def agreement(by_eye: Sequence[bool], by_judge: Sequence[bool]) -> list[str]:
-    """Rows of a Markdown table: accuracy, kappa, precision of the judge's two words, and the confusion matrix.
+    """Rows of a Markdown table: accuracy, kappa, precision of both verdicts, and the confusion matrix.
 
     Parameters
     ----------
     by_eye, by_judge : sequence of bool
-        Whether each image is right.
+        True for each image that is right.
     """
     eye, said = np.asarray(by_eye, bool), np.asarray(by_judge, bool)
     low, high = kappa_interval(eye, said)
@@ -192,9 +199,11 @@ def _share(what: str, count: int, total: int, bar: str) -> str:
 @app.command()
 def draw(
     folder: Folder = Path("work/audit"),
-    pairs: Annotated[int, typer.Option(help="Number of prompts with two entities, each drawn by every method.")] = 76,
-    singles: Annotated[int, typer.Option(help="Number of single things, without guidance.")] = 100,
-    methods: Annotated[str, typer.Option(help="Comma-separated, as in `elakit sweep`.")] = ",".join(METHODS),
+    pairs: Annotated[
+        int, typer.Option(help="Number of prompts with two entities, each generated with every method.")
+    ] = 76,
+    singles: Annotated[int, typer.Option(help="Number of prompts with one entity, without guidance.")] = 100,
+    methods: Annotated[str, typer.Option(help="Comma-separated methods, as in `elakit sweep`.")] = ",".join(METHODS),
     first_seed: Annotated[int, typer.Option(help="Seed of the first prompt; the next ones follow, below 1,000.")] = (
         FIRST_SEED
     ),
@@ -203,7 +212,7 @@ def draw(
     if not 0 <= first_seed < 1000:
         raise SettingError(f"The first seed is {first_seed}; audits use seeds from 0 to 999.")
     if (folder / "labels.csv").exists():
-        raise SettingError(f"{folder} holds labels already. Choose another folder, or move labels.csv away.")
+        raise SettingError(f"{folder} already contains labels. Choose another folder, or move labels.csv away.")
     jobs = [(prompt, "plain", seed) for prompt, seed in _prompts(single_prompts(), singles, first_seed)]
     chosen = [name.strip() for name in methods.split(",")]
     jobs += [(p, method, s) for p, s in _prompts(suite("attend-and-excite"), pairs, first_seed) for method in chosen]
@@ -229,7 +238,7 @@ def draw(
 
 
 def single_prompts() -> list[str]:
-    """Every noun as drawn and in every color."""
+    """Prompts of single entities: every noun without a color and in every color."""
     return [f"a {color} {noun}" if color else f"a {noun}" for noun in NOUNS for color in (None, *COLORS)]
 
 
@@ -241,7 +250,7 @@ def _prompts(prompts: Sequence[str], count: int, first_seed: int) -> list[tuple[
 
 
 def sheet(images: Sequence[tuple[int, str, Image.Image]]) -> Image.Image:
-    """Numbered images with their prompts, and nothing that tells how they were made or judged."""
+    """Sheet of numbered images with their prompts, without methods and verdicts."""
     columns, rows = SHEET[0], -(-len(images) // SHEET[0])
     page = Image.new("RGB", (columns * (SIDE + 8), rows * (SIDE + 22)), "white")
     pen = ImageDraw.Draw(page)
@@ -257,7 +266,7 @@ def agree(
     folder: Folder = Path("work/audit"),
     labels: Annotated[Path | None, typer.Option(help="Label file; by default labels.csv in the folder.")] = None,
 ) -> None:
-    """Judge the images now, and compare with the labels."""
+    """Judge the images, and compare the verdicts with the labels."""
     found = read_labels(labels or folder / "labels.csv")
     key = {int(number): row for number, row in json.loads((folder / "key.json").read_text(encoding="utf-8")).items()}
     if unknown := set(found) - set(key):
