@@ -21,7 +21,7 @@ app = typer.Typer(add_completion=False)
 
 
 def ways(pipe: Any, steps: int, side: int) -> dict[str, Callable[[], Any]]:
-    """Return the runs to measure, by name."""
+    """Return functions that make the runs to measure, by name of the run."""
     settings: dict[str, Any] = {"seed": 0, "steps": steps, "height": side, "width": side, "progress": False}
 
     def run(**options: Any) -> Callable[[], Any]:
@@ -45,7 +45,7 @@ def main(
         bool, typer.Option(help="Use few channels per layer, with the same layers, heads and maps, for a quick test.")
     ] = False,
 ) -> None:
-    """Print the cost of recording and of guidance beside the plain run."""
+    """Print the cost of recording and of guidance, compared with the plain run."""
     if not torch.cuda.is_available():
         print("No CUDA device on this machine; nothing was measured.")
         return

@@ -86,7 +86,7 @@ def main(
     ),
     only: Annotated[str, typer.Option(help="Write only the figures whose names contain this text.")] = "",
 ) -> None:
-    """Write the images, and print the size of each."""
+    """Write images of all figures, and print the size of each."""
     out.mkdir(parents=True, exist_ok=True)
     with open_page() as page:
         for name, figure in figures(folder):

@@ -80,7 +80,7 @@ def meeting(figure: Figure, differentiation: Differentiation, step: float = 0.00
 
 
 def main() -> None:
-    """Print the tables."""
+    """Print the regression, the agreement of all rules, and the intervals of thresholds."""
     figure = load_figure()
     a, cat, frog = figure.coefficients
     print(f"start-of-text = {a:.3f} {cat:+.3f} cat {frog:+.3f} frog   (R^2 = {figure.r2:.3f})\n")

@@ -25,7 +25,7 @@ def main(
     timeout: Annotated[float, typer.Option(help="Time limit per notebook, in seconds.")] = 600,
     images: Annotated[Path | None, typer.Option(help="Folder for a screenshot of each notebook.")] = None,
 ) -> None:
-    """Run the notebooks and print one row for each."""
+    """Run notebooks in JupyterLab, and print one row for each."""
     chosen = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if not names or any(n in path.name for n in names)]
     wrong = False
     print(

@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def compare(name: str, side: int, steps: int, repeats: int) -> tuple[float, list[str]]:
-    """Largest difference between the maps of a family, and its other columns."""
+    """Largest difference between the maps of both packages for a family, and the other columns of its row."""
     from attention_map_diffusers import AttentionCapture
 
     make, call = FAMILIES[name]

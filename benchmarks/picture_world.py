@@ -66,7 +66,7 @@ def show(what: str, hits: Any, bar: str = "") -> None:
 
 
 def test_world() -> World:
-    """World of picture-world, with `SHARES` of scenes."""
+    """World of the test scenes: that of picture-world, with the shares of scenes in `SHARES`."""
     return replace(read_config().world, entities=SHARES)
 
 
@@ -264,7 +264,7 @@ def _shift(verdict: Verdict) -> list[float] | None:
 
 
 def of_sweep(folder: Path) -> list[dict]:
-    """Verdicts of the plain images of `elakit sweep run --suite attend-and-excite`, as `verdicts` gives them."""
+    """Verdicts of the plain images of a sweep of the suite attend-and-excite, in the form of `verdicts`."""
     table = bench_table(folder).query("method == 'plain' and suite == 'attend-and-excite'")
     return [
         {

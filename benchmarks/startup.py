@@ -43,7 +43,7 @@ def processor_time(command: list[str]) -> float:
 
 
 def main() -> None:
-    """Print medians and ratios."""
+    """Print medians of the processor times, and the two ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7, help="number of starts of each command")
     repeats = parser.parse_args().repeats

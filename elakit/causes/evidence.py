@@ -72,23 +72,23 @@ class Maps:
 
     @cached_property
     def held(self) -> np.ndarray:
-        """Attention to f, as a share of the attention to e and f, averaged over the map of e, (step, e, f)."""
+        """Attention to entity f, as a share of that to entities e and f, averaged over the map of e, (step, e, f)."""
         others = [held_by(self.entities, self.entities[:, f]) for f in range(self.entities.shape[1])]
         return np.stack(others, axis=-1)
 
     @cached_property
     def start_held(self) -> np.ndarray:
-        """Attention to start-of-text, as a share of that to it and to e, averaged over the map of e, (step, e)."""
+        """Share of start-of-text in the attention to it and to entity e, averaged over the map of e, (step, e)."""
         return held_by(self.entities, self.start)
 
     @cached_property
     def alike(self) -> np.ndarray:
-        """Ruzicka similarity of the spatial distributions of e and f, (step, e, f)."""
+        """Ruzicka similarity of the spatial distributions of entities e and f, (step, e, f)."""
         return overlap(self.entities, self.entities)
 
     @cached_property
     def astray(self) -> np.ndarray:
-        """Attention to attribute a on the map of f, compared with the map of the attribute's own entity, (step, a, f).
+        """Attention to attribute a on the map of f, compared with that on the map of a's own entity, (step, a, f).
 
         With A(f) the attention to the attribute averaged over the map of f, the value is A(f) / (A(f) + A(own)): .5 if
         both are equal, 1 if the attribute is attended to only at the locations of f.
@@ -99,7 +99,7 @@ class Maps:
 
     @cached_property
     def attribute_held(self) -> np.ndarray:
-        """Attention to attribute a, as a share of that to a and noun f, averaged over the map of f, (step, a, f)."""
+        """Share of attribute a in the attention to it and to entity f, averaged over the map of f, (step, a, f)."""
         return np.stack([held_by(self.entities, each) for each in np.moveaxis(self.attributes, 1, 0)], axis=1)
 
     @cached_property

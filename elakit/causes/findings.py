@@ -114,7 +114,7 @@ class Failure:
         return f"In {self.count} of {self.of} {images}, {what}."
 
     def to_dict(self) -> dict[str, Any]:
-        """Dictionary for JSON, with count, rate, interval and sentence."""
+        """All fields as a dictionary for JSON, with count, rate, interval and sentence."""
         return asdict(self) | {
             "count": self.count,
             "rate": self.rate,
@@ -201,7 +201,7 @@ class Cause:
         return self.kind in TEXT_KINDS or "length" in self.evidence
 
     def to_dict(self) -> dict[str, Any]:
-        """Dictionary for JSON."""
+        """All fields as a dictionary for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -259,7 +259,7 @@ class Findings:
         return f"{what} {probably}fail{'s' * (failing == 1)}. {why}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Dictionary for JSON."""
+        """All failures and causes, with the sentences that describe them, as a dictionary for JSON."""
         return {
             "prompt": self.prompt.text,
             "seeds": list(self.seeds),

@@ -105,7 +105,7 @@ class Indicator:
 
     @property
     def strength(self) -> float:
-        """Strength, 0 to 1."""
+        """Strength of the indicator, 0 to 1, by the scale of its measure in `SCALES`."""
         return SCALES[self.measure](self.value)
 
     def since(self) -> int | None:

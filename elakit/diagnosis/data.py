@@ -59,7 +59,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class DiagnosisData:
-    """Data of a diagnosis; `elakit.diagnosis.Diagnosis` adds text, code and files.
+    """Data of a diagnosis; `elakit.diagnosis.Diagnosis` adds the conversion to JSON and to a folder.
 
     Attributes
     ----------

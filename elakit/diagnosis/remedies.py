@@ -57,13 +57,13 @@ class Remedy:
 
     @property
     def title(self) -> str:
-        """Name in sentences and headings."""
+        """Name of the remedy in sentences and headings."""
         return _TITLES.get(self.name, method_title(self.name))
 
 
 @dataclass(frozen=True)
 class RemedyResult:
-    """Result of a remedy.
+    """Result of a remedy: its images compared with plain images of the same seeds, or the reason why it has none.
 
     Attributes
     ----------
@@ -186,7 +186,7 @@ class RemedyResult:
 
 
 def ranked(results: Iterable[RemedyResult]) -> tuple[RemedyResult, ...]:
-    """Sort results, best first.
+    """Results of remedies, best first.
 
     Judged results are sorted by the number of right images, then of broken images, then by time; others by bleeding,
     then by time. Remedies that failed or were not tried come last.

@@ -78,7 +78,7 @@ def layer_name(name: str) -> str:
 
 
 def steps_of(diagnosis: DiagnosisData) -> int:
-    """Number of denoising steps."""
+    """Number of denoising steps of the runs of a diagnosis."""
     return int(diagnosis.pairs[0].plain.settings["steps"])
 
 

@@ -46,7 +46,7 @@ def at_step(values: xr.DataArray, step: int | None) -> tuple[xr.DataArray, str]:
 
 
 def labels_of_one_prompt(labels: Iterable[Iterable[Any]], what: str) -> list[str]:
-    """The labels that all runs of a figure share.
+    """Labels of the entities of a figure, after a check that all its runs have the same.
 
     Parameters
     ----------
@@ -55,10 +55,14 @@ def labels_of_one_prompt(labels: Iterable[Iterable[Any]], what: str) -> list[str
     what : str
         Name of the figure's function, for the message.
 
+    Returns
+    -------
+    list of str
+
     Raises
     ------
     SettingError
-        The labels differ.
+        The labels of the runs differ.
 
     Examples
     --------

@@ -223,7 +223,7 @@ class Panels:
             )  # fmt: skip
 
     def axes(self, row: int, column: int, x: dict[str, Any], y: dict[str, Any]) -> None:
-        """Set the axes of a panel; rows and columns count from 1."""
+        """Set the x axis and the y axis of a panel, whose row and column count from 1."""
         across, down = self.panel_axes(row, column)
         (width, height), (gap_x, gap_y) = self.panel, self.gap
         left, top = (column - 1) * (width + gap_x), (row - 1) * (height + gap_y)

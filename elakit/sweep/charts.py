@@ -16,7 +16,7 @@ FAILURES = (("neglect", "neglect"), ("mixture", "mixture"), ("wrong_color", "wro
 
 
 def figures(table: pd.DataFrame) -> dict[str, go.Figure]:
-    """Figures of a sweep.
+    """Figures that compare the methods of a sweep.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def figures(table: pd.DataFrame) -> dict[str, go.Figure]:
 
 
 def summary_figures(found: pd.DataFrame) -> dict[str, go.Figure]:
-    """Figures of a sweep from `elakit.sweep.summary`; see `figures`."""
+    """The same as `figures`, from a table that `elakit.sweep.summary` returned."""
     names = [escape(name) for name in found.index]
     # plotly counts rows from the bottom, and the first row is to be at the top
     rows = {"categoryorder": "array", "categoryarray": names[::-1], "automargin": True}

@@ -157,7 +157,7 @@ def check_folder(folder: str | Path) -> Path:
     Returns
     -------
     Path
-        Absolute path.
+        Absolute path of the folder, which need not exist.
 
     Raises
     ------

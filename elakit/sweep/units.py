@@ -94,7 +94,7 @@ class Unit:
         return {name: getattr(self, name) for name in ("device", "dtype", "variant", "scheduler", "lora")}
 
     def generation(self) -> dict[str, Any]:
-        """Settings of `elakit.generate` and `elakit.diagnose`."""
+        """Arguments of `elakit.generate` and `elakit.diagnose`: steps, guidance_scale, negative_prompt and size."""
         return {name: getattr(self, name) for name in ("steps", "guidance_scale", "negative_prompt", "height", "width")}
 
     def guidance(self) -> Method | None:
@@ -231,7 +231,7 @@ def check_prompts(prompts: Any) -> None:
     Raises
     ------
     SettingError
-        `prompts` is a string, over whose letters Python would iterate.
+        `prompts` is a string, whose letters would be taken for prompts.
     """
     if isinstance(prompts, str | bytes):
         raise SettingError(f"prompts={prompts!r} is a single string. Put it in a list: [{prompts!r}].")

@@ -128,7 +128,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class World:
-    """Settings of the scenes.
+    """Settings from which random scenes are composed.
 
     Attributes
     ----------

@@ -16,7 +16,7 @@ from elakit.numbering import step_name
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the page: its id, heading, caption, text for screen readers, and data."""
+    """A figure of the report: id, heading, caption, text for screen readers, plotly's JSON, and size in pixels."""
 
     key: str
     heading: str

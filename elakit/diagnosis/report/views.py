@@ -1,4 +1,4 @@
-"""Content of the report's images, remedies, failures and causes, ready for the template."""
+"""Images, remedies, failures and causes of a diagnosis, in the form that the template of the report shows."""
 
 from __future__ import annotations
 

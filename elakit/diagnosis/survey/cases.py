@@ -1,4 +1,4 @@
-"""Cases of a survey: one prompt each, with its page and its results as JSON."""
+"""Cases of a survey: each is one prompt to diagnose, with a page and results as JSON."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def plan_cases(
     model, scheduler, lora, variant, device, dtype
         As in `elakit.load`.
     predictor : str or Path, optional
-        File written by `elakit.prediction.Predictor.save`.
+        File written by `elakit.prediction.Predictor.save`; by default the included predictor.
 
     Returns
     -------
@@ -108,7 +108,8 @@ def plan_cases(
     Raises
     ------
     SettingError
-        There is no prompt or seed, `prompts` is a single string, a seed is repeated, or a method or remedy is unknown.
+        There is no prompt or seed, `prompts` is a single string, a seed is repeated, a method, option or remedy is
+        unknown, or a number is out of range.
     """
     check_prompts(prompts)
     texts = list(dict.fromkeys(prompts))

@@ -48,7 +48,7 @@ class Controls:
         self.view = w.VBox([grid, self.back])
 
     def show(self, entries: Mapping[str, Any]) -> None:
-        """Show entries, by name of the option."""
+        """Show entries, given by the names of their options."""
         for name, widget in self.widgets.items():
             widget.value = entries[name]
 

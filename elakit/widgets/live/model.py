@@ -86,7 +86,7 @@ class PanelModel:
     # -- choices -------------------------------------------------------------------------------------------------------
 
     def enter_text(self, text: str) -> None:
-        """Set the prompt as text and parse it; the display of the last run is cleared.
+        """Set the prompt as text and parse it; if the prompt changes, the display of the last run is cleared.
 
         Raises
         ------

@@ -211,7 +211,7 @@ class Panel:
         Parameters
         ----------
         steps : int
-            At least 1.
+            Number of steps, at least 1.
 
         Raises
         ------

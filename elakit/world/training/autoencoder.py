@@ -109,7 +109,7 @@ def train_autoencoder(
     Returns
     -------
     AutoencoderTiny
-        In eval mode.
+        Trained autoencoder in eval mode.
     """
     settings = config.vae
     torch.manual_seed(0)
@@ -144,7 +144,7 @@ def train_autoencoder(
 
 
 def train_decoder(config: Config, scenes: Scenes, folder: Path, device: torch.device) -> Any:
-    """Train the decoder of ``folder/vae`` further with the encoder fixed: sharper images from the same latents.
+    """Train the decoder of ``folder/vae`` further with a fixed encoder, for sharper images from the same latents.
 
     Parameters
     ----------
@@ -157,7 +157,7 @@ def train_decoder(config: Config, scenes: Scenes, folder: Path, device: torch.de
     Returns
     -------
     AutoencoderTiny
-        In eval mode.
+        Trained autoencoder in eval mode.
     """
     settings = config.vae
     model: Any = AutoencoderTiny.from_pretrained(folder / "vae")

@@ -42,7 +42,7 @@ class Scenes:
         return len(self.images)
 
     def batch(self, indices: np.ndarray) -> torch.Tensor:
-        """Images as floats in [-1, 1], (n, 3, size, size)."""
+        """Images at the given indices, float32 in [-1, 1], (n, 3, size, size)."""
         pixels = torch.from_numpy(self.images[indices]).permute(0, 3, 1, 2).float()
         return pixels / 127.5 - 1
 

@@ -138,7 +138,7 @@ def grow(model: Any, tokenizer: CLIPTokenizer, old: StableDiffusionPipeline) -> 
 def train_denoiser(
     config: Config, folder: Path, device: torch.device, start: Path | None = None, workers: int = 0
 ) -> StableDiffusionPipeline:
-    """Train text encoder and UNet on scenes of the world, and save the pipeline to ``folder/model``.
+    """Train text encoder and U-Net on scenes, and save the pipeline to ``folder/model``.
 
     Parameters
     ----------

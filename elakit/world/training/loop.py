@@ -82,12 +82,12 @@ class Schedule:
 
     @property
     def images_per_step(self) -> int:
-        """Images that an optimizer step sees, summed over the processes."""
+        """Number of images per optimizer step, summed over the processes."""
         return self.batch * self.processes
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps of the whole run."""
         return math.ceil(self.samples / self.images_per_step)
 
     def rate(self, step: int) -> float:
