@@ -27,7 +27,9 @@ Steps = Annotated[int | None, typer.Option(help="Number of denoising steps. Defa
 Scale = Annotated[float | None, typer.Option(help="Classifier-free guidance scale. Default: the model's.")]
 Negative = Annotated[
     str | None,
-    typer.Option("--negative-prompt", help="What the image should not show; needs a guidance scale above 1."),
+    typer.Option(
+        "--negative-prompt", help="Description of content to avoid; has an effect only with a guidance scale above 1."
+    ),
 ]
 Height = Annotated[int | None, typer.Option(help="Height of the image in pixels. Default: the model's.")]
 Width = Annotated[int | None, typer.Option(help="Width of the image in pixels. Default: the model's.")]

@@ -40,8 +40,8 @@ def diagnose(
         str,
         typer.Option(
             help="Further remedies to try if an image is wrong: none, comma-separated names, or all (conform, ebama, "
-            "another-seed, swapped, next-to, regions). Names are those of methods and another-seed; swapped (entities "
-            "in the opposite order); next-to (“next to” instead of “and”); regions (ELA with one box per entity)."
+            "another-seed, swapped, next-to, regions). Names are those of the methods, another-seed, swapped (entities "
+            "in the opposite order), next-to (“next to” instead of “and”), and regions (ELA with one box per entity)."
         ),
     ] = "all",
     options: Options = None,
@@ -62,7 +62,7 @@ def diagnose(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="HTML report to write. Default: report.html. With --prompts, the output folder. Default: diagnoses."
+            help="HTML report to write (default: report.html) or, with --prompts, output folder (default: diagnoses)."
         ),
     ] = None,
     keep: Annotated[
