@@ -8,8 +8,9 @@ Four steps::
     python -m benchmarks.audit agree work/audit     # agreement of labels and verdicts, with intervals
 
 Images are shuffled and numbered; sheets show number and prompt, but neither the method nor the judge's verdict, which
-is computed afterward. The same labels can therefore be compared with another judge. To measure how well a person
-agrees with himself or herself, label some images again, and run ``python -m benchmarks.audit repeat FIRST SECOND``.
+is computed afterward. The same labels can therefore be compared with another judge. ``benchmarks/audits`` holds the
+labels of earlier audits. To measure self-agreement, label some images again, and run
+``python -m benchmarks.audit repeat FIRST SECOND``.
 
 **Label file** (CSV, one row per image)::
 
@@ -32,8 +33,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -49,7 +51,7 @@ from elakit.files import write_file
 from elakit.generation import generate
 from elakit.judge import Verdict, judge
 from elakit.prompt import Prompt
-from elakit.statistics import wilson
+from elakit.statistics import bootstrap, wilson
 from elakit.sweep import suite
 from elakit.sweep.units import Unit
 from elakit.world.vocabulary import COLORS, NOUNS
@@ -63,6 +65,7 @@ ORIGIN = ("image", "prompt", "method", "seed")  # a verdict file's columns befor
 FAULTS = ("not nameable", "wrong color", "hybrid")
 SHEET, SIDE = (4, 3), 256  # images per row and column of a sheet, and their side in pixels
 
+Flags = Sequence[bool] | np.ndarray
 Folder = Annotated[Path, typer.Argument(help="Folder of the audit.")]
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
@@ -70,7 +73,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 @dataclass(frozen=True)
 class Label:
-    """What one image shows, as a person or the judge sees it.
+    """Label of one image, given by a person or by the judge.
 
     Attributes
     ----------
@@ -192,7 +195,7 @@ def _read(path: Path, columns: tuple[str, ...], what: str, hint: str) -> dict[in
     return labels
 
 
-def kappa(first: Sequence[bool], second: Sequence[bool]) -> float:
+def kappa(first: Flags, second: Flags) -> float:
     """Cohen's kappa of two raters: agreement beyond what their frequencies alone would give.
 
     Parameters
@@ -220,7 +223,7 @@ def kappa(first: Sequence[bool], second: Sequence[bool]) -> float:
 
 
 def kappa_interval(
-    first: Sequence[bool], second: Sequence[bool], groups: Sequence[str] | None = None, samples: int = 2000
+    first: Flags, second: Flags, groups: Sequence[str] | None = None, samples: int = 2000
 ) -> tuple[float, float]:
     """95% bootstrap interval of `kappa`, resampling images, or groups of images such as those of one prompt."""
     a, b = np.asarray(first, bool), np.asarray(second, bool)
@@ -270,21 +273,32 @@ def agreement(by_eye: Sequence[bool], by_judge: Sequence[bool], groups: Sequence
     by_eye, by_judge : sequence of bool
         Whether each image is right.
     groups : sequence of str, optional
-        Group of each image, such as its prompt: kappa's interval resamples groups.
+        Group of each image, such as its prompt. Intervals are then bootstrap intervals over groups, because images of
+        one prompt are alike.
     """
     eye, said = np.asarray(by_eye, bool), np.asarray(by_judge, bool)
     low, high = kappa_interval(eye, said, groups)
+    everything = np.ones(len(eye), bool)
     return [
-        _share("judge and eye agree", int((eye == said).sum()), len(eye), BARS["accuracy"]),
+        _share_of("judge and eye agree", eye == said, everything, groups, BARS["accuracy"]),
         f"| Cohen's kappa | {kappa(eye, said):.3f} ({low:.3f} to {high:.3f}, n = {len(eye)}) | {BARS['kappa']} |",
-        _share("of those the judge calls right, right by eye", int(eye[said].sum()), int(said.sum()), BARS["right"]),
-        _share("of those it calls wrong, wrong by eye", int((~eye)[~said].sum()), int((~said).sum()), BARS["wrong"]),
+        _share_of("of those the judge calls right, right by eye", eye, said, groups, BARS["right"]),
+        _share_of("of those it calls wrong, wrong by eye", ~eye, ~said, groups, BARS["wrong"]),
         "",
         "| | judge: right | judge: wrong |",
         "|---|---|---|",
         f"| eye: right | {(eye & said).sum()} | {(eye & ~said).sum()} |",
         f"| eye: wrong | {(~eye & said).sum()} | {(~eye & ~said).sum()} |",
     ]
+
+
+def _share_of(what: str, hits: np.ndarray, among: np.ndarray, groups: Sequence[str] | None, bar: str) -> str:
+    """The share of hits among some of the images, with an interval over groups if there are groups."""
+    count, total = int((hits & among).sum()), int(among.sum())
+    if groups is None or total == 0:
+        return _share(what, count, total, bar)
+    value, low, high = bootstrap(hits & among, among, groups)
+    return f"| {what} | {value:.3f} ({low:.3f} to {high:.3f}, n = {total}) | {bar} |"
 
 
 def _share(what: str, count: int, total: int, bar: str) -> str:
@@ -394,14 +408,15 @@ def judge_images(folder: Folder = Path("work/audit")) -> None:
     except OSError as error:
         raise SettingError(f"Cannot read the images of {folder}: {error}. Run `draw` first.") from error
     pipe = elakit.load("picture-world")
-    rows = []
+    rows, different = [], set()
     for number, made in tqdm(key.items(), unit="image", leave=False):
         prompt = elakit.parse(made["prompt"], pipe)
         image = Image.open(folder / "images" / f"{int(number):04d}.png").convert("RGB")
+        different.add(image.tobytes())
         verdict = Label.of(judge(image, prompt), prompt)
         rows.append((number, *(made[name] for name in ORIGIN[1:]), *verdict.values()))
     _write(folder / "verdicts.csv", (*ORIGIN, *COLUMNS[1:]), rows)
-    print(f"{len(rows)} verdicts in {folder / 'verdicts.csv'}.")
+    print(f"{len(rows)} verdicts on {len(different)} different images in {folder / 'verdicts.csv'}.")
 
 
 @app.command()
@@ -439,6 +454,7 @@ def agree(
     prompts = [verdicts[number].prompt for number in pairs]
     print("\n".join(agreement([p.right for p in pairs.values()], [v.right for v in said.values()], prompts)))
     print("\n" + "\n".join(columns(list(pairs.values()), list(said.values()))))
+    print("\n" + "\n".join(_nouns({number: verdicts[number].prompt for number in pairs}, pairs, said)))
     print("\n| images of pairs | reason | number | images |\n|---|---|---|---|")
     for what, wrong, right in (
         ("judge: right, eye: wrong", pairs, said),
@@ -447,6 +463,21 @@ def agree(
         for fault in FAULTS:
             numbers = [n for n in sorted(pairs) if right[n].right and fault in wrong[n].faults]
             print(f"| {what} | {fault} | {len(numbers)} | {', '.join(map(str, numbers))} |")
+
+
+def _nouns(prompts: Mapping[int, str], eye: Mapping[int, Label], said: Mapping[int, Label]) -> list[str]:
+    """Rows of a Markdown table: how many entities of each noun are nameable by eye and found by the judge."""
+    counts: dict[str, np.ndarray] = {}
+    for number, prompt in prompts.items():
+        for i, entity in enumerate(re.split(" and | with ", prompt)):
+            row = (1, eye[number].nameable[i], said[number].nameable[i])
+            counts[entity.split()[-1]] = counts.get(entity.split()[-1], 0) + np.array(row, int)
+    ordered = sorted(counts.items(), key=lambda item: (item[1][1] / item[1][0], item[0]))
+    return [
+        "| noun in images of pairs | entities | nameable by eye | found by the judge |",
+        "|---|---|---|---|",
+        *(f"| {noun} | {total} | {seen} | {found} |" for noun, (total, seen, found) in ordered),
+    ]
 
 
 @app.command()

@@ -127,6 +127,7 @@ def test_images_are_compared_with_the_judge_of_today(tmp_path: Path) -> None:
         audit.agree(tmp_path)
     judged = CliRunner().invoke(audit.app, ["judge", str(tmp_path)])
     assert judged.exit_code == 0, judged.output
+    assert "3 verdicts on 2 different images" in judged.output
     assert (tmp_path / "verdicts.csv").read_text().splitlines()[1] == "1,a lion and a green apple,plain,0,1,1,1,1,0,0"
     result = CliRunner().invoke(audit.app, ["agree", str(tmp_path)])
     assert result.exit_code == 0, result.output
