@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -11,7 +12,7 @@ from elakit.statistics import wilson
 from elakit.tokens import word_of
 from elakit.world.vocabulary import COLORS
 
-FailureKind = Literal["missing", "fused", "wrong attribute", "lost attribute", "spill"]
+FailureKind = Literal["missing", "fused", "wrong attribute", "lost attribute", "duplicated"]
 CauseKind = Literal[
     "text states alike",
     "text leakage",
@@ -26,6 +27,8 @@ CauseKind = Literal[
 ]
 FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 CAUSE_KINDS: tuple[CauseKind, ...] = get_args(CauseKind)
+# Kinds of failures in files of earlier versions, and their current names.
+_RENAMED = {"spill": "duplicated"}
 # Kinds that affect both entities in the same way.
 MUTUAL_KINDS: tuple[CauseKind, ...] = ("text states alike", "regions swap")
 # Kinds that arise in the text encoder; "token ignored" can arise there or in the attention.
@@ -43,7 +46,7 @@ class Failure:
     kind : str
         One of `FAILURE_KINDS`: "missing", the entity is not in the image; "fused", it is fused with another entity;
         "wrong attribute", it has an attribute of another entity; "lost attribute", it has neither its own attribute nor
-        that of another entity; "spill", it appears more often than the prompt asks.
+        that of another entity; "duplicated", it appears more often than the prompt asks.
     entity : str
         Label of the affected entity.
     other : str
@@ -108,7 +111,7 @@ class Failure:
             "fused": f"the {self.entity} and the {other} are fused into one",
             "wrong attribute": f"the {self.entity} is {word_of(token)}, the {_kind(token)} asked for the {other}",
             "lost attribute": f"the {self.entity} is not {word_of(token)}",
-            "spill": f"the {self.entity} appears more often than the prompt asks",
+            "duplicated": f"the {self.entity} appears more often than the prompt asks",
         }[self.kind]
         images = "image" if self.of == 1 else "images"
         return f"In {self.count} of {self.of} {images}, {what}."
@@ -285,3 +288,20 @@ class Findings:
 def _kind(token: str) -> str:
     """The word "color" for the label of a color, and "attribute" for other labels."""
     return "color" if word_of(token) in COLORS else "attribute"
+
+
+def with_current_kinds(findings: Mapping[str, Any]) -> dict[str, Any]:
+    """Findings that `Findings.to_dict` of any version returned, with the kinds of failures named as in this version.
+
+    Examples
+    --------
+    >>> with_current_kinds({"failures": [{"kind": "spill"}], "causes": [{"explains": ["missing"]}]})
+    {'failures': [{'kind': 'duplicated'}], 'causes': [{'explains': ['missing']}]}
+    """
+    return {
+        **findings,
+        "failures": [one | {"kind": _RENAMED.get(one["kind"], one["kind"])} for one in findings["failures"]],
+        "causes": [
+            one | {"explains": [_RENAMED.get(kind, kind) for kind in one["explains"]]} for one in findings["causes"]
+        ],
+    }

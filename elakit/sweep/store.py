@@ -65,7 +65,7 @@ def table(folder: str | Path, scores: bool = True) -> pd.DataFrame:
         An image that two units have in common appears once. Unknown values are missing. Columns:
 
         - prompt, suite, seed, method, options (JSON).
-        - The verdict of the judge: success, neglect, mixture, wrong_color, extra (number of superfluous things),
+        - The verdict of the judge: success, neglect, mixture, wrong_color, extra (number of things not asked for),
           present (share of the entities that are in the image), score (mean detection score).
         - blocked: True if the safety checker replaced the image, which is therefore not judged.
         - bleed, intrusion, spill, ruzicka, attribute_bleed: means over steps and entities.
