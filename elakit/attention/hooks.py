@@ -1,4 +1,4 @@
-"""Hooks on modules that leave no trace, and passes that hooks ignore."""
+"""Hooks on modules that are removed without a trace, and denoiser passes that hooks ignore."""
 
 from __future__ import annotations
 
@@ -43,12 +43,18 @@ class Hooks:
         self.remove()
 
     def before(self, module: nn.Module, act: Callable[..., Any], *, first: bool = False) -> None:
-        """Call ``act(module, args, kwargs)`` before each call of the module; ``first``: before its other hooks."""
+        """Call ``act(module, args, kwargs)`` before each call of the module; with ``first``, before its other hooks.
+
+        If ``act`` returns (args, kwargs), they replace those of the call.
+        """
         hook = self._note(module, act)
         module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
 
     def after(self, module: nn.Module, act: Callable[..., Any], *, always: bool = False) -> None:
-        """Call ``act(module, args, kwargs, output)`` after each call; ``always``: also if the call raised an error."""
+        """Call ``act(module, args, kwargs, output)`` after each call; with ``always``, also if it raised an error.
+
+        If ``act`` returns anything but None, it replaces the output. After an error, the output is None.
+        """
         hook = self._note(module, act)
         module.register_forward_hook(hook, with_kwargs=True, always_call=always)
 
@@ -58,7 +64,7 @@ class Hooks:
         return hook
 
     def remove(self) -> None:
-        """Remove every hook."""
+        """Remove every hook that was placed."""
         while self._placed:
             _remove(*self._placed[-1])
             self._placed.pop()
@@ -73,7 +79,7 @@ _ALONE = _Alone()
 
 @contextmanager
 def alone(hooks: Hooks) -> Iterator[None]:
-    """Suspend all other hooks in this thread, for a separate denoiser call inside one of the run."""
+    """Suspend the hooks of all other `Hooks` in this thread, for a separate denoiser call inside a call of the run."""
     outer, _ALONE.hooks = _ALONE.hooks, hooks
     try:
         yield
