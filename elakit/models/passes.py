@@ -1,4 +1,4 @@
-"""Properties of a pipeline's passes that several families share."""
+"""Base classes for properties of a pipeline's passes that several families share."""
 
 from __future__ import annotations
 
