@@ -12,7 +12,7 @@ class PromptError(ElakitError, ValueError):
 
 
 class ModelError(ElakitError, ValueError):
-    """A model that is unknown, cannot be loaded, or has no text cross-attention."""
+    """A model that is unknown, cannot be loaded, or is of an unsupported family."""
 
 
 class RecordingError(ElakitError, ValueError):

@@ -1,4 +1,4 @@
-"""Numbers of steps as people read them: arrays count from 0, text and figures from 1."""
+"""Numbers and names of steps in text and figures, which count from 1; arrays and arguments count from 0."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A prompt as the denoiser receives it: entities, attributes, and the tokens that represent them.
 
-An entity is identified by its occurrence in the prompt, not by its string: "a red car and a red dog" has the words
-``red#1`` and ``red#2``.
+Words and entities are identified by their occurrence in the prompt, not by their string: the two words "red" of "a red
+car and a red dog" have the labels ``red#1`` and ``red#2``.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class Prompt:
         Position of start-of-text; None if there is none (T5).
     ends : tuple of (int, int or None)
         Ranges of end-of-text and padding, as (first, one after the last), where None stands for the end of all
-        positions. Empty if these are all positions from `end_index` on; Stable Diffusion 3, which reads the prompt
-        with CLIP and with T5, has two ranges.
+        positions. Empty if these are all positions from `end_index` on. There are two ranges in Stable Diffusion 3,
+        which reads the prompt with CLIP and with T5, and if padding precedes the text.
     borders : tuple of int
         Character positions at which brackets divide words of a script without spaces between words.
 

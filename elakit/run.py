@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -325,17 +326,18 @@ def open_run(folder: str | Path) -> Run:
 
 
 def compare(runs: Sequence[Run]) -> pd.DataFrame:
-    """Return the overall measures of several runs side by side: one row per measure, one column per run.
+    """Return the measures of bleeding of several runs side by side, averaged over the steps.
 
     Parameters
     ----------
     runs : sequence of Run
-        Runs of one prompt. Of runs with the same method and seed, only the last one is kept.
+        Runs of one prompt.
 
     Returns
     -------
     pandas.DataFrame
-        Index: measure, entity, and other entity. The columns have names such as ``"plain (seed 7)"``.
+        One row for each measure, entity and other entity, which are the index. One column for each run, named
+        ``"plain (seed 7)"``, or ``"plain (seed 7)#2"`` for the second run with the same method and seed.
 
     Raises
     ------
@@ -350,10 +352,13 @@ def compare(runs: Sequence[Run]) -> pd.DataFrame:
     >>> compare(runs).columns.tolist()
     ['plain (seed 1)', 'plain (seed 2)']
     """
-    columns = {
-        f"{run.label} (seed {run.seed})": run.bleeding.overall().set_index(["measure", "entity", "other"])["value"]
-        for run in runs
-    }
+    columns: dict[str, pd.Series] = {}
+    seen = Counter[str]()
+    for run in runs:
+        name = f"{run.label} (seed {run.seed})"
+        seen[name] += 1
+        column = run.bleeding.overall().set_index(["measure", "entity", "other"])["value"]
+        columns[name if seen[name] == 1 else f"{name}#{seen[name]}"] = column
     return pd.DataFrame(columns)
 
 

@@ -1,4 +1,4 @@
-"""Arguments of attention calls: what `F.scaled_dot_product_attention` receives and returns.
+"""Reading and changing calls of `F.scaled_dot_product_attention`: their arguments and outputs.
 
 Most layers are read and biased by hooks on their projections and arguments. Layers that do more between projection and
 softmax (their own rotary embeddings, fused projections, masks built inside) are read and biased here instead, at the

@@ -71,7 +71,7 @@ class Reader:
             self.begin(self.seen.call.timestep)
 
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
-        """Start to read the layers; what this installs ends with ``hooks`` and ``stack``."""
+        """Start to read the layers; reading ends when ``hooks`` are removed and ``stack`` is closed."""
         raise NotImplementedError
 
     def by_concept(self, values: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def _text_states(conditioning: Conditioning) -> Tensor:
 
 
 class Cross(Reader):
-    """Reader for cross-attention with hooks on its projections: concepts are further keys beside the prompt."""
+    """Reader for cross-attention that is read by hooks: concepts are keys in addition to the tokens of the prompt."""
 
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
         """Start to read the layers."""
@@ -249,7 +249,7 @@ class TextPass(Reader):
         Raises
         ------
         RecordingError
-            Raised when a layer of the run's own call made no attention call.
+            Raised when a layer ran without the attention call at which it is read.
         """
         if self.seen is None or self.given is not None:
             return

@@ -82,7 +82,7 @@ class ConceptMaps:
         )
 
     def begin(self, timestep: float) -> None:
-        """Begin a denoiser call with this timestep."""
+        """Begin the maps of a denoiser call with this timestep."""
         self._timesteps.append(timestep)
         self._sums.append({})
 

@@ -144,7 +144,7 @@ def edit(pipe: Pipeline, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> 
     prompt : Prompt or str
         The prompt that the pipeline is called with.
     edits : Edit or sequence of Edit
-        Changes to make; they act together.
+        Changes to make.
 
     Raises
     ------

@@ -132,7 +132,7 @@ _PASSES_OF_OWN: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary
 
 @contextmanager
 def leave_alone(denoiser: nn.Module) -> Iterator[None]:
-    """Mark the passes of this thread inside the block as guidance's own: they are neither recorded nor edited."""
+    """Exempt the denoiser's passes in this thread from recording and edits inside the block, which may be nested."""
     depth, thread = _PASSES_OF_OWN.setdefault(denoiser, {}), threading.get_ident()
     before = depth.get(thread, 0)
     depth[thread] = before + 1
@@ -143,5 +143,5 @@ def leave_alone(denoiser: nn.Module) -> Iterator[None]:
 
 
 def is_left_alone(denoiser: nn.Module) -> bool:
-    """Return whether the current pass belongs to guidance itself."""
+    """Return whether `leave_alone` exempts the current pass of this thread from recording and edits."""
     return _PASSES_OF_OWN.get(denoiser, {}).get(threading.get_ident(), 0) > 0

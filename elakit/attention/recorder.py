@@ -131,7 +131,8 @@ def record_image(
     prompt : Prompt or str
         Description of the image.
     image : PIL.Image.Image
-        Its sides must be multiples that the model allows, and should be those that the model was trained on.
+        Image to record. Its sides must be multiples that the model allows, and should be those that the model was
+        trained on.
     at : sequence of int
         Steps of the schedule, counted from 0; early steps have more noise.
     steps : int

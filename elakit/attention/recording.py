@@ -102,7 +102,7 @@ class Recording:
 
     @property
     def nbytes(self) -> int:
-        """Size of the probabilities in bytes."""
+        """Size of the recorded probabilities in bytes, including self-attention."""
         return sum(node["probability"].nbytes for node in (*self.nodes(), *self.nodes("image")))
 
     def nodes(self, keys: Keys = "text") -> tuple[xr.Dataset, ...]:

@@ -86,7 +86,7 @@ class Memory:
         return {name: values[step - self._starts[block]] for name, values in self._blocks[block].items()}
 
     def commit(self, moment: Moment) -> None:
-        """Count the step whose values are in place."""
+        """Accept the values in the slots as the next step."""
         self._steps.append(moment)
 
     def tree(self, calls: int) -> xr.DataTree:
@@ -162,7 +162,7 @@ class Staging:
     """Sink that passes the steps of an accelerator on to a sink on the host, without making the accelerator wait.
 
     A step is assembled in one buffer on the device and copied to pinned memory in one copy, which is queued behind the
-    work of the step. The step is passed on when the next one has been queued, because it has then arrived, or nearly. A
+    work of the step. The step is passed on after the next one has been queued; by then, the copy has usually arrived. A
     run that is killed may therefore leave one step fewer on disk than it had finished; a run that ends in an error does
     not.
 
@@ -191,7 +191,7 @@ class Staging:
         return self._slots
 
     def commit(self, moment: Moment) -> None:
-        """Send the step to the host, and hand the one before to the sink."""
+        """Send the step to the host, and pass the previous one on to the sink."""
         flat, host = self._hosts[self._count % 2]
         flat.copy_(self._flat, non_blocking=self._cuda)
         arrived = None

@@ -104,8 +104,8 @@ class Channels:
     Attributes
     ----------
     labels : tuple of str
-        ``"<start>"`` (unless the encoder has no start-of-text token, such as T5), the selected tokens in the order of
-        the text, ``"<end>"``.
+        ``"<start>"``, the selected tokens in the order of the text, ``"<end>"``. Encoders without a start-of-text
+        token, such as T5, have no ``"<start>"``.
     indices : tuple of int
         Positions of these tokens in the encoder's sequence; -1 for ``"<end>"``, which is a sum.
     rest : tuple of (int, int or None)

@@ -88,7 +88,7 @@ class ZarrStore:
         return self._slots
 
     def commit(self, moment: Moment) -> None:
-        """Write the step, then the metadata that make it part of the store."""
+        """Write the step, then the metadata that makes it part of the store."""
         if not self._steps:
             values = {name: _array(slot)[None] for name, slot in self._slots.items()}
             write_whole(self.layout.tree(values, [moment], moment[0] + 1), self.path, step_chunk=1)

@@ -219,7 +219,7 @@ def _is_compiled(part: nn.Module) -> bool:
 
 
 def image_grid(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns of the input of a block that takes an image, (B, C, h, w)."""
+    """Rows and columns of the image, (B, C, h, w), in the arguments of a UNet block."""
     image = argument(args, kwargs, 0, "hidden_states")
     return image.shape[-2], image.shape[-1]
 
@@ -248,7 +248,7 @@ LayoutOf = Callable[[Sequence[Any], Mapping[str, Any]], Layout]
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One layer of the denoiser in which image locations attend to the text.
+    """One layer of the denoiser in which the locations of the image attend to the text, or to each other.
 
     Attributes
     ----------
@@ -426,7 +426,7 @@ class Adapter(Protocol):
         """Rows, timestep and latent size of a call of the denoiser, from its arguments."""
 
     def conditional_rows(self, batch: int) -> slice:
-        """Rows of a denoiser batch that see the prompt; determined again at each call, while the pipeline runs."""
+        """Rows of a denoiser batch that see the prompt; they may change from call to call while the pipeline runs."""
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the latent, before it is divided into patches, for an image size in pixels."""

@@ -1,4 +1,4 @@
-"""Text sequences of language models: a prompt inside a chat template."""
+"""Token sequences of language models, which read the prompt inside a chat template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoding of prompts: the public method, which is the same for all families, and the one that a family implements."""
+"""Encoding of prompts: a public method that is the same for all families, and the part that a family implements."""
 
 from __future__ import annotations
 

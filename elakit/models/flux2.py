@@ -1,4 +1,4 @@
-"""FLUX.2: double-stream blocks, and single-stream blocks with fused projections, over states of a language model."""
+"""FLUX.2: an MM-DiT, whose single-stream blocks have fused projections, over the states of a language model."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from elakit.tokens import TextSequence
 class Flux2(Flux):
     """Adapter of FLUX.2 pipelines (dev, Klein).
 
-    The denoiser sees the states of a chat that contains the prompt, padded to ``max_sequence_length``. Layers are read
-    at the attention call, because one projection of a single-stream block computes query, key, value and the input of
-    the feed-forward network. Input images follow the generated one in the sequence; maps are those of the generated
+    The denoiser sees the text states of a chat that contains the prompt, padded to ``max_sequence_length``. Layers are
+    read at the attention call, because one projection of a single-stream block computes query, key, value and the input
+    of the feed-forward network. Input images follow the generated one in the sequence; maps are those of the generated
     image.
 
     FLUX.2 dev is guidance-distilled: every row sees the prompt. Klein guides by a second call with the negative prompt,
@@ -134,7 +134,7 @@ class Flux2(Flux):
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
     ) -> torch.Tensor:
-        """One conditional pass; the initial noise, (n, 4c, h, w), is packed first as the pipeline does."""
+        """Output of one conditional pass; the initial noise, (n, 4c, h, w), is packed first as the pipeline does."""
         latents = self.pipe._pack_latents(latents) if latents.ndim == 4 else latents
         return super().denoise(latents, timestep, conditioning)
 

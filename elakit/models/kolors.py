@@ -1,4 +1,4 @@
-"""Kolors: the UNet of SDXL over the states of a language model."""
+"""Kolors: the UNet of SDXL with cross-attention to the states of a language model."""
 
 from __future__ import annotations
 

@@ -19,8 +19,9 @@ from elakit.tokens import TextSequence
 class QwenImage(SeparateNegative):
     """Adapter of Qwen-Image pipelines (text-to-image, img2img, inpainting, ControlNet).
 
-    The denoiser sees the states of a chat without those of its system message. Guidance is a second call with the
-    negative prompt, at a scale that the pipeline calls ``true_cfg_scale``; that call is not recorded.
+    The denoiser sees the text states of a chat that contains the prompt, without those of its system message.
+    Guidance is a second call with the negative prompt, at a scale that the pipeline calls ``true_cfg_scale``; that call
+    is not recorded.
 
     Parameters
     ----------

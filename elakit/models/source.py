@@ -111,7 +111,7 @@ def _download_index(hub_id: str) -> str:
 
 
 def unavailable(hub_id: str, why: str) -> ModelError:
-    """Error for a model of the hub that cannot be downloaded; ``why`` is a sentence without its subject."""
+    """Error for a model of the hub that cannot be downloaded; ``why`` is the reason, which ends with a period."""
     return ModelError(
         f"Model {hub_id!r} cannot be downloaded: {why} Give a built-in model ({', '.join(EMBEDDED)}: no network "
         "needed), a folder or another hub id."
