@@ -393,8 +393,8 @@ class RecordSpec:
             return call % self.steps == 0
         if calls is None and any(bound is not None and bound < 0 for bound in (self.steps.start, self.steps.stop)):
             raise RecordingError(
-                f"steps is {self.steps}, which counts from the end, but the scheduler does not say how many steps this "
-                "run has. Count from the start."
+                f"steps is {self.steps}, which counts from the end, but the scheduler does not state how many steps "
+                "this run has. Count from the start."
             )
         # A run may have more calls than expected.
         return call in range(max(calls or 0, call + 1))[self.steps]

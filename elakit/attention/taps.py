@@ -191,7 +191,8 @@ class _Tap:
             raise RecordingError(
                 f"Layer {self.layer.name} ran without its projections being seen ({', '.join(sorted(missing))}): its "
                 f"{type(getattr(self.layer.module, 'processor', None)).__name__} cannot be read, or projections were "
-                "fused or replaced inside the recording. Do that before, or set the default attention processor."
+                "fused or replaced inside the recording. Fuse or replace them before it, or set the default attention "
+                "processor."
             )
         try:
             self.on_attention(self.layer, self.attend, self.size)

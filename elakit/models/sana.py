@@ -18,7 +18,7 @@ from elakit.tokens import TextSequence
 class Sana(Float32Latents):
     """Adapter of Sana pipelines.
 
-    The pipeline puts an instruction before the prompt, of which it keeps the state of the first token only. It
+    The pipeline puts an instruction before the prompt and discards its text states, except that of the first token. It
     lowercases prompts. `elakit.generate` generates at exactly the given size, without the pipeline's resolution
     binning.
 
