@@ -469,8 +469,8 @@ def _read_brackets(text: str) -> tuple[str, list[tuple[Span, int]]]:
         if character == "[":
             if opened is not None:
                 raise PromptError(
-                    f"Bracket at character {position} of {text!r} opens inside the bracket at character {opened[1]}. "
-                    "Close that bracket first."
+                    f"Bracket at character {position} of {text!r} opens inside the one at {opened[1]}. Close that "
+                    "one first."
                 )
             opened = (len(plain), position)
         elif character == "]":
