@@ -205,7 +205,8 @@ def generate(
     PromptError
         Raised when the prompt cannot be parsed.
     ModelError
-        Raised when the pipeline's family is not supported, or can be recorded only.
+        Raised when the pipeline's family is not supported, or supports recording only; with guidance, also when the
+        pipeline was loaded within `torch.inference_mode`.
     RecordingError
         Raised when the run cannot be recorded, in the cases of `elakit.record`.
 
@@ -405,7 +406,7 @@ class _Generation:
         return images, replaced
 
     def _start_guidance(self, guide: Guide) -> None:
-        """Let the method see the first steps of a plain run, if it wants to, and move the noise for the first step."""
+        """Rehearse the first steps for a method that requires it, and move the noise for the first step."""
         if guide.rehearse(lambda enough: _rehearse(self.pipe, self.arguments, self.generators, enough)):
             self.adapter.set_timesteps(self.request.steps, self.height, self.width)  # the run starts again
         if self.request.guide_if is None:
@@ -413,7 +414,7 @@ class _Generation:
             self.arguments["latents"] = guide.start(self.arguments["latents"], self._noise_scale, first)
 
     def _after_step(self, step: int, latents: Tensor) -> Tensor:
-        """Show the progress to those who watch it, and move the latents for the next step."""
+        """Pass the progress to ``stop_if`` and ``guide_if``, and move the latents for the next step."""
         request, guide = self.request, self.guide
         if request.predicted:
             self._kept.append(self._images(step, latents, predicted=True))
@@ -466,7 +467,7 @@ class _Generation:
         ]
 
     def collect(self, images: Sequence[Image.Image], replaced: Sequence[bool] | None) -> list[Run]:
-        """Finished runs, from what `run` returned; they say which images were guided if `guide_if` decided."""
+        """Finished runs, from the result of `run`; ``settings["guided"]`` is the decision of ``guide_if``."""
         runs = self._runs(images, replaced)
         if self.guide is not None and self.request.guide_if is not None:
             for i, run in enumerate(runs):
