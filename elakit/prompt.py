@@ -294,8 +294,8 @@ def parse(text: str | Prompt, pipe: Pipeline | HasTokenizer, nlp: Any = None) ->
     each is its noun, the others are its attributes, and no spaCy model is needed. Punctuation, numbers, emoji and the
     weights of other tools, as in "(red car:1.3)", are neither nouns nor attributes.
 
-    In scripts that write words without spaces (Chinese, Japanese, Thai), a bracket may stand inside a run of
-    characters. The run in it is one word: the noun, unless spaces divide it.
+    In scripts that write words without spaces (Chinese, Japanese, Thai), brackets may enclose a part of a line of
+    characters. The enclosed characters are one word, the noun, unless spaces divide them.
 
     Parameters
     ----------

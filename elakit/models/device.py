@@ -58,8 +58,8 @@ def device_named(device: str | torch.device | None) -> torch.device:
 def compute_dtype(module: Any) -> torch.dtype:
     """Floating-point type in which a model computes.
 
-    The type of its parameters says nothing where these are stored in another form: quantized weights (bitsandbytes,
-    GGUF) are integers, and layerwise casting keeps them in 8 bits until a layer runs.
+    It differs from the type of the parameters if these are stored in another form: quantized weights (bitsandbytes,
+    GGUF) are integers, and layerwise casting keeps weights in 8 bits until a layer runs.
 
     Examples
     --------
