@@ -108,7 +108,8 @@ def evaluate(table: pd.DataFrame, name: str) -> pd.DataFrame:
     plain = table[table["method"] == "plain"].set_index(keys)
     rows = []
     for options, part in table[table["method"] == name].groupby("options"):
-        both = part.set_index(keys).join(plain[["success", "seconds"]], rsuffix="_plain", how="inner")
+        same = plain[["success", "seconds"]]
+        both = part.set_index(keys).merge(same, left_index=True, right_index=True, suffixes=("", "_plain"))
         right, was = both["success"].astype(bool), both["success_plain"].astype(bool)
         rows.append(
             {
