@@ -264,14 +264,8 @@ def open_run(folder: str | Path) -> Run:
         _check_format(table, folder)
         prompt = Prompt.from_dict(table["prompt"])
         seed, settings, traced, nsfw = table["seed"], table["settings"], table["guidance"], table["nsfw"]
-        if type(seed) is not int or not isinstance(settings, dict) or not isinstance(nsfw, bool):
-            raise ValueError("seed, settings or nsfw has the wrong type")
         parts = table.get("parts", [])
-        if not (isinstance(parts, list) and all(isinstance(name, str) for name in parts)):
-            raise ValueError("parts has the wrong type")
-        for name, value in settings.items():
-            if not isinstance(value, str | int | float | bool | None):
-                raise ValueError(f"the setting {name} has the wrong type")
+        _check_types(seed, settings, nsfw, parts)
     for name in parts:  # absent parts would read as a run that was not recorded or has no regions
         if not os.path.exists(folder / name):
             raise OutputError(f"{folder / name} is missing. Restore the run's folder, or generate the run again.")
@@ -281,16 +275,7 @@ def open_run(folder: str | Path) -> Run:
     if os.path.isdir(folder / "predicted"):
         with _intact(folder / "predicted"):
             predicted = tuple(_read_image(path) for path in sorted((folder / "predicted").iterdir()))
-    trace = None
-    if traced is not None:
-        masks: dict[int, np.ndarray] = {}
-        if os.path.exists(folder / "regions.npz"):
-            with _intact(folder / "regions.npz"):
-                masks = _read_regions(folder / "regions.npz")
-        with _intact(folder / "run.json"):
-            trace = Trace.from_dict(traced, masks)
-            if any(len(regions) != len(trace.entities) for regions in masks.values()):
-                raise ValueError("regions.npz has regions of another number of entities")
+    trace = None if traced is None else _read_trace(folder, traced)
     recording = None
     if os.path.exists(folder / "recording.zarr"):
         with _intact(folder / "recording.zarr"):
@@ -365,6 +350,30 @@ def _check_format(table: Any, folder: Path) -> None:
             f"{folder} was written by {'a newer' if newer else 'an older'} version of elakit: its format is {found!r}, "
             f"and this version reads {FORMAT}. {step}."
         )
+
+
+def _check_types(seed: Any, settings: Any, nsfw: Any, parts: Any) -> None:
+    """Refuse values of run.json that cannot be those of a run."""
+    if type(seed) is not int or not isinstance(settings, dict) or not isinstance(nsfw, bool):
+        raise ValueError("seed, settings or nsfw has the wrong type")
+    if not (isinstance(parts, list) and all(isinstance(name, str) for name in parts)):
+        raise ValueError("parts has the wrong type")
+    for name, value in settings.items():
+        if not isinstance(value, str | int | float | bool | None):
+            raise ValueError(f"the setting {name} has the wrong type")
+
+
+def _read_trace(folder: Path, traced: Any) -> Trace:
+    """Trace of guidance from its entry in run.json, with its regions if there is a file of them."""
+    masks: dict[int, np.ndarray] = {}
+    if os.path.exists(folder / "regions.npz"):
+        with _intact(folder / "regions.npz"):
+            masks = _read_regions(folder / "regions.npz")
+    with _intact(folder / "run.json"):
+        trace = Trace.from_dict(traced, masks)
+        if any(len(regions) != len(trace.entities) for regions in masks.values()):
+            raise ValueError("regions.npz has regions of another number of entities")
+    return trace
 
 
 def _read_image(path: Path) -> Image.Image:
