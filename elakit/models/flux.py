@@ -24,6 +24,7 @@ from elakit.models.adapter import (
 )
 from elakit.models.encoding import PromptInput
 from elakit.models.passes import SeparateNegative
+from elakit.models.transformer import repeated_text
 from elakit.pipeline import Pipeline
 from elakit.tokens import TextSequence
 
@@ -137,20 +138,12 @@ class Flux(SeparateNegative):
             conditional=not self._is_negative(argument(args, kwargs, 1, "encoder_hidden_states")),
         )
 
-    def text_call(
-        self,
-        states: torch.Tensor,
-        positions: Sequence[int],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        rows: slice,
-    ) -> dict[str, Any]:
-        """Arguments of a denoiser call with given text states and one patch; see `TransformerAdapter.text_call`."""
-        given = self._of_rows(args, kwargs, rows)
+    def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
+        """Arguments with other text and one patch; see `TransformerAdapter.text_call`."""
         latents = given["hidden_states"]
         given |= {
             "hidden_states": latents[:, :1],
-            "encoder_hidden_states": states.to(latents.dtype).expand(len(latents), -1, -1),
+            "encoder_hidden_states": repeated_text(states, latents),
             "img_ids": given["img_ids"][..., :1, :],
             "txt_ids": self._text_ids(positions, given["img_ids"]),
         }

@@ -61,16 +61,9 @@ class Lumina2(SeparateNegative):
             conditional=not self._is_negative(argument(args, kwargs, 2, "encoder_hidden_states")),
         )
 
-    def text_call(
-        self,
-        states: torch.Tensor,
-        positions: Sequence[int],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        rows: slice,
-    ) -> dict[str, Any]:
-        """Arguments of a denoiser call with given text states and one patch; see `TransformerAdapter.text_call`."""
-        given = super().text_call(states, positions, args, kwargs, rows)
+    def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
+        """Arguments with other text and one patch; see `TransformerAdapter.text_call`."""
+        given = super()._with_text(given, states, positions)
         mask = given["encoder_attention_mask"]
         return given | {"encoder_attention_mask": mask.new_ones(len(mask), len(states))}
 

@@ -227,11 +227,15 @@ class TransformerAdapter(PromptEncoder):
         rows : slice
             Rows of that call to keep.
         """
-        given = self._of_rows(args, kwargs, rows)
+        return self._with_text(self._of_rows(args, kwargs, rows), states, positions)
+
+    def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
+        """Arguments of a denoiser call, by name, with other text states and one patch of the image; see `text_call`."""
         latents = given["hidden_states"]
-        given["hidden_states"] = latents[..., : self._patch, : self._patch]
-        given["encoder_hidden_states"] = states.to(latents.dtype).expand(len(latents), -1, -1)
-        return given
+        return given | {
+            "hidden_states": latents[..., : self._patch, : self._patch],
+            "encoder_hidden_states": repeated_text(states, latents),
+        }
 
     def _of_rows(self, args: Sequence[Any], kwargs: Mapping[str, Any], rows: slice) -> dict[str, Any]:
         """Arguments of a denoiser call by name, restricted to some of its rows."""
@@ -345,3 +349,8 @@ class TransformerAdapter(PromptEncoder):
     def _t5_length(self) -> int:
         """Number of positions of the last text encoder, by default of the pipeline's call."""
         return int(call_default(self.pipe, "max_sequence_length"))
+
+
+def repeated_text(states: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Text states, (tokens, channels), for each row of the latents and in their precision."""
+    return states.to(latents.dtype).expand(len(latents), -1, -1)
