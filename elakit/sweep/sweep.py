@@ -164,7 +164,7 @@ def _results(
     units: Iterable[Unit], crew: Workers, generate: Generate, threads: int | None
 ) -> Generator[tuple[Unit, store.Result | _Failure], None, None]:
     """Yield each unit with its result, as soon as it is available."""
-    queue = _Queue(units, crew, partial(_call, generate, threads))
+    queue = _Queue(units, crew, generate, threads)
     try:
         while queue.unfinished():
             queue.submit()
@@ -185,10 +185,8 @@ class _Queue:
     Units that were running when a worker died run alone: if a worker dies again, the unit responsible is known.
     """
 
-    def __init__(
-        self, units: Iterable[Unit], crew: Workers, generate: Callable[[Unit], store.Result | _Failure]
-    ) -> None:
-        self.crew, self.generate = crew, generate
+    def __init__(self, units: Iterable[Unit], crew: Workers, generate: Generate, threads: int | None) -> None:
+        self.crew, self.generate, self.threads = crew, generate, threads
         self.waiting, self.suspects = deque(units), deque[Unit]()
         self.running: dict[Future[store.Result | _Failure], Unit] = {}
         self.deaths = Counter[str]()  # of workers, by the unit that was running
@@ -207,7 +205,7 @@ class _Queue:
                 self.broken = False
             while not self.broken and (self.waiting or self.suspects) and self._has_room():
                 units = self.suspects or self.waiting
-                self.running[self.crew.submit(self.generate, units[0])] = units[0]
+                self.running[self.crew.submit(_call, self.generate, units[0], self.threads)] = units[0]
                 units.popleft()
         except BrokenExecutor:
             self.broken = True
@@ -242,7 +240,7 @@ class _Queue:
             future.cancel()
 
 
-def _call(generate: Generate, threads: int | None, unit: Unit) -> store.Result | _Failure:
+def _call(generate: Generate, unit: Unit, threads: int | None) -> store.Result | _Failure:
     """Generate a unit in a worker."""
     if threads is not None:
         _set_threads(threads)
