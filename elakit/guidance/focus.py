@@ -12,7 +12,7 @@ by log T, each map raised to the power of 3 and normalized to a sum of 1:
 The velocity of each step gets the addend lambda 2 (s + e) / (1 - s + e) s * gradient of L, with s the share of noise
 (the latent is (1 - s) image + s noise) and e = 0.001. The tokens of an entity are those of its attributes and noun.
 
-The divergences equal those of the released code to rounding (``tests/guidance/test_parity_of_scores.py``).
+The divergences equal those of the released code to rounding (``tests/parity/test_scores.py``).
 
 Intended differences: the released code adds the gradient to the velocity of the same pass, here the latent moves by the
 same amount, that times the step's change of s, before the pass (the two differ in the second order); for FLUX the

@@ -17,7 +17,7 @@ on to update latents (its example runs so), and so does this: along the cross te
 guided steps, with refinement at steps 10 and 20 of 50 along cross + 0.1 clean +
 0.1 alignment + conflict until cross is at most 0.2 and conflict at most 0.3. ``guided=0`` only chooses the noise.
 
-The terms and their gradients equal those of the official code (``tests/guidance/test_parity.py``; the conflict to a
+The terms and their gradients equal those of the official code (``tests/parity/test_losses.py``; the conflict to a
 relative 5e-7, because the official code adds 1e-6 to its denominator). Intended differences: KL is kept by shrinking m
 and v, where the official code lets the same Adam descend it for as long as it takes; refinement stops at the pass that
 meets its goal, where the official code takes one more update.

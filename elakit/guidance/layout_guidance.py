@@ -14,7 +14,7 @@ The authors' latents are those of the LMS scheduler, signal plus noise of standa
 variance, which the engine moves, the same move is 30 sigma^2 / (1 + sigma^2): 30 at the first step of Stable Diffusion,
 not 6000. The authors leave to the user which tokens an entity has; here they are those of its noun.
 
-E and its gradient equal those of the official code to rounding (``tests/guidance/test_parity.py``). Intended
+E and its gradient equal those of the official code to rounding (``tests/parity/test_losses.py``). Intended
 difference: a box that contains no whole location keeps the one at its center (in the official code it is empty).
 """
 

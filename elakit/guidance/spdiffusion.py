@@ -13,7 +13,7 @@ The run then starts again from the same noise. At each step, in every layer, the
 attend to the words of the other concepts, nouns and attributes.
 
 Regions on given tensors equal those of the released code
-(``tests/guidance/test_parity_of_scores.py``).
+(``tests/parity/test_scores.py``).
 
 Intended differences: the released code protects only concepts that have an attribute, here all entities; it hides the
 same positions of the empty prompt in the unconditional pass (which are padding there), here only the conditional pass

@@ -1,4 +1,4 @@
-"""Properties of every guidance method: correct gradients, a decreasing loss, invariance to the order of entities.
+"""Properties of every guidance method: correct gradients, finite losses, order of entities, one entity, whole runs.
 
 A method that is added to `elakit.guidance.METHODS` is tested here automatically.
 """
@@ -6,8 +6,11 @@ A method that is added to `elakit.guidance.METHODS` is tested here automatically
 from __future__ import annotations
 
 import copy
+import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +18,15 @@ import pytest
 import torch
 from method_options import OPTIONS
 from tiny import tiny_pipeline
-from word_maps import hand_made
+from word_maps import PAIR, hand_made
 
 from elakit.generation import generate
-from elakit.guidance import METHODS, Attention, SynGen
+from elakit.guidance import EBAMA, METHODS, AttendAndExcite, Attention, DivideAndBind, NoiseSearch, SynGen
 from elakit.guidance.engine import gradient
 from elakit.models import adapter_for
 from elakit.prompt import parse
+from elakit.run import open_run
 
-PAIR = "a [red car] and a [blue bird]"
 EVERY = [METHODS[name](**OPTIONS.get(name, {})) for name in METHODS] + [SynGen(lone_nouns=True)]
 every_method = pytest.mark.parametrize("method", EVERY, ids=lambda method: method.name)
 
@@ -95,3 +98,66 @@ def test_a_image_of_one_entity_is_left_alone(method: Any) -> None:
     assert run.guidance is not None
     assert run.guidance.to_frame().empty
     assert not run.guidance.searched
+
+
+@every_method
+@pytest.mark.parametrize("kind", ["zero", "constant", "one token takes all", "one location takes all"])
+def test_loss_and_gradient_are_finite_where_maps_say_nothing(method: Any, kind: str) -> None:
+    prompt = hand_made()
+    state = method.begin(prompt, 50)
+    cross = torch.full((2, 7, 4, 4), 1 / 7 if kind == "constant" else 0.0)
+    own = torch.full((2, 4, 4, 4, 4), 1 / 16 if kind == "constant" else 0.0)
+    if kind == "one token takes all":
+        cross[:, 2] = 1
+    elif kind == "one location takes all":
+        cross[:, 2, 0, 0] = 1
+    leaves = cross.requires_grad_(True), own.requires_grad_(True)
+    for step in (0, 1):
+        loss = method.loss(Attention((cross,), (own,)), prompt, step, state)
+        assert math.isfinite(float(loss.total.detach()))
+        assert all(type(term) is float and math.isfinite(term) for term in loss.terms.values())
+        if loss.total.requires_grad:
+            grads = torch.autograd.grad(loss.total, leaves, allow_unused=True)
+            assert all(bool(torch.isfinite(grad).all()) for grad in grads if grad is not None)
+
+
+@every_method
+def test_a_whole_run_is_guided_traced_and_reopened(method: Any, tmp_path: Path) -> None:
+    refined = hasattr(method, "refine")
+    if refined:
+        method = replace(method, refine=((0.0, 2.0, 2),))  # more than there can be, so both tries are made
+    pipe = tiny_pipeline()
+    plain = generate(pipe, PAIR, seed=5, steps=4, record=False, progress=False)
+    run = generate(pipe, PAIR, seed=5, steps=4, guidance=method, record=False, progress=False)
+    trace = run.guidance
+    assert trace is not None
+    assert run.settings["method"] == run.label == method.name
+    assert np.any(np.asarray(run.image) != np.asarray(plain.image))
+    frame = trace.to_frame()
+    moved = [i for i, update in enumerate(method.plan([1.0] * 4, run.prompt)) if update.size]
+    assert frame.index.tolist() == moved
+    if moved:
+        assert np.isfinite(frame.loss).all()
+        assert not frame.skipped.any()
+        assert frame.moved.iloc[0] > 0
+    if refined:
+        assert frame.refinements.tolist() == [2, *[0] * (len(moved) - 1)]
+    assert json.loads(json.dumps(trace.options)).keys() == trace.options.keys()
+    assert bool(trace.searched) == isinstance(method, NoiseSearch)
+    run.save(tmp_path / "run")
+    reopened = open_run(tmp_path / "run").guidance
+    assert reopened is not None
+    assert reopened.rows == trace.rows
+    assert (reopened.regions is None) == (trace.regions is None)
+
+
+@pytest.mark.parametrize(
+    "method", [AttendAndExcite(), SynGen(), DivideAndBind(), EBAMA()], ids=lambda method: method.name
+)
+def test_layers_of_the_chosen_size_are_read(method: Any) -> None:
+    layers = adapter_for(tiny_pipeline()).layers()
+    assert {layer.factor for layer in method.select(layers, (8, 8))} == {1}
+    finer = {1} if isinstance(method, DivideAndBind) else set()  # of attributes
+    assert {layer.factor for layer in replace(method, size=4).select(layers, (8, 8))} == {2} | finer
+    if finer:
+        assert {layer.factor for layer in replace(method, size=4, binding=()).select(layers, (8, 8))} == {2}
