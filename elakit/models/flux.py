@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from PIL import Image
@@ -25,10 +25,18 @@ from elakit.models.adapter import (
 from elakit.models.encoding import PromptInput
 from elakit.models.passes import SeparateNegative
 from elakit.models.transformer import repeated_text
-from elakit.pipeline import Pipeline
+from elakit.pipeline import PackedPipeline, Pipeline
 from elakit.tokens import TextSequence
 
 _CONTROL = ("controlnet_block_samples", "controlnet_single_block_samples")
+
+
+class FluxPipeline(PackedPipeline, Protocol):
+    """What this adapter uses of its pipelines beside the transformer and packed latents."""
+
+    tokenizer_2: Any
+
+    def _prepare_latent_image_ids(self, *args: Any) -> torch.Tensor: ...
 
 
 class Flux(SeparateNegative):
@@ -50,6 +58,7 @@ class Flux(SeparateNegative):
     """
 
     family: ClassVar[str] = "FLUX.1"
+    pipe: FluxPipeline
     models: ClassVar[tuple[str, ...]] = ("FluxTransformer2DModel",)
     # The image attends to the text that T5 reads: prompt_2, or prompt if there is none.
     text_arguments: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt_2", "prompt"),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from PIL import Image
@@ -14,7 +14,16 @@ from elakit.models.chat import chat_sequence
 from elakit.models.encoding import PromptInput
 from elakit.models.passes import SeparateNegative
 from elakit.models.transformer import repeated_text
+from elakit.pipeline import PackedPipeline
 from elakit.tokens import TextSequence
+
+
+class QwenImagePipeline(PackedPipeline, Protocol):
+    """What this adapter uses of its pipelines beside the transformer and packed latents."""
+
+    tokenizer_max_length: int
+    prompt_template_encode: str
+    prompt_template_encode_start_idx: int
 
 
 class QwenImage(SeparateNegative):
@@ -29,6 +38,7 @@ class QwenImage(SeparateNegative):
     """
 
     family: ClassVar[str] = "Qwen-Image"
+    pipe: QwenImagePipeline
     models: ClassVar[tuple[str, ...]] = ("QwenImageTransformer2DModel",)
     scale_argument: ClassVar[str] = "true_cfg_scale"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from elakit.models.adapter import (
 from elakit.models.device import compute_dtype
 from elakit.models.encoding import PromptEncoder
 from elakit.models.unet import check_sides, seeded_noise, self_layer, step_callback
-from elakit.pipeline import Pipeline
+from elakit.pipeline import Pipeline, TransformerPipeline
 from elakit.tokens import TextSequence
 
 
@@ -49,13 +49,14 @@ class TransformerAdapter(PromptEncoder):
     models: ClassVar[tuple[str, ...]]  # class names of the transformer
     index_models: ClassVar[tuple[str, ...]] = ()  # further names in a model_index.json
     scale_argument: ClassVar[str] = "guidance_scale"
+    pipe: TransformerPipeline
 
     def __init__(self, pipe: Pipeline) -> None:
         reason = self.refusal(pipe)
         if reason is not None:
             raise ModelError(f"{type(pipe).__name__} is not {self.family}: {reason}.")
-        self.pipe = pipe
-        self.denoiser: nn.Module = pipe.transformer
+        self.pipe = cast(TransformerPipeline, pipe)
+        self.denoiser: nn.Module = self.pipe.transformer
         self._layers = self._make_layers()
 
     @classmethod
