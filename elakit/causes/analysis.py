@@ -69,8 +69,8 @@ def find(pipe: Pipeline, runs: Sequence[Run]) -> Findings:
     judged = all(run.verdict is not None for run in runs)
     wrong = [_wrong(reading, judged) for reading in readings]
     failures = _failures(readings, wrong, judged)
-    # Surplus things count as a failure only if no image has another one.
-    failing = [i for i, each in enumerate(wrong) if any(what.kind != "spill" for what in each)]
+    # A duplicated entity counts as a failure only if no image has a failure of another kind.
+    failing = [i for i, each in enumerate(wrong) if any(what.kind != "duplicated" for what in each)]
     failing = failing or [i for i, each in enumerate(wrong) if each]
     states = text_states(pipe, prompt)
     causes = unknown_words(runs, states)

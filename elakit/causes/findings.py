@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -10,7 +11,7 @@ from elakit.prompt import Prompt
 from elakit.statistics import wilson
 from elakit.tokens import word_of
 
-FailureKind = Literal["missing", "fused", "wrong attribute", "lost attribute", "spill"]
+FailureKind = Literal["missing", "fused", "wrong attribute", "lost attribute", "duplicated"]
 CauseKind = Literal[
     "text states alike",
     "text leakage",
@@ -25,6 +26,8 @@ CauseKind = Literal[
 ]
 FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 CAUSE_KINDS: tuple[CauseKind, ...] = get_args(CauseKind)
+# Kinds of failures in files of earlier versions, and their current names.
+_RENAMED = {"spill": "duplicated"}
 # Kinds that affect both entities in the same way.
 MUTUAL_KINDS: tuple[CauseKind, ...] = ("text states alike", "regions swap")
 # Share of the attention at the location of an entity from which another noun counts as taking it.
@@ -37,7 +40,7 @@ class Failure:
 
     Attributes
     ----------
-    kind : {"missing", "fused", "wrong attribute", "lost attribute", "spill"}
+    kind : {"missing", "fused", "wrong attribute", "lost attribute", "duplicated"}
         An entity is missing; two are fused into one; an entity has the attribute of another one; it has neither its own
         attribute nor that of another; an entity appears more often than the prompt asks.
     entity : str
@@ -98,7 +101,7 @@ class Failure:
             "fused": f"the {self.entity} and the {other} are fused into one",
             "wrong attribute": f"the {self.entity} is {word_of(token)}, the attribute of the {other}",
             "lost attribute": f"the {self.entity} is not {word_of(token)}",
-            "spill": f"the {self.entity} appears more often than the prompt asks",
+            "duplicated": f"the {self.entity} appears more often than the prompt asks",
         }[self.kind]
         images = "image" if self.of == 1 else "images"
         return f"In {self.count} of {self.of} {images}, {what}."
@@ -262,3 +265,20 @@ class Findings:
         if self.failures and self.causes and self.unexplained:
             lines += ["Failures without a known cause", *(f"  {failure.sentence}" for failure in self.unexplained)]
         return "\n".join(lines)
+
+
+def with_current_kinds(findings: Mapping[str, Any]) -> dict[str, Any]:
+    """Findings as `Findings.to_dict` of any version returns them, with the failures named as in this version.
+
+    Examples
+    --------
+    >>> with_current_kinds({"failures": [{"kind": "spill"}], "causes": [{"explains": ["missing"]}]})
+    {'failures': [{'kind': 'duplicated'}], 'causes': [{'explains': ['missing']}]}
+    """
+    return {
+        **findings,
+        "failures": [one | {"kind": _RENAMED.get(one["kind"], one["kind"])} for one in findings["failures"]],
+        "causes": [
+            one | {"explains": [_RENAMED.get(kind, kind) for kind in one["explains"]]} for one in findings["causes"]
+        ],
+    }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elakit.causes import Cause, Failure, Findings
+from elakit.causes.findings import with_current_kinds
 from elakit.diagnosis.data import DiagnosisData, Pair
 from elakit.diagnosis.remedies import Remedy, RemedyResult
 from elakit.diagnosis.run_store import RunStore, key_of_run
@@ -129,6 +130,7 @@ def _options(plain: Mapping[str, Any]) -> dict[str, Any]:
 def _findings(plain: Mapping[str, Any] | None, prompt: Prompt) -> Findings | None:
     if plain is None:
         return None
+    plain = with_current_kinds(plain)
     return Findings(
         prompt=prompt,
         seeds=tuple(plain["seeds"]),

@@ -294,6 +294,18 @@ def test_a_diagnosis_can_be_opened_again(world: Any, tmp_path: Path) -> None:
     assert table["prompt"]["text"] == "a bear and a blue clock"
 
 
+def test_a_kind_of_failure_with_an_earlier_name_is_read(runs: list[Run], tmp_path: Path) -> None:
+    prompt, best = runs[0].prompt, tried(runs, "nnnn", "yyyy")
+    findings = Findings(
+        prompt, (0, 1, 2, 3), True, (Failure("duplicated", "car", seeds=(0,), of=4),),
+        (Cause("captured", "car", "bird", explains=("missing", "duplicated")),),
+    )  # fmt: skip
+    folder = diagnosis_of(best, [best], findings).save(tmp_path / "kept")
+    path = folder / "diagnosis.json"
+    path.write_text(path.read_text().replace('"duplicated"', '"spill"'))
+    assert elakit.open_diagnosis(folder).findings == findings
+
+
 def test_a_folder_with_other_files_is_refused(world: Any, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(OutputError, match="other files"):

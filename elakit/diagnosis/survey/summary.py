@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from elakit.causes.findings import with_current_kinds
 from elakit.diagnosis.report.views import Bar
 from elakit.diagnosis.sentences import plural
 from elakit.diagnosis.survey.cases import read_case
@@ -295,7 +296,7 @@ def _counted(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _row(case: dict[str, Any]) -> dict[str, Any]:
     plain = case["plain"]
-    findings = case["findings"] or {"failures": [], "causes": []}
+    findings = with_current_kinds(case["findings"] or {"failures": [], "causes": []})
     failures = findings["failures"] if case["judged"] else []
     causes = [cause for cause in findings["causes"] if cause["explains"] or not case["judged"]]
     best = next((one for one in case["remedies"] if one["name"] == case["best"]), None)

@@ -59,7 +59,7 @@ def options(method: type[Any]) -> tuple[Option, ...]:
     >>> found["anchor.decay"].kind, found["anchor.gradient"].choices, "regions" in found
     ('number', ('normalized', 'raw'), False)
     >>> found["anchor.every"].about
-    'Guide every n-th of these steps only.'
+    'Interval of the guided steps: 1 guides each step, n every n-th step.'
     """
     return tuple(
         Option(
