@@ -499,7 +499,7 @@ class Guide:
         return size * self.method.direction(gradient / unit) / unit
 
     def on_step_end(self, step: int, latents: Tensor) -> Tensor:
-        """Move the latents for the next denoising step; call this after each step, counted from 0."""
+        """Latents moved for the denoising step after `step`, which is counted from 0; to be called when it has run."""
         timesteps = self.adapter.pipe.scheduler.timesteps
         self._held(step, timesteps[step])
         following = step + 1

@@ -199,7 +199,7 @@ class Encodes(Protocol):
     """Method that changes the text states of the whole run."""
 
     def encode(self, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
-        """Text states of the prompt that the method uses, given those of a plain run."""
+        """Text states of the prompt for a run with this method; `conditioning` has those of a plain run."""
 
 
 @runtime_checkable

@@ -91,7 +91,7 @@ class SynGen(ReadsOneSize):
         return schedule(len(noise), self.step_size, guided=self.guided, last=1)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Sum over pairs of noun and attribute; its terms are "alike" (the pair) and "unlike" (it and other words)."""
+        """Sum over pairs of noun and attribute; its terms are "alike" (within a pair) and "unlike" (to other words)."""
         tokens = [token.index for token in prompt.tokens]
         at = {index: i for i, index in enumerate(tokens)}
         between = divergence(attention.mean[tokens])

@@ -62,7 +62,7 @@ def table(folder: str | Path, scores: bool = True) -> pd.DataFrame:
     -------
     DataFrame
         Columns prompt, suite, seed, method, options (JSON); the verdict of the judge: success, neglect, mixture,
-        wrong_color, extra (number of superfluous things), present (share of the entities), score (mean detection
+        wrong_color, extra (number of things not asked for), present (share of the entities), score (mean detection
         score); blocked (the safety checker replaced the image, which is therefore not judged); bleed, intrusion,
         spill, ruzicka, attribute_bleed (means over steps and entities); loss_first, loss_last, skipped, refinements
         (of the guidance); seconds (generation time per image); model, steps, guidance_scale, device, dtype, detector;
