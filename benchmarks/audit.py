@@ -1,4 +1,4 @@
-"""Blind audit of the judge: do its verdicts agree with what a person sees?
+"""Blind audit of the judge: agreement of its verdicts with the labels of a person.
 
 Four steps::
 
@@ -17,15 +17,15 @@ labels of earlier audits. To measure self-agreement, label some images again, an
     image,first_nameable,first_color,second_nameable,second_color,hybrid,extra
     17,1,1,1,0,0,0
 
-All values are 1 or 0. ``*_nameable``: somebody who has not read the prompt would name this thing so. ``*_color``: it
-has the color that the prompt asks for; where it asks for none, 1 unless it clearly took the other thing's color.
-``hybrid``: two things are fused. ``extra``: something nameable is there that was not asked for, or more often than
-asked for. The second entity's columns are empty for single things. A row whose columns are all empty is not labeled yet
-and is left out. An image is right by eye if every entity is nameable and has its color and nothing is fused, which is
-also the judge's definition of success.
+All values are 1 or 0. ``*_nameable``: a person who has not read the prompt would name the thing as the prompt does.
+``*_color``: the thing has the color that the prompt asks for; if it asks for none, 1 unless the thing clearly took the
+color of the other one. ``hybrid``: two things are fused. ``extra``: a nameable thing was not asked for, or appears more
+often than asked for. The columns of the second entity are empty for single things. A row whose columns are all empty is
+not labeled yet and is left out. An image is right by eye if every entity is nameable and has its color and nothing is
+fused, which is also the judge's definition of success.
 
-**Verdict file**: the same columns as the judge fills them in (it calls a thing nameable if it finds it), after the
-image's prompt, method and seed.
+**Verdict file**: the prompt, method and seed of each image, followed by the columns of the label file, filled in by the
+judge. A thing is nameable to the judge if the judge finds it.
 """
 
 from __future__ import annotations
@@ -76,13 +76,14 @@ app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 @dataclass(frozen=True)
 class Label:
-    """Label of one image, given by a person or by the judge.
+    """Label of one image, given by a person or by the judge; the module's docstring defines the values.
 
     Attributes
     ----------
     nameable, color : tuple of bool
-        For each of the one or two entities.
+        One value for each of the one or two entities.
     hybrid, extra : bool
+        Values for the image.
     """
 
     nameable: tuple[bool, ...]
@@ -92,12 +93,12 @@ class Label:
 
     @property
     def right(self) -> bool:
-        """All entities nameable, each in its color, none fused."""
+        """True if all entities are nameable and have their colors, and none is fused."""
         return all(self.nameable) and all(self.color) and not self.hybrid
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """The entries of `FAULTS` that make the image wrong; a color counts only for a nameable entity."""
+        """Names in `FAULTS` of the faults of the image; a wrong color counts only for a nameable entity."""
         miscolored = any(seen and not color for seen, color in zip(self.nameable, self.color, strict=True))
         found = (not all(self.nameable), miscolored, self.hybrid)
         return tuple(name for name, wrong in zip(FAULTS, found, strict=True) if wrong)
@@ -132,18 +133,23 @@ class Judged(NamedTuple):
 
 
 def read_labels(path: Path) -> dict[int, Label]:
-    """Labels by the image's number.
+    """Read a label file.
 
     Parameters
     ----------
     path : Path
         A label file as described at the top of this module.
 
+    Returns
+    -------
+    dict of int to Label
+        Labels by the number of the image; rows that are not filled in are left out.
+
     Raises
     ------
     SettingError
-        The file is missing, its columns are others, a value is neither 0 nor 1, a row is filled in partly, or an image
-        is labeled twice.
+        The file cannot be read, has other columns, contains a value that is neither 0 nor 1 or a row that is filled in
+        partly, or has two rows for the same image.
     """
     return {
         number: label
@@ -152,11 +158,16 @@ def read_labels(path: Path) -> dict[int, Label]:
 
 
 def read_verdicts(path: Path) -> dict[int, Judged]:
-    """Verdicts by the image's number, from the file that `judge` writes.
+    """Read a file of verdicts, which the command ``judge`` writes.
 
     Parameters
     ----------
     path : Path
+
+    Returns
+    -------
+    dict of int to Judged
+        Verdicts by the number of the image.
 
     Raises
     ------
@@ -199,16 +210,17 @@ def _read(path: Path, columns: tuple[str, ...], what: str, hint: str) -> dict[in
 
 
 def kappa(first: Flags, second: Flags) -> float:
-    """Cohen's kappa of two raters: agreement beyond what their frequencies alone would give.
+    """Cohen's kappa of two raters: their agreement beyond the one that is expected by chance.
 
     Parameters
     ----------
     first, second : sequence of bool
+        Answers of each rater to the same questions.
 
     Returns
     -------
     float
-        1 for full agreement, 0 for agreement by chance; nan if both always say the same one thing.
+        1 for full agreement, 0 for agreement by chance; NaN if both raters always give the same answer.
 
     References
     ----------
@@ -269,12 +281,12 @@ def columns(first: Sequence[Label], second: Sequence[Label]) -> list[str]:
 
 
 def agreement(by_eye: Sequence[bool], by_judge: Sequence[bool], groups: Sequence[str] | None = None) -> list[str]:
-    """Rows of a Markdown table: accuracy, kappa, precision of the judge's two words, and the confusion matrix.
+    """Rows of a Markdown table: accuracy, kappa, precision of both verdicts, and the confusion matrix.
 
     Parameters
     ----------
     by_eye, by_judge : sequence of bool
-        Whether each image is right.
+        True for each image that is right.
     groups : sequence of str, optional
         Group of each image, such as its prompt. Intervals are then bootstrap intervals over groups, because images of
         one prompt are alike.
@@ -315,10 +327,10 @@ def _share(what: str, count: int, total: int, bar: str) -> str:
 def draw(
     folder: Folder = Path("work/audit"),
     pairs: Annotated[
-        int, typer.Option(help="Number of prompts with two entities, each drawn by every method.")
+        int, typer.Option(help="Number of prompts with two entities, each generated with every method.")
     ] = PAIRS,
-    singles: Annotated[int, typer.Option(help="Number of single things, without guidance.")] = SINGLES,
-    methods: Annotated[str, typer.Option(help="Comma-separated, as in `elakit sweep`.")] = ",".join(METHODS),
+    singles: Annotated[int, typer.Option(help="Number of prompts with one entity, without guidance.")] = SINGLES,
+    methods: Annotated[str, typer.Option(help="Comma-separated methods, as in `elakit sweep`.")] = ",".join(METHODS),
     first_seed: Annotated[int, typer.Option(help="Seed of the first prompt; the next ones follow, below 1,000.")] = (
         FIRST_SEED
     ),
@@ -330,7 +342,7 @@ def draw(
     if not 0 <= first_seed < 1000:
         raise SettingError(f"The first seed is {first_seed}; audits use seeds from 0 to 999.")
     if (folder / "labels.csv").exists():
-        raise SettingError(f"{folder} holds labels already. Choose another folder, or move labels.csv away.")
+        raise SettingError(f"{folder} already contains labels. Choose another folder, or move labels.csv away.")
     chosen = [checks.choice(name.strip(), "--methods", ["plain", *ALL_METHODS]) for name in methods.split(",")]
     for name in set(chosen) - {"plain"}:
         without_regions(name)
@@ -368,9 +380,11 @@ def plan(
     Parameters
     ----------
     pairs, singles : int
-        Number of prompts with two entities, each for every method, and with one.
+        Number of prompts with two entities, each for every method, and of prompts with one entity, without guidance.
     methods : sequence of str
+        "plain" and names in `elakit.guidance.METHODS`.
     first_seed : int
+        Seed of the first prompt; the next ones follow, below 1,000.
     """
     jobs = [(prompt, "plain", seed) for prompt, seed in _prompts(single_prompts(), singles, first_seed)]
     jobs += [(p, method, s) for p, s in _prompts(suite("attend-and-excite"), pairs, first_seed) for method in methods]
@@ -383,7 +397,7 @@ def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]])
 
 
 def single_prompts() -> list[str]:
-    """Every noun as drawn and in every color."""
+    """Prompts of single entities: every noun without a color and in every color."""
     return [f"a {color} {noun}" if color else f"a {noun}" for noun in NOUNS for color in (None, *COLORS)]
 
 
@@ -395,7 +409,7 @@ def _prompts(prompts: Sequence[str], count: int, first_seed: int) -> list[tuple[
 
 
 def sheet(images: Sequence[tuple[int, str, Image.Image]]) -> Image.Image:
-    """Numbered images with their prompts, and nothing that tells how they were made or judged."""
+    """Sheet of numbered images with their prompts, without methods and verdicts."""
     columns, rows = SHEET[0], -(-len(images) // SHEET[0])
     page = Image.new("RGB", (columns * (SIDE + 8), rows * (SIDE + 26)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)

@@ -1,4 +1,4 @@
-"""Types of the objects that elakit takes as a pipeline."""
+"""Types of the objects that elakit accepts as a pipeline."""
 
 from __future__ import annotations
 
@@ -84,6 +84,6 @@ class PackedPipeline(TransformerPipeline, Protocol):
 
 
 class HasTokenizer(Protocol):
-    """Anything with a tokenizer that reads CLIP prompts: enough to parse a prompt, which runs no model."""
+    """Any object with a CLIP tokenizer, which suffices to parse a prompt, because parsing runs no model."""
 
     tokenizer: Any

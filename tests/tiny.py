@@ -358,7 +358,7 @@ def tiny_sd3(dtype: torch.dtype = torch.float32, seed: int = 0, t5: bool = True,
 
 
 def tiny_flux(dtype: torch.dtype = torch.float32, seed: int = 0, **transformer: Any) -> Any:
-    """Build a FLUX pipeline: one double and two single stream blocks, packed latents, distilled guidance."""
+    """Build a FLUX pipeline: one double- and two single-stream blocks, packed latents, distilled guidance."""
     tokenizer, t5_tokenizer = tiny_tokenizer(), tiny_t5_tokenizer()
     with seeded(seed):
         first, second = _clip_encoder(tokenizer, 20), t5_encoder(t5_tokenizer, 32)

@@ -36,7 +36,7 @@ SUSPECT = 0.5
 
 
 class Observation(NamedTuple):
-    """A failure without the run that it occurs in."""
+    """A failure in one image; the fields are those of `Failure`."""
 
     kind: FailureKind
     entity: str
@@ -45,7 +45,7 @@ class Observation(NamedTuple):
 
 
 def seen(verdict: Verdict, prompt: Prompt) -> set[Observation]:
-    """Failures that a judge finds.
+    """Failures that a judge found in an image.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ def seen(verdict: Verdict, prompt: Prompt) -> set[Observation]:
 
 
 def suspected(indicators: Iterable[Indicator]) -> set[Observation]:
-    """Failures suspected from strong indicators in the attention."""
+    """Failures suspected in an image that was not judged, from indicators with a strength of `SUSPECT` or more."""
     found: set[Observation] = set()
     for indicator in indicators:
         if indicator.strength >= SUSPECT:

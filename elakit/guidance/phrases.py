@@ -54,8 +54,8 @@ def check_text(adapter: Adapter, conditioning: Conditioning, who: str) -> None:
     if not plain or STATES not in conditioning.inputs or _CALL[STATES] not in conditioning.call:
         raise SettingError(
             f"{who} encodes the words of each entity on their own, which needs separate layers of cross-attention; "
-            f"{adapter.family} has none. Use a model with cross-attention (Stable Diffusion 1.x, 2.x, XL, PixArt), or "
-            "another method, such as elakit.ELA()."
+            f"{adapter.family} has none. Use a model with plain cross-attention (Stable Diffusion 1.x, 2.x, XL, "
+            "PixArt), or another method, such as elakit.ELA()."
         )
 
 

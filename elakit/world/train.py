@@ -1,4 +1,4 @@
-"""Train the embedded model: ``python -m elakit.world.train``. Killed and started again, it continues where it was."""
+"""Training of picture-world: ``python -m elakit.world.train``. The same command resumes an interrupted training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from elakit.world.training.data import cached_crowds, compose_scenes
 STAGES = ("vae", "decoder", "denoiser", "judge")
 # Parts that a stage reads from the output folder, with the stage that writes each.
 NEEDED = {"decoder": {"vae": "vae"}, "denoiser": {"vae": "vae"}, "judge": {"vae": "vae", "model": "denoiser"}}
-# File of an earlier edition that a stage starts from.
+# File of an earlier model that a stage starts from.
 STARTED_FROM = {"vae": "vae/config.json", "denoiser": "model_index.json", "judge": "judge/model.safetensors"}
 
 
@@ -30,20 +30,28 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, sample sheets and the finished model.")] = Path(
         "work/picture-world"
     ),
-    config: Annotated[Path | None, typer.Option(help="Settings (TOML); by default those of the shipped model.")] = None,
-    stage: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(STAGES)}; or all of them.")] = "all",
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of settings. Default: the settings of the built-in model.")
+    ] = None,
+    stage: Annotated[str, typer.Option(help=f"Comma-separated stages: {', '.join(STAGES)}; or all.")] = "all",
     device: Device = None,
     start: Annotated[
-        Path | None, typer.Option(help="Folder of an earlier edition whose weights the training starts from.")
+        Path | None, typer.Option(help="Folder of an earlier model, from whose weights the training starts.")
     ] = None,
     processes: Annotated[
-        int, typer.Option(min=1, help="Processes that train the denoiser together, each with its own batch.")
+        int, typer.Option(min=1, help="Number of processes that train the denoiser together, each with its own batch.")
     ] = 1,
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes that compose scenes in advance, so that a GPU does not wait for them.")
+        int,
+        typer.Option(
+            min=0, help="Number of processes that compose scenes in advance, so that a GPU does not wait for them."
+        ),
     ] = 0,
 ) -> None:
-    """Train picture-world: autoencoder, its decoder once more (with ``polish``), text encoder with denoiser, judge."""
+    """Train picture-world in stages: autoencoder, its decoder again, text encoder with denoiser, and judge.
+
+    The second stage is made only if the setting ``polish`` is not 0.
+    """
     stages = set(STAGES if stage == "all" else stage.split(","))
     if unknown := stages - set(STAGES):
         raise typer.BadParameter(
@@ -110,7 +118,7 @@ def check_folders(stages: Collection[str], out: Path, start: Path | None) -> Non
     out : Path
         Folder of this training, with the parts of earlier stages.
     start : Path, optional
-        Folder of an earlier edition.
+        Folder of an earlier model.
 
     Raises
     ------
@@ -128,12 +136,12 @@ def check_folders(stages: Collection[str], out: Path, start: Path | None) -> Non
         if start is not None and stage in STARTED_FROM and not (start / STARTED_FROM[stage]).is_file():
             raise SettingError(
                 f"--start {start}: there is no {STARTED_FROM[stage]}, which the stage {stage} starts from. Give the "
-                "folder of an earlier edition, such as data/picture-world."
+                "folder of an earlier model, such as data/picture-world."
             )
 
 
 def free_port() -> int:
-    """A port of this machine that is not in use."""
+    """Number of a TCP port of this machine that is not in use."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
