@@ -81,10 +81,12 @@ def shown_at(figure: go.Figure, frame: int) -> go.Figure:
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = ROOT / "docs" / "gallery",
-    folder: Annotated[Path, typer.Option("--sweep", help="Folder of the sweep.")] = ROOT / "work" / "gallery-sweep",
-    only: Annotated[str, typer.Option(help="Part of the names of the figures to make.")] = "",
+    folder: Annotated[Path, typer.Option("--sweep", help="Folder of the small sweep, which is resumed.")] = (
+        ROOT / "work" / "gallery-sweep"
+    ),
+    only: Annotated[str, typer.Option(help="Write only the figures whose names contain this text.")] = "",
 ) -> None:
-    """Write the images, and print the size of each."""
+    """Write images of all figures, and print the size of each."""
     out.mkdir(parents=True, exist_ok=True)
     with open_page() as page:
         for name, figure in figures(folder):

@@ -303,3 +303,16 @@ def test_a_image_that_is_never_said_to_need_guidance_is_the_plain_one() -> None:
         generate(pipe, PAIR, guide_if=lambda _: True)
     with pytest.raises(SettingError, match="2 answers for 1 images"):
         generate(pipe, PAIR, steps=2, guidance=ela, guide_if=lambda _: [True, False], progress=False)
+
+
+def test_who_decides_on_guidance_may_see_the_predicted_image() -> None:
+    pipe = tiny_pipeline()
+    seen: list[bool] = []
+
+    def look(so_far: Progress) -> bool:
+        (noisy,), (clean,) = so_far.runs(), so_far.runs(predicted=True)
+        seen.append(np.array_equal(np.asarray(noisy.image), np.asarray(clean.image)))
+        return False
+
+    generate(pipe, PAIR, seed=3, steps=3, guidance=ELA(), guide_if=look, progress=False)
+    assert seen == [False]

@@ -322,7 +322,7 @@ def test_brackets_override_the_reading_and_need_no_spacy(pipe, monkeypatch):
     ("text", "message"),
     [
         ("a [red car and a bird", "character 3 .*never closed"),
-        ("a red car] and a bird", "character 10 .*closes none"),
+        ("a red car] and a bird", "character 10 .*no opening bracket"),
         ("a [red [car]]", "character 8 .*inside the one at 3"),
         ("a [] and a bird", "character 3 .*empty"),
         ("a [ ] and a bird", "character 3 .*empty"),

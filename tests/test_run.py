@@ -103,6 +103,7 @@ def test_runs_are_compared_measure_by_measure() -> None:
     assert table.columns.tolist() == ["plain (seed 1)", "ela (seed 1)"]
     bleed = runs[0].bleeding.to_frame().query("measure == 'bleed' and entity == 'car'")["value"].mean()
     assert table.loc[("bleed", "car", ""), "plain (seed 1)"] == pytest.approx(bleed)
+    assert compare([*runs, runs[1]]).columns.tolist() == ["plain (seed 1)", "ela (seed 1)", "ela (seed 1)#2"]
 
 
 def test_regions_without_a_recording_say_what_to_do() -> None:

@@ -328,7 +328,7 @@ def tiny_sd3(dtype: torch.dtype = torch.float32, seed: int = 0, t5: bool = True,
 
 
 def tiny_flux(dtype: torch.dtype = torch.float32, seed: int = 0, **transformer: Any) -> Any:
-    """Build a FLUX pipeline: one double and two single stream blocks, packed latents, distilled guidance."""
+    """Build a FLUX pipeline: one double- and two single-stream blocks, packed latents, distilled guidance."""
     tokenizer, t5_tokenizer = tiny_tokenizer(), tiny_t5_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

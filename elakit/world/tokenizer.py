@@ -1,6 +1,6 @@
-"""The embedded model's tokenizer: CLIP's byte-pair encoding, learned from the words of the world.
+"""Tokenizer of picture-world: CLIP's byte-pair encoding, learned from the words of picture-world.
 
-Words of the world are one token each; any other text is spelled in smaller pieces, down to bytes.
+These words are one token each; any other text is split into smaller pieces, down to bytes.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _OTHER_WORDS = (
 
 
 def train_tokenizer(vocabulary: int, positions: int) -> CLIPTokenizer:
-    """Learn a CLIP tokenizer from the words of the world and a few everyday ones.
+    """CLIP tokenizer learned from the words of picture-world and a few everyday words.
 
     Parameters
     ----------
     vocabulary : int
-        Number of tokens at most; 512 of them spell single bytes.
+        Largest number of tokens; 512 of them stand for single bytes.
     positions : int
-        Length of an encoded prompt, start and end included.
+        Number of tokens of an encoded prompt, including start-of-text and end-of-text.
 
     Returns
     -------

@@ -45,7 +45,11 @@ def layerwise_casting(pipe: Any) -> None:
     adapter_for(pipe).denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
 
 
-@pytest.mark.parametrize("way", [lora_and_offload, layerwise_casting], ids=lambda way: way.__name__)
+def bfloat16(pipe: Any) -> None:
+    pipe.to(dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("way", [lora_and_offload, layerwise_casting, bfloat16], ids=lambda way: way.__name__)
 @pytest.mark.parametrize("name", SPECS)
 def test_maps_are_those_of_the_attention_call_whatever_way_it_is_run(name: str, way: Callable[[Any], None]) -> None:
     spec, pipe = SPECS[name], BUILDERS[name]()
