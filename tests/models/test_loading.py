@@ -90,7 +90,7 @@ def test_the_default_scale_is_that_of_the_argument_which_guides() -> None:
     pipe = BUILDERS["Qwen-Image"]()
 
     class Older(type(pipe)):
-        """As in diffusers 0.35, where an argument without effect has a default, too."""
+        """The call of diffusers 0.35, where an argument without effect has a default, too."""
 
         def __call__(self, prompt=None, true_cfg_scale=4.0, num_inference_steps=50, guidance_scale=1.0):
             raise NotImplementedError
