@@ -188,7 +188,7 @@ def test_words_are_marked_by_clicks_and_errors_are_shown(notebook: lab.Notebook)
 
 
 def test_the_verdict_is_written_below_the_image(notebook: lab.Notebook) -> None:
-    """Of a run with a judge, which the tiny pipeline does not have."""
+    """The tiny pipeline has no judge, so the verdict is set by hand."""
     from playwright.sync_api import expect
 
     kernel(notebook, "panel.steps = 1; panel.start(); panel.wait(); panel.state")

@@ -333,7 +333,7 @@ TOKENIZER = train_tokenizer(1024, 24)
 
 
 def folded(tokenizer: Any, text: str) -> str:
-    """What is left of a text after the tokenizer's own normalization, without spaces."""
+    """The text after the tokenizer's own normalization, without spaces."""
     if hasattr(tokenizer, "nlp"):  # transformers 4
         return "".join(tokenizer.nlp.tokenize(text))
     return "".join(tokenizer.backend_tokenizer.normalizer.normalize_str(text).split())
