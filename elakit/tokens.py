@@ -382,13 +382,14 @@ def _align_by_words(text: str, words: Sequence[Span], sequence: TextSequence) ->
     several = Counter(at for at, _ in alone)
     name = getattr(tokenizer, "convert_ids_to_tokens", None)
     return len(whole), [
-        (
-            start + nth,
-            at,
-            str(name(one)).replace("</w>", "") if name and several[at] > 1 else text[slice(*words[at])],
-        )
+        (start + nth, at, _unmarked(str(name(one))) if name and several[at] > 1 else text[slice(*words[at])])
         for nth, (at, one) in enumerate(alone)
     ]
+
+
+def _unmarked(piece: str) -> str:
+    """Return a piece without the marks of byte-pair encoding (last piece of a word) and WordPiece (later pieces)."""
+    return piece.removesuffix("</w>").removeprefix("##")
 
 
 def encoder_length(pipe: Pipeline | HasTokenizer, tokenizer: Any) -> int:

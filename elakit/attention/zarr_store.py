@@ -150,7 +150,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 def is_recording(path: Path) -> bool:
     """Return whether a folder contains a recording, of this or an earlier format."""
     try:
-        found = json.loads((path / ".zattrs").read_text(encoding="utf-8")).get("format")
+        found = json.loads((path / ".zattrs").read_text(encoding="utf-8-sig")).get("format")
         return isinstance(found, str) and found.startswith("elakit recording ")
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
@@ -333,7 +333,7 @@ def _chunk_name(place: Sequence[int]) -> str:
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise _missing(file) from error
     except (ValueError, RecursionError) as error:

@@ -89,7 +89,7 @@ def default_settings(pipe: Pipeline) -> GenerationSettings:
     Raises
     ------
     ModelError
-        Raised when the call of the pipeline takes no ``num_inference_steps``.
+        Raised when the call of the pipeline takes no ``num_inference_steps``, or elakit does not support the pipeline.
 
     Examples
     --------
@@ -105,10 +105,13 @@ def default_settings(pipe: Pipeline) -> GenerationSettings:
             f"{type(pipe).__name__} takes no `num_inference_steps`; elakit generates with standard text-to-image "
             "pipelines such as StableDiffusionPipeline only."
         )
-    names = [name for name in ("guidance_scale", "true_cfg_scale") if name in parameters]  # Qwen-Image has the second
-    scales = [parameters[name].default for name in names]
-    scale = next((float(default) for default in scales if isinstance(default, int | float)), 1.0)
-    return GenerationSettings(int(parameters["num_inference_steps"].default), scale)
+    from elakit.models.dispatch import adapter_for  # loads diffusers
+
+    name = adapter_for(pipe).scale_argument
+    scale = parameters[name].default if name in parameters else None
+    return GenerationSettings(
+        int(parameters["num_inference_steps"].default), float(scale) if isinstance(scale, int | float) else 1.0
+    )
 
 
 def name_of(pipe: Pipeline) -> str:

@@ -94,13 +94,10 @@ class PanelModel:
             A run is in progress.
         """
         self._check_idle("prompt")
-        choices = self.choices.with_text(text, self._read)
-        if choices.prompt is None or choices.prompt is not self.choices.prompt:
-            self.frame = None
-        self.change(choices)
+        self._change_prompt(self.choices.with_text(text, self._read))
 
     def enter_prompt(self, prompt: Prompt) -> None:
-        """Set a parsed prompt.
+        """Set a parsed prompt; the display of the last run is cleared if it had another one.
 
         Raises
         ------
@@ -108,7 +105,7 @@ class PanelModel:
             A run is in progress.
         """
         self._check_idle("prompt")
-        self.change(self.choices.with_prompt(prompt))
+        self._change_prompt(self.choices.with_prompt(prompt))
 
     def enter_number(self, name: str, value: float) -> None:
         """Set the seed, the number of steps or the guidance scale; it is checked when a run is started."""
@@ -234,6 +231,11 @@ class PanelModel:
         self.on_run()
 
     # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def _change_prompt(self, choices: Choices) -> None:
+        if choices.prompt is None or choices.prompt != self.choices.prompt:
+            self.frame = None
+        self.change(choices)
 
     def _check_idle(self, what: str) -> None:
         if self.now.going:
