@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from elakit.causes.failures import SHOWS, Observation, seen, suspected
-from elakit.causes.findings import Cause, Failure, Findings
+from elakit.causes.findings import FAILURE_KINDS, Cause, Failure, Findings
 from elakit.causes.indicators import Indicator
 from elakit.causes.ranking import before_the_image, explained, in_attention, ranked, unknown_words, without_duplicates
 from elakit.causes.run_indicators import Onset, RunIndicators, onset
@@ -103,9 +103,13 @@ def _wrong(reading: RunIndicators, judged: bool) -> set[Observation]:
 def _failures(
     readings: Sequence[RunIndicators], wrong: Sequence[set[Observation]], judged: bool
 ) -> tuple[Failure, ...]:
-    """Failures with the seeds of the runs that show them, the most frequent first."""
+    """Failures with the seeds of the runs that show them, the most frequent first, ties in the order of the kinds."""
+
+    def order(what: Observation) -> tuple[int, Observation]:
+        return FAILURE_KINDS.index(what.kind), what
+
     found = []
-    for what in dict.fromkeys(what for each in wrong for what in sorted(each)):
+    for what in sorted(set().union(*wrong), key=order):
         there = [reading for reading, each in zip(readings, wrong, strict=True) if what in each]
         indicators = [indicator for reading in there if (indicator := _shown(reading, what)) is not None]
         clearest = max(indicators, key=lambda indicator: indicator.strength, default=None)

@@ -223,7 +223,7 @@ class Findings:
     judged : bool
         True if failures were found by a judge in the images; False if they are suspected from the attention.
     failures : tuple of Failure
-        Failures, the most frequent first.
+        Failures, the most frequent first; equally frequent ones in the order of `FAILURE_KINDS`.
     causes : tuple of Cause
         Causes, the most likely first; empty if none was found.
     """
