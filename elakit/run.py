@@ -58,6 +58,11 @@ class Run:
         True if the pipeline's safety checker replaced the image; such an image is not judged.
     predicted : tuple of PIL.Image.Image or None
         Image that each step predicts, if the run was generated with ``predicted=True`` and its image was not replaced.
+
+    Raises
+    ------
+    RecordingError
+        When the recording is of videos.
     """
 
     image: Image.Image
@@ -68,6 +73,13 @@ class Run:
     guidance: Trace | None = None
     nsfw: bool = False
     predicted: tuple[Image.Image, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.recording is not None and self.recording.frames:
+            raise RecordingError(
+                f"A run has one image, but the recording is of videos of {self.recording.frames} frames. Give one "
+                "frame and its maps, `recording.frame(0)`."
+            )
 
     @property
     def label(self) -> str:

@@ -295,7 +295,6 @@ NO_MODULES = {
     "guidance/test_rivals_layout",
     "guidance/test_rivals_words",
     "models/test_support",
-    "models/test_video",
 }
 
 

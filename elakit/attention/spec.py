@@ -427,7 +427,7 @@ class RecordSpec:
         height, width : int, optional
             In pixels; default: those of the model.
         images : int
-            Number of images in the batch.
+            Number of images in the batch; of a video, the number of frames of its latent.
 
         Raises
         ------
