@@ -403,7 +403,7 @@ class Recording:
             As in `maps`; start-of-text and the end mass are only selected if they are named.
         head : int or sequence of int, optional
         image : int or sequence of int, optional
-            Of videos: the index of the video, with all of its frames.
+            Index of the image, or of the video, in the batch.
 
         Raises
         ------
