@@ -1,40 +1,48 @@
-"""Blind audit of the judge: do its verdicts agree with what a person sees?
+"""Blind audit of the judge: agreement of its verdicts with the labels of a person.
 
-Three steps::
+Four steps::
 
-    python -m benchmarks.audit draw work/audit                # images, sheets, an empty label file
+    python -m benchmarks.audit draw work/audit      # images, sheets, an empty label file
     (look at work/audit/sheets, fill in work/audit/labels.csv)
-    python -m benchmarks.audit agree work/audit               # agreement with the judge, with intervals
+    python -m benchmarks.audit judge work/audit     # the judge's verdicts, in work/audit/verdicts.csv
+    python -m benchmarks.audit agree work/audit     # agreement of labels and verdicts, with intervals
 
 Images are shuffled and numbered; sheets show number and prompt, but neither the method nor the judge's verdict, which
-is computed afterward. The same labels can therefore be compared with another judge.
+is computed afterward. The same labels can therefore be compared with another judge. ``benchmarks/audits`` holds the
+labels of earlier audits. To measure self-agreement, label some images again, and run
+``python -m benchmarks.audit repeat FIRST SECOND``.
 
 **Label file** (CSV, one row per image)::
 
     image,first_nameable,first_color,second_nameable,second_color,hybrid,extra
     17,1,1,1,0,0,0
 
-All values are 1 or 0. ``*_nameable``: somebody who has not read the prompt would name this thing so. ``*_color``: it
-has the color that the prompt asks for; where it asks for none, 1 unless it clearly took the other thing's color.
-``hybrid``: two things are fused. ``extra``: something nameable is there that was not asked for, or more often than
-asked for. The second entity's columns are empty for single things. A row whose columns are all empty is not labeled yet
-and is left out. An image is right by eye if every entity is nameable and has its color and nothing is fused, which is
-also the judge's definition of success.
+All values are 1 or 0. ``*_nameable``: a person who has not read the prompt would name the thing as the prompt does.
+``*_color``: the thing has the color that the prompt asks for; if it asks for none, 1 unless the thing clearly took the
+color of the other one. ``hybrid``: two things are fused. ``extra``: a nameable thing was not asked for, or appears more
+often than asked for. The columns of the second entity are empty for single things. A row whose columns are all empty is
+not labeled yet and is left out. An image is right by eye if every entity is nameable and has its color and nothing is
+fused, which is also the judge's definition of success.
+
+**Verdict file**: the prompt, method and seed of each image, followed by the columns of the label file, filled in by the
+judge. A thing is nameable to the judge if the judge finds it.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import typer
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 import elakit
@@ -42,17 +50,22 @@ from elakit.errors import SettingError
 from elakit.files import write_file
 from elakit.generation import generate
 from elakit.judge import Verdict, judge
-from elakit.statistics import wilson
+from elakit.prompt import Prompt
+from elakit.statistics import bootstrap, wilson
 from elakit.sweep import suite
 from elakit.sweep.units import Unit
 from elakit.world.vocabulary import COLORS, NOUNS
 
 COLUMNS = ("image", "first_nameable", "first_color", "second_nameable", "second_color", "hybrid", "extra")
 METHODS = ("plain", "ela", "attend-and-excite", "syngen")
+PAIRS, SINGLES = 76, 100
 FIRST_SEED = 800  # seeds 800 to 999: below 1,000, and used by no training, tuning or test
 BARS = {"accuracy": "", "kappa": ">= .85", "right": ">= .95", "wrong": ">= .90", "single": ">= .97"}
-SHEET, SIDE = (6, 5), 192  # images per row and column of a sheet, and their side in pixels
+ORIGIN = ("image", "prompt", "method", "seed")  # a verdict file's columns before those of the labels
+FAULTS = ("not nameable", "wrong color", "hybrid")
+SHEET, SIDE = (4, 3), 256  # images per row and column of a sheet, and their side in pixels
 
+Flags = Sequence[bool] | np.ndarray
 Folder = Annotated[Path, typer.Argument(help="Folder of the audit.")]
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
@@ -60,13 +73,14 @@ app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 @dataclass(frozen=True)
 class Label:
-    """Labels of one image, given by a person.
+    """Label of one image, given by a person or by the judge; the module's docstring defines the values.
 
     Attributes
     ----------
     nameable, color : tuple of bool
-        For each of the one or two entities.
+        One value for each of the one or two entities.
     hybrid, extra : bool
+        Values for the image.
     """
 
     nameable: tuple[bool, ...]
@@ -76,35 +90,104 @@ class Label:
 
     @property
     def right(self) -> bool:
-        """All entities nameable, each in its color, none fused."""
+        """True if all entities are nameable and have their colors, and none is fused."""
         return all(self.nameable) and all(self.color) and not self.hybrid
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Names in `FAULTS` of the faults of the image; a wrong color counts only for a nameable entity."""
+        miscolored = any(seen and not color for seen, color in zip(self.nameable, self.color, strict=True))
+        found = (not all(self.nameable), miscolored, self.hybrid)
+        return tuple(name for name, wrong in zip(FAULTS, found, strict=True) if wrong)
+
+    @classmethod
+    def of(cls, verdict: Verdict, prompt: Prompt) -> Label:
+        """The judge's verdict in the terms of a label."""
+        names = [entity.label for entity in prompt.entities]
+        return cls(
+            tuple(verdict.present[name] for name in names),
+            tuple(verdict.right_color[name] for name in names),
+            verdict.mixture,
+            bool(verdict.extra),
+        )
+
+    def values(self) -> list[str]:
+        """Values of the columns after the first one, in the order of `COLUMNS`."""
+        entities = [value for pair in zip(self.nameable, self.color, strict=True) for value in pair]
+        return ["" if value is None else str(int(value)) for value in (*entities, None, None)[:4]] + [
+            str(int(self.hybrid)),
+            str(int(self.extra)),
+        ]
+
+
+class Judged(NamedTuple):
+    """The judge's verdict on one image, and how the image was made."""
+
+    prompt: str
+    method: str
+    seed: int
+    label: Label
 
 
 def read_labels(path: Path) -> dict[int, Label]:
-    """Labels by the image's number.
+    """Read a label file.
 
     Parameters
     ----------
     path : Path
         A label file as described at the top of this module.
 
+    Returns
+    -------
+    dict of int to Label
+        Labels by the number of the image; rows that are not filled in are left out.
+
     Raises
     ------
     SettingError
-        The file is missing, its columns are others, a value is neither 0 nor 1, a row is filled in partly, or an image
-        is labeled twice.
+        The file cannot be read, has other columns, contains a value that is neither 0 nor 1 or a row that is filled in
+        partly, or has two rows for the same image.
     """
+    return {
+        number: label
+        for number, (_, label) in _read(path, COLUMNS, "Cannot read the labels", "Run `draw` first").items()
+    }
+
+
+def read_verdicts(path: Path) -> dict[int, Judged]:
+    """Read a file of verdicts, which the command ``judge`` writes.
+
+    Parameters
+    ----------
+    path : Path
+
+    Returns
+    -------
+    dict of int to Judged
+        Verdicts by the number of the image.
+
+    Raises
+    ------
+    SettingError
+        As in `read_labels`.
+    """
+    columns = (*ORIGIN, *COLUMNS[1:])
+    return {
+        number: Judged(row["prompt"], row["method"], int(row["seed"]), label)
+        for number, (row, label) in _read(path, columns, "Cannot read the verdicts", "Run `judge` first").items()
+    }
+
+
+def _read(path: Path, columns: tuple[str, ...], what: str, hint: str) -> dict[int, tuple[dict[str, str], Label]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            rows, columns = list(reader), tuple(reader.fieldnames or ())
+            rows, found = list(reader), tuple(reader.fieldnames or ())
     except OSError as error:
-        raise SettingError(
-            f"Cannot read the labels {path}: {error}. Run `draw` first, and fill in its file."
-        ) from error
-    if columns != COLUMNS:
-        raise SettingError(f"{path} has the columns {', '.join(columns)}; it must have {', '.join(COLUMNS)}.")
-    labels: dict[int, Label] = {}
+        raise SettingError(f"{what} {path}: {error}. {hint}.") from error
+    if found != columns:
+        raise SettingError(f"{path} has the columns {', '.join(found)}; it must have {', '.join(columns)}.")
+    labels: dict[int, tuple[dict[str, str], Label]] = {}
     for line, row in enumerate(rows, 2):
         values = [(row[name] or "").strip() for name in COLUMNS[1:]]
         if not any(values):
@@ -119,21 +202,22 @@ def read_labels(path: Path) -> dict[int, Label]:
         if number in labels:
             raise SettingError(f"{path}, line {line}: image {number} is labeled twice. Keep one of the rows.")
         seen = [value == "1" for value in values if value]
-        labels[number] = Label(tuple(seen[:-2:2]), tuple(seen[1:-2:2]), seen[-2], seen[-1])
+        labels[number] = row, Label(tuple(seen[:-2:2]), tuple(seen[1:-2:2]), seen[-2], seen[-1])
     return labels
 
 
-def kappa(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """Cohen's kappa of two raters: agreement beyond what their frequencies alone would give.
+def kappa(first: Flags, second: Flags) -> float:
+    """Cohen's kappa of two raters: their agreement beyond the one that is expected by chance.
 
     Parameters
     ----------
     first, second : sequence of bool
+        Answers of each rater to the same questions.
 
     Returns
     -------
     float
-        1 for full agreement, 0 for agreement by chance; nan if both always say the same one thing.
+        1 for full agreement, 0 for agreement by chance; NaN if both raters always give the same answer.
 
     References
     ----------
@@ -150,36 +234,83 @@ def kappa(first: Sequence[bool], second: Sequence[bool]) -> float:
     return (observed - chance) / (1 - chance) if chance < 1 else float("nan")
 
 
-def kappa_interval(first: Sequence[bool], second: Sequence[bool], samples: int = 2000) -> tuple[float, float]:
-    """95% bootstrap interval of `kappa`, resampling images."""
+def kappa_interval(
+    first: Flags, second: Flags, groups: Sequence[str] | None = None, samples: int = 2000
+) -> tuple[float, float]:
+    """95% bootstrap interval of `kappa`, resampling images, or groups of images such as those of one prompt."""
     a, b = np.asarray(first, bool), np.asarray(second, bool)
-    rows = np.random.default_rng(0).integers(len(a), size=(samples, len(a)))
-    values = [value for r in rows if not np.isnan(value := kappa(a[r], b[r]))]
+    position = np.unique(groups, return_inverse=True)[1] if groups is not None else np.arange(len(a))
+    members = [np.flatnonzero(position == i) for i in range(position.max() + 1)]
+    rows = np.random.default_rng(0).integers(len(members), size=(samples, len(members)))
+    drawn = (np.concatenate([members[i] for i in row]) for row in rows)
+    values = [value for r in drawn if not np.isnan(value := kappa(a[r], b[r]))]
     low, high = np.quantile(values, [0.025, 0.975]) if values else (float("nan"),) * 2
     return float(low), float(high)
 
 
-def agreement(by_eye: Sequence[bool], by_judge: Sequence[bool]) -> list[str]:
-    """Rows of a Markdown table: accuracy, kappa, precision of the judge's two words, and the confusion matrix.
+def columns(first: Sequence[Label], second: Sequence[Label]) -> list[str]:
+    """Rows of a Markdown table: accuracy and kappa of two raters for every column of the labels.
+
+    Parameters
+    ----------
+    first, second : sequence of Label
+        Labels of the same images. Colors are compared for the entities that both raters find nameable.
+    """
+    pairs = list(zip(first, second, strict=True))
+    entities = [e for a, b in pairs for e in zip(a.nameable, b.nameable, a.color, b.color, strict=True)]
+    compared = {
+        "nameable, each entity": [(one, two) for one, two, _, _ in entities],
+        "color, each entity nameable to both": [(c, d) for one, two, c, d in entities if one and two],
+        "hybrid": [(a.hybrid, b.hybrid) for a, b in pairs],
+        "extra": [(a.extra, b.extra) for a, b in pairs],
+        "right": [(a.right, b.right) for a, b in pairs],
+    }
+    lines = ["| column | same | Cohen's kappa | yes, first | yes, second |", "|---|---|---|---|---|"]
+    for name, values in compared.items():
+        if values:
+            one, two = (list(column) for column in zip(*values, strict=True))
+            same = sum(a == b for a, b in values)
+            lines.append(
+                f"| {name} | {same} of {len(values)} ({same / len(values):.3f}) | {kappa(one, two):.3f} | "
+                f"{sum(one)} | {sum(two)} |"
+            )
+    return lines
+
+
+def agreement(by_eye: Sequence[bool], by_judge: Sequence[bool], groups: Sequence[str] | None = None) -> list[str]:
+    """Rows of a Markdown table: accuracy, kappa, precision of both verdicts, and the confusion matrix.
 
     Parameters
     ----------
     by_eye, by_judge : sequence of bool
-        Whether each image is right.
+        True for each image that is right.
+    groups : sequence of str, optional
+        Group of each image, such as its prompt. Intervals are then bootstrap intervals over groups, because images of
+        one prompt are alike.
     """
     eye, said = np.asarray(by_eye, bool), np.asarray(by_judge, bool)
-    low, high = kappa_interval(eye, said)
+    low, high = kappa_interval(eye, said, groups)
+    everything = np.ones(len(eye), bool)
     return [
-        _share("judge and eye agree", int((eye == said).sum()), len(eye), BARS["accuracy"]),
+        _share_of("judge and eye agree", eye == said, everything, groups, BARS["accuracy"]),
         f"| Cohen's kappa | {kappa(eye, said):.3f} ({low:.3f} to {high:.3f}, n = {len(eye)}) | {BARS['kappa']} |",
-        _share("of those the judge calls right, right by eye", int(eye[said].sum()), int(said.sum()), BARS["right"]),
-        _share("of those it calls wrong, wrong by eye", int((~eye)[~said].sum()), int((~said).sum()), BARS["wrong"]),
+        _share_of("of those the judge calls right, right by eye", eye, said, groups, BARS["right"]),
+        _share_of("of those it calls wrong, wrong by eye", ~eye, ~said, groups, BARS["wrong"]),
         "",
         "| | judge: right | judge: wrong |",
         "|---|---|---|",
         f"| eye: right | {(eye & said).sum()} | {(eye & ~said).sum()} |",
         f"| eye: wrong | {(~eye & said).sum()} | {(~eye & ~said).sum()} |",
     ]
+
+
+def _share_of(what: str, hits: np.ndarray, among: np.ndarray, groups: Sequence[str] | None, bar: str) -> str:
+    """The share of hits among some of the images, with an interval over groups if there are groups."""
+    count, total = int((hits & among).sum()), int(among.sum())
+    if groups is None or total == 0:
+        return _share(what, count, total, bar)
+    value, low, high = bootstrap(hits & among, among, groups)
+    return f"| {what} | {value:.3f} ({low:.3f} to {high:.3f}, n = {total}) | {bar} |"
 
 
 def _share(what: str, count: int, total: int, bar: str) -> str:
@@ -192,44 +323,75 @@ def _share(what: str, count: int, total: int, bar: str) -> str:
 @app.command()
 def draw(
     folder: Folder = Path("work/audit"),
-    pairs: Annotated[int, typer.Option(help="Number of prompts with two entities, each drawn by every method.")] = 76,
-    singles: Annotated[int, typer.Option(help="Number of single things, without guidance.")] = 100,
-    methods: Annotated[str, typer.Option(help="Comma-separated, as in `elakit sweep`.")] = ",".join(METHODS),
+    pairs: Annotated[
+        int, typer.Option(help="Number of prompts with two entities, each generated with every method.")
+    ] = PAIRS,
+    singles: Annotated[int, typer.Option(help="Number of prompts with one entity, without guidance.")] = SINGLES,
+    methods: Annotated[str, typer.Option(help="Comma-separated methods, as in `elakit sweep`.")] = ",".join(METHODS),
     first_seed: Annotated[int, typer.Option(help="Seed of the first prompt; the next ones follow, below 1,000.")] = (
         FIRST_SEED
     ),
 ) -> None:
-    """Generate images, number them in random order, and write sheets and an empty label file."""
+    """Generate images, number them in random order, and write sheets and an empty label file.
+
+    The images are kept as they are made: after an interruption, the same command continues.
+    """
     if not 0 <= first_seed < 1000:
         raise SettingError(f"The first seed is {first_seed}; audits use seeds from 0 to 999.")
     if (folder / "labels.csv").exists():
-        raise SettingError(f"{folder} holds labels already. Choose another folder, or move labels.csv away.")
-    jobs = [(prompt, "plain", seed) for prompt, seed in _prompts(single_prompts(), singles, first_seed)]
-    chosen = [name.strip() for name in methods.split(",")]
-    jobs += [(p, method, s) for p, s in _prompts(suite("attend-and-excite"), pairs, first_seed) for method in chosen]
-    order = np.random.default_rng(first_seed).permutation(len(jobs))
+        raise SettingError(f"{folder} already contains labels. Choose another folder, or move labels.csv away.")
+    jobs = plan(pairs, singles, [name.strip() for name in methods.split(",")], first_seed)
+    key = {str(number): dict(zip(ORIGIN[1:], job, strict=True)) for number, job in enumerate(jobs, 1)}
+    if (folder / "key.json").exists() and json.loads((folder / "key.json").read_text(encoding="utf-8")) != key:
+        raise SettingError(f"{folder} holds images of another draw. Choose another folder, or delete this one.")
+    for name in ("images", "sheets"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    write_file(folder / "key.json", json.dumps(key, indent=1).encode())
     pipe = elakit.load("picture-world")
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    key, images = {}, []
-    for number, i in enumerate(tqdm(order, unit="image"), 1):
-        prompt, method, seed = jobs[i]
+    paths = [folder / "images" / f"{number:04d}.png" for number in range(1, len(jobs) + 1)]
+    for path, (prompt, method, seed) in zip(tqdm(paths, unit="image"), jobs, strict=True):
+        if path.exists():
+            continue
         unit = Unit("picture-world", prompt, (seed,), method=method)
         run = generate(pipe, prompt, seed=seed, guidance=unit.guidance(), record=False, progress=False)
-        run.image.save(folder / "images" / f"{number:04d}.png")
-        key[number] = {"prompt": prompt, "method": method, "seed": int(seed)}
-        images.append((number, prompt, run.image))
-    write_file(folder / "key.json", json.dumps(key, indent=1).encode())
-    for start in range(0, len(images), SHEET[0] * SHEET[1]):
-        page = images[start : start + SHEET[0] * SHEET[1]]
-        (folder / "sheets").mkdir(exist_ok=True)
-        sheet(page).save(folder / "sheets" / f"{page[0][0]:04d}-{page[-1][0]:04d}.png")
-    lines = [",".join(COLUMNS), *(f"{number}" + "," * (len(COLUMNS) - 1) for number, _, _ in images)]
-    write_file(folder / "labels.csv", ("\n".join(lines) + "\n").encode())
-    print(f"{len(images)} images in {folder}. Look at {folder / 'sheets'} and fill in {folder / 'labels.csv'}.")
+        content = io.BytesIO()
+        run.image.save(content, "png")
+        write_file(path, content.getvalue())
+    per_sheet = SHEET[0] * SHEET[1]
+    for start in range(0, len(jobs), per_sheet):
+        stop = min(start + per_sheet, len(jobs))
+        page = sheet([(i + 1, jobs[i][0], Image.open(paths[i]).convert("RGB")) for i in range(start, stop)])
+        page.save(folder / "sheets" / f"{start + 1:04d}-{stop:04d}.png")
+    _write(folder / "labels.csv", COLUMNS, ([number] + [""] * (len(COLUMNS) - 1) for number in range(1, len(jobs) + 1)))
+    print(f"{len(jobs)} images in {folder}. Look at {folder / 'sheets'} and fill in {folder / 'labels.csv'}.")
+
+
+def plan(
+    pairs: int = PAIRS, singles: int = SINGLES, methods: Sequence[str] = METHODS, first_seed: int = FIRST_SEED
+) -> list[tuple[str, str, int]]:
+    """Prompt, method and seed of every image, in the order of the images' numbers.
+
+    Parameters
+    ----------
+    pairs, singles : int
+        Number of prompts with two entities, each for every method, and of prompts with one entity, without guidance.
+    methods : sequence of str
+        "plain" and names in `elakit.guidance.METHODS`.
+    first_seed : int
+        Seed of the first prompt; the next ones follow, below 1,000.
+    """
+    jobs = [(prompt, "plain", seed) for prompt, seed in _prompts(single_prompts(), singles, first_seed)]
+    jobs += [(p, method, s) for p, s in _prompts(suite("attend-and-excite"), pairs, first_seed) for method in methods]
+    return [jobs[i] for i in np.random.default_rng(first_seed).permutation(len(jobs))]
+
+
+def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    lines = [",".join(columns), *(",".join(map(str, row)) for row in rows)]
+    write_file(path, ("\n".join(lines) + "\n").encode())
 
 
 def single_prompts() -> list[str]:
-    """Every noun as drawn and in every color."""
+    """Prompts of single entities: every noun without a color and in every color."""
     return [f"a {color} {noun}" if color else f"a {noun}" for noun in NOUNS for color in (None, *COLORS)]
 
 
@@ -241,15 +403,34 @@ def _prompts(prompts: Sequence[str], count: int, first_seed: int) -> list[tuple[
 
 
 def sheet(images: Sequence[tuple[int, str, Image.Image]]) -> Image.Image:
-    """Numbered images with their prompts, and nothing that tells how they were made or judged."""
+    """Sheet of numbered images with their prompts, without methods and verdicts."""
     columns, rows = SHEET[0], -(-len(images) // SHEET[0])
-    page = Image.new("RGB", (columns * (SIDE + 8), rows * (SIDE + 22)), "white")
-    pen = ImageDraw.Draw(page)
+    page = Image.new("RGB", (columns * (SIDE + 8), rows * (SIDE + 26)), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
     for i, (number, prompt, image) in enumerate(images):
-        x, y = i % columns * (SIDE + 8) + 4, i // columns * (SIDE + 22) + 18
-        page.paste(image.resize((SIDE, SIDE), Image.Resampling.NEAREST), (x, y))
-        pen.text((x, y - 15), f"{number}: {prompt}", fill="black")
+        x, y = i % columns * (SIDE + 8) + 4, i // columns * (SIDE + 26) + 22
+        page.paste(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (x, y))
+        pen.text((x, y - 20), f"{number}: {prompt}", fill="black", font=font)
     return page
+
+
+@app.command("judge")
+def judge_images(folder: Folder = Path("work/audit")) -> None:
+    """Judge the images with the judge of this checkout, and write verdicts.csv."""
+    try:
+        key = json.loads((folder / "key.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingError(f"Cannot read the images of {folder}: {error}. Run `draw` first.") from error
+    pipe = elakit.load("picture-world")
+    rows, different = [], set()
+    for number, made in tqdm(key.items(), unit="image", leave=False):
+        prompt = elakit.parse(made["prompt"], pipe)
+        image = Image.open(folder / "images" / f"{int(number):04d}.png").convert("RGB")
+        different.add(image.tobytes())
+        verdict = Label.of(judge(image, prompt), prompt)
+        rows.append((number, *(made[name] for name in ORIGIN[1:]), *verdict.values()))
+    _write(folder / "verdicts.csv", (*ORIGIN, *COLUMNS[1:]), rows)
+    print(f"{len(rows)} verdicts on {len(different)} different images in {folder / 'verdicts.csv'}.")
 
 
 @app.command()
@@ -257,40 +438,81 @@ def agree(
     folder: Folder = Path("work/audit"),
     labels: Annotated[Path | None, typer.Option(help="Label file; by default labels.csv in the folder.")] = None,
 ) -> None:
-    """Judge the images now, and compare with the labels."""
-    found = read_labels(labels or folder / "labels.csv")
-    key = {int(number): row for number, row in json.loads((folder / "key.json").read_text(encoding="utf-8")).items()}
-    if unknown := set(found) - set(key):
+    """Compare the labels with the verdicts that `judge` wrote."""
+    found, verdicts = read_labels(labels or folder / "labels.csv"), read_verdicts(folder / "verdicts.csv")
+    if unknown := set(found) - set(verdicts):
         raise SettingError(f"The labels name images that are not in {folder}: {sorted(unknown)[:5]}.")
     if not found:
         raise SettingError(f"No image is labeled yet. Fill in {labels or folder / 'labels.csv'}.")
-    pipe = elakit.load("picture-world")
-    pairs: list[tuple[str, Label, Verdict]] = []
-    singles: list[Label] = []
-    for number, label in tqdm(sorted(found.items()), unit="image", leave=False):
-        prompt = elakit.parse(key[number]["prompt"], pipe)
-        if len(label.nameable) != len(prompt.entities):
+    for number, label in found.items():
+        if len(label.nameable) != len(verdicts[number].label.nameable):
             raise SettingError(
-                f"Image {number} shows {key[number]['prompt']!r}: {len(prompt.entities)} entities, but "
-                f"{len(label.nameable)} are labeled."
+                f"Image {number} shows {verdicts[number].prompt!r}: {len(verdicts[number].label.nameable)} entities, "
+                f"but {len(label.nameable)} are labeled."
             )
-        if len(prompt.entities) == 1:
-            singles.append(label)
-            continue
-        image = Image.open(folder / "images" / f"{number:04d}.png").convert("RGB")
-        pairs.append((key[number]["method"], label, judge(image, prompt)))
+    singles = {number: label for number, label in found.items() if len(label.nameable) == 1}
+    pairs = {number: label for number, label in found.items() if number not in singles}
     print("| what | measured | wanted |\n|---|---|---|")
     if singles:
-        print(_share("single things: nameable", sum(all(s.nameable) for s in singles), len(singles), BARS["single"]))
-        print(_share("single things: nameable and in their color", sum(s.right for s in singles), len(singles), ""))
-    for method in dict.fromkeys(method for method, _, _ in pairs):
-        rows = [(label, verdict) for name, label, verdict in pairs if name == method]
-        print(_share(f"{method}: right by eye", sum(label.right for label, _ in rows), len(rows), ""))
-        print(_share(f"{method}: right by the judge", sum(v.success for _, v in rows), len(rows), ""))
-    if pairs:
-        print("\n".join(agreement([p[1].right for p in pairs], [p[2].success for p in pairs])))
-        hybrids = [(label.hybrid, verdict.mixture) for _, label, verdict in pairs]
-        print(f"\nCohen's kappa of hybrids: {kappa(*zip(*hybrids, strict=True)):.3f}")
+        by_judge = [verdicts[number].label for number in singles]
+        for who, seen, bar in (("eye", list(singles.values()), BARS["single"]), ("the judge", by_judge, "")):
+            print(_share(f"single things: nameable by {who}", sum(all(s.nameable) for s in seen), len(seen), bar))
+            print(_share(f"single things: right by {who}", sum(s.right for s in seen), len(seen), ""))
+    for method in dict.fromkeys(verdicts[number].method for number in pairs):
+        chosen = [number for number in pairs if verdicts[number].method == method]
+        print(_share(f"{method}: right by eye", sum(pairs[n].right for n in chosen), len(chosen), ""))
+        print(_share(f"{method}: right by the judge", sum(verdicts[n].label.right for n in chosen), len(chosen), ""))
+    if not pairs:
+        return
+    said = {number: verdicts[number].label for number in pairs}
+    prompts = [verdicts[number].prompt for number in pairs]
+    print("\n".join(agreement([p.right for p in pairs.values()], [v.right for v in said.values()], prompts)))
+    print("\n" + "\n".join(columns(list(pairs.values()), list(said.values()))))
+    print("\n" + "\n".join(_nouns({number: verdicts[number].prompt for number in pairs}, pairs, said)))
+    print("\n| images of pairs | reason | number | images |\n|---|---|---|---|")
+    for what, wrong, right in (
+        ("judge: right, eye: wrong", pairs, said),
+        ("judge: wrong, eye: right", said, pairs),
+    ):
+        for fault in FAULTS:
+            numbers = [n for n in sorted(pairs) if right[n].right and fault in wrong[n].faults]
+            print(f"| {what} | {fault} | {len(numbers)} | {', '.join(map(str, numbers))} |")
+
+
+def _nouns(prompts: Mapping[int, str], eye: Mapping[int, Label], said: Mapping[int, Label]) -> list[str]:
+    """Rows of a Markdown table: how many entities of each noun are nameable by eye and found by the judge."""
+    counts: dict[str, np.ndarray] = {}
+    for number, prompt in prompts.items():
+        for i, entity in enumerate(re.split(" and | with ", prompt)):
+            row = (1, eye[number].nameable[i], said[number].nameable[i])
+            counts[entity.split()[-1]] = counts.get(entity.split()[-1], 0) + np.array(row, int)
+    ordered = sorted(counts.items(), key=lambda item: (item[1][1] / item[1][0], item[0]))
+    return [
+        "| noun in images of pairs | entities | nameable by eye | found by the judge |",
+        "|---|---|---|---|",
+        *(f"| {noun} | {total} | {seen} | {found} |" for noun, (total, seen, found) in ordered),
+    ]
+
+
+@app.command()
+def repeat(
+    first: Annotated[Path, typer.Argument(help="Label file.")],
+    second: Annotated[
+        Path, typer.Argument(help="Labels of some of the same images, made without a look at the first.")
+    ],
+) -> None:
+    """Compare two sets of labels of the same images: the ceiling for the agreement with any judge."""
+    one, two = read_labels(first), read_labels(second)
+    both = [number for number in two if number in one]
+    if not both:
+        raise SettingError(f"No image is labeled in both {first} and {second}. Label some images of the one again.")
+    for name, chosen in (
+        ("pairs", [n for n in both if len(one[n].nameable) == 2]),
+        ("single things", [n for n in both if len(one[n].nameable) == 1]),
+    ):
+        if chosen:
+            print(f"{len(chosen)} {name}\n")
+            print("\n".join(columns([one[n] for n in chosen], [two[n] for n in chosen])) + "\n")
 
 
 if __name__ == "__main__":

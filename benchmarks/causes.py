@@ -1,13 +1,13 @@
-"""Known causes of failures and the causes that elakit reports: ``python -m benchmarks.causes report``.
+"""Accuracy of the causes that elakit reports, on failures with known causes: ``python -m benchmarks.causes report``.
 
-A case starts from a prompt and a seed whose image is right. Then a cause is planted, by an edit of the attention or of
-the text encoder's states. The case counts if the image of the same seed is wrong with it, so that the planted cause is
-the reason. `elakit.causes.find` receives the changed run without further information. Null cases are runs whose image
-is right, and right runs whose image was replaced by that of another prompt: the image is wrong, but the attention is
-not.
+A case starts from a prompt and a seed whose image is right. Then a cause is planted by an edit of the attention or of
+the states of the text encoder. The case counts if the image of the same seed is then wrong, so that the planted cause
+is the reason. `elakit.causes.find` receives the changed run without further information. Null cases are runs whose
+image is right, and right runs whose image was replaced by that of another prompt: the image is wrong, but the attention
+is not.
 
 Thresholds are chosen (``--split calibrate``) on other pairs of nouns and other seeds than those of the report. Run
-``draw`` first. It stores runs in ``work/benchmarks/causes`` as they are complete, and resumes after an interruption.
+``draw`` first, which stores each run in ``work/benchmarks/causes`` when it is complete. The same command resumes it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ SEEDS = {"calibrate": range(5000, 5004), "report": range(6000, 6004)}
 PROMPTS = {"calibrate": (8, 6), "report": (9, 7)}
 # Words outside picture-world's training vocabulary.
 STRANGE = ("zebra", "piano", "robot", "wolf", "teapot", "umbrella", "penguin", "guitar", "castle", "camel", "violin")
+
+Split = Annotated[str, typer.Option(help=f"Split of prompts and seeds: {' or '.join(SEEDS)}.")]
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
@@ -65,7 +67,8 @@ class Plant:
     colored : bool
         True if both entities need a color of their own.
     make : callable
-        (pipe, right run) -> context in which the run is repeated, and the planted cause.
+        Function of a pipeline and a right run that returns the context in which the run is repeated with the cause, and
+        the planted cause.
     """
 
     name: str
@@ -181,7 +184,7 @@ PLANTS = (
     Plant("start-of-text raised", False, start_raised),
     Plant("start-of-text raised at the noun's location", False, start_raised_there),
     Plant("noun attends to two corners", False, noun_split),
-    Plant("nouns swapped halfway through the run", False, nouns_swapped),
+    Plant("nouns swapped after a third of the steps", False, nouns_swapped),
     Plant("text state zeroed", False, state_zeroed),
     Plant("text state of the other noun", False, state_replaced),
     Plant("text state with the other entity's color", True, state_leaked),
@@ -242,7 +245,7 @@ def prompts(split: str) -> Iterator[tuple[bool, str]]:
 
 
 @app.command()
-def draw(split: str = "report") -> None:
+def draw(split: Split = "report") -> None:
     """Generate the runs of a split; existing ones are kept."""
     pipe = elakit.load("picture-world")
     left = {True: PROMPTS[split][0], False: PROMPTS[split][1]}
@@ -337,8 +340,11 @@ def _case(pipe: Any, plant: str, truth: Truth, run: elakit.Run) -> Case:
 
 
 @app.command()
-def report(split: str = "report", verbose: bool = False) -> None:
-    """Report the causes of the runs of `draw`; print the share of correct ones and the confusion matrix."""
+def report(
+    split: Split = "report",
+    verbose: Annotated[bool, typer.Option(help="Also print each case that is not identified correctly.")] = False,
+) -> None:
+    """Find the causes of the runs of `draw`, and print the share of correct ones and the confusion matrix."""
     found = list(cases(split))
     counted = [case for case in found if case.failed or case.plant == "nothing"]
     names = dict.fromkeys(case.plant for case in found)

@@ -21,7 +21,7 @@ app = typer.Typer(add_completion=False)
 
 
 def ways(pipe: Any, steps: int, side: int) -> dict[str, Callable[[], Any]]:
-    """Return the runs to measure, by name."""
+    """Return functions that make the runs to measure, by name of the run."""
     settings: dict[str, Any] = {"seed": 0, "steps": steps, "height": side, "width": side, "progress": False}
 
     def run(**options: Any) -> Callable[[], Any]:
@@ -38,14 +38,14 @@ def ways(pipe: Any, steps: int, side: int) -> dict[str, Callable[[], Any]]:
 
 @app.command()
 def main(
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
-    repeats: Annotated[int, typer.Option(help="Runs of each way, in turns; the median is printed.")] = 3,
-    dtype: Annotated[str, typer.Option(help="Precision of the model.")] = "float16",
+    steps: Annotated[int, typer.Option(help="Number of denoising steps.")] = 20,
+    repeats: Annotated[int, typer.Option(help="Number of runs of each kind, in turn; medians are printed.")] = 3,
+    dtype: Annotated[str, typer.Option(help=f"Data type of the model: {', '.join(DTYPES)}.")] = "float16",
     thin: Annotated[
-        bool, typer.Option(help="Keep layers, heads and maps, with few channels: for a quick test.")
+        bool, typer.Option(help="Use few channels per layer, with the same layers, heads and maps, for a quick test.")
     ] = False,
 ) -> None:
-    """Print the cost of recording and of guidance beside the plain run."""
+    """Print the cost of recording and of guidance, compared with the plain run."""
     if not torch.cuda.is_available():
         print("No CUDA device on this machine; nothing was measured.")
         return

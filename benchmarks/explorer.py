@@ -67,11 +67,11 @@ class Shape:
     Attributes
     ----------
     steps, layers : int
-        The layers are spread over the map sizes and the two sides of a UNet.
+        Numbers of steps and of layers, which are distributed over the map sizes and over encoder and decoder.
     sides : tuple of int
         Sides of the maps, in locations.
     heads : int
-        1 for the mean of heads.
+        Number of heads; 1 stands for the mean of heads.
     """
 
     steps: int = 50
@@ -254,12 +254,14 @@ def main(
     images: Annotated[
         Path | None, typer.Option(help="Only write explorer-light.png and explorer-dark.png to this folder.")
     ] = None,
-    keep: Annotated[Path | None, typer.Option(help="Folder for the pages.")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder in which the pages are kept. Default: none is kept.")
+    ] = None,
     browse: Annotated[
         bool, typer.Option(help="Measure the first view and the frame rate in headless Chromium.")
     ] = True,
 ) -> None:
-    """Print the table."""
+    """Measure the data volume and the frame rate of the explorer, and print them as a table."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if images:
         if chromium is None:

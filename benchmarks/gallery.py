@@ -23,7 +23,7 @@ PROMPT, SEED = "a [green apple] and a [red car]", 0
 METHODS = ["plain", "ela", "regional-attention", "ebama", "conform"]
 PAIRS = ("a green apple and a red car", "a red car and a blue bird", "a bear and a blue clock")
 SEEDS = [1, 3, 5, 7]
-SUITE, PROMPTS = "attend-and-excite", 12
+SUITE, PROMPTS, SWEEP_SEEDS = "attend-and-excite", 12, [1]
 
 
 def figures(folder: Path) -> Iterator[tuple[str, go.Figure]]:
@@ -66,7 +66,7 @@ def pairs(pipe: Any) -> go.Figure:
 def swept(folder: Path) -> Path:
     """Return the folder of a small sweep, after generating its missing units."""
     prompts = {SUITE: sweep.spread(sweep.suite(SUITE), PROMPTS)}
-    sweep.run(sweep.plan(prompts, seeds=[1], methods=METHODS), folder)
+    sweep.run(sweep.plan(prompts, seeds=SWEEP_SEEDS, methods=METHODS), folder)
     return folder
 
 
@@ -81,10 +81,12 @@ def shown_at(figure: go.Figure, frame: int) -> go.Figure:
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = ROOT / "docs" / "gallery",
-    folder: Annotated[Path, typer.Option("--sweep", help="Folder of the sweep.")] = ROOT / "work" / "gallery-sweep",
-    only: Annotated[str, typer.Option(help="Part of the names of the figures to make.")] = "",
+    folder: Annotated[Path, typer.Option("--sweep", help="Folder of the small sweep, which is resumed.")] = (
+        ROOT / "work" / "gallery-sweep"
+    ),
+    only: Annotated[str, typer.Option(help="Write only the figures whose names contain this text.")] = "",
 ) -> None:
-    """Write the images, and print the size of each."""
+    """Write images of all figures, and print the size of each."""
     out.mkdir(parents=True, exist_ok=True)
     with open_page() as page:
         for name, figure in figures(folder):

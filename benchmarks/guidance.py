@@ -35,7 +35,7 @@ PROMPT = "a [red car] and a [blue bird]"
 HALF = 0.501  # share of guided steps; guides the step of a one-step run too, with which kept bytes are counted
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 app = typer.Typer(add_completion=False)
-Tiny = Annotated[bool, typer.Option(help="The same layers with few channels, as a quick check of this script.")]
+Tiny = Annotated[bool, typer.Option(help="Use few channels per layer, for a quick check of this script.")]
 Side = Annotated[int, typer.Option(help="Side of the image in pixels.")]
 
 
@@ -82,7 +82,7 @@ def of_diffusers(pipe: Any) -> Any:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one way of guiding.
+    """Cost of one kind of guidance.
 
     Attributes
     ----------
@@ -102,7 +102,7 @@ class Cost:
 
 
 def costs(tiny: bool = False, size: int = 512) -> tuple[int, dict[str, Cost]]:
-    """Operations of a plain step, and the cost of each way of guiding, in single precision; nothing is computed.
+    """Operations of a plain step, and the cost of each kind of guidance, in single precision; nothing is computed.
 
     The sum of squares of the maps stands for ELA's loss, whose own operations are negligible.
     """
@@ -169,11 +169,16 @@ def count(tiny: Tiny = False, size: Side = 512) -> None:
 @app.command("time")
 def take_time(
     tiny: Tiny = False,
-    steps: Annotated[int, typer.Option(help="Denoising steps; half of them are guided.")] = 50,
+    steps: Annotated[int, typer.Option(help="Number of denoising steps; half of them are guided.")] = 50,
     size: Side = 512,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="By default bfloat16 on cuda, else float32.")] = None,
-    repeats: Annotated[int, typer.Option(help="Runs of each way, alternately; medians are printed.")] = 3,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Data type of the model: {', '.join(DTYPES)}. Default: bfloat16 on a GPU, float32 on a CPU."
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Number of runs of each kind, in turn; medians are printed.")] = 3,
 ) -> None:
     """Measure time, extra peak memory and kept activations of guided runs and of the plain run."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -32,7 +32,7 @@ THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 
 
 def main(folder: Annotated[Path, typer.Argument(help="Folder for the images.")] = Path("docs")) -> None:
-    """Take the screenshots."""
+    """Write screenshots of the live panel in light and dark mode."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     with tempfile.TemporaryDirectory() as temporary:

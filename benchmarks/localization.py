@@ -1,10 +1,8 @@
-"""How well each localization rule reproduces the regions of ELA's method figure.
+"""Agreement of localization rules with the regions in ELA's method figure: ``python -m benchmarks.localization``.
 
-    python -m benchmarks.localization
-
-prints the regression that restores the figure's raw scale, the agreement (IoU) of every differentiation x
-binarization rule with the figure's two masks, and the interval of thresholds in which the default rule meets
-the bar of IoU .79 (cat) and .90 (frog).
+Prints the regression that restores the raw scale of the figure's maps, the agreement (IoU) of every combination of
+differentiation and binarization with the two masks of the figure, and the interval of thresholds in which the default
+rule has an IoU of at least .79 (cat) and .90 (frog).
 """
 
 from __future__ import annotations
@@ -24,10 +22,20 @@ BAR = (0.79, 0.90)
 
 @dataclass(frozen=True)
 class Figure:
-    """The figure's maps on the raw scale, in units of start-of-text's range.
+    """Maps and masks of the paper's figure, with maps on the raw scale, in units of the range of start-of-text.
 
-    maps (entity, y, x); sot (y, x); masks bool (entity, y, x); coefficients (intercept, cat, frog) and r2 of
-    the regression.
+    Attributes
+    ----------
+    maps : ndarray, (entity, y, x)
+        Maps of the entities.
+    sot : ndarray, (y, x)
+        Map of start-of-text.
+    masks : ndarray, bool, (entity, y, x)
+        Regions of the entities.
+    coefficients : ndarray, (3,)
+        Coefficients of the regression: intercept, cat and frog.
+    r2 : float
+        Coefficient of determination of the regression.
     """
 
     maps: np.ndarray
@@ -40,10 +48,10 @@ class Figure:
 def load_figure(folder: Path = PAPER) -> Figure:
     """Read the digitized figure and restore the raw scale of its maps.
 
-    Every map is displayed min-max scaled. Attention of a place sums to 1 over tokens, so the start-of-text
-    map is a constant minus the entities' raw maps (the other words hold next to nothing). Least squares on
-    the displayed maps therefore gives, with sign reversed, each entity's raw range in units of
-    start-of-text's range. The lowest raw values are lost, and taken as 0.
+    Every map is displayed with its minimum and maximum scaled to 0 and 1. The attention at a location sums to 1 over
+    the tokens, so the map of start-of-text is a constant minus the raw maps of the entities (other words receive hardly
+    any attention). Least squares on the displayed maps therefore gives, with reversed sign, the raw range of each
+    entity's map in units of the range of start-of-text. The raw minima are unknown and taken as 0.
     """
 
     def read(name: str) -> np.ndarray:
@@ -59,7 +67,7 @@ def load_figure(folder: Path = PAPER) -> Figure:
 
 
 def meeting(figure: Figure, differentiation: Differentiation, step: float = 0.0005) -> list[tuple[float, float]]:
-    """Intervals of the background threshold in which both IoUs reach the bar."""
+    """Intervals of the background threshold in which both IoUs reach those in `BAR`."""
     runs: list[tuple[float, float]] = []
     for k in range(40, 600):
         t = k * step
@@ -72,6 +80,7 @@ def meeting(figure: Figure, differentiation: Differentiation, step: float = 0.00
 
 
 def main() -> None:
+    """Print the regression, the agreement of all rules, and the intervals of thresholds."""
     figure = load_figure()
     a, cat, frog = figure.coefficients
     print(f"start-of-text = {a:.3f} {cat:+.3f} cat {frog:+.3f} frog   (R^2 = {figure.r2:.3f})\n")

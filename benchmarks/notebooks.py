@@ -1,7 +1,7 @@
-"""Every notebook in JupyterLab: ``python -m benchmarks.notebooks``, or with parts of the names of some.
+"""Runs of all notebooks in JupyterLab: ``python -m benchmarks.notebooks``, or with parts of names to select some.
 
 Opens each notebook in headless Chromium, runs it there, and prints the duration, exceptions, console errors and
-requests to other hosts than localhost. Exits with status 1 if there are any of these.
+requests to other hosts than localhost. The exit status is 1 if there is an exception, an error or such a request.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
 def main(
-    names: Annotated[list[str] | None, typer.Argument(help="Parts of the names of notebooks; by default all.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Run only notebooks whose names contain one of these texts.")
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Time limit per notebook, in seconds.")] = 600,
     images: Annotated[Path | None, typer.Option(help="Folder for a screenshot of each notebook.")] = None,
 ) -> None:
-    """Run the notebooks and print one row for each."""
+    """Run notebooks in JupyterLab, and print one row for each."""
     chosen = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if not names or any(n in path.name for n in names)]
     wrong = False
     print(

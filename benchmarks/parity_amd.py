@@ -1,8 +1,8 @@
-"""Maps, time and memory of elakit beside attention-map-diffusers 1.0, on every family that elakit records.
+"""Maps, time and memory of elakit and attention-map-diffusers 1.0 (AMD), on every family that elakit records.
 
 Both record the attention of the image to the text, of every head, layer and step, from the same noise: elakit to the
-prompt's words, attention-map-diffusers to all positions. The maps of the words are compared. The pipelines are those of
-the tests: real classes with random weights, a few channels wide. Families that attention-map-diffusers refuses are
+words of the prompt, attention-map-diffusers to all positions. The maps of the words are compared. The pipelines are
+those of the tests: real classes with random weights and few channels. Families that attention-map-diffusers refuses are
 listed below the table with its message. From the root of the repository, in an environment with elakit and its test
 dependencies::
 
@@ -60,12 +60,12 @@ TOLERANCE = 1e-5
 
 
 def main() -> int:
-    """Print a row per family; 1 if any maps differ by more than the tolerance."""
+    """Print one row per family, and return 1 if any maps differ by more than `TOLERANCE`, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=128, help="height and width of the images in pixels")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--family", choices=FAMILIES, action="append")
+    parser.add_argument("--steps", type=int, default=4, help="number of denoising steps")
+    parser.add_argument("--repeats", type=int, default=5, help="number of runs of each kind, in turn")
+    parser.add_argument("--family", choices=FAMILIES, action="append", help="family to measure; by default all")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     print(f"{options.steps} steps, {options.side} pixels, float32 on {machine('cpu')}; ", end="")

@@ -1,4 +1,4 @@
-"""The figures of the built-in model's card: ``python -m benchmarks.picture_world all``, or one part of it.
+"""Numbers in the card of picture-world: ``python -m benchmarks.picture_world all``, or one of its parts.
 
 Every part prints rows of a Markdown table with 95% Wilson intervals. Verdicts on generated images are kept in
 ``work/benchmarks``, so that an interrupted part is resumed; ``--fresh`` generates all images again.
@@ -45,30 +45,33 @@ from elakit.world.vocabulary import COLORS, NOUNS
 PARTS = ("vae", "judge", "singles", "pairs", "layout", "three", "words", "attention", "cost", "sheet")
 SEEDS = 4
 BATCH = 12
-# Of test scenes with one, two and three things: more crowded than the denoiser's, and the same whatever those are.
+# Shares of test scenes with one, two and three things. They do not follow the settings of the training scenes.
 SHARES = (0.6, 0.3, 0.1)
 STEPS, GUIDANCE_SCALE = EMBEDDED["picture-world"].steps, EMBEDDED["picture-world"].guidance_scale
 Out = Annotated[Path, typer.Option(help="Folder for verdicts and the contact sheet.")]
-Scale = Annotated[float, typer.Option(help="Of classifier-free guidance.")]
-Every = Annotated[int, typer.Option(help="Draw every n-th prompt only.")]
+Scale = Annotated[float, typer.Option(help="Classifier-free guidance scale.")]
+Every = Annotated[int, typer.Option(help="Use only every n-th prompt.")]
+Seeds = Annotated[int, typer.Option(help="Number of seeds, starting at 0.")]
+Fresh = Annotated[bool, typer.Option(help="Generate all images again.")]
+Scenes = Annotated[int, typer.Option(help="Number of composed scenes per test.")]
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 
 def show(what: str, hits: Any, bar: str = "") -> None:
-    """A row of the table: a share with its interval."""
+    """Print a row of the table: the share of true values in `hits`, with its interval."""
     hits = np.asarray(hits, bool)
     low, high = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
     print(f"| {what} | {hits.mean():.3f} ({low:.3f} to {high:.3f}, n = {len(hits)}) | {bar} |", flush=True)
 
 
 def test_world() -> World:
-    """World of picture-world, with `SHARES` of scenes."""
+    """World of the test scenes: that of picture-world, with the shares of scenes in `SHARES`."""
     return replace(read_config().world, entities=SHARES)
 
 
 def right(scene: Scene, image: Image.Image, pipe: Any) -> tuple[bool, list[tuple[str | None, str | None]]]:
-    """True if the judge finds exactly the scene's entities in their colors; and its (requested, found) colors."""
+    """True if the judge finds exactly the entities of a scene in their colors, and the (requested, found) colors."""
     verdict = judge(image, elakit.parse(" and ".join(f"a [{e.subject.words}]" for e in scene.entities), pipe))
     colors = [(c, verdict.colors[e]) for e, c in verdict.asked.items() if c and verdict.present[e]]
     return verdict.success and not verdict.extra, colors
@@ -81,12 +84,17 @@ def of_judge(scenes: list[Scene], pipe: Any) -> tuple[list[bool], list[bool]]:
 
 @app.command()
 def vae(
-    scenes: int = 200,
-    folder: Annotated[Path | None, typer.Option(help="Autoencoder to measure; by default the shipped one.")] = None,
-    against: Annotated[Path | None, typer.Option(help="Another one, measured on the same crops.")] = None,
+    scenes: Scenes = 200,
+    folder: Annotated[Path | None, typer.Option(help="Autoencoder to measure. Default: the built-in one.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Second autoencoder, which is measured on the same crops.")
+    ] = None,
     out: Out = Path("work/benchmarks"),
 ) -> None:
-    """Autoencoder: PSNR of crops of things at 25 to 50% of the side, a sheet, the judge's classes before and after."""
+    """Measure the autoencoder: PSNR of crops around things, and the judge's classes before and after it.
+
+    Crops are of things whose longer side is 25 to 50% of the scene's; a sheet of them is written, too.
+    """
     shipped = data_path("picture-world", "vae")
     models = {"autoencoder": folder or shipped} | ({"compared": against} if against else {})
     world = replace(test_world(), entities=(0.0, 0.5, 0.3, 0.2))
@@ -148,8 +156,8 @@ def _classes(seen: np.ndarray) -> set[int]:
 
 
 @app.command("judge")
-def judge_(scenes: int = 1000) -> None:
-    """Judge: new scenes, drawings of artists it never saw, colors, hybrids."""
+def judge_(scenes: Scenes = 1000) -> None:
+    """Measure the judge on new scenes, drawings of unseen artists, colors, hybrids and unrecognizable shapes."""
     pipe, world = elakit.load("picture-world"), test_world()
     rng = np.random.default_rng(9_000_000)
     whole, colors = of_judge([sample(world, rng) for _ in range(scenes)], pipe)
@@ -248,7 +256,7 @@ def verdicts(
 
 
 def _shift(verdict: Verdict) -> list[float] | None:
-    """From the first entity's center to the second's, in pixels (x, y); None unless both are there."""
+    """Vector from the center of the first entity to that of the second, in pixels (x, y); None if one is missing."""
     if len(verdict.entities) != 2 or not verdict.masks.any((1, 2)).all():
         return None
     first, second = (np.argwhere(mask).mean(0)[::-1] for mask in verdict.masks)
@@ -256,7 +264,7 @@ def _shift(verdict: Verdict) -> list[float] | None:
 
 
 def of_sweep(folder: Path) -> list[dict]:
-    """Verdicts of the plain images of `elakit sweep run --suite attend-and-excite`, as `verdicts` gives them."""
+    """Verdicts of the plain images of a sweep of the suite attend-and-excite, in the form of `verdicts`."""
     table = bench_table(folder).query("method == 'plain' and suite == 'attend-and-excite'")
     return [
         {
@@ -274,7 +282,7 @@ def of_sweep(folder: Path) -> list[dict]:
 def draw(
     pipe: Any, jobs: list[tuple[str, int]], neutral: bool = False, scale: float = GUIDANCE_SCALE
 ) -> list[Image.Image]:
-    """Images of (prompt, seed); `neutral` gives end-of-text and padding the states of an empty prompt."""
+    """Generate images of (prompt, seed); `neutral` gives end-of-text and padding the states of an empty prompt."""
     prompts = [prompt for prompt, _ in jobs]
     tokens = pipe.tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids
     states = pipe.text_encoder(tokens).last_hidden_state
@@ -293,13 +301,13 @@ def draw(
 
 @app.command()
 def singles(
-    seeds: int = SEEDS,
+    seeds: Seeds = SEEDS,
     out: Out = Path("work/benchmarks"),
-    fresh: bool = False,
+    fresh: Fresh = False,
     scale: Scale = GUIDANCE_SCALE,
     every: Every = 1,
 ) -> None:
-    """Single entities: 24 nouns, as drawn and in 11 colors."""
+    """Measure single entities: 24 nouns, without a color and in 11 colors."""
     rows = verdicts("singles", single_prompts()[::every], range(seeds), out, fresh, scale=scale)
     show(
         f"single entities, seeds 0 to {seeds - 1}, scale {scale:g}: noun and color right",
@@ -312,16 +320,16 @@ def singles(
 
 @app.command()
 def pairs(
-    seeds: int = SEEDS,
+    seeds: Seeds = SEEDS,
     out: Out = Path("work/benchmarks"),
-    fresh: bool = False,
+    fresh: Fresh = False,
     scale: Scale = GUIDANCE_SCALE,
     every: Every = 1,
     sweep: Annotated[
-        Path | None, typer.Option(help="Read verdicts of plain images from this sweep instead of drawing.")
+        Path | None, typer.Option(help="Folder of a sweep, whose plain images are used instead of new ones.")
     ] = None,
 ) -> None:
-    """The 276 prompts of Attend-and-Excite: success, and what the failures are."""
+    """Measure the 276 prompts of Attend-and-Excite: success, and kinds of failure."""
     if sweep is None:
         rows = verdicts("pairs", benchmark_prompts()[::every], range(seeds), out, fresh, scale=scale)
     else:
@@ -345,8 +353,8 @@ def pairs(
 
 
 @app.command()
-def layout(seeds: int = SEEDS, out: Out = Path("work/benchmarks"), fresh: bool = False, every: Every = 1) -> None:
-    """Layout of right plain images of "a X and a Y": centers mainly side by side, or one above the other."""
+def layout(seeds: Seeds = SEEDS, out: Out = Path("work/benchmarks"), fresh: Fresh = False, every: Every = 1) -> None:
+    """Measure the layout of right plain images of "a X and a Y": things side by side, or one above the other."""
     prompts = [prompt for prompt in benchmark_prompts()[::every] if " and " in prompt]
     rows = [r for r in verdicts("pairs", prompts, range(seeds), out, fresh) if r["success"] and r["shift"]]
     steep = np.array([abs(r["shift"][1]) / max(1e-6, abs(r["shift"][0])) for r in rows])
@@ -360,16 +368,16 @@ def layout(seeds: int = SEEDS, out: Out = Path("work/benchmarks"), fresh: bool =
 
 
 @app.command()
-def three(seeds: int = SEEDS, out: Out = Path("work/benchmarks"), fresh: bool = False) -> None:
-    """Prompts with three things: success."""
+def three(seeds: Seeds = SEEDS, out: Out = Path("work/benchmarks"), fresh: Fresh = False) -> None:
+    """Measure prompts with three things: success."""
     rows = verdicts("three", list(suite("three-entities")), range(seeds), out, fresh)
     show("three things: success", [r["success"] for r in rows], ">= .20")
     show("three things: all present", [r["present"] for r in rows])
 
 
 @app.command()
-def words(seeds: int = SEEDS, out: Out = Path("work/benchmarks"), fresh: bool = False, every: Every = 1) -> None:
-    """The words carry the meaning: end-of-text and padding replaced by an empty prompt's."""
+def words(seeds: Seeds = SEEDS, out: Out = Path("work/benchmarks"), fresh: Fresh = False, every: Every = 1) -> None:
+    """Measure images whose end-of-text and padding have the states of an empty prompt, so that only words matter."""
     prompts = benchmark_prompts()[::every]
     plain = verdicts("pairs", prompts, range(seeds), out, fresh)
     neutral = verdicts("neutral", prompts, range(seeds), out, fresh, neutral=True)
@@ -379,8 +387,11 @@ def words(seeds: int = SEEDS, out: Out = Path("work/benchmarks"), fresh: bool = 
 
 
 @app.command()
-def attention(count: int = 276, seed: int = 0) -> None:
-    """The noun's own decoder map at 16 x 16 (Otsu) against the judge's mask, on images that succeed."""
+def attention(
+    count: Annotated[int, typer.Option(help="Number of prompts, at most 276.")] = 276,
+    seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
+) -> None:
+    """Measure the IoU of the nouns' decoder maps at 16 x 16 (Otsu) and the judge's masks, on right images."""
     pipe = elakit.load("picture-world")
     found = []
     for text in tqdm(benchmark_prompts()[:: max(1, 276 // count)], unit="image", mininterval=10):
@@ -395,8 +406,8 @@ def attention(count: int = 276, seed: int = 0) -> None:
 
 
 @app.command()
-def cost(images: int = 5) -> None:
-    """Time of a recorded image, against a plain one in turn, and peak memory of the process."""
+def cost(images: Annotated[int, typer.Option(help="Number of images of each kind, in turn.")] = 5) -> None:
+    """Measure the time of a recorded image and of an image without recording, and peak memory of the process."""
     pipe = elakit.load("picture-world")
     pipe.set_progress_bar_config(disable=True)
     draw(pipe, [("a cat", 0)])
@@ -415,8 +426,11 @@ def cost(images: int = 5) -> None:
 
 
 @app.command()
-def scenes(out: Path = Path("work/benchmarks/scenes.png"), seed: int = 1_000_003) -> None:
-    """36 composed scenes, unpicked: 12 of one thing, 16 pairs, 5 of three and 3 of four things."""
+def scenes(
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("work/benchmarks/scenes.png"),
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 1_000_003,
+) -> None:
+    """Write a sheet of 36 random scenes without selection: 12 of one thing, 16 of two, 5 of three and 3 of four."""
     rng, page = np.random.default_rng(seed), Image.new("RGB", (6 * 128, 6 * 128))
     counts = rng.permutation([1] * 12 + [2] * 16 + [3] * 5 + [4] * 3)
     for i, count in enumerate(counts):
@@ -429,8 +443,10 @@ def scenes(out: Path = Path("work/benchmarks/scenes.png"), seed: int = 1_000_003
 
 
 @app.command()
-def sheet(out: Path = Path("work/benchmarks/contact_sheet.png")) -> None:
-    """36 images, seeds 0 to 35, unpicked: prompts of one, two and three things in turn."""
+def sheet(
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("work/benchmarks/contact_sheet.png"),
+) -> None:
+    """Write a sheet of 36 images from seeds 0 to 35 without selection: prompts with one, two and three things."""
     pipe = elakit.load("picture-world")
     pipe.set_progress_bar_config(disable=True)
     jobs = list(zip(sheet_prompts(), range(36), strict=True))
@@ -446,7 +462,7 @@ def sheet(out: Path = Path("work/benchmarks/contact_sheet.png")) -> None:
 
 
 def sheet_prompts() -> list[str]:
-    """18 single things (every noun before any comes again), 15 of the benchmark's pairs, 3 of three things."""
+    """Prompts of the sheet in random order: 18 of single things, 15 pairs of the benchmark and 3 of three things."""
     rng = np.random.default_rng(0)
     nouns = rng.permutation(NOUNS)
     single = [f"a {rng.choice(COLORS)} {n}" if i % 2 else f"a {n}" for i, n in enumerate(nouns[:18])]
@@ -458,8 +474,8 @@ def sheet_prompts() -> list[str]:
 
 
 @app.command("all")
-def all_(fresh: bool = False) -> None:
-    """Every part in a process of its own."""
+def all_(fresh: Fresh = False) -> None:
+    """Run all parts, each in a process of its own."""
     for part in PARTS:
         command = [sys.executable, "-m", "benchmarks.picture_world", part]
         subprocess.run(command + ["--fresh"] * (fresh and part in ("singles", "pairs", "three", "words")), check=True)

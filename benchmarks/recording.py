@@ -1,4 +1,4 @@
-"""Cost of recording on pipelines with random weights: time and memory depend on shapes alone.
+"""Cost of recording, on pipelines with random weights, because time and memory depend on shapes alone.
 
 ``python -m benchmarks.recording compare`` (the shapes of SD 1.5; of SDXL with ``--sdxl``) runs a pipeline plain and
 recorded, in turns, and prints time, extra peak memory and bytes per step, beside attention-map-diffusers if it is
@@ -41,7 +41,7 @@ def pipeline(sdxl: bool, thin: bool, device: str, dtype: torch.dtype) -> Any:
 
 @dataclass
 class Row:
-    """Runs of one way of recording: seconds, CPU seconds and peak bytes of each run, bytes per step, a remark."""
+    """Measurements of one kind of recording: seconds, CPU seconds and peak bytes of each run, bytes per step, note."""
 
     name: str
     around: Callable[[], AbstractContextManager[Any]]
@@ -100,15 +100,16 @@ def kept(recording: elakit.Recording) -> str:
 def compare(
     sdxl: Annotated[bool, typer.Option(help="Use the shapes of SDXL instead of SD 1.5.")] = False,
     thin: Annotated[
-        bool, typer.Option(help="Keep layers, heads and maps, with few channels: for a quick test.")
+        bool, typer.Option(help="Use few channels per layer, with the same layers, heads and maps, for a quick test.")
     ] = False,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
-    size: Annotated[int | None, typer.Option(help="Side of the image in pixels; by default that of the model.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda if it is available.")] = None,
+    steps: Annotated[int, typer.Option(help="Number of denoising steps.")] = 20,
+    size: Annotated[int | None, typer.Option(help="Side of the image in pixels. Default: the model's.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Precision of the model; by default float16 on cuda, else float32.")
+        str | None,
+        typer.Option(help=f"Data type of the model: {', '.join(DTYPES)}. Default: float16 on a GPU, float32 on a CPU."),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Runs of each way, in turns; the median is printed.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Number of runs of each kind, in turn; medians are printed.")] = 3,
 ) -> None:
     """Print time, extra peak memory and bytes per step of recorded runs beside those of the plain run."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -167,7 +168,7 @@ def agree(pipe: Any, generate: Callable[[int], Any]) -> str:
 
 
 def take_turns(rows: list[Row], generate: Callable[[int], Any], steps: int, repeats: int, device: str) -> None:
-    """Run every way in turns and fill in the rows."""
+    """Make all kinds of runs in turn, and fill in the rows."""
     images: dict[str, Any] = {}
     for turn in range(repeats):
         for row in rows:
@@ -191,14 +192,14 @@ def take_turns(rows: list[Row], generate: Callable[[int], Any], steps: int, repe
 
 @app.command()
 def stream(
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    steps: Annotated[int, typer.Option(help="Number of denoising steps.")] = 50,
     size: Annotated[int, typer.Option(help="Side of the image in pixels.")] = 1024,
 ) -> None:
-    """Write the maps of all tokens and all SDXL layers, head means, to a Zarr store; print host memory and opening
-    time.
+    """Measure the host memory of a recording to a Zarr store, and the time to open the store.
 
-    The UNet has the layers, heads and map sizes of SDXL, few channels, and self-attention that attends to the location
-    itself only: the cost of recording depends on layers, heads and map sizes alone.
+    The recording contains the maps of all tokens and all layers of SDXL, as means over heads. The U-Net has the layers,
+    heads and map sizes of SDXL, few channels, and self-attention of each location to itself only, because the cost of
+    recording depends on layers, heads and map sizes alone.
     """
     pipe = pipeline(True, True, "cpu", torch.float32)
     for name, module in pipe.unet.named_modules():

@@ -43,7 +43,7 @@ def spelling_tokenizer() -> Any:
 
 @dataclass
 class Row:
-    """Runs of one way: seconds, CPU seconds, peak bytes and latents of each run, and bytes kept in one run."""
+    """Measurements of one kind of run: seconds, CPU seconds, peak bytes and latents of each, and bytes kept in one."""
 
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
@@ -55,12 +55,18 @@ class Row:
 def main() -> None:
     """Print time, extra peak memory and kept bytes of traced runs beside those of the plain run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sdxl", action="store_true")
-    parser.add_argument("--thin", action="store_true")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float16" if torch.cuda.is_available() else "float32")
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--sdxl", action="store_true", help="use the shapes of SDXL instead of SD 1.5")
+    parser.add_argument("--thin", action="store_true", help="use few channels per layer, for a quick test")
+    parser.add_argument("--steps", type=int, default=20, help="number of denoising steps")
+    parser.add_argument("--repeats", type=int, default=3, help="number of runs of each kind, in turn")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda; default: cuda if available")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float16" if cuda else "float32",
+        help="data type of the model; default: float16 on a GPU, float32 on a CPU",
+    )
     options = parser.parse_args()
     pipe = pipeline(options.sdxl, options.thin, options.device, DTYPES[options.dtype], spelling_tokenizer())
 

@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def unet(sdxl: bool, thin: bool) -> UNet2DConditionModel:
-    """Build a UNet with the shapes of SD 1.5 or SDXL; ``thin``: the same layers, heads and map sizes, few channels."""
+    """Build a U-Net with the shapes of SD 1.5 or SDXL; `thin` keeps layers, heads and map sizes, with few channels."""
     if sdxl:
         return UNet2DConditionModel(
             sample_size=128,
@@ -73,7 +73,7 @@ def _fill(net: torch.nn.Module) -> None:
 
 
 def pipeline(sdxl: bool, thin: bool, device: str, dtype: torch.dtype, tokenizer: Any) -> Any:
-    """Build a pipeline with random weights around that UNet; its text encoders and autoencoder are small."""
+    """Build a pipeline with random weights and the U-Net of `unet`; its text encoders and autoencoder are small."""
     torch.manual_seed(0)
     with torch.device("meta"):
         net = unet(sdxl, thin).eval()

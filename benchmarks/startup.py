@@ -1,4 +1,4 @@
-"""Start-up cost: processor time of `import elakit` and `elakit --help`, beside NumPy and a small command line.
+"""Start-up cost: processor time of `import elakit` and `elakit --help`, compared with NumPy and a small command line.
 
 ``python -m benchmarks.startup`` starts each command several times in turn and prints medians of the processor time
 (user and system) and the two ratios: at most 3 for the import, at most 2 for the help.
@@ -43,7 +43,7 @@ def processor_time(command: list[str]) -> float:
 
 
 def main() -> None:
-    """Print medians and ratios."""
+    """Print medians of the processor times, and the two ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7, help="number of starts of each command")
     repeats = parser.parse_args().repeats

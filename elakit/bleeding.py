@@ -1,7 +1,6 @@
 """Bleeding of a run: all measures of its attention maps and regions, in one tidy table.
 
-:func:`measure` applies the functions of :mod:`elakit.measures` to every step. Notation: p_e is the map of entity e as a
-distribution over space (it sums to 1), R_f the region of entity f.
+:func:`measure` applies the functions of :mod:`elakit.measures` to every step.
 """
 
 from __future__ import annotations
@@ -47,16 +46,18 @@ class Bleeding:
     Attributes
     ----------
     leakage : DataArray, float (step, entity, region)
-        The leakage matrix of each step; the last region is "background" ("rest of the
-        image" if an entity is called background). Rows sum to 1.
+        Leakage matrix of each step, the share of each entity's attention in each region. The last region is
+        "background" ("rest of the image" if an entity is called background). Rows sum to 1.
     attribute_leakage : DataArray, float (step, attribute, region), or None
-        Leakage matrix of the attributes, in the regions of the entities; coordinate `owner` (attribute).
+        Leakage matrix of the attributes, in the regions of the entities, with the coordinate `owner` (attribute); None
+        without attributes.
     frame : DataFrame
         The table that :meth:`to_frame` copies.
     truth_leakage : DataArray, float (step, entity, region), or None
         Leakage matrix with the entities' masks in the finished image as regions; None if the image was not judged.
     attribute_truth_leakage : DataArray, float (step, attribute, region), or None
-        The same for attributes.
+        Leakage matrix of the attributes with these masks as regions; None without attributes, or if the image was not
+        judged.
     """
 
     leakage: xr.DataArray
@@ -71,8 +72,9 @@ class Bleeding:
         Returns
         -------
         DataFrame
-            Columns step, measure, entity, other, value. `entity` is the entity or attribute that is measured, `other`
-            the region, entity or owner that it is compared with; both are "" where a measure has none.
+            Columns step (counted from 0), measure, entity, other, value. `entity` is the label of the entity or
+            attribute that is measured, `other` that of the region, entity or owner (the entity of an attribute) with
+            which it is compared; both are "" for a measure that has none.
 
             ====================================  =============  ======  ===============
             measure                               entity         other   range
@@ -96,11 +98,11 @@ class Bleeding:
             start_mass, end_mass                                         0 to 1
             ====================================  =============  ======  ===============
 
-            Regions include "background". IoU, Dice and overlap coefficient compare the Otsu masks of two maps, Ruzicka
-            and A-STAR's overlap the maps as distributions; see :func:`measure`. The measures whose names contain
-            "truth", and pointing, compare attention with the finished image and are absent if it was not judged. For an
-            entity that is not in the image the first three are NaN (truth_auc also for an entity that fills the image)
-            and the leakage onto it is 0.
+            Regions include "background". IoU, Dice and overlap coefficient compare the Otsu masks of two maps; the
+            other measures of pairs compare the maps as distributions. The measures whose names contain "truth", and
+            pointing, compare attention with the finished image, and are absent if it was not judged. For an entity that
+            is not in the image, truth_iou, truth_auc and pointing are NaN and the leakage onto it is 0. If an entity
+            fills the image, its truth_auc is NaN.
         """
         return self.frame.copy()
 
@@ -181,20 +183,19 @@ def measure(
     Parameters
     ----------
     maps : DataArray, (step, token, y, x)
-        Raw attention to the entities, as ``recording.maps("entities")`` returns it; labels along token are the
-        entities'.
+        Raw attention to the entities, as ``recording.maps("entities")`` returns it. The labels along token are those of
+        the entities.
     regions : DataArray, bool (step, entity, y, x), or (entity, y, x) for every step, or Regions
-        Disjoint regions of the same entities, of the same size.
+        Disjoint regions of the same entities, in the size of the maps.
     attributes : DataArray, (step, token, y, x), optional
-        Raw attention to the attributes, labels along token.
-    owners : mapping, optional
-        Label of each attribute -> label of the entity it belongs to; required with `attributes`.
+        Raw attention to the attributes, with their labels along token.
+    owners : mapping of str to str, optional
+        Label of the entity to which each attribute belongs, by label of the attribute; required with `attributes`.
     start, end : DataArray, (step,), optional
-        Attention mass on start-of-text, and on end-of-text with padding (means over space, 0 to 1). They are reported
-        separately from the words.
+        Attention on start-of-text, and on end-of-text with padding, as means over space from 0 to 1.
     truth : Verdict or DataArray, bool (entity, y, x), optional
         Mask of each entity in the finished image, at any resolution, according to a judge; empty for an entity that is
-        absent. With it, attention is compared with the image too.
+        absent. With it, attention is also compared with the image.
 
     Returns
     -------
@@ -203,13 +204,13 @@ def measure(
     Raises
     ------
     SettingError
-        Steps, labels or sizes that do not match; overlapping regions; NaN, infinite or negative values.
+        Steps, labels or sizes do not match; regions overlap; or values are NaN, infinite or negative.
 
     Notes
     -----
-    Regions are disjoint, so the overlap of masks is computed on the maps binarized separately with Otsu's threshold.
-    The overlap of maps is computed on distributions, so that it compares where two maps lie and not how strong they
-    are.
+    Regions do not overlap, so the overlap of masks is computed on masks of another kind: each map binarized with Otsu's
+    threshold. The overlap of maps is computed on distributions, so that it compares their locations and not their
+    strength.
 
     With `truth`, truth_iou, truth_auc and pointing are :func:`elakit.measures.agreement.agreement_iou`,
     :func:`~elakit.measures.agreement.auc` and :func:`~elakit.measures.agreement.pointing_game` of each map and the
@@ -295,10 +296,10 @@ def truth_masks(truth: Verdict | xr.DataArray, entities: Sequence[str], size: tu
     Parameters
     ----------
     truth : Verdict or DataArray, bool (entity, y, x)
-        At any resolution; the mask of an entity that is not in the image is empty. Any object with `masks` and
-        `entities` is read like a Verdict.
+        Masks at any resolution; the mask of an entity that is not in the image is empty. Any object with the attributes
+        `masks` and `entities` is read like a Verdict.
     entities : sequence of str
-        Labels.
+        Labels of the entities.
     size : (int, int)
         Rows and columns of the maps; their aspect ratio must be the image's, up to rounding.
 
@@ -309,7 +310,7 @@ def truth_masks(truth: Verdict | xr.DataArray, entities: Sequence[str], size: tu
     Raises
     ------
     SettingError
-        Another type of truth, other entities, masks that are not boolean, an image of another aspect ratio.
+        `truth` has another type or other entities, masks are not boolean, or the image has another aspect ratio.
 
     Examples
     --------

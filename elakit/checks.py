@@ -1,6 +1,6 @@
-"""Validators of settings: each returns the plain Python value, or names the wrong value and the allowed ones.
+"""Validators of settings: each returns the value as plain Python, or raises an error that names the allowed values.
 
-They accept NumPy scalars, and refuse booleans where a number is expected, NaN and infinity.
+They accept NumPy scalars. They refuse NaN and infinity, and booleans instead of numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_SEED = 2**63 - 1
 
 
 def is_whole(value: Any) -> TypeIs[int]:
-    """True for a whole number of Python or NumPy; booleans are none.
+    """True for an integer of Python or NumPy, False for other values and booleans.
 
     Examples
     --------
@@ -37,7 +37,7 @@ def is_whole(value: Any) -> TypeIs[int]:
 def whole_number(
     value: Any, name: str, low: int | None = None, high: int | None = None, *, owner: str = "", hint: str = ""
 ) -> int:
-    """Whole number within bounds.
+    """Check that a value is a whole number within bounds, and return it as int.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def whole_number(
     Raises
     ------
     SettingError
-        Raised when the value is not a whole number or is out of bounds.
+        The value is not a whole number, or is out of bounds.
 
     Examples
     --------
@@ -78,7 +78,7 @@ def whole_number(
 def real_number(
     value: Any, name: str, low: float | None = None, high: float | None = None, *, owner: str = "", hint: str = ""
 ) -> float:
-    """Finite real number within bounds.
+    """Check that a value is a finite real number within bounds, and return it as float.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def real_number(
     Raises
     ------
     SettingError
-        Raised when the value is not a finite real number or is out of bounds.
+        The value is not a finite real number, or is out of bounds.
 
     Examples
     --------
@@ -119,15 +119,17 @@ def real_number(
 
 
 def share(value: Any, name: str, *, owner: str = "", hint: str = "") -> float:
-    """Number from 0 to 1, both included.
+    """Check that a value is a number from 0 to 1, both included, and return it as float.
 
     Parameters
     ----------
     value : object
     name : str
         Name of the setting, for the message.
-    owner, hint : str
-        As for `real_number`.
+    owner : str
+        Class or function that the setting belongs to, for the message.
+    hint : str
+        Sentence about the next step, added to the message.
 
     Returns
     -------
@@ -136,7 +138,7 @@ def share(value: Any, name: str, *, owner: str = "", hint: str = "") -> float:
     Raises
     ------
     SettingError
-        Raised when the value is not a number from 0 to 1.
+        The value is not a number from 0 to 1.
 
     Examples
     --------
@@ -147,7 +149,7 @@ def share(value: Any, name: str, *, owner: str = "", hint: str = "") -> float:
 
 
 def choice(value: Any, name: str, allowed: Collection[T], *, owner: str = "", hint: str = "") -> T:
-    """One of several allowed values; the message suggests the nearest one.
+    """Check that a value is one of several allowed ones; the message suggests the nearest one.
 
     Parameters
     ----------
@@ -156,8 +158,10 @@ def choice(value: Any, name: str, allowed: Collection[T], *, owner: str = "", hi
         Name of the setting, for the message.
     allowed : collection
         Allowed values.
-    owner, hint : str
-        As for `real_number`.
+    owner : str
+        Class or function that the setting belongs to, for the message.
+    hint : str
+        Sentence about the next step, added to the message.
 
     Returns
     -------
@@ -167,7 +171,7 @@ def choice(value: Any, name: str, allowed: Collection[T], *, owner: str = "", hi
     Raises
     ------
     SettingError
-        Raised when the value is not among the allowed ones.
+        The value is not among the allowed ones.
 
     Examples
     --------
@@ -191,15 +195,17 @@ def choice(value: Any, name: str, allowed: Collection[T], *, owner: str = "", hi
 
 
 def boolean(value: Any, name: str, *, owner: str = "", hint: str = "") -> bool:
-    """Truth value: True or False, and nothing that merely counts as one.
+    """Check that a value is True or False, and return it as bool; other values, such as 1, are refused.
 
     Parameters
     ----------
     value : object
     name : str
         Name of the setting, for the message.
-    owner, hint : str
-        As for `real_number`.
+    owner : str
+        Class or function that the setting belongs to, for the message.
+    hint : str
+        Sentence about the next step, added to the message.
 
     Returns
     -------
@@ -208,7 +214,7 @@ def boolean(value: Any, name: str, *, owner: str = "", hint: str = "") -> bool:
     Raises
     ------
     SettingError
-        Raised when the value is neither True nor False.
+        The value is neither True nor False.
 
     Examples
     --------
@@ -224,7 +230,7 @@ def boolean(value: Any, name: str, *, owner: str = "", hint: str = "") -> bool:
 
 
 def seed(value: Any, name: str = "seed") -> int:
-    """Seed of the starting noise: a whole number from 0 to 2**63 - 1.
+    """Check a seed of the initial noise, a whole number from 0 to 2**63 - 1, and return it as int.
 
     Parameters
     ----------
@@ -239,7 +245,7 @@ def seed(value: Any, name: str = "seed") -> int:
     Raises
     ------
     SettingError
-        Raised when the value is not such a number.
+        The value is not such a number.
 
     Examples
     --------
@@ -255,12 +261,12 @@ def seed(value: Any, name: str = "seed") -> int:
 
 
 def seeds(values: Any, name: str = "seed", *, distinct: bool = False) -> list[int]:
-    """Seeds of several images.
+    """Check the seeds of one or several images, and return them as a list.
 
     Parameters
     ----------
     values : int or sequence of int
-        One seed, or a sequence, range or one-dimensional array of at least one seed.
+        One seed; or a sequence, range or one-dimensional array of at least one seed.
     name : str
         Name of the setting, for the message.
     distinct : bool
@@ -273,8 +279,7 @@ def seeds(values: Any, name: str = "seed", *, distinct: bool = False) -> list[in
     Raises
     ------
     SettingError
-        Raised when there is no seed, when one is not a whole number from 0 to 2**63 - 1, or when one is repeated and
-        `distinct` is True.
+        There is no seed, one is not a whole number from 0 to 2**63 - 1, or one is repeated and `distinct` is True.
 
     Examples
     --------
@@ -299,7 +304,7 @@ def seeds(values: Any, name: str = "seed", *, distinct: bool = False) -> list[in
 
 
 def refuse(value: Any, name: str, rule: str, *, owner: str = "", hint: str = "") -> NoReturn:
-    """Raise the error of a setting: ``steps=0: must be a whole number of 1 or more.``
+    """Raise the error for a setting, such as ``steps=0: must be a whole number of 1 or more.``
 
     Parameters
     ----------
@@ -308,7 +313,7 @@ def refuse(value: Any, name: str, rule: str, *, owner: str = "", hint: str = "")
     name : str
         Name of the setting.
     rule : str
-        Noun phrase for the allowed values.
+        Allowed values, as the end of a sentence that starts with "must be".
     owner : str
         Class or function that the setting belongs to.
     hint : str
@@ -317,7 +322,7 @@ def refuse(value: Any, name: str, rule: str, *, owner: str = "", hint: str = "")
     Raises
     ------
     SettingError
-        Always raised.
+        Always.
     """
     what = f"{name}={_shown(value)}"
     raise SettingError(f"{f'{owner}({what})' if owner else what}: must be {rule}.{f' {hint}' if hint else ''}")

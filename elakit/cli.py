@@ -83,7 +83,7 @@ def run(
     dtype: Dtype = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")] = False,
 ) -> None:
-    """Generate one image, record its attention, and save both; elakit.open_run opens the folder.
+    """Generate one image, record its attention, and save both in a folder that elakit.open_run opens.
 
     Example: elakit run "a cat and a lion" --method ela --seed 3 --out cat-lion
     """
@@ -121,13 +121,16 @@ def run(
 
 @app.command()
 def models() -> None:
-    """List the built-in models, and the families of other models that are supported."""
+    """List the built-in models, and the supported families of other models."""
     from elakit.models import EMBEDDED, FAMILIES
 
     for model in EMBEDDED.values():
         typer.echo(f"{model.name:16s}{model.summary}")
     families = ", ".join(family.family for family in FAMILIES)
-    typer.echo(f"Also a folder written by save_pretrained, or a hub id such as org/model. Families: {families}.")
+    typer.echo(
+        "Other models are named by a folder that save_pretrained wrote, or by a hub id such as org/model. Supported "
+        f"families: {families}."
+    )
 
 
 app.command()(doctor)
@@ -135,7 +138,7 @@ app.command()(lab)
 
 
 def main() -> None:
-    """Entry point: errors that a user can act on are printed as one line, without a traceback."""
+    """Entry point of the command line; errors that a user can act on are printed without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may contain bytes that are not valid text
             stream.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what is made of them: a pipeline, options of a method."""
+"""Options that several commands share, and functions that turn them into a pipeline and options of a method."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ from elakit.errors import SettingError
 DTYPES = ("float32", "float16", "bfloat16")
 
 # backslashes, because rich, which renders the help, would take the brackets for markup
-PROMPT = r'For example "a cat and a lion". Brackets mark entities: "a \[red car] and a \[bird]".'
+PROMPT = r'Prompt, such as "a cat and a lion". Brackets mark entities: "a \[red car] and a \[bird]".'
 Prompt = Annotated[str, typer.Argument(help=PROMPT)]
 Model = Annotated[str, typer.Option(help="picture-world (built in), a folder, or a hub id such as org/model.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")]
 Dtype = Annotated[
-    str | None, typer.Option(help=f"Data type of the weights: {', '.join(DTYPES)}. Default: float32 on a CPU.")
+    str | None,
+    typer.Option(
+        help=f"Data type of the weights: {', '.join(DTYPES)}. Default: float32 on a CPU and for picture-world, else "
+        "float16."
+    ),
 ]
 Steps = Annotated[int | None, typer.Option(help="Number of denoising steps. Default: the model's (picture-world: 25).")]
 Scale = Annotated[float | None, typer.Option(help="Classifier-free guidance scale. Default: the model's.")]
 Negative = Annotated[
     str | None,
-    typer.Option("--negative-prompt", help="What the image should not show; needs a guidance scale above 1."),
+    typer.Option(
+        "--negative-prompt", help="Description of content to avoid; has an effect only with a guidance scale above 1."
+    ),
 ]
 Height = Annotated[int | None, typer.Option(help="Height of the image in pixels. Default: the model's.")]
 Width = Annotated[int | None, typer.Option(help="Width of the image in pixels. Default: the model's.")]
@@ -55,12 +61,19 @@ def value_of(text: str) -> Any:
 
 
 def method_options(method: str, settings: list[str] | None) -> dict[str, Any]:
-    """Options of one method from ``METHOD.OPTION=VALUE``.
+    """Options of a method, by name, from settings of the form ``METHOD.OPTION=VALUE``.
+
+    Parameters
+    ----------
+    method : str
+        Name of the method.
+    settings : list of str or None
+        Settings as given on the command line; None for none.
 
     Raises
     ------
     SettingError
-        Raised when a setting is not of that form, names another method, or is given twice.
+        A setting does not have that form, names another method, or is given twice.
 
     Examples
     --------
@@ -82,7 +95,7 @@ def method_options(method: str, settings: list[str] | None) -> dict[str, Any]:
 
 
 def load_pipeline(model: str, **settings: Any) -> Any:
-    """Load a pipeline as `elakit.load` does; loading bars of the libraries are not shown."""
+    """Pipeline as `elakit.load` returns it, loaded without the progress bars of diffusers and transformers."""
     import diffusers
     import transformers
 

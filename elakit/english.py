@@ -94,9 +94,12 @@ class Phrase:
 
     Attributes
     ----------
-    span : the whole phrase with its article.
-    noun : its last word.
-    attributes : words that describe the noun, in the order of the text.
+    span : (int, int)
+        The whole phrase with its article.
+    noun : (int, int)
+        The last word of the phrase.
+    attributes : tuple of (int, int)
+        Words that describe the noun, in the order of the text.
     """
 
     span: tuple[int, int]
@@ -116,7 +119,7 @@ def load_reader() -> Any:
     Raises
     ------
     ModelError
-        spaCy or both models are not installed.
+        Raised when spaCy is not installed, or neither of these models.
     """
     # Importing spaCy and loading a model seed and use the global generators; a user's seed must survive that.
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -152,7 +155,7 @@ def _no_reader(reason: str) -> str:
 def plain_english(text: str) -> str:
     """Replace markup, emoji and signs by spaces and commas, so that spaCy reads words only.
 
-    The length stays the same, so that offsets into the result are offsets into the text.
+    The length stays the same, so that positions in the result are positions in the text.
 
     Examples
     --------
@@ -180,8 +183,8 @@ def phrases(doc: Any) -> tuple[Phrase, ...]:
     * words that relate objects: "in front of", "to the left of", "right of", "on top of", and a bare name after a
       phrase that is not an entity ("in the style of Dali").
 
-    Words before the noun are its attributes (adjectives, participles, compounds), and so are the adjectives that follow
-    with "is", "painted" and similar verbs. Articles, numbers and adverbs are not attributes.
+    The attributes of a noun are the adjectives, participles and parts of a compound before it, and the adjectives that
+    follow it with "is", "painted" and similar verbs. Articles, numbers and adverbs are not attributes.
 
     Parameters
     ----------
@@ -238,12 +241,18 @@ class _State(NamedTuple):
 
     Attributes
     ----------
-    tokens : all tokens of the caption.
-    at : the token to decide about.
-    first : first token of the phrase after its article.
-    article : True if the phrase has an article.
-    named : True if a word has come that can be the noun.
-    relations : indices of tokens that relate objects.
+    tokens : sequence of spacy.tokens.Token
+        All tokens of the caption.
+    at : int
+        Index of the token to decide about.
+    first : int
+        Index of the first token of the phrase after its article.
+    article : bool
+        True if the phrase has an article.
+    named : bool
+        True if an earlier token of the phrase can be the noun.
+    relations : frozenset of int
+        Indices of tokens that relate objects.
     """
 
     tokens: Sequence[Any]

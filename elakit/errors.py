@@ -1,27 +1,27 @@
-"""Errors a user can act on: each message names the wrong value, what is allowed, and the next step."""
+"""Errors for users: each message names the wrong value, the allowed values, and the next step."""
 
 from __future__ import annotations
 
 
 class ElakitError(Exception):
-    """Anything elakit refuses; the command line prints its message without a traceback."""
+    """Base class of elakit's errors; the command line prints the message without a traceback."""
 
 
 class PromptError(ElakitError, ValueError):
-    """A prompt that cannot be read: empty, too long, without an entity, brackets left open."""
+    """Raised when a prompt cannot be parsed, lacks a requested word, or has words unknown to the built-in judge."""
 
 
 class ModelError(ElakitError, ValueError):
-    """A model that is unknown, cannot be loaded, or has no text cross-attention."""
+    """Raised when a model is unknown, cannot be loaded, or has no attention to text that elakit supports."""
 
 
 class RecordingError(ElakitError, ValueError):
-    """A recording that cannot be made, opened or selected from as asked."""
+    """Raised when a recording cannot be made or opened, or does not contain what is requested."""
 
 
 class SettingError(ElakitError, ValueError):
-    """A setting outside its range."""
+    """Raised when a setting or an argument has a value that is not allowed."""
 
 
 class OutputError(ElakitError, OSError):
-    """A path that cannot be written or read."""
+    """Raised when a file or folder cannot be written or read, or its content is not as expected."""

@@ -1,4 +1,4 @@
-"""Files and folders that are written completely or not at all, and text that is read with clear errors."""
+"""Functions that write files and folders completely or not at all, and that read text files with clear errors."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from elakit.errors import ElakitError, OutputError
 
 _log = logging.getLogger(__name__)
 
-# Longest text file that is read: a larger one is not a file that elakit wrote.
+# Size of the largest text file that is read; elakit writes no larger one.
 MAX_TEXT_BYTES = 256 * 2**20
 
-# How often a folder is renamed to its place while other processes put theirs there.
-_ATTEMPTS = 100  # renames that lost a race against another writer of the same folder
-_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # another process put its folder there meanwhile
+_ATTEMPTS = 100  # largest number of renames while other processes write the same folder
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # another process has written the folder meanwhile
 
 
 def write_file(path: str | Path, content: bytes, *, sync: bool = True) -> Path:
     """Write a file completely or not at all; an existing file is replaced.
 
-    The content goes to a temporary file with a unique name in the same folder, which is then renamed. A process that is
-    killed leaves the old file, and at most one hidden ``.part`` file that no later call trips over.
+    The content is written to a temporary file with a unique name in the same folder, which is then renamed. A process
+    that is killed leaves the old file, and at most one hidden ``.part`` file, which does not affect later calls.
 
     Parameters
     ----------
@@ -37,8 +36,8 @@ def write_file(path: str | Path, content: bytes, *, sync: bool = True) -> Path:
         File to write; its folder must exist.
     content : bytes
     sync : bool
-        Whether to wait until the disk has the content. Without it the write is as safe against a killed process, but
-        not against a power failure; for files of which a run writes hundreds.
+        Whether to wait until the content is on the disk. False is faster, but a power failure may then leave an
+        incomplete file; it is meant for files of which a run writes hundreds.
 
     Returns
     -------
@@ -48,7 +47,7 @@ def write_file(path: str | Path, content: bytes, *, sync: bool = True) -> Path:
     Raises
     ------
     OutputError
-        Raised when the file cannot be written.
+        The file cannot be written.
 
     Examples
     --------
@@ -77,9 +76,9 @@ def write_file(path: str | Path, content: bytes, *, sync: bool = True) -> Path:
 
 @contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
-    """Context manager that writes a file completely or not at all, for libraries that write to a path.
+    """Context in which a library writes a file to a temporary path, which then replaces the final one.
 
-    It yields a temporary path, and moves the file that was written there to `path` if no error was raised.
+    If the body of the ``with`` statement raises an error, the final path does not change.
 
     Parameters
     ----------
@@ -89,12 +88,12 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     Yields
     ------
     pathlib.Path
-        Path to write to, in a temporary folder. The file name is the final one, because some formats store it.
+        Temporary path with the final file name, which some formats store.
 
     Raises
     ------
     OutputError
-        Raised when the file cannot be written.
+        The file cannot be written.
 
     Examples
     --------
@@ -127,7 +126,8 @@ def replace_file(path: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> Path:
     r"""Write a text file in UTF-8, completely or not at all; an existing file is replaced.
 
-    Bytes of a command line that are not valid text (lone surrogates) are written as escapes such as ``\udcff``.
+    Characters that UTF-8 cannot represent (lone surrogates, from bytes of a command line that are not valid text) are
+    written as escapes such as ``\udcff``.
 
     Parameters
     ----------
@@ -143,17 +143,18 @@ def write_text(path: str | Path, text: str) -> Path:
     Raises
     ------
     OutputError
-        Raised when the file cannot be written.
+        The file cannot be written.
     """
     return write_file(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 1) -> Path:
-    """Write a value as JSON, completely or not at all; NumPy scalars become plain numbers.
+    """Write a value as a JSON file, completely or not at all; an existing file is replaced.
 
     Parameters
     ----------
     path : str or pathlib.Path
+        File to write; its folder must exist.
     value : object
         Dictionaries, lists, strings, numbers, booleans and None; NumPy scalars and paths are converted.
     indent : int, optional
@@ -167,9 +168,9 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> Path:
     Raises
     ------
     OutputError
-        Raised when the file cannot be written.
+        The file cannot be written.
     TypeError
-        Raised when the value contains an object that JSON cannot represent.
+        The value contains an object that JSON cannot represent.
     """
     return write_text(path, json.dumps(value, indent=indent, default=_plain))
 
@@ -184,13 +185,13 @@ def _plain(value: Any) -> Any:
 
 
 def read_text(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:
-    """Text of a UTF-8 file, without the byte-order mark that some editors put at its beginning.
+    """Read a text file in UTF-8, without the byte-order mark that some editors write.
 
     Parameters
     ----------
     path : str or pathlib.Path
     limit : int
-        Largest size in bytes that is read.
+        Largest size of the file in bytes.
 
     Returns
     -------
@@ -199,7 +200,7 @@ def read_text(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:
     Raises
     ------
     OutputError
-        Raised when the file does not exist, cannot be read, is larger than `limit` or is not text in UTF-8.
+        The file does not exist, cannot be read, is larger than `limit`, or is not text in UTF-8.
 
     Examples
     --------
@@ -225,13 +226,13 @@ def read_text(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:
 
 
 def read_json(path: str | Path, limit: int = MAX_TEXT_BYTES) -> Any:
-    """Value of a JSON file.
+    """Read the value of a JSON file.
 
     Parameters
     ----------
     path : str or pathlib.Path
     limit : int
-        Largest size in bytes that is read.
+        Largest size of the file in bytes.
 
     Returns
     -------
@@ -240,7 +241,7 @@ def read_json(path: str | Path, limit: int = MAX_TEXT_BYTES) -> Any:
     Raises
     ------
     OutputError
-        Raised when the file cannot be read (see `read_text`) or is not valid JSON.
+        The file cannot be read (see `read_text`), or is not valid JSON.
     """
     text = read_text(path, limit)
     try:
@@ -254,19 +255,19 @@ def read_json(path: str | Path, limit: int = MAX_TEXT_BYTES) -> Any:
 
 @contextmanager
 def replace_folder(folder: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
-    """Write a folder completely or not at all: the body of the ``with`` statement fills a temporary folder.
+    """Context in which a temporary folder is filled, which then becomes the final folder, completely or not at all.
 
-    When the body has finished, an existing folder is renamed aside, the new folder is renamed to its final name, and
-    only then is the old folder deleted. When anything fails, the old folder is back in its place. Temporary folders lie
-    next to the final one, with unique hidden names, so an interrupted earlier call never blocks a later one.
+    After the body of the ``with`` statement, an existing folder is renamed aside, the new folder is renamed to its
+    final name, and then the old folder is deleted. If anything fails, the old folder is restored. Temporary folders are
+    next to the final one and have unique hidden names, so an interrupted call never blocks a later one.
 
     Parameters
     ----------
     folder : str or pathlib.Path
         Final folder; missing parents are created.
     overwrite : bool
-        Whether an existing folder is replaced, also one that appears while the body runs. If not, it is an error; only
-        an empty folder is still replaced.
+        Whether an existing folder is replaced, including one that appears while the body runs. If False, an existing
+        folder that is not empty is an error.
 
     Yields
     ------
@@ -276,7 +277,7 @@ def replace_folder(folder: str | Path, *, overwrite: bool = True) -> Iterator[Pa
     Raises
     ------
     OutputError
-        Raised when the folder cannot be written or renamed, or exists and is not to be replaced.
+        The folder cannot be written or renamed, or it exists and `overwrite` is False.
 
     Examples
     --------
@@ -352,7 +353,7 @@ def _rename(new: Path, target: Path) -> None:
 
 
 def leftovers(folder: str | Path) -> list[Path]:
-    """Hidden folders that a killed `replace_folder` of this folder may have left next to it: replaced ones.
+    """Find replaced versions of a folder that an interrupted call of `replace_folder` has left next to it.
 
     Parameters
     ----------
@@ -361,7 +362,7 @@ def leftovers(folder: str | Path) -> list[Path]:
     Returns
     -------
     list of pathlib.Path
-        Folders that were renamed aside; the content of each is complete.
+        Hidden folders that were renamed aside, with complete content; empty if there are none.
     """
     target = Path(folder)
     start = f".{target.name[:_NAME]}."
@@ -373,7 +374,7 @@ def leftovers(folder: str | Path) -> list[Path]:
 
 
 def check_path(path: str | Path, what: str = "report", example: str = "report.html") -> Path:
-    """Refuse, before any work is done, the path of a file that cannot be written.
+    """Check, before any work is done, that a file can be written to a path.
 
     Parameters
     ----------
@@ -382,7 +383,7 @@ def check_path(path: str | Path, what: str = "report", example: str = "report.ht
     what : str
         Description of the file's content, for the message.
     example : str
-        File name that the message suggests where a folder was given.
+        File name that the message suggests if the path is a folder.
 
     Returns
     -------
@@ -392,7 +393,7 @@ def check_path(path: str | Path, what: str = "report", example: str = "report.ht
     Raises
     ------
     OutputError
-        Raised when the path is a folder or too long, or when its folder does not exist or is not writable.
+        The path is a folder or too long, or its folder does not exist or is not writable.
 
     Examples
     --------
@@ -433,7 +434,7 @@ def _sibling(target: Path, suffix: str) -> Path:
 
 
 def unwritable(path: Path, error: Exception) -> OutputError:
-    """Error for a file or folder that the file system does not let us write."""
+    """Error for a file or folder that cannot be written, with the reason that the file system gave."""
     return OutputError(
         f"{_shown(path)} cannot be written: {_reason(error)}. Free some space, or choose a folder you may write to."
     )

@@ -43,25 +43,27 @@ _OWN = (
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """State of a run after one of its steps.
+    """State of a run after one of its steps, which `generate` passes to ``stop_if`` and ``guide_if``.
 
     Attributes
     ----------
     step : int
-        The step that has just been made, counted from 0.
+        Number of the step that has just ended, counted from 0.
     steps : int
         Number of steps of the whole run.
-    latents : Tensor
-        Latents as the pipeline keeps them, one row per image.
+    latents : torch.Tensor
+        Latents in the pipeline's form, one row per image.
     runs : callable
-        ``runs()`` returns the runs in their present state: images decoded from the latents, which are noisy before the
-        end, recordings of the steps made, and traces so far. Measures, regions, figures and features can be computed
-        from them as from a finished `Run`. ``runs(decode=False)`` does not call the VAE decoder: images are blank.
-        ``runs(predicted=True)`` decodes the clean latents that the step predicts instead, which show what the image
-        will be; with a scheduler whose prediction type is unknown, the latents themselves.
+        Function that returns the runs in their present state as a list of `Run`, one per image: ``runs()``. The images
+        are decoded from the latents, which are noisy before the end; recordings and traces contain the steps so far.
+        Measures, regions, figures and features can be computed from them as from a finished `Run`.
+        ``runs(decode=False)`` does not call the VAE decoder, and the images are blank. ``runs(predicted=True)`` decodes
+        the clean latents that the step predicts, which show what the image will be; with a scheduler whose prediction
+        type is unknown, it decodes the latents themselves.
     states : sequence
-        State of the guidance method for each image, as its ``begin`` returned it; empty for a plain run. ELA's are
-        `elakit.guidance.Anchors`, and ``anchors.steer(regions)`` sets the regions from here on.
+        State of the guidance method for each image, as the method's ``begin`` returned it; empty for a plain run. With
+        ELA these are `elakit.guidance.Anchors`, and ``anchors.steer(regions)`` sets the regions for the following
+        steps.
     """
 
     step: int
@@ -141,17 +143,18 @@ def generate(
     predicted: bool = False,
     progress: bool = True,
 ) -> Run | list[Run]:
-    """Generate an image, or one image per seed in a batch, recorded and, if requested, guided.
+    """Generate an image, or one image per seed in a batch, with recorded attention and, if requested, guidance.
 
     The noise depends on the seed alone: a guided run starts from the plain run's noise, and a plain run produces the
-    image of ``pipe(prompt, generator=torch.Generator().manual_seed(seed))`` (PixArt's without resolution binning). In
-    a batch each image is guided by its own loss; batches differ from single images only by floating-point rounding.
+    image of ``pipe(prompt, generator=torch.Generator().manual_seed(seed))`` (with PixArt, Sana and HunyuanDiT, without
+    resolution binning). In a batch, each image is guided by its own loss; an image of a batch differs from the single
+    image only by floating-point rounding.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
         A pipeline from `elakit.load`, or your own. Pipelines that take an image (image-to-image, inpainting,
-        ControlNet) get it through `call`, and cannot be guided.
+        ControlNet) receive it through `call`, and cannot be guided.
     prompt : str or Prompt
         Prompt to generate.
     seed : int or sequence of int
@@ -159,30 +162,33 @@ def generate(
     steps : int, optional
         Number of denoising steps; by default the model's (25 for picture-world, otherwise the pipeline's own default).
     guidance_scale : float, optional
-        Classifier-free guidance scale; by default the model's (4 for picture-world). FLUX has guidance distilled into
-        the model: there it is an input of each pass, and 1 does not switch it off.
+        Classifier-free guidance scale; by default the model's (4 for picture-world). 1 or less switches
+        classifier-free guidance off. In guidance-distilled models (FLUX.1) the scale is an input of each pass, and 1
+        does not switch guidance off.
     height, width : int, optional
         Size of the image in pixels; by default the model's.
     negative_prompt : str, optional
-        Needs classifier-free guidance: it has no effect with a scale of 1 or less, and FLUX refuses it.
+        Negative prompt for classifier-free guidance; without that, it has no effect. FLUX.1 and FLUX.2 refuse it.
     guidance : Method, optional
         A guidance method, for example ``elakit.ELA()``; None generates without guidance.
     guide_if : callable, optional
-        Decides which images are guided: called with the `Progress` after each step until it returns True or False, or
-        a list with one answer per image; None postpones the decision. Until then nothing is guided, and images with
-        the answer False never are. ``elakit.prediction.load_predictor().guide_if()`` is one.
+        Function that decides which images are guided, such as ``elakit.prediction.load_predictor().guide_if()``. It is
+        called with the `Progress` after each step until it returns True, False, or a list with one of these per image;
+        None postpones the decision. No image is guided before the decision, and images with the answer False are never
+        guided. Default: all images are guided from the start.
     record : bool or RecordSpec
-        True records the prompt's words at every step and layer, averaged over heads.
+        True records the attention to the prompt's words in every step and layer, averaged over heads; False records
+        nothing; a `RecordSpec` selects what is recorded.
     call : mapping, optional
         Further arguments of the pipeline's call, by name: ``{"image": photo, "strength": 0.6}`` for image-to-image.
-        Only for runs without guidance, whose own passes of the denoiser would not see them.
+        They are refused with guidance, whose own passes of the denoiser would not see them.
     stop_if : callable, optional
-        Called with the `Progress` after each step, before guidance moves the latents for the next one. The run ends
-        there if it returns True: the image is decoded from the latents of that step, and ``settings["stopped"]`` is
-        the number of steps made.
+        Function that is called with the `Progress` after each step, before guidance moves the latents for the next one.
+        If it returns True, the run ends: the image is decoded from the latents of that step, and
+        ``settings["stopped"]`` is the number of completed steps.
     predicted : bool
-        Whether `Run.predicted` keeps the image that each step predicts, decoded from its clean latents, for the
-        explorer. Costs one call of the VAE decoder per step; not for pipelines that take an image.
+        Whether `Run.predicted` keeps the image that each step predicts, for the explorer. This takes one call of the
+        VAE decoder per step. Pipelines that take an image refuse it.
     progress : bool
         Whether the pipeline shows its progress bar.
 
@@ -194,19 +200,21 @@ def generate(
     Raises
     ------
     SettingError
-        Raised when an argument is out of range, `guidance` is not a guidance method, the pipeline needs an image, or
-        guidance is not possible with the pipeline.
+        Raised when an argument is out of range or of a wrong kind, the pipeline needs an image, or guidance is not
+        possible with the pipeline.
     PromptError
         Raised when the prompt cannot be parsed.
     ModelError
-        Raised when the pipeline is not supported.
+        Raised when the pipeline's family is not supported, or supports recording only; with guidance, also when the
+        pipeline was loaded within `torch.inference_mode`.
     RecordingError
-        Raised when the run cannot be recorded.
+        Raised when the run cannot be recorded, in the cases of `elakit.record`.
 
     Warns
     -----
     UserWarning
-        Warns when guidance does not act at any step, because there are too few.
+        Warns when guidance acts at no step, for example because there are too few, and when the pipeline's safety
+        checker replaced an image.
 
     Examples
     --------
@@ -398,7 +406,7 @@ class _Generation:
         return images, replaced
 
     def _start_guidance(self, guide: Guide) -> None:
-        """Let the method see the first steps of a plain run, if it wants to, and move the noise for the first step."""
+        """Rehearse the first steps for a method that requires it, and move the noise for the first step."""
         if guide.rehearse(lambda enough: _rehearse(self.pipe, self.arguments, self.generators, enough)):
             self.adapter.set_timesteps(self.request.steps, self.height, self.width)  # the run starts again
         if self.request.guide_if is None:
@@ -406,7 +414,7 @@ class _Generation:
             self.arguments["latents"] = guide.start(self.arguments["latents"], self._noise_scale, first)
 
     def _after_step(self, step: int, latents: Tensor) -> Tensor:
-        """Show the progress to those who watch it, and move the latents for the next step."""
+        """Pass the progress to ``stop_if`` and ``guide_if``, and move the latents for the next step."""
         request, guide = self.request, self.guide
         if request.predicted:
             self._kept.append(self._images(step, latents, predicted=True))
@@ -459,7 +467,7 @@ class _Generation:
         ]
 
     def collect(self, images: Sequence[Image.Image], replaced: Sequence[bool] | None) -> list[Run]:
-        """Finished runs, from what `run` returned; they say which images were guided if `guide_if` decided."""
+        """Finished runs, from the result of `run`; ``settings["guided"]`` is the decision of ``guide_if``."""
         runs = self._runs(images, replaced)
         if self.guide is not None and self.request.guide_if is not None:
             for i, run in enumerate(runs):

@@ -1,4 +1,4 @@
-"""The command ``elakit lab``: the notebooks in JupyterLab."""
+"""The command ``elakit lab``, which opens the notebooks in JupyterLab."""
 
 from __future__ import annotations
 
@@ -22,18 +22,22 @@ HOOK = "--ContentsManager.pre_save_hook=elakit.saved_notebooks.keep_images"
 def lab(
     folder: Annotated[
         Path | None,
-        typer.Argument(help="Folder to copy the notebooks to. Default: ./elakit-notebooks, or no copy in a checkout."),
+        typer.Argument(
+            help="Folder to which the notebooks are copied. Default: ./elakit-notebooks; in a checkout, no copy."
+        ),
     ] = None,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the server.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of the server. Default: chosen by JupyterLab.")
+    ] = None,
     allow_root: Annotated[
         bool, typer.Option("--allow-root", help="Allow JupyterLab to run as root, as in a container.")
     ] = False,
 ) -> None:
     """Open the notebooks in JupyterLab.
 
-    In a checkout of the repository, its own notebooks are opened. Otherwise they are copied to a folder first; existing
-    files are not overwritten.
+    In a checkout of the repository, its notebooks are opened in place. Otherwise they are first copied to a folder, in
+    which existing files are not overwritten.
 
     Example: elakit lab ~/elakit-notebooks --no-browser --port 8890
     """
@@ -55,12 +59,12 @@ def lab(
 
 
 def copy_notebooks(source: Path, target: Path) -> None:
-    """Copy notebooks that are not in the target folder yet.
+    """Copy the notebooks of a folder to another one, except those that already exist there.
 
     Raises
     ------
     OutputError
-        Raised when the folder cannot be written.
+        The target folder cannot be written to.
     """
     try:
         target.mkdir(parents=True, exist_ok=True)

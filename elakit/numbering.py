@@ -1,4 +1,4 @@
-"""Numbers of steps as people read them: arrays count from 0, text and figures from 1."""
+"""Numbers and names of steps in text and figures, which count from 1; arrays and arguments count from 0."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def step_name(index: int, total: int | None = None) -> str:
     index : int
         Coordinate of the step in arrays and tables, counted from 0.
     total : int, optional
-        Number of steps. It is omitted from the name if it is unknown, or smaller than the number of the step (a
-        scheduler such as Heun makes two calls per step, and arrays count calls).
+        Number of steps of the run. The name omits it if it is None, or smaller than the number of the step (arrays
+        count denoiser calls, and a scheduler such as Heun makes two per step).
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Types of the objects that elakit takes as a pipeline."""
+"""Types of the objects that elakit accepts as a pipeline."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ class Pipeline(Protocol):
 
 
 class HasTokenizer(Protocol):
-    """Anything with a tokenizer that reads CLIP prompts: enough to parse a prompt, which runs no model."""
+    """Any object with a CLIP tokenizer, which suffices to parse a prompt, because parsing runs no model."""
 
     tokenizer: Any

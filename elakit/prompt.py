@@ -1,7 +1,7 @@
 """A prompt as the denoiser receives it: entities, attributes, and the tokens that represent them.
 
-An entity is identified by its occurrence in the prompt, not by its string: "a red car and a red dog" has the words
-``red#1`` and ``red#2``.
+Words and entities are identified by their occurrence in the prompt, not by their string: the two words "red" of "a red
+car and a red dog" have the labels ``red#1`` and ``red#2``.
 """
 
 from __future__ import annotations
@@ -43,13 +43,26 @@ class Entity:
 
     Attributes
     ----------
-    text : the words that name it, "a red car".
-    noun : the last of these words, "car".
-    attributes : words that describe it, ("red",).
-    token_indices : positions of the noun's tokens.
-    attribute_indices : positions of the tokens of all attributes, in the order of the text.
-    label : unique name: the noun, or "car#1" and "car#2" if the word occurs more than once in the prompt. A noun that
-        is spelled like a reserved label is numbered too: "background#1".
+    text : str
+        The words that name the object, "a red car".
+    noun : str
+        The last of these words, "car".
+    attributes : tuple of str
+        Words that describe the object, ("red",).
+    token_indices : tuple of int
+        Positions of the noun's tokens.
+    attribute_indices : tuple of int
+        Positions of the tokens of all attributes, in the order of the text.
+    label : str
+        Unique name: the noun, or "car#1" and "car#2" if the word occurs more than once in the prompt. A noun that is
+        spelled like a reserved label is numbered, too: "background#1".
+
+    Examples
+    --------
+    >>> import elakit
+    >>> car = elakit.parse("a [red car]", elakit.load("picture-world")).entities[0]
+    >>> car.noun, car.attributes, car.token_indices, car.attribute_indices
+    ('car', ('red',), (3,), (2,))
     """
 
     text: str
@@ -66,16 +79,32 @@ class Prompt:
 
     Attributes
     ----------
-    text : the prompt for the pipeline, without brackets.
-    entities : entities in the order of the text.
-    tokens : tokens of words, without start-of-text, end-of-text and padding.
-    end_index : position of the first end-of-text token.
-    length : number of positions that the denoiser attends to, including padding: 77 for CLIP; for T5 the default of the
+    text : str
+        The prompt for the pipeline, without brackets.
+    entities : tuple of Entity
+        Entities in the order of the text.
+    tokens : tuple of Token
+        Tokens of words, without start-of-text, end-of-text and padding.
+    end_index : int
+        Position of the first end-of-text token.
+    length : int
+        Number of positions that the denoiser attends to, including padding: 77 for CLIP; for T5 the default of the
         pipeline.
-    start_index : position of start-of-text; None if there is none (T5).
-    ends : ranges of end-of-text and padding, as (first, one after the last), if they are not simply everything from
-        `end_index` on. Stable Diffusion 3 reads the prompt twice, with CLIP and with T5.
-    borders : character positions at which brackets divide words of a script without spaces between words.
+    start_index : int or None
+        Position of start-of-text; None if there is none (T5).
+    ends : tuple of (int, int or None)
+        Ranges of end-of-text and padding, as (first, one after the last), where None stands for the end of all
+        positions. Empty if these are all positions from `end_index` on. There are two ranges in Stable Diffusion 3,
+        which reads the prompt with CLIP and with T5, and if padding precedes the text.
+    borders : tuple of int
+        Character positions at which brackets divide words of a script without spaces between words.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> prompt = elakit.parse("a [red car] and a [blue bird]", elakit.load("picture-world"))
+    >>> prompt.text, [entity.label for entity in prompt.entities], prompt.find("bird")
+    ('a red car and a blue bird', ['car', 'bird'], (7,))
     """
 
     text: str
@@ -89,12 +118,12 @@ class Prompt:
 
     @cached_property
     def words(self) -> tuple[Span, ...]:
-        """Words and runs of signs of the text, as (first, one after the last) character; `Token.word` counts these."""
+        """Words and signs of the text, as (first, one after the last) character; `Token.word` is an index of these."""
         return split_words(self.text, self.borders)
 
     @cached_property
     def word_labels(self) -> tuple[str, ...]:
-        """Unique label of each word."""
+        """Unique label of each element of `words`."""
         return label_words(self.text, self.words)
 
     def end_positions(self, length: int | None = None) -> tuple[int, ...]:
@@ -102,7 +131,13 @@ class Prompt:
 
         Parameters
         ----------
-        length : number of text positions of the run, if it differs from the prompt's (``max_sequence_length``).
+        length : int, optional
+            Number of text positions of the run, if it differs from the prompt's (``max_sequence_length``). Default:
+            the `length` of the prompt.
+
+        Returns
+        -------
+        tuple of int
 
         Examples
         --------
@@ -120,9 +155,10 @@ class Prompt:
 
         Parameters
         ----------
-        which : a word ("car"), the label of a word, a piece or an entity ("red#2", "giraffe/1", "car@t5"), consecutive
-            words ("red car"), an `Entity` of this prompt, or a position. Case does not matter. If the model reads
-            the prompt twice (Stable Diffusion 3), a word has tokens in both sequences.
+        which : str, int or Entity
+            A word ("car"), the label of a word, a token or an entity ("red#2", "giraffe/1", "car@t5"), consecutive
+            words ("red car"), an `Entity` of this prompt, which stands for its noun, or a position. Case does not
+            matter. If the model reads the prompt twice (Stable Diffusion 3), a word has tokens in both sequences.
 
         Returns
         -------
@@ -132,7 +168,7 @@ class Prompt:
         Raises
         ------
         PromptError
-            The prompt contains no match or more than one, or a position is outside the sequence.
+            Raised when the prompt contains no match or more than one, or a position is outside the sequence.
 
         Examples
         --------
@@ -178,14 +214,15 @@ class Prompt:
 
         Parameters
         ----------
-        pipe : a pipeline, or any object with a ``tokenizer``.
+        pipe : diffusers.DiffusionPipeline or object
+            A pipeline, or any object with a ``tokenizer``.
 
         Raises
         ------
         PromptError
-            The text is too long for this pipeline.
+            Raised when the text is too long for this pipeline.
         ModelError
-            `pipe` has no tokenizer, or its tokenizer cannot be aligned to words.
+            Raised when `pipe` has no tokenizer, or its tokenizer cannot be aligned to words.
 
         Examples
         --------
@@ -204,12 +241,12 @@ class Prompt:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Prompt:
-        """Return the prompt that `to_dict` wrote.
+        """Return the prompt from the dictionary that `to_dict` returned.
 
         Raises
         ------
         PromptError
-            A field is missing or invalid.
+            Raised when a field is missing or invalid.
         """
         try:
             return cls(
@@ -257,15 +294,18 @@ def parse(text: str | Prompt, pipe: Pipeline | HasTokenizer, nlp: Any = None) ->
     each is its noun, the others are its attributes, and no spaCy model is needed. Punctuation, numbers, emoji and the
     weights of other tools, as in "(red car:1.3)", are neither nouns nor attributes.
 
-    In scripts that write words without spaces (Chinese, Japanese, Thai), a bracket may stand inside a run of
-    characters. The run in it is one word: the noun, unless spaces divide it.
+    In scripts that write words without spaces (Chinese, Japanese, Thai), brackets may enclose a part of a line of
+    characters. The enclosed characters are one word, the noun, unless spaces divide them.
 
     Parameters
     ----------
-    text : the prompt. A parsed prompt is returned unchanged if it matches `pipe`; otherwise its tokens are
-        found again for `pipe`, with the same entities.
-    pipe : a pipeline, or any object with a ``tokenizer``.
-    nlp : a loaded spaCy pipeline to use instead of the small English model; unused if the text has brackets.
+    text : str or Prompt
+        The prompt. A parsed prompt is returned unchanged if it matches `pipe`; otherwise its tokens are found again for
+        `pipe`, with the same entities.
+    pipe : diffusers.DiffusionPipeline or object
+        A pipeline, or any object with a ``tokenizer``.
+    nlp : spacy.language.Language, optional
+        A loaded spaCy pipeline. Default: spaCy's small English model. Unused if the text has brackets.
 
     Returns
     -------
@@ -274,11 +314,12 @@ def parse(text: str | Prompt, pipe: Pipeline | HasTokenizer, nlp: Any = None) ->
     Raises
     ------
     PromptError
-        The text is empty, too long for the text encoder or names no entity; it is not English and has no brackets; or
-        its brackets are unbalanced, nested, empty, or split a word.
+        Raised when the text is empty, too long for the text encoder or names no entity; when it has letters of another
+        script than Latin and no brackets; when its brackets are unbalanced, nested, empty, or split a word; when it
+        contains a special token, half of a surrogate pair, or a textual inversion with several vectors.
     ModelError
-        `pipe` has no tokenizer, its tokenizer cannot be aligned to words or states no length, or no spaCy model is
-        installed.
+        Raised when `pipe` has no tokenizer, when its tokenizer cannot be aligned to words or has no maximum length, or
+        when no spaCy model is installed.
 
     Examples
     --------
@@ -434,7 +475,7 @@ def _read_brackets(text: str) -> tuple[str, list[tuple[Span, int]]]:
             opened = (len(plain), position)
         elif character == "]":
             if opened is None:
-                raise PromptError(f"Bracket at character {position} of {text!r} closes none that is open. {_BRACKETS}")
+                raise PromptError(f"Bracket at character {position} of {text!r} has no opening bracket. {_BRACKETS}")
             if not "".join(plain[opened[0] :]).strip():
                 raise PromptError(f"Bracket at character {opened[1]} of {text!r} is empty. {_BRACKETS}")
             found.append(((opened[0], len(plain)), opened[1]))

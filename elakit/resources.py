@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def data_path(*parts: str) -> Path:
-    """Path below the shipped ``data`` folder."""
+    """Path of a file or folder in the shipped ``data`` folder."""
     return _shipped("data").joinpath(*parts)
 
 

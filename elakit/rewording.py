@@ -1,6 +1,6 @@
-"""The same entities in other words: in brackets, in another order, or joined by "next to".
+"""Other wordings of a prompt: its entities in brackets, in reverse order, or joined by "next to".
 
-Each entity keeps its noun and its attributes, and brackets mark them.
+Each entity keeps its noun and its attributes, and is marked by brackets.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def entity_spans(prompt: Prompt) -> list[tuple[int, int, str]]:
     Returns
     -------
     list of (int, int, str)
-        First character, the one after the last, and the entity's label. An entity that is not found is left out.
+        For each entity that is found in the text: its first character, the one after its last, and its label.
     """
     found, at = [], 0
     for entity in prompt.entities:
@@ -50,7 +50,7 @@ def entity_spans(prompt: Prompt) -> list[tuple[int, int, str]]:
 
 
 def bracketed(prompt: Prompt) -> str:
-    """Return the prompt with its entities in brackets, which is parsed to the same entities without spaCy.
+    """Return the prompt with its entities in brackets; `elakit.parse` reads the same entities from it, without spaCy.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ def bracketed(prompt: Prompt) -> str:
     Returns
     -------
     str
-        The unchanged text if brackets cannot mark the entities: "a car that is red".
+        The text with brackets; without them if brackets cannot mark an entity, as in "a car that is red".
 
     Examples
     --------

@@ -1,10 +1,11 @@
-"""A run: an image, the attention that was recorded while it was generated, and what is measured from it; its files."""
+"""Runs: an image, the attention recorded while it was generated, the measures of both, and the files of a run."""
 
 from __future__ import annotations
 
 import math
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,25 +45,35 @@ class Run:
     Attributes
     ----------
     image : PIL.Image.Image
+        The generated image.
     prompt : Prompt
     seed : int
         Seed of the initial noise.
     settings : dict
-        steps, guidance_scale, height, width, negative_prompt, model, scheduler, method (None for a plain run); stopped
-        (number of steps made) if the run was ended early; guided if ``guide_if`` decided.
+        Settings by name: model, variant, lora, scheduler, steps, guidance_scale, height, width, negative_prompt and
+        method (None for a plain run). Further names are "call" (other arguments of the pipeline's call, as text),
+        "stopped" (number of completed steps of a run that ``stop_if`` ended) and "guided" (decision of ``guide_if``).
     recording : Recording or None
-        Recorded attention; None when the run was not recorded.
+        Recorded attention; None if the run was not recorded.
     guidance : Trace or None
         Trace of guidance; None for a plain run.
     nsfw : bool
         True if the pipeline's safety checker replaced the image; such an image is not judged.
     predicted : tuple of PIL.Image.Image or None
-        Image that each step predicts, if the run was generated with ``predicted=True`` and its image was not replaced.
+        Image that each step predicts; None unless the run was generated with ``predicted=True``, or if the safety
+        checker replaced its image.
 
     Raises
     ------
     RecordingError
         When the recording is of videos.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> run = elakit.generate(elakit.load("picture-world"), "a [cat] and a [lion]", steps=2, progress=False)
+    >>> run.label, run.image.size, run.settings["guidance_scale"], run.entity_maps().shape
+    ('plain', (128, 128), 4.0, (2, 2, 16, 16))
     """
 
     image: Image.Image
@@ -83,14 +94,19 @@ class Run:
 
     @property
     def label(self) -> str:
-        """Short name of the run: "plain" or the name of its method."""
+        """Short name of the run: the name of its guidance method, or "plain"."""
         return self.guidance.method if self.guidance else "plain"
 
     def entity_maps(self) -> xr.DataArray:
         """Raw attention maps of the entities, (step, token, y, x), from which regions and measures are computed.
 
-        They are means over the layers of the decoder, or over all layers if the model has no decoder (PixArt, Stable
-        Diffusion 3, FLUX), at the size nearest to 16 x 16.
+        They are means over the decoder's layers, or over all layers if the model has no decoder (PixArt, Stable
+        Diffusion 3, FLUX), at the recorded size nearest to 16 x 16. ``token`` has the labels of the entities.
+
+        Raises
+        ------
+        RecordingError
+            Raised when the run was not recorded, or its recording lacks the entities.
         """
         return self._maps("entities")
 
@@ -99,18 +115,22 @@ class Run:
         """Region of each entity at each step, boolean (step, entity, y, x); regions are disjoint.
 
         They are localized in the recorded maps as `elakit.ELA` does (`elakit.guidance.FromMaps` with its defaults). The
-        regions that a guided run was anchored to are in
-        ``run.guidance.regions``.
+        regions that guidance used are in ``run.guidance.regions``.
+
+        Raises
+        ------
+        RecordingError
+            Raised when the run was not recorded.
         """
         return localize_steps(self.entity_maps(), self._special_maps().sum("token"), **FromMaps().rule())
 
     @cached_property
     def verdict(self) -> Verdict | None:
-        """Result of the built-in judge; None if it cannot judge the image.
+        """Verdict of the built-in judge; None if it cannot judge the image.
 
         The built-in judge knows images of the built-in model and prompts of that model's nouns and colors. Judge other
         images with `elakit.judge.judge` and a detector, and pass the verdict to `measure`. An entirely black image is
-        not judged, nor is one that the pipeline's safety checker replaced.
+        not judged, nor is an image that the pipeline's safety checker replaced.
         """
         known = self.settings.get("model") in EMBEDDED and knows(self.prompt)
         if self.nsfw or not known or is_black(self.image):
@@ -126,12 +146,12 @@ class Run:
         return self.measure(self.verdict)
 
     def measure(self, truth: Verdict | xr.DataArray | None = None) -> Bleeding:
-        """Measure bleeding, given where the entities are in the image.
+        """Measure bleeding in the recorded attention and, if masks of the entities are given, its agreement with them.
 
         Parameters
         ----------
-        truth : Verdict or DataArray, bool (entity, y, x), optional
-            Where each entity is in the image: a verdict, or masks of the whole image at any resolution, empty for an
+        truth : Verdict or xarray.DataArray, bool (entity, y, x), optional
+            Location of each entity in the image: a verdict, or masks of the whole image at any resolution, empty for an
             absent entity. None computes only measures that need no image.
 
         Returns
@@ -162,14 +182,14 @@ class Run:
         )
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """Write image, settings, recording and trace to a folder, completely or not at all.
+        """Write image, prompt, settings, recording and trace to a folder, completely or not at all.
 
         Parameters
         ----------
         folder : str or pathlib.Path
             Folder to write; missing parents are created.
         overwrite : bool
-            Whether an existing run is replaced. A folder that is not a run is never replaced.
+            True replaces an existing run. A folder that is not a run is never replaced.
 
         Returns
         -------
@@ -179,7 +199,7 @@ class Run:
         Raises
         ------
         OutputError
-            Raised when the folder exists (and is not a run, or `overwrite` is False) or cannot be written.
+            Raised when the folder exists, unless it is a run to overwrite, or cannot be written.
         """
         folder = Path(folder)
         if os.path.lexists(folder) and not (overwrite and os.path.isfile(folder / "run.json")):
@@ -236,9 +256,7 @@ class Run:
 
 
 def open_run(folder: str | Path) -> Run:
-    """Open a run that `Run.save` wrote.
-
-    Attention maps are read when they are used.
+    """Open a run that `Run.save` wrote; attention maps are read when they are used.
 
     Parameters
     ----------
@@ -253,7 +271,7 @@ def open_run(folder: str | Path) -> Run:
     OutputError
         Raised when the folder is not a run, is damaged, or was written by another version of elakit.
     RecordingError
-        Raised when its recording is damaged.
+        Raised when the run's recording is damaged.
 
     Examples
     --------
@@ -276,14 +294,8 @@ def open_run(folder: str | Path) -> Run:
         _check_format(table, folder)
         prompt = Prompt.from_dict(table["prompt"])
         seed, settings, traced, nsfw = table["seed"], table["settings"], table["guidance"], table["nsfw"]
-        if type(seed) is not int or not isinstance(settings, dict) or not isinstance(nsfw, bool):
-            raise ValueError("seed, settings or nsfw has the wrong type")
         parts = table.get("parts", [])
-        if not (isinstance(parts, list) and all(isinstance(name, str) for name in parts)):
-            raise ValueError("parts has the wrong type")
-        for name, value in settings.items():
-            if not isinstance(value, str | int | float | bool | None):
-                raise ValueError(f"the setting {name} has the wrong type")
+        _check_types(seed, settings, nsfw, parts)
     for name in parts:  # absent parts would read as a run that was not recorded or has no regions
         if not os.path.exists(folder / name):
             raise OutputError(f"{folder / name} is missing. Restore the run's folder, or generate the run again.")
@@ -293,16 +305,7 @@ def open_run(folder: str | Path) -> Run:
     if os.path.isdir(folder / "predicted"):
         with _intact(folder / "predicted"):
             predicted = tuple(_read_image(path) for path in sorted((folder / "predicted").iterdir()))
-    trace = None
-    if traced is not None:
-        masks: dict[int, np.ndarray] = {}
-        if os.path.exists(folder / "regions.npz"):
-            with _intact(folder / "regions.npz"):
-                masks = _read_regions(folder / "regions.npz")
-        with _intact(folder / "run.json"):
-            trace = Trace.from_dict(traced, masks)
-            if any(len(regions) != len(trace.entities) for regions in masks.values()):
-                raise ValueError("regions.npz has regions of another number of entities")
+    trace = None if traced is None else _read_trace(folder, traced)
     recording = None
     if os.path.exists(folder / "recording.zarr"):
         with _intact(folder / "recording.zarr"):
@@ -320,7 +323,7 @@ def open_run(folder: str | Path) -> Run:
 
 
 def compare(runs: Sequence[Run]) -> pd.DataFrame:
-    """Overall measures of several runs side by side: one row per measure, one column per run.
+    """Return the measures of bleeding of several runs side by side, averaged over the steps.
 
     Parameters
     ----------
@@ -330,17 +333,29 @@ def compare(runs: Sequence[Run]) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Indexed by measure, entity and other entity; columns are named ``"plain (seed 7)"``.
+        One row for each measure, entity and other entity, which are the index. One column for each run, named
+        ``"plain (seed 7)"``, or ``"plain (seed 7)#2"`` for the second run with the same method and seed.
 
     Raises
     ------
     RecordingError
         Raised when a run was not recorded.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> pipe = elakit.load("picture-world")
+    >>> runs = elakit.generate(pipe, "a [cat] and a [lion]", seed=[1, 2], steps=1, progress=False)
+    >>> compare(runs).columns.tolist()
+    ['plain (seed 1)', 'plain (seed 2)']
     """
-    columns = {
-        f"{run.label} (seed {run.seed})": run.bleeding.overall().set_index(["measure", "entity", "other"])["value"]
-        for run in runs
-    }
+    columns: dict[str, pd.Series] = {}
+    seen = Counter[str]()
+    for run in runs:
+        name = f"{run.label} (seed {run.seed})"
+        seen[name] += 1
+        column = run.bleeding.overall().set_index(["measure", "entity", "other"])["value"]
+        columns[name if seen[name] == 1 else f"{name}#{seen[name]}"] = column
     return pd.DataFrame(columns)
 
 
@@ -377,6 +392,30 @@ def _check_format(table: Any, folder: Path) -> None:
             f"{folder} was written by {'a newer' if newer else 'an older'} version of elakit: its format is {found!r}, "
             f"and this version reads {FORMAT}. {step}."
         )
+
+
+def _check_types(seed: Any, settings: Any, nsfw: Any, parts: Any) -> None:
+    """Refuse values of run.json that cannot be those of a run."""
+    if type(seed) is not int or not isinstance(settings, dict) or not isinstance(nsfw, bool):
+        raise ValueError("seed, settings or nsfw has the wrong type")
+    if not (isinstance(parts, list) and all(isinstance(name, str) for name in parts)):
+        raise ValueError("parts has the wrong type")
+    for name, value in settings.items():
+        if not isinstance(value, str | int | float | bool | None):
+            raise ValueError(f"the setting {name} has the wrong type")
+
+
+def _read_trace(folder: Path, traced: Any) -> Trace:
+    """Trace of guidance from its entry in run.json, with its regions if there is a file of them."""
+    masks: dict[int, np.ndarray] = {}
+    if os.path.exists(folder / "regions.npz"):
+        with _intact(folder / "regions.npz"):
+            masks = _read_regions(folder / "regions.npz")
+    with _intact(folder / "run.json"):
+        trace = Trace.from_dict(traced, masks)
+        if any(len(regions) != len(trace.entities) for regions in masks.values()):
+            raise ValueError("regions.npz has regions of another number of entities")
+    return trace
 
 
 def _read_image(path: Path) -> Image.Image:

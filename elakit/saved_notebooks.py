@@ -1,4 +1,4 @@
-"""Saved notebooks show elakit's widgets as images once the kernel that made them is gone."""
+"""Pre-save hook of Jupyter Server: saved notebooks show elakit's widgets as images, which need no kernel."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ WIDGET, IMAGE = "application/vnd.jupyter.widget-view+json", "image/png"
 
 
 def keep_images(model: dict[str, Any], **_: Any) -> None:
-    """Remove widget views that have an image from a notebook that is about to be saved.
+    """Replace widgets by their static images in a notebook that is about to be saved.
 
-    A widget view is a reference into a running kernel. JupyterLab prefers it to the image that `elakit.explore` and
-    `elakit.live` store beside it, and shows "Error displaying widget" once the kernel has ended. The page that is open
-    in the browser keeps its widgets; only the file changes. ``elakit lab`` uses this function as the pre-save hook of
-    Jupyter Server. In another JupyterLab, add this line to ``jupyter_server_config.py``::
+    A widget in a notebook is a reference to a running kernel. JupyterLab prefers it to the image that `elakit.explore`
+    and `elakit.live` store beside it, and shows "Error displaying widget" after the kernel has ended. Only the file
+    changes: the page that is open in the browser keeps its widgets. ``elakit lab`` uses this function as the pre-save
+    hook of Jupyter Server. In another JupyterLab, add this line to ``jupyter_server_config.py``::
 
         c.ContentsManager.pre_save_hook = "elakit.saved_notebooks.keep_images"
 
     Parameters
     ----------
     model : dict
-        Contents model of Jupyter Server; its notebook is changed in place. Files of another type stay as they are, and
-        so do widgets without an image.
+        Contents model of Jupyter Server, whose notebook is changed in place. Files of other types and widgets without
+        an image are not changed.
 
     Examples
     --------

@@ -13,7 +13,7 @@ from elakit.errors import SettingError
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a share.
+    """Wilson score interval of a share, such as the share of images that are right.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     Raises
     ------
     SettingError
-        Raised when `successes` is not a whole number from 0 to `n`, or `level` is not between 0 and 1.
+        `n` is not a whole number of 0 or more, `successes` is not one from 0 to `n`, or `level` is not between 0 and 1.
 
     References
     ----------
@@ -58,7 +58,13 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
 
 
 class Interval(NamedTuple):
-    """A value with its confidence interval; each entry is a number or an array with one entry per column."""
+    """Value with its confidence interval, as returned by `bootstrap`.
+
+    Attributes
+    ----------
+    value, low, high : float or ndarray, (columns,)
+        Value, lower end and upper end.
+    """
 
     value: Any
     low: Any
@@ -74,10 +80,10 @@ def bootstrap(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap interval of a mean or of a ratio of sums, with whole groups resampled.
+    """Percentile bootstrap interval of a mean or of a ratio of sums, which resamples whole groups.
 
     Images of one prompt are more alike than images of different prompts, so an interval over images must resample
-    prompts with all their images.
+    prompts, each with all of its images.
 
     Parameters
     ----------
@@ -93,7 +99,7 @@ def bootstrap(
     resamples : int
         Number of bootstrap resamples.
     seed : int
-        Seed of the random numbers; the result depends on nothing else.
+        Seed of the random numbers.
 
     Returns
     -------
@@ -104,7 +110,7 @@ def bootstrap(
     Raises
     ------
     SettingError
-        Raised when the shapes differ, there are no rows, or a setting is out of range.
+        Shapes differ, there are no rows, or a setting is out of range.
 
     References
     ----------
@@ -150,22 +156,25 @@ def bootstrap(
 
 
 def mcnemar(fixed: int, broken: int) -> float:
-    """Exact two-sided McNemar test of paired outcomes.
+    """Exact two-sided McNemar test of paired outcomes, such as images without and with a method.
 
     Parameters
     ----------
-    fixed, broken : int
-        Pairs in which only the second, or only the first, outcome is a success. Pairs with equal outcomes do not count.
+    fixed : int
+        Number of pairs in which only the second outcome is a success.
+    broken : int
+        Number of pairs in which only the first outcome is a success.
 
     Returns
     -------
     float
-        Probability of a difference at least this large if both were equally likely; 1 without any such pair.
+        Probability (p value) of a difference at least this large if both kinds of pairs were equally likely; 1 without
+        any such pair. Pairs with equal outcomes do not count.
 
     Raises
     ------
     SettingError
-        Raised when a count is not a whole number of 0 or more.
+        A count is not a whole number of 0 or more.
 
     References
     ----------
@@ -193,7 +202,7 @@ def holm(p_values: Any) -> np.ndarray:
     Parameters
     ----------
     p_values : array_like, (n,)
-        NaN marks a test that was not made; it does not count.
+        Uncorrected p values; NaN marks a test that was not made and does not count.
 
     Returns
     -------
@@ -203,7 +212,7 @@ def holm(p_values: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Raised when a p value lies outside 0 to 1.
+        A p value is not from 0 to 1.
 
     References
     ----------

@@ -1,6 +1,6 @@
 """Words of a prompt and the tokens that represent them.
 
-Words are aligned to tokens by the character offsets that the tokenizer reports. Tokenizers lower-case, compose accents,
+Words are aligned to tokens by the character offsets that the tokenizer reports. Tokenizers lowercase, compose accents,
 split rare words and drop spaces, so only the offsets lead back to the text as it was typed.
 """
 
@@ -42,11 +42,21 @@ class Token:
 
     Attributes
     ----------
-    index : position in the sequence that the denoiser attends to.
-    text : the part of the prompt that the token covers.
-    label : unique and readable name: "car"; "red#2" if the word occurs more than once; "giraffe/1" for the first of
-        several pieces; "car@clip" and "car@t5" if the model reads the prompt with two encoders.
-    word : index of the word, counted from 0.
+    index : int
+        Position in the sequence that the denoiser attends to.
+    text : str
+        The part of the prompt that the token covers.
+    label : str
+        Unique name: "car"; "red#2" if the word occurs more than once; "giraffe/1" for the first of several tokens of a
+        word; "car@clip" and "car@t5" if the model reads the prompt with two encoders.
+    word : int
+        Index of the word in `Prompt.words`.
+
+    Examples
+    --------
+    >>> import elakit
+    >>> elakit.parse("a [red car]", elakit.load("picture-world")).tokens[1]
+    Token(index=2, text='red', label='red', word=1)
     """
 
     index: int
@@ -61,18 +71,27 @@ class TextSequence:
 
     Attributes
     ----------
-    name : "clip" or "t5".
-    tokenizer : tokenizer of the sequence.
-    offset : position of its first token among all positions that the denoiser attends to.
-    length : number of positions, including padding.
-    read : maps the prompt to the text that the pipeline passes to the tokenizer, character for character (PixArt
-        lower-cases it).
-    before, after : text that the pipeline puts around the prompt, such as a chat template.
-    dropped : number of leading tokens whose states the pipeline removes (those of a template).
-    padding : the side on which the tokenizer pads. With "left", positions are valid only for a text of exactly
-        ``length`` positions, or padded to `multiple`.
-    multiple : with padding on the left, the number of positions is the next multiple of this number, and not `length`.
-    specials : True if the tokenizer adds special tokens. A chat template contains its own.
+    name : str
+        Name of the sequence, such as "clip" or "t5".
+    tokenizer : transformers tokenizer
+    offset : int
+        Position of the first token among all positions that the denoiser attends to.
+    length : int
+        Number of positions, including padding.
+    read : callable
+        Function that returns the text which the pipeline passes to the tokenizer for a prompt, of the same length
+        (PixArt lowercases it). Default: the prompt itself.
+    before, after : str
+        Text that the pipeline puts around the prompt, such as a chat template.
+    dropped : int
+        Number of leading tokens whose states the pipeline removes (those of a template).
+    padding : {"right", "left"}
+        The side on which the tokenizer pads. With "left", the positions of tokens are valid only for runs that pad to
+        the same number of positions.
+    multiple : int or None
+        With padding on the left, the tokenizer pads to the next multiple of this number; None means to `length`.
+    specials : bool
+        True if the tokenizer adds special tokens, False if they are in a chat template.
     """
 
     name: str
@@ -88,24 +107,25 @@ class TextSequence:
     specials: bool = True
 
     def tokenized(self, text: str, **options: Any) -> Any:
-        """Return the tokenizer's output for a text, without truncation or padding."""
+        """Return the tokenizer's output for a text, without truncation and padding."""
         options = {"add_special_tokens": self.specials} | options
         return self.tokenizer(text, truncation=False, padding=False, verbose=False, **options)
 
 
 def split_words(text: str, borders: Iterable[int] = ()) -> tuple[Span, ...]:
-    """Split a text into words and runs of signs.
+    """Split a text into words and signs; adjacent signs stay together.
 
     Parameters
     ----------
-    text : the text.
-    borders : character positions at which a word is split further. Brackets set them in scripts that write words
-        without spaces.
+    text : str
+    borders : iterable of int
+        Character positions at which a word is split further. Brackets set them in scripts that write words without
+        spaces.
 
     Returns
     -------
     tuple of (int, int)
-        First character of each word, and the one after its last.
+        First character of each word or group of signs, and the one after its last.
 
     Examples
     --------
@@ -136,7 +156,7 @@ def split_words(text: str, borders: Iterable[int] = ()) -> tuple[Span, ...]:
 
 
 def may_split(text: str, at: int) -> bool:
-    """Return True if a word may end before character `at`, because its script writes words without spaces.
+    """Return True if a bracket may divide a text before character `at`: its script writes words without spaces.
 
     Examples
     --------
@@ -149,7 +169,7 @@ def may_split(text: str, at: int) -> bool:
 
 
 def word_of(label: str) -> str:
-    """Return the word of a label.
+    """Return the word in the label of a word: the label without its number.
 
     Examples
     --------
@@ -213,11 +233,15 @@ class Tokens:
 
     Attributes
     ----------
-    tokens : tokens of words, by position.
-    start : position of start-of-text; None if the first sequence has none (T5).
-    ends : for each sequence the positions from end-of-text on, as (first, one after the last); None as the second
-        number stands for the end of all positions.
-    length : number of positions of all sequences.
+    tokens : tuple of Token
+        Tokens of words, in the order of their positions.
+    start : int or None
+        Position of start-of-text; None if the first sequence has none (T5).
+    ends : tuple of (int, int or None)
+        Ranges of end-of-text and padding of all sequences, as (first, one after the last), where None stands for the
+        end of all positions.
+    length : int
+        Number of positions of all sequences.
     """
 
     tokens: tuple[Token, ...]
@@ -227,18 +251,32 @@ class Tokens:
 
 
 def tokenize(text: str, words: Sequence[Span], labels: Sequence[str], sequences: Sequence[TextSequence]) -> Tokens:
-    """Find the tokens of all words.
+    """Find the tokens of all words of a prompt.
 
     With one sequence, tokens are labeled like their words. With several, the label also names the sequence: "car@clip",
     "car@t5".
 
+    Parameters
+    ----------
+    text : str
+        The prompt, without brackets.
+    words : sequence of (int, int)
+        Words of the text, as `split_words` returns them.
+    labels : sequence of str
+        Label of each word, as `label_words` returns them.
+    sequences : sequence of TextSequence
+
+    Returns
+    -------
+    Tokens
+
     Raises
     ------
     PromptError
-        The prompt has more tokens than the longest sequence takes. Shorter sequences see only the beginning of the
-        prompt.
+        Raised when the prompt has more tokens than the longest sequence takes. Shorter sequences see only the beginning
+        of the prompt.
     ModelError
-        The tokenizer's pieces cannot be aligned to words.
+        Raised when tokens cannot be aligned to words.
     """
     tokens: list[Token] = []
     ends: list[tuple[int, int | None]] = []
@@ -344,13 +382,14 @@ def _align_by_words(text: str, words: Sequence[Span], sequence: TextSequence) ->
     several = Counter(at for at, _ in alone)
     name = getattr(tokenizer, "convert_ids_to_tokens", None)
     return len(whole), [
-        (
-            start + nth,
-            at,
-            str(name(one)).replace("</w>", "") if name and several[at] > 1 else text[slice(*words[at])],
-        )
+        (start + nth, at, _unmarked(str(name(one))) if name and several[at] > 1 else text[slice(*words[at])])
         for nth, (at, one) in enumerate(alone)
     ]
+
+
+def _unmarked(piece: str) -> str:
+    """Return a piece without the marks of byte-pair encoding (last piece of a word) and WordPiece (later pieces)."""
+    return piece.removesuffix("</w>").removeprefix("##")
 
 
 def encoder_length(pipe: Pipeline | HasTokenizer, tokenizer: Any) -> int:
@@ -359,7 +398,7 @@ def encoder_length(pipe: Pipeline | HasTokenizer, tokenizer: Any) -> int:
     Raises
     ------
     ModelError
-        Neither the tokenizer nor the configuration of the text encoder states a length.
+        Raised when neither the tokenizer nor the configuration of the text encoder states a length.
     """
     length = getattr(tokenizer, "model_max_length", None)
     if length is None or length > 10**6:  # tokenizers report a huge number if they have no limit

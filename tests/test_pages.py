@@ -10,6 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 import elakit.errors
+from benchmarks import gallery
 from elakit.guidance import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,19 @@ def test_the_page_on_guidance_lists_every_method_once_per_table() -> None:
     rows = re.findall(r"^\| `([a-z][\w-]*)` \|", text, flags=re.M)
     for name in METHODS:
         assert rows.count(name) == 3, f"{name}: one row each for loss, updates and source"
+
+
+def test_the_gallery_states_the_sweep_of_its_figures() -> None:
+    text = " ".join((DOCS / "gallery.md").read_text(encoding="utf-8").split())
+    words = re.search(r"`elakit (sweep run [^`]+)`", text)[1].split()
+    stated = dict(zip(words[2::2], words[3::2], strict=True))
+    assert stated.pop("--out") == re.search(r'sweep\.table\("(.+?)"\)', text)[1]
+    assert stated == {
+        "--suite": gallery.SUITE,
+        "--limit": str(gallery.PROMPTS),
+        "--seeds": ",".join(map(str, gallery.SWEEP_SEEDS)),
+        "--methods": ",".join(gallery.METHODS),
+    }
 
 
 def test_the_readme_names_every_method() -> None:

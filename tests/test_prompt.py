@@ -322,7 +322,7 @@ def test_brackets_override_the_reading_and_need_no_spacy(pipe, monkeypatch):
     ("text", "message"),
     [
         ("a [red car and a bird", "character 3 .*never closed"),
-        ("a red car] and a bird", "character 10 .*closes none"),
+        ("a red car] and a bird", "character 10 .*no opening bracket"),
         ("a [red [car]]", "character 8 .*inside the one at 3"),
         ("a [] and a bird", "character 3 .*empty"),
         ("a [ ] and a bird", "character 3 .*empty"),
@@ -532,6 +532,22 @@ def test_a_tokenizer_without_offsets_gives_the_same_tokens(pipe, text):
     new = parse(text, pipe)
     assert old.entities == new.entities
     assert [(token.index, token.label) for token in old.tokens] == [(t.index, t.label) for t in new.tokens]
+
+
+class WordPieces(WithoutOffsets):
+    """A tokenizer that marks the later pieces of a word, as BERT's does."""
+
+    def convert_ids_to_tokens(self, one):
+        piece = super().convert_ids_to_tokens(one)
+        return f"##{piece.removesuffix('</w>')}" if piece.endswith("</w>") else piece
+
+
+@pytest.mark.parametrize("kind", [WithoutOffsets, WordPieces])
+def test_marks_of_pieces_are_no_part_of_their_text(pipe, kind):
+    text = "a chartreuse [hippopotamus]"
+    pieces = [token.text for token in parse(text, SimpleNamespace(tokenizer=kind(pipe.tokenizer))).tokens]
+    assert "".join(pieces) == text.replace(" ", "").replace("[", "").replace("]", "")
+    assert len(pieces) > 3
 
 
 def test_a_tokenizer_that_joins_words_is_refused_not_misread():

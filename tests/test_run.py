@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import random
@@ -16,6 +17,7 @@ from PIL import Image
 from tiny import tiny_pipeline
 
 from elakit import files
+from elakit.attention import open_recording
 from elakit.errors import ElakitError, OutputError, RecordingError
 from elakit.generation import generate
 from elakit.guidance import ELA
@@ -65,6 +67,22 @@ def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
         assert open_run(folder).seed == run.seed
 
 
+def test_a_byte_order_mark_in_a_text_file_of_a_run_is_no_damage(tmp_path: Path) -> None:
+    """Some editors add one when they save."""
+    run = generate(tiny_pipeline(), PAIR, steps=2, guidance=ELA(), progress=False)
+    folder = run.save(tmp_path / "run")
+    texts = [path for path in folder.rglob("*") if path.name == "run.json" or path.name.startswith(".z")]
+    assert {path.name for path in texts} == {"run.json", ".zattrs", ".zarray", ".zgroup", ".zmetadata"}
+    for path in texts:
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    again = open_run(folder)
+    assert again.prompt == run.prompt
+    assert again.recording is not None
+    assert again.recording.maps("car").equals(run.recording.maps("car"))
+    # still recognized as a recording, which another one may replace
+    assert open_recording(run.recording.save(folder / "recording.zarr", overwrite=True)).prompt == run.prompt
+
+
 def test_a_folder_that_is_no_run_is_neither_opened_nor_replaced(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     run = generate(tiny_pipeline(), PAIR, steps=2, progress=False)
@@ -85,6 +103,7 @@ def test_runs_are_compared_measure_by_measure() -> None:
     assert table.columns.tolist() == ["plain (seed 1)", "ela (seed 1)"]
     bleed = runs[0].bleeding.to_frame().query("measure == 'bleed' and entity == 'car'")["value"].mean()
     assert table.loc[("bleed", "car", ""), "plain (seed 1)"] == pytest.approx(bleed)
+    assert compare([*runs, runs[1]]).columns.tolist() == ["plain (seed 1)", "ela (seed 1)", "ela (seed 1)#2"]
 
 
 def test_regions_without_a_recording_say_what_to_do() -> None:

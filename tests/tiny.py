@@ -4,10 +4,7 @@ second."""
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +52,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from elakit.world.tokenizer import clip_tokenizer
+
 # Before release 5, transformers reads the vocabulary of a tokenizer from files.
 FROM_FILES = int(transformers.__version__.partition(".")[0]) < 5
 
@@ -91,19 +90,6 @@ def _vocabulary() -> tuple[dict[str, int], list[Any]]:
     merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
     pieces = letters + [f"{letter}</w>" for letter in letters] + ["".join(pair) for pair in merges] + [START, END]
     return {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges
-
-
-def clip_tokenizer(vocabulary: dict[str, int], merges: Sequence[Any], **options: Any) -> CLIPTokenizer:
-    """Build a CLIP tokenizer of a vocabulary, with every release of transformers."""
-    if not FROM_FILES:
-        return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), **options)
-    with tempfile.TemporaryDirectory() as folder:
-        files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
-        files[0].write_text(json.dumps(vocabulary), encoding="utf-8")
-        # the slow tokenizer skips the first line and the one after the last merge
-        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
-        files[1].write_text("\n".join(lines), encoding="utf-8")
-        return CLIPTokenizer(str(files[0]), str(files[1]), **options)
 
 
 def tiny_tokenizer(length: int = 20) -> CLIPTokenizer:
@@ -342,7 +328,7 @@ def tiny_sd3(dtype: torch.dtype = torch.float32, seed: int = 0, t5: bool = True,
 
 
 def tiny_flux(dtype: torch.dtype = torch.float32, seed: int = 0, **transformer: Any) -> Any:
-    """Build a FLUX pipeline: one double and two single stream blocks, packed latents, distilled guidance."""
+    """Build a FLUX pipeline: one double- and two single-stream blocks, packed latents, distilled guidance."""
     tokenizer, t5_tokenizer = tiny_tokenizer(), tiny_t5_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -454,6 +454,7 @@ def tiny_kolors(seed: int = 0) -> Any:
             original_rope=True,
             multi_query_attention=True,
             add_qkv_bias=True,
+            use_cache=True,  # as in the published configuration; transformers 4 has no default
         )
         encoder = ChatGLMModel(config, empty_init=False)
         with torch.no_grad():

@@ -17,15 +17,16 @@ _BLOCK = 2**26
 
 
 def layer_mean(nodes: Sequence[xr.Dataset], channels: Sequence[str], image: int) -> np.ndarray:
-    """Compute the mean over heads and layers of all nodes, with equal weights, at the size of the first node.
+    """Average maps over the heads and layers of all nodes; every layer has the same weight.
 
     Parameters
     ----------
     nodes : sequence of xarray.Dataset
-        As in `Recording`, one per map size.
+        Nodes of a recording, one per map size; their maps are resized to the size of the first node.
     channels : sequence of str
         Labels along ``token``.
     image : int
+        Index of the image in the batch.
 
     Returns
     -------
@@ -34,8 +35,8 @@ def layer_mean(nodes: Sequence[xr.Dataset], channels: Sequence[str], image: int)
 
     Notes
     -----
-    Layers of one size are averaged before they are resized: one map per size, step and token is resized, whatever the
-    number of layers and heads.
+    Layers of one size are averaged before they are resized, so that one map per size, step and token is resized,
+    whatever the number of layers and heads.
     """
     target = nodes[0].sizes["y"], nodes[0].sizes["x"]
     total: np.ndarray | None = None
@@ -72,11 +73,14 @@ def refined(maps: np.ndarray, node: xr.Dataset, image: int, times: int) -> np.nd
     node : xarray.Dataset
         Self-attention of the same steps; the mean over its layers and heads is used, with rows normalized to a sum of
         1.
-    image, times : int
+    image : int
+        Index of the image in the batch.
+    times : int
+        Number of multiplications.
 
     Returns
     -------
-    numpy.ndarray, (step, channel, rows, columns)
+    numpy.ndarray, (step, channel, y, x)
         Maps at the size of the self-attention. The value at a location is the mean over the locations that it attends
         to, weighted by its attention.
 
@@ -99,7 +103,20 @@ def refined(maps: np.ndarray, node: xr.Dataset, image: int, times: int) -> np.nd
 
 
 def normalized(maps: np.ndarray, how: Normalize, start: np.ndarray | None) -> np.ndarray:
-    """Normalize maps (step, token, y, x) over space; ``start`` is (step, 1, y, x).
+    """Normalize each map over space, or divide maps by that of start-of-text.
+
+    Parameters
+    ----------
+    maps : numpy.ndarray, (step, token, y, x)
+    how : {None, "sum", "max", "minmax", "tokens", "start"}
+        Normalization, as in `Recording.maps`. None and ``"tokens"``, which is not spatial, return the maps unchanged.
+    start : numpy.ndarray, (step, 1, y, x), optional
+        Maps of start-of-text, which ``"start"`` requires.
+
+    Returns
+    -------
+    numpy.ndarray, (step, token, y, x)
+        0 where the divisor is 0.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Arguments of attention calls: what `F.scaled_dot_product_attention` receives and returns.
+"""Reading and changing calls of `F.scaled_dot_product_attention`: their arguments and outputs.
 
 Most layers are read and biased by hooks on their projections and arguments. Layers that do more between projection and
 softmax (their own rotary embeddings, fused projections, masks built inside) are read and biased here instead, at the
@@ -32,7 +32,8 @@ class AttentionCall:
         With grouped queries the keys have fewer heads than the queries.
     value : torch.Tensor, (rows, heads, keys, d)
     mask : torch.Tensor or None
-        Added to the scores, or booleans that are True where a key is seen; broadcasts to (rows, heads, queries, keys).
+        Numbers that are added to the scores, or booleans that are True where a key is seen; broadcasts to
+        (rows, heads, queries, keys). None masks nothing.
     scale : float or None
         Factor of the scores; None stands for ``1 / sqrt(d)``.
     """
@@ -78,7 +79,8 @@ def watching_outputs(on_output: OnOutput) -> Iterator[None]:
 def changing(change_of: ChangeOf, on_output: OnOutput) -> Iterator[None]:
     """Compute ``change_of(call)`` instead of each attention call inside the block; ``on_output`` gets the output.
 
-    Use it around a separate denoiser call: the module's other context managers neither see nor change calls inside it.
+    Use it around a separate denoiser call: the other context managers of this module, entered outside the block,
+    neither see nor change calls inside it.
     """
     outer, _ACTIVE.modes = _ACTIVE.modes, []
     try:
@@ -158,7 +160,10 @@ _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a mask of booleans, True where a key is seen, to numbers that are added to the scores."""
+    """Convert a boolean mask, True where a key is seen, to numbers that are added to the scores.
+
+    Other masks are returned unchanged.
+    """
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, NEVER)

@@ -1,4 +1,4 @@
-"""Computation of the maps of concepts that are not in the prompt, for each kind of attention."""
+"""Readers of the maps of concepts that are not in the prompt: one class for each kind of attention."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from elakit.prompt import Prompt, parse
 
 
 class Reader:
-    """Computes the maps of one `map_concepts` block.
+    """Base of the classes that compute the maps of one `map_concepts` block.
 
     Parameters
     ----------
@@ -35,9 +35,10 @@ class Reader:
     words : sequence of str
         Concepts.
     begin : callable
-        Called as ``begin(timestep)`` at the start of each denoiser call that sees the prompt.
+        Function that is called as ``begin(timestep)`` at the start of each denoiser call that sees the prompt.
     add : callable
-        Called as ``add(maps, size)`` with the maps (image, concept, h*w) of each layer.
+        Function that is called as ``add(maps, size)`` with the maps (image, concept, h*w) of each layer and their size
+        (h, w).
     """
 
     def __init__(
@@ -59,18 +60,18 @@ class Reader:
         self.counts = [len(each) for each in self.positions]
 
     def close(self) -> None:
-        """Release what belongs to the last run."""
+        """Forget the last run, so that its tensors can be freed."""
         self.watch.close()
         self.seen = None
 
     def before_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read a denoiser call that is about to run."""
+        """Read the arguments of a denoiser call that is about to run."""
         self.seen = self.watch.read(args, kwargs)
         if self.seen is not None:
             self.begin(self.seen.call.timestep)
 
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
-        """Start to read these layers."""
+        """Start to read the layers; reading ends when ``hooks`` are removed and ``stack`` is closed."""
         raise NotImplementedError
 
     def by_concept(self, values: Tensor) -> Tensor:
@@ -78,7 +79,11 @@ class Reader:
         return torch.stack([part.mean(-1) for part in values.split(self.counts, dim=-1)], dim=-1)
 
     def compare(self, image: Tensor, concepts: Tensor) -> Tensor:
-        """Maps from attention outputs of the image (rows, h*w, c) and of the concepts' tokens (rows, tokens, c)."""
+        """Compute the maps of ConceptAttention, (rows, concepts, h*w).
+
+        Each map is the softmax over the concepts of the dot products between the attention outputs of the image,
+        (rows, h*w, c), and those of the concepts' tokens, (rows, tokens, c), averaged over the tokens of a concept.
+        """
         # Scores can be in the hundreds, where bfloat16 has steps of 1 or more; autocast would use half precision, too.
         with torch.autocast(image.device.type, enabled=False):
             scores = image.float() @ concepts.float().transpose(-1, -2)
@@ -107,10 +112,10 @@ def _text_states(conditioning: Conditioning) -> Tensor:
 
 
 class Cross(Reader):
-    """Concepts beside the prompt in cross-attention that is read by hooks on its projections."""
+    """Reader for cross-attention that is read by hooks: concepts are keys in addition to the tokens of the prompt."""
 
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
-        """Start to read these layers."""
+        """Start to read the layers."""
         self.beside: dict[str, Tensor] = dict.fromkeys(
             (layer.name for layer in layers), _projected(self.denoiser, self._states())
         )
@@ -129,11 +134,11 @@ class Cross(Reader):
 
 
 class AtCall(Cross):
-    """Concepts beside the prompt in cross-attention that is read at its attention call (Sana, HunyuanDiT)."""
+    """Reader for cross-attention that is read at its attention call (Sana, HunyuanDiT)."""
 
     @torch.no_grad()
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
-        """Start to read these layers; the concepts' keys are computed once, as neither image nor step changes them."""
+        """Start to read the layers; the concepts' keys are computed once, as neither image nor step changes them."""
         inside: list[str] = []
         keys: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
 
@@ -188,10 +193,14 @@ class _Kept:
 
 
 class TextPass(Reader):
-    """Concepts as the text of a second denoiser call, with the image's keys and values from the run's own call."""
+    """Reader for joint attention that is read at its attention call.
+
+    A second denoiser call has the concepts as its text; they attend to each other and to the keys and values of the
+    image, which were kept from the run's own call.
+    """
 
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
-        """Start to read these layers, and those that the concepts pass through before them."""
+        """Start to read the layers, and those that the concepts pass through before them."""
         self.states = self._states()
         self.chosen = {layer.name for layer in layers}
         every = self.adapter.layers()
@@ -235,7 +244,13 @@ class TextPass(Reader):
 
     @torch.no_grad()
     def after_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
-        """Run the denoiser call of the concepts."""
+        """Run a second denoiser call, with the concepts as its text.
+
+        Raises
+        ------
+        RecordingError
+            Raised when a layer ran without the attention call at which it is read.
+        """
         if self.seen is None or self.given is not None:
             return
         for layer in self.layers:
@@ -281,10 +296,10 @@ def _by_row(output: Tensor) -> Tensor:
 
 
 class Stream(Reader):
-    """Concepts as a second text stream beside the double stream blocks of FLUX.1 or Stable Diffusion 3."""
+    """Reader for FLUX.1 and Stable Diffusion 3: concepts are a second text stream beside the double-stream blocks."""
 
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
-        """Start to read these layers, and those that the concepts pass through before them."""
+        """Start to read the layers, and those that the concepts pass through before them."""
         self.states = self._states()
         chosen = {layer.name for layer in layers}
         for number, block in enumerate(self.denoiser.transformer_blocks):

@@ -26,8 +26,9 @@ class ConceptMaps:
     Attributes
     ----------
     concepts : tuple of str
+        The words that were given to `map_concepts`.
     kind : {"probability", "similarity"}
-        Kind of the values; see `map_concepts`.
+        Kind of the values: "probability" in cross-attention, "similarity" in joint attention; see `map_concepts`.
     """
 
     def __init__(self, concepts: Sequence[str], kind: str) -> None:
@@ -37,24 +38,24 @@ class ConceptMaps:
         self._sums: list[dict[Size, tuple[np.ndarray, int]]] = []  # per step and size: sum over layers, their number
 
     def maps(self, image: int = 0, size: int | None = None) -> xr.DataArray:
-        """Return the maps, the mean over layers and heads.
+        """Return one map per step and concept, the mean over the layers.
 
         Parameters
         ----------
         image : int
             Index of the image in the batch.
         size : int, optional
-            Use only layers whose maps have this larger side. Default: all, resized to the largest.
+            Use only layers whose maps have this larger side. Default: all layers, resized to the largest map.
 
         Returns
         -------
         xarray.DataArray, (step, concept, y, x)
-            float32, with ``timestep(step)``.
+            float32, with the coordinate ``timestep(step)``. ``step`` counts denoiser calls from 0.
 
         Raises
         ------
         RecordingError
-            When nothing was recorded, or no map has that size.
+            Raised when no step was finished, no map has the size, or the batch has no such image.
         """
         if not self._sums:
             raise RecordingError("No maps of concepts were recorded: no step was finished inside the block.")
@@ -62,6 +63,9 @@ class ConceptMaps:
         if not sizes:
             there = ", ".join(f"{y}x{x}" for y, x in self._sums[0])
             raise RecordingError(f"No maps have size {size}; there are {there}. Give the larger side.")
+        images = len(self._sums[0][sizes[0]][0])
+        if not -images <= image < images:
+            raise RecordingError(f"Image {image} was not recorded; there are {images} (0 to {images - 1}).")
         steps = []
         for found in self._sums:
             layers = sum(found[one][1] for one in sizes)
@@ -78,7 +82,7 @@ class ConceptMaps:
         )
 
     def begin(self, timestep: float) -> None:
-        """Begin a denoiser call."""
+        """Begin the maps of a denoiser call with this timestep."""
         self._timesteps.append(timestep)
         self._sums.append({})
 
@@ -107,32 +111,39 @@ def map_concepts(
     words : sequence of str
         Concepts: words or short phrases. Families with joint attention (kind "similarity") need at least two.
     layers : str or sequence of str
-        As in `select_layers`. In models with double and single stream blocks only the double ones are used.
+        As in `select_layers`. In models that have double-stream blocks, only these are used.
 
     Yields
     ------
     ConceptMaps
-        Its values are not attention of the run, because the run has no such token:
+        The maps, complete after the block. Their values are not attention of the run, which has no such tokens:
 
         * cross-attention, kind "probability": the attention that a token of the concept would get if it were
-          appended to the prompt, ``exp(s_c) / (sum_t exp(s_t) + exp(s_c))``, the mean over the tokens of a concept;
+          appended to the prompt, ``exp(s_c) / (sum_t exp(s_t) + exp(s_c))`` with the attention scores ``s_c`` of the
+          concept and ``s_t`` of the prompt's tokens; the mean over heads and over the tokens of a concept;
         * joint attention, kind "similarity": ConceptAttention. The concepts are a second text that attends to itself
           and to the image; the map is the softmax over the concepts of the dot product between the attention outputs
-          of a location and of each concept.
+          of a location and of each concept, with the outputs of all heads side by side.
 
     Raises
     ------
     SettingError
-        When no concept is given, or only one for a family with joint attention.
+        Raised when no concept is given, or only one for a family with joint attention; when a concept is empty or
+        contains brackets.
     RecordingError
-        When only single stream blocks are selected in a model that has double ones; in the cases of `elakit.record`.
+        Raised when only single-stream blocks are selected in a model that has double-stream blocks; in the cases of
+        `elakit.record`.
+    PromptError
+        Raised when the prompt or a concept cannot be parsed.
+    ModelError
+        Raised when the pipeline's family is not supported.
 
     Notes
     -----
     In FLUX.1 and Stable Diffusion 3, the second text is computed alongside the blocks. Other families with joint
     attention keep the keys, values and outputs of the image until the denoiser call ends, and then run the denoiser a
     second time with the concepts as its text and one patch (in Qwen-Image, one row of patches) as its image.
-    ConceptAttention was published for double stream blocks; in families that have single stream blocks only
+    ConceptAttention was published for double-stream blocks; in families that have single-stream blocks only
     (Z-Image, Lumina 2, CogView3-Plus, CogView4) the definition is the same, with the projections that image and text
     share.
 
@@ -189,7 +200,7 @@ def _reader_of(
         chosen = [layer for layer in chosen if layer.kind == "joint"]
     if not chosen:
         raise RecordingError(
-            f"{adapter.family} with layers={asked!r}: no double stream block is selected, and concepts are mapped only "
-            "there in models that have such blocks. Use layers='double', or names of double stream blocks."
+            f"{adapter.family} with layers={asked!r}: no double-stream block is selected, but in this model concepts "
+            "are mapped in double-stream blocks only. Use layers='double', or names of double-stream blocks."
         )
     return (TextPass if at_call else Stream), chosen

@@ -34,7 +34,7 @@ from elakit.prompt import Entity, Prompt, parse
 
 @dataclass(frozen=True, eq=False)  # regions are arrays, whose == is not a single truth value
 class Edit:
-    """One change of the attention to some tokens.
+    """One change of the attention to some tokens of the prompt.
 
     Parameters
     ----------
@@ -45,22 +45,24 @@ class Edit:
         Factor of the tokens' weights before the weights of all tokens are normalized to a sum of 1; that is, its
         logarithm is added to their logits. 0 masks them, 1 changes nothing.
     add : float
-        Added to their logits. ``scale=2`` and ``add=math.log(2)`` have the same effect.
+        Number from -100 to 100 that is added to the tokens' logits. ``scale=2`` and ``add=math.log(2)`` have the same
+        effect.
     like : str, int or Entity, optional
-        Another token, whose logits replace theirs (the mean over its positions if it has several): the image then
-        attends to them exactly as to that token, but still reads their own values. It excludes ``scale`` and ``add``,
-        and requires cross-attention (Stable Diffusion, SDXL, PixArt).
+        Another token, whose logits (the mean over its positions if it has several) replace those of ``tokens``: the
+        image then attends to ``tokens`` exactly as to the other token, but still receives their own values. ``like``
+        excludes ``scale`` and ``add``, and requires plain cross-attention (Stable Diffusion 1.x and 2.x, SDXL, Kolors,
+        PixArt).
     region : array, (y, x), optional
         Part of the image, at any resolution: booleans, or shares from 0 to 1. Default: everywhere.
     steps : int, slice or sequence of int, optional
-        Calls of the denoiser, counted from 0 at the start of the block. Default: all.
+        Denoiser calls in which the edit acts, counted from 0 at the start of the block. Default: all.
     layers : str or sequence of str
         As in `select_layers`.
 
     Raises
     ------
     SettingError
-        When a value is not allowed.
+        Raised when a value is not allowed.
 
     Notes
     -----
@@ -115,11 +117,11 @@ class Edit:
 
     @property
     def factor(self) -> float:
-        """Factor of the weights in the region."""
+        """Factor of the tokens' weights in the region, ``scale * exp(add)``."""
         return self.scale * math.exp(self.add)
 
     def acts(self, call: int) -> bool:
-        """Return whether the edit changes anything in a call of the denoiser."""
+        """Return whether the edit changes anything in the denoiser call of this number, counted from 0."""
         if self.factor == 1.0 and self.like is None:
             return False
         if isinstance(self.steps, slice):
@@ -142,13 +144,17 @@ def edit(pipe: Pipeline, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> 
     prompt : Prompt or str
         The prompt that the pipeline is called with.
     edits : Edit or sequence of Edit
+        Changes to make.
 
     Raises
     ------
     RecordingError
-        When the prompt has no such token, or the model no such layer; in the cases of `elakit.record`.
+        Raised when the prompt has no such token, or the model no such layer; when ``like`` is given for a layer that is
+        not of plain cross-attention; in the cases of `elakit.record`.
+    PromptError
+        Raised when the prompt cannot be parsed.
     ModelError
-        When the pipeline's family is not supported.
+        Raised when the pipeline's family is not supported.
 
     Notes
     -----
@@ -201,12 +207,13 @@ class _Editor:
             _positions(prompt, each.tokens, prompt.length)
             if each.like is not None:
                 _positions(prompt, each.like, prompt.length)
-                if joint := [
+                if others := [
                     layer.name for layer in known if layer.name in self.named[i] and not _takes_other_logits(layer)
                 ]:
                     raise RecordingError(
-                        f"like={each.like!r}: layer {joint[0]} has joint attention to image and text, where logits "
-                        "cannot be replaced. Use scale or add, or a model with cross-attention."
+                        f"like={each.like!r}: layer {others[0]} is not a plain cross-attention layer, so its logits "
+                        "cannot be replaced. Use scale or add, or a model with plain cross-attention (Stable Diffusion "
+                        "1.x, 2.x, XL, Kolors, PixArt)."
                     )
         self.layers = [layer for layer in known if any(layer.name in names for names in self.named)]
         self._made: dict[Any, Tensor | None] = {}

@@ -1,4 +1,4 @@
-"""Hooks on modules that leave no trace, and passes that hooks ignore."""
+"""Hooks on modules that are removed without a trace, and denoiser passes that hooks ignore."""
 
 from __future__ import annotations
 
@@ -43,12 +43,18 @@ class Hooks:
         self.remove()
 
     def before(self, module: nn.Module, act: Callable[..., Any], *, first: bool = False) -> None:
-        """Call ``act(module, args, kwargs)`` before each call of the module; ``first``: before its other hooks."""
+        """Call ``act(module, args, kwargs)`` before each call of the module; with ``first``, before its other hooks.
+
+        If ``act`` returns (args, kwargs), they replace those of the call.
+        """
         hook = self._note(module, act)
         module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
 
     def after(self, module: nn.Module, act: Callable[..., Any], *, always: bool = False) -> None:
-        """Call ``act(module, args, kwargs, output)`` after each call; ``always``: also if the call raised an error."""
+        """Call ``act(module, args, kwargs, output)`` after each call; with ``always``, also if it raised an error.
+
+        If ``act`` returns anything but None, it replaces the output. After an error, the output is None.
+        """
         hook = self._note(module, act)
         module.register_forward_hook(hook, with_kwargs=True, always_call=always)
 
@@ -58,7 +64,7 @@ class Hooks:
         return hook
 
     def remove(self) -> None:
-        """Remove every hook."""
+        """Remove every hook that was placed."""
         while self._placed:
             _remove(*self._placed[-1])
             self._placed.pop()
@@ -73,7 +79,7 @@ _ALONE = _Alone()
 
 @contextmanager
 def alone(hooks: Hooks) -> Iterator[None]:
-    """Suspend all other hooks in this thread, for a separate denoiser call inside one of the run."""
+    """Suspend the hooks of all other `Hooks` in this thread, for a separate denoiser call inside a call of the run."""
     outer, _ALONE.hooks = _ALONE.hooks, hooks
     try:
         yield
@@ -126,7 +132,7 @@ _PASSES_OF_OWN: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary
 
 @contextmanager
 def leave_alone(denoiser: nn.Module) -> Iterator[None]:
-    """Mark the passes of this thread inside the block as guidance's own: they are neither recorded nor edited."""
+    """Exempt the denoiser's passes in this thread from recording and edits inside the block, which may be nested."""
     depth, thread = _PASSES_OF_OWN.setdefault(denoiser, {}), threading.get_ident()
     before = depth.get(thread, 0)
     depth[thread] = before + 1
@@ -137,5 +143,5 @@ def leave_alone(denoiser: nn.Module) -> Iterator[None]:
 
 
 def is_left_alone(denoiser: nn.Module) -> bool:
-    """Return whether the current pass belongs to guidance itself."""
+    """Return whether `leave_alone` exempts the current pass of this thread from recording and edits."""
     return _PASSES_OF_OWN.get(denoiser, {}).get(threading.get_ident(), 0) > 0

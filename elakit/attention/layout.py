@@ -1,4 +1,4 @@
-"""The arrays of a recording: their names, dimensions and labels, and the room that one step of them needs."""
+"""The arrays of a recording: their names, dimensions and labels, and the memory that one step needs."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def build_node(
     heads: str | Sequence[int],
     keys: Keys = "text",
 ) -> xr.Dataset:
-    """Build one node of a recording's tree.
+    """Build one node of a recording's tree, as `Recording` describes it.
 
     Parameters
     ----------
     values : numpy.ndarray or LazyArray, (step, image, layer, head, y, x, token)
-        An array in memory, or one that is read when it is used.
+        Probabilities: an array in memory, or one that is read when it is used.
     steps : sequence of (call, timestep, sigma)
     layers : sequence of (name, place, position in the forward pass)
     tokens : sequence of (label, token position)
@@ -72,6 +72,10 @@ def build_node(
         Numbers of the heads if only some are kept.
     keys : {"text", "image"}
         Keys of the attention: the text (maps), or the image itself (self-attention).
+
+    Returns
+    -------
+    xarray.Dataset
     """
     calls, timesteps, sigmas = zip(*steps, strict=True)
     names, places, order = zip(*layers, strict=True)
@@ -114,14 +118,19 @@ def build_tree(
     nodes : mapping of str to xarray.Dataset
     prompt : Prompt
     family, model : str
+        Names of the model family and of the pipeline's class.
     calls : int
         Number of finished denoiser calls.
     expected : int, optional
-        Number of denoiser calls that the run should have.
+        Number of denoiser calls that the run should have; None if it is unknown.
     averaged : int
         Number of steps whose mean is kept; 0 if every step is kept.
     frames : int
         Number of frames of each video, which follow each other along ``image``; 0 for images.
+
+    Returns
+    -------
+    xarray.DataTree
     """
     tree = xr.DataTree.from_dict(dict(nodes))
     tree.attrs = {
@@ -181,7 +190,10 @@ class Layout:
         return sum(int(np.prod(node.shape)) for node in self.nodes.values()) * self.dtype.itemsize
 
     def slots(self, dtype: torch.dtype | None = None, **options: Any) -> tuple[Tensor, Slots]:
-        """Allocate one step: one flat tensor, which a single copy moves, and views of it by node."""
+        """Allocate memory for one step: a flat tensor, which one copy can move, and a view of it for each node.
+
+        ``options`` are those of `torch.empty`.
+        """
         counts = [int(np.prod(node.shape)) for node in self.nodes.values()]
         flat = torch.empty(sum(counts), dtype=dtype or self.dtype, **options)
         parts = zip(self.nodes.items(), flat.split(counts), strict=True)
@@ -210,7 +222,7 @@ class LazyArray(BackendArray):
     dtype: np.dtype[Any]
 
     def fetch(self, steps: np.ndarray, images: np.ndarray) -> np.ndarray:
-        """Return the values at these positions, (len(steps), len(images), ...)."""
+        """Return the values at these steps and images, (len(steps), len(images), ...)."""
         raise NotImplementedError
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
@@ -246,7 +258,7 @@ class Joined(LazyArray):
         self.dtype = parts[0].dtype
 
     def fetch(self, steps: np.ndarray, images: np.ndarray) -> np.ndarray:
-        """Return the values at these positions, (len(steps), len(images), ...)."""
+        """Return the values at these steps and images, (len(steps), len(images), ...)."""
         values = np.empty((len(steps), len(images), *self.shape[2:]), self.dtype)
         for at, step in enumerate(steps):
             part = int(np.searchsorted(self._ends, step, side="right"))

@@ -43,12 +43,9 @@ def record(
     softmax in float32, for each call of the denoiser (one per step with most schedulers; Heun and PNDM make more
     calls).
 
-    Rows, attention masks and weights are established from the running call. A run of a sibling pipeline with the same
-    denoiser (`AutoPipelineForImage2Image.from_pipe(pipe)`) and a loop of your own are recorded as they run. Runs in
-    other threads, and runs that a callback starts inside a run, are not recorded.
-
-    The maps of each layer are reduced to the selected tokens and heads where they are computed, into one buffer of the
-    size of a step; it leaves an accelerator in one copy per step, which nothing waits for.
+    Rows, attention masks and weights are read from the running call. A run of another pipeline with the same denoiser
+    (`AutoPipelineForImage2Image.from_pipe(pipe)`) and a loop of your own are recorded as they run. Runs in other
+    threads, and runs that a callback starts inside a run, are not recorded.
 
     Parameters
     ----------
@@ -57,7 +54,8 @@ def record(
     prompt : Prompt or str
         The prompt whose tokens are kept. Pass its ``text`` (brackets removed) to the pipeline.
     spec : RecordSpec, optional
-        Selection of what is kept; default: every word, the mean of the heads, all layers and steps.
+        Selection of what is kept. Default: ``RecordSpec()``, which keeps every word, the mean of the heads, and all
+        layers and steps.
     store : str or pathlib.Path, optional
         Folder of a Zarr store to which each step is written as soon as it is finished, instead of being kept in memory.
         It must not exist, and appears with the first step; if the run is killed it contains the steps before, for
@@ -66,21 +64,31 @@ def record(
     Yields
     ------
     Recording
-        Grows with the run and is complete at the end of the block. After an error it contains the finished calls.
-        Several runs in one block follow each other in it if they have the same size and number of images. With a store
-        its values stay on disk until they are used.
+        The recording, which grows with the run and is complete at the end of the block. After an error it contains the
+        finished calls. Several runs in one block follow each other in it; they must have the same size and number of
+        images. With a store, its values stay on disk until they are used.
 
     Raises
     ------
     RecordingError
-        When the pipeline is already being recorded; when the run would exceed the budget (raised at the first call of
-        the denoiser, before it computes anything); when the specification selects what does not exist; when the run has
-        another prompt; when the denoiser has a cache, or an attention processor that is not from diffusers; when parts
-        of the denoiser are replaced inside the block.
+        Raised when the pipeline is already being recorded; when the specification selects what does not exist; when the
+        run would exceed the budget (at the first denoiser call, before it computes anything); when the run has another
+        prompt, or several; when its size or number of images differs from that of an earlier run in the block; when the
+        denoiser has a cache, an attention processor that is not from diffusers, or merged tokens (ToMe); when parts of
+        the denoiser are replaced inside the block.
+    SettingError
+        Raised when a store is given together with ``RecordSpec(device="model")``.
+    PromptError
+        Raised when the prompt cannot be parsed.
     ModelError
-        When the pipeline's family is not supported.
+        Raised when the pipeline's family is not supported.
     OutputError
-        When the store cannot be written: its path exists, or the disk is full.
+        Raised when the store cannot be written: its path exists, or the disk is full.
+
+    Notes
+    -----
+    The maps of each layer are reduced to the selected tokens and heads on the model's device, in a buffer that holds
+    one step. From an accelerator, the buffer is copied to the host once per step, without waiting for the copy.
 
     Examples
     --------
@@ -114,7 +122,7 @@ def record_image(
     seed: int = 0,
     spec: RecordSpec | None = None,
 ) -> Recording:
-    """Record attention for an existing image: add the noise of chosen steps, and run the denoiser once for each.
+    """Record attention for an existing image: add the noise of chosen steps to it, and run the denoiser once for each.
 
     Parameters
     ----------
@@ -123,7 +131,8 @@ def record_image(
     prompt : Prompt or str
         Description of the image.
     image : PIL.Image.Image
-        Its sides must be multiples that the model allows, and should be those that the model was trained on.
+        Image to record. Its sides must be multiples that the model allows, and should be those that the model was
+        trained on.
     at : sequence of int
         Steps of the schedule, counted from 0; early steps have more noise.
     steps : int
@@ -131,7 +140,7 @@ def record_image(
     seed : int
         Seed of the noise, which is the same at all steps.
     spec : RecordSpec, optional
-        Selection of what is kept.
+        Selection of what is kept; default as in `record`.
 
     Returns
     -------
@@ -141,14 +150,16 @@ def record_image(
     Raises
     ------
     SettingError
-        When a step is outside the schedule, or a side of the image is not allowed.
-    RecordingError, ModelError
-        As `record`; also when the family cannot encode an image.
+        Raised when a step is outside the schedule, or a side of the image is not allowed.
+    RecordingError, PromptError
+        Raised in the cases of `record`.
+    ModelError
+        Raised when the pipeline's family is not supported, or cannot encode prompts or images.
 
     References
     ----------
-    Helbling et al., "ConceptAttention: diffusion transformers learn highly interpretable features" (2025), who read
-    real images in the same way.
+    Helbling et al., "ConceptAttention: diffusion transformers learn highly interpretable features" (ICML 2025), which
+    reads existing images in the same way.
 
     Examples
     --------
@@ -209,13 +220,18 @@ def _recorded(recorder: _Recorder) -> Iterator[Recording]:
 
 @contextmanager
 def paused(pipe: Pipeline) -> Iterator[None]:
-    """Run the denoiser inside the block without recording or editing it: for passes of guidance itself.
+    """Exempt the denoiser's passes inside the block from recording and edits, such as passes of your own guidance.
 
-    Paused calls are not counted either, so that a guided run has the same call numbers as a plain one.
+    Paused calls are not counted, so that a guided run has the same call numbers as a plain one.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
+
+    Raises
+    ------
+    ModelError
+        Raised when the pipeline's family is not supported.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""A recording: attention probabilities with named dimensions, to select, aggregate, save and open."""
+"""Recordings of attention: probabilities with named dimensions, which can be selected, averaged, saved and opened."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ class Recording:
     ``order(layer)`` (position in the forward pass), ``head`` (``"mean"``, or numbers), ``token`` (labels) and
     ``token_index(token)`` (position in the text encoder's sequence; -1 for ``"<end>"``).
 
-    ``"<start>"`` is start-of-text and ``"<end>"`` the summed mass of end-of-text and padding. If every word is kept,
-    the tokens of a location sum to 1 (in joint attention, to the share that the text receives). Encoders
-    without a start-of-text token, such as T5, have no ``"<start>"``. A mean over steps
-    (``RecordSpec(accumulate=True)``) is stored as one step: the last call's number, with the means of timestep and
-    sigma.
+    ``"<start>"`` is start-of-text and ``"<end>"`` the summed mass of end-of-text and padding. Encoders without a
+    start-of-text token, such as T5, have no ``"<start>"``. If every word is kept, the tokens of a location sum to 1 (in
+    joint attention, to the share that the text receives).
 
-    ``RecordSpec(self_attention=16)`` adds a node such as ``"self-16x16"``, whose ``token`` are the locations that are
-    attended to (``"row,column"``).
+    A mean over steps (``RecordSpec(accumulate=True)``) is stored as one step, with the number of the last call and the
+    means of timestep and sigma.
+
+    ``RecordSpec(self_attention=16)`` adds a node such as ``"self-16x16"``, whose labels along ``token`` are the
+    locations that are attended to (``"row,column"``).
 
     A video has maps of each frame of its latent. In the tree, the frames of all videos follow each other along
     ``image``; `maps` returns them with a dimension ``frame``, and `frame` selects one of them.
@@ -52,7 +53,7 @@ class Recording:
     Parameters
     ----------
     source : xarray.DataTree or callable
-        The tree, or a function that returns the current tree (of a run in progress).
+        The tree; for a run in progress, a function that returns its current tree.
     """
 
     def __init__(self, source: xr.DataTree | Callable[[], xr.DataTree]) -> None:
@@ -60,12 +61,11 @@ class Recording:
 
     @property
     def tree(self) -> xr.DataTree:
-        """The arrays as a plain `xarray.DataTree`; the class describes their layout."""
+        """The arrays as an `xarray.DataTree`, whose layout `Recording` describes."""
         return self._source() if callable(self._source) else self._source
 
     def settle(self, tree: xr.DataTree) -> None:
-        """Replace the source by its final tree; called at the end of a run, so that a recording keeps no model
-        alive."""
+        """Replace the source by the final tree, so that the recording of a finished run keeps no model in memory."""
         self._source = tree
 
     @property
@@ -90,12 +90,12 @@ class Recording:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the layers, in forward order."""
+        """Names of the recorded layers, in forward order."""
         return tuple(layer.name for layer in self._layers())
 
     @property
     def decoder(self) -> str:
-        """Layers of the decoder, as `maps` takes them: "up", or "all" for a model without sides."""
+        """Value of ``layers`` that selects the decoder in `maps`: "up", or "all" for a transformer, which has none."""
         return decoder_side(layer.place for layer in self._layers())
 
     @property
@@ -105,12 +105,12 @@ class Recording:
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """Map sizes (rows, columns), largest first."""
+        """Sizes of the recorded maps, (rows, columns), largest first."""
         return tuple(_size(node) for node in self.nodes())
 
     @property
     def nbytes(self) -> int:
-        """Size of the probabilities in bytes."""
+        """Size of the recorded probabilities in bytes, including self-attention."""
         return sum(node["probability"].nbytes for node in (*self.nodes(), *self.nodes("image")))
 
     def nodes(self, keys: Keys = "text") -> tuple[xr.Dataset, ...]:
@@ -130,12 +130,12 @@ class Recording:
         return tuple(sorted((node for node in nodes if node.attrs["keys"] == keys), key=_size, reverse=True))
 
     def heads(self, layer: str) -> tuple[int, ...]:
-        """Return the numbers of the heads of a layer that were kept apart; empty if only their mean was kept.
+        """Return the numbers of the heads that were kept separately for a layer; empty if only their mean was kept.
 
         Raises
         ------
         RecordingError
-            When the layer was not recorded.
+            Raised when the layer was not recorded.
         """
         self._first()
         for node in self.nodes():
@@ -160,37 +160,46 @@ class Recording:
         Parameters
         ----------
         tokens : str, int, Entity or a sequence of these, optional
-            ``"entities"`` (each entity's noun, under the entity's label) and ``"attributes"`` (each attribute word),
-            or words, labels, phrases and positions as `Prompt.find` takes them; the tokens of one word are averaged.
-            Default: everything that was kept, each token separately.
+            ``"entities"`` for the noun of each entity, labeled as the entity; ``"attributes"`` for each attribute word;
+            or words, labels, phrases, entities and positions, as `Prompt.find` takes them. The maps of the tokens of
+            one word, phrase or entity are averaged. Default: every recorded token, separately.
         layers : str or sequence of str
             As in `select_layers`.
         size : int or sequence of int, optional
-            Use only maps whose larger side is one of these.
+            Use only maps whose larger side is one of these. Default: all, resized to the largest.
         steps : int, slice or sequence of int, optional
-            Denoiser calls: one, several, or a slice of their numbers (negative counts from the last call recorded).
+            Numbers of denoiser calls: one, several, or a slice; negative numbers count back from the last recorded
+            call. Default: all.
         normalize : {None, "sum", "max", "minmax", "tokens", "start"}
-            None: raw probability. ``"sum"``, ``"max"``, ``"minmax"``: over space, each map separately (a map of zeros
-            stays zero; so does a constant map under "minmax"). ``"tokens"``: softmax of 100 x the map over all words of
-            the prompt; Attend-and-Excite does the same over all tokens but start-of-text. ``"start"``: divided by the
-            start-of-text map, if there is one.
+            None: raw probability. ``"sum"``, ``"max"``: each map is divided by its sum or maximum over space.
+            ``"minmax"``: each map is scaled to the range from 0 to 1; a constant map becomes zero. ``"tokens"``: the
+            softmax of 100 x the maps over all words of the prompt; Attend-and-Excite does the same over all tokens but
+            start-of-text. ``"start"``: each map is divided by that of start-of-text, which T5 does not have.
         image : int
             Index of the image, or of the video, in the batch.
         refine : int
             Number of times that the maps are propagated along the recorded self-attention
-            (``RecordSpec(self_attention=16)``), at its size: locations of one object attend to each other. Comes before
-            any normalization.
+            (``RecordSpec(self_attention=16)``), at its size and before they are normalized. It sharpens maps, because
+            locations of one object attend to each other.
 
         Returns
         -------
         xarray.DataArray, (step, token, y, x)
-            float32, with ``timestep(step)`` and ``sigma(step)``; ``"entities"`` and ``"attributes"`` also have
-            ``entity(token)``. Of a video: (step, token, frame, y, x).
+            float32, with the coordinates ``timestep(step)`` and ``sigma(step)``; with ``"entities"`` and
+            ``"attributes"`` also ``entity(token)``, the label of the entity. In videos, (step, token, frame, y, x).
 
         Raises
         ------
         RecordingError
-            When a token, layer, size, step or image was not recorded; the message lists what is there.
+            Raised when a token, layer, size, step, image or self-attention was not recorded.
+        SettingError
+            Raised when ``normalize`` is unknown or ``refine`` is negative.
+
+        References
+        ----------
+        ``"tokens"``: Chefer et al., "Attend-and-Excite: attention-based semantic guidance for text-to-image diffusion
+        models" (SIGGRAPH 2023). ``refine``: Wang et al., "Diffusion model is secretly a training-free open vocabulary
+        semantic segmenter" (DiffSegmenter, 2023).
 
         Notes
         -----
@@ -315,29 +324,29 @@ class Recording:
         image: int = 0,
         head: int | None = None,
     ) -> xr.DataArray:
-        """Return self-attention: what each location attends to in the image, the mean over layers and heads.
+        """Return self-attention: the attention of each location to every location, the mean over layers and heads.
 
         Parameters
         ----------
         layers : str or sequence of str
-            As in `select_layers`, if the layers were kept apart (``SelfAttention(each_layer=True)``).
+            As in `select_layers`, if the layers were kept separately (``SelfAttention(each_layer=True)``).
         steps : int, slice or sequence of int, optional
             As in `maps`.
         image : int
             Index of the image in the batch.
         head : int, optional
-            Number of one head, if the heads were kept apart.
+            Number of one head, if the heads were kept separately. Default: the mean over the recorded heads.
 
         Returns
         -------
         xarray.DataArray, (step, y, x, y_key, x_key)
-            float32. Rows (over y_key and x_key) sum to 1; in joint attention, to the share that the image
-            receives.
+            float32; (y, x) attends to (y_key, x_key). The values of a location sum to 1; in joint attention, to the
+            share of attention that the image receives.
 
         Raises
         ------
         RecordingError
-            When it was not recorded; the message lists what was.
+            Raised when self-attention, or the selected layer, step, head or image, was not recorded.
         """
         node = self._self_node()
         members = [_Layer(str(n), str(p)) for n, p in zip(node["layer"].values, node["place"].values, strict=True)]
@@ -395,20 +404,27 @@ class Recording:
     ) -> Recording:
         """Select a part of the recording by labels; every dimension is kept.
 
+        In self-attention, only steps and images are selected.
+
         Parameters
         ----------
         step, layer, size
-            As ``steps``, ``layers`` and ``size`` of `maps`.
+            As ``steps``, ``layers`` and ``size`` in `maps`.
         token : str, int, Entity or a sequence of these, optional
-            As in `maps`; start-of-text and the end mass are only selected if they are named.
+            As ``tokens`` in `maps`; start-of-text and the end mass are only selected if they are named.
         head : int or sequence of int, optional
+            Numbers of heads that were kept separately.
         image : int or sequence of int, optional
-            Index of the image, or of the video, in the batch.
+            Indices of images, or of videos, in the batch.
+
+        Returns
+        -------
+        Recording
 
         Raises
         ------
         RecordingError
-            When something was not recorded; the message lists what is there.
+            Raised when a selected step, layer, size, token, head or image was not recorded; the message lists what was.
         """
         labels = None if token is None else {c for group in self._groups(token, None) for c in group.channels}
         nodes = {}
@@ -434,13 +450,18 @@ class Recording:
     def isel(self, **positions: int | slice | Sequence[int]) -> Recording:
         """Select a part of the recording by position along ``step``, ``image``, ``head`` or ``token``.
 
-        Layers and locations differ between map sizes; select those with `sel` or in ``tree``. In a recording of videos,
-        select with `sel` or `frame` instead of ``image``.
+        Layers and locations differ between map sizes; select layers with `sel`, and locations in ``tree``. In
+        self-attention, only steps and images are selected. In a recording of videos, select with `sel` or `frame`
+        instead of ``image``.
+
+        Returns
+        -------
+        Recording
 
         Raises
         ------
         RecordingError
-            When the dimension is another one, or the position does not exist.
+            Raised when another dimension is given, or a position does not exist.
         """
         indexers: dict[str, Any] = {}
         for dimension, where in positions.items():
@@ -521,16 +542,17 @@ class Recording:
         path : str or pathlib.Path
             Missing parent folders are created.
         overwrite : bool
-            Replace an existing recording; anything else is never replaced.
+            True replaces an existing recording; a path that is not a recording is never replaced.
 
         Returns
         -------
         pathlib.Path
+            The store.
 
         Raises
         ------
         OutputError
-            When the path already exists or cannot be written to.
+            Raised when the path already exists, unless it is a recording to overwrite, or cannot be written to.
         """
         return save_tree(self.tree, path, overwrite)
 
@@ -600,7 +622,10 @@ class Recording:
     def _first(self) -> xr.Dataset:
         nodes = self.nodes()
         if not nodes:
-            raise RecordingError("The recording is empty: no step was finished inside the `with record(...)` block.")
+            raise RecordingError(
+                "The recording is empty: no step was finished inside the `with record(...)` block. Call the pipeline "
+                "inside the block, in the same thread."
+            )
         return nodes[0]
 
     def _layers(self) -> list[_Layer]:
@@ -637,9 +662,9 @@ def open_recording(path: str | Path) -> Recording:
     Raises
     ------
     OutputError
-        When nothing exists at the path.
+        Raised when nothing exists at the path.
     RecordingError
-        When the folder is not a recording, or a file of it is missing or damaged.
+        Raised when the folder is not a recording, or a file of it is missing or damaged.
 
     Examples
     --------

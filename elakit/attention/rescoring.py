@@ -29,10 +29,13 @@ from elakit.models.adapter import Layout, argument
 
 
 class Scores(Protocol):
-    """Scores of one image in one layer, computed when they are asked for."""
+    """Attention scores of one image in one layer, which are computed when they are requested."""
 
     def __call__(self, *, masked: bool = False) -> Tensor:
-        """Scores before the softmax, (head, h*w, keys), in at least float32; `masked`: with the layer's own mask."""
+        """Compute the scores before the softmax, (head, h*w, keys), in float32 or float64.
+
+        ``masked`` adds the layer's own attention mask.
+        """
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,15 @@ class Change:
     Attributes
     ----------
     bias : Tensor, (head or 1, h*w, keys)
-        Added to the scores before the softmax.
+        Numbers that are added to the scores before the softmax.
     kept : tuple of int
         Keys whose weights stay what they were without the bias, so that the weights of a location no longer sum to 1.
-        A recording shows the weights before this correction. Only in layers of plain cross- and self-attention.
+        A recording shows the weights before this correction. It is possible in layers of plain cross- and
+        self-attention only.
     unconditional : bool
         Whether the rows that do not see the prompt get the bias, too.
     keys : slice, optional
-        Keys that the bias is for; by default all of the layer's.
+        Keys to which the bias applies. Default: all keys of the layer.
     """
 
     bias: Tensor
@@ -60,7 +64,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Site:
-    """Layer, image and time at which scores are changed.
+    """Layer, image and timestep at which scores are changed.
 
     Attributes
     ----------
@@ -68,19 +72,19 @@ class Site:
     size : tuple of int
         (h, w) of the layer's maps.
     image : int
-        Number of the image in the batch.
+        Index of the image in the batch.
     time : float
-        Timestep as a share of those of the training, from 1 (noise) to 0.
+        Timestep divided by the number of training timesteps, from 1 (noise) to 0 (image).
     keys : int
-        Number of keys.
+        Number of keys of the layer.
     text : slice, optional
         Keys that are text positions; None in self-attention.
     own : slice, optional
         Keys that are locations of the image; None in cross-attention.
     position : float
-        Share of the denoiser's layers that have run before, from 0 to 1.
+        Share of the denoiser's layers that run before this one, from 0 to 1.
     read : bool
-        Whether the layer is one of those whose maps are read.
+        Whether the layer is in the ``read`` argument of `rescored`.
     gradient : bool
         Whether the pass is one of guidance itself, from which a gradient is taken.
     """
@@ -109,26 +113,29 @@ def rescored(
     read: Sequence[AttentionLayer] = (),
     gradient: bool = False,
 ) -> Iterator[None]:
-    """Change the scores of some layers in each pass inside the block.
+    """Change the attention scores of some layers in each pass of the denoiser inside the ``with`` block.
 
     Parameters
     ----------
     adapter : Adapter
     layers : sequence of AttentionLayer
-        Any of `changeable_layers`.
+        Layers to change, among those of `changeable_layers`.
     change_of : callable
-        ``change_of(site, scores)`` is called as a layer runs, for each image of the batch; ``scores()`` computes the
-        scores of its row that sees the prompt. None changes nothing, and leaves the pass the same, bit for bit.
+        Function that is called as ``change_of(site, scores)`` when a layer runs, for each image of the batch, and
+        returns a `Change` or None. ``scores()`` computes the scores of the image's row that sees the prompt. Where all
+        calls return None, the pass is unchanged, bit for bit.
     read : sequence of AttentionLayer
         Layers whose `Site.read` is True.
     gradient : bool
-        Act in the passes of guidance itself, all of whose rows see the prompt, instead of those of the pipeline.
+        True changes the passes of guidance itself, all of whose rows see the prompt, instead of those of the pipeline.
 
     Raises
     ------
     RecordingError
-        When a layer has an attention processor that is not from diffusers, or one that makes no attention call where
-        the change would be added.
+        Raised when a layer has an attention processor that is not from diffusers, or runs without the attention call at
+        which the change would be added.
+    SettingError
+        Raised when `Change.kept` is used in a layer that is not of plain cross- or self-attention.
 
     Examples
     --------
@@ -163,7 +170,9 @@ def rescored(
 
 
 def changeable_layers(adapter: Adapter) -> tuple[AttentionLayer, ...]:
-    """Layers in which the image attends to the text or, with attention probabilities, to itself, block by block.
+    """Layers whose scores `rescored` can change: those in which the image attends to the text or to itself.
+
+    They are in forward order. In joint attention they are the same layers; linear self-attention (Sana) has no scores.
 
     Examples
     --------
@@ -176,7 +185,7 @@ def changeable_layers(adapter: Adapter) -> tuple[AttentionLayer, ...]:
 
 
 def check_plain(layers: Sequence[AttentionLayer], who: str) -> None:
-    """Refuse a model in which image and text share one softmax, for methods that need them apart.
+    """Refuse layers that are not of plain cross- or self-attention, for methods that can change no others.
 
     Parameters
     ----------
@@ -187,14 +196,15 @@ def check_plain(layers: Sequence[AttentionLayer], who: str) -> None:
     Raises
     ------
     SettingError
-        When image and text share one softmax in a layer, or the layer is read where it is computed.
+        Raised when image and text share one softmax in a layer, or the layer is read at its attention call (Sana,
+        HunyuanDiT).
     """
     for layer in layers:
         if not _is_plain(layer):
             raise SettingError(
                 f"{who} cannot change the scores of layer {layer.name}, because it is not a plain cross- or "
-                "self-attention layer. Use a model with cross-attention (Stable Diffusion 1.x, 2.x, XL, PixArt), or "
-                "another method, such as elakit.ELA()."
+                "self-attention layer. Use a model with plain cross-attention (Stable Diffusion 1.x, 2.x, XL, Kolors, "
+                "PixArt), or another method, such as elakit.ELA()."
             )
 
 
@@ -405,7 +415,7 @@ class _Changed:
         if any(change.kept for change in changes.values()):
             raise SettingError(
                 f"Layer {self.layer.name}: weights cannot be kept in a layer that is not of plain cross- or "
-                "self-attention. Leave out `Change.kept`, or use a model with cross-attention."
+                "self-attention. Leave out `Change.kept`, or use a model with plain cross-attention."
             )
         bias = self._bias(changes, call.query, queries, keys, first)
         if self.layout is None:

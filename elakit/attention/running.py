@@ -1,8 +1,7 @@
 """Identification of the denoiser calls that belong to a recorded or edited run, and of their rows that see the prompt.
 
-Everything is established from the call itself: from the pipeline whose ``__call__`` is running, not from the pipeline
-that was given to `record` and what it remembers of its last run; in a loop without a pipeline, from the text states
-that the denoiser is given.
+They are determined from the call itself: from the pipeline whose ``__call__`` is running, which need not be the one
+that was given to `record`; in a loop without a pipeline, from the text states that the denoiser receives.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -43,7 +41,7 @@ class SeenCall:
     adapter : Adapter
         Adapter of the pipeline that is running.
     text : int or None
-        Number of positions that are text; what follows them are image tokens (FLUX Redux). None: all of them.
+        Number of text positions, if image tokens may follow them (FLUX Redux); None if all positions are text.
     """
 
     call: Call
@@ -53,16 +51,21 @@ class SeenCall:
 
 
 class Watch:
-    """Tells the calls of one run, or of several that follow each other, from other calls of the same denoiser.
+    """Recognizer of the denoiser calls of one run, or of several runs that follow each other.
 
-    Other calls are guidance's own passes, passes in other threads, and runs inside a run (an image that a callback
-    generates with the same denoiser).
+    It ignores guidance's own passes, passes in other threads, and runs inside a run (an image that a callback generates
+    with the same denoiser).
 
     Parameters
     ----------
     adapter : Adapter
     prompt : Prompt, optional
-        The prompt that the runs must have.
+        The prompt that the runs must have. None accepts every prompt.
+
+    Raises
+    ------
+    RecordingError
+        Raised when the denoiser has a cache that skips attention layers.
     """
 
     def __init__(self, adapter: Adapter, prompt: Prompt | None = None) -> None:
@@ -85,7 +88,8 @@ class Watch:
         Raises
         ------
         RecordingError
-            When the run has another prompt, or nothing shows which rows see the prompt.
+            Raised when the run has another prompt, or several; when it cannot be known which rows see the prompt; when
+            the denoiser has a cache.
         """
         if threading.get_ident() != self._thread or is_left_alone(self.adapter.denoiser):
             return None
@@ -108,7 +112,7 @@ class Watch:
         return SeenCall(call, rows, self._of_run, self._text_positions(states))
 
     def close(self) -> None:
-        """Let go of the last run."""
+        """Forget the last run, so that it can be freed."""
         self._run = self._states = None
         self._of_run = self.adapter
 
@@ -266,7 +270,7 @@ def refuse_caches(denoiser: nn.Module) -> None:
     Raises
     ------
     RecordingError
-        When a cache is enabled; the message names it.
+        Raised when a cache is enabled; the message names it.
     """
     for name, module in denoiser.named_modules():
         registry = getattr(module, "_diffusers_hook", None)
@@ -277,12 +281,3 @@ def refuse_caches(denoiser: nn.Module) -> None:
                     "layers do not run and have no attention to record or edit. Disable it first, for example with "
                     "`pipe.transformer.disable_cache()`."
                 )
-
-
-def warn_of_other_thread() -> None:
-    """Warn that nothing was recorded because the run was in another thread."""
-    warnings.warn(
-        "Nothing was recorded: the denoiser ran in another thread only. Enter `with record(...)` in the thread that "
-        "calls the pipeline.",
-        stacklevel=2,
-    )

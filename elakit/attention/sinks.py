@@ -15,31 +15,31 @@ from elakit.errors import RecordingError
 
 
 class Sink(Protocol):
-    """Receives the steps of a run, one after the other."""
+    """Destination of the steps of a run, which it receives one after the other."""
 
     layout: Layout
 
     def reserve(self, step: int) -> None:
-        """Make room for step number ``step``; `RecordingError` if the budget does not allow it."""
+        """Make room for step number ``step``, counted from 0; `RecordingError` if the budget does not allow it."""
 
     def slots(self) -> Slots:
         """Return the tensors that receive the values of the next step."""
 
     def commit(self, moment: Moment) -> None:
-        """Take the values in the slots as the next step. If interrupted, the steps before stay as they are."""
+        """Accept the values in the slots as the next step. An interrupt leaves the earlier steps as they are."""
 
     def tree(self, calls: int) -> xr.DataTree:
-        """Return the steps taken so far."""
+        """Return the tree of the accepted steps; ``calls`` is the number of finished denoiser calls."""
 
     def finish(self, calls: int) -> xr.DataTree:
-        """Return all steps; the sink is not used afterwards."""
+        """Return the tree of all steps; the sink is not used afterwards."""
 
 
 class Memory:
-    """Keeps every step in arrays, on the host or on the model's device.
+    """Sink that keeps every step in arrays, on the host or on the model's device.
 
-    Room is added in blocks, and blocks are never copied into a larger one: a recording takes the memory of its steps
-    and no more, whether the run ends early or several runs follow each other.
+    Memory is allocated in blocks of steps, which are never copied into a larger block, so that a longer run needs no
+    second copy of its steps. Allocated memory that is never written, because a run ends early, is not resident.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ class Memory:
         return {name: values[step - self._starts[block]] for name, values in self._blocks[block].items()}
 
     def commit(self, moment: Moment) -> None:
-        """Count the step whose values are in place."""
+        """Accept the values in the slots as the next step."""
         self._steps.append(moment)
 
     def tree(self, calls: int) -> xr.DataTree:
@@ -103,7 +103,7 @@ class Memory:
         return self.layout.tree(values, self._steps, calls)
 
     def finish(self, calls: int) -> xr.DataTree:
-        """Return the arrays; memory that was reserved and never written is not in use."""
+        """Return the arrays; after a copy to the host, those on the device are freed."""
         tree = self.tree(calls)
         if self.device.type != "cpu":
             self._blocks.clear()
@@ -159,17 +159,17 @@ class RunningMean:
 
 
 class Staging:
-    """Carries steps from an accelerator to a sink on the host without making the accelerator wait.
+    """Sink that passes the steps of an accelerator on to a sink on the host, without making the accelerator wait.
 
-    A step is assembled in one buffer on the device and leaves it in one copy to pinned memory, queued behind the work
-    of the step. It is handed to the sink once the next step has been queued: by then it has arrived, or nearly. A run
-    that is killed may therefore leave one step fewer on disk than it had finished; a run that ends in an error does
+    A step is assembled in one buffer on the device and copied to pinned memory in one copy, which is queued behind the
+    work of the step. The step is passed on after the next one has been queued; by then, the copy has usually arrived. A
+    run that is killed may therefore leave one step fewer on disk than it had finished; a run that ends in an error does
     not.
 
     Parameters
     ----------
     sink : Sink
-        A sink on the host.
+        The sink on the host.
     device : torch.device
     """
 
@@ -191,7 +191,7 @@ class Staging:
         return self._slots
 
     def commit(self, moment: Moment) -> None:
-        """Send the step to the host, and hand the one before to the sink."""
+        """Send the step to the host, and pass the previous one on to the sink."""
         flat, host = self._hosts[self._count % 2]
         flat.copy_(self._flat, non_blocking=self._cuda)
         arrived = None

@@ -1,4 +1,4 @@
-"""Selection of what is kept of a run, and its size in bytes, which is known before the run."""
+"""Selection of the attention that a recording keeps, and its size in bytes, which is known before the run."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _BYTES = {"float32": 4, "float16": 2}
 
 
 class NamedLayer(Protocol):
-    """Anything with the name of a layer and its side of the network."""
+    """Anything with the name and the place of a layer."""
 
     @property
     def name(self) -> str:
-        """Path of the layer in the network."""
+        """Path of the layer in the denoiser."""
 
     @property
     def place(self) -> str:
-        """Side of the network."""
+        """Side of a UNet or kind of block, as in `AttentionLayer`."""
 
 
 L = TypeVar("L", bound=NamedLayer)
@@ -42,7 +42,7 @@ def select_layers(layers: Sequence[L], pattern: str | Sequence[str] = "all") -> 
     Parameters
     ----------
     layers : sequence
-        Objects with ``name`` and ``place``, in forward order.
+        Objects with the attributes ``name`` and ``place``, in forward order.
     pattern : str or sequence of str
         ``"all"``, a place (``"down"``, ``"mid"``, ``"up"`` of a UNet; ``"double"``, ``"single"``, ``"block"`` of a
         transformer), a glob on names such as ``"up_blocks.1.*"``, or several of these.
@@ -55,7 +55,7 @@ def select_layers(layers: Sequence[L], pattern: str | Sequence[str] = "all") -> 
     Raises
     ------
     RecordingError
-        When a pattern matches no layer; the message lists the names.
+        Raised when a pattern matches no layer, or no pattern is given; the message lists the names.
 
     Examples
     --------
@@ -84,7 +84,13 @@ def select_layers(layers: Sequence[L], pattern: str | Sequence[str] = "all") -> 
 
 
 def find_tokens(prompt: Prompt, which: Any) -> tuple[int, ...]:
-    """Return the token positions of a word, label, phrase, entity or position; `RecordingError` if there are none."""
+    """Return the positions of the tokens of a word, label, phrase or entity, as `Prompt.find` does.
+
+    Raises
+    ------
+    RecordingError
+        Raised when the prompt contains no match, or several.
+    """
     try:
         return tuple(prompt.find(which))
     except PromptError as error:
@@ -93,15 +99,15 @@ def find_tokens(prompt: Prompt, which: Any) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Channels:
-    """Columns of the attention over the text that are kept.
+    """Text positions whose attention is kept: the columns of a recording.
 
     Attributes
     ----------
     labels : tuple of str
-        ``"<start>"`` (unless the encoder has no start-of-text token, such as T5), the selected tokens in the order of
-        the text, ``"<end>"``.
+        ``"<start>"``, the selected tokens in the order of the text, ``"<end>"``. Encoders without a start-of-text
+        token, such as T5, have no ``"<start>"``.
     indices : tuple of int
-        Their positions in the encoder's sequence; -1 for ``"<end>"``, which is a sum.
+        Positions of these tokens in the encoder's sequence; -1 for ``"<end>"``, which is a sum.
     rest : tuple of (int, int or None)
         Ranges (first position, position after the last) that ``"<end>"`` sums: end-of-text and padding.
     """
@@ -112,7 +118,7 @@ class Channels:
 
     @property
     def named(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """Labels and positions."""
+        """The labels, and the positions."""
         return self.labels, self.indices
 
     def gather(self, probabilities: Tensor, text: int | None = None) -> Tensor:
@@ -121,13 +127,14 @@ class Channels:
         Parameters
         ----------
         probabilities : torch.Tensor
+            Attention to the text.
         text : int, optional
-            Number of positions that are text; what follows them is not kept. Default: all.
+            Number of positions that are text; positions after them are not kept. Default: all.
 
         Raises
         ------
         RecordingError
-            When the text of the run has fewer positions than the prompt.
+            Raised when the text of the run has fewer positions than the prompt.
 
         Examples
         --------
@@ -158,14 +165,15 @@ class Resolution:
     size : (int, int)
         Rows and columns.
     layers : tuple of str
-        Names of the layers (of self-attention: of the layers that attend to the text in the same blocks).
+        Names of the layers; for self-attention, names of the layers that attend to the text in the same blocks.
     heads : int
-        Number of heads kept.
+        Number of heads that are kept; 1 if their mean is kept.
     bytes : int
+        Size of these maps in bytes, for the whole recording.
     keys : {"text", "image"}
-        Maps, or self-attention.
+        "text" for maps, "image" for self-attention.
     averaged : bool
-        Whether the mean of the layers is kept.
+        True if the mean of the layers is kept instead of each layer.
     """
 
     size: tuple[int, int]
@@ -191,14 +199,15 @@ class Plan:
     Attributes
     ----------
     resolutions : tuple of Resolution
-        Largest maps first.
+        Parts of the plan by map size, largest first; self-attention is last.
     steps, images : int
-        Number of denoiser calls that are kept, and of images in the batch.
+        Number of denoiser calls that are kept, and number of images in the batch.
     tokens : tuple of str
         Labels of the tokens that are kept.
     dtype : str
+        Type of the stored values.
     budget : int
-        Bytes the specification allows.
+        Number of bytes that the specification allows.
     accumulate : bool
         Whether only the mean of the steps is kept.
     """
@@ -218,7 +227,7 @@ class Plan:
 
     @property
     def step_bytes(self) -> int:
-        """Size of one step in bytes, or of the mean of all steps."""
+        """Size of one step in bytes; with ``accumulate``, size of the mean."""
         return self.bytes if self.accumulate else self.bytes // max(self.steps, 1)
 
     def __str__(self) -> str:
@@ -232,12 +241,12 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class SelfAttention:
-    """Self-attention to keep: what the locations of maps of one size attend to in the image.
+    """Selection of the self-attention that a recording keeps: the attention among the locations of one map size.
 
-    It takes (h*w)^2 numbers per step, layer and head: 131 kB at 16 x 16 and 2 MB at 32 x 32 in float16.
+    Self-attention takes (h*w)^2 numbers per step, layer and head: 131 kB at 16 x 16 and 2 MB at 32 x 32 in float16.
 
-    In Stable Diffusion, SDXL and PixArt these are layers of their own, next to those that attend to the text. In joint
-    attention (Stable Diffusion 3, FLUX) they are the same layers: their attention to the keys of the image, whose rows
+    Stable Diffusion, SDXL and PixArt have separate layers for it, next to those that attend to the text. In joint
+    attention (Stable Diffusion 3, FLUX), it is the attention of the same layers to the keys of the image, whose rows
     sum to the share of attention that the image receives.
 
     Parameters
@@ -245,16 +254,17 @@ class SelfAttention:
     size : int
         Larger side of the maps.
     layers : str or sequence of str, optional
-        As in `select_layers`: the layers whose blocks' self-attention is kept. Default: those of the specification.
+        Layers that attend to the text, as in `select_layers`; the self-attention of their blocks is kept. Default: the
+        ``layers`` of the `RecordSpec`.
     heads : {"mean", "all"} or sequence of int
-        Their mean, every head, or the heads with these numbers, counted from 0.
+        The mean over the heads, every head, or the heads with these numbers, counted from 0.
     each_layer : bool
-        Keep each layer; otherwise their mean.
+        True keeps each layer, False the mean of the layers.
 
     Raises
     ------
     SettingError
-        When a value is not allowed.
+        Raised when a value is not allowed.
 
     Examples
     --------
@@ -274,41 +284,42 @@ class SelfAttention:
 
 @dataclass(frozen=True)
 class RecordSpec:
-    """Selection of what is kept of a run.
+    """Selection of the attention that a recording keeps.
 
     Parameters
     ----------
     tokens : {"words", "entities", "all"} or sequence of int or str
         "words": the words of the prompt. "entities": the tokens of its entities and their attributes. "all": every
-        position, with end-of-text (``"<eot>"``) and each padding position (``"<pad/1>"``...) apart. A sequence: the
-        tokens in it (a word, a label such as ``"red#2"``, a phrase, a position). Start-of-text (if the encoder has one)
-        and the summed mass of end-of-text and padding are always kept.
+        position, including end-of-text (``"<eot>"``) and each padding position (``"<pad/1>"``, ...). A sequence: words,
+        labels such as ``"red#2"``, phrases or positions. Start-of-text (if the encoder has one) and the summed mass of
+        end-of-text and padding are always kept in addition.
     layers : str or sequence of str
         As in `select_layers`.
     sizes : int or sequence of int, optional
-        Keep only maps whose larger side is one of these.
+        Larger sides of the maps to keep. Default: all sizes.
     heads : {"mean", "all"} or sequence of int
-        Their mean, every head, or the heads with these numbers, counted from 0.
+        The mean over the heads of a layer, every head, or the heads with these numbers, counted from 0.
     steps : slice or int, optional
-        Denoiser calls to keep, counted from 0: a slice of them, or every n-th. Default: all.
+        Denoiser calls to keep: a slice of their numbers, counted from 0, or an integer n for every n-th call. Default:
+        all.
     self_attention : int or SelfAttention, optional
-        Also keep self-attention. A number is the larger side of its maps, and keeps the mean of the heads and of the
-        selected layers of that size, as ``maps(refine=...)`` needs it.
+        Self-attention to keep in addition. A number is the larger side of its maps; it keeps the mean over the heads
+        and the selected layers of that size, which ``maps(refine=...)`` uses. Default: none.
     dtype : {"float16", "float32"}
         Type of the stored values; probabilities are always computed, and maps averaged, in float32. float16 keeps
         three significant digits of a probability above 0.00006, and multiples of 0.00000006 below.
     accumulate : bool
-        Keep only the mean over the kept steps, as one step whose timestep and sigma are means too.
+        True keeps only the mean over the steps, as one step whose timestep and sigma are means, too.
     device : {"cpu", "model"}
-        Where steps are kept during the run: in host memory, to which each step is copied at its end without waiting for
-        the copy, or on the model's device. Means are always summed on the model's device.
+        Memory that keeps the steps during the run: "cpu" is that of the host, to which each step is copied
+        asynchronously; "model" is that of the model's device. Means are always computed on the model's device.
     budget : int
-        Largest size of a recording in bytes; a run that would pass it is refused before it starts.
+        Largest size of a recording in bytes, by default 1 GiB; a larger recording is refused before the run.
 
     Raises
     ------
     SettingError
-        When a value is not allowed.
+        Raised when a value is not allowed.
 
     Examples
     --------
@@ -351,7 +362,7 @@ class RecordSpec:
 
     @property
     def own(self) -> SelfAttention | None:
-        """The self-attention to keep."""
+        """``self_attention`` as a `SelfAttention`; None if none is kept."""
         if self.self_attention is None or isinstance(self.self_attention, SelfAttention):
             return self.self_attention
         return SelfAttention(size=self.self_attention)
@@ -362,26 +373,39 @@ class RecordSpec:
         return (self.sizes,) if is_whole(self.sizes) else None if self.sizes is None else tuple(self.sizes)
 
     def keeps(self, call: int, calls: int | None) -> bool:
-        """Return whether a denoiser call is kept, of ``calls`` expected ones (None: unknown)."""
+        """Return whether a denoiser call, counted from 0, is kept.
+
+        Parameters
+        ----------
+        call : int
+            Number of the call.
+        calls : int or None
+            Number of calls of the whole run; None if it is unknown.
+
+        Raises
+        ------
+        RecordingError
+            Raised when ``steps`` counts from the end and the number of calls is unknown.
+        """
         if self.steps is None:
             return True
         if is_whole(self.steps):
             return call % self.steps == 0
         if calls is None and any(bound is not None and bound < 0 for bound in (self.steps.start, self.steps.stop)):
             raise RecordingError(
-                f"steps is {self.steps}, which counts from the end, but the scheduler does not say how many steps this "
-                "run has. Count from the start."
+                f"steps is {self.steps}, which counts from the end, but the scheduler does not state how many steps "
+                "this run has. Count from the start."
             )
         # A run may have more calls than expected.
         return call in range(max(calls or 0, call + 1))[self.steps]
 
     def channels(self, prompt: Prompt) -> Channels:
-        """Return the columns of the attention over the text to keep.
+        """Return the text positions to keep.
 
         Raises
         ------
         RecordingError
-            When a token is not in the prompt.
+            Raised when a token is not in the prompt, or its word occurs several times.
         """
         words = {token.index: token.label for token in prompt.tokens}
         if self.tokens == "words":
@@ -415,7 +439,7 @@ class RecordSpec:
         width: int | None = None,
         images: int = 1,
     ) -> Plan:
-        """Return the size of a run's recording without running it.
+        """Return the content and size of a run's recording, without running the pipeline.
 
         Parameters
         ----------
@@ -425,15 +449,23 @@ class RecordSpec:
             Number of denoiser calls: ``num_inference_steps`` with most schedulers, one more with PNDM, nearly twice as
             many with Heun.
         height, width : int, optional
-            In pixels; default: those of the model.
+            Size of the image in pixels; by default the model's.
         images : int
             Number of images in the batch; of a video, the number of frames of its latent.
+
+        Returns
+        -------
+        Plan
 
         Raises
         ------
         RecordingError
-            When the plan passes the budget (the message has the plan and ways to need less), or selects what the model
-            does not have.
+            Raised when the plan exceeds the budget (the message shows the plan and ways to keep less), or selects
+            layers, sizes, heads or tokens that do not exist.
+        SettingError
+            Raised when ``steps``, ``images`` or a side of the image is not allowed.
+        PromptError, ModelError
+            Raised when the prompt cannot be parsed, or the pipeline's family is not supported.
         """
         adapter = adapter_for(pipe)
         whole_number(steps, "steps", 1)
@@ -451,7 +483,29 @@ class RecordSpec:
         kept: int,
         images: int,
     ) -> Plan:
-        """Return the plan from the size (h, w) of the latent and the number of kept calls."""
+        """Return the plan for given layers.
+
+        Parameters
+        ----------
+        layers : sequence of AttentionLayer
+            All layers of the model.
+        prompt : Prompt
+        latent : tuple of int
+            (h, w) of the latent.
+        kept : int
+            Number of denoiser calls that are kept.
+        images : int
+            Number of images in the batch.
+
+        Returns
+        -------
+        Plan
+
+        Raises
+        ------
+        RecordingError
+            Raised in the cases of `plan`.
+        """
         labels = self.channels(prompt).labels
         by_size = _by_size(select_layers(layers, self.layers), latent)
         wanted = self.wanted_sizes
@@ -597,7 +651,7 @@ def size_name(size: tuple[int, int]) -> str:
 
 
 def readable_bytes(count: int) -> str:
-    """Format a number of bytes in units of powers of 1000.
+    """Format a number of bytes in kB, MB or GB (powers of 1000).
 
     Examples
     --------

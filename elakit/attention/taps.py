@@ -1,8 +1,8 @@
-"""Attention that layers compute, read by hooks: no processor is replaced, nothing is computed twice.
+"""Attention of the denoiser's layers, read by hooks; no processor is replaced, and nothing is projected twice.
 
 A tap keeps the queries and keys that the layer's own projections return, so that LoRA, attention slicing, fused
-projections, fused attention kernels and IP-Adapters keep working. It computes probabilities only where they are asked
-for, and only for the rows of the batch that are asked for.
+projections, fused attention kernels and IP-Adapters keep working. It computes probabilities on request only, for the
+requested rows of the batch.
 """
 
 from __future__ import annotations
@@ -48,24 +48,26 @@ LATE_SCORES: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 @contextmanager
 def tap(layers: Sequence[AttentionLayer], on_attention: OnAttention) -> Iterator[None]:
-    """Call ``on_attention(layer, attend, (h, w))`` each time one of the layers has run.
+    """Call ``on_attention(layer, attend, (h, w))`` inside the ``with`` block each time one of the layers has run.
 
     Parameters
     ----------
     layers : sequence of AttentionLayer
+        Layers to read.
     on_attention : callable
         ``attend(rows)`` returns the probabilities of a slice of the batch, (rows, heads, h*w, keys), as `probabilities`
         computes them, gradients included; for a video, (rows, heads, frames*h*w, keys). Keys are the text positions, or
-        the locations of the image if ``layer.reads`` is "image". ``attend(rows, more)`` appends to the keys of a
-        cross-attention: text states (tokens, channels), or keys (1, heads, tokens, d) if the layer has a ``layout``. It
-        has to be called before ``on_attention`` returns.
-        ``(h, w)`` is the size of the layer's maps. An error that ``on_attention`` raises ends the pass.
+        the locations of the image if ``layer.reads`` is "image". In cross-attention, ``attend(rows, more)`` appends
+        further keys: text states (tokens, channels), or keys (1, heads, tokens, d) if the layer has a ``layout``.
+        ``attend`` must be called before ``on_attention`` returns. ``(h, w)`` is the size of the layer's maps. An error
+        that ``on_attention`` raises ends the pass.
 
     Raises
     ------
     RecordingError
-        When a layer has an attention processor that is not from diffusers, before the block; inside it, when a layer
-        ran without projections that can be read, or its projections were replaced.
+        Raised on entry when a layer has an attention processor that is not from diffusers; inside the block when a
+        layer runs without projections or an attention call that can be read, when its projections were replaced, when
+        tokens were merged (ToMe), or when the attention mask does not fit.
 
     Notes
     -----
@@ -74,7 +76,7 @@ def tap(layers: Sequence[AttentionLayer], on_attention: OnAttention) -> Iterator
     columns of one of them are returned, and rows sum to its share of the attention.
 
     Hooks are placed on the projections that the layers have on entry: load LoRA weights and fuse projections before.
-    All hooks are removed on exit, whatever happens.
+    All hooks are removed on exit, after errors, too.
 
     Examples
     --------
@@ -106,12 +108,12 @@ def tap(layers: Sequence[AttentionLayer], on_attention: OnAttention) -> Iterator
 
 
 def check_processor(layer: AttentionLayer) -> None:
-    """Refuse an attention processor that is not from diffusers: it may change scores in a way that nobody can read.
+    """Refuse an attention processor that is not from diffusers, which may change scores in a way that cannot be read.
 
     Raises
     ------
     RecordingError
-        When the processor's class is defined elsewhere.
+        Raised when the processor's class is defined elsewhere.
     """
     processor = getattr(layer.module, "processor", None)
     processor = processor if isinstance(processor, FunctionType) else type(processor)
@@ -190,7 +192,8 @@ class _Tap:
             raise RecordingError(
                 f"Layer {self.layer.name} ran without its projections being seen ({', '.join(sorted(missing))}): its "
                 f"{type(getattr(self.layer.module, 'processor', None)).__name__} cannot be read, or projections were "
-                "fused or replaced inside the recording. Do that before, or set the default attention processor."
+                "fused or replaced inside the recording. Fuse or replace them before it, or set the default attention "
+                "processor."
             )
         try:
             self.on_attention(self.layer, self.attend, self.size)
@@ -272,16 +275,21 @@ def scores_mask(mask: Tensor | None, layer: AttentionLayer, batch: int, keys: in
     Parameters
     ----------
     mask : torch.Tensor, optional
-        As the attention module is given it. Cross-attention takes (rows, keys), (rows, 1 or queries, keys) or
-        (rows x heads, 1 or queries, keys); joint attention every shape that broadcasts to (rows, heads, queries, keys),
-        and (rows, keys).
+        Mask that the attention module receives; None gives None. Cross-attention takes (rows, keys),
+        (rows, 1 or queries, keys) or (rows x heads, 1 or queries, keys); joint attention takes (rows, keys) and every
+        shape that broadcasts to (rows, heads, queries, keys).
     layer : AttentionLayer
     batch, keys : int
+        Number of rows of the batch, and number of keys.
+
+    Returns
+    -------
+    torch.Tensor or None
 
     Raises
     ------
     RecordingError
-        When the mask has another shape.
+        Raised when the mask has another shape.
 
     Examples
     --------
@@ -383,7 +391,19 @@ class _Capture:
 
 
 def rotate(x: Tensor, rotary: Sequence[Tensor]) -> Tensor:
-    """Rotary embedding of neighboring pairs, as in FLUX; x (rows, n, heads, d), ``rotary`` is cos and sin (n, d)."""
+    """Rotate neighboring pairs of channels by a rotary position embedding, as FLUX does.
+
+    Parameters
+    ----------
+    x : torch.Tensor, (rows, n, heads, d)
+        Queries or keys.
+    rotary : sequence of torch.Tensor, (n, d)
+        Cosine and sine of the angles.
+
+    Returns
+    -------
+    torch.Tensor, (rows, n, heads, d)
+    """
     cos, sin = (turn[None, :, None, :] for turn in rotary)
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-second, first], dim=-1).flatten(-2)
@@ -398,7 +418,7 @@ def probabilities(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Compute attention probabilities, the softmax over all keys.
+    """Compute attention probabilities: the softmax of the scores over all keys.
 
     Parameters
     ----------
@@ -407,16 +427,16 @@ def probabilities(
     columns : slice, optional
         Keys to return; default: all.
     mask : torch.Tensor, (B or 1, 1 or heads, 1 or n, keys), optional
-        Added to the scores before the softmax; booleans are True where a key is seen. The dimension of the heads may be
-        missing.
+        Numbers that are added to the scores before the softmax, or booleans that are True where a key is seen. The
+        dimension of the heads may be missing.
     scale : float, optional
         Factor of the scores; default ``1 / sqrt(d)``.
 
     Returns
     -------
     torch.Tensor, (B, heads, n, keys of ``columns``)
-        float32 whatever the model's precision (float64 stays float64); differentiable. Each row sums to 1 over all
-        keys.
+        float32 whatever the model's precision (float64 stays float64); differentiable. The probabilities of a query sum
+        to 1 over all keys, of which ``columns`` may be a part.
 
     Examples
     --------

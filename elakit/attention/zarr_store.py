@@ -59,13 +59,13 @@ _COORDINATES = {
 
 
 class ZarrStore:
-    """Writes every step to a Zarr store as soon as it is finished; keeps one step in memory.
+    """Sink that writes every step to a Zarr store as soon as it is finished, and keeps one step in memory.
 
     Parameters
     ----------
     layout : Layout
     path : pathlib.Path
-        Must not exist; it appears, complete, with the first step.
+        Folder of the store. It must not exist; it is written, complete, with the first step.
     limit : int
         Number of steps that the budget allows.
     """
@@ -79,16 +79,16 @@ class ZarrStore:
         self._metadata: dict[str, Any] = {}
 
     def reserve(self, step: int) -> None:
-        """Check the budget."""
+        """Raise a `RecordingError` if the step would exceed the budget."""
         if step >= self._limit:
             raise over_budget(self.layout, step, self._limit)
 
     def slots(self) -> Slots:
-        """Return the one step in memory."""
+        """Return the tensors of the step in memory."""
         return self._slots
 
     def commit(self, moment: Moment) -> None:
-        """Write the step, then the metadata that make it part of the store."""
+        """Write the step, then the metadata that makes it part of the store."""
         if not self._steps:
             values = {name: _array(slot)[None] for name, slot in self._slots.items()}
             write_whole(self.layout.tree(values, [moment], moment[0] + 1), self.path, step_chunk=1)
@@ -150,7 +150,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 def is_recording(path: Path) -> bool:
     """Return whether a folder contains a recording, of this or an earlier format."""
     try:
-        found = json.loads((path / ".zattrs").read_text(encoding="utf-8")).get("format")
+        found = json.loads((path / ".zattrs").read_text(encoding="utf-8-sig")).get("format")
         return isinstance(found, str) and found.startswith("elakit recording ")
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
@@ -162,8 +162,8 @@ def open_tree(path: Path) -> xr.DataTree:
     Raises
     ------
     RecordingError
-        When a file is missing or damaged; the message names the file. Also when values are used after the folder has
-        been deleted or replaced.
+        Raised when a file is missing or damaged, or another version of elakit wrote the recording; the message names
+        the file. Also raised when values are used after the folder has been deleted or replaced.
     """
     metadata = _read_json(path / ".zmetadata")
     try:
@@ -218,7 +218,7 @@ def _open_node(path: Path, name: str, described: Mapping[str, Any]) -> xr.Datase
         coordinates[variable] = (dimension, values)
     attributes = described[f"{name}/.zattrs"]
     if attributes["size"] != f"{shape['y']}x{shape['x']}" or attributes["keys"] not in ("text", "image"):
-        raise _damaged(path / name / ".zattrs", f"it says {attributes!r}")
+        raise _damaged(path / name / ".zattrs", f"its attributes are {attributes!r}")
     lazy = xr.core.indexing.LazilyIndexedArray(stored["probability"])
     return xr.Dataset({"probability": (DIMENSIONS, lazy)}, coords=coordinates, attrs=dict(attributes))
 
@@ -335,7 +335,7 @@ def _chunk_name(place: Sequence[int]) -> str:
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise _missing(file) from error
     except (ValueError, RecursionError) as error:
@@ -359,12 +359,17 @@ def _damaged(file: Path, why: str) -> RecordingError:
 
 
 def free_path(path: str | Path) -> Path:
-    """Check, before the run, that a store can be written to a path.
+    """Check, before the run, that a store can be written to a path, and create the folder that will contain it.
+
+    Returns
+    -------
+    pathlib.Path
+        The path, with ``~`` expanded.
 
     Raises
     ------
     OutputError
-        When something exists there, or its folder cannot be written to.
+        Raised when the path already exists, or its folder cannot be written to.
     """
     target = Path(path).expanduser()
     if target.exists() or target.is_symlink():
@@ -395,7 +400,17 @@ def save_tree(tree: xr.DataTree, path: str | Path, overwrite: bool) -> Path:
 
 
 def write_whole(tree: xr.DataTree, target: Path, step_chunk: int | None = None, replace: bool = False) -> None:
-    """Write a store next to ``target`` and move it there, in place of what was there if ``replace`` is true."""
+    """Write a store completely or not at all: under another name, which is then changed to ``target``.
+
+    Parameters
+    ----------
+    tree : xarray.DataTree
+    target : pathlib.Path
+    step_chunk : int, optional
+        Number of steps per file. Default: as many as fit into 4 MB.
+    replace : bool
+        True replaces an existing folder.
+    """
     with replace_folder(target, overwrite=replace) as part:
         _write_tree(tree, part, step_chunk)
 

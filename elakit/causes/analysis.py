@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from elakit.causes.failures import SHOWS, Observation, seen, suspected
-from elakit.causes.findings import Cause, Failure, Findings
+from elakit.causes.findings import FAILURE_KINDS, Cause, Failure, Findings
 from elakit.causes.indicators import Indicator
 from elakit.causes.ranking import before_the_image, explained, in_attention, ranked, unknown_words, without_duplicates
 from elakit.causes.run_indicators import Onset, RunIndicators, onset
@@ -36,15 +36,17 @@ def find(pipe: Pipeline, runs: Sequence[Run]) -> Findings:
     SettingError
         No run, or runs with different prompts.
     RecordingError
-        A run was not recorded.
+        A run was not recorded, or was recorded without the tokens of its entities.
+    ModelError
+        The pipeline's family is not supported.
 
     Notes
     -----
-    Failures are those that the judge finds; if it does not know the prompt, they are suspected from the attention.
-    Causes are searched in the runs that fail, in the states of the text encoder and in the attention of the decoder. A
-    cause is named if an indicator lies outside the range of right images and if it explains one of the failures found;
-    otherwise the findings state that no cause was found. The confidence decreases if an earlier cause explains this
-    one, and if right images of the same prompt show it too.
+    Failures are those that the judge finds; if the judge does not know the prompt, failures are suspected from the
+    attention. Causes are searched in the states of the text encoder and in the attention of the decoder in the runs
+    that fail. A cause is reported if its indicator lies outside the range of right images and it explains one of the
+    failures. A noun that the model does not know is always reported. The confidence in a cause is lower if another
+    cause can bring it about, if only some of the failing runs show it, and if right images of the same prompt show it.
 
     Examples
     --------
@@ -69,8 +71,8 @@ def find(pipe: Pipeline, runs: Sequence[Run]) -> Findings:
     judged = all(run.verdict is not None for run in runs)
     wrong = [_wrong(reading, judged) for reading in readings]
     failures = _failures(readings, wrong, judged)
-    # Surplus things count as a failure only if no image has another one.
-    failing = [i for i, each in enumerate(wrong) if any(what.kind != "spill" for what in each)]
+    # A duplicated entity counts as a failure only if no image has a failure of another kind.
+    failing = [i for i, each in enumerate(wrong) if any(what.kind != "duplicated" for what in each)]
     failing = failing or [i for i, each in enumerate(wrong) if each]
     states = text_states(pipe, prompt)
     causes = unknown_words(runs, states)
@@ -101,9 +103,13 @@ def _wrong(reading: RunIndicators, judged: bool) -> set[Observation]:
 def _failures(
     readings: Sequence[RunIndicators], wrong: Sequence[set[Observation]], judged: bool
 ) -> tuple[Failure, ...]:
-    """Failures with the runs that they occur in, the most frequent first."""
+    """Failures with the seeds of the runs that show them, the most frequent first, ties in the order of the kinds."""
+
+    def order(what: Observation) -> tuple[int, Observation]:
+        return FAILURE_KINDS.index(what.kind), what
+
     found = []
-    for what in dict.fromkeys(what for each in wrong for what in sorted(each)):
+    for what in sorted(set().union(*wrong), key=order):
         there = [reading for reading, each in zip(readings, wrong, strict=True) if what in each]
         indicators = [indicator for reading in there if (indicator := _shown(reading, what)) is not None]
         clearest = max(indicators, key=lambda indicator: indicator.strength, default=None)
@@ -144,7 +150,7 @@ def _with_onset(readings: Sequence[RunIndicators], cause: Cause) -> Cause:
     """Cause with the step and the layers where it is first visible; causes in the text encoder have none."""
     key = cause.kind, cause.entity, cause.other, cause.token
     showing = [reading for reading in readings if reading.run.seed in cause.seeds and key in reading.indicators]
-    if not showing or "length" in cause.evidence:
+    if not showing or cause.in_text_encoder:
         return cause
     step, layers, _ = onset(showing, key)
     return replace(cause, step=step, layers=layers)

@@ -1,8 +1,7 @@
 """Numbers per step that describe the attention to each entity and attribute, from which causes are inferred.
 
-Plain functions on arrays (step, entity, y, x), so that the same numbers can be computed for the whole decoder, for one
-layer, or for one head. The *spatial distribution* of an entity is its map minus the minimum,
-normalized to a sum of 1.
+The functions take arrays (step, entity, y, x), so that the same numbers can be computed for the whole decoder, for one
+layer, or for one head. The *spatial distribution* of an entity is its map minus the minimum, normalized to a sum of 1.
 """
 
 from __future__ import annotations
@@ -24,15 +23,18 @@ NOTHING = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Maps:
-    """Raw probabilities at one size, and numbers derived from them.
+    """Attention maps of a prompt's words at one size, and numbers derived from them.
+
+    Maps are raw probabilities, float64. In shapes and formulas, e and f are entities and a is an attribute.
 
     Attributes
     ----------
     steps : ndarray, int, (step,)
-        Indices of the denoiser calls.
+        Denoiser calls, counted from 0.
     entities : ndarray, (step, entity, y, x)
         Attention to the nouns.
     attributes : ndarray, (step, attribute, y, x)
+        Attention to the attributes.
     owners : tuple of int
         Index of the entity that each attribute belongs to.
     start, end : ndarray, (step, y, x)
@@ -51,13 +53,16 @@ class Maps:
 
     @cached_property
     def presence(self) -> np.ndarray:
-        """Maximum of each entity's map, divided by that of the most attended entity, (step, entity)."""
+        """Maximum of each entity's map, divided by the largest maximum of all entities, (step, entity)."""
         peaks = self.entities.max(axis=(-2, -1))
         return peaks / np.maximum(peaks.max(axis=-1, keepdims=True), NOTHING)
 
     @cached_property
     def standing(self) -> np.ndarray:
-        """Share of an entity in the attention to it and to function words, averaged over its map; 1 without these."""
+        """Attention to each entity, as a share of the attention to it and to `words`, (step, entity).
+
+        The share is averaged over the entity's map; it is 1 if `words` are zeros.
+        """
         return 1.0 - held_by(self.entities, self.words)
 
     @cached_property
@@ -67,25 +72,26 @@ class Maps:
 
     @cached_property
     def held(self) -> np.ndarray:
-        """Share of entity f in the attention to e and f, averaged over the map of e, (step, e, f)."""
+        """Attention to entity f, as a share of that to entities e and f, averaged over the map of e, (step, e, f)."""
         others = [held_by(self.entities, self.entities[:, f]) for f in range(self.entities.shape[1])]
         return np.stack(others, axis=-1)
 
     @cached_property
     def start_held(self) -> np.ndarray:
-        """Share of start-of-text in the attention to it and to e, averaged over the map of e, (step, entity)."""
+        """Share of start-of-text in the attention to it and to entity e, averaged over the map of e, (step, e)."""
         return held_by(self.entities, self.start)
 
     @cached_property
     def alike(self) -> np.ndarray:
-        """Ruzicka similarity of the spatial distributions of e and f, (step, e, f)."""
+        """Ruzicka similarity of the spatial distributions of entities e and f, (step, e, f)."""
         return overlap(self.entities, self.entities)
 
     @cached_property
     def astray(self) -> np.ndarray:
-        """Attention to attribute a over the map of f, relative to the maps of f and its own entity, (step, a, f).
+        """Attention to attribute a on the map of f, compared with that on the map of a's own entity, (step, a, f).
 
-        .5 if both are equal, as for its own entity; 1 if the attribute is attended to at the locations of f alone.
+        With A(f) the attention to the attribute averaged over the map of f, the value is A(f) / (A(f) + A(own)): .5 if
+        both are equal, 1 if the attribute is attended to only at the locations of f.
         """
         there = np.stack([mean_attention(self.entities, each) for each in np.moveaxis(self.attributes, 1, 0)], axis=1)
         own = np.take_along_axis(there, np.array(self.owners, int).reshape(1, -1, 1), axis=-1)
@@ -93,7 +99,7 @@ class Maps:
 
     @cached_property
     def attribute_held(self) -> np.ndarray:
-        """Share of attribute a in the attention to it and to noun f, averaged over the map of f, (step, a, f)."""
+        """Share of attribute a in the attention to it and to entity f, averaged over the map of f, (step, a, f)."""
         return np.stack([held_by(self.entities, each) for each in np.moveaxis(self.attributes, 1, 0)], axis=1)
 
     @cached_property
@@ -109,7 +115,7 @@ class Maps:
 
 
 def read(recording: Recording, layers: str = "all", size: int | None = None) -> Maps:
-    """Read the maps of some layers of a recording at their recorded size.
+    """Read the maps of the entities, attributes and special tokens from a recording, as the mean over layers.
 
     Parameters
     ----------
@@ -118,12 +124,16 @@ def read(recording: Recording, layers: str = "all", size: int | None = None) -> 
     layers : str
         Layers, as in `Recording.maps`.
     size : int, optional
-        Only maps whose longer side is this.
+        Longer side of the maps to read; by default maps of all sizes, resized to the largest.
+
+    Returns
+    -------
+    Maps
 
     Raises
     ------
     RecordingError
-        The entities were not recorded, or the layer is unknown.
+        The entities or their attributes were not recorded, or there is no such layer or size.
     """
     prompt, kept = recording.prompt, recording.tokens
 
@@ -164,26 +174,34 @@ def spatial_distribution(maps: np.ndarray) -> np.ndarray:
 
 
 def freed(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
-    """Spatial distributions with the effect of a rival token removed, weighted to their core, (step, entity, y, x).
+    """Spatial distributions of maps without the effect of a rival token, squared and normalized, (step, entity, y, x).
 
-    Attention sums to 1 over the tokens, so without the rival a map A would be A / (1 - rival). The
-    distribution is squared, so that the few locations where a map is strong count more than the many where it is weak.
-    """
-    return distribution(spatial_distribution(maps / np.maximum(1.0 - rival[:, None], NOTHING)) ** 2)
-
-
-def held_by(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
-    """Share of a rival in the attention to it and to each entity, averaged over the entity's map without the rival.
+    Attention sums to 1 over the tokens, so without the rival a map A would be A / (1 - rival). The distribution is
+    squared, so that the few locations where a map is strong count more than the many where it is weak.
 
     Parameters
     ----------
     maps : ndarray, (step, entity, y, x)
     rival : ndarray, (step, y, x)
+        Attention to the rival token.
+    """
+    return distribution(spatial_distribution(maps / np.maximum(1.0 - rival[:, None], NOTHING)) ** 2)
+
+
+def held_by(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
+    """Attention to a rival token, as a share of that to the rival and an entity, averaged over the entity's map.
+
+    Parameters
+    ----------
+    maps : ndarray, (step, entity, y, x)
+    rival : ndarray, (step, y, x)
+        Attention to the rival token.
 
     Returns
     -------
     ndarray, (step, entity)
-        0 if only the entity is attended to there, .5 if both equally, 1 if only the rival. 0 if neither is.
+        Share, weighted by `freed`: 1 if only the rival is attended to, .5 if both are equally, 0 if only the entity or
+        neither is.
 
     Examples
     --------
@@ -195,12 +213,14 @@ def held_by(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
 
 
 def mean_attention(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
-    """Attention to a rival, averaged over the map of each entity without the rival, (step, entity)."""
+    """Attention to a rival token, averaged over the map of each entity with the weights of `freed`, (step, entity)."""
     return np.asarray((freed(maps, rival) * rival[:, None]).sum(axis=(-2, -1)))
 
 
 def localization(maps: np.ndarray) -> np.ndarray:
-    """Localization of maps: 1 - entropy / log(number of locations), (...); 0 for a constant map.
+    """Localization of maps (..., y, x): 1 - entropy / log(number of locations), (...).
+
+    It is 0 for a constant map, and 1 if all attention is at one location.
 
     Examples
     --------
@@ -213,17 +233,22 @@ def localization(maps: np.ndarray) -> np.ndarray:
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Ruzicka similarity of the spatial distributions of every a and every b, (step, a, b)."""
+    """Ruzicka similarity of the spatial distributions of every map in `a` and every map in `b`, (step, a, b)."""
     return np.asarray(ruzicka(spatial_distribution(a)[:, :, None], spatial_distribution(b)[:, None, :]))
 
 
 def parted(density: np.ndarray) -> float:
-    """Degree to which a distribution has two separate parts: 0 for one part, 1 for two equal ones half a side apart.
+    """Degree to which a spatial distribution has two separate parts.
 
     Parameters
     ----------
     density : ndarray, (y, x)
         A spatial distribution.
+
+    Returns
+    -------
+    float
+        0 for one part, 1 for two equal parts that are at least half a side apart.
 
     Notes
     -----
@@ -256,9 +281,9 @@ def swaps(maps: np.ndarray) -> np.ndarray:
     Returns
     -------
     ndarray, (step, e, f)
-        Overlap of the map of e after the step with that of f before it, minus the overlap with that of e before it;
-        the minimum of this and the same for f. Positive if each entity is where the other one was. "Before" and
-        "after" are means over an eighth of the steps.
+        Positive if each entity is where the other one was. With O(e, f) the overlap of the map of e after the step and
+        the map of f before it, the value is the smaller of O(e, f) - O(e, e) and O(f, e) - O(f, f). The maps before
+        and after a step are means over an eighth of the steps, at least one.
 
     Examples
     --------

@@ -17,26 +17,26 @@ SHOWS: dict[FailureKind, tuple[CauseKind, ...]] = {
     "fused": ("captured", "regions swap", "never localized", "token ignored"),
     "wrong attribute": ("attribute misplaced", "regions swap", "captured"),
     "lost attribute": ("attribute misplaced", "regions swap", "captured"),
-    "spill": ("region split",),
+    "duplicated": ("region split",),
 }
 EXPLAINS: dict[CauseKind, tuple[FailureKind, ...]] = {
     "ambiguous word": ("missing", "fused", "lost attribute", "wrong attribute"),
-    "text states alike": ("missing", "fused", "wrong attribute", "lost attribute", "spill"),
+    "text states alike": ("missing", "fused", "wrong attribute", "lost attribute", "duplicated"),
     "text leakage": ("wrong attribute", "lost attribute", "missing", "fused"),
     "token ignored": ("missing", "fused", "lost attribute", "wrong attribute"),
     "start-of-text competition": ("missing", "lost attribute", "fused", "wrong attribute"),
     "regions swap": ("missing", "fused", "wrong attribute", "lost attribute"),
-    "captured": ("missing", "fused", "spill", "wrong attribute", "lost attribute"),
+    "captured": ("missing", "fused", "duplicated", "wrong attribute", "lost attribute"),
     "attribute misplaced": ("wrong attribute", "lost attribute", "missing", "fused"),
     "never localized": ("missing", "fused"),
-    "region split": ("spill", "missing", "fused"),
+    "region split": ("duplicated", "missing", "fused"),
 }
 # Strength from which an indicator is suspected to cause a failure in an image that was not judged.
 SUSPECT = 0.5
 
 
 class Observation(NamedTuple):
-    """A failure without the run that it occurs in."""
+    """A failure in one image; the fields are those of `Failure`."""
 
     kind: FailureKind
     entity: str
@@ -45,7 +45,7 @@ class Observation(NamedTuple):
 
 
 def seen(verdict: Verdict, prompt: Prompt) -> set[Observation]:
-    """Failures that a judge finds.
+    """Failures that a judge found in an image.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ def seen(verdict: Verdict, prompt: Prompt) -> set[Observation]:
 
     Notes
     -----
-    A noun that occurs more often than the prompt asks for is a spill; that alone does not make an image wrong.
+    An entity whose noun occurs more often than the prompt asks is duplicated; that alone does not make an image wrong.
     """
     found: set[Observation] = set()
     nouns = verdict.nouns
@@ -67,7 +67,7 @@ def seen(verdict: Verdict, prompt: Prompt) -> set[Observation]:
         elif not verdict.right_color[label]:
             found.add(_color(verdict, prompt, entity))
         if noun in verdict.extra:
-            found.add(Observation("spill", label))
+            found.add(Observation("duplicated", label))
     labels = {noun: label for label, noun in reversed(nouns.items())}
     for mixture in verdict.mixtures:
         first, *others = sorted(
@@ -78,7 +78,7 @@ def seen(verdict: Verdict, prompt: Prompt) -> set[Observation]:
 
 
 def suspected(indicators: Iterable[Indicator]) -> set[Observation]:
-    """Failures suspected from strong indicators in the attention."""
+    """Failures suspected in an image that was not judged, from indicators with a strength of `SUSPECT` or more."""
     found: set[Observation] = set()
     for indicator in indicators:
         if indicator.strength >= SUSPECT:
@@ -91,7 +91,7 @@ def suspected(indicators: Iterable[Indicator]) -> set[Observation]:
             elif indicator.kind == "attribute misplaced":
                 found.add(Observation("wrong attribute", indicator.other, indicator.entity, indicator.token))
             elif indicator.kind == "region split":
-                found.add(Observation("spill", indicator.entity))
+                found.add(Observation("duplicated", indicator.entity))
     return found
 
 

@@ -1,7 +1,8 @@
-"""Failures with their frequency and first step, and causes with their strength and confidence."""
+"""Results of `elakit.causes.find`: failures with their frequency, and causes with their confidence."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -9,8 +10,9 @@ from elakit.numbering import step_name
 from elakit.prompt import Prompt
 from elakit.statistics import wilson
 from elakit.tokens import word_of
+from elakit.world.vocabulary import COLORS
 
-FailureKind = Literal["missing", "fused", "wrong attribute", "lost attribute", "spill"]
+FailureKind = Literal["missing", "fused", "wrong attribute", "lost attribute", "duplicated"]
 CauseKind = Literal[
     "text states alike",
     "text leakage",
@@ -25,41 +27,52 @@ CauseKind = Literal[
 ]
 FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 CAUSE_KINDS: tuple[CauseKind, ...] = get_args(CauseKind)
+# Kinds of failures in files of earlier versions, and their current names.
+_RENAMED = {"spill": "duplicated"}
 # Kinds that affect both entities in the same way.
 MUTUAL_KINDS: tuple[CauseKind, ...] = ("text states alike", "regions swap")
+# Kinds that arise in the text encoder; "token ignored" can arise there or in the attention.
+TEXT_KINDS: tuple[CauseKind, ...] = ("ambiguous word", "text states alike", "text leakage")
 # Share of the attention at the location of an entity from which another noun counts as taking it.
 CAPTURED = 0.6
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One thing that goes wrong, over all runs.
+    """One failure of a prompt, with the runs that show it.
 
     Attributes
     ----------
-    kind : {"missing", "fused", "wrong attribute", "lost attribute", "spill"}
-        An entity is missing; two are fused into one; an entity has the attribute of another one; it has neither its own
-        attribute nor that of another; an entity appears more often than the prompt asks.
+    kind : str
+        One of `FAILURE_KINDS`: "missing", the entity is not in the image; "fused", it is fused with another entity;
+        "wrong attribute", it has an attribute of another entity; "lost attribute", it has neither its own attribute nor
+        that of another entity; "duplicated", it appears more often than the prompt asks.
     entity : str
         Label of the affected entity.
     other : str
-        The other entity: the one fused with it, or the owner of the attribute; "" if there is none.
+        Label of the other entity: the one fused with `entity`, or the one whose attribute `entity` has; "" if there is
+        none.
     token : str
-        Label of the noun that receives the attention at the location of a missing entity, or of the attribute on the
-        wrong entity; "" if there is none.
+        Label of a token: the attribute that the entity has wrongly or has lost; for other kinds the token that receives
+        the attention at the entity's location. "" if there is none.
     seeds : tuple of int
         Seeds of the runs with this failure.
     of : int
-        Number of runs.
+        Number of all runs.
     step : int or None
-        Denoiser call from which the failure is visible in the attention, counted from 0 (median over those runs); None
-        if it is not visible.
+        Denoiser call from which the failure is visible in the attention, counted from 0 (median over the runs with the
+        failure); None if it is not visible.
     layers : tuple of str
-        Layers where it is visible first, the clearest first.
+        Up to three layers in which the failure is visible earliest, in this order.
     heads : tuple of (str, int)
-        Heads (layer, number) where it is visible first; empty if heads were averaged.
+        Up to three heads (layer, number) in which the failure is visible earliest; empty if heads were averaged.
     judged : bool
-        True if a judge found it in the images; otherwise it is suspected from the attention.
+        True if a judge found the failure in the images; False if it is suspected from the attention.
+
+    Examples
+    --------
+    >>> print(Failure("wrong attribute", "car", "apple", "green", seeds=(0, 2), of=4))
+    In 2 of 4 images, the car is green, the color asked for the apple. (15% to 85%)
     """
 
     kind: FailureKind
@@ -96,15 +109,15 @@ class Failure:
             "missing": f"the {self.entity} is missing"
             + (f", and {token!r} receives the attention at the location of the {self.entity}" if token else ""),
             "fused": f"the {self.entity} and the {other} are fused into one",
-            "wrong attribute": f"the {self.entity} is {word_of(token)}, the attribute of the {other}",
+            "wrong attribute": f"the {self.entity} is {word_of(token)}, the {_kind(token)} asked for the {other}",
             "lost attribute": f"the {self.entity} is not {word_of(token)}",
-            "spill": f"the {self.entity} appears more often than the prompt asks",
+            "duplicated": f"the {self.entity} appears more often than the prompt asks",
         }[self.kind]
         images = "image" if self.of == 1 else "images"
         return f"In {self.count} of {self.of} {images}, {what}."
 
     def to_dict(self) -> dict[str, Any]:
-        """Dictionary for JSON, with count, rate, interval and sentence."""
+        """All fields as a dictionary for JSON, with count, rate, interval and sentence."""
         return asdict(self) | {
             "count": self.count,
             "rate": self.rate,
@@ -124,33 +137,35 @@ class Failure:
 
 @dataclass(frozen=True)
 class Cause:
-    """One cause of a failure.
+    """One likely cause of failures.
 
     Attributes
     ----------
     kind : str
-        Kind, one of `CAUSE_KINDS`.
+        One of `CAUSE_KINDS`; ``docs/causes.md`` describes each.
     entity : str
-        Label of the affected entity.
+        Label of the affected entity; of a misplaced attribute, the entity that it describes.
     other : str
-        Label of the entity that interferes; "" if there is none.
+        Label of the other entity: the one whose noun or attribute interferes, or the one that receives a misplaced
+        attribute; "" if there is none.
     token : str
-        Label of the interfering token: the attribute that leaked or is misplaced, or the unknown noun; "" if there is
-        none.
+        Label of the token concerned: the attribute that leaked or is misplaced, the token that takes the attention, or
+        the noun itself.
     strength : float
         Strength of the indicator, from 0 (as in right images) to 1 (the strongest case).
     confidence : float
         Confidence, 0 to 1; ``docs/causes.md`` reports how often causes of a given confidence were right.
     step : int or None
-        Denoiser call from which it is visible; None for a cause in the text encoder.
+        Denoiser call from which the cause is visible in the attention, counted from 0 (median over the runs that show
+        it); None for a cause in the text encoder, or if the cause is not visible for long enough.
     layers : tuple of str
-        Layers where it is visible first, the clearest first.
+        Up to three layers in which the cause is visible earliest, in this order.
     seeds : tuple of int
-        Seeds of the runs that show it; all runs for a cause in the text encoder.
+        Seeds of the runs that show the cause; all runs for a cause in the text encoder.
     explains : tuple of str
-        Kinds of the failures that it explains.
+        Kinds of the failures that the cause explains.
     evidence : dict of str to float
-        Numbers that support it, by name.
+        Numbers that support the cause, by name; ``docs/causes.md`` explains the names.
     sentence : str
         One sentence that describes the cause.
     """
@@ -171,9 +186,9 @@ class Cause:
     def accounts_for(self, failure: Failure) -> bool:
         """True if the entities of the cause are those of the failure, in the same roles.
 
-        A cause that affects both entities alike (similar text states, regions that swap) matches a failure of
-        either. A misplaced attribute affects the entity that receives it, and its own entity if that lost it. All other
-        causes affect their `entity` only.
+        A cause that affects both entities alike (similar text states, regions that swap, attention at the same
+        location) matches a failure of either. A misplaced attribute matches a wrong attribute of the entity that
+        receives it. In all other cases the `entity` of the cause must be the one that fails, or one of two fused ones.
         """
         if self.kind in MUTUAL_KINDS or (self.kind == "captured" and self.evidence.get("held", 0.0) <= CAPTURED):
             return bool({self.entity, self.other} & {failure.entity, failure.other} - {""})
@@ -183,8 +198,13 @@ class Cause:
             return self.other == failure.entity
         return self.entity == failure.entity
 
+    @property
+    def in_text_encoder(self) -> bool:
+        """True if the cause was found in the text encoder, False if it was found in the attention."""
+        return self.kind in TEXT_KINDS or "length" in self.evidence
+
     def to_dict(self) -> dict[str, Any]:
-        """Dictionary for JSON."""
+        """All fields as a dictionary for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -193,7 +213,7 @@ class Cause:
 
 @dataclass(frozen=True)
 class Findings:
-    """Failures of a prompt and their causes, as returned by `find`.
+    """Failures of a prompt and their causes, as `find` returns them; ``print`` shows them as text.
 
     Attributes
     ----------
@@ -201,9 +221,9 @@ class Findings:
     seeds : tuple of int
         Seeds of the runs.
     judged : bool
-        True if a judge judged the images; otherwise failures are suspected from the attention.
+        True if failures were found by a judge in the images; False if they are suspected from the attention.
     failures : tuple of Failure
-        Failures, the most frequent first.
+        Failures, the most frequent first; equally frequent ones in the order of `FAILURE_KINDS`.
     causes : tuple of Cause
         Causes, the most likely first; empty if none was found.
     """
@@ -221,7 +241,7 @@ class Findings:
 
     @property
     def unexplained(self) -> tuple[Failure, ...]:
-        """Failures that no cause explains."""
+        """Failures that none of the `causes` explains."""
         return tuple(
             failure
             for failure in self.failures
@@ -230,18 +250,19 @@ class Findings:
 
     @property
     def verdict(self) -> str:
-        """One or two sentences: how often the prompt fails, and the most likely cause, or that none was found."""
+        """One or two sentences: the number of images that fail, and the most likely cause, if one was found."""
         count, failing = len(self.seeds), len(self.failing)
         if not failing:
             source = "in the images" if self.judged else "in the attention (the images were not judged)"
             return f"No failure was found {source} of {count} seed{'s' * (count > 1)}."
-        one, many = ("fails", "fail") if self.judged else ("probably fails", "probably fail")
-        what = f"{failing} of {count} images {many if count > 1 else one}. ".replace("1 images", "1 image")
+        what = f"{failing} of {count} image{'s' * (count > 1)}"
+        probably = "" if self.judged else "probably "
         cause = next((cause for cause in self.causes if cause.explains), None)
-        return what + (cause.sentence if cause is not None else "No cause was found.")
+        why = cause.sentence if cause is not None else "No cause was found."
+        return f"{what} {probably}fail{'s' * (failing == 1)}. {why}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Dictionary for JSON."""
+        """All failures and causes, with the sentences that describe them, as a dictionary for JSON."""
         return {
             "prompt": self.prompt.text,
             "seeds": list(self.seeds),
@@ -262,3 +283,25 @@ class Findings:
         if self.failures and self.causes and self.unexplained:
             lines += ["Failures without a known cause", *(f"  {failure.sentence}" for failure in self.unexplained)]
         return "\n".join(lines)
+
+
+def _kind(token: str) -> str:
+    """The word "color" for the label of a color, and "attribute" for other labels."""
+    return "color" if word_of(token) in COLORS else "attribute"
+
+
+def with_current_kinds(findings: Mapping[str, Any]) -> dict[str, Any]:
+    """Findings that `Findings.to_dict` of any version returned, with the kinds of failures named as in this version.
+
+    Examples
+    --------
+    >>> with_current_kinds({"failures": [{"kind": "spill"}], "causes": [{"explains": ["missing"]}]})
+    {'failures': [{'kind': 'duplicated'}], 'causes': [{'explains': ['missing']}]}
+    """
+    return {
+        **findings,
+        "failures": [one | {"kind": _RENAMED.get(one["kind"], one["kind"])} for one in findings["failures"]],
+        "causes": [
+            one | {"explains": [_RENAMED.get(kind, kind) for kind in one["explains"]]} for one in findings["causes"]
+        ],
+    }

@@ -1,7 +1,8 @@
 """Indicators of causes: the numbers that support a cause, and their strength.
 
-A `Scale` maps a number to a strength, from the usual value in right images to the worst value. Both were calibrated on
-picture-world (``python -m benchmarks.causes --split calibrate``, with prompts and seeds that no test uses).
+A `Scale` maps a number to a strength, from the usual value in right images to the worst value. The two values were
+calibrated on picture-world, with prompts and seeds that no test uses (``python -m benchmarks.causes --split
+calibrate``).
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ READ = 0.15
 
 @dataclass(frozen=True)
 class Scale:
-    """Linear scale from the usual value (strength 0) to the worst value (strength 1).
+    """Linear scale of strength: 0 at the usual value, 1 at the worst value.
+
+    Attributes
+    ----------
+    usual : float
+        Value in right images.
+    worst : float
+        Value of the strongest case; it may be smaller than `usual`.
 
     Examples
     --------
@@ -65,7 +73,7 @@ SCALES = {
 
 @dataclass(frozen=True, eq=False)
 class Indicator:
-    """One number that supports one cause, in one run (or in all runs, if it comes from the text encoder).
+    """One number that supports one cause, from the attention of one run or from the text encoder.
 
     Attributes
     ----------
@@ -74,9 +82,9 @@ class Indicator:
     measure : str
         Name of the number; a key of `SCALES`.
     value : float
-        Mean over the steps that are not ignored; the maximum for a swap.
+        Mean of `series` without its first steps (`FIRST`); the maximum for a swap.
     series : ndarray, (step,)
-        The number at each step; empty if it comes from the text encoder.
+        The number at each step; empty for a number from the text encoder.
     evidence : dict of str to float
         Further numbers, by name.
     """
@@ -92,16 +100,20 @@ class Indicator:
 
     @property
     def key(self) -> Key:
-        """Cause that it supports."""
+        """Kind, entity, other and token of the cause that the indicator supports."""
         return self.kind, self.entity, self.other, self.token
 
     @property
     def strength(self) -> float:
-        """Strength, 0 to 1."""
+        """Strength of the indicator, 0 to 1, by the scale of its measure in `SCALES`."""
         return SCALES[self.measure](self.value)
 
     def since(self) -> int | None:
-        """Position of the first step from which it is visible in four fifths of the steps; None if there is none."""
+        """Position in `series` from which the indicator is visible; None if it never is.
+
+        It is visible from a step on if its strength is above 0 at this step and at four fifths of the remaining ones;
+        a swap is visible from the first such step.
+        """
         visible = np.array([SCALES[self.measure](value) > 0 for value in self.series], bool)
         if self.measure == "swap":
             return int(visible.argmax()) if visible.any() else None
@@ -155,9 +167,9 @@ def of_maps(
     entities, attributes : sequence of str
         Labels.
     covered : ndarray, (entity, y, x), optional
-        Share of each location that each entity covers in the finished image.
+        Share of each location that each entity covers in the finished image; None if the image was not judged.
     kinds : collection of str
-        Kinds of causes to search for.
+        Kinds of causes that are needed. Indicators of other kinds are left out if they are slow to compute.
     """
     late = slice(min(int(np.ceil(FIRST * len(maps.steps))), len(maps.steps) - 1), None)
 

@@ -29,14 +29,15 @@ def profile(run: Run) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame
-        Columns layer, place, order (in the forward pass), head ("mean", or a number), step, measure (one of
-        `MEASURES`), entity, other, value. Entity and other are as in `elakit.Bleeding.to_frame`.
+    pandas.DataFrame
+        Columns layer, place (the part of the network, such as "up"), order (in the forward pass), head ("mean", or a
+        number), step (counted from 0), measure (one of `MEASURES`), entity, other, value. Entity and other are as in
+        `elakit.Bleeding.to_frame`.
 
     Raises
     ------
     RecordingError
-        The run was not recorded.
+        The run was not recorded, or was recorded without the tokens of its entities.
 
     Notes
     -----

@@ -1,4 +1,4 @@
-"""Causes from indicators: selection, confidence and order."""
+"""Causes derived from indicators: which are reported, with which confidence, and in which order."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ MUTUAL: tuple[CauseKind, ...] = ("text states alike", "captured", "regions swap"
 
 
 def confidence_of(strength: float) -> float:
-    """Confidence of a cause from the strength of its indicator, 0 to 1; see ``python -m benchmarks.causes report``."""
+    """Confidence in a cause, .5 to .95, from the strength of its indicator, 0 to 1.
+
+    ``python -m benchmarks.causes report`` prints how often causes of a given confidence are right.
+    """
     return 0.5 + 0.45 * strength
 
 
 def unknown_words(runs: Sequence[Run], states: States) -> list[Cause]:
     """Causes "ambiguous word": nouns that the model does not know, or that its tokenizer splits into pieces.
 
-    The vocabulary of the built-in model is known, so the number of pieces is not used for it.
+    For the built-in model, whose vocabulary is known, only unknown nouns count.
     """
     embedded = all(run.settings.get("model") in EMBEDDED for run in runs)
     found = []
@@ -56,11 +59,14 @@ def before_the_image(runs: Sequence[Run], states: States) -> list[Cause]:
 
 
 def in_attention(failing: Sequence[RunIndicators], right: Sequence[RunIndicators]) -> list[Cause]:
-    """Causes in the attention of the runs that fail; confidence is lower if few of them, or right runs too, show it.
+    """Causes in the attention of the runs that fail.
+
+    The confidence in a cause is lower if only some failing runs show it, and if right runs show it, too.
 
     Parameters
     ----------
     failing, right : sequence of RunIndicators
+        Indicators of the runs that fail, and of those that do not.
     """
     found = []
     for key in dict.fromkeys(key for reading in failing for key in reading.indicators):
@@ -83,7 +89,10 @@ def in_attention(failing: Sequence[RunIndicators], right: Sequence[RunIndicators
 
 
 def without_duplicates(causes: Iterable[Cause], failures: Sequence[Failure]) -> list[Cause]:
-    """Keep one of two mutual causes: the stronger one, or the one whose entity fails more or has less attention."""
+    """Causes without duplicates: of two causes that differ only in which of two entities is affected, keep one.
+
+    It is the stronger one, then the one whose entity fails more often, then the one whose entity has less attention.
+    """
     missing: dict[str, int] = {}
     for failure in failures:
         if failure.kind in ("missing", "fused"):
@@ -104,7 +113,7 @@ def without_duplicates(causes: Iterable[Cause], failures: Sequence[Failure]) -> 
 
 
 def ranked(causes: Sequence[Cause]) -> list[Cause]:
-    """Causes, the most likely first; the confidence of a cause is reduced if an earlier kind can bring it about."""
+    """Causes, the most likely first; the confidence in a cause is reduced if another cause can bring it about."""
     found = []
     for cause in causes:
         left = cause.confidence
@@ -117,7 +126,7 @@ def ranked(causes: Sequence[Cause]) -> list[Cause]:
 
 
 def explained(cause: Cause, failures: Sequence[Failure]) -> Cause:
-    """Cause with the kinds of the failures that it explains."""
+    """Copy of a cause with `Cause.explains` set: the kinds of the failures that it explains."""
     fitting = (f.kind for f in failures if f.kind in EXPLAINS[cause.kind] and cause.accounts_for(f))
     return replace(cause, explains=tuple(dict.fromkeys(fitting)))
 

@@ -1,4 +1,4 @@
-"""Indicators in the attention of a run: of the whole decoder, and of single layers and heads."""
+"""Indicators in the attention of a run, for the whole decoder and for single layers and heads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RunIndicators:
     Raises
     ------
     RecordingError
-        The run was not recorded.
+        The run was not recorded, or was recorded without the tokens of its entities.
     """
 
     def __init__(self, run: Run) -> None:
@@ -51,7 +51,7 @@ class RunIndicators:
         return self._indicators(read(self.recording, self.recording.decoder))
 
     def part(self, layer: str, head: int | None, kind: CauseKind) -> dict[Key, Indicator]:
-        """The strongest indicators of a kind of cause in one layer, for the mean of its heads or for one head."""
+        """The strongest indicators of a kind of cause in one layer; `head` None means the mean of the heads."""
         if (layer, head, kind) not in self._parts:
             recording = self.recording if head is None else self.recording.sel(layer=layer, head=head)
             self._parts[layer, head, kind] = self._indicators(read(recording, layer), (kind,))
@@ -74,11 +74,11 @@ class Onset(NamedTuple):
     Attributes
     ----------
     step : int or None
-        Denoiser call from which it is visible, the median over runs.
+        Denoiser call from which the indicator is visible, counted from 0, the median over runs; None if it never is.
     layers : tuple of str
-        Layers where it is visible first, the clearest first.
+        Up to three layers in which the indicator is visible earliest, in this order.
     heads : tuple of (str, int)
-        Layer and number of the heads where it is visible first; empty if heads were averaged.
+        Up to three heads (layer, number) in which the indicator is visible earliest; empty if heads were averaged.
     """
 
     step: int | None = None
@@ -94,6 +94,11 @@ def onset(readings: Sequence[RunIndicators], key: Key) -> Onset:
     readings : sequence of RunIndicators
         Indicators of the runs that show the cause.
     key : Key
+        Kind, entity, other and token of the cause.
+
+    Returns
+    -------
+    Onset
     """
     since = [
         step

@@ -49,16 +49,8 @@ def sentence(cause: Cause) -> str:
                 f'The attention to "{entity}" and the attention to "{other}" swap places {when}, after the layout has '
                 "formed."
             )
-        case "captured" if n.get("held", 0) > CAPTURED:
-            return (
-                f'At the location of the {entity}, attention goes to "{token}" '
-                f"({n['held']:.0%} of the attention to the two nouns)."
-            )
         case "captured":
-            return (
-                f'"{entity}" and "{other}" receive attention at the same location (overlap '
-                f"{n.get('overlap', n.get('alike', 0)):.0%}), where only one of them can appear."
-            )
+            return _captured(cause)
         case "attribute misplaced":
             return f'"{token}" describes the {entity}, but receives attention at the location of the {other}.'
         case "never localized":
@@ -70,3 +62,17 @@ def sentence(cause: Cause) -> str:
             return (
                 f'The attention to "{entity}" has two separate peaks, so the {entity} may appear in two parts or twice.'
             )
+
+
+def _captured(cause: Cause) -> str:
+    """Sentence on attention that another entity holds, or that two entities share."""
+    entity, n = cause.entity, cause.evidence
+    if n.get("held", 0) > CAPTURED:
+        return (
+            f'At the location of the {entity}, attention goes to "{cause.token}" '
+            f"({n['held']:.0%} of the attention to the two nouns)."
+        )
+    return (
+        f'"{entity}" and "{cause.other}" receive attention at the same location (overlap '
+        f"{n.get('overlap', n.get('alike', 0)):.0%}), where only one of them can appear."
+    )

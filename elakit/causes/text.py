@@ -31,14 +31,14 @@ class Leak:
     entity : str
         Label of the entity whose noun is analyzed.
     other : str
-        Label of the entity that the attribute belongs to.
+        Label of the entity that the attribute describes.
     token : str
         Label of the attribute.
     share : float
-        Share of the way that the attribute moves the state of the noun toward its state with the attribute as its own:
-        0 no effect, 1 as if the attribute described the noun.
+        How far the attribute moves the noun's state toward the state that the noun has if the attribute describes it:
+        0 for no effect, 1 for the whole way. `text_states` has the formula.
     change : float
-        Norm of the change, divided by the norm of the state.
+        Norm of the change of the noun's state, divided by the norm of the state.
     """
 
     entity: str
@@ -55,13 +55,14 @@ class States:
     Attributes
     ----------
     entities : tuple of str
-        Labels.
+        Labels of the entities.
     length : tuple of float
         Norm of each noun's state, divided by the median norm of the words' states.
     alike : ndarray, (entity, entity)
         Cosine similarity of the nouns' states after subtracting the mean state of the words: 1 for equal states, about
         0 for unrelated ones.
     leaks : tuple of Leak
+        Leakage of each attribute into the noun of each other entity.
     pieces : tuple of int
         Number of tokens of each noun; with several encoders, the smallest number.
     """
@@ -74,16 +75,22 @@ class States:
 
 
 def text_states(pipe: Pipeline, prompt: Prompt) -> States:
-    """Encode a prompt, and encode it again without each of its attributes.
+    """Analyze the text states of a prompt's nouns: their norms, their similarity, and attributes that leak into them.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
     prompt : Prompt
+        A prompt that was parsed for `pipe`.
 
     Returns
     -------
     States
+
+    Raises
+    ------
+    ModelError
+        The pipeline's family is not supported.
 
     Notes
     -----

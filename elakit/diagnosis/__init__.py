@@ -1,4 +1,4 @@
-"""Diagnosis of a prompt: images with and without guidance, failures, causes and remedies, as text, code and files.
+"""Diagnosis of a prompt: images with and without guidance, their failures, likely causes, and remedies.
 
 `elakit.diagnose` makes a diagnosis, and `elakit.diagnosis.report` writes it as an HTML page.
 """

@@ -39,9 +39,9 @@ def diagnose(
     remedies: Annotated[
         str,
         typer.Option(
-            help="Further remedies to try if an image is wrong: all, none, or comma-separated names. "
-            "Names: the methods; another-seed; swapped (entities in the opposite order); next-to (“next to” instead of "
-            "“and”); regions (ELA with one box per entity)."
+            help="Further remedies to try if an image is wrong: none, comma-separated names, or all (conform, ebama, "
+            "another-seed, swapped, next-to, regions). Names are those of the methods, another-seed, swapped (entities "
+            "in the opposite order), next-to (“next to” instead of “and”), and regions (ELA with one box per entity)."
         ),
     ] = "all",
     options: Options = None,
@@ -61,20 +61,27 @@ def diagnose(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="HTML report to write (default: report.html); with --prompts, the output folder."),
+        typer.Option(
+            help="HTML report to write (default: report.html) or, with --prompts, output folder (default: diagnoses)."
+        ),
     ] = None,
     keep: Annotated[
         Path | None, typer.Option(help="Folder in which all runs are stored; existing runs are not generated again.")
     ] = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="JSON file to write, with all results.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="JSON file for all results.")] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="File with one prompt per line. Reports are written to the folder --out. Run the command again "
-            "to resume."
+            help="File of prompts: text with one prompt per line, JSON, JSON Lines or CSV. Reports are written to the "
+            "folder --out. Run the command again to resume."
         ),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Number of worker processes with --prompts.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of worker processes with --prompts. Default: one per GPU, or the number of CPU cores."
+        ),
+    ] = None,
 ) -> None:
     """Generate images of a prompt with several seeds, and report failures, causes, and which remedy fixes them.
 
@@ -92,7 +99,12 @@ def diagnose(
         asked = [name.strip() for name in remedies.split(",") if name.strip()]
     check(asked)
     if (prompt is None) == (prompts is None):
-        raise SettingError('Give one prompt, such as "a cat and a lion", or a file of prompts with --prompts.')
+        raise SettingError('Give either one prompt, such as "a cat and a lion", or a file of prompts with --prompts.')
+    if prompts is not None and (keep is not None or json_out is not None):
+        given = "--json" if keep is None else "--keep"
+        raise SettingError(f"{given} stores the results of one prompt. With --prompts, leave it out and use --out.")
+    if prompts is None and workers is not None:
+        raise SettingError(f"--workers {workers} applies to a file of prompts. Leave it out, or use --prompts.")
     settings = {
         "seeds": list(range(first_seed, first_seed + seeds)), "method": method, "remedies": asked, "steps": steps,
         "guidance_scale": scale, "negative_prompt": negative_prompt, "height": height, "width": width,
@@ -180,5 +192,5 @@ def _diagnose_many(file: Path, out: Path, **settings: Any) -> None:
         typer.echo(f"{prompt!r} failed: {error.splitlines()[0]}", err=True)
     typer.echo(f"Summary: {survey.page}")
     if survey.failed:
-        typer.echo(f"{len(survey.failed)} failed. Try them again with\n  {command}", err=True)
+        typer.echo(f"{len(survey.failed)} of {len(texts)} prompts failed. Try them again with\n  {command}", err=True)
         raise typer.Exit(1)

@@ -24,6 +24,11 @@ def code(diagnosis: DiagnosisData) -> str:
     Parameters
     ----------
     diagnosis : DiagnosisData
+
+    Returns
+    -------
+    str
+        Lines of code; ``...`` stands for a pipeline or a method of your own.
     """
     settings = diagnosis.pairs[0].plain.settings
     seeds = [pair.seed for pair in diagnosis.pairs]
@@ -48,11 +53,17 @@ def code(diagnosis: DiagnosisData) -> str:
 
 
 def command(diagnosis: DiagnosisData) -> str:
-    """Command line that reproduces a diagnosis; "" if there is none (methods of your own, seeds with gaps).
+    """Command line that reproduces a diagnosis.
 
     Parameters
     ----------
     diagnosis : DiagnosisData
+
+    Returns
+    -------
+    str
+        Command line; "" if the options of ``elakit diagnose`` cannot express the diagnosis, because its seeds are not
+        consecutive or its method is your own.
     """
     settings = diagnosis.pairs[0].plain.settings
     seeds = [pair.seed for pair in diagnosis.pairs]
@@ -70,7 +81,7 @@ def command(diagnosis: DiagnosisData) -> str:
 
 
 def reproduce(result: RemedyResult) -> dict[str, str]:
-    """Code and command line ("" if there is none) that reproduce the images of a remedy.
+    """Python code and command line that reproduce the images of a remedy.
 
     Parameters
     ----------
@@ -79,7 +90,8 @@ def reproduce(result: RemedyResult) -> dict[str, str]:
     Returns
     -------
     dict of str to str
-        "code" and "command".
+        "code" reproduces all images; "command" reproduces one, the first that is right. Both are "" if the remedy has
+        no images, and "command" is "" if the options of ``elakit run`` cannot express the remedy.
     """
     if not result.runs:
         return {"code": "", "command": ""}

@@ -1,4 +1,4 @@
-"""Data of a diagnosis: pairs of runs, findings and remedies, with what can be computed from them alone."""
+"""Data of a diagnosis: pairs of runs, findings and remedies, with counts, rates and tables computed from them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ class Pair:
     Attributes
     ----------
     plain, guided : Run
+        The run without guidance and the run with it.
     plain_verdict, guided_verdict : Verdict or None
-        Verdicts of the judge; None if the images cannot be judged.
+        Verdicts of the judge; None if an image cannot be judged.
     """
 
     plain: Run
@@ -42,7 +43,7 @@ class Pair:
 
     @property
     def outcome(self) -> Outcome | None:
-        """fixed (wrong, then right), broken (right, then wrong), right (both), wrong (both); None if not judged."""
+        """Effect of guidance: "fixed", "broken", "right" or "wrong" (both images); None if an image is not judged."""
         if self.plain_verdict is None or self.guided_verdict is None:
             return None
         table: dict[tuple[bool, bool], Outcome] = {
@@ -58,7 +59,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class DiagnosisData:
-    """Data of a diagnosis; `elakit.diagnosis.Diagnosis` adds text, code and files.
+    """Data of a diagnosis; `elakit.diagnosis.Diagnosis` adds the conversion to JSON and to a folder.
 
     Attributes
     ----------
@@ -66,19 +67,20 @@ class DiagnosisData:
     method : str
         Name of the guidance method.
     options : dict
-        Options of the method.
+        Options of the method, as plain values by name.
     pairs : tuple of Pair
         One pair per seed.
     seconds : float
-        Wall-clock time of all runs.
+        Wall-clock time of the diagnosis.
     findings : Findings or None
-        Failures in the plain images and their causes; None if they could not be determined.
+        Failures in the plain images and their causes; None if the search for them failed.
     remedies : tuple of RemedyResult
         Results of all remedies, best first, including the method.
     predicted : dict of int to float
-        Predicted probability of failure by plain seed, after 30% of the steps.
+        Predicted probability that the plain image of a seed fails, after 30% of its steps, by seed; empty if there is
+        no predictor for the model.
     problems : tuple of str
-        Parts of the diagnosis that failed, with the reason.
+        Sentences about parts of the diagnosis that failed, with the reason.
     """
 
     prompt: Prompt
@@ -93,18 +95,18 @@ class DiagnosisData:
 
     @property
     def judged(self) -> bool:
-        """True if all images were judged."""
+        """True if the images of all pairs were judged."""
         return all(pair.outcome is not None for pair in self.pairs)
 
     @property
     def blocked(self) -> int:
-        """Number of images that the pipeline's safety checker replaced."""
+        """Number of images of the pairs that the pipeline's safety checker replaced."""
         runs = [run for pair in self.pairs for run in (pair.plain, pair.guided)]
         return sum(run.nsfw for run in runs)
 
     @property
     def black(self) -> int:
-        """Number of images that are entirely black, as some safety checkers leave them without a report."""
+        """Number of images of the pairs that are entirely black, which some safety checkers return without a flag."""
         runs = [run for pair in self.pairs for run in (pair.plain, pair.guided)]
         return sum(is_black(run.image) for run in runs)
 
@@ -140,7 +142,7 @@ class DiagnosisData:
 
     @property
     def causes(self) -> tuple[Cause, ...]:
-        """Causes, most likely first: of judged images those that explain a failure, else all signs in the attention."""
+        """Causes, most likely first; for judged images only those that explain one of the `failures`."""
         if self.findings is None:
             return ()
         if not self.findings.judged:
@@ -148,22 +150,24 @@ class DiagnosisData:
         return tuple(cause for cause in self.findings.causes if any(explains(cause, one) for one in self.failures))
 
     def count(self, outcome: Outcome) -> int:
-        """Number of seeds with an outcome."""
+        """Number of seeds with an outcome; see `Pair.outcome`."""
         return sum(pair.outcome == outcome for pair in self.pairs)
 
     def example(self) -> Pair:
-        """Pair shown in detail: a fixed one if there is one, and among these the one whose plain maps bleed most."""
+        """Pair that the report shows in detail: of the fixed pairs, or of all, the one whose plain run bleeds most."""
         fixed = [pair for pair in self.pairs if pair.outcome == "fixed"]
         return max(fixed or self.pairs, key=lambda pair: bleed([pair.plain]))
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per seed: the outcome, and mean measures of the plain and the guided run.
+        """Table of the seeds: the outcome, and mean measures of the plain and the guided run.
 
         Returns
         -------
-        DataFrame
-            Indexed by seed; column ``outcome``, and ``plain_`` and ``guided_`` columns of ``success``, ``bleed``,
-            ``intrusion`` and ``overlap`` (Ruzicka).
+        pandas.DataFrame
+            One row per seed, indexed by seed. Column ``outcome`` (`Pair.outcome`), and with the prefixes ``plain_`` and
+            ``guided_`` the columns ``success`` (True if the image is right), ``bleed``, ``intrusion`` and ``overlap``
+            (Ruzicka similarity of the entities' maps). ``outcome`` and ``success`` are missing for images that were not
+            judged, and ``overlap`` for a single entity.
         """
         return self._frame.copy()
 
@@ -172,14 +176,14 @@ class DiagnosisData:
         return pd.DataFrame([_row(pair) for pair in self.pairs]).set_index("seed")
 
     def remedies_frame(self) -> pd.DataFrame:
-        """Return one row per remedy, best first: images right, fixed and broken, and the cost.
+        """Table of the remedies, best first: numbers of right, fixed and broken images, and the cost.
 
         Returns
         -------
-        DataFrame
-            Indexed by name; columns title, status, images, right, rate, low and high (95% interval), fixed, broken,
-            bleed, cost (generation time relative to plain). Empty if no remedy was tried; counts are missing if the
-            images were not judged.
+        pandas.DataFrame
+            One row per remedy, indexed by its name. Columns title, status, images (number), right, rate, low and high
+            (95% interval of the rate), fixed, broken, bleed, cost (generation time relative to a plain image). Counts
+            and rates are missing if the images were not judged.
         """
         rows = []
         for result in self.remedies:
@@ -195,7 +199,7 @@ class DiagnosisData:
 
 
 def explains(cause: Cause, failure: Failure) -> bool:
-    """True if a cause explains a failure: its kind, and the entities in their roles."""
+    """True if a cause explains a failure: its kind can lead to that failure, and it affects the same entities."""
     return failure.kind in cause.explains and cause.accounts_for(failure)
 
 

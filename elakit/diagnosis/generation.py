@@ -1,4 +1,4 @@
-"""Generation of a diagnosis's images: batch by batch, with progress, reusing runs that a folder already contains."""
+"""Generation of the images of a diagnosis in batches, with progress; runs that a folder contains are reused."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Batch:
     runs : tuple of Run
         One run per seed.
     seconds : float
-        Mean generation time per image: processor time on a CPU, which does not depend on other processes, otherwise
-        wall-clock time.
+        Mean generation time per image in seconds. On a CPU it is processor time, which does not depend on other
+        processes, otherwise wall-clock time.
     """
 
     runs: tuple[Run, ...]
@@ -52,10 +52,17 @@ class ImageGenerator:
     folder : str or Path, optional
         Folder in which runs are stored, and from which existing runs are read.
     on_progress : callable, optional
-        Called with (images done, images in total, current activity), also after each step.
+        Called with (images done, images in total, current activity) before each batch and after each step.
+
+    Attributes
+    ----------
+    done, total : int
+        Number of images that are generated, and that are expected in total.
 
     Raises
     ------
+    ModelError
+        The pipeline's family is not supported.
     SettingError
         `batch` is less than 1.
     OutputError
@@ -110,23 +117,29 @@ class ImageGenerator:
         record: RecordSpec | None = None,
         stop_after: int | None = None,
     ) -> Batch:
-        """Generate one image per seed.
+        """Generate one image per seed; runs that the folder contains are read instead.
 
         Parameters
         ----------
         prompt : Prompt
         seeds : sequence of int
         guidance : Method, optional
+            Guidance method; None for plain runs.
         what : str
             Current activity, for the progress.
         record : RecordSpec, optional
-            By default the prompt's words at every step and layer.
+            Attention to record; by default that to the prompt's words, at every step and layer.
         stop_after : int, optional
-            Stop after this number of steps.
+            Number of steps after which the runs end; by default all steps are made.
 
         Returns
         -------
         Batch
+
+        Raises
+        ------
+        ElakitError
+            As `elakit.generate` and `Run.save`.
         """
         settings = {
             "model": name_of(self.pipe), "steps": self.steps, "guidance_scale": self.guidance_scale,

@@ -1,4 +1,4 @@
-"""Measures shown in a diagnosis: their definitions, and their values by seed."""
+"""Measures in the report of a diagnosis: their definitions, and their values by seed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ MEANINGS: dict[str, str] = {
     "spill": "share of an entity's attention in the background; bleed = intrusion + spill",
     "ruzicka": "overlap of the maps of two entities: sum of minima over sum of maxima (0 disjoint, 1 identical)",
     "iou": "intersection over union of two maps, binarized at their Otsu thresholds",
-    "dice": "Dice coefficient of the same two binarized maps",
-    "overlap_coefficient": "intersection of the same two binarized maps over the smaller one",
+    "dice": "Dice coefficient of two maps, binarized at their Otsu thresholds",
+    "overlap_coefficient": "intersection of two maps, binarized at their Otsu thresholds, over the smaller one",
     "astar": "overlap of two maps as defined by A-STAR (0 to .5)",
     "symmetric_kl": "symmetric Kullback-Leibler divergence of two maps (nats, higher is further apart)",
     "jensen_shannon": "Jensen-Shannon divergence of two maps (nats, at most .69)",
@@ -30,8 +30,9 @@ MEANINGS: dict[str, str] = {
     "the finished image",
     "truth_auc": "area under the ROC curve of an entity's attention for the judge's mask (1 perfect, .5 chance)",
     "pointing": "share of the steps in which the maximum of an entity's attention lies in the judge's mask",
-    "truth_leakage": "share of an entity's attention that lies in a judge's mask; each row sums to 1",
-    "attribute_truth_leakage": "share of an attribute's attention that lies in a judge's mask; each row sums to 1",
+    "truth_leakage": "share of an entity's attention inside the judge's mask of an entity; each row sums to 1",
+    "attribute_truth_leakage": "share of an attribute's attention inside the judge's mask of an entity; each row sums "
+    "to 1",
     "start_mass": "share of all attention on the start-of-text token",
     "end_mass": "share of all attention on the end-of-text and padding tokens",
 }
@@ -47,7 +48,7 @@ BY_SEED = (
 
 
 def measure_table(diagnosis: DiagnosisData) -> pd.DataFrame:
-    """Measures by seed: means over steps, and over entities, pairs or attributes.
+    """Table of measures by seed: means over the steps, and over entities, pairs of entities or attributes.
 
     Parameters
     ----------
@@ -55,8 +56,9 @@ def measure_table(diagnosis: DiagnosisData) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame
-        Indexed by seed; columns (measure, "plain" or "guided").
+    pandas.DataFrame
+        One row per seed, indexed by seed; columns (measure, run), where run is "plain" or "guided". `MEANINGS` defines
+        the measures; those that the prompt does not have are left out.
     """
     rows = []
     for pair in diagnosis.pairs:

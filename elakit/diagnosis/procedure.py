@@ -51,22 +51,23 @@ def diagnose(
     seeds : int or sequence of int
         Number of seeds (0, 1, ...), or the seeds.
     method : str or Method
-        A name in `elakit.guidance.METHODS`, or a method with options.
+        Name of a method in `elakit.guidance.METHODS`, or a method with options, such as ``elakit.ELA(regions=...)``.
     remedies : bool or sequence of str or Method
-        Further remedies: True for `elakit.diagnosis.DEFAULT`, or names of methods, methods with options,
-        "another-seed", "swapped" (entities in the opposite order), "next-to" (instead of "and"), "regions" (guidance
-        with one box per entity, side by side). No remedy is tried if all plain images are right. An exception in one
-        remedy is reported and does not affect the others.
+        Further remedies. True stands for `elakit.diagnosis.DEFAULT`, False for none. A sequence contains names of
+        methods, methods with options, "another-seed", "swapped" (entities in the opposite order), "next-to" (instead
+        of "and"), or "regions" (ELA with one box per entity, side by side). No remedy is tried if all plain images are
+        right. An exception in one remedy is reported and does not affect the others.
     steps, guidance_scale, negative_prompt, height, width : optional
         As in `elakit.generate`.
     predictor : Predictor, optional
-        Predicts failures and chooses other seeds; by default the shipped predictor if it was fitted on this model.
+        Predictor of failures, which also chooses other seeds; by default the included predictor if it was fitted on
+        this model.
     batch : int, optional
-        Largest number of seeds per batch. By default all seeds for a built-in model, and 1 for other models. Batches
-        differ from single images only by rounding.
+        Largest number of seeds per batch. By default all seeds for a built-in model, and 1 for other models. Images of
+        a batch differ from single images only by rounding.
     folder : str or Path, optional
-        Store each run there as soon as it is generated, and finally the diagnosis. A later call with the same folder
-        reuses the runs that exist.
+        Folder in which each run is stored as soon as it is generated, and finally the diagnosis. A later call with the
+        same folder reuses its runs.
     on_progress : callable, optional
         Called with (images done, images in total, current activity) before each batch and after each step.
 
@@ -77,7 +78,11 @@ def diagnose(
     Raises
     ------
     SettingError
-        There is no seed, or the method or a remedy is unknown.
+        There is no seed, the method or a remedy is unknown or needs regions, or a setting is outside its range.
+    PromptError
+        The prompt names no entity, or is too long for the text encoder.
+    ModelError
+        The pipeline's family is not supported.
     OutputError
         The folder cannot be written to, or contains other files.
 
@@ -145,12 +150,21 @@ def diagnose(
 
 
 def seed_list(seeds: int | Sequence[int]) -> list[int]:
-    """Return the seeds: a number of seeds stands for 0, 1, ...
+    """Seeds as a list; a number of seeds stands for 0, 1, ...
+
+    Parameters
+    ----------
+    seeds : int or sequence of int
+        Number of seeds, 1 to 10,000, or the seeds.
+
+    Returns
+    -------
+    list of int
 
     Raises
     ------
     SettingError
-        There is no seed, one is repeated or out of range, or there are more than 10,000.
+        The number is out of range, or a seed in the sequence is missing, repeated or out of range.
 
     Examples
     --------

@@ -27,21 +27,22 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class Remedy:
-    """Something to try for a prompt that fails.
+    """One change that may fix a prompt that fails: guidance, another seed, another wording, or given regions.
 
     Attributes
     ----------
     name : str
-        Name of a method in `elakit.guidance.METHODS`, or one of `elakit.diagnosis.OTHERS`.
+        Name of a guidance method, or one of `elakit.diagnosis.OTHERS`.
     kind : {"guidance", "seed", "wording", "regions"}
+        Kind of change.
     what : str
-        Description in one sentence.
+        Description for the report.
     prompt : Prompt
         Prompt to generate.
     method : str or None
         Name of the guidance method; None for plain generation.
     options : dict
-        Options of the method as plain values.
+        Options of the method, as plain values by name.
     guidance : Method or None
         The method; None for a remedy that was read from a folder.
     """
@@ -56,32 +57,35 @@ class Remedy:
 
     @property
     def title(self) -> str:
-        """Name in sentences and headings."""
+        """Name of the remedy in sentences and headings."""
         return _TITLES.get(self.name, method_title(self.name))
 
 
 @dataclass(frozen=True)
 class RemedyResult:
-    """Result of a remedy.
+    """Result of a remedy: its images compared with plain images of the same seeds, or the reason why it has none.
 
     Attributes
     ----------
     remedy : Remedy
     plain : tuple of Run
-        Plain runs with which the remedy's are compared.
+        Plain runs with which the runs of the remedy are compared.
     runs : tuple of Run
-        Runs of the remedy in the same order; empty if it was not tried or failed.
+        Runs of the remedy, in the order of `plain`; empty if it failed or was not tried.
     seconds : float
-        Generation time per image, including everything generated for it; see `elakit.diagnosis.generation.Batch`.
+        Generation time per image in seconds, as in `elakit.diagnosis.generation.Batch`, including candidates that were
+        not chosen; NaN if nothing was generated.
     cost : float
-        The same relative to a plain image; NaN if nothing was generated.
+        Generation time relative to a plain image; NaN if nothing was generated.
     status : {"tried", "failed", "not tried"}
+        "failed" if an exception was raised; "not tried" if the remedy would change nothing.
     why : str
-        Error of a failed remedy, or the reason why it was not tried.
+        Error of a failed remedy, or the reason why it was not tried; "" otherwise.
     candidates : tuple of dict
-        For another seed: the seeds to choose from, as {"seed", "score", "chosen"}; the lowest score is chosen.
+        Seeds from which another-seed chose, with the keys "seed", "score" and "chosen"; of each group the one with the
+        lowest score is chosen. Empty for other remedies.
     chosen_by : str
-        "predicted probability of failure" or "bleeding" if seeds were chosen, else "".
+        Score by which another-seed chose: "predicted probability of failure" or "bleeding"; "" for other remedies.
     """
 
     remedy: Remedy
@@ -96,7 +100,7 @@ class RemedyResult:
 
     @property
     def judged(self) -> bool:
-        """True if the images and the plain images were judged."""
+        """True if all images of the remedy and all plain images were judged."""
         return bool(self.runs) and all(run.verdict is not None for run in (*self.runs, *self.plain))
 
     @property
@@ -137,7 +141,7 @@ class RemedyResult:
 
     @property
     def helps(self) -> bool:
-        """True if it did better than plain generation: more images right or, if not judged, less bleeding."""
+        """True if the remedy did better than plain generation: more right images or, if not judged, less bleeding."""
         if self.status != "tried":
             return False
         if self.judged:
@@ -145,7 +149,7 @@ class RemedyResult:
         return self.bleed < bleed(self.plain)
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to plain values; NaN becomes None."""
+        """Dictionary of plain values for JSON; NaN becomes None, and images are left out."""
         remedy, tried, judged = self.remedy, self.status == "tried", self.judged
         return {
             "name": remedy.name,
@@ -182,7 +186,7 @@ class RemedyResult:
 
 
 def ranked(results: Iterable[RemedyResult]) -> tuple[RemedyResult, ...]:
-    """Sort results, best first.
+    """Results of remedies, best first.
 
     Judged results are sorted by the number of right images, then of broken images, then by time; others by bleeding,
     then by time. Remedies that failed or were not tried come last.
@@ -207,7 +211,7 @@ def ranked(results: Iterable[RemedyResult]) -> tuple[RemedyResult, ...]:
 
 
 def bleed(runs: Sequence[Run]) -> float:
-    """Mean bleed of runs over their steps and entities; NaN without runs.
+    """Mean share of an entity's attention outside its own region, over steps, entities and runs; NaN without runs.
 
     Parameters
     ----------
@@ -217,6 +221,11 @@ def bleed(runs: Sequence[Run]) -> float:
     Returns
     -------
     float
+
+    Raises
+    ------
+    RecordingError
+        A run was not recorded.
     """
     frames = [run.bleeding.to_frame() for run in runs]
     values = [frame.loc[frame["measure"] == "bleed", "value"].mean() for frame in frames]

@@ -1,4 +1,4 @@
-"""The result of `elakit.diagnose`: its data, as sentences, as JSON, as code, and in a folder."""
+"""The result of `elakit.diagnose`, and its conversion to JSON and to a folder."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Diagnosis(DiagnosisData):
     """The result of `elakit.diagnose`; its attributes are those of `elakit.diagnosis.data.DiagnosisData`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert everything except images and maps to values for JSON; ``docs/howto/diagnose.md`` lists the names.
+        """Dictionary for JSON with everything except images and maps; ``docs/howto/diagnose.md`` lists its keys.
 
         Returns
         -------
         dict
-            Unknown numbers are None.
+            Plain values; unknown numbers are None.
 
         Examples
         --------
@@ -79,7 +79,7 @@ class Diagnosis(DiagnosisData):
         }
 
     def save(self, folder: str | Path) -> Path:
-        """Store every run as `Run.save` does, and finally ``diagnosis.json``.
+        """Store the diagnosis in a folder: every run as `Run.save` does, and finally ``diagnosis.json``.
 
         Parameters
         ----------
@@ -89,7 +89,7 @@ class Diagnosis(DiagnosisData):
         Returns
         -------
         Path
-            Folder that ``elakit.open_diagnosis`` reads.
+            The folder, which `elakit.open_diagnosis` reads.
 
         Raises
         ------

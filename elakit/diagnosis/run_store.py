@@ -1,4 +1,4 @@
-"""A folder of runs, each complete and with its generation time."""
+"""Storage of runs in a folder, each with its generation time."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from elakit.run import Run, open_run
 
 
 class RunStore:
-    """Runs in a folder.
+    """Runs that are stored in a folder under keys, each with its generation time.
 
     Parameters
     ----------
     folder : str or Path
-        Created if it does not exist.
+        Folder of a diagnosis; created if it does not exist.
 
     Raises
     ------
@@ -46,7 +46,18 @@ class RunStore:
             ) from error
 
     def read(self, keys: Mapping[int, str]) -> dict[int, tuple[Run, float]]:
-        """Read the requested runs that exist and are complete: run and seconds by seed."""
+        """Read runs by their keys.
+
+        Parameters
+        ----------
+        keys : mapping of int to str
+            Key of each requested run, by seed.
+
+        Returns
+        -------
+        dict of int to (Run, float)
+            The runs that exist and are complete, with their generation time in seconds, by seed.
+        """
         found = {}
         for seed, key in keys.items():
             with suppress(ElakitError, OSError, ValueError, KeyError, TypeError):
@@ -55,7 +66,7 @@ class RunStore:
         return found
 
     def write(self, key: str, run: Run, seconds: float) -> None:
-        """Store a run; it counts as complete once its time is written."""
+        """Store a run, and then its generation time in seconds, which marks the run as complete."""
         run.save(self.folder / "runs" / key, overwrite=True)
         write_json(self.folder / "runs" / f"{key}.json", {"seconds": seconds})
 
@@ -65,16 +76,21 @@ class RunStore:
 
 
 def run_key(prompt: Prompt, seed: int, settings: Mapping[str, Any], options: Mapping[str, Any]) -> str:
-    """Folder name of a run: equal for runs with equal results.
+    """Key of a run: a hash of everything that determines its image and attention.
 
     Parameters
     ----------
     prompt : Prompt
     seed : int
     settings : mapping
-        As in `Run.settings`; all that change the image are used.
+        Settings as in `Run.settings`; those that do not change the image are ignored.
     options : mapping
-        Options of the method.
+        Options of the method; empty for a plain run.
+
+    Returns
+    -------
+    str
+        16 hexadecimal digits, the name of the run's folder.
     """
     names = (
         "model", "variant", "lora", "scheduler", "steps", "guidance_scale", "negative_prompt", "height", "width",
@@ -86,5 +102,5 @@ def run_key(prompt: Prompt, seed: int, settings: Mapping[str, Any], options: Map
 
 
 def key_of_run(run: Run) -> str:
-    """Folder name of a finished run."""
+    """Key of a finished run; see `run_key`."""
     return run_key(run.prompt, run.seed, run.settings, run.guidance.options if run.guidance else {})

@@ -1,4 +1,4 @@
-"""A diagnosis as sentences."""
+"""Sentences that summarize a diagnosis."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def summary(diagnosis: DiagnosisData) -> list[str]:
     Returns
     -------
     list of str
-        Plain text without any escaping.
+        Sentences in the order of the topics of `statements`; plain text that is not escaped for HTML.
     """
     return [sentence for sentences in statements(diagnosis).values() for sentence in sentences]
 
 
 def statements(diagnosis: DiagnosisData) -> dict[str, list[str]]:
-    """Return the sentences of the summary by topic.
+    """Sentences that summarize a diagnosis, by topic.
 
     Parameters
     ----------
@@ -44,8 +44,8 @@ def statements(diagnosis: DiagnosisData) -> dict[str, list[str]]:
     Returns
     -------
     dict of str to list of str
-        "images" (number of right images), "failures", "causes", "remedy" (the best one), "attention" (bleeding) and
-        "uncertainty".
+        Sentences for the topics "images" (number of right images), "failures", "causes", "remedy" (the best one),
+        "attention" (bleeding) and "uncertainty" (intervals, and parts that failed). A list may be empty.
     """
     return {
         "images": _images(diagnosis),
@@ -58,12 +58,12 @@ def statements(diagnosis: DiagnosisData) -> dict[str, list[str]]:
 
 
 def plural(word: str, count: int) -> str:
-    """Add an s to a word unless the count is 1."""
+    """The word for a count: with an s, unless the count is 1."""
     return word if count == 1 else f"{word}s"
 
 
 def layer_name(name: str) -> str:
-    """Readable name of a UNet's attention layer; other names are returned unchanged.
+    """Readable name of an attention layer of a U-Net; other names are returned unchanged.
 
     Examples
     --------
@@ -78,7 +78,7 @@ def layer_name(name: str) -> str:
 
 
 def steps_of(diagnosis: DiagnosisData) -> int:
-    """Number of denoising steps."""
+    """Number of denoising steps of the runs of a diagnosis."""
     return int(diagnosis.pairs[0].plain.settings["steps"])
 
 
@@ -88,7 +88,7 @@ def first_step(step: int, steps: int) -> str:
 
 
 def failure_sentence(found: Failure, steps: int) -> str:
-    """Describe a failure: what, how often, from which step and in which layer.
+    """One sentence that states a failure, its frequency, and the step and layer where it is first visible.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ def failure_sentence(found: Failure, steps: int) -> str:
     if found.step is not None:
         details.append(first_step(found.step, steps))
     if found.layers:
-        details.append(f"in {layer_name(found.layers[0])}")
+        details.append(f"earliest in {layer_name(found.layers[0])}")
     return f"{found.sentence.rstrip('.')} ({'; '.join(details)})."
 
 
@@ -119,8 +119,9 @@ def _images(diagnosis: DiagnosisData) -> list[str]:
         ]
     if not diagnosis.judged:
         return [
-            "The images were not judged, because the judge knows only the nouns and colors of picture-world. Look at "
-            "the images to see whether they are right. The measures below describe the attention maps only."
+            "The images were not judged, because the built-in judge knows only images, nouns and colors of "
+            "picture-world. Look at the images to see whether they are right. The measures below describe only the "
+            "attention maps."
         ]
     right = diagnosis.right
     guided_right = diagnosis.count("right") + diagnosis.count("fixed")
@@ -183,9 +184,9 @@ def _remedy(diagnosis: DiagnosisData) -> list[str]:
         if best.judged:
             equal = [one for one in tried if one is not best and one.judged and one.rate == best.rate and one.helps]
             if equal:
-                names = _listed([one.remedy.title for one in equal[:MOST]])
-                more = f" and {len(equal) - MOST} more" if len(equal) > MOST else ""
-                said.append(f"The same number of images is right with {names}{more}.")
+                names = [one.remedy.title for one in equal[:MOST]]
+                more = [f"{len(equal) - MOST} more"] if len(equal) > MOST else []
+                said.append(f"The same number of images is right with {_listed([*names, *more])}.")
     failed = [one for one in diagnosis.remedies if one.status == "failed"]
     said += [f"{one.remedy.title} failed: {one.why}" for one in failed]
     return said
@@ -244,8 +245,8 @@ def _result(diagnosis: DiagnosisData, best: RemedyResult) -> str:
     low, high = best.interval
     are = "is" if best.right == 1 else "are"
     said = (
-        f"{best.right} of {count} {plural('image', count)} {are} right ({100 * low:.0f} to {high:.0%}) instead of "
-        f"{diagnosis.right} of {count}, at {time}"
+        f"{best.right} of {count} {plural('image', count)} {are} right (95% interval {100 * low:.0f} to {high:.0%}) "
+        f"instead of {diagnosis.right} of {count}, at {time}"
     )
     return said if not best.broken else f"{said}; it broke {len(best.broken)} of {diagnosis.right} right images"
 

@@ -1,4 +1,4 @@
-"""A diagnosis in a folder: its runs as `Run.save` writes them, and ``diagnosis.json``, which refers to them."""
+"""Storage of a diagnosis in a folder: its runs as `Run.save` writes them, and ``diagnosis.json`` with their keys."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elakit.causes import Cause, Failure, Findings
+from elakit.causes.findings import with_current_kinds
 from elakit.diagnosis.data import DiagnosisData, Pair
 from elakit.diagnosis.remedies import Remedy, RemedyResult
 from elakit.diagnosis.run_store import RunStore, key_of_run
@@ -24,8 +25,18 @@ def write_diagnosis(data: DiagnosisData, document: Mapping[str, Any], folder: st
     ----------
     data : DiagnosisData
     document : mapping
-        Content of ``diagnosis.json``, to which what is needed for reading is added.
+        Content of ``diagnosis.json``. The fields that `read_fields` needs are added under the key "stored".
     folder : str or Path
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    OutputError
+        The folder contains other files, or cannot be written to.
     """
     store = RunStore(folder)
 
@@ -53,7 +64,7 @@ def write_diagnosis(data: DiagnosisData, document: Mapping[str, Any], folder: st
 
 
 def read_fields(folder: str | Path) -> dict[str, Any]:
-    """Read the fields of a `DiagnosisData` from a folder.
+    """Fields of a `DiagnosisData`, read from a folder that `write_diagnosis` wrote.
 
     Raises
     ------
@@ -129,6 +140,7 @@ def _options(plain: Mapping[str, Any]) -> dict[str, Any]:
 def _findings(plain: Mapping[str, Any] | None, prompt: Prompt) -> Findings | None:
     if plain is None:
         return None
+    plain = with_current_kinds(plain)
     return Findings(
         prompt=prompt,
         seeds=tuple(plain["seeds"]),

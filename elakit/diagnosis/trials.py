@@ -28,11 +28,20 @@ _ENTITIES = RecordSpec(tokens="entities")
 
 
 class NotApplicable(ElakitError):
-    """A remedy would change nothing for this prompt."""
+    """A remedy that would change nothing for a prompt; the message states the reason."""
 
 
 def check(remedies: bool | Sequence[str | Method]) -> tuple[str | Method, ...]:
-    """Check the requested remedies: True stands for `DEFAULT`, False for none.
+    """Requested remedies without duplicates, after a check of their names.
+
+    Parameters
+    ----------
+    remedies : bool or sequence of str or Method
+        True stands for `DEFAULT`, False for none.
+
+    Returns
+    -------
+    tuple of str or Method
 
     Raises
     ------
@@ -58,21 +67,22 @@ def check(remedies: bool | Sequence[str | Method]) -> tuple[str | Method, ...]:
 
 
 def images_of(remedy: str | Method, seeds: int) -> int:
-    """Number of images that a remedy generates for some seeds, unfinished candidates included."""
+    """Number of images that a remedy generates for a number of seeds, including unfinished candidates."""
     return seeds * (1 + CANDIDATES) if remedy == "another-seed" else seeds
 
 
 def side_by_side(entities: int) -> tuple[tuple[float, float, float, float], ...]:
-    """Return one box per entity: in one row for up to three entities, else in a grid.
+    """Boxes that divide the image among entities: in one row for up to three entities, otherwise in a grid.
 
     Parameters
     ----------
     entities : int
+        Number of entities.
 
     Returns
     -------
-    tuple of (left, top, right, bottom)
-        In shares of the image, row by row.
+    tuple of (float, float, float, float)
+        One box per entity, row by row: left, top, right and bottom as fractions of the image.
 
     Examples
     --------
@@ -91,11 +101,11 @@ def side_by_side(entities: int) -> tuple[tuple[float, float, float, float], ...]
 
 
 def guidance_remedy(guidance: Method, prompt: Prompt) -> Remedy:
-    """Guidance of the same prompt from the same noise, as a remedy."""
+    """Remedy that guides the same prompt from the same noise."""
     return Remedy(
         name=guidance.name,
         kind="guidance",
-        what="Guided, from the same noise.",
+        what="The same prompt and noise, with guidance.",
         prompt=prompt,
         method=guidance.name,
         options=options_of(guidance),
@@ -114,10 +124,18 @@ def build_remedy(which: str | Method, prompt: Prompt, pipe: Pipeline) -> Remedy:
     pipe : diffusers.DiffusionPipeline
         Pipeline whose tokenizer reads a reworded prompt.
 
+    Returns
+    -------
+    Remedy
+
     Raises
     ------
     NotApplicable
         The remedy would change nothing.
+    SettingError
+        The remedy is a method that needs regions.
+    PromptError
+        The reworded prompt is too long for the text encoder.
     """
     if not isinstance(which, str) or which in METHODS:
         return guidance_remedy(without_regions(which) if isinstance(which, str) else which, prompt)
@@ -142,7 +160,7 @@ def build_remedy(which: str | Method, prompt: Prompt, pipe: Pipeline) -> Remedy:
     text = {"swapped": swapped, "next-to": next_to}[which](prompt)
     if text is None:
         raise NotApplicable(
-            "its entities are identical, so their order makes no difference."
+            "the entities of the prompt are identical, so their order makes no difference."
             if which == "swapped"
             else "the prompt does not join its entities with “and” or a comma."
         )
@@ -163,14 +181,19 @@ def try_remedy(
     Parameters
     ----------
     which : str or Method
+        As returned by `check`.
     prompt : Prompt
     generator : ImageGenerator
     plain : sequence of Run
         Plain runs with which the remedy is compared.
     plain_seconds : float
-        Generation time of a plain image.
+        Generation time of a plain image in seconds.
     predictor : Predictor, optional
-        Chooses seeds; without a predictor, the seed that bleeds least is chosen.
+        Predictor by which another-seed chooses seeds; without one, the seed that bleeds least is chosen.
+
+    Returns
+    -------
+    RemedyResult
     """
     plain = tuple(plain)
     name = which if isinstance(which, str) else which.name
@@ -194,7 +217,9 @@ def try_remedy(
 
 
 def usable(predictor: Predictor | None, model: str) -> bool:
-    """True if a predictor was fitted on images of a model.
+    """True if a predictor can predict failures of a model's images after 30% of the steps.
+
+    It must have been fitted on images of the model, with the features that this version computes.
 
     Parameters
     ----------
@@ -214,7 +239,7 @@ def _other_seeds(
     plain_seconds: float,
     predictor: Predictor | None,
 ) -> RemedyResult:
-    """For each plain run, generate the most promising of several new seeds."""
+    """Start several new seeds for each plain run, and finish the one with the lowest score."""
     count = len(plain)
     first = max(run.seed for run in plain) + 1
     seeds = list(range(first, first + CANDIDATES * count))

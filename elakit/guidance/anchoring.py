@@ -1,4 +1,4 @@
-"""Anchoring part of ELA: a loss that is small where each entity's attention stays in its region, and a latent step."""
+"""Anchoring part of ELA: a loss that is small if each entity's attention is in its region, and latent steps."""
 
 from __future__ import annotations
 
@@ -22,44 +22,46 @@ LATE = 0.16  # default start of guidance where regions are localized: earlier ma
 
 @dataclass(frozen=True, kw_only=True)
 class LatentStep:
-    """Anchoring by a loss on the maps and a step of the latent against its gradient.
+    """Anchoring of ELA: a loss on the maps, and latent steps along its negative gradient.
 
-    The form of the step is the paper's, ``z' = z - step_size * gradient``. The loss is ours: one weighted sum of four
+    The form of the step is the paper's, ``z' = z - step_size * gradient``. The loss is ours: a weighted sum of four
     terms, each a mean over entities (or attributes).
 
     Parameters
     ----------
     start : float, optional
-        Share of the denoising steps before guidance starts. By default .16 where regions are localized, because earlier
-        maps are nearly noise, and 0 where all regions are given by hand.
+        Share of the denoising steps before guidance starts. By default .16 if regions are localized, because earlier
+        maps are nearly noise, and 0 if all regions are given by hand.
     guided : float
-        Share of the denoising steps that are guided, counted from `start`.
+        Share of the denoising steps that are guided, from `start` on.
     every : int
-        Guide every n-th of these steps only.
+        Interval of the guided steps: 1 guides each step, n every n-th step.
     step_size : float
-        Step size alpha. With ``gradient="normalized"`` it is the root mean square of the change of the latent, whose
-        initial noise has unit variance.
+        Step size alpha at the first guided step. With ``gradient="normalized"`` it is the root mean square of the
+        change of the latent, whose initial noise has unit variance.
     decay : float
-        Step size at the last guided step, as a share of `step_size`; linear in between.
+        Step size at the last guided step as a share of `step_size`; it changes linearly in between.
     gradient : {"normalized", "raw"}
-        Whether the gradient is scaled to a root mean square of 1.
+        Gradient along which the latent moves: scaled to a root mean square of 1 ("normalized"), or not scaled ("raw").
     needed : float, optional
-        An image whose shortfall is at most this value at its first guided step is not guided at all: its entities are
-        where they belong. The shortfall, a column of the trace, is the largest squared share of an entity's attention
-        outside its region, plus 1 minus the lowest of the entities' largest attention inside theirs. The default was
-        chosen on picture-world, where the shortfall shows better than the loss which images will fail. Where a model's
-        shortfalls are always larger, every image is guided; None guides every image, too.
+        Shortfall at or below which an image is not guided at all, compared at its first guided step. The shortfall, a
+        column of the trace, is the largest squared share of an entity's attention outside its region, plus 1 minus the
+        lowest of the entities' largest attention inside their regions. None guides every image. The default was chosen
+        on picture-world, where the shortfall predicts better than the loss which images fail. On a model with larger
+        shortfalls, every image is guided.
     enough : float, optional
-        An image whose shortfall is at most this value at a later guided step is not changed from then on.
+        Shortfall at or below which guidance of an image ends, compared at each later guided step. With None,
+        guidance does not end early.
     outside : float
-        Weight of the squared share of each entity's attention that lies outside its region. The closest published
-        form is the loss of layout guidance (Chen et al., WACV 2024).
+        Weight of the squared share of an entity's attention outside its region. The closest published form is the loss
+        of layout guidance (Chen et al., WACV 2024).
     presence : float
-        Weight of 1 minus the largest attention inside the region.
+        Weight of 1 minus an entity's largest attention inside its region.
     intrusion : float
-        Weight of the mean attention inside the regions of the other entities, relative to the mean inside its own.
+        Weight of an entity's mean attention in the regions of the others, divided by the sum of that and its mean
+        attention in its own region.
     attributes : float
-        Weight of the `outside` term of each attribute's map, with the region of its entity.
+        Weight of the squared share of an attribute's attention outside the region of its entity.
 
     Raises
     ------
@@ -105,14 +107,14 @@ class LatentStep:
             refuse(0, "outside", "above 0 if presence, intrusion and attributes are 0", **own)
 
     def plan(self, steps: int, *, localized: bool) -> list[Update]:
-        """Updates of a run: step sizes fall linearly from `step_size` to `decay` times that.
+        """Updates of a run, whose step sizes change linearly from `step_size` to `decay` times that.
 
         Parameters
         ----------
         steps : int
             Denoising steps of the run.
         localized : bool
-            Whether any region is localized, not given by hand.
+            Whether the region of any entity is localized instead of given by hand.
         """
         start = (LATE if localized else 0.0) if self.start is None else self.start
         first, count = round(start * steps), round(self.guided * steps)
@@ -127,23 +129,24 @@ class LatentStep:
         return gradient / gradient.pow(2).mean().sqrt().clamp_min(torch.finfo(gradient.dtype).tiny)
 
     def loss(self, maps: Tensor, masks: np.ndarray, prompt: Prompt, *, first: bool = False) -> Loss:
-        """Anchoring loss.
+        """Anchoring loss of one image at one step.
 
         Parameters
         ----------
         maps : Tensor, (token, y, x)
             Attention probabilities.
         masks : ndarray, bool, (entity, y, x)
-            Regions, constants of the loss.
+            Regions; no gradient passes through them.
         prompt : Prompt
         first : bool
-            Whether this is the first guided step of the image, in which `needed` counts instead of `enough`.
+            Whether this is the first guided step of the image, at which the shortfall is compared with `needed` instead
+            of `enough`.
 
         Returns
         -------
         Loss
-            Its terms are the unweighted means of "outside", "presence", "intrusion" and "attributes", and the
-            "shortfall", which is not part of the loss.
+            Its terms are "outside", "presence", "intrusion" and "attributes" without their weights, and "shortfall",
+            which is not part of the total.
         """
         entities, regions = entity_means(maps, prompt), torch.from_numpy(masks).to(maps.device)
         terms = {
@@ -171,9 +174,11 @@ def peaks(maps: Tensor, regions: Tensor) -> Tensor:
 
 
 def shortfall(maps: Tensor, regions: Tensor) -> float:
-    """Lack of anchoring of the weakest entities: 0 if every entity has all of its attention in its region.
+    """Shortfall of an image, which measures how badly its weakest entities are anchored.
 
-    The sum of the largest squared `outside_share` and of 1 minus the lowest of the `peaks`.
+    It is the largest squared `outside_share` of an entity plus 1 minus the smallest of the entities' `peaks`. These are
+    extremes instead of means because one neglected entity makes an image fail. Attributes do not count, so that prompts
+    with and without them have the same scale.
 
     Parameters
     ----------
@@ -184,8 +189,7 @@ def shortfall(maps: Tensor, regions: Tensor) -> float:
     Returns
     -------
     float
-        From 0 to 2. Maxima, and not means, because one neglected entity is enough for an image to fail; without
-        attributes, because prompts with and without colors then share one scale.
+        From 0 (all attention of every entity is in its region, and reaches 1 there) to 2.
 
     Examples
     --------
@@ -197,7 +201,7 @@ def shortfall(maps: Tensor, regions: Tensor) -> float:
 
 
 def intrusion(maps: Tensor, regions: Tensor) -> Tensor:
-    """Mean attention in the other entities' regions, relative to that plus the mean in its own; (n, y, x) -> (n,)."""
+    """Mean attention of a map in other regions, as a share of that and the mean in its own; (n, y, x) -> (n,)."""
     areas = regions.sum((1, 2)).clamp_min(1).to(maps.dtype)
     means = torch.einsum("eyx,fyx->ef", maps, regions.to(maps.dtype)) / areas
     own = means.diagonal()
@@ -212,15 +216,15 @@ def confinement(maps: Tensor, masks: np.ndarray, prompt: Prompt, regions: np.nda
     ----------
     maps : Tensor, (token, y, x)
     masks : ndarray, bool, (entity, y, x)
-        Where each entity's words may be attended to.
+        Locations at which each entity's words may receive attention.
     prompt : Prompt
     regions : ndarray, bool, (entity, y, x), optional
-        Regions of the loss, if they are not the masks.
+        Regions of the entities for the trace; by default the masks.
 
     Returns
     -------
     Loss
-        The sum of its terms "outside" (mean over entities) and "attributes" (mean over attribute tokens).
+        Sum of the terms "outside" (mean over entities) and "attributes" (mean over attribute tokens).
     """
     inside = torch.from_numpy(masks).to(maps.device)
     terms = {

@@ -1,15 +1,15 @@
 """A-STAR: separate the attention of entities, and retain each entity's attention from one step to the next.
 
 Agarwal et al., "A-STAR: Test-time Attention Segregation and Retention for Text-to-image Synthesis", ICCV 2023
-(arXiv:2306.14544), equations 2 to 4. With A_m the map of entity m, and B_m its binarized map of the step before:
+(arXiv:2306.14544), equations 2 to 4. With A_m the map of entity m, and B_m its binarized map of the previous step:
 
     L_seg = sum over pairs m > n of  sum_p min(A_m, A_n) / sum_p (A_m + A_n)
     L_ret = sum over m of  1 - sum_p min(A_m, B_m) / sum_p (A_m + B_m)
     z' = z - alpha * gradient of (L_seg + L_ret), before every denoising step
 
-No official code is public, so only the equations were checked. Decisions of ours where the paper leaves a choice: maps
-are prepared as in Attend-and-Excite, so that A_m, from 0 to 1, is comparable with B_m, which is 0 or 1; B_m holds the
-locations above Otsu's threshold; alpha is Attend-and-Excite's; the first step, which has no predecessor, has no L_ret.
+No official code is public, so only the equations were checked. What the paper leaves open was decided here: maps are
+prepared as in Attend-and-Excite, so that A_m, from 0 to 1, is comparable with B_m, which is 0 or 1; B_m is 1 at the
+locations above Otsu's threshold; alpha is that of Attend-and-Excite; the first step has no L_ret.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from elakit.prompt import Prompt
 
 @dataclass
 class Memory:
-    """Maps of an image's last pass, for methods that compare a step with the one before it.
+    """Maps of an image's last pass, for methods that compare a step with the previous one.
 
     Attributes
     ----------
-    step : int, optional
-        Step of the last pass.
-    latest : Tensor, optional
+    step : int or None
+        Step of the last pass, counted from 0; None before the first pass.
+    latest : Tensor or None
         Maps of the last pass.
-    before : Tensor, optional
-        Maps of the last pass of the step before that.
+    before : Tensor or None
+        Maps of the last pass of the previous step; None at the first step.
     """
 
     step: int | None = None
@@ -48,7 +48,7 @@ class Memory:
     before: Tensor | None = None
 
     def recall(self, step: int, maps: Tensor) -> Tensor | None:
-        """Maps of the step before, None at the first step; the given maps are kept for the next step.
+        """Return the maps of the previous step (None at the first), and keep the given ones for the next step.
 
         Examples
         --------
@@ -64,19 +64,21 @@ class Memory:
 
 @dataclass(frozen=True)
 class AStar(ReadsOneSize):
-    """A-STAR.
+    """A-STAR (Agarwal et al., ICCV 2023): separate the entities' maps, and retain each from step to step.
+
+    The module `elakit.guidance.astar` states the equations and all differences from the source.
 
     Parameters
     ----------
     step_size : float
-        alpha of the first step; it decreases as Attend-and-Excite's does. The paper gives no value: 20 is
-        Attend-and-Excite's.
+        Step size alpha at the first step. It decreases to sqrt(1/2) of that at the last step of the run. The paper
+        gives no value; 20 is that of Attend-and-Excite.
     guided : float
-        Share of the denoising steps that are guided, from the first; the authors guide all.
+        Share of the denoising steps that are guided, from the first; all in the paper.
     segregation : float
-        Weight of L_seg; 1 in the paper.
+        Weight of the segregation loss, the overlap of the maps of different entities; 1 in the paper.
     retention : float
-        Weight of L_ret; 1 in the paper.
+        Weight of the retention loss, which compares each map with that of the previous step; 1 in the paper.
     layers, size
         Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
@@ -108,15 +110,15 @@ class AStar(ReadsOneSize):
         check_guided(self)
 
     def begin(self, prompt: Prompt, steps: int) -> Memory:
-        """Memory of the maps of the step before, empty at first."""
+        """Memory of the previous step's maps, empty at first."""
         return Memory()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """One update before each guided step; none where the prompt names only one entity."""
+        """One update before each guided step; none if the prompt names only one entity."""
         return schedule(len(noise), self.step_size, guided=self.guided) if len(prompt.entities) > 1 else []
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Memory) -> Loss:
-        """L_seg + L_ret; its terms are the two without their weights."""
+        """Weighted sum of L_seg and L_ret; its terms "segregation" and "retention" have no weights."""
         entities = entity_maps(attention.mean, prompt)
         before = state.recall(step, entities)
         one, other = torch.triu_indices(len(entities), len(entities), 1)

@@ -1,4 +1,4 @@
-"""Attend-and-Excite: raise the largest attention of the most neglected entity.
+"""Attend-and-Excite: raise the largest attention of the least attended entity.
 
 Chefer, Alaluf, Vinker, Wolf and Cohen-Or, "Attend-and-Excite: Attention-Based Semantic Guidance for Text-to-Image
 Diffusion Models", ACM Transactions on Graphics 42 (SIGGRAPH 2023), arXiv:2301.13826, and its official code.
@@ -10,7 +10,7 @@ over the first 25 of 50 steps. At steps 0, 10 and 20 such updates are repeated u
 entity is at least .05, .5 and .8, at most 20 times; one more update follows. Losses and gradients equal those of the
 official code to rounding, with ``normalize_eot`` too (``tests/guidance/test_parity.py``).
 
-Decisions of ours: a noun of several tokens has the mean of their maps (the official code is given one token per noun);
+Our decisions: a noun of several tokens has the mean of their maps (the official code is given one token per noun);
 the schedule is kept in shares of the run's steps; a prompt of fewer than two entities is not guided.
 
 The pipeline of diffusers (``StableDiffusionAttendAndExcitePipeline``, 0.42) gives the same losses and updates
@@ -18,7 +18,7 @@ The pipeline of diffusers (``StableDiffusionAttendAndExcitePipeline``, 0.42) giv
 
 * its gradient passes get latents that have not been through the scheduler's ``scale_model_input``: wrong for Euler,
   LMS and others whose input is scaled;
-* refinement compares the loss of before its latest step with the threshold, so it takes one step more than needed;
+* refinement compares the threshold with the loss before its latest step, so it takes one step more than needed;
 * refinement drops ``cross_attention_kwargs`` (a LoRA's scale, for one);
 * ``attn_res`` is (16, 16) whatever the size of the image, and computed as (width, height) when None but read as
   (height, width): other sizes find no maps, and images that are not square may be read with wrong rows;
@@ -42,20 +42,23 @@ from elakit.prompt import Prompt
 
 @dataclass(frozen=True)
 class AttendAndExcite(ReadsOneSize):
-    """Attend-and-Excite.
+    """Attend-and-Excite (Chefer et al., SIGGRAPH 2023): raise the largest attention of the least attended entity.
+
+    The module `elakit.guidance.attend_excite` states the equations and all differences from the source.
 
     Parameters
     ----------
     step_size : float
-        alpha of the first step, 20; at the last of all steps it would be sqrt(1/2) of it.
+        Step size alpha at the first step; 20 in the official code. It decreases to sqrt(1/2) of that at the last step
+        of the run.
     guided : float
-        Share of the denoising steps that are guided, from the first; .5.
+        Share of the denoising steps that are guided, from the first; 25 of 50 in the official code.
     refine : sequence of (float, float, int)
-        Refinements: the share of the steps at which each takes place, the largest attention that every entity has to
-        reach, and the largest number of extra updates; empty for none.
+        Refinements, each as (share of the steps at which it takes place, value that the maximum of every entity's map
+        has to reach, largest number of additional updates); () for none.
     normalize_eot : bool
-        Leave end-of-text and padding out of the softmax over tokens; the official code does so for Stable Diffusion
-        2.x and not for 1.x.
+        Whether end-of-text and padding are left out of the softmax over tokens. The official code does so for Stable
+        Diffusion 2.x and not for 1.x.
     layers, size
         Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
@@ -89,11 +92,11 @@ class AttendAndExcite(ReadsOneSize):
         check_flag(self, "normalize_eot")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Decreasing step sizes with refinement; no update where the prompt names only one entity."""
+        """Decreasing step sizes with refinement; no update if the prompt names only one entity."""
         return excitation(len(noise), prompt, self.step_size, guided=self.guided, refine=self.refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """1 - the largest attention of the most neglected entity; the term "neglect" is the mean over entities."""
+        """1 minus the largest attention of the least attended entity; the term "neglect" is the mean over entities."""
         maps = entity_maps(attention.mean, prompt, normalize_eot=self.normalize_eot)
         neglect = 1 - maps.amax((1, 2))
         return Loss(neglect.amax(), {"neglect": float(neglect.detach().mean())})

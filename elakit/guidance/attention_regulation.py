@@ -1,24 +1,24 @@
-"""Attention Regulation: the scores of target words are optimized in each layer until the words get their share.
+"""Attention Regulation: optimize the scores of target words in each layer, so that each gets its share of attention.
 
 Zhang et al., "Enhancing Semantic Fidelity in Text-to-Image Synthesis: Attention Regulation in Diffusion Models", ECCV
 2024 (arXiv:2403.06381), and its released code (github.com/YaNgZhAnG-V5/attention_regulation,
 attention_regulation/attn_processor.py, and txt2img.py for the settings). In each cross-attention layer with 16 x 16
-maps, in the first 25 of 50 steps, the scores of the nouns' tokens k get an addend per head, a sum of Gaussians at a
+maps, in the first 25 of 50 steps, the scores of the nouns' tokens k receive an addend per head, a sum of Gaussians at a
 grid of centers c (standard deviation sigma = a sixteenth of the map, distance 2 sigma) with weights w[c, k]:
 
     L = mean_k (q90(A_k) - 0.9)^2 + 80 mean_k (mean A_k - min(1, 0.2 n) / n)^2 + 0.09 mean w^2
 
 A_k is the map after the softmax with the addend, q90 its 0.9 quantile over locations, n the number of tokens. Gradient
 descent makes 20 steps of size 100; the addend with the least L is kept, mixed with a quarter of that of the previous
-step, and multiplied by 0.99 to the power of the step. The weights of start-of-text and end-of-text stay what they were
-without the addend, so that those of a location add up to more than 1.
+step, and multiplied by 0.99 to the power of the step. Start-of-text and end-of-text keep the attention that they have
+without the addend, so that the attention of a location sums to more than 1.
 
-From equal first weights the addend equals that of the released code to a relative 1e-5
+With equal initial weights the addend equals that of the released code to a relative 1e-5
 (``tests/guidance/test_parity_of_scores.py``).
 
-Intended differences: weights start at 0.5, the mean of the released code's random ones, so that a run is repeated by
-its seed alone; the least L is that of one image, in the released code that of a batch; sigma is at least one location;
-where the padding is hidden from the image (T5 in PixArt), it has no part in the softmax of L.
+Intended differences: weights start at 0.5, the mean of the released code's random ones, so that a run depends on its
+seed alone; the least L is that of one image, in the released code that of a batch; sigma is at least one location;
+padding that is hidden from the image (T5 in PixArt) is not part of the softmax in L.
 """
 
 from __future__ import annotations
@@ -46,11 +46,12 @@ _SIGMAS = 16  # standard deviations per side of a map
 
 @dataclass
 class Addends:
-    """State of one image: the addend of each layer in the previous step.
+    """State of Attention Regulation for one image: the addend of each layer in the previous step.
 
     Attributes
     ----------
     last : dict of str to Tensor, (head, y, x, target)
+        Addend by name of the layer; empty at the first step.
     """
 
     last: dict[str, Tensor] = field(default_factory=dict)
@@ -58,22 +59,26 @@ class Addends:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
-    """Attention Regulation, for models with cross-attention layers.
+    """Attention Regulation (Zhang et al., ECCV 2024), for models with cross-attention layers.
+
+    The module `elakit.guidance.attention_regulation` states the equations and all differences from the source.
 
     Parameters
     ----------
     step_size : float
-        Step size of the gradient descent on the weights; 100 in the released code.
+        Step size of the gradient descent that optimizes the scores of a layer; 100 in the released code.
     iterations : int
-        Number of its steps in each layer; 20 in the released code.
+        Number of steps of the gradient descent in each layer; 20 in the released code.
     guided : float
-        Share of the denoising steps that are regulated, from the first; 25 of 50 in the released code.
-    share_weight, weight_cost : float
-        Weights of the second and the third term; 80 and 0.09 in the released code.
+        Share of the denoising steps in which scores are optimized, from the first; 25 of 50 in the released code.
+    share_weight : float
+        Weight of the loss term for each noun's mean attention; 80 in the released code.
+    weight_cost : float
+        Weight of the loss term that penalizes large changes of scores; 0.09 in the released code.
     memory : float
-        Part of the previous step's addend in this step's; 0.25 in the released code.
+        Share of the previous denoising step's change of scores in that of the present step; 0.25 in the released code.
     decay : float
-        Factor of the addend from one step to the next; 0.99 in the released code.
+        Factor by which the change of scores decreases from one denoising step to the next; 0.99 in the released code.
     layers, size
         Layers and map size that are regulated; see `elakit.guidance.reading.ReadsOneSize`.
 
@@ -114,7 +119,7 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
             check_acts(self, "iterations=1", "step_size", "weight_cost")
 
     def begin(self, prompt: Prompt, steps: int) -> Addends:
-        """State without addends."""
+        """Initial state, without addends."""
         return Addends()
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
@@ -126,7 +131,7 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Addends
     ) -> ScoreEdit:
-        """The optimization of one image's scores."""
+        """Edit that optimizes the scores of one image in each layer that is read."""
         targets = targets_of(prompt)
         end = end_of_text(prompt)
         kept = tuple(at for at in (prompt.start_index, end) if at is not None)
@@ -153,16 +158,17 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
         return ScoreEdit(change)
 
     def optimize(self, scores: Tensor, targets: Sequence[int], bumps: Tensor, weights: Tensor) -> Tensor:
-        """Offset to the targets' scores that minimizes the loss.
+        """Addend to the target tokens' scores with the least loss among all iterations.
 
         Parameters
         ----------
         scores : Tensor, (head, y, x, key)
         targets : sequence of int
-            Keys.
+            Positions of the target tokens among the keys.
         bumps : Tensor, (center, y, x)
+            Gaussians, from `gaussians`.
         weights : Tensor, (head, center, target)
-            First weights of the Gaussians.
+            Initial weights of the Gaussians.
 
         Returns
         -------
@@ -185,7 +191,7 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
         return best
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Addends) -> Loss:
-        """The first two terms of L on the mean of the regulated layers, for the trace only: "strength" and "share"."""
+        """First two terms of L on the mean of the regulated layers, for the trace only: "strength" and "share"."""
         strength, shares = objective(attention.mean[targets_of(prompt)][None])
         terms = {"strength": strength, "share": shares}
         total = strength + self.share_weight * shares
@@ -198,12 +204,16 @@ def targets_of(prompt: Prompt) -> list[int]:
 
 
 def objective(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Terms of L that maps have: their 0.9 quantiles, and their shares of all attention.
+    """First two terms of the loss: squared deviations of the maps' 0.9 quantiles and means from their goals.
 
     Parameters
     ----------
     maps : Tensor, (head, target, y, x)
         Probabilities.
+
+    Returns
+    -------
+    quantile, share : Tensor, scalar
 
     Examples
     --------
@@ -217,7 +227,7 @@ def objective(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gaussians(size: tuple[int, int]) -> Tensor:
-    """Gaussians at the centers of a grid, (center, y, x); none for maps of fewer than three rows and columns.
+    """Gaussians around the centers of a grid, (center, y, x); none if the map is too small for a center.
 
     Examples
     --------

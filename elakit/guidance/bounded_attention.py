@@ -1,25 +1,27 @@
-"""Bounded Attention: subjects do not see each other, in cross- and self-attention, while a loss moves them into boxes.
+"""Bounded Attention: hide subjects from each other in cross- and self-attention, and move them into given regions.
 
 Dahary et al., "Be Yourself: Bounded Attention for Multi-Subject Text-to-Image Generation", ECCV 2024
 (arXiv:2403.16990), and its released code (github.com/omer11a/bounded-attention, bounded_attention.py, and run_sd.py for
 the settings of Stable Diffusion). In all layers and passes, with M_s the region of subject s:
 
-    cross-attention   the words of s are hidden outside M_s, articles, prepositions and conjunctions everywhere, and
-                      end-of-text in the background
-    self-attention    a location of M_s does not see the locations of other subjects, with and without the prompt
+    cross-attention   the words of s are hidden outside M_s; articles, prepositions and conjunctions are hidden
+                      everywhere, and end-of-text is hidden in the background
+    self-attention    locations of M_s do not attend to locations of other subjects, in the conditional and the
+                      unconditional pass
 
 In the first 15 of 50 steps M_s is the region given, and the latent moves along the raw gradient of
 
-    L = sum_s 1.5 (1 - cross_s)^2 + 0.5 (1 - self_s)^2,    each = inside / (inside + n background)
+    L = sum_s 1.5 (1 - cross_s)^2 + 0.5 (1 - self_s)^2,    cross_s and self_s = inside / (inside + n background)
 
-at most 5 times per step, until L / n is at most 0.2, n the number of subjects; the step size falls from 8 to 2. Inside
-and background are sums of attention over heads and the locations of M_s or of no region, means over the layers of the
-middle and the first upward block: in cross-attention to the words of s and end-of-text, in self-attention to the
-locations of M_s. In these passes words may also be seen in the background, and end-of-text everywhere.
+at most 5 times per step, until L / n is at most 0.2, n the number of subjects; the step size falls from 8 to 2.
+"inside" is a sum of attention over heads and the locations of M_s, "background" over those of no region, both averaged
+over the layers of the middle and the first upward block: attention to the words of s and end-of-text in
+cross-attention, to the locations of M_s in self-attention. In these passes words are also visible in the background,
+and end-of-text everywhere.
 
-Afterwards the regions follow the image: at every fifth step the self-attention of all passes so far is clustered (three
-clusters per subject), and each cluster goes to the subject whose cross-attention, sharpened and cut to its last region,
-covers most of it, if that is at least 0.2.
+After these steps the regions are found in the image: at every fifth step the self-attention of all passes so far is
+clustered (three clusters per subject). Each cluster is assigned to the subject whose cross-attention, sharpened and
+restricted to the subject's last region, covers most of the cluster, if the covered share is at least 0.2.
 
 On given tensors the loss and the assignment of clusters equal those of the released code
 (``tests/guidance/test_parity_of_scores.py``).
@@ -68,22 +70,22 @@ _REFINED = 0.1  # share of the steps from one clustering to the next
 
 @dataclass
 class Bounds:
-    """State of one image.
+    """State of Bounded Attention for one image.
 
     Attributes
     ----------
     steps : int
         Denoising steps of the run.
     masks : ndarray, bool, (entity, y, x), or None
-        Regions found by clustering; None as long as the given ones count.
+        Regions found by clustering; None as long as the given regions are used.
     cross : Tensor, (entity, location), or None
-        Cross-attention of the nouns, mean over passes and layers.
+        Cross-attention of the nouns, mean over passes and layers; None before the first pass.
     own : Tensor, (location, location), or None
-        Self-attention, likewise.
+        Self-attention, mean over passes and layers; None before the first pass.
     passes : int
-        Number of passes in these means.
+        Number of passes in `cross` and `own`.
     size : tuple of int
-        (rows, columns) of these maps.
+        (rows, columns) of the maps in `cross` and `own`.
     centers : ndarray or None
         Centers of the last clustering, from which the next one starts.
     """
@@ -97,7 +99,7 @@ class Bounds:
     centers: np.ndarray | None = None
 
     def add(self, attention: Attention, nouns: Sequence[int]) -> None:
-        """Add a pass to the means: its layers with the largest maps."""
+        """Add the attention of a pass, in its layers with the largest maps, to the means; `nouns` are positions."""
         largest = max(layer.shape[-2:].numel() for layer in attention.cross)
         cross = torch.stack([layer.mean(0) for layer in attention.cross if layer.shape[-2:].numel() == largest]).mean(0)
         own = torch.stack([layer.mean(0) for layer in attention.own if layer.shape[-2:].numel() == largest]).mean(0)
@@ -113,34 +115,41 @@ class Bounds:
 
 @dataclass(frozen=True)
 class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
-    """Bounded Attention, which needs regions, for models with cross-attention layers.
+    """Bounded Attention (Dahary et al., ECCV 2024), with given regions, for models with cross-attention layers.
+
+    The module `elakit.guidance.bounded_attention` states the equations and all differences from the source.
 
     Parameters
     ----------
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
-        Where each entity belongs, in the order of the prompt: boxes in shares of the image, or masks. The loss is 0
-        where they leave no background; attention is then bounded, and the latent does not move.
-    step_size, last_step_size : float
-        Step sizes at the first and after the last guided step; 8 and 2 in the released code for Stable Diffusion.
+        One region per entity, in the order of the prompt: boxes in shares of the image, or masks. If they leave no
+        background, the loss is 0: attention is bounded, and the latent does not move.
+    step_size : float
+        Step size at the first guided step; 8 in the released code for Stable Diffusion.
+    last_step_size : float
+        Step size after the last guided step, to which the step size changes linearly; 2 in the released code for Stable
+        Diffusion.
     guided : float
-        Share of the denoising steps in which the latent moves, from the first; 15 of 50 in the released code. Later
-        the regions follow the image.
+        Share of the denoising steps in which the latent moves, from the first; 15 of 50 in the released code. In later
+        steps the regions are found by clustering the attention of the image.
     iterations : int
         Largest number of updates per step; 5 in the released code.
     until : float
-        A step ends with the update of the pass whose loss per entity is not above this value; 0.2 in the released code.
-    cross, own : float
-        Weights of cross- and self-attention in the loss; 1.5 and 0.5 in the released code.
+        Loss per entity at or below which an update is the last one of its step; 0.2 in the released code.
+    cross : float
+        Weight of cross-attention in the loss; 1.5 in the released code.
+    own : float
+        Weight of self-attention in the loss; 0.5 in the released code.
     clusters : int
-        Clusters per entity; 3 in the released code.
+        Number of clusters per entity from which regions are found after the guided steps; 3 in the released code.
     layers : str, optional
-        Layers of the loss: "up", "down", "mid", "all" or a name pattern; by default the middle block and the first
-        upward block with cross-attention (all layers of PixArt). Attention is bounded in all layers.
+        Layers that the loss reads: "up", "down", "mid", "all" or a name pattern; by default the middle block and the
+        first upward block with cross-attention (all layers of PixArt). Attention is bounded in all layers.
 
     Raises
     ------
     SettingError
-        No regions, or a setting outside its range.
+        No regions are given, a region is empty or leaves the image, or a setting is outside its range.
 
     Examples
     --------
@@ -183,11 +192,11 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
         return super().select(layers, latent)
 
     def begin(self, prompt: Prompt, steps: int) -> Bounds:
-        """State in which the regions given count."""
+        """Initial state, in which the given regions are used."""
         return Bounds(steps)
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Bounded passes, the first of them guided; none for a prompt with one entity."""
+        """Edits of scores in all steps, with updates of the latent in the first; none for a prompt with one entity."""
         if len(prompt.entities) < 2:
             return []
         count = round(self.guided * len(noise))
@@ -198,7 +207,7 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Bounds
     ) -> ScoreEdit:
-        """Bounds of a step, whose regions follow the image once the latent moves no more."""
+        """Edit that bounds attention to the given regions or, after the guided steps, to those found by clustering."""
         if attention is not None:
             state.add(attention, [entity.token_indices[-1] for entity in prompt.entities])
         first = round(self.guided * state.steps)
@@ -217,7 +226,7 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
         return ScoreEdit(change, layout_masks(self.regions, size, count) if found is None else found)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Bounds) -> Loss:
-        """L; its terms are "cross" and "self", each a mean over entities without its weight."""
+        """Loss L; its terms "cross" and "self" are means over entities without their weights."""
         count = len(prompt.entities)
         end = end_of_text(prompt)
         ends = [] if end is None else [end]
@@ -256,7 +265,7 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
 
 
 def shares(seen: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention inside each region and in the background, summed over heads; (entity, head, y, x) to (entity,)."""
+    """Attention in each region, and in the background, summed over heads; (entity, head, y, x) -> two (entity,)."""
     background = ~masks.any(0)
     inside = (seen * masks[:, None]).sum((1, 2, 3))
     return inside, (seen * background).sum((1, 2, 3))
@@ -269,18 +278,24 @@ def _beside(layers: Sequence[tuple[Tensor, Tensor]], count: int) -> Tensor:
 
 
 def hidden_words(masks: Tensor, prompt: Prompt, function: Sequence[int], length: int, *, guidance: bool) -> Tensor:
-    """Bias of cross-attention, (location, text position): 0 where a word is seen.
+    """Bias of cross-attention scores, which hides words from locations outside their regions.
 
     Parameters
     ----------
     masks : Tensor, bool, (entity, location)
+        Region of each entity.
     prompt : Prompt
     function : sequence of int
         Positions that are hidden everywhere.
     length : int
         Number of text positions.
     guidance : bool
-        Whether the pass is one from which the gradient is taken.
+        Whether the gradient is computed from the pass; words are then visible in the background, too.
+
+    Returns
+    -------
+    Tensor, (location, text position)
+        0 where a location attends to a position, -10,000 where the position is hidden.
     """
     background = ~masks.any(0)
     bias = torch.zeros(masks.shape[1], length)
@@ -295,7 +310,7 @@ def hidden_words(masks: Tensor, prompt: Prompt, function: Sequence[int], length:
 
 
 def hidden_subjects(masks: Tensor) -> Tensor:
-    """Bias of self-attention, (location, location): a subject sees itself and the background.
+    """Bias of self-attention scores, (location, location): regions of different subjects do not attend to each other.
 
     Examples
     --------
@@ -308,7 +323,7 @@ def hidden_subjects(masks: Tensor) -> Tensor:
 
 
 def function_words(prompt: Prompt) -> list[int]:
-    """Positions of articles, prepositions, conjunctions, pronouns and numerals.
+    """Positions of articles, prepositions, conjunctions, pronouns and numerals that belong to no entity.
 
     Examples
     --------
@@ -322,14 +337,22 @@ def function_words(prompt: Prompt) -> list[int]:
 
 
 def clustered(own: Tensor, clusters: int, centers: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Cluster of each location, and the centers: k-means of its self-attention, relative to the largest to each key.
+    """Cluster the locations of an image by their self-attention with k-means.
 
     Parameters
     ----------
     own : Tensor, (location, location)
+        Self-attention from each location (row) to all; each column is first divided by its maximum.
     clusters : int
-    centers : ndarray, optional
-        Centers to start from.
+        Number of clusters.
+    centers : ndarray, (cluster, location), or None
+        Centers to start from; None for several starts with fixed seeds, of which the best is kept.
+
+    Returns
+    -------
+    labels : ndarray, int, (location,)
+        Cluster of each location.
+    centers : ndarray, (cluster, location)
     """
     features = (own / (own.amax(0, keepdim=True) + _SMALL)).double().cpu().numpy()
     if centers is not None and len(centers) == clusters:
@@ -342,13 +365,16 @@ def clustered(own: Tensor, clusters: int, centers: np.ndarray | None) -> tuple[n
 
 
 def assigned(labels: np.ndarray, cross: Tensor, last: np.ndarray, given: np.ndarray) -> np.ndarray:
-    """Regions made of clusters; an entity without one gets the region given for it.
+    """Regions that consist of clusters; an entity to which no cluster is assigned keeps its given region.
 
     Parameters
     ----------
     labels : ndarray, int, (location,)
+        Cluster of each location.
     cross : Tensor, (entity, location)
+        Cross-attention of the nouns.
     last, given : ndarray, bool, (entity, y, x)
+        Regions of the previous clustering, and those given by the user.
 
     Returns
     -------

@@ -39,34 +39,37 @@ from elakit.prompt import Prompt
 
 @dataclass(frozen=True)
 class BoxDiff(NeedsLayout, ReadsOneSize):
-    """BoxDiff, which needs regions.
+    """BoxDiff (Xie et al., ICCV 2023), with given regions: strong attention inside, weak attention outside.
+
+    The module `elakit.guidance.box_diff` states the equations and all differences from the source.
 
     Parameters
     ----------
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
-        Where each entity belongs, in the order of the prompt: boxes in shares of the image, or masks; they may
-        overlap.
+        One region per entity, in the order of the prompt: boxes in shares of the image, or masks; they may overlap.
     step_size : float
-        Step size of the first step, 20 in the official code; it decreases as Attend-and-Excite's does.
+        Step size alpha at the first step; 20 in the official code. It decreases to sqrt(1/2) of that at the last step
+        of the run.
     guided : float
         Share of the denoising steps that are guided, from the first; 25 of 50 in the official code.
     share : float
-        Share of a region's locations, those with the largest values, that counts; 0.2 in the official code.
+        Share of a region's locations, those with the largest attention, whose mean the loss uses; 0.2 in the official
+        code.
     edge : int
-        Locations to either side of a box's edge that count in the corner term; 1 in the official code.
+        Number of locations on either side of a box's edge that the corner term uses; 1 in the official code.
     refine : sequence of (float, float, int)
-        Refinements: the share of the steps at which each takes place, the attention inside its region that every
-        entity has to reach, and the largest number of extra updates; empty for none.
+        Refinements, each as (share of the steps at which it takes place, attention inside its region that every entity
+        has to reach, largest number of additional updates); () for none.
     normalize_eot : bool
-        Leave end-of-text and padding out of the softmax over tokens; the official code does so for Stable Diffusion
-        2.x and not for 1.x.
+        Whether end-of-text and padding are left out of the softmax over tokens. The official code does so for Stable
+        Diffusion 2.x and not for 1.x.
     layers, size
         Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
     Raises
     ------
     SettingError
-        No regions, or a setting outside its range.
+        No regions are given, a region is empty or leaves the image, or a setting is outside its range.
 
     Examples
     --------
@@ -99,7 +102,7 @@ class BoxDiff(NeedsLayout, ReadsOneSize):
         check_flag(self, "normalize_eot")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Decreasing step sizes with refinement; no update where the prompt names only one entity."""
+        """Decreasing step sizes with refinement; no update if the prompt names only one entity."""
         return excitation(len(noise), prompt, self.step_size, guided=self.guided, refine=self.refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Any) -> Loss:

@@ -1,4 +1,4 @@
-"""The clean latents that a denoising step predicts, from the output that a pipeline passes to its scheduler."""
+"""Clean latents that a denoising step predicts, from the output that a pipeline passes to its scheduler."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from elakit.guidance.engine import noise_levels
 
 
 class Steps:
-    """The last step of a scheduler: its model output, and the latents before it."""
+    """Model output and latents that a scheduler received in its last step."""
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
@@ -23,7 +23,13 @@ class Steps:
         self.last: tuple[Tensor, Tensor] | None = None  # output of the model, latents
 
     def predicted(self, step: int) -> Tensor | None:
-        """Clean latents that the last step predicts; None if no step was seen, or its prediction type is unknown."""
+        """Clean latents predicted by the last step; None before it, or if the prediction type is unknown.
+
+        Parameters
+        ----------
+        step : int
+            Number of the last step, counted from 0.
+        """
         if self.last is None:
             return None
         if self.levels is None or len(self.levels) != len(self.scheduler.timesteps):
@@ -33,11 +39,15 @@ class Steps:
 
 @contextmanager
 def watched_steps(scheduler: Any) -> Iterator[Steps]:
-    """Context in which the arguments of a scheduler's steps are kept; the steps themselves stay as they are.
+    """Context that records the arguments of a scheduler's steps without changing the steps.
 
     Parameters
     ----------
     scheduler : diffusers.SchedulerMixin
+
+    Yields
+    ------
+    Steps
     """
     steps, plain, had = Steps(scheduler), scheduler.step, "step" in vars(scheduler)
 
@@ -61,7 +71,7 @@ def watched_steps(scheduler: Any) -> Iterator[Steps]:
 
 
 def predicted_clean(scheduler: Any, output: Tensor, latents: Tensor, level: float) -> Tensor | None:
-    """Clean latents, from the output of the model by the scheduler's prediction type.
+    """Clean latents from the output of the model, according to the scheduler's prediction type.
 
     Parameters
     ----------
@@ -71,12 +81,12 @@ def predicted_clean(scheduler: Any, output: Tensor, latents: Tensor, level: floa
     latents : Tensor
         Latents before the step.
     level : float
-        Their ratio of noise to signal, as in `elakit.guidance.engine.noise_levels`.
+        Ratio of noise to signal of the latents, from `elakit.guidance.engine.noise_levels`.
 
     Returns
     -------
     Tensor or None
-        In the form of the latents; None if the scheduler has another prediction type.
+        In float32, in the shape of the latents; None if the scheduler has an unknown prediction type.
 
     Notes
     -----

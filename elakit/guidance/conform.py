@@ -2,15 +2,15 @@
 
 Meral et al., "CONFORM: Contrast is All You Need For High-Fidelity Text-to-Image Diffusion Models", CVPR 2024
 (arXiv:2312.06059), and its official code (github.com/gemlab-vt/CONFORM). One class is an object with its attributes;
-its members are the maps of all their tokens, every piece of a word, in this pass and in the last pass of the step
-before. NT-Xent, with s the cosine of two maps and tau the temperature, is the mean over all ordered pairs (i, p) of one
+its members are the maps of all their tokens, every piece of a word, in this pass and in the last pass of the previous
+step. NT-Xent, with s the cosine of two maps and tau the temperature, is the mean over all ordered pairs (i, p) of one
 class:
 
     -log( exp(s_ip / tau) / (exp(s_ip / tau) + sum over n of other classes of exp(s_in / tau)) )
 
 Maps are raw probabilities (the code's notebook switches the softmax over tokens off), smoothed as in Attend-and-Excite.
-Step size and guided steps are Attend-and-Excite's; 20 extra updates are made at steps 0, 10 and 20 of 50, however small
-the loss is. A class of one map has no pair before the second step; where no class has any, the first step does nothing.
+Step size and guided steps are Attend-and-Excite's; 20 additional updates are made at steps 0, 10 and 20 of 50, whatever
+the loss is. A class of one map has no pair before the second step; if no class has one, the first step does nothing.
 Loss and gradient equal those of the official code to rounding (``tests/guidance/test_parity.py``).
 
 Intended difference: a prompt of fewer than two entities is not guided.
@@ -37,19 +37,22 @@ from elakit.prompt import Prompt
 
 @dataclass(frozen=True)
 class CONFORM(ReadsOneSize):
-    """Contrast of attention maps.
+    """CONFORM (Meral et al., CVPR 2024): a contrastive loss over the maps of entities and their attributes.
+
+    The module `elakit.guidance.conform` states the equations and all differences from the source.
 
     Parameters
     ----------
     step_size : float
-        Step size of the first step, 20 in the official code; it decreases as Attend-and-Excite's does.
+        Step size alpha at the first step; 20 in the official code. It decreases to sqrt(1/2) of that at the last step
+        of the run.
     guided : float
         Share of the denoising steps that are guided, from the first; 25 of 50 by default in the official code, 30 in
         its notebook.
     refinements : int
-        Number of extra updates at 0, 0.2 and 0.4 of the denoising steps; 20 in the official code.
+        Number of additional updates at 0, 0.2 and 0.4 of the denoising steps; 20 in the official code.
     temperature : float
-        tau, 0.5 in the official code.
+        Temperature tau of the NT-Xent loss; 0.5 in the official code.
     layers, size
         Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
@@ -84,11 +87,11 @@ class CONFORM(ReadsOneSize):
         check_whole(self, "refinements")
 
     def begin(self, prompt: Prompt, steps: int) -> Memory:
-        """Memory of the maps of the step before, empty at first."""
+        """Memory of the previous step's maps, empty at first."""
         return Memory()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates and refinement; none where the prompt names only one entity."""
+        """Decreasing step sizes with refinement; no update if the prompt names only one entity."""
         if len(prompt.entities) < 2:
             return []
         # The loss is 0 only where there is no pair to compare: then the extra passes are skipped.
@@ -96,7 +99,7 @@ class CONFORM(ReadsOneSize):
         return schedule(len(noise), self.step_size, guided=self.guided, refine=refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Memory) -> Loss:
-        """NT-Xent over this step's maps and those of the step before; its term is "contrast"."""
+        """NT-Xent loss over the maps of this step and the previous one; its term is "contrast"."""
         maps = attention.mean
         tokens = [[*entity.token_indices, *entity.attribute_indices] for entity in prompt.entities]
         owners = [i for i, members in enumerate(tokens) for _ in members]

@@ -59,33 +59,37 @@ class Leaks:
 
 @dataclass(frozen=True, kw_only=True)
 class DeLeaker(EditsFirstSteps, ReadsOneSize):
-    """DeLeaker: reweigh attention between entities, without a gradient.
+    """DeLeaker (Ventura et al., ICLR 2026): reweight attention between entities, without a gradient.
+
+    The module `elakit.guidance.deleaker` states the equations and all differences from the source.
 
     Parameters
     ----------
     strength : float
-        Factor of the scores from an entity's mask to its own words; 1 switches it off.
+        Factor by which scores from an entity's mask to its own words are multiplied, once for each other entity; 1 does
+        not change them.
     threshold : float
-        Number of standard deviations above the mean from which a location belongs to an entity.
+        Number of standard deviations by which a location of an entity's mask exceeds the mean of the entity's map.
     image_threshold : float
-        The same for attention from one entity's mask to another's, from which it is cut.
+        Number of standard deviations above the mean from which attention between the masks of two entities is cut.
     cut_text : bool
-        Whether an entity's mask does not attend to the words of other entities.
+        Whether attention from an entity's mask to the words of other entities is cut.
     cut_image : bool
-        Whether high attention between masks of different entities is cut.
+        Whether high attention between the masks of different entities is cut.
     start : float
-        Denoising step at which scores are first changed; its fraction is a share of the layers.
+        Denoising step, counted from 0, at which scores are first changed. The fraction is a share of the layers: 0.31
+        is the first step, after 31% of its layers.
     average_from : float
-        The same for the average of the maps.
+        Denoising step, counted from 0, at which the average of the maps begins. The fraction is a share of the layers.
     averaged : float
-        Share of the denoising steps after which the average, and with it the masks, stay as they are.
+        Share of the denoising steps after which the average of the maps, and with it the masks, no longer changes.
     guided : float
-        Share of the denoising steps in which scores are changed.
+        Share of the denoising steps in which scores are changed, from the first.
     layers : str
-        Layers whose maps show the entities: "all", "up" (decoder), "down", "mid" or a name pattern. Scores of all
-        layers are changed.
+        Layers that are read for the trace: "all", "up" (decoder), "down", "mid" or a name pattern. Their map size is
+        that of the masks; scores of all layers are changed.
     size : int, optional
-        Longer side of the maps that show the entities; by default 16, or the nearest size that the model has.
+        Longer side of the maps that give the masks; by default 16, or the nearest size that the model has.
 
     Raises
     ------
@@ -129,13 +133,13 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
             check_acts(self, "cut_image=False", "image_threshold")
 
     def begin(self, prompt: Prompt, steps: int) -> Leaks:
-        """Initial state of a run."""
+        """State of an image at the start of a run."""
         return Leaks(steps)
 
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Leaks
     ) -> ScoreEdit:
-        """Edit of one step, in all layers."""
+        """Edit of one image's scores in one step, in all layers."""
         state.step, state.size = step, size
         return ScoreEdit(lambda site, scores: self._change(site, scores, prompt, state))
 
@@ -190,8 +194,8 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Leaks) -> Loss:
         """Attention of the entities' masks to the words of other entities, for the trace only.
 
-        Mean over pairs of entities of the attention from one's mask to the other's noun. Before there are masks, its
-        map takes the place of its mask.
+        It is the mean attention from one entity's mask to another's noun, averaged over pairs. Before the first masks
+        are computed, the map of an entity is used instead of its mask.
         """
         maps = torch.stack([attention.mean[list(e.token_indices)].mean(0) for e in prompt.entities])
         weights = maps if state.masks is None else state.masks.to(maps)

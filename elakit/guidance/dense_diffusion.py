@@ -1,8 +1,8 @@
-"""DenseDiffusion: attention scores raised inside given regions and lowered outside, by their range and the area.
+"""DenseDiffusion: raise attention scores inside given regions, and lower them outside.
 
 Kim et al., "Dense Text-to-Image Generation with Attention Modulation", ICCV 2023 (arXiv:2308.12964), and its released
-code (github.com/naver-ai/DenseDiffusion, gradio_app.py). With s the scores of a location in one head, lowest and
-largest over its keys, and R a map that is 1 where a key belongs to the location:
+code (github.com/naver-ai/DenseDiffusion, gradio_app.py). s is the score of a location for a key in one head, lowest
+and largest are the extremes of the location's scores, and R is 1 where the key belongs to the location:
 
     s' = s + w t^5 (1 - a) (largest - s)    where R is 1
     s' = s - w t^5 (1 - a) (s - lowest)     elsewhere
@@ -11,8 +11,8 @@ a is the share of the image that the location's region covers, t the timestep as
 cross-attention and 0.3 in self-attention. In cross-attention R is 1 for the words of the entity whose region the
 location is in, and all other keys (articles, start and end of text) are lowered; in self-attention it is 1 for the
 locations of the same region, the rest of the image being a region without words. Scores change in all layers in the
-first 30% of the steps. The words of each entity have the text states that they have in a text of their own, in the
-whole run.
+first 30% of the steps. In the whole run, the words of each entity have the text states that they have in a
+text of their own.
 
 Changed scores equal those of the released code to a relative 1e-6
 (``tests/guidance/test_parity_of_scores.py``).
@@ -47,19 +47,20 @@ _FADING = 5  # power of the timestep
 
 @dataclass(frozen=True)
 class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
-    """DenseDiffusion, which needs regions, for models with cross-attention layers.
+    """DenseDiffusion (Kim et al., ICCV 2023), with given regions, for models with cross-attention layers.
+
+    The module `elakit.guidance.dense_diffusion` states the equations and all differences from the source.
 
     Parameters
     ----------
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
-        Where each entity belongs, in the order of the prompt: boxes in shares of the image, or masks; they may
-        overlap.
+        One region per entity, in the order of the prompt: boxes in shares of the image, or masks; they may overlap.
     strength : float
-        Degree of the change in cross-attention; 1 in the released code.
+        Strength of the change of cross-attention scores; 1 in the released code.
     self_strength : float
-        Degree of the change in self-attention; 0.3 in the released code.
+        Strength of the change of self-attention scores; 0.3 in the released code.
     area : float
-        Degree in which the change depends on the area of a region; 1 in the released code, 0 for not at all.
+        Degree to which a larger region weakens the change, from 0 (not at all) to 1; 1 in the released code.
     guided : float
         Share of the denoising steps in which scores change, from the first; 0.3 in the released code.
     layers, size
@@ -68,7 +69,7 @@ class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
     Raises
     ------
     SettingError
-        No regions, or a setting outside its range.
+        No regions are given, a region is empty or leaves the image, or a setting is outside its range.
 
     Examples
     --------
@@ -103,7 +104,7 @@ class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
         return super().select(layers, latent)
 
     def encode(self, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
-        """The prompt's states, with those of each entity's words from a text of its own."""
+        """Text states of the prompt, in which each entity's words have the states from a text of their own."""
         check_text(adapter, conditioning, "DenseDiffusion")
         states = conditioning.inputs["encoder_hidden_states"].clone()
         for phrase in phrases(adapter, prompt):
@@ -113,7 +114,7 @@ class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: None
     ) -> ScoreEdit:
-        """The change of one image's scores."""
+        """Edit that raises scores inside the given regions, and lowers them elsewhere."""
         words = [phrase_positions(prompt, entity) for entity in prompt.entities]
 
         def change(site: Site, scores: Scores) -> Change | None:
@@ -137,14 +138,19 @@ class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
 
 
 def modulation(scores: Tensor, belongs: Tensor, amount: Tensor) -> Tensor:
-    """Bias of scores, which go up to the largest where a key belongs to the location, down to the lowest elsewhere.
+    """Bias that moves scores toward the largest of their location if the key belongs to it, else toward the lowest.
 
     Parameters
     ----------
     scores : Tensor, (head, location, key)
     belongs : Tensor, bool, (location, key)
+        Whether each key belongs to the location.
     amount : Tensor, (location, 1)
-        Share of the way that scores go.
+        Share of the distance to the largest or lowest score by which scores move.
+
+    Returns
+    -------
+    Tensor, (head, location, key)
 
     Examples
     --------
@@ -157,13 +163,13 @@ def modulation(scores: Tensor, belongs: Tensor, amount: Tensor) -> Tensor:
 
 
 def same_region(regions: Tensor) -> Tensor:
-    """Return True for two locations of the same region, the rest of the image being one; bool (entity, n) -> (n, n)."""
+    """Pairs of locations in one region, where the rest of the image is a region; bool (entity, n) -> (n, n)."""
     every = torch.cat([regions, ~regions.any(0, keepdim=True)]).float()
     return (every.T @ every) > 0
 
 
 def of_words(regions: Tensor, words: Sequence[Sequence[int]], length: int) -> Tensor:
-    """Return True for the words of a location's region; bool (entity, n) -> (n, text position)."""
+    """Words of the entity in whose region each location is; bool (entity, n) -> (n, text position)."""
     belongs = torch.zeros(regions.shape[1], length, dtype=torch.bool)
     for region, positions in zip(regions, words, strict=True):
         belongs[:, list(positions)] |= region[:, None]

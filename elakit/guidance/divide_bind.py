@@ -4,7 +4,7 @@ Li, Keuper, Zhang and Khoreva, "Divide & Bind Your Attention for Improved Genera
 arXiv:2307.10864, and its official code (github.com/boschresearch/Divide-and-Bind), checked against
 divide_and_bind/pipeline_divide_and_bind.py, its later version beside it, utils/ptp_utils.py and utils/test_utils.py.
 
-On the sharpened and smoothed maps A' of Attend-and-Excite, with its steps:
+With the sharpened and smoothed maps A' and the schedule of Attend-and-Excite:
 
     TV_s = mean |A'_s(y, x+1) - A'_s(y, x)| + mean over y >= 1 of |A'_s(y, x) - A'_s(last row, x)|
     L = max over entities s of (-TV_s + c JSD(P_r, P_s))
@@ -15,7 +15,7 @@ and q = .3 where TV_s < .1, else .2; P_r is ReLU(y - q max x) + 1e-5, with y the
 the maximum of A'_s. P is not normalized again. c is 1, 5 and 10 from steps 0, 10 and 20 of 50. Attributes are read from
 the layers with maps finer than the entities' (64 and 32 rows in Stable Diffusion), subsampled to the entities' size; a
 model without finer maps reads them where it reads the entities. At these three steps, updates are repeated until the
-smallest TV is .05, .2 and .3, at most 50, 20 and 20 times; one more follows.
+smallest TV is .05, .2 and .3, at most 50, 20 and 20 times; one more update follows.
 
 Loss and gradient equal those of the official code to rounding, for both values of `variation`
 (``tests/guidance/test_parity.py``). The released total variation is 1.2 to 1.4 times the repaired one on blobs and 1.4
@@ -26,7 +26,7 @@ Intended differences: words of several tokens have the mean of their maps; an en
 mean of their divergences (the official code takes one attribute per entity); an attribute with almost no attention is
 scaled up by at most the noun's maximum / 1e-8; the schedule is kept in shares of the run's steps; a prompt of fewer
 than two entities is not guided. What we take to be mistakes of the official code is not kept: refinement compares the
-TV of before its latest update, so it takes one update more than needed; the later version does not pass its limit of
+TV before its latest update, so it takes one update more than needed; the later version does not pass its limit of
 updates on and makes up to 100 at step 0 and 50 later; gradient passes get latents that have not been through the
 scheduler's ``scale_model_input``.
 """
@@ -58,25 +58,28 @@ _THRESHOLD_SCALE = {"released": 1.0, "repaired": 1.5}
 
 @dataclass(frozen=True)
 class DivideAndBind(ReadsOneSize):
-    """Divide & Bind.
+    """Divide & Bind (Li et al., BMVC 2023): raise the total variation of each map, and align attributes.
+
+    The module `elakit.guidance.divide_bind` states the equations and all differences from the source.
 
     Parameters
     ----------
     step_size : float
-        alpha of the first step, 20; at the last of all steps it would be sqrt(1/2) of it.
+        Step size alpha at the first step; 20 in the official code. It decreases to sqrt(1/2) of that at the last step
+        of the run.
     guided : float
-        Share of the denoising steps that are guided, from the first; .5.
+        Share of the denoising steps that are guided, from the first; 25 of 50 in the official code.
     binding : sequence of (float, float)
-        Weight of the binding of attributes: the share of the steps from which it applies, and the weight; empty for no
-        binding.
+        Weights of the alignment of attributes, each as (share of the steps from which it applies, weight); () for none.
     refine : sequence of (float, float, int)
-        Refinements: the share of the steps at which each takes place, the released total variation that every entity
-        has to reach, and the largest number of extra updates; empty for none.
+        Refinements, each as (share of the steps at which it takes place, total variation of the official code that
+        every entity's map has to reach, largest number of additional updates); () for none.
     variation : {"released", "repaired"}
-        Total variation of the official code, or the one of the paper (see above).
+        Total variation in the loss: "released" is that of the official code, which compares each row with the last one;
+        "repaired" is that of the paper, which compares neighboring rows.
     layers, size
-        Layers and map size that entities are read from, see `elakit.guidance.reading.ReadsOneSize`; attributes are read
-        from those of `layers` whose maps are finer.
+        Layers and size of the entities' maps, see `elakit.guidance.reading.ReadsOneSize`. Attributes are read from
+        those of `layers` whose maps are finer.
 
     Raises
     ------
@@ -124,11 +127,11 @@ class DivideAndBind(ReadsOneSize):
         return tuple(layer for layer in select_layers(layers, self.layers) if layer in entities or layer.factor < finer)
 
     def begin(self, prompt: Prompt, steps: int) -> int:
-        """Number of steps of the run, which the weight of the binding depends on."""
+        """Number of steps of the run, on which the weight of the binding depends."""
         return steps
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Decreasing step sizes with refinement; no update where the prompt names only one entity."""
+        """Decreasing step sizes with refinement; no update if the prompt names only one entity."""
         if len(prompt.entities) < 2:
             return []
         scale = _THRESHOLD_SCALE[self.variation]
@@ -136,7 +139,7 @@ class DivideAndBind(ReadsOneSize):
         return schedule(len(noise), self.step_size, guided=self.guided, refine=refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: int) -> Loss:
-        """Largest loss over entities.
+        """Largest loss among the entities.
 
         Parameters
         ----------
@@ -170,7 +173,7 @@ class DivideAndBind(ReadsOneSize):
 
 
 def coarse_and_finer(layers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean maps of the layers of the smallest size, and of all larger ones, subsampled to that size.
+    """Mean maps of the layers with the smallest maps, and of all other layers, subsampled to the same size.
 
     Parameters
     ----------
@@ -179,7 +182,7 @@ def coarse_and_finer(layers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     Returns
     -------
     coarse, finer : Tensor, (token, y, x)
-        The same maps where no layer is larger.
+        Both are the same if all layers have one size.
 
     Examples
     --------
@@ -206,7 +209,7 @@ def total_variation(maps: Tensor) -> Tensor:
 
 
 def released_variation(maps: Tensor) -> Tensor:
-    """Total variation of the official code, which compares rows 1 and above with the last row; (n, y, x) -> (n,).
+    """Total variation of the official code, which compares each row but the first with the last; (n, y, x) -> (n,).
 
     Examples
     --------

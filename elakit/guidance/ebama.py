@@ -38,16 +38,18 @@ from elakit.prompt import Prompt
 
 @dataclass(frozen=True)
 class EBAMA(ReadsOneSize):
-    """Energy-based attention map alignment.
+    """EBAMA, energy-based attention map alignment (Zhang et al., ECCV 2024).
+
+    The module `elakit.guidance.ebama` states the equations and all differences from the source.
 
     Parameters
     ----------
     step_size : float
-        Step size of every guided step, 20.
+        Step size at every guided step; 20 in the official code.
     guided : float
         Share of the denoising steps that are guided, from the first; 26 of 50 in the official code.
     intensity : float
-        Weight of the objects' largest attention, 0.5.
+        Weight of the term that raises each entity's largest attention; 0.5 in the official code.
     layers, size
         Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
@@ -78,13 +80,13 @@ class EBAMA(ReadsOneSize):
         check_guided(self)
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Equal step sizes; no update where the prompt names only one entity."""
+        """Equal step sizes; no update if the prompt names only one entity."""
         if len(prompt.entities) < 2:
             return []
         return schedule(len(noise), self.step_size, guided=self.guided, last=1)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Sum over objects; its terms are "attract", "repel" and, without its weight, "intensity"."""
+        """Sum over objects of the terms "attract", "repel" and "intensity", which has no weight in the trace."""
         maps = attention.mean
         attract = repel = maps.new_zeros(())
         for entity in prompt.entities:
@@ -102,7 +104,7 @@ class EBAMA(ReadsOneSize):
 
 
 def unlikeness(some: Tensor, others: Tensor) -> Tensor:
-    """1 - cosine of each pair of maps, (n, y, x) and (m, y, x) -> (n, m); 1 for an empty map.
+    """Dissimilarity of each pair of maps, 1 - cosine, (n, y, x) and (m, y, x) -> (n, m); 1 for an empty map.
 
     Examples
     --------

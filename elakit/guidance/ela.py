@@ -3,10 +3,10 @@
 Zhang et al., "Easing Concept Bleeding in Diffusion via Entity Localization and Anchoring", ICML 2024
 (PMLR 235:58955-58966).
 
-Known from the paper: decoder maps at 16 x 16, start-of-text read along with the entities, disjoint regions by
-differentiation and binarization, one loss term per entity, ``z' = z - alpha * gradient``, a slight step. Not public:
-the exact rules, the form of the loss, the guided steps and alpha. This is therefore *our reading of ELA*: what the
-paper leaves open are options, with defaults chosen by measurement on the built-in model.
+The paper specifies decoder maps at 16 x 16, start-of-text read along with the entities, disjoint regions by
+differentiation and binarization, one loss term per entity, and a small step ``z' = z - alpha * gradient``. It does not
+specify the exact rules, the form of the loss, the guided steps and alpha. This is therefore *our reading of ELA*: what
+the paper does not specify is an option, whose default was chosen by measurements on the built-in model.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ from elakit.prompt import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class ELA:
-    """Entity Localization and Anchoring (our reading of the method).
+    """ELA, Entity Localization and Anchoring, as this project reads the paper.
 
     Parameters
     ----------
     localize : FromMaps
-        How regions are found in the attention maps.
+        Rules by which regions are localized in the attention maps.
     anchor : LatentStep
         Loss, step sizes and guided steps.
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x), optional
-        Regions given by hand, in the order of the prompt: boxes in shares of the image, or masks. A location of two
-        entities goes to the smaller region. In a sequence, None stands for an entity that is localized, at the
-        locations that the others leave.
+        Regions given by hand, in the order of the prompt: boxes in shares of the image, or masks. A location in two
+        regions is assigned to the smaller one. In a sequence, None stands for an entity that is localized in the
+        remaining locations. By default all entities are localized.
     layers : str
-        Layers read: "up" (decoder; all layers of a model that has none, such as PixArt, Stable Diffusion 3 and FLUX),
-        "down", "mid", "double", "single", "all" or a name pattern.
+        Layers that are read: "up" (decoder; all layers of a model that has none, such as PixArt, Stable Diffusion 3 and
+        FLUX), "down", "mid", "double", "single", "all" or a name pattern.
     size : int, optional
-        Longer side of the maps read. By default the coarsest maps of these layers: 16 in Stable Diffusion 1.5 at 512
-        pixels, as in the paper, and 8 in picture-world, whose latents have a quarter of the side. They show best
-        whether an entity is where it belongs, and the pass ends early after them.
+        Longer side of the maps that are read. By default that of the coarsest maps of `layers`: 16 in Stable Diffusion
+        1.5 at 512 pixels, as in the paper, and 8 in picture-world. The coarsest maps show best whether an entity is in
+        its region, and the gradient pass ends early after their layers.
 
     Raises
     ------
     SettingError
-        An option is out of range or has no effect.
+        An option is out of range, or has no effect together with another one.
 
     References
     ----------
@@ -110,7 +110,7 @@ class ELA:
                     )  # fmt: skip
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The layers of the chosen side whose maps have the chosen size."""
+        """The chosen layers whose maps have the chosen size."""
         chosen = decoder_side_layers(layers, self.layers)
         if self.size is not None:
             return layers_of_size(chosen, latent, self.size, NATIVE_SIZE, "ELA")
@@ -118,21 +118,21 @@ class ELA:
         return tuple(layer for layer in chosen if layer.factor == coarsest)
 
     def begin(self, prompt: Prompt, steps: int) -> Anchors:
-        """Initial state of a run."""
+        """State of an image at the start of a run."""
         return Anchors(given=self.regions)
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Step sizes; none for a prompt with one entity and no region given by hand."""
+        """Updates of `LatentStep.plan`; none for a prompt with one entity and no region given by hand."""
         if len(prompt.entities) < 2 and self.regions is None:
             return []
         return self.anchor.plan(len(noise), localized=not is_complete(self.regions))
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """See `LatentStep.direction`."""
+        """The raw or the normalized gradient, as `anchor` specifies."""
         return self.anchor.direction(gradient)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Anchors) -> Loss:
-        """Anchoring loss of `LatentStep`, with the regions of this step."""
+        """Anchoring loss of `LatentStep.loss`, with the regions of this step."""
         maps = attention.mean
         loss = self.anchor.loss(maps, self._masks(maps.detach(), prompt, step, state), prompt, first=not state.began)
         state.began = True
@@ -154,6 +154,6 @@ class ELA:
 
 
 def decoder_side_layers(layers: Sequence[AttentionLayer], pattern: str) -> tuple[AttentionLayer, ...]:
-    """Layers that fit a pattern; "up" means all layers of a model without a decoder side."""
+    """Layers that match a pattern, where "up" means all layers of a model without a decoder."""
     wanted: Any = decoder_side(layer.place for layer in layers) if pattern == "up" else pattern
     return select_layers(layers, wanted)

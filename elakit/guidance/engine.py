@@ -54,10 +54,10 @@ ReadAttention = Callable[[Tensor, Tensor, Conditioning], list[Attention]]
 
 @contextmanager
 def reading(adapter: Adapter, layers: Sequence[AttentionLayer], *, reads_self: bool = False) -> Iterator[ReadAttention]:
-    """Context that gives the differentiable attention of conditional passes, which stop after the last layer read.
+    """Context with a function that runs a conditional pass up to the last layer read, and returns its attention.
 
-    Compute gradients inside the context, too: with gradient checkpointing the backward pass repeats parts of the
-    forward pass.
+    The attention is differentiable. Compute gradients inside the context, too: with gradient checkpointing the backward
+    pass repeats parts of the forward pass.
 
     Parameters
     ----------
@@ -76,12 +76,13 @@ def reading(adapter: Adapter, layers: Sequence[AttentionLayer], *, reads_self: b
     Raises
     ------
     SettingError
-        Raised when no layer is given, when there is no self-attention to read, or when gradient checkpointing is on
-        for a model with layerwise casting.
+        No layer is given; the layers' blocks have no self-attention to read; or gradient checkpointing is enabled for
+        a model with layerwise casting.
     """
     if not layers:
         raise SettingError(
-            "Guidance reads no attention layer: none of the model's layers fits its `layers` and `size`."
+            "Guidance reads no attention layer: none of the model's layers matches the method's `layers` and `size`. "
+            "Choose others, or leave both out."
         )
     beside = adapter.self_layers(layers) if reads_self else ()
     cross: list[Tensor] = []  # per layer, (n, heads, token, y, x)
@@ -146,16 +147,26 @@ def gradient(
     states: Sequence[Any] | None = None,
     refining: Callable[[Loss], bool] | None = None,
 ) -> tuple[list[Loss], Tensor]:
-    """Loss of a method at each latent of a batch, and its gradient.
+    """Loss of a method for each image of a batch, and its gradient with respect to the latents.
 
     Parameters
     ----------
+    adapter : Adapter
+    method : Method
+    prompt : Prompt
+    layers : sequence of AttentionLayer
+        Layers that the loss reads, in forward order.
     latents : Tensor, (n, c, h, w), or packed as the pipeline has them (FLUX)
-        As the scheduler keeps them (not scaled).
-    states : sequence of n
-        States of the images; by default those at the start of a run.
+        Latents of the scheduler, before its ``scale_model_input``.
+    timestep : Tensor, scalar
+    conditioning : Conditioning
+    step : int
+        Denoising step, counted from 0.
+    states : sequence of n objects, optional
+        State of each image, from `Method.begin`; by default those at the start of a run.
     refining : callable, optional
-        Whether an update of refinement follows a loss, so that the gradient is that of `Loss.refinement`.
+        ``refining(loss)`` returns True if a step of refinement follows: the gradient is then that of
+        `Loss.refinement`. By default none follows.
 
     Returns
     -------
@@ -163,6 +174,11 @@ def gradient(
         One per image.
     gradient : Tensor, of the latents' shape
         In float32 (float64 for float64 latents); images are independent. Zero if no image needs more guidance.
+
+    Raises
+    ------
+    SettingError
+        The attention cannot be read, as for `reading`.
     """
     if states is None:
         states = [method.begin(prompt, len(adapter.pipe.scheduler.timesteps)) for _ in latents]
@@ -211,8 +227,8 @@ def frozen(module: nn.Module) -> Iterator[None]:
 def checkpointing(pipe: Pipeline) -> Iterator[None]:
     """Context in which guidance uses gradient checkpointing: less memory, more time.
 
-    Uses the gradient checkpointing of diffusers, one residual or transformer block at a time. Its previous state is
-    restored afterwards, whatever happens. Gradients are the same; passes of the sampler cost the same.
+    This is the gradient checkpointing of diffusers, one residual or transformer block at a time. Its previous state is
+    restored afterwards, also after an error. Gradients do not change, and passes without gradients cost the same.
 
     Parameters
     ----------
@@ -221,7 +237,7 @@ def checkpointing(pipe: Pipeline) -> Iterator[None]:
     Raises
     ------
     SettingError
-        Raised when the model does not support gradient checkpointing.
+        The model does not support gradient checkpointing.
 
     Examples
     --------
@@ -238,7 +254,9 @@ def checkpointing(pipe: Pipeline) -> Iterator[None]:
     try:
         denoiser.enable_gradient_checkpointing()
     except (AttributeError, ValueError) as error:
-        raise SettingError(f"{type(denoiser).__name__} has no gradient checkpointing: guide without it.") from error
+        raise SettingError(
+            f"{type(denoiser).__name__} does not support gradient checkpointing: guide without it."
+        ) from error
     try:
         yield
     finally:
@@ -248,7 +266,7 @@ def checkpointing(pipe: Pipeline) -> Iterator[None]:
 
 
 def noise_levels(scheduler: Any) -> list[float]:
-    """Ratio of noise to signal (standard deviations) at each timestep of a scheduler that is set.
+    """Ratio of noise to signal (standard deviations) at each timestep of a scheduler whose timesteps are set.
 
     Examples
     --------
@@ -276,14 +294,14 @@ def acts(updates: Sequence[Update]) -> bool:
 
 
 def encoded(method: Method | None, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
-    """Text states of a run: those of the plain run, unless the method changes them."""
+    """Text states of a run: those of a plain run, unless the method changes them."""
     if isinstance(method, Encodes) and len(prompt.entities) > 1:
         return method.encode(adapter, prompt, conditioning)
     return conditioning
 
 
 class Guide:
-    """Guidance of one run: moves the latents before each denoising step, and keeps one trace per image.
+    """Guidance of one run: it moves the latents before each denoising step, and keeps one trace per image.
 
     Parameters
     ----------
@@ -296,6 +314,18 @@ class Guide:
         (h, w) of the latent.
     images : int
         Number of images in the batch.
+
+    Attributes
+    ----------
+    updates : tuple of Update
+        The method's plan.
+    traces : list of Trace
+        One per image.
+
+    Raises
+    ------
+    SettingError
+        The method's `layers` or `size` match no layer of the model.
     """
 
     def __init__(
@@ -331,12 +361,13 @@ class Guide:
         return nullcontext() if self.holder is None else self.holder()
 
     def rehearse(self, run: Callable[[Callable[[int], bool]], None]) -> bool:
-        """Let the method look at the first steps of a plain run; False if it does not do so.
+        """Let the method observe the first steps of a plain run; return False if it needs none.
 
         Parameters
         ----------
         run : callable
-            ``run(enough)`` makes plain steps from the run's noise until ``enough(step)``, called after each, is True.
+            ``run(enough)`` makes plain steps from the run's noise. It calls ``enough(step)`` after each step and ends
+            when the result is True.
         """
         method = self.method
         if not isinstance(method, Rehearses) or not acts(self.updates):
@@ -358,12 +389,12 @@ class Guide:
         return True
 
     def only(self, needed: Sequence[bool]) -> None:
-        """Do not guide, from this step on, the images that do not need it."""
+        """Guide only the images whose item in `needed` is True, from this step on."""
         self.left_alone = {i for i, one in enumerate(needed) if not one}
         self.done |= self.left_alone
 
     def start(self, noise: Tensor, scale: float, timestep: Tensor) -> Tensor:
-        """Initial noise of a run, moved for the first step.
+        """Initial noise of a run, after the search for it and the move before the first step.
 
         Parameters
         ----------
@@ -377,7 +408,7 @@ class Guide:
         Returns
         -------
         Tensor, of the noise's shape
-            The same object if the first step is not guided.
+            The same object if the noise does not change.
         """
         method = self.method
         if isinstance(method, NoiseSearch) and len(self.prompt.entities) > 1:
@@ -389,7 +420,7 @@ class Guide:
         return noise if moved is latents else moved / scale
 
     def move(self, latents: Tensor, step: int, timestep: Tensor) -> Tensor:
-        """Latents moved for the denoising step about to run; the same object if nothing is moved."""
+        """Latents moved for the denoising step that runs next; the same object if they do not move."""
         update = self.updates[step] if step < len(self.updates) else Update(0.0)
         self.done -= {i for i in self.done - self.left_alone if getattr(self.states[i], "steered", False)}
         pending = [i for i in range(len(latents)) if i not in self.done]
@@ -467,7 +498,7 @@ class Guide:
         return size * self.method.direction(gradient / unit) / unit
 
     def on_step_end(self, step: int, latents: Tensor) -> Tensor:
-        """Move the latents for the next denoising step; to be called after each step."""
+        """Latents moved for the denoising step after `step`, which is counted from 0; to be called when it has run."""
         timesteps = self.adapter.pipe.scheduler.timesteps
         self._held(step, timesteps[step])
         following = step + 1

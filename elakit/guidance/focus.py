@@ -1,4 +1,4 @@
-"""FOCUS: similar maps for the words of one entity, different ones across entities, by Jensen-Shannon divergence.
+"""FOCUS: make the maps of one entity's words similar, and those of different entities different.
 
 Bill, Simsar and Hofmann, "FOCUS: Optimal Control for Multi-Entity World Modeling in Text-to-Image Generation"
 (arXiv:2510.02315, whose first version is "Optimal Control Meets Flow Matching"), and the test-time control of its
@@ -9,16 +9,17 @@ by log T, each map raised to the power of 3 and normalized to a sum of 1:
 
     L = 1/2 [mean over entities of several tokens of J(their tokens) + 1 - J(mean map of each entity)]
 
-The velocity of each step gets the addend lambda 2 (s + e) / (1 - s + e) s * gradient of L, with s the share of noise
-(the latent is (1 - s) image + s noise) and e = 0.001. The tokens of an entity are those of its attributes and noun.
+The addend lambda 2 (s + e) / (1 - s + e) s * gradient of L is added to the velocity of each step, with s the share of
+noise (the latent is (1 - s) image + s noise) and e = 0.001. The tokens of an entity are those of its attributes and
+noun.
 
 The divergences equal those of the released code to rounding (``tests/guidance/test_parity_of_scores.py``).
 
-Intended differences: the released code adds the gradient to the velocity of the same pass, here the latent moves by the
-same amount, that times the step's change of s, before the pass (the two differ in the second order); for FLUX the
-released code has the other sign, which raises L and is taken for an oversight (its Stable Diffusion 3 pipeline has a
-comment on the sign); in models without blocks of two streams, all layers of one map size are read, and s is the
-standard deviation of the noise divided by the sum of those of noise and signal.
+Intended differences: the released code adds the addend to the velocity of the same pass; here the latent moves before
+the pass by the addend times the step's change of s (a difference of second order). For FLUX the released code has the
+opposite sign, which raises L and is taken for an oversight (its Stable Diffusion 3 pipeline has a comment on the sign).
+In models without two-stream blocks, all layers of one map size are read, and s is the standard deviation of the noise
+divided by the sum of those of noise and signal.
 """
 
 from __future__ import annotations
@@ -48,18 +49,20 @@ _CLAMPED = 999.0  # ratios of noise to signal above this were computed with a si
 
 @dataclass(frozen=True, kw_only=True)
 class FOCUS(ReadsOneSize):
-    """FOCUS, for models with joint attention (Stable Diffusion 3, FLUX).
+    """FOCUS (Bill et al., arXiv:2510.02315), for models with joint attention (Stable Diffusion 3, FLUX).
+
+    The module `elakit.guidance.focus` states the equations and all differences from the source.
 
     Parameters
     ----------
     strength : float
-        Factor lambda of the gradient; 4 in the released code's example and FLUX notebook (10 in its notebook of Stable
-        Diffusion 3.5; 1 is the default of its script).
+        Factor lambda of the gradient; 4 in the example and the FLUX notebook of the released code, 10 in its Stable
+        Diffusion 3.5 notebook, 1 by default in its script.
     guided : float
         Share of the denoising steps that are guided, from the first; all in the released code.
     layers, size
-        Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`. "all" are the blocks with two
-        streams, where there are any.
+        Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`. In a model with
+        two-stream blocks, "all" means these blocks.
 
     Raises
     ------
@@ -87,14 +90,14 @@ class FOCUS(ReadsOneSize):
         check_guided(self)
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The blocks with two streams, or else the chosen layers of one map size."""
+        """The two-stream blocks of a model that has them, else the chosen layers, of one map size."""
         chosen = select_layers(layers, self.layers)
         if self.layers == "all":
             chosen = tuple(layer for layer in chosen if layer.kind == "joint") or chosen
         return layers_of_size(chosen, latent, self.size, NATIVE_SIZE, "FOCUS")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Step sizes that fall with the noise; no update where the prompt names only one entity."""
+        """Step sizes that decrease with the noise; no update if the prompt names only one entity."""
         if len(prompt.entities) < 2:
             return []
         shares = [noise_share(ratio) for ratio in noise]
@@ -102,7 +105,7 @@ class FOCUS(ReadsOneSize):
         return [Update(size) for size in sizes[: round(self.guided * len(noise))]]
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Mean of the terms "coherence" and "separation"."""
+        """Mean of the terms "coherence" (within entities) and "separation" (between entities)."""
         maps = smooth(attention.mean, _BLUR).flatten(1)
         groups = [maps[[*entity.token_indices, *entity.attribute_indices]] for entity in prompt.entities]
         alike = [divergence(group) for group in groups if len(group) > 1]
@@ -120,7 +123,11 @@ def divergence(maps: Tensor) -> Tensor:
     Parameters
     ----------
     maps : Tensor, (n, location)
-        At least two.
+        At least two maps, not negative.
+
+    Returns
+    -------
+    Tensor, scalar
 
     Examples
     --------
@@ -135,7 +142,7 @@ def divergence(maps: Tensor) -> Tensor:
 
 
 def noise_share(ratio: float) -> float:
-    """Share of noise, given the ratio of noise to signal as `elakit.guidance.engine.noise_levels` computes it.
+    """Share of noise, given the ratio of noise to signal from `elakit.guidance.engine.noise_levels`.
 
     Examples
     --------
@@ -146,7 +153,7 @@ def noise_share(ratio: float) -> float:
 
 
 def control(share: float) -> float:
-    """Factor of the gradient in the velocity, without lambda.
+    """Factor of the gradient in the addend to the velocity, without lambda, for a share of noise.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Edits of attention scores in the denoiser's passes, and restrictions, by which words are attended to in regions."""
+"""Edits of attention scores in the pipeline's denoiser calls, and restrictions of words to regions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from elakit.models import Adapter, AttentionLayer
 
 
 class Holder:
-    """Edits of the images of a run, and the attention of the last pass.
+    """Edits of attention scores during a run, and the attention of each image in its last pass.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ class Holder:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Context in which passes are read, and scores edited."""
+        """Context in which attention is read and scores are edited."""
 
         def change(site: Site, scores: Scores) -> Change | None:
             return self.change(site.image, site, scores)
@@ -74,17 +74,17 @@ class Holder:
         return bool(self._read)
 
     def attention(self, image: int) -> Attention:
-        """Attention of the last pass that saw the prompt, as it was edited."""
+        """Attention of an image in its last conditional pass, after the edit, averaged over heads (one head)."""
         cross, own = (tuple(self._read[layer][image] for layer in some) for some in (self.layers, self.beside))
         return Attention(cross, own)
 
     def hold(self, held: Sequence[ScoreEdit | None], *, read: bool = True) -> None:
-        """Set the edits from the next pass on, and whether passes are read, which takes time."""
+        """Set the edit of each image from the next pass on, and whether attention is read, which takes time."""
         self.held = list(held)
         self._reads = read
 
     def change(self, image: int, site: Site, scores: Scores) -> Change | None:
-        """Change of one layer's scores in an image."""
+        """Change of one layer's scores for an image; None if its scores are not edited."""
         held = self.held[image]
         return None if held is None else held.change(site, scores)
 
@@ -108,22 +108,26 @@ def restriction(
     regions: np.ndarray | None = None,
     hidden: Sequence[int] = (),
 ) -> ScoreEdit:
-    """Edit by which words are attended to in regions only, in all layers that attend to the text.
+    """Edit that lowers the scores of each entity's words outside its region, in all layers that attend to the text.
 
     Parameters
     ----------
     masks : ndarray, bool, (entity, y, x), or callable
-        Regions at any resolution; an entity with an empty mask is not restricted. A callable gives them for a layer's
-        (rows, columns), and is taken at its word: an entity with an empty mask is attended to nowhere.
+        Regions at any resolution; an entity with an empty mask is not restricted. A callable returns the masks for the
+        (rows, columns) of a layer; with it, scores of an entity with an empty mask are lowered everywhere.
     tokens : sequence of sequence of int
         Positions of each entity's words.
     strength : float
-        Amount subtracted from the scores of an entity's words outside its mask; where a location of a layer is partly
-        outside, this share of it.
+        Amount subtracted from the scores of an entity's words outside its mask. At a location that is partly outside,
+        the same share of the amount is subtracted.
     regions : ndarray, bool, (entity, y, x), optional
-        Regions for the trace; by default the masks, if they are an array.
+        Regions for the trace; by default the masks if they are an array, else none.
     hidden : sequence of int
-        Positions from which the strength is subtracted everywhere.
+        Positions whose scores are lowered by `strength` everywhere.
+
+    Returns
+    -------
+    ScoreEdit
 
     Examples
     --------

@@ -1,26 +1,27 @@
-"""InitNO: a search for starting noise in which every entity has attention and no two entities share it.
+"""InitNO: a search for initial noise in which every entity has attention and no two entities share it.
 
 Guo et al., "InitNO: Boosting Text-to-Image Diffusion Models via Initial Noise Optimization", CVPR 2024
-(arXiv:2404.04650), and its official code (github.com/xiefan-guo/initno). With A_i the map of entity i at the first
+(arXiv:2404.04650), and its official code (github.com/xiefan-guo/initno). A_i is the map of entity i at the first
 timestep, prepared as in Attend-and-Excite, and R_i the smoothed self-attention of the location where A_i is largest:
 
     cross    = max over i of (1 - max_p A_i)
     conflict = mean over pairs i < j of sum_p min(R_i, R_j) / sum_p (R_i + R_j)
     clean    = attention outside the component around the maximum (`elakit.guidance.preprocess.clean_background`)
 
-The noise z0 becomes z = z0 exp(v / 2) + m; Adam moves m and v, from 0, against cross + clean + conflict (without the
-conflict while cross is above 0.5) while the KL divergence of N(m, exp v) from N(0, 1), a mean over elements, stays at
-0.001 or less. The noise is accepted once cross < 0.2 and conflict < 0.3. Up to 5 rounds of 10 passes start from noise
-of their own, the first from the noise given; if none is accepted, the start that came nearest gets 50 more passes. The
-noise of later rounds is a function of the noise given, so that a run depends on its seed alone. The official code goes
-on to update latents (its example runs so), and so does this: along the cross term at Attend-and-Excite's step sizes and
-guided steps, with refinement at steps 10 and 20 of 50 along cross + 0.1 clean +
-0.1 alignment + conflict until cross is at most 0.2 and conflict at most 0.3. ``guided=0`` only chooses the noise.
+*Search.* The initial noise z0 is replaced by z = z0 exp(v / 2) + m. Adam minimizes cross + clean + conflict (without
+conflict while cross is above 0.5) over m and v, which are 0 at first. The KL divergence of N(m, exp v) from N(0, 1),
+averaged over elements, stays at most 0.001. Noise is accepted once cross < 0.2 and conflict < 0.3. Up to 5 rounds have
+10 passes each. The first round starts from the run's noise, and the others from new noise that is computed from it, so
+that a run depends on its seed alone. If no round is accepted, the start with the best score gets 50 more passes.
+
+*Guidance.* As in the example of the official code, the latents are then updated along the cross term, with the step
+sizes and guided steps of Attend-and-Excite. Refinement at steps 10 and 20 of 50 follows cross + 0.1 clean +
+0.1 alignment + conflict until cross is at most 0.2 and conflict at most 0.3. ``guided=0`` only searches for the noise.
 
 The terms and their gradients equal those of the official code (``tests/guidance/test_parity.py``; the conflict to a
-relative 5e-7, because the official code adds 1e-6 to its denominator). Intended differences: KL is kept by shrinking m
-and v, where the official code lets the same Adam descend it for as long as it takes; refinement stops at the pass that
-meets its goal, where the official code takes one more update.
+relative 5e-7, because the official code adds 1e-6 to its denominator). Intended differences: the limit of the KL
+divergence is kept by scaling m and v down, in the official code by more steps of Adam; refinement stops at the pass
+that meets its goal, where the official code takes one more update.
 """
 
 from __future__ import annotations
@@ -56,29 +57,36 @@ _SCALE = 256.0  # factor of the loss: gradients survive half precision, and a po
 
 @dataclass(frozen=True)
 class InitNO(ReadsOneSize):
-    """Initial noise optimization.
+    """InitNO, initial noise optimization (Guo et al., CVPR 2024), followed by guidance along its first loss term.
+
+    The module `elakit.guidance.initno` states the equations and all differences from the source.
 
     Parameters
     ----------
     learning_rate : float
-        Learning rate of Adam, 0.01 in the official code.
+        Learning rate of Adam in the search for the noise; 0.01 in the official code.
     rounds : int
-        Largest number of starting noises; 5 in the official code.
+        Largest number of initial noises from which the search starts; 5 in the official code.
     iterations : int
-        Largest number of passes per round; 10 in the official code.
+        Largest number of passes per initial noise; 10 in the official code.
     last_iterations : int
-        Largest number of passes from the best noise when no round was accepted; 50 in the official code.
-    stop_cross, stop_conflict : float
-        Noise with lower values is accepted; 0.2 and 0.3 in the official code. Both also end refinement.
+        Largest number of passes from the best initial noise if none was accepted; 50 in the official code.
+    stop_cross : float
+        Value of the cross term (1 minus the attention of the least attended entity) below which noise is accepted, and
+        at which refinement ends; 0.2 in the official code.
+    stop_conflict : float
+        Value of the conflict term (overlap of the entities' self-attention) below which noise is accepted, and at which
+        refinement ends; 0.3 in the official code.
     max_kl : float
-        Largest divergence from unit noise, 0.001 in the official code.
+        Largest KL divergence of the noise from the standard normal distribution; 0.001 in the official code.
     step_size : float
-        Step size of the first update of the latents, 20 in the official code; it decreases as Attend-and-Excite's does.
+        Step size alpha at the first step; 20 in the official code. It decreases to sqrt(1/2) of that at the last step
+        of the run.
     guided : float
         Share of the denoising steps that are guided, from the first; 25 of 50 in the official code. 0 only searches for
         the noise.
     refinements : int
-        Largest number of extra updates at 0.2 and 0.4 of the denoising steps; 20 in the official code.
+        Largest number of additional updates at 0.2 and 0.4 of the denoising steps; 20 in the official code.
     layers, size
         Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
@@ -123,21 +131,21 @@ class InitNO(ReadsOneSize):
     def search(
         self, noise: Tensor, attend: Callable[[Tensor], Attention], prompt: Prompt
     ) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Noise that is accepted, or else the best noise found.
+        """Noise that is accepted, or the best noise found if none is.
 
         Parameters
         ----------
         noise : Tensor, (1, c, h, w), or packed as the pipeline has it (FLUX)
             Noise of unit variance.
         attend : callable
-            Attention of a pass from given noise, differentiable.
+            ``attend(noise)`` returns the differentiable attention at the first timestep.
         prompt : Prompt
 
         Returns
         -------
         found : Tensor, of the same shape
         rows : list of dict
-            One row per pass: round, iteration, cross, conflict, clean, kl.
+            One dictionary per pass with the keys round, iteration, cross, conflict, clean and kl.
         """
         generator = torch.Generator().manual_seed(zlib.crc32(noise.detach().cpu().float().numpy().tobytes()))
         rows: list[dict[str, Any]] = []
@@ -157,14 +165,14 @@ class InitNO(ReadsOneSize):
         return RunningMaps()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates and refinement; none where the prompt names only one entity."""
+        """Decreasing step sizes with refinement; no update if the prompt names only one entity."""
         if len(prompt.entities) < 2:
             return []
         refine = [(share, 1.0, self.refinements) for share in REFINED[1:]]
         return schedule(len(noise), self.step_size, guided=self.guided, refine=refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: RunningMaps) -> Loss:
-        """The cross term ("excite"); "conflict" and "clean" enter refinement only."""
+        """Cross term ("excite" in the trace); the terms "conflict" and "clean" are part of the refinement loss only."""
         scores = _scores(attention, prompt)
         refinement = scores.cross + 0.1 * scores.clean + 0.1 * state.distance(scores.entities) + scores.conflict
         terms = {"excite": float(scores.cross.detach()), "conflict": float(scores.conflict.detach())}

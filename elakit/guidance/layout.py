@@ -28,10 +28,15 @@ def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
     partial : bool
         Whether None is allowed, for an entity without a region.
 
+    Returns
+    -------
+    tuple of (left, top, right, bottom), ndarray or None; or ndarray, bool, (entity, y, x)
+        The same layout, with boxes of floats.
+
     Raises
     ------
     SettingError
-        Raised when the argument is neither, a box has no area or leaves the image, or a mask is empty.
+        The argument is not a layout, a box has no area or leaves the image, or a mask is empty.
 
     Examples
     --------
@@ -65,17 +70,17 @@ def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
 
 @dataclass(frozen=True)
 class NeedsLayout:
-    """Base class of methods that need a region for each entity, and keep it during the run.
+    """Base class of methods that need a region for each entity, which does not change during the run.
 
     Parameters
     ----------
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
-        Where each entity belongs, in the order of the prompt: boxes in shares of the image, or masks; they may overlap.
+        One region per entity, in the order of the prompt: boxes in shares of the image, or masks; they may overlap.
 
     Raises
     ------
     SettingError
-        No regions, or one that is empty or leaves the image.
+        No regions are given, or one of them is empty or leaves the image.
     """
 
     regions: Layout
@@ -95,29 +100,30 @@ def _region(region: Any) -> Region:
 
 
 def layout_masks(layout: Layout, size: tuple[int, int], entities: int, *, truncate: bool = False) -> np.ndarray:
-    """A layout on the grid of a map.
+    """Masks of a layout on the grid of a map.
 
     Parameters
     ----------
-    layout : boxes or masks, as `check_layout` gives them
+    layout : boxes or masks
+        Result of `check_layout`.
     size : tuple of int
         (rows, columns) of the map.
     entities : int
         Number of entities in the prompt.
-
     truncate : bool
-        Truncate the corners of boxes to whole locations instead of taking the locations whose center is inside.
+        Whether the corners of a box are truncated to whole locations. By default a box has the locations whose center
+        it contains.
 
     Returns
     -------
     ndarray, bool, (entity, y, x)
-        Locations whose center lies in the box, or most of which lies in the mask; at least one per entity, none for
-        None.
+        Locations of each box, and locations that each mask covers by more than half; at least one per region. The mask
+        of an entity whose region is None is empty.
 
     Raises
     ------
     SettingError
-        Raised when there are not as many regions as entities.
+        The number of regions is not that of the entities.
 
     Examples
     --------
@@ -150,7 +156,15 @@ def _truncated(box: Box, size: tuple[int, int]) -> np.ndarray:
 
 
 def apart(masks: np.ndarray) -> np.ndarray:
-    """Disjoint masks: a location of two masks is assigned to the smaller one, which has more to lose.
+    """Disjoint masks: a location that belongs to several masks is assigned to the smallest of them.
+
+    Parameters
+    ----------
+    masks : ndarray, bool, (entity, y, x)
+
+    Returns
+    -------
+    ndarray, bool, (entity, y, x)
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Layout guidance: the attention of an entity should lie inside the region given for it, head by head.
+"""Layout guidance: move the attention of each entity into the region given for it, head by head.
 
 Chen et al., "Training-Free Layout Control with Cross-Attention Guidance", WACV 2024 (arXiv:2304.03373; its backward
 guidance), and its official code (github.com/silent-chen/layout-guidance). For each head of the middle and the first
@@ -8,11 +8,12 @@ upward block with cross-attention, and each token of an entity with region M:
     z' = z - 30 sigma^2 * gradient of E, sigma the ratio of noise to signal
 
 in the first 10 of 50 steps, at most 5 times per step. As in the official code, the pass that finds E at or below 0.2 is
-still followed by its update, and no later step is guided. Boxes are truncated to whole locations as there: corner x
-becomes the integer part of x times the number of columns.
-The authors' latents are those of the LMS scheduler, signal plus noise of standard deviation sigma. In latents of unit
-variance, which the engine moves, the same move is 30 sigma^2 / (1 + sigma^2): 30 at the first step of Stable Diffusion,
-not 6000. The authors leave to the user which tokens an entity has; here they are those of its noun.
+still followed by its update, and no later step is guided. Boxes are truncated to whole locations, also as in the
+official code: the column of a corner x is the integer part of x times the number of columns.
+
+The authors' latents are those of the LMS scheduler, signal plus noise of standard deviation sigma. For latents of unit
+variance, which elakit's engine moves, the equivalent step size is 30 sigma^2 / (1 + sigma^2): 30 at the first step of
+Stable Diffusion, not 6000. The authors let the user choose the tokens of an entity; here they are those of its noun.
 
 E and its gradient equal those of the official code to rounding (``tests/guidance/test_parity.py``). Intended
 difference: a box that contains no whole location keeps the one at its center (in the official code it is empty).
@@ -35,30 +36,31 @@ from elakit.prompt import Prompt
 
 @dataclass(frozen=True)
 class LayoutGuidance(NeedsLayout, ReadsFirstBlocks):
-    """Layout guidance, which needs regions.
+    """Layout guidance (Chen et al., WACV 2024): move the attention of each entity into its given region.
+
+    The module `elakit.guidance.layout_guidance` states the equations and all differences from the source.
 
     Parameters
     ----------
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
-        Where each entity belongs, in the order of the prompt: boxes in shares of the image, or masks; they may
-        overlap.
+        One region per entity, in the order of the prompt: boxes in shares of the image, or masks; they may overlap.
     step_size : float
-        Factor of sigma^2 in the step size; 30 in the official code.
+        Step size divided by sigma^2, with sigma the ratio of noise to signal; 30 in the official code.
     guided : float
         Share of the denoising steps that are guided, from the first; 10 of 50 in the official code.
     iterations : int
         Largest number of updates per step; 5 in the official code.
     until : float
-        Guidance ends with the update of the pass whose loss is not above this value; 0.2 in the official code.
+        Loss at or below which an update is the last one of the run; 0.2 in the official code.
     layers : str, optional
-        Layers read: "up", "down", "mid", "all" or a name pattern; by default the middle block and the first upward
-        block that has cross-attention, and all layers of a model without such blocks (PixArt, Stable Diffusion 3,
-        FLUX).
+        Layers that are read: "up", "down", "mid", "all" or a name pattern; by default the middle block and the first
+        upward block that has cross-attention, and all layers of a model without such blocks (PixArt, Stable Diffusion
+        3, FLUX).
 
     Raises
     ------
     SettingError
-        No regions, or a setting outside its range.
+        No regions are given, a region is empty or leaves the image, or a setting is outside its range.
 
     Examples
     --------
@@ -86,11 +88,11 @@ class LayoutGuidance(NeedsLayout, ReadsFirstBlocks):
         check_whole(self, "iterations", least=1)
 
     def begin(self, prompt: Prompt, steps: int) -> Progress:
-        """Mutable state that remembers the step at which the threshold was met."""
+        """State that stores the step at which the threshold was met, initially none."""
         return Progress()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Up to `iterations` updates before each guided step; none where the prompt names only one entity."""
+        """Up to `iterations` updates before each guided step; none if the prompt names only one entity."""
         if len(prompt.entities) < 2:
             return []
         count = round(self.guided * len(noise))
@@ -99,7 +101,7 @@ class LayoutGuidance(NeedsLayout, ReadsFirstBlocks):
         return [Update(size, self.iterations - 1, self.until) for size in sizes]
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Progress) -> Loss:
-        """E; its term is "outside", and its regions are those on the grid of the largest maps."""
+        """Loss E; its term is "outside", and its regions are on the grid of the largest maps."""
         tokens = [token for entity in prompt.entities for token in entity.token_indices]
         owners = [i for i, entity in enumerate(prompt.entities) for _ in entity.token_indices]
         # Every entity has the same weight, however many tokens it has.
@@ -125,14 +127,21 @@ class Progress:
 
     Attributes
     ----------
-    step : int, optional
-        None as long as the threshold has not been met.
+    step : int or None
+        Step, counted from 0; None as long as the threshold has not been met.
     """
 
     step: int | None = None
 
     def met(self, step: int, low: bool) -> bool:
-        """True if an earlier step met the threshold; a low loss at this step is remembered for later steps.
+        """True if an earlier step met the threshold; the first step that meets it is stored.
+
+        Parameters
+        ----------
+        step : int
+            Present step, counted from 0.
+        low : bool
+            Whether the loss at this step meets the threshold.
 
         Examples
         --------

@@ -1,4 +1,4 @@
-"""Localization part of ELA: from attention maps to one region per entity, and the state that a run keeps of it."""
+"""Localization part of ELA: rules for regions in attention maps, and the state of the regions in a run."""
 
 from __future__ import annotations
 
@@ -21,36 +21,42 @@ QUANTILE = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class FromMaps:
-    """Regions localized in the attention maps of each guided step.
+    """Rules by which regions are localized in the attention maps of each guided step.
 
     The paper names the two stages (differentiation and binarization) and shows one result; the exact rules are not
-    public. The defaults reproduce the two regions of the paper's method figure (IoU .80 and .93).
+    public. The default rules and threshold reproduce the two regions of the paper's method figure (IoU .80 and .93).
 
     Parameters
     ----------
     differentiation : {"argmax", "subtract-max", "subtract-mean", "none"}
-        Rule that compares the maps of the entities with each other; see `elakit.regions.localize`.
+        Scores of an entity at each location, from its map and those of the others: "argmax" is its map where that is
+        the largest, else 0; "subtract-max" and "subtract-mean" are its map minus the largest or the mean of the others,
+        at least 0; "none" is its map.
     binarization : {"background", "otsu", "mean-std", "quantile"}
-        Rule for the locations that belong to a region; see `elakit.regions.localize`.
+        Locations of an entity's region: those whose score exceeds `threshold` times the background's attention
+        ("background"), Otsu's threshold of the scores ("otsu"), their mean plus standard deviation ("mean-std"), or
+        their `quantile` ("quantile").
     threshold : float, optional
-        Share of the background's attention that an entity must exceed; .1125 by default. Only for
+        Share of the background's attention that an entity's score must exceed; .1125 by default. Only for
         ``binarization="background"``.
     quantile : float, optional
-        Quantile of the scores above which locations are kept; .8 by default. Only for ``binarization="quantile"``.
+        Quantile of an entity's scores above which locations are in its region; .8 by default. Only for
+        ``binarization="quantile"``.
     background : {"start+end", "start"}, optional
-        Attention that stands for the background: that of start-of-text together with end-of-text and padding
-        (default), or that of start-of-text alone, as in the paper's figure. In Stable Diffusion start-of-text has
-        nearly all of it, in picture-world the padding has. Models that read the prompt with T5 alone (PixArt, FLUX)
-        have no start-of-text; there it is end-of-text and padding in both cases. Only for
+        Tokens whose attention stands for the background: "start+end" (default) for start-of-text, end-of-text and
+        padding, or "start" for start-of-text alone, as in the paper's figure. In Stable Diffusion nearly all of this
+        attention is on start-of-text, in picture-world on the padding. Models that read the prompt with T5 alone
+        (PixArt, FLUX) have no start-of-text; both values then mean end-of-text and padding. Only for
         ``binarization="background"``.
     subtract_pedestal : bool
-        Whether the smallest value of each map is subtracted first.
+        Whether the smallest value of each entity's map is subtracted first.
     smooth : float
         Standard deviation, in locations, of a Gaussian filter applied to the maps first; 0 switches it off.
     min_area : int, optional
         Smallest area of a region, in locations; by default 2% of the map.
     lock_from : int, optional
-        Denoising step from which the regions stay as they are; by default they are localized at every guided step.
+        Denoising step, counted from 0, from which the regions do not change any more. By default they are localized
+        again at every guided step.
 
     Raises
     ------
@@ -103,7 +109,7 @@ class FromMaps:
 
     @classmethod
     def figure(cls) -> FromMaps:
-        """The rule compared with the paper's method figure: start-of-text alone as background, maps as they are.
+        """Settings for the maps of the paper's method figure: start-of-text as background, no pedestal subtracted.
 
         Examples
         --------
@@ -113,7 +119,7 @@ class FromMaps:
         return cls(background="start", subtract_pedestal=False)
 
     def rule(self) -> dict[str, Any]:
-        """Keyword arguments of `elakit.regions.localize`."""
+        """Keyword arguments for `elakit.regions.localize` that these options stand for."""
         return {
             "differentiation": self.differentiation,
             "binarization": self.binarization,
@@ -132,7 +138,7 @@ class FromMaps:
         entities : Tensor, (entity, y, x)
             Attention probabilities.
         background : Tensor, (y, x)
-            Attention of the background, as `rest` gives it.
+            Attention of the background, from `rest`.
 
         Returns
         -------
@@ -149,7 +155,7 @@ class FromMaps:
         return start if self.background == "start" else start + end
 
     def locks(self, step: int) -> bool:
-        """True if the regions of a denoising step are kept for the following steps."""
+        """True if the regions of a denoising step, counted from 0, are kept for the following steps."""
         return self.lock_from is not None and step >= self.lock_from
 
 
@@ -157,18 +163,18 @@ class FromMaps:
 class Anchors:
     """State of the regions of one image during a run.
 
-    Changing it changes the run from the next guided step on.
+    A change of the state changes the run from the next guided step on.
 
     Attributes
     ----------
     masks : ndarray, bool (entity, y, x), or None
         Locked regions of all entities; None while regions are localized at each step.
     given : layout or None
-        Regions given by hand.
+        Regions given by hand; None if there are none.
     held : ndarray, bool (entity, y, x), or None
-        Regions that attention was restricted to in the last pass, for methods that do so.
+        Regions to which a method restricted attention in the last pass; None if it did not.
     began : bool
-        Whether a loss was computed for the image in this run.
+        Whether a loss has been computed for the image in this run.
     steered : bool
         Whether regions were changed during the run; the image is then guided again, even if it needed no more guidance.
     """
@@ -180,17 +186,18 @@ class Anchors:
     steered: bool = False
 
     def steer(self, given: Layout | None) -> None:
-        """Use these regions from the next guided step on; locked regions are released.
+        """Replace the regions given by hand from the next guided step on, and unlock the localized ones.
 
         Parameters
         ----------
         given : layout or None
-            One region per entity, None for an entity that is to be localized; None for no regions.
+            One region per entity, in which None stands for an entity that is to be localized. None instead of a layout
+            localizes all entities.
 
         Raises
         ------
         SettingError
-            The argument is not a layout.
+            `given` is not a layout, or a region is empty or leaves the image.
 
         Examples
         --------
@@ -215,12 +222,12 @@ def is_complete(given: Layout | None) -> bool:
 
 
 def complete(given: Layout, entities: Tensor, background: Tensor, rule: FromMaps) -> np.ndarray:
-    """Regions given by hand, and localized regions of the other entities at the locations that are left.
+    """Regions given by hand, and localized regions of the other entities in the remaining locations.
 
     Parameters
     ----------
     given : layout
-        None stands for an entity that is localized.
+        One region per entity; None stands for an entity that is localized.
     entities : Tensor, (entity, y, x)
     background : Tensor, (y, x)
     rule : FromMaps

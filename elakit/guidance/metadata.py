@@ -1,7 +1,7 @@
-"""Options of guidance methods by name: listed for widgets and the command line, read from and written to plain values.
+"""Options of guidance methods: their names and values, and methods and code created from values.
 
-A method's options are the fields of its dataclass. Where a field is a part (a dataclass of its own, such as
-`LatentStep`), the part's fields are listed instead, with dotted names: "anchor.step_size".
+A method's options are the fields of its dataclass. If a field is a dataclass itself (a *part*, such as `LatentStep`),
+the part's fields are listed instead, with dotted names: "anchor.step_size".
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Option:
     Attributes
     ----------
     name : str
-        Keyword argument, with the part it belongs to: "anchor.step_size".
+        Dotted name: the part that the option belongs to, if any, and the keyword argument, as in "anchor.step_size".
     owner : type
         Class that the option is a field of; its docstring describes the option.
     hint : object
-        Type of the value.
+        Type hint of the value.
     default : object
         Default value; `REQUIRED` for an option that must be given.
     """
@@ -47,7 +47,7 @@ REQUIRED: Any = MISSING
 
 
 def method_options(method: type[Any]) -> tuple[Option, ...]:
-    """Options of a method's class, parts expanded, in the order of the dataclass.
+    """Options of a method, including those of its parts, in the order of the dataclass fields.
 
     Parameters
     ----------
@@ -82,12 +82,12 @@ def is_part(hint: Any) -> bool:
 
 
 def option_values(method: Any) -> dict[str, Any]:
-    """Values of a method's options by dotted name, as the method has them.
+    """Values of a method's options by dotted name.
 
     Parameters
     ----------
     method : Method
-        A guidance method; anything else has no options.
+        A guidance method; for any other object the result is empty.
 
     Returns
     -------
@@ -112,17 +112,17 @@ def option_values(method: Any) -> dict[str, Any]:
 
 
 def options_of(method: Any) -> dict[str, Any]:
-    """Values of a method's options by dotted name, as plain values fit for JSON.
+    """Values of a method's options by dotted name, as plain values for JSON.
 
     Parameters
     ----------
     method : Method
-        A guidance method; anything else has no options.
+        A guidance method; for any other object the result is empty.
 
     Returns
     -------
     dict of str to object
-        As `option_values`, with lists instead of arrays.
+        Result of `option_values` with nested lists instead of arrays.
 
     Examples
     --------
@@ -134,7 +134,7 @@ def options_of(method: Any) -> dict[str, Any]:
 
 
 def build(method: type[Any], values: Mapping[str, Any]) -> Any:
-    """A method from values by dotted name; options that are not named keep their defaults.
+    """Create a method from option values by dotted name; the other options keep their defaults.
 
     Parameters
     ----------
@@ -168,9 +168,9 @@ def build(method: type[Any], values: Mapping[str, Any]) -> Any:
         if name not in names:
             near = [one for one in names if one.endswith(f".{name.rpartition('.')[2]}")]
             meant = f" Did you mean {near[0]!r}?" if near else ""
-            raise SettingError(f"{method.__name__} has no option {name!r}.{meant} It has {', '.join(names)}.")
+            raise SettingError(f"{method.__name__} has no option {name!r}.{meant} Choose from {', '.join(names)}.")
     if missing := [option.name for option in known if option.default is REQUIRED and option.name not in values]:
-        raise SettingError(f"{method.__name__} needs {', '.join(missing)}.")
+        raise SettingError(f"{method.__name__} needs a value for {', '.join(missing)}.")
     own: dict[str, Any] = {}
     parts: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
@@ -184,7 +184,7 @@ def build(method: type[Any], values: Mapping[str, Any]) -> Any:
 
 
 def as_code(method: type[Any], values: Mapping[str, Any], module: str = "elakit.guidance") -> str:
-    """Python code that builds a method from values by dotted name.
+    """Python code that creates a method from option values by dotted name.
 
     Parameters
     ----------
@@ -193,7 +193,7 @@ def as_code(method: type[Any], values: Mapping[str, Any], module: str = "elakit.
     values : mapping of str to object
         Values by dotted name.
     module : str
-        Module from which the code takes the classes.
+        Module whose classes the code names.
 
     Returns
     -------

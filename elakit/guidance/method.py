@@ -1,4 +1,4 @@
-"""Interface of guidance methods: a method reads attention, computes a loss, and says how far the latent moves."""
+"""Interface of guidance methods: a method reads attention, computes a loss, and plans the steps of the latent."""
 
 from __future__ import annotations
 
@@ -20,15 +20,21 @@ from elakit.prompt import Prompt
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention of one image in one forward pass, differentiable.
+    """Attention of one image in one denoiser call, differentiable.
 
     Attributes
     ----------
     cross : tuple of Tensor, each (head, token, y, x)
         Raw probabilities of the selected layers, in forward order: the share of a location's attention that each token
-        gets.
+        receives.
     own : tuple of Tensor, each (head, y, x, y, x)
-        Self-attention of the same blocks, for methods that ask for it (``reads_self``): from one location to all.
+        Self-attention of the same blocks: from each location (first y, x) to all locations (last y, x). Empty unless
+        the method's `reads_self` is True.
+
+    Raises
+    ------
+    SettingError
+        `mean` or `own_mean` is read, and the layers have maps of different sizes.
 
     Examples
     --------
@@ -42,12 +48,12 @@ class Attention:
 
     @cached_property
     def mean(self) -> Tensor:
-        """Cross-attention averaged over heads, then layers: (token, y, x)."""
+        """Cross-attention averaged over heads, then over layers; (token, y, x)."""
         return _mean(self.cross, 2)
 
     @cached_property
     def own_mean(self) -> Tensor:
-        """Self-attention averaged over heads, then layers: (y, x, y, x)."""
+        """Self-attention averaged over heads, then over layers; (y, x, y, x)."""
         return _mean(self.own, 2)
 
 
@@ -65,17 +71,17 @@ class Loss:
     Attributes
     ----------
     total : Tensor, scalar
-        Total loss, with its graph.
+        Total loss, with its autograd graph.
     terms : dict of str to float
         Named parts of the loss, for the trace.
     regions : ndarray, bool, (entity, y, x), optional
-        Regions that the loss anchors to.
+        Regions of the entities, for the trace; None if the method has none.
     goal : float, optional
-        Value that refinement brings down to `Update.until`; by default the total.
+        Value that ends a refinement once it is at most `Update.until`; by default the total.
     refinement : Tensor, scalar, optional
-        Loss that the updates of a refinement follow; by default the total.
+        Loss whose gradient the steps of a refinement follow; by default the total.
     enough : bool
-        Whether nothing is left to fix: the image is not guided from this step on, and costs no more passes.
+        Whether the image needs no more guidance. It is then not guided from this step on, and costs no gradient passes.
     """
 
     total: Tensor
@@ -88,20 +94,20 @@ class Loss:
 
 @dataclass(frozen=True)
 class Update:
-    """Move of the latent before one denoising step.
+    """Guidance of one denoising step: latent steps before it, edits of attention scores in it, or both.
 
     Attributes
     ----------
     size : float
-        Step size along the method's direction; 0 for a step that is not guided.
+        Size of each latent step along the method's direction; 0 if the latent does not move.
     repeats : int
-        Maximum number of further steps of that size before (refinement), each with a new gradient.
+        Maximum number of latent steps of the refinement, each with a new gradient; 0 for no refinement.
     until : float, optional
-        Refinement ends once the loss (its `goal`, if it has one) is at most this value.
+        Value of the loss (its `goal`, if it has one) at which refinement ends; by default all `repeats` steps are made.
     final : bool
-        Whether one step follows the refinement, whatever the loss is.
+        Whether one latent step follows the refinement, whatever the loss is.
     hold : bool
-        Whether attention scores are edited in the step (see `EditsScores`).
+        Whether attention scores are edited in the denoising step (see `EditsScores`).
     """
 
     size: float
@@ -118,8 +124,8 @@ class ScoreEdit:
     Attributes
     ----------
     change : callable
-        ``change(site, scores)`` returns the change of one layer's scores, or None; it is called as each layer runs, see
-        `elakit.attention.rescoring.rescored`.
+        ``change(site, scores)`` returns the change of one layer's scores, or None for no change. It is called as each
+        layer runs, see `elakit.attention.rescoring.rescored`.
     regions : ndarray, bool, (entity, y, x), optional
         Regions for the trace; by default those of the loss.
     """
@@ -154,47 +160,51 @@ class Method(Protocol):
     reads_self: ClassVar[bool]
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """Layers that the loss reads, in forward order; latent is (h, w)."""
+        """Layers that the loss reads, in forward order; `latent` is (height, width) of the latent."""
 
     def begin(self, prompt: Prompt, steps: int) -> Any:
-        """State of one image in a run of `steps` steps (such as locked regions), passed to every call of `loss`."""
+        """State of one image in a run of `steps` steps, such as locked regions; every call of `loss` receives it."""
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> Sequence[Update]:
-        """Moves before each step; `noise` is each step's ratio of noise to signal (standard deviations)."""
+        """One update per step from the first on; later steps are not guided.
+
+        `noise` has the ratio of the standard deviations of noise and signal before each step of the run.
+        """
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Any) -> Loss:
-        """Loss on the attention of one image."""
+        """Loss on the attention of one image at a step, counted from 0; `state` is from `begin`."""
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """Direction of the step of one image, given its gradient (raw, or normalized)."""
+        """Direction of the latent step of one image, such as its raw or normalized gradient."""
 
 
 @runtime_checkable
 class EditsScores(Protocol):
-    """A method that also edits attention scores, in the steps whose `Update.hold` is True."""
+    """Method that also edits attention scores, in the steps whose `Update.hold` is True."""
 
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Any
     ) -> ScoreEdit | None:
-        """Edit in one step for one image, or None, given the attention of the previous pass.
+        """Edit of one image's scores in one step; None for no edit.
 
-        It acts in the denoiser's own pass, and in the passes from which the step's gradient is taken, if there are any
-        (`Site.gradient`). Before the first pass there is no attention; size is (rows, columns) of the maps that are
-        read. `Method.loss` is called afterwards, with the attention of the edited pass.
+        The edit acts in the pipeline's denoiser call and in the passes from which the step's gradient is computed, if
+        there are any (`Site.gradient`). `attention` is that of the previous denoiser call, None before the first one;
+        `size` is (rows, columns) of the maps that are read. `Method.loss` is called afterwards, with the attention of
+        the edited call.
         """
 
 
 @runtime_checkable
 class Encodes(Protocol):
-    """A method that changes the text states of the whole run."""
+    """Method that changes the text states of the whole run."""
 
     def encode(self, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
-        """The prompt's text states as the method uses them, given those of the plain run."""
+        """Text states of the prompt for a run with this method; `conditioning` has those of a plain run."""
 
 
 @runtime_checkable
 class Rehearses(Protocol):
-    """A method that looks at the first steps of a plain run, which then starts again from the same noise.
+    """Method that first observes some steps of a plain run; the run then starts again from the same noise.
 
     Attributes
     ----------
@@ -207,29 +217,33 @@ class Rehearses(Protocol):
         """Number of plain steps."""
 
     def rehearse(self, passes: Sequence[Attention], prompt: Prompt, state: Any) -> None:
-        """Note what one image's plain passes show; each has the mean over heads, self-attention if `reads_self`."""
+        """Update the state of one image from the attention of its plain steps.
+
+        Each item of `passes` is the attention of one step, averaged over heads, with self-attention if `reads_self`.
+        """
 
 
 @runtime_checkable
 class NoiseSearch(Protocol):
-    """A method that also chooses the initial noise of a run."""
+    """Method that also chooses the initial noise of a run."""
 
     def search(
         self, noise: Tensor, attend: Callable[[Tensor], Attention], prompt: Prompt
     ) -> tuple[Tensor, Iterable[dict[str, Any]]]:
-        """Better noise, one row of unit variance, and one row per trial for the trace.
+        """Initial noise for one image, and one dictionary per trial for the trace.
 
-        `attend` returns the attention of a pass from given noise at the first timestep, differentiable.
+        `noise` is a batch of one, of unit variance, and so is the result. ``attend(noise)`` returns the differentiable
+        attention at the first timestep.
         """
 
 
 def editor_of(method: Method, updates: Sequence[Update]) -> EditsScores | None:
-    """The method, if its plan edits attention scores.
+    """Return the method if its plan edits attention scores, else None.
 
     Raises
     ------
     TypeError
-        The plan edits scores, and the method does not say how.
+        The plan edits scores, but the method has no `hold`.
 
     Examples
     --------
@@ -251,20 +265,21 @@ def editor_of(method: Method, updates: Sequence[Update]) -> EditsScores | None:
 def layers_of_size(
     layers: Sequence[AttentionLayer], latent: tuple[int, int], size: int | None, native: int, who: str
 ) -> tuple[AttentionLayer, ...]:
-    """Layers whose maps' longer side is `size`, or by default the size of the outer blocks nearest to `native`.
+    """Layers whose maps have one size: the longer side is `size`, by default the one nearest to `native`.
 
-    The middle block alone is never read by default: at 768 pixels Stable Diffusion's maps have 96, 48 and 24 rows in
-    the downward and upward blocks and 12 in the middle one, and the authors' codes read the five layers of 24 rows.
+    By default the middle block alone is never read: at 768 pixels, the maps of Stable Diffusion 2.x have 96, 48 and 24
+    rows in the downward and upward blocks and 12 in the middle one, and the authors' code reads the five layers with 24
+    rows.
 
     Parameters
     ----------
     layers : sequence of AttentionLayer
     latent : tuple of int
-        (h, w).
+        (height, width) of the latent.
     size : int, optional
-        Must be there.
+        Longer side of the maps; by default the size of a downward or upward block that is nearest to `native`.
     native : int
-        Side of the maps that a method's authors read.
+        Longer side of the maps that a method's authors read.
     who : str
         Name of the method, for the message.
 
@@ -275,7 +290,7 @@ def layers_of_size(
     """
     sides = {layer.factor: -(-max(latent) // layer.factor) for layer in layers}
     if size is not None and size not in sides.values():
-        raise SettingError(f"{who}(size={size}): the layers have maps of size {sorted(set(sides.values()))}.")
+        raise SettingError(f"{who}(size={size}): must be a size of the layers' maps: {sorted(set(sides.values()))}.")
     # Authors read the downward and upward layers; the middle block joins in where its maps have the same size.
     outer = {layer.factor for layer in layers if layer.place != "mid"} or set(sides)
     side = nearest_size((sides[factor] for factor in outer), native) if size is None else size

@@ -10,25 +10,20 @@ from elakit import checks
 
 
 def refuse(method: Any, option: str, rule: str) -> NoReturn:
-    """Refuse an option: "SynGen(guided=2): must be ...".
-
-    Raises
-    ------
-    SettingError
-    """
+    """Raise the SettingError of an option: "SynGen(guided=2): must be ...", where `rule` completes the sentence."""
     checks.refuse(getattr(method, option), option, rule, owner=type(method).__name__)
 
 
 def check_acts(method: Any, cause: str, *options: str) -> None:
-    """Refuse options that differ from their defaults although they have no effect together with another one.
+    """Refuse options that differ from their defaults although another option gives them no effect.
 
     Parameters
     ----------
-    method : dataclass instance
+    method : Method
     cause : str
         Option that switches the others off, with its value, such as "weight=0".
     *options : str
-        Options without effect.
+        Names of the options without effect.
     """
     defaults = {each.name: each.default for each in fields(method)}
     for option in options:
@@ -44,7 +39,7 @@ def check_numbers(method: Any, *options: str) -> None:
 
 
 def check_whole(method: Any, *options: str, least: int = 0) -> None:
-    """Refuse options that are not whole numbers of at least `least`; NumPy's become plain ones."""
+    """Refuse options that are not whole numbers of at least `least`; convert NumPy integers to int."""
     for option in options:
         value = checks.whole_number(getattr(method, option), option, least, owner=type(method).__name__)
         object.__setattr__(method, option, value)
@@ -57,14 +52,14 @@ def check_flag(method: Any, *options: str) -> None:
 
 
 def check_guided(method: Any) -> None:
-    """Refuse a ``guided`` that is not a share."""
+    """Refuse a ``guided`` that is not a number from 0 to 1."""
     if not is_number(method.guided, most=1):
         refuse(method, "guided", "between 0 and 1 (a share of the denoising steps)")
 
 
 def check_refine(method: Any, goal: str) -> None:
-    """Refuse a ``refine`` that is not a sequence of (share, number, whole number); lists become tuples."""
-    rule = f"a sequence of (share of the steps, {goal}, most steps taken), such as ((0.0, 0.05, 20),)"
+    """Refuse a ``refine`` that is not a sequence of (share, number, whole number); convert lists to tuples."""
+    rule = f"a sequence of (share of the steps, {goal}, largest number of updates), such as ((0.0, 0.05, 20),)"
     try:
         entries = tuple((share, least, most) for share, least, most in method.refine)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Phrases of a prompt that are encoded on their own, for methods that give each region a text of its own."""
+"""Phrases of a prompt, each encoded as a text of its own, for methods that need a text per entity."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _CALL = {STATES: "prompt_embeds", MASKS: "prompt_attention_mask"}  # the same as
 
 @dataclass(frozen=True)
 class Phrase:
-    """The words of an entity, encoded on their own.
+    """Words of an entity, such as "a red car", encoded as a text of their own.
 
     Attributes
     ----------
     positions : tuple of int
-        Positions of its tokens in the prompt: "a red car".
+        Positions of the words' tokens in the prompt.
     own : tuple of int
-        Positions of the same tokens in its own text.
+        Positions of the same tokens in the text of their own.
     states : Tensor, (1, position, channel)
-        Text states of its own text.
+        Text states of the text of their own.
     mask : Tensor, (1, position), or None
-        Attention mask of its own text, if the model takes one.
+        Attention mask of the text of their own; None if the model takes no mask.
     start : int or None
-        Position of start-of-text, in both texts.
+        Position of start-of-text in the text of their own; None if it has none.
     """
 
     positions: tuple[int, ...]
@@ -43,34 +43,45 @@ class Phrase:
 
 
 def check_text(adapter: Adapter, conditioning: Conditioning, who: str) -> None:
-    """Refuse a model whose text is not the keys of plain cross-attention layers.
+    """Refuse a model whose layers do not read the text by separate cross-attention.
 
     Raises
     ------
     SettingError
+        The model has other layers, such as joint attention; the message names the method `who`.
     """
     plain = all(layer.kind == "cross" and layer.layout is None for layer in adapter.layers())
     if not plain or STATES not in conditioning.inputs or _CALL[STATES] not in conditioning.call:
         raise SettingError(
-            f"{who} gives each entity a text of its own, which {adapter.family} does not take: image and text are not "
-            "in separate layers. Use a model with cross-attention (Stable Diffusion 1.x, 2.x, XL, PixArt), or another "
-            "method, such as elakit.ELA()."
+            f"{who} encodes the words of each entity on their own, which needs separate layers of cross-attention; "
+            f"{adapter.family} has none. Use a model with plain cross-attention (Stable Diffusion 1.x, 2.x, XL, "
+            "PixArt), or another method, such as elakit.ELA()."
         )
 
 
 def phrases(adapter: Adapter, prompt: Prompt) -> list[Phrase]:
-    """Encode the words of each entity on their own.
+    """Encode the words of each entity as a text of their own.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    prompt : Prompt
+
+    Returns
+    -------
+    list of Phrase
+        One per entity.
 
     Raises
     ------
     PromptError
-        The tokenizer cuts the words in their own text in another way than in the prompt.
+        The tokenizer splits the words of an entity into a different number of tokens than in the prompt.
     """
     return [_phrase(adapter, prompt, entity) for entity in prompt.entities]
 
 
 def phrase_positions(prompt: Prompt, entity: Entity) -> tuple[int, ...]:
-    """Positions of the tokens of an entity's words, its article and other words between them included.
+    """Positions of the tokens of an entity's words, including its article and other words between them.
 
     Examples
     --------
@@ -94,7 +105,7 @@ def phrase_positions(prompt: Prompt, entity: Entity) -> tuple[int, ...]:
 
 
 def end_of_text(prompt: Prompt) -> int | None:
-    """Position of end-of-text; None if nothing follows the words, because padding precedes them.
+    """Position of end-of-text; None if the text ends with its words, because padding precedes them.
 
     Examples
     --------
@@ -114,7 +125,7 @@ def _phrase(adapter: Adapter, prompt: Prompt, entity: Entity) -> Phrase:
     own = tuple(token.index for token in alone.tokens)
     if len(own) != len(positions):
         raise PromptError(
-            f"The tokenizer cuts {text!r} into {len(own)} tokens on its own and into {len(positions)} in "
+            f"The tokenizer splits {text!r} into {len(own)} tokens on its own and into {len(positions)} in "
             f"{prompt.text!r}. Put the words of this entity between spaces."
         )
     inputs = adapter.encode(alone.text, guided=False).inputs
@@ -129,10 +140,14 @@ def with_text(conditioning: Conditioning, states: Tensor, mask: Tensor | None = 
     conditioning : Conditioning
     states : Tensor, (1, position, channel)
     mask : Tensor, (1, position), optional
-        By default the one it has.
+        By default the mask that the conditioning has.
     times : int
-        Number of times that the text states without the prompt are repeated, to have as many positions: every weight
-        is divided by it, which changes nothing.
+        Number of times that the negative prompt's text states are repeated, so that they have as many positions as
+        `states`. Equal keys share the attention, so the result of attention is the same.
+
+    Returns
+    -------
+    Conditioning
     """
     given: dict[str, Tensor] = {STATES: states} | ({} if mask is None else {MASKS: mask})
     call: dict[str, Any] = conditioning.call | {_CALL[name]: value for name, value in given.items()}

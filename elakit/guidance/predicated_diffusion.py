@@ -1,4 +1,4 @@
-"""Predicated Diffusion: a prompt as predicate logic, with attention as the truth of "a location shows the word".
+"""Predicated Diffusion: predicate logic on the prompt, with attention as the truth of "a location shows the word".
 
 Sueyoshi and Matsubara, "Predicated Diffusion: Predicate Logic-Based Attention Guidance for Text-to-Image Diffusion
 Models", CVPR 2024 (arXiv:2311.16117), and its released code (pipeline_predicated_diffusion.py, the loss
@@ -11,8 +11,8 @@ Models", CVPR 2024 (arXiv:2311.16117), and its released code (pipeline_predicate
 A' is the softmax over tokens of 100 times the probabilities, without start-of-text; N and M are the raw maps of noun
 and attribute, each scaled to 0..1. The loss is 0.1 times the mean existence term over nouns, plus the mean
 correspondence term over pairs of noun and attribute, plus 0.3 times the mean separation term over pairs of an attribute
-and another noun. Step sizes are 20 sqrt(1 - i / (2 (N - 1))) over the first 25 of 50 steps, with 5 extra updates at the
-first step.
+and another noun. Step sizes are 20 sqrt(1 - i / (2 (N - 1))) over the first 25 of 50 steps, with 5 additional updates
+at the first step.
 
 Intended differences: words of several tokens have the mean of their maps; 1 - N (1 - M) and its like are kept at 1e-6
 or above, so that the loss stays finite in half precision (the released code adds 1e-20); the possession term ("a frog
@@ -41,18 +41,25 @@ _SMALL, _LEAST = 1e-4, 1e-6
 
 @dataclass(frozen=True)
 class PredicatedDiffusion(ReadsOneSize):
-    """Predicated Diffusion.
+    """Predicated Diffusion (Sueyoshi and Matsubara, CVPR 2024): losses from the prompt in predicate logic.
+
+    The module `elakit.guidance.predicated_diffusion` states the equations and all differences from the source.
 
     Parameters
     ----------
     step_size : float
-        Step size of the first step, 20 in the released code; it decreases as Attend-and-Excite's does.
+        Step size alpha at the first step; 20 in the released code. It decreases to sqrt(1/2) of that at the last step
+        of the run.
     guided : float
         Share of the denoising steps that are guided, from the first; 25 of 50 in the released code.
     refinements : int
-        Number of extra updates at the first step; 5 in the released code.
-    existence, separation : float
-        Weights of the two terms relative to correspondence; 0.1 and 0.3 in the released code.
+        Number of additional updates at the first step; 5 in the released code.
+    existence : float
+        Weight of the existence term (some location shows the noun), relative to the correspondence of attributes and
+        nouns; 0.1 in the released code.
+    separation : float
+        Weight of the separation term (no location shows a noun and another noun's attribute), relative to the
+        correspondence of attributes and nouns; 0.3 in the released code.
     layers, size
         Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
@@ -86,14 +93,14 @@ class PredicatedDiffusion(ReadsOneSize):
         check_whole(self, "refinements")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Decreasing step sizes with extra updates first; no update where the prompt names only one entity."""
+        """Decreasing step sizes, additional updates first; no update if the prompt names only one entity."""
         if len(prompt.entities) < 2:
             return []
         # `None` sets no goal: all extra updates are made
         return schedule(len(noise), self.step_size, guided=self.guided, refine=[(0.0, None, self.refinements)])
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Weighted sum of the terms "existence", "correspondence" and "separation", each unweighted in the trace."""
+        """Weighted sum of the terms "existence", "correspondence" and "separation"; the trace has no weights."""
         maps = attention.mean
         sharp = word_softmax(maps, prompt.start_index)
         nouns = [scaled(maps[list(entity.token_indices)].mean(0)) for entity in prompt.entities]
@@ -119,7 +126,18 @@ class PredicatedDiffusion(ReadsOneSize):
 
 
 def existence(attention: Tensor) -> Tensor:
-    """-log of the truth of "some location shows the word", as a geometric mean over locations.
+    """Loss for the statement "some location shows the word".
+
+    It is -log(1 - g), with g the geometric mean of 1 - attention over locations.
+
+    Parameters
+    ----------
+    attention : Tensor, (y, x)
+        Attention to the word, 0 to 1.
+
+    Returns
+    -------
+    Tensor, scalar
 
     Examples
     --------
@@ -131,7 +149,18 @@ def existence(attention: Tensor) -> Tensor:
 
 
 def implied(one: Tensor, other: Tensor) -> Tensor:
-    """Mean over locations of -log of the truth of "where `one` is, `other` is".
+    """Loss for the statement "each location that shows one word shows the other word".
+
+    It is the mean of -log(1 - one (1 - other)) over locations.
+
+    Parameters
+    ----------
+    one, other : Tensor, (y, x)
+        Attention to the words, 0 to 1.
+
+    Returns
+    -------
+    Tensor, scalar
 
     Examples
     --------
@@ -143,7 +172,7 @@ def implied(one: Tensor, other: Tensor) -> Tensor:
 
 
 def scaled(attention: Tensor) -> Tensor:
-    """A map scaled to 0..1; a constant map becomes 0.
+    """Scale a map to 0..1; a constant map becomes 0.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Map preparation and schedules shared by the methods that descend from Attend-and-Excite.
+"""Preparation of maps, and schedules of updates, for methods that build on Attend-and-Excite.
 
 Chefer et al., "Attend-and-Excite: Attention-Based Semantic Guidance for Text-to-Image Diffusion Models", 2023
 (arXiv:2301.13826), and its official code.
@@ -39,7 +39,7 @@ def entity_maps(maps: Tensor, prompt: Prompt, *, normalize_eot: bool = False) ->
         Raw probabilities of all text positions.
     prompt : Prompt
     normalize_eot : bool
-        Leave end-of-text and padding out of the softmax over tokens, see `word_softmax`.
+        Whether end-of-text and padding are left out of the softmax over tokens, see `word_softmax`.
 
     Returns
     -------
@@ -57,16 +57,16 @@ def word_softmax(maps: Tensor, start: int | None = 0, end: int | None = None) ->
     maps : Tensor, (token, y, x)
         Raw probabilities of all text positions.
     start : int or None
-        Position of start-of-text, 0; None where the text has none (T5) and the first position is a word's.
+        Position of start-of-text; None if the text has none (T5), so that its first position is a word.
     end : int, optional
-        First position that is left out of the softmax. By default the last position alone is left out, as the
-        official code does for Stable Diffusion 1.x; for 2.x it leaves out end-of-text and padding (its
-        ``normalize_eot``), which is the position of end-of-text here.
+        Position from which on positions are left out of the softmax; by default the last one, as in the official code
+        for Stable Diffusion 1.x. With the position of end-of-text, end-of-text and padding are left out, as in the
+        official code for 2.x (its ``normalize_eot``).
 
     Returns
     -------
     Tensor, (token, y, x)
-        All positions, so that token indices stay valid; those left out are 0.
+        Values of all positions, so that token indices stay valid; 0 at the positions that are left out.
 
     Examples
     --------
@@ -83,14 +83,15 @@ def word_softmax(maps: Tensor, start: int | None = 0, end: int | None = None) ->
 def smooth(maps: Tensor, sigma: float = 0.5) -> Tensor:
     """Gaussian smoothing with a 3 x 3 kernel and reflected edges.
 
-    The official kernel's weights are exp(-(d / (2 sigma))^2), so its sigma of 0.5 acts as 0.707; this is kept.
+    The weights are those of the official code, exp(-(d / (2 sigma))^2) at distance d. Its sigma of 0.5 is therefore a
+    standard deviation of 0.707 locations.
 
     Parameters
     ----------
     maps : Tensor, (n, y, x)
-        At least 2 x 2.
+        Maps of at least 2 x 2 locations.
     sigma : float
-        Width in the official code's convention.
+        Width as the official code defines it.
 
     Returns
     -------
@@ -111,7 +112,7 @@ def smooth(maps: Tensor, sigma: float = 0.5) -> Tensor:
 
 
 def quantized_otsu(maps: Tensor) -> np.ndarray:
-    """Otsu masks as the codes of InitNO and Self-Cross compute them: the threshold is that of the map in 8 bits.
+    """Otsu masks as in the official code of InitNO and Self-Cross, with the threshold of the map quantized to 8 bits.
 
     Parameters
     ----------
@@ -121,8 +122,8 @@ def quantized_otsu(maps: Tensor) -> np.ndarray:
     Returns
     -------
     ndarray, bool, (n, y, x)
-        Locations at or above the threshold, which is the highest level of the lower class: locations of that level
-        belong to the mask, as in the official code.
+        Locations at or above the threshold. It is the highest level of the lower class, which therefore belongs to the
+        mask, as in the official code.
 
     Examples
     --------
@@ -136,10 +137,10 @@ def quantized_otsu(maps: Tensor) -> np.ndarray:
 
 
 def clean_background(maps: Tensor) -> Tensor:
-    """The clean-background term of InitNO and Self-Cross: attention outside the component that holds the maximum.
+    """Clean-background term of InitNO and Self-Cross: attention outside the component that contains the maximum.
 
     For each map, the component of its Otsu mask (`quantized_otsu`, 4-connected) around the largest value is the
-    foreground. The map contributes its largest background value where that exceeds the smallest foreground value.
+    foreground. The map contributes its largest background value if that exceeds the smallest foreground value.
 
     Parameters
     ----------
@@ -167,18 +168,19 @@ def clean_background(maps: Tensor) -> Tensor:
 
 @dataclass
 class RunningMaps:
-    """Exponential average of the maps of all passes of an image, for the alignment term of InitNO and Self-Cross.
+    """Exponential moving average of an image's maps over passes, for the alignment term of InitNO and Self-Cross.
 
     Attributes
     ----------
-    average : Tensor, optional
-        0.9 times the average before plus 0.1 times the latest maps; the first maps themselves after the first pass.
+    average : Tensor, (n, y, x), or None
+        0.9 times the previous average plus 0.1 times the latest maps. The average after the first pass is its maps;
+        before it, there is none.
     """
 
     average: Tensor | None = None
 
     def distance(self, maps: Tensor) -> Tensor:
-        """Sum over maps of the mean absolute difference from the average, which these maps then enter.
+        """Add maps to the average; return their mean absolute difference from the new average, summed over maps.
 
         Examples
         --------
@@ -199,22 +201,21 @@ def schedule(
     last: float = 0.5,
     refine: Sequence[tuple[float, float | None, int]] = (),
 ) -> list[Update]:
-    """When and how far the latent moves.
+    """Updates with the step sizes of Attend-and-Excite, and refinements at given shares of the steps.
 
     Parameters
     ----------
     steps : int
-        Denoising steps (calls of the model) of the run.
+        Denoising steps of the run.
     step_size : float
-        Step size of the first step; at step i it is ``step_size * sqrt(1 - (1 - last) i / (steps - 1))``.
+        Step size at the first step; at step i it is ``step_size * sqrt(1 - (1 - last) i / (steps - 1))``.
     guided : float
         Share of the steps that are guided, from the first.
     last : float
-        See `step_size`; 1 keeps it constant.
+        Square of the step size at the last step of the run relative to the first; 1 keeps it constant.
     refine : sequence of (float, float or None, int)
-        Refinements: the share of the steps at which each takes place, the loss at which it ends (None: it makes all its
-        updates), and the largest number of updates. Where several shares fall on one step of a short run, the last one
-        counts.
+        Refinements, each as (share of the steps at which it takes place, loss at which it ends or None for no such
+        loss, largest number of its updates). If several shares fall on one step of a short run, the last one counts.
 
     Returns
     -------
@@ -240,7 +241,7 @@ def schedule(
 def excitation(
     steps: int, prompt: Prompt, step_size: float, *, guided: float, refine: Sequence[Refinement]
 ) -> list[Update]:
-    """Schedule of Attend-and-Excite, which BoxDiff shares: every entity's attention is raised to given values.
+    """Updates of Attend-and-Excite and BoxDiff, whose refinements raise every entity's attention to given values.
 
     Parameters
     ----------
@@ -248,13 +249,13 @@ def excitation(
         See `schedule`.
     prompt : Prompt
     refine : sequence of (float, float, int)
-        Refinements: the share of the steps, the attention that every entity has to reach, and the largest number of
-        updates. The loss of a refinement is 1 - the attention of the most neglected entity.
+        Refinements, each as (share of the steps at which it takes place, attention that every entity has to reach,
+        largest number of its updates). The loss of a refinement is 1 minus the attention of the least attended entity.
 
     Returns
     -------
     list of Update
-        One per guided step; none where the prompt names only one entity.
+        One per guided step; none if the prompt names only one entity.
 
     Examples
     --------

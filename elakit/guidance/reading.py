@@ -1,4 +1,4 @@
-"""Base classes of most methods: by the layers that they read, all along the raw gradient, and by the steps edited."""
+"""Base classes of methods: they choose the layers that are read, or the steps in which scores are edited."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from elakit.prompt import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class ReadsOneSize:
-    """Base class of methods that read layers of one map size, keep no state, and step along the raw gradient.
+    """Base class of methods that read layers of one map size, keep no state, and follow the raw gradient.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class ReadsOneSize:
         return layers_of_size(select_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, type(self).__name__)
 
     def begin(self, prompt: Prompt, steps: int) -> Any:
-        """No state."""
+        """None: the method has no state."""
         return None
 
     def direction(self, gradient: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class ReadsOneSize:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadsFirstBlocks:
-    """Base class of methods that read the blocks of a UNet where its maps are smallest.
+    """Base class of methods that read the middle and the first upward block of a UNet, and follow the raw gradient.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ class ReadsFirstBlocks:
 
 
 class EditsFirstSteps:
-    """Base class of methods that edit attention scores in the first steps and move no latent.
+    """Base class of methods that edit attention scores in the first steps and do not move the latent.
 
     Attributes
     ----------
@@ -83,7 +83,7 @@ class EditsFirstSteps:
     guided: float = 1.0
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Passes with edited scores; none for a prompt with one entity."""
+        """One edit of scores for each of the first steps; none for a prompt with one entity."""
         if len(prompt.entities) < 2:
             return []
         return [Update(0.0, hold=True)] * round(self.guided * len(noise))

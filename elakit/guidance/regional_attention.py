@@ -1,4 +1,4 @@
-"""Regional attention: each entity's words are attended to in its own region only, without a gradient.
+"""Regional attention: lower the attention scores of each entity's words outside its region, without a gradient.
 
 This is not ELA: no loss is computed and no latent is moved. In the denoiser's own passes the attention scores of an
 entity's words (noun and attributes) are lowered by `strength` outside its region, in every cross-attention layer.
@@ -6,23 +6,24 @@ entity's words (noun and attributes) are lowered by `strength` outside its regio
 Both this method and `RegionalPrompter` restrict words to parts of the image in every pass, and by default these parts
 are of equal width. They are different methods:
 
-- Text: here the image attends to the states of the whole prompt; there each column attends to its entity's words, which
-  are encoded without the rest of the prompt. Words of no entity, start and end of text act everywhere here; there
-  start-of-text acts everywhere, end and padding are those of the entity's own text, and other words are not read.
-- Strength: here scores are lowered by a number (5 by default), which leaves a word exp(-5), or .7%, of its odds outside
-  its region; there words are hidden.
-- Place: here the order of the parts is that in which an early step shows the entities, a tall image is divided into
-  rows, and regions can come from maps or from the user; there it is the order of the prompt, always in columns.
-- Steps: here from 8% of the run, after a first step that is never restricted; there in all steps.
-- Families: here all of them; there those with separate layers of cross-attention.
+- Text: in regional attention the image attends to the states of the whole prompt, and words of no entity, start-of-text
+  and end-of-text are not restricted. In Regional Prompter each column attends to its entity's words, which are encoded
+  without the rest of the prompt, with end-of-text and padding of their own; words of no entity are not read.
+- Strength: regional attention lowers scores by a number (5 by default), which leaves a word exp(-5), or .7%, of its
+  odds outside its region. Regional Prompter hides words.
+- Regions: regional attention orders the parts as an early step shows the entities, divides a tall image into rows, and
+  can take regions from maps or from the user. Regional Prompter has columns in the order of the prompt.
+- Steps: regional attention starts at 8% of the run by default, and restricts the first step only if all regions are
+  given by hand. Regional Prompter acts in all steps.
+- Families: regional attention works with all of them, Regional Prompter with those that have separate layers of
+  cross-attention.
 
 Other related methods. Attention Couple (an extension of a Stable Diffusion web UI) gives regions prompts of their own,
-as Regional Prompter does. SPDiffusion (arXiv:2409.01327) finds a region per concept in the attention
-maps of two plain steps, then runs again with the scores of the other concepts' words at minus infinity in each region.
-DenseDiffusion (Kim et al., ICCV 2023) raises scores inside and lowers them outside user masks, in self-attention as
-well. Here the columns are assigned to the entities in the order in which an early step's maps show them (layout
-"strips"), regions can also be localized in the maps (layout "maps") or given by hand, the whole prompt is kept, and one
-run suffices.
+as Regional Prompter does. SPDiffusion (arXiv:2409.01327) finds a region per entity in the attention maps of two plain
+steps, then runs again with the scores of the other entities' words at minus infinity in each region. DenseDiffusion
+(Kim et al., ICCV 2023) raises scores inside and lowers them outside user masks, in self-attention, too. Regional
+attention keeps the whole prompt and needs one run. It assigns strips to the entities in the order in which an early
+step's maps show them (layout "strips"), localizes regions in the maps (layout "maps"), or takes regions given by hand.
 """
 
 from __future__ import annotations
@@ -53,29 +54,29 @@ MOST_STRIPS = 3  # narrower strips cut entities apart
 
 @dataclass(frozen=True, kw_only=True)
 class RegionalAttention:
-    """Regional attention, without a gradient.
+    """Regional attention: lower the attention scores of each entity's words outside its region, without a gradient.
 
     Parameters
     ----------
     layout : {"strips", "maps"}, optional
-        Where the regions come from. "strips" (default): strips of equal width in the order in which the maps of an
-        early step show the entities, kept for the whole run (`elakit.regions.divide`); they suit entities that stand
-        side by side, not one that wears, holds or is inside another. "maps": where the maps of the previous step show
-        the entities (`FromMaps` with its defaults), localized again at every step. Not with regions for all entities.
+        Source of the regions. "strips" (default): strips of equal width in the order in which the maps of an early step
+        show the entities, for the whole run (`elakit.regions.divide`); they suit entities that stand side by side, not
+        one that wears, holds or is inside another. "maps": regions localized in the maps of the previous step
+        (`FromMaps` with its defaults), again at every step. Must be None if regions are given for all entities.
     strength : float
-        Amount subtracted from the scores of an entity's words outside its region.
+        Amount subtracted from the scores of an entity's words outside its region; 5 leaves them .7% of their odds.
     start : float, optional
-        Share of the denoising steps before it starts. By default .08 for "strips", .2 for "maps", and 0 where all
-        regions are given by hand. Regions that are not given by hand are localized in the previous step's pass, so the
-        first step is never restricted.
+        Share of the denoising steps before attention is restricted. By default .08 for "strips", .2 for "maps", and 0
+        if all regions are given by hand. Other regions need the maps of a previous step, so the first step is then
+        never restricted.
     guided : float
-        Share of the denoising steps that are restricted, counted from `start`.
+        Share of the denoising steps that are restricted, from `start` on.
     every : int
-        Restrict every n-th of these steps only.
+        Interval of the restricted steps: 1 restricts each step, n every n-th step.
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x), optional
-        Regions given by hand, in the order of the prompt: boxes in shares of the image, or masks. A location of two
-        entities goes to the smaller region. In a sequence, None stands for an entity whose region comes from `layout`,
-        at the locations that the others leave.
+        Regions given by hand, in the order of the prompt: boxes in shares of the image, or masks. A location in two
+        regions is assigned to the smaller one. In a sequence, None stands for an entity whose region comes from
+        `layout`, in the remaining locations. By default all regions come from `layout`.
     layers : str
         Layers whose maps are read: "up" (decoder; all layers of a model that has none), "down", "mid", "double",
         "single", "all" or a name pattern. Attention is restricted in all layers.
@@ -85,7 +86,12 @@ class RegionalAttention:
     Raises
     ------
     SettingError
-        An option is out of range or has no effect.
+        An option is out of range, or has no effect together with another one.
+
+    Warns
+    -----
+    UserWarning
+        The image is divided into strips for more than three entities (when a run starts).
 
     Examples
     --------
@@ -134,13 +140,13 @@ class RegionalAttention:
                 )  # fmt: skip
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The layers of the chosen side whose maps have the chosen size."""
+        """The chosen layers whose maps have the chosen size."""
         return layers_of_size(
             decoder_side_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, "RegionalAttention"
         )
 
     def begin(self, prompt: Prompt, steps: int) -> Anchors:
-        """Initial state of a run."""
+        """State of an image at the start of a run."""
         if self.regions is None and self.layout != "maps" and len(prompt.entities) > MOST_STRIPS:
             count = len(prompt.entities)
             warnings.warn(
@@ -151,7 +157,7 @@ class RegionalAttention:
         return Anchors(given=self.regions)
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Restricted passes; none for a prompt with one entity and no region given by hand."""
+        """Steps with restricted attention; none for a prompt with one entity and no region given by hand."""
         if len(prompt.entities) < 2 and self.regions is None:
             return []
         given = is_complete(self.regions)
@@ -162,13 +168,13 @@ class RegionalAttention:
         return [Update(0.0, hold=i >= first and (i - first) % self.every == 0) for i in range(last)]
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """Not used: there is no gradient."""
+        """Not used, because the method computes no gradient."""
         return gradient
 
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Anchors
     ) -> ScoreEdit | None:
-        """Restriction of one pass, given the attention of the pass before it."""
+        """Restriction of attention in one step; None if the regions are not known yet."""
         if attention is not None:
             masks = self._masks(attention.mean, prompt, state)
         elif state.given is not None and is_complete(state.given):

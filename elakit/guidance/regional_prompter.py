@@ -3,21 +3,17 @@
 hako-mikan, sd-webui-regional-prompter (github.com/hako-mikan/sd-webui-regional-prompter, scripts/attention.py), in its
 mode "Attention" with divide mode "Columns", ratios 1,1,..., and neither a base nor a common prompt. Each entity's
 words, "a red car", are encoded on their own. In every cross-attention layer and every step, the locations of column i
-attend to text i, from the left in the order of the prompt. It is the baseline that `RegionalAttention` has to beat.
+attend to text i, from the left in the order of the prompt. It is the baseline for `RegionalAttention`.
 
-It differs from `RegionalAttention` in five ways. Each column attends to a text of its own, where that method keeps the
-states of the whole prompt. Words are hidden outside their column, where that method lowers their scores by a number.
-Columns are in the order of the prompt, where that method finds the order in an early step, divides a tall image into
-rows, and can take regions from maps or from the user. All steps are divided, where that method starts at 8% of the run.
-And it needs separate layers of cross-attention, where that method takes all families.
+`elakit.guidance.regional_attention` lists the differences from `RegionalAttention`.
 
-Here the prompt's text states are followed by those of each text. Column i sees the words of entity i in their places in
-the prompt, with the states of text i, and what is left of text i (end and padding) after the prompt; all other
-positions are hidden, except start-of-text, whose state is the same in all texts. The weights are those of an attention
-to text i alone, and recordings show each word in its place.
+In this implementation the prompt's text states are followed by those of each text. Column i sees the words of entity i
+at their positions in the prompt, with the states of text i, and the rest of text i (end-of-text and padding) after the
+prompt. All other positions are hidden, except start-of-text, whose state is the same in all texts. The weights are
+those of an attention to text i alone, and recordings show each word at its position in the prompt.
 
-Differences from the extension: words of the prompt that belong to no entity are not read, because nobody divides the
-prompt by hand; Stable Diffusion XL's pooled text state is that of the whole prompt.
+Differences from the extension: words of the prompt that belong to no entity are not read, because the prompt is
+not divided by hand; Stable Diffusion XL's pooled text state is that of the whole prompt.
 """
 
 from __future__ import annotations
@@ -41,7 +37,9 @@ from elakit.prompt import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
-    """Regional Prompter with equal columns, for models with cross-attention layers.
+    """Regional Prompter with equal columns (hako-mikan), for models with cross-attention layers.
+
+    The module `elakit.guidance.regional_prompter` states the source and all differences from it.
 
     Parameters
     ----------
@@ -58,7 +56,7 @@ class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
     title: ClassVar[str] = "Regional Prompter"
 
     def encode(self, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
-        """The prompt's states, each word as in its entity's own text, followed by those texts."""
+        """Text states of the prompt with each entity's words encoded on their own, followed by those of their texts."""
         check_text(adapter, conditioning, "RegionalPrompter")
         if len(conditioning.inputs[STATES][0]) != prompt.length:
             raise SettingError(
@@ -83,7 +81,7 @@ class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: None
     ) -> ScoreEdit:
-        """Each text is seen in its column, and what belongs to none is seen nowhere."""
+        """Edit that lets each column attend to its entity's own text only."""
         start = prompt.start_index
         first = 0 if start is None else start + 1  # position of a text's first word
         seen: list[tuple[int, ...]] = []
@@ -107,13 +105,24 @@ class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
 
 
 def in_order(prompt: Prompt) -> list[int]:
-    """Number of each entity's column, in the order of the prompt."""
+    """Index of each entity's column; the columns are in the order of the prompt."""
     firsts = [min(entity.token_indices) for entity in prompt.entities]
     return [sorted(firsts).index(first) for first in firsts]
 
 
 def columns(size: tuple[int, int], count: int) -> np.ndarray:
-    """Equal columns, bool (column, rows, columns of the map); borders are truncated.
+    """Masks that divide a map into columns of equal width, whose borders are truncated to whole locations.
+
+    Parameters
+    ----------
+    size : tuple of int
+        (rows, columns) of the map.
+    count : int
+        Number of columns into which it is divided.
+
+    Returns
+    -------
+    ndarray, bool, (count, y, x)
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Guidance methods by name; a method's module is imported when the method is needed."""
+"""Guidance methods by name; the module of a method is imported when the method is first used."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from elakit.errors import SettingError
 class Methods(MutableMapping[str, type[Any]]):
     """Method classes by name, imported at their first use.
 
-    Names can be listed without importing torch, as the help of the command line does. A method of your own becomes
-    known to sweeps, diagnosis and the live panel by ``METHODS["my-method"] = MyMethod``.
+    Names can be listed without importing torch. ``METHODS["my-method"] = MyMethod`` makes a method of your own known to
+    sweeps, diagnosis and the live panel.
     """
 
     def __init__(self, places: dict[str, str]) -> None:
@@ -66,11 +66,11 @@ METHODS = Methods(
         "densediffusion": "dense_diffusion:DenseDiffusion",
     }
 )
-"""Guidance methods by name: module and class. Each class carries its metadata: see `elakit.guidance.Method`."""
+"""Classes of the guidance methods by name; `elakit.guidance.Method` describes their attributes."""
 
 
 def method_title(name: str) -> str:
-    """Display name of a method; other names, such as "plain", are returned as they are.
+    """Display name of a method; any other name, such as "plain", is returned unchanged.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def method_title(name: str) -> str:
 
 
 def without_regions(name: str) -> Any:
-    """A method of `METHODS` with its default options, for uses in which no regions can be given.
+    """Create a method of `METHODS` with its default options, unless it needs regions.
 
     Parameters
     ----------
@@ -103,6 +103,8 @@ def without_regions(name: str) -> Any:
 
     Raises
     ------
+    KeyError
+        There is no method of this name.
     SettingError
         The method needs regions.
 

@@ -1,4 +1,4 @@
-"""Self-Cross guidance: the locations that one entity attends to should not be where another entity is.
+"""Self-Cross guidance: separate the self-attention of one entity from the cross-attention of another.
 
 Qiu et al., "Self-Cross Diffusion Guidance for Text-to-Image Synthesis of Similar Subjects", CVPR 2025
 (arXiv:2411.18936), and its official code (github.com/mengtang-lab/selfcross-guidance, pipelines/pipeline_sc_initno.py).
@@ -9,14 +9,14 @@ With A_i the map of entity i, prepared as in Attend-and-Excite, and O_i its Otsu
     overlap = mean over i != j of sum_p min(S_j, A_i)
     L = cross + overlap + 0.1 * clean background
 
-The overlap counts once `cross` is not above 0.5. Maps with more than 16 rows (Stable Diffusion 2.1 at 768 pixels) are
-normalized to sum 1 in the overlap. Refinement at steps 10 and 20 of 50 goes on until L is at most 0.2, along
-L + 0.1 * alignment; both terms of weight 0.1 are InitNO's (`elakit.guidance.preprocess`).
-Step sizes are Attend-and-Excite's. The authors' run script takes K = 16, 25 guided steps of 50 for Stable Diffusion 1.x
+The overlap is part of L only if `cross` is at most 0.5. Maps with more than 16 rows (Stable Diffusion 2.1 at 768
+pixels) are normalized to sum 1 in the overlap. Refinement at steps 10 and 20 of 50 follows L + 0.1 * alignment until L
+is at most 0.2. The clean-background and alignment terms are those of InitNO (`elakit.guidance.preprocess`). Step sizes
+are those of Attend-and-Excite. The authors' run script uses K = 16, and 25 guided steps of 50 for Stable Diffusion 1.x
 and 40 for 2.1 (``guided=0.8``).
 
 L and its gradient equal those of the official code to rounding (``tests/guidance/test_parity.py``). Intended
-differences: the search for the starting noise is a method of its own (`elakit.guidance.initno`); a noun of several
+differences: the search for the initial noise is a method of its own (`elakit.guidance.initno`); a noun of several
 tokens has the mean of their maps; refinement stops at the pass that meets its goal, where the official code takes one
 more update.
 """
@@ -52,27 +52,32 @@ _SMALL = 1e-4  # added to the mass that maps are divided by, as in the official 
 
 @dataclass(frozen=True)
 class SelfCross(ReadsOneSize):
-    """Self-Cross guidance on top of Attend-and-Excite's loss.
+    """Self-Cross guidance (Qiu et al., CVPR 2025): separate self-attention from other entities' cross-attention.
+
+    The module `elakit.guidance.self_cross` states the equations and all differences from the source.
 
     Parameters
     ----------
     step_size : float
-        Step size of the first step, 20 in the official code; it decreases as Attend-and-Excite's does.
+        Step size alpha at the first step; 20 in the official code. It decreases to sqrt(1/2) of that at the last step
+        of the run.
     guided : float
         Share of the denoising steps that are guided, from the first; 25 of 50 in the official code, 40 for Stable
         Diffusion 2.1.
     refinements : int
-        Largest number of extra updates at 0.2 and 0.4 of the denoising steps; 20 in the official code.
+        Largest number of additional updates at 0.2 and 0.4 of the denoising steps; 20 in the official code.
     until : float
-        Refinement ends once the whole loss is not above this value; 0.2 in the official code.
+        Value of the whole loss at or below which refinement ends; 0.2 in the official code.
     top : int
-        K, the number of largest values of a map that count as its maximum; 16 in the authors' run script.
+        Number K of a map's largest values whose mean is used as its maximum; 16 in the authors' run script.
     weight : float
-        Weight of the overlap of self- and cross-attention; 1 in the official code.
+        Weight of the overlap of one entity's self-attention and another's cross-attention; 1 in the official code.
     gate : float
-        The overlap counts once the cross term is not above this value; 0.5 in the official code.
+        Value of the cross term (1 minus the attention of the least attended entity) at or below which the overlap is
+        part of the loss; 0.5 in the official code.
     clean : float
-        Weight of the clean-background term; 0.1 in the official code.
+        Weight of the clean-background term, attention outside the region around a map's maximum; 0.1 in the official
+        code.
     layers, size
         Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
@@ -119,14 +124,14 @@ class SelfCross(ReadsOneSize):
         return RunningMaps()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates and refinement; none where the prompt names only one entity."""
+        """Decreasing step sizes with refinement; no update if the prompt names only one entity."""
         if len(prompt.entities) < 2:
             return []
         refine = [(share, self.until, self.refinements) for share in REFINED[1:]]
         return schedule(len(noise), self.step_size, guided=self.guided, refine=refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: RunningMaps) -> Loss:
-        """The whole loss; its terms are "excite" (the cross term), "self_cross" (also while gated) and "clean"."""
+        """Whole loss; its terms are "excite" (the cross term), "self_cross" (also while it is gated) and "clean"."""
         entities = entity_maps(attention.mean, prompt)
         cross = (1 - entities.flatten(1).topk(min(self.top, entities[0].numel()), 1).values.mean(1)).amax()
         overlap, clean = _overlap(entities, attention.own_mean), clean_background(entities)

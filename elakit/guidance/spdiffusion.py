@@ -1,4 +1,4 @@
-"""SPDiffusion: find a region per concept in two plain steps, start again, and hide the other concepts' words there.
+"""SPDiffusion: find a region per entity in two plain steps, start again, and hide the other entities' words in it.
 
 Zhang et al., "SPDiffusion: Semantic Protection Diffusion Models for Multi-concept Text-to-image Generation"
 (arXiv:2409.01327), and its released code (github.com/zy1xxx/SPDiffusion, SPD_Pipeline.py and run.py). The attention of
@@ -6,19 +6,19 @@ the first two steps of a plain run is averaged over steps, heads and the layers 
 scaling of a map to 0..1:
 
     seed     locations where scaled(cross-attention of the noun) > 0.9, the outermost rows and columns left out
-    S        scaled(self-attention of each location to the seed, its mean)
-    region   locations where scaled(relu(S - mean of the other concepts' S)) > 0.1
+    S        scaled(mean self-attention of each location to the seed)
+    region   locations where scaled(relu(S - mean of the other entities' S)) > 0.1
 
-The run then starts again from the same noise. At each step, in every layer, the locations of a concept's region do not
-attend to the words of the other concepts, nouns and attributes.
+The run then starts again from the same noise. At each step, in every layer, the locations of an entity's region do not
+attend to the nouns and attributes of the other entities.
 
 Regions on given tensors equal those of the released code
 (``tests/guidance/test_parity_of_scores.py``).
 
-Intended differences: the released code protects only concepts that have an attribute, here all entities; it hides the
-same positions of the empty prompt in the unconditional pass (which are padding there), here only the conditional pass
-is changed; in layers coarser than the maps, which Stable Diffusion XL does not have, a location belongs to a region if
-most of it does; a concept whose map is constant gets no region (the released code divides by zero).
+Intended differences: all entities are protected, in the released code only those with an attribute; only the
+conditional pass is changed, in the released code also the same positions of the unconditional pass (which are padding
+there); in layers coarser than the maps, which Stable Diffusion XL does not have, a location belongs to a region if most
+of it does; an entity whose map is constant gets no region (the released code divides by zero).
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from elakit.prompt import Prompt
 
 @dataclass
 class Protection:
-    """State of one image.
+    """State of SPDiffusion for one image.
 
     Attributes
     ----------
     regions : ndarray, bool, (entity, y, x), or None
-        Region of each concept; None before the rehearsal.
+        Region of each entity; None before the plain steps have been read.
     """
 
     regions: np.ndarray | None = None
@@ -60,18 +60,22 @@ class Protection:
 
 @dataclass(frozen=True, kw_only=True)
 class SPDiffusion(EditsFirstSteps, ReadsOneSize):
-    """SPDiffusion.
+    """SPDiffusion (Zhang et al., arXiv:2409.01327): hide each entity's words in the regions of the others.
+
+    The module `elakit.guidance.spdiffusion` states the equations and all differences from the source.
 
     Parameters
     ----------
     steps : int
-        Plain steps in which the regions are found, before the run starts again; 2 in the released code.
+        Number of plain steps in which the regions are found, before the run starts again; 2 in the released code.
     cross_threshold : float
-        Share of the largest cross-attention that a location of the seed exceeds; 0.9 in the released code.
+        Cross-attention, scaled to 0..1, above which a location is one of those from which an entity's region grows; 0.9
+        in the released code.
     self_threshold : float
-        Threshold of the compared self-attention, relative to its maximum; 0.1 in the released code.
+        Self-attention to those locations, less that of other entities and scaled to 0..1, above which a location is in
+        the region; 0.1 in the released code.
     guided : float
-        Share of the denoising steps in which the words are hidden, from the first; all in the released code.
+        Share of the denoising steps in which words are hidden, from the first; all in the released code.
     layers, size
         Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`. Words are hidden in all layers.
 
@@ -105,29 +109,29 @@ class SPDiffusion(EditsFirstSteps, ReadsOneSize):
             share(getattr(self, option), option, owner="SPDiffusion")
 
     def begin(self, prompt: Prompt, steps: int) -> Protection:
-        """State without regions."""
+        """Initial state, without regions."""
         return Protection()
 
     def rehearse(self, passes: Sequence[Attention], prompt: Prompt, state: Protection) -> None:
-        """Find the regions in the attention of the plain steps, averaged."""
+        """Find the regions in the mean attention of the plain steps."""
         cross = torch.stack([seen.mean for seen in passes]).mean(0)
         own = torch.stack([seen.own_mean for seen in passes]).mean(0)
         state.regions = self.find(entity_means(cross, prompt), own)
 
     def find(self, entities: Tensor, own: Tensor) -> np.ndarray:
-        """Regions of the concepts.
+        """Find the regions of the entities.
 
         Parameters
         ----------
         entities : Tensor, (entity, y, x)
             Cross-attention of the nouns.
         own : Tensor, (y, x, y, x)
-            Self-attention, from one location to all.
+            Self-attention from each location (first y, x) to all (last y, x).
 
         Returns
         -------
         ndarray, bool, (entity, y, x)
-            They may overlap where there are more than two. Two concepts with the same seed have none.
+            Regions of more than two entities may overlap. Two entities with the same seed get none.
         """
         height, width = entities.shape[1:]
         flat = own.reshape(height * width, height * width)
@@ -153,14 +157,20 @@ class SPDiffusion(EditsFirstSteps, ReadsOneSize):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Protection
     ) -> ScoreEdit:
-        """Each concept's words are hidden in the regions of the others."""
+        """Edit that hides each entity's words in the regions of the others.
+
+        Raises
+        ------
+        SettingError
+            The plain steps have not been read, because the run was not started by `elakit.generate`.
+        """
         if state.regions is None:
             raise SettingError("SPDiffusion finds its regions before the run; use it through elakit.generate.")
         words = [(*entity.token_indices, *entity.attribute_indices) for entity in prompt.entities]
         return restriction(partial(_allowed_at, state.regions), words, -NEVER, regions=state.regions)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Protection) -> Loss:
-        """Squared share of attention in the regions of other concepts, for the trace: "outside" and "attributes"."""
+        """Squared share of attention in other entities' regions, for the trace only: "outside" plus "attributes"."""
         if state.regions is None:
             self.rehearse(
                 [Attention((attention.mean.detach()[None],), (attention.own_mean.detach()[None],))], prompt, state
@@ -170,7 +180,7 @@ class SPDiffusion(EditsFirstSteps, ReadsOneSize):
 
 
 def _allowed(regions: np.ndarray) -> np.ndarray:
-    """Where each concept's words are attended to: outside the regions of the others; bool (entity, y, x)."""
+    """Locations that attend to each entity's words: those outside the regions of the others; bool (entity, y, x)."""
     return np.stack([~np.delete(regions, i, axis=0).any(0) for i in range(len(regions))])
 
 

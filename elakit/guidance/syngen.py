@@ -11,7 +11,7 @@ With each token's map p normalized to sum 1 over space, and D(p, q) = (KL(p||q) 
 
 where u runs over the prompt's tokens other than the noun and its attributes, function words included. For words of
 several tokens each divergence is that of the least similar piece, before the mean over u. Step size 20 over the first
-25 of 50 steps, no refinement, no smoothing, no softmax over tokens. A noun without attributes takes no part by default;
+25 of 50 steps, no refinement, no smoothing, no softmax over tokens. A noun without attributes is ignored by default;
 with ``lone_nouns`` it contributes the whole mean of D(n, u), with a minus sign.
 
 Loss and gradient equal those of the official code to a relative 5e-7 (``tests/guidance/test_parity.py``). Intended
@@ -40,17 +40,18 @@ _OFF_ZERO = 1e-9  # far below any attention that matters; the logarithm of an em
 
 @dataclass(frozen=True)
 class SynGen(ReadsOneSize):
-    """SynGen, syntax-guided generation.
+    """SynGen (Rassin et al., NeurIPS 2023): align attributes with their nouns, and separate both from other words.
+
+    The module `elakit.guidance.syngen` states the equations and all differences from the source.
 
     Parameters
     ----------
     step_size : float
-        Step size of every guided step, 20.
+        Step size at every guided step; 20 in the official code.
     guided : float
-        Share of the denoising steps that are guided, from the first; 0.5.
+        Share of the denoising steps that are guided, from the first; 25 of 50 in the official code.
     lone_nouns : bool
-        Whether nouns without attributes are separated from the other words too; they are not in the paper's main
-        results.
+        Whether nouns without attributes are separated from other words, too; False in the paper's main results.
     layers, size
         Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
@@ -83,14 +84,14 @@ class SynGen(ReadsOneSize):
             refuse(self, "lone_nouns", "True or False")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Equal step sizes; no update where the prompt names only one entity, or none has attributes."""
+        """Equal step sizes; no update if the prompt names only one entity, or (without `lone_nouns`) no attribute."""
         paired = self.lone_nouns or any(entity.attribute_indices for entity in prompt.entities)
         if len(prompt.entities) < 2 or not paired:
             return []
         return schedule(len(noise), self.step_size, guided=self.guided, last=1)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Sum over pairs; its terms are "alike", for nouns and their attributes, and "unlike", for all other words."""
+        """Sum over pairs of noun and attribute; its terms are "alike" (within a pair) and "unlike" (to other words)."""
         tokens = [token.index for token in prompt.tokens]
         at = {index: i for i, index in enumerate(tokens)}
         between = divergence(attention.mean[tokens])
@@ -133,7 +134,7 @@ def other_tokens(prompt: Prompt, entity: Entity) -> list[int]:
 
 
 def divergence(maps: Tensor) -> Tensor:
-    """Symmetrized Kullback-Leibler divergence of each pair of maps, as distributions over space.
+    """Symmetrized Kullback-Leibler divergence, in nats, of each pair of maps as distributions over space.
 
     Parameters
     ----------

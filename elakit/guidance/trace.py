@@ -1,4 +1,4 @@
-"""Trace of guidance: how an image was guided, step by step."""
+"""Trace of guidance: what a method did to one image, step by step."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ class Trace:
     entities : tuple of str
         Labels of the prompt's entities.
     rows : list of dict
-        One row per guided step: step, timestep, step_size, loss and its terms, gradient_norm and moved (root mean
-        square of the change of the latent), both in latents of unit variance, refinements (steps taken before the last
-        one), seconds (for the whole batch), skipped (the gradient was not finite, so the latent was not changed).
+        One row per guided step with the keys step (counted from 0), timestep, step_size, loss and the names of its
+        terms; gradient_norm and moved (root mean square of the change of the latent), both for latents of unit
+        variance; refinements (number of latent steps before the last one); seconds (for the whole batch); and skipped
+        (True if the gradient was not finite, so that the latent was not changed).
     searched : list of dict
-        One row per trial of the starting noise, for methods that choose it.
+        One row per trial of initial noise, for methods that search for it.
     """
 
     method: str
@@ -39,13 +40,13 @@ class Trace:
     _regions: dict[int, np.ndarray] = field(default_factory=dict)
 
     def to_frame(self) -> pd.DataFrame:
-        """Rows as a frame, indexed by step."""
+        """`rows` as a DataFrame with the index "step"; empty if no step was guided."""
         frame = pd.DataFrame(self.rows)
         return frame.set_index("step") if len(frame) else frame
 
     @property
     def regions(self) -> xr.DataArray | None:
-        """Regions that entities were anchored to, boolean (step, entity, y, x); None if the method has none."""
+        """Regions of the entities at the guided steps, bool (step, entity, y, x); None if the method has none."""
         if not self._regions:
             return None
         return xr.DataArray(
@@ -61,13 +62,13 @@ class Trace:
         return sum(bool(row["skipped"]) for row in self.rows)
 
     def add(self, row: dict[str, Any], regions: np.ndarray | None) -> None:
-        """Append a step."""
+        """Append the row of a step, and its regions, bool (entity, y, x), if there are any."""
         self.rows.append(row)
         if regions is not None:
             self._regions[row["step"]] = regions
 
     def to_dict(self) -> dict[str, Any]:
-        """Trace as plain values for JSON, without the regions.
+        """Plain values for JSON, without the regions.
 
         Examples
         --------
@@ -84,19 +85,19 @@ class Trace:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any], regions: Mapping[int, np.ndarray] | None = None) -> Trace:
-        """Trace that `to_dict` wrote.
+        """Trace from the result of `to_dict`, and its regions.
 
         Parameters
         ----------
         plain : mapping
             Result of `to_dict`.
         regions : mapping of int to numpy.ndarray, bool (entity, y, x), optional
-            Regions by step.
+            Regions by step, counted from 0.
 
         Raises
         ------
         ValueError
-            Raised when the values are not those of a trace.
+            `plain` is not the result of `to_dict`.
 
         Examples
         --------

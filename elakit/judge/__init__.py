@@ -1,4 +1,4 @@
-"""The judge: which nouns a finished image shows, where, in which color, and which of them are fused."""
+"""Judge of finished images: the things that an image shows, their locations and colors, and hybrids."""
 
 import lazy_loader
 

@@ -10,7 +10,7 @@ from skimage.color import rgb2lab
 
 from elakit.world.recolor import PAINTS, fade
 
-# The color of these things is that of their frame, because the inside is glass.
+# Things whose color is that of their frame, because the inside is glass.
 FRAMED = frozenset({"glasses"})
 
 
@@ -27,7 +27,7 @@ def _shades() -> tuple[np.ndarray, np.ndarray]:
 
 
 def name_pixels(rgb: np.ndarray) -> np.ndarray:
-    """Index in ``PAINTS`` of the shade nearest to each pixel.
+    """Index, in ``elakit.world.recolor.PAINTS``, of the color that is nearest to each pixel.
 
     Parameters
     ----------
@@ -43,11 +43,16 @@ def name_pixels(rgb: np.ndarray) -> np.ndarray:
 
 
 def name_color(rgb: np.ndarray) -> str | None:
-    """Color that most of the pixels have; None if there are no pixels.
+    """Name of the most frequent color among pixels.
 
     Parameters
     ----------
     rgb : ndarray, uint8 or float in [0, 1], (n, 3)
+
+    Returns
+    -------
+    str or None
+        One of the colors of picture-world; None if there are no pixels.
 
     Examples
     --------
@@ -61,13 +66,20 @@ def name_color(rgb: np.ndarray) -> str | None:
 
 
 def thing_color(rgb: np.ndarray, mask: np.ndarray, noun: str) -> str | None:
-    """Color of a thing in an image: the color of most of its pixels, or of its rim if it is a frame around glass.
+    """Name of the color of a thing in an image.
 
     Parameters
     ----------
     rgb : ndarray, uint8 or float in [0, 1], (y, x, 3)
     mask : ndarray, bool, (y, x)
+        Mask of the thing.
     noun : str
+        Noun of the thing, which decides the pixels that count: those of the rim for glasses, else all.
+
+    Returns
+    -------
+    str or None
+        Most frequent color of these pixels, one of picture-world's; None if the mask is empty.
 
     Examples
     --------

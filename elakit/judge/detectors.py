@@ -1,7 +1,7 @@
-"""Zero-shot detectors and segmenters of transformers as judges of real images (Stable Diffusion, SDXL, photographs).
+"""Zero-shot detectors and segmenters of transformers, to judge real images (Stable Diffusion, SDXL, photographs).
 
-Each class is callable: it takes an image and nouns and returns things, like the built-in judge. Each follows the
-post-processing that the model's authors published; its docstring explains the thresholds.
+Each detector is callable: it takes an image and nouns, and returns things, like the built-in judge. Each follows the
+post-processing that the model's authors published.
 """
 
 from __future__ import annotations
@@ -32,13 +32,18 @@ _COLOR_PIXELS = 4096  # sampled from each thing to name its color; all of a mega
 
 @dataclass(frozen=True, eq=False)
 class Sam:
-    """Segment Anything: turns boxes into masks.
+    """Segment Anything (Kirillov et al., ICCV 2023), which predicts a mask for each box.
 
     Parameters
     ----------
     model : transformers.SamModel
         For example ``facebook/sam-vit-base``.
     processor : transformers.SamProcessor
+
+    Raises
+    ------
+    ModelError
+        The model belongs to another family.
     """
 
     model: Any
@@ -73,21 +78,21 @@ class Sam:
 
 @dataclass(frozen=True, eq=False)
 class OwlDetector:
-    """OWL-ViT or OWLv2 detector; each box is assigned to the noun with the highest score.
+    """OWL-ViT or OWLv2 detector (Minderer et al., 2022 and 2023); each box gets the noun with the highest score.
 
     Parameters
     ----------
     model : transformers.OwlViTForObjectDetection or transformers.Owlv2ForObjectDetection
     processor : transformers.OwlViTProcessor or transformers.Owlv2Processor
     threshold : float
-        Boxes with a lower score are dropped. The default is that of transformers.
+        Score that a box must exceed; the default is that of transformers.
     nms : float
         IoU threshold of non-maximum suppression among the boxes of one noun.
     query : str
         Text query; ``{noun}`` is replaced by the noun.
     masks : Sam, optional
-        Refines boxes to masks. Without it the mask of a thing is its whole box, and so is the area that its color is
-        taken from.
+        Model that refines boxes to masks. By default the mask of a thing is its whole box, from which its color is then
+        taken.
 
     Raises
     ------
@@ -111,7 +116,13 @@ class OwlDetector:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, nouns: Sequence[str]) -> list[Thing]:
-        """Things in the image that match one of the nouns, in descending order of score."""
+        """Things in the image that match one of the nouns, in descending order of score.
+
+        Raises
+        ------
+        PromptError
+            `nouns` is a single string, or one of them has no letter.
+        """
         asked = _distinct(nouns)
         if not asked:
             return []
@@ -134,21 +145,23 @@ class OwlDetector:
 
 @dataclass(frozen=True, eq=False)
 class GroundingDinoDetector:
-    """Grounding DINO detector; it gets all nouns in one text, "cat. frog.", and may assign several nouns to a box.
+    """Grounding DINO detector (Liu et al., ECCV 2024), which may assign several nouns to one box.
+
+    It reads all nouns in one text, such as "cat. frog.".
 
     Parameters
     ----------
     model : transformers.GroundingDinoForObjectDetection
     processor : transformers.GroundingDinoProcessor
     threshold : float
-        A box is kept if the highest score of its tokens exceeds this.
+        Score that at least one token must exceed for a box to be kept.
     text_threshold : float
-        A kept box is assigned to each noun whose tokens' mean score exceeds this; that mean is the thing's score.
+        Mean score of a noun's tokens above which a kept box is assigned to the noun. The mean is the thing's score.
     nms : float
         IoU threshold of non-maximum suppression among the boxes of one noun.
     masks : Sam, optional
-        Refines boxes to masks. Without it the mask of a thing is its whole box, and so is the area that its color is
-        taken from.
+        Model that refines boxes to masks. By default the mask of a thing is its whole box, from which its color is then
+        taken.
 
     Raises
     ------
@@ -171,7 +184,13 @@ class GroundingDinoDetector:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, nouns: Sequence[str]) -> list[Thing]:
-        """Things in the image that match one of the nouns, in descending order of score."""
+        """Things in the image that match one of the nouns, in descending order of score.
+
+        Raises
+        ------
+        PromptError
+            `nouns` is a single string, or one of them has no letter.
+        """
         asked = _distinct(nouns)
         if not asked:
             return []
@@ -211,18 +230,19 @@ class GroundingDinoDetector:
 
 @dataclass(frozen=True, eq=False)
 class ClipSegSegmenter:
-    """CLIPSeg segmenter: each pixel gets the noun with the highest score, each connected component is a thing.
+    """CLIPSeg segmenter (Lüddecke and Ecker, CVPR 2022): a thing is a connected component of pixels of one noun.
 
-    The score of a thing is the mean score of its pixels. Components are disjoint, so hybrids are never reported.
+    Each pixel is assigned to the noun with the highest score. The score of a thing is the mean score of its pixels.
+    Components are disjoint, so hybrids are never reported.
 
     Parameters
     ----------
     model : transformers.CLIPSegForImageSegmentation
     processor : transformers.CLIPSegProcessor
     threshold : float
-        Pixels with a lower score are background.
+        Score that a pixel must exceed; other pixels are background.
     least_area : float
-        Least share of the image that a component must cover.
+        Smallest share of the image that a component must cover, 0 to 1.
     query : str
         Text query; ``{noun}`` is replaced by the noun.
 
@@ -247,7 +267,13 @@ class ClipSegSegmenter:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, nouns: Sequence[str]) -> list[Thing]:
-        """Things in the image that match one of the nouns, in descending order of score."""
+        """Things in the image that match one of the nouns, in descending order of score.
+
+        Raises
+        ------
+        PromptError
+            `nouns` is a single string, or one of them has no letter.
+        """
         asked = _distinct(nouns)
         if not asked:
             return []
@@ -268,6 +294,11 @@ class ClipSegSegmenter:
     @torch.no_grad()
     def scores(self, image: Image.Image, nouns: Sequence[str]) -> np.ndarray:
         """Score of each noun at each pixel.
+
+        Parameters
+        ----------
+        image : PIL.Image.Image
+        nouns : sequence of str
 
         Returns
         -------
@@ -304,7 +335,9 @@ def load_detector(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Detector:
-    """Load a detector for real images. Weights must be safetensors, and code in a checkpoint is never run.
+    """Load a detector for real images.
+
+    Weights must be safetensors, and code in a checkpoint is never executed.
 
     Parameters
     ----------
@@ -313,11 +346,12 @@ def load_detector(
         ``google/owlv2-base-patch16-ensemble`` and ``IDEA-Research/grounding-dino-tiny`` for detection,
         ``CIDAS/clipseg-rd64-refined`` for segmentation.
     sam : str, pathlib.Path or Sam, optional
-        Refines the boxes of OWL and Grounding DINO to masks; recommended if colors matter:
-        ``facebook/sam-vit-base``.
+        Model that refines the boxes of OWL and Grounding DINO to masks, such as ``facebook/sam-vit-base``; recommended
+        if colors matter. By default the mask of a thing is its whole box.
     device : str or torch.device, optional
         By default CUDA if available, else the CPU.
     dtype : torch.dtype
+        Data type of the weights.
     **options
         Options of `OwlDetector`, `GroundingDinoDetector` or `ClipSegSegmenter`, such as ``threshold``.
 
@@ -330,7 +364,8 @@ def load_detector(
     ModelError
         The model cannot be loaded or belongs to an unsupported family.
     SettingError
-        The family has no such option, or its value is outside its range.
+        The family has no such option, a value is outside its range, the device does not exist, or `sam` is given for
+        CLIPSeg.
 
     Examples
     --------
@@ -363,13 +398,13 @@ def load_detector(
 
 
 def mark_coinciding(things: Sequence[Thing], iou: float = 0.9) -> list[Thing]:
-    """Mark things of different nouns whose boxes coincide as mixed: one thing with two names.
+    """Mark things of different nouns whose boxes coincide as parts of one hybrid.
 
     Parameters
     ----------
     things : sequence of Thing
     iou : float
-        Boxes coincide if their intersection over union is larger than this.
+        Intersection over union above which two boxes coincide, 0 to 1.
 
     Returns
     -------

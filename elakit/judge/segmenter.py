@@ -1,4 +1,4 @@
-"""Network of the built-in judge: a class for every pixel, and probabilities of hybrids and unrecognizable shapes."""
+"""Network of the built-in judge: classes of pixels, and probabilities of hybrids and unrecognizable shapes."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ UNRECOGNIZABLE = 0.5
 
 
 class Segmenter(nn.Module):
-    """A small U-Net that computes at half resolution; its output has the resolution of the image.
+    """Small U-Net that computes at half resolution and returns scores at the resolution of the image.
 
     Parameters
     ----------
     channels : tuple of int
-        Widths at 1/2, 1/4, 1/8, ... of the image's side.
+        Number of channels at 1/2, 1/4, 1/8, ... of the image's side.
     outputs : int
         ``CLASSES + 2``, or ``CLASSES + 1`` for a judge without an output for unrecognizable shapes.
     """
@@ -58,7 +58,7 @@ class Segmenter(nn.Module):
         self.head = nn.Conv2d(channels[0], outputs, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class scores, and logits for hybrids and unrecognizable shapes.
+        """Logits of the classes, and of hybrids and unrecognizable shapes.
 
         Parameters
         ----------
@@ -67,13 +67,13 @@ class Segmenter(nn.Module):
 
         Returns
         -------
-        Tensor, (n, 27, h, w)
-            Background, the nouns in the order of ``NOUNS``, hybrid, unrecognizable.
+        Tensor, (n, outputs, h, w)
+            Background, the nouns in the order of ``NOUNS``, hybrid, and unrecognizable if there is such an output.
         """
         return F.interpolate(self.halved(images), size=images.shape[-2:], mode="bilinear", align_corners=False)
 
     def halved(self, images: Tensor) -> Tensor:
-        """Scores at half resolution, as the network computes them: (n, 27, h / 2, w / 2)."""
+        """Logits at half resolution, as the network computes them, (n, outputs, h / 2, w / 2)."""
         x = self.stem(images)
         skips = []
         for down in self.down:
@@ -91,7 +91,7 @@ def load_segmenter() -> Segmenter:
     Raises
     ------
     ModelError
-        Raised when its weights are missing or belong to another version.
+        The weights are missing or belong to another version.
     """
     path = data_path("picture-world", "judge", "model.safetensors")
     remedy = "Train them: python -m elakit.world.train --stage judge, and copy judge/ to data/picture-world/."
@@ -113,13 +113,13 @@ class Seen:
     Attributes
     ----------
     classes : ndarray of int, (n, size, size)
-        0 for background, 1 + index in ``NOUNS`` elsewhere.
+        Most probable class of each pixel: 0 for background, else 1 + index in ``NOUNS``.
     probabilities : ndarray, float32, (n, 25, size, size)
         Probability of each class.
     mixed : ndarray, float32, (n, size, size)
         Probability that the pixel belongs to a hybrid.
     unrecognizable : ndarray, float32, (n, size, size)
-        Probability that the pixel belongs to an unrecognizable shape; 0 if the judge has no output for it.
+        Probability that the pixel belongs to an unrecognizable shape; 0 if the network has no such output.
     """
 
     classes: np.ndarray
@@ -135,6 +135,11 @@ def segment(images: np.ndarray) -> Seen:
     Parameters
     ----------
     images : ndarray, uint8, (n, size, size, 3)
+        `size` is a multiple of 32.
+
+    Returns
+    -------
+    Seen
 
     Examples
     --------
@@ -155,19 +160,19 @@ def segment(images: np.ndarray) -> Seen:
 
 
 def find_things(image: Image.Image, nouns: Sequence[str] = ()) -> list[Thing]:
-    """Find all things of picture-world in an image, the largest first: the built-in judge as a detector.
+    """Find all things of picture-world in an image with the built-in judge, the largest first.
 
     Parameters
     ----------
     image : PIL.Image.Image
     nouns : sequence of str
-        Ignored: the judge looks for all 24 nouns, and so also finds things that the prompt does not name.
+        Ignored: the judge searches for all nouns of picture-world, and also finds things that the prompt does not name.
 
     Returns
     -------
     list of Thing
-        `score` is the mean probability of the noun over the thing's pixels; it is low for a deformed thing.
-        Unrecognizable shapes are included, with the most probable noun and ``recognizable=False``.
+        The attribute `score` is the mean probability of the noun over the thing's pixels; it is low for a deformed
+        thing. Unrecognizable shapes are included, with the most probable noun and ``recognizable=False``.
 
     Examples
     --------
@@ -213,7 +218,7 @@ def find_things(image: Image.Image, nouns: Sequence[str] = ()) -> list[Thing]:
 
 
 def _components(classes: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Connected components of one class each, with their class, the largest first."""
+    """Connected components, each of one class, with their class, the largest first."""
     found: list[tuple[int, np.ndarray]] = []
     for value in np.unique(classes[classes > 0]):
         labeled, count = label(classes == value, return_num=True, connectivity=2)

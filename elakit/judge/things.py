@@ -1,4 +1,4 @@
-"""The interface of detectors: what they find in an image."""
+"""Interface of detectors, and the things that they find in an image."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ class Thing:
     Attributes
     ----------
     noun : str
-        Its class, in lower case.
+        Noun for the thing, in lower case.
     mask : ndarray, bool, (y, x)
-        Its mask, at the image's size.
+        Mask of the thing, in the size of the image.
     score : float
         Confidence of the detector, 0 to 1.
     color : str or None
-        Its color, one of `elakit.world.vocabulary.COLORS`; None if the mask is empty.
+        Color of the thing, one of `elakit.world.vocabulary.COLORS`; None if the mask is empty.
     mixed_with : tuple of str
-        Nouns that it is fused with; empty for a thing that is not a hybrid.
+        Other nouns that a hybrid is fused from; empty for a thing that is not a hybrid.
     recognizable : bool
-        False for a shape that the detector cannot name: `noun` is then its best guess, and the thing does not count.
+        False for a shape that the detector cannot name: `noun` is then the most probable one, and the judge does not
+        count the thing.
 
     Examples
     --------
@@ -49,7 +50,7 @@ class Thing:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) in pixels; see `elakit.measures.masks.bounding_box`."""
+        """Bounding box of the mask, (left, top, right, bottom) in pixels; right and bottom are exclusive."""
         return bounding_box(self.mask)
 
     @property
@@ -62,5 +63,5 @@ class Detector(Protocol):
     """Callable that finds things in an image: the built-in judge, or one of `elakit.judge.detectors`."""
 
     def __call__(self, image: Image.Image, nouns: Sequence[str]) -> list[Thing]:
-        """Things in the image; an open-vocabulary detector looks for `nouns`."""
+        """Things in the image; an open-vocabulary detector searches for `nouns` only."""
         ...

@@ -1,4 +1,4 @@
-"""The verdict on an image: whether every entity of the prompt is present, separate, and in its color."""
+"""Verdict on an image: whether every entity of the prompt is present, separate, and in its color."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from elakit.prompt import Entity, Prompt
 from elakit.world.recolor import PAINTS
 from elakit.world.vocabulary import COLORS, NOUNS, USUAL_COLORS
 
-# Kinds of failure.
+# Kinds of failure in a verdict.
 FAILURES = ("neglect", "mixture", "wrong color")
 
 
@@ -32,22 +32,22 @@ class Verdict:
     present : dict of str to bool
         Whether each entity is in the image, possibly as part of a hybrid.
     colors : dict of str to str or None
-        The most frequent color of each entity's pixels; None if it is absent. Only an entity whose color the prompt
-        names is required to have it; for the others the color is a measurement, and multicolored things may be named
-        by any of their colors.
+        Most frequent color of each entity's pixels; None if the entity is absent. A multicolored thing may have any of
+        its colors here. `right_color` compares it with the prompt.
     asked : dict of str to str or None
-        The color that the prompt names for each entity; None if it names none.
+        Color that the prompt names for each entity; None if it names none.
     masks : ndarray, bool, (entity, y, x)
-        Mask of each entity; two entities with the same noun share the things of that noun, the largest first.
+        Mask of each entity, in the size of the image: all things of its noun. If several entities have the same noun,
+        each has one thing: one in the color that the prompt names, else the largest that is left.
     leak : dict of str to float
-        Share of each entity's pixels with a color that the prompt names for another entity and not for this one; 0 if
-        the entity is absent.
+        Share of each entity's pixels in a color that the prompt names for another entity and not for this one, 0 to 1;
+        0 if the entity is absent.
     mixtures : tuple of tuple of str
-        The nouns of each hybrid in the image, such as ("cat", "lion").
+        Nouns of each hybrid in the image, such as ("cat", "lion").
     things : tuple of Thing
-        All things that were found, whether or not the prompt asks for them, unrecognizable shapes included.
+        All things that were found, including those that the prompt does not name and unrecognizable shapes.
     nouns : dict of str to str
-        The noun of each entity.
+        Noun of each entity, in lower case.
     """
 
     entities: tuple[str, ...]
@@ -67,7 +67,7 @@ class Verdict:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of things found for each noun."""
+        """Number of things found for each noun, without unrecognizable shapes."""
         return dict(Counter(thing.noun for thing in self.things if thing.recognizable))
 
     @property
@@ -77,17 +77,17 @@ class Verdict:
 
     @property
     def extra(self) -> tuple[str, ...]:
-        """Nouns that occur more often than the prompt asks for, once per surplus thing; hybrids are not counted."""
+        """Noun of each thing beyond those that the prompt asks for; hybrids and unrecognizable shapes do not count."""
         found = Counter(thing.noun for thing in self.things if thing.recognizable and not thing.mixed_with)
         return tuple((found - Counter(self.nouns.values())).elements())
 
     @property
     def right_color(self) -> dict[str, bool]:
-        """Map from each entity to True if it is present and has no wrong color.
+        """True for each entity that is present and has no wrong color.
 
-        If the prompt names no color for an entity, every color is right except one that was named for another entity
-        and is unusual for the noun: a red bird beside "a red chair". The usual colors are known for the nouns of
-        picture-world; for other nouns every color is right.
+        If the prompt names a color for an entity, only that one is right. Otherwise every color is right except one
+        that the prompt names for another entity and that is unusual for the noun, such as a red bird beside "a red
+        chair". The usual colors are known for the nouns of picture-world; for other nouns every color is right.
         """
         return {e: self.present[e] and not self._miscolored(e) for e in self.entities}
 
@@ -113,7 +113,7 @@ class Verdict:
         return usual is not None and seen in others and seen not in usual
 
     def findings(self) -> tuple[tuple[str, bool], ...]:
-        """Statements about each entity and each hybrid, with whether the entity is right.
+        """Statements about each entity and each hybrid, each with True if it is as the prompt asks.
 
         A color is stated only if the prompt names one for the entity, or if the entity took another entity's color.
         """
@@ -135,12 +135,12 @@ class Verdict:
         return tuple(statements)
 
     def __str__(self) -> str:
-        """One line, such as "car: red; bird: missing" or "cat: present; lion: present; hybrid of cat and lion"."""
+        """`findings` in one line, such as "car: red; bird: missing" or "cat: present; lion: present; hybrid of ..."."""
         return "; ".join(text for text, _ in self.findings())
 
 
 def knows(prompt: Prompt) -> bool:
-    """True if every entity of the prompt is one of the 24 nouns and every attribute one of the 11 colors.
+    """True if the built-in judge knows every noun and attribute of a prompt (nouns and colors of picture-world).
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ def knows(prompt: Prompt) -> bool:
 
 
 def is_black(image: Image.Image) -> bool:
-    """True if every pixel is black, as in the image that a safety checker returns instead of the one it withholds.
+    """True if every pixel of an image is black, as a safety checker returns it instead of an image that it withholds.
 
     Parameters
     ----------
@@ -180,15 +180,15 @@ def is_black(image: Image.Image) -> bool:
 
 
 def judge(image: Image.Image, prompt: Prompt, detector: Detector | None = None) -> Verdict:
-    """Judge whether an image shows what the prompt asks for.
+    """Judge whether an image shows the entities of a prompt, separately and in their colors.
 
     Parameters
     ----------
     image : PIL.Image.Image
     prompt : Prompt
     detector : Detector, optional
-        Detector of the things in the image: one of `elakit.judge.detectors` for images of other models. By default the
-        built-in judge, which was trained on images of picture-world.
+        Detector of the things in the image, such as one of `elakit.judge.detectors` for images of other models. By
+        default the built-in judge, which was trained on images of picture-world.
 
     Returns
     -------

@@ -1,7 +1,7 @@
 """Agreement of attention maps with the finished image: whether attention lies where the entity appeared.
 
 The arguments of every function are arrays whose last two dimensions are (y, x); the dimensions before them broadcast. A
-mask is true where an entity is in the image, according to a judge or an annotator; on the grid of the maps, to which
+mask is true where an entity is in the image, according to a judge or an annotator. It must be on the grid of the maps;
 :func:`elakit.measures.masks.downscale` resamples it. :func:`elakit.bleeding.measure` adds these measures to a run's
 table.
 """
@@ -32,13 +32,12 @@ def agreement_iou(maps: Any, masks: Any) -> np.ndarray:
     Returns
     -------
     float array, (...)
-        0 to 1; NaN where the mask is empty, because there is nothing to agree with. A constant map has no value above
-        its threshold and scores 0.
+        0 to 1; NaN where the mask is empty. A constant map has no value above its threshold and scores 0.
 
     Raises
     ------
     SettingError
-        Sizes that differ, masks that are not boolean, NaN, infinite or negative values.
+        Sizes differ, masks are not boolean, or values are NaN, infinite or negative.
 
     References
     ----------
@@ -59,7 +58,7 @@ def agreement_iou(maps: Any, masks: Any) -> np.ndarray:
 
 
 def auc(maps: Any, masks: Any) -> np.ndarray:
-    """Area under the ROC curve of each map as a score that detects the locations of the mask.
+    """Area under the ROC curve of each map as a detector of the mask's locations.
 
     It is the probability that a location on the entity has more attention than a location outside it; ties count
     half. No threshold is needed, and only the order of the values matters.
@@ -80,7 +79,7 @@ def auc(maps: Any, masks: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Sizes that differ, masks that are not boolean, NaN, infinite or negative values.
+        Sizes differ, masks are not boolean, or values are NaN, infinite or negative.
 
     References
     ----------
@@ -106,7 +105,7 @@ def auc(maps: Any, masks: Any) -> np.ndarray:
 
 
 def pointing_game(maps: Any, masks: Any) -> np.ndarray:
-    """Pointing game: whether the maximum of each map lies on the entity.
+    """Pointing game: 1 if the maximum of a map lies on the entity, else 0.
 
     Parameters
     ----------
@@ -124,12 +123,12 @@ def pointing_game(maps: Any, masks: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Sizes that differ, masks that are not boolean, NaN, infinite or negative values.
+        Sizes differ, masks are not boolean, or values are NaN, infinite or negative.
 
     References
     ----------
-    Zhang et al., "Top-down Neural Attention by Excitation Backprop", ECCV 2016, whose accuracy is the mean of this over
-    maps. The maps are coarse already, so no margin around the mask is allowed.
+    Zhang et al., "Top-down Neural Attention by Excitation Backprop", ECCV 2016. Its accuracy is the mean of these
+    values over maps. It allows a margin around the mask; this function does not, because attention maps are coarse.
 
     Examples
     --------

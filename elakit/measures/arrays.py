@@ -34,7 +34,7 @@ _LISTS = ("entity", "token", "attribute", "region", "thing")
 
 
 def as_array(values: Any, name: str) -> np.ndarray:
-    """Non-negative finite values as a new float64 array.
+    """Convert finite, non-negative values to a new float64 array.
 
     Parameters
     ----------
@@ -47,13 +47,14 @@ def as_array(values: Any, name: str) -> np.ndarray:
     Returns
     -------
     float64 array
-        A DataArray that has the dimensions y and x comes out as (..., y, x), with the dimension that lists entities,
-        tokens, attributes or regions directly before them.
+        The dimensions of a DataArray that has y and x are reordered to (..., y, x), with its dimension entity, token,
+        attribute, region or thing directly before them.
 
     Raises
     ------
     SettingError
-        Values that are not numbers, masked, NaN, infinite or negative; a DataArray with only one of y and x.
+        Values are not numbers, masked, NaN, infinite or negative; or a DataArray has only one of the dimensions y and
+        x, or several of entity, token, attribute, region and thing.
 
     Examples
     --------
@@ -89,9 +90,9 @@ def as_array(values: Any, name: str) -> np.ndarray:
 
 
 def as_maps(values: Any, name: str) -> np.ndarray:
-    """Maps as a float64 array (..., y, x).
+    """Convert maps to a float64 array (..., y, x).
 
-    Parameters and errors are those of :func:`as_array`; an array without a location is refused too.
+    Parameters and errors are those of :func:`as_array`; an array without a location is refused, too.
     """
     maps = as_array(values, name)
     if maps.ndim < 2 or 0 in maps.shape[-2:]:
@@ -100,9 +101,9 @@ def as_maps(values: Any, name: str) -> np.ndarray:
 
 
 def as_masks(values: Any, name: str) -> np.ndarray:
-    """Masks as a bool array (..., y, x).
+    """Convert masks to a bool array (..., y, x).
 
-    Parameters and errors are those of :func:`as_array`; values other than 0 and 1 are refused too.
+    Parameters and errors are those of :func:`as_array`; values other than 0 and 1 are refused, too.
     """
     masks = as_array(values, name)
     if masks.ndim < 2 or ((masks != 0) & (masks != 1)).any():
@@ -119,7 +120,7 @@ def same_size(a: np.ndarray, b: np.ndarray) -> None:
 
 
 def broadcast(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Broadcast the leading dimensions of two arrays of one spatial size; SettingError if they do not match."""
+    """Broadcast the leading dimensions of two arrays (..., y, x); raise SettingError if their shapes do not match."""
     same_size(a, b)
     try:
         a, b = np.broadcast_arrays(a, b)
@@ -151,12 +152,12 @@ def distribution(maps: Any) -> np.ndarray:
     Returns
     -------
     float64 array, (..., y, x)
-        A map of zeros carries no spatial information and becomes uniform.
+        A map of zeros becomes uniform.
 
     Raises
     ------
     SettingError
-        NaN, infinite or negative values, or no location.
+        Values are NaN, infinite or negative, or there is no location.
 
     Examples
     --------
@@ -182,12 +183,12 @@ def area_mean(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     Returns
     -------
     float64 array, (..., rows, columns)
-        A pixel that two boxes share counts in each by the area it has there.
+        Mean of each box. A pixel that two boxes share counts in each with the area that it has there.
 
     Raises
     ------
     SettingError
-        No pixel, or a size below 1.
+        There is no pixel, or `size` is not two whole numbers of 1 or more.
 
     Examples
     --------
@@ -238,16 +239,17 @@ def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def nearest_size(sizes: Iterable[int], target: int = 16) -> int:
-    """Size nearest to a target by ratio; the smaller of two that are equally near.
+    """Size whose ratio to a target is nearest to 1; the smaller one on a tie.
 
-    The published methods read attention at 16 x 16 for images of 512 x 512 pixels, so regions and measures are taken
+    The published methods read attention at 16 x 16 for images of 512 x 512 pixels, so regions and measures are computed
     at the size nearest to 16.
 
     Parameters
     ----------
     sizes : iterable of int
-        Longer sides of the maps that there are.
+        Longer sides of the available maps.
     target : int
+        Desired longer side.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Leakage: the share of each map's mass in each region.
+"""Leakage: the share of each map's attention in each region.
 
 The *leakage matrix* is K[e, f] = sum of p_e over R_f, where p_e is the map of entity e as a distribution over space and
 R_f the region of entity f; its last column is the background, everything outside the regions. *Bleed* is 1 - K[e, e],
@@ -21,7 +21,17 @@ __all__ = ["Binding", "attribute_overlap", "binding", "bleed", "intrusion", "lea
 
 
 class Binding(NamedTuple):
-    """Overlap of each attribute with its `own` entity, the largest with an `other` one, and the `margin`."""
+    """Overlap of attributes with entities, as returned by :func:`binding`; arrays (..., attribute).
+
+    Attributes
+    ----------
+    own : ndarray
+        Overlap of each attribute with its own entity, 0 to 1.
+    other : ndarray
+        Largest overlap of each attribute with another entity, 0 to 1; 0 if there is none.
+    margin : ndarray
+        Difference own - other, -1 to 1.
+    """
 
     own: np.ndarray
     other: np.ndarray
@@ -29,7 +39,7 @@ class Binding(NamedTuple):
 
 
 def leakage(maps: Any, masks: Any) -> np.ndarray:
-    """Leakage matrix: share of each map's mass in each region and in the background.
+    """Leakage matrix: share of each map's attention in each region and in the background.
 
     Parameters
     ----------
@@ -46,7 +56,7 @@ def leakage(maps: Any, masks: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Overlapping masks, shapes that do not match, NaN, infinite or negative values.
+        Masks overlap or are not boolean, shapes do not match, or values are NaN, infinite or negative.
 
     Examples
     --------
@@ -69,7 +79,7 @@ def leakage(maps: Any, masks: Any) -> np.ndarray:
 
 
 def truth_leakage(maps: Any, masks: Any) -> np.ndarray:
-    """Share of each map's mass on each thing in the finished image, and on the rest of the image.
+    """Share of each map's attention on each thing in the finished image, and on the rest of the image.
 
     Parameters
     ----------
@@ -86,12 +96,12 @@ def truth_leakage(maps: Any, masks: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Shapes that do not match, NaN, infinite or negative values.
+        Masks are not boolean, shapes do not match, or values are NaN, infinite or negative.
 
     Notes
     -----
-    The mass of a location is spread evenly over the pixels it covers, so that a location that a thing half fills counts
-    by half. Pixels that several things share count for each in equal parts, whatever the order of the things.
+    The attention of a location is spread evenly over the pixels that it covers, so a location half filled by a thing
+    counts by half. The attention of a pixel that several things share is divided equally among them.
 
     Examples
     --------
@@ -114,15 +124,15 @@ def truth_leakage(maps: Any, masks: Any) -> np.ndarray:
 
 
 def bleed(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
-    """Share of each map's mass outside its own region: 1 - K[e, e].
+    """Share of each map's attention outside its own region, 1 - K[e, e].
 
     Parameters
     ----------
     matrix : array, (..., entity, region + 1)
         The result of :func:`leakage`.
     own : sequence of int, optional
-        Index of the region that belongs to each row; by default row e has region e. For attributes: the index of the
-        entity that each belongs to.
+        Index of the region that belongs to each row; by default row e has region e. In the matrix of attributes, it is
+        the index of the entity that each attribute belongs to.
 
     Returns
     -------
@@ -131,7 +141,7 @@ def bleed(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
     Raises
     ------
     SettingError
-        `own` does not fit the matrix.
+        `own` does not match the matrix, or the matrix has another shape or values that are NaN, infinite or negative.
 
     Examples
     --------
@@ -143,9 +153,7 @@ def bleed(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
 
 
 def intrusion(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
-    """Share of each map's mass in the regions of other entities: sum of K[e, f] over f != e, background excluded.
-
-    Parameters, shape of the result and errors are those of :func:`bleed`.
+    """Share of each map's attention in the regions of other entities: sum of K[e, f] over f != e, without background.
 
     Parameters
     ----------
@@ -161,7 +169,7 @@ def intrusion(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
     Raises
     ------
     SettingError
-        `own` does not fit the matrix.
+        The same as for :func:`bleed`.
 
     Examples
     --------
@@ -179,7 +187,7 @@ def intrusion(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
 
 
 def spill(matrix: Any) -> np.ndarray:
-    """Share of each map's mass in the background, K[e, background]; float array (..., entity).
+    """Share of each map's attention in the background, K[e, background].
 
     Parameters
     ----------
@@ -189,6 +197,11 @@ def spill(matrix: Any) -> np.ndarray:
     Returns
     -------
     float array, (..., entity)
+
+    Raises
+    ------
+    SettingError
+        The matrix has another shape, or values that are NaN, infinite or negative.
 
     Examples
     --------
@@ -213,14 +226,13 @@ def binding(attributes: Any, entities: Any, owners: Sequence[int]) -> Binding:
     Returns
     -------
     Binding
-        `own`: Ruzicka similarity of the attribute and its owner as distributions; `other`: the largest similarity with
-        another entity, 0 if there is none; `margin` = own - other, negative where the attribute lies with the wrong
-        entity. Arrays (..., attribute).
+        Overlap is the Ruzicka similarity of two maps as distributions. `margin` is negative if the attribute overlaps
+        more with another entity than with its own.
 
     Raises
     ------
     SettingError
-        `owners` that do not fit; NaN, infinite or negative values; sizes that differ.
+        `owners` do not match the maps, sizes differ, or values are NaN, infinite or negative.
 
     Examples
     --------
@@ -239,9 +251,7 @@ def binding(attributes: Any, entities: Any, owners: Sequence[int]) -> Binding:
 
 
 def attribute_overlap(attributes: Any, entities: Any) -> np.ndarray:
-    """Ruzicka similarity of every attribute and every entity as distributions, (..., attribute, entity).
-
-    Parameters and errors are those of :func:`binding`.
+    """Overlap of every attribute with every entity: the Ruzicka similarity of their maps as distributions.
 
     Parameters
     ----------
@@ -258,7 +268,7 @@ def attribute_overlap(attributes: Any, entities: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        NaN, infinite or negative values; sizes that differ.
+        Sizes differ, or values are NaN, infinite or negative.
 
     Examples
     --------

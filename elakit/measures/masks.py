@@ -29,7 +29,7 @@ def otsu_masks(maps: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        NaN, infinite or negative values, or fewer than two dimensions.
+        Values are NaN, infinite or negative, or there are fewer than two dimensions.
 
     References
     ----------
@@ -49,7 +49,7 @@ def otsu_masks(maps: Any) -> np.ndarray:
 
 
 def otsu_thresholds(maps: np.ndarray) -> np.ndarray:
-    """Otsu's threshold of each map (n, y, x), as an array (n, 1, 1); the value of a constant map."""
+    """Otsu's threshold of each map, (n, y, x) -> (n, 1, 1); that of a constant map is its value."""
     thresholds = maps.max(axis=(1, 2), keepdims=True)
     for i in np.flatnonzero(~is_constant(maps)):
         low, span = maps[i].min(), np.ptp(maps[i])
@@ -94,7 +94,7 @@ def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def coverage(masks: Any, size: tuple[int, int]) -> np.ndarray:
-    """Share of the area of each location that a mask covers, on a grid laid over the mask.
+    """Share of the area of each location of a grid that a mask covers.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ def coverage(masks: Any, size: tuple[int, int]) -> np.ndarray:
     Raises
     ------
     SettingError
-        Masks that are not boolean or have no pixel; a size below 1.
+        Masks are not boolean or have no pixel, or `size` is not two whole numbers of 1 or more.
 
     Examples
     --------

@@ -1,8 +1,8 @@
 """Overlap and divergence of two masks or two maps.
 
 The arguments of every function are arrays or tensors (..., y, x) whose leading dimensions broadcast; the result has
-the leading dimensions. All measures are symmetric. SettingError is raised when spatial sizes differ, when masks are not
-boolean, and for NaN, infinite or negative values.
+the leading dimensions. All measures are symmetric. SettingError is raised if shapes do not match, if masks are not
+boolean, and if values are NaN, infinite or negative.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def iou(a: Any, b: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Sizes that differ, or masks that are not boolean.
+        Shapes do not match, or masks are not boolean.
 
     Examples
     --------
@@ -70,7 +70,7 @@ def dice(a: Any, b: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Sizes that differ, or masks that are not boolean.
+        Shapes do not match, or masks are not boolean.
 
     Examples
     --------
@@ -82,7 +82,7 @@ def dice(a: Any, b: Any) -> np.ndarray:
 
 
 def overlap_coefficient(a: Any, b: Any) -> np.ndarray:
-    """Overlap coefficient (Szymkiewicz-Simpson), ``|a & b| / min(|a|, |b|)`` of masks, 0 to 1; 0 if one is empty.
+    """Overlap coefficient (Szymkiewicz-Simpson) of masks, ``|a & b| / min(|a|, |b|)``, 0 to 1; 0 if one is empty.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def overlap_coefficient(a: Any, b: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Sizes that differ, or masks that are not boolean.
+        Shapes do not match, or masks are not boolean.
 
     Examples
     --------
@@ -110,8 +110,8 @@ def overlap_coefficient(a: Any, b: Any) -> np.ndarray:
 def ruzicka(a: Any, b: Any) -> np.ndarray:
     """Ruzicka similarity of maps, sum min(a, b) / sum max(a, b), 0 to 1; 0 if both are zero.
 
-    The scale of the maps counts; pass the :func:`~elakit.measures.arrays.distribution` of each to compare where they
-    lie and not how strong they are.
+    The result depends on the scale of the maps. To compare only their spatial distribution, pass the
+    :func:`~elakit.measures.arrays.distribution` of each.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ def ruzicka(a: Any, b: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Sizes that differ; NaN, infinite or negative values.
+        Shapes do not match, or values are NaN, infinite or negative.
 
     Examples
     --------
@@ -139,7 +139,7 @@ def ruzicka(a: Any, b: Any) -> np.ndarray:
 def astar_overlap(a: Any, b: Any) -> np.ndarray:
     """Overlap of maps in A-STAR's segregation loss, sum min(a, b) / sum (a + b), 0 to .5; 0 if both are zero.
 
-    It is half the soft Dice coefficient. The scale of the maps counts, as in :func:`ruzicka`.
+    It is half the soft Dice coefficient. The result depends on the scale of the maps, as in :func:`ruzicka`.
 
     Parameters
     ----------
@@ -153,7 +153,7 @@ def astar_overlap(a: Any, b: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Sizes that differ; NaN, infinite or negative values.
+        Shapes do not match, or values are NaN, infinite or negative.
 
     References
     ----------
@@ -171,7 +171,7 @@ def astar_overlap(a: Any, b: Any) -> np.ndarray:
 def symmetric_kl(a: Any, b: Any) -> np.ndarray:
     """Symmetric Kullback-Leibler divergence of maps as distributions, (KL(p||q) + KL(q||p)) / 2 in nats.
 
-    Probabilities below 1e-12 are raised to it.
+    Probabilities below 1e-12 are set to 1e-12.
 
     Parameters
     ----------
@@ -185,7 +185,7 @@ def symmetric_kl(a: Any, b: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Sizes that differ; NaN, infinite or negative values.
+        Shapes do not match, or values are NaN, infinite or negative.
 
     Examples
     --------
@@ -213,7 +213,7 @@ def jensen_shannon(a: Any, b: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Sizes that differ; NaN, infinite or negative values.
+        Shapes do not match, or values are NaN, infinite or negative.
 
     Examples
     --------
@@ -241,7 +241,7 @@ def hellinger(a: Any, b: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Sizes that differ; NaN, infinite or negative values.
+        Shapes do not match, or values are NaN, infinite or negative.
 
     Examples
     --------

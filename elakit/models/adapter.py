@@ -22,7 +22,7 @@ Grid = Callable[[Sequence[Any], Mapping[str, Any]], tuple[int, int]]
 
 
 def argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
-    """Argument of a call, whether it was given by position or by name; None if it was not given.
+    """Argument of a call that is given by position or by name; None if it is not given.
 
     Examples
     --------
@@ -35,8 +35,8 @@ def argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name
 def running(pipe: Pipeline) -> Mapping[str, Any]:
     """Local variables of the ``__call__`` of a pipeline that is running; empty if it is not running.
 
-    Two facts are found nowhere else: whether PixArt uses classifier-free guidance, and which pass of FLUX belongs to
-    the negative prompt. The variables are read, never changed.
+    Some facts are found nowhere else, such as whether PixArt uses classifier-free guidance, and which pass of FLUX
+    belongs to the negative prompt. The variables are read, never changed.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -49,8 +49,8 @@ def running(pipe: Pipeline) -> Mapping[str, Any]:
 def is_a(value: Any, *names: str) -> bool:
     """True if the class of an object, or one of its bases, has one of the names.
 
-    Families are distinguished by the names of diffusers' classes. So no model class has to be imported, and a class
-    that an older release of diffusers lacks causes no error.
+    Families are distinguished by the names of diffusers' classes, so that no model class has to be imported, and a
+    class that an older release of diffusers lacks causes no error.
 
     Examples
     --------
@@ -62,7 +62,7 @@ def is_a(value: Any, *names: str) -> bool:
 
 @torch.no_grad()
 def decoded(pipe: Pipeline, latents: torch.Tensor) -> list[Image.Image]:
-    """Images of latents, (n, c, h, w), decoded as the pipelines of all families do at the end."""
+    """Images of latents, (n, c, h, w), decoded as most pipelines do at the end of a run."""
     vae, config = pipe.vae, pipe.vae.config
     mean, spread = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
     if mean is not None and spread is not None:
@@ -116,13 +116,15 @@ def call_default(pipe: Pipeline, name: str) -> Any:
 
 
 def decoder_side(places: Iterable[str]) -> str:
-    """Selection of the layers that form the image, as `select_layers` takes it, in a model with the given places.
+    """Pattern for `select_layers` that selects the decoder in a model with the given places of layers.
+
+    It is "up" for a UNet and "all" for a transformer, which has no decoder.
 
     Examples
     --------
     >>> decoder_side(["down", "mid", "up"])
     'up'
-    >>> decoder_side(["double", "single"])  # a transformer has no sides
+    >>> decoder_side(["double", "single"])
     'all'
     """
     return "up" if {"down", "mid", "up"} & set(places) else "all"
@@ -131,12 +133,12 @@ def decoder_side(places: Iterable[str]) -> str:
 def stacked_rows(pipe: Pipeline, batch: int, guided: bool) -> slice:
     """Rows that see the prompt in ``[unconditional..., conditional..., perturbed...]``, the batch layout of diffusers.
 
-    The perturbed part exists with perturbed-attention guidance only, the unconditional part only if ``guided``.
+    The perturbed part exists with perturbed-attention guidance only, the unconditional part only if ``guided`` is True.
 
     Raises
     ------
     ModelError
-        When the batch does not divide into those parts.
+        Raised when the batch does not divide into those parts.
 
     Examples
     --------
@@ -154,7 +156,7 @@ def stacked_rows(pipe: Pipeline, batch: int, guided: bool) -> slice:
 
 
 def scheduler_timestep(pipe: Pipeline, wanted: float) -> float:
-    """Timestep of the scheduler that is nearest to a number rounded to the model's precision.
+    """Timestep of the scheduler that is nearest to ``wanted``, which the model's precision has rounded.
 
     Examples
     --------
@@ -169,11 +171,11 @@ def scheduler_timestep(pipe: Pipeline, wanted: float) -> float:
 
 
 class OtherKind(str):
-    """Reason for a refusal that only says that a pipeline is of another kind; left out of errors with a nearer one."""
+    """Reason for a refusal which says only that a pipeline is of another kind; errors prefer other reasons."""
 
 
 def modular(pipe: Pipeline) -> str | None:
-    """Why a modular pipeline is refused; None for all others."""
+    """Reason why a modular pipeline is refused; None for other pipelines."""
     if not is_a(pipe, "ModularPipeline"):
         return None
     return (
@@ -183,9 +185,10 @@ def modular(pipe: Pipeline) -> str | None:
 
 
 def compiled(module: Any, path: str) -> str | None:
-    """Why a denoiser under torch.compile is refused; None if it is not compiled.
+    """Reason why a denoiser under torch.compile is refused; None if it is not compiled.
 
     Hooks would split the compiled graph or not run at all, and the image would not be that of the compiled run.
+    ``path`` is the expression for the denoiser in the message, such as ``"pipe.unet"``.
     """
     name = path.rpartition(".")[2]
     if hasattr(module, "_orig_mod"):
@@ -216,14 +219,14 @@ def _is_compiled(part: nn.Module) -> bool:
 
 
 def image_grid(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns of the input of a block that takes an image, (B, C, h, w)."""
+    """Rows and columns of the image, (B, C, h, w), in the arguments of a UNet block."""
     image = argument(args, kwargs, 0, "hidden_states")
     return image.shape[-2], image.shape[-1]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Positions of image and text in an attention call that is read where it is made.
+    """Positions of image and text in an attention call, for layers that are read there.
 
     Attributes
     ----------
@@ -248,7 +251,7 @@ LayoutOf = Callable[[Sequence[Any], Mapping[str, Any]], Layout]
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One layer of the denoiser in which image locations attend to the text.
+    """One layer of the denoiser in which the locations of the image attend to the text, or to each other.
 
     Attributes
     ----------
@@ -256,32 +259,35 @@ class AttentionLayer:
         Path of the attention module in the denoiser, such as
         ``"up_blocks.1.attentions.0.transformer_blocks.0.attn2"``.
     place : {"down", "mid", "up"} or {"double", "single"} or {"block"}
-        Side of a UNet; kind of block of an MM-DiT; "block" where all blocks are alike (PixArt).
+        Side of a UNet; double- or single-stream block in joint attention; "block" in a transformer with
+        cross-attention.
     heads : int
         Number of attention heads.
     module : torch.nn.Module
         Attention module, whose query and key projections are read.
     block : torch.nn.Module
-        Module around it whose call gives the size of the layer's maps: in a UNet the block whose input is the image,
-        (B, C, h, w); in a transformer the whole denoiser.
+        Module that contains the attention module, and whose arguments give the size of the layer's maps: in a UNet the
+        block whose input is the image, (B, C, h, w); in a transformer the whole denoiser.
     factor : int
         Side of the latent divided by the side of this layer's maps.
     kind : {"cross", "joint", "single"}
         "cross": the keys are the text alone. "joint": image and text, each with projections of its own. "single": image
         and text in one sequence.
     text_first : bool
-        Whether the text comes first where image and text are keys together.
+        In joint attention, whether the text precedes the image in the sequence of keys.
     takes_mask : bool
-        Whether the attention processor applies an ``attention_mask``; if not, `elakit.attention.edit` adds its bias
-        where attention is computed.
+        Whether the attention processor applies an ``attention_mask``; if not, `elakit.attention.edit` adds its bias at
+        the attention call.
     reads : {"text", "image"}
         Keys whose attention is read: the text, or the image's own locations (self-attention).
     grid : callable
-        ``grid(args, kwargs)`` of a call of ``block`` -> (h, w) of this layer's maps.
+        Function that is called with the arguments of ``block``, ``grid(args, kwargs)``, and returns the size (h, w) of
+        the layer's maps.
     layout : callable, optional
-        ``layout(args, kwargs)`` of a call of ``block`` -> `Layout`. A layer that has one is read and biased where it
-        calls `torch.nn.functional.scaled_dot_product_attention`, not by hooks on its projections: for layers that do
-        more between projection and softmax than the hooks know. Give ``takes_mask=False`` with it.
+        Function that is called with the arguments of ``block``, ``layout(args, kwargs)``, and returns a `Layout`. A
+        layer that has one is read and biased where it calls `torch.nn.functional.scaled_dot_product_attention`, not by
+        hooks on its projections. Layers need it that do more between projection and softmax than the hooks know. It
+        requires ``takes_mask=False``.
     """
 
     name: str
@@ -307,9 +313,9 @@ class Call:
     batch : int
         Number of rows.
     timestep : float
-        The scheduler's timestep, whatever number the model is given.
+        The scheduler's timestep, which may differ from the number that the model receives.
     latent : tuple of int
-        (h, w) of the latent before it is divided into patches; the ``factor`` of a layer divides it.
+        (h, w) of the latent before it is divided into patches. The maps of a layer have 1/``factor`` of these sides.
     conditional : bool
         False for a pass of the pipeline that does not see the prompt (FLUX's negative prompt), or that sees it through
         a reduced network (skip-layer guidance of Stable Diffusion 3). Such a call is neither recorded nor counted.
@@ -331,8 +337,8 @@ class Conditioning:
     Attributes
     ----------
     call : dict
-        Arguments of the pipeline's ``__call__`` that stand for the prompt and the negative prompt, for one image, and
-        further arguments that the family needs.
+        Arguments of the pipeline's ``__call__`` for one image: the encoded prompt and negative prompt, and further
+        arguments that the family needs.
     inputs : dict
         Arguments of the denoiser for one conditional row: tensors, lists with one tensor per row, or dicts of these.
     shared : dict
@@ -344,7 +350,7 @@ class Conditioning:
     shared: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self, images: int) -> dict[str, Any]:
-        """Arguments of the pipeline's call for a number of images; not every pipeline repeats given text states itself.
+        """Arguments of the pipeline's call for a number of images, with text states repeated.
 
         Examples
         --------
@@ -361,7 +367,7 @@ class Conditioning:
         return {name: repeated(value) for name, value in self.call.items()}
 
     def rows(self, count: int, dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments of the denoiser for a number of rows, floating-point tensors converted to ``dtype``.
+        """Arguments of the denoiser for a number of rows, with floating-point tensors converted to ``dtype``.
 
         Examples
         --------
@@ -383,7 +389,18 @@ class Conditioning:
 
 
 class Adapter(Protocol):
-    """Description of a family of models: its layers, its text, and how it is run (one file for each family)."""
+    """Description of a family of models: its layers, its text, and how it is run (one file for each family).
+
+    Attributes
+    ----------
+    family : str
+        Name of the family in error messages.
+    scale_argument : str
+        Name of the guidance scale in the pipeline's call.
+    pipe : diffusers.DiffusionPipeline
+    denoiser : torch.nn.Module
+        The UNet or transformer of the pipeline.
+    """
 
     family: ClassVar[str]
     scale_argument: ClassVar[str]
@@ -391,7 +408,7 @@ class Adapter(Protocol):
     denoiser: nn.Module
 
     def __init__(self, pipe: Pipeline) -> None:
-        """Adapt a pipeline that `refusal` does not refuse."""
+        """Adapt a pipeline; `ModelError` if `refusal` gives a reason against it."""
 
     @classmethod
     def refusal(cls, pipe: Pipeline) -> str | None:
@@ -399,11 +416,11 @@ class Adapter(Protocol):
 
     @classmethod
     def refusal_of_index(cls, index: Mapping[str, Any]) -> str | None:
-        """Same as `refusal`, from a ``model_index.json``: known before any weight is downloaded."""
+        """Same as `refusal`, from a ``model_index.json``, which is read before any weight is downloaded."""
 
     @property
     def image_optional(self) -> bool:
-        """True if the pipeline's call generates from text alone although it also takes an image."""
+        """True if the pipeline's call takes an image, but also generates from text alone."""
 
     @property
     def encodes(self) -> bool:
@@ -419,16 +436,16 @@ class Adapter(Protocol):
         """Rows, timestep and latent size of a call of the denoiser, from its arguments."""
 
     def conditional_rows(self, batch: int) -> slice:
-        """Rows of a denoiser batch that see the prompt; determined again at each call, while the pipeline runs."""
+        """Rows of a denoiser batch that see the prompt; they may change from call to call while the pipeline runs."""
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the latent (before it is divided into patches) of an image of a size in pixels."""
+        """Rows and columns of the latent, before it is divided into patches, for an image size in pixels."""
 
     def default_size(self) -> tuple[int, int]:
         """Default height and width of an image, in pixels."""
 
     def text_length(self) -> int:
-        """Number of text positions that the denoiser sees, start, end and padding included."""
+        """Number of text positions that the denoiser sees, including start-of-text, end-of-text and padding."""
 
     def text(self) -> tuple[TextSequence, ...]:
         """Token sequences that the denoiser sees, in their order, with the first position of each."""
@@ -443,17 +460,17 @@ class Adapter(Protocol):
     ) -> Conditioning:
         """Encode a prompt as the pipeline does.
 
-        ``guided`` says whether there is a negative part, for classifier-free guidance (FLUX never has one). ``size`` is
-        the image's (height, width), by default the model's. ``guidance_scale`` matters to guidance-distilled models,
-        whose input it is; by default the pipeline's.
+        ``guided`` states whether there is a negative part, for classifier-free guidance (FLUX.1 never has one).
+        ``size`` is the image's (height, width), by default the model's. ``guidance_scale`` is an input of
+        guidance-distilled models, by default the pipeline's.
         """
 
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
     ) -> torch.Tensor:
-        """One conditional pass over n rows of latents, in the pipeline's form, scaled by the scheduler.
+        """Output of one conditional pass over n rows of latents, in the pipeline's form and scaled by the scheduler.
 
-        ``timestep`` is the scheduler's, whatever number the model is given.
+        ``timestep`` is the scheduler's; the adapter converts it to the number that the model receives.
         """
 
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
@@ -463,7 +480,7 @@ class Adapter(Protocol):
         """Initial noise of unit variance for one image, in the form in which the pipeline takes ``latents``."""
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does; returns the factor of the initial noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return the factor of the initial noise."""
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
         """Images of latents in the pipeline's form, including the noisy latents in the middle of a run."""

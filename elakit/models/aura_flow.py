@@ -40,7 +40,7 @@ class AuraFlow(TransformerAdapter):
     models: ClassVar[tuple[str, ...]] = ("AuraFlowTransformer2DModel",)
 
     def _make_layers(self) -> tuple[AttentionLayer, ...]:
-        # read at the call, since releases of diffusers differ in which norm the text's keys go through
+        # read at the attention call, because releases of diffusers apply different norms to the text's keys
         return tuple(
             layer
             for stack, place, kind in _STACKS
@@ -54,12 +54,12 @@ class AuraFlow(TransformerAdapter):
         return Layout(self._grid(args, kwargs), text, (0, text))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Rows, timestep and latent size of a call; the model is given a thousandth of the scheduler's timestep."""
+        """Rows, timestep and latent size of a call; the model receives a thousandth of the scheduler's timestep."""
         call = super().read_call(args, kwargs)
         return replace(call, timestep=scheduler_timestep(self.pipe, 1000 * call.timestep))
 
     def text(self) -> tuple[TextSequence, ...]:
-        """T5 tokens after the registers."""
+        """One sequence of T5 tokens, which follows the registers."""
         registers = self.pipe.transformer.register_tokens.shape[1]
         return (TextSequence(name="t5", tokenizer=self.pipe.tokenizer, offset=registers, length=self._t5_length()),)
 
@@ -78,6 +78,6 @@ class AuraFlow(TransformerAdapter):
         return (super()._given(timestep, latents) / 1000).to(latents.dtype)
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are the noise."""
         super().set_timesteps(steps, height, width)
         return 1.0

@@ -1,4 +1,4 @@
-"""Text sequences of language models: a prompt inside a chat template."""
+"""Token sequences of language models, which read the prompt inside a chat template."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def chat_sequence(
     *,
     length: int,
     dropped: int = 0,
-    specials: bool | None = None,
+    specials: bool = True,
     padded: bool = True,
 ) -> TextSequence:
-    """Token sequence of a prompt inside a template.
+    """Token sequence of a prompt inside a chat template.
 
     Parameters
     ----------
@@ -29,20 +29,24 @@ def chat_sequence(
         Name of the sequence.
     tokenizer : transformers tokenizer or processor
     render : callable
-        ``render(prompt)`` gives the text that is tokenized.
+        Function that returns the text to tokenize, the template with the prompt in it: ``render(prompt)``.
     length : int
-        Number of positions, padding included.
+        Number of positions, including padding.
     dropped : int
         Number of leading tokens whose states the pipeline discards.
-    specials : bool, optional
-        Whether the tokenizer adds special tokens to the text; default: True.
+    specials : bool
+        Whether the tokenizer adds special tokens to the text.
     padded : bool
-        Whether the padding reaches the denoiser; if so, its side matters.
+        Whether the padding reaches the denoiser. If it does, padding on the left shifts the positions of the tokens.
+
+    Returns
+    -------
+    TextSequence
 
     Raises
     ------
     ModelError
-        When the template changes or repeats the prompt.
+        Raised when the template changes or repeats the prompt.
     """
     parts = render(_MARK).split(_MARK)
     if len(parts) != 2:
@@ -61,5 +65,5 @@ def chat_sequence(
         after=parts[1],
         dropped=dropped,
         padding=side,
-        specials=True if specials is None else specials,
+        specials=specials,
     )

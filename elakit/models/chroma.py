@@ -14,8 +14,8 @@ from elakit.tokens import TextSequence
 class Chroma(Flux):
     """Adapter of Chroma pipelines.
 
-    The model's mask is a product of text masks, which the blocks add to the scores as it is; layers are read at the
-    attention call, with that mask. The negative prompt has a call of its own, which is not recorded.
+    The blocks add a product of text masks, of zeros and ones, to the scores; layers are read at the attention call,
+    which receives this product. The negative prompt has a call of its own, which is not recorded.
 
     Parameters
     ----------

@@ -35,7 +35,7 @@ class CogView3Plus(TransformerAdapter):
         return Layout(self._grid(args, kwargs), text, (0, text))
 
     def text(self) -> tuple[TextSequence, ...]:
-        """Sequence of T5's tokens, followed by padding."""
+        """One sequence of T5 tokens, followed by padding."""
         return (TextSequence(name="t5", tokenizer=self.pipe.tokenizer, offset=0, length=self._t5_length()),)
 
     def _encode(self, prompt: PromptInput) -> Conditioning:

@@ -32,7 +32,7 @@ class CogView4(SeparateNegative, Float32Latents):
     @classmethod
     def _refusal_of_relative(cls, pipeline: str) -> str | None:
         if "Control" in pipeline:
-            return "its latents are concatenated with those of a control image (CogView4 Control), not supported yet"
+            return "its latents are joined with those of a control image (CogView4 Control), which is not supported"
         return None
 
     def _make_layers(self) -> tuple[AttentionLayer, ...]:
@@ -48,7 +48,7 @@ class CogView4(SeparateNegative, Float32Latents):
         return replace(super().read_call(args, kwargs), conditional=not negative)
 
     def text(self) -> tuple[TextSequence, ...]:
-        """Sequence of GLM's tokens, preceded by padding."""
+        """One sequence of GLM tokens, preceded by padding."""
         return (
             TextSequence(
                 name="glm",
@@ -71,7 +71,7 @@ class CogView4(SeparateNegative, Float32Latents):
         return Conditioning(call, {"encoder_hidden_states": embeds, **sizes})
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are the noise."""
         from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift, retrieve_timesteps
 
         scheduler, config = self.pipe.scheduler, self.pipe.scheduler.config

@@ -10,11 +10,12 @@ from elakit.errors import SettingError
 
 
 def device_named(device: str | torch.device | None) -> torch.device:
-    """Device of a given name; None stands for CUDA where it is available and the CPU elsewhere.
+    """Device of a given name, checked to be usable on this machine.
 
     Parameters
     ----------
     device : str or torch.device, optional
+        Name such as "cpu" or "cuda:1". Default: CUDA where it is available, otherwise the CPU.
 
     Returns
     -------
@@ -23,7 +24,7 @@ def device_named(device: str | torch.device | None) -> torch.device:
     Raises
     ------
     SettingError
-        When there is no such device on this machine.
+        Raised when there is no such device on this machine, or it holds no values ("meta").
 
     Examples
     --------
@@ -57,8 +58,8 @@ def device_named(device: str | torch.device | None) -> torch.device:
 def compute_dtype(module: Any) -> torch.dtype:
     """Floating-point type in which a model computes.
 
-    The type of its parameters says nothing where these are stored in another form: quantized weights (bitsandbytes,
-    GGUF) are integers, and layerwise casting keeps them in 8 bits until a layer runs.
+    It differs from the type of the parameters if these are stored in another form: quantized weights (bitsandbytes,
+    GGUF) are integers, and layerwise casting keeps weights in 8 bits until a layer runs.
 
     Examples
     --------

@@ -54,7 +54,9 @@ _KEPT = "_elakit_adapter"  # where a pipeline keeps its adapter: they are freed 
 
 
 def adapter_for(pipe: Pipeline) -> Adapter:
-    """Adapter that reads and runs a pipeline; the same object at each call, as long as the pipeline keeps its denoiser.
+    """Adapter that reads and runs a pipeline.
+
+    Each call returns the same object, as long as the pipeline keeps its denoiser.
 
     Parameters
     ----------
@@ -67,7 +69,7 @@ def adapter_for(pipe: Pipeline) -> Adapter:
     Raises
     ------
     ModelError
-        When the pipeline is of no supported family; the message names the families and what is missing.
+        Raised when the pipeline belongs to no supported family; the message states why, and lists the families.
 
     Examples
     --------
@@ -93,14 +95,14 @@ def adapter_for(pipe: Pipeline) -> Adapter:
 
 
 def refuse_index(what: str, index: Mapping[str, Any]) -> None:
-    """Raise a `ModelError` if no family fits a ``model_index.json``."""
+    """Raise a `ModelError` about ``what`` if no family fits a ``model_index.json``."""
     reasons = [family.refusal_of_index(index) for family in FAMILIES]
     if None not in reasons:
         raise unsupported(what, [reason for reason in reasons if reason is not None])
 
 
 def unsupported(what: str, reasons: Sequence[str]) -> ModelError:
-    """Error with the reasons of the families that nearly fit, or of all families if none does."""
+    """Error with the reasons of the families that nearly fit, or of all families if none nearly fits."""
     near = [reason for reason in reasons if not isinstance(reason, OtherKind)]
     kinds = list(dict.fromkeys(near or reasons))
     families = "; ".join(family.family for family in FAMILIES)

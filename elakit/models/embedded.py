@@ -1,4 +1,4 @@
-"""Built-in models, and the settings that pipelines generate with by default."""
+"""Built-in models, and the default settings of pipelines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class EmbeddedModel:
     folder : str
         Folder in the shipped ``data``.
     summary : str
-        One line for ``elakit models``.
+        Description of one line, for ``elakit models``.
     steps : int
         Default number of denoising steps.
     guidance_scale : float
@@ -61,12 +61,12 @@ EMBEDDED: dict[str, EmbeddedModel] = {
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Settings of a pipeline's call where the user gives none.
+    """Default settings of a pipeline's call.
 
     Attributes
     ----------
     steps : int
-        Denoising steps.
+        Number of denoising steps.
     guidance_scale : float
         Classifier-free guidance scale, or the scale that is an input of a guidance-distilled model.
     """
@@ -76,7 +76,7 @@ class GenerationSettings:
 
 
 def default_settings(pipe: Pipeline) -> GenerationSettings:
-    """Default settings of a built-in model, or of the ``__call__`` of any other pipeline.
+    """Default settings of a built-in model; for any other pipeline, the defaults of its ``__call__``.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def default_settings(pipe: Pipeline) -> GenerationSettings:
     Raises
     ------
     ModelError
-        When the call of the pipeline has no number of steps.
+        Raised when the call of the pipeline takes no ``num_inference_steps``, or elakit does not support the pipeline.
 
     Examples
     --------
@@ -105,14 +105,17 @@ def default_settings(pipe: Pipeline) -> GenerationSettings:
             f"{type(pipe).__name__} takes no `num_inference_steps`; elakit generates with standard text-to-image "
             "pipelines such as StableDiffusionPipeline only."
         )
-    names = [name for name in ("guidance_scale", "true_cfg_scale") if name in parameters]  # Qwen-Image has the second
-    scales = [parameters[name].default for name in names]
-    scale = next((float(default) for default in scales if isinstance(default, int | float)), 1.0)
-    return GenerationSettings(int(parameters["num_inference_steps"].default), scale)
+    from elakit.models.dispatch import adapter_for  # loads diffusers
+
+    name = adapter_for(pipe).scale_argument
+    scale = parameters[name].default if name in parameters else None
+    return GenerationSettings(
+        int(parameters["num_inference_steps"].default), float(scale) if isinstance(scale, int | float) else 1.0
+    )
 
 
 def name_of(pipe: Pipeline) -> str:
-    """Name under which `load` finds a pipeline again: a built-in model, a hub id or a folder; else its class.
+    """Name under which `load` finds a pipeline again: a built-in model, a hub id or a folder.
 
     Parameters
     ----------
@@ -121,6 +124,7 @@ def name_of(pipe: Pipeline) -> str:
     Returns
     -------
     str
+        The name of its class if the pipeline was not loaded from one of these.
 
     Examples
     --------
@@ -134,7 +138,7 @@ def name_of(pipe: Pipeline) -> str:
 
 
 def loaded_with(pipe: Pipeline) -> dict[str, str | None]:
-    """Arguments of `load` that change the weights of a pipeline, other than its name: variant and LoRA weights.
+    """Arguments of `load`, other than the name, that determine the weights of a pipeline: variant and LoRA weights.
 
     Parameters
     ----------
@@ -143,6 +147,7 @@ def loaded_with(pipe: Pipeline) -> dict[str, str | None]:
     Returns
     -------
     dict of str to (str or None)
+        The arguments ``variant`` and ``lora``; None if they were not given.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Encoding of prompts: one public method for all families, and what a family implements."""
+"""Encoding of prompts: a public method that is the same for all families, and the part that a family implements."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from elakit.pipeline import Pipeline
 
 @dataclass(frozen=True)
 class PromptInput:
-    """Arguments of `encode`, as a family's ``_encode`` receives them.
+    """Arguments of `PromptEncoder.encode`, as a family's ``_encode`` receives them.
 
     Attributes
     ----------
     text : str
         Prompt.
     negative : str or None
-        Negative prompt.
+        Negative prompt; None if there is none.
     guided : bool
         True if classifier-free guidance is used.
     size : tuple of int
@@ -70,12 +70,13 @@ class PromptEncoder:
         negative : str, optional
             Negative prompt, for classifier-free guidance.
         guided : bool
-            True if classifier-free guidance is used; without it there are no negative states. Families that guide by
-            an input of the model (FLUX.1), or at every scale above 0 (Z-Image), ignore it.
+            True if classifier-free guidance is used; if not, there are no negative states. It is ignored by families
+            whose guidance scale is an input of the model (FLUX.1), and by Z-Image, which guides at every scale above 0.
         size : tuple of int, optional
-            (height, width) of the image, by default the model's. Only families whose denoiser takes it use it.
+            (height, width) of the image in pixels, by default the model's. It matters if the denoiser receives it.
         guidance_scale : float, optional
-            By default the pipeline's. Only guidance-distilled models, whose input it is, and Z-Image use it.
+            Guidance scale, by default the pipeline's. It matters to guidance-distilled models, whose input it is, and
+            to Z-Image.
 
         Returns
         -------
@@ -86,7 +87,7 @@ class PromptEncoder:
         SettingError
             Raised when a negative prompt is given to a family without one (FLUX.1, FLUX.2).
         ModelError
-            Raised when the family can be recorded only.
+            Raised when the family supports recording only.
         """
         return self._encode(
             PromptInput(

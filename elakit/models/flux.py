@@ -33,9 +33,9 @@ _CONTROL = ("controlnet_block_samples", "controlnet_single_block_samples")
 class Flux(SeparateNegative):
     """Adapter of FLUX.1 pipelines (text-to-image, img2img, inpainting, Fill, Kontext, ControlNet).
 
-    The denoiser sees T5 tokens only (CLIP gives it one pooled vector); they have no start-of-text token. Double-stream
-    blocks project image and text separately, single-stream blocks project both as one sequence; in both kinds image and
-    text attend to each other in one softmax, so that rows do not sum to 1 over the text.
+    The denoiser attends to T5 tokens only, without a start-of-text token; from CLIP it receives one pooled vector.
+    Double-stream blocks project image and text separately, single-stream blocks project both as one sequence. In both,
+    image and text attend to each other in one softmax, so that rows do not sum to 1 over the text.
 
     Guidance is distilled into the model: every row of a batch sees the prompt. With a negative prompt the pipeline
     makes a second call, which is not recorded.
@@ -92,7 +92,7 @@ class Flux(SeparateNegative):
 
     @property
     def image_optional(self) -> bool:
-        """True if the pipeline's call generates from text alone although it also takes an image."""
+        """True if the pipeline's call takes an image, but also generates from text alone."""
         return is_a(self.pipe, "FluxKontextPipeline")
 
     @property
@@ -113,8 +113,9 @@ class Flux(SeparateNegative):
             patches = argument(args, kwargs, 0, "hidden_states").shape[1]
             if rows * columns != len(generated) or patches != len(flat):
                 raise ModelError(
-                    f"The transformer was called with {patches} image patches, {len(generated)} of them for an image "
-                    f"of {rows} x {columns} patches; only runs of one image size can be recorded."
+                    f"The transformer was called with {patches} image patches, but img_ids has {len(flat)} positions, "
+                    f"{len(generated)} of them for an image of {rows} x {columns} patches. Call the pipeline with one "
+                    "image size."
                 )
             self._seen = ids, (rows, columns)
         return self._seen[1]
@@ -163,7 +164,7 @@ class Flux(SeparateNegative):
 
     @property
     def text_limit(self) -> int:
-        """Largest number of text positions; what follows them are image tokens (Redux)."""
+        """Largest number of text positions; image tokens may follow them (Redux)."""
         return self._t5_length()
 
     def _timestep(self, given: torch.Tensor) -> float:
@@ -225,7 +226,7 @@ class Flux(SeparateNegative):
         return packed
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are the noise."""
         self._set_flow(steps, self._shift(height, width, 1.15))
         return 1.0
 

@@ -1,4 +1,4 @@
-"""FLUX.2: double- and single-stream blocks over the states of a language model, the latter with fused projections."""
+"""FLUX.2: an MM-DiT, whose single-stream blocks have fused projections, over the states of a language model."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from elakit.tokens import TextSequence
 class Flux2(Flux):
     """Adapter of FLUX.2 pipelines (dev, Klein).
 
-    The denoiser sees the states of a chat that contains the prompt, padded to ``max_sequence_length``. In single-stream
-    blocks query, key, value and the feed-forward input come from one projection, so that layers are read at the
-    attention call. Input images follow the generated one in the sequence; maps are those of the generated image.
+    The denoiser sees the text states of a chat that contains the prompt, padded to ``max_sequence_length``. Layers are
+    read at the attention call, because one projection of a single-stream block computes query, key, value and the input
+    of the feed-forward network. Input images follow the generated one in the sequence; maps are those of the generated
+    image.
 
     FLUX.2 dev is guidance-distilled: every row sees the prompt. Klein guides by a second call with the negative prompt,
     which is not recorded.
@@ -53,7 +54,7 @@ class Flux2(Flux):
 
     @property
     def image_optional(self) -> bool:
-        """True if the pipeline's call generates from text alone although it also takes an image."""
+        """True if the pipeline's call takes an image, but also generates from text alone."""
         return is_a(self.pipe, "Flux2Pipeline", "Flux2KleinPipeline")
 
     @property
@@ -65,7 +66,7 @@ class Flux2(Flux):
         return is_a(self.pipe, "Flux2KleinPipeline", "Flux2KleinInpaintPipeline")
 
     def text(self) -> tuple[TextSequence, ...]:
-        """Sequence of the chat, its template and padding included."""
+        """One sequence with the tokens of the chat, including its template and padding."""
         if self._klein:
 
             def render(prompt: str) -> str:
@@ -85,8 +86,7 @@ class Flux2(Flux):
                     self.pipe.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=False)[0]
                 )
 
-        specials = None if self._klein else False
-        return (chat_sequence("chat", self.pipe.tokenizer, render, length=self._t5_length(), specials=specials),)
+        return (chat_sequence("chat", self.pipe.tokenizer, render, length=self._t5_length(), specials=self._klein),)
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
         """Text states, positions of text and image, and the guidance scale where it is an input."""
@@ -134,7 +134,7 @@ class Flux2(Flux):
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
     ) -> torch.Tensor:
-        """One conditional pass; the initial noise, (n, 4c, h, w), is packed first as the pipeline does."""
+        """Output of one conditional pass; the initial noise, (n, 4c, h, w), is packed first as the pipeline does."""
         latents = self.pipe._pack_latents(latents) if latents.ndim == 4 else latents
         return super().denoise(latents, timestep, conditioning)
 
@@ -146,7 +146,7 @@ class Flux2(Flux):
         return seeded_noise(shape, generator, self.pipe._execution_device, self._noise_dtype)
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are the noise."""
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
         rows, columns = self.latent_size(height, width)

@@ -42,7 +42,7 @@ class HunyuanDiT(TransformerAdapter):
         return super().read_call(args, {**kwargs, "timestep": argument(args, kwargs, 1, "timestep")})
 
     def text(self) -> tuple[TextSequence, ...]:
-        """BERT's tokens, then T5's."""
+        """Two sequences: the tokens of BERT, then those of T5."""
         return (
             TextSequence(name="bert", tokenizer=self.pipe.tokenizer, offset=0, length=_BERT),
             TextSequence(name="t5", tokenizer=self.pipe.tokenizer_2, offset=_BERT, length=_T5),

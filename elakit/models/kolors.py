@@ -1,4 +1,4 @@
-"""Kolors: the UNet of SDXL over the states of a language model."""
+"""Kolors: the UNet of SDXL with cross-attention to the states of a language model."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Kolors(StableDiffusionXL):
         return UNetAdapter._tokenizer(pipe)
 
     def text_length(self) -> int:
-        """Number of text positions, padding included."""
+        """Number of text positions, including padding."""
         return int(call_default(self.pipe, "max_sequence_length"))
 
     def text(self) -> tuple[TextSequence, ...]:
-        """One sequence of ChatGLM's tokens, preceded by padding."""
+        """One sequence of ChatGLM tokens, preceded by padding."""
         return (
             TextSequence(
                 name="chatglm", tokenizer=self.pipe.tokenizer, offset=0, length=self.text_length(), padding="left"

@@ -23,7 +23,7 @@ def import_diffusers() -> Any:
     Raises
     ------
     ModelError
-        diffusers cannot be imported; the message names the package to upgrade.
+        Raised when diffusers cannot be imported; the message names the cause and, if known, the package to upgrade.
 
     Examples
     --------

@@ -45,15 +45,17 @@ def load(
         A built-in model (``"picture-world"``, no network), a folder that ``save_pretrained`` wrote, or a hub id
         ``"organization/model"``.
     device : str or torch.device, optional
-        Default: CUDA where it is available, else the CPU.
+        Device of the pipeline. Default: CUDA where it is available, otherwise the CPU.
     dtype : {"float32", "float16", "bfloat16"} or torch.dtype, optional
-        Default: float32 on the CPU and for built-in models, float16 for others elsewhere.
+        Precision of the weights. Default: float32 on the CPU and for built-in models, otherwise float16.
     variant : str, optional
-        Variant of the weight files, such as ``"fp16"`` for files named ``model.fp16.safetensors``.
+        Variant of the weight files, such as ``"fp16"`` for files named ``model.fp16.safetensors``. Default: files
+        without a variant.
     scheduler : str, optional
-        Scheduler class of diffusers, such as ``"DDIMScheduler"``, with the configuration of the model's own one.
+        Name of a scheduler class of diffusers, such as ``"DDIMScheduler"``, which gets the configuration of the model's
+        own scheduler. Default: the model's own.
     lora : str or pathlib.Path, optional
-        LoRA weights in safetensors: a file, a folder or a hub id.
+        LoRA weights in safetensors: a file, a folder or a hub id. Default: none.
 
     Returns
     -------
@@ -63,10 +65,10 @@ def load(
     Raises
     ------
     ModelError
-        When the model is unknown, cannot be downloaded, would run code, lacks weights or has weights that its
-        architecture does not know, or is of an unsupported family, or when the LoRA weights cannot be loaded.
+        Raised when the model is unknown, cannot be downloaded, contains code, is of an unsupported family, lacks
+        weights or has weights that its architecture does not know; when the LoRA weights cannot be loaded.
     SettingError
-        When the device, dtype or variant does not exist, or the scheduler is not one that the model can use.
+        Raised when the device, dtype or variant does not exist, or the scheduler is not one that the model can use.
 
     Examples
     --------
@@ -111,6 +113,14 @@ def check_scheduler(name: str | Path, scheduler: str) -> None:
     name : str or pathlib.Path
         As in `load`.
     scheduler : str
+        Name of a scheduler class of diffusers.
+
+    Raises
+    ------
+    SettingError
+        Raised when the model cannot use the scheduler; the message lists the ones that it can use.
+    ModelError
+        Raised when the model is unknown, or its ``model_index.json`` cannot be read.
 
     Examples
     --------

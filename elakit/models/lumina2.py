@@ -51,7 +51,7 @@ class Lumina2(SeparateNegative):
         return Layout(self._grid(args, kwargs), text, (0, text))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Rows, timestep and latent size of a call of the transformer, whose time runs from 0 (noise) to 1 (image)."""
+        """Rows, timestep and latent size of a call; the transformer receives a time from 0 (noise) to 1 (image)."""
         latents = argument(args, kwargs, 0, "hidden_states")
         given = float(torch.as_tensor(argument(args, kwargs, 1, "timestep")).flatten()[0])
         return Call(
@@ -79,7 +79,7 @@ class Lumina2(SeparateNegative):
         return int(self.pipe.scheduler.config.num_train_timesteps)
 
     def text(self) -> tuple[TextSequence, ...]:
-        """Sequence of the system message and the prompt."""
+        """One sequence of Gemma tokens: the system message, then the prompt."""
         before = f"{self.pipe.system_prompt} <Prompt Start> "
         return (
             TextSequence(
@@ -102,7 +102,7 @@ class Lumina2(SeparateNegative):
         return 1 - super()._given(timestep, latents) / self._train_steps
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are the noise."""
         # The pipeline takes the number of channels for that of patches.
         self._set_flow(steps, self._flow_shift(self._channels, 1.15))
         return 1.0

@@ -1,4 +1,4 @@
-"""Properties of a pipeline's passes that several families share."""
+"""Base classes for properties of a pipeline's passes that several families share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Float32Latents(TransformerAdapter):
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
     ) -> torch.Tensor:
-        """One conditional pass in the model's precision; see `TransformerAdapter.denoise`."""
+        """Output of one conditional pass in the model's precision; see `TransformerAdapter.denoise`."""
         return super().denoise(latents.to(self.denoiser.dtype), timestep, conditioning)  # type: ignore[arg-type]
 
     @property

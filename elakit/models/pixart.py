@@ -1,4 +1,4 @@
-"""PixArt-Alpha and PixArt-Sigma: a transformer with cross-attention to T5 tokens, padding masked."""
+"""PixArt-Alpha and PixArt-Sigma: a transformer with cross-attention to T5 tokens, whose padding is masked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saved weights that old and new releases of transformers read."""
+"""Saved weights that all releases of transformers can read."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _PREFIX = "text_model."
 
 
 def write_portable_names(folder: str | Path) -> None:
-    """Rename the weights of the CLIP text encoder in a saved pipeline to the names that every release reads.
+    """Rename the weights of the CLIP text encoder in a saved pipeline, so that all releases of transformers read them.
 
-    transformers from 5.6 on saves a ``CLIPTextModel`` without the prefix ``text_model.``. Older releases find none of
-    these names and fill the whole encoder with random numbers; newer ones read both forms.
+    From release 5.6 on, transformers saves a ``CLIPTextModel`` without the prefix ``text_model.``. Older releases do
+    not know these names and fill the whole encoder with random numbers; newer ones read both forms.
 
     Parameters
     ----------
-    folder : str or Path
+    folder : str or pathlib.Path
         Folder that ``pipe.save_pretrained`` wrote.
     """
     from safetensors.torch import load_file, save

@@ -19,8 +19,9 @@ from elakit.tokens import TextSequence
 class QwenImage(SeparateNegative):
     """Adapter of Qwen-Image pipelines (text-to-image, img2img, inpainting, ControlNet).
 
-    The denoiser sees the states of a chat without those of its system message. Guidance is a second call with the
-    negative prompt, at a scale that the pipeline calls ``true_cfg_scale``; that call is not recorded.
+    The denoiser sees the text states of a chat that contains the prompt, without those of its system message.
+    Guidance is a second call with the negative prompt, at a scale that the pipeline calls ``true_cfg_scale``; that call
+    is not recorded.
 
     Parameters
     ----------
@@ -93,7 +94,7 @@ class QwenImage(SeparateNegative):
         return side, side
 
     def text(self) -> tuple[TextSequence, ...]:
-        """Sequence of the chat, without the tokens of its system message."""
+        """One sequence with the tokens of the chat, without those of its system message."""
         return (
             chat_sequence(
                 "chat",
@@ -110,7 +111,7 @@ class QwenImage(SeparateNegative):
         embeds, mask = self._states(prompt.text)
         call = {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
         if prompt.guided:
-            negative_embeds, negative_mask = self._states(prompt.negative or " ")  # the model was used with a space
+            negative_embeds, negative_mask = self._states(prompt.negative or " ")  # a space, as the pipeline recommends
             call |= {"negative_prompt_embeds": negative_embeds, "negative_prompt_embeds_mask": negative_mask}
         rows, columns = self.latent_size(*prompt.size)
         shared: dict[str, Any] = {"img_shapes": [[(1, rows // self._patch, columns // self._patch)]]}
@@ -139,7 +140,7 @@ class QwenImage(SeparateNegative):
         return packed
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are the noise."""
         self._set_flow(steps, self._shift(height, width, 1.15))
         return 1.0
 

@@ -18,8 +18,9 @@ from elakit.tokens import TextSequence
 class Sana(Float32Latents):
     """Adapter of Sana pipelines.
 
-    The pipeline puts an instruction before the prompt and keeps the first state and those of the prompt. It lowercases
-    prompts. `elakit.generate` generates at exactly the given size, without the pipeline's resolution binning.
+    The pipeline puts an instruction before the prompt and discards its text states, except that of the first token. It
+    lowercases prompts. `elakit.generate` generates at exactly the given size, without the pipeline's resolution
+    binning.
 
     Parameters
     ----------
@@ -43,7 +44,7 @@ class Sana(Float32Latents):
         return Layout(self._grid(args, kwargs), 0, (0, text))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Rows, timestep and latent size of a call of the transformer, which may be given a scaled timestep."""
+        """Rows, timestep and latent size of a call of the transformer, which may receive a scaled timestep."""
         call = super().read_call(args, kwargs)
         return replace(call, timestep=call.timestep / self.pipe.transformer.config.timestep_scale)
 
@@ -52,7 +53,7 @@ class Sana(Float32Latents):
         return call_default(self.pipe, "height"), call_default(self.pipe, "width")
 
     def text(self) -> tuple[TextSequence, ...]:
-        """Sequence of the first token and the tokens of the prompt; those of the instruction are discarded."""
+        """One sequence of Gemma tokens: the first one, then those of the prompt; the instruction is discarded."""
         tokenizer = self.pipe.tokenizer
         instruction = "\n".join(call_default(self.pipe, "complex_human_instruction"))
         return (
@@ -98,7 +99,7 @@ class Sana(Float32Latents):
         return super()._given(timestep, latents) * self.pipe.transformer.config.timestep_scale
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are the noise."""
         super().set_timesteps(steps, height, width)
         return 1.0
 

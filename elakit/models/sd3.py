@@ -57,7 +57,7 @@ class StableDiffusion3(TransformerAdapter):
         return replace(super().read_call(args, kwargs), conditional=kwargs.get("skip_layers") is None)
 
     def text(self) -> tuple[TextSequence, ...]:
-        """Sequence of both CLIP encoders, then that of T5 where it is loaded."""
+        """One sequence of CLIP tokens for both CLIP encoders, then one of T5 tokens if T5 is loaded."""
         clip = TextSequence(
             name="clip", tokenizer=self.pipe.tokenizer, offset=0, length=int(self.pipe.tokenizer_max_length)
         )
@@ -68,7 +68,7 @@ class StableDiffusion3(TransformerAdapter):
         )
 
     def text_length(self) -> int:
-        """Number of text positions, those of an absent T5 included."""
+        """Number of text positions, including those of T5 even if it is not loaded."""
         return int(self.pipe.tokenizer_max_length) + self._t5_length()
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
@@ -88,7 +88,7 @@ class StableDiffusion3(TransformerAdapter):
         return Conditioning(call, {"encoder_hidden_states": embeds, "pooled_projections": pooled})
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are the noise."""
         scheduler = self.pipe.scheduler
         shift = {"mu": self._shift(height, width, 1.16)} if scheduler.config.get("use_dynamic_shifting") else {}
         scheduler.set_timesteps(steps, device=self.pipe._execution_device, **shift)

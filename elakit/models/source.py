@@ -25,7 +25,18 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def locate(name: str | Path) -> str:
-    """Folder or hub id of a model; a name that can be neither is refused at once, without a request to the network."""
+    """Folder or hub id of a model, without a request to the network.
+
+    Parameters
+    ----------
+    name : str or pathlib.Path
+        As in `load`.
+
+    Raises
+    ------
+    ModelError
+        Raised when the name can be neither a built-in model, nor a pipeline's folder, nor a hub id.
+    """
     text = str(name)
     if text in EMBEDDED:
         folder = EMBEDDED[text].path
@@ -54,7 +65,18 @@ def locate(name: str | Path) -> str:
 
 
 def read_index(source: str) -> dict[str, Any]:
-    """Content of a pipeline's ``model_index.json``, read first so that a wrong model is refused before its download."""
+    """Content of a pipeline's ``model_index.json``, which suffices to refuse a wrong model before its download.
+
+    Parameters
+    ----------
+    source : str
+        Folder or hub id, as `locate` returns it.
+
+    Raises
+    ------
+    ModelError
+        Raised when the file cannot be downloaded or read.
+    """
     path = Path(source) / "model_index.json"
     if not path.is_file():
         path = Path(_download_index(source))
@@ -89,7 +111,7 @@ def _download_index(hub_id: str) -> str:
 
 
 def unavailable(hub_id: str, why: str) -> ModelError:
-    """Error for a model of the hub that cannot be downloaded."""
+    """Error for a model of the hub that cannot be downloaded; ``why`` is the reason, which ends with a period."""
     return ModelError(
         f"Model {hub_id!r} cannot be downloaded: {why} Give a built-in model ({', '.join(EMBEDDED)}: no network "
         "needed), a folder or another hub id."

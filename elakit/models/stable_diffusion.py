@@ -20,7 +20,7 @@ class StableDiffusion(UNetAdapter):
     Raises
     ------
     ModelError
-        When the pipeline is of another family; the message says how it differs.
+        Raised when the pipeline is of another family; the message states the difference.
     """
 
     family: ClassVar[str] = "Stable Diffusion 1.x/2.x"

@@ -39,10 +39,19 @@ from elakit.tokens import TextSequence
 
 
 class TransformerAdapter(PromptEncoder):
-    """Base of the families with a transformer. A family describes its layers and its text.
+    """Base of the families with a transformer.
 
-    These suffice for recording. For `elakit.generate` and guidance, a family also encodes prompts (`_encode`), and
-    converts the scheduler's timestep to the number that its model takes.
+    For recording, a family describes its layers and its text. For `elakit.generate` and guidance, it also encodes
+    prompts (``_encode``) and converts the scheduler's timestep to the number that its model receives (``_given``).
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+
+    Raises
+    ------
+    ModelError
+        Raised when the pipeline is of another family; the message states the difference.
     """
 
     family: ClassVar[str]
@@ -88,7 +97,7 @@ class TransformerAdapter(PromptEncoder):
 
     @property
     def image_optional(self) -> bool:
-        """True if the pipeline's call generates from text alone although it also takes an image."""
+        """True if the pipeline's call takes an image, but also generates from text alone."""
         return False
 
     def is_current(self) -> bool:
@@ -151,6 +160,11 @@ class TransformerAdapter(PromptEncoder):
 
         Some pipelines (PixArt) have no attribute for classifier-free guidance, so the variables of their running call
         are read; outside a call all rows see the prompt.
+
+        Raises
+        ------
+        ModelError
+            Raised when the batch does not divide into the parts that the pipeline stacks.
         """
         guided = getattr(self.pipe, "do_classifier_free_guidance", None)
         if guided is None:
@@ -163,7 +177,7 @@ class TransformerAdapter(PromptEncoder):
         Raises
         ------
         SettingError
-            When a side is not a positive multiple of the product of the autoencoder's factor and the patch size.
+            Raised when a side is not a positive multiple of the product of the autoencoder's factor and the patch size.
         """
         factor = self.pipe.vae_scale_factor
         check_sides(height, width, factor * self._patch)
@@ -177,7 +191,7 @@ class TransformerAdapter(PromptEncoder):
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
     ) -> torch.Tensor:
-        """One conditional pass; gradients flow when enabled.
+        """Output of one conditional pass, differentiable if gradients are enabled.
 
         Parameters
         ----------
@@ -219,13 +233,17 @@ class TransformerAdapter(PromptEncoder):
         Parameters
         ----------
         states : torch.Tensor, (tokens, channels)
-            The text, the same for all rows.
+            Text states, which are the same for all rows.
         positions : sequence of int
             Position of each token in the text that it was encoded in.
         args, kwargs : sequence, mapping
             Arguments of the other denoiser call.
         rows : slice
             Rows of that call to keep.
+
+        Returns
+        -------
+        dict
         """
         given = self._of_rows(args, kwargs, rows)
         latents = given["hidden_states"]
@@ -254,7 +272,7 @@ class TransformerAdapter(PromptEncoder):
         Raises
         ------
         ModelError
-            When a block has no self-attention.
+            Raised when a block has no self-attention.
         """
         return tuple(
             self_layer(self.denoiser, layer) if layer.kind == "cross" else replace(layer, reads="image")
@@ -277,7 +295,7 @@ class TransformerAdapter(PromptEncoder):
         return compute_dtype(self.denoiser)
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does; returns the factor of the initial noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return the factor of the initial noise."""
         self.pipe.scheduler.set_timesteps(steps, device=self.pipe._execution_device)
         return float(getattr(self.pipe.scheduler, "init_noise_sigma", 1.0))
 
@@ -321,7 +339,7 @@ class TransformerAdapter(PromptEncoder):
         Raises
         ------
         ModelError
-            When the family decodes latents in its own way and has no inverse of it.
+            Raised when the family decodes latents in its own way, and elakit has no inverse for it.
         """
         if type(self).decode is not TransformerAdapter.decode:
             raise ModelError(
@@ -334,11 +352,11 @@ class TransformerAdapter(PromptEncoder):
         return step_callback(move)
 
     def text(self) -> tuple[TextSequence, ...]:
-        """Token sequences that the denoiser sees."""
+        """Token sequences that the denoiser sees, in their order."""
         raise NotImplementedError
 
     def text_length(self) -> int:
-        """Number of text positions, padding included, unless the call sets another ``max_sequence_length``."""
+        """Number of text positions, including padding, unless the call sets another ``max_sequence_length``."""
         last = self.text()[-1]
         return last.offset + last.length
 

@@ -40,7 +40,17 @@ _OTHER_ROWS = {
 
 
 class UNetAdapter(PromptEncoder):
-    """Base of the families with a UNet. A family adds its name, and the number and class of its text encoders."""
+    """Base of the families with a UNet; a family adds its name, and the number and class of its text encoders.
+
+    Parameters
+    ----------
+    pipe : diffusers.DiffusionPipeline
+
+    Raises
+    ------
+    ModelError
+        Raised when the pipeline is of another family; the message states the difference.
+    """
 
     family: ClassVar[str]
     two_encoders: ClassVar[bool]
@@ -109,7 +119,7 @@ class UNetAdapter(PromptEncoder):
 
     @property
     def image_optional(self) -> bool:
-        """True if the pipeline's call generates from text alone although it also takes an image."""
+        """True if the pipeline's call takes an image, but also generates from text alone."""
         return False
 
     def is_current(self) -> bool:
@@ -138,7 +148,8 @@ class UNetAdapter(PromptEncoder):
         """Rows of a denoiser batch that see the prompt.
 
         With classifier-free guidance diffusers stacks ``[unconditional..., conditional...]``, and perturbed-attention
-        guidance appends a perturbed copy. The pipeline's state is read at each call, so guidance may end midway.
+        guidance appends a perturbed copy. The pipeline's state is read at each call, because guidance may end during a
+        run.
 
         Parameters
         ----------
@@ -148,7 +159,7 @@ class UNetAdapter(PromptEncoder):
         Raises
         ------
         ModelError
-            When the batch does not divide into those parts.
+            Raised when the batch does not divide into those parts.
         """
         return stacked_rows(self.pipe, batch, bool(getattr(self.pipe, "do_classifier_free_guidance", False)))
 
@@ -158,7 +169,7 @@ class UNetAdapter(PromptEncoder):
         Raises
         ------
         SettingError
-            When a side is not a positive multiple of the autoencoder's factor.
+            Raised when a side is not a positive multiple of the autoencoder's factor.
         """
         factor = self.pipe.vae_scale_factor
         check_sides(height, width, factor)
@@ -173,18 +184,20 @@ class UNetAdapter(PromptEncoder):
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
     ) -> torch.Tensor:
-        """One conditional pass; gradients flow when enabled.
+        """Output of one conditional pass, differentiable if gradients are enabled.
 
         Parameters
         ----------
         latents : torch.Tensor, (n, c, h, w)
             Latents, already scaled by the scheduler's ``scale_model_input``.
         timestep : torch.Tensor, float or int
+            The scheduler's timestep.
         conditioning : Conditioning
 
         Returns
         -------
         torch.Tensor, (n, c, h, w)
+            Output of the model.
         """
         return self.denoiser(latents, timestep, **conditioning.rows(len(latents), latents.dtype), return_dict=False)[0]
 
@@ -203,7 +216,7 @@ class UNetAdapter(PromptEncoder):
         Raises
         ------
         ModelError
-            When a block has none.
+            Raised when a block has no self-attention.
         """
         return tuple(self_layer(self.denoiser, layer) for layer in beside)
 
@@ -214,7 +227,7 @@ class UNetAdapter(PromptEncoder):
         return seeded_noise(shape, generator, self.pipe._execution_device, dtype)
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does; returns the factor of the initial noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return the factor of the initial noise."""
         self.pipe.scheduler.set_timesteps(steps, device=self.pipe._execution_device)
         return float(self.pipe.scheduler.init_noise_sigma)
 
@@ -231,7 +244,7 @@ class UNetAdapter(PromptEncoder):
         return step_callback(move)
 
     def text_length(self) -> int:
-        """Number of text positions, start, end and padding included."""
+        """Number of text positions, including start-of-text, end-of-text and padding."""
         return int(self._tokenizer(self.pipe).model_max_length)
 
     def text(self) -> tuple[TextSequence, ...]:
@@ -242,7 +255,7 @@ class UNetAdapter(PromptEncoder):
 def seeded_noise(
     shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Noise as pipelines sample it: the same on every device for a generator of the CPU."""
+    """Gaussian noise as pipelines sample it; with a generator of the CPU it is the same on every device."""
     from diffusers.utils.torch_utils import randn_tensor
 
     noise: torch.Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
@@ -259,7 +272,7 @@ def step_callback(move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str
 
 
 def self_layer(denoiser: nn.Module, beside: AttentionLayer) -> AttentionLayer:
-    """Self-attention layer in the block of a cross-attention layer."""
+    """Self-attention layer in the block of a cross-attention layer; `ModelError` if there is none."""
     name = beside.name.rpartition(".")[0] + ".attn1"
     module: Any
     try:
@@ -268,7 +281,8 @@ def self_layer(denoiser: nn.Module, beside: AttentionLayer) -> AttentionLayer:
         module = None
     if not is_a(module, "Attention") or module.is_cross_attention:
         raise ModelError(
-            f"There is no self-attention layer in the block of {beside.name}; omit the option or method that reads it."
+            f"There is no self-attention layer in the block of {beside.name}. Leave out the option or method that "
+            "reads self-attention."
         )
     return replace(beside, name=name, heads=module.heads, module=module, reads="image")
 

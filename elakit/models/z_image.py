@@ -74,7 +74,7 @@ class ZImage(TransformerAdapter):
         )
 
     def conditional_rows(self, batch: int) -> slice:
-        """First rows of the batch, as many as the running call has texts that are not negative ones."""
+        """Rows of the batch that see the prompt: the first ones, one for each text that is not a negative prompt."""
         return slice(0, min(batch, getattr(self, "_conditional", batch)))
 
     def text_call(
@@ -95,7 +95,7 @@ class ZImage(TransformerAdapter):
         return 1024, 1024  # of the pipeline's call; the model has no size of its own
 
     def text(self) -> tuple[TextSequence, ...]:
-        """Sequence of the chat; its padding by the tokenizer does not reach the denoiser."""
+        """One sequence with the tokens of the chat; the tokenizer's padding does not reach the denoiser."""
 
         def render(prompt: str) -> str:
             chat = [{"role": "user", "content": prompt}]
@@ -121,7 +121,7 @@ class ZImage(TransformerAdapter):
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
     ) -> torch.Tensor:
-        """One conditional pass; gradients flow when enabled.
+        """Output of one conditional pass, differentiable if gradients are enabled.
 
         Parameters
         ----------
@@ -133,6 +133,7 @@ class ZImage(TransformerAdapter):
         Returns
         -------
         torch.Tensor, (n, c, h, w)
+            Output of the model.
         """
         typed = latents.to(self.denoiser.dtype)  # type: ignore[arg-type]
         outputs = self.denoiser(
@@ -156,7 +157,7 @@ class ZImage(TransformerAdapter):
         return int(self.pipe.transformer.in_channels)
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does; the initial latents are the noise itself."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are the noise."""
         self._set_flow(steps, self._shift(height, width, 1.15))
         return 1.0
 

@@ -1,8 +1,8 @@
 """Plotly figures of runs and of tables.
 
-Every function takes runs, or a table of runs, returns a `plotly.graph_objects.Figure` and has no side effect. Figures
-are at most 860 pixels wide unless a panel size is given. Words of the prompt are escaped, because plotly reads labels
-as HTML.
+Every function but `save_animation`, which writes a file, takes runs or a table and returns a
+`plotly.graph_objects.Figure`. Figures are at most 860 pixels wide unless a panel size is given. Words of the prompt are
+escaped, because plotly reads labels as HTML.
 """
 
 import lazy_loader

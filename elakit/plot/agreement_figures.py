@@ -44,21 +44,22 @@ def agreement(
 ) -> go.Figure:
     """Attention of each entity at several steps compared with the entity's mask in the finished image.
 
-    One row per entity: the image with the outline of the entity's mask, then its map at each step over the image in
-    gray, with the outline, the edge of the map's Otsu mask (dotted) and its maximum (dot). Below, the measures of
-    agreement at every step.
+    Each row shows one entity: first the image with the outline of the entity's mask, then for each step the image in
+    gray with the entity's map, the outline, the edge of the map's Otsu mask (dotted) and the map's maximum (dot). The
+    curves below show the measures of agreement (IoU, AUC, pointing) at every step.
 
     Parameters
     ----------
     run : Run
+        A recorded run.
     truth : Verdict or DataArray, bool (entity, y, x), optional
         Mask of each entity, at any resolution; by default that of the judge (``run.verdict``).
     steps : int or sequence of int
-        A number of steps, evenly spaced with the first and the last, or the steps.
+        A number of steps, evenly spaced with the first and the last, or the steps, counted from 0.
     panel : int, optional
         Width of a panel in pixels; by default a row is at most 860 pixels wide.
     title : str, optional
-        "" for no title.
+        Title, "" for none; by default one that names the figure and the method.
 
     Returns
     -------
@@ -66,9 +67,11 @@ def agreement(
 
     Raises
     ------
+    RecordingError
+        The run was not recorded.
     SettingError
-        No `truth` is given and the judge cannot judge the image; truth with other entities or another aspect ratio;
-        steps that were not recorded.
+        No `truth` is given and the judge cannot judge the image, `truth` has other entities or another aspect ratio, or
+        a step was not recorded.
 
     Examples
     --------

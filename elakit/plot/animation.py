@@ -18,7 +18,7 @@ from elakit.files import write_file
 from elakit.numbering import step_name
 from elakit.plot import style
 from elakit.plot.image_figures import light_gray
-from elakit.plot.regions import Source, chosen_regions
+from elakit.plot.regions import Source, animated_steps, chosen_regions
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -52,11 +52,11 @@ def save_animation(
     source : {"recording", "guidance"}
         Source of the regions, as in `region_evolution`.
     steps : int or sequence of int, optional
-        A number of steps, evenly spaced with the first and the last, or the steps; by default all.
+        A number of steps, evenly spaced with the first and the last, or the steps, counted from 0; by default all.
     speed : float
-        Steps per second.
+        Steps per second, 0.1 to 50.
     panel : int
-        Side of a panel in pixels.
+        Width of a panel in pixels, 32 to 2048.
 
     Returns
     -------
@@ -68,9 +68,9 @@ def save_animation(
     RecordingError
         The run was not recorded.
     SettingError
-        An invalid option; steps that were not recorded; no regions of guidance.
+        An option is invalid, a step was not recorded, or guidance used no regions.
     OutputError
-        Another suffix, imageio-ffmpeg is not installed, or the file cannot be written.
+        The path has another suffix, imageio-ffmpeg is not installed (for MP4), or the file cannot be written.
 
     Examples
     --------
@@ -88,8 +88,7 @@ def save_animation(
     speed = real_number(speed, "speed", low=0.1, high=50)
     panel = whole_number(panel, "panel", low=32, high=2048)
     maps, regions = run.entity_maps(), chosen_regions(run, source)
-    there = regions.step.values
-    chosen = style.pick_steps(there, len(there) if steps is None else steps)
+    chosen = animated_steps(regions, maps, steps)
     frames = [_frame(run, maps, regions, step, panel) for step in chosen]
     write_file(target, _gif(frames, speed) if target.suffix.lower() == ".gif" else _mp4(frames, speed))
     return target

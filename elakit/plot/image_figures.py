@@ -34,7 +34,11 @@ def data_uri(image: Image.Image, most: int | None = None) -> str:
     ----------
     image : PIL.Image.Image
     most : int, optional
-        Longest side; a larger image is reduced.
+        Largest longer side in pixels, to which a larger image is reduced; by default the size is kept.
+
+    Returns
+    -------
+    str
 
     Examples
     --------
@@ -55,9 +59,9 @@ def _encoded(image: Image.Image, kind: str) -> str:
 
 
 def figure_uri(image: Image.Image) -> str:
-    """Image as a data URI for a figure, with sides of 256 to 512 pixels.
+    """Image as a data URI for a figure: small images are enlarged by whole factors, large ones reduced to 512 pixels.
 
-    WebP takes a quarter less than PNG, which matters in notebooks with many figures.
+    Images of up to 256 pixels are lossless WebP, which takes a quarter less space than PNG; larger ones are JPEG.
     """
     image = _enlarged(image.convert("RGB")).copy()
     image.thumbnail((512, 512), Image.Resampling.LANCZOS)
@@ -73,7 +77,7 @@ def _enlarged(image: Image.Image) -> Image.Image:
 
 
 def light_gray(image: Image.Image) -> Image.Image:
-    """Image in light gray, as a background for colors."""
+    """Image in light gray (mode "L"), as a background for colors."""
     return image.convert("L").point(lambda value: round(255 - 0.55 * (255 - value)))
 
 
@@ -94,9 +98,9 @@ def images(
     panel : int
         Width of an image in pixels.
     names : sequence of str, optional
-        Heading of each image; by default its method, with the seed if a method occurs twice.
+        Heading of each image; by default the name of its method, with the seed if a method occurs twice.
     title : str, optional
-        By default the prompt; "" for no title.
+        Title, "" for none; by default the prompt of the first run.
 
     Returns
     -------
@@ -146,19 +150,19 @@ def entity_maps(
 ) -> go.Figure:
     """Attention map of each entity as an overlay on the finished image.
 
-    One row per run: the image, then for every entity the image in gray with the entity's map over it. An entity has the
-    same color scale in all rows, so a paler map has weaker attention.
+    Each row shows one run: the image, then for every entity the image in gray with the entity's map over it. An entity
+    has the same color scale in all rows, so a paler map has weaker attention.
 
     Parameters
     ----------
     run, *others : Run
-        Runs of one prompt.
+        Recorded runs of one prompt.
     step : int, optional
-        One step (negative values count back from the last); by default the mean over all steps.
+        One step, counted from 0 (negative numbers count back from the last); by default the mean over all steps.
     panel : int, optional
         Width of a panel in pixels; by default a row is at most 860 pixels wide.
     title : str, optional
-        "" for no title.
+        Title, "" for none; by default "Attention of each entity".
 
     Returns
     -------
@@ -166,8 +170,10 @@ def entity_maps(
 
     Raises
     ------
+    RecordingError
+        A run was not recorded.
     SettingError
-        A step that was not recorded, or runs with different entities.
+        The step was not recorded, or the runs have different entities.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Bleeding by layer and head, or by layer and step."""
+"""Figure of bleeding by layer and head, or by layer and step."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def bleeding_by_layer(
     Parameters
     ----------
     table : DataFrame
-        Columns layer, head, step, measure and value, and optionally place ("down", "mid", "up") and order (of the
-        layers), as `elakit.causes.profile` returns them. The figure shows means over all other columns, such as entity.
+        Table with columns layer, head, step, measure and value, and optionally order (of the layers), as
+        `elakit.causes.profile` returns it. The figure shows means over all other columns, such as entity.
     measure : str
-        A measure of the table.
+        A name in the column measure.
     across : {"head", "step"}, optional
-        By default heads if the table has several, else steps.
+        Dimension of the figure's columns; by default "head" if the table has several heads, else "step".
     panel : int, optional
         Width of the matrix in pixels; by default the figure is at most 860 pixels wide.
     title : str, optional
-        "" for no title.
+        Title, "" for none; by default one that names the measure.
 
     Returns
     -------
@@ -54,7 +54,7 @@ def bleeding_by_layer(
     Raises
     ------
     SettingError
-        An unknown measure, a missing column, or an invalid `across`.
+        The table lacks a column or the measure, or `across` is invalid.
 
     Examples
     --------

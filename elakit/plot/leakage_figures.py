@@ -40,15 +40,15 @@ def leakage(
     Parameters
     ----------
     run, *others : Run, or a sequence of Run
-        Several runs of one prompt are shown side by side.
+        Recorded runs of one prompt, which are shown side by side.
     step : int, optional
-        One step (negative values count back from the last); by default the mean over all steps.
+        One step, counted from 0 (negative numbers count back from the last); by default the mean over all steps.
     attributes : bool
         Add a row for each attribute of the prompt, such as "red (of car)".
     panel : int, optional
-        Width of a matrix in pixels; by default all fit into 860 pixels.
+        Width of a matrix in pixels; by default all matrices together fit into 860 pixels.
     title : str, optional
-        "" for no title.
+        Title, "" for none; by default "Share of each entity's attention by region".
 
     Returns
     -------
@@ -56,8 +56,10 @@ def leakage(
 
     Raises
     ------
+    RecordingError
+        A run was not recorded.
     SettingError
-        No run; a step that was not recorded.
+        No run is given, the step was not recorded, or the runs have different entities.
 
     Examples
     --------
@@ -164,18 +166,21 @@ def bleeding_over_steps(
 ) -> go.Figure:
     """Measures of bleeding at every step, averaged over entities; one panel per measure.
 
-    Runs of one method share a color. If there are several, each is a thin line and their mean a thick one. The guided
-    steps are shaded.
+    Runs of one method share a color. If a method has several runs, each is a thin line and their mean a thick one. The
+    guided steps are shaded.
 
     Parameters
     ----------
     runs, *others : Run, or a sequence of Run
+        Recorded runs.
     measures : sequence of str
         Names of measures in ``run.bleeding.to_frame()``.
-    width, height : int
-        Size of a panel in pixels; by default the figure is at most 860 pixels wide.
+    width : int, optional
+        Width of a panel in pixels; by default the figure is at most 860 pixels wide.
+    height : int
+        Height of a panel in pixels.
     title : str, optional
-        "" for no title.
+        Title, "" for none; by default "Bleeding at each step, mean over entities".
 
     Returns
     -------
@@ -183,8 +188,10 @@ def bleeding_over_steps(
 
     Raises
     ------
+    RecordingError
+        A run was not recorded.
     SettingError
-        No run; an unknown measure.
+        No run or no measure is given, or a measure is unknown.
 
     Examples
     --------

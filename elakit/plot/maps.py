@@ -1,4 +1,4 @@
-"""Parts that the figures of attention share: one step or the mean, the entities of all runs, maps in one color."""
+"""Functions that several figures of attention share: choice of a step, check of the entities, maps in one color."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from elakit.plot import style
 
 
 def at_step(values: xr.DataArray, step: int | None) -> tuple[xr.DataArray, str]:
-    """Values at one step, or their mean over the steps, and which of the two as a sentence for a caption.
+    """Values at one step or their mean over the steps, with a caption that states which.
 
     Parameters
     ----------
     values : DataArray, (step, ...)
     step : int, optional
-        One step (negative values count back from the last); None takes the mean over all steps.
+        One step, counted from 0 (negative numbers count back from the last); None takes the mean over all steps.
 
     Returns
     -------
@@ -46,7 +46,7 @@ def at_step(values: xr.DataArray, step: int | None) -> tuple[xr.DataArray, str]:
 
 
 def labels_of_one_prompt(labels: Iterable[Iterable[Any]], what: str) -> list[str]:
-    """The labels that all runs of a figure share.
+    """Labels of the entities of a figure, after a check that all its runs have the same.
 
     Parameters
     ----------
@@ -55,10 +55,14 @@ def labels_of_one_prompt(labels: Iterable[Iterable[Any]], what: str) -> list[str
     what : str
         Name of the figure's function, for the message.
 
+    Returns
+    -------
+    list of str
+
     Raises
     ------
     SettingError
-        The labels differ.
+        The labels of the runs differ.
 
     Examples
     --------
@@ -67,7 +71,7 @@ def labels_of_one_prompt(labels: Iterable[Iterable[Any]], what: str) -> list[str
     """
     first, *others = [[str(label) for label in each] for each in labels]
     if any(each != first for each in others):
-        raise SettingError(f"{what} compares runs of one prompt; the entities of these differ.")
+        raise SettingError(f"{what}: the runs have the entities {first} and others; give runs of one prompt.")
     return first
 
 
@@ -79,7 +83,7 @@ def tint(values: np.ndarray, largest: float, color: str, label: str, where: str,
     values : ndarray, (y, x)
         Probabilities.
     largest : float
-        Value of the full color; 0 stands for any value.
+        Value that is shown in the full color; 0 for a map of zeros.
     color : str
         Hexadecimal color.
     label : str
@@ -88,6 +92,11 @@ def tint(values: np.ndarray, largest: float, color: str, label: str, where: str,
         Beginning of the text that is shown at the pointer.
     **more
         Further properties of the trace.
+
+    Returns
+    -------
+    dict
+        Trace as plotly takes it.
     """
     return {
         "type": "heatmap",

@@ -1,4 +1,4 @@
-"""Comparison of methods: success, images fixed and broken, and cost."""
+"""Figure that compares methods: success, images fixed and broken, and time."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ _LEVEL = 0.05
 
 
 def method_comparison(summary: pd.DataFrame, *, panel: int | None = None, title: str | None = None) -> go.Figure:
-    """Share of right images of each method, of plain generation's images that it fixes and breaks, and its time.
+    """Comparison of methods with plain generation: shares of right, fixed and broken images, and time.
+
+    Plain generation comes first, the methods follow by their share of right images.
 
     Parameters
     ----------
     summary : DataFrame
-        One row per method, as `elakit.sweep.summary` returns it: columns success, fixed, broken and seconds, each with
-        _low and _high (whiskers), and optionally p_holm. Plain generation comes first, the methods follow by success.
-    panel : int
+        One row per method, as `elakit.sweep.summary` returns it: columns success, fixed, broken and seconds, each also
+        with the suffixes _low and _high (whiskers), and optionally p_holm.
+    panel : int, optional
         Width of a panel in pixels; by default the figure is at most 860 pixels wide.
     title : str, optional
-        "" for no title.
+        Title, "" for none; by default the number of methods.
 
     Returns
     -------
@@ -46,7 +48,7 @@ def method_comparison(summary: pd.DataFrame, *, panel: int | None = None, title:
     Raises
     ------
     SettingError
-        A table without a required column or without rows.
+        The table lacks a column, or has no rows.
 
     Examples
     --------

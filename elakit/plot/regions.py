@@ -38,13 +38,15 @@ def region_evolution(
     Parameters
     ----------
     run : Run
+        A recorded run.
     source : {"recording", "guidance"}
-        Regions localized in the recorded maps, or the regions that guidance used (guided steps only).
+        Source of the regions: "recording" for regions localized in the recorded maps, "guidance" for the regions that
+        the method used, in guided steps only.
     steps : int or sequence of int
-        A number of steps, evenly spaced with the first and the last, or the steps.
+        A number of steps, evenly spaced with the first and the last, or the steps, counted from 0.
     maps : bool
-        Show the entities' maps in gray below the regions: at each location the largest of them, each divided by its
-        maximum.
+        Show the entities' maps in gray below the regions. Each map is divided by its maximum, and the largest value is
+        shown at each location.
     image : bool
         Add the finished image with the regions of the last step as an overlay.
     columns : int
@@ -52,7 +54,7 @@ def region_evolution(
     panel : int, optional
         Width of a panel in pixels; by default a row is at most 860 pixels wide.
     title : str, optional
-        "" for no title.
+        Title, "" for none; by default one that names the source of the regions and the method.
 
     Returns
     -------
@@ -61,8 +63,10 @@ def region_evolution(
 
     Raises
     ------
+    RecordingError
+        The run was not recorded.
     SettingError
-        Regions of guidance in a run without guidance; steps that were not recorded.
+        An option is invalid, a step was not recorded, or guidance used no regions.
 
     Examples
     --------
@@ -116,26 +120,30 @@ def region_animation(
     Parameters
     ----------
     run : Run
+        A recorded run.
     source : {"recording", "guidance"}
         Source of the regions, as in `region_evolution`.
     steps : int or sequence of int, optional
-        A number of steps, evenly spaced with the first and the last, or the steps; by default all.
+        A number of steps, evenly spaced with the first and the last, or the steps, counted from 0; by default all.
     speed : float
         Steps per second.
     panel : int
         Width of a panel in pixels.
     title : str, optional
-        "" for no title.
+        Title, "" for none; by default one that names the source of the regions and the method.
 
     Returns
     -------
     plotly.graph_objects.Figure
-        Figure with a slider and a play button. A static export shows the first step; `save_animation` writes a GIF.
+        Figure with a slider and a play button. A static export shows the first step; `save_animation` writes a file
+        that moves.
 
     Raises
     ------
+    RecordingError
+        The run was not recorded.
     SettingError
-        The same as for `region_evolution`; a speed that is not positive.
+        An option is invalid, a step was not recorded, or guidance used no regions.
 
     Examples
     --------
@@ -148,15 +156,15 @@ def region_animation(
         raise SettingError(f"speed={speed!r}: give a positive number of steps per second.")
     regions = chosen_regions(run, source)
     entities = [str(label) for label in regions.entity.values]
-    there = regions.step.values
-    chosen = style.pick_steps(there, len(there) if steps is None else steps)
+    maps = run.entity_maps()
+    chosen = animated_steps(regions, maps, steps)
     rows, cells = regions.sizes["y"], regions.sizes["x"]
     what = "Regions localized in the maps" if source == "recording" else "Regions used by guidance"
     made = style.Panels(
         1, 2, width=panel, height=panel * rows / cells, gap=(16, 0), margin=(16, 16, 26, 116),
         title=style.escape(f"{what}, {style.run_name(run)}" if title is None else title),
     )  # fmt: skip
-    maps, colors = run.entity_maps(), style.entity_colors(entities)
+    colors = style.entity_colors(entities)
     for column, heading in ((1, "over attention"), (2, "over the finished image")):
         made.map_axes(1, column, rows, cells)
         made.over(1, column, heading)
@@ -209,8 +217,32 @@ def _transport(steps: Sequence[int], speed: float) -> dict[str, Any]:
     return {"sliders": [slider], "updatemenus": [menu]}
 
 
+def animated_steps(regions: xr.DataArray, maps: xr.DataArray, steps: int | Sequence[int] | None) -> list[int]:
+    """Steps of an animation: those requested (None for all) of the steps that have regions and recorded maps.
+
+    Raises
+    ------
+    SettingError
+        There is no such step, or one that was requested is not among them.
+    """
+    there = [int(step) for step in regions.step.values if step in maps.step.values]
+    if not there:
+        raise SettingError(
+            "source='guidance': no guided step was recorded; record every step, or give source='recording'."
+        )
+    return style.pick_steps(there, len(there) if steps is None else steps)
+
+
 def chosen_regions(run: Run, source: Source) -> xr.DataArray:
-    """Regions of a run from a source, (step, entity, y, x); SettingError if it has none."""
+    """Regions of a run from a source, boolean (step, entity, y, x).
+
+    Raises
+    ------
+    RecordingError
+        The run was not recorded.
+    SettingError
+        The source is unknown, or guidance used no regions.
+    """
     if source not in get_args(Source):
         raise SettingError(f"source={source!r}: choose 'recording' or 'guidance'.")
     if source == "recording":

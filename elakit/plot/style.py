@@ -1,4 +1,4 @@
-"""Shared parts of the figures: colors, text, panels of exact size, the choice of steps."""
+"""Parts that all figures share: colors, text, panels of exact size, and the choice of steps."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def shorten(text: str, most: int) -> str:
 
 
 def entity_colors(entities: Sequence[str]) -> dict[str, str]:
-    """Color of each entity by its position in the prompt; it is the same in every figure.
+    """Color of each entity by its position in the prompt, the same in every figure; the colors repeat after seven.
 
     Examples
     --------
@@ -73,7 +73,7 @@ def run_name(run: Run) -> str:
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
-    """Distinct names of runs: the method's, with the seed if a method occurs twice."""
+    """Names of runs: that of the method, with the seed if a method occurs twice."""
     names = list(map(run_name, runs))
     return [n if names.count(n) == 1 else f"{n}, seed {run.seed}" for n, run in zip(names, runs, strict=True)]
 
@@ -113,6 +113,10 @@ def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
     wanted : int or sequence of int
         A number of steps, or the steps; negative ones count back from the last.
 
+    Returns
+    -------
+    list of int
+
     Raises
     ------
     SettingError
@@ -149,7 +153,7 @@ _LEAST_WIDTH, _TITLE_LETTER, _CAPTION_LETTER = 320, 10, 6.2
 
 
 def wrap(text: str, letters: float, least: int = 8) -> tuple[str, int]:
-    """Escaped text with line breaks, and the number of its lines."""
+    """Text with ``<br>`` between lines of at most `letters` characters (not fewer than `least`), and their number."""
     lines = textwrap.wrap(text, max(least, int(letters)), break_long_words=False, break_on_hyphens=False)
     return "<br>".join(lines), len(lines)
 
@@ -163,14 +167,15 @@ class Panels:
     Parameters
     ----------
     rows, columns : int
+        Numbers of rows and columns of panels.
     width, height : float
         Size of a panel.
     gap : (float, float)
         Distance between columns and between rows.
     margin : (float, float, float, float)
-        Left, right, top and bottom, without title and caption, for which space is added if they are given.
+        Left, right, top and bottom margin, to which the space for title and caption is added.
     title, caption : str
-        Escaped text; it is wrapped to the width of the figure.
+        Escaped text, which is wrapped to the width of the figure; "" for none.
     """
 
     def __init__(
@@ -223,7 +228,7 @@ class Panels:
             )  # fmt: skip
 
     def axes(self, row: int, column: int, x: dict[str, Any], y: dict[str, Any]) -> None:
-        """Set the axes of a panel; rows and columns count from 1."""
+        """Set the x axis and the y axis of a panel, whose row and column count from 1."""
         across, down = self.panel_axes(row, column)
         (width, height), (gap_x, gap_y) = self.panel, self.gap
         left, top = (column - 1) * (width + gap_x), (row - 1) * (height + gap_y)

@@ -47,11 +47,12 @@ def token_maps(
     Parameters
     ----------
     run : Run or Recording
+        A recorded run, or its recording.
     tokens : optional
-        Tokens as in `Recording.maps` ("entities", "attributes", words). By default start-of-text, every word and the
-        end; for prompts of more than 12 words, start-of-text, the words of the entities and the end.
+        Tokens as in `Recording.maps` ("entities", "attributes", words). By default all recorded tokens; if there are
+        more than 14, only start-of-text, the words of the entities, and the end mass.
     steps : int or sequence of int
-        A number of steps, evenly spaced with the first and the last, or the steps.
+        A number of steps, evenly spaced with the first and the last, or the steps, counted from 0.
     layers : str or sequence of str, optional
         Layers to average: "up" (decoder), "down", "mid", "all" or name patterns; by default those of the
         decoder, or all layers of a transformer.
@@ -60,14 +61,14 @@ def token_maps(
     normalize : {None, "sum", "max", "minmax", "tokens", "start"}
         Normalization as in `Recording.maps`; None shows raw probabilities.
     scale : {"token", "all", "map"}
-        Maps that share a color scale: those of one token (start-of-text is far stronger than the words), all maps, or
-        no two maps.
+        Maps that share a color scale: "token" for those of one token (start-of-text is far stronger than the words),
+        "all" for all maps, "map" for a scale of its own for each map.
     colors : str
         Plotly color scale.
     panel : int, optional
         Width of a map in pixels; by default 46 to 110, so that a row is at most 860 pixels wide.
     title : str, optional
-        "" for no title.
+        Title, "" for none; by default one that names the prompt.
 
     Returns
     -------
@@ -75,8 +76,10 @@ def token_maps(
 
     Raises
     ------
-    SettingError, RecordingError
-        An invalid option; a token, step, layer or size that was not recorded.
+    SettingError
+        An option is invalid, or a step was not recorded.
+    RecordingError
+        The run, or a token, layer or size, was not recorded.
 
     Examples
     --------

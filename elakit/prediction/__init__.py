@@ -1,4 +1,4 @@
-"""Prediction of failures: from the attention of a run's first steps to the probabilities of the kinds of failure."""
+"""Prediction of failures: probabilities of each kind of failure, from the attention of a run's first steps."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Features of a run for the prediction of failures: one row per share of the steps."""
+"""Features of a run's attention for the prediction of failures, one row per share of the steps."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ FEATURES = (
 
 
 def features(run: Run) -> pd.DataFrame:
-    """Features of a run's attention after each share of its steps in `SHARES`.
+    """Features of a run's attention after each of the shares of its steps in `SHARES`.
 
     Parameters
     ----------
     run : Run
-        A recorded run. Features use neither the judge nor steps after the share.
+        A recorded run. The features of a share use neither the judge nor later steps.
 
     Returns
     -------
@@ -73,12 +73,14 @@ def features(run: Run) -> pd.DataFrame:
 
     Notes
     -----
-    If a measure has several values (one per entity, pair or attribute), the worst is taken, because one is enough to
-    make an image fail; bleed, intrusion and spill are also averaged over entities. The maps are the means over the
-    decoder's layers at 16 x 16. "peak" is the maximum of the least attended entity and "peak_ratio" its ratio to that
-    of the most attended one; "mass" and "area" are the same for mean attention and for the area of the region;
-    "concentration" is the share of a map's mass in its strongest tenth of the locations, minimum over entities. The
-    remaining features are the statistics of `elakit.prediction.map_statistics` for four sets of maps.
+    If a measure has several values (one per entity, pair or attribute), the worst is used, because one of them suffices
+    to make an image fail; bleed, intrusion and spill are also averaged over entities. The maps are means over the
+    decoder's layers at 16 x 16, or the nearest size. "peak" is the smallest of the maxima of the entities' maps, and
+    "peak_ratio" is "peak" divided by the largest of these maxima. "mass" and "mass_ratio" are the same for the mean
+    attention, "area" and "area_ratio" for the area of the region. "concentration" is the share of a map's attention in
+    the most attended tenth of its locations, the minimum over entities. Each of these is given at the last step
+    ("_last") and as a mean over the steps until then ("_mean"). The remaining features are the statistics of
+    `elakit.prediction.map_statistics` for four sets of maps.
 
     Examples
     --------

@@ -29,7 +29,7 @@ BINS = 10
 
 
 class Fit(NamedTuple):
-    """A predictor, its quality, and its predictions for held-out images."""
+    """Predictor, its quality, and its predictions for held-out images, as returned by `fit`."""
 
     predictor: Predictor
     quality: pd.DataFrame
@@ -37,7 +37,7 @@ class Fit(NamedTuple):
 
 
 def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
-    """Fit calibrated logistic models on the images of a sweep.
+    """Fit a predictor, calibrated logistic models, on the images of a sweep.
 
     Parameters
     ----------
@@ -51,11 +51,12 @@ def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
     predictor : Predictor
         Predictor fitted on all images.
     quality : DataFrame
-        Quality on images whose nouns were held out (`FOLDS` folds; each prompt without nouns of picture-world is a
-        group of its own): share, outcome, by ("predictor", or one of `BASELINES`), auroc, ece (expected calibration
-        error, ten bins), brier, rate (of the outcome), images. Baselines have an auroc only.
+        Quality on held-out images, with the columns share, outcome, by ("predictor" or one of `BASELINES`), auroc (area
+        under the ROC curve), ece (expected calibration error, ten bins), brier (Brier score), rate (of the outcome) and
+        images. Baselines have only auroc. Images with the same nouns are held out together, in `FOLDS` folds; prompts
+        without nouns of picture-world are held out one by one.
     held_out : DataFrame
-        Predictions for the same images: columns (outcome, share) with probabilities, and (outcome, "observed").
+        Predictions for held-out images: columns (outcome, share) with probabilities, and (outcome, "observed").
 
     Raises
     ------
@@ -64,8 +65,9 @@ def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
 
     Notes
     -----
-    Features are standardized; the penalty is chosen by cross-validation over the same folds, and the scores of held-out
-    images are calibrated by a logistic curve (Platt, 1999). The reported quality uses curves fitted on the other folds.
+    Features are standardized, the penalty is chosen by cross-validation over the same folds, and the scores of held-out
+    images are calibrated by a logistic curve (Platt, 1999). For the reported quality, the curve of each fold is fitted
+    on the other folds.
     """
     if importlib.util.find_spec("sklearn") is None:
         raise SettingError("Fitting a predictor needs scikit-learn, which is not installed: pip install 'elakit[fit]'.")
@@ -114,15 +116,15 @@ def confusion(held_out: pd.DataFrame, share: float = 1.0) -> pd.DataFrame:
     Parameters
     ----------
     held_out : DataFrame
-        Result of `fit`.
+        Predictions for held-out images, from `fit`.
     share : float
-        Share of the steps after which the prediction is made.
+        Share of the steps after which the prediction is made, one of `SHARES`.
 
     Returns
     -------
     DataFrame, int
-        Rows: observed kind; columns: predicted kind, the one with the largest ratio of its probability to its mean over
-        all images. (The most probable kind would never be a rare one.)
+        Numbers of images; rows are observed kinds, columns predicted ones. The predicted kind is the one with the
+        largest ratio of its probability to its mean over all images, since the most probable kind is never a rare one.
 
     Examples
     --------
@@ -192,13 +194,20 @@ def _quality(probability: np.ndarray, y: np.ndarray) -> dict[str, float]:
 
 
 def expected_calibration_error(probability: np.ndarray, y: np.ndarray, bins: int = BINS) -> float:
-    """Expected calibration error: mean of |predicted probability - observed rate| over equal bins, weighted by images.
+    """Expected calibration error: mean of |predicted probability - observed rate| over bins, weighted by images.
 
     Parameters
     ----------
     probability : ndarray, float, (n,)
+        Predicted probabilities.
     y : ndarray, bool, (n,)
+        Observed outcomes.
     bins : int
+        Number of bins of equal width from 0 to 1.
+
+    Returns
+    -------
+    float
 
     Examples
     --------

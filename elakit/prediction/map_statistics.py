@@ -33,7 +33,7 @@ _TINY = 1e-9
 
 
 def map_statistics(entities: np.ndarray, rest: np.ndarray, attributes: np.ndarray, owners: Sequence[int]) -> np.ndarray:
-    """Statistics of the maps of one step.
+    """Statistics of the maps of one step, such as their maxima, margins and spread, as features of a predictor.
 
     Parameters
     ----------
@@ -49,8 +49,9 @@ def map_statistics(entities: np.ndarray, rest: np.ndarray, attributes: np.ndarra
     Returns
     -------
     ndarray, float, (len(MAP_STATISTICS),)
-        For each statistic of the entities the minimum, the maximum, and the values of the first and the last entity,
-        which a causal text encoder treats differently. A single entity wins every location.
+        Values in the order of `MAP_STATISTICS`. Statistics of single entities are given as minimum, maximum, and the
+        values of the first and the last entity, which a causal text encoder treats differently. Without another entity,
+        an entity has the largest map everywhere.
 
     Examples
     --------

@@ -17,25 +17,35 @@ from elakit.prediction.attention_features import FEATURES, SHARES, features
 from elakit.resources import data_path
 from elakit.run import Run
 
-# "failure" is any failure; the kinds are those of the judge, and an image may have several.
 # Version of the files that `Predictor.save` writes.
 FORMAT = 2
+# "failure" is any failure; the kinds are those of the judge, and an image may have several.
 OUTCOMES = ("failure", "neglect", "mixture", "wrong color")
 
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """Calibrated logistic models, one per share of the steps and outcome.
+    """Predictor of failures: a calibrated logistic model for each share of the steps and outcome.
 
     Attributes
     ----------
     weights : ndarray, float, (share, outcome, feature)
         Weights for features that are not standardized.
     intercepts : ndarray, float, (share, outcome)
-    shares, outcomes, features : tuple
-        Labels of the dimensions.
+        Intercepts of the models.
+    shares : tuple of float
+        Shares of the steps after which a prediction can be made.
+    outcomes : tuple of str
+        Predicted outcomes: "failure" for any failure, and the kinds "neglect", "mixture" and "wrong color".
+    features : tuple of str
+        Names of the features.
     about : dict
-        Data of the fit: model, prompts, images, settings.
+        Data on which the predictor was fitted: model, method, suites, numbers of prompts and images, settings.
+
+    Raises
+    ------
+    SettingError
+        Shapes do not match, or weights or intercepts are NaN or infinite.
     """
 
     weights: np.ndarray
@@ -63,8 +73,8 @@ class Predictor:
 
         Parameters
         ----------
-        run : Run, or DataFrame
-            A run, or its `features`.
+        run : Run or DataFrame
+            A recorded run, or the result of `features` for it.
 
         Returns
         -------
@@ -74,7 +84,9 @@ class Predictor:
         Raises
         ------
         SettingError
-            The features differ from those of the fit.
+            The features differ from those of the fit, or the prompt names no entity.
+        RecordingError
+            The run was not recorded, or has no recorded step.
 
         Examples
         --------
@@ -99,17 +111,29 @@ class Predictor:
         Parameters
         ----------
         above : float
-            Probability above which a run is ended.
+            Probability of the outcome above which a run ends, 0 to 1. A batch ends if all of its images exceed it.
         outcome : str
-            One of `outcomes`.
+            Predicted outcome, one of `outcomes`.
         after : float
-            Share of the steps after which the prediction is made, one of `shares`. A batch is ended if every image of
-            it exceeds the probability.
+            Share of the steps after which the prediction is made, one of `shares`.
+
+        Returns
+        -------
+        callable
 
         Raises
         ------
         SettingError
-            An unknown outcome or share, or a probability outside 0 to 1.
+            The outcome or the share is unknown, or `above` is not from 0 to 1.
+
+        Examples
+        --------
+        >>> import elakit
+        >>> nothing = Predictor(np.zeros((5, 4, len(FEATURES))), np.zeros((5, 4)))
+        >>> options = dict(stop_if=nothing.stop_if(above=0.4, after=0.5), steps=4, progress=False)
+        >>> run = elakit.generate(elakit.load("picture-world"), "a [cat] and a [lion]", **options)
+        >>> run.recording.steps
+        (0, 1)
         """
         probabilities = self._asked(above, outcome, after)
 
@@ -124,13 +148,22 @@ class Predictor:
 
         Parameters
         ----------
-        above, outcome, after
-            The same as for `stop_if`, but each image of a batch is decided separately.
+        above : float
+            Probability of the outcome above which an image is guided, 0 to 1; each image of a batch is decided
+            separately.
+        outcome : str
+            Predicted outcome, one of `outcomes`.
+        after : float
+            Share of the steps after which the prediction is made, one of `shares`.
+
+        Returns
+        -------
+        callable
 
         Raises
         ------
         SettingError
-            An unknown outcome or share, or a probability outside 0 to 1.
+            The outcome or the share is unknown, or `above` is not from 0 to 1.
 
         Examples
         --------
@@ -167,7 +200,7 @@ class Predictor:
         return probabilities
 
     def save(self, path: str | Path) -> Path:
-        """Write the predictor as JSON.
+        """Write the predictor to a JSON file, and return its path.
 
         Raises
         ------
@@ -187,11 +220,12 @@ class Predictor:
 
 
 def load_predictor(path: str | Path | None = None) -> Predictor:
-    """Load a predictor; by default the one shipped for picture-world.
+    """Load a predictor from a file.
 
     Parameters
     ----------
     path : str or Path, optional
+        File that `Predictor.save` or ``elakit predict fit`` wrote; by default the file shipped for picture-world.
 
     Returns
     -------
@@ -200,7 +234,7 @@ def load_predictor(path: str | Path | None = None) -> Predictor:
     Raises
     ------
     OutputError
-        The file cannot be read, is not a predictor, or was written by a version of elakit with other features.
+        The file cannot be read, is not a predictor, or was written by a version of elakit with another format.
 
     Examples
     --------
@@ -233,7 +267,7 @@ def load_predictor(path: str | Path | None = None) -> Predictor:
 
 
 def stack(rows: Sequence[Any]) -> np.ndarray:
-    """Column "features" of a sweep's table as an array, (image, share, feature).
+    """Stack the column "features" of a sweep's table to an array, (image, share, feature).
 
     Raises
     ------

@@ -58,28 +58,29 @@ def localize(
         Raw cross-attention probabilities, one map per entity; finite and not negative. Tensors may be on any
         device and of any precision; gradients are not followed.
     sot : array, tensor or DataArray, (y, x), optional
-        Raw probabilities of the start-of-text token. It has the attention that no word gets, so it stands for the
-        background. Required by ``binarization="background"``, not used by the others.
+        Raw probabilities of the start-of-text token, or another map that stands for the background. Start-of-text
+        receives the attention that no word receives. Required by ``binarization="background"``, and not used by the
+        other rules.
     differentiation : {"argmax", "subtract-max", "subtract-mean", "none"}
-        Rule that compares an entity's map with those of the others and gives its scores: the map where it is the
-        largest, else 0; the map minus the largest of the others; the map minus the mean of the others (both cut
-        at 0); or the map itself. With one entity, all four give the map itself.
+        Rule for the scores of an entity, from its map and those of the other entities: "argmax" gives its map where
+        that is the largest, else 0; "subtract-max" and "subtract-mean" give its map minus the largest or the mean of
+        the others, at least 0; "none" gives its map. With one entity, all four give its map.
     binarization : {"background", "otsu", "mean-std", "quantile"}
-        Rule for the locations of a region: score > `threshold` x start-of-text; score > Otsu's threshold of the
-        scores; score > mean + standard deviation of the scores; score > the `quantile` of the scores. A location
-        that passes for two entities is assigned to the one with the larger map, to the first of them on a tie. With
-        "background", "argmax" and "none" are therefore the same rule.
+        Rule for the locations of an entity's region: those whose score exceeds `threshold` times `sot` ("background"),
+        Otsu's threshold of the entity's scores ("otsu"), their mean plus standard deviation ("mean-std"), or their
+        `quantile` ("quantile"). A location that passes for two entities is assigned to the one with the larger map, or
+        to the first of them on a tie. With "background", "argmax" and "none" are therefore the same rule.
     threshold : float
-        Share of the start-of-text map that an entity must exceed ("background" only), at least 0.
+        Share of `sot` that a score must exceed, 0 or more; only for "background".
     quantile : float
-        0 to 1 ("quantile" only).
+        Quantile of an entity's scores that a score must exceed, 0 to 1; only for "quantile".
     normalize : bool
-        Whether every map, start-of-text included, is scaled to 0..1 (min-max) first: entities then compete by
-        shape, not by strength.
+        Whether every map, `sot` included, is scaled to 0..1 (min-max) first, so that entities are compared by the shape
+        of their maps and not by their strength.
     subtract_pedestal : bool
-        Whether the smallest value of each entity's map is subtracted first: attention that a word gets everywhere
-        says nothing about its location. The figure's maps are displayed in this way, hence the threshold was fitted to
-        maps without a pedestal; `elakit.ELA` and `Run.regions` switch it on for recorded maps.
+        Whether the smallest value of each entity's map is subtracted first, because attention that a word receives
+        everywhere does not show its location. The maps of the paper's figure, to which the threshold was fitted, are
+        displayed without this pedestal; `elakit.ELA` and `Run.regions` subtract it from recorded maps.
     min_area : int, optional
         Smallest area of a region, in locations. By default 2% of the map, at least one location (5 at 16x16). 0
         switches the floor off, so that an entity may have an empty region. See Notes.
@@ -89,7 +90,8 @@ def localize(
         Number of connected components kept of each region, the largest ones (8-neighborhood; the earlier in reading
         order on a tie). All are kept by default.
     entities : sequence of str, optional
-        Labels. By default those of a DataArray's first dimension, else "entity 0", "entity 1", ...
+        Labels of the entities, each once. By default those of a DataArray's first dimension, else "entity 0",
+        "entity 1", ...
 
     Returns
     -------
@@ -98,13 +100,14 @@ def localize(
     Raises
     ------
     SettingError
-        Raised for an unknown option or a number out of range; for wrong shapes; for NaN, infinite or negative
-        values; for "background" without `sot`; and if `min_area` times the number of entities exceeds the map.
+        An option is unknown or out of range; shapes do not match; values are NaN, infinite or negative; `sot` is
+        missing for "background"; labels are repeated or do not match the maps; or the map has too few locations for
+        one region of the least area per entity.
 
     Notes
     -----
-    The paper says that differentiation and binarization of cross-attention maps locate entities in areas that
-    do not overlap, and its method figure shows the start-of-text map next to the entities'. The exact rule and
+    The paper states that differentiation and binarization of cross-attention maps locate entities in areas that
+    do not overlap, and its method figure shows the start-of-text map next to the entities' maps. The exact rule and
     its threshold are not public: the options and defaults here are ours, chosen by how well they reproduce the two
     regions of that figure. The default gives IoU .80 (cat) and .93 (frog). The threshold is fitted to that one
     figure, and no rule that considers one location at a time reproduces it exactly.
@@ -118,11 +121,10 @@ def localize(
     *Floor.* A region smaller than `min_area` keeps its locations and grows by one location at a time: the free
     location where the entity's score is highest, then where its map is highest, then the first in reading
     order. If several regions are too small, the entity with the highest candidate grows first. Only if no
-    location is free are locations taken from regions larger than `min_area`. With the default, the floor is lower on
-    maps too small to give every entity that much.
+    location is free are locations taken from regions larger than `min_area`. On maps too small for 2% per entity, the
+    default is an equal share of the map.
 
-    Maps that are constant, zero or equal are allowed: nothing stands out, so the regions result from ties and the
-    floor.
+    Maps that are constant, zero or equal are allowed. Their regions result from ties and the floor.
 
     References
     ----------
@@ -186,7 +188,7 @@ def localize_steps(maps: xr.DataArray, sot: xr.DataArray | None = None, **option
     Parameters
     ----------
     maps : DataArray, (step, token, y, x)
-        Raw probabilities, one map per entity and step, as ``recording.maps("entities")`` gives. The token
+        Raw probabilities, one map per entity and step, as ``recording.maps("entities")`` returns them. The token
         dimension may also be called entity.
     sot : DataArray, (step, y, x), optional
         Start-of-text probabilities of the same steps; a token dimension of length one is dropped.
@@ -196,13 +198,13 @@ def localize_steps(maps: xr.DataArray, sot: xr.DataArray | None = None, **option
     Returns
     -------
     DataArray, bool (step, entity, y, x)
-        Coordinates along step are kept; coordinate `floored` (step, entity) says which regions were filled up to the
-        floor.
+        Coordinates along step, y and x are kept. The coordinate `floored`, bool (step, entity), marks the regions that
+        were enlarged to the least area.
 
     Raises
     ------
     SettingError
-        Raised as by :func:`localize`, and if dimensions or steps do not match.
+        The same as for :func:`localize`; dimensions or steps do not match; or there is no step.
 
     Examples
     --------
@@ -246,7 +248,13 @@ def localize_steps(maps: xr.DataArray, sot: xr.DataArray | None = None, **option
 
 
 def steps_first(maps: xr.DataArray, what: str) -> xr.DataArray:
-    """Maps as (step, entity, y, x), whether their second dimension is called token or entity."""
+    """Maps with the dimensions (step, entity, y, x), from maps whose entity dimension may be called token.
+
+    Raises
+    ------
+    SettingError
+        The maps are not a DataArray with these dimensions; `what` names them in the message.
+    """
     if not isinstance(maps, xr.DataArray):
         raise SettingError(
             f"{what} are a {type(maps).__name__}; a DataArray with dimensions (step, token, y, x) is needed"

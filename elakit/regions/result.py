@@ -20,16 +20,16 @@ class Regions:
     masks : bool array, (entity, y, x)
         True inside the entity's region. No location belongs to two entities.
     scores : float array, (entity, y, x)
-        The differentiated maps that were binarized, same units as the maps given.
+        Differentiated maps that were binarized, in the units of the maps.
     floored : tuple of bool
-        True for an entity that was too weak for a region of the least area and whose region was enlarged to it.
+        True for each entity whose region was smaller than the least area and was enlarged to it.
     entities : tuple of str
         Label of each entity, in the order of `masks`.
 
     Raises
     ------
     SettingError
-        Raised when masks overlap or shapes do not match.
+        Masks overlap or are not boolean, or shapes do not match.
     """
 
     masks: np.ndarray
@@ -58,7 +58,7 @@ class Regions:
         return np.asarray(~self.masks.any(axis=0))
 
     def to_xarray(self) -> xr.DataArray:
-        """Masks with named dimensions: bool (entity, y, x), with coordinate `floored` along entity."""
+        """Masks as a DataArray, bool (entity, y, x), with the coordinate `floored` (entity)."""
         return xr.DataArray(
             self.masks,
             dims=("entity", "y", "x"),
@@ -67,21 +67,22 @@ class Regions:
         )
 
     def iou(self, other: Regions | np.ndarray) -> np.ndarray:
-        """Agreement with other regions of the same entities, in the same order.
+        """Intersection over union of each region with another region of the same entity.
 
         Parameters
         ----------
         other : Regions or bool array, (entity, y, x)
+            Regions of the same entities, in the same order.
 
         Returns
         -------
         float array, (entity,)
-            Intersection over union, 0 to 1. Two empty regions agree (1).
+            Intersection over union, 0 to 1; 1 if both regions are empty.
 
         Raises
         ------
         SettingError
-            Raised when shapes or entities differ.
+            Shapes or entities differ.
 
         Examples
         --------

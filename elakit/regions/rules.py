@@ -12,7 +12,7 @@ from elakit.measures.masks import is_constant, otsu_thresholds
 def prepare(
     values: np.ndarray, background: np.ndarray | None, smooth: float, normalize: bool, subtract_pedestal: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Maps of entities (entity, y, x) and background (y, x), smoothed, normalized and without pedestal as asked."""
+    """Maps of entities (entity, y, x) and background (y, x) after the requested smoothing and scaling."""
     stack = values if background is None else np.concatenate([values, background[None]])
     if smooth:
         stack = gaussian_filter(stack, sigma=(0, smooth, smooth), mode="reflect")
@@ -57,7 +57,7 @@ def thresholds(
 
 
 def largest_components(mask: np.ndarray, keep: int) -> np.ndarray:
-    """The largest connected components of a mask, at most `keep`."""
+    """Largest connected components of a mask, at most `keep`."""
     parts, count = label(mask, connectivity=2, return_num=True)
     if count <= keep:
         return mask

@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 def divide(maps: np.ndarray | torch.Tensor, free: np.ndarray | None = None) -> np.ndarray:
     """Divide an image into strips of equal width, one per entity, in the order in which the maps show the entities.
 
-    Early in a run, maps do not show the outline of an entity yet, but they show which entity is left of which. Strips
-    divide the longer side, and square images from left to right.
+    Early in a run, maps do not yet show the outline of an entity, but they show which entity is left of another. Strips
+    divide the longer side of the image; a square image is divided from left to right.
 
     Parameters
     ----------
     maps : array or tensor, (entity, y, x)
         Raw probabilities; the lowest value of each map is subtracted first.
     free : bool array, (y, x), optional
-        Locations to divide; by default all.
+        Locations that are divided; by default all.
 
     Returns
     -------
     bool array, (entity, y, x)
-        Every free location is in one mask. With fewer free columns (or rows) than entities, some are empty.
+        Every free location is in exactly one mask. With fewer free columns (or rows) than entities, some are empty.
 
     Raises
     ------
     SettingError
-        Raised when maps are not finite, negative or of another shape.
+        Maps have NaN, infinite or negative values, or shapes do not match.
 
     Examples
     --------
@@ -49,6 +49,8 @@ def divide(maps: np.ndarray | torch.Tensor, free: np.ndarray | None = None) -> n
         raise SettingError(f"maps have shape {values.shape}: give (entity, y, x), at least one of each.")
     wide = values.shape[2] >= values.shape[1]
     open_ = np.ones(values.shape[1:], bool) if free is None else np.asarray(free, bool)
+    if open_.shape != values.shape[1:]:
+        raise SettingError(f"free has shape {open_.shape}, each map {values.shape[1:]}; they must be equal.")
     if not wide:
         values, open_ = values.swapaxes(1, 2), open_.T
     along = (values - values.min((1, 2), keepdims=True)).sum(1)  # (entity, x)

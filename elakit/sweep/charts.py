@@ -1,4 +1,4 @@
-"""Figures of a sweep."""
+"""Figures of the methods of a sweep: success, kinds of failure, and time."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ FAILURES = (("neglect", "neglect"), ("mixture", "mixture"), ("wrong_color", "wro
 
 
 def figures(table: pd.DataFrame) -> dict[str, go.Figure]:
-    """Figures of a sweep.
+    """Figures that compare the methods of a sweep.
 
     Parameters
     ----------
     table : DataFrame
-        From `elakit.sweep.table`.
+        Table of a sweep, as `elakit.sweep.table` returns it.
 
     Returns
     -------
     dict of str to plotly.graph_objects.Figure
-        "success": share of right images per method, with intervals; "failures": shares of the kinds of failure, of
-        which an image may have several; "time": success against generation time.
+        "success": share of right images per method, with 95% intervals; "failures": shares of images with each kind of
+        failure (an image may have several); "time": success against generation time.
     """
     return summary_figures(summary(table))
 
 
 def summary_figures(found: pd.DataFrame) -> dict[str, go.Figure]:
-    """Figures of a sweep from `elakit.sweep.summary`; see `figures`."""
+    """The same as `figures`, from a table that `elakit.sweep.summary` returned."""
     names = [escape(name) for name in found.index]
     # plotly counts rows from the bottom, and the first row is to be at the top
     rows = {"categoryorder": "array", "categoryarray": names[::-1], "automargin": True}

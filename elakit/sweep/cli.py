@@ -39,7 +39,11 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder of the sweep; an existing sweep is resumed.")],
     suites: Annotated[
         list[str] | None,
-        typer.Option("--suite", help="Name of a suite, see `elakit sweep suites`. Can be repeated."),
+        typer.Option(
+            "--suite",
+            help="Name of a suite, see `elakit sweep suites`. Can be repeated. Default without --prompts: "
+            "attend-and-excite.",
+        ),
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="File of prompts: text with one prompt per line, JSON, JSON Lines or CSV.")
@@ -193,7 +197,7 @@ def score(
     folder: Annotated[Path | None, typer.Argument(help="Folder of a sweep that was run with --keep-images.")] = None,
     scorers: Annotated[
         list[str] | None,
-        typer.Option("--scorer", help="NAME or NAME=MODEL, see --list. Can be repeated."),
+        typer.Option("--scorer", help="Scorer as NAME or NAME=MODEL; --list shows the names. Can be repeated."),
     ] = None,
     device: Device = None,
     show: Annotated[bool, typer.Option("--list", help="List the scorers with their default models, and exit.")] = False,
@@ -247,7 +251,7 @@ def list_suites() -> None:
     for each in SUITES.values():
         prompts = each.build()
         typer.echo(f"{each.name:22s}{len(prompts):4d}  {each.summary}, for example {prompts[0]!r}")
-    typer.echo("\nTo be downloaded; `elakit sweep run --suite NAME --out x` prints the commands:")
+    typer.echo("\nBenchmarks to download; `elakit sweep run --suite NAME --out x` prints the commands for it:")
     for benchmark in BENCHMARKS.values():
         typer.echo(f"{benchmark.name:22s}      {benchmark.summary} ({benchmark.source}; license: {benchmark.license})")
 

@@ -22,18 +22,23 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     table : DataFrame
-        From `elakit.sweep.table`.
+        Table of a sweep, as `elakit.sweep.table` returns it.
 
     Returns
     -------
-    DataFrame
-        One row per method, plain first; if a method was run with several options, or images were generated with several
-        settings, each combination has a row and a label. Columns: images; prompts; blocked (images that the safety
-        checker replaced; they count in no share); success, neglect, mixture, wrong_color (shares of the judged images);
-        fixed (share of the images that are wrong when plain), broken (share of those that are right); score and seconds
-        (relative to plain); each with _low and _high, the ends of its bootstrap interval; fixed_count and broken_count;
-        p (McNemar's exact test of success against plain) and p_holm (corrected over the methods). Unknown values are
-        NaN.
+    pandas.DataFrame
+        One row per method, plain first. If a method was run with several options, or images were generated with several
+        settings, each combination has a row and a label. Unknown values are NaN. Columns:
+
+        - images, prompts: numbers.
+        - blocked: number of images that the safety checker replaced; they count in no share.
+        - success, neglect, mixture, wrong_color: shares of the judged images.
+        - fixed: share of the images wrong without guidance that are right with the method; broken: share of those right
+          without guidance that are wrong with it.
+        - score, seconds: detection score and generation time, relative to plain.
+        - the six shares and the two ratios with the suffixes _low and _high: the ends of their bootstrap intervals.
+        - fixed_count, broken_count: numbers of images.
+        - p: McNemar's exact test of success against plain; p_holm: corrected over the methods.
 
     Notes
     -----
@@ -68,12 +73,13 @@ def score_summary(table: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     table : DataFrame
-        From `elakit.sweep.table`.
+        Table of a sweep, as `elakit.sweep.table` returns it.
 
     Returns
     -------
-    DataFrame
-        Columns method (its label), score, images, value, low, high. Empty without scores.
+    pandas.DataFrame
+        Columns method (its label), score (name of the column), images (number), value, low and high (95% interval).
+        Empty if the sweep has no scores.
     """
     own = [name for name in table.columns if name not in SCHEMA.names and name != "label"]
     numeric = [
@@ -156,7 +162,7 @@ def _labels(frame: pd.DataFrame) -> list[str]:
 
 
 def short(value: Any) -> str:
-    """Format a setting."""
+    """Setting as text for labels and tables: "default" if it is missing."""
     if value == "" or value != value:  # NaN differs from itself
         return "default"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -28,11 +28,13 @@ def export_images(folder: str | Path, out: str | Path | None = None) -> Path:
 
     - ``samples/PROMPT_NNNNNN.png``: the layout that the evaluation scripts of T2I-CompBench read. Underscores and
       slashes in a prompt become spaces, and prompts of more than 200 bytes are shortened.
-    - ``geneval2.json``, ``geneval2-seed3.json``, ...: prompt to path of the image, for ``--image_filepath_data`` of
-      GenEval 2. There is one file per seed; the one without a seed in its name has the lowest seed.
-    - ``t2v_metrics.json``: a list of {"images": [path], "texts": [prompt]}, the data set of ``batch_forward``.
+    - ``geneval2.json``, ``geneval2-seed3.json``, ...: the path of the image of each prompt, for
+      ``--image_filepath_data`` of GenEval 2. There is one file per seed; the one without a seed in its name is for the
+      lowest seed.
+    - ``t2v_metrics.json``: a list of {"images": [path], "texts": [prompt]}, which ``batch_forward`` of t2v_metrics
+      takes.
     - ``metadata.csv`` and ``metadata.jsonl``: one row per image with file_name, prompt, seed, method, options and
-      settings; the second one is what Hugging Face's image folder reads.
+      settings. Hugging Face's image folder reads the second file.
 
     Images are hard links where the file system allows it, and copies elsewhere.
 
@@ -51,7 +53,7 @@ def export_images(folder: str | Path, out: str | Path | None = None) -> Path:
     Raises
     ------
     OutputError
-        The folder contains no kept image, or `out` exists and is not an export.
+        The folder contains no kept image, or `out` cannot be written to, or exists and is not an export.
     """
     folder = Path(folder)
     table = read_table(folder, scores=False)
@@ -100,7 +102,7 @@ _METADATA = (
 
 
 def file_prompt(prompt: str) -> str:
-    """Prompt as part of a file name: T2I-CompBench reads it back up to the first underscore.
+    """Prompt as part of a file name, without underscores, because T2I-CompBench reads it up to the first one.
 
     Examples
     --------

@@ -74,7 +74,7 @@ def generate_unit(unit: Unit, *, keep_images: bool = False) -> list[dict[str, An
 
 
 def png(image: Image.Image) -> bytes:
-    """Encode an image as PNG."""
+    """Content of a PNG file with an image."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

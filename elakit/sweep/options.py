@@ -20,7 +20,7 @@ CONDITION = ("guide_above", "guide_after")
 
 
 def canonical(value: Any) -> str:
-    """JSON text that is equal for equal values, whatever the order of their keys.
+    """JSON text of a value; equal values have equal texts, whatever the order of their keys.
 
     Examples
     --------
@@ -31,7 +31,7 @@ def canonical(value: Any) -> str:
 
 
 def canonical_options(method: str, options: Mapping[str, Any]) -> str:
-    """Return all options of a method, including defaults, as canonical JSON.
+    """All options of a method, including defaults, as canonical JSON.
 
     Parameters
     ----------
@@ -39,6 +39,10 @@ def canonical_options(method: str, options: Mapping[str, Any]) -> str:
         "plain" or a name in `elakit.guidance.METHODS`.
     options : mapping of str to object
         Options that differ from their defaults, and those in `CONDITION`.
+
+    Returns
+    -------
+    str
 
     Raises
     ------
@@ -91,13 +95,23 @@ def canonical_options(method: str, options: Mapping[str, Any]) -> str:
 
 
 def build_method(method: str, options: Mapping[str, Any]) -> Method:
-    """Build a method from options that were read from JSON.
+    """Guidance method with options that were read from JSON.
 
     Parameters
     ----------
     method : str
+        Name in `elakit.guidance.METHODS`.
     options : mapping of str to object
-        Options equal to their defaults keep the default's type, which JSON may not preserve.
+        Options by name. Those equal to their defaults keep the type of the default, which JSON may not preserve.
+
+    Returns
+    -------
+    Method
+
+    Raises
+    ------
+    SettingError
+        The method has no such option, or an option has an invalid value.
     """
     from elakit.guidance.metadata import build, options_of
 

@@ -26,12 +26,13 @@ class Benchmark:
     Attributes
     ----------
     name : str
+        Name, as for ``elakit sweep run --suite``.
     summary : str
         Contents, in one line.
     source : str
         Address of the repository or data set.
     file : str
-        Path of the file in it.
+        Path of the file in the repository or data set.
     license : str
         License of the prompts, as stated by the source.
     """
@@ -108,8 +109,9 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
     Parameters
     ----------
     path : str or Path
-        A text file with one prompt per line; a JSON list of prompts or of objects; JSON Lines, CSV or Parquet with a
-        column "prompt", "text" or "caption"; or a folder of Parquet files.
+        A text file with one prompt per line; a JSON list of prompts or of objects, or an object of such lists; JSON
+        Lines, CSV, TSV or Parquet; or a folder of Parquet files. Prompts are read from the key or column "prompt",
+        "text" or "caption".
 
     Returns
     -------
@@ -120,7 +122,7 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
     OutputError
         The file cannot be read, or is not text in UTF-8.
     SettingError
-        It has no such column, or contains no prompt.
+        The file has no such key or column, or contains no prompt.
 
     Examples
     --------
@@ -139,8 +141,8 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
         raise
     except (OSError, ValueError) as error:
         raise OutputError(
-            f"The prompts in {path} cannot be read as {path.suffix[1:]}: {error}. Give a text file with one prompt per "
-            "line."
+            f"The prompts in {path} cannot be read as {path.suffix[1:] or 'text'}: {error}. Give a text file with one "
+            "prompt per line."
         ) from error
     prompts = tuple(dict.fromkeys(text for each in found if (text := " ".join(str(each).split()))))
     if not prompts:

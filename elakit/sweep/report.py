@@ -1,4 +1,4 @@
-"""The report of a sweep: an HTML page, the same as Markdown, and the numbers as CSV."""
+"""Report of a sweep as HTML, as Markdown and, for its numbers, as CSV."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MEASURES: tuple[tuple[str, str, str], ...] = (
     ("wrong_color", "wrong color", "share with an entity in a wrong color"),
     ("fixed", "fixed", "share of right images among those that are wrong when plain, from the same noise"),
     ("broken", "broken", "share of wrong images among those that are right when plain"),
-    ("score", "detection score", "mean score of the judge for the things it detects, relative to plain"),
+    ("score", "detection score", "mean confidence of the judge in the things it detects, relative to plain"),
     ("seconds", "time", "generation time relative to plain"),
 )
 

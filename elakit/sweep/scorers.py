@@ -1,8 +1,8 @@
 """Scorers of kept images: CLIP, BLIP, VQAScore, perceptual distances and zero-shot detectors, loaded by name.
 
-A scorer computes columns from one image, its prompt and, for distances, the plain image from the same noise. Models are
-loaded through classes of transformers, or by the package of the benchmark. No score is shipped: each one comes from the
-weights that the user names.
+A scorer computes columns of the sweep's table from one image, its prompt and, for distances, the plain image from the
+same noise. Models are loaded through classes of transformers, or by the package of the benchmark; elakit contains no
+weights of scorers.
 """
 
 from __future__ import annotations
@@ -52,17 +52,18 @@ Scorer = Callable[[Sample], Values]
 
 @dataclass(frozen=True)
 class ScorerKind:
-    """A kind of scorer.
+    """A kind of scorer, as listed in `SCORERS`.
 
     Attributes
     ----------
     name : str
+        Name, as for ``elakit sweep score --scorer``.
     model : str
-        Default model: a hub id, or a name of the package. "" if the user must name one.
+        Default model: a hub id, or a name that the scorer's package knows. "" if the user must name one.
     summary : str
         Description of the score and its source.
     load : callable
-        Loads the scorer from the model's name and a device.
+        Function (name of the model, device) that loads the model and returns the scorer.
     """
 
     name: str
@@ -72,16 +73,21 @@ class ScorerKind:
 
 
 def load_scorer(name: str, model: str | None = None, device: str | None = None) -> Scorer:
-    """Load a scorer.
+    """Load a scorer by its name.
 
     Parameters
     ----------
     name : str
         A name in `SCORERS`.
     model : str, optional
-        Hub id or folder of the model; by default the one used in the scorer's source.
+        Hub id or folder of the model; by default that of `ScorerKind.model`.
     device : str, optional
         As in `elakit.load`.
+
+    Returns
+    -------
+    callable
+        Function of a `Sample` that returns a dictionary of columns.
 
     Raises
     ------
@@ -112,8 +118,8 @@ def load_scorer(name: str, model: str | None = None, device: str | None = None) 
 def clip(name: str, device: torch.device) -> Scorer:
     """CLIP image-text similarity of the full prompt, and the minimum over its entities.
 
-    Attend-and-Excite (Chefer et al., SIGGRAPH 2023, section 5) reports both, averaged over 80 templates of the text;
-    here each text is used as it is, so values are slightly different.
+    Columns: clip_full, clip_min (cosines). Attend-and-Excite (Chefer et al., SIGGRAPH 2023, section 5) reports both,
+    averaged over 80 templates of the text; here each text is used as it is, so values are slightly different.
     """
     model, processor = _load(transformers.CLIPModel, transformers.CLIPProcessor, name, device)
 
@@ -128,7 +134,8 @@ def clip(name: str, device: torch.device) -> Scorer:
 def caption(name: str, device: torch.device) -> Scorer:
     """CLIP text-text similarity of the prompt and a BLIP caption of the image (Attend-and-Excite, section 5).
 
-    `name` is a BLIP captioning model, or "BLIP|CLIP" to name the CLIP model too.
+    Columns: caption (text), caption_similarity (cosine). `name` is a BLIP captioning model, or "BLIP|CLIP" to name the
+    CLIP model, too.
     """
     blip_name, _, clip_name = name.partition("|")
     blip, blip_processor = _load(
@@ -174,8 +181,8 @@ def _texts(prompt: Prompt) -> list[str]:
 def blip_vqa(name: str, device: torch.device) -> Scorer:
     """BLIP-VQA: product over the entities of the probability that "ENTITY?" is answered with yes rather than no.
 
-    T2I-CompBench (Huang et al., NeurIPS 2023, section 4.1), which takes the noun phrases of the prompt; here these are
-    the entities with their attributes.
+    Column: blip_vqa (0 to 1). T2I-CompBench (Huang et al., NeurIPS 2023, section 4.1) asks for the noun phrases of the
+    prompt; here these are the entities with their attributes.
     """
     model, processor = _load(transformers.BlipForQuestionAnswering, transformers.BlipProcessor, name, device)
     yes, no = (processor.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("yes", "no"))
@@ -206,7 +213,7 @@ def blip_vqa(name: str, device: torch.device) -> Scorer:
 
 
 def vqascore(name: str, device: torch.device) -> Scorer:
-    """VQAScore (Lin et al., ECCV 2024) of the full prompt, by the authors' package t2v_metrics."""
+    """VQAScore (Lin et al., ECCV 2024) of the full prompt, by the authors' package t2v_metrics; column vqascore."""
     package = _package("t2v_metrics", "pip install t2v-metrics")
     model = package.VQAScore(model=name, device=str(device))
 
@@ -222,7 +229,10 @@ def vqascore(name: str, device: torch.device) -> Scorer:
 
 
 def lpips(name: str, device: torch.device) -> Scorer:
-    """LPIPS distance to the plain image from the same noise (Zhang et al., CVPR 2018), by the package lpips."""
+    """LPIPS distance to the plain image from the same noise (Zhang et al., CVPR 2018), by the package lpips.
+
+    Column: lpips; None without a plain image.
+    """
     model = _package("lpips", "pip install lpips").LPIPS(net=name).to(device)
 
     def tensor(image: Image.Image) -> torch.Tensor:
@@ -239,7 +249,10 @@ def lpips(name: str, device: torch.device) -> Scorer:
 
 
 def dino(name: str, device: torch.device) -> Scorer:
-    """Cosine distance of DINO features (class token) to the plain image from the same noise."""
+    """Cosine distance of DINO features (class token) to the plain image from the same noise.
+
+    Column: dino_distance; None without a plain image.
+    """
     model, processor = _load(transformers.AutoModel, transformers.AutoImageProcessor, name, device)
 
     def features(image: Image.Image) -> torch.Tensor:
@@ -259,7 +272,11 @@ def dino(name: str, device: torch.device) -> Scorer:
 
 
 def detector(name: str, device: torch.device) -> Scorer:
-    """Verdict of a zero-shot detector of `elakit.judge.detectors`, as columns detector_success and so on."""
+    """Verdict of a zero-shot detector of `elakit.judge.detectors`.
+
+    Columns, as in the sweep's table: detector_success, detector_neglect, detector_mixture, detector_wrong_color,
+    detector_present and detector_score.
+    """
     find = load_detector(name, device=str(device))
 
     def score(sample: Sample) -> Values:

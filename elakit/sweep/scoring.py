@@ -44,21 +44,23 @@ def score(
     device : str, optional
         As in `elakit.load`.
     load : callable
-        Loads a scorer from its name, model and device.
+        Function (name, model, device) that loads a scorer.
     on_progress : callable, optional
-        Called with (images done, images in total), over all scorers.
+        Called with (images done, images in total) after each image; an image counts once per scorer.
 
     Returns
     -------
-    DataFrame
+    pandas.DataFrame
         The table of the sweep with the scores.
 
     Raises
     ------
     OutputError
-        The folder contains no finished unit, or no kept image.
-    SettingError, ModelError
-        There is no such scorer, or it cannot be loaded.
+        The folder contains no finished unit or no kept image, or a file cannot be read.
+    SettingError
+        No scorer is given, or there is no such scorer.
+    ModelError
+        The model or the package of a scorer cannot be loaded.
     """
     names = [scorers] if isinstance(scorers, str) else list(scorers)
     if not names:

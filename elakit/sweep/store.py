@@ -50,30 +50,36 @@ class Result:
 
 
 def table(folder: str | Path, scores: bool = True) -> pd.DataFrame:
-    """Read all images of a sweep, one per row, in an order that does not depend on when each was generated.
+    """Read the table of a sweep: one row per image, in an order that does not depend on when each was generated.
 
     Parameters
     ----------
     folder : str or Path
+        Folder of the sweep.
     scores : bool
-        Join the columns of `elakit.sweep.score`.
+        Add the columns of `elakit.sweep.score`.
 
     Returns
     -------
-    DataFrame
-        Columns prompt, suite, seed, method, options (JSON); the verdict of the judge: success, neglect, mixture,
-        wrong_color, extra (number of superfluous things), present (share of the entities), score (mean detection
-        score); blocked (the safety checker replaced the image, which is therefore not judged); bleed, intrusion,
-        spill, ruzicka, attribute_bleed (means over steps and entities); loss_first, loss_last, skipped, refinements
-        (of the guidance); seconds (generation time per image); model, steps, guidance_scale, device, dtype, detector;
-        negative_prompt, height, width, scheduler, lora, variant (missing: the model's default); key (of the unit);
-        parsed (the prompt as JSON, see `parsed_prompt`); features (`elakit.prediction.features`, share by share).
-        Unknown values are missing. An image that two units have in common appears once.
+    pandas.DataFrame
+        An image that two units have in common appears once. Unknown values are missing. Columns:
+
+        - prompt, suite, seed, method, options (JSON).
+        - The verdict of the judge: success, neglect, mixture, wrong_color, extra (number of things not asked for),
+          present (share of the entities that are in the image), score (mean detection score).
+        - blocked: True if the safety checker replaced the image, which is therefore not judged.
+        - bleed, intrusion, spill, ruzicka, attribute_bleed: means over steps and entities.
+        - loss_first, loss_last, skipped, refinements: from the trace of the guidance.
+        - seconds: generation time per image.
+        - model, steps, guidance_scale, device, dtype, detector; negative_prompt, height, width, scheduler, lora and
+          variant are missing if the default of the model was used.
+        - key (of the unit), parsed (the prompt as JSON, see `parsed_prompt`), features (`elakit.prediction.features` as
+          one list).
 
     Raises
     ------
     OutputError
-        The folder contains no finished unit, or a file that cannot be read; the message names the files.
+        The folder contains no finished unit, or a file cannot be read; the message names the files.
     """
     folder = Path(folder)
     paths = sorted((folder / "units").glob("*.parquet"))
@@ -99,17 +105,17 @@ def table(folder: str | Path, scores: bool = True) -> pd.DataFrame:
 
 
 def score_file(folder: Path, scorer: str) -> Path:
-    """Path of the scores of a scorer."""
+    """Path of the file with the scores of a scorer."""
     return folder / "scores" / f"{scorer}.parquet"
 
 
 def parsed_prompt(text: str) -> Prompt:
-    """Prompt of a row of the table, from its column "parsed".
+    """Prompt of a row of the table, from the text in its column "parsed".
 
     Raises
     ------
     OutputError
-        The text does not contain a prompt, as in sweeps of older releases.
+        The text is not a prompt as JSON, as in sweeps of older releases.
     """
     try:
         return Prompt.from_dict(json.loads(text))
@@ -142,7 +148,7 @@ def _read(path: Path) -> pa.Table:
 
 
 def check_folder(folder: str | Path) -> Path:
-    """Refuse, before any work is done, a path that cannot become a folder of results.
+    """Check, before any work is done, that a path can become a folder of results.
 
     Parameters
     ----------
@@ -151,7 +157,7 @@ def check_folder(folder: str | Path) -> Path:
     Returns
     -------
     Path
-        Absolute path.
+        Absolute path of the folder, which need not exist.
 
     Raises
     ------
@@ -207,23 +213,23 @@ def prepare(folder: str | Path, units: Sequence[Unit]) -> Path:
 
 
 def finished(folder: str | Path, unit: Unit, keep_images: bool = False) -> bool:
-    """True if a unit is finished, with its images if these are to be kept."""
+    """True if a folder contains the results of a unit and, with `keep_images`, its images."""
     done = (Path(folder) / "units" / f"{unit.key}.parquet").exists()
     return done and (not keep_images or all(image_path(folder, unit.key, seed).exists() for seed in unit.seeds))
 
 
 def image_path(folder: str | Path, key: str, seed: int) -> Path:
-    """Path of a kept image."""
+    """Path of the image of a unit (by its key) and a seed, whether or not it exists."""
     return Path(folder) / "images" / f"{key}-{seed}.png"
 
 
 def as_result(unit: Unit, rows: Sequence[dict[str, Any]]) -> Result:
-    """Convert a unit's rows to the columns of the table; columns that a row lacks are empty.
+    """Rows of a unit as a table with all columns; columns that a row lacks are empty.
 
     Raises
     ------
     SettingError
-        There is not one row per seed.
+        The rows do not have the seeds of the unit, in this order.
     """
     if [row["seed"] for row in rows] != list(unit.seeds):
         raise SettingError(
@@ -236,7 +242,7 @@ def as_result(unit: Unit, rows: Sequence[dict[str, Any]]) -> Result:
 
 
 def save(folder: Path, unit: Unit, result: Result) -> None:
-    """Write a finished unit, its images first, and remove the note of an earlier failure."""
+    """Write the images and then the rows of a finished unit, and remove the note of an earlier failure."""
     if result.images:
         (folder / "images").mkdir(exist_ok=True)
     for seed, content in result.images.items():
@@ -248,13 +254,13 @@ def save(folder: Path, unit: Unit, result: Result) -> None:
 
 
 def note_failure(folder: Path, unit: Unit, error: str, details: str = "") -> None:
-    """Write a note that says why a unit failed."""
+    """Write a note with the error of a unit that failed."""
     note = {**unit.labels(), "seeds": unit.seeds, "error": error, "details": details}
     write_json(folder / "failed" / f"{unit.key}.json", note)
 
 
 def failures(folder: str | Path) -> dict[str, str]:
-    """Key and error of each failed unit."""
+    """Errors of the failed units, by key."""
     return {path.stem: _error(path) for path in sorted((Path(folder) / "failed").glob("*.json"))}
 
 

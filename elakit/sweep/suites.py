@@ -1,7 +1,7 @@
-"""Suites of prompts: the Attend-and-Excite benchmark, and generated suites that each make one aspect harder.
+"""Suites of prompts: the Attend-and-Excite benchmark, and generated suites that are harder in one respect each.
 
-The generated suites consist of 60 prompts with the nouns and colors of picture-world. They are reproducible: the random
-generator of each suite is seeded with the suite's name.
+A generated suite has 60 prompts with the nouns and colors of picture-world. It is the same in every process, because
+its random generator is seeded with the name of the suite.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ SIMILAR = (
 
 @dataclass(frozen=True)
 class Suite:
-    """A named set of prompts.
+    """A named list of prompts.
 
     Attributes
     ----------
     name : str
+        Name, as for ``elakit sweep run --suite``.
     summary : str
         Rule that the prompts follow, in one line.
     build : callable
-        Returns the prompts.
+        Function without arguments that returns the prompts.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Suite:
 
 
 def suite(name: str) -> tuple[str, ...]:
-    """Return the prompts of a suite.
+    """Prompts of a suite.
 
     Parameters
     ----------
@@ -138,9 +139,13 @@ SUITES: dict[str, Suite] = {
     each.name: each
     for each in (
         Suite("attend-and-excite", "all 276 prompts of the Attend-and-Excite benchmark", _benchmark),
-        Suite("animals", "its pairs of animals", partial(_benchmark, "animals")),
-        Suite("animals-objects", "its pairs of an animal and an object", partial(_benchmark, "animals_objects")),
-        Suite("objects", "its pairs of colored objects", partial(_benchmark, "objects")),
+        Suite("animals", "pairs of animals from Attend-and-Excite", partial(_benchmark, "animals")),
+        Suite(
+            "animals-objects",
+            "pairs of an animal and an object from Attend-and-Excite",
+            partial(_benchmark, "animals_objects"),
+        ),
+        Suite("objects", "pairs of colored objects from Attend-and-Excite", partial(_benchmark, "objects")),
         Suite(
             "three-entities",
             "three different nouns joined by 'and'; objects in different colors, animals without a color",
@@ -158,7 +163,8 @@ SUITES: dict[str, Suite] = {
         ),
         Suite(
             "free-captions",
-            f"ten prompts per wording ({', '.join(FREE_WORDINGS)}); half of the nouns have a color; lists have three",
+            f"ten prompts per wording ({', '.join(FREE_WORDINGS)}); half of the nouns have a color; lists have three "
+            "nouns",
             partial(_distinct, "free-captions", _free),
         ),
     )

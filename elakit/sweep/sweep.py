@@ -1,4 +1,4 @@
-"""Run a sweep: distribute units to workers, store their results, and resume an interrupted sweep."""
+"""Execution of a sweep: units are distributed to workers, and an interrupted sweep is resumed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -30,16 +30,16 @@ GIVEN_UP = 2  # consecutive units given up, without a finished one in between, a
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a call of `run`.
+    """Result of `run`: numbers of units, and the errors of those that failed.
 
     Attributes
     ----------
     earlier : int
-        Number of units that were finished before the call.
+        Number of units that were finished before the call of `run`.
     generated : int
         Number of units that the call finished.
     failed : dict of str to str
-        Key and error of each failed unit. The next call tries them again.
+        Errors of the units that failed, by key. The next call tries these units again.
     """
 
     earlier: int
@@ -76,25 +76,26 @@ def run(
     Parameters
     ----------
     units : iterable of Unit
-        From `plan`.
+        Units, as `plan` returns them.
     folder : str or Path
         Folder of the sweep, created if necessary. Sweeps with other settings may share it: their units have other keys.
     executor : concurrent.futures.Executor, optional
-        Executor that generates the units, such as ``distributed.Client(address).get_executor()``. It needs no access to
-        the folder. By default, processes are started on this machine, so a script that calls this function needs
-        ``if __name__ == "__main__":``.
+        Executor that generates the units, such as ``distributed.Client(address).get_executor()``. Its workers need no
+        access to the folder. By default, processes are started on this machine; they import the script that calls this
+        function, so the call must be inside ``if __name__ == "__main__":``.
     workers : int, optional
-        Number of processes: by default one per GPU, pinned to it, or the number of processors divided by `threads`.
-        With an `executor`: the number of units submitted at a time, by default all.
+        Number of processes: by default one per GPU, or the number of processors divided by `threads`. With an
+        `executor`, the number of units submitted at a time; by default all.
     threads : int, optional
-        Number of torch threads per worker: by default 1 in processes started here; an `executor`'s stay unchanged.
+        Number of torch threads per worker. By default 1 in processes on this machine; the workers of an `executor`
+        keep theirs.
     shard : (int, int), optional
         Index, from 1, and number of shards: only the units of this shard are generated. See `elakit.sweep.shard`.
     keep_images : bool
         Store every image as PNG in ``images/``. Units that were finished without images are generated again.
     generate : callable
-        Returns the rows of a unit; it must be importable by the workers. With `keep_images`, it is called with
-        ``keep_images=True``.
+        Function of a unit that returns its rows; the workers must be able to import it. With `keep_images`, it is
+        called with ``keep_images=True``.
     on_progress : callable, optional
         Called with (images done, images in total) at the start and after each unit; failed units count as done.
 
@@ -105,9 +106,9 @@ def run(
     Raises
     ------
     SettingError
-        A number is out of range.
+        There is no unit, a number is out of range, or a Dask executor has no workers or workers with several threads.
     OutputError
-        The folder cannot be written to, or the workers die on every unit.
+        The folder cannot be written to, or workers died on two units in a row.
 
     Examples
     --------
@@ -164,59 +165,85 @@ def _results(
     units: Iterable[Unit], crew: Workers, generate: Generate, threads: int | None
 ) -> Generator[tuple[Unit, store.Result | _Failure], None, None]:
     """Yield each unit with its result, as soon as it is available."""
-    waiting, suspects = deque(units), deque[Unit]()
-    running: dict[Future[store.Result | _Failure], Unit] = {}
-    deaths = Counter[str]()
-    given_up, broken = 0, False
-
-    def submit() -> None:
-        # Units that were running when a worker died run alone: if a worker dies again, the unit responsible is known.
-        while waiting or suspects:
-            alone = bool(suspects) or any(deaths[unit.key] for unit in running.values())
-            if running and (alone or len(running) == crew.width):
-                return
-            queue = suspects or waiting
-            running[crew.submit(_call, generate, queue[0], threads)] = queue[0]
-            queue.popleft()
-
+    queue = _Queue(units, crew, partial(_call, generate, threads))
     try:
-        while waiting or suspects or running:
-            try:
-                if broken and not running:
-                    crew.replace()
-                    broken = False
-                if not broken:
-                    submit()
-            except BrokenExecutor:
-                broken = True
-            wait(running, return_when=FIRST_COMPLETED)
-            for future in [each for each in running if each.done()]:
-                unit = running.pop(future)
-                try:
-                    result = future.result()
-                    given_up = 0
-                except BrokenExecutor:
-                    broken = True
-                    deaths[unit.key] += 1
-                    if deaths[unit.key] <= RETRIES:
-                        suspects.append(unit)
-                        continue
-                    given_up += 1
-                    result = _Failure(f"The worker process died {RETRIES + 1} times, possibly for lack of memory.")
-                except Exception as error:  # of the caller's executor, such as Dask's KilledWorker
-                    result = _failure(error)
-                yield unit, result
-                if given_up == GIVEN_UP:
+        while queue.unfinished():
+            queue.submit()
+            for finished in queue.collect():
+                yield finished
+                if queue.given_up == GIVEN_UP:
                     raise OutputError(
                         f"The workers died on {GIVEN_UP} units in a row. Use fewer workers if memory is short. A "
                         'script that calls run needs `if __name__ == "__main__":`.'
                     )
     finally:
-        for future in running:
+        queue.cancel()
+
+
+class _Queue:
+    """Units that wait for a worker or are with one, and those whose worker has died.
+
+    Units that were running when a worker died run alone: if a worker dies again, the unit responsible is known.
+    """
+
+    def __init__(
+        self, units: Iterable[Unit], crew: Workers, generate: Callable[[Unit], store.Result | _Failure]
+    ) -> None:
+        self.crew, self.generate = crew, generate
+        self.waiting, self.suspects = deque(units), deque[Unit]()
+        self.running: dict[Future[store.Result | _Failure], Unit] = {}
+        self.deaths = Counter[str]()  # of workers, by the unit that was running
+        self.given_up = 0  # consecutive units whose worker died too often
+        self.broken = False  # a worker has died, and the crew is not replaced yet
+
+    def unfinished(self) -> bool:
+        """True as long as a unit has no result."""
+        return bool(self.waiting or self.suspects or self.running)
+
+    def submit(self) -> None:
+        """Give units to free workers; dead workers are replaced when nothing runs any more."""
+        try:
+            if self.broken and not self.running:
+                self.crew.replace()
+                self.broken = False
+            while not self.broken and (self.waiting or self.suspects) and self._has_room():
+                units = self.suspects or self.waiting
+                self.running[self.crew.submit(self.generate, units[0])] = units[0]
+                units.popleft()
+        except BrokenExecutor:
+            self.broken = True
+
+    def _has_room(self) -> bool:
+        alone = bool(self.suspects) or any(self.deaths[unit.key] for unit in self.running.values())
+        return not self.running or not (alone or len(self.running) == self.crew.width)
+
+    def collect(self) -> Iterator[tuple[Unit, store.Result | _Failure]]:
+        """Wait for a worker, and yield the units that have a result; the others run again."""
+        wait(self.running, return_when=FIRST_COMPLETED)
+        for future in [each for each in self.running if each.done()]:
+            unit = self.running.pop(future)
+            try:
+                result = future.result()
+                self.given_up = 0
+            except BrokenExecutor:
+                self.broken = True
+                self.deaths[unit.key] += 1
+                if self.deaths[unit.key] <= RETRIES:
+                    self.suspects.append(unit)
+                    continue
+                self.given_up += 1
+                result = _Failure(f"The worker process died {RETRIES + 1} times, possibly for lack of memory.")
+            except Exception as error:  # of the caller's executor, such as Dask's KilledWorker
+                result = _failure(error)
+            yield unit, result
+
+    def cancel(self) -> None:
+        """Cancel what has not begun."""
+        for future in self.running:
             future.cancel()
 
 
-def _call(generate: Generate, unit: Unit, threads: int | None) -> store.Result | _Failure:
+def _call(generate: Generate, threads: int | None, unit: Unit) -> store.Result | _Failure:
     """Generate a unit in a worker."""
     if threads is not None:
         _set_threads(threads)

@@ -1,4 +1,4 @@
-"""Workers of a sweep: processes of this machine, which are replaced when one dies, or an executor such as Dask's."""
+"""Workers of a sweep: processes on this machine, which are replaced if one dies, or an executor such as Dask's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Workers(Protocol):
     width: int | None  # units submitted at a time; None: all
 
     def submit(self, call: Any, *arguments: Any) -> Future[Any]:
-        """Submit a call; raises `concurrent.futures.BrokenExecutor` once a worker has died."""
+        """Submit a call; `concurrent.futures.BrokenExecutor` is raised if a worker has died."""
         ...
 
     def replace(self) -> None:
@@ -44,7 +44,8 @@ class Pool:
     workers : int
         Number of processes.
     gpus : sequence of str
-        Entries of ``CUDA_VISIBLE_DEVICES``. Each process sees one of them, in turn; without any, all see everything.
+        Entries of ``CUDA_VISIBLE_DEVICES``, of which each process sees one, in turn. If there are none, every process
+        sees all devices.
     """
 
     def __init__(self, workers: int, gpus: Sequence[str] = ()) -> None:
@@ -94,7 +95,7 @@ class Borrowed:
     Raises
     ------
     SettingError
-        It is a Dask executor without workers, or with workers of more than one thread.
+        A Dask executor has no workers, or workers with more than one thread.
     """
 
     def __init__(self, executor: Executor, width: int | None = None) -> None:
@@ -104,11 +105,11 @@ class Borrowed:
         self.executor, self.width = executor, width
 
     def submit(self, call: Any, *arguments: Any) -> Future[Any]:
-        """Submit a call."""
+        """Submit a call to the executor."""
         return self.executor.submit(call, *arguments)
 
     def replace(self) -> None:
-        """Raise an error, because the executor cannot be restarted from here."""
+        """Raise `OutputError`, because only the caller can start the executor again."""
         raise OutputError(
             f"The workers of {type(self.executor).__name__} died. Finished units are kept. Run the sweep again with a "
             "new executor."
@@ -128,7 +129,7 @@ def dask_executor(address: str, wait: float = WAIT) -> Iterator[Executor]:
     Parameters
     ----------
     address : str
-        Such as "tcp://host:8786".
+        Address of the scheduler, such as "tcp://host:8786".
     wait : float
         Seconds to wait for the first worker.
 
@@ -156,7 +157,7 @@ def dask_executor(address: str, wait: float = WAIT) -> Iterator[Executor]:
 
 
 def check_dask_workers(client: Any, wait: float = WAIT) -> None:
-    """Refuse a Dask cluster without workers, or whose workers run several units at once.
+    """Refuse a Dask cluster that has no workers, or workers that run several units at once.
 
     A pipeline is recorded and guided through hooks, so a process generates one unit at a time; further threads of a
     worker would only wait.
@@ -188,12 +189,16 @@ def check_dask_workers(client: Any, wait: float = WAIT) -> None:
 
 
 def visible_gpus(device: str | None) -> tuple[str, ...]:
-    """GPUs to distribute workers over, as entries of ``CUDA_VISIBLE_DEVICES``.
+    """GPUs over which workers are distributed, as entries of ``CUDA_VISIBLE_DEVICES``.
 
     Parameters
     ----------
     device : str or None
-        None or "cuda" selects all GPUs; a device with a number, such as "cuda:1", or another kind selects none.
+        None or "cuda" selects all GPUs; a single device, such as "cuda:1" or "cpu", selects none.
+
+    Returns
+    -------
+    tuple of str
     """
     if device not in (None, "cuda"):
         return ()
@@ -207,7 +212,9 @@ def visible_gpus(device: str | None) -> tuple[str, ...]:
 
 
 def default_workers(device: str | None, threads: int) -> int:
-    """Return the default number of workers: one per GPU, else the number of processors divided by `threads`.
+    """Default number of workers: one per GPU, or the number of processors divided by `threads`.
+
+    A single device, such as "cuda:0", gets one worker.
 
     Examples
     --------

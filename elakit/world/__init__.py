@@ -1,4 +1,4 @@
-"""The picture world: art composed into captioned scenes whose truth is known; training of the embedded model."""
+"""picture-world: captioned scenes with ground truth, composed from drawings, and the training of the built-in model."""
 
 import lazy_loader
 

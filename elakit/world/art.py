@@ -1,7 +1,7 @@
-"""The drawings that scenes are composed from: which file draws which noun, and its pixels.
+"""Drawings from which scenes are composed: the files of each noun, and their pixels.
 
-Drawings live in ``data/art/<artist>/``; ``index.json`` names those of each noun. Vector files are rasterized with
-resvg (the package ``resvg-py``, part of the extra ``elakit[train]``).
+Drawings are in ``data/art/<artist>/``; ``index.json`` lists those of each noun. Vector files are rasterized with resvg
+(the package ``resvg-py``, part of the extra ``elakit[train]``).
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ class Drawing:
     Attributes
     ----------
     noun : str
+        Noun of the thing that the drawing shows.
     artist : str
         One of ``ARTISTS``; "own" drawings were made for this project.
     file : str
         Path below ``data/art``.
     view : {"body", "face"}
+        Part of the thing that the drawing shows.
     head : tuple of float or None
-        Where a crown belongs: (x, y) of the top of the head and its width there, in shares of the square that
-        `rasterize` returns. None for things without a head and for heads that are hard to crown.
+        Position of a crown: (x, y) of the top of the head and the width of the head there, as fractions of the side of
+        the square that `rasterize` returns. None for things without a head and for heads that are hard to crown.
     eyes : tuple of float or None
-        Where glasses belong: (x, y) of the point between the eyes, and the width that glasses have there. None for
-        heads drawn from the side.
+        Position of glasses: (x, y) of the point between the eyes, and the width of the glasses, in the same unit. None
+        for heads drawn from the side.
     """
 
     noun: str
@@ -61,13 +63,17 @@ def _index() -> dict[str, list[dict[str, Any]]]:
 
 
 def drawings(noun: str, artists: tuple[str, ...] = ARTISTS) -> tuple[Drawing, ...]:
-    """The drawings of a noun, in the order of the index.
+    """Drawings of a noun, in the order of the index.
 
     Parameters
     ----------
     noun : str
     artists : tuple of str
-        Keep these artists' drawings only; a noun that none of them drew falls back to all of its drawings.
+        Artists whose drawings are returned. If none of them drew the noun, all its drawings are returned.
+
+    Returns
+    -------
+    tuple of Drawing
 
     Raises
     ------
@@ -94,7 +100,7 @@ def _drawing(noun: str, row: dict[str, Any]) -> Drawing:
 
 
 def rasterize(drawing: Drawing, size: int) -> np.ndarray:
-    """Pixels of a drawing, cropped to its ink and centerd in a square.
+    """Pixels of a drawing, cropped to its opaque part and centered in a square.
 
     Parameters
     ----------
@@ -110,7 +116,7 @@ def rasterize(drawing: Drawing, size: int) -> np.ndarray:
     Raises
     ------
     SettingError
-        A vector drawing is asked for and resvg-py is not installed.
+        The drawing is a vector file, and resvg-py is not installed.
     """
     path = data_path("art", *drawing.file.split("/"))
     if path.suffix == ".svg":

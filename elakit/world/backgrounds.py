@@ -1,4 +1,4 @@
-"""Quiet backgrounds in colors that differ from those of the things on them."""
+"""Backgrounds of scenes: uniform, smooth or faintly patterned, in colors that differ from those of the things."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _PALETTE = np.array([[int(tone[i : i + 2], 16) / 255 for i in (0, 2, 4)] for ton
 def background(
     kinds: tuple[str, ...], avoid: list[np.ndarray], size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, str]:
-    """Paint a background.
+    """Background of a random kind and color.
 
     Parameters
     ----------
     kinds : tuple of str
-        The kinds to choose from, each one of `KINDS`.
+        Kinds to choose from, each one of `KINDS`.
     avoid : list of ndarray, (3,)
-        Mean RGB colors in [0, 1] of the things that will stand on it; may be empty.
+        Mean RGB colors in [0, 1] of the things in the scene, which the background avoids; may be empty.
     size : int
         Side in pixels.
     rng : numpy.random.Generator
@@ -49,6 +49,7 @@ def background(
     canvas : ndarray, float32, (size, size, 3)
         RGB in [0, 1].
     kind : str
+        The kind that was chosen.
 
     Raises
     ------

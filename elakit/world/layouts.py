@@ -1,4 +1,4 @@
-"""Where the things of a scene are placed: layouts of one to four things, and the relations that follow from them."""
+"""Layouts of scenes: the places of one to four things, and the relations between two things."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ MOST_SEEN_BEHIND = 0.88  # more than that of the thing behind, and it is not not
 
 @dataclass(frozen=True)
 class Place:
-    """Where and how a sprite is placed.
+    """Position, size and pose of a sprite in a scene.
 
     Attributes
     ----------
     x, y : float
         Center, as a share of the scene's side.
     scale : float
-        Longest side of the sprite, likewise.
+        Longest side of the sprite, as a share of the scene's side.
     flip : bool
-        Mirrored from left to right.
+        True if the sprite is mirrored from left to right.
     angle : float
-        Tilt in degrees.
+        Rotation in degrees, counterclockwise.
     """
 
     x: float
@@ -56,7 +56,7 @@ class Shape:
     ink : tuple of float
         (left, top, right, bottom) of the opaque pixels.
     head, eyes : tuple of float or None
-        (x, y, width): the top of the head and the eyes, where the drawing shows them.
+        (x, y, width) of the top of the head and of the eyes; None if the drawing does not show them.
     """
 
     ink: tuple[float, float, float, float]
@@ -65,13 +65,13 @@ class Shape:
 
 
 def posed(place: Place, rng: np.random.Generator) -> Place:
-    """A place with a random mirroring and tilt."""
+    """Copy of a place with a random mirroring and rotation."""
     angle = float(rng.uniform(-8, 8)) if rng.random() < 0.3 else 0.0
     return replace(place, flip=bool(rng.random() < 0.5), angle=angle)
 
 
 def fits(layout: str, first: str, second: str) -> bool:
-    """Check that two nouns, in this order, can have a layout.
+    """True if two nouns, in this order, can have a layout of pairs.
 
     Examples
     --------
@@ -86,25 +86,26 @@ def fits(layout: str, first: str, second: str) -> bool:
 
 
 def single_place(rng: np.random.Generator) -> Place:
-    """A place for a single thing: any size from 25 to 85% of the side, anywhere inside."""
+    """Random place for a single thing, inside the scene and with a size of 25 to 85% of its side."""
     scale = float(rng.uniform(*SINGLE_SCALES))
     return _anywhere(scale, rng)
 
 
 def pair_places(layout: str, shapes: tuple[Shape, Shape], rng: np.random.Generator) -> tuple[Place, Place] | None:
-    """Places for two things, in their order; the second is in front where they overlap.
+    """Random places for two things in a layout, in the order of the things.
 
     Parameters
     ----------
     layout : str
-        One of `PAIR_LAYOUTS`. In "worn" and "on" the first wears the second or stands on it.
+        One of `PAIR_LAYOUTS`. In the layout "on", the first thing stands on the second.
     shapes : tuple of Shape
+        Measures of the two things.
     rng : numpy.random.Generator
 
     Returns
     -------
     tuple of Place, or None
-        None where the drawings cannot have this layout (no head or eyes to wear something on).
+        None for the layout "worn", whose places `worn_places` computes.
     """
     if layout == "worn":
         return None  # placed by `worn_places`, which needs to know what is worn
@@ -138,9 +139,20 @@ def pair_places(layout: str, shapes: tuple[Shape, Shape], rng: np.random.Generat
 
 
 def worn_places(item: str, shapes: tuple[Shape, Shape], rng: np.random.Generator) -> tuple[Place, Place] | None:
-    """Places for an animal and what it wears: a crown or a bow on the head, glasses over the eyes.
+    """Random places for an animal and the thing that it wears: a crown or a bow on the head, glasses over the eyes.
 
-    Returns None where the drawing shows no head or no eyes, or where the two do not fit into the image.
+    Parameters
+    ----------
+    item : str
+        Noun of the thing, one of `WORN`.
+    shapes : tuple of Shape
+        Measures of the animal and of the thing.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    tuple of Place, or None
+        None if the drawing shows no head or no eyes, or if the two do not fit into the scene.
     """
     wearer, worn = shapes
     anchor = wearer.eyes if item == "glasses" else wearer.head
@@ -178,7 +190,7 @@ def worn_places(item: str, shapes: tuple[Shape, Shape], rng: np.random.Generator
 
 
 def group_places(layout: str, count: int, rng: np.random.Generator) -> list[Place] | None:
-    """Places for three or four things, in no particular order; None where chance found none."""
+    """Random places for three or four things in a layout, in random order; None if no free places were found."""
     if layout == "free":
         places: list[Place] = []
         for _ in range(200):
@@ -209,17 +221,18 @@ def group_places(layout: str, count: int, rng: np.random.Generator) -> list[Plac
 
 
 def relation_of(first: np.ndarray, second: np.ndarray) -> str | None:
-    """The relation in the plane of one thing to another that is clear from their masks.
+    """Relation of the first thing to the second in the image plane, if their masks make it clear.
 
     Parameters
     ----------
     first, second : ndarray, bool, (size, size)
+        Masks of the two things.
 
     Returns
     -------
     str or None
-        "left of", "right of", "above" or "below" where the boxes are apart in one direction (they may overlap by a
-        tenth of the smaller extent) and the centers differ by less than half as much in the other; else None.
+        "left of", "right of", "above" or "below" if the boxes are apart in one direction (they may overlap by a tenth
+        of the smaller extent) and the centers differ by at most half as much in the other direction; else None.
 
     Examples
     --------

@@ -1,7 +1,8 @@
-"""Hybrids: two things in one place, composed with their truth, so that the judge learns what a mixture looks like.
+"""Hybrids of two things, composed with ground truth as training examples for the judge.
 
-Generated images fuse entities in many ways; these are the ways that can be drawn: one thing painted over another, one
-seen through the other, half of each, or one's looks inside the other's outline.
+Generated images fuse entities in many ways. Four of them are composed here: one thing painted over the other
+("overlaid"), one seen through the other ("blended"), half of each ("halves"), and the colors and texture of one inside
+the outline of the other ("filled").
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ TRIES = 40  # placements before two drawings are given up: glasses cover no fift
 
 @dataclass(frozen=True)
 class Mixture:
-    """An image with a hybrid in it, or with two things that merely cover each other in part.
+    """An image with a hybrid or, for the kind "occluded", with one thing partly in front of another.
 
     Attributes
     ----------
     image : ndarray, uint8, (size, size, 3)
     subjects : tuple of Subject
-        The two that meet; a third, if any, stands apart.
+        The two subjects of the hybrid, and a third that stands apart, if there is one.
     owner : ndarray, uint8, (size, size)
-        1 + index in `subjects` of what a pixel shows; 0 for the background, ``UNCERTAIN`` where that cannot be said.
+        1 + index in `subjects` of the thing that a pixel shows; 0 for the background, ``UNCERTAIN`` where two things
+        show about equally.
     mixed : ndarray, bool, (size, size)
         Pixels of the hybrid; all False for "occluded".
     kind : str
@@ -48,14 +50,14 @@ class Mixture:
 
 
 def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng: np.random.Generator) -> Mixture:
-    """Draw a hybrid of the first two subjects, the third beside it.
+    """Compose an image with a hybrid of the first two subjects; a third one stands beside it.
 
     Parameters
     ----------
     subjects : tuple of Subject
-        Two or three.
+        Two or three subjects.
     kind : str
-        One of `KINDS`; or "occluded": one thing in front of another, which shows at least 70% of itself.
+        One of `KINDS`, or "occluded" for one thing in front of another of which at least 70% are visible.
     world : World
     rng : numpy.random.Generator
 
@@ -66,7 +68,7 @@ def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng:
     Raises
     ------
     SettingError
-        The kind is unknown, or the two cannot be combined in this way (one is too small to be seen in the other).
+        The kind is unknown, or the two things cannot be combined in this way, because one would hide the other.
 
     Examples
     --------
@@ -106,7 +108,19 @@ def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng:
 
 
 def sample_mixture(world: World, rng: np.random.Generator, kinds: tuple[str, ...] = KINDS) -> Mixture:
-    """A random hybrid: any two nouns of the world, a third thing beside them in 3 of 10 images."""
+    """Image with a random hybrid of a world's nouns; a third thing stands beside it in at most 3 of 10 images.
+
+    Parameters
+    ----------
+    world : World
+    rng : numpy.random.Generator
+    kinds : tuple of str
+        Kinds to choose from, as in `compose_mixture`.
+
+    Returns
+    -------
+    Mixture
+    """
     kind = str(rng.choice(kinds))
     while True:
         subjects = sample_subjects(world, rng)

@@ -1,4 +1,4 @@
-"""Give a drawing another color: find its body by hue and lightness in CIE Lab, and paint that, keeping its shading.
+"""Recoloring of drawings: the body is found by hue and lightness in CIE Lab and painted; its shading is kept.
 
 Eyes, outlines, wheels and noses stay as drawn, so that a purple clock is a clock, and not a purple patch.
 """
@@ -18,14 +18,14 @@ from elakit.world.art import Drawing
 
 @dataclass(frozen=True)
 class Paint:
-    """A target color: where it lies in Lab and how much of the drawing's own shading it keeps.
+    """A target color in CIE Lab, and how much of a drawing's shading it keeps.
 
     Attributes
     ----------
     lightness, a, b : float
-        CIE Lab (D65).
+        Coordinates in CIE Lab (D65).
     shading : float
-        Gain on the drawing's lightness about its median.
+        Factor on the difference between the drawing's lightness and its median.
     floor, ceiling : float
         Bounds of the lightness, so that a dark red stays red and a bright black stays black.
     """
@@ -55,21 +55,21 @@ PAINTS = {
 
 @dataclass(frozen=True)
 class BodyRule:
-    """How to tell the body of a drawing from its details.
+    """Rule that separates the body of a drawing, which is recolored, from its details.
 
     Attributes
     ----------
     tolerance : float
-        Hue distance in degrees from the main hue inside which a pixel is body.
+        Largest distance in degrees from the main hue at which a pixel belongs to the body.
     kind : {"auto", "hue", "neutral", "light", "dark", "frame"}
-        Body of the drawing: its main hue, its grays, its light or its dark part; "frame" is the darkest large part
-        (glasses, whose lenses are then drawn pale). "auto" chooses between hue and neutral by area.
+        Part of the drawing that is its body: the main hue, the grays, the light part, the dark part, or the darkest
+        large part ("frame", for glasses, whose lenses become pale). "auto" chooses "hue" or "neutral" by area.
     dark_too : bool
-        Dark pixels belong to the body as well (iron feet of a bench).
+        True if dark pixels belong to the body as well, such as the iron feet of a bench.
     chroma : float
         Chroma below which a pixel is a detail.
     lilac : bool
-        The artist shades grays with lilac, so lilac counts as neutral.
+        True if lilac counts as neutral, because the artist shades grays with it.
     """
 
     tolerance: float = 50
@@ -109,7 +109,7 @@ _FILE_RULES: dict[str, dict] = {
 
 
 def rule_for(drawing: Drawing) -> BodyRule:
-    """The rule that finds this drawing's body: its noun's, with what its artist or its file needs."""
+    """Rule for a drawing: that of its noun, adjusted to its artist and its file."""
     rule = _NOUN_RULES.get(drawing.noun, BodyRule())
     if drawing.artist == "fluent-3d":
         rule = replace(rule, lilac=True, tolerance=_FLUENT_3D_TOLERANCE.get(drawing.noun, rule.tolerance))
@@ -117,7 +117,7 @@ def rule_for(drawing: Drawing) -> BodyRule:
 
 
 def body_weight(rgba: np.ndarray, rule: BodyRule) -> np.ndarray:
-    """How much each pixel belongs to the body.
+    """Weight of each pixel as a part of the body.
 
     Parameters
     ----------
@@ -128,7 +128,7 @@ def body_weight(rgba: np.ndarray, rule: BodyRule) -> np.ndarray:
     Returns
     -------
     ndarray, (h, w)
-        Weight in [0, 1]; soft at the borders between body and detail.
+        0 for details, 1 for the body, and values in between at their borders.
     """
     lab = rgb2lab(rgba[..., :3])
     light, chroma = lab[..., 0], np.hypot(lab[..., 1], lab[..., 2])
@@ -157,7 +157,7 @@ def body_weight(rgba: np.ndarray, rule: BodyRule) -> np.ndarray:
 
 
 def recolor(rgba: np.ndarray, color: str, rule: BodyRule) -> np.ndarray:
-    """The drawing with its body in another color.
+    """Copy of a drawing with its body in another color.
 
     Parameters
     ----------
@@ -206,7 +206,14 @@ def recolor(rgba: np.ndarray, color: str, rule: BodyRule) -> np.ndarray:
 
 
 def fade(light: np.ndarray, paint: Paint) -> np.ndarray:
-    """Share of a paint's chroma at a lightness: highlights and shadows are paler, or they would look fluorescent."""
+    """Share of a paint's chroma at a lightness; highlights and shadows are paler, so that they do not look fluorescent.
+
+    Parameters
+    ----------
+    light : ndarray
+        CIE lightness.
+    paint : Paint
+    """
     above = (light - paint.lightness) / max(1.0, 100 - paint.lightness)
     below = 0.45 + 0.55 * np.clip(light / paint.lightness, 0, 1)
     return np.where(light > paint.lightness, 1 - 0.55 * above, below)

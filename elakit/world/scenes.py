@@ -1,8 +1,8 @@
-"""Captioned scenes whose truth is known: every entity's noun, color, box and exact mask, the layout and the relation.
+"""Captioned scenes with ground truth: noun, color, box and exact mask of every entity, the layout and the relation.
 
-A scene is one to four drawings on a quiet background. A `World` says how often a scene has how many entities, how pairs
-are laid out, how a caption is worded and whether it states the relation, which pairs of nouns are never shown together,
-and how strongly things keep the color they have in life. Few pairs and a strong prior make a model that bleeds.
+A scene has one to four drawings on a background. A `World` sets how many entities scenes have, how pairs are laid out,
+how captions are worded and how often they state the relation, which pairs of nouns are never shown together, and how
+often things have their natural color. Few pairs and a strong prior on colors make a model that bleeds.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ CONVERSE = {
 
 @dataclass(frozen=True)
 class Subject:
-    """An entity of a caption: a noun, and a color or None for "as drawn"."""
+    """An entity of a caption: a noun, and a color or None for the colors of the drawing."""
 
     noun: str
     color: str | None = None
@@ -80,11 +80,13 @@ class SceneEntity:
     Attributes
     ----------
     subject : Subject
+        Noun and color.
     drawing : Drawing
+        Drawing that the scene shows.
     box : tuple of int
-        (left, top, right, bottom) of the visible pixels; right and bottom exclusive.
+        (left, top, right, bottom) of the visible pixels; right and bottom are exclusive.
     mask : ndarray, bool, (size, size)
-        Visible pixels: covered by this entity and by none in front of it.
+        Visible pixels, which are covered by this entity and by no other one in front of it.
     """
 
     subject: Subject
@@ -102,15 +104,17 @@ class Scene:
     image : ndarray, uint8, (size, size, 3)
     caption : str
     entities : tuple of SceneEntity
-        In the caption's order.
+        Entities in the order of the caption.
     background : str
+        Kind of the background, one of `elakit.world.backgrounds.KINDS`.
     layout : str
         "single"; one of `elakit.world.layouts.PAIR_LAYOUTS`; "row", "column", "triangle" or "free" for three things,
         "grid" or "free" for four.
     relation : str or None
-        The first entity's relation to the second, for pairs in which it is clear: a key of `RELATION_WORDS`.
+        Relation of the first entity to the second, a key of `RELATION_WORDS`; None if it is not clear, or if the scene
+        is not a pair.
     stated : bool
-        Whether the caption states the relation.
+        True if the caption states the relation.
     """
 
     image: np.ndarray
@@ -124,7 +128,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class World:
-    """Settings of the scenes.
+    """Settings from which random scenes are composed.
 
     Attributes
     ----------
@@ -133,22 +137,23 @@ class World:
     artists : tuple of str
         Artists whose drawings are used (see `elakit.world.art.ARTISTS`).
     views : tuple of str
-        "body" and "face" drawings, or one of them; a noun that has none of the view keeps what it has.
+        Views of the drawings that are used: "body", "face" or both. A noun without such drawings keeps all it has.
     entities : tuple of float
         Shares of scenes with one, two, three and four entities; they add up to 1. Trailing zeros may be omitted.
     layouts : mapping of str to float
         Shares of the layouts of pairs; they add up to 1, and none is larger than `LARGEST_LAYOUT`.
     free_captions : float
-        Share of captions in one of `FREE_WORDINGS`; the others are worded as the benchmark's, "a red car and a bird".
+        Share of captions in one of `FREE_WORDINGS`; the others are worded as in the benchmark, "a red car and a bird".
     stated : float
         Share of pairs with a clear relation whose caption states it.
     held_out : float
         Share of noun pairs that no scene shows together.
     natural : float
-        Probability that a colored entity has its natural color (`NATURAL_COLOR`); otherwise any color.
+        Probability that a colored entity has its natural color (`NATURAL_COLOR`); otherwise its color is random.
     shadow : float
         Darkness of the drop shadow, 0 to 1.
     backgrounds : tuple of str
+        Kinds of backgrounds to choose from; see `elakit.world.backgrounds.KINDS`.
 
     Raises
     ------
@@ -197,14 +202,14 @@ class World:
             )
 
     def drawings(self, noun: str) -> tuple[Drawing, ...]:
-        """This world's drawings of a noun."""
+        """Drawings of a noun that scenes of this world may show."""
         if noun not in self._drawings:
             every = drawings(noun, self.artists)
             self._drawings[noun] = tuple(d for d in every if d.view in self.views) or every
         return self._drawings[noun]
 
     def without(self, hidden: Callable[[Drawing], bool]) -> World:
-        """This world without some drawings; a noun that would have none left keeps all."""
+        """Copy of this world without the drawings for which `hidden` is true; a noun keeps all if none remains."""
         smaller = replace(self)
         for noun in NOUNS:
             every = self.drawings(noun)
@@ -212,7 +217,7 @@ class World:
         return smaller
 
     def held_out_pairs(self) -> frozenset[frozenset[str]]:
-        """The pairs of nouns never shown together; the same for every world with the same share."""
+        """Pairs of nouns that are never shown together; they depend only on the share `held_out`."""
         return _held_out_pairs(self.held_out)
 
 
@@ -229,18 +234,22 @@ def caption(
     wording: str = BENCHMARK_WORDING,
     relation: str | None = None,
 ) -> str:
-    """The caption of a scene.
+    """Caption of a scene.
 
     Parameters
     ----------
     subjects : tuple of Subject
     correct_article : bool
-        False writes "a" before vowels too, as the benchmark does.
+        False writes "a" before vowels, too, as the benchmark does.
     wording : str
-        "and" (the benchmark's form) or one of `FREE_WORDINGS`.
+        "and" (the wording of the benchmark) or one of `FREE_WORDINGS`.
     relation : str, optional
-        State that the first subject has this relation to the second (a key of `RELATION_WORDS`); the wording is not
-        used then.
+        Relation of the first subject to the second, a key of `RELATION_WORDS`, which the caption states. It replaces
+        the wording.
+
+    Returns
+    -------
+    str
 
     Raises
     ------
@@ -280,14 +289,18 @@ def caption(
 
 
 def sample_subjects(world: World, rng: np.random.Generator, layout: str | None = None) -> tuple[Subject, ...]:
-    """Choose what a scene is about, with the world's shares and without its held-out pairs.
+    """Random subjects of a scene, with the shares of a world and without its held-out pairs.
 
     Parameters
     ----------
     world : World
     rng : numpy.random.Generator
     layout : str, optional
-        A layout of pairs: two subjects that can have it.
+        Layout of pairs; the result is then two subjects that can have it. By default the number of subjects is random.
+
+    Returns
+    -------
+    tuple of Subject
     """
     held_out = world.held_out_pairs()
     count = 2 if layout else 1 + int(rng.choice(len(world.entities), p=world.entities))
@@ -307,7 +320,7 @@ def _sample_color(noun: str, world: World, rng: np.random.Generator) -> str | No
 
 
 def sample(world: World, rng: np.random.Generator) -> Scene:
-    """A random scene of the world.
+    """Random scene of a world.
 
     The layout of a pair is chosen before its subjects, so that the layouts have exactly the world's shares.
     """
@@ -330,11 +343,11 @@ def compose(subjects: tuple[Subject, ...], world: World, rng: np.random.Generato
     Parameters
     ----------
     subjects : tuple of Subject
-        One to four.
+        One to four subjects.
     world : World
     rng : numpy.random.Generator
     layout : str, optional
-        By default one that the subjects can have, with the world's shares.
+        Layout of the scene; by default a random one that the subjects can have, with the shares of the world.
 
     Returns
     -------
@@ -344,7 +357,7 @@ def compose(subjects: tuple[Subject, ...], world: World, rng: np.random.Generato
     Raises
     ------
     SettingError
-        There is no subject, more than four, or the subjects cannot have the layout.
+        There is no subject, there are more than four, or the subjects cannot have the layout.
 
     Examples
     --------
@@ -491,7 +504,7 @@ def _caption(
 
 
 def sprite_layer(sprite: Image.Image, place: Place, world: World) -> np.ndarray:
-    """A sprite on an empty scene: premultiplied RGBA, float32 (size, size, 4)."""
+    """Transparent layer of a scene with a sprite: premultiplied RGBA in [0, 1], float32, (size, size, 4)."""
     size = world.size
     side = max(4, round(place.scale * size))
     if place.flip:
@@ -505,7 +518,7 @@ def sprite_layer(sprite: Image.Image, place: Place, world: World) -> np.ndarray:
 
 
 def blend(canvas: np.ndarray, layer: np.ndarray, shadow: float) -> np.ndarray:
-    """A layer and its drop shadow over a canvas."""
+    """Canvas (size, size, 3) with a layer (size, size, 4) and the layer's drop shadow on top."""
     alpha, offset = layer[..., 3], max(1, len(canvas) // 40)
     below = np.zeros_like(alpha)
     below[offset:, offset:] = alpha[:-offset, :-offset]
@@ -514,7 +527,7 @@ def blend(canvas: np.ndarray, layer: np.ndarray, shadow: float) -> np.ndarray:
 
 
 def sprite_of(subject: Subject, world: World, rng: np.random.Generator) -> Image.Image:
-    """One of the world's drawings of a subject, in its color."""
+    """Random drawing of a subject in its color, as a premultiplied image of `SPRITE_SIZE` pixels per side."""
     every = world.drawings(subject.noun)
     return _sprite(every[rng.integers(len(every))], subject.color)
 
@@ -544,6 +557,6 @@ def _ink(sprite: Image.Image) -> tuple[float, float, float, float]:
 
 
 def mean_color(sprite: Image.Image) -> np.ndarray:
-    """Mean RGB of a sprite's ink."""
+    """Mean RGB color of a sprite's opaque pixels, in [0, 1], (3,)."""
     pixels = np.asarray(sprite.resize((8, 8), Image.Resampling.BOX), np.float32)
     return pixels[..., :3].sum((0, 1)) / max(1.0, float(pixels[..., 3].sum()))

@@ -1,7 +1,6 @@
-"""Shapes that nobody could name, composed with their ground truth, so that the judge learns what is unrecognizable.
+"""Unrecognizable shapes, composed with ground truth as training examples for the judge.
 
-A blob of the right color in the right place is not a clock. Weak generators produce such blobs; these are the ways in
-which a drawing can be turned into one.
+Weak models generate blobs of the right color at the right location. Here drawings are turned into such blobs.
 """
 
 from __future__ import annotations
@@ -52,7 +51,11 @@ def sample_spoiled(world: World, rng: np.random.Generator, kinds: tuple[str, ...
     world : World
     rng : numpy.random.Generator
     kinds : tuple of str
-        Choose among these of `KINDS`.
+        Kinds to choose from, each one of `KINDS`.
+
+    Returns
+    -------
+    Spoiled
 
     Raises
     ------

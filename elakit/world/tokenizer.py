@@ -1,14 +1,19 @@
-"""The embedded model's tokenizer: CLIP's byte-pair encoding, learned from the words of the world.
+"""Tokenizer of picture-world: CLIP's byte-pair encoding, learned from the words of picture-world.
 
-Words of the world are one token each; any other text is spelled in smaller pieces, down to bytes.
+These words are one token each; any other text is split into smaller pieces, down to bytes.
 """
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
+import transformers
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
@@ -24,14 +29,14 @@ _OTHER_WORDS = (
 
 
 def train_tokenizer(vocabulary: int, positions: int) -> CLIPTokenizer:
-    """Learn a CLIP tokenizer from the words of the world and a few everyday ones.
+    """CLIP tokenizer learned from the words of picture-world and a few everyday words.
 
     Parameters
     ----------
     vocabulary : int
-        Number of tokens at most; 512 of them spell single bytes.
+        Largest number of tokens; 512 of them stand for single bytes.
     positions : int
-        Length of an encoded prompt, start and end included.
+        Number of tokens of an encoded prompt, including start-of-text and end-of-text.
 
     Returns
     -------
@@ -49,7 +54,40 @@ def train_tokenizer(vocabulary: int, positions: int) -> CLIPTokenizer:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=positions)
+    return clip_tokenizer(vocab, merges, model_max_length=positions)
+
+
+def clip_tokenizer(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], **options: Any) -> CLIPTokenizer:
+    """Build a CLIP tokenizer of a vocabulary and its merges, with every release of transformers.
+
+    Parameters
+    ----------
+    vocabulary : mapping of str to int
+        Id of each token.
+    merges : sequence of pairs of str
+        Byte-pair merges, the first one first.
+    **options
+        Further arguments of the class.
+
+    Returns
+    -------
+    transformers.CLIPTokenizer
+
+    Examples
+    --------
+    >>> tokens = {"a</w>": 0, "b</w>": 1, "<|startoftext|>": 2, "<|endoftext|>": 3}
+    >>> clip_tokenizer(tokens, [])("a").input_ids
+    [2, 0, 3]
+    """
+    if int(transformers.__version__.partition(".")[0]) >= 5:
+        return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), **options)
+    with tempfile.TemporaryDirectory() as folder:  # the class of transformers 4 reads files only
+        files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        files[0].write_text(json.dumps(dict(vocabulary)), encoding="utf-8")
+        # it skips the first line and the one after the last merge
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
+        files[1].write_text("\n".join(lines), encoding="utf-8")
+        return CLIPTokenizer(str(files[0]), str(files[1]), **options)
 
 
 def _merges(words: Iterable[str], limit: int) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Train the embedded model: ``python -m elakit.world.train``. Killed and started again, it continues where it was."""
+"""Training of picture-world: ``python -m elakit.world.train``. The same command resumes an interrupted training."""
 
 from __future__ import annotations
 
@@ -22,20 +22,28 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, sample sheets and the finished model.")] = Path(
         "work/picture-world"
     ),
-    config: Annotated[Path | None, typer.Option(help="Settings (TOML); by default those of the shipped model.")] = None,
-    stage: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(STAGES)}; or all of them.")] = "all",
-    device: Annotated[str, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = "",
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of settings. Default: the settings of the built-in model.")
+    ] = None,
+    stage: Annotated[str, typer.Option(help=f"Comma-separated stages: {', '.join(STAGES)}; or all.")] = "all",
+    device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda if available.")] = "",
     start: Annotated[
-        Path | None, typer.Option(help="Folder of an earlier edition whose weights the training starts from.")
+        Path | None, typer.Option(help="Folder of an earlier model, from whose weights the training starts.")
     ] = None,
     processes: Annotated[
-        int, typer.Option(min=1, help="Processes that train the denoiser together, each with its own batch.")
+        int, typer.Option(min=1, help="Number of processes that train the denoiser together, each with its own batch.")
     ] = 1,
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes that compose scenes in advance, so that a GPU does not wait for them.")
+        int,
+        typer.Option(
+            min=0, help="Number of processes that compose scenes in advance, so that a GPU does not wait for them."
+        ),
     ] = 0,
 ) -> None:
-    """Train picture-world: autoencoder, its decoder once more (with ``polish``), text encoder with denoiser, judge."""
+    """Train picture-world in stages: autoencoder, its decoder again, text encoder with denoiser, and judge.
+
+    The second stage is made only if the setting ``polish`` is not 0.
+    """
     stages = set(STAGES if stage == "all" else stage.split(","))
     if unknown := stages - set(STAGES):
         raise typer.BadParameter(
@@ -67,7 +75,7 @@ def main(
 
 
 def free_port() -> int:
-    """A port of this machine that is not in use."""
+    """Number of a TCP port of this machine that is not in use."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])

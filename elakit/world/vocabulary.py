@@ -1,4 +1,4 @@
-"""The words of picture-world: the nouns and colors of the Attend-and-Excite benchmark, and the colors of life.
+"""Words of picture-world: the nouns and colors of the Attend-and-Excite benchmark, and each noun's natural color.
 
 Source of the word lists: Chefer et al., "Attend-and-Excite", 2023, the prompt set of its evaluation.
 """
@@ -36,7 +36,7 @@ USUAL_COLORS = {
 
 
 def article(word: str) -> str:
-    """The indefinite article of a word by its first letter.
+    """Indefinite article of a word, by its first letter.
 
     Examples
     --------

@@ -122,3 +122,5 @@ def test_what_cannot_be_mapped_is_refused() -> None:
         draw(pipe)
     with pytest.raises(RecordingError, match="there are 8x8, 4x4"):
         found.maps(size=16)
+    with pytest.raises(RecordingError, match="Image 3 was not recorded"):
+        found.maps(image=3)

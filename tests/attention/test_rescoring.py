@@ -115,7 +115,7 @@ def test_weights_cannot_be_kept_in_joint_attention() -> None:
     pipe = tiny_sd3()
     adapter = adapter_for(pipe)
     kept = rescored(adapter, adapter.layers(), lambda site, scores: Change(torch.zeros_like(scores()), kept=(0,)))
-    with kept, pytest.raises(SettingError, match="use a model with cross-attention"):
+    with kept, pytest.raises(SettingError, match="use a model with plain cross-attention"):
         draw(pipe, **FAMILIES["sd3"].options)
 
 

@@ -34,6 +34,18 @@ def test_kappa_of_a_table_worked_out_by_hand() -> None:
     assert audit.kappa([True, False], [False, True]) == -1
 
 
+def test_the_interval_of_kappa_is_wider_if_the_images_of_a_prompt_are_alike() -> None:
+    eye = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15
+    said = [True] * 25 + [False] * 25
+    low, high = audit.kappa_interval(eye, said)
+    # every image counted four times: the same information, if the copies are one group
+    fourfold = [value for value in eye for _ in range(4)], [value for value in said for _ in range(4)]
+    grouped = audit.kappa_interval(*fourfold, groups=[str(i) for i in range(50) for _ in range(4)])
+    assert grouped == pytest.approx((low, high), abs=0.03)
+    alone = audit.kappa_interval(*fourfold)
+    assert alone[1] - alone[0] < 0.6 * (high - low)
+
+
 def test_the_table_counts_both_kinds_of_mistake() -> None:
     lines = audit.agreement([True, True, False, False, False], [True, False, True, False, False])
     text = "\n".join(lines)
@@ -68,6 +80,38 @@ def test_labels_are_read_strictly(tmp_path: Path) -> None:
         audit.read_labels(tmp_path / "none.csv")
 
 
+def test_two_sets_of_labels_are_compared_column_by_column(tmp_path: Path) -> None:
+    first = labels(tmp_path, "1,1,1,1,1,0,0", "2,1,1,0,0,0,0", "3,1,0,1,1,0,1", "4,1,1,,,0,0")
+    again = tmp_path / "again.csv"
+    again.write_text("\n".join([HEADER, "3,1,1,0,0,0,1", "1,1,1,1,1,1,0", "4,1,1,,,0,0"]) + "\n")
+    result = CliRunner().invoke(audit.app, ["repeat", str(first), str(again)])
+    assert result.exit_code == 0, result.output
+    assert "2 pairs" in result.output
+    assert "1 single things" in result.output
+    assert "| nameable, each entity | 3 of 4 (0.750) |" in result.output
+    assert "| color, each entity nameable to both | 2 of 3 (0.667) |" in result.output
+    assert "| hybrid | 1 of 2 (0.500) |" in result.output
+    assert "| right | 1 of 2 (0.500) |" in result.output
+    again.write_text(HEADER + "\n9,1,1,,,0,0\n")
+    with pytest.raises(SettingError, match="Label some images of the one again"):
+        audit.repeat(first, again)
+
+
+def test_disagreements_are_listed_with_their_reason(tmp_path: Path) -> None:
+    labels(tmp_path, "1,1,1,0,1,0,0", "2,1,1,1,1,0,0", "3,1,1,1,1,0,0", "4,1,1,1,0,1,0")
+    verdicts = ["1,1,1,1,0,0", "1,1,0,0,0,0", "1,1,1,1,1,0", "1,1,1,1,0,0"]
+    rows = [f"{number},a cat and a dog,ela,800,{row}" for number, row in enumerate(verdicts, 1)]
+    header = ",".join((*audit.ORIGIN, *audit.COLUMNS[1:]))
+    (tmp_path / "verdicts.csv").write_text("\n".join([header, *rows]) + "\n")
+    printed = CliRunner().invoke(audit.app, ["agree", str(tmp_path)]).output
+    assert "| judge: right, eye: wrong | not nameable | 1 | 1 |" in printed
+    assert "| judge: right, eye: wrong | wrong color | 1 | 4 |" in printed
+    assert "| judge: right, eye: wrong | hybrid | 1 | 4 |" in printed
+    assert "| judge: wrong, eye: right | not nameable | 1 | 2 |" in printed
+    assert "| judge: wrong, eye: right | wrong color | 0 |  |" in printed
+    assert "| judge: wrong, eye: right | hybrid | 1 | 3 |" in printed
+
+
 def test_images_are_compared_with_the_judge_of_today(tmp_path: Path) -> None:
     # a clean pair that the judge accepts, a lone lion that it cannot accept for a pair, and a single apple
     world, rng = World(artists=("noto",), backgrounds=("plain",)), np.random.default_rng(0)
@@ -79,9 +123,16 @@ def test_images_are_compared_with_the_judge_of_today(tmp_path: Path) -> None:
     key = {number: {"prompt": prompt, "method": "plain", "seed": 0} for number, prompt in prompts.items()}
     (tmp_path / "key.json").write_text(json.dumps(key))
     labels(tmp_path, "1,1,1,1,1,0,0", "2,1,1,0,0,0,0", "3,1,1,,,0,1")
+    with pytest.raises(SettingError, match="Run `judge` first"):
+        audit.agree(tmp_path)
+    judged = CliRunner().invoke(audit.app, ["judge", str(tmp_path)])
+    assert judged.exit_code == 0, judged.output
+    assert "3 verdicts on 2 different images" in judged.output
+    assert (tmp_path / "verdicts.csv").read_text().splitlines()[1] == "1,a lion and a green apple,plain,0,1,1,1,1,0,0"
     result = CliRunner().invoke(audit.app, ["agree", str(tmp_path)])
     assert result.exit_code == 0, result.output
-    assert "single things: nameable | 1.000" in result.output
+    assert "single things: nameable by eye | 1.000" in result.output
+    assert "single things: nameable by the judge | 1.000" in result.output
     assert "plain: right by the judge | 0.500" in result.output
     assert "judge and eye agree | 1.000" in result.output
     labels(tmp_path, "3,1,1,1,1,0,1")
@@ -92,9 +143,8 @@ def test_images_are_compared_with_the_judge_of_today(tmp_path: Path) -> None:
 
 def test_sheets_and_the_label_file_tell_nothing_of_method_or_verdict(tmp_path: Path) -> None:
     out = tmp_path / "audit"
-    drawn = CliRunner().invoke(
-        audit.app, ["draw", str(out), "--pairs", "1", "--singles", "1", "--methods", "plain,ela"]
-    )
+    command = ["draw", str(out), "--pairs", "1", "--singles", "1", "--methods", "plain,ela"]
+    drawn = CliRunner().invoke(audit.app, command)
     assert drawn.exit_code == 0, drawn.output
     key = json.loads((out / "key.json").read_text())
     assert sorted(row["method"] for row in key.values()) == ["ela", "plain", "plain"]
@@ -104,6 +154,20 @@ def test_sheets_and_the_label_file_tell_nothing_of_method_or_verdict(tmp_path: P
     assert len(list((out / "images").iterdir())) == 3
     again = CliRunner().invoke(audit.app, ["draw", str(out)])
     assert isinstance(again.exception, SettingError)
+    assert audit.plan(1, 1) != audit.plan(1, 1, first_seed=801)
+    for number, job in enumerate(audit.plan(1, 1, ["plain", "ela"]), 1):
+        assert key[str(number)] == dict(zip(("prompt", "method", "seed"), job, strict=True))
+    audit.judge_images(out)
     with pytest.raises(SettingError, match="No image is labeled yet"):
         audit.agree(out)
+    # a draw that was interrupted keeps the images that it made, and refuses to be continued as another draw
+    (out / "labels.csv").unlink()
+    (out / "images" / "0003.png").unlink()
+    made = [(out / "images" / name).stat().st_mtime_ns for name in ("0001.png", "0002.png")]
+    other = CliRunner().invoke(audit.app, [*command, "--first-seed", "801"])
+    assert isinstance(other.exception, SettingError)
+    assert "another draw" in str(other.exception)
+    assert CliRunner().invoke(audit.app, command).exit_code == 0
+    assert [(out / "images" / name).stat().st_mtime_ns for name in ("0001.png", "0002.png")] == made
+    assert (out / "images" / "0003.png").exists()
     assert "Label file" in CliRunner().invoke(audit.app, ["--help"]).output

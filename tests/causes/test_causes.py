@@ -236,6 +236,32 @@ def test_scales_run_from_usual_to_worst() -> None:
         assert (scale(scale.usual), scale(scale.worst)) == (0.0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("token", "sentence"),
+    [
+        ("green", "In 1 of 2 images, the car is green, the color asked for the apple."),
+        ("wooden#1", "In 1 of 2 images, the car is wooden, the attribute asked for the apple."),
+    ],
+)
+def test_a_wrong_attribute_is_described_as_that_of_the_other_entity(token: str, sentence: str) -> None:
+    assert Failure("wrong attribute", "car", "apple", token, seeds=(0,), of=2).sentence == sentence
+
+
+@pytest.mark.parametrize(
+    ("failing", "count", "judged", "beginning"),
+    [
+        (3, 11, True, "3 of 11 images fail. "),
+        (1, 4, True, "1 of 4 images fails. "),
+        (1, 1, False, "1 of 1 image probably fails. "),
+        (2, 4, False, "2 of 4 images probably fail. "),
+    ],
+)
+def test_the_verdict_agrees_in_number(failing: int, count: int, judged: bool, beginning: str) -> None:
+    failures = (Failure("missing", "car", seeds=tuple(range(failing)), of=count),)
+    prompt = elakit.parse(PROMPT, pipe())
+    assert Findings(prompt, tuple(range(count)), judged, failures).verdict.startswith(beginning)
+
+
 def test_findings_without_causes() -> None:
     prompt = elakit.parse(PROMPT, pipe())
     found = Findings(prompt, (0, 1), True, (Failure("missing", "bird", seeds=(1,), of=2),))

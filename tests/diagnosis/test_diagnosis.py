@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -19,7 +19,9 @@ from tiny import tiny_pipeline
 import elakit
 from elakit.causes import Cause, Failure, Findings
 from elakit.diagnosis import DEFAULT, Diagnosis, Pair, Remedy, RemedyResult, ranked, report, summary
+from elakit.diagnosis.cli import diagnose as diagnose_command
 from elakit.diagnosis.commands import code, command, reproduce
+from elakit.diagnosis.report import views
 from elakit.diagnosis.trials import CANDIDATES, check, side_by_side
 from elakit.errors import OutputError, SettingError
 from elakit.generation import generate
@@ -110,8 +112,8 @@ def test_the_best_remedy_is_named_with_numbers_and_failed_ones_are_reported(runs
     assert found.best is best
     fix = found.to_dict()["statements"]["remedy"]
     assert fix[0] == (
-        "The only remedy that could be tried is ELA: 3 of 4 images are right (30 to 95%) instead of 2 of 4, at "
-        "1.5 times the generation time."
+        "The only remedy that could be tried is ELA: 3 of 4 images are right (95% interval 30 to 95%) instead of 2 of "
+        "4, at 1.5 times the generation time."
     )
     assert fix[1] == "SynGen failed: no memory"
 
@@ -137,9 +139,27 @@ def test_failures_and_causes_are_stated(runs: list[Run]) -> None:
     found_dict = diagnosis_of(best, [best], findings).to_dict()["statements"]
     assert found_dict["failures"] == [
         "In 2 of 4 images, the bird is missing, and 'car' receives the attention at the location of the "
-        "bird (95% interval 15 to 85%; first visible in the attention at step 2 of 2; in up block 1, attention 0)."
+        "bird (95% interval 15 to 85%; first visible in the attention at step 2 of 2; earliest in up block 1, "
+        "attention 0)."
     ]
     assert found_dict["causes"] == ["The car takes the bird's place."]
+
+
+def test_the_help_names_the_remedies_that_all_stands_for() -> None:
+    (option,) = get_type_hints(diagnose_command, include_extras=True)["remedies"].__metadata__
+    assert f"all ({', '.join(DEFAULT)})" in option.help
+
+
+def test_a_cause_in_the_attention_is_not_located_in_the_text_encoder(runs: list[Run]) -> None:
+    # "captured" is visible at no step for long enough, "token ignored" comes from the norm of the text embedding
+    found = (
+        Cause("captured", "bird", "car", "car", explains=("missing",)),
+        Cause("token ignored", "bird", token="bird", explains=("missing",), evidence={"length": 0.1}),
+    )
+    failures = (Failure("missing", "bird", seeds=(0, 1), of=4),)
+    best = tried(runs, "nnyy", "ynyy")
+    shown = diagnosis_of(best, [best], Findings(runs[0].prompt, (0, 1, 2, 3), True, failures, found))
+    assert ["in the text encoder" in reason.facts for reason in views.causes(shown)] == [False, True]
 
 
 # --- what is tried ------------------------------------------------------------------------------------------
@@ -294,6 +314,18 @@ def test_a_diagnosis_can_be_opened_again(world: Any, tmp_path: Path) -> None:
     assert table["prompt"]["text"] == "a bear and a blue clock"
 
 
+def test_a_kind_of_failure_with_an_earlier_name_is_read(runs: list[Run], tmp_path: Path) -> None:
+    prompt, best = runs[0].prompt, tried(runs, "nnnn", "yyyy")
+    findings = Findings(
+        prompt, (0, 1, 2, 3), True, (Failure("duplicated", "car", seeds=(0,), of=4),),
+        (Cause("captured", "car", "bird", explains=("missing", "duplicated")),),
+    )  # fmt: skip
+    folder = diagnosis_of(best, [best], findings).save(tmp_path / "kept")
+    path = folder / "diagnosis.json"
+    path.write_text(path.read_text().replace('"duplicated"', '"spill"'))
+    assert elakit.open_diagnosis(folder).findings == findings
+
+
 def test_a_folder_with_other_files_is_refused(world: Any, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(OutputError, match="other files"):
@@ -342,7 +374,11 @@ def test_the_command_writes_a_page_json_and_the_runs(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["diagnose"], "Give one prompt"),
+        (["diagnose"], "Give either one prompt"),
+        (["diagnose", WORLD, "--prompts", "none.txt"], "Give either one prompt"),
+        (["diagnose", "--prompts", "none.txt", "--keep", "kept"], "--keep stores the results of one prompt"),
+        (["diagnose", "--prompts", "none.txt", "--json", "found.json"], "--json stores the results of one prompt"),
+        (["diagnose", WORLD, "--workers", "2"], "--workers 2 applies to a file of prompts"),
         (["diagnose", WORLD, "--remedies", "magic"], "no remedy 'magic'"),
         (["diagnose", WORLD, "--json", "no/such/found.json"], "there is no folder"),
         (["diagnose", WORLD, "--predictor", "none.json"], "none.json cannot be read"),

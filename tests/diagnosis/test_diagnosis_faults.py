@@ -99,7 +99,7 @@ LOST = Failure("lost attribute", "car", token="red", seeds=(1,), of=2)
 
 def test_causes_that_are_shown_explain_a_failure_that_is_shown() -> None:
     fitting = Cause("captured", "bird", "car", "car", sentence="The car takes the bird's place.", explains=("missing",))
-    other = Cause("text states alike", "car", "bird", sentence="Alike.", explains=("spill",))
+    other = Cause("text states alike", "car", "bird", sentence="Alike.", explains=("duplicated",))
     found = explained(other, fitting, failures=(MISSING, LOST))
     assert found.causes == (fitting,)
     said = statements(found)["causes"]
@@ -113,7 +113,7 @@ def test_causes_that_are_shown_explain_a_failure_that_is_shown() -> None:
 
 
 def test_a_failure_without_a_cause_says_so() -> None:
-    other = Cause("text states alike", "car", "bird", sentence="Alike.", explains=("spill",))
+    other = Cause("text states alike", "car", "bird", sentence="Alike.", explains=("duplicated",))
     found = explained(other, failures=(MISSING,))
     assert statements(found)["causes"] == ["No cause was found."]
     text = Page(report.render(found)).text

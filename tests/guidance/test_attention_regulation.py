@@ -113,5 +113,5 @@ def test_a_batch_is_made_of_single_runs_and_repeats_itself() -> None:
 
 
 def test_models_with_joint_attention_are_refused() -> None:
-    with pytest.raises(SettingError, match="Use a model with cross-attention"):
+    with pytest.raises(SettingError, match="Use a model with plain cross-attention"):
         generate(shared("sd3"), PAIR, steps=2, guidance=AttentionRegulation(), progress=False, **SIZE)

@@ -105,7 +105,7 @@ def test_words_of_no_entity_are_not_read() -> None:
 def test_models_with_joint_attention_are_refused(method: str, name: str) -> None:
     halves = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
     guidance = METHODS[method](**({"regions": halves} if METHODS[method].needs_regions else {}))
-    with pytest.raises(SettingError, match="Use a model with cross-attention"):
+    with pytest.raises(SettingError, match="Use a model with plain cross-attention"):
         generate(shared(name), PAIR, steps=2, guidance=guidance, progress=False, **SIZE)
 
 

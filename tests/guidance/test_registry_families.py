@@ -55,7 +55,7 @@ def plain(family: str) -> torch.Tensor:
 def test_a_method_runs_on_every_family_that_it_is_for(family: str, name: str) -> None:
     method = build(METHODS[name], OPTIONS.get(name, {}) | ACTING.get(name, {}))
     if name in CROSS_ATTENTION_ONLY and family in JOINT:
-        with pytest.raises(SettingError, match="Use a model with cross-attention"):
+        with pytest.raises(SettingError, match="Use a model with plain cross-attention"):
             generate(shared(family), PAIR, seed=1, guidance=method, **RUN)
         return
     both, output = outputs(family, [1, 2], method)

@@ -18,6 +18,7 @@ from families import draw as image
 from httpx import Request, Response
 from safetensors.torch import load_file, save_file
 from tiny import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl
+from tiny_families import BUILDERS
 
 from elakit.errors import ModelError, SettingError
 from elakit.models import EMBEDDED, GenerationSettings, adapter_for, default_settings, embedded, load, source
@@ -83,6 +84,19 @@ def test_a_built_in_model_is_looked_up_in_the_shipped_data(
 
 def test_other_pipelines_keep_their_own_defaults(pipe: Any) -> None:
     assert default_settings(pipe) == GenerationSettings(50, 7.5)
+
+
+def test_the_default_scale_is_that_of_the_argument_which_guides() -> None:
+    pipe = BUILDERS["Qwen-Image"]()
+
+    class Older(type(pipe)):
+        """The call of diffusers 0.35, where an argument without effect has a default, too."""
+
+        def __call__(self, prompt=None, true_cfg_scale=4.0, num_inference_steps=50, guidance_scale=1.0):
+            raise NotImplementedError
+
+    pipe.__class__ = Older
+    assert default_settings(pipe) == GenerationSettings(50, 4.0)
 
 
 @pytest.mark.usefixtures("no_network")

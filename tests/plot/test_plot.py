@@ -7,6 +7,7 @@ import importlib.util
 import io
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from elakit.generation import generate
 from elakit.guidance import ELA, LatentStep
 from elakit.plot import style
 from elakit.plot.image_figures import light_gray
+from elakit.plot.regions import animated_steps
 from elakit.plot.style import ENTITY_COLORS, escape, pick_steps
 from elakit.run import Run
 
@@ -381,6 +383,17 @@ def test_animations_can_show_a_few_steps_and_the_regions_of_guidance(guided: Run
     first = int(guided.guidance.regions.step[0])
     path = plot.save_animation(guided, tmp_path / "guided.gif", source="guidance", steps=[first], panel=33)
     assert getattr(Image.open(path), "n_frames", 1) == 1
+
+
+def test_an_animation_of_guidance_shows_the_guided_steps_that_were_recorded(guided: Run) -> None:
+    first, second, *_ = guided.guidance.regions.step.values.tolist()
+    part = replace(guided, recording=guided.recording.sel(step=[second]))
+    assert [frame.name for frame in plot.region_animation(part, source="guidance").frames] == [str(second)]
+    with pytest.raises(SettingError, match="not available"):
+        plot.region_animation(part, source="guidance", steps=[first])
+    early = part.guidance.regions.sel(step=[first])
+    with pytest.raises(SettingError, match="no guided step was recorded"):
+        animated_steps(early, part.entity_maps(), None)
 
 
 def test_an_mp4_file_is_written_if_ffmpeg_is_installed(plain: Run, tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from PIL import Image
 import elakit
 from elakit.errors import ElakitError, PromptError, SettingError
 from elakit.guidance import ELA, METHODS, AttendAndExcite, BoxDiff, FromMaps, LatentStep, build
+from elakit.plot.image_figures import data_uri
 from elakit.widgets.live import Panel
 from elakit.widgets.live.controls import Controls
+from elakit.widgets.live.frames import frame
 from elakit.widgets.live.options import defaults, options, values
 from elakit.widgets.live.session import Session
 from elakit.widgets.live.words import chips, marks_of, toggled
@@ -350,6 +352,22 @@ def test_the_panel_shows_image_maps_regions_and_losses_of_each_step(panel: Panel
     assert shown["about"]["finished"]
     owner = np.frombuffer(shown["maps"], np.uint8).reshape(5, 8, 8)[-1]
     assert (owner == (run.regions[-1].values * np.array([1, 2])[:, None, None]).sum(0)).all()
+
+
+def test_a_preview_is_the_image_that_the_step_predicts(panel: Panel, pipe: Any) -> None:
+    """The latents themselves are mostly noise for half of the run."""
+    expected = elakit.generate(pipe, PAIR, seed=1, steps=6, guidance=ALL, predicted=True, progress=False)
+    assert expected.predicted is not None
+    for step in (0, 1):
+        panel.step()
+        panel.wait(PATIENCE)
+        assert panel._view.stage._frame["about"]["image"] == data_uri(expected.predicted[step], 512)
+
+
+def test_the_verdict_of_a_finished_image_is_shown() -> None:
+    run = elakit.generate(elakit.load("picture-world"), PAIR, seed=1, steps=2, progress=False)
+    assert frame(run, 1, 2, finished=True).about["verdict"] == str(run.verdict) != ""
+    assert frame(run, 1, 2).about["verdict"] == ""
 
 
 def test_cancel_ends_a_run_within_one_step_and_keeps_it(pipe: Any) -> None:

@@ -187,6 +187,29 @@ def test_words_are_marked_by_clicks_and_errors_are_shown(notebook: lab.Notebook)
     expect(page.locator(".ell-words").get_by_role("button", name="red: attribute of car")).to_be_visible()
 
 
+def test_the_verdict_is_written_below_the_image(notebook: lab.Notebook) -> None:
+    """The tiny pipeline has no judge, so the verdict is set by hand."""
+    from playwright.sync_api import expect
+
+    kernel(notebook, "panel.steps = 1; panel.start(); panel.wait(); panel.state")
+    expect(notebook.page.locator(".ell-verdict")).to_be_hidden()
+    judged = """stage = panel._view.stage
+stage._frame = {**stage._frame, "about": {**stage._frame["about"], "verdict": "car: blue instead of red"}}
+panel.state"""
+    kernel(notebook, judged)
+    expect(notebook.page.locator(".ell-verdict")).to_have_text("Judge: car: blue instead of red.")
+
+
+def test_lists_of_choices_have_an_arrow(notebook: lab.Notebook) -> None:
+    """Without one they look like text fields."""
+    found = notebook.page.evaluate(
+        "[...document.querySelectorAll('.ell-panel select')].map((select) => getComputedStyle(select))"
+        ".map((style) => style.appearance !== 'none' || style.backgroundImage !== 'none')"
+    )
+    assert found
+    assert all(found)
+
+
 def test_everything_has_a_name(notebook: lab.Notebook) -> None:
     unnamed = notebook.page.evaluate(
         "[...document.querySelectorAll('.ell-panel :is(button, select, input, textarea)')]"

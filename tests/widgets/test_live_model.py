@@ -126,7 +126,14 @@ def test_another_prompt_clears_what_is_shown_of_the_last_run(model: PanelModel) 
     assert model.frame is not None  # only the brackets are gone
     assert model.choices.prompt is not None
     assert model.choices.prompt.entities[0].attributes == ()
+    shown = model.frame
+    model.enter_prompt(model.choices.prompt)
+    assert model.frame is shown
+    model.error = RuntimeError("out of memory")  # as of a run that failed
     model.enter_text("a [cat]")
+    assert (model.frame, model.error) == (None, None)
+    model.frame = shown
+    model.enter_prompt(parse("a [dog]", model.session.pipe))
     assert model.frame is None
     assert len(model.runs) == 1
 

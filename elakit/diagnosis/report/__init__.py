@@ -1,4 +1,4 @@
-"""Report of a diagnosis: one self-contained HTML page."""
+"""Report of a diagnosis as one self-contained HTML page."""
 
 from elakit.diagnosis.measures import MEANINGS, measure_table
 from elakit.diagnosis.report.page import render, write

@@ -16,7 +16,7 @@ from elakit.numbering import step_name
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the page: its id, heading, caption, text for screen readers, and data."""
+    """A figure of the report: id, heading, caption, text for screen readers, plotly's JSON, and size in pixels."""
 
     key: str
     heading: str
@@ -28,12 +28,13 @@ class Figure:
 
 
 def figures(diagnosis: DiagnosisData, example: Pair) -> list[Figure]:
-    """Figures of the seed shown in detail, and of the measures of all seeds.
+    """Figures of the report: maps and regions of one seed, and measures of all seeds.
 
     Parameters
     ----------
     diagnosis : DiagnosisData
     example : Pair
+        Pair of the seed that is shown in detail.
     """
     plain, other, method = example.plain, example.guided, method_title(diagnosis.method)
     attributes = any(entity.attributes for entity in diagnosis.prompt.entities)
@@ -80,12 +81,12 @@ def figures(diagnosis: DiagnosisData, example: Pair) -> list[Figure]:
 
 
 def describe_regions(trace: Trace) -> str:
-    """Describe how a method used regions in a run, as its trace shows it.
+    """Sentences on how a method used regions in a run.
 
     Parameters
     ----------
     trace : Trace
-        Trace with regions.
+        Trace of the run, with regions.
     """
     regions = trace.regions
     assert regions is not None

@@ -1,4 +1,4 @@
-"""The page: content for the template, and the file."""
+"""The report of a diagnosis as an HTML page: values for the template, and the file."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def render(diagnosis: DiagnosisData, command: str = "") -> str:
     ----------
     diagnosis : DiagnosisData
     command : str
-        Command line that made the diagnosis, to be shown; "" for none.
+        Command line that the page shows as the one that made the diagnosis; "" shows none.
 
     Returns
     -------
     str
-        HTML that contains all images, figures and plotly.js; nothing is fetched when it is opened.
+        HTML that contains all images, figures and plotly.js and loads nothing from the network.
 
     Raises
     ------
@@ -89,12 +89,13 @@ def render(diagnosis: DiagnosisData, command: str = "") -> str:
 
 
 def write(diagnosis: DiagnosisData, path: str | Path, command: str = "") -> Path:
-    """Write the report to a file, completely or not at all; an existing file is replaced.
+    """Write the report to an HTML file, completely or not at all; an existing file is replaced.
 
     Parameters
     ----------
     diagnosis : DiagnosisData
     path : str or Path
+        Path of the file, in an existing folder.
     command : str
         As in `render`.
 
@@ -107,6 +108,8 @@ def write(diagnosis: DiagnosisData, path: str | Path, command: str = "") -> Path
     ------
     OutputError
         The path is a folder, or its folder does not exist or cannot be written to.
+    RecordingError
+        A run was not recorded.
     """
     target = check_path(path)
     return write_text(target, render(diagnosis, command))
@@ -218,10 +221,10 @@ def _settings(diagnosis: DiagnosisData) -> list[tuple[str, str]]:
 
 
 def acting_options(diagnosis: DiagnosisData) -> list[tuple[str, str]]:
-    """Options of the method that acted, as name and value.
+    """Options of the method that had an effect, as names and values.
 
-    Options that are unset, zero or off had no effect, and no option had one if no step was guided. Localization has
-    none if regions were given by hand, and the weight of attributes has none without attributes.
+    Options that are unset, zero or off had none. No option had an effect if no step was guided, the options of
+    localization had none if regions were given by hand, and the weight of attributes had none without attributes.
     """
     if not any(pair.was_guided for pair in diagnosis.pairs):
         return []

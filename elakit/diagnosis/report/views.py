@@ -1,4 +1,4 @@
-"""Content of the report's images, remedies, failures and causes, ready for the template."""
+"""Images, remedies, failures and causes of a diagnosis, in the form that the template of the report shows."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ EVIDENCE = {
     "unknown": "unknown to the model",
     "standing": "attention compared with function words",
     "presence": "maximum compared with the most attended entity",
-    "localized": "localization",
-    "start_held": "share of start-of-text at the entity",
+    "localized": "localization (1 − normalized entropy)",
+    "start_held": "share of start-of-text in the attention at the entity",
     "split": "degree of splitting",
-    "held": "share of the other noun at the entity",
+    "held": "share of the other noun in the attention at the entity",
     "overlap": "overlap of the two maps",
     "alike": "overlap of the two maps",
     "swap": "degree of exchange",
@@ -58,7 +58,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Card:
-    """Both images of a seed."""
+    """Both images of a seed, for the template."""
 
     seed: int
     outcome: str | None
@@ -69,7 +69,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Bar:
-    """A share with its interval."""
+    """A share and the ends of its 95% interval, all from 0 to 1."""
 
     value: float
     low: float
@@ -145,7 +145,7 @@ def image(run: Run, verdict: Verdict | None, name: str, size: int) -> Image:
 
 
 def rows(diagnosis: DiagnosisData) -> list[Row]:
-    """Plain generation, followed by the remedies, best first; empty if only the method was tried."""
+    """Rows of the report: plain generation, then the remedies, best first; empty if only the method was tried."""
     if len(diagnosis.remedies) < 2:
         return []
     best = diagnosis.best
@@ -157,14 +157,14 @@ def rows(diagnosis: DiagnosisData) -> list[Row]:
 
 
 def failures(diagnosis: DiagnosisData) -> list[Reason]:
-    """Failures that the judge sees, most frequent first."""
+    """Failures that the judge found, most frequent first."""
     found, steps = [], steps_of(diagnosis)
     for one in diagnosis.failures:
         facts = [f"{plural('seed', len(one.seeds))} {', '.join(map(str, one.seeds))}"]
         if one.step is not None:
             facts.append(first_step(one.step, steps))
         if one.layers:
-            facts.append(f"clearest in {' and '.join(map(layer_name, one.layers[:2]))}")
+            facts.append(f"earliest in {' and '.join(map(layer_name, one.layers[:2]))}")
         if one.heads:
             facts.append("heads " + ", ".join(f"{number} of {layer_name(name)}" for name, number in one.heads[:2]))
         found.append(Reason(text=one.sentence, kind=one.kind, bar=Bar(one.rate, *one.interval), facts=tuple(facts)))
@@ -172,13 +172,16 @@ def failures(diagnosis: DiagnosisData) -> list[Reason]:
 
 
 def causes(diagnosis: DiagnosisData) -> list[Reason]:
-    """Causes of the failures, or signs in the attention of images that were not judged, most likely first."""
+    """Causes of the failures, most likely first; for images that were not judged, signs in the attention."""
     found, steps = [], steps_of(diagnosis)
     for one in diagnosis.causes:
         facts = [f"confidence {one.confidence:.0%}", f"strength {one.strength:.0%}"]
-        facts.append("in the text encoder" if one.step is None else first_step(one.step, steps))
+        if one.in_text_encoder:
+            facts.append("in the text encoder")
+        elif one.step is not None:
+            facts.append(first_step(one.step, steps))
         if one.layers:
-            facts.append(f"clearest in {layer_name(one.layers[0])}")
+            facts.append(f"earliest in {layer_name(one.layers[0])}")
         if one.explains and diagnosis.judged:
             facts.append(f"explains: {', '.join(one.explains)}")
         # "alike" repeats "overlap" where both are listed

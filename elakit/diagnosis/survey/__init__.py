@@ -1,6 +1,6 @@
-"""Surveys: many prompts, each diagnosed on a page of its own, with a summary. An interrupted survey is resumed.
+"""Surveys: diagnoses of many prompts, with one page per prompt and a summary.
 
-The command line is ``elakit diagnose --prompts FILE --out FOLDER``.
+The command line is ``elakit diagnose --prompts FILE --out FOLDER``. The same command resumes an interrupted survey.
 """
 
 from elakit.diagnosis.survey.cases import Case, plan_cases

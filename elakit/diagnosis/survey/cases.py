@@ -1,4 +1,4 @@
-"""Cases of a survey: one prompt each, with its page and its results as JSON."""
+"""Cases of a survey: each is one prompt to diagnose, with a page and results as JSON."""
 
 from __future__ import annotations
 
@@ -37,10 +37,12 @@ class Case(Unit):
     remedies : tuple of str
         Names of remedies, as in `elakit.diagnose`.
     predictor : str, optional
-        File of a predictor; by default the shipped one.
+        File of a predictor; by default the included one.
 
     Examples
     --------
+    The page of a case depends on all its settings:
+
     >>> case = Case("picture-world", "a cat and a lion", (0, 1), "ela", remedies=("swapped",))
     >>> case.page == Case("picture-world", "a cat and a lion", (0, 1), "ela").page, case.page.split("-")[:4]
     (False, ['a', 'cat', 'and', 'a'])
@@ -51,12 +53,12 @@ class Case(Unit):
 
     @property
     def page(self) -> str:
-        """File name of the page: readable and unique."""
+        """File name of the page: the words of the prompt, and a hash of all settings."""
         words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:50].strip("-")
         return f"{words or 'prompt'}-{self.key[:8]}.html"
 
     def complete(self, folder: Path) -> bool:
-        """True if the folder contains the case's page and its results, readable."""
+        """True if the folder of a survey contains readable results of the case."""
         try:
             return case_file(folder, self.key).exists() and bool(read_case(case_file(folder, self.key)))
         except OutputError:
@@ -89,14 +91,15 @@ def plan_cases(
     ----------
     prompts : iterable of str
     seeds : int or sequence of int
+        Number of seeds (0, 1, ...), or the seeds.
     method, remedies, steps, guidance_scale, negative_prompt, height, width
-        As in `elakit.diagnose`, methods and remedies by name.
+        As in `elakit.diagnose`; methods and remedies are given by name.
     options : mapping of str to object, optional
         Options of the method that differ from their defaults.
     model, scheduler, lora, variant, device, dtype
         As in `elakit.load`.
     predictor : str or Path, optional
-        File written by `elakit.prediction.Predictor.save`.
+        File written by `elakit.prediction.Predictor.save`; by default the included predictor.
 
     Returns
     -------
@@ -105,7 +108,8 @@ def plan_cases(
     Raises
     ------
     SettingError
-        There is no prompt or seed, `prompts` is a single string, a seed is repeated, or a method or remedy is unknown.
+        There is no prompt or seed, `prompts` is a single string, a seed is repeated, a method, option or remedy is
+        unknown, or a number is out of range.
     """
     check_prompts(prompts)
     texts = list(dict.fromkeys(prompts))
@@ -141,7 +145,7 @@ def plan_cases(
 
 
 def diagnose_case(case: Case, folder: str) -> list[dict[str, Any]]:
-    """Diagnose a prompt, and write its page and then its results as JSON.
+    """Diagnose the prompt of a case, and write its page and its results as JSON.
 
     Parameters
     ----------
@@ -152,7 +156,7 @@ def diagnose_case(case: Case, folder: str) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        One row per seed, as a sweep stores them.
+        One row per seed for the table of the units, as in a sweep.
     """
     found = diagnose(
         _pipeline(case.model, **case.loading()),
@@ -183,7 +187,7 @@ def diagnose_case(case: Case, folder: str) -> list[dict[str, Any]]:
 
 
 def case_file(folder: Path, key: str) -> Path:
-    """Path of a case's results."""
+    """Path of the results of a case, given the folder of the survey and the key of the case."""
     return folder / "cases" / f"{key}.json"
 
 
@@ -193,7 +197,7 @@ def read_case(path: Path) -> dict[str, Any]:
     Raises
     ------
     OutputError
-        The file cannot be read, or does not contain the results of a case; the message names it.
+        The file cannot be read, or does not contain the results of a case.
     """
     found = read_json(path)
     needed = ("given", "plain", "findings", "remedies", "best", "images", "page", "seconds")

@@ -1,4 +1,4 @@
-"""Diagnose many prompts, and resume an interrupted survey."""
+"""A survey: many prompts are diagnosed by several processes; an interrupted survey is resumed."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from elakit.sweep.sweep import run
 
 @dataclass(frozen=True)
 class Survey:
-    """The result of a call of `diagnose_many`.
+    """Result of `diagnose_many`: the summary page, and numbers of prompts.
 
     Attributes
     ----------
     page : Path
         Summary page.
     earlier : int
-        Number of prompts that were finished before the call.
+        Number of prompts that were finished before the call of `diagnose_many`.
     diagnosed : int
         Number of prompts that the call finished.
     failed : dict of str to str
-        Failed prompts with their errors. The next call tries them again.
+        Errors of the prompts that failed, by prompt. The next call tries them again.
     """
 
     page: Path
@@ -46,7 +46,7 @@ def diagnose_many(
     on_progress: Callable[[int, int], object] | None = None,
     **settings: Any,
 ) -> Survey:
-    """Diagnose prompts, each on a page of its own, and summarize them.
+    """Diagnose prompts, write one page for each, and summarize them.
 
     A prompt is finished once its page and its results are written completely. Finished prompts survive an interruption,
     and the next call with the same settings continues with the others. A prompt whose results were deleted or damaged
@@ -56,13 +56,13 @@ def diagnose_many(
     ----------
     prompts : iterable of str
     out : str or Path
-        Folder, created if necessary: ``index.html``; ``pages/``; ``summary`` and ``remedies`` as .csv and .parquet;
-        ``summary.json``; ``cases/`` with the `Diagnosis.to_dict` of each prompt.
+        Folder of the survey, created if necessary. It will contain ``index.html``; ``pages/``; ``summary`` and
+        ``remedies`` as .csv and .parquet; ``summary.json``; and ``cases/`` with the `Diagnosis.to_dict` of each prompt.
     seeds : int or sequence of int
         Number of seeds (0, 1, ...), or the seeds.
     workers : int, optional
-        Number of processes; by default one per GPU, or the number of processors. A script that calls this function
-        therefore needs ``if __name__ == "__main__":``.
+        Number of processes; by default one per GPU, or the number of processors. The processes import the script that
+        calls this function, so the call must be inside ``if __name__ == "__main__":``.
     on_progress : callable, optional
         Called with (prompts done, prompts in total) at the start and after each prompt.
     **settings
@@ -75,7 +75,7 @@ def diagnose_many(
     Raises
     ------
     SettingError
-        There is no prompt or seed, or a method or remedy is unknown.
+        There is no prompt or seed, a method or remedy is unknown, or a setting is outside its range.
     OutputError
         The folder contains other files, or cannot be written to.
     """

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from elakit.causes.findings import with_current_kinds
 from elakit.diagnosis.report.views import Bar
 from elakit.diagnosis.sentences import plural
 from elakit.diagnosis.survey.cases import read_case
@@ -45,22 +46,30 @@ def table(folder: str | Path, order: Sequence[str] = ()) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame
-        Columns prompt; images, right, rate, low, high (of the plain images, with the 95% interval), bleed; failures
-        (kinds, separated by semicolons), failure (the most frequent one, as a sentence), causes (kind of the most
-        likely one), cause (as a sentence); best (name of the best remedy), title, best_right, best_rate, best_low,
-        best_high, fixed, broken, cost; seconds; page; error (of a prompt that failed; all other values are missing).
+    pandas.DataFrame
+        Columns prompt; images, right, rate, low, high and bleed of the plain images, where low and high are the 95%
+        interval of the rate; failures (kinds, separated by semicolons) and failure (the most frequent one, as a
+        sentence); causes (kind of the most likely one) and cause (the same as a sentence); best (name of the best
+        remedy) with its title, best_right, best_rate, best_low, best_high, fixed, broken and cost; seconds; page; and
+        error, which only prompts that failed have, while all their other values are missing.
     """
     cases, _ = _cases(folder)
     return _table(folder, cases, order)
 
 
 def remedies(folder: str | Path) -> pd.DataFrame:
-    """Read the remedies of a survey as a table with one row per prompt and remedy; see `Diagnosis.remedies_frame`.
+    """Read the remedies of a survey as a table with one row per prompt and remedy.
 
     Parameters
     ----------
     folder : str or Path
+        Folder written by `diagnose_many`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns prompt, name, title, status, images, right, rate, fixed, broken, bleed and cost, as in
+        `Diagnosis.remedies_frame`, and why (the error of a remedy that failed, or the reason why it was not tried).
     """
     return _remedies(_cases(folder)[0])
 
@@ -295,7 +304,7 @@ def _counted(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _row(case: dict[str, Any]) -> dict[str, Any]:
     plain = case["plain"]
-    findings = case["findings"] or {"failures": [], "causes": []}
+    findings = with_current_kinds(case["findings"] or {"failures": [], "causes": []})
     failures = findings["failures"] if case["judged"] else []
     causes = [cause for cause in findings["causes"] if cause["explains"] or not case["judged"]]
     best = next((one for one in case["remedies"] if one["name"] == case["best"]), None)

@@ -37,12 +37,13 @@ class Word:
     Attributes
     ----------
     label : str
+        Unique label, such as "car" or "red#2".
     columns : tuple of int
-        Positions of the word's pieces along ``token``.
+        Positions of the word's tokens along the dimension ``token``.
     entity : int or None
-        Index of the entity whose noun it is.
+        Index of the entity whose noun the word is; None for other words.
     attribute : int or None
-        Index of the entity whose attribute it is.
+        Index of the entity whose attribute the word is; None for other words.
     """
 
     label: str
@@ -60,7 +61,7 @@ class Payload:
 
 
 def describe(runs: Sequence[Run], budget: int) -> Payload:
-    """Collect the data that an explorer of the runs needs.
+    """Data that an explorer of runs sends to the browser.
 
     Parameters
     ----------
@@ -69,10 +70,14 @@ def describe(runs: Sequence[Run], budget: int) -> Payload:
     budget : int
         Largest number of bytes of maps, before compression.
 
+    Returns
+    -------
+    Payload
+
     Raises
     ------
     RecordingError
-        Nothing was recorded, or no word of the prompt.
+        A run was not recorded, or its recording is empty.
     """
     words = [words_of(style.recorded(run)) for run in runs]
     sources = [
@@ -111,12 +116,12 @@ def describe(runs: Sequence[Run], budget: int) -> Payload:
 
 
 def nodes_of(recording: Recording) -> tuple[xr.Dataset, ...]:
-    """The recording's arrays, one per map size, largest first.
+    """Arrays of a recording, one per map size, largest first.
 
     Raises
     ------
     RecordingError
-        Nothing was recorded.
+        The recording is empty.
     """
     nodes = recording.nodes()
     if not nodes or not nodes[0].sizes["step"]:
@@ -125,16 +130,20 @@ def nodes_of(recording: Recording) -> tuple[xr.Dataset, ...]:
 
 
 def words_of(recording: Recording) -> list[Word]:
-    """Recorded words in order, with the pieces of each word together, followed by "<start>" and "<end>".
+    """Recorded words in the order of the prompt, followed by "<start>" and "<end>".
 
     Parameters
     ----------
     recording : Recording
 
+    Returns
+    -------
+    list of Word
+
     Raises
     ------
     RecordingError
-        Nothing was recorded.
+        The recording is empty.
     """
     prompt = recording.prompt
     node = nodes_of(recording)[0]

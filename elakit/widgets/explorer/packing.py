@@ -1,8 +1,8 @@
-"""Compact binary maps: one byte per location, one scale per map, differences between steps, compressed with zlib.
+"""Compact binary format of maps: one byte per location, one scale per map, steps as differences, compressed with zlib.
 
-The uncompressed buffer holds all scales (little-endian float32) and after them all bytes. A layer's maps
-are bytes (step, head, word, y, x); every step except the first is stored as the difference from the previous one,
-modulo 256. Its scales are (step, head, word). Probability = byte / 255 x scale.
+The uncompressed buffer holds all scales (little-endian float32) and after them all bytes. The maps of a layer are bytes
+(step, head, word, y, x); every step except the first is stored as the difference from the previous one, modulo 256. The
+scales of a layer are (step, head, word). Probability = byte / 255 x scale.
 """
 
 from __future__ import annotations
@@ -123,13 +123,17 @@ class Buffer:
 
 
 def fit_to(sources: Sequence[Source], budget: int) -> Fit:
-    """Find the smallest sufficient reduction: map sides of at most 32, then 16, then fewer steps.
+    """Smallest reduction that keeps maps within a budget: sides of at most 32, then of at most 16, then fewer steps.
 
     Parameters
     ----------
     sources : sequence of Source
     budget : int
-        Bytes before compression.
+        Largest number of bytes before compression.
+
+    Returns
+    -------
+    Fit
     """
     for side in (None, *_SIDES):
         fit = Fit(side)
@@ -140,7 +144,7 @@ def fit_to(sources: Sequence[Source], budget: int) -> Fit:
 
 
 def pack(source: Source, fit: Fit, buffer: Buffer) -> list[dict[str, Any]]:
-    """Add a recording's maps to the buffer.
+    """Add the maps of a recording to a buffer.
 
     Parameters
     ----------
@@ -151,8 +155,8 @@ def pack(source: Source, fit: Fit, buffer: Buffer) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        The layers in forward order: name, short, place, size (larger side, as recorded), rows, columns (as sent),
-        heads, and the positions of maps and scales.
+        Layers in forward order, each with name, short (name), place, size (larger side, as recorded), recorded (rows
+        and columns), rows and columns (as sent), heads, at and scales (positions of maps and scales in the buffer).
     """
     found = []
     for node in source.nodes:
@@ -181,11 +185,16 @@ def pack(source: Source, fit: Fit, buffer: Buffer) -> list[dict[str, Any]]:
 
 
 def short_names(layers: Sequence[tuple[str, str]]) -> list[str]:
-    """Shortest distinct names of layers: the place and numbers of the path.
+    """Short distinct names of layers: the part of the network, and numbers of the layer's path.
 
     Parameters
     ----------
-    layers : sequence of (place, name)
+    layers : sequence of (str, str)
+        Place, such as "up", and name of each layer.
+
+    Returns
+    -------
+    list of str
 
     Examples
     --------

@@ -14,18 +14,18 @@ from elakit.files import check_path, write_text
 
 
 def render(meta: dict[str, Any], maps: bytes, state: dict[str, Any], code: str, style: str) -> str:
-    """Render the page.
+    """Explorer as a self-contained HTML page.
 
     Parameters
     ----------
     meta : dict
-        Result of `describe`.
+        `Payload.meta`, as returned by `describe`.
     maps : bytes
-        Compressed maps.
+        `Payload.maps`, the compressed maps.
     state : dict
-        Initial settings.
+        Initial values of the settings, by name.
     code, style : str
-        The widget's JavaScript module and style sheet.
+        JavaScript module and style sheet of the widget.
 
     Returns
     -------
@@ -63,17 +63,19 @@ def script_json(value: Any) -> Markup:
 
 
 def write(path: str | Path, text: str) -> Path:
-    """Write a page, whole or not at all; an existing file is replaced.
+    """Write a page to a file, completely or not at all; an existing file is replaced.
 
     Parameters
     ----------
     path : str or pathlib.Path
+        Path of the file, in an existing folder.
     text : str
+        HTML of the page.
 
     Returns
     -------
     pathlib.Path
-        Absolute.
+        Absolute path of the file.
 
     Raises
     ------

@@ -27,7 +27,9 @@ _OPACITY = 0.72
 def png(
     runs: Sequence[Run], note: str = "The explorer needs a running notebook; this is its middle step."
 ) -> tuple[bytes, int]:
-    """One row per run: the image, and each entity's attention with the regions at the middle step.
+    """Static image of the explorer as PNG, with one row per run.
+
+    Each row shows the image and, for up to five entities, the attention at the middle step with the regions.
 
     Parameters
     ----------
@@ -39,7 +41,7 @@ def png(
     Returns
     -------
     bytes
-        A PNG.
+        Content of the PNG file.
     int
         Display width in pixels.
     """

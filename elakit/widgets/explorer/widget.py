@@ -69,7 +69,7 @@ class Explorer(anywidget.AnyWidget):
         Label of the word in the large view; it is added to `tokens` if missing. A run whose prompt lacks the word shows
         the entity with the same index in its own prompt.
     layer : str
-        "all", a place ("down", "mid", "up") or the name of a layer; maps are averaged over several layers.
+        "all", a part of the network ("down", "mid", "up") or the name of a layer. Maps of several layers are averaged.
     size : int or None
         Larger side of the maps; None averages over all sizes. If the chosen layers have no maps of this size, it
         changes to the size they have, or to None where they have several.
@@ -78,7 +78,7 @@ class Explorer(anywidget.AnyWidget):
     normalization : {"none", "sum", "start"}
         Probability, share of the map (each map sums to 1), or multiple of the map of start-of-text.
     shared_scale : bool
-        Use one color scale for all runs, steps and tokens; otherwise one per map.
+        True for one color scale for all runs, steps and tokens, False for one per map.
     measure : str
         Measure that is plotted over the steps, one of ``run.bleeding.to_frame()``.
     regions : bool
@@ -95,7 +95,7 @@ class Explorer(anywidget.AnyWidget):
     speed : float
         Playback speed in steps per second, at most 60.
     playing : bool
-        Whether playback is running.
+        True while the steps are played.
     """
 
     _esm = source(SHARED / "maps.js", SHARED / "plot.js", HERE / "view.js")
@@ -243,12 +243,12 @@ class Explorer(anywidget.AnyWidget):
         Parameters
         ----------
         path : str or pathlib.Path
-            An existing file is replaced. The file is written whole or not at all.
+            File to write, completely or not at all; an existing file is replaced.
 
         Returns
         -------
         pathlib.Path
-            Absolute.
+            Absolute path of the page.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""The live panel: draw in a notebook, watch attention and regions move, and put things where they are wanted."""
+"""The live panel: a run in a notebook that can be watched step by step and steered by regions drawn by hand."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The choices that the user of a panel makes for the next run, and the actions that change them; no widgets."""
+"""Choices of a panel's user for the next run, and the actions that change them, without widgets."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ class Choices:
     Attributes
     ----------
     seed, steps, guidance_scale : int, int, float
-        As entered; `elakit.widgets.live.next_run.problems` names those out of range.
+        Numbers as entered; `elakit.widgets.live.next_run.problems` names those out of range.
     text : str
         Text of the prompt, as entered.
     prompt : Prompt or None
-        The parsed prompt; None where the text cannot be parsed.
+        The parsed prompt; None if the text cannot be parsed.
     unreadable : ElakitError or None
-        Why the text cannot be parsed.
+        The error of a text that cannot be parsed; None for other texts.
     method : str
         "plain" or a key of `elakit.guidance.METHODS`.
     entries : mapping of str to mapping
-        Method -> option -> what was entered (`elakit.widgets.live.options.entry`); methods without an entry have
-        their defaults.
+        Entered values by method and option (`elakit.widgets.live.options.entry`); methods that are missing have their
+        defaults.
     by_hand : mapping of str to region
-        Entity's label -> its region by hand. Those of removed entities are kept in case the entity comes back.
+        Regions by hand, by label of the entity. The region of a removed entity is kept for the case that it returns.
 
     Examples
     --------
@@ -72,7 +72,10 @@ class Choices:
     # -- actions ---------------------------------------------------------------------------------------------------
 
     def with_text(self, text: str, read: Callable[[str], Prompt]) -> Choices:
-        """Set the prompt as text and parse it; unless only brackets were removed, roles given by clicks are reset."""
+        """Set the prompt as text and parse it with `read`.
+
+        Roles that were assigned by clicks are reset, unless the text differs only by its brackets.
+        """
         if self.prompt is not None and self.prompt.text == text:
             return self if self.text == text else replace(self, text=text)
         try:
@@ -192,12 +195,12 @@ class Choices:
         return self.method != PLAIN and METHODS[self.method].needs_regions
 
     def regions(self) -> dict[str, Region | None]:
-        """Region by hand per entity of the prompt, None where there is none."""
+        """Region by hand of each entity of the prompt, by label; None if the entity has none."""
         entities = self.prompt.entities if self.prompt is not None else ()
         return {entity.label: self.by_hand.get(entity.label) for entity in entities}
 
     def layout(self) -> Layout | None:
-        """The regions in the order of the entities; None where no region was drawn."""
+        """Regions by hand in the order of the entities, None for an entity without one; None if there is no region."""
         regions = tuple(self.regions().values())
         return None if all(region is None for region in regions) else regions
 

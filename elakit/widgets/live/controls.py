@@ -16,8 +16,9 @@ class Controls:
     Parameters
     ----------
     method : type
+        Class of the method.
     entries : mapping of str to object
-        The first entries, as from `elakit.widgets.live.options.defaults`.
+        Initial entries, as `elakit.widgets.live.options.defaults` returns them.
     on_entry : callable
         Called with the name of an option and its entry when the entry changes.
     on_defaults : callable
@@ -47,7 +48,7 @@ class Controls:
         self.view = w.VBox([grid, self.back])
 
     def show(self, entries: Mapping[str, Any]) -> None:
-        """Show what was entered."""
+        """Show entries, given by the names of their options."""
         for name, widget in self.widgets.items():
             widget.value = entries[name]
 

@@ -1,4 +1,4 @@
-"""A partial run in the format that the stage shows: image, token maps, regions and losses."""
+"""Frames: partial runs in the format that the stage shows, with image, token maps, regions and losses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Frame:
 
 
 def frame(run: Run, step: int, steps: int, *, finished: bool = False) -> Frame:
-    """The frame that shows a run after a step.
+    """Frame that shows a run after a step.
 
     Parameters
     ----------
@@ -42,7 +42,11 @@ def frame(run: Run, step: int, steps: int, *, finished: bool = False) -> Frame:
     step, steps : int
         The last step made, counted from 0, and the number of steps of the run.
     finished : bool
-        Whether the image is the final one.
+        True if the image is the final one.
+
+    Returns
+    -------
+    Frame
 
     Examples
     --------

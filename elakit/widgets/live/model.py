@@ -1,7 +1,7 @@
-"""The state of a panel: choices for the next run, the run in progress, what it shows, and the runs made so far.
+"""State of a panel: choices for the next run, the run in progress, the data that it shows, and all finished runs.
 
-Nothing here depends on widgets. Each method is an action of the user, in the browser or from Python: it changes the
-model, which then calls `on_choices` or `on_run`; a view refreshes itself from the model there.
+Nothing here depends on widgets. Each method is an action of the user, in the browser or from Python. It changes the
+model, which then calls `on_choices` or `on_run`, so that a view can show the new state.
 """
 
 from __future__ import annotations
@@ -24,28 +24,31 @@ from elakit.widgets.live.session import Session
 
 
 class PanelModel:
-    """Model of a `Panel`.
+    """State of a `Panel`, and the actions of its user.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
     choices : Choices
-        The first choices.
+        Initial choices.
 
     Attributes
     ----------
     choices : Choices
+        Choices for the next run.
     session : Session
-        The run in progress, if any.
+        Thread that generates the runs.
     runs : list of Run
-        All runs, in the order in which they ended.
+        All runs that have ended, in this order.
     frame : Frame or None
-        Image, maps and losses of the current or the last run, with the verdict on a finished one.
+        Image, maps and losses of the current or the last run, with the verdict on a finished one; None before the first
+        run, and after a change of the prompt.
     error : Exception or None
-        The error to be shown.
-    on_choices, on_run : callable
-        Called without arguments when the choices have changed, in the thread that changed them, and when the run or
-        the error has changed, in either thread.
+        Error that the panel shows; None if there is none.
+    on_choices : callable
+        Called without arguments when the choices have changed, in the thread that changed them.
+    on_run : callable
+        Called without arguments when the run or the error has changed, in any thread.
 
     Examples
     --------
@@ -77,13 +80,13 @@ class PanelModel:
 
     @property
     def now(self) -> RunState:
-        """State of the run."""
+        """State of the current or the last run."""
         return self.session.now
 
     # -- choices -------------------------------------------------------------------------------------------------------
 
     def enter_text(self, text: str) -> None:
-        """Set the prompt as text and parse it; the display of the last run is cleared.
+        """Set the prompt as text and parse it; if the prompt changes, the display of the last run is cleared.
 
         Raises
         ------
@@ -91,13 +94,10 @@ class PanelModel:
             A run is in progress.
         """
         self._check_idle("prompt")
-        choices = self.choices.with_text(text, self._read)
-        if choices.prompt is None or choices.prompt is not self.choices.prompt:
-            self.frame = None
-        self.change(choices)
+        self._change_prompt(self.choices.with_text(text, self._read))
 
     def enter_prompt(self, prompt: Prompt) -> None:
-        """Set a parsed prompt.
+        """Set a parsed prompt; the display of the last run is cleared if it had another one.
 
         Raises
         ------
@@ -105,7 +105,7 @@ class PanelModel:
             A run is in progress.
         """
         self._check_idle("prompt")
-        self.change(self.choices.with_prompt(prompt))
+        self._change_prompt(self.choices.with_prompt(prompt))
 
     def enter_number(self, name: str, value: float) -> None:
         """Set the seed, the number of steps or the guidance scale; it is checked when a run is started."""
@@ -184,7 +184,13 @@ class PanelModel:
         self.session.start(call, pause_after)
 
     def step(self, steps: int = 1) -> None:
-        """Make a number of steps and pause, in the paused run or in a new one."""
+        """Make a number of steps and pause, in the paused run or in a new one.
+
+        Raises
+        ------
+        ElakitError
+            `steps` is less than 1, a run is in progress that is not paused, or a choice is invalid.
+        """
         steps = whole_number(steps, "steps", 1, owner="step")
         if self.now.state == "paused":
             self.session.resume(steps)
@@ -203,7 +209,7 @@ class PanelModel:
         self.session.cancel()
 
     def refuse(self, error: ElakitError) -> None:
-        """Show why an action was refused."""
+        """Show the error of an action that was refused."""
         self.error = error
         self.on_choices()
 
@@ -225,6 +231,11 @@ class PanelModel:
         self.on_run()
 
     # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def _change_prompt(self, choices: Choices) -> None:
+        if choices.prompt is None or choices.prompt != self.choices.prompt:
+            self.frame = None
+        self.change(choices)
 
     def _check_idle(self, what: str) -> None:
         if self.now.going:

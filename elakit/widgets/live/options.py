@@ -1,4 +1,4 @@
-"""A form for a method's options, derived from the method's dataclass fields and docstring: entries and their values."""
+"""Form for a method's options, derived from the fields and the docstring of its class: entries and their values."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ class Option:
     Attributes
     ----------
     name : str
-        Prefixed with the part that it belongs to: "anchor.step_size".
+        Name, with the part of the method that the option belongs to as prefix: "anchor.step_size".
     kind : {"number", "integer", "switch", "choice", "text", "value"}
-        "value" is a Python literal: a number, a tuple, or an empty field for None.
+        Kind of input field. A "value" is a Python literal, such as a number or a tuple, or an empty field for None.
     choices : tuple
-        Allowed values of a "choice".
-    default : Any
+        Allowed values of a "choice"; empty for other kinds.
+    default : object
+        Default value.
     about : str
         Description from the method's docstring.
     """
@@ -59,7 +60,7 @@ def options(method: type[Any]) -> tuple[Option, ...]:
     >>> found["anchor.decay"].kind, found["anchor.gradient"].choices, "regions" in found
     ('number', ('normalized', 'raw'), False)
     >>> found["anchor.every"].about
-    'Guide every n-th of these steps only.'
+    'Interval of the guided steps: 1 guides each step, n every n-th step.'
     """
     return tuple(
         Option(

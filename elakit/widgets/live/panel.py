@@ -75,7 +75,7 @@ class Panel:
 
     @property
     def error(self) -> Exception | None:
-        """The error shown: why the prompt cannot be parsed, or why the run could not start or failed."""
+        """Error that the panel shows, of a prompt that cannot be parsed or of a run that failed; None without one."""
         return self._model.error
 
     @property
@@ -87,7 +87,7 @@ class Panel:
 
     @property
     def prompt(self) -> Prompt | None:
-        """Parsed prompt with its entities, None where the text cannot be parsed; set it to a text or a `Prompt`."""
+        """Parsed prompt with its entities; None if the text cannot be parsed. Assign a text or a `Prompt` to set it."""
         return self._model.choices.prompt
 
     @prompt.setter
@@ -135,7 +135,7 @@ class Panel:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options of the method without its regions; assign a mapping of those to change."""
+        """Options of the method without its regions, by name. Assign a mapping of options to change these."""
         return self._model.choices.options()
 
     @options.setter
@@ -157,7 +157,7 @@ class Panel:
 
     @property
     def regions(self) -> dict[str, Region]:
-        """Regions by hand per entity label: boxes (left, top, right, bottom) in shares of the image, or masks."""
+        """Regions by hand, by label: boxes (left, top, right, bottom) as fractions of the image, or masks (y, x)."""
         return {label: region for label, region in self._model.choices.regions().items() if region is not None}
 
     def draw(self, entity: str | int | Entity, region: Region | None) -> None:
@@ -170,7 +170,7 @@ class Panel:
         entity : str, int or Entity
             Label of the entity ("car", "car#2"), its index in the prompt, or the entity itself.
         region : (left, top, right, bottom), ndarray bool (y, x), or None
-            A box in shares of the image, or a mask of any resolution; None lets the method localize it.
+            Box as fractions of the image, or mask of any resolution; None lets the method localize the entity.
 
         Raises
         ------
@@ -211,7 +211,7 @@ class Panel:
         Parameters
         ----------
         steps : int
-            At least 1.
+            Number of steps, at least 1.
 
         Raises
         ------
@@ -291,13 +291,15 @@ def live(
     ----------
     pipe : diffusers.DiffusionPipeline
     prompt : str or Prompt, optional
+        Initial prompt; by default the user enters one.
     seed : int
+        Initial seed of the noise.
     steps : int, optional
-        Number of denoising steps; by default the model's.
+        Initial number of denoising steps; by default the model's.
     guidance_scale : float, optional
-        Classifier-free guidance scale; by default the model's.
-    guidance : Method, optional
-        Method that the panel opens with, its regions included; None for a plain run.
+        Initial classifier-free guidance scale; by default the model's.
+    guidance : Method or None
+        Initial method with its options and regions; by default ELA. None for plain runs.
 
     Returns
     -------

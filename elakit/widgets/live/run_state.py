@@ -17,18 +17,19 @@ class RunState:
     Attributes
     ----------
     state : {"idle", "running", "paused", "done", "canceled", "failed"}
+        "idle" before the first run; otherwise the state of the run.
     made : int
         Number of steps made.
     left : int or None
-        Number of steps until the run pauses; None: no pause is planned.
+        Number of steps until the run pauses; None if no pause is planned.
     canceling : bool
-        Whether the run was asked to end after the current step.
+        True if the run ends after the current step.
     run : Run or None
-        The finished run, complete or partial.
+        The run that has ended, complete or partial; None before.
     error : Exception or None
-        The error that ended the run, if it failed.
+        The error that ended the run; None if it did not fail.
     no_preview : Exception or None
-        The error that ended the previews of the run, if any.
+        The error that ended the previews of the run; None if there was none.
 
     Examples
     --------
@@ -68,7 +69,7 @@ class RunState:
         return RunState(state="running", left=pause_after)
 
     def step_made(self, step: int) -> RunState:
-        """Count a step that has been made; its number starts at 0."""
+        """Count a completed step; `step` is its number, counted from 0."""
         return replace(self, made=step + 1, left=self.left - 1 if self.left else self.left)
 
     def pause(self) -> RunState:

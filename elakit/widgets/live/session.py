@@ -31,8 +31,8 @@ class Session:
     on_state : callable, optional
         Called without arguments when `state` has changed, in the thread that changed it.
     on_preview : callable, optional
-        Called in the run's thread with the partial `Run`, the step, and the number of steps. It is not called at every
-        step where decoding a preview takes long, but always before a pause.
+        Called in the run's thread with the partial `Run`, the step, and the number of steps: always before a pause, and
+        at other steps as often as previews take at most a quarter of the time.
 
     Attributes
     ----------
@@ -136,7 +136,7 @@ class Session:
         Parameters
         ----------
         timeout : float, optional
-            Longest time to wait, in seconds.
+            Longest time to wait, in seconds; by default without limit.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._announced != "running", timeout)

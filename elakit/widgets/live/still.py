@@ -23,15 +23,16 @@ def png(run: Run | None, names: Sequence[str], regions: Sequence[Region | None])
     Parameters
     ----------
     run : Run or None
+        The last run; None before the first one has ended.
     names : sequence of str
         Labels of the entities.
     regions : sequence of region or None
-        One per entity.
+        Region by hand of each entity, None for an entity without one.
 
     Returns
     -------
     bytes
-        A PNG.
+        Content of the PNG file.
     int
         Display width in pixels.
     """

@@ -39,13 +39,17 @@ class PanelView:
     root : ipywidgets.VBox
         The whole panel.
     text, seed, steps, guidance_scale, method : ipywidgets.Widget
-        The fields.
+        Fields for the choices of the next run.
     run, hold, step, cancel : ipywidgets.Button
+        Buttons that start, pause or resume, advance and cancel a run.
     words : Words
+        Words of the prompt.
     controls : dict of str to Controls
-        The options of each method that was shown so far.
+        Options of each method that was chosen so far.
     stage : Stage
+        Image with attention, regions and boxes.
     message, status : ipywidgets.HTML
+        Error, and state of the run.
     """
 
     def __init__(self, model: PanelModel, size: tuple[int, int]) -> None:

@@ -14,7 +14,7 @@ Marks = Mapping[int, Sequence[int]]
 
 
 def marks_of(prompt: Prompt) -> dict[int, tuple[int, ...]]:
-    """Word indices of each entity's noun and attributes, counted from 0.
+    """Word indices, counted from 0, of each entity's noun (the keys) and of its attributes (the values).
 
     Examples
     --------
@@ -69,13 +69,13 @@ def toggled(prompt: Prompt, at: int) -> Prompt:
 
 
 def marked(prompt: Prompt, marks: Marks) -> Prompt:
-    """The prompt with the given words as entities and attributes.
+    """Copy of a prompt with the given words as entities and attributes.
 
     Parameters
     ----------
     prompt : Prompt
     marks : mapping of int to sequence of int
-        Word index of each noun -> word indices of its attributes, in any order.
+        Word indices of the attributes of each entity, in any order, by the word index of its noun.
 
     Raises
     ------
@@ -90,7 +90,10 @@ def marked(prompt: Prompt, marks: Marks) -> Prompt:
 
 
 def chips(prompt: Prompt) -> list[dict[str, object]]:
-    """The prompt's words as written: text, gap before it, role, and label and color of the entity.
+    """Words of a prompt for the widget, in order.
+
+    Each has text (as written), gap (True if a space precedes it), role ("entity", "attribute" or ""), owner (label of
+    its entity, or ""), color (of the entity, or None) and clickable.
 
     Examples
     --------

@@ -8,5 +8,5 @@ SHARED = Path(__file__).parent
 
 
 def source(*paths: Path) -> str:
-    """The contents of several files, one after the other; widgets have no module loader of their own."""
+    """Contents of several files, one after the other, because widgets cannot import further modules."""
     return "".join(path.read_text(encoding="utf-8") for path in paths)

@@ -11,11 +11,12 @@ def quantize(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Parameters
     ----------
     maps : numpy.ndarray, float (..., y, x)
-        Not negative; values that are not finite count as 0.
+        Maps; negative values and values that are not finite count as 0.
 
     Returns
     -------
     levels : numpy.ndarray, uint8 (..., y, x)
+        Values divided by their map's scale, from 0 to 255.
     scales : numpy.ndarray, float32 (...)
         Largest value of each map; the quantization error is at most 1/510 of it.
 

@@ -8,4 +8,4 @@ from elakit.errors import SettingError
 
 
 class RefusedError(SettingError, t.TraitError):
-    """An invalid value of a widget's trait; traitlets restores the values that were set together with it."""
+    """Error for an invalid value of a widget's trait; traitlets restores the values that were set together with it."""

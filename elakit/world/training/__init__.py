@@ -1,1 +1,1 @@
-"""Training of the embedded model: autoencoder, then text encoder and denoiser together, then the judge."""
+"""Training of picture-world: autoencoder, then text encoder and denoiser together, then the judge."""

@@ -1,4 +1,4 @@
-"""Train the autoencoder (`AutoencoderTiny`): images to latents and back."""
+"""Training of the autoencoder (`AutoencoderTiny`), which encodes images as latents and decodes them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ NEW_CHANNELS = 3.0  # factor on the initial strength of the latent channels that
 
 
 def build(config: Config) -> Any:
-    """Build an untrained autoencoder of the configuration.
+    """Untrained autoencoder with the architecture of a configuration.
 
-    ``AutoencoderTiny`` has no group norm, which in narrow layers discards an image's overall colors, and which
-    makes crops look unlike whole images.
+    ``AutoencoderTiny`` has no group norm, which would discard the overall color of an image in narrow layers, and would
+    make crops differ from whole images.
     """
     settings = config.vae
     widths = (settings.width,) * len(settings.encoder_blocks)
@@ -41,11 +41,11 @@ def build(config: Config) -> Any:
 
 
 def grow(model: Any, old: Any) -> None:
-    """Start from a smaller autoencoder of the same width: copy its weights, and let what is new change little.
+    """Copy the weights of a smaller autoencoder of the same width; new parts have little effect at first.
 
     New latent channels are appended to the old ones and are not decoded at first; new blocks at the end of a
     resolution are the identity at first. New channels start `NEW_CHANNELS` times as strong as the initialization makes
-    them, about as strong as trained ones: weak ones would hardly be seen through the noise on the latents.
+    them, about as strong as trained ones; weaker ones would be lost in the noise on the latents.
 
     Parameters
     ----------
@@ -92,22 +92,24 @@ def _copy(layer: nn.Module, old: nn.Module) -> None:
 def train_autoencoder(
     config: Config, scenes: Scenes, folder: Path, device: torch.device, start: Path | None = None
 ) -> Any:
-    """Train on scenes and save to ``folder/vae``; the scaling factor makes latents of unit variance.
+    """Train the autoencoder on scenes, and save it to ``folder/vae``.
+
+    Its scaling factor gives latents unit variance; with `start`, that of the earlier autoencoder is kept.
 
     Parameters
     ----------
     config : Config
     scenes : Scenes
     folder : Path
-        Checkpoints and sample sheets go here.
+        Folder for checkpoints, sample sheets and the result.
     device : torch.device
     start : Path, optional
-        A trained autoencoder to `grow` from.
+        Folder of a trained autoencoder, whose weights `grow` copies.
 
     Returns
     -------
     AutoencoderTiny
-        In eval mode.
+        Trained autoencoder in eval mode.
     """
     settings = config.vae
     torch.manual_seed(0)
@@ -142,20 +144,20 @@ def train_autoencoder(
 
 
 def train_decoder(config: Config, scenes: Scenes, folder: Path, device: torch.device) -> Any:
-    """Train the decoder of ``folder/vae`` further with the encoder fixed: sharper images from the same latents.
+    """Train the decoder of ``folder/vae`` further with a fixed encoder, for sharper images from the same latents.
 
     Parameters
     ----------
     config : Config
     scenes : Scenes
     folder : Path
-        Must hold the trained autoencoder, ``vae/``, whose decoder is replaced.
+        Folder with the trained autoencoder, ``vae/``, whose decoder is replaced.
     device : torch.device
 
     Returns
     -------
     AutoencoderTiny
-        In eval mode.
+        Trained autoencoder in eval mode.
     """
     settings = config.vae
     model: Any = AutoencoderTiny.from_pretrained(folder / "vae")
@@ -232,7 +234,7 @@ def _loss(
 
 
 def features(judge: Segmenter, images: Tensor) -> list[Tensor]:
-    """The judge's activations at 1/2, 1/4 and 1/8 of the side."""
+    """Activations of the judge at 1/2, 1/4 and 1/8 of the image's side, each (n, c, h, w)."""
     x = judge.stem(images)
     found = [x]
     for down in judge.down[:2]:

@@ -1,4 +1,4 @@
-"""The settings of a training run, read from a TOML file."""
+"""Settings of a training run, read from a TOML file."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from elakit.world.scenes import World
 
 @dataclass(frozen=True)
 class VaeSettings:
-    """The autoencoder: architecture, loss weights and length of training (`samples` images).
+    """Settings of the autoencoder: architecture, loss weights and length of training (`samples` images).
 
-    A share of the steps, `crop_share`, takes squares of `crop` pixels around an entity: most of a scene is background,
-    and crops teach more per second. The others take whole scenes, a quarter as many per step. The learning rate falls
-    to zero from `decay_from` of the run on. `noise` is added to the latents, `pull` is the weight of their mean square,
-    `edges` that of the loss on differences between neighboring pixels, `features` that of the loss on the shipped
-    judge's activations, and `nested` the share of images decoded from the first half of the channels alone. `kept` is
-    the weight of the loss that keeps the latent channels of an earlier edition as they were. Afterward the decoder
-    alone learns from `polish` more samples.
+    A share `crop_share` of the steps uses crops of `crop` pixels around an entity, because most of a scene is
+    background. The other steps use whole scenes, a quarter as many per step. The learning rate falls to zero from the
+    share `decay_from` of the run on. `noise` is the standard deviation of noise on the latents, and `nested` the share
+    of images that are decoded from the first half of the channels alone. Weights of the loss are `pull` for the mean
+    square of the latents, `edges` for differences between neighboring pixels, `features` for the activations of the
+    built-in judge, and `kept` for changes of the latent channels of an earlier model. Afterward the decoder alone is
+    trained on `polish` more samples.
     """
 
     width: int
@@ -47,7 +47,7 @@ class VaeSettings:
 
 @dataclass(frozen=True)
 class TextSettings:
-    """The tokenizer and the text encoder."""
+    """Settings of the tokenizer and the text encoder."""
 
     positions: int
     vocabulary: int
@@ -58,13 +58,15 @@ class TextSettings:
 
 @dataclass(frozen=True)
 class DenoiserSettings:
-    """The UNet and the diffusion training of UNet and text encoder.
+    """Settings of the U-Net, and of the diffusion training of U-Net and text encoder.
 
-    The training begins with `first_scenes` scenes and ends with `scenes`; `chunk` of them are composed at a time,
-    when each has been seen `reuse` times on average. The learning rate is constant after `warmup` steps and falls to
-    zero from `decay_from` of the run on; `average` is the decay of the moving average of the weights. `outlines` is the
-    weight of an auxiliary loss: the noun at each location, read from the decoder's features. `compiled` runs the UNet
-    through ``torch.compile``, which needs a C++ compiler on a CPU.
+    The training begins with `first_scenes` scenes and ends with `scenes`. `chunk` more are composed whenever each scene
+    has been seen `reuse` times on average. The learning rate is constant after `warmup` steps and falls to zero from
+    the share `decay_from` of the run on; `average` is the decay of the moving average of the weights. `min_snr` bounds
+    the signal-to-noise ratio in the weights of the loss (min-SNR). `drop_text` is the share of captions that are
+    replaced by the empty text, and `neutral_end` the share whose end-of-text states are replaced by those of the empty
+    text. `outlines` is the weight of an auxiliary loss, the prediction of the noun at each location from features of
+    the decoder. `compiled` runs the U-Net through ``torch.compile``, which needs a C++ compiler on a CPU.
     """
 
     channels: tuple[int, ...]
@@ -88,13 +90,13 @@ class DenoiserSettings:
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """The segmenter that says what is in an image.
+    """Settings of the judge, a segmenter of images.
 
-    Of the `scenes`, a share shows hybrids (`mixtures`), one a thing partly behind another (`occluded`), one shapes that
-    cannot be recognized (`spoiled`) and one nothing at all (`empty`); a share of all is seen through the autoencoder
-    (`rebuilt`), as generated images are, and one redrawn by the denoiser from some noise (`redrawn`): its images are a
-    little askew without being hybrids. Further examples are generated: `drawn` whole images of single things, and
-    `unfinished` ones decoded after the first few steps, which are unrecognizable.
+    Shares of the `scenes` show hybrids (`mixtures`), a thing partly behind another (`occluded`), shapes that cannot be
+    recognized (`spoiled`), or nothing (`empty`). A share of all scenes is passed through the autoencoder (`rebuilt`),
+    and another share through noise and the last steps of the denoiser (`redrawn`), because generated images are less
+    exact than composed ones without being hybrids. Further examples are generated: `drawn` images of single things, and
+    `unfinished` images that are decoded after the first few steps and are unrecognizable.
     """
 
     channels: tuple[int, ...]
@@ -129,7 +131,7 @@ def read_config(path: Path | None = None) -> Config:
     Parameters
     ----------
     path : Path, optional
-        A TOML file; by default the one that the shipped model was trained with.
+        TOML file; by default the one with which the built-in model was trained.
 
     Returns
     -------

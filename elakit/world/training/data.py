@@ -1,4 +1,4 @@
-"""Scenes as training data: composed once, kept as bytes."""
+"""Training scenes, composed once and kept as uint8 arrays."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BACKGROUND = 0  # class of pixels that belong to no entity; noun n of NOUNS has 
 
 @dataclass(frozen=True)
 class Scenes:
-    """Composed scenes.
+    """Composed scenes with their ground truth.
 
     Attributes
     ----------
@@ -30,7 +30,7 @@ class Scenes:
     classes : ndarray, uint8, (n, size, size)
         0 for the background, 1 + index in ``NOUNS`` elsewhere.
     colors : ndarray, int8, (n, most entities)
-        Index in ``COLORS`` of each entity's color, -1 for "as drawn" or no entity.
+        Index in ``COLORS`` of each entity's color; -1 for the colors of the drawing, or for no entity.
     """
 
     images: np.ndarray
@@ -42,20 +42,25 @@ class Scenes:
         return len(self.images)
 
     def batch(self, indices: np.ndarray) -> torch.Tensor:
-        """Images as floats in [-1, 1], (n, 3, size, size)."""
+        """Images at the given indices, float32 in [-1, 1], (n, 3, size, size)."""
         pixels = torch.from_numpy(self.images[indices]).permute(0, 3, 1, 2).float()
         return pixels / 127.5 - 1
 
 
 def compose_scenes(world: World, count: int, seed: int) -> Scenes:
-    """Compose `count` scenes.
+    """Compose random scenes of a world.
 
     Parameters
     ----------
     world : World
     count : int
+        Number of scenes.
     seed : int
-        Training uses small seeds, tests large ones.
+        Seed of the random generator; training uses small seeds, tests large ones.
+
+    Returns
+    -------
+    Scenes
     """
     rng = np.random.default_rng(seed)
     images = np.empty((count, world.size, world.size, 3), np.uint8)
@@ -78,18 +83,19 @@ CROWD, CROWD_SCALES = (4, 8), (0.2, 0.6)  # number of things, and their longest 
 
 
 def compose_crowds(world: World, count: int, seed: int | tuple[int, ...]) -> Scenes:
-    """Compose scenes of many small things in any color, which may cover each other: the autoencoder's training data.
+    """Compose the training scenes of the autoencoder: many small things in any color, which may cover each other.
 
     Parameters
     ----------
     world : World
     count : int
+        Number of scenes.
     seed : int or tuple of int
 
     Returns
     -------
     Scenes
-        Without captions and colors: the autoencoder needs neither.
+        Scenes with empty captions and without colors, which the autoencoder does not need.
     """
     rng = np.random.default_rng(seed)
     images = np.empty((count, world.size, world.size, 3), np.uint8)
@@ -109,9 +115,10 @@ def compose_crowds(world: World, count: int, seed: int | tuple[int, ...]) -> Sce
 
 
 def cached_crowds(world: World, count: int, seed: int, path: Path, workers: int = 0) -> Scenes:
-    """Compose crowds in parts, in several processes if there are `workers`, or read them from a file.
+    """Scenes of `compose_crowds`, read from a file or composed and written to it.
 
-    The file is written for a later continuation of the training; one that was made with other settings is replaced.
+    A file that was made with other settings is replaced. Scenes are composed in parts by `workers` processes, or in
+    this process if `workers` is 0.
     """
     made_with = repr((world.size, world.artists, world.views, world.backgrounds, world.shadow, count, seed, CROWD_PART))
     if path.exists():
@@ -128,5 +135,5 @@ def cached_crowds(world: World, count: int, seed: int, path: Path, workers: int 
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:
-    """Convert from [-1, 1] to [0, 1]."""
+    """Images in [-1, 1], converted to [0, 1]."""
     return images / 2 + 0.5

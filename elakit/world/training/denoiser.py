@@ -1,4 +1,4 @@
-"""Train text encoder and denoiser together (v-prediction, min-SNR weights) and assemble the pipeline."""
+"""Training of text encoder and denoiser together (v-prediction, min-SNR weights), and assembly of the pipeline."""
 
 from __future__ import annotations
 
@@ -35,7 +35,14 @@ TOKEN_EMBEDDING = "token_embedding.weight"
 
 
 def build_unet(config: Config, width: int) -> UNet2DConditionModel:
-    """An untrained denoiser: text cross-attention at full and half latent size on both sides, none at a quarter."""
+    """Untrained U-Net with text cross-attention at full and half latent size, in encoder and decoder.
+
+    Parameters
+    ----------
+    config : Config
+    width : int
+        Number of channels of the text states.
+    """
     settings = config.denoiser
     side = config.world.size // 2 ** (len(config.vae.encoder_blocks) - 1)
     return UNet2DConditionModel(
@@ -54,7 +61,7 @@ def build_unet(config: Config, width: int) -> UNet2DConditionModel:
 
 
 def build_text_encoder(config: Config, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """An untrained CLIP text encoder for the tokenizer."""
+    """Untrained CLIP text encoder for a tokenizer."""
     settings = config.text
     return CLIPTextModel(
         CLIPTextConfig(
@@ -74,7 +81,7 @@ def build_text_encoder(config: Config, tokenizer: CLIPTokenizer) -> CLIPTextMode
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, for a model that predicts v."""
+    """DDIM scheduler with the noise schedule of Stable Diffusion, for a model that predicts v."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -88,14 +95,15 @@ def build_scheduler() -> DDIMScheduler:
 
 @torch.no_grad()
 def grow(model: Any, tokenizer: CLIPTokenizer, old: StableDiffusionPipeline) -> None:
-    """Start from an earlier edition's weights: copy those that fit, and let new latent channels begin at zero.
+    """Copy the weights of an earlier model; weights of new latent channels are zero.
 
-    Token embeddings are copied token by token, since an edition with other captions has another vocabulary.
+    Token embeddings are copied token by token, because a model with other captions has another vocabulary.
 
     Parameters
     ----------
     model : nn.ModuleDict
-        "text" and "unet", changed in place: the architecture of `old`, with at least its latent channels.
+        Text encoder "text" and U-Net "unet", which are changed in place. They have the architecture of `old`, with at
+        least its latent channels.
     tokenizer : CLIPTokenizer
         Tokenizer of `model`.
     old : StableDiffusionPipeline
@@ -130,23 +138,28 @@ def grow(model: Any, tokenizer: CLIPTokenizer, old: StableDiffusionPipeline) -> 
 def train_denoiser(
     config: Config, folder: Path, device: torch.device, start: Path | None = None, workers: int = 0
 ) -> StableDiffusionPipeline:
-    """Train text encoder and UNet on scenes of the world, and save the pipeline to ``folder/model``.
+    """Train text encoder and U-Net on scenes, and save the pipeline to ``folder/model``.
 
     Parameters
     ----------
     config : Config
     folder : Path
-        Must hold the trained autoencoder, ``vae/``.
+        Folder with the trained autoencoder, ``vae/``.
     device : torch.device
     start : Path, optional
-        Pipeline folder of an earlier edition to start from.
+        Folder of an earlier pipeline, from whose weights the training starts.
     workers : int
         Number of processes that compose scenes in advance.
 
     Returns
     -------
     StableDiffusionPipeline
-        With averaged weights.
+        Pipeline with averaged weights.
+
+    Raises
+    ------
+    SettingError
+        The weights of `start` do not fit, or a checkpoint was trained with another number of images per step.
     """
     settings, processes = config.denoiser, rank_and_world()[1]
     vae = AutoencoderTiny.from_pretrained(folder / "vae").to(device).eval()
@@ -226,7 +239,7 @@ def train_denoiser(
 
 
 def assemble(model: Any, vae: Any, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler) -> StableDiffusionPipeline:
-    """The parts as a pipeline."""
+    """Pipeline of the given parts; `model` contains "text" and "unet"."""
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=model["text"],
@@ -242,7 +255,7 @@ def assemble(model: Any, vae: Any, tokenizer: CLIPTokenizer, scheduler: DDIMSche
 
 
 def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """Write the pipeline as fp16 safetensors; an unfinished write never replaces a good folder."""
+    """Write a pipeline as fp16 safetensors, completely or not at all; an existing folder is replaced."""
     half = StableDiffusionPipeline(
         **{
             name: copy.deepcopy(part).half() if isinstance(part, nn.Module) else part
@@ -256,7 +269,7 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
 
 
 def sample_sheet(pipe: StableDiffusionPipeline, prompts: tuple[str, ...] = SAMPLE_PROMPTS) -> Image.Image:
-    """One image for each prompt, eight in a row, seed 0, twice the size."""
+    """Sheet of images, one per prompt from seed 0, eight per row, enlarged to twice their size."""
     images = pipe(
         list(prompts),
         num_inference_steps=20,

@@ -1,4 +1,4 @@
-"""Scenes as the denoiser's training data: composed in chunks as they are needed, and encoded once."""
+"""Training scenes of the denoiser, composed in chunks when they are needed, and encoded once."""
 
 from __future__ import annotations
 
@@ -43,13 +43,14 @@ class Composed:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Scenes as the denoiser sees them.
+    """Encoded scenes: latents, tokens of the captions, and classes.
 
     Attributes
     ----------
     latents : Tensor, float16, (n, c, h, w)
-        Unit variance.
+        Latents of unit variance.
     tokens : Tensor, int64, (n, positions)
+        Tokens of the captions, padded.
     classes : Tensor, uint8, (n, h, w)
         Class at the center of each latent location: 0 for the background, 1 + index in ``NOUNS`` for a thing.
     """
@@ -70,7 +71,7 @@ class GrowingScenes:
     ----------
     config : Config
     folder : Path
-        Chunks are kept in ``folder/scenes``.
+        Folder of the training; chunks are kept in ``folder/scenes``.
     vae : AutoencoderTiny
     tokenizer : CLIPTokenizer
     device : torch.device
@@ -103,7 +104,10 @@ class GrowingScenes:
         return min(settings.scenes, -(-wanted // settings.chunk) * settings.chunk)
 
     def batch(self, samples: int, size: int) -> Encoded:
-        """Random scenes among those in use after a number of samples, chosen with torch's global generator."""
+        """Random batch of `size` scenes among those in use after a number of samples.
+
+        The scenes are chosen with torch's global random generator.
+        """
         chunk = self._config.denoiser.chunk
         count = -(-self.count(samples) // (chunk * self._world)) * chunk
         while len(self._chunks) * chunk < count:
@@ -155,7 +159,7 @@ def compose(world: World, side: int, count: int, seed: int | tuple[int, ...]) ->
 
 @torch.no_grad()
 def encode(composed: Composed, vae: Any, tokenizer: CLIPTokenizer, device: torch.device) -> Encoded:
-    """Encode scenes, a few at a time."""
+    """Encode composed scenes: images with the autoencoder, captions with the tokenizer."""
     latents, tokens = [], []
     for start in range(0, len(composed.images), ENCODED_AT_ONCE):
         rows = slice(start, start + ENCODED_AT_ONCE)

@@ -1,4 +1,4 @@
-"""Train the judge: a segmenter of composed scenes and hybrids, some of them passed through the model that it judges."""
+"""Training of the judge: a segmenter of composed scenes and hybrids, some of which passed through the judged model."""
 
 from __future__ import annotations
 
@@ -52,16 +52,17 @@ class Examples:
     ----------
     images : ndarray, uint8, (n, size, size, 3)
     classes : ndarray, uint8, (n, size, size)
-        0 background, 1 + index in ``NOUNS`` elsewhere, ``UNCERTAIN`` where a blend shows two as much.
+        0 for the background, 1 + index in ``NOUNS`` for a thing, ``UNCERTAIN`` where a blend shows two things equally.
     mixed : ndarray, bool, (n, size, size)
         Pixels of a hybrid.
     spoiled : ndarray, bool, (n, size, size)
         Pixels of an unrecognizable shape; their class is ``UNCERTAIN``.
     captions : list of str
+        Captions; "" for scenes with an unrecognizable shape or without things.
     nouns : ndarray, uint8, (n,)
-        1 + index of the one noun that the denoiser was asked for, in its whole drawings, whose classes are all
-        ``UNCERTAIN``; 0 for composed scenes; ``UNFINISHED`` for images decoded long before the last step, in which
-        nothing can be recognized.
+        0 for composed scenes; 1 + index in ``NOUNS`` for generated images of a single thing, whose classes are all
+        ``UNCERTAIN``; ``UNFINISHED`` for images that were decoded after the first steps, in which nothing can be
+        recognized.
     """
 
     images: np.ndarray
@@ -73,7 +74,7 @@ class Examples:
 
 
 def unseen(drawing: Drawing) -> bool:
-    """Check whether a drawing is kept out of the judge's training.
+    """True if a drawing is kept out of the training of the judge.
 
     Examples
     --------
@@ -86,13 +87,25 @@ def unseen(drawing: Drawing) -> bool:
 
 
 def judges_world(world: World) -> World:
-    """The world that the judge learns from: all artists but the unseen, more crowded, every pair, colors alike."""
+    """World of the judge's training scenes: all drawings but the unseen, all pairs of nouns, more unusual colors."""
     wide = replace(world, artists=ARTISTS, entities=(0.35, 0.35, 0.2, 0.1), held_out=0.0, natural=0.15)
     return wide.without(unseen)
 
 
 def compose_examples(config: Config, seed: int | tuple[int, ...], count: int | None = None) -> Examples:
-    """Compose scenes, hybrids, half-hidden things, spoiled drawings and empty scenes in the configuration's shares."""
+    """Compose scenes, hybrids, occluded things, unrecognizable shapes and empty scenes, in the configured shares.
+
+    Parameters
+    ----------
+    config : Config
+    seed : int or tuple of int
+    count : int, optional
+        Number of images; by default ``config.judge.scenes``.
+
+    Returns
+    -------
+    Examples
+    """
     settings, rng = config.judge, np.random.default_rng(seed)
     world, count, size = judges_world(config.world), count or config.judge.scenes, config.world.size
     images = np.empty((count, size, size, 3), np.uint8)
@@ -126,10 +139,10 @@ def compose_examples(config: Config, seed: int | tuple[int, ...], count: int | N
 
 
 def prepare_examples(config: Config, folder: Path, device: torch.device, workers: int = 0) -> Examples:
-    """Composed examples, some rebuilt and some redrawn, and whole drawings of single things.
+    """Training examples: composed scenes, some of them passed through the model, and generated images.
 
-    They take minutes to make, so they are kept in ``folder/judge-examples.npz`` for a training that was killed; a file
-    made with other settings is replaced. The scenes are composed in parts, in several processes if there are `workers`.
+    They are kept in ``folder/judge-examples.npz``, from which a resumed training reads them; a file that was made with
+    other settings is replaced. Scenes are composed in parts by `workers` processes, or in this process if it is 0.
     """
     path, settings = folder / "judge-examples.npz", config.judge
     made_with = repr((config.world, replace(settings, samples=0, learning_rate=0, channels=()), PART))
@@ -162,16 +175,18 @@ def prepare_examples(config: Config, folder: Path, device: torch.device, workers
 
 
 def draw_singles(pipe: StableDiffusionPipeline, count: int, steps: int = REDRAW_STEPS) -> Examples:
-    """Whole drawings of single things by the denoiser, which are no hybrids however askew.
+    """Generated images of single things, as examples of imperfect things that are not hybrids.
 
-    Where in the image the thing is, nobody knows; that nothing but its noun is there is taken for granted (an earlier
-    judge found the noun right in .995 of such images).
+    The location of the thing is unknown. The image is assumed to show nothing but its noun; an earlier judge confirmed
+    this for 99.5% of such images.
 
     Parameters
     ----------
     pipe : StableDiffusionPipeline
     count : int
+        Number of images.
     steps : int
+        Number of denoising steps.
 
     Returns
     -------
@@ -200,12 +215,13 @@ def draw_singles(pipe: StableDiffusionPipeline, count: int, steps: int = REDRAW_
 
 @torch.no_grad()
 def draw_unfinished(pipe: StableDiffusionPipeline, count: int) -> Examples:
-    """Images of single things, decoded from what the denoiser predicts after the first steps: nothing is recognizable.
+    """Unrecognizable images, decoded from the prediction of the denoiser after the first steps.
 
     Parameters
     ----------
     pipe : StableDiffusionPipeline
     count : int
+        Number of images.
 
     Returns
     -------
@@ -240,14 +256,14 @@ def _joined(*parts: Examples) -> Examples:
 
 @torch.no_grad()
 def grow(model: Segmenter, old: dict[str, Tensor]) -> None:
-    """Start from an earlier edition's judge, whose last layer may have fewer outputs; new ones begin at zero.
+    """Copy the weights of an earlier judge, whose last layer may have fewer outputs; weights of new outputs are zero.
 
     Parameters
     ----------
     model : Segmenter
-        Changed in place.
-    old : dict
-        Weights of a judge of the same widths.
+        Judge that is changed in place.
+    old : dict of str to Tensor
+        Weights of a judge with the same widths.
 
     Raises
     ------
@@ -269,23 +285,28 @@ def grow(model: Segmenter, old: dict[str, Tensor]) -> None:
 def train_judge(
     config: Config, folder: Path, device: torch.device, start: Path | None = None, workers: int = 0
 ) -> Segmenter:
-    """Train and save to ``folder/judge/model.safetensors`` (fp16).
+    """Train the judge and save it to ``folder/judge/model.safetensors`` (fp16).
 
     Parameters
     ----------
     config : Config
     folder : Path
-        Must hold the trained autoencoder, ``vae/``, and pipeline, ``model/``.
+        Folder with the trained autoencoder, ``vae/``, and the trained pipeline, ``model/``.
     device : torch.device
     start : Path, optional
-        Folder of an earlier edition, whose ``judge/`` the training starts from.
+        Folder of an earlier model, from whose ``judge/`` the training starts.
     workers : int
-        Number of processes that compose scenes.
+        Number of processes that compose scenes; 0 composes them in this process.
 
     Returns
     -------
     Segmenter
-        With averaged weights.
+        Judge with averaged weights.
+
+    Raises
+    ------
+    SettingError
+        The weights of `start` do not fit, or a checkpoint was trained with another number of images per step.
     """
     settings = config.judge
     examples = prepare_examples(config, folder, device, workers)
@@ -345,7 +366,7 @@ def _alone(scores: Tensor, nouns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rebuild(images: np.ndarray, vae: Any, device: torch.device) -> np.ndarray:
-    """Images encoded and decoded, uint8 (n, size, size, 3)."""
+    """Images passed through the autoencoder, uint8, (n, size, size, 3)."""
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
     with torch.no_grad(), autocast(device):
         decoded = vae.decode(vae.encode(batch).latents).sample
@@ -361,7 +382,7 @@ def _pixels(decoded: Tensor) -> np.ndarray:
 def redraw(
     images: np.ndarray, captions: list[str], pipe: StableDiffusionPipeline, steps: tuple[int, int], seed: int
 ) -> np.ndarray:
-    """Images as the denoiser would draw them: brought back from noise that leaves things where and what they are.
+    """Images passed through noise and the last steps of the denoiser, which keeps things at their locations.
 
     Parameters
     ----------
@@ -369,7 +390,7 @@ def redraw(
     captions : list of str
     pipe : StableDiffusionPipeline
     steps : tuple of int
-        Least and most of the last of ``REDRAW_STEPS``.
+        Smallest and largest number of steps that are made, of ``REDRAW_STEPS``.
     seed : int
 
     Returns

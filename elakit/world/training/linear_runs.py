@@ -1,4 +1,4 @@
-"""A faster forward pass of `AutoencoderTiny` for training: neighboring linear layers as one convolution.
+"""Faster forward pass of `AutoencoderTiny` for training, with neighboring linear layers as one convolution.
 
 Without residual blocks at the highest resolutions, the first layers of the encoder and the last ones of the decoder are
 convolutions with nothing nonlinear between them, and upsampling followed by a convolution is a convolution of the
@@ -24,7 +24,7 @@ _PHASES_5 = torch.tensor(
 
 
 def compose_kernels(first: Tensor, second: Tensor, stride: int = 1) -> Tensor:
-    """The kernel of two convolutions in a row.
+    """Kernel of the convolution that equals two convolutions in a row.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def upsampled_convolution(x: Tensor, kernel: Tensor, bias: Tensor | None = None)
 
 
 def encode(model: Any, images: Tensor) -> Tensor:
-    """Latents of images in [-1, 1]; see the module's description."""
+    """Latents of images in [-1, 1], as ``model.encode`` computes them except near the border."""
     layers, x = list(model.encoder.layers), images.add(1).div(2)
     run = _leading_convolutions(layers)
     if len(run) > 1:
@@ -85,7 +85,7 @@ def encode(model: Any, images: Tensor) -> Tensor:
 
 
 def decode(model: Any, latents: Tensor) -> Tensor:
-    """Images in [-1, 1] of latents; see the module's description."""
+    """Images in [-1, 1] of latents, as ``model.decode`` computes them except near the border."""
     layers: list[Any] = list(model.decoder.layers)
     x, i = torch.tanh(latents / 3) * 3, 0
     while i < len(layers):

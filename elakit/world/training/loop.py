@@ -1,4 +1,4 @@
-"""A training loop that can be killed at any moment and goes on where its last checkpoint was."""
+"""Training loop that can be interrupted at any time and continues from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Check that the device computes bfloat16 in hardware; CPUs without it are far slower in it than in float32."""
+    """True if a device computes bfloat16 in hardware; other CPUs are far slower in bfloat16 than in float32."""
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """Mixed precision where it is fast, single precision elsewhere."""
+    """Context of mixed precision (bfloat16) on devices where it is fast; single precision elsewhere."""
     return torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
 
 
@@ -61,9 +61,11 @@ class Schedule:
     batch : int
         Images per step and process.
     learning_rate : float
-        After `warmup` steps; from `decay_from` of the run on it falls to zero along a cosine.
+        Learning rate after the warm-up.
     warmup : int
+        Number of steps in which the learning rate rises from zero.
     decay_from : float
+        Share of the run from which the learning rate falls to zero along a cosine.
     average : float
         Decay of the exponential moving average of the weights.
     processes : int
@@ -80,12 +82,12 @@ class Schedule:
 
     @property
     def images_per_step(self) -> int:
-        """Images that an optimizer step sees, summed over the processes."""
+        """Number of images per optimizer step, summed over the processes."""
         return self.batch * self.processes
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps of the whole run."""
         return math.ceil(self.samples / self.images_per_step)
 
     def rate(self, step: int) -> float:
@@ -117,17 +119,19 @@ def train(
     Parameters
     ----------
     model : nn.Module
-        Holds everything that is trained; `loss` must use this very object.
+        Module with all parameters that are trained; `loss` must use this object.
     loss : callable
-        Step number -> scalar loss of one batch. Torch's random numbers are seeded with the step before each call.
+        Function of the step number that returns the scalar loss of one batch. Torch's random generator is seeded with
+        the step before each call.
     schedule : Schedule
     folder : Path
-        Where ``<name>.pt`` is kept; if it is there, training goes on from it.
+        Folder of the checkpoint ``<name>.pt``, from which the training continues if it exists.
     name : str
+        Name of the checkpoint and of the progress bar.
     checkpoint_seconds : float
         Wall-clock seconds between checkpoints.
     on_checkpoint : callable, optional
-        Called with the averaged model and the step after each checkpoint (to draw a sample sheet).
+        Called with the averaged model and the number of steps after each checkpoint, to save a sample sheet.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Work that several processes share."""
+"""Distribution of work among processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def in_order(task: Callable[..., R], arguments: Sequence[tuple[Any, ...]], worke
     Parameters
     ----------
     task : callable
-        A function of a module, since other processes must be able to import it.
+        A function of a module, because other processes must be able to import it.
     arguments : sequence of tuple
     workers : int
         Number of processes; 0 computes in this one.
