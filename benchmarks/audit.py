@@ -34,7 +34,6 @@ import csv
 import io
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +45,13 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 import elakit
+from elakit import checks
+from elakit.cli_options import one_line_errors
 from elakit.errors import SettingError
 from elakit.files import write_file
 from elakit.generation import generate
+from elakit.guidance.registry import METHODS as ALL_METHODS
+from elakit.guidance.registry import without_regions
 from elakit.judge import Verdict, judge
 from elakit.prompt import Prompt
 from elakit.statistics import bootstrap, wilson
@@ -340,7 +343,10 @@ def draw(
         raise SettingError(f"The first seed is {first_seed}; audits use seeds from 0 to 999.")
     if (folder / "labels.csv").exists():
         raise SettingError(f"{folder} already contains labels. Choose another folder, or move labels.csv away.")
-    jobs = plan(pairs, singles, [name.strip() for name in methods.split(",")], first_seed)
+    chosen = [checks.choice(name.strip(), "--methods", ["plain", *ALL_METHODS]) for name in methods.split(",")]
+    for name in set(chosen) - {"plain"}:
+        without_regions(name)
+    jobs = plan(pairs, singles, chosen, first_seed)
     key = {str(number): dict(zip(ORIGIN[1:], job, strict=True)) for number, job in enumerate(jobs, 1)}
     if (folder / "key.json").exists() and json.loads((folder / "key.json").read_text(encoding="utf-8")) != key:
         raise SettingError(f"{folder} holds images of another draw. Choose another folder, or delete this one.")
@@ -516,7 +522,5 @@ def repeat(
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("benchmarks.audit"):
         app()
-    except SettingError as error:
-        sys.exit(str(error))

@@ -16,6 +16,8 @@ import typer
 import elakit
 from benchmarks.recording import PROMPT, pipeline
 from benchmarks.shapes import DTYPES, MB, machine, timed
+from elakit import checks
+from elakit.cli_options import one_line_errors
 
 app = typer.Typer(add_completion=False)
 
@@ -46,11 +48,12 @@ def main(
     ] = False,
 ) -> None:
     """Print the cost of recording and of guidance, compared with the plain run."""
+    precision = DTYPES[checks.choice(dtype, "dtype", DTYPES)]
     if not torch.cuda.is_available():
         print("No CUDA device on this machine; nothing was measured.")
         return
     for sdxl, side in ((False, 512), (True, 1024)):
-        pipe = pipeline(sdxl, thin, "cuda", DTYPES[dtype])
+        pipe = pipeline(sdxl, thin, "cuda", precision)
         runs = ways(pipe, steps, side)
         found: dict[str, list[tuple[float, int]]] = {name: [] for name in runs}
         runs["plain"]()  # the first run loads kernels
@@ -70,4 +73,5 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    with one_line_errors("benchmarks.cuda"):
+        app()

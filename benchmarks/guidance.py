@@ -27,9 +27,11 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 import elakit
 from benchmarks.recording import pipeline
 from benchmarks.shapes import DTYPES, machine, timed, unet
+from elakit import checks
+from elakit.cli_options import one_line_errors
 from elakit.guidance import AttendAndExcite, LatentStep, checkpointing
 from elakit.guidance.engine import frozen, reading
-from elakit.models import Conditioning, adapter_for
+from elakit.models import Conditioning, adapter_for, device_named
 
 PROMPT = "a [red car] and a [blue bird]"
 HALF = 0.501  # share of guided steps; guides the step of a one-step run too, with which kept bytes are counted
@@ -181,9 +183,9 @@ def take_time(
     repeats: Annotated[int, typer.Option(help="Number of runs of each kind, in turn; medians are printed.")] = 3,
 ) -> None:
     """Measure time, extra peak memory and kept activations of guided runs and of the plain run."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(device_named(device))
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    pipe = pipeline(False, tiny, device, DTYPES[dtype])
+    pipe = pipeline(False, tiny, device, DTYPES[checks.choice(dtype, "dtype", DTYPES)])
     pipe.scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )
@@ -255,4 +257,5 @@ def take_time(
 
 
 if __name__ == "__main__":
-    app()
+    with one_line_errors("benchmarks.guidance"):
+        app()

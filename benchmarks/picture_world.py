@@ -25,7 +25,7 @@ from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
 import elakit
-from elakit.errors import SettingError
+from elakit.cli_options import one_line_errors
 from elakit.judge import FAILURES, Verdict, judge
 from elakit.judge.segmenter import LEAST_AREA, find_things, segment
 from elakit.measures.agreement import agreement_iou
@@ -96,15 +96,15 @@ def vae(
     Crops are of things whose longer side is 25 to 50% of the scene's; a sheet of them is written, too.
     """
     shipped = data_path("picture-world", "vae")
-    models = {"autoencoder": folder or shipped} | ({"compared": against} if against else {})
+    paths = {"autoencoder": folder or shipped} | ({"compared": against} if against else {})
+    models = {name: AutoencoderTiny.from_pretrained(path).eval() for name, path in paths.items()}
     world = replace(test_world(), entities=(0.0, 0.5, 0.3, 0.2))
     rng = np.random.default_rng(1_000_002)
     composed = [sample(world, rng) for _ in range(scenes)]
     images = np.stack([scene.image for scene in composed])
     crops = [(i, e.box) for i, scene in enumerate(composed) for e in scene.entities if _medium(e.box, world.size)]
     rebuilt, values = {}, {}
-    for name, path in models.items():
-        model = AutoencoderTiny.from_pretrained(path).eval()
+    for name, model in models.items():
         parts = [rebuild(images[i : i + 32], model, torch.device("cpu")) for i in range(0, scenes, 32)]
         rebuilt[name] = np.concatenate(parts)
         values[name] = np.array([_psnr(images[i], rebuilt[name][i], box) for i, box in crops])
@@ -482,7 +482,5 @@ def all_(fresh: Fresh = False) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("benchmarks.picture_world"):
         app()
-    except SettingError as error:
-        sys.exit(str(error))

@@ -27,7 +27,10 @@ import typer
 import elakit
 from benchmarks import shapes
 from benchmarks.shapes import DTYPES, MB, machine, timed
+from elakit import checks
 from elakit.attention import open_recording
+from elakit.cli_options import one_line_errors
+from elakit.models import device_named
 from elakit.world.tokenizer import train_tokenizer
 
 PROMPT = "a [red car] and a [blue bird]"  # start-of-text and seven words: eight tokens
@@ -112,9 +115,9 @@ def compare(
     repeats: Annotated[int, typer.Option(help="Number of runs of each kind, in turn; medians are printed.")] = 3,
 ) -> None:
     """Print time, extra peak memory and bytes per step of recorded runs beside those of the plain run."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(device_named(device))
     dtype = dtype or ("float16" if device.startswith("cuda") else "float32")
-    pipe = pipeline(sdxl, thin, device, DTYPES[dtype])
+    pipe = pipeline(sdxl, thin, device, DTYPES[checks.choice(dtype, "dtype", DTYPES)])
     side = size or pipe.unet.config.sample_size * pipe.vae_scale_factor
     generate = generating(pipe, side)
     shape = f"{'thin ' * thin}{'SDXL' if sdxl else 'SD 1.5'} shape"
@@ -238,4 +241,5 @@ def disk_bytes(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    app()
+    with one_line_errors("benchmarks.recording"):
+        app()

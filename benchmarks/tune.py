@@ -21,6 +21,7 @@ import typer
 from tqdm.auto import tqdm
 
 from elakit import checks, sweep
+from elakit.cli_options import one_line_errors
 from elakit.errors import SettingError
 from elakit.guidance import METHODS, build, method_options, without_regions
 from elakit.guidance.metadata import option_values
@@ -174,4 +175,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with one_line_errors("benchmarks.tune"):
+        typer.run(main)

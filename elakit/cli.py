@@ -28,10 +28,11 @@ from elakit.cli_options import (
     Width,
     load_pipeline,
     method_options,
+    one_line_errors,
 )
 from elakit.diagnosis.cli import diagnose
 from elakit.doctor import doctor
-from elakit.errors import ElakitError, OutputError, SettingError
+from elakit.errors import OutputError, SettingError
 from elakit.guidance.registry import METHODS, without_regions
 from elakit.lab import lab
 from elakit.prediction.cli import app as predict
@@ -142,14 +143,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may contain bytes that are not valid text
             stream.reconfigure(errors="backslashreplace")
-    try:
+    with one_line_errors("elakit"):
         app()
-    except ElakitError as error:
-        typer.secho(f"elakit: {error}", fg="red", err=True)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        typer.secho("elakit: interrupted", fg="red", err=True)
-        raise SystemExit(130) from None
 
 
 def _check_folder(out: Path, overwrite: bool) -> None:

@@ -1,13 +1,15 @@
-"""Options that several commands share, and functions that turn them into a pipeline and options of a method."""
+"""Options that several commands share, functions that turn them into a pipeline or a method, and one-line errors."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
-from elakit.errors import SettingError
+from elakit.errors import ElakitError, SettingError
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -44,6 +46,25 @@ Options = Annotated[
         "--set", help="Option of the method as METHOD.OPTION=VALUE, such as ela.anchor.step_size=0.2. Can be repeated."
     ),
 ]
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Context in which an error that a user can act on ends the program with one line, without a traceback.
+
+    Parameters
+    ----------
+    program : str
+        Name of the program, with which the line begins.
+    """
+    try:
+        yield
+    except ElakitError as error:
+        typer.secho(f"{program}: {error}", fg="red", err=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        typer.secho(f"{program}: interrupted", fg="red", err=True)
+        raise SystemExit(130) from None
 
 
 def value_of(text: str) -> Any:

@@ -236,7 +236,7 @@ def generate(
     """
     adapter, defaults = adapter_for(pipe), default_settings(pipe)
     seeds = checks.seeds(seed)
-    longest = int(getattr(pipe.scheduler.config, "num_train_timesteps", 1000))
+    longest = int(getattr(adapter.pipe.scheduler.config, "num_train_timesteps", 1000))
     steps = checks.whole_number(defaults.steps if steps is None else steps, "steps", 1, longest)
     scale = checks.real_number(
         defaults.guidance_scale if guidance_scale is None else guidance_scale, "guidance_scale", 0,

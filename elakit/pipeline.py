@@ -2,26 +2,85 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Pipeline(Protocol):
-    """A diffusers pipeline of any supported family.
+    """A diffusers pipeline of any supported family, as functions of elakit take it.
 
-    Its components (``unet`` or ``transformer``, text encoders, ``vae``, ``scheduler``) depend on the family, so
-    attribute access is not checked any further.
+    Only what diffusers declares for every pipeline is part of this type, so that type checkers accept the classes of
+    diffusers, which register their components (``unet`` or ``transformer``, text encoders, ``vae``, ``scheduler``)
+    when they are created. Adapters see the components through `SupportedPipeline` and narrower types.
 
     Examples
     --------
     >>> def describe(pipe: Pipeline) -> str:
-    ...     return type(pipe.scheduler).__name__
+    ...     return f"{type(pipe).__name__} on {pipe.device}"
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate images."""
 
-    def __getattr__(self, name: str) -> Any:
-        """A component or a method of the pipeline."""
+    @property
+    def config(self) -> Any:
+        """Configuration: classes of the components, and values that the pipeline was created with."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+
+    def set_progress_bar_config(self, **kwargs: Any) -> Any:
+        """Configure the progress bar of a call."""
+
+    def maybe_free_model_hooks(self) -> Any:
+        """Move components back to the CPU after a call, if they are offloaded."""
+
+
+class SupportedPipeline(Pipeline, Protocol):
+    """A pipeline that an adapter supports: components and methods that all families have."""
+
+    scheduler: Any
+    vae: Any
+    tokenizer: Any
+    image_processor: Any
+    vae_scale_factor: int
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """Device on which a call computes; that of the weights, unless they are offloaded."""
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """Text states of a prompt, in the form of the family."""
+
+
+class UNetPipeline(SupportedPipeline, Protocol):
+    """A pipeline that denoises with a UNet."""
+
+    unet: Any
+
+    def get_guidance_scale_embedding(self, *args: Any, **kwargs: Any) -> Any:
+        """Guidance scale as an input of a guidance-distilled UNet."""
+
+
+class TransformerPipeline(SupportedPipeline, Protocol):
+    """A pipeline that denoises with a transformer."""
+
+    transformer: Any
+
+
+class PackedPipeline(TransformerPipeline, Protocol):
+    """A pipeline that packs patches of 2x2 of its latents into the tokens of the transformer."""
+
+    default_sample_size: int
+
+    def _pack_latents(self, *args: Any) -> torch.Tensor:
+        """Pack latents, (n, c, h, w), into patches, (n, patches, 4c)."""
+
+    def _unpack_latents(self, *args: Any) -> torch.Tensor:
+        """Unpack patches into latents."""
 
 
 class HasTokenizer(Protocol):

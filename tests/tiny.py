@@ -4,6 +4,8 @@ second."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -114,6 +116,21 @@ def tiny_unet(**changes: Any) -> Any:
     return UNet2DConditionModel(**{**settings, **changes})
 
 
+def sdxl_unet(**changes: Any) -> Any:
+    """Build a UNet with SDXL's further conditions, without attention at the latent's own size."""
+    settings: dict[str, Any] = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True,
+        "cross_attention_dim": 32,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 16 + 6 * 8,
+    }
+    return tiny_unet(**settings, **changes)
+
+
 def _clip_encoder(tokenizer: CLIPTokenizer, length: int, kind: type = CLIPTextModel) -> Any:
     return kind(
         CLIPTextConfig(
@@ -131,12 +148,12 @@ def _clip_encoder(tokenizer: CLIPTokenizer, length: int, kind: type = CLIPTextMo
     )
 
 
-def autoencoder(**changes: Any) -> Any:
-    """Build an autoencoder whose latents have a quarter of the image's height and width."""
+def autoencoder(levels: int = 3, **changes: Any) -> Any:
+    """Build an autoencoder; three levels reduce the height and width of an image to a quarter, four to an eighth."""
     settings: dict[str, Any] = {
-        "block_out_channels": (8, 8, 8),
-        "down_block_types": ("DownEncoderBlock2D",) * 3,
-        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (8,) * levels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
         "norm_num_groups": 4,
         "latent_channels": 4,
         "mid_block_add_attention": False,
@@ -144,7 +161,20 @@ def autoencoder(**changes: Any) -> Any:
     return AutoencoderKL(**{**settings, **changes})
 
 
-def _sharpen(net: torch.nn.Module, *names: str) -> None:
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Context in which weights are random by a seed; torch's global generator is not changed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+# Projections of queries and keys: in cross-attention, and in attention of image and text together.
+CROSS = (".attn2.to_q.", ".attn2.to_k.")
+JOINT = (".attn.to_q.", ".attn.to_k.", ".attn.add_k_proj.")
+
+
+def sharpen(net: torch.nn.Module, *names: str) -> None:
     """Make attention less uniform than fresh weights do, so that a wrong token, head or position shows in a test."""
     with torch.no_grad():
         for name, weight in net.named_parameters():
@@ -172,12 +202,11 @@ def tiny_pipeline(
         Changes to the UNet's configuration.
     """
     tokenizer = tiny_tokenizer(length)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         text_encoder = _clip_encoder(tokenizer, length)
         net = tiny_unet(**unet)
         vae = autoencoder()
-    _sharpen(net, ".attn2.to_q.", ".attn2.to_k.")
+    sharpen(net, *CROSS)
     settings: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     settings["steps_offset"] = 1
     if scheduler == "ddim":
@@ -232,21 +261,11 @@ def ready(pipe: Any, dtype: torch.dtype = torch.float32) -> Any:
 def tiny_sdxl(dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """Build an SDXL pipeline: no attention at the latent's own size, two text encoders side by side."""
     tokenizer, length = tiny_tokenizer(), 20
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         encoders = _clip_encoder(tokenizer, length), _clip_encoder(tokenizer, length, CLIPTextModelWithProjection)
-        net = tiny_unet(
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2),
-            use_linear_projection=True,
-            cross_attention_dim=32,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=16 + 6 * 8,
-        )
+        net = sdxl_unet()
         vae = autoencoder()
-        _sharpen(net, ".attn2.to_q.", ".attn2.to_k.")
+        sharpen(net, *CROSS)
     pipe = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=encoders[0],
@@ -263,8 +282,7 @@ def tiny_sdxl(dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
 def tiny_pixart(dtype: torch.dtype = torch.float32, seed: int = 0, sigma: bool = False) -> Any:
     """Build a PixArt pipeline, Alpha or Sigma: T5 tokens, patches of 2x2. Call it without resolution binning."""
     tokenizer = tiny_t5_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         encoder = t5_encoder(tokenizer, 16)
         net: Any = PixArtTransformer2DModel(
             num_attention_heads=2,
@@ -279,7 +297,7 @@ def tiny_pixart(dtype: torch.dtype = torch.float32, seed: int = 0, sigma: bool =
             norm_num_groups=4,
         )
         vae = autoencoder()
-        _sharpen(net, ".attn2.to_q.", ".attn2.to_k.")
+        sharpen(net, *CROSS)
     kind: Any = PixArtSigmaPipeline if sigma else PixArtAlphaPipeline
     pipe = kind(
         tokenizer=tokenizer, text_encoder=encoder, vae=vae, transformer=net, scheduler=DPMSolverMultistepScheduler()
@@ -290,8 +308,7 @@ def tiny_pixart(dtype: torch.dtype = torch.float32, seed: int = 0, sigma: bool =
 def tiny_sd3(dtype: torch.dtype = torch.float32, seed: int = 0, t5: bool = True, **transformer: Any) -> Any:
     """Build a Stable Diffusion 3.5 pipeline: joint attention, norms of queries and keys, CLIP and T5 tokens."""
     tokenizer, length = tiny_tokenizer(), 20
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         first, second = (_clip_encoder(tokenizer, length, CLIPTextModelWithProjection) for _ in range(2))
         t5_tokenizer = tiny_t5_tokenizer() if t5 else None
         third = t5_encoder(t5_tokenizer, 32) if t5_tokenizer else None
@@ -312,7 +329,7 @@ def tiny_sd3(dtype: torch.dtype = torch.float32, seed: int = 0, t5: bool = True,
         }
         net: Any = SD3Transformer2DModel(**{**settings, **transformer})
         vae = autoencoder(shift_factor=0.06)
-        _sharpen(net, ".attn.to_q.", ".attn.to_k.", ".attn.add_k_proj.")
+        sharpen(net, *JOINT)
     pipe: Any = StableDiffusion3Pipeline(
         transformer=net,
         scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -330,8 +347,7 @@ def tiny_sd3(dtype: torch.dtype = torch.float32, seed: int = 0, t5: bool = True,
 def tiny_flux(dtype: torch.dtype = torch.float32, seed: int = 0, **transformer: Any) -> Any:
     """Build a FLUX pipeline: one double- and two single-stream blocks, packed latents, distilled guidance."""
     tokenizer, t5_tokenizer = tiny_tokenizer(), tiny_t5_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         first, second = _clip_encoder(tokenizer, 20), t5_encoder(t5_tokenizer, 32)
         settings: dict[str, Any] = {
             "in_channels": 16,
@@ -346,7 +362,7 @@ def tiny_flux(dtype: torch.dtype = torch.float32, seed: int = 0, **transformer: 
         }
         net: Any = FluxTransformer2DModel(**{**settings, **transformer})
         vae = autoencoder(shift_factor=0.1)
-        _sharpen(net, ".attn.to_q.", ".attn.to_k.", ".attn.add_k_proj.")
+        sharpen(net, *JOINT)
     pipe: Any = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae,

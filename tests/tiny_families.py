@@ -41,7 +41,19 @@ from diffusers import (
     SanaTransformer2DModel,
 )
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
-from tiny import CORPUS, _sharpen, autoencoder, ready, t5_encoder, tiny_flux, tiny_t5_tokenizer, tiny_unet
+from tiny import (
+    CORPUS,
+    CROSS,
+    JOINT,
+    autoencoder,
+    ready,
+    sdxl_unet,
+    seeded,
+    sharpen,
+    t5_encoder,
+    tiny_flux,
+    tiny_t5_tokenizer,
+)
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -111,8 +123,7 @@ def _qwen(tokenizer: Any) -> Any:
 def tiny_flux2(seed: int = 0, klein: bool = False) -> Any:
     """FLUX.2 pipeline (dev or Klein): one double- and two single-stream blocks."""
     tokenizer = chat_tokenizer("right" if klein else "left")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         encoder = _qwen(tokenizer) if klein else MistralModel(MistralConfig(vocab_size=len(tokenizer), **_LANGUAGE))
         net: Any = diffusers.Flux2Transformer2DModel(
             in_channels=16,
@@ -132,7 +143,7 @@ def tiny_flux2(seed: int = 0, klein: bool = False) -> Any:
             norm_num_groups=4,
             latent_channels=4,
         )
-        _sharpen(net, ".attn.to_q.", ".attn.to_k.", ".attn.add_k_proj.")
+        sharpen(net, *JOINT)
     parts = {"vae": vae, "text_encoder": encoder, "tokenizer": tokenizer, "transformer": net}
     kind: Any = diffusers.Flux2KleinPipeline if klein else diffusers.Flux2Pipeline
     pipe = ready(kind(scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), **parts))
@@ -151,8 +162,7 @@ def tiny_flux2(seed: int = 0, klein: bool = False) -> Any:
 def tiny_z_image(seed: int = 0) -> Any:
     """Z-Image pipeline: one block of each refiner and two layers."""
     tokenizer = chat_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         encoder = _qwen(tokenizer)
         net: Any = diffusers.ZImageTransformer2DModel(
             in_channels=4,
@@ -169,7 +179,7 @@ def tiny_z_image(seed: int = 0) -> Any:
             net.x_pad_token.normal_()
             net.cap_pad_token.normal_()
         vae = autoencoder(shift_factor=0.1)
-        _sharpen(net, ".attention.to_q.", ".attention.to_k.")
+        sharpen(net, ".attention.to_q.", ".attention.to_k.")
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     return ready(diffusers.ZImagePipeline(scheduler, vae, encoder, tokenizer, net))  # type: ignore[call-arg]
 
@@ -177,8 +187,7 @@ def tiny_z_image(seed: int = 0) -> Any:
 def tiny_qwen_image(seed: int = 0) -> Any:
     """Qwen-Image pipeline: two double-stream blocks, an autoencoder of one frame."""
     tokenizer = chat_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         encoder = _qwen(tokenizer)
         net: Any = QwenImageTransformer2DModel(
             in_channels=16,
@@ -198,7 +207,7 @@ def tiny_qwen_image(seed: int = 0) -> Any:
             latents_mean=[0.1] * 4,
             latents_std=[1.5] * 4,
         )
-        _sharpen(net, ".attn.to_q.", ".attn.to_k.", ".attn.add_k_proj.")
+        sharpen(net, *JOINT)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     pipe = ready(QwenImagePipeline(scheduler, vae, encoder, tokenizer, net))  # type: ignore[call-arg]
     pipe.prompt_template_encode = "<|im_start|>system Describe a car:<|im_end|> <|im_start|>user {}<|im_end|> "
@@ -209,8 +218,7 @@ def tiny_qwen_image(seed: int = 0) -> Any:
 def tiny_sana(seed: int = 0) -> Any:
     """Sana pipeline: linear self-attention, cross-attention with masks, an autoencoder of factor 4."""
     tokenizer = chat_tokenizer(start=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         encoder = Gemma2Model(Gemma2Config(vocab_size=len(tokenizer), **_LANGUAGE))
         net: Any = SanaTransformer2DModel(
             in_channels=4,
@@ -244,7 +252,7 @@ def tiny_sana(seed: int = 0) -> Any:
             decoder_act_fns="silu",
             scaling_factor=0.41,
         )
-        _sharpen(net, ".attn2.to_q.", ".attn2.to_k.")
+        sharpen(net, *CROSS)
     scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
     return ready(SanaPipeline(tokenizer, encoder, vae, net, scheduler))  # type: ignore[call-arg]
 
@@ -252,8 +260,7 @@ def tiny_sana(seed: int = 0) -> Any:
 def tiny_lumina2(seed: int = 0) -> Any:
     """Lumina 2 pipeline: two layers whose queries share keys."""
     tokenizer = chat_tokenizer(start=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         encoder = Gemma2Model(Gemma2Config(vocab_size=len(tokenizer), **_LANGUAGE))
         net: Any = Lumina2Transformer2DModel(
             sample_size=8,
@@ -268,13 +275,8 @@ def tiny_lumina2(seed: int = 0) -> Any:
             axes_lens=(256, 64, 64),
             cap_feat_dim=16,
         )
-        vae = autoencoder(
-            shift_factor=0.1,
-            block_out_channels=(8, 8, 8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-        )
-        _sharpen(net, ".attn.to_q.", ".attn.to_k.")
+        vae = autoencoder(levels=4, shift_factor=0.1)
+        sharpen(net, ".attn.to_q.", ".attn.to_k.")
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     return ready(Lumina2Pipeline(net, scheduler, vae, encoder, tokenizer))  # type: ignore[call-arg]
 
@@ -282,8 +284,7 @@ def tiny_lumina2(seed: int = 0) -> Any:
 def tiny_aura_flow(seed: int = 0) -> Any:
     """AuraFlow pipeline: one double- and two single-stream blocks."""
     tokenizer = tiny_t5_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         encoder = t5_encoder(tokenizer, 32)
         net: Any = AuraFlowTransformer2DModel(
             sample_size=8,
@@ -296,15 +297,14 @@ def tiny_aura_flow(seed: int = 0) -> Any:
             pos_embed_max_size=64,
         )
         vae = autoencoder()
-        _sharpen(net, ".attn.to_q.", ".attn.to_k.", ".attn.add_k_proj.")
+        sharpen(net, *JOINT)
     return ready(AuraFlowPipeline(tokenizer, encoder, vae, net, FlowMatchEulerDiscreteScheduler()))  # type: ignore[call-arg]
 
 
 def tiny_chroma(seed: int = 0) -> Any:
     """Chroma pipeline: one double- and one single-stream block."""
     tokenizer = tiny_t5_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         encoder = t5_encoder(tokenizer, 32)
         net: Any = ChromaTransformer2DModel(
             in_channels=16,
@@ -319,7 +319,7 @@ def tiny_chroma(seed: int = 0) -> Any:
             approximator_layers=1,
         )
         vae = autoencoder(shift_factor=0.1)
-        _sharpen(net, ".attn.to_q.", ".attn.to_k.", ".attn.add_k_proj.")
+        sharpen(net, *JOINT)
     parts = {"vae": vae, "text_encoder": encoder, "tokenizer": tokenizer, "transformer": net}
     return ready(ChromaPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), **parts))
 
@@ -327,8 +327,7 @@ def tiny_chroma(seed: int = 0) -> Any:
 def tiny_cogview3_plus(seed: int = 0) -> Any:
     """CogView3-Plus pipeline: two blocks over T5 states."""
     tokenizer = tiny_t5_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         encoder = t5_encoder(tokenizer, 32)
         net: Any = CogView3PlusTransformer2DModel(
             in_channels=4,
@@ -343,7 +342,7 @@ def tiny_cogview3_plus(seed: int = 0) -> Any:
             sample_size=8,
         )
         vae = autoencoder()
-        _sharpen(net, ".attn1.to_q.", ".attn1.to_k.")
+        sharpen(net, ".attn1.to_q.", ".attn1.to_k.")
     scheduler = CogVideoXDDIMScheduler()
     return ready(CogView3PlusPipeline(tokenizer, encoder, vae, net, scheduler))  # type: ignore[call-arg]
 
@@ -351,8 +350,7 @@ def tiny_cogview3_plus(seed: int = 0) -> Any:
 def tiny_cogview4(seed: int = 0) -> Any:
     """CogView4 pipeline: two blocks, text padded on the left to a multiple of 16 tokens."""
     tokenizer = chat_tokenizer("left", start=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         encoder = GlmModel(GlmConfig(vocab_size=len(tokenizer), pad_token_id=0, **_LANGUAGE))
         net: Any = CogView4Transformer2DModel(
             in_channels=4,
@@ -368,7 +366,7 @@ def tiny_cogview4(seed: int = 0) -> Any:
             rope_axes_dim=(16, 16),
         )
         vae = autoencoder()
-        _sharpen(net, ".attn1.to_q.", ".attn1.to_k.")
+        sharpen(net, ".attn1.to_q.", ".attn1.to_k.")
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear"
     )
@@ -387,8 +385,7 @@ def tiny_hunyuan_dit(seed: int = 0) -> Any:
     with TemporaryDirectory() as folder:
         tokenizer = bert_tokenizer(Path(folder) / "vocab.txt")
     second = tiny_t5_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         bert = BertConfig(
             vocab_size=len(tokenizer),
             hidden_size=16,
@@ -410,12 +407,8 @@ def tiny_hunyuan_dit(seed: int = 0) -> Any:
             pooled_projection_dim=16,
         )
         parts = {"text_encoder": BertModel(bert), "text_encoder_2": t5_encoder(second, 32)}
-        vae = autoencoder(
-            block_out_channels=(8, 8, 8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-        )
-        _sharpen(net, ".attn2.to_q.", ".attn2.to_k.")
+        vae = autoencoder(levels=4)
+        sharpen(net, *CROSS)
     parts |= {"tokenizer": tokenizer, "tokenizer_2": second, "vae": vae, "transformer": net}
     pipe = HunyuanDiTPipeline(
         scheduler=DDPMScheduler(prediction_type="v_prediction"),
@@ -441,8 +434,7 @@ def tiny_kolors(seed: int = 0) -> Any:
     """Kolors pipeline: the tiny SDXL's UNet over the states of a ChatGLM."""
     tokenizer = chat_tokenizer("left", start=True)
     tokenizer.__class__ = _GlmTokenizer
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         config = ChatGLMConfig(
             num_layers=2,
             padded_vocab_size=len(tokenizer),
@@ -460,20 +452,9 @@ def tiny_kolors(seed: int = 0) -> Any:
         with torch.no_grad():
             for weight in encoder.parameters():
                 weight.normal_(std=0.3)
-        net = tiny_unet(
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2),
-            use_linear_projection=True,
-            cross_attention_dim=32,
-            encoder_hid_dim=16,
-            encoder_hid_dim_type="text_proj",
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=16 + 6 * 8,
-        )
+        net = sdxl_unet(encoder_hid_dim=16, encoder_hid_dim_type="text_proj")
         vae = autoencoder()
-        _sharpen(net, ".attn2.to_q.", ".attn2.to_k.")
+        sharpen(net, *CROSS)
     return ready(_kolors_pipeline()(vae, encoder, tokenizer, net, EulerDiscreteScheduler()))
 
 

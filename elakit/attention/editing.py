@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import xarray as xr
 from torch import Tensor, nn
 
 from elakit.attention.calls import NEVER, AttentionCall, additive, biasing
@@ -407,8 +408,15 @@ def _as_sequence(what: Any) -> tuple[Any, ...]:
 
 
 def _region(region: Any) -> np.ndarray:
-    values = region.values if hasattr(region, "dims") else region
-    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, np.float64)
+    """The region as float64, (y, x), whatever the order of a DataArray's dimensions."""
+    if isinstance(region, xr.DataArray):
+        if set(region.dims) != {"y", "x"}:
+            raise SettingError(
+                f"region has dimensions {region.dims}; give y and x only, for instance "
+                'run.regions.sel(step=10, entity="car").'
+            )
+        region = region.transpose("y", "x").values
+    return np.asarray(region.detach().cpu() if isinstance(region, Tensor) else region, np.float64)
 
 
 def _log_factor(change: Edit, size: tuple[int, int]) -> Tensor:

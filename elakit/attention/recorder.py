@@ -26,7 +26,7 @@ from elakit.checks import seed as seed_of
 from elakit.checks import whole_number
 from elakit.errors import ModelError, RecordingError, SettingError
 from elakit.models import Adapter, AttentionLayer, adapter_for
-from elakit.pipeline import Pipeline
+from elakit.pipeline import Pipeline, SupportedPipeline
 from elakit.prompt import Prompt, parse
 
 # The active recorder of each denoiser. Pipelines made of the same components share it, so the denoiser is the key.
@@ -180,7 +180,7 @@ def record_image(
     clean = adapter.encode_image(image)
     noise = adapter.noise(torch.Generator("cpu").manual_seed(seed_of(seed)), height, width)
     adapter.set_timesteps(steps, height, width)
-    scheduler = pipe.scheduler
+    scheduler = adapter.pipe.scheduler
     recorder = _Recorder(adapter, text, spec or RecordSpec(), calls=len(wanted))
     recorder.watch.loop_sees_prompt = True
     with _recorded(recorder) as recording:
@@ -465,7 +465,7 @@ def _shape_text(images: int, frames: int, latent: Size) -> str:
     return f"{images} {what} of {size_name(latent)} latents"
 
 
-def _expected_calls(pipe: Pipeline) -> int | None:
+def _expected_calls(pipe: SupportedPipeline) -> int | None:
     """Number of denoiser calls of the run that begins, known once its timesteps are set; None if it is unknown."""
     timesteps = getattr(pipe.scheduler, "timesteps", None)
     if timesteps is None or len(timesteps) == 0 or getattr(pipe.scheduler, "num_inference_steps", 0) is None:

@@ -143,8 +143,9 @@ class ImageGenerator:
         """
         settings = {
             "model": name_of(self.pipe), "steps": self.steps, "guidance_scale": self.guidance_scale,
-            "scheduler": type(self.pipe.scheduler).__name__, "method": getattr(guidance, "name", None),
-            "negative_prompt": self.negative_prompt, "height": self.height, "width": self.width,
+            "scheduler": type(adapter_for(self.pipe).pipe.scheduler).__name__,
+            "method": getattr(guidance, "name", None), "negative_prompt": self.negative_prompt,
+            "height": self.height, "width": self.width,
             **loaded_with(self.pipe),
         }  # fmt: skip
         if stop_after is not None and stop_after < self.steps:

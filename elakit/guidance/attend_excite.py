@@ -8,7 +8,7 @@ Diffusion Models", ACM Transactions on Graphics 42 (SIGGRAPH 2023), arXiv:2301.1
 
 over the first 25 of 50 steps. At steps 0, 10 and 20 such updates are repeated until the largest attention of every
 entity is at least .05, .5 and .8, at most 20 times; one more update follows. Losses and gradients equal those of the
-official code to rounding, with ``normalize_eot`` too (``tests/guidance/test_parity.py``).
+official code to rounding, with ``normalize_eot`` too (``tests/parity/test_losses.py``).
 
 Our decisions: a noun of several tokens has the mean of their maps (the official code is given one token per noun);
 the schedule is kept in shares of the run's steps; a prompt of fewer than two entities is not guided.

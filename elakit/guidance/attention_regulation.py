@@ -14,7 +14,7 @@ step, and multiplied by 0.99 to the power of the step. Start-of-text and end-of-
 without the addend, so that the attention of a location sums to more than 1.
 
 With equal initial weights the addend equals that of the released code to a relative 1e-5
-(``tests/guidance/test_parity_of_scores.py``).
+(``tests/parity/test_scores.py``).
 
 Intended differences: weights start at 0.5, the mean of the released code's random ones, so that a run depends on its
 seed alone; the least L is that of one image, in the released code that of a batch; sigma is at least one location;

@@ -24,7 +24,7 @@ clustered (three clusters per subject). Each cluster is assigned to the subject 
 restricted to the subject's last region, covers most of the cluster, if the covered share is at least 0.2.
 
 On given tensors the loss and the assignment of clusters equal those of the released code
-(``tests/guidance/test_parity_of_scores.py``).
+(``tests/parity/test_scores.py``).
 
 Intended differences: k-means has 10 starts of fixed seeds and 20 iterations, in the released code 100 random starts;
 the words that are hidden everywhere are from a list instead of a tagger; the threshold is that of each image, not of a

@@ -12,7 +12,7 @@ L is the sum of the three over entities. Step size and guided steps are Attend-a
 default configuration (``refine = True``), updates along the largest inner term alone are repeated at steps 0, 10 and 20
 of 50 until top(A in M) is at least .05, .5 and .8 for every entity, at most 20 times; an update along L follows.
 
-Loss and gradient equal those of the official code to rounding (``tests/guidance/test_parity.py``). Intended
+Loss and gradient equal those of the official code to rounding (``tests/parity/test_losses.py``). Intended
 differences: a region of fewer than five locations keeps its largest value (none in the official code); masks are used
 as they are, with the edges of their bounding boxes; refinement stops at the pass that meets its goal, where the
 official code takes one more update.

@@ -11,7 +11,7 @@ class:
 Maps are raw probabilities (the code's notebook switches the softmax over tokens off), smoothed as in Attend-and-Excite.
 Step size and guided steps are Attend-and-Excite's; 20 additional updates are made at steps 0, 10 and 20 of 50, whatever
 the loss is. A class of one map has no pair before the second step; if no class has one, the first step does nothing.
-Loss and gradient equal those of the official code to rounding (``tests/guidance/test_parity.py``).
+Loss and gradient equal those of the official code to rounding (``tests/parity/test_losses.py``).
 
 Intended difference: a prompt of fewer than two entities is not guided.
 """

@@ -15,7 +15,7 @@ first 30% of the steps. In the whole run, the words of each entity have the text
 text of their own.
 
 Changed scores equal those of the released code to a relative 1e-6
-(``tests/guidance/test_parity_of_scores.py``).
+(``tests/parity/test_scores.py``).
 
 Intended difference: the released code reduces masks to a layer by nearest neighbor, here a box has the locations whose
 centers it contains.

@@ -18,7 +18,7 @@ model without finer maps reads them where it reads the entities. At these three 
 smallest TV is .05, .2 and .3, at most 50, 20 and 20 times; one more update follows.
 
 Loss and gradient equal those of the official code to rounding, for both values of `variation`
-(``tests/guidance/test_parity.py``). The released total variation is 1.2 to 1.4 times the repaired one on blobs and 1.4
+(``tests/parity/test_losses.py``). The released total variation is 1.2 to 1.4 times the repaired one on blobs and 1.4
 to 1.6 times on picture-world's maps; the thresholds of refinement belong to the released one, so with
 ``variation="repaired"`` they are divided by 1.5.
 

@@ -14,7 +14,7 @@ number of attributes, at least 1: the official code repels once per pair of obje
 tokens, d(m, s) is summed over the pieces of m, each with its least similar piece of s; d(s, u) is that of the least
 similar piece of s; A'_s is the map of the first piece. Step size 20 at steps 0 to 25 of 50 (26 steps), no refinement.
 
-Loss and gradient equal those of the official code to rounding (``tests/guidance/test_parity.py``). Intended
+Loss and gradient equal those of the official code to rounding (``tests/parity/test_losses.py``). Intended
 differences: a prompt of fewer than two entities is not guided; gradient passes get latents that have been through the
 scheduler's ``scale_model_input``.
 """

@@ -340,10 +340,11 @@ class Guide:
         self.adapter = adapter_for(pipe)
         self.method, self.prompt, self.conditioning = method, prompt, conditioning
         self.layers = method.select(self.adapter.layers(), latent)
-        noise = noise_levels(pipe.scheduler)
+        scheduler = self.adapter.pipe.scheduler
+        noise = noise_levels(scheduler)
         self.updates = tuple(method.plan(noise, prompt))
         self.images = images
-        self.states = [method.begin(prompt, len(pipe.scheduler.timesteps)) for _ in range(images)]
+        self.states = [method.begin(prompt, len(scheduler.timesteps)) for _ in range(images)]
         options, labels = options_of(method), tuple(e.label for e in prompt.entities)
         self.traces = [Trace(method.name, options, labels) for _ in range(images)]
         self.done: set[int] = set()  # images that are not guided any more

@@ -13,7 +13,7 @@ The addend lambda 2 (s + e) / (1 - s + e) s * gradient of L is added to the velo
 noise (the latent is (1 - s) image + s noise) and e = 0.001. The tokens of an entity are those of its attributes and
 noun.
 
-The divergences equal those of the released code to rounding (``tests/guidance/test_parity_of_scores.py``).
+The divergences equal those of the released code to rounding (``tests/parity/test_scores.py``).
 
 Intended differences: the released code adds the addend to the velocity of the same pass; here the latent moves before
 the pass by the addend times the step's change of s (a difference of second order). For FLUX the released code has the

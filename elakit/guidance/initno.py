@@ -18,7 +18,7 @@ that a run depends on its seed alone. If no round is accepted, the start with th
 sizes and guided steps of Attend-and-Excite. Refinement at steps 10 and 20 of 50 follows cross + 0.1 clean +
 0.1 alignment + conflict until cross is at most 0.2 and conflict at most 0.3. ``guided=0`` only searches for the noise.
 
-The terms and their gradients equal those of the official code (``tests/guidance/test_parity.py``; the conflict to a
+The terms and their gradients equal those of the official code (``tests/parity/test_losses.py``; the conflict to a
 relative 5e-7, because the official code adds 1e-6 to its denominator). Intended differences: the limit of the KL
 divergence is kept by scaling m and v down, in the official code by more steps of Adam; refinement stops at the pass
 that meets its goal, where the official code takes one more update.

@@ -15,7 +15,7 @@ The authors' latents are those of the LMS scheduler, signal plus noise of standa
 variance, which elakit's engine moves, the equivalent step size is 30 sigma^2 / (1 + sigma^2): 30 at the first step of
 Stable Diffusion, not 6000. The authors let the user choose the tokens of an entity; here they are those of its noun.
 
-E and its gradient equal those of the official code to rounding (``tests/guidance/test_parity.py``). Intended
+E and its gradient equal those of the official code to rounding (``tests/parity/test_losses.py``). Intended
 difference: a box that contains no whole location keeps the one at its center (in the official code it is empty).
 """
 

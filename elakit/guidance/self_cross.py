@@ -15,7 +15,7 @@ is at most 0.2. The clean-background and alignment terms are those of InitNO (`e
 are those of Attend-and-Excite. The authors' run script uses K = 16, and 25 guided steps of 50 for Stable Diffusion 1.x
 and 40 for 2.1 (``guided=0.8``).
 
-L and its gradient equal those of the official code to rounding (``tests/guidance/test_parity.py``). Intended
+L and its gradient equal those of the official code to rounding (``tests/parity/test_losses.py``). Intended
 differences: the search for the initial noise is a method of its own (`elakit.guidance.initno`); a noun of several
 tokens has the mean of their maps; refinement stops at the pass that meets its goal, where the official code takes one
 more update.

@@ -13,7 +13,7 @@ The run then starts again from the same noise. At each step, in every layer, the
 attend to the nouns and attributes of the other entities.
 
 Regions on given tensors equal those of the released code
-(``tests/guidance/test_parity_of_scores.py``).
+(``tests/parity/test_scores.py``).
 
 Intended differences: all entities are protected, in the released code only those with an attribute; only the
 conditional pass is changed, in the released code also the same positions of the unconditional pass (which are padding

@@ -14,7 +14,7 @@ several tokens each divergence is that of the least similar piece, before the me
 25 of 50 steps, no refinement, no smoothing, no softmax over tokens. A noun without attributes is ignored by default;
 with ``lone_nouns`` it contributes the whole mean of D(n, u), with a minus sign.
 
-Loss and gradient equal those of the official code to a relative 5e-7 (``tests/guidance/test_parity.py``). Intended
+Loss and gradient equal those of the official code to a relative 5e-7 (``tests/parity/test_losses.py``). Intended
 differences: the pairs are those of `elakit.parse` (or of the brackets); 1e-9 is added to each map, where the official
 code clips distributions at the smallest float; a prompt of fewer than two entities, or without any pair, is not guided.
 Mistakes of the official code are not kept: gradient passes get latents that have not been through the scheduler's

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from elakit.errors import ModelError
-from elakit.pipeline import Pipeline
+from elakit.pipeline import Pipeline, SupportedPipeline
 from elakit.tokens import TextSequence
 
 Place = Literal["down", "mid", "up", "double", "single", "block"]
@@ -61,7 +61,7 @@ def is_a(value: Any, *names: str) -> bool:
 
 
 @torch.no_grad()
-def decoded(pipe: Pipeline, latents: torch.Tensor) -> list[Image.Image]:
+def decoded(pipe: SupportedPipeline, latents: torch.Tensor) -> list[Image.Image]:
     """Images of latents, (n, c, h, w), decoded as most pipelines do at the end of a run."""
     vae, config = pipe.vae, pipe.vae.config
     mean, spread = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
@@ -86,7 +86,7 @@ def decoded(pipe: Pipeline, latents: torch.Tensor) -> list[Image.Image]:
 
 
 @torch.no_grad()
-def encoded(pipe: Pipeline, image: Image.Image) -> torch.Tensor:
+def encoded(pipe: SupportedPipeline, image: Image.Image) -> torch.Tensor:
     """Latents of an image, (1, c, h, w): the inverse of `decoded`."""
     vae, config = pipe.vae, pipe.vae.config
     pixels = pipe.image_processor.preprocess(image.convert("RGB"))
@@ -155,7 +155,7 @@ def stacked_rows(pipe: Pipeline, batch: int, guided: bool) -> slice:
     return slice(guided * images, (guided + 1) * images)
 
 
-def scheduler_timestep(pipe: Pipeline, wanted: float) -> float:
+def scheduler_timestep(pipe: SupportedPipeline, wanted: float) -> float:
     """Timestep of the scheduler that is nearest to ``wanted``, which the model's precision has rounded.
 
     Examples
@@ -404,11 +404,14 @@ class Adapter(Protocol):
 
     family: ClassVar[str]
     scale_argument: ClassVar[str]
-    pipe: Pipeline
     denoiser: nn.Module
 
     def __init__(self, pipe: Pipeline) -> None:
         """Adapt a pipeline; `ModelError` if `refusal` gives a reason against it."""
+
+    @property
+    def pipe(self) -> SupportedPipeline:
+        """The pipeline; a family declares what else it uses of its own pipelines."""
 
     @classmethod
     def refusal(cls, pipe: Pipeline) -> str | None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from elakit.models.adapter import Conditioning
 from elakit.models.encoding import PromptInput
 from elakit.models.flux import Flux
-from elakit.pipeline import Pipeline
+from elakit.pipeline import PackedPipeline, Pipeline
 from elakit.tokens import TextSequence
+
+
+class ChromaPipeline(PackedPipeline, Protocol):
+    """What this adapter uses of its pipelines beside the transformer and packed latents."""
+
+    def _prepare_latent_image_ids(self, *args: Any) -> Any: ...
+
+    def _prepare_attention_mask(self, *args: Any) -> Any: ...
 
 
 class Chroma(Flux):
@@ -23,6 +31,8 @@ class Chroma(Flux):
     """
 
     family: ClassVar[str] = "Chroma"
+    # It overrides every method that uses what only pipelines of FLUX.1 have.
+    pipe: ChromaPipeline  # type: ignore[assignment]
     models: ClassVar[tuple[str, ...]] = ("ChromaTransformer2DModel",)
     text_arguments: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt",),)
     positions: ClassVar[dict[str, int]] = {"timestep": 2, "img_ids": 3}

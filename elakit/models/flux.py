@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from PIL import Image
@@ -24,10 +24,19 @@ from elakit.models.adapter import (
 )
 from elakit.models.encoding import PromptInput
 from elakit.models.passes import SeparateNegative
-from elakit.pipeline import Pipeline
+from elakit.models.transformer import repeated_text
+from elakit.pipeline import PackedPipeline, Pipeline
 from elakit.tokens import TextSequence
 
 _CONTROL = ("controlnet_block_samples", "controlnet_single_block_samples")
+
+
+class FluxPipeline(PackedPipeline, Protocol):
+    """What this adapter uses of its pipelines beside the transformer and packed latents."""
+
+    tokenizer_2: Any
+
+    def _prepare_latent_image_ids(self, *args: Any) -> torch.Tensor: ...
 
 
 class Flux(SeparateNegative):
@@ -49,6 +58,7 @@ class Flux(SeparateNegative):
     """
 
     family: ClassVar[str] = "FLUX.1"
+    pipe: FluxPipeline
     models: ClassVar[tuple[str, ...]] = ("FluxTransformer2DModel",)
     # The image attends to the text that T5 reads: prompt_2, or prompt if there is none.
     text_arguments: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt_2", "prompt"),)
@@ -138,20 +148,12 @@ class Flux(SeparateNegative):
             conditional=not self._is_negative(argument(args, kwargs, 1, "encoder_hidden_states")),
         )
 
-    def text_call(
-        self,
-        states: torch.Tensor,
-        positions: Sequence[int],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        rows: slice,
-    ) -> dict[str, Any]:
-        """Arguments of a denoiser call with given text states and one patch; see `TransformerAdapter.text_call`."""
-        given = self._of_rows(args, kwargs, rows)
+    def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
+        """Arguments with other text and one patch; see `TransformerAdapter.text_call`."""
         latents = given["hidden_states"]
         given |= {
             "hidden_states": latents[:, :1],
-            "encoder_hidden_states": states.to(latents.dtype).expand(len(latents), -1, -1),
+            "encoder_hidden_states": repeated_text(states, latents),
             "img_ids": given["img_ids"][..., :1, :],
             "txt_ids": self._text_ids(positions, given["img_ids"]),
         }

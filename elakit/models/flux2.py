@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from PIL import Image
@@ -14,8 +14,25 @@ from elakit.models.chat import chat_sequence
 from elakit.models.encoding import PromptInput
 from elakit.models.flux import Flux
 from elakit.models.unet import seeded_noise
-from elakit.pipeline import Pipeline
+from elakit.pipeline import Pipeline, TransformerPipeline
 from elakit.tokens import TextSequence
+
+
+class Flux2Pipeline(TransformerPipeline, Protocol):
+    """What this adapter uses of its pipelines beside the transformer; Klein has no system message."""
+
+    default_sample_size: int
+    system_message: str
+
+    def _pack_latents(self, *args: Any) -> torch.Tensor: ...
+
+    def _patchify_latents(self, *args: Any) -> torch.Tensor: ...
+
+    def _unpatchify_latents(self, *args: Any) -> torch.Tensor: ...
+
+    def _unpack_latents_with_ids(self, *args: Any) -> torch.Tensor: ...
+
+    def _prepare_latent_ids(self, *args: Any) -> torch.Tensor: ...
 
 
 class Flux2(Flux):
@@ -35,6 +52,8 @@ class Flux2(Flux):
     """
 
     family: ClassVar[str] = "FLUX.2"
+    # It overrides every method that uses what only pipelines of FLUX.1 have.
+    pipe: Flux2Pipeline  # type: ignore[assignment]
     models: ClassVar[tuple[str, ...]] = ("Flux2Transformer2DModel",)
     text_arguments: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt",),)
     positions: ClassVar[dict[str, int]] = {"timestep": 2, "img_ids": 3}

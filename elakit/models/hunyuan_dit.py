@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from elakit.models.adapter import AttentionLayer, Call, Conditioning, Layout, argument, call_default
 from elakit.models.encoding import PromptInput
 from elakit.models.transformer import TransformerAdapter
+from elakit.pipeline import TransformerPipeline
 from elakit.tokens import TextSequence
 
 # Lengths that the pipeline's call passes to its text encoders.
 _BERT, _T5 = 77, 256
+
+
+class HunyuanDiTPipeline(TransformerPipeline, Protocol):
+    """What this adapter uses of its pipelines beside the transformer."""
+
+    tokenizer_2: Any
 
 
 class HunyuanDiT(TransformerAdapter):
@@ -29,6 +36,7 @@ class HunyuanDiT(TransformerAdapter):
     """
 
     family: ClassVar[str] = "HunyuanDiT"
+    pipe: HunyuanDiTPipeline
     models: ClassVar[tuple[str, ...]] = ("HunyuanDiT2DModel",)
 
     def _make_layers(self) -> tuple[AttentionLayer, ...]:

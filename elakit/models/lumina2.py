@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -11,8 +11,14 @@ from elakit.errors import ModelError
 from elakit.models.adapter import AttentionLayer, Call, Conditioning, Layout, argument, scheduler_timestep
 from elakit.models.encoding import PromptInput
 from elakit.models.passes import SeparateNegative
-from elakit.pipeline import Pipeline
+from elakit.pipeline import Pipeline, TransformerPipeline
 from elakit.tokens import TextSequence
+
+
+class Lumina2Pipeline(TransformerPipeline, Protocol):
+    """What this adapter uses of its pipelines beside the transformer."""
+
+    system_prompt: str
 
 
 class Lumina2(SeparateNegative):
@@ -28,6 +34,7 @@ class Lumina2(SeparateNegative):
     """
 
     family: ClassVar[str] = "Lumina 2"
+    pipe: Lumina2Pipeline
     models: ClassVar[tuple[str, ...]] = ("Lumina2Transformer2DModel",)
 
     def __init__(self, pipe: Pipeline) -> None:
@@ -61,16 +68,9 @@ class Lumina2(SeparateNegative):
             conditional=not self._is_negative(argument(args, kwargs, 2, "encoder_hidden_states")),
         )
 
-    def text_call(
-        self,
-        states: torch.Tensor,
-        positions: Sequence[int],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        rows: slice,
-    ) -> dict[str, Any]:
-        """Arguments of a denoiser call with given text states and one patch; see `TransformerAdapter.text_call`."""
-        given = super().text_call(states, positions, args, kwargs, rows)
+    def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
+        """Arguments with other text and one patch; see `TransformerAdapter.text_call`."""
+        given = super()._with_text(given, states, positions)
         mask = given["encoder_attention_mask"]
         return given | {"encoder_attention_mask": mask.new_ones(len(mask), len(states))}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -11,8 +11,14 @@ from elakit.errors import PromptError
 from elakit.models.adapter import AttentionLayer, Conditioning
 from elakit.models.encoding import PromptInput
 from elakit.models.transformer import TransformerAdapter
-from elakit.pipeline import Pipeline
+from elakit.pipeline import Pipeline, TransformerPipeline
 from elakit.tokens import TextSequence
+
+
+class PixArtPipeline(TransformerPipeline, Protocol):
+    """What this adapter uses of its pipelines beside the transformer."""
+
+    def _text_preprocessing(self, *args: Any, **kwargs: Any) -> list[str]: ...
 
 
 class PixArt(TransformerAdapter):
@@ -29,6 +35,7 @@ class PixArt(TransformerAdapter):
     """
 
     family: ClassVar[str] = "PixArt-Alpha/Sigma"
+    pipe: PixArtPipeline
     models: ClassVar[tuple[str, ...]] = ("PixArtTransformer2DModel",)
     # The files of PixArt-Alpha name the class that its transformer had at first.
     index_models: ClassVar[tuple[str, ...]] = ("Transformer2DModel",)

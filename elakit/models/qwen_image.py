@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from PIL import Image
@@ -13,7 +13,17 @@ from elakit.models.adapter import AttentionLayer, Call, Conditioning, Layout, ar
 from elakit.models.chat import chat_sequence
 from elakit.models.encoding import PromptInput
 from elakit.models.passes import SeparateNegative
+from elakit.models.transformer import repeated_text
+from elakit.pipeline import PackedPipeline
 from elakit.tokens import TextSequence
+
+
+class QwenImagePipeline(PackedPipeline, Protocol):
+    """What this adapter uses of its pipelines beside the transformer and packed latents."""
+
+    tokenizer_max_length: int
+    prompt_template_encode: str
+    prompt_template_encode_start_idx: int
 
 
 class QwenImage(SeparateNegative):
@@ -29,6 +39,7 @@ class QwenImage(SeparateNegative):
     """
 
     family: ClassVar[str] = "Qwen-Image"
+    pipe: QwenImagePipeline
     models: ClassVar[tuple[str, ...]] = ("QwenImageTransformer2DModel",)
     scale_argument: ClassVar[str] = "true_cfg_scale"
 
@@ -66,22 +77,14 @@ class QwenImage(SeparateNegative):
             conditional=not self._is_negative(argument(args, kwargs, 1, "encoder_hidden_states")),
         )
 
-    def text_call(
-        self,
-        states: torch.Tensor,
-        positions: Sequence[int],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        rows: slice,
-    ) -> dict[str, Any]:
-        """Arguments of a denoiser call with text states and one row of patches; see `TransformerAdapter.text_call`."""
-        given = self._of_rows(args, kwargs, rows)
-        latents, side = given["hidden_states"], max(self._grid(args, kwargs))
+    def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
+        """Arguments with other text and one row of patches; see `TransformerAdapter.text_call`."""
+        latents, side = given["hidden_states"], max(self._grid((), given))
         given |= {
             # Rotary positions of the text begin behind those of the longer side of the image.
             "hidden_states": latents[:, :side],
             "img_shapes": [[(1, 1, side)]] * len(latents),
-            "encoder_hidden_states": states.to(latents.dtype).expand(len(latents), -1, -1),
+            "encoder_hidden_states": repeated_text(states, latents),
             "encoder_hidden_states_mask": None,
         }
         if "txt_seq_lens" in given:  # older diffusers

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from elakit.models.adapter import AttentionLayer, Call, Conditioning
 from elakit.models.encoding import PromptInput
 from elakit.models.transformer import TransformerAdapter
-from elakit.pipeline import Pipeline
+from elakit.pipeline import Pipeline, TransformerPipeline
 from elakit.tokens import TextSequence
+
+
+class StableDiffusion3Pipeline(TransformerPipeline, Protocol):
+    """What this adapter uses of its pipelines beside the transformer."""
+
+    tokenizer_max_length: int
+    tokenizer_3: Any
+    text_encoder_3: Any
 
 
 class StableDiffusion3(TransformerAdapter):
@@ -28,6 +36,7 @@ class StableDiffusion3(TransformerAdapter):
 
     family: ClassVar[str] = "Stable Diffusion 3/3.5"
     models: ClassVar[tuple[str, ...]] = ("SD3Transformer2DModel",)
+    pipe: StableDiffusion3Pipeline
 
     @classmethod
     def refusal(cls, pipe: Pipeline) -> str | None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from elakit.models.adapter import Conditioning
 from elakit.models.encoding import PromptInput
 from elakit.models.unet import UNetAdapter
-from elakit.pipeline import Pipeline
+from elakit.pipeline import Pipeline, UNetPipeline
+
+
+class XLPipeline(UNetPipeline, Protocol):
+    """What this adapter uses of its pipelines beside the UNet."""
+
+    def _get_add_time_ids(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
 
 
 class StableDiffusionXL(UNetAdapter):
@@ -26,6 +32,7 @@ class StableDiffusionXL(UNetAdapter):
 
     family: ClassVar[str] = "Stable Diffusion XL"
     two_encoders: ClassVar[bool] = True
+    pipe: XLPipeline
 
     @staticmethod
     def _tokenizer(pipe: Pipeline) -> Any:

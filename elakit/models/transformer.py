@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from elakit.models.adapter import (
 from elakit.models.device import compute_dtype
 from elakit.models.encoding import PromptEncoder
 from elakit.models.unet import check_sides, seeded_noise, self_layer, step_callback
-from elakit.pipeline import Pipeline
+from elakit.pipeline import Pipeline, TransformerPipeline
 from elakit.tokens import TextSequence
 
 
@@ -58,13 +58,14 @@ class TransformerAdapter(PromptEncoder):
     models: ClassVar[tuple[str, ...]]  # class names of the transformer
     index_models: ClassVar[tuple[str, ...]] = ()  # further names in a model_index.json
     scale_argument: ClassVar[str] = "guidance_scale"
+    pipe: TransformerPipeline
 
     def __init__(self, pipe: Pipeline) -> None:
         reason = self.refusal(pipe)
         if reason is not None:
             raise ModelError(f"{type(pipe).__name__} is not {self.family}: {reason}.")
-        self.pipe = pipe
-        self.denoiser: nn.Module = pipe.transformer
+        self.pipe = cast(TransformerPipeline, pipe)
+        self.denoiser: nn.Module = self.pipe.transformer
         self._layers = self._make_layers()
 
     @classmethod
@@ -245,11 +246,15 @@ class TransformerAdapter(PromptEncoder):
         -------
         dict
         """
-        given = self._of_rows(args, kwargs, rows)
+        return self._with_text(self._of_rows(args, kwargs, rows), states, positions)
+
+    def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
+        """Arguments of a denoiser call, by name, with other text states and one patch of the image; see `text_call`."""
         latents = given["hidden_states"]
-        given["hidden_states"] = latents[..., : self._patch, : self._patch]
-        given["encoder_hidden_states"] = states.to(latents.dtype).expand(len(latents), -1, -1)
-        return given
+        return given | {
+            "hidden_states": latents[..., : self._patch, : self._patch],
+            "encoder_hidden_states": repeated_text(states, latents),
+        }
 
     def _of_rows(self, args: Sequence[Any], kwargs: Mapping[str, Any], rows: slice) -> dict[str, Any]:
         """Arguments of a denoiser call by name, restricted to some of its rows."""
@@ -363,3 +368,8 @@ class TransformerAdapter(PromptEncoder):
     def _t5_length(self) -> int:
         """Number of positions of the last text encoder, by default of the pipeline's call."""
         return int(call_default(self.pipe, "max_sequence_length"))
+
+
+def repeated_text(states: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Text states, (tokens, channels), for each row of the latents and in their precision."""
+    return states.to(latents.dtype).expand(len(latents), -1, -1)

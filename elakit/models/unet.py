@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from PIL import Image
@@ -28,7 +28,7 @@ from elakit.models.adapter import (
 )
 from elakit.models.device import compute_dtype
 from elakit.models.encoding import PromptEncoder
-from elakit.pipeline import Pipeline
+from elakit.pipeline import Pipeline, UNetPipeline
 from elakit.tokens import TextSequence
 
 # Pipelines with a supported UNet whose batch has another layout, or that make passes of their own.
@@ -56,14 +56,15 @@ class UNetAdapter(PromptEncoder):
     two_encoders: ClassVar[bool]
     encoders: ClassVar[tuple[str, ...]] = ("CLIPTextModel", "CLIPTextModelWithProjection")
     scale_argument: ClassVar[str] = "guidance_scale"
+    pipe: UNetPipeline
 
     def __init__(self, pipe: Pipeline) -> None:
         reason = self.refusal(pipe)
         if reason is not None:
             raise ModelError(f"{type(pipe).__name__} is not {self.family}: {reason}.")
-        self.pipe = pipe
-        self.denoiser: nn.Module = pipe.unet
-        self._layers = tuple(_layers(pipe.unet))
+        self.pipe = cast(UNetPipeline, pipe)
+        self.denoiser: nn.Module = self.pipe.unet
+        self._layers = tuple(_layers(self.pipe.unet))
 
     @classmethod
     def refusal(cls, pipe: Pipeline) -> str | None:
@@ -130,9 +131,7 @@ class UNetAdapter(PromptEncoder):
     @staticmethod
     def _tokenizer(pipe: Pipeline) -> Any:
         """Tokenizer whose text encoder is loaded."""
-        if getattr(pipe, "text_encoder", None) is not None and getattr(pipe, "tokenizer", None) is not None:
-            return pipe.tokenizer
-        return None
+        return None if getattr(pipe, "text_encoder", None) is None else getattr(pipe, "tokenizer", None)
 
     def layers(self) -> tuple[AttentionLayer, ...]:
         """Cross-attention layers, in forward order."""

@@ -77,16 +77,8 @@ class ZImage(TransformerAdapter):
         """Rows of the batch that see the prompt: the first ones, one for each text that is not a negative prompt."""
         return slice(0, min(batch, getattr(self, "_conditional", batch)))
 
-    def text_call(
-        self,
-        states: torch.Tensor,
-        positions: Sequence[int],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        rows: slice,
-    ) -> dict[str, Any]:
-        """Arguments of a denoiser call with given text states and one patch; see `TransformerAdapter.text_call`."""
-        given = self._of_rows(args, kwargs, rows)
+    def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
+        """Arguments with other text and one patch; see `TransformerAdapter.text_call`."""
         patches = [image[..., : self._patch, : self._patch] for image in given["x"]]
         return given | {"x": patches, "cap_feats": [states.to(patches[0].dtype)] * len(patches)}
 

@@ -5,17 +5,25 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
+from elakit.cli_options import Device, one_line_errors
+from elakit.errors import SettingError
+from elakit.models import device_named
 from elakit.world.training.autoencoder import psnr, train_autoencoder, train_decoder
 from elakit.world.training.config import Config, read_config
 from elakit.world.training.data import cached_crowds, compose_scenes
 
 STAGES = ("vae", "decoder", "denoiser", "judge")
+# Parts that a stage reads from the output folder, with the stage that writes each.
+NEEDED = {"decoder": {"vae": "vae"}, "denoiser": {"vae": "vae"}, "judge": {"vae": "vae", "model": "denoiser"}}
+# File of an earlier model that a stage starts from.
+STARTED_FROM = {"vae": "vae/config.json", "denoiser": "model_index.json", "judge": "judge/model.safetensors"}
 
 
 def main(
@@ -26,7 +34,7 @@ def main(
         Path | None, typer.Option(help="TOML file of settings. Default: the settings of the built-in model.")
     ] = None,
     stage: Annotated[str, typer.Option(help=f"Comma-separated stages: {', '.join(STAGES)}; or all.")] = "all",
-    device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda if available.")] = "",
+    device: Device = None,
     start: Annotated[
         Path | None, typer.Option(help="Folder of an earlier model, from whose weights the training starts.")
     ] = None,
@@ -50,7 +58,9 @@ def main(
             f"{', '.join(sorted(unknown))} is not a stage; choose from {', '.join(STAGES)}, all.", param_hint="--stage"
         )
     settings = read_config(config)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    devices = process_devices(device, processes)
+    where = devices[0]
+    check_folders(stages, out, start)
     torch.manual_seed(0)
     if "vae" in stages or (settings.vae.polish and "decoder" in stages):
         scenes = cached_crowds(settings.world, settings.vae.scenes, 1, out / "crowds.npz", workers)
@@ -62,7 +72,7 @@ def main(
         print(f"autoencoder: PSNR {psnr(vae, test):.1f} dB on 256 new scenes")
     if "denoiser" in stages:
         if processes > 1:
-            arguments = (processes, free_port(), settings, out, where, start, workers)
+            arguments = (devices, free_port(), settings, out, start, workers)
             torch.multiprocessing.spawn(_train_together, arguments, nprocs=processes)
         else:
             from elakit.world.training.denoiser import train_denoiser
@@ -74,6 +84,62 @@ def main(
         train_judge(settings, out, where, start, workers)
 
 
+def process_devices(device: str | None, processes: int) -> tuple[torch.device, ...]:
+    """Device of each of several processes: the CPU for all, or one GPU for each.
+
+    Raises
+    ------
+    SettingError
+        When there is no such device on this machine, or no GPU for each process.
+
+    Examples
+    --------
+    >>> process_devices("cpu", 2)
+    (device(type='cpu'), device(type='cpu'))
+    """
+    chosen = device_named(device)
+    if processes == 1 or chosen.type == "cpu":
+        return (chosen,) * processes
+    free = torch.cuda.device_count() if chosen == torch.device("cuda") else 1
+    if processes > free:
+        raise SettingError(
+            f"--processes {processes}: each process needs a GPU of its own, and --device {chosen} has {free}. Use "
+            f"--processes {free}, or --device cpu."
+        )
+    return tuple(torch.device("cuda", rank) for rank in range(processes))
+
+
+def check_folders(stages: Collection[str], out: Path, start: Path | None) -> None:
+    """Refuse folders without the parts that the stages read, before anything is trained.
+
+    Parameters
+    ----------
+    stages : collection of str
+    out : Path
+        Folder of this training, with the parts of earlier stages.
+    start : Path, optional
+        Folder of an earlier model.
+
+    Raises
+    ------
+    SettingError
+        When `out` is not a folder, or a part is missing.
+    """
+    if out.exists() and not out.is_dir():
+        raise SettingError(f"--out {out} is a file. Choose a folder.")
+    for stage in [one for one in STAGES if one in stages]:
+        for part, maker in NEEDED.get(stage, {}).items():
+            if maker not in stages and not (out / part).is_dir():
+                raise SettingError(
+                    f"--stage {stage} reads {out / part}, which does not exist. Run the stage {maker} first, or all."
+                )
+        if start is not None and stage in STARTED_FROM and not (start / STARTED_FROM[stage]).is_file():
+            raise SettingError(
+                f"--start {start}: there is no {STARTED_FROM[stage]}, which the stage {stage} starts from. Give the "
+                "folder of an earlier model, such as data/picture-world."
+            )
+
+
 def free_port() -> int:
     """Number of a TCP port of this machine that is not in use."""
     with socket.socket() as server:
@@ -83,11 +149,10 @@ def free_port() -> int:
 
 def _train_together(
     rank: int,
-    processes: int,
+    devices: Sequence[torch.device],
     port: int,
     settings: Config,
     out: Path,
-    device: torch.device,
     start: Path | None,
     workers: int,
 ) -> None:
@@ -96,11 +161,15 @@ def _train_together(
 
     # torch sends SIGINT to a process whose parent is killed; processes that a shell starts in the background ignore it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    processes, device = len(devices), devices[rank]
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
     train_denoiser(settings, out, device, start, workers)
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with one_line_errors("elakit.world.train"):
+        typer.run(main)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from families import FAMILIES, IMAGES, TEXT, draw, ip_adapter, observe
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -310,11 +311,23 @@ def _pipe() -> Any:
         ({"region": np.ones(4)}, "give \\(y, x\\)"),
         ({"region": np.full((2, 2), 2.0)}, "outside 0 to 1"),
         ({"region": np.full((2, 2), np.nan)}, "outside 0 to 1"),
+        ({"region": xr.DataArray(np.ones((2, 2)), dims=("step", "x"))}, "give y and x only"),
     ],
 )
 def test_edits_that_make_no_sense_are_refused(options: dict[str, Any], part: str) -> None:
     with pytest.raises(SettingError, match=part):
         Edit(**{"tokens": "car", **options})
+
+
+def test_a_named_region_acts_in_any_order_of_its_dimensions(pipe: Any) -> None:
+    region = xr.DataArray(LEFT, dims=("y", "x"))
+    images = []
+    for same in (LEFT, region, region.transpose("x", "y")):
+        with edit(pipe, TEXT, Edit("car", scale=0, region=same)):
+            images.append(draw(pipe))
+    assert np.array_equal(images[0], images[1])
+    assert np.array_equal(images[0], images[2])
+    assert not np.array_equal(images[0], draw(pipe))
 
 
 def test_what_is_not_there_is_refused_before_the_run(pipe: Any) -> None:

@@ -56,6 +56,13 @@ def test_the_table_counts_both_kinds_of_mistake() -> None:
     assert "| eye: wrong | 1 | 2 |" in text
 
 
+def test_a_method_that_does_not_exist_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    drawn = CliRunner().invoke(audit.app, ["draw", str(tmp_path / "audit"), "--methods", "plain,elaa"])
+    assert isinstance(drawn.exception, SettingError)
+    assert "elaa" in str(drawn.exception)
+    assert not (tmp_path / "audit").exists()
+
+
 def test_labels_are_read_strictly(tmp_path: Path) -> None:
     read = audit.read_labels(labels(tmp_path, "1,1,1,1,0,0,1", "2,,,,,,", "3,1,0,,,0,0"))
     assert set(read) == {1, 3}  # 2 is not labeled yet

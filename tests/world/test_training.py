@@ -6,10 +6,12 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import typer
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from torch import nn
 
@@ -208,6 +210,59 @@ def test_a_stage_that_does_not_exist_is_refused(config: Path, tmp_path: Path) ->
     wrong = command(config, tmp_path, "--stage", "unet")
     assert wrong.returncode == 2
     assert "decoder" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--config", "absent.toml"], "Cannot read the training configuration absent.toml"),
+        (["--device", "gpu"], "device='gpu' is not a device; use 'cpu'"),
+        (["--device", "cuda:99"], "no usable CUDA device of that number"),
+        (["--stage", "denoiser"], "vae, which does not exist. Run the stage vae first, or all."),
+        (["--stage", "judge,vae"], "model, which does not exist. Run the stage denoiser first, or all."),
+        (["--start", "absent"], "--start absent: there is no vae/config.json"),
+        (["--out", __file__], "is a file. Choose a folder."),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_one_line_before_scenes_are_composed(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    config: Path,
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+) -> None:
+    from elakit.cli_options import one_line_errors
+    from elakit.world import train
+
+    def composed(*_: Any) -> None:
+        raise AssertionError("the training has begun")
+
+    for begins in ("cached_crowds", "compose_scenes"):
+        monkeypatch.setattr(train, begins, composed)
+    given = ["train", "--config", str(config), "--out", str(tmp_path / "out"), *options]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit) as ended, one_line_errors("train"):
+        typer.run(train.main)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train: ")
+    assert message in line
+
+
+def test_each_process_on_cuda_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from elakit.world import train
+
+    monkeypatch.setattr(train, "device_named", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert train.process_devices("cuda", 1) == (torch.device("cuda"),)
+    assert train.process_devices("cuda", 2) == (torch.device("cuda", 0), torch.device("cuda", 1))
+    assert train.process_devices("cpu", 2) == (torch.device("cpu"),) * 2
+    for device, processes, owned in (("cuda", 3, 2), ("cuda:1", 2, 1), ("mps", 2, 1)):
+        with pytest.raises(
+            SettingError, match=f"each process needs a GPU of its own, and --device {device} has {owned}"
+        ):
+            train.process_devices(device, processes)
 
 
 def test_linear_layers_computed_together_give_the_values_and_gradients_of_the_layers() -> None:

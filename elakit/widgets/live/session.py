@@ -12,6 +12,7 @@ from elakit.errors import SettingError
 from elakit.generation import Progress, generate
 from elakit.guidance import Anchors
 from elakit.guidance.layout import Layout
+from elakit.models import adapter_for
 from elakit.pipeline import Pipeline
 from elakit.run import Run
 from elakit.widgets.live.run_state import RunState, State
@@ -171,7 +172,7 @@ class Session:
     def _after_step(self, progress: Progress) -> bool:
         self._progress = progress
         self._apply(lambda now: now.step_made(progress.step))
-        steps = max(progress.steps, len(self.pipe.scheduler.timesteps))  # schedulers may add steps
+        steps = max(progress.steps, len(adapter_for(self.pipe).pipe.scheduler.timesteps))  # schedulers may add steps
         last = self.made >= steps
         if not self.now.canceling:
             self._preview(progress, steps, always=last or self.now.pause_due)

@@ -1,4 +1,7 @@
-"""The support table in docs/support.md says what the adapters do. `python tests/models/test_support.py` writes it."""
+"""The support table in docs/support.md says what the adapters do.
+
+``python tests/models/test_models_support.py`` writes it.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +93,7 @@ def test_the_support_table_says_what_the_adapters_do() -> None:
     page = PAGE.read_text(encoding="utf-8")
     _, _, rest = page.partition(BEGIN)
     found, _, _ = rest.partition(END)
-    assert found == table(), "run `python tests/models/test_support.py`"
+    assert found == table(), "run `python tests/models/test_models_support.py`"
 
 
 def test_maps_and_image_of_every_family_are_compared_with_its_attention_calls() -> None:
