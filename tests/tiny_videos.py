@@ -6,7 +6,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLLTXVideo,
@@ -21,7 +20,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.pipelines.wan import pipeline_wan
-from tiny import _sharpen, ready, t5_encoder, tiny_t5_tokenizer
+from tiny import CROSS, ready, seeded, sharpen, t5_encoder, tiny_t5_tokenizer
 from transformers import UMT5Config, UMT5EncoderModel
 
 
@@ -30,8 +29,7 @@ def tiny_wan(seed: int = 0, **parts: Any) -> Any:
     if not hasattr(pipeline_wan, "ftfy"):  # the pipeline cleans prompts with it; the tests' prompts are clean
         vars(pipeline_wan)["ftfy"] = SimpleNamespace(fix_text=str)
     tokenizer = tiny_t5_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         encoder = UMT5EncoderModel(
             UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
         )
@@ -64,15 +62,14 @@ def wan_transformer() -> Any:
         num_layers=2,
         rope_max_seq_len=32,
     )
-    _sharpen(net, ".attn2.to_q.", ".attn2.to_k.")
+    sharpen(net, *CROSS)
     return net
 
 
 def tiny_ltx(seed: int = 0) -> Any:
     """LTX-Video pipeline: two blocks, an autoencoder of factor 8 in space and 4 in time."""
     tokenizer = tiny_t5_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         encoder = t5_encoder(tokenizer, 16)
         net: Any = LTXVideoTransformer3DModel(
             in_channels=4,
@@ -98,7 +95,7 @@ def tiny_ltx(seed: int = 0) -> Any:
             upsample_factor=(1,) * 3,
             patch_size=2,
         )
-        _sharpen(net, ".attn2.to_q.", ".attn2.to_k.")
+        sharpen(net, *CROSS)
     parts = {"vae": vae, "text_encoder": encoder, "tokenizer": tokenizer, "transformer": net}
     return ready(LTXPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), **parts))
 
@@ -106,8 +103,7 @@ def tiny_ltx(seed: int = 0) -> Any:
 def tiny_cogvideox(seed: int = 0, frames_per_patch: int | None = None) -> Any:
     """CogVideoX pipeline: two blocks, an autoencoder of factor 4 in space and 4 in time."""
     tokenizer = tiny_t5_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         encoder = t5_encoder(tokenizer, 16)
         net: Any = CogVideoXTransformer3DModel(
             num_attention_heads=2,
@@ -135,7 +131,7 @@ def tiny_cogvideox(seed: int = 0, frames_per_patch: int | None = None) -> Any:
             sample_height=32,
             sample_width=48,
         )
-        _sharpen(net, ".attn1.to_q.", ".attn1.to_k.")
+        sharpen(net, ".attn1.to_q.", ".attn1.to_k.")
     parts = {"vae": vae, "text_encoder": encoder, "tokenizer": tokenizer, "transformer": net}
     return ready(CogVideoXPipeline(scheduler=CogVideoXDDIMScheduler(), **parts))
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from elakit.models.adapter import AttentionLayer, Layout, argument
-from elakit.models.video import VideoAdapter
+from elakit.models.video import VideoAdapter, VideoPipeline
 from elakit.tokens import TextSequence
+
+
+class LTXVideoPipeline(VideoPipeline, Protocol):
+    """What this adapter uses of its pipelines beside the transformer."""
+
+    vae_spatial_compression_ratio: int
 
 
 class LTXVideo(VideoAdapter):
@@ -19,6 +25,7 @@ class LTXVideo(VideoAdapter):
     """
 
     family: ClassVar[str] = "LTX-Video"
+    pipe: LTXVideoPipeline
     models: ClassVar[tuple[str, ...]] = ("LTXVideoTransformer3DModel",)
     pipelines: ClassVar[tuple[str, ...]] = ("LTXPipeline",)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -11,6 +11,13 @@ from elakit.errors import ModelError
 from elakit.models.adapter import AttentionLayer, Call, argument, call_default
 from elakit.models.transformer import TransformerAdapter
 from elakit.models.unet import check_sides
+from elakit.pipeline import TransformerPipeline
+
+
+class VideoPipeline(TransformerPipeline, Protocol):
+    """What the adapters of videos use of their pipelines beside the transformer; LTX-Video names it differently."""
+
+    vae_scale_factor_spatial: int
 
 
 class VideoAdapter(TransformerAdapter):
@@ -19,6 +26,7 @@ class VideoAdapter(TransformerAdapter):
     A family describes its layers, its text, and where the denoiser's arguments state the number of frames (`_latent`).
     """
 
+    pipe: VideoPipeline
     pipelines: ClassVar[tuple[str, ...]]  # class names of the text-to-video pipelines
 
     @classmethod
@@ -54,7 +62,7 @@ class VideoAdapter(TransformerAdapter):
         Raises
         ------
         SettingError
-            When a side is not a positive multiple of the product of the autoencoder's factor and the patch size.
+            Raised when a side is not a positive multiple of the product of the autoencoder's factor and the patch size.
         """
         check_sides(height, width, self._side_factor * self._patch)
         return height // self._side_factor, width // self._side_factor
