@@ -66,7 +66,7 @@ class Run:
     Raises
     ------
     RecordingError
-        When the recording is of videos.
+        Raised when the recording is of videos.
 
     Examples
     --------

@@ -382,7 +382,7 @@ class Recording:
         Raises
         ------
         RecordingError
-            When images were recorded, or the frame does not exist.
+            Raised when images were recorded, or the frame does not exist.
         """
         self._first()
         if not -self.frames <= number < self.frames:
