@@ -63,6 +63,11 @@ class Run:
         Image that each step predicts; None unless the run was generated with ``predicted=True``, or if the safety
         checker replaced its image.
 
+    Raises
+    ------
+    RecordingError
+        Raised when the recording is of videos.
+
     Examples
     --------
     >>> import elakit
@@ -79,6 +84,13 @@ class Run:
     guidance: Trace | None = None
     nsfw: bool = False
     predicted: tuple[Image.Image, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.recording is not None and self.recording.frames:
+            raise RecordingError(
+                f"A run has one image, but the recording is of videos of {self.recording.frames} frames. Give one "
+                "frame and its maps, `recording.frame(0)`."
+            )
 
     @property
     def label(self) -> str:

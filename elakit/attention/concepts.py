@@ -163,6 +163,11 @@ def map_concepts(
     Frozen({'step': 2, 'concept': 2, 'y': 16, 'x': 16})
     """
     adapter = adapter_for(pipe)
+    if not adapter.encodes:
+        raise RecordingError(
+            f"Concepts that are not in the prompt cannot be mapped with {adapter.family} yet. Put the words into the "
+            "prompt, and record it."
+        )
     words = [words] if isinstance(words, str) else list(words)
     chosen = select_layers(adapter.layers(), layers)
     cross = all(layer.kind == "cross" for layer in chosen)

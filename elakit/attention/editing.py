@@ -387,6 +387,7 @@ class _Pending:
         if self.small is None or self.layout is None:
             return None
         small, layout, self.small = self.small, self.layout, None  # only the first call of the layer is to the text
+        small = small.repeat(layout.frames, 1)
         bias = small.new_zeros(call.query.shape[0], 1, *sides)
         locations, (first, count) = small.shape[-2], layout.text
         bias[self.rows, 0, layout.image : layout.image + locations, first : first + count] = small

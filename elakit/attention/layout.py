@@ -109,6 +109,7 @@ def build_tree(
     calls: int,
     expected: int | None,
     averaged: int = 0,
+    frames: int = 0,
 ) -> xr.DataTree:
     """Build a recording's tree: the nodes by name, and facts about the whole run as attributes.
 
@@ -124,6 +125,8 @@ def build_tree(
         Number of denoiser calls that the run should have; None if it is unknown.
     averaged : int
         Number of steps whose mean is kept; 0 if every step is kept.
+    frames : int
+        Number of frames of each video, which follow each other along ``image``; 0 for images.
 
     Returns
     -------
@@ -138,6 +141,7 @@ def build_tree(
         "calls": calls,
         "expected": expected or 0,
         "averaged": averaged,
+        "frames": frames,
         "elakit": _version(),
     }
     return tree
@@ -173,7 +177,7 @@ class Layout:
     nodes : dict of str to NodeLayout
     dtype : torch.dtype
     about : dict
-        Prompt, family, model and expected calls, as `build_tree` takes them.
+        Prompt, family, model, expected calls and frames, as `build_tree` takes them.
     """
 
     nodes: dict[str, NodeLayout]

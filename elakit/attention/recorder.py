@@ -276,7 +276,7 @@ class _Recorder:
         self.calls = 0
         self.expected = calls
         self._kept = 0  # calls handed to the sink
-        self._shape: tuple[int, Size] | None = None  # images, latent size: fixed by the first call
+        self._shape: tuple[int, int, Size] | None = None  # images, frames, latent size: fixed by the first call
         self._plan: Plan | None = None
         self._planned = 0  # steps to make room for
         self._places: dict[tuple[str, str], tuple[str, int]] = {}  # (reads, layer): its node and its index there
@@ -296,7 +296,7 @@ class _Recorder:
         seen = self.watch.read(args, kwargs)
         if seen is None:
             return
-        shape = (seen.rows.stop - seen.rows.start, seen.call.latent)
+        shape = (seen.rows.stop - seen.rows.start, seen.call.frames, seen.call.latent)
         if self._shape is None:
             self._begin(seen.adapter, *shape)
         elif shape != self._shape:
@@ -326,11 +326,12 @@ class _Recorder:
                 self._slots = self._open_sink(kept).slots()
             node, place = self._places[key]
             slot = self._slots[node][:, place]
-            kept = kept.unflatten(2, size)
+            # The frames of a video follow each other as images do.
+            kept = kept.unflatten(2, (max(self._call.call.frames, 1), *size)).movedim(2, 1).flatten(0, 1)
             if kept.shape != slot.shape:
                 raise RecordingError(
                     f"Layer {layer.name} has maps (image, head, y, x, token) of {tuple(kept.shape)}, but "
-                    f"{tuple(slot.shape)} were planned from {_shape_text(*self._shape or (0, size))}. Leave it out "
+                    f"{tuple(slot.shape)} were planned from {_shape_text(*self._shape or (0, 0, size))}. Leave it out "
                     "with RecordSpec(layers=...), and please report it."
                 )
             layers = self._averaged.get(node)
@@ -350,11 +351,12 @@ class _Recorder:
 
     # -- storage -------------------------------------------------------------------------------------------------
 
-    def _begin(self, adapter: Adapter, images: int, latent: Size) -> None:
+    def _begin(self, adapter: Adapter, images: int, frames: int, latent: Size) -> None:
         """Plan at the first call, before the denoiser computes anything."""
         self.expected = self.expected or _expected_calls(adapter.pipe)
         kept = sum(self.spec.keeps(call, self.expected) for call in range(self.expected or 1))
-        plan = self.spec.plan_layers(self.adapter.layers(), self.prompt, latent, max(kept, 1), images)
+        maps = images * max(frames, 1)
+        plan = self.spec.plan_layers(self.adapter.layers(), self.prompt, latent, max(kept, 1), maps)
         for resolution in plan.resolutions:
             node = node_name(resolution.size, resolution.keys)
             for place, layer in enumerate(self._layers_of(resolution)):
@@ -363,7 +365,7 @@ class _Recorder:
                 self._averaged[node] = len(resolution.layers)
         self._planned = kept if self.expected else min(8, self.spec.budget // plan.step_bytes)
         self._plan = plan
-        self._shape = (images, latent)
+        self._shape = (images, frames, latent)
 
     def _layers_of(self, resolution: Resolution) -> list[AttentionLayer]:
         layers = [layer for layer in self.adapter.layers() if layer.name in resolution.layers]
@@ -418,6 +420,7 @@ class _Recorder:
             "family": self.adapter.family,
             "model": type(self.adapter.pipe).__name__,
             "expected": self.expected,
+            "frames": self._shape[1] if self._shape else 0,
         }
 
     def _commit(self) -> None:
@@ -457,8 +460,9 @@ def _selected_heads(probabilities: Tensor, heads: Any) -> Tensor:
     return torch.stack([probabilities[:, head] for head in heads], dim=1)
 
 
-def _shape_text(images: int, latent: Size) -> str:
-    return f"{images} image{'s' * (images > 1)} of {size_name(latent)} latents"
+def _shape_text(images: int, frames: int, latent: Size) -> str:
+    what = f"video{'s' * (images > 1)} of {frames} frames" if frames else f"image{'s' * (images > 1)}"
+    return f"{images} {what} of {size_name(latent)} latents"
 
 
 def _expected_calls(pipe: SupportedPipeline) -> int | None:

@@ -47,6 +47,9 @@ class Recording:
     ``RecordSpec(self_attention=16)`` adds a node such as ``"self-16x16"``, whose labels along ``token`` are the
     locations that are attended to (``"row,column"``).
 
+    A video has maps of each frame of its latent. In the tree, the frames of all videos follow each other along
+    ``image``; `maps` returns them with a dimension ``frame``, and `frame` selects one of them.
+
     Parameters
     ----------
     source : xarray.DataTree or callable
@@ -79,6 +82,11 @@ class Recording:
     def averaged(self) -> int:
         """Number of steps whose mean is kept as one step; 0 if each step is kept."""
         return int(self.tree.attrs.get("averaged", 0))
+
+    @property
+    def frames(self) -> int:
+        """Number of frames of each video; 0 if images were recorded."""
+        return int(self.tree.attrs.get("frames", 0))
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -168,7 +176,7 @@ class Recording:
             softmax of 100 x the maps over all words of the prompt; Attend-and-Excite does the same over all tokens but
             start-of-text. ``"start"``: each map is divided by that of start-of-text, which T5 does not have.
         image : int
-            Index of the image in the batch.
+            Index of the image, or of the video, in the batch.
         refine : int
             Number of times that the maps are propagated along the recorded self-attention
             (``RecordSpec(self_attention=16)``), at its size and before they are normalized. It sharpens maps, because
@@ -178,7 +186,7 @@ class Recording:
         -------
         xarray.DataArray, (step, token, y, x)
             float32, with the coordinates ``timestep(step)`` and ``sigma(step)``; with ``"entities"`` and
-            ``"attributes"`` also ``entity(token)``, the label of the entity.
+            ``"attributes"`` also ``entity(token)``, the label of the entity. In videos, (step, token, frame, y, x).
 
         Raises
         ------
@@ -208,10 +216,8 @@ class Recording:
             needed |= dict.fromkeys(self._all_words())
         channels = list(needed)
         picked = self._select(layers=layers, size=size, steps=steps)
-        images = picked[0].sizes["image"]
-        if not -images <= image < images:
-            raise RecordingError(f"Image {image} was not recorded; there are {images} (0 to {images - 1}).")
-        values = layer_mean(picked, channels, image)  # (step, channel, y, x)
+        frames = [layer_mean(picked, channels, each) for each in self._places(image)]  # each (step, channel, y, x)
+        values = np.stack(frames, axis=2) if self.frames else frames[0]
         if refine:
             if refine < 0:
                 raise SettingError(
@@ -234,7 +240,7 @@ class Recording:
             coords["entity"] = ("token", [group.entity for group in groups])
         return xr.DataArray(
             normalized(merged, normalize, start),
-            dims=("step", "token", "y", "x"),
+            dims=("step", "token", "frame", "y", "x") if self.frames else ("step", "token", "y", "x"),
             coords=coords,
             name="probability" if normalize is None else f"attention ({normalize})",
             attrs={"normalize": normalize or "none", "image": image},
@@ -365,6 +371,27 @@ class Recording:
 
     # -- selection -----------------------------------------------------------------------------------------------
 
+    def frame(self, number: int) -> Recording:
+        """Select one frame of each video; the result is a recording of images, for figures and measures.
+
+        Parameters
+        ----------
+        number : int
+            Frame of the latent, counted from 0; negative numbers count from the last.
+
+        Raises
+        ------
+        RecordingError
+            Raised when images were recorded, or the frame does not exist.
+        """
+        self._first()
+        if not -self.frames <= number < self.frames:
+            there = f"the recording has frames 0 to {self.frames - 1}" if self.frames else "images were recorded"
+            raise RecordingError(f"There is no frame {number}: {there}.")
+        chosen = slice(number % self.frames, None, self.frames)
+        nodes = {node.attrs["size"]: node.isel(image=chosen) for node in self.nodes()}
+        return self._with(nodes, frames=0)
+
     def sel(
         self,
         *,
@@ -388,7 +415,7 @@ class Recording:
         head : int or sequence of int, optional
             Numbers of heads that were kept separately.
         image : int or sequence of int, optional
-            Indices of images in the batch.
+            Indices of images, or of videos, in the batch.
 
         Returns
         -------
@@ -408,8 +435,10 @@ class Recording:
                 heads = list(node["head"].values)
                 node = node.isel(head=_positions("head", [head] if np.isscalar(head) else head, heads))
             if image is not None:
-                images = list(range(node.sizes["image"]))
-                node = node.isel(image=_positions("image", [image] if np.isscalar(image) else image, images))
+                wanted: Any = [image] if np.isscalar(image) else image
+                every = max(self.frames, 1)
+                videos = _positions("image", wanted, list(range(node.sizes["image"] // every)))
+                node = node.isel(image=[video * every + frame for video in videos for frame in range(every)])
             nodes[node.attrs["size"]] = node
         kept = next(iter(nodes.values()))["step"].values
         for node in self.nodes("image"):
@@ -422,7 +451,8 @@ class Recording:
         """Select a part of the recording by position along ``step``, ``image``, ``head`` or ``token``.
 
         Layers and locations differ between map sizes; select layers with `sel`, and locations in ``tree``. In
-        self-attention, only steps and images are selected.
+        self-attention, only steps and images are selected. In a recording of videos, select with `sel` or `frame`
+        instead of ``image``.
 
         Returns
         -------
@@ -439,6 +469,11 @@ class Recording:
                 raise RecordingError(
                     f"isel takes step, image, head and token, not {dimension!r}; select layers and sizes by name with "
                     "sel(layer=..., size=...)."
+                )
+            if dimension == "image" and self.frames:
+                raise RecordingError(
+                    "The frames of videos follow each other along image; select a video with sel(image=...), and a "
+                    "frame with frame(...)."
                 )
             indexers[dimension] = [where] if is_whole(where) else where
         try:
@@ -483,10 +518,19 @@ class Recording:
             chosen = [node.isel(step=_positions("step", calls, list(self.steps))) for node in chosen]
         return chosen
 
-    def _with(self, nodes: dict[str, xr.Dataset]) -> Recording:
+    def _with(self, nodes: dict[str, xr.Dataset], **attributes: Any) -> Recording:
         tree = xr.DataTree.from_dict(dict(nodes))
-        tree.attrs.update(self.tree.attrs)
+        tree.attrs.update(self.tree.attrs | attributes)
         return Recording(tree)
+
+    def _places(self, image: int) -> range:
+        """Positions along ``image`` that belong to an image, or to a video."""
+        every = max(self.frames, 1)
+        images = self._first().sizes["image"] // every
+        if not -images <= image < images:
+            raise RecordingError(f"Image {image} was not recorded; there are {images} (0 to {images - 1}).")
+        first = image % images * every
+        return range(first, first + every)
 
     # -- files ---------------------------------------------------------------------------------------------------
 
@@ -544,7 +588,10 @@ class Recording:
         kept = f"mean of {self.averaged}" if self.averaged else _ranges(self.steps)
         rows = [
             ("steps", kept + cut),
-            ("images", str(nodes[0].sizes["image"])),
+            (
+                f"videos of {self.frames} frames" if self.frames else "images",
+                str(nodes[0].sizes["image"] // max(self.frames, 1)),
+            ),
             ("tokens", " ".join(self.tokens)),
         ]
         for node in nodes:

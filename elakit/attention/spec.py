@@ -451,7 +451,7 @@ class RecordSpec:
         height, width : int, optional
             Size of the image in pixels; by default the model's.
         images : int
-            Number of images in the batch.
+            Number of images in the batch; of a video, the number of frames of its latent.
 
         Returns
         -------

@@ -56,10 +56,11 @@ def tap(layers: Sequence[AttentionLayer], on_attention: OnAttention) -> Iterator
         Layers to read.
     on_attention : callable
         ``attend(rows)`` returns the probabilities of a slice of the batch, (rows, heads, h*w, keys), as `probabilities`
-        computes them, gradients included; keys are the text positions, or the locations of the image if ``layer.reads``
-        is "image". In cross-attention, ``attend(rows, more)`` appends further keys: text states (tokens, channels), or
-        keys (1, heads, tokens, d) if the layer has a ``layout``. ``attend`` must be called before ``on_attention``
-        returns. ``(h, w)`` is the size of the layer's maps. An error that ``on_attention`` raises ends the pass.
+        computes them, gradients included; for a video, (rows, heads, frames*h*w, keys). Keys are the text positions, or
+        the locations of the image if ``layer.reads`` is "image". In cross-attention, ``attend(rows, more)`` appends
+        further keys: text states (tokens, channels), or keys (1, heads, tokens, d) if the layer has a ``layout``.
+        ``attend`` must be called before ``on_attention`` returns. ``(h, w)`` is the size of the layer's maps. An error
+        that ``on_attention`` raises ends the pass.
 
     Raises
     ------
@@ -368,7 +369,7 @@ class _Capture:
     def attend(self, rows: slice, more: Tensor | None = None) -> Tensor:
         assert self.call is not None
         query, key, mask = self.call.query[rows], self.call.key[rows], self.call.mask
-        locations = math.prod(self.layout.size)
+        locations = self.layout.frames * math.prod(self.layout.size)
         queries = slice(self.layout.image, self.layout.image + locations)
         if mask is not None:
             mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)

@@ -193,6 +193,8 @@ def _root_attributes(attributes: Any, path: Path) -> dict[str, Any]:
     for name, kind in (("family", str), ("model", str), ("calls", int), ("expected", int), ("averaged", int)):
         if not isinstance(attributes[name], kind):
             raise _damaged(file, f"{name} is {attributes[name]!r}")
+    if not isinstance(attributes.get("frames", 0), int) or attributes.get("frames", 0) < 0:
+        raise _damaged(file, f"frames is {attributes['frames']!r}")
     try:
         Prompt.from_dict(json.loads(attributes["prompt"]))
     except PromptError as error:

@@ -5,6 +5,7 @@ from .adapter import Conditioning as Conditioning
 from .adapter import Layout as Layout
 from .aura_flow import AuraFlow as AuraFlow
 from .chroma import Chroma as Chroma
+from .cogvideox import CogVideoX as CogVideoX
 from .cogview3_plus import CogView3Plus as CogView3Plus
 from .cogview4 import CogView4 as CogView4
 from .device import device_named as device_named
@@ -22,6 +23,7 @@ from .hunyuan_dit import HunyuanDiT as HunyuanDiT
 from .kolors import Kolors as Kolors
 from .loading import check_scheduler as check_scheduler
 from .loading import load as load
+from .ltx import LTXVideo as LTXVideo
 from .lumina2 import Lumina2 as Lumina2
 from .pixart import PixArt as PixArt
 from .qwen_image import QwenImage as QwenImage
@@ -31,4 +33,5 @@ from .sdxl import StableDiffusionXL as StableDiffusionXL
 from .source import HUB_ID as HUB_ID
 from .source import first_line as first_line
 from .stable_diffusion import StableDiffusion as StableDiffusion
+from .wan import Wan as Wan
 from .z_image import ZImage as ZImage

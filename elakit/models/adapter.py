@@ -236,11 +236,14 @@ class Layout:
         Position of the first image location among the queries.
     text : tuple of int
         Position of the first text token among the keys, and the number of text tokens.
+    frames : int
+        Number of maps that follow each other in the sequence: 1, or the frames of a video.
     """
 
     size: tuple[int, int]
     image: int
     text: tuple[int, int]
+    frames: int = 1
 
 
 LayoutOf = Callable[[Sequence[Any], Mapping[str, Any]], Layout]
@@ -316,12 +319,15 @@ class Call:
     conditional : bool
         False for a pass of the pipeline that does not see the prompt (FLUX's negative prompt), or that sees it through
         a reduced network (skip-layer guidance of Stable Diffusion 3). Such a call is neither recorded nor counted.
+    frames : int
+        Number of frames that a layer has maps of, in a video; 0 for images.
     """
 
     batch: int
     timestep: float
     latent: tuple[int, int]
     conditional: bool = True
+    frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -418,6 +424,10 @@ class Adapter(Protocol):
     @property
     def image_optional(self) -> bool:
         """True if the pipeline's call takes an image, but also generates from text alone."""
+
+    @property
+    def encodes(self) -> bool:
+        """True if prompts can be encoded; otherwise the family can be recorded and edited only."""
 
     def is_current(self) -> bool:
         """True if the pipeline has not changed since it was adapted: same denoiser, not compiled."""

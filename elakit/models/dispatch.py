@@ -9,12 +9,14 @@ from elakit.errors import ModelError
 from elakit.models.adapter import Adapter, OtherKind
 from elakit.models.aura_flow import AuraFlow
 from elakit.models.chroma import Chroma
+from elakit.models.cogvideox import CogVideoX
 from elakit.models.cogview3_plus import CogView3Plus
 from elakit.models.cogview4 import CogView4
 from elakit.models.flux import Flux
 from elakit.models.flux2 import Flux2
 from elakit.models.hunyuan_dit import HunyuanDiT
 from elakit.models.kolors import Kolors
+from elakit.models.ltx import LTXVideo
 from elakit.models.lumina2 import Lumina2
 from elakit.models.pixart import PixArt
 from elakit.models.qwen_image import QwenImage
@@ -22,6 +24,7 @@ from elakit.models.sana import Sana
 from elakit.models.sd3 import StableDiffusion3
 from elakit.models.sdxl import StableDiffusionXL
 from elakit.models.stable_diffusion import StableDiffusion
+from elakit.models.wan import Wan
 from elakit.models.z_image import ZImage
 from elakit.pipeline import Pipeline
 
@@ -42,6 +45,9 @@ FAMILIES: tuple[type[Adapter], ...] = (
     CogView4,
     HunyuanDiT,
     Kolors,
+    Wan,
+    LTXVideo,
+    CogVideoX,
 )
 
 _KEPT = "_elakit_adapter"  # where a pipeline keeps its adapter: they are freed together

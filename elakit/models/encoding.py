@@ -47,6 +47,11 @@ class PromptEncoder:
         """Default height and width of an image, in pixels."""
         raise NotImplementedError
 
+    @property
+    def encodes(self) -> bool:
+        """True if the family's prompts can be encoded; otherwise it can be recorded and edited only."""
+        return type(self)._encode is not PromptEncoder._encode
+
     @torch.no_grad()
     def encode(
         self,

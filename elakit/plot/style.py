@@ -79,14 +79,19 @@ def run_names(runs: Sequence[Run]) -> list[str]:
 
 
 def recorded(run: Run | Recording) -> Recording:
-    """Recording of a run; a recording is returned unchanged.
+    """Recording of a run; a recording of images is returned unchanged.
 
     Raises
     ------
     RecordingError
-        The run was not recorded.
+        The run was not recorded, or is a recording of videos.
     """
     if not hasattr(run, "recording"):
+        if run.frames:
+            raise RecordingError(
+                f"This is a recording of videos of {run.frames} frames, and figures show one frame. Give "
+                f"`recording.frame(0)`, or another frame up to {run.frames - 1}."
+            )
         return run
     if run.recording is None:
         raise RecordingError("This run was not recorded; generate it with record=True to see its attention.")

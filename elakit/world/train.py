@@ -90,7 +90,7 @@ def process_devices(device: str | None, processes: int) -> tuple[torch.device, .
     Raises
     ------
     SettingError
-        When there is no such device on this machine, or no GPU for each process.
+        Raised when there is no such device on this machine, or no GPU for each process.
 
     Examples
     --------

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_videos import tiny_wan
 
 PAGE = Path(__file__).parents[2] / "docs" / "recording.md"
 
@@ -14,10 +15,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "recording.md"
 def test_the_code_on_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)
-    there: dict[str, Any] = {}
+    there: dict[str, Any] = {"video_pipe": tiny_wan()}
     for block in blocks:
         quick = block.replace("num_inference_steps=25", "num_inference_steps=2")
         quick = quick.replace("pipe(prompt.text)", "pipe(prompt.text, num_inference_steps=2)")
+        quick = quick.replace("num_frames=33", "num_frames=5, height=32, width=48")
         exec(compile(quick, str(PAGE), "exec"), there)
     assert there["later"].steps == (0, 1)
     raw, spread = (there["recording"].maps("car", layers="up", refine=times) for times in (0, 1))

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import captured
 import families
 import tiny_families
+import tiny_videos
 import torch
 from PIL import Image
 from tiny import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl
@@ -21,19 +22,20 @@ from tiny import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sd3, tiny_sdxl
 from elakit.attention import map_concepts
 from elakit.errors import ModelError, RecordingError
 from elakit.models import FAMILIES, adapter_for
-from elakit.models.encoding import PromptEncoder
+from elakit.models.video import VideoAdapter
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 INDEPENDENT = "projections, norms and rotary embeddings recomputed in float64"
 WITNESS = "query, key and mask of the attention call, in float64"
-BUILDERS = {
+RECOMPUTED = {
     "Stable Diffusion 1.x/2.x": tiny_pipeline,
     "Stable Diffusion XL": tiny_sdxl,
     "PixArt-Alpha/Sigma": tiny_pixart,
     "Stable Diffusion 3/3.5": tiny_sd3,
     "FLUX.1": tiny_flux,
-} | tiny_families.BUILDERS
+}
+BUILDERS = RECOMPUTED | tiny_families.BUILDERS | tiny_videos.BUILDERS
 
 
 def table() -> str:
@@ -47,18 +49,18 @@ def table() -> str:
         adapter: Any = adapter_for(BUILDERS[family.family]())
         layers = adapter.layers()
         like = all(layer.kind == "cross" and layer.layout is None for layer in layers)
-        generates = family._encode is not PromptEncoder._encode
+        video = isinstance(adapter, VideoAdapter)
         try:
             own = adapter.self_layers(layers)
             self_attention = "yes" if own[0].module is not layers[0].module else "share of the joint softmax"
         except ModelError:
-            self_attention = "no: linear attention"
-        checked = WITNESS if family.family in tiny_families.BUILDERS else INDEPENDENT
+            self_attention = "no" if video else "no: linear attention"
+        checked = INDEPENDENT if family.family in RECOMPUTED else WITNESS
         cells = [
             family.family,
-            "yes",
+            "yes, each frame" if video else "yes",
             "yes" if like else "yes, without `like`",
-            "yes" if generates else "no",
+            "yes" if adapter.encodes else "no",
             "yes",
             self_attention,
             "yes" if _encodes(adapter) else "no",
@@ -98,7 +100,8 @@ def test_maps_and_image_of_every_family_are_compared_with_its_attention_calls() 
     # by test_adapter_attention_calls.py at the call, by test_adapter_hooks.py from the layers' inputs and weights
     recomputed = {adapter_for(family.make()).family for family in families.FAMILIES.values()}
     assert recomputed.isdisjoint(captured.SPECS)
-    assert {family.family for family in FAMILIES} <= recomputed | set(captured.SPECS)
+    # of videos, by test_video.py
+    assert {family.family for family in FAMILIES} <= recomputed | set(captured.SPECS) | set(tiny_videos.BUILDERS)
 
 
 if __name__ == "__main__":
