@@ -32,7 +32,7 @@ _CONTROL = ("controlnet_block_samples", "controlnet_single_block_samples")
 
 
 class FluxPipeline(PackedPipeline, Protocol):
-    """What this adapter uses of its pipelines beside the transformer and packed latents."""
+    """Members of its pipelines that this adapter uses, beside the transformer and packed latents."""
 
     tokenizer_2: Any
 

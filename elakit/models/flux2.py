@@ -19,7 +19,7 @@ from elakit.tokens import TextSequence
 
 
 class Flux2Pipeline(TransformerPipeline, Protocol):
-    """What this adapter uses of its pipelines beside the transformer; Klein has no system message."""
+    """Members of its pipelines that this adapter uses, beside the transformer; Klein has no system message."""
 
     default_sample_size: int
     system_message: str

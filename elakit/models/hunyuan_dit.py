@@ -18,7 +18,7 @@ _BERT, _T5 = 77, 256
 
 
 class HunyuanDiTPipeline(TransformerPipeline, Protocol):
-    """What this adapter uses of its pipelines beside the transformer."""
+    """Members of its pipelines that this adapter uses, beside the transformer."""
 
     tokenizer_2: Any
 

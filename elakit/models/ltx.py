@@ -11,7 +11,7 @@ from elakit.tokens import TextSequence
 
 
 class LTXVideoPipeline(VideoPipeline, Protocol):
-    """What this adapter uses of its pipelines beside the transformer."""
+    """Members of its pipelines that this adapter uses, beside the transformer."""
 
     vae_spatial_compression_ratio: int
 

@@ -16,7 +16,7 @@ from elakit.tokens import TextSequence
 
 
 class Lumina2Pipeline(TransformerPipeline, Protocol):
-    """What this adapter uses of its pipelines beside the transformer."""
+    """Members of its pipelines that this adapter uses, beside the transformer."""
 
     system_prompt: str
 

@@ -16,7 +16,7 @@ from elakit.tokens import TextSequence
 
 
 class PixArtPipeline(TransformerPipeline, Protocol):
-    """What this adapter uses of its pipelines beside the transformer."""
+    """Members of its pipelines that this adapter uses, beside the transformer."""
 
     def _text_preprocessing(self, *args: Any, **kwargs: Any) -> list[str]: ...
 

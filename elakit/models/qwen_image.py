@@ -19,7 +19,7 @@ from elakit.tokens import TextSequence
 
 
 class QwenImagePipeline(PackedPipeline, Protocol):
-    """What this adapter uses of its pipelines beside the transformer and packed latents."""
+    """Members of its pipelines that this adapter uses, beside the transformer and packed latents."""
 
     tokenizer_max_length: int
     prompt_template_encode: str

@@ -14,7 +14,7 @@ from elakit.tokens import TextSequence
 
 
 class StableDiffusion3Pipeline(TransformerPipeline, Protocol):
-    """What this adapter uses of its pipelines beside the transformer."""
+    """Members of its pipelines that this adapter uses, beside the transformer."""
 
     tokenizer_max_length: int
     tokenizer_3: Any

@@ -13,7 +13,7 @@ from elakit.pipeline import Pipeline, UNetPipeline
 
 
 class XLPipeline(UNetPipeline, Protocol):
-    """What this adapter uses of its pipelines beside the UNet."""
+    """Members of its pipelines that this adapter uses, beside the UNet."""
 
     def _get_add_time_ids(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
 

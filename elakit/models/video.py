@@ -15,7 +15,7 @@ from elakit.pipeline import TransformerPipeline
 
 
 class VideoPipeline(TransformerPipeline, Protocol):
-    """What the adapters of videos use of their pipelines beside the transformer; LTX-Video names it differently."""
+    """Members of pipelines of videos that their adapters use, beside the transformer."""
 
     vae_scale_factor_spatial: int
 

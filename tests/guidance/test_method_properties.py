@@ -91,7 +91,7 @@ def test_the_order_of_entities_does_not_matter(method: Any) -> None:
 
 
 @every_method
-def test_a_image_of_one_entity_is_left_alone(method: Any) -> None:
+def test_an_image_of_one_entity_is_left_alone(method: Any) -> None:
     pipe = tiny_pipeline()
     plain = generate(pipe, "a [red car]", seed=2, steps=2, record=False, progress=False)
     run = generate(pipe, "a [red car]", seed=2, steps=2, guidance=method, record=False, progress=False)

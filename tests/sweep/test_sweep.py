@@ -328,23 +328,23 @@ class Brittle:
 
     def __init__(self, width: int) -> None:
         self.width, self.pools = width, 1
-        self.waiting: list[tuple[Future[Any], Any, Any, Unit]] = []
+        self.waiting: list[tuple[Future[Any], Any, Unit]] = []
         self.together: list[list[str]] = []
 
-    def submit(self, call: Any, make: Any, unit: Unit, threads: int) -> Future[Any]:
+    def submit(self, call: Any, unit: Unit) -> Future[Any]:
         future: Future[Any] = Future()
-        self.waiting.append((future, call, make, unit))
+        self.waiting.append((future, call, unit))
         return future
 
     def generate(self) -> None:
         waiting, self.waiting = self.waiting, []
         self.together.append([unit.key for *_, unit in waiting])
-        dead = any(make(unit) is None for *_, make, unit in waiting)
-        for future, call, make, unit in waiting:
+        dead = any(call.args[0](unit) is None for _, call, unit in waiting)  # the function that generates a unit
+        for future, call, unit in waiting:
             if dead:
                 future.set_exception(BrokenProcessPool("dead"))
             else:
-                future.set_result(call(make, unit, None))
+                future.set_result(call(unit))
 
     def replace(self) -> None:
         self.pools += 1
@@ -388,7 +388,7 @@ def test_workers_that_always_die_end_the_sweep(tmp_path: Path, brittle: Brittle)
 def test_finished_units_survive_an_executor_that_breaks(tmp_path: Path) -> None:
     class Breaks(ThreadPoolExecutor):
         def submit(self, call: Any, /, *arguments: Any) -> Future[Any]:
-            if "lion" in arguments[1].prompt:
+            if "lion" in arguments[0].prompt:
                 raise BrokenProcessPool
             return super().submit(call, *arguments)
 
