@@ -104,10 +104,19 @@ def save(notebook: nbformat.NotebookNode, path: Path) -> None:
     write_file(path, f"{nbformat.writes(notebook)}\n".encode())
 
 
+def find(name: str) -> Path:
+    """Path of a notebook that is given by its path or by its name, with or without ``.ipynb``."""
+    for path in (Path(name), HERE / name, HERE / f"{name}.ipynb"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in HERE.glob("*.ipynb")))
+    raise argparse.ArgumentTypeError(f"{name!r} is not a notebook; give a path, or one of {known}.")
+
+
 def main() -> int:
     """Run the requested notebooks; return 1 if one is stale, or too large to be committed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("notebooks", nargs="*", type=Path, help="notebooks to run; by default all")
+    parser.add_argument("notebooks", nargs="*", type=find, help="names or paths of notebooks; by default all")
     parser.add_argument(
         "--check", action="store_true", help="only list the notebooks whose code has changed since they were run"
     )

@@ -6,6 +6,7 @@ checked against the names and arguments of the package.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
 import importlib.util
@@ -141,6 +142,13 @@ def test_its_first_code_cell_installs_elakit_where_it_is_missing(path: Path, mon
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     exec(code, {"get_ipython": lambda: shell})
     assert [(name, line.split()[0]) for name, line in magics] == [("pip", "install")]
+
+
+def test_a_notebook_is_found_by_its_name_or_path() -> None:
+    found = run.HERE / "01_first_look.ipynb"
+    assert [run.find(name) for name in ("01_first_look", "01_first_look.ipynb", str(found))] == [found] * 3
+    with pytest.raises(argparse.ArgumentTypeError, match="'first_look' is not a notebook.*01_first_look"):
+        run.find("first_look")
 
 
 def test_an_install_cell_is_added_once_and_changes_no_digest() -> None:
