@@ -147,7 +147,7 @@ def test_its_first_code_cell_installs_elakit_where_it_is_missing(path: Path, mon
 def test_a_notebook_is_found_by_its_name_or_path() -> None:
     found = run.HERE / "01_first_look.ipynb"
     assert [run.find(name) for name in ("01_first_look", "01_first_look.ipynb", str(found))] == [found] * 3
-    with pytest.raises(argparse.ArgumentTypeError, match="'first_look' is not a notebook.*01_first_look"):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"'first_look' is not a notebook.*01_first_look"):
         run.find("first_look")
 
 
