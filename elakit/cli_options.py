@@ -17,7 +17,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 PROMPT = r'Prompt, such as "a cat and a lion". Brackets mark entities: "a \[red car] and a \[bird]".'
 Prompt = Annotated[str, typer.Argument(help=PROMPT)]
 Model = Annotated[str, typer.Option(help="picture-world (built in), a folder, or a hub id such as org/model.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if available.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, or one GPU such as cuda:1. Default: cuda if available.")]
 Dtype = Annotated[
     str | None,
     typer.Option(

@@ -156,7 +156,7 @@ def bootstrap(
 
 
 def mcnemar(fixed: int, broken: int) -> float:
-    """Exact two-sided McNemar test of paired outcomes, such as images without and with a method.
+    """Exact two-sided McNemar test of paired outcomes, for example first without and then with a method.
 
     Parameters
     ----------
@@ -168,8 +168,8 @@ def mcnemar(fixed: int, broken: int) -> float:
     Returns
     -------
     float
-        Probability (p value) of a difference at least this large if both kinds of pairs were equally likely; 1 without
-        any such pair. Pairs with equal outcomes do not count.
+        Probability (p value) of a difference at least this large if both kinds of pairs were equally likely; 1 if
+        both counts are 0. Pairs with equal outcomes do not count.
 
     Raises
     ------

@@ -34,9 +34,9 @@ def confidence_of(strength: float) -> float:
 
 
 def unknown_words(runs: Sequence[Run], states: States) -> list[Cause]:
-    """Causes "ambiguous word": nouns that the model does not know, or that its tokenizer splits into pieces.
+    """Find causes of the kind "ambiguous word": nouns that a tokenizer splits into pieces.
 
-    For the built-in model, whose vocabulary is known, only unknown nouns count.
+    For the built-in model, whose vocabulary is known, nouns outside the vocabulary are found instead.
     """
     embedded = all(run.settings.get("model") in EMBEDDED for run in runs)
     found = []

@@ -28,20 +28,21 @@ from elakit.cli_options import (
     method_options,
 )
 from elakit.errors import SettingError
-from elakit.guidance.registry import METHODS
+from elakit.guidance.registry import METHODS, WITHOUT_REGIONS
 
 
 def diagnose(
     prompt: Annotated[str | None, typer.Argument(help=f"{PROMPT} Or use --prompts.")] = None,
-    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 4,
+    seeds: Annotated[int, typer.Option(help="Number of seeds, counted from --first-seed.")] = 4,
     first_seed: Annotated[int, typer.Option(help="First seed.")] = 0,
-    method: Annotated[str, typer.Option(help=f"Guidance method: {', '.join(METHODS)}.")] = "ela",
+    method: Annotated[str, typer.Option(help=f"Guidance method: {', '.join(WITHOUT_REGIONS)}.")] = "ela",
     remedies: Annotated[
         str,
         typer.Option(
-            help="Further remedies to try if an image is wrong: none, comma-separated names, or all (conform, ebama, "
-            "another-seed, swapped, next-to, regions). Names are those of the methods, another-seed, swapped (entities "
-            "in the opposite order), next-to (“next to” instead of “and”), and regions (ELA with one box per entity)."
+            help="Remedies to try in addition to --method if an image is wrong: none, all (conform, ebama, "
+            "another-seed, swapped, next-to, regions), or comma-separated names: those of --method, another-seed, "
+            "swapped (entities in the opposite order), next-to (“next to” instead of “and”), and regions (ELA with one "
+            "box per entity)."
         ),
     ] = "all",
     options: Options = None,
@@ -66,9 +67,14 @@ def diagnose(
         ),
     ] = None,
     keep: Annotated[
-        Path | None, typer.Option(help="Folder in which all runs are stored; existing runs are not generated again.")
+        Path | None,
+        typer.Option(
+            help="Folder in which all runs are stored; existing runs are not generated again. Not with --prompts."
+        ),
     ] = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="JSON file for all results.")] = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="JSON file for all results. Not with --prompts.")
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(

@@ -110,7 +110,7 @@ class ELA:
                     )  # fmt: skip
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The chosen layers whose maps have the chosen size."""
+        """The layers of `layers` whose maps have `size`; by default those with the coarsest maps."""
         chosen = decoder_side_layers(layers, self.layers)
         if self.size is not None:
             return layers_of_size(chosen, latent, self.size, NATIVE_SIZE, "ELA")

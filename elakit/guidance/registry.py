@@ -67,6 +67,9 @@ METHODS = Methods(
     }
 )
 """Classes of the guidance methods by name; `elakit.guidance.Method` describes their attributes."""
+# stated here so that it can be listed without importing torch; a test compares it with the classes
+NEED_REGIONS = ("layout-guidance", "boxdiff", "bounded-attention", "densediffusion")
+WITHOUT_REGIONS = tuple(name for name in METHODS if name not in NEED_REGIONS)
 
 
 def method_title(name: str) -> str:

@@ -101,7 +101,10 @@ class Verdict:
 
     @property
     def success(self) -> bool:
-        """True if all entities are present, none has a wrong color, and none is fused with another."""
+        """True if all entities are present, `right_color` is True for each, and the image has no hybrid.
+
+        Additional things do not count.
+        """
         return all(self.right_color.values()) and not self.mixture
 
     def _miscolored(self, entity: str) -> bool:

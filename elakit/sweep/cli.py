@@ -59,14 +59,21 @@ def run(
             "0.2.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Use at most this many prompts per suite, evenly spaced.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use at most this many prompts per suite or file, evenly spaced.")
+    ] = None,
     batch: Annotated[
-        int | None, typer.Option(help="Generate at most this many seeds per batch. Default: all seeds.")
+        int | None, typer.Option(help="Generate at most this many seeds of a prompt per batch. Default: all seeds.")
     ] = None,
     shard: Annotated[
-        str | None, typer.Option(help="Generate only shard I of N, written I/N, for example 1/3 in a SLURM array.")
+        str | None,
+        typer.Option(
+            help="Generate only shard I of N (I counts from 1), written I/N, for example 1/3 in a SLURM array."
+        ),
     ] = None,
-    keep_images: Annotated[bool, typer.Option("--keep-images", help="Store all images as PNG, for scoring.")] = False,
+    keep_images: Annotated[
+        bool, typer.Option("--keep-images", help="Store all images as PNG, for `elakit sweep score`.")
+    ] = False,
     workers: Annotated[
         int | None,
         typer.Option(help="Number of worker processes. Default: one per GPU, or CPU cores divided by threads."),
@@ -89,7 +96,8 @@ def run(
     detector: Annotated[
         str | None,
         typer.Option(
-            help="Detector that judges images of other models: a folder or hub id, such as google/owlv2-base-patch16."
+            help="Detector that judges images of models other than picture-world: a folder or hub id, such as "
+            "google/owlv2-base-patch16."
         ),
     ] = None,
 ) -> None:

@@ -31,14 +31,15 @@ def canonical(value: Any) -> str:
 
 
 def canonical_options(method: str, options: Mapping[str, Any]) -> str:
-    """All options of a method, including defaults, as canonical JSON.
+    """All options of a method, including defaults, as JSON in which equal options give equal text.
 
     Parameters
     ----------
     method : str
         "plain" or a name in `elakit.guidance.METHODS`.
     options : mapping of str to object
-        Options that differ from their defaults, and those in `CONDITION`.
+        Options that differ from their defaults, and the condition of guidance (the keys of `CONDITION`). "plain" has
+        none.
 
     Returns
     -------

@@ -39,7 +39,8 @@ def background(
     kinds : tuple of str
         Kinds to choose from, each one of `KINDS`.
     avoid : list of ndarray, (3,)
-        Mean RGB colors in [0, 1] of the things in the scene, which the background avoids; may be empty.
+        Mean RGB colors in [0, 1] of the things in the scene, from which the background differs as far as possible; may
+        be empty.
     size : int
         Side in pixels.
     rng : numpy.random.Generator

@@ -14,6 +14,7 @@ from method_options import OPTIONS
 from elakit import generate
 from elakit.errors import SettingError
 from elakit.guidance import METHODS, build
+from elakit.guidance.registry import NEED_REGIONS
 from elakit.models import adapter_for
 
 # These need image and text in separate layers.
@@ -78,3 +79,7 @@ def test_a_method_runs_on_every_family_that_it_is_for(family: str, name: str) ->
     first, same = (run.guidance.rows[0]["loss"] for run in (both[1], alone))
     assert first == pytest.approx(same, rel=1e-3, abs=1e-6)
     assert np.abs(np.asarray(both[1].image, int) - np.asarray(alone.image, int)).max() <= 1
+
+
+def test_the_methods_that_need_regions_are_known_without_their_classes() -> None:
+    assert {name for name, method in METHODS.items() if method.needs_regions} == set(NEED_REGIONS)

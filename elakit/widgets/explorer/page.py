@@ -23,14 +23,14 @@ def render(meta: dict[str, Any], maps: bytes, state: dict[str, Any], code: str, 
     maps : bytes
         `Payload.maps`, the compressed maps.
     state : dict
-        Initial values of the settings, by name.
+        Initial values of the explorer's controls, by name.
     code, style : str
         JavaScript module and style sheet of the widget.
 
     Returns
     -------
     str
-        HTML.
+        HTML of the page.
     """
     environment = Environment(
         loader=PackageLoader("elakit.widgets.explorer", "."),

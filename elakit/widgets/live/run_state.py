@@ -89,7 +89,7 @@ class RunState:
         return replace(self, state="running", canceling=True) if self.going else self
 
     def end(self, state: State, run: Run | None, error: Exception | None = None) -> RunState:
-        """End the run in a given state."""
+        """End the run in the state "done", "canceled" or "failed"."""
         return replace(self, state=state, run=run, error=error)
 
     def preview_failed(self, error: Exception) -> RunState:

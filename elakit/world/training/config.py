@@ -116,7 +116,7 @@ class JudgeSettings:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a training run."""
+    """All settings with which picture-world is trained, as `read_config` reads them."""
 
     world: World
     vae: VaeSettings
