@@ -28,7 +28,7 @@ from elakit.cli_options import (
     method_options,
 )
 from elakit.errors import SettingError
-from elakit.guidance.registry import METHODS, WITHOUT_REGIONS
+from elakit.guidance.registry import METHODS, NEED_REGIONS, WITHOUT_REGIONS
 
 
 def diagnose(
@@ -118,8 +118,13 @@ def diagnose(
     resources = {
         "model": model, "device": device, "dtype": dtype, "variant": variant, "scheduler": scheduler, "lora": lora,
     }  # fmt: skip
+    if method in NEED_REGIONS:
+        raise SettingError(
+            f"--method {method} needs regions, which diagnose does not take. Use elakit run --method {method} "
+            f"--regions ..., or choose from {', '.join(WITHOUT_REGIONS)}."
+        )
     if method not in METHODS:
-        raise SettingError(f"--method {method}: choose from {', '.join(METHODS)}.")
+        raise SettingError(f"--method {method}: choose from {', '.join(WITHOUT_REGIONS)}.")
     own = method_options(method, options)
     if prompts is not None:
         chosen = out or Path("diagnoses")

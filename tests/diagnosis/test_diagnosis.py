@@ -377,6 +377,7 @@ def test_the_command_writes_a_page_json_and_the_runs(
         (["diagnose"], "Give either one prompt"),
         (["diagnose", WORLD, "--prompts", "none.txt"], "Give either one prompt"),
         (["diagnose", "--prompts", "none.txt", "--keep", "kept"], "--keep stores the results of one prompt"),
+        (["diagnose", WORLD, "--method", "boxdiff"], "--method boxdiff needs regions"),
         (["diagnose", "--prompts", "none.txt", "--json", "found.json"], "--json stores the results of one prompt"),
         (["diagnose", WORLD, "--workers", "2"], "--workers 2 applies to a file of prompts"),
         (["diagnose", WORLD, "--remedies", "magic"], "no remedy 'magic'"),
