@@ -1,36 +1,28 @@
-"""Generation: one call that runs a pipeline, records its attention and, if requested, guides it."""
+"""Generation: arguments of `generate`, their checks and its warnings; `elakit.pipeline_call` calls the pipeline."""
 
 from __future__ import annotations
 
 import inspect
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from contextlib import contextmanager
 from typing import Any, overload
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
 from elakit import checks
-from elakit.attention import Recording, RecordSpec
-from elakit.attention import record as recorded
+from elakit.attention import RecordSpec
 from elakit.errors import ModelError, SettingError
 from elakit.guidance import Guide, Method
-from elakit.guidance.clean import Steps, watched_steps
-from elakit.guidance.engine import encoded
 from elakit.guidance.metadata import option_values
 from elakit.guidance.method import Encodes, NoiseSearch
-from elakit.models import Adapter, Conditioning, adapter_for, default_settings, loaded_with, name_of
+from elakit.models import Adapter, adapter_for, default_settings
 from elakit.pipeline import Pipeline
-from elakit.prompt import Prompt, parse
+from elakit.pipeline_call import GuideIf, PipelineCall, Progress, Request
+from elakit.prompt import Prompt
 from elakit.run import Run
 
-_log = logging.getLogger(__name__)
+__all__ = ["GuideIf", "Progress", "generate"]
 
 # Arguments of a pipeline's call that `generate` sets.
 _OWN = (
@@ -39,52 +31,6 @@ _OWN = (
     "guidance_scale", "height", "width", "latents", "generator", "num_images_per_prompt", "output_type", "return_dict",
     "callback", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class Progress:
-    """State of a run after one of its steps, which `generate` passes to ``stop_if`` and ``guide_if``.
-
-    Attributes
-    ----------
-    step : int
-        Number of the step that has just ended, counted from 0.
-    steps : int
-        Number of steps of the whole run.
-    latents : torch.Tensor
-        Latents in the pipeline's form, one row per image.
-    runs : callable
-        Function that returns the runs in their present state as a list of `Run`, one per image: ``runs()``. The images
-        are decoded from the latents, which are noisy before the end; recordings and traces contain the steps so far.
-        Measures, regions, figures and features can be computed from them as from a finished `Run`.
-        ``runs(decode=False)`` does not call the VAE decoder, and the images are blank. ``runs(predicted=True)`` decodes
-        the clean latents that the step predicts, which show what the image will be; with a scheduler whose prediction
-        type is unknown, it decodes the latents themselves.
-    states : sequence
-        State of the guidance method for each image, as the method's ``begin`` returned it; empty for a plain run. With
-        ELA these are `elakit.guidance.Anchors`, and ``anchors.steer(regions)`` sets the regions for the following
-        steps.
-    """
-
-    step: int
-    steps: int
-    latents: Tensor
-    runs: Callable[..., list[Run]]
-    states: Sequence[Any] = ()
-
-
-GuideIf = Callable[[Progress], bool | Sequence[bool] | None]
-
-
-class _Stopped(Exception):
-    """Ends a pipeline's call after a step."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-
-
-class _Rehearsed(Exception):
-    """Ends a rehearsal."""
 
 
 @overload
@@ -213,8 +159,8 @@ def generate(
     Warns
     -----
     UserWarning
-        Warns when guidance acts at no step, for example because there are too few, and when the pipeline's safety
-        checker replaced an image.
+        Warns when guidance acts at no step, for example because there are too few; when guided steps left the latents
+        unchanged because the gradient was not finite; and when the pipeline's safety checker replaced an image.
 
     Examples
     --------
@@ -244,7 +190,7 @@ def generate(
     )  # fmt: skip
     _check_arguments(negative_prompt, guidance, guide_if, stop_if, record)
     call = _call_arguments(adapter, call, guidance)
-    request = _Request(
+    request = Request(
         adapter=adapter,
         prompt=prompt,
         seeds=seeds,
@@ -264,215 +210,15 @@ def generate(
     )
     _check_possible(request)
     with _normal_mode():
-        generation = _Generation(request)
-        if generation.guide is not None:
-            _warn_if_inactive(generation.guide, steps)
-        images, replaced = generation.run()
-        runs = generation.collect(images, replaced)
+        prepared = PipelineCall(request)
+        if prepared.guide is not None:
+            _warn_if_inactive(prepared.guide, steps)
+        images, replaced = prepared.run()
+        runs = prepared.collect(images, replaced)
+    _warn_if_skipped(runs)
     if hidden := [run.seed for run in runs if run.nsfw]:
         warnings.warn(f"The safety checker replaced the images of seeds {hidden}; they are not judged.", stacklevel=2)
     return runs[0] if checks.is_whole(seed) else runs
-
-
-@dataclass(frozen=True, eq=False)
-class _Request:
-    """Arguments of `generate` after their checks, with the model's defaults of steps and scale."""
-
-    adapter: Adapter
-    prompt: str | Prompt
-    seeds: Sequence[int]
-    steps: int
-    guidance_scale: float
-    height: int | None
-    width: int | None
-    negative_prompt: str | None
-    guidance: Method | None
-    guide_if: GuideIf | None
-    record: RecordSpec | None
-    call: Mapping[str, Any]
-    takes_image: bool
-    stop_if: Callable[[Progress], object] | None
-    predicted: bool
-    progress: bool
-
-
-class _Generation:
-    """One call of a pipeline: prepared from a request, then run, then collected as runs.
-
-    Attributes
-    ----------
-    request : _Request
-    prompt : Prompt
-    height, width : int
-        Size of the image in pixels.
-    settings : dict
-        `Run.settings` so far.
-    arguments : dict
-        Arguments of the pipeline's call.
-    guide : Guide or None
-        Guidance; None for a plain run.
-    """
-
-    def __init__(self, request: _Request) -> None:
-        self.request, self.adapter, self.pipe = request, request.adapter, request.adapter.pipe
-        self.prompt = parse(request.prompt, self.pipe)
-        height, width = self.adapter.default_size()
-        self.height = checks.whole_number(height if request.height is None else request.height, "height", 1)
-        self.width = checks.whole_number(width if request.width is None else request.width, "width", 1)
-        latent = self.adapter.latent_size(self.height, self.width)
-        conditioning = self.adapter.encode(
-            self.prompt.text,
-            request.negative_prompt,
-            guided=request.guidance_scale > 1,
-            size=(self.height, self.width),
-            guidance_scale=request.guidance_scale,
-        )
-        conditioning = encoded(request.guidance, self.adapter, self.prompt, conditioning)
-        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
-        self.settings = self._settings()
-        self.arguments = self._arguments(conditioning)
-        self.guide: Guide | None = None
-        if request.guidance is not None:
-            self._noise_scale = self.adapter.set_timesteps(request.steps, self.height, self.width)
-            self.guide = Guide(self.pipe, request.guidance, self.prompt, conditioning, latent, len(request.seeds))
-        self._undecided = request.guide_if is not None
-        self._recording: Recording | None = None
-        self._watched: Steps | None = None
-        self._kept: list[list[Image.Image]] = []  # what each step predicts, one image per seed
-
-    def _settings(self) -> dict[str, Any]:
-        request = self.request
-        settings = {
-            "model": name_of(self.pipe),
-            **loaded_with(self.pipe),
-            "steps": request.steps,
-            "guidance_scale": request.guidance_scale,
-            "height": self.height,
-            "width": self.width,
-            "negative_prompt": request.negative_prompt,
-            "scheduler": type(self.pipe.scheduler).__name__,
-            "method": request.guidance.name if request.guidance is not None else None,
-        }
-        return settings | ({"call": _listed(request.call)} if request.call else {})
-
-    def _arguments(self, conditioning: Conditioning) -> dict[str, Any]:
-        """Arguments of the pipeline's call, with the noise of the seeds unless the pipeline takes an image."""
-        request = self.request
-        arguments: dict[str, Any] = {
-            "num_inference_steps": request.steps,
-            self.adapter.scale_argument: request.guidance_scale,
-            "generator": self.generators[0] if len(self.generators) == 1 else self.generators,
-            **conditioning.arguments(len(request.seeds)),
-            **request.call,
-        }
-        if request.takes_image:  # its own size is the default
-            accepted = inspect.signature(self.pipe.__call__).parameters
-            sides = {"height": request.height, "width": request.width}
-            return arguments | {name: side for name, side in sides.items() if side is not None and name in accepted}
-        noise = torch.cat([self.adapter.noise(generator, self.height, self.width) for generator in self.generators])
-        return arguments | {"height": self.height, "width": self.width, "latents": noise}
-
-    def run(self) -> tuple[Sequence[Image.Image], Sequence[bool] | None]:
-        """Call the pipeline, recorded and guided.
-
-        Returns
-        -------
-        images : sequence of PIL.Image.Image
-        replaced : sequence of bool or None
-            Whether the safety checker replaced each image; None if the pipeline has none.
-        """
-        request, pipe = self.request, self.pipe
-        if self.guide is not None:
-            self._start_guidance(self.guide)
-        watched = request.predicted or request.stop_if is not None or request.guide_if is not None
-        if watched or self.guide is not None:
-            self.arguments |= self.adapter.on_step(self._after_step)
-        recorder = nullcontext(None) if request.record is None else recorded(pipe, self.prompt, request.record)
-        holding = nullcontext() if self.guide is None else self.guide.holding()
-        watching = watched_steps(pipe.scheduler) if watched else nullcontext(None)
-        _log.info("Generating %r, seeds %s, %s", self.prompt.text, request.seeds, self.settings)
-        images: Sequence[Image.Image]
-        replaced = None
-        with _progress_bar(pipe, request.progress), recorder as self._recording, holding, watching as self._watched:
-            try:
-                output = pipe(**self.arguments)
-                images, replaced = output.images, getattr(output, "nsfw_content_detected", None)
-            except _Stopped as stopped:
-                self.settings["stopped"] = stopped.progress.step + 1
-                images = self.adapter.decode(stopped.progress.latents, self.height, self.width)
-                pipe.maybe_free_model_hooks()  # the call's own end was not reached
-        if request.takes_image:
-            self.settings["width"], self.settings["height"] = images[0].size
-        return images, replaced
-
-    def _start_guidance(self, guide: Guide) -> None:
-        """Rehearse the first steps for a method that requires it, and move the noise for the first step."""
-        if guide.rehearse(lambda enough: _rehearse(self.pipe, self.arguments, self.generators, enough)):
-            self.adapter.set_timesteps(self.request.steps, self.height, self.width)  # the run starts again
-        if self.request.guide_if is None:
-            first = self.pipe.scheduler.timesteps[0]
-            self.arguments["latents"] = guide.start(self.arguments["latents"], self._noise_scale, first)
-
-    def _after_step(self, step: int, latents: Tensor) -> Tensor:
-        """Pass the progress to ``stop_if`` and ``guide_if``, and move the latents for the next step."""
-        request, guide = self.request, self.guide
-        if request.predicted:
-            self._kept.append(self._images(step, latents, predicted=True))
-        so_far = Progress(
-            step=step,
-            steps=request.steps,
-            latents=latents,
-            runs=partial(self._present_runs, step, latents),
-            states=guide.states if guide else (),
-        )
-        if request.stop_if is not None and request.stop_if(so_far):
-            raise _Stopped(so_far)
-        if guide is None:
-            return latents
-        if self._undecided and request.guide_if is not None and (answer := request.guide_if(so_far)) is not None:
-            self._undecided = False
-            guide.only(_one_each(answer, len(request.seeds)))
-        return latents if self._undecided else guide.on_step_end(step, latents)
-
-    def _present_runs(self, step: int, latents: Tensor, decode: bool = True, predicted: bool = False) -> list[Run]:
-        """Runs in their state after a step; see `Progress.runs`."""
-        if decode:
-            return self._runs(self._images(step, latents, predicted))
-        return self._runs([Image.new("RGB", (self.width, self.height))] * len(self.request.seeds))
-
-    def _images(self, step: int, latents: Tensor, predicted: bool) -> list[Image.Image]:
-        """Images of the latents after a step, or of the clean latents that the step predicts."""
-        clean = self._watched.predicted(step) if predicted and self._watched is not None else None
-        return self.adapter.decode(latents if clean is None else clean.to(latents.dtype), self.height, self.width)
-
-    def _runs(self, images: Sequence[Image.Image], replaced: Sequence[bool] | None = None) -> list[Run]:
-        """One run per seed, with what has been recorded so far."""
-        seeds, recording = self.request.seeds, self._recording
-        return [
-            Run(
-                image=image,
-                prompt=self.prompt,
-                seed=seed,
-                settings=dict(self.settings),
-                recording=recording.isel(image=[i]) if recording is not None and len(seeds) > 1 else recording,
-                guidance=self.guide.traces[i] if self.guide else None,
-                nsfw=bool(replaced and replaced[i]),
-                predicted=(
-                    tuple(each[i] for each in self._kept)
-                    if self.request.predicted and not (replaced and replaced[i])
-                    else None
-                ),
-            )
-            for i, (seed, image) in enumerate(zip(seeds, images, strict=True))
-        ]
-
-    def collect(self, images: Sequence[Image.Image], replaced: Sequence[bool] | None) -> list[Run]:
-        """Finished runs, from the result of `run`; ``settings["guided"]`` is the decision of ``guide_if``."""
-        runs = self._runs(images, replaced)
-        if self.guide is not None and self.request.guide_if is not None:
-            for i, run in enumerate(runs):
-                run.settings["guided"] = not self._undecided and i not in self.guide.left_alone
-        return runs
 
 
 def _check_arguments(negative_prompt: Any, guidance: Any, guide_if: Any, stop_if: Any, record: Any) -> None:
@@ -532,13 +278,7 @@ def _call_arguments(adapter: Adapter, call: Mapping[str, Any] | None, guidance: 
     return call
 
 
-def _listed(call: Mapping[str, Any]) -> str:
-    """Further arguments as text: values of plain ones, names of the others."""
-    plain = str | int | float | bool | None
-    return ", ".join(f"{name}={value!r}" if isinstance(value, plain) else name for name, value in call.items())
-
-
-def _check_possible(request: _Request) -> None:
+def _check_possible(request: Request) -> None:
     """Refuse what the pipeline cannot do: predicted images where it takes an image, gradients of inference tensors."""
     pipe = request.adapter.pipe
     if request.predicted and request.takes_image:
@@ -562,27 +302,6 @@ def _normal_mode() -> Iterator[None]:
         yield
 
 
-def _rehearse(
-    pipe: Pipeline, arguments: Mapping[str, Any], generators: Sequence[torch.Generator], enough: Callable[[int], bool]
-) -> None:
-    """Make the first steps of a plain run, and set the generators back."""
-    before = [generator.get_state() for generator in generators]
-
-    def after(step: int, latents: Tensor) -> Tensor:
-        if enough(step):
-            raise _Rehearsed
-        return latents
-
-    try:
-        with _progress_bar(pipe, False):
-            pipe(**arguments, output_type="latent", **adapter_for(pipe).on_step(after))
-    except _Rehearsed:
-        pipe.maybe_free_model_hooks()  # the call's own end was not reached
-    finally:
-        for generator, state in zip(generators, before, strict=True):
-            generator.set_state(state)
-
-
 def _warn_if_inactive(guide: Guide, steps: int) -> None:
     """Warn when a method acts at no step of a run, as with one or two steps, although none of its switches is 0."""
     acts = any(update.size or update.hold for update in guide.updates) or isinstance(guide.method, NoiseSearch)
@@ -597,21 +316,14 @@ def _warn_if_inactive(guide: Guide, steps: int) -> None:
         )
 
 
-@contextmanager
-def _progress_bar(pipe: Pipeline, shown: bool) -> Iterator[None]:
-    """Switch a pipeline's progress bar on or off, and back afterwards."""
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**{**before, "disable": not shown})
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**before)
-
-
-def _one_each(answer: bool | Sequence[bool], images: int) -> list[bool]:
-    answers = [bool(answer)] * images if isinstance(answer, bool | np.bool_) else [bool(one) for one in answer]
-    if len(answers) != images:
-        raise SettingError(
-            f"guide_if gave {len(answers)} answers for {images} images; give True, False, or one answer per image."
+def _warn_if_skipped(runs: Sequence[Run]) -> None:
+    """Warn when a gradient was NaN or infinite, so that a step was not guided."""
+    skipped = {run.seed: run.guidance.skipped for run in runs if run.guidance is not None and run.guidance.skipped}
+    if skipped:
+        counts = ", ".join(f"{count} of seed {seed}" for seed, count in skipped.items())
+        warnings.warn(
+            f"These steps were not guided, because the gradient of {runs[0].label}'s loss was NaN or infinite: "
+            f"{counts}. `run.guidance.to_frame()` marks them as skipped. In half precision, load the model in float32; "
+            "in a method of your own, check the loss for divisions by zero.",
+            stacklevel=3,
         )
-    return answers

@@ -24,6 +24,8 @@ Span: TypeAlias = tuple[int, int]  # first character, and the one after the last
 # Labels with a meaning of their own in recordings and measures. A word that is spelled like one is always numbered.
 RESERVED_LABELS = frozenset({"background", "<start>", "<end>", "<eot>"})
 
+_SPECIAL_TITLES = {"<start>": "start-of-text", "<end>": "end-of-text and padding", "<eot>": "end-of-text"}
+
 # A textual inversion ("<cat-toy>"), a word of letters, digits and marks with inner hyphens ("red-haired"), an English
 # ending ("'s"), or a run of signs.
 _WORD = re.compile(r"<[^\W\d]\w*(?:-\w+)*>|\w+(?:-\w+)*|(?<=\w)['’](?:s|t|re|ve|m|ll|d)\b|[^\w\s]+")
@@ -177,6 +179,24 @@ def word_of(label: str) -> str:
     ('red', 'car')
     """
     return label.partition("#")[0]
+
+
+def token_title(label: str) -> str:
+    """Name of a token in sentences and figures: the label of a word, or the name of a special token.
+
+    Parameters
+    ----------
+    label : str
+        Label in recordings.
+
+    Examples
+    --------
+    >>> token_title("red#2"), token_title("<start>"), token_title("<end>"), token_title("<pad/3>")
+    ('red#2', 'start-of-text', 'end-of-text and padding', 'padding 3')
+    """
+    if padding := re.fullmatch(r"<pad/(\d+)>", label):
+        return f"padding {padding[1]}"
+    return _SPECIAL_TITLES.get(label, label)
 
 
 def sequence_of(label: str) -> str:

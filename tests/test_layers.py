@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "attention",
         "guidance judge world",
         "training",  # elakit.world.train and elakit.world.training
-        "bleeding run generation",
+        "bleeding run pipeline_call generation",
         "plot",
         "causes prediction",
         "sweep diagnosis",

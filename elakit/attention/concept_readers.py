@@ -200,7 +200,7 @@ class TextPass(Reader):
     """
 
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
-        """Start to read the layers, and those that the concepts pass through before them."""
+        """Place hooks on the layers that are read and on all earlier ones, which the concepts' states pass through."""
         self.states = self._states()
         self.chosen = {layer.name for layer in layers}
         every = self.adapter.layers()

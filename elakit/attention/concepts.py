@@ -21,7 +21,7 @@ from elakit.prompt import Prompt
 
 
 class ConceptMaps:
-    """Maps of concepts in the runs of one `map_concepts` block.
+    """Maps of concepts, words that need not be in the prompt, for all runs of a pipeline in one `map_concepts` block.
 
     Attributes
     ----------

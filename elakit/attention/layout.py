@@ -175,7 +175,9 @@ class Layout:
     Attributes
     ----------
     nodes : dict of str to NodeLayout
+        Layout of the values of each map size, by the name of its node in the recording.
     dtype : torch.dtype
+        Data type of the stored values.
     about : dict
         Prompt, family, model, expected calls and frames, as `build_tree` takes them.
     """

@@ -72,10 +72,10 @@ def record(
     ------
     RecordingError
         Raised when the pipeline is already being recorded; when the specification selects what does not exist; when the
-        run would exceed the budget (at the first denoiser call, before it computes anything); when the run has another
-        prompt, or several; when its size or number of images differs from that of an earlier run in the block; when the
-        denoiser has a cache, an attention processor that is not from diffusers, or merged tokens (ToMe); when parts of
-        the denoiser are replaced inside the block.
+        run would exceed the memory limit ``spec.budget`` (at the first denoiser call, before it computes anything);
+        when the run has another prompt, or several; when its size or number of images differs from that of an earlier
+        run in the block; when the denoiser has a cache, an attention processor that is not from diffusers, or merged
+        tokens (ToMe); when parts of the denoiser are replaced inside the block.
     SettingError
         Raised when a store is given together with ``RecordSpec(device="model")``.
     PromptError

@@ -359,7 +359,8 @@ class Recording:
         wanted = calls if steps is None else _calls(steps, calls)
         node = node.isel(step=_positions("step", wanted, calls))
         if not -node.sizes["image"] <= image < node.sizes["image"]:
-            raise RecordingError(f"Image {image} was not recorded; there are {node.sizes['image']}.")
+            count = node.sizes["image"]
+            raise RecordingError(f"Image {image} was not recorded; there are {count}, numbered from 0 to {count - 1}.")
         size = _size(node)
         values = node["probability"].isel(image=image).values.mean((1, 2), dtype=np.float32)
         return xr.DataArray(

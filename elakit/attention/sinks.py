@@ -26,7 +26,7 @@ class Sink(Protocol):
         """Return the tensors that receive the values of the next step."""
 
     def commit(self, moment: Moment) -> None:
-        """Accept the values in the slots as the next step. An interrupt leaves the earlier steps as they are."""
+        """Count the values that were written into the slots as the recording's next step. An interrupt leaves the earlier steps as they are."""
 
     def tree(self, calls: int) -> xr.DataTree:
         """Return the tree of the accepted steps; ``calls`` is the number of finished denoiser calls."""
@@ -86,7 +86,7 @@ class Memory:
         return {name: values[step - self._starts[block]] for name, values in self._blocks[block].items()}
 
     def commit(self, moment: Moment) -> None:
-        """Accept the values in the slots as the next step."""
+        """Count the values that were written into the slots as the recording's next step."""
         self._steps.append(moment)
 
     def tree(self, calls: int) -> xr.DataTree:

@@ -124,7 +124,8 @@ def read(recording: Recording, layers: str = "all", size: int | None = None) -> 
     layers : str
         Layers, as in `Recording.maps`.
     size : int, optional
-        Longer side of the maps to read; by default maps of all sizes, resized to the largest.
+        Number of locations along the longer side of the maps to read; by default maps of all sizes, resized to the
+        largest.
 
     Returns
     -------

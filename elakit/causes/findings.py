@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from elakit.numbering import step_name
 from elakit.prompt import Prompt
 from elakit.statistics import wilson
-from elakit.tokens import word_of
+from elakit.tokens import token_title, word_of
 from elakit.world.vocabulary import COLORS
 
 FailureKind = Literal["missing", "fused", "wrong attribute", "lost attribute", "duplicated"]
@@ -72,7 +72,7 @@ class Failure:
     Examples
     --------
     >>> print(Failure("wrong attribute", "car", "apple", "green", seeds=(0, 2), of=4))
-    In 2 of 4 images, the car is green, the color asked for the apple. (15% to 85%)
+    In 2 of 4 images, the car is green, the color asked for the apple. (95% interval 15% to 85%)
     """
 
     kind: FailureKind
@@ -107,7 +107,7 @@ class Failure:
         other, token = self.other, self.token
         what = {
             "missing": f"the {self.entity} is missing"
-            + (f", and {token!r} receives the attention at the location of the {self.entity}" if token else ""),
+            + (f", and the attention at its location goes to {_quoted(token)}" if token else ""),
             "fused": f"the {self.entity} and the {other} are fused into one",
             "wrong attribute": f"the {self.entity} is {word_of(token)}, the {_kind(token)} asked for the {other}",
             "lost attribute": f"the {self.entity} is not {word_of(token)}",
@@ -132,7 +132,7 @@ class Failure:
         if self.layers:
             where.append(f"visible first in {self.layers[0]}")
         low, high = self.interval
-        return f"{self.sentence} ({low:.0%} to {high:.0%}{''.join(f'; {each}' for each in where)})"
+        return f"{self.sentence} ({'; '.join([f'95% interval {low:.0%} to {high:.0%}', *where])})"
 
 
 @dataclass(frozen=True)
@@ -283,6 +283,12 @@ class Findings:
         if self.failures and self.causes and self.unexplained:
             lines += ["Failures without a known cause", *(f"  {failure.sentence}" for failure in self.unexplained)]
         return "\n".join(lines)
+
+
+def _quoted(token: str) -> str:
+    """Word in quotation marks, or the name of a special token without them."""
+    title = token_title(token)
+    return f'"{token}"' if title == token else title
 
 
 def _kind(token: str) -> str:

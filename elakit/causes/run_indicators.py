@@ -94,11 +94,12 @@ def onset(readings: Sequence[RunIndicators], key: Key) -> Onset:
     readings : sequence of RunIndicators
         Indicators of the runs that show the cause.
     key : Key
-        Kind, entity, other and token of the cause.
+        Kind of the cause, and the labels of the affected entity, of the other entity and of the token.
 
     Returns
     -------
     Onset
+        Its step is the median over the runs; None if no run shows the cause for long enough.
     """
     since = [
         step

@@ -28,7 +28,9 @@ def code(diagnosis: DiagnosisData) -> str:
     Returns
     -------
     str
-        Lines of code; ``...`` stands for a pipeline or a method of your own.
+        Lines of code that run as they are if `elakit.load` can load the model again (a built-in model, a hub id or an
+        existing folder) and the method is in `elakit.guidance.METHODS`. Otherwise ``...`` marks the place of your own
+        pipeline or method, with a comment that names it: replace ``...`` before you run the code.
     """
     settings = diagnosis.pairs[0].plain.settings
     seeds = [pair.seed for pair in diagnosis.pairs]
@@ -43,7 +45,7 @@ def code(diagnosis: DiagnosisData) -> str:
             "    pipe,",
             f"    {bracketed(diagnosis.prompt)!r},",
             f"    seeds={seeds},",
-            f"    method={_method(diagnosis.method, diagnosis.options)},",
+            f"    method={_method(diagnosis.method, diagnosis.options)}",
             *([f"    remedies={remedies!r},"] if remedies else []),
             *_generation(settings),
             ")",
@@ -90,8 +92,9 @@ def reproduce(result: RemedyResult) -> dict[str, str]:
     Returns
     -------
     dict of str to str
-        "code" reproduces all images; "command" reproduces one, the first that is right. Both are "" if the remedy has
-        no images, and "command" is "" if the options of ``elakit run`` cannot express the remedy.
+        "code" reproduces all images, and is to be completed as that of `code`; "command" reproduces one image, the
+        first that is right, or the first if none is. Both are "" if the remedy has no images, and "command" is "" if
+        the options of ``elakit run`` cannot express the remedy.
     """
     if not result.runs:
         return {"code": "", "command": ""}
@@ -124,7 +127,7 @@ def _remedy_code(result: RemedyResult) -> str:
             "    pipe,",
             f"    {bracketed(remedy.prompt)!r},",
             f"    seed={[run.seed for run in result.runs]},",
-            *([f"    guidance={guidance},"] if guidance else []),
+            *([f"    guidance={guidance}"] if guidance else []),
             *_generation(settings),
             ")",
             f'runs[{_shown(result)}].image.save("image.png")',
@@ -166,7 +169,7 @@ def _loading(settings: Mapping[str, Any]) -> list[str]:
     if model in EMBEDDED or HUB_ID.fullmatch(model) or Path(model).is_dir():
         given = "".join(f", {name}={value!r}" for name, value in _loaded(settings).items())
         return [f"pipe = elakit.load({model!r}{given})"]
-    return [f"pipe = ...  # your own {model}"]
+    return [f"pipe = ...  # replace ... by your own pipeline ({model}), which elakit.load cannot load"]
 
 
 def _generation(settings: Mapping[str, Any]) -> list[str]:
@@ -221,12 +224,13 @@ def _remedies(diagnosis: DiagnosisData) -> list[str]:
 
 
 def _method(name: str, options: Mapping[str, Any]) -> str:
-    """Method as code: its name if all options have their defaults."""
+    """Method as an argument with a comma: its name if all options have their defaults."""
     different = changed(name, options)
-    return repr(name) if not different else _call(name, different)
+    return f"{name!r}," if different == {} else _call(name, different or {})
 
 
 def _call(name: str, options: Mapping[str, Any]) -> str:
+    """Method as an argument with a comma, which has to come before a comment."""
     if name not in METHODS:
-        return f"...  # your own {name}"
-    return as_code(METHODS[name], options)
+        return f"...,  # replace ... by your own method {name!r}"
+    return f"{as_code(METHODS[name], options)},"

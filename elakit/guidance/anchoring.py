@@ -13,6 +13,7 @@ from torch import Tensor
 from elakit.checks import choice, real_number, refuse, share, whole_number
 from elakit.guidance.localization import entity_means
 from elakit.guidance.method import Loss, Update
+from elakit.guidance.quotients import ratio
 from elakit.prompt import Prompt
 
 TERMS = ("outside", "presence", "intrusion", "attributes")
@@ -146,7 +147,8 @@ class LatentStep:
         -------
         Loss
             Its terms are "outside", "presence", "intrusion" and "attributes" without their weights, and "shortfall",
-            which is not part of the total.
+            which is not part of the total. For a word without any attention, "outside", "presence" and "attributes"
+            have their largest value, 1, and "intrusion" is 0.
         """
         entities, regions = entity_means(maps, prompt), torch.from_numpy(masks).to(maps.device)
         terms = {
@@ -164,8 +166,14 @@ class LatentStep:
 
 
 def outside_share(maps: Tensor, regions: Tensor) -> Tensor:
-    """Share of each map's attention outside its region; (n, y, x) -> (n,)."""
-    return 1 - (maps * regions).sum((1, 2)) / maps.sum((1, 2))
+    """Share of each map's attention outside its region, 1 for a map without any attention; (n, y, x) -> (n,).
+
+    Examples
+    --------
+    >>> outside_share(torch.tensor([[[1.0, 3.0]], [[0.0, 0.0]]]), torch.tensor([[[True, False]], [[True, False]]]))
+    tensor([0.7500, 1.0000])
+    """
+    return 1 - ratio((maps * regions).sum((1, 2)), maps.sum((1, 2)))
 
 
 def peaks(maps: Tensor, regions: Tensor) -> Tensor:
@@ -201,12 +209,15 @@ def shortfall(maps: Tensor, regions: Tensor) -> float:
 
 
 def intrusion(maps: Tensor, regions: Tensor) -> Tensor:
-    """Mean attention of a map in other regions, as a share of that and the mean in its own; (n, y, x) -> (n,)."""
+    """Mean attention of a map in other regions, as a share of that and the mean in its own; (n, y, x) -> (n,).
+
+    It is 0 for a map without attention in any region.
+    """
     areas = regions.sum((1, 2)).clamp_min(1).to(maps.dtype)
     means = torch.einsum("eyx,fyx->ef", maps, regions.to(maps.dtype)) / areas
     own = means.diagonal()
     others = (means.sum(1) - own) / max(1, len(maps) - 1)
-    return others / (own + others)
+    return ratio(others, own + others)
 
 
 def confinement(maps: Tensor, masks: np.ndarray, prompt: Prompt, regions: np.ndarray | None = None) -> Loss:

@@ -24,6 +24,7 @@ from torch import Tensor
 from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers
 from elakit.guidance.preprocess import STEP_SIZE, entity_maps, schedule
+from elakit.guidance.quotients import ratio
 from elakit.guidance.reading import ReadsOneSize
 from elakit.measures.masks import otsu_masks
 from elakit.prompt import Prompt
@@ -134,5 +135,4 @@ class AStar(ReadsOneSize):
 
 def _overlap(one: Tensor, other: Tensor) -> Tensor:
     """Sum of minima over sum of both maps, at most 1/2; (n, y, x) -> (n,)."""
-    together = (one + other).sum((1, 2))
-    return torch.minimum(one, other).sum((1, 2)) / torch.where(together > 0, together, 1)
+    return ratio(torch.minimum(one, other).sum((1, 2)), (one + other).sum((1, 2)))

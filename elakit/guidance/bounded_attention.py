@@ -50,6 +50,7 @@ from elakit.guidance.layout import NeedsLayout, layout_masks
 from elakit.guidance.method import Attention, Loss, ScoreEdit, Update
 from elakit.guidance.options import check_acts, check_guided, check_numbers, check_whole
 from elakit.guidance.phrases import end_of_text
+from elakit.guidance.quotients import ratio
 from elakit.guidance.reading import ReadsFirstBlocks
 from elakit.models import AttentionLayer
 from elakit.prompt import Prompt
@@ -272,9 +273,9 @@ def shares(seen: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _beside(layers: Sequence[tuple[Tensor, Tensor]], count: int) -> Tensor:
-    """Mean over entities of (1 - inside / (inside + n background))^2, with means over layers."""
+    """Mean over entities of (1 - inside / (inside + n background))^2, with means over layers; 1 without attention."""
     inside, background = (torch.stack(list(part)).mean(0) for part in zip(*layers, strict=True))
-    return (1 - inside / (inside + count * background)).square().mean()
+    return (1 - ratio(inside, inside + count * background)).square().mean()
 
 
 def hidden_words(masks: Tensor, prompt: Prompt, function: Sequence[int], length: int, *, guidance: bool) -> Tensor:

@@ -31,6 +31,7 @@ from elakit.guidance.astar import Memory
 from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers, check_whole, refuse
 from elakit.guidance.preprocess import GUIDED, REFINED, STEP_SIZE, schedule, smooth
+from elakit.guidance.quotients import unit
 from elakit.guidance.reading import ReadsOneSize
 from elakit.prompt import Prompt
 
@@ -114,8 +115,7 @@ class CONFORM(ReadsOneSize):
 
 def _contrast(vectors: Tensor, classes: Tensor, temperature: float) -> Tensor:
     """NT-Xent; 0 where no class has two members or there is one class only."""
-    length = vectors.norm(dim=1, keepdim=True)
-    vectors = vectors / torch.where(length > 0, length, 1)
+    vectors = unit(vectors)
     scores = vectors @ vectors.T / temperature
     same = classes[:, None] == classes
     pairs = same & ~torch.eye(len(classes), dtype=torch.bool, device=classes.device)

@@ -89,7 +89,8 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
         Layers that are read for the trace: "all", "up" (decoder), "down", "mid" or a name pattern. Their map size is
         that of the masks; scores of all layers are changed.
     size : int, optional
-        Longer side of the maps that give the masks; by default 16, or the nearest size that the model has.
+        Number of locations along the longer side of the maps that give the masks; by default 16, or the nearest that
+        the model has.
 
     Raises
     ------

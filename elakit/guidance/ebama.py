@@ -26,11 +26,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers
 from elakit.guidance.preprocess import STEP_SIZE, schedule, smooth, word_softmax
+from elakit.guidance.quotients import unit
 from elakit.guidance.reading import ReadsOneSize
 from elakit.guidance.syngen import attribute_words, other_tokens
 from elakit.prompt import Prompt
@@ -86,7 +86,7 @@ class EBAMA(ReadsOneSize):
         return schedule(len(noise), self.step_size, guided=self.guided, last=1)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Sum over objects of the terms "attract", "repel" and "intensity", which has no weight in the trace."""
+        """Sum of the terms "attract", "repel" and weighted "intensity", which has no weight in the trace."""
         maps = attention.mean
         attract = repel = maps.new_zeros(())
         for entity in prompt.entities:
@@ -112,4 +112,4 @@ def unlikeness(some: Tensor, others: Tensor) -> Tensor:
     >>> unlikeness(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[3.0, 0.0]], [[3.0, 4.0]], [[0.0, 0.0]]]))
     tensor([[0.0000, 0.4000, 1.0000]])
     """
-    return 1 - F.normalize(some.flatten(1), dim=1) @ F.normalize(others.flatten(1), dim=1).T
+    return 1 - unit(some.flatten(1)) @ unit(others.flatten(1)).T

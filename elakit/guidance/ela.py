@@ -49,9 +49,9 @@ class ELA:
         Layers that are read: "up" (decoder; all layers of a model that has none, such as PixArt, Stable Diffusion 3 and
         FLUX), "down", "mid", "double", "single", "all" or a name pattern.
     size : int, optional
-        Longer side of the maps that are read. By default that of the coarsest maps of `layers`: 16 in Stable Diffusion
-        1.5 at 512 pixels, as in the paper, and 8 in picture-world. The coarsest maps show best whether an entity is in
-        its region, and the gradient pass ends early after their layers.
+        Number of locations along the longer side of the maps that are read. By default that of the coarsest maps of
+        `layers`: 16 in Stable Diffusion 1.5 at 512 pixels, as in the paper, and 8 in picture-world. The coarsest maps
+        show best whether an entity is in its region, and the gradient pass ends early after their layers.
 
     Raises
     ------

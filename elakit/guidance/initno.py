@@ -47,6 +47,7 @@ from elakit.guidance.preprocess import (
     schedule,
     smooth,
 )
+from elakit.guidance.quotients import ratio
 from elakit.guidance.reading import ReadsOneSize
 from elakit.prompt import Prompt
 
@@ -243,8 +244,7 @@ def _scores(attention: Attention, prompt: Prompt) -> _Scores:
     strongest = entities.flatten(1).argmax(1)
     reach = smooth(attention.own_mean.flatten(0, 1)[strongest])
     first, second = torch.triu_indices(len(reach), len(reach), 1)
-    together = (reach[first] + reach[second]).sum((1, 2))
-    shared = torch.minimum(reach[first], reach[second]).sum((1, 2)) / torch.where(together > 0, together, 1)
+    shared = ratio(torch.minimum(reach[first], reach[second]).sum((1, 2)), (reach[first] + reach[second]).sum((1, 2)))
     conflict = shared.sum() / max(1, len(shared))
     return _Scores(cross=cross, conflict=conflict, clean=clean_background(entities), entities=entities)
 

@@ -30,6 +30,7 @@ import torch
 from elakit.guidance.layout import NeedsLayout, layout_masks
 from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers, check_whole
+from elakit.guidance.quotients import ratio
 from elakit.guidance.reading import ReadsFirstBlocks
 from elakit.prompt import Prompt
 
@@ -112,8 +113,7 @@ class LayoutGuidance(NeedsLayout, ReadsFirstBlocks):
             grids.append(layout_masks(self.regions, size, len(prompt.entities), truncate=True))
             maps = layer[:, tokens]
             inside = (maps * torch.from_numpy(grids[-1]).to(maps)[owners]).sum((2, 3))
-            mass = maps.sum((2, 3))
-            outside = (1 - inside / torch.where(mass > 0, mass, 1)).square().mean(0)
+            outside = (1 - ratio(inside, maps.sum((2, 3)))).square().mean(0)
             losses.append((outside * outside.new_tensor(weights)).sum() / len(prompt.entities))
         total = torch.stack(losses).mean()
         outside_share = float(total.detach())

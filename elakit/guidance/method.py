@@ -265,7 +265,11 @@ def editor_of(method: Method, updates: Sequence[Update]) -> EditsScores | None:
 def layers_of_size(
     layers: Sequence[AttentionLayer], latent: tuple[int, int], size: int | None, native: int, who: str
 ) -> tuple[AttentionLayer, ...]:
-    """Layers whose maps have one size: the longer side is `size`, by default the one nearest to `native`.
+    """Layers that a method reads: those whose maps have a given size, or the size nearest to that of the paper.
+
+    The size of a map is the number of locations along its longer side. It depends on the image: a layer with factor 2
+    has maps of 32 x 48 locations for a latent of 64 x 96, so their size is 48. Layers with the same factor have maps of
+    the same size.
 
     By default the middle block alone is never read: at 768 pixels, the maps of Stable Diffusion 2.x have 96, 48 and 24
     rows in the downward and upward blocks and 12 in the middle one, and the authors' code reads the five layers with 24
@@ -274,23 +278,35 @@ def layers_of_size(
     Parameters
     ----------
     layers : sequence of AttentionLayer
+        Layers to choose from.
     latent : tuple of int
         (height, width) of the latent.
     size : int, optional
-        Longer side of the maps; by default the size of a downward or upward block that is nearest to `native`.
+        Size of the maps to read. By default, of the sizes in the downward and upward blocks, the one nearest to
+        `native` is read.
     native : int
-        Longer side of the maps that a method's authors read.
+        Size of the maps that the method's paper reads.
     who : str
-        Name of the method, for the message.
+        Name of the method's class, for the message of the error.
+
+    Returns
+    -------
+    tuple of AttentionLayer
 
     Raises
     ------
     SettingError
-        No layer has maps of that size.
+        None of the layers has maps of the given size; the message lists the sizes that there are.
     """
     sides = {layer.factor: -(-max(latent) // layer.factor) for layer in layers}
     if size is not None and size not in sides.values():
-        raise SettingError(f"{who}(size={size}): must be a size of the layers' maps: {sorted(set(sides.values()))}.")
+        *most, last = map(str, sorted(set(sides.values())))
+        found = f"{', '.join(most)} or {last}" if most else last
+        raise SettingError(
+            f"{who}(size={size}): with this model and image size, the attention maps that the method can read have "
+            f"{found} locations along their longer side. Set size to {'one of these numbers' if most else found}, or "
+            "leave it out."
+        )
     # Authors read the downward and upward layers; the middle block joins in where its maps have the same size.
     outer = {layer.factor for layer in layers if layer.place != "mid"} or set(sides)
     side = nearest_size((sides[factor] for factor in outer), native) if size is None else size

@@ -32,6 +32,7 @@ from torch import Tensor
 from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers, check_whole
 from elakit.guidance.preprocess import GUIDED, STEP_SIZE, schedule, word_softmax
+from elakit.guidance.quotients import ratio
 from elakit.guidance.reading import ReadsOneSize
 from elakit.guidance.syngen import attribute_words
 from elakit.prompt import Prompt
@@ -180,8 +181,7 @@ def scaled(attention: Tensor) -> Tensor:
     tensor([[0.0000, 1.0000, 0.5000]])
     """
     low, high = attention.amin(), attention.amax()
-    span = high - low
-    return (attention - low) / torch.where(span > 0, span, 1)
+    return ratio(attention - low, high - low)
 
 
 def _negative_log(truth: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class ReadsOneSize:
     layers : str
         Layers read: "all", "up" (decoder), "down", "mid" or a name pattern.
     size : int, optional
-        Longer side of the maps read; by default 16, or the nearest size that the model has.
+        Number of locations along the longer side of the maps read; by default 16, or the nearest that the model has.
     """
 
     layers: str = "all"

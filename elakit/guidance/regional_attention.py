@@ -81,7 +81,7 @@ class RegionalAttention:
         Layers whose maps are read: "up" (decoder; all layers of a model that has none), "down", "mid", "double",
         "single", "all" or a name pattern. Attention is restricted in all layers.
     size : int, optional
-        Longer side of the maps read; by default 16, or the nearest size that the model has.
+        Number of locations along the longer side of the maps read; by default 16, or the nearest that the model has.
 
     Raises
     ------

@@ -77,7 +77,7 @@ class Verdict:
 
     @property
     def extra(self) -> tuple[str, ...]:
-        """Noun of each thing beyond those that the prompt asks for; hybrids and unrecognizable shapes do not count."""
+        """Nouns of the objects that the prompt does not ask for; hybrids and unrecognizable shapes do not count."""
         found = Counter(thing.noun for thing in self.things if thing.recognizable and not thing.mixed_with)
         return tuple((found - Counter(self.nouns.values())).elements())
 

@@ -125,7 +125,9 @@ def broadcast(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     try:
         a, b = np.broadcast_arrays(a, b)
     except ValueError:
-        raise SettingError(f"leading dimensions {a.shape[:-2]} and {b.shape[:-2]} do not match") from None
+        raise SettingError(
+            f"leading dimensions {a.shape[:-2]} and {b.shape[:-2]} do not match: each must be the same in both, or 1"
+        ) from None
     return a, b
 
 

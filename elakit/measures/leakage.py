@@ -153,7 +153,9 @@ def bleed(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
 
 
 def intrusion(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
-    """Share of each map's attention in the regions of other entities: sum of K[e, f] over f != e, without background.
+    """Share of each map's attention in the regions of other entities, without background.
+
+    It is the sum of K[e, f] over f != e, with K the leakage matrix.
 
     Parameters
     ----------
@@ -290,7 +292,8 @@ def _shares(p: np.ndarray, parts: np.ndarray) -> np.ndarray:
         return np.einsum("...eyx,...ryx->...er", p, parts.astype(np.float64))
     except ValueError:
         raise SettingError(
-            f"leading dimensions of maps {p.shape[:-3]} and masks {parts.shape[:-3]} do not match"
+            f"leading dimensions of maps {p.shape[:-3]} and masks {parts.shape[:-3]} do not match: give one set of "
+            "masks for all maps, or one for each"
         ) from None
 
 

@@ -59,7 +59,7 @@ class AuraFlow(TransformerAdapter):
         return replace(call, timestep=scheduler_timestep(self.pipe, 1000 * call.timestep))
 
     def text(self) -> tuple[TextSequence, ...]:
-        """One sequence of T5 tokens, which follows the registers."""
+        """One sequence of T5 tokens, which follows the model's register tokens."""
         registers = self.pipe.transformer.register_tokens.shape[1]
         return (TextSequence(name="t5", tokenizer=self.pipe.tokenizer, offset=registers, length=self._t5_length()),)
 

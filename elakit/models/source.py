@@ -83,7 +83,9 @@ def read_index(source: str) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"The model_index.json of {source!r} cannot be read: {first_line(error)}") from error
+        raise ModelError(
+            f"The model_index.json of {source!r} cannot be read: {first_line(error)} Download the model again."
+        ) from error
     if not isinstance(index, dict):
         raise ModelError(f"The model_index.json of {source!r} is not a table of components.")
     return index

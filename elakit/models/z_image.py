@@ -28,7 +28,8 @@ class ZImage(TransformerAdapter):
     """Adapter of Z-Image pipelines.
 
     The sequence consists of the image, then the text, each padded to a multiple of 32 positions; padding of the text
-    counts as end-of-text. Guidance stacks ``[conditional..., unconditional...]``, and a scale of 0 switches it off.
+    counts as end-of-text. With classifier-free guidance, a batch is ``[conditional..., unconditional...]``; a scale of
+    0 switches guidance off.
 
     Parameters
     ----------

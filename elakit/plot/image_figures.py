@@ -119,7 +119,7 @@ def images(
     1
     """
     if not runs:
-        raise SettingError("images() needs at least one run.")
+        raise SettingError("images: there is no run to show. Pass one, such as the result of elakit.generate.")
     if names is not None and len(names) != len(runs):
         raise SettingError(f"names has {len(names)} entries for {len(runs)} runs; give one per run.")
     across = min(max(1, columns), len(runs))

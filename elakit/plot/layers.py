@@ -113,8 +113,8 @@ def _chosen(table: pd.DataFrame, measure: str, across: Across | None) -> tuple[p
     needed = ("layer", "head", "step", "measure", "value")
     if missing := [name for name in needed if name not in table]:
         raise SettingError(
-            f"bleeding_by_layer: the table has no column {', '.join(missing)}; give the result of "
-            "elakit.causes.profile(run)."
+            f"bleeding_by_layer: the table lacks these columns: {', '.join(missing)}. Compute it with "
+            "elakit.causes.profile(run), where run is a recorded run."
         )
     there = sorted(table["measure"].unique())
     if measure not in there:

@@ -62,10 +62,15 @@ def method_comparison(summary: pd.DataFrame, *, panel: int | None = None, title:
     needed = [f"{name}{end}" for name in _PANELS for end in ("", "_low", "_high")]
     if missing := [name for name in needed if name not in summary]:
         raise SettingError(
-            f"method_comparison: the table has no column {', '.join(missing)}; give the result of elakit.sweep.summary."
+            f"method_comparison: the summary lacks these columns: {', '.join(missing)}. Compute it with "
+            "elakit.sweep.summary(table), where table is elakit.sweep.table(folder), or a DataFrame of your own with "
+            "one row per image."
         )
     if summary.empty:
-        raise SettingError("method_comparison: the table has no row; generate images first (elakit sweep run).")
+        raise SettingError(
+            "method_comparison: the summary has no rows, so there is no method to show. Keep at least one row of "
+            "elakit.sweep.summary; if the sweep itself has no images, generate them with `elakit sweep run`."
+        )
     found = _ordered(summary)
     plain = [_is_plain(name) for name in found.index]
     labels = [style.escape(style.shorten(method_title(str(name)), 30)) for name in found.index]

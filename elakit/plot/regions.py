@@ -234,7 +234,13 @@ def animated_steps(regions: xr.DataArray, maps: xr.DataArray, steps: int | Seque
 
 
 def chosen_regions(run: Run, source: Source) -> xr.DataArray:
-    """Regions of a run from a source, boolean (step, entity, y, x).
+    """Regions of a run, boolean (step, entity, y, x).
+
+    Parameters
+    ----------
+    run : Run
+    source : {"recording", "guidance"}
+        "recording" for regions localized in the recorded maps, "guidance" for those that the guidance method used.
 
     Raises
     ------

@@ -12,6 +12,7 @@ import xarray as xr
 from elakit.errors import SettingError
 from elakit.numbering import step_name
 from elakit.plot import style
+from elakit.tokens import token_title
 
 if TYPE_CHECKING:
     from elakit.attention import Recording
@@ -57,7 +58,7 @@ def token_maps(
         Layers to average: "up" (decoder), "down", "mid", "all" or name patterns; by default those of the
         decoder, or all layers of a transformer.
     size : int, optional
-        Longer side of the maps; by default the recorded size nearest to 16.
+        Number of locations along the longer side of the maps; by default the recorded size nearest to 16.
     normalize : {None, "sum", "max", "minmax", "tokens", "start"}
         Normalization as in `Recording.maps`; None shows raw probabilities.
     scale : {"token", "all", "map"}
@@ -116,7 +117,7 @@ def token_maps(
             top = {"token": column_top, "all": float(maps.max()), "map": float(values.max())}[scale]
             made.add(i, j, _heatmap(values, top, colors, maps, step, label, what))
             made.map_axes(i, j, height, width)
-        heading = style.escape(style.shorten(label, max(4, panel // 7)))
+        heading = style.escape(style.shorten(token_title(label), max(4, panel // 7)))
         if scale == "token":
             heading += f"<br><span style='font-size:10px'>{_number(column_top)}</span>"
         made.over(1, j, heading)
@@ -140,7 +141,7 @@ def _default_tokens(recording: Recording, normalize: Normalize) -> tuple[Any, bo
 def _heatmap(
     values: np.ndarray, top: float, colors: str, maps: xr.DataArray, step: int, label: str, what: str
 ) -> dict[str, Any]:
-    timestep = float(maps.timestep.sel(step=step))
+    timestep, name = float(maps.timestep.sel(step=step)), style.escape(token_title(label))
     return {
         "type": "heatmap",
         "z": values,
@@ -148,9 +149,9 @@ def _heatmap(
         "zmax": top or 1.0,
         "colorscale": colors,
         "showscale": False,
-        "name": style.escape(label),
+        "name": name,
         "meta": {"step": step, "token": label},
-        "hovertemplate": f"{style.escape(label)}, {step_name(step)} (t = {timestep:g})<br>x %{{x}}, y %{{y}}<br>"
+        "hovertemplate": f"{name}, {step_name(step)} (t = {timestep:g})<br>x %{{x}}, y %{{y}}<br>"
         f"{what} %{{z:.4g}}<extra></extra>",
     }
 

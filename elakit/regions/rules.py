@@ -44,7 +44,7 @@ def differentiate(values: np.ndarray, winner: np.ndarray, how: str) -> np.ndarra
 def thresholds(
     scores: np.ndarray, background: np.ndarray | None, how: str, threshold: float, quantile: float
 ) -> np.ndarray:
-    """Values that the scores must exceed, broadcastable to (entity, y, x)."""
+    """Values that scores must exceed for their locations to be in a region; broadcastable to (entity, y, x)."""
     if how == "background":
         assert background is not None  # checked by localize
         return threshold * background[None]

@@ -54,7 +54,8 @@ def run(
         list[str] | None,
         typer.Option(
             "--set",
-            help="Option of a method as METHOD.OPTION=VALUE, such as ela.anchor.step_size=0.2. Can be repeated. "
+            help="Option of a method as METHOD.OPTION=VALUE, such as ela.anchor.step_size=0.2; `elakit sweep methods` "
+            "lists the options. Can be repeated. "
             "With METHOD.guide_above=0.2, the method guides only images whose predicted probability of failure exceeds "
             "0.2.",
         ),

@@ -87,7 +87,7 @@ def load_scorer(name: str, model: str | None = None, device: str | None = None) 
     Returns
     -------
     callable
-        Function of a `Sample` that returns a dictionary of columns.
+        Function of a `Sample` that returns its scores, a dictionary with the names of the table's columns as keys.
 
     Raises
     ------

@@ -49,7 +49,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Shape:
-    """Measures of a sprite that a layout needs, in shares of the sprite's side.
+    """Extent of a drawing, and positions of its head and eyes, as shares of the side of its square image.
 
     Attributes
     ----------

@@ -78,7 +78,7 @@ def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng:
     ((128, 128, 3), True)
     """
     if kind not in (*KINDS, "occluded"):
-        raise SettingError(f"Unknown kind {kind!r}. Choose from {', '.join((*KINDS, 'occluded'))}.")
+        raise SettingError(f"Unknown kind of mixture {kind!r}. Choose from {', '.join((*KINDS, 'occluded'))}.")
     alone = len(subjects) == 2
     for _ in range(TRIES):
         sprites = [sprite_of(s, world, rng) for s in subjects]

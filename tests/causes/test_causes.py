@@ -262,6 +262,22 @@ def test_the_verdict_agrees_in_number(failing: int, count: int, judged: bool, be
     assert Findings(prompt, tuple(range(count)), judged, failures).verdict.startswith(beginning)
 
 
+def test_sentences_name_special_tokens_in_words() -> None:
+    for token, said in (("<start>", "start-of-text"), ("<end>", "end-of-text and padding"), ("bird", '"bird"')):
+        failure = Failure("missing", "car", token=token, seeds=(1,), of=2)
+        assert (
+            failure.sentence
+            == f"In 1 of 2 images, the car is missing, and the attention at its location goes to {said}."
+        )
+
+
+def test_printed_failures_name_the_interval() -> None:
+    findings = Findings(
+        elakit.parse(PROMPT, pipe()), (0, 1), True, (Failure("missing", "car", seeds=(1,), of=2, step=3),)
+    )
+    assert "(95% interval 9% to 91%; from step 4)" in str(findings)
+
+
 def test_findings_without_causes() -> None:
     prompt = elakit.parse(PROMPT, pipe())
     found = Findings(prompt, (0, 1), True, (Failure("missing", "bird", seeds=(1,), of=2),))

@@ -138,8 +138,8 @@ def test_failures_and_causes_are_stated(runs: list[Run]) -> None:
     best = tried(runs, "nnyy", "ynyy")
     found_dict = diagnosis_of(best, [best], findings).to_dict()["statements"]
     assert found_dict["failures"] == [
-        "In 2 of 4 images, the bird is missing, and 'car' receives the attention at the location of the "
-        "bird (95% interval 15 to 85%; first visible in the attention at step 2 of 2; earliest in up block 1, "
+        'In 2 of 4 images, the bird is missing, and the attention at its location goes to "car" '
+        "(95% interval 15% to 85%; first visible in the attention at step 2 of 2; earliest in up block 1, "
         "attention 0)."
     ]
     assert found_dict["causes"] == ["The car takes the bird's place."]
@@ -355,6 +355,18 @@ def test_a_diagnosis_contains_the_code_and_command_that_reproduce_it(world: Any)
     assert "remedies=['swapped']" in code(found)
     assert command(elakit.diagnose(world, WORLD, seeds=[2, 5], steps=1)) == ""
     assert check(True) == DEFAULT
+
+
+def test_code_says_where_to_put_a_pipeline_and_a_method_of_your_own(runs: list[Run]) -> None:
+    best = tried(runs, "nnyy", "ynyy")
+    own = [
+        replace(pair, plain=replace(pair.plain, settings=pair.plain.settings | {"model": "MyPipeline"}))
+        for pair in diagnosis_of(best, [best]).pairs
+    ]
+    text = code(replace(diagnosis_of(best, [best]), method="my-method", options={}, pairs=own))
+    compile(text, "code", "exec")
+    assert "pipe = ...  # replace ... by your own pipeline (MyPipeline), which elakit.load cannot load" in text
+    assert "    method=...,  # replace ... by your own method 'my-method'\n" in text
 
 
 def test_the_command_writes_a_page_json_and_the_runs(

@@ -200,3 +200,13 @@ def test_passes_that_are_not_needed_are_not_read(monkeypatch: pytest.MonkeyPatch
     )
     # the pass before the held ones says where things are; the held ones, steps 2 and 3, are traced
     assert read == [False, True, True, True, False, False, False, False]
+
+
+def test_the_trace_of_a_word_without_attention_is_finite() -> None:
+    pipe = tiny_pipeline()
+    with edit(pipe, PAIR, Edit(["bird", "blue"], scale=0)):
+        run = generate(pipe, PAIR, seed=1, steps=3, guidance=RegionalAttention(), record=False, progress=False)
+    trace = run.guidance.to_frame()
+    assert len(trace) > 0
+    assert np.isfinite(trace.astype(float)).all(axis=None)
+    assert (trace["outside"] >= 0.5).all()  # of two entities, one has no attention inside its region

@@ -128,6 +128,13 @@ def test_a_long_prompt_is_shown_by_its_entities() -> None:
     assert plot.token_maps(run).layout.width <= style.WIDTH
 
 
+def test_token_maps_name_special_tokens_in_words(plain: Run) -> None:
+    figure = plot.token_maps(plain, tokens=["<start>", "<end>", "car"], steps=1, panel=200)
+    assert [trace.name for trace in heatmaps(figure)] == ["start-of-text", "end-of-text and padding", "car"]
+    headings = [note.text.partition("<br>")[0] for note in figure.layout.annotations]
+    assert {"start-of-text", "end-of-text and padding", "car"} <= set(headings)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [

@@ -149,9 +149,9 @@ def test_a_dot_is_full_where_the_difference_is_no_accident() -> None:
 
 def test_a_table_without_a_required_column_is_refused() -> None:
     summary = sweep.summary(method_table())
-    with pytest.raises(SettingError, match=r"no column broken_low.*elakit.sweep.summary"):
+    with pytest.raises(SettingError, match=r"lacks these columns: broken_low\. Compute it with elakit.sweep.summary"):
         plot.method_comparison(summary.drop(columns="broken_low"))
-    with pytest.raises(SettingError, match="no row"):
+    with pytest.raises(SettingError, match=r"no rows.*Keep at least one row"):
         plot.method_comparison(summary.iloc[:0])
     named = plot.method_comparison(summary.rename(index={"other": "<b>other</b>"}))
     assert "&lt;b&gt;other&lt;/b&gt;" in named.layout.yaxis.ticktext

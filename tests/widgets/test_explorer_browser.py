@@ -142,6 +142,16 @@ def test_layers_words_and_values_are_chosen(page: Any) -> None:
     assert len(set(seen)) == 5
 
 
+def test_special_tokens_are_named_in_words(page: Any) -> None:
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("0")
+    settle(page)
+    assert page.locator(".elx-current").first.get_attribute("title") == "start-of-text: special token"
+    assert page.locator(".elx-readout").first.inner_text().startswith("start-of-text, maximum: ")
+    assert "start-of-text" in page.locator(".elx-thumbs").first.inner_text()
+    assert "<start>" not in page.locator(".elx-stage").first.get_attribute("aria-label")
+
+
 def test_what_is_drawn_is_what_was_recorded(page: Any) -> None:
     """The readout's highest value is that of `Recording.maps`, through packing, page and drawing."""
     run = elakit.generate(tiny_pipeline(), "a [red car] and a [blue bird]", seed=1, steps=6, progress=False)

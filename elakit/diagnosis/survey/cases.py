@@ -192,7 +192,7 @@ def case_file(folder: Path, key: str) -> Path:
 
 
 def read_case(path: Path) -> dict[str, Any]:
-    """Read the results of a case.
+    """Read the results of a case, the diagnosis of one prompt of a survey, from its JSON file.
 
     Raises
     ------

@@ -130,13 +130,13 @@ class View {
     const number = entity === null ? 0 : this.numbered.indexOf(label) + 1;
     const kind = special ? " elx-special" : entity !== null ? " elx-entity" : attribute !== null ? " elx-attribute" : "";
     const about = special
-      ? { start: "start-of-text", end: "end-of-text and padding" }[text]
+      ? "special token"
       : entity !== null ? `entity${number ? `, key ${number}` : ""}`
       : attribute !== null ? `attribute of ${run.entities[attribute].label}` : "word";
     const button = h(
       "button",
       {
-        type: "button", class: `elx-chip${kind}`, title: `${label}: ${about}`, onclick: () => this.choose(label),
+        type: "button", class: `elx-chip${kind}`, title: `${tokenTitle(label)}: ${about}`, onclick: () => this.choose(label),
         "--c": owner === null ? null : run.entities[owner].color,
       },
       text, number && this.numbered.length > 1 ? h("sup", { "aria-hidden": "true" }, String(number)) : null,
@@ -198,7 +198,7 @@ class View {
     column.small = this.get("tokens").map((label) => {
       const canvas = h("canvas", {}), word = run.words.find((each) => each.label === label);
       const owner = word ? word.entity ?? word.attribute : null;
-      const button = thumb(label.replace(/^<(.*)>$/, "$1"), canvas, () => this.look(label), owner === null ? null : run.entities[owner].color);
+      const button = thumb(tokenTitle(label), canvas, () => this.look(label), owner === null ? null : run.entities[owner].color);
       button.hidden = !word;
       return { label, canvas, button };
     });
@@ -455,7 +455,7 @@ class View {
     const place = this.hover ?? { y: (cell.y + 0.5) / rows, x: (cell.x + 0.5) / columns };
     const owner = run.regions && maps.entityAt(position, place.y, place.x);
     const where = owner === null ? "" : owner < 0 ? ", outside all regions" : `, in the region of ${run.entities[owner].label}`;
-    const name = token.replace(/^<(.*)>$/, "$1");
+    const name = tokenTitle(token);
     say(column.readout, `${this.hover ? name : `${name}, maximum`}: ${value} at y ${cell.y}, x ${cell.x}${where}`);
     column.cell.hidden = !this.hover;
     if (this.hover) {

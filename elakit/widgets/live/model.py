@@ -130,7 +130,7 @@ class PanelModel:
         self.change(self.choices.with_defaults(method))
 
     def toggle_word(self, at: int) -> None:
-        """Change the role of a word; not during a run.
+        """Make a word an entity, an attribute or neither, in turn; during a run, nothing changes.
 
         Raises
         ------

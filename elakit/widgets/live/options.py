@@ -83,7 +83,7 @@ def descriptions(method: type[Any]) -> dict[str, str]:
     --------
     >>> from elakit.guidance import SynGen
     >>> descriptions(SynGen)["size"]
-    'Longer side of the maps read; by default 16, or the nearest size that the model has.'
+    'Number of locations along the longer side of the maps read; by default 16, or the nearest that the model has.'
     """
     found: dict[str, str] = {}
     for each in reversed(method.__mro__[:-1]):

@@ -1,6 +1,10 @@
 // Maps: unpacking the data sent by Python (see packing.py), means over layers and heads, normalization, colors, outlines.
 
 const START = "<start>";
+const SPECIAL = { [START]: "start-of-text", "<end>": "end-of-text and padding" };
+
+/** Name of a token in sentences: the label of a word, or the name of a special token. */
+const tokenTitle = (label) => SPECIAL[label] ?? label;
 const KEPT = 64; // normalized series that are cached
 
 /** Unpack the maps of every run from deflated bytes. */
@@ -51,7 +55,7 @@ class RunMaps {
       return withTops({ ...raw, data: raw.data.map((value, i) => (start.data[i] > 0 ? value / start.data[i] : 0)) });
     }
     const column = this.columnOf.get(word);
-    if (column === undefined) return `no attention of “${word}” was recorded here`;
+    if (column === undefined) return `no attention of “${tokenTitle(word)}” was recorded here`;
     const fits = (layer) => chosen.layer === "all" || chosen.layer === layer.place || chosen.layer === layer.name;
     const layers = this.run.layers.filter(fits);
     if (!layers.length) return "this model has no such layer";

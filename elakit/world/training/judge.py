@@ -87,7 +87,7 @@ def unseen(drawing: Drawing) -> bool:
 
 
 def judges_world(world: World) -> World:
-    """World of the judge's training scenes: all drawings but the unseen, all pairs of nouns, more unusual colors."""
+    """Settings of the judge's training scenes: all pairs of nouns, more unusual colors, no drawings of `unseen`."""
     wide = replace(world, artists=ARTISTS, entities=(0.35, 0.35, 0.2, 0.1), held_out=0.0, natural=0.15)
     return wide.without(unseen)
 
