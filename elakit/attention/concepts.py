@@ -45,7 +45,7 @@ class ConceptMaps:
         image : int
             Index of the image in the batch.
         size : int, optional
-            Use only layers whose maps have this larger side. Default: all layers, resized to the largest map.
+            Use only layers whose maps have this longer side. Default: all layers, resized to the largest map.
 
         Returns
         -------
@@ -62,7 +62,7 @@ class ConceptMaps:
         sizes = sorted((one for one in self._sums[0] if size is None or max(one) == size), reverse=True)
         if not sizes:
             there = ", ".join(f"{y}x{x}" for y, x in self._sums[0])
-            raise RecordingError(f"No maps have size {size}; there are {there}. Give the larger side.")
+            raise RecordingError(f"No maps have size {size}; there are {there}. Give the longer side.")
         images = len(self._sums[0][sizes[0]][0])
         if not -images <= image < images:
             raise RecordingError(f"Image {image} was not recorded; there are {images} (0 to {images - 1}).")

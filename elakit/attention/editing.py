@@ -108,7 +108,7 @@ class Edit:
             if number is not None:
                 whole_number(number, "steps", 0, hint="Calls are counted from the start of the run: 0, 1, 2, ...")
         if isinstance(steps, slice) and steps.step is not None and steps.step < 1:
-            raise SettingError(f"steps is {steps}; its stride must be positive.")
+            raise SettingError(f"steps={steps}: the stride must be positive. Give a slice such as slice(0, None, 2).")
         if self.region is not None:
             region = _region(self.region)
             if region.ndim != 2 or not region.size:

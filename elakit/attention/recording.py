@@ -166,7 +166,7 @@ class Recording:
         layers : str or sequence of str
             As in `select_layers`.
         size : int or sequence of int, optional
-            Use only maps whose larger side is one of these. Default: all, resized to the largest.
+            Use only maps whose longer side is one of these. Default: all, resized to the largest.
         steps : int, slice or sequence of int, optional
             Numbers of denoiser calls: one, several, or a slice; negative numbers count back from the last recorded
             call. Default: all.
@@ -497,7 +497,7 @@ class Recording:
             if not wanted or wanted - there:
                 raise RecordingError(
                     f"size {', '.join(map(str, sorted(wanted - there))) or '(an empty list)'} was not recorded; "
-                    f"there are {', '.join(node.attrs['size'] for node in nodes)}. Give the larger side, such as "
+                    f"there are {', '.join(node.attrs['size'] for node in nodes)}. Give the longer side, such as "
                     f"{max(there)}."
                 )
             nodes = [node for node in nodes if max(_size(node)) in wanted]

@@ -277,7 +277,7 @@ class SelfAttention:
     each_layer: bool = False
 
     def __post_init__(self) -> None:
-        whole_number(self.size, "self_attention", 1, hint="Give the larger side of the maps, such as 16.")
+        whole_number(self.size, "self_attention", 1, hint="Give the longer side of the maps, such as 16.")
         _check_heads(self.heads)
         boolean(self.each_layer, "each_layer")
 
@@ -303,7 +303,7 @@ class RecordSpec:
         Denoiser calls to keep: a slice of their numbers, counted from 0, or an integer n for every n-th call. Default:
         all.
     self_attention : int or SelfAttention, optional
-        Self-attention to keep in addition. A number is the larger side of its maps; it keeps the mean over the heads
+        Self-attention to keep in addition. A number is the longer side of its maps; it keeps the mean over the heads
         and the selected layers of that size, which ``maps(refine=...)`` uses. Default: none.
     dtype : {"float16", "float32"}
         Type of the stored values; probabilities are always computed, and maps averaged, in float32. float16 keeps
@@ -354,11 +354,13 @@ class RecordSpec:
             SelfAttention(size=self.self_attention)
         if isinstance(self.steps, slice):
             if self.steps.step is not None and self.steps.step < 1:
-                raise SettingError(f"steps is {self.steps}; its stride must be positive.")
+                raise SettingError(
+                    f"steps={self.steps}: the stride must be positive. Give a slice such as slice(0, None, 2)."
+                )
         elif self.steps is not None:
             whole_number(self.steps, "steps", 1, hint="It keeps every n-th call; give a slice for a range.")
         for side in self.wanted_sizes or ():
-            whole_number(side, "sizes", 1, hint="Give the larger side of the maps, such as 16.")
+            whole_number(side, "sizes", 1, hint="Give the longer side of the maps, such as 16.")
 
     @property
     def own(self) -> SelfAttention | None:
@@ -549,7 +551,7 @@ class RecordSpec:
         if size is None:
             raise RecordingError(
                 f"self_attention is {own.size}, but the selected layers have maps of "
-                f"{', '.join(map(size_name, sorted(by_size, reverse=True)))}; give the larger side of one of these."
+                f"{', '.join(map(size_name, sorted(by_size, reverse=True)))}; give the longer side of one of these."
             )
         names = tuple(layer.name for layer in by_size[size])
         heads = _heads_of(own.heads, size, by_size[size])

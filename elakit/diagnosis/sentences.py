@@ -97,7 +97,7 @@ def failure_sentence(found: Failure, steps: int) -> str:
         Number of denoising steps.
     """
     low, high = found.interval
-    details = [f"95% interval {low:.0%} to {high:.0%}"]
+    details = [f"95% interval {100 * low:.0f} to {high:.0%}"]
     if found.step is not None:
         details.append(first_step(found.step, steps))
     if found.layers:

@@ -78,6 +78,6 @@ class AuraFlow(TransformerAdapter):
         return (super()._given(timestep, latents) / 1000).to(latents.dtype)
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are the noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are pure noise."""
         super().set_timesteps(steps, height, width)
         return 1.0

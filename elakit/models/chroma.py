@@ -12,7 +12,7 @@ from elakit.tokens import TextSequence
 
 
 class ChromaPipeline(PackedPipeline, Protocol):
-    """Members of its pipelines that this adapter uses, beside the transformer and packed latents."""
+    """Members of the family's pipelines that its adapter uses, besides the transformer and packed latents."""
 
     def _prepare_latent_image_ids(self, *args: Any) -> Any: ...
 

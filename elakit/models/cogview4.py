@@ -71,7 +71,7 @@ class CogView4(SeparateNegative, Float32Latents):
         return Conditioning(call, {"encoder_hidden_states": embeds, **sizes})
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are the noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are pure noise."""
         from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift, retrieve_timesteps
 
         scheduler, config = self.pipe.scheduler, self.pipe.scheduler.config

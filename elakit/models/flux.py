@@ -32,7 +32,7 @@ _CONTROL = ("controlnet_block_samples", "controlnet_single_block_samples")
 
 
 class FluxPipeline(PackedPipeline, Protocol):
-    """Members of its pipelines that this adapter uses, beside the transformer and packed latents."""
+    """Members of the family's pipelines that its adapter uses, besides the transformer and packed latents."""
 
     tokenizer_2: Any
 
@@ -228,7 +228,7 @@ class Flux(SeparateNegative):
         return packed
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are the noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are pure noise."""
         self._set_flow(steps, self._shift(height, width, 1.15))
         return 1.0
 

@@ -19,7 +19,7 @@ from elakit.tokens import TextSequence
 
 
 class Flux2Pipeline(TransformerPipeline, Protocol):
-    """Members of its pipelines that this adapter uses, beside the transformer; Klein has no system message."""
+    """Members of the family's pipelines that its adapter uses, besides the transformer; Klein has no system message."""
 
     default_sample_size: int
     system_message: str
@@ -165,7 +165,7 @@ class Flux2(Flux):
         return seeded_noise(shape, generator, self.pipe._execution_device, self._noise_dtype)
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are the noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are pure noise."""
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
         rows, columns = self.latent_size(height, width)

@@ -18,7 +18,7 @@ _BERT, _T5 = 77, 256
 
 
 class HunyuanDiTPipeline(TransformerPipeline, Protocol):
-    """Members of its pipelines that this adapter uses, beside the transformer."""
+    """Members of the family's pipelines that its adapter uses, besides the transformer."""
 
     tokenizer_2: Any
 

@@ -11,7 +11,7 @@ from elakit.tokens import TextSequence
 
 
 class LTXVideoPipeline(VideoPipeline, Protocol):
-    """Members of its pipelines that this adapter uses, beside the transformer."""
+    """Members of the family's pipelines that its adapter uses, besides the transformer."""
 
     vae_spatial_compression_ratio: int
 

@@ -16,7 +16,7 @@ from elakit.tokens import TextSequence
 
 
 class Lumina2Pipeline(TransformerPipeline, Protocol):
-    """Members of its pipelines that this adapter uses, beside the transformer."""
+    """Members of the family's pipelines that its adapter uses, besides the transformer."""
 
     system_prompt: str
 
@@ -102,7 +102,7 @@ class Lumina2(SeparateNegative):
         return 1 - super()._given(timestep, latents) / self._train_steps
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are the noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are pure noise."""
         # The pipeline takes the number of channels for that of patches.
         self._set_flow(steps, self._flow_shift(self._channels, 1.15))
         return 1.0

@@ -16,7 +16,7 @@ from elakit.tokens import TextSequence
 
 
 class PixArtPipeline(TransformerPipeline, Protocol):
-    """Members of its pipelines that this adapter uses, beside the transformer."""
+    """Members of the family's pipelines that its adapter uses, besides the transformer."""
 
     def _text_preprocessing(self, *args: Any, **kwargs: Any) -> list[str]: ...
 

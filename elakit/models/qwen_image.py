@@ -19,7 +19,7 @@ from elakit.tokens import TextSequence
 
 
 class QwenImagePipeline(PackedPipeline, Protocol):
-    """Members of its pipelines that this adapter uses, beside the transformer and packed latents."""
+    """Members of the family's pipelines that its adapter uses, besides the transformer and packed latents."""
 
     tokenizer_max_length: int
     prompt_template_encode: str
@@ -143,7 +143,7 @@ class QwenImage(SeparateNegative):
         return packed
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are the noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are pure noise."""
         self._set_flow(steps, self._shift(height, width, 1.15))
         return 1.0
 

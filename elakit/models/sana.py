@@ -99,7 +99,7 @@ class Sana(Float32Latents):
         return super()._given(timestep, latents) * self.pipe.transformer.config.timestep_scale
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are the noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are pure noise."""
         super().set_timesteps(steps, height, width)
         return 1.0
 

@@ -14,7 +14,7 @@ from elakit.tokens import TextSequence
 
 
 class StableDiffusion3Pipeline(TransformerPipeline, Protocol):
-    """Members of its pipelines that this adapter uses, beside the transformer."""
+    """Members of the family's pipelines that its adapter uses, besides the transformer."""
 
     tokenizer_max_length: int
     tokenizer_3: Any
@@ -97,7 +97,7 @@ class StableDiffusion3(TransformerAdapter):
         return Conditioning(call, {"encoder_hidden_states": embeds, "pooled_projections": pooled})
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are the noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are pure noise."""
         scheduler = self.pipe.scheduler
         shift = {"mu": self._shift(height, width, 1.16)} if scheduler.config.get("use_dynamic_shifting") else {}
         scheduler.set_timesteps(steps, device=self.pipe._execution_device, **shift)

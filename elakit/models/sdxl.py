@@ -13,7 +13,7 @@ from elakit.pipeline import Pipeline, UNetPipeline
 
 
 class XLPipeline(UNetPipeline, Protocol):
-    """Members of its pipelines that this adapter uses, beside the UNet."""
+    """Members of the family's pipelines that its adapter uses, besides the UNet."""
 
     def _get_add_time_ids(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
 

@@ -150,7 +150,7 @@ class ZImage(TransformerAdapter):
         return int(self.pipe.transformer.in_channels)
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are the noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are pure noise."""
         self._set_flow(steps, self._shift(height, width, 1.15))
         return 1.0
 

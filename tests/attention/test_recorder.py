@@ -551,8 +551,8 @@ def test_a_prompt_parsed_for_another_encoder_is_read_again(pipe: Any) -> None:
         ({"accumulate": "no"}, "True or False"),
         ({"steps": 0}, "every n-th call"),
         ({"steps": slice(None, None, -1)}, "stride"),
-        ({"sizes": -16}, "larger side"),
-        ({"self_attention": float("nan")}, "larger side"),
+        ({"sizes": -16}, "longer side"),
+        ({"self_attention": float("nan")}, "longer side"),
         ({"tokens": "car"}, r"\['car'\]"),
     ],
 )

@@ -144,7 +144,7 @@ def test_what_cannot_be_had_is_said() -> None:
         recording.maps("car", refine=1)
     with pytest.raises(RecordingError, match="8x8, 4x4"):
         RecordSpec(self_attention=5).plan(pipe, prompt, steps=1)
-    with pytest.raises(SettingError, match="larger side"):
+    with pytest.raises(SettingError, match="longer side"):
         RecordSpec(self_attention=0)
     with record(pipe, prompt, RecordSpec(self_attention=4)) as recording:
         draw(pipe, prompt.text, steps=1)

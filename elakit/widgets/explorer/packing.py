@@ -155,7 +155,7 @@ def pack(source: Source, fit: Fit, buffer: Buffer) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        Layers in forward order, each with name, short (name), place, size (larger side, as recorded), recorded (rows
+        Layers in forward order, each with name, short (name), place, size (longer side, as recorded), recorded (rows
         and columns), rows and columns (as sent), heads, at and scales (positions of maps and scales in the buffer).
     """
     found = []
