@@ -370,7 +370,9 @@ def _intact(path: Path) -> Iterator[None]:
     except ElakitError as error:
         if str(path) in str(error) or str(path.parent) in str(error):
             raise
-        raise OutputError(f"{path} is damaged: {error}") from error
+        raise OutputError(
+            f"{path} is damaged: {str(error).removesuffix('.')}. Restore the run's folder, or generate the run again."
+        ) from error
     except Exception as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
         raise OutputError(

@@ -45,7 +45,8 @@ class ConceptMaps:
         image : int
             Index of the image in the batch.
         size : int, optional
-            Use only layers whose maps have this longer side. Default: all layers, resized to the largest map.
+            Map size: number of locations along the longer side. Only layers with maps of this size are used. Default:
+            all layers, resized to the largest map.
 
         Returns
         -------

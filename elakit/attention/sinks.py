@@ -223,7 +223,7 @@ class Staging:
 
 
 def over_budget(layout: Layout, step: int, limit: int) -> RecordingError:
-    """Error of a run that is longer than expected and would exceed the budget."""
+    """Error of a run with more calls than expected, whose recording would exceed the memory budget of the spec."""
     return RecordingError(
         f"This denoiser call would bring the recording to {readable_bytes((step + 1) * layout.step_bytes)} and past "
         f"its budget, which has room for {limit} steps. Raise RecordSpec(budget=...), or keep fewer steps, layers or "

@@ -308,8 +308,8 @@ def _methods(text: str, settings: list[str]) -> list[tuple[str, dict[str, Any]]]
             raise SettingError(f"--set {setting}: {method!r} is not among --methods {text}. Add it there.")
         if option in chosen[method]:
             raise SettingError(
-                f"--set {setting}: {method}.{option} is set twice. Run the second value into the same folder "
-                "afterwards."
+                f"--set {setting}: {method}.{option} is set twice. Give one value, and afterwards run the command with "
+                "the other value and the same --out."
             )
         chosen[method][option] = value_of(value.strip())
     return list(chosen.items())

@@ -77,7 +77,7 @@ class Unit:
 
     @property
     def key(self) -> str:
-        """Hash of all fields but the device, which names the unit's files; the same on every machine."""
+        """Hash of all fields except the device; it names the unit's files and is the same on every machine."""
         identity = {
             name: value
             for name, value in asdict(self).items()
