@@ -20,9 +20,9 @@ labels of earlier audits. To measure self-agreement, label some images again, an
 All values are 1 or 0. ``*_nameable``: a person who has not read the prompt would name the thing as the prompt does.
 ``*_color``: the thing has the color that the prompt asks for; if it asks for none, 1 unless the thing clearly took the
 color of the other one. ``hybrid``: two things are fused. ``extra``: a nameable thing was not asked for, or appears more
-often than asked for. The columns of the second entity are empty for single things. A row whose columns are all empty is
-not labeled yet and is left out. An image is right by eye if every entity is nameable and has its color and nothing is
-fused, which is also the judge's definition of success.
+often than asked for. The columns of the second entity are empty for single things. A row with nothing but
+the number is not labeled yet and is left out. An image is right by eye if every entity is nameable and has its color
+and nothing is fused, which is also the judge's definition of success.
 
 **Verdict file**: the prompt, method and seed of each image, followed by the columns of the label file, filled in by the
 judge. A thing is nameable to the judge if the judge finds it.
@@ -46,7 +46,7 @@ from tqdm.auto import tqdm
 
 import elakit
 from elakit import checks
-from elakit.cli_options import one_line_errors
+from elakit.cli_options import one_line_errors, without_markup
 from elakit.errors import SettingError
 from elakit.files import write_file
 from elakit.generation import generate
@@ -62,7 +62,9 @@ from elakit.world.vocabulary import COLORS, NOUNS
 COLUMNS = ("image", "first_nameable", "first_color", "second_nameable", "second_color", "hybrid", "extra")
 METHODS = ("plain", "ela", "attend-and-excite", "syngen")
 PAIRS, SINGLES = 76, 100
-FIRST_SEED = 800  # seeds 800 to 999: below 1,000, and used by no training, tuning or test
+# No training, tuning or test used seeds 800 to 999. The labels in benchmarks/audits are of seeds 800 to 899. Seeds 900
+# to 999 were used to compare the images of two models side by side, by eye.
+FIRST_SEED = 800
 BARS = {"accuracy": "", "kappa": ">= .85", "right": ">= .95", "wrong": ">= .90", "single": ">= .97"}
 ORIGIN = ("image", "prompt", "method", "seed")  # a verdict file's columns before those of the labels
 FAULTS = ("not nameable", "wrong color", "hybrid")
@@ -71,7 +73,7 @@ SHEET, SIDE = (4, 3), 256  # images per row and column of a sheet, and their sid
 Flags = Sequence[bool] | np.ndarray
 Folder = Annotated[Path, typer.Argument(help="Folder of the audit.")]
 
-app = typer.Typer(help=__doc__, no_args_is_help=True)
+app = typer.Typer(help=without_markup(__doc__), no_args_is_help=True)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 import elakit
 from elakit.attention import Edit, edit
 from elakit.causes.ranking import MUTUAL
+from elakit.cli_options import without_markup
 from elakit.models import adapter_for
 from elakit.prompt import Entity, Prompt
 from elakit.statistics import wilson
@@ -45,7 +46,7 @@ STRANGE = ("zebra", "piano", "robot", "wolf", "teapot", "umbrella", "penguin", "
 
 Split = Annotated[str, typer.Option(help=f"Split of prompts and seeds: {' or '.join(SEEDS)}.")]
 
-app = typer.Typer(help=__doc__, no_args_is_help=True)
+app = typer.Typer(help=without_markup(__doc__), no_args_is_help=True)
 
 
 @dataclass(frozen=True)

@@ -41,13 +41,16 @@ def ways(pipe: Any, steps: int, side: int) -> dict[str, Callable[[], Any]]:
 @app.command()
 def main(
     steps: Annotated[int, typer.Option(help="Number of denoising steps.")] = 20,
-    repeats: Annotated[int, typer.Option(help="Number of runs of each kind, in turn; medians are printed.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Number of runs of each kind; medians are printed.")] = 3,
     dtype: Annotated[str, typer.Option(help=f"Data type of the model: {', '.join(DTYPES)}.")] = "float16",
     thin: Annotated[
         bool, typer.Option(help="Use few channels per layer, with the same layers, heads and maps, for a quick test.")
     ] = False,
 ) -> None:
-    """Print the cost of recording and of guidance, compared with the plain run."""
+    """Print time and peak memory of recorded and guided runs on an NVIDIA GPU, compared with plain generation.
+
+    The pipelines have the shapes of Stable Diffusion 1.5 and SDXL, and random weights.
+    """
     precision = DTYPES[checks.choice(dtype, "dtype", DTYPES)]
     if not torch.cuda.is_available():
         print("No CUDA device on this machine; nothing was measured.")

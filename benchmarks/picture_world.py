@@ -25,7 +25,7 @@ from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
 import elakit
-from elakit.cli_options import one_line_errors
+from elakit.cli_options import one_line_errors, without_markup
 from elakit.judge import FAILURES, Verdict, judge
 from elakit.judge.segmenter import LEAST_AREA, find_things, segment
 from elakit.measures.agreement import agreement_iou
@@ -55,7 +55,7 @@ Seeds = Annotated[int, typer.Option(help="Number of seeds, starting at 0.")]
 Fresh = Annotated[bool, typer.Option(help="Generate all images again.")]
 Scenes = Annotated[int, typer.Option(help="Number of composed scenes per test.")]
 
-app = typer.Typer(help=__doc__, no_args_is_help=True)
+app = typer.Typer(help=without_markup(__doc__), no_args_is_help=True)
 
 
 def show(what: str, hits: Any, bar: str = "") -> None:

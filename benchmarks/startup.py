@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from elakit.cli_options import without_markup
+
 SMALL = """
 import typer
 
@@ -44,7 +46,7 @@ def processor_time(command: list[str]) -> float:
 
 def main() -> None:
     """Print medians of the processor times, and the two ratios."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=without_markup(__doc__))
     parser.add_argument("--repeats", type=int, default=7, help="number of starts of each command")
     repeats = parser.parse_args().repeats
     with tempfile.TemporaryDirectory() as folder:

@@ -67,6 +67,17 @@ def one_line_errors(program: str) -> Iterator[None]:
         raise SystemExit(130) from None
 
 
+def without_markup(docstring: str) -> str:
+    """Text of a docstring for a help page, without the markup of reStructuredText.
+
+    Examples
+    --------
+    >>> without_markup("**Example**::\\n\\n    run ``draw``")
+    'Example:\\n\\n    run `draw`'
+    """
+    return docstring.replace("``", "`").replace("**", "").replace("::\n", ":\n")
+
+
 def value_of(text: str) -> Any:
     """Value of an option: a Python literal, or the text itself.
 

@@ -383,7 +383,7 @@ def _intact(path: Path) -> Iterator[None]:
 def _check_format(table: Any, folder: Path) -> None:
     """Refuse a run that was written in another layout."""
     if not isinstance(table, dict):
-        raise ValueError("it is not a table")
+        raise ValueError("it is not a JSON object")
     found = table.get("format", 1)
     if found != FORMAT:
         newer = isinstance(found, int) and found > FORMAT

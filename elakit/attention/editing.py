@@ -138,6 +138,10 @@ def edit(pipe: Pipeline, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> 
     block act together, and blocks may be nested. `elakit.record`, inside or outside, records the changed attention. An
     edit that changes nothing leaves the image the same, bit for bit.
 
+    Edits act in the pipeline's own denoiser calls. They do not act in the passes in which a guidance method computes
+    gradients or searches for the initial noise: these passes are `paused`, so the method sees the unedited attention,
+    and the numbers of calls in ``steps`` are the same with and without guidance.
+
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
@@ -160,8 +164,7 @@ def edit(pipe: Pipeline, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> 
     Notes
     -----
     An active edit gives the layer an attention mask of (image locations x keys). Attention kernels without masks
-    (flash attention set as a backend) refuse it. Passes inside `paused`, such as those of guidance itself, are neither
-    changed nor counted.
+    (flash attention set as a backend) refuse it.
 
     Examples
     --------

@@ -66,7 +66,7 @@ class ImageGenerator:
     SettingError
         `batch` is less than 1.
     OutputError
-        The folder cannot be written to, or contains other files.
+        The folder cannot be written to, or contains files that do not belong to a diagnosis.
 
     Examples
     --------

@@ -84,7 +84,7 @@ def diagnose(
     ModelError
         The pipeline's family is not supported.
     OutputError
-        The folder cannot be written to, or contains other files.
+        The folder cannot be written to, or contains files that do not belong to a diagnosis.
 
     Examples
     --------

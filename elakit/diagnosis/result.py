@@ -94,7 +94,7 @@ class Diagnosis(DiagnosisData):
         Raises
         ------
         OutputError
-            The folder contains other files, or cannot be written to.
+            The folder contains files that do not belong to a diagnosis, or cannot be written to.
         """
         return write_diagnosis(self, self.to_dict(), folder)
 

@@ -26,7 +26,7 @@ class RunStore:
     Raises
     ------
     OutputError
-        The folder cannot be written to, or contains other files.
+        The folder cannot be written to, or contains files that do not belong to a diagnosis.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -34,7 +34,8 @@ class RunStore:
         try:
             if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "runs").is_dir():
                 raise OutputError(
-                    f"{folder} contains other files than a diagnosis. Choose a new folder, or that of a diagnosis."
+                    f"{folder} contains files that do not belong to a diagnosis. Choose a new folder, or that of a "
+                    "diagnosis."
                 )
             (self.folder / "runs").mkdir(parents=True, exist_ok=True)
         except ElakitError:

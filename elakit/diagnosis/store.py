@@ -36,7 +36,7 @@ def write_diagnosis(data: DiagnosisData, document: Mapping[str, Any], folder: st
     Raises
     ------
     OutputError
-        The folder contains other files, or cannot be written to.
+        The folder contains files that do not belong to a diagnosis, or cannot be written to.
     """
     store = RunStore(folder)
 

@@ -138,7 +138,9 @@ class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
 
 
 def modulation(scores: Tensor, belongs: Tensor, amount: Tensor) -> Tensor:
-    """Bias that moves scores toward the largest of their location if the key belongs to it, else toward the lowest.
+    """Bias that moves the score of each key toward the largest or the lowest score at its location.
+
+    Scores of keys that belong to the location move toward the largest, the others toward the lowest.
 
     Parameters
     ----------

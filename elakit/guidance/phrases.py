@@ -43,19 +43,20 @@ class Phrase:
 
 
 def check_text(adapter: Adapter, conditioning: Conditioning, who: str) -> None:
-    """Refuse a model whose layers do not read the text by separate cross-attention.
+    """Raise an error unless every layer that reads the text is a plain cross-attention layer.
 
     Raises
     ------
     SettingError
-        The model has other layers, such as joint attention; the message names the method `who`.
+        The model has other layers, such as joint attention, or no single sequence of text states; the message names the
+        method `who`.
     """
     plain = all(layer.kind == "cross" and layer.layout is None for layer in adapter.layers())
     if not plain or STATES not in conditioning.inputs or _CALL[STATES] not in conditioning.call:
         raise SettingError(
-            f"{who} encodes the words of each entity on their own, which needs separate layers of cross-attention; "
-            f"{adapter.family} has none. Use a model with plain cross-attention (Stable Diffusion 1.x, 2.x, XL, "
-            "PixArt), or another method, such as elakit.ELA()."
+            f"{who} encodes the words of each entity separately, which needs plain cross-attention layers; those of "
+            f"{adapter.family} are of another kind. Use a model with plain cross-attention (Stable Diffusion 1.x, 2.x, "
+            "XL, PixArt), or another method, such as elakit.ELA()."
         )
 
 

@@ -87,7 +87,10 @@ def read_index(source: str) -> dict[str, Any]:
             f"The model_index.json of {source!r} cannot be read: {first_line(error)} Download the model again."
         ) from error
     if not isinstance(index, dict):
-        raise ModelError(f"The model_index.json of {source!r} is not a table of components.")
+        raise ModelError(
+            f"The model_index.json of {source!r} is not a JSON object that names the pipeline's components. Download "
+            "the model again, or write the folder again with `pipe.save_pretrained`."
+        )
     return index
 
 

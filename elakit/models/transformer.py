@@ -226,10 +226,10 @@ class TransformerAdapter(PromptEncoder):
         kwargs: Mapping[str, Any],
         rows: slice,
     ) -> dict[str, Any]:
-        """Arguments of a denoiser call with given text states and one patch of the image, based on another call.
+        """Arguments of a denoiser call like a given one, but with other text states and only one patch of the image.
 
         `elakit.attention.map_concepts` reads the attention outputs of the text in such a call. Only families with joint
-        attention that is read at the attention call need it.
+        attention whose layers are read where they call the attention function (`AttentionLayer.layout`) need it.
 
         Parameters
         ----------

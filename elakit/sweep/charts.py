@@ -27,7 +27,8 @@ def figures(table: pd.DataFrame) -> dict[str, go.Figure]:
     -------
     dict of str to plotly.graph_objects.Figure
         "success": share of right images per method, with 95% intervals; "failures": shares of images with each kind of
-        failure (an image may have several); "time": success against generation time.
+        failure (an image may have several), with the same intervals; "time": share of right images against generation
+        time relative to plain generation.
     """
     return summary_figures(summary(table))
 

@@ -89,7 +89,8 @@ def drawings(noun: str, artists: tuple[str, ...] = ARTISTS) -> tuple[Drawing, ..
     if noun not in index:
         raise SettingError(f"picture-world has no drawing of {noun!r}. Its nouns: {', '.join(index)}.")
     if unknown := set(artists) - set(ARTISTS):
-        raise SettingError(f"Unknown artist {sorted(unknown)}. Choose from {', '.join(ARTISTS)}.")
+        named = ", ".join(map(repr, sorted(unknown)))
+        raise SettingError(f"Unknown artist {named}. Choose from {', '.join(ARTISTS)}.")
     every = tuple(_drawing(noun, row) for row in index[noun])
     return tuple(d for d in every if d.artist in artists) or every
 

@@ -193,7 +193,8 @@ class World:
                 "numbers that add up to 1, such as [0.4, 0.4, 0.15, 0.05]."
             )
         if unknown := set(self.layouts) - set(PAIR_LAYOUTS):
-            raise SettingError(f"Unknown layout {sorted(unknown)}. Choose from {', '.join(PAIR_LAYOUTS)}.")
+            named = ", ".join(map(repr, sorted(unknown)))
+            raise SettingError(f"Unknown layout {named}. Choose from {', '.join(PAIR_LAYOUTS)}.")
         values = list(self.layouts.values())
         if abs(sum(values) - 1) > 1e-6 or min(values) < 0 or max(values) > LARGEST_LAYOUT:
             raise SettingError(

@@ -69,7 +69,8 @@ def sample_spoiled(world: World, rng: np.random.Generator, kinds: tuple[str, ...
     ((128, 128, 3), True, False)
     """
     if unknown := set(kinds) - set(KINDS):
-        raise SettingError(f"Unknown kind {sorted(unknown)}. Choose from {', '.join(KINDS)}.")
+        named = ", ".join(map(repr, sorted(unknown)))
+        raise SettingError(f"Unknown kind of unrecognizable shape {named}. Choose from {', '.join(KINDS)}.")
     kind, beside = str(rng.choice(kinds)), bool(rng.random() < 0.5)
     subjects = sample_subjects(World(entities=(0, 1), held_out=0, natural=world.natural), rng)[: 1 + beside]
     sprites = [sprite_of(subject, world, rng) for subject in subjects]

@@ -18,6 +18,8 @@ from torch.overrides import _get_current_function_mode_stack
 from elakit.attention import paused, record, tap
 from elakit.attention.editing import Edit, edit
 from elakit.errors import RecordingError, SettingError
+from elakit.generation import generate
+from elakit.guidance import ELA
 from elakit.models import adapter_for
 from elakit.prompt import parse
 
@@ -256,6 +258,19 @@ def test_guidance_in_an_edited_run_sees_the_model_as_it_is(pipe: Any) -> None:
     assert min(own) > 0
     car = recording.maps("car").max(("token", "y", "x"))
     assert (car.values == 0).tolist() == [False, False, True]
+
+
+def test_edits_do_not_act_in_the_gradient_passes_of_a_method(pipe: Any) -> None:
+    """The loss of the first step, whose latent is the same, does not see the edit; the run does."""
+    text = "a [red car] and a [blue bird]"
+    options: dict[str, Any] = {"seed": 1, "steps": 2, "guidance": ELA(), "progress": False}
+    plain = generate(pipe, text, **options)
+    with edit(pipe, text, Edit("car", scale=0, region=LEFT)):
+        edited = generate(pipe, text, **options)
+    assert plain.guidance is not None
+    assert edited.guidance is not None
+    assert edited.guidance.rows[0]["loss"] == plain.guidance.rows[0]["loss"]
+    assert float(edited.entity_maps()[0, 0].sum()) < float(plain.entity_maps()[0, 0].sum())
 
 
 @given(

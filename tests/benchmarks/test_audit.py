@@ -23,6 +23,12 @@ def labels(folder: Path, *rows: str) -> Path:
     return path
 
 
+def test_the_help_page_has_no_markup() -> None:
+    page = CliRunner().invoke(audit.app, ["--help"]).output
+    assert "Label file" in page
+    assert not any(mark in page for mark in ("``", "**", "::"))
+
+
 def test_kappa_of_a_table_worked_out_by_hand() -> None:
     # 20 both right, 5 judge only, 10 eye only, 15 both wrong: agreement .7, by chance .5 * .6 + .5 * .4 = .5
     eye = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15

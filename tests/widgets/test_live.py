@@ -290,7 +290,7 @@ def test_boxes_masks_and_what_is_neither(panel: Panel) -> None:
     ):
         with pytest.raises(SettingError, match=part):
             panel.draw("car", region)
-    with pytest.raises(SettingError, match="the entities are 'car', 'bird'"):
+    with pytest.raises(SettingError, match="Choose from 'car', 'bird'"):
         panel.draw("frog", LEFT)
     with pytest.raises(SettingError, match="2 entities"):
         panel._view.stage.boxes = [None]

@@ -290,7 +290,7 @@ def test_a_spoiled_drawing_keeps_little_of_what_it_was(kind: str) -> None:
         assert spoiled.spoiled.any()
         assert not (spoiled.spoiled & spoiled.clean).any()
         assert bool(spoiled.clean.any()) == (len(spoiled.nouns) == 2)
-    with pytest.raises(SettingError, match="melted"):
+    with pytest.raises(SettingError, match="Unknown kind of unrecognizable shape 'melted'"):
         sample_spoiled(SHIPPED, rng, ("melted",))
 
 

@@ -77,7 +77,7 @@ def diagnose_many(
     SettingError
         There is no prompt or seed, a method or remedy is unknown, or a setting is outside its range.
     OutputError
-        The folder contains other files, or cannot be written to.
+        The folder contains files that do not belong to a survey, or cannot be written to.
     """
     cases = plan_cases(prompts, seeds, **settings)
     folder = _prepare(check_folder(out))

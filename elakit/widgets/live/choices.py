@@ -227,6 +227,7 @@ class Choices:
             return labels[entity]
         label = entity.label if isinstance(entity, Entity) else entity
         if label not in labels:
-            there = ", ".join(map(repr, labels)) or "none"
-            raise SettingError(f"draw({label!r}, ...): there is no such entity; the entities are {there}.")
+            known = ", ".join(map(repr, labels))
+            remedy = f"Choose from {known}." if labels else "Enter a prompt that names entities first."
+            raise SettingError(f"draw({label!r}, ...): the prompt has no such entity. {remedy}")
         return str(label)

@@ -70,7 +70,7 @@ class Panel:
 
     @property
     def runs(self) -> list[Run]:
-        """All runs, in the order in which they ended."""
+        """All runs in the order in which they ended, including canceled and failed ones after at least one step."""
         return self._model.runs
 
     @property
