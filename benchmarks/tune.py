@@ -143,13 +143,16 @@ def markdown(found: pd.DataFrame, points: Iterable[dict[str, Any]]) -> str:
 
 def main(
     method: Annotated[str, typer.Argument(help="Name of the method, such as ela or conform.")],
-    limit: Annotated[int, typer.Option(help="Number of prompts, spread evenly over the 276.")] = 46,
+    limit: Annotated[int, typer.Option(help="Number of prompts, spread evenly over the 276 of the suite.")] = 46,
     seeds: Annotated[str, typer.Option(help="Even seeds below 1000, separated by commas.")] = "0,2,4,6",
     folder: Annotated[Path, typer.Option("--out", help="Folder of the sweep, which is resumed.")] = Path("work/tune"),
     workers: Annotated[int, typer.Option(help="Number of worker processes.")] = 1,
     model: Annotated[str, typer.Option(help="Model, as for elakit run.")] = "picture-world",
 ) -> None:
-    """Generate the images of a method's grid that are missing, and print a table of its settings, best first."""
+    """Generate images with each setting in a grid of a method's options, and print a table of the settings, best first.
+
+    Images of an earlier, interrupted call are kept. The prompts are from the suite attend-and-excite.
+    """
     chosen = checks.seeds([int(seed) for seed in seeds.split(",")], distinct=True)
     if wrong := [seed for seed in chosen if seed % 2 or seed >= DEVELOPMENT]:
         raise SettingError(f"--seeds {wrong[0]}: choose settings on even seeds below {DEVELOPMENT}.")

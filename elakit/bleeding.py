@@ -498,10 +498,12 @@ def _along_step(array: xr.DataArray) -> dict[Any, Any]:
 
 def _mass(mass: xr.DataArray, what: str, steps: np.ndarray) -> np.ndarray:
     if not isinstance(mass, xr.DataArray) or mass.dims != ("step",):
-        got = mass.dims if isinstance(mass, xr.DataArray) else type(mass).__name__
-        raise SettingError(
-            f"{what} is {got}; a DataArray with dimension (step,) is needed: take the mean over the others"
-        )
+        if isinstance(mass, xr.DataArray) and "step" in mass.dims:
+            got, remedy = f"has dimensions {mass.dims}", "take the mean over the others"
+        else:
+            got = f"has dimensions {mass.dims}" if isinstance(mass, xr.DataArray) else f"is a {type(mass).__name__}"
+            remedy = "give one value per step"
+        raise SettingError(f"{what} {got}; a DataArray with the single dimension step is needed: {remedy}")
     if not np.array_equal(step_labels(mass), steps):
         raise SettingError(f"{what} has steps {step_labels(mass)}, maps {steps}; give the same steps of both")
     return as_array(mass.values, what)

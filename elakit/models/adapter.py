@@ -492,4 +492,4 @@ class Adapter(Protocol):
         """Latents of an image for one row, in the pipeline's form."""
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-        """Arguments of the pipeline's call that pass (step, latents) through ``move`` after each step."""
+        """Arguments of the pipeline's call with which ``move(step, latents)`` replaces the latents after each step."""

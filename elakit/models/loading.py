@@ -144,7 +144,7 @@ def _scheduler_class(index: Mapping[str, Any], scheduler: str) -> Any:
 
 def _load_lora(pipe: Pipeline, lora: str) -> None:
     if not hasattr(pipe, "load_lora_weights"):
-        raise ModelError(f"lora={lora!r}: {type(pipe).__name__} takes no LoRA weights.")
+        raise ModelError(f"lora={lora!r}: {type(pipe).__name__} takes no LoRA weights. Leave lora out.")
     try:
         pipe.load_lora_weights(lora, use_safetensors=True)
     except Exception as error:  # peft, diffusers, safetensors and the hub client raise a dozen kinds

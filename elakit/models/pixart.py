@@ -94,7 +94,7 @@ class PixArt(TransformerAdapter):
         return Conditioning(call | {"use_resolution_binning": False}, inputs)
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-        """Arguments of the pipeline's call that pass (step, latents) through ``move`` after each step.
+        """Arguments of the pipeline's call with which ``move(step, latents)`` replaces the latents after each step.
 
         Its callback cannot return latents, so they are changed in place. It is not called between the model's calls of
         one step (Heun), so these are not guided.

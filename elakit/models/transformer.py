@@ -353,7 +353,7 @@ class TransformerAdapter(PromptEncoder):
         return encoded(self.pipe, image)
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-        """Arguments of the pipeline's call that pass (step, latents) through ``move`` after each step."""
+        """Arguments of the pipeline's call with which ``move(step, latents)`` replaces the latents after each step."""
         return step_callback(move)
 
     def text(self) -> tuple[TextSequence, ...]:
