@@ -117,7 +117,7 @@ def token_maps(
             top = {"token": column_top, "all": float(maps.max()), "map": float(values.max())}[scale]
             made.add(i, j, _heatmap(values, top, colors, maps, step, label, what))
             made.map_axes(i, j, height, width)
-        heading = style.escape(style.shorten(token_title(label), max(4, panel // 7)))
+        heading = style.escape(_heading(label, max(4, panel // 7)))
         if scale == "token":
             heading += f"<br><span style='font-size:10px'>{_number(column_top)}</span>"
         made.over(1, j, heading)
@@ -172,3 +172,13 @@ def _number(value: float) -> str:
     if value >= 10:
         return f"{value:.0f}"
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
+# Headings of columns that are too narrow for the full titles, which are in the hover text.
+_SHORT_TITLES = {"<start>": "start", "<end>": "end+pad", "<eot>": "end"}
+
+
+def _heading(label: str, width: int) -> str:
+    """Title of a token in at most `width` characters."""
+    title = token_title(label)
+    return style.shorten(title if len(title) <= width else _SHORT_TITLES.get(label, title), width)

@@ -135,6 +135,14 @@ def test_token_maps_name_special_tokens_in_words(plain: Run) -> None:
     assert {"start-of-text", "end-of-text and padding", "car"} <= set(headings)
 
 
+def test_special_tokens_have_short_headings_in_narrow_columns(plain: Run) -> None:
+    figure = plot.token_maps(plain)
+    headings = [note.text.partition("<br>")[0] for note in figure.layout.annotations]
+    assert {"start", "end+pad"} <= set(headings)
+    assert not any("…" in heading for heading in headings)
+    assert "end-of-text and padding" in {trace.name for trace in heatmaps(figure)}
+
+
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
