@@ -328,7 +328,7 @@ def test_a_kind_of_failure_with_an_earlier_name_is_read(runs: list[Run], tmp_pat
 
 def test_a_folder_with_other_files_is_refused(world: Any, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(OutputError, match="other files"):
+    with pytest.raises(OutputError, match="files that do not belong to a diagnosis"):
         elakit.diagnose(world, WORLD, folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

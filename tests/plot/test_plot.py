@@ -255,7 +255,7 @@ def test_runs_that_cannot_be_compared_are_refused(plain: Run) -> None:
         with pytest.raises(SettingError, match="one prompt"):
             function(plain, alone)
     for function in (plot.leakage, plot.bleeding_over_steps):
-        with pytest.raises(SettingError, match="at least one run"):
+        with pytest.raises(SettingError, match="there is no run to show"):
             function([])
     with pytest.raises(SettingError, match=r"iou unknown; choose from .*bleed"):
         plot.bleeding_over_steps(alone, measures=["iou"])
@@ -296,9 +296,10 @@ def test_words_of_the_prompt_are_escaped() -> None:
             assert not set(re.findall(r"%{(\w+)", each)) - {"x", "y", "z", "customdata"}
 
 
-def test_labels_in_angle_brackets_are_shown(plain: Run) -> None:
-    headings = [note.text for note in plot.token_maps(plain).layout.annotations]
-    assert any(text.startswith("&lt;start&gt;") for text in headings)
+def test_labels_in_angle_brackets_are_shown() -> None:
+    run = draw("a <toy> and a [red car]")  # as the word of a textual inversion
+    headings = [note.text for note in plot.token_maps(run).layout.annotations]
+    assert any(text.startswith("&lt;toy&gt;") for text in headings)
 
 
 def test_figures_have_no_side_effects_and_are_deterministic(plain: Run, guided: Run) -> None:

@@ -93,7 +93,7 @@ def test_many_steps_fit_the_page() -> None:
 @pytest.mark.parametrize(
     ("table", "options", "said"),
     [
-        (profile().drop(columns="head"), {}, r"no column head.*elakit.causes.profile"),
+        (profile().drop(columns="head"), {}, r"lacks these columns: head.*elakit.causes.profile"),
         (profile(), {"measure": "iou"}, "measure='iou' is unknown; choose from bleed, spill"),
         (profile(), {"across": "entity"}, "'head' or 'step'"),
     ],
