@@ -248,7 +248,7 @@ def measure(
     names = _labels(maps, "maps")
     steps = step_labels(maps)
     if not len(steps):
-        raise SettingError("maps have no step; record at least one full step")
+        raise SettingError("maps have no step; record at least one full step.")
     masks = _regions_of(regions, names, steps)
     values = maps.values
     matrix = leakage(values, masks)
@@ -326,18 +326,18 @@ def truth_masks(truth: Verdict | xr.DataArray, entities: Sequence[str], size: tu
             'dims=("entity", "y", "x"), coords={"entity": labels})'
         )
     if set(truth.dims) != {"entity", "y", "x"}:
-        raise SettingError(f"truth has dimensions {truth.dims}; (entity, y, x) are needed: an image has no steps")
+        raise SettingError(f"truth has dimensions {truth.dims}; (entity, y, x) are needed: an image has no steps.")
     default = [f"entity {i}" for i in range(truth.sizes["entity"])]
     labels = [str(label) for label in truth["entity"].values] if "entity" in truth.coords else default
     if sorted(labels) != sorted(entities):
-        raise SettingError(f"truth has the entities {labels}, maps {list(entities)}; both must have the same entities")
+        raise SettingError(f"truth has the entities {labels}, maps {list(entities)}; both must have the same entities.")
     masks = as_masks(truth, "truth")[[labels.index(label) for label in entities]]
     (rows, columns), (high, wide) = size, masks.shape[-2:]
     # Each side of a map is its image's, divided and rounded to a whole number.
     if abs(rows - columns * high / max(wide, 1)) >= 1 and abs(columns - rows * wide / max(high, 1)) >= 1:
         raise SettingError(
             f"truth has {high} x {wide} pixels (y, x), the maps {rows} x {columns} locations, which is another aspect "
-            "ratio; give masks of the whole image"
+            "ratio; give masks of the whole image."
         )
     return masks
 
@@ -406,19 +406,19 @@ def _add_attributes(
         return None
     if not np.array_equal(step_labels(attributes), steps):
         raise SettingError(
-            f"attributes have steps {step_labels(attributes)}, maps {steps}; give the same steps of both"
+            f"attributes have steps {step_labels(attributes)}, maps {steps}; give the same steps of both."
         )
     if attributes.shape[-2:] != values.shape[-2:]:
         raise SettingError(
-            f"attributes have size {attributes.shape[-2:]}, maps {values.shape[-2:]}; give both at one size"
+            f"attributes have size {attributes.shape[-2:]}, maps {values.shape[-2:]}; give both at one size."
         )
     if missing := [word for word in words if word not in (owners or {})]:
         raise SettingError(
-            f"attributes {missing} have no owner; pass owners={{attribute: entity}} with the entities {names}"
+            f"attributes {missing} have no owner; pass owners={{attribute: entity}} with the entities {names}."
         )
     assert owners is not None
     if unknown := sorted({owners[word] for word in words} - set(names)):
-        raise SettingError(f"owners {unknown} are not entities of the maps; the entities are {names}")
+        raise SettingError(f"owners {unknown} are not entities of the maps; the entities are {names}.")
     own = [names.index(owners[word]) for word in words]
 
     matrix = leakage(attributes.values, masks)
@@ -465,14 +465,18 @@ def _regions_of(regions: xr.DataArray | Regions, names: list[str], steps: np.nda
     if isinstance(regions, Regions):
         regions = regions.to_xarray()
     if not isinstance(regions, xr.DataArray):
-        raise SettingError(f"regions are a {type(regions).__name__}; give Regions, or a DataArray (step, entity, y, x)")
+        raise SettingError(
+            f"regions are a {type(regions).__name__}; give Regions, or a DataArray (step, entity, y, x)."
+        )
     if set(regions.dims) not in ({"step", "entity", "y", "x"}, {"entity", "y", "x"}):
-        raise SettingError(f"regions have dimensions {regions.dims}; (step, entity, y, x) or (entity, y, x) are needed")
+        raise SettingError(
+            f"regions have dimensions {regions.dims}; (step, entity, y, x) or (entity, y, x) are needed."
+        )
     found = _labels(regions, "regions")
     if sorted(found) != sorted(names):
-        raise SettingError(f"regions have the entities {found}, maps {names}; both must have the same entities")
+        raise SettingError(f"regions have the entities {found}, maps {names}; both must have the same entities.")
     if "step" in regions.dims and not np.array_equal(step_labels(regions), steps):
-        raise SettingError(f"regions have steps {step_labels(regions)}, maps {steps}; give the same steps of both")
+        raise SettingError(f"regions have steps {step_labels(regions)}, maps {steps}; give the same steps of both.")
     regions = regions.isel(entity=[found.index(name) for name in names]).transpose(..., "entity", "y", "x")
     return np.asarray(regions.values)
 
@@ -483,7 +487,7 @@ def _labels(array: xr.DataArray, what: str) -> list[str]:
     else:
         names = [f"entity {i}" for i in range(array.sizes["entity"])]
     if len(set(names)) < len(names):
-        raise SettingError(f"{what} have the labels {names}; each label must occur once")
+        raise SettingError(f"{what} have the labels {names}; each label must occur once.")
     return names
 
 
@@ -503,7 +507,7 @@ def _mass(mass: xr.DataArray, what: str, steps: np.ndarray) -> np.ndarray:
         else:
             got = f"has dimensions {mass.dims}" if isinstance(mass, xr.DataArray) else f"is a {type(mass).__name__}"
             remedy = "give one value per step"
-        raise SettingError(f"{what} {got}; a DataArray with the single dimension step is needed: {remedy}")
+        raise SettingError(f"{what} {got}; a DataArray with the single dimension step is needed: {remedy}.")
     if not np.array_equal(step_labels(mass), steps):
-        raise SettingError(f"{what} has steps {step_labels(mass)}, maps {steps}; give the same steps of both")
+        raise SettingError(f"{what} has steps {step_labels(mass)}, maps {steps}; give the same steps of both.")
     return as_array(mass.values, what)

@@ -73,19 +73,21 @@ def as_array(values: Any, name: str) -> np.ndarray:
     if masked := sum(int(np.ma.getmaskarray(part).sum()) for part in parts if isinstance(part, np.ma.MaskedArray)):
         raise SettingError(
             f"{name}: {masked} values are masked, and no measure leaves values out; "
-            "fill them first, for instance with values.filled(0)"
+            "fill them first, for instance with values.filled(0)."
         )
     try:
         array = np.array(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise SettingError(f"{name} cannot be read as an array of numbers: {error}") from None
+        raise SettingError(f"{name} cannot be read as an array of numbers: {error}.") from None
     if bad := int((~np.isfinite(array)).sum()):
         raise SettingError(
             f"{name}: {bad} of {array.size} values are NaN or infinite; attention must be finite"
-            " (half precision may have overflowed: try dtype float32)"
+            " (half precision may have overflowed: try dtype float32)."
         )
     if array.size and array.min() < 0:
-        raise SettingError(f"{name}: the lowest value is {array.min():g}; give probabilities, which are never negative")
+        raise SettingError(
+            f"{name}: the lowest value is {array.min():g}; give probabilities, which are never negative."
+        )
     return array
 
 
@@ -96,7 +98,7 @@ def as_maps(values: Any, name: str) -> np.ndarray:
     """
     maps = as_array(values, name)
     if maps.ndim < 2 or 0 in maps.shape[-2:]:
-        raise SettingError(f"{name} have shape {maps.shape}; the shape must be (..., y, x) with at least one location")
+        raise SettingError(f"{name} have shape {maps.shape}; the shape must be (..., y, x) with at least one location.")
     return maps
 
 
@@ -108,7 +110,7 @@ def as_masks(values: Any, name: str) -> np.ndarray:
     masks = as_array(values, name)
     if masks.ndim < 2 or ((masks != 0) & (masks != 1)).any():
         raise SettingError(
-            f"{name} must be boolean masks (..., y, x); binarize maps first, for instance with otsu_masks"
+            f"{name} must be boolean masks (..., y, x); binarize maps first, for instance with otsu_masks."
         )
     return masks.astype(bool)
 
@@ -116,7 +118,7 @@ def as_masks(values: Any, name: str) -> np.ndarray:
 def same_size(a: np.ndarray, b: np.ndarray) -> None:
     """Raise SettingError if the spatial sizes (y, x) of two arrays differ."""
     if a.shape[-2:] != b.shape[-2:]:
-        raise SettingError(f"sizes {a.shape[-2:]} and {b.shape[-2:]} (y, x) differ; resize one first")
+        raise SettingError(f"sizes {a.shape[-2:]} and {b.shape[-2:]} (y, x) differ; resize one first.")
 
 
 def broadcast(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +128,7 @@ def broadcast(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         a, b = np.broadcast_arrays(a, b)
     except ValueError:
         raise SettingError(
-            f"leading dimensions {a.shape[:-2]} and {b.shape[:-2]} do not match: each must be the same in both, or 1"
+            f"leading dimensions {a.shape[:-2]} and {b.shape[:-2]} do not match: each must be the same in both, or 1."
         ) from None
     return a, b
 
@@ -200,9 +202,9 @@ def area_mean(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     [[2.0, 2.0]]
     """
     if 0 in values.shape[-2:]:
-        raise SettingError(f"masks have shape {values.shape}; the shape must be (..., y, x) with at least one pixel")
+        raise SettingError(f"masks have shape {values.shape}; the shape must be (..., y, x) with at least one pixel.")
     if len(size) != 2 or not all(is_whole(side) and side >= 1 for side in size):
-        raise SettingError(f"size={size!r}; give rows and columns, whole numbers of at least 1")
+        raise SettingError(f"size={size!r}; give rows and columns, whole numbers of at least 1.")
     down, across = (_shared_lengths(old, int(new)) for old, new in zip(values.shape[-2:], size, strict=True))
     # Whole numbers up to the division, so that exactly half stays half.
     total: np.ndarray = down @ values.astype(np.float64) @ across.T
@@ -269,7 +271,7 @@ def nearest_size(sizes: Iterable[int], target: int = 16) -> int:
     """
     sides = sorted(set(sizes))
     if not sides:
-        raise SettingError("there are no maps to choose a size from; record at least one cross-attention layer")
+        raise SettingError("there are no maps to choose a size from; record at least one cross-attention layer.")
     return min(sides, key=lambda side: (abs(np.log(side / target)), side))
 
 
@@ -277,10 +279,10 @@ def _named(values: xr.DataArray, name: str) -> np.ndarray:
     """Values of a DataArray with the dimensions in the order (..., list of maps, y, x)."""
     spatial = [dim for dim in ("y", "x") if dim in values.dims]
     if len(spatial) == 1:
-        raise SettingError(f"{name} have dimensions {values.dims}; both y and x are needed, or neither")
+        raise SettingError(f"{name} have dimensions {values.dims}; both y and x are needed, or neither.")
     listed = [dim for dim in _LISTS if dim in values.dims] if spatial else []
     if len(listed) > 1:
-        raise SettingError(f"{name} have dimensions {values.dims}; only one of {', '.join(listed)} may be among them")
+        raise SettingError(f"{name} have dimensions {values.dims}; only one of {', '.join(listed)} may be among them.")
     return np.asarray(values.transpose(..., *listed, *spatial).values)
 
 

@@ -70,7 +70,7 @@ def leakage(maps: Any, masks: Any) -> np.ndarray:
     if p.ndim < 3 or regions.ndim < 3:
         raise SettingError(
             f"maps have shape {p.shape} and masks {regions.shape}; (..., entity, y, x) and (..., region, y, x) are "
-            "needed"
+            "needed."
         )
     same_size(p, regions)
     check_disjoint(regions)
@@ -116,7 +116,8 @@ def truth_leakage(maps: Any, masks: Any) -> np.ndarray:
     things = as_masks(masks, "masks")
     if p.ndim < 3 or things.ndim < 3:
         raise SettingError(
-            f"maps have shape {p.shape} and masks {things.shape}; (..., entity, y, x) and (..., thing, y, x) are needed"
+            f"maps have shape {p.shape} and masks {things.shape}; (..., entity, y, x) and (..., thing, y, x) "
+            "are needed."
         )
     claims = things.sum(axis=-3, keepdims=True)
     parts = np.concatenate([things / np.maximum(claims, 1), claims == 0], axis=-3)
@@ -281,7 +282,7 @@ def attribute_overlap(attributes: Any, entities: Any) -> np.ndarray:
     if of_attributes.ndim < 3 or of_entities.ndim < 3:
         raise SettingError(
             f"attributes have shape {of_attributes.shape} and entities {of_entities.shape}; (..., attribute, y, x) and "
-            "(..., entity, y, x) are needed"
+            "(..., entity, y, x) are needed."
         )
     return np.asarray(ruzicka(of_attributes[..., :, None, :, :], of_entities[..., None, :, :, :]))
 
@@ -293,7 +294,7 @@ def _shares(p: np.ndarray, parts: np.ndarray) -> np.ndarray:
     except ValueError:
         raise SettingError(
             f"leading dimensions of maps {p.shape[:-3]} and masks {parts.shape[:-3]} do not match: give one set of "
-            "masks for all maps, or one for each"
+            "masks for all maps, or one for each."
         ) from None
 
 
@@ -301,7 +302,7 @@ def _matrix(matrix: Any) -> np.ndarray:
     values = as_array(matrix, "leakage matrix")
     if values.ndim < 2 or values.shape[-1] < 2:
         raise SettingError(
-            f"leakage matrix has shape {values.shape}; the shape must be (..., entity, region + background)"
+            f"leakage matrix has shape {values.shape}; the shape must be (..., entity, region + background)."
         )
     return values
 
@@ -311,7 +312,7 @@ def _own(matrix: Any, own: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray
     rows, columns = values.shape[-2:]
     if own is None:
         if rows != columns - 1:
-            raise SettingError(f"{rows} rows and {columns - 1} regions: name the region of each row with own=[...]")
+            raise SettingError(f"{rows} rows and {columns - 1} regions: name the region of each row with own=[...].")
         return values, np.arange(rows)
     return values, _owners(own, rows, columns - 1)
 
@@ -319,5 +320,5 @@ def _own(matrix: Any, own: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray
 def _owners(owners: Sequence[int], rows: int, count: int) -> np.ndarray:
     index = np.asarray(owners)
     if index.shape != (rows,) or index.dtype.kind not in "iu" or ((index < 0) | (index >= count)).any():
-        raise SettingError(f"owners {list(owners)} do not fit: {rows} indices from 0 to {count - 1} are needed")
+        raise SettingError(f"owners {list(owners)} do not fit: {rows} indices from 0 to {count - 1} are needed.")
     return index

@@ -43,7 +43,7 @@ def otsu_masks(maps: Any) -> np.ndarray:
     """
     values = as_array(maps, "maps")
     if values.ndim < 2:
-        raise SettingError(f"maps have shape {values.shape}; the shape must be (..., y, x)")
+        raise SettingError(f"maps have shape {values.shape}; the shape must be (..., y, x).")
     flat = values.reshape(-1, *values.shape[-2:])
     return (flat > otsu_thresholds(flat)).reshape(values.shape)
 
@@ -67,7 +67,7 @@ def is_constant(maps: np.ndarray) -> np.ndarray:
 def check_disjoint(masks: np.ndarray) -> None:
     """Raise SettingError if two of the masks (..., region, y, x) overlap."""
     if shared := int((masks.sum(axis=-3) > 1).sum()):
-        raise SettingError(f"{shared} locations belong to more than one region; regions must be disjoint")
+        raise SettingError(f"{shared} locations belong to more than one region; regions must be disjoint.")
 
 
 def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
