@@ -217,6 +217,17 @@ def test_a_layout_that_the_things_cannot_have_is_refused() -> None:
         World(layouts={"row": 0.4, "column": 0.3, "spiral": 0.3})
 
 
+def test_single_things_have_the_sizes_that_are_asked_for() -> None:
+    rng = np.random.default_rng(0)
+    world = dataclasses.replace(SMALL_FLUENT, entities=(1.0,), single_sizes=(0.6, 0.7))
+    sides = [max(np.ptp(np.nonzero(sample(world, rng).entities[0].mask), axis=1) + 1) / world.size for _ in range(40)]
+    assert 0.5 < np.median(sides) <= 0.75
+    assert max(sides) < 0.85  # a tilted thing may be a little larger
+    for sizes in ((0.7, 0.6), (0.0, 0.5), (0.5, 1.2), (0.5,)):
+        with pytest.raises(SettingError, match=r"single_sizes is .* such as \[0.25, 0.85\]"):
+            dataclasses.replace(SMALL_FLUENT, single_sizes=sizes)
+
+
 def test_shares_that_do_not_add_up_are_refused() -> None:
     with pytest.raises(SettingError, match=r"0\.9.*add up to 1"):
         World(entities=(0.9, 0.2, 0.1))
