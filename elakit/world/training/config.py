@@ -100,7 +100,8 @@ class JudgeSettings:
     recognized (`spoiled`), or nothing (`empty`). A share of all scenes is passed through the autoencoder (`rebuilt`),
     and another share through noise and the last steps of the denoiser (`redrawn`), because generated images are less
     exact than composed ones without being hybrids. Further examples are generated: `drawn` images of single things, and
-    `unfinished` images that are decoded after the first few steps and are unrecognizable.
+    `unfinished` images that are decoded after the first few steps and are unrecognizable. `labels` names folders in
+    the shipped data with generated images that were labeled by eye, of which each batch has `labeled` in addition.
     """
 
     channels: tuple[int, ...]
@@ -113,6 +114,8 @@ class JudgeSettings:
     empty: float
     drawn: int
     unfinished: int
+    labels: tuple[str, ...]
+    labeled: int
     samples: int
     batch: int
     learning_rate: float

@@ -19,12 +19,14 @@ from elakit.errors import SettingError
 from elakit.files import replace_file
 from elakit.judge.segmenter import CLASSES, Segmenter
 from elakit.models import EMBEDDED
+from elakit.resources import data_path
 from elakit.world.art import ARTISTS, Drawing, drawings
 from elakit.world.backgrounds import background
 from elakit.world.mixtures import KINDS, UNCERTAIN, sample_mixture
 from elakit.world.scenes import World, caption, sample
 from elakit.world.spoiled import sample_spoiled
 from elakit.world.training.config import Config
+from elakit.world.training.labeled import labeled_loss, read_labeled
 from elakit.world.training.loop import Schedule, autocast, train
 from elakit.world.training.workers import in_order
 from elakit.world.vocabulary import COLORS, NOUNS
@@ -41,6 +43,7 @@ UNFINISHED = 255
 PART = 1_000  # scenes that one process composes at a time
 # Steps of `REDRAW_STEPS` after which an image is decoded too early for anything to be recognized in it.
 UNFINISHED_STEPS = (2, 4)
+LABELED_WEIGHT = 0.5
 FIRST_SEED_DRAWN = 1_000_000  # of whole drawings: far from those that people and benchmarks use
 
 
@@ -145,7 +148,9 @@ def prepare_examples(config: Config, folder: Path, device: torch.device, workers
     other settings is replaced. Scenes are composed in parts by `workers` processes, or in this process if it is 0.
     """
     path, settings = folder / "judge-examples.npz", config.judge
-    made_with = repr((config.world, replace(settings, samples=0, learning_rate=0, channels=()), PART))
+    made_with = repr(
+        (config.world, replace(settings, samples=0, learning_rate=0, channels=(), labels=(), labeled=0), PART)
+    )
     if path.exists():
         with np.load(path) as kept:
             if str(kept["made_with"]) == made_with:
@@ -310,6 +315,8 @@ def train_judge(
     """
     settings = config.judge
     examples = prepare_examples(config, folder, device, workers)
+    folders = [data_path(*name.split("/")) for name in settings.labels]
+    labeled = read_labeled(folders, config.world.size) if folders else None
     torch.manual_seed(1)
     model = Segmenter(settings.channels)
     if start is not None:
@@ -327,22 +334,29 @@ def train_judge(
         # the loss is taken where the network computes, at half resolution: a pixel of every 2 x 2, another each time
         y, x = rng.integers(2, size=2)
         target, marks = target[:, y::2, x::2].to(device), marks[..., y::2, x::2].to(device)
+        if labeled is not None:
+            by_eye = labeled.rows(torch.from_numpy(rng.integers(len(labeled), size=settings.labeled)))
+            images = torch.cat([images, _moved_alone(by_eye.images)])
         images = images.to(device, memory_format=torch.channels_last)
         with autocast(device):
             scores = model.halved(images)
-        scores = scores.float()
+        scores, on_labeled = scores.float().split([settings.batch, len(images) - settings.batch])
         nouns = torch.from_numpy(examples.nouns[rows]).long().to(device)
         classes, things = F.cross_entropy(scores[:, :CLASSES], target, ignore_index=UNCERTAIN), (target > 0).float()
+        unknown = torch.zeros(len(nouns), dtype=torch.bool, device=device)
         if len(drawn := ((nouns > 0) & (nouns < UNFINISHED)).nonzero()[:, 0]):
             alone, shown = _alone(scores[drawn, :CLASSES], nouns[drawn])
             classes = classes + len(drawn) / settings.batch * alone
             things[drawn] = shown
+            unknown[drawn] = True  # whether these are recognizable is not known
         if len(early := (nouns == UNFINISHED).nonzero()[:, 0]):
             things[early] = 1 - scores[early, :CLASSES].detach().softmax(1)[:, 0]
             marks[early, 1] = 1
         wrong = F.binary_cross_entropy_with_logits(scores[:, CLASSES:], marks, reduction="none")
+        wrong[:, 1][unknown] = 0
         wrong[:, 0][marks[:, 1] > 0] = 0  # whether an unrecognizable shape is a hybrid is no question
-        return classes + 0.3 * (wrong * things[:, None]).sum() / things.sum().clamp(min=1)
+        total = classes + 0.3 * (wrong * things[:, None]).sum() / things.sum().clamp(min=1)
+        return total if labeled is None else total + LABELED_WEIGHT * labeled_loss(on_labeled, by_eye.to(device))
 
     schedule = Schedule(settings.samples, settings.batch, settings.learning_rate, average=0.998)
     model = train(model, loss, schedule, folder, "judge")
@@ -352,6 +366,14 @@ def train_judge(
         folder / "judge" / "model.safetensors",
     )
     return model
+
+
+def _moved_alone(images: Tensor) -> Tensor:
+    """Images without ground truth, disturbed and moved as the others, in [-1, 1]."""
+    n, _, height, width = images.shape
+    nothing = torch.zeros(n, height, width, dtype=torch.long)
+    flipped = torch.where(torch.rand(n, 1, 1, 1) < 0.5, images.flip(-1), images)
+    return _move(_disturb(flipped.float() / 127.5 - 1), nothing, nothing[:, None])[0]
 
 
 def _alone(scores: Tensor, nouns: Tensor) -> tuple[Tensor, Tensor]:
