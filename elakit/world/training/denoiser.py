@@ -126,7 +126,7 @@ def grow(model: Any, tokenizer: CLIPTokenizer, old: StableDiffusionPipeline) -> 
             grown = name in ("conv_in.weight", "conv_out.weight", "conv_out.bias")
             if given is None or (given.shape != value.shape and not grown):
                 raise SettingError(
-                    f"The earlier edition's weights do not fit: {name} has shape "
+                    f"The weights of the earlier model do not fit: {name} has shape "
                     f"{None if given is None else tuple(given.shape)}, not {tuple(value.shape)}. "
                     "Use the same [text] and [denoiser] architecture, or train without --start."
                 )
