@@ -32,7 +32,7 @@ SAMPLE_PROMPTS = (
     "a green crown and a bench",
 )  # fmt: skip
 SHEET_EVERY = 50_000  # samples
-CLOSE_UP_SIZES = (0.45, 0.95)  # of the side of a close-up: 22 to 47 % of that of a whole scene
+CLOSE_UP_SIZES = (0.45, 0.95)  # of the side of a close-up: 22 to 47% of that of a whole scene
 CLOSE_UP_DECAY = 0.9  # share of the close-ups after which the learning rate falls
 TOKEN_EMBEDDING = "token_embedding.weight"
 
