@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.ndimage import binary_dilation
 from skimage.color import rgb2lab
 from torch import nn
@@ -397,3 +399,15 @@ def test_a_training_file_with_a_wrong_setting_is_refused(tmp_path: Path) -> None
     (tmp_path / "c.toml").write_text(text.replace("[text]", "[txt]"))
     with pytest.raises(SettingError, match="txt"):
         read_config(tmp_path / "c.toml")
+
+
+def test_a_drawing_that_comes_out_blank_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Releases of resvg-py before 0.2.2 leave a fifth of the drawings blank."""
+    import resvg_py
+
+    drawing = next(one for noun in NOUNS for one in drawings(noun) if one.file.endswith(".svg"))
+    content = io.BytesIO()
+    Image.new("RGBA", (32, 32)).save(content, "png")
+    monkeypatch.setattr(resvg_py, "svg_to_bytes", lambda **_: list(content.getvalue()))
+    with pytest.raises(SettingError, match=r"comes out blank.*resvg-py>=0\.2\.2"):
+        rasterize(drawing, 32)
