@@ -24,9 +24,10 @@ from PIL import Image
 from tiny import tiny_pipeline
 
 from elakit.errors import ModelError, SettingError
-from elakit.generation import Progress, generate
+from elakit.generation import generate
 from elakit.guidance import ELA, AttendAndExcite, InitNO, LatentStep, Method, RegionalAttention, SynGen
 from elakit.models import adapter_for
+from elakit.pipeline_call import Progress
 from elakit.run import open_run
 
 PAIR = "a [red car] and a [blue bird]"

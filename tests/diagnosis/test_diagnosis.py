@@ -138,7 +138,7 @@ def test_failures_and_causes_are_stated(runs: list[Run]) -> None:
     best = tried(runs, "nnyy", "ynyy")
     found_dict = diagnosis_of(best, [best], findings).to_dict()["statements"]
     assert found_dict["failures"] == [
-        'In 2 of 4 images, the bird is missing, and the attention at its location goes to "car" '
+        'In 2 of 4 images, the bird is missing, and the attention in its region goes to "car" '
         "(95% interval 15 to 85%; first visible in the attention at step 2 of 2; earliest in up block 1, "
         "attention 0)."
     ]
