@@ -352,8 +352,7 @@ def draw(
     key = {str(number): dict(zip(ORIGIN[1:], job, strict=True)) for number, job in enumerate(jobs, 1)}
     if (folder / "key.json").exists() and json.loads((folder / "key.json").read_text(encoding="utf-8")) != key:
         raise SettingError(f"{folder} holds images of another draw. Choose another folder, or delete this one.")
-    for name in ("images", "sheets"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     write_file(folder / "key.json", json.dumps(key, indent=1).encode())
     pipe = elakit.load("picture-world")
     paths = [folder / "images" / f"{number:04d}.png" for number in range(1, len(jobs) + 1)]
@@ -362,16 +361,21 @@ def draw(
             continue
         unit = Unit("picture-world", prompt, (seed,), method=method)
         run = generate(pipe, prompt, seed=seed, guidance=unit.guidance(), record=False, progress=False)
-        content = io.BytesIO()
-        run.image.save(content, "png")
-        write_file(path, content.getvalue())
-    per_sheet = SHEET[0] * SHEET[1]
-    for start in range(0, len(jobs), per_sheet):
-        stop = min(start + per_sheet, len(jobs))
-        page = sheet([(i + 1, jobs[i][0], Image.open(paths[i]).convert("RGB")) for i in range(start, stop)])
-        page.save(folder / "sheets" / f"{start + 1:04d}-{stop:04d}.png")
-    _write(folder / "labels.csv", COLUMNS, ([number] + [""] * (len(COLUMNS) - 1) for number in range(1, len(jobs) + 1)))
+        save_image(run.image, path)
+    write_sheets(folder, [prompt for prompt, _, _ in jobs], paths)
     print(f"{len(jobs)} images in {folder}. Look at {folder / 'sheets'} and fill in {folder / 'labels.csv'}.")
+
+
+def write_sheets(folder: Path, prompts: Sequence[str], paths: Sequence[Path]) -> None:
+    """Write the sheets of images, which are numbered from 1, and an empty label file."""
+    (folder / "sheets").mkdir(parents=True, exist_ok=True)
+    per_sheet = SHEET[0] * SHEET[1]
+    for start in range(0, len(paths), per_sheet):
+        stop = min(start + per_sheet, len(paths))
+        page = sheet([(i + 1, prompts[i], Image.open(paths[i]).convert("RGB")) for i in range(start, stop)])
+        page.save(folder / "sheets" / f"{start + 1:04d}-{stop:04d}.png")
+    empty = [""] * (len(COLUMNS) - 1)
+    write_rows(folder / "labels.csv", COLUMNS, ([number, *empty] for number in range(1, len(paths) + 1)))
 
 
 def plan(
@@ -388,12 +392,22 @@ def plan(
     first_seed : int
         Seed of the first prompt; the next ones follow, below 1,000.
     """
-    jobs = [(prompt, "plain", seed) for prompt, seed in _prompts(single_prompts(), singles, first_seed)]
-    jobs += [(p, method, s) for p, s in _prompts(suite("attend-and-excite"), pairs, first_seed) for method in methods]
+    jobs = [(prompt, "plain", seed) for prompt, seed in chosen_prompts(single_prompts(), singles, first_seed)]
+    jobs += [
+        (p, method, s) for p, s in chosen_prompts(suite("attend-and-excite"), pairs, first_seed) for method in methods
+    ]
     return [jobs[i] for i in np.random.default_rng(first_seed).permutation(len(jobs))]
 
 
-def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+def save_image(image: Image.Image, path: Path) -> None:
+    """Save an image as PNG, completely or not at all."""
+    content = io.BytesIO()
+    image.save(content, "png")
+    write_file(path, content.getvalue())
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write rows below the names of their columns as a CSV file."""
     lines = [",".join(columns), *(",".join(map(str, row)) for row in rows)]
     write_file(path, ("\n".join(lines) + "\n").encode())
 
@@ -403,7 +417,7 @@ def single_prompts() -> list[str]:
     return [f"a {color} {noun}" if color else f"a {noun}" for noun in NOUNS for color in (None, *COLORS)]
 
 
-def _prompts(prompts: Sequence[str], count: int, first_seed: int) -> list[tuple[str, int]]:
+def chosen_prompts(prompts: Sequence[str], count: int, first_seed: int) -> list[tuple[str, int]]:
     """Some prompts, chosen at random without repetition, each with a seed of its own below 1,000."""
     rng = np.random.default_rng((first_seed, len(prompts)))
     chosen = rng.choice(len(prompts), min(count, len(prompts)), replace=False)
@@ -437,7 +451,7 @@ def judge_images(folder: Folder = Path("work/audit")) -> None:
         different.add(image.tobytes())
         verdict = Label.of(judge(image, prompt), prompt)
         rows.append((number, *(made[name] for name in ORIGIN[1:]), *verdict.values()))
-    _write(folder / "verdicts.csv", (*ORIGIN, *COLUMNS[1:]), rows)
+    write_rows(folder / "verdicts.csv", (*ORIGIN, *COLUMNS[1:]), rows)
     print(f"{len(rows)} verdicts on {len(different)} different images in {folder / 'verdicts.csv'}.")
 
 

@@ -23,13 +23,13 @@ from .bleeding import Bleeding as Bleeding
 from .diagnosis import Diagnosis as Diagnosis
 from .diagnosis import diagnose as diagnose
 from .diagnosis import open_diagnosis as open_diagnosis
-from .generation import Progress as Progress
 from .generation import generate as generate
 from .guidance import ELA as ELA
 from .guidance import RegionalAttention as RegionalAttention
 from .measures import agreement as agreement
 from .models import load as load
 from .pipeline import Pipeline as Pipeline
+from .pipeline_call import Progress as Progress
 from .prompt import Entity as Entity
 from .prompt import Prompt as Prompt
 from .prompt import Token as Token

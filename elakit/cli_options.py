@@ -132,12 +132,8 @@ def method_options(method: str, settings: list[str] | None) -> dict[str, Any]:
 
 def load_pipeline(model: str, **settings: Any) -> Any:
     """Pipeline as `elakit.load` returns it, loaded without the progress bars of diffusers and transformers."""
-    import diffusers
-    import transformers
-
     import elakit
+    from elakit.models.library import hide_loading_bars
 
-    # their loading bars would hide the progress of the command
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    hide_loading_bars()  # they would hide the progress of the command
     return elakit.load(model, **settings)

@@ -22,8 +22,6 @@ from elakit.pipeline_call import GuideIf, PipelineCall, Progress, Request
 from elakit.prompt import Prompt
 from elakit.run import Run
 
-__all__ = ["GuideIf", "Progress", "generate"]
-
 # Arguments of a pipeline's call that `generate` sets.
 _OWN = (
     "prompt", "prompt_2", "prompt_3", "prompt_embeds", "pooled_prompt_embeds", "negative_prompt", "negative_prompt_2",

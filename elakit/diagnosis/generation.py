@@ -10,11 +10,12 @@ from time import perf_counter, process_time
 from elakit import checks
 from elakit.attention import RecordSpec
 from elakit.diagnosis.run_store import RunStore, run_key
-from elakit.generation import Progress, generate
+from elakit.generation import generate
 from elakit.guidance import Method
 from elakit.guidance.metadata import options_of
 from elakit.models import EMBEDDED, adapter_for, default_settings, loaded_with, name_of
 from elakit.pipeline import Pipeline
+from elakit.pipeline_call import Progress
 from elakit.prompt import Prompt
 from elakit.run import Run
 

@@ -41,6 +41,21 @@ def import_diffusers() -> Any:
     return diffusers
 
 
+def hide_loading_bars() -> None:
+    """Switch off the progress bars that diffusers and transformers show while they load a pipeline.
+
+    Raises
+    ------
+    ModelError
+        As in `import_diffusers`.
+    """
+    library = import_diffusers()
+    import transformers
+
+    library.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def _remedy() -> str:
     for package, lowest in _BESIDE.items():
         try:

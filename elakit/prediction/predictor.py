@@ -12,7 +12,7 @@ import pandas as pd
 
 from elakit.errors import OutputError, SettingError
 from elakit.files import read_json, write_json
-from elakit.generation import GuideIf, Progress
+from elakit.pipeline_call import GuideIf, Progress
 from elakit.prediction.attention_features import FEATURES, SHARES, features
 from elakit.resources import data_path
 from elakit.run import Run

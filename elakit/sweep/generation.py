@@ -135,14 +135,10 @@ def _guided(trace: Trace | None) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _pipeline(model: str, **settings: str | None) -> Any:
-    import diffusers
-    import transformers
-
     from elakit.models import load
+    from elakit.models.library import hide_loading_bars
 
-    # the loading bars of several workers would interleave with each other and with the sweep's own bar
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    hide_loading_bars()  # those of several workers would interleave with each other and with the sweep's own bar
     return load(model, **settings)
 
 

@@ -117,7 +117,7 @@ def rasterize(drawing: Drawing, size: int) -> np.ndarray:
     Raises
     ------
     SettingError
-        The drawing is a vector file, and resvg-py is not installed.
+        The drawing is a vector file, and resvg-py is not installed or leaves it blank.
     """
     path = data_path("art", *drawing.file.split("/"))
     if path.suffix == ".svg":
@@ -134,6 +134,11 @@ def rasterize(drawing: Drawing, size: int) -> np.ndarray:
     else:
         image = Image.open(path).convert("RGBA")
     ink = image.getchannel("A").point(lambda alpha: 255 if alpha > 24 else 0).getbbox()
+    if ink is None:
+        raise SettingError(
+            f"Drawing {drawing.file} comes out blank. Releases of resvg-py before 0.2.2 cannot draw it: "
+            "pip install -U 'resvg-py>=0.2.2'."
+        )
     image = image.crop(ink)
     scale = (size - 2 * MARGIN) / max(image.size)
     # "RGBa" is premultiplied: resizing straight alpha would bleed the color of transparent pixels into the edges

@@ -18,7 +18,6 @@ RELATIONS = ("left of", "right of", "above", "below", "in front of", "behind", "
 WORN = ("crown", "glasses", "bow")
 SUPPORTS = ("bench", "chair", "suitcase", "car")
 SUPPORTED = (*ANIMALS, "apple", "backpack", "balloon", "bow", "bowl", "clock", "crown", "glasses")
-SINGLE_SCALES = (0.25, 0.85)
 LEAST_SEEN = {"worn": 0.4, "on": 0.4, "occluded": 0.45}  # share of a thing that must remain visible; .7 elsewhere
 LEAST_WORN = 0.2  # side of a worn thing's square: smaller ones cannot be made out
 MOST_SEEN_BEHIND = 0.88  # more than that of the thing behind, and it is not noticeably occluded
@@ -85,10 +84,9 @@ def fits(layout: str, first: str, second: str) -> bool:
     return True
 
 
-def single_place(rng: np.random.Generator) -> Place:
-    """Random place for a single thing, inside the scene and with a size of 25 to 85% of its side."""
-    scale = float(rng.uniform(*SINGLE_SCALES))
-    return _anywhere(scale, rng)
+def single_place(sizes: tuple[float, float], rng: np.random.Generator) -> Place:
+    """Random place for a single thing, inside the scene and with a size in a range of shares of its side."""
+    return _anywhere(float(rng.uniform(*sizes)), rng)
 
 
 def pair_places(layout: str, shapes: tuple[Shape, Shape], rng: np.random.Generator) -> tuple[Place, Place] | None:

@@ -140,6 +140,8 @@ class World:
         Views of the drawings that are used: "body", "face" or both. A noun without such drawings keeps all it has.
     entities : tuple of float
         Shares of scenes with one, two, three and four entities; they add up to 1. Trailing zeros may be omitted.
+    single_sizes : tuple of float
+        Smallest and largest size of a single entity, as shares of the scene's side, greater than 0 and at most 1.
     layouts : mapping of str to float
         Shares of the layouts of pairs; they add up to 1, and none is larger than `LARGEST_LAYOUT`.
     free_captions : float
@@ -158,13 +160,15 @@ class World:
     Raises
     ------
     SettingError
-        The shares of `entities` or of `layouts` do not add up to 1, are too many or too large, or a layout is unknown.
+        The shares of `entities` or of `layouts` do not add up to 1, are too many or too large, a layout is unknown, or
+        `single_sizes` is not a range of sizes.
     """
 
     size: int = 128
     artists: tuple[str, ...] = ARTISTS
     views: tuple[str, ...] = ("body", "face")
     entities: tuple[float, ...] = (0.4, 0.4, 0.15, 0.05)
+    single_sizes: tuple[float, float] = (0.25, 0.85)
     layouts: Mapping[str, float] = field(
         default_factory=lambda: {
             "row": 0.28,
@@ -191,6 +195,11 @@ class World:
             raise SettingError(
                 f"The shares of scenes with one, two, ... entities are {list(shares)}; give one to {MOST_ENTITIES} "
                 "numbers that add up to 1, such as [0.4, 0.4, 0.15, 0.05]."
+            )
+        if len(self.single_sizes) != 2 or not 0 < self.single_sizes[0] <= self.single_sizes[1] <= 1:
+            raise SettingError(
+                f"single_sizes is {list(self.single_sizes)}; give the smallest and the largest size of a single entity "
+                "as shares of the side of the scene, such as [0.25, 0.85]."
             )
         if unknown := set(self.layouts) - set(PAIR_LAYOUTS):
             named = ", ".join(map(repr, sorted(unknown)))
@@ -413,7 +422,7 @@ def _attempt(subjects: tuple[Subject, ...], layout: str, world: World, rng: np.r
     for _ in range(TRIES):
         chosen = [world.drawings(s.noun)[rng.integers(len(world.drawings(s.noun)))] for s in subjects]
         sprites = [_sprite(drawing, s.color) for drawing, s in zip(chosen, subjects, strict=True)]
-        places = _places(layout, subjects, chosen, sprites, rng)
+        places = _places(layout, subjects, chosen, sprites, world, rng)
         if places is None:
             continue
         # the last is in front; which of an occluded pair that is, is left to chance
@@ -452,10 +461,11 @@ def _places(
     subjects: tuple[Subject, ...],
     chosen: list[Drawing],
     sprites: list[Image.Image],
+    world: World,
     rng: np.random.Generator,
 ) -> list[Place] | None:
     if layout == "single":
-        return [posed(single_place(rng), rng)]
+        return [posed(single_place(world.single_sizes, rng), rng)]
     if len(subjects) > 2:
         return group_places(layout, len(subjects), rng)
     first, second = (

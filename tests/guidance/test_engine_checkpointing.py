@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_pipeline
+from tiny import FROM_FILES, tiny_pipeline
 
 import elakit
 from elakit.errors import SettingError
@@ -35,12 +35,14 @@ def switches(pipe: Any) -> dict[str, tuple[Any, Any]]:
     }
 
 
+# the text encoders of transformers 4 do not run in float64
+EXACT, ERROR = (torch.float32, 1e-3) if FROM_FILES else (torch.float64, 1e-6)
 WITHOUT_GRADIENT = {name for name in METHODS if hasattr(METHODS[name], "hold")}
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in WITHOUT_GRADIENT])
 def test_every_method_moves_the_latents_as_without(name: str) -> None:
-    pipe = tiny_pipeline(torch.float64)
+    pipe = tiny_pipeline(EXACT)
     method = METHODS[name](**FEW.get(name, {}))
     options: dict[str, Any] = {"seed": 5, "steps": 2, "guidance": method, "progress": False}
     plain = elakit.generate(pipe, PAIR, **options)
@@ -49,7 +51,7 @@ def test_every_method_moves_the_latents_as_without(name: str) -> None:
     frame, wanted = run.guidance.to_frame(), plain.guidance.to_frame()
     assert (wanted.moved > 0).any()
     for column in ("loss", "moved"):
-        assert frame[column].tolist() == pytest.approx(wanted[column].tolist(), rel=1e-6)
+        assert frame[column].tolist() == pytest.approx(wanted[column].tolist(), rel=ERROR)
     assert np.abs(np.asarray(run.image, int) - np.asarray(plain.image, int)).max() <= 1
     assert run.recording.steps == plain.recording.steps  # recomputed layers are not recorded
     np.testing.assert_allclose(run.entity_maps(), plain.entity_maps(), atol=1e-3)
@@ -129,7 +131,7 @@ def test_an_interrupt_while_weights_are_frozen_leaves_them_as_they_were(
 
 
 def test_an_error_inside_a_checkpoint_does_not_spoil_the_next_gradient() -> None:
-    pipe = tiny_pipeline(torch.float64)
+    pipe = tiny_pipeline(EXACT)
     at = one_pass(pipe, 8)
     wanted = gradient(*at)[1]
 
@@ -140,9 +142,9 @@ def test_an_error_inside_a_checkpoint_does_not_spoil_the_next_gradient() -> None
     with checkpointing(pipe), pytest.raises(RuntimeError, match="out of memory"):
         gradient(*at)
     handle.remove()
-    torch.testing.assert_close(gradient(*at)[1], wanted)
+    torch.testing.assert_close(gradient(*at)[1], wanted, rtol=ERROR, atol=1e-7)
     with checkpointing(pipe):
-        torch.testing.assert_close(gradient(*at)[1], wanted)
+        torch.testing.assert_close(gradient(*at)[1], wanted, rtol=ERROR, atol=1e-7)
 
 
 def test_a_model_without_checkpoints_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

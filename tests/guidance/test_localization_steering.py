@@ -9,8 +9,8 @@ import pytest
 
 import elakit
 from elakit.errors import SettingError
-from elakit.generation import Progress
 from elakit.guidance import ELA, FromMaps, LatentStep
+from elakit.pipeline_call import Progress
 from elakit.prompt import Prompt
 from elakit.run import Run
 

@@ -15,10 +15,10 @@ from tiny import tiny_pipeline
 from elakit import generate
 from elakit.attention import Edit, Site, edit
 from elakit.errors import SettingError
-from elakit.generation import Progress
 from elakit.guidance import Guide, RegionalAttention
 from elakit.guidance.holding import Holder, restriction
 from elakit.models import adapter_for
+from elakit.pipeline_call import Progress
 from elakit.prompt import parse
 from elakit.regions import divide
 

@@ -10,11 +10,11 @@ from tiny import tiny_pipeline
 
 from elakit import generate
 from elakit.errors import SettingError
-from elakit.generation import Progress
 from elakit.guidance import SPDiffusion
 from elakit.guidance.holding import Holder
 from elakit.guidance.method import Attention
 from elakit.models import adapter_for
+from elakit.pipeline_call import Progress
 from elakit.prompt import parse
 
 

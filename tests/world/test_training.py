@@ -43,6 +43,7 @@ pull = 1e-4
 edges = 1.0
 features = 0.1
 nested = 0.5
+equivariant = 0.5
 kept = 10.0
 
 [text]
@@ -59,6 +60,7 @@ scenes = 8
 first_scenes = 4
 chunk = 4
 reuse = 1
+close_ups = 8
 samples = 12
 batch = 4
 learning_rate = 1e-3
@@ -115,6 +117,9 @@ def test_one_command_trains_every_part_and_a_second_call_has_nothing_left_to_do(
     assert (out / "judge" / "model.safetensors").exists()
     assert list(out.glob("samples-*.png"))
     assert [path.name for path in sorted((out / "scenes").glob("*.pt"))] == ["0000.pt", "0001.pt"]
+    close = torch.load(out / "close-ups" / "scenes" / "0000.pt", weights_only=True)
+    assert close["latents"].shape == (4, 4, 4, 4)  # 32 pixels; whole scenes have 64
+    assert torch.load(out / "close-ups" / "denoiser.pt", weights_only=True)["step"] == 1
     before = torch.load(out / "denoiser.pt", weights_only=True)
     again = command(config, out)
     assert again.returncode == 0, again.stderr
@@ -163,6 +168,45 @@ def test_an_autoencoder_that_grows_keeps_the_latents_it_started_from(config: Pat
 
     # an autoencoder that may change its latents does, and one that must keep them does not
     assert moved(100.0) < 0.3 * moved(0.0)
+
+
+def test_latents_of_half_the_resolution_belong_to_the_smaller_image() -> None:
+    from elakit.world.training.autoencoder import _transformed
+
+    images = torch.rand(2, 3, 16, 16)
+    smaller = nn.functional.avg_pool2d(images, 2)
+    mirrored = {tuple(axes): smaller.flip(axes) for axes in ([], [2], [3], [2, 3])}
+    found = set()
+    for seed in range(30):
+        torch.manual_seed(seed)
+        latents, wanted = _transformed(images.clone(), images)
+        assert torch.equal(latents, wanted)
+        found |= {axes for axes, each in mirrored.items() if torch.equal(wanted, each)}
+    assert found == set(mirrored)
+
+
+def test_whole_scenes_are_trained_from_the_weights_of_the_close_ups(config: Path, tmp_path: Path) -> None:
+    from elakit.world.training.autoencoder import train_autoencoder
+    from elakit.world.training.data import compose_scenes
+    from elakit.world.training.denoiser import train_denoiser
+
+    settings = read_config(config)
+    settings = dataclasses.replace(settings, denoiser=dataclasses.replace(settings.denoiser, learning_rate=1e-12))
+    scenes, where = compose_scenes(settings.world, settings.vae.scenes, seed=1), torch.device("cpu")
+    train_autoencoder(settings, scenes, tmp_path, where)
+    train_denoiser(settings, tmp_path, where)
+    path = tmp_path / "close-ups" / "denoiser.pt"
+    # with a learning rate of almost zero, whole scenes change nothing, so that they end where the close-ups did
+    state = torch.load(path, weights_only=True)
+    for values in state["average"].values():
+        values.copy_(0.5 * values)
+    torch.save(state, path)
+    (tmp_path / "denoiser.pt").unlink()
+    train_denoiser(settings, tmp_path, where)
+    ended = torch.load(tmp_path / "denoiser.pt", weights_only=True)["model"]
+    assert all(
+        torch.allclose(ended[name].float(), value.float(), atol=1e-4) for name, value in state["average"].items()
+    )
 
 
 EXAMPLES, WANTED = torch.arange(8.0).reshape(4, 2), torch.tensor([1.0, -1.0, 2.0, 0.5])

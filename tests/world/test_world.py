@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.ndimage import binary_dilation
 from skimage.color import rgb2lab
 from torch import nn
@@ -217,6 +219,17 @@ def test_a_layout_that_the_things_cannot_have_is_refused() -> None:
         World(layouts={"row": 0.4, "column": 0.3, "spiral": 0.3})
 
 
+def test_single_things_have_the_sizes_that_are_asked_for() -> None:
+    rng = np.random.default_rng(0)
+    world = dataclasses.replace(SMALL_FLUENT, entities=(1.0,), single_sizes=(0.6, 0.7))
+    sides = [max(np.ptp(np.nonzero(sample(world, rng).entities[0].mask), axis=1) + 1) / world.size for _ in range(40)]
+    assert 0.5 < np.median(sides) <= 0.75
+    assert max(sides) < 0.85  # a tilted thing may be a little larger
+    for sizes in ((0.7, 0.6), (0.0, 0.5), (0.5, 1.2), (0.5,)):
+        with pytest.raises(SettingError, match=r"single_sizes is .* such as \[0.25, 0.85\]"):
+            dataclasses.replace(SMALL_FLUENT, single_sizes=sizes)
+
+
 def test_shares_that_do_not_add_up_are_refused() -> None:
     with pytest.raises(SettingError, match=r"0\.9.*add up to 1"):
         World(entities=(0.9, 0.2, 0.1))
@@ -386,3 +399,15 @@ def test_a_training_file_with_a_wrong_setting_is_refused(tmp_path: Path) -> None
     (tmp_path / "c.toml").write_text(text.replace("[text]", "[txt]"))
     with pytest.raises(SettingError, match="txt"):
         read_config(tmp_path / "c.toml")
+
+
+def test_a_drawing_that_comes_out_blank_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Releases of resvg-py before 0.2.2 leave a fifth of the drawings blank."""
+    import resvg_py
+
+    drawing = next(one for noun in NOUNS for one in drawings(noun) if one.file.endswith(".svg"))
+    content = io.BytesIO()
+    Image.new("RGBA", (32, 32)).save(content, "png")
+    monkeypatch.setattr(resvg_py, "svg_to_bytes", lambda **_: list(content.getvalue()))
+    with pytest.raises(SettingError, match=r"comes out blank.*resvg-py>=0\.2\.2"):
+        rasterize(drawing, 32)

@@ -9,9 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import transformers
-
 from elakit import checks
 from elakit.diagnosis import Diagnosis, commands, report
 from elakit.diagnosis.procedure import diagnose, seed_list
@@ -19,6 +16,7 @@ from elakit.diagnosis.trials import check
 from elakit.errors import OutputError, SettingError
 from elakit.files import read_json, write_json
 from elakit.models import load
+from elakit.models.library import hide_loading_bars
 from elakit.plot.image_figures import data_uri
 from elakit.prediction import load_predictor
 from elakit.sweep.options import canonical_options
@@ -222,7 +220,5 @@ def _images(found: Diagnosis) -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def _pipeline(model: str, **settings: str | None) -> Any:
-    # the loading bars of several workers would interleave with each other and with the survey's own bar
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    hide_loading_bars()  # those of several workers would interleave with each other and with the survey's own bar
     return load(model, **settings)

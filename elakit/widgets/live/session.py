@@ -9,11 +9,12 @@ from typing import Any
 from weakref import WeakSet
 
 from elakit.errors import SettingError
-from elakit.generation import Progress, generate
+from elakit.generation import generate
 from elakit.guidance import Anchors
 from elakit.guidance.layout import Layout
 from elakit.models import adapter_for
 from elakit.pipeline import Pipeline
+from elakit.pipeline_call import Progress
 from elakit.run import Run
 from elakit.widgets.live.run_state import RunState, State
 

@@ -207,21 +207,26 @@ def _loss(
 
     The decoder bounds latents to -3..3. Noise on them makes neighboring latents mean neighboring images, and some
     images are decoded from the first half of the channels alone, which so carry the shapes and the others the details.
+    A share of the steps decodes mirrored latents of half the resolution to the mirrored, smaller image, so that shapes
+    are alike in the latents at any size (EQ-VAE, arXiv 2502.09509); such latents are easier to denoise.
     `exact` computes layer by layer, which is slower and right at the border of the image too. With an autoencoder that
     the training started from, `old`, its latent channels are kept as they were, so that a denoiser trained on them can
     be trained further.
     """
     latents = model.encode(images).latents if exact else linear_runs.encode(model, images)
+    drift = torch.zeros((), device=images.device)
+    if old is not None and settings.kept:
+        with torch.no_grad():
+            kept_latents = old.encode(images).latents if exact else linear_runs.encode(old, images)
+        drift = F.mse_loss(latents[:, : kept_latents.shape[1]], kept_latents)
+    if torch.rand(()) < settings.equivariant:
+        latents, images = _transformed(latents, images)
     noisy = latents + settings.noise * torch.randn_like(latents)
     half = noisy.shape[1] // 2
     kept = torch.rand(len(noisy), 1, 1, 1, device=noisy.device) >= settings.nested
     noisy = torch.cat([noisy[:, :half], noisy[:, half:] * kept], 1)
     rebuilt = model.decode(noisy).sample if exact else linear_runs.decode(model, noisy)
-    total = F.l1_loss(rebuilt, images) + settings.pull * latents.pow(2).mean()
-    if old is not None:
-        with torch.no_grad():
-            kept_latents = old.encode(images).latents if exact else linear_runs.encode(old, images)
-        total = total + settings.kept * F.mse_loss(latents[:, : kept_latents.shape[1]], kept_latents)
+    total = F.l1_loss(rebuilt, images) + settings.pull * latents.pow(2).mean() + settings.kept * drift
     a, b = rebuilt, images
     for scale in range(3):
         edges = sum(F.l1_loss(a.diff(dim=axis), b.diff(dim=axis)) for axis in (-1, -2))
@@ -231,6 +236,12 @@ def _loss(
         for seen, wanted in zip(features(judge, rebuilt), features(judge, images), strict=True):
             total = total + settings.features * F.l1_loss(seen, wanted) / wanted.abs().mean()
     return total
+
+
+def _transformed(latents: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents and images of half the resolution, both mirrored in the same random way."""
+    axes = [axis for axis in (2, 3) if torch.rand(()) < 0.5]
+    return F.avg_pool2d(latents, 2).flip(axes), F.avg_pool2d(images, 2).flip(axes)
 
 
 def features(judge: Segmenter, images: Tensor) -> list[Tensor]:

@@ -19,10 +19,10 @@ class VaeSettings:
     A share `crop_share` of the steps uses crops of `crop` pixels around an entity, because most of a scene is
     background. The other steps use whole scenes, a quarter as many per step. The learning rate falls to zero from the
     share `decay_from` of the run on. `noise` is the standard deviation of noise on the latents, and `nested` the share
-    of images that are decoded from the first half of the channels alone. Weights of the loss are `pull` for the mean
-    square of the latents, `edges` for differences between neighboring pixels, `features` for the activations of the
-    built-in judge, and `kept` for changes of the latent channels of an earlier model. Afterward the decoder alone is
-    trained on `polish` more samples.
+    of images that are decoded from the first half of the channels alone. A share `equivariant` of the steps decodes
+    mirrored latents of half the resolution. Weights of the loss are `pull` for the mean square of the latents, `edges`
+    for differences between neighboring pixels, `features` for the activations of the built-in judge, and `kept` for
+    changes of the latent channels of an earlier model. Afterward the decoder alone is trained on `polish` more samples.
     """
 
     width: int
@@ -41,6 +41,7 @@ class VaeSettings:
     edges: float
     features: float
     nested: float
+    equivariant: float
     kept: float
     polish: int
 
@@ -61,12 +62,14 @@ class DenoiserSettings:
     """Settings of the U-Net, and of the diffusion training of U-Net and text encoder.
 
     The training begins with `first_scenes` scenes and ends with `scenes`. `chunk` more are composed whenever each scene
-    has been seen `reuse` times on average. The learning rate is constant after `warmup` steps and falls to zero from
-    the share `decay_from` of the run on; `average` is the decay of the moving average of the weights. `min_snr` bounds
-    the signal-to-noise ratio in the weights of the loss (min-SNR). `drop_text` is the share of captions that are
-    replaced by the empty text, and `neutral_end` the share whose end-of-text states are replaced by those of the empty
-    text. `outlines` is the weight of an auxiliary loss, the prediction of the noun at each location from features of
-    the decoder. `compiled` runs the U-Net through ``torch.compile``, which needs a C++ compiler on a CPU.
+    has been seen `reuse` times on average. The first `close_ups` samples are single things in images of half the side,
+    which are several times as fast as whole scenes. The learning rate is constant after `warmup` steps and falls to
+    zero from the share `decay_from` of the run on; `average` is the decay of the moving average of the weights.
+    `min_snr` bounds the signal-to-noise ratio in the weights of the loss (min-SNR). `drop_text` is the share of
+    captions that are replaced by the empty text, and `neutral_end` the share whose end-of-text states are replaced by
+    those of the empty text. `outlines` is the weight of an auxiliary loss, the prediction of the noun at each location
+    from features of the decoder. `compiled` runs the U-Net through ``torch.compile``, which needs a C++ compiler on a
+    CPU.
     """
 
     channels: tuple[int, ...]
@@ -75,6 +78,7 @@ class DenoiserSettings:
     first_scenes: int
     chunk: int
     reuse: int
+    close_ups: int
     samples: int
     batch: int
     learning_rate: float

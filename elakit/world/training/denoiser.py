@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ SAMPLE_PROMPTS = (
     "a green crown and a bench",
 )  # fmt: skip
 SHEET_EVERY = 50_000  # samples
+CLOSE_UP_SIZES = (0.45, 0.95)  # of the side of a close-up: 22 to 47% of that of a whole scene
+CLOSE_UP_DECAY = 0.9  # share of the close-ups after which the learning rate falls
 TOKEN_EMBEDDING = "token_embedding.weight"
 
 
@@ -164,7 +167,6 @@ def train_denoiser(
     settings, processes = config.denoiser, rank_and_world()[1]
     vae = AutoencoderTiny.from_pretrained(folder / "vae").to(device).eval()
     tokenizer = train_tokenizer(config.text.vocabulary, config.text.positions)
-    data = GrowingScenes(config, folder, vae, tokenizer, device, workers)
     torch.manual_seed(0)
     text = build_text_encoder(config, tokenizer)
     unet = build_unet(config, config.text.width)
@@ -186,56 +188,86 @@ def train_denoiser(
     scheduler = build_scheduler()
     alphas = scheduler.alphas_cumprod.to(device)
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids.to(device)
-    network: Any = torch.compile(unet) if settings.compiled else unet
+    # one program per size of image: one for any size is slower
+    network: Any = torch.compile(unet, dynamic=False) if settings.compiled else unet
     seen: list[Tensor] = []
     unet.up_blocks[1].register_forward_hook(lambda module, given, features: seen.append(features))
 
-    def loss(step: int) -> Tensor:
-        batch = data.batch(step * settings.batch * processes, settings.batch)
-        latents, tokens = batch.latents.to(device).float(), batch.tokens.to(device)
-        tokens = torch.where(_chance(settings.drop_text, len(tokens), device)[:, None], empty, tokens)
-        noise = torch.randn_like(latents)
-        times = torch.randint(len(alphas), (len(tokens),), device=device)
-        signal = alphas[times].view(-1, 1, 1, 1)
-        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
-        target = signal.sqrt() * noise - (1 - signal).sqrt() * latents
-        with autocast(device):
-            states = model["text"](torch.cat([tokens, empty])).last_hidden_state
-            states, neutral = states[:-1], states[-1:]
-            ended = (tokens == tokenizer.eos_token_id) & _chance(settings.neutral_end, len(tokens), device)[:, None]
-            states = torch.where(ended[..., None], neutral, states)
-            predicted = network(noisy, times, states).sample.float()
-            named = model["outlines"](seen.pop()).float()
-        ratio = alphas[times] / (1 - alphas[times])
-        weight = ratio.clamp(max=settings.min_snr) / (ratio + 1)
-        total = (weight * (predicted - target).pow(2).mean((1, 2, 3))).mean()
-        # weighted with the share of signal: in noise alone nothing has a place yet
-        wrong = F.cross_entropy(named, batch.classes.to(device).long(), reduction="none").mean((1, 2))
-        return total + settings.outlines * (signal.flatten() * wrong).mean()
+    def fit(config: Config, folder: Path) -> Any:
+        """Train on the scenes of one world; checkpoints, scenes and sheets are written to a folder."""
+        settings, drawn = config.denoiser, -1
+        data = GrowingScenes(config, folder, vae, tokenizer, device, workers)
 
-    drawn = -1
+        def loss(step: int) -> Tensor:
+            batch = data.batch(step * settings.batch * processes, settings.batch)
+            latents, tokens = batch.latents.to(device).float(), batch.tokens.to(device)
+            tokens = torch.where(_chance(settings.drop_text, len(tokens), device)[:, None], empty, tokens)
+            noise = torch.randn_like(latents)
+            times = torch.randint(len(alphas), (len(tokens),), device=device)
+            signal = alphas[times].view(-1, 1, 1, 1)
+            noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
+            target = signal.sqrt() * noise - (1 - signal).sqrt() * latents
+            with autocast(device):
+                states = model["text"](torch.cat([tokens, empty])).last_hidden_state
+                states, neutral = states[:-1], states[-1:]
+                ended = (tokens == tokenizer.eos_token_id) & _chance(settings.neutral_end, len(tokens), device)[:, None]
+                states = torch.where(ended[..., None], neutral, states)
+                predicted = network(noisy, times, states).sample.float()
+                named = model["outlines"](seen.pop()).float()
+            ratio = alphas[times] / (1 - alphas[times])
+            weight = ratio.clamp(max=settings.min_snr) / (ratio + 1)
+            total = (weight * (predicted - target).pow(2).mean((1, 2, 3))).mean()
+            # weighted with the share of signal: in noise alone nothing has a place yet
+            wrong = F.cross_entropy(named, batch.classes.to(device).long(), reduction="none").mean((1, 2))
+            return total + settings.outlines * (signal.flatten() * wrong).mean()
 
-    def checkpoint(average: Any, step: int) -> None:
-        nonlocal drawn
-        pipe = assemble(average, vae, tokenizer, scheduler)
-        save_pipeline(pipe, folder / "model")
-        seen_samples = step * settings.batch * processes
-        sheet, last = seen_samples // SHEET_EVERY, step == schedule.steps
-        if last or sheet != drawn:  # a sheet takes as long as many steps
-            sample_sheet(pipe).save(folder / f"samples-{seen_samples:08d}.png")
-            drawn = sheet
+        def checkpoint(average: Any, step: int) -> None:
+            nonlocal drawn
+            pipe = assemble(average, vae, tokenizer, scheduler)
+            save_pipeline(pipe, folder / "model")
+            seen_samples = step * settings.batch * processes
+            sheet, last = seen_samples // SHEET_EVERY, step == schedule.steps
+            if last or sheet != drawn:  # a sheet takes as long as many steps
+                sample_sheet(pipe, config.world.size).save(folder / f"samples-{seen_samples:08d}.png")
+                drawn = sheet
 
-    schedule = Schedule(
-        settings.samples,
-        settings.batch,
-        settings.learning_rate,
-        settings.warmup,
-        decay_from=settings.decay_from,
-        average=settings.average,
-        processes=processes,
+        schedule = Schedule(
+            settings.samples,
+            settings.batch,
+            settings.learning_rate,
+            settings.warmup,
+            decay_from=settings.decay_from,
+            average=settings.average,
+            processes=processes,
+        )
+        return train(model, loss, schedule, folder, "denoiser", checkpoint_seconds=300, on_checkpoint=checkpoint)
+
+    if settings.close_ups and not (folder / "denoiser.pt").exists():
+        model.load_state_dict(fit(close_up(config), folder / "close-ups").state_dict())
+    return assemble(fit(config, folder), vae, tokenizer, scheduler)
+
+
+def close_up(config: Config) -> Config:
+    """Settings of the first part of the training: single things that fill images of half the side.
+
+    They have the size of small things in whole scenes, at a fraction of the cost.
+
+    Examples
+    --------
+    >>> from elakit.world.training.config import read_config
+    >>> close_up(read_config()).world.size
+    64
+    """
+    settings = config.denoiser
+    return dataclasses.replace(
+        config,
+        world=dataclasses.replace(
+            config.world, size=config.world.size // 2, entities=(1.0,), single_sizes=CLOSE_UP_SIZES
+        ),
+        denoiser=dataclasses.replace(
+            settings, samples=settings.close_ups, batch=2 * settings.batch, decay_from=CLOSE_UP_DECAY
+        ),
     )
-    average = train(model, loss, schedule, folder, "denoiser", checkpoint_seconds=300, on_checkpoint=checkpoint)
-    return assemble(average, vae, tokenizer, scheduler)
 
 
 def assemble(model: Any, vae: Any, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler) -> StableDiffusionPipeline:
@@ -268,10 +300,12 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
         write_portable_names(part)
 
 
-def sample_sheet(pipe: StableDiffusionPipeline, prompts: tuple[str, ...] = SAMPLE_PROMPTS) -> Image.Image:
-    """Sheet of images, one per prompt from seed 0, eight per row, enlarged to twice their size."""
+def sample_sheet(pipe: StableDiffusionPipeline, size: int, prompts: tuple[str, ...] = SAMPLE_PROMPTS) -> Image.Image:
+    """Sheet of images of `size` pixels, one per prompt from seed 0, eight per row, enlarged to twice their size."""
     images = pipe(
         list(prompts),
+        height=size,
+        width=size,
         num_inference_steps=20,
         guidance_scale=EMBEDDED["picture-world"].guidance_scale,
         generator=[torch.Generator().manual_seed(0) for _ in prompts],

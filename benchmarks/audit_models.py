@@ -1,0 +1,124 @@
+"""Blind comparison of two models by eye: images of the same prompts and noise, shuffled and labeled.
+
+Two steps, with labels in between::
+
+    python -m benchmarks.audit_models draw work/models data/picture-world work/picture-world/model
+    (look at work/models/sheets, fill in work/models/labels.csv as for benchmarks.audit)
+    python -m benchmarks.audit_models compare work/models
+
+Sheets and label file do not tell which model generated an image. Half of the prompts have one entity, half have two.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from tqdm.auto import tqdm
+
+import elakit
+from benchmarks.audit import (
+    Label,
+    chosen_prompts,
+    read_labels,
+    save_image,
+    single_prompts,
+    write_sheets,
+)
+from elakit.cli_options import one_line_errors, without_markup
+from elakit.errors import SettingError
+from elakit.files import write_file
+from elakit.generation import generate
+from elakit.models import EMBEDDED
+from elakit.statistics import mcnemar, wilson
+from elakit.sweep import suite
+
+FIRST_SEED = 900
+Folder = Annotated[Path, typer.Argument(help="Folder of the comparison.")]
+
+app = typer.Typer(help=without_markup(__doc__), no_args_is_help=True)
+
+
+@app.command()
+def draw(
+    folder: Folder,
+    first: Annotated[Path, typer.Argument(help="Folder of a pipeline.")],
+    second: Annotated[Path, typer.Argument(help="Folder of another pipeline.")],
+    prompts: Annotated[int, typer.Option(min=1, help="Number of prompts with one entity, and of those with two.")] = 48,
+) -> None:
+    """Generate images with both models, number them in random order, and write sheets and an empty label file.
+
+    After an interruption, the same command continues.
+    """
+    if (folder / "labels.csv").exists():
+        raise SettingError(f"{folder} already contains labels. Choose another folder, or move labels.csv away.")
+    asked = [
+        *chosen_prompts(single_prompts(), prompts, FIRST_SEED),
+        *chosen_prompts(suite("attend-and-excite"), prompts, FIRST_SEED),
+    ]
+    pairs = [(prompt, seed, model) for prompt, seed in asked for model in ("first", "second")]
+    jobs = [pairs[i] for i in np.random.default_rng(FIRST_SEED).permutation(len(pairs))]
+    key = {str(n): dict(zip(("prompt", "seed", "model"), job, strict=True)) for n, job in enumerate(jobs, 1)}
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    write_file(folder / "key.json", json.dumps(key, indent=1).encode())
+    paths = [folder / "images" / f"{number:04d}.png" for number in range(1, len(jobs) + 1)]
+    usual = EMBEDDED["picture-world"]
+    for name, source in (("first", first), ("second", second)):
+        pipe = elakit.load(source)
+        chosen = [
+            (path, prompt, seed) for path, (prompt, seed, model) in zip(paths, jobs, strict=True) if model == name
+        ]
+        for path, prompt, seed in tqdm(chosen, desc=name, unit="image"):
+            if not path.exists():
+                options = {"steps": usual.steps, "guidance_scale": usual.guidance_scale}
+                save_image(generate(pipe, prompt, seed=seed, record=False, progress=False, **options).image, path)
+    write_sheets(folder, [prompt for prompt, _, _ in jobs], paths)
+    print(f"{len(jobs)} images in {folder}. Look at {folder / 'sheets'} and fill in {folder / 'labels.csv'}.")
+
+
+@app.command()
+def compare(folder: Folder) -> None:
+    """Print how many things are nameable and how many images are right with each model, and what differs."""
+    try:
+        key = json.loads((folder / "key.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingError(f"Cannot read the images of {folder}: {error}. Run `draw` first.") from error
+    labels = read_labels(folder / "labels.csv")
+    if unknown := {str(number) for number in labels} - set(key):
+        raise SettingError(f"The labels name images that are not in {folder}: {sorted(unknown)[:5]}.")
+    seen: dict[tuple[str, int], dict[str, Label]] = {}
+    for number, label in labels.items():
+        made = key[str(number)]
+        seen.setdefault((made["prompt"], made["seed"]), {})[made["model"]] = label
+    both = [pair for pair in seen.values() if len(pair) == 2]
+    if not both:
+        raise SettingError(f"No prompt is labeled for both models yet. Fill in {folder / 'labels.csv'}.")
+    print("| what | first | second | only first | only second | p (McNemar) |\n|---|---|---|---|---|---|")
+    singles = [pair for pair in both if len(pair["first"].nameable) == 1]
+    others = [pair for pair in both if len(pair["first"].nameable) == 2]
+    _row("one entity: nameable", [[one[m].nameable[0] for m in ("first", "second")] for one in singles])
+    _row("one entity: image right", [[one[m].right for m in ("first", "second")] for one in singles])
+    entities = [[one[m].nameable[i] for m in ("first", "second")] for one in others for i in (0, 1)]
+    _row("two entities: each nameable", entities)
+    _row("two entities: image right", [[one[m].right for m in ("first", "second")] for one in others])
+
+
+def _row(what: str, outcomes: list[list[bool]]) -> None:
+    """Print shares with Wilson intervals, and how often only one of the models succeeds."""
+    if not outcomes:
+        return
+    table = np.array(outcomes)
+    shares = []
+    for column in table.T:
+        low, high = wilson(int(column.sum()), len(column))
+        shares.append(f"{column.mean():.3f} ({low:.3f} to {high:.3f}, n = {len(column)})")
+    only = [int((table[:, i] & ~table[:, 1 - i]).sum()) for i in (0, 1)]
+    print(f"| {what} | {' | '.join(shares)} | {only[0]} | {only[1]} | {mcnemar(*only):.3f} |")
+
+
+if __name__ == "__main__":
+    with one_line_errors("benchmarks.audit_models"):
+        app()
