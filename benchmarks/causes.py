@@ -86,7 +86,7 @@ def _parts(run: elakit.Run) -> tuple[Entity, Entity, np.ndarray, np.ndarray]:
 
 
 def attribute_moved(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """The first entity's color receives attention at the second entity's location."""
+    """The first entity's color receives attention in the second entity's region."""
     a, b, _, there = _parts(run)
     (color,) = a.attribute_indices
     change = edit(pipe, run.prompt, Edit(color, add=4, region=there))
@@ -94,7 +94,7 @@ def attribute_moved(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
 
 
 def noun_moved(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """The first noun receives attention at the second entity's location, to which the second noun is confined."""
+    """The first noun receives attention in the second entity's region, to which the second noun is confined."""
     a, b, _, there = _parts(run)
     edits = [Edit(a, add=6, region=there), Edit(b, add=-6, region=~there)]
     return edit(pipe, run.prompt, edits), Truth("captured", b.label, a.label)
@@ -124,14 +124,14 @@ def start_raised(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
 
 
 def start_raised_there(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """Start-of-text receives attention at the second entity's location, to which the second noun is confined."""
+    """Start-of-text receives attention in the second entity's region, to which the second noun is confined."""
     _, b, _, there = _parts(run)
     edits = [Edit("<start>", add=8, region=there), Edit(b, add=-6, region=~there)]
     return edit(pipe, run.prompt, edits), Truth("start-of-text competition", b.label, token="<start>")
 
 
 def noun_split(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """The second noun receives attention in two corners instead of at its entity's location."""
+    """The second noun receives attention in two corners instead of in its entity's region."""
     b = run.prompt.entities[1]
     corners = np.zeros((16, 16), bool)
     corners[:5, :5] = corners[-5:, -5:] = True
@@ -180,12 +180,12 @@ def state_mixed(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
 
 PLANTS = (
     Plant("color attends to the other object", True, attribute_moved),
-    Plant("noun attends to the other's location", False, noun_moved),
+    Plant("noun attends to the other's region", False, noun_moved),
     Plant("noun has the other noun's attention", False, noun_copied),
     Plant("noun masked", False, noun_masked),
     Plant("noun attends to every location", False, noun_spread),
     Plant("start-of-text raised", False, start_raised),
-    Plant("start-of-text raised at the noun's location", False, start_raised_there),
+    Plant("start-of-text raised in the noun's region", False, start_raised_there),
     Plant("noun attends to two corners", False, noun_split),
     Plant("nouns swapped after a third of the steps", False, nouns_swapped),
     Plant("text state zeroed", False, state_zeroed),

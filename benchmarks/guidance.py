@@ -142,16 +142,19 @@ def costs(tiny: bool = False, size: int = 512) -> tuple[int, dict[str, Cost]]:
                 run()
             return counted.total
 
+        def cost(run: Callable[[], None], unguided: int = 0) -> Cost:
+            with Operations() as counted:
+                kept = kept_bytes(run, pipe.unet)
+            return Cost(counted.total, unguided, kept)
+
         step = operations(plain)
-        ways = {"elakit: ELA": Cost(operations(ela), 0, kept_bytes(ela, pipe.unet))}
+        ways = {"elakit: ELA": cost(ela)}
         with checkpointing(pipe):
-            ways["elakit: ELA, checkpoints"] = Cost(operations(ela), 0, kept_bytes(ela, pipe.unet))
+            ways["elakit: ELA, checkpoints"] = cost(ela)
         theirs.attention_store = sys.modules[type(theirs).__module__].AttentionStore((size // 32, size // 32))
         theirs.register_attention_control()
         # its other steps run the pass, too, without using the result
-        ways["diffusers: Attend-and-Excite"] = Cost(
-            operations(excite), operations(lambda: excite(False)), kept_bytes(excite, pipe.unet)
-        )
+        ways["diffusers: Attend-and-Excite"] = cost(excite, operations(lambda: excite(False)))
     return step, ways
 
 

@@ -186,13 +186,13 @@ def measure(
         Raw attention to the entities, as ``recording.maps("entities")`` returns it. The labels along token are those of
         the entities.
     regions : DataArray, bool (step, entity, y, x), or (entity, y, x) for every step, or Regions
-        Disjoint regions of the same entities, in the size of the maps.
+        Disjoint regions of the same entities, at the size of the maps.
     attributes : DataArray, (step, token, y, x), optional
         Raw attention to the attributes, with their labels along token.
     owners : mapping of str to str, optional
         Label of the entity to which each attribute belongs, by label of the attribute; required with `attributes`.
     start, end : DataArray, (step,), optional
-        Attention on start-of-text, and on end-of-text with padding, as means over space from 0 to 1.
+        Attention on start-of-text, and on end-of-text with padding, as means over the locations, 0 to 1.
     truth : Verdict or DataArray, bool (entity, y, x), optional
         Mask of each entity in the finished image, at any resolution, according to a judge; empty for an entity that is
         absent. With it, attention is also compared with the image.
@@ -336,8 +336,8 @@ def truth_masks(truth: Verdict | xr.DataArray, entities: Sequence[str], size: tu
     # Each side of a map is its image's, divided and rounded to a whole number.
     if abs(rows - columns * high / max(wide, 1)) >= 1 and abs(columns - rows * wide / max(high, 1)) >= 1:
         raise SettingError(
-            f"truth has {high} x {wide} pixels (y, x), the maps {rows} x {columns} locations, which is another aspect "
-            "ratio; give masks of the whole image."
+            f"truth has {high} x {wide} pixels (y, x), the maps {rows} x {columns} locations, so the aspect "
+            "ratios differ; give masks of the whole image."
         )
     return masks
 

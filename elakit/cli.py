@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import sys
@@ -29,6 +30,7 @@ from elakit.cli_options import (
     load_pipeline,
     method_options,
     one_line_errors,
+    without_markup,
 )
 from elakit.diagnosis.cli import diagnose
 from elakit.doctor import doctor
@@ -135,7 +137,7 @@ def models() -> None:
 
 
 app.command()(doctor)
-app.command()(lab)
+app.command(help=without_markup(inspect.cleandoc(lab.__doc__ or "")))(lab)
 
 
 def main() -> None:

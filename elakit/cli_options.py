@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -74,8 +75,11 @@ def without_markup(docstring: str) -> str:
     --------
     >>> without_markup("**Example**::\\n\\n    run ``draw``")
     'Example:\\n\\n    run `draw`'
+    >>> without_markup("One line\\nand another.")
+    'One line and another.'
     """
-    return docstring.replace("``", "`").replace("**", "").replace("::\n", ":\n")
+    plain = docstring.replace("``", "`").replace("**", "").replace("::\n", ":\n")
+    return re.sub(r"(?<=\S)\n(?=[A-Za-z`(])", " ", plain)  # help pages wrap lines themselves; lists keep theirs
 
 
 def value_of(text: str) -> Any:

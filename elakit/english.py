@@ -84,13 +84,13 @@ _MARKUP = (
 )
 # A textual inversion, "<cat-toy>", reads as one word.
 _INVERSION = re.compile(r"<([^\W\d]\w*(?:-\w+)*)>")
-# Emoji, arrows and mathematical signs separate phrases.
+# Emoji, arrows and mathematical symbols separate phrases.
 _SYMBOLS = re.compile(r"[+=~^|<>*\\\u2190-\u2bff\u200d\ufe0f\ufffd\U0001f000-\U0001faff]")
 
 
 @dataclass(frozen=True)
 class Phrase:
-    """Noun phrase of a caption; all spans are (first, one after the last) characters of the text.
+    """Noun phrase of a caption; all spans are (start, end) characters of the text, the end excluded.
 
     Attributes
     ----------
@@ -119,7 +119,7 @@ def load_reader() -> Any:
     Raises
     ------
     ModelError
-        Raised when spaCy is not installed, or neither of these models.
+        Raised when spaCy or both of these models are not installed.
     """
     # Importing spaCy and loading a model seed and use the global generators; a user's seed must survive that.
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -153,7 +153,7 @@ def _no_reader(reason: str) -> str:
 
 
 def plain_english(text: str) -> str:
-    """Replace markup, emoji and signs by spaces and commas, so that spaCy reads words only.
+    """Replace markup, emoji and symbols by spaces and commas, so that spaCy reads words only.
 
     The length stays the same, so that positions in the result are positions in the text.
 
@@ -177,9 +177,9 @@ def phrases(doc: Any) -> tuple[Phrase, ...]:
 
     * words for the image or for an amount: "a photo of", "a pair of", ", digital art", "on a white background";
     * absent objects: "no hat", "without a hat";
-    * the setting: after in, at, on, by, inside, outside, within, across, through or during, a phrase without an
-      adjective that has "the" or no article ("in the library", "on the beach", "on Mars", "at night"). A phrase with
-      a, an, a number or an adjective remains an entity: "on a chair", "in the red box";
+    * the setting: a phrase that follows "in", "at", "on", "by", "inside", "outside", "within", "across", "through" or
+      "during", has the article "the" or none, and has no adjective ("in the library", "on Mars", "at night"). A phrase
+      with "a", "an", a number or an adjective remains an entity ("on a chair", "in the red box");
     * words that relate objects: "in front of", "to the left of", "right of", "on top of", and a bare name after a
       phrase that is not an entity ("in the style of Dali").
 
@@ -213,7 +213,7 @@ def phrases(doc: Any) -> tuple[Phrase, ...]:
 
 
 def _cut(tokens: Sequence[Any]) -> Iterator[tuple[int, int]]:
-    """Yield (first, one after the last) token of each noun phrase."""
+    """Yield the (start, end) tokens, the end excluded, of each noun phrase."""
     relations = _relations(tokens)
     at = 0
     while at < len(tokens):

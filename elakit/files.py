@@ -213,7 +213,7 @@ def read_text(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:
     try:
         size = file.stat().st_size
         if size > limit:
-            raise OutputError(f"{file} is too large: {size:,} bytes, allowed are {limit:,}. Give another file.")
+            raise OutputError(f"{file} is too large: {size:,} bytes; at most {limit:,} are allowed. Give another file.")
         return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise OutputError(

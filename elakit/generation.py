@@ -112,7 +112,7 @@ def generate(
     height, width : int, optional
         Size of the image in pixels; by default the model's.
     negative_prompt : str, optional
-        Negative prompt for classifier-free guidance; without that, it has no effect. FLUX.1 and FLUX.2 refuse it.
+        Negative prompt for classifier-free guidance, without which it has no effect. FLUX.1 and FLUX.2 refuse it.
     guidance : Method, optional
         A guidance method, for example ``elakit.ELA()``; None generates without guidance.
     guide_if : callable, optional
@@ -144,7 +144,7 @@ def generate(
     Raises
     ------
     SettingError
-        Raised when an argument is out of range or of a wrong kind, the pipeline needs an image, or guidance is not
+        Raised when an argument is out of range or of the wrong type, the pipeline needs an image, or guidance is not
         possible with the pipeline.
     PromptError
         Raised when the prompt cannot be parsed.
@@ -152,7 +152,7 @@ def generate(
         Raised when the pipeline's family is not supported, or supports recording only; with guidance, also when the
         pipeline was loaded within `torch.inference_mode`.
     RecordingError
-        Raised when the run cannot be recorded, in the cases of `elakit.record`.
+        Raised when the run cannot be recorded, for the reasons listed in `elakit.record`.
 
     Warns
     -----

@@ -53,7 +53,7 @@ class SupportedPipeline(Pipeline, Protocol):
         """Device on which a call computes; that of the weights, unless they are offloaded."""
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """Text states of a prompt, in the form of the family."""
+        """Text states of a prompt, in the format of the model family."""
 
 
 class UNetPipeline(SupportedPipeline, Protocol):

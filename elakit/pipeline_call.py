@@ -41,7 +41,7 @@ class Progress:
     steps : int
         Number of steps of the whole run.
     latents : torch.Tensor
-        Latents in the pipeline's form, one row per image.
+        Latents in the pipeline's format, one row per image.
     runs : callable
         Function that returns the runs in their present state as a list of `Run`, one per image: ``runs()``. The images
         are decoded from the latents, which are noisy before the end; recordings and traces contain the steps so far.
@@ -78,7 +78,7 @@ class _Rehearsed(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Arguments of `generate` after their checks, with the model's defaults of steps and scale."""
+    """Arguments of `generate` after their checks, with the model's default steps and guidance scale filled in."""
 
     adapter: Adapter
     prompt: str | Prompt

@@ -93,9 +93,9 @@ class Prompt:
     start_index : int or None
         Position of start-of-text; None if there is none (T5).
     ends : tuple of (int, int or None)
-        Ranges of end-of-text and padding, as (first, one after the last), where None stands for the end of all
-        positions. Empty if these are all positions from `end_index` on. There are two ranges in Stable Diffusion 3,
-        which reads the prompt with CLIP and with T5, and if padding precedes the text.
+        Half-open ranges (start, end) of end-of-text and padding; an end of None means up to the last position. Empty
+        stands for one range, all positions from `end_index` on. There are two ranges in Stable Diffusion 3, which reads
+        the prompt with CLIP and with T5, and if padding precedes the text.
     borders : tuple of int
         Character positions at which brackets divide words of a script without spaces between words.
 
@@ -118,7 +118,7 @@ class Prompt:
 
     @cached_property
     def words(self) -> tuple[Span, ...]:
-        """Words and signs of the text, as (first, one after the last) character; `Token.word` is an index of these."""
+        """Words and symbols of the text, as half-open ranges (start, end) of characters; `Token.word` indexes these."""
         return split_words(self.text, self.borders)
 
     @cached_property
@@ -207,7 +207,7 @@ class Prompt:
         return self._tokens_of(range(starts[0], starts[0] + len(sought)), which)
 
     def matches(self, pipe: Pipeline | HasTokenizer) -> bool:
-        """Return True if a pipeline's tokenizer cuts the text into the tokens of this prompt, at the same positions.
+        """Return True if a pipeline's tokenizer splits the text into the tokens of this prompt, at the same positions.
 
         A prompt that was parsed for another family of models does not match: "car" is at position 3 in CLIP and at
         position 2 in T5. `parse` returns the prompt for the new pipeline, with the same entities.
@@ -314,9 +314,9 @@ def parse(text: str | Prompt, pipe: Pipeline | HasTokenizer, nlp: Any = None) ->
     Raises
     ------
     PromptError
-        Raised when the text is empty, too long for the text encoder or names no entity; when it has letters of another
-        script than Latin and no brackets; when its brackets are unbalanced, nested, empty, or split a word; when it
-        contains a special token, half of a surrogate pair, or a textual inversion with several vectors.
+        Raised when the text is empty, too long for the text encoder or names no entity; when it has letters of a
+        script other than Latin and no brackets; when its brackets are unbalanced, nested, empty, or split a word; when
+        it contains a special token, an unpaired surrogate, or a textual inversion with several vectors.
     ModelError
         Raised when `pipe` has no tokenizer, when its tokenizer cannot be aligned to words or has no maximum length, or
         when no spaCy model is installed.
@@ -445,7 +445,7 @@ def _check_text(text: str, pipe: Pipeline | HasTokenizer, tokenizer: Any) -> Non
         text.encode()
     except UnicodeEncodeError as error:
         raise PromptError(
-            f"Character {error.start + 1} of {text!r} is half of a surrogate pair, which no encoder reads: remove it."
+            f"Character {error.start + 1} of {text!r} is an unpaired surrogate, which no text encoder reads: remove it."
         ) from error
     for name in ("bos_token", "eos_token"):
         special = getattr(tokenizer, name, None)
@@ -546,7 +546,7 @@ def names_something(word: str) -> bool:
 
 
 def _not_latin(text: str) -> str:
-    """Return the first letter of another script than Latin, or an empty string."""
+    """Return the first letter of a script other than Latin, or an empty string."""
     for character in text:
         if not character.isascii() and unicodedata.category(character).startswith("L"):
             name = unicodedata.name(character, "")

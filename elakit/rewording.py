@@ -37,7 +37,7 @@ def entity_spans(prompt: Prompt) -> list[tuple[int, int, str]]:
     Returns
     -------
     list of (int, int, str)
-        For each entity that is found in the text: its first character, the one after its last, and its label.
+        For each entity that is found in the text: its start and end in characters (the end excluded), and its label.
     """
     found, at = [], 0
     for entity in prompt.entities:

@@ -60,8 +60,8 @@ class Run:
     nsfw : bool
         True if the pipeline's safety checker replaced the image; such an image is not judged.
     predicted : tuple of PIL.Image.Image or None
-        Image that each step predicts; None unless the run was generated with ``predicted=True``, or if the safety
-        checker replaced its image.
+        Image that each step predicts; None if the run was generated without ``predicted=True``, or if the
+        safety checker replaced its image.
 
     Raises
     ------
@@ -163,7 +163,7 @@ class Run:
         RecordingError
             Raised when the run was not recorded.
         SettingError
-            Raised when `truth` has other entities, or another aspect ratio than the image.
+            Raised when `truth` has other entities, or an aspect ratio that differs from that of the image.
         """
         mass = self._special_maps().mean(("y", "x"))
         available = mass.token.values.tolist()
@@ -333,8 +333,8 @@ def compare(runs: Sequence[Run]) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row for each measure, entity and other entity, which are the index. One column for each run, named
-        ``"plain (seed 7)"``, or ``"plain (seed 7)#2"`` for the second run with the same method and seed.
+        One row for each measure, entity and other, which are the index (see `Bleeding.to_frame`). One column for each
+        run, named ``"plain (seed 7)"``, or ``"plain (seed 7)#2"`` for the second run with the same method and seed.
 
     Raises
     ------

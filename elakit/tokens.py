@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 from elakit.errors import ModelError, PromptError
 from elakit.pipeline import HasTokenizer, Pipeline
 
-Span: TypeAlias = tuple[int, int]  # first character, and the one after the last
+Span: TypeAlias = tuple[int, int]  # start and end (excluded) in characters
 
 # Labels with a meaning of their own in recordings and measures. A word that is spelled like one is always numbered.
 RESERVED_LABELS = frozenset({"background", "<start>", "<end>", "<eot>"})
@@ -27,7 +27,7 @@ RESERVED_LABELS = frozenset({"background", "<start>", "<end>", "<eot>"})
 _SPECIAL_TITLES = {"<start>": "start-of-text", "<end>": "end-of-text and padding", "<eot>": "end-of-text"}
 
 # A textual inversion ("<cat-toy>"), a word of letters, digits and marks with inner hyphens ("red-haired"), an English
-# ending ("'s"), or a run of signs.
+# ending ("'s"), or a run of symbols.
 _WORD = re.compile(r"<[^\W\d]\w*(?:-\w+)*>|\w+(?:-\w+)*|(?<=\w)['’](?:s|t|re|ve|m|ll|d)\b|[^\w\s]+")
 
 # Scripts that write words without spaces between them, and Hangul, whose particles follow a noun without a space:
@@ -115,7 +115,7 @@ class TextSequence:
 
 
 def split_words(text: str, borders: Iterable[int] = ()) -> tuple[Span, ...]:
-    """Split a text into words and signs; adjacent signs stay together.
+    """Split a text into words and punctuation; adjacent symbols stay together.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ def split_words(text: str, borders: Iterable[int] = ()) -> tuple[Span, ...]:
     Returns
     -------
     tuple of (int, int)
-        First character of each word or group of signs, and the one after its last.
+        Start and end of each word or group of symbols in characters, the end excluded.
 
     Examples
     --------
@@ -240,7 +240,7 @@ def touching(words: Sequence[Span], span: Span) -> list[int]:
     words : sequence of (int, int)
         Disjoint spans in the order of the text.
     span : (int, int)
-        First character, and the one after the last.
+        Start and end in characters, the end excluded.
     """
     start = bisect_right(words, span[0], key=itemgetter(1))
     stop = bisect_left(words, span[1], key=itemgetter(0))
@@ -258,8 +258,8 @@ class Tokens:
     start : int or None
         Position of start-of-text; None if the first sequence has none (T5).
     ends : tuple of (int, int or None)
-        Ranges of end-of-text and padding of all sequences, as (first, one after the last), where None stands for the
-        end of all positions.
+        Half-open ranges (start, end) of end-of-text and padding of all sequences; an end of None means up to the last
+        position.
     length : int
         Number of positions of all sequences.
     """

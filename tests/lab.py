@@ -37,12 +37,13 @@ from elakit.lab import HOOK
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
+PLAYWRIGHT = importlib.util.find_spec("playwright") is not None
 LOCAL = {"localhost", "127.0.0.1"}
 # marks of a test file that opens a browser: `pytestmark = lab.MARKS`
 MARKS = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; on Debian: apt-get install chromium"),
-    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="no playwright: pip install playwright"),
+    pytest.mark.skipif(not PLAYWRIGHT, reason="no playwright: pip install playwright"),
 ]
 SETTINGS = {
     "@jupyterlab/apputils-extension:notification": {

@@ -240,7 +240,7 @@ def test_arguments_that_do_not_match_are_refused():
         (lambda: measure(maps, regions, end=xr.DataArray([0.5], dims="step")), "same steps"),
         (lambda: measure(maps, regions, truth=regions), "an image has no steps"),
         (lambda: measure(maps, regions, truth=regions.isel(step=0, entity=[0])), "same entities"),
-        (lambda: measure(maps, regions, truth=regions.isel(step=0, x=slice(2))), "another aspect ratio"),
+        (lambda: measure(maps, regions, truth=regions.isel(step=0, x=slice(2))), "aspect ratios differ"),
         (lambda: measure(maps, regions, truth=regions.isel(step=0) * 0.5), "boolean"),
     ]
     for call, message in cases:

@@ -36,7 +36,7 @@ def test_diagnose_ends_with_a_report_and_its_path(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "report.html"
-    assert call(monkeypatch, "diagnose", PAIR, "--seeds", "2", "--steps", "3", "--out", str(out)) == 0
+    assert call(monkeypatch, "diagnose", PAIR, "--seeds", "2", "--steps", "2", "--out", str(out)) == 0
     printed = capsys.readouterr().out
     assert printed.strip().endswith(f"Report: {out}")
     assert "2 seeds" in printed

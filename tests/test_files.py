@@ -226,7 +226,7 @@ def test_damaged_files_are_named(tmp_path: Path, content: bytes, message: str) -
 def test_a_file_larger_than_the_limit_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "big.json"
     path.write_text("[" + "0," * 1000 + "0]")
-    with pytest.raises(OutputError, match=r"too large: 2,003 bytes, allowed are 1,000"):
+    with pytest.raises(OutputError, match=r"too large: 2,003 bytes; at most 1,000 are allowed"):
         files.read_json(path, limit=1000)
 
 

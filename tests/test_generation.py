@@ -159,7 +159,15 @@ def test_any_sequence_of_seeds_is_a_batch(seeds: Any) -> None:
     assert [run.seed for run in runs] == [1, 2]
 
 
-@pytest.mark.parametrize("method", [AttendAndExcite(), ELA(), InitNO(rounds=1, iterations=2)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method",
+    [
+        AttendAndExcite(refine=((0.0, 0.05, 2),)),
+        ELA(),
+        InitNO(rounds=1, iterations=2, last_iterations=2, refinements=2),
+    ],
+    ids=lambda method: method.name,
+)
 def test_inference_mode_does_not_switch_guidance_off(method: Method) -> None:
     pipe = tiny_pipeline()
     outside = generate(pipe, PAIR, seed=2, steps=4, guidance=method, progress=False)

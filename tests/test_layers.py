@@ -6,7 +6,7 @@ import ast
 import graphlib
 import re
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import pytest
@@ -47,6 +47,12 @@ def modules() -> dict[str, Path]:
     return {name_of(path): path for path in PACKAGE.rglob("*.py")}
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    """Syntax tree of a file."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 @lru_cache
 def stub(package: str) -> dict[str, str]:
     """Public names of a lazy package: the module that each is imported from."""
@@ -54,7 +60,7 @@ def stub(package: str) -> dict[str, str]:
     if not path.is_file():
         return {}
     names = {}
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in parsed(path).body:
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 names[alias.name] = f"{package}.{node.module or alias.name}"
@@ -86,7 +92,7 @@ def imports() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for module, path in modules().items():
         found[module] = set()
-        for node in at_import(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in at_import(parsed(path)):
             if isinstance(node, ast.Import):
                 targets = {resolve(alias.name, None) for alias in node.names if alias.name.split(".")[0] == "elakit"}
             elif node.module and node.level == 0 and node.module.split(".")[0] == "elakit":
@@ -154,7 +160,7 @@ def exported(package: str) -> Iterator[tuple[str, str]]:
     """Names that a package imports from its modules, and the module of each; modules themselves are left out."""
     path = modules()[package]
     path = path.with_suffix(".pyi") if path.with_suffix(".pyi").is_file() else path
-    for node in at_import(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in at_import(parsed(path)):
         if isinstance(node, ast.ImportFrom) and node.module is not None:
             home = f"{package}.{node.module}" if node.level else node.module
             yield from (
@@ -176,7 +182,7 @@ def test_a_lazy_package_has_what_its_stub_lists(package: str) -> None:
         if home == f"{package}.{name}":
             assert home in modules(), f"{package}/__init__.pyi lists {name}, and there is no such module"
             continue
-        tree = ast.parse(modules()[home].read_text(encoding="utf-8"))
+        tree = parsed(modules()[home])
         defined = {getattr(node, "name", None) for node in tree.body}
         for node in ast.walk(tree):
             if isinstance(node, ast.Assign):
@@ -193,7 +199,7 @@ def test_every_pipeline_argument_says_what_a_pipeline_is() -> None:
     vague = [
         f"{module}:{argument.lineno}: {argument.arg}: {annotation}"
         for module, path in modules().items()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
         if argument.arg == "pipe"
@@ -209,7 +215,7 @@ def test_only_one_module_writes_under_a_temporary_name() -> None:
         f"{module}:{node.lineno}"
         for module, path in modules().items()
         if module != "elakit.files"
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(path))
         if (isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.replace", "os.rename", "shutil.move"))
         or (isinstance(node, ast.Constant) and str(node.value).endswith((".tmp", ".part", ".part.npz")))
     }
@@ -221,7 +227,7 @@ def test_maps_are_resampled_by_area_in_one_module() -> None:
     copies = {
         f"{module}:{node.lineno}"
         for module, path in modules().items()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.keyword) and node.arg == "mode" and ast.unparse(node.value) == "'area'"
     }
     assert not copies, "\n".join(sorted(copies))
@@ -243,7 +249,7 @@ def test_labels_are_not_taken_apart() -> None:
         f"{module}:{node.lineno}"
         for module, path in modules().items()
         if module != "elakit.tokens"
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(path))
         if takes_a_label_apart(node)
     }
     assert not copies, "\n".join(sorted(copies))
@@ -253,7 +259,7 @@ def wide_dataclasses() -> dict[tuple[str, str], int]:
     """Number of fields of each dataclass with five or more, by module and name."""
     found = {}
     for module, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(one) for one in node.decorator_list):
                 fields = [one for one in node.body if isinstance(one, ast.AnnAssign)]
                 found[module, node.name] = sum("ClassVar" not in ast.unparse(one.annotation) for one in fields)
@@ -267,7 +273,7 @@ def test_wide_dataclasses_are_built_by_keyword() -> None:
     for module, path in modules().items():
         if module.startswith("elakit.world.training"):  # scripts that train picture-world
             continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path)
         known = {name for home, name in wide if home == module}
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module:
@@ -280,8 +286,8 @@ def test_wide_dataclasses_are_built_by_keyword() -> None:
         positional += [
             f"{module}:{node.lineno}: {ast.unparse(node)}"
             for node, names in calls
-            if ast.unparse(node.func) in names
-            and (len(node.args) > 3 or any(isinstance(one, ast.Starred) for one in node.args))
+            if (len(node.args) > 3 or any(isinstance(one, ast.Starred) for one in node.args))
+            and ast.unparse(node.func) in names
         ]
     assert wide["elakit.run", "Run"] >= 5
     assert not positional, "\n".join(positional)
@@ -300,7 +306,7 @@ def test_no_test_file_imports_another() -> None:
     borrowed = {
         f"{file.relative_to(tests).as_posix()}:{node.lineno}: {ast.unparse(node)}"
         for file in tests.rglob("*.py")
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(file))
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in [*(alias.name for alias in node.names), getattr(node, "module", None) or ""]
         if any(part.startswith("test_") for part in name.split("."))

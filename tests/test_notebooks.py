@@ -1,7 +1,8 @@
 """Every notebook runs from top to bottom on the built-in model, and its saved outputs are those of its code.
 
-By default only the first notebook runs, with two seeds in its diagnosis in place of eight; the code of the others is
-checked against the names and arguments of the package.
+By default only the first notebook runs, with images of a few steps and one seed in its diagnosis: in JupyterLab where
+there is a browser (see ``widgets/test_explorer_lab_browser.py``), otherwise here. The code of the others is checked
+against the names and arguments of the package.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lab
 import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
+from nbclient.exceptions import CellExecutionError
 
 from elakit.plot import style
 from notebooks import run, static_figures
 
 NOTEBOOKS = sorted(run.HERE.glob("*.ipynb"))
 # A whole notebook takes minutes: all of them run if ELAKIT_NOTEBOOKS=1 (a weekly job), the first one always, shortened.
-RUN_ALWAYS = {"01_first_look": {"seeds=8": "seeds=2"}}
+RUN_ALWAYS = {"01_first_look": {"progress=False": "steps=4, progress=False", "seeds=8": "steps=4, seeds=1"}}
 ALL = bool(int(os.environ.get("ELAKIT_NOTEBOOKS", "0")))
 
 every = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -49,11 +52,30 @@ def shortened(path: Path, folder: Path) -> Path:
 def test_it_runs(path: Path, tmp_path: Path) -> None:
     if not ALL and path.stem not in RUN_ALWAYS:
         pytest.skip("whole notebooks run with ELAKIT_NOTEBOOKS=1")
+    if not ALL and lab.CHROMIUM and lab.PLAYWRIGHT:
+        pytest.skip("runs in JupyterLab, in widgets/test_explorer_lab_browser.py")
     if not ALL:
         path = shortened(path, tmp_path)
     saved = [bool(cell.outputs) for cell in run.code_cells(nbformat.read(path, as_version=4))]
     shown = [bool(cell.outputs) for cell in run.code_cells(run.execute(path))]
     assert saved == shown, f"outputs are stale: python notebooks/run.py {path.name}"
+
+
+def test_a_run_keeps_outputs_and_neither_widgets_nor_the_installation(tmp_path: Path) -> None:
+    data = {"text/plain": "x", "image/png": "eA==", run.WIDGET_MIME: {}}
+    shown = f"display({data}, raw=True)"
+    cells = [nbformat.v4.new_markdown_cell("# Why?"), *map(nbformat.v4.new_code_cell, ("1 + 1", shown, "x = 1"))]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), tmp_path / "01.ipynb")
+    notebook = run.execute(tmp_path / "01.ipynb")
+    outputs = [[set(output["data"]) for output in cell.outputs] for cell in run.code_cells(notebook)]
+    assert outputs == [[{"text/plain"}], [{"text/plain", "image/png"}], []]
+    (install,) = (cell for cell in notebook.cells if run.is_install(cell))
+    assert (install.execution_count, install.outputs) == (None, [])
+    assert "widgets" not in notebook.metadata
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")]), tmp_path / "02.ipynb")
+    with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
+        run.execute(tmp_path / "02.ipynb")
 
 
 def uses(tree: ast.AST) -> Iterator[tuple[Any, list[str]]]:

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import lab
 import nbformat
 import pytest
 
@@ -64,23 +63,3 @@ def test_an_export_to_html_shows_widgets_and_figures(tmp_path: Path) -> None:
     assert len(re.findall(r'<img[^>]+src="data:image/png;base64,', html)) == 2
     assert "Plotly.newPlot(" in html
     assert "widget-view+json" not in html
-
-
-class TestInABrowser:
-    pytestmark = lab.MARKS
-
-    def test_a_notebook_that_is_reopened_shows_images_of_widgets(self, tmp_path: Path) -> None:
-        written(tmp_path, "elakit.explore(run)", "elakit.live(tiny_pipeline(), 'a [red car]')")
-        with lab.open_lab(tmp_path) as running:
-            first = running.open("mine.ipynb", timeout=300)
-            first.run(timeout=300)
-            assert first.errors() == []
-            first.page.locator(".elx-stage").first.wait_for(timeout=60_000)
-            first.save()
-            assert first.page.locator(".elx-stage").count() > 0  # the open page keeps its widgets
-            first.close()
-            again = running.open("mine.ipynb", timeout=300)
-            images = again.page.locator(".jp-OutputArea-output img[src^='data:image/png']")
-            images.nth(1).wait_for(timeout=60_000)
-            assert images.count() == 2
-            assert "Error displaying widget" not in again.page.content()

@@ -63,10 +63,12 @@ class ConceptMaps:
         sizes = sorted((one for one in self._sums[0] if size is None or max(one) == size), reverse=True)
         if not sizes:
             there = ", ".join(f"{y}x{x}" for y, x in self._sums[0])
-            raise RecordingError(f"No maps have size {size}; there are {there}. Give the longer side.")
+            raise RecordingError(
+                f"No maps have size {size}. Give the longer side of one of the recorded maps: {there}."
+            )
         images = len(self._sums[0][sizes[0]][0])
         if not -images <= image < images:
-            raise RecordingError(f"Image {image} was not recorded; there are {images} (0 to {images - 1}).")
+            raise RecordingError(f"Image {image} was not recorded; give an index from 0 to {images - 1}.")
         steps = []
         for found in self._sums:
             layers = sum(found[one][1] for one in sizes)
@@ -132,8 +134,8 @@ def map_concepts(
         Raised when no concept is given, or only one for a family with joint attention; when a concept is empty or
         contains brackets.
     RecordingError
-        Raised when only single-stream blocks are selected in a model that has double-stream blocks; in the cases of
-        `elakit.record`.
+        Raised when only single-stream blocks are selected in a model that has double-stream blocks; and for the
+        reasons listed in `elakit.record`.
     PromptError
         Raised when the prompt or a concept cannot be parsed.
     ModelError

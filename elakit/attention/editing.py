@@ -155,7 +155,7 @@ def edit(pipe: Pipeline, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> 
     ------
     RecordingError
         Raised when the prompt has no such token, or the model no such layer; when ``like`` is given for a layer that is
-        not of plain cross-attention; in the cases of `elakit.record`.
+        not of plain cross-attention; and for the reasons listed in `elakit.record`.
     PromptError
         Raised when the prompt cannot be parsed.
     ModelError

@@ -131,8 +131,8 @@ def record_image(
     prompt : Prompt or str
         Description of the image.
     image : PIL.Image.Image
-        Image to record. Its sides must be multiples that the model allows, and should be those that the model was
-        trained on.
+        Image to record. Its height and width must be multiples that the model allows, and should be a size that the
+        model was trained on.
     at : sequence of int
         Steps of the schedule, counted from 0; early steps have more noise.
     steps : int
@@ -152,7 +152,7 @@ def record_image(
     SettingError
         Raised when a step is outside the schedule, or a side of the image is not allowed.
     RecordingError, PromptError
-        Raised in the cases of `record`.
+        Raised for the reasons listed in `record`.
     ModelError
         Raised when the pipeline's family is not supported, or cannot encode prompts or images.
 

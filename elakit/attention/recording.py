@@ -141,7 +141,7 @@ class Recording:
         for node in self.nodes():
             if layer in node["layer"].values:
                 return tuple(head for head in node["head"].values.tolist() if head != "mean")
-        raise RecordingError(f"No layer {layer!r} in the recording; there are {', '.join(self.layers)}.")
+        raise RecordingError(f"No layer {layer!r} in the recording; its layers are {', '.join(self.layers)}.")
 
     # -- aggregation ---------------------------------------------------------------------------------------------
 
@@ -360,7 +360,7 @@ class Recording:
         node = node.isel(step=_positions("step", wanted, calls))
         if not -node.sizes["image"] <= image < node.sizes["image"]:
             count = node.sizes["image"]
-            raise RecordingError(f"Image {image} was not recorded; there are {count}, numbered from 0 to {count - 1}.")
+            raise RecordingError(f"Image {image} was not recorded; give an index from 0 to {count - 1}.")
         size = _size(node)
         values = node["probability"].isel(image=image).values.mean((1, 2), dtype=np.float32)
         return xr.DataArray(
@@ -529,7 +529,7 @@ class Recording:
         every = max(self.frames, 1)
         images = self._first().sizes["image"] // every
         if not -images <= image < images:
-            raise RecordingError(f"Image {image} was not recorded; there are {images} (0 to {images - 1}).")
+            raise RecordingError(f"Image {image} was not recorded; give an index from 0 to {images - 1}.")
         first = image % images * every
         return range(first, first + every)
 

@@ -88,8 +88,8 @@ class Watch:
         Raises
         ------
         RecordingError
-            Raised when the run has another prompt, or several; when it cannot be known which rows see the prompt; when
-            the denoiser has a cache.
+            Raised when the run has another prompt, or several; when it cannot be determined which rows see the
+            prompt; when the denoiser has a cache.
         """
         if threading.get_ident() != self._thread or is_left_alone(self.adapter.denoiser):
             return None
@@ -186,9 +186,9 @@ class Watch:
             assert self.prompt is not None
             raise RecordingError(
                 f"{type(self.adapter.denoiser).__name__} was called outside a pipeline's call, and none of its rows "
-                f"has the text states of {self.prompt.text!r}, so it cannot be known which rows see the prompt. Call "
-                "the pipeline; or give the denoiser the states that `pipe.encode_prompt(prompt.text, ...)` returns; "
-                "or put passes that do not see the prompt inside `with elakit.attention.paused(pipe):`."
+                f"has the text states of {self.prompt.text!r}, so elakit cannot determine which rows see the prompt. "
+                "Call the pipeline; or give the denoiser the states that `pipe.encode_prompt(prompt.text, ...)` "
+                "returns; or put passes that do not see the prompt inside `with elakit.attention.paused(pipe):`."
             )
         return slice(where[0], where[-1] + 1)
 

@@ -252,7 +252,7 @@ class SelfAttention:
     Parameters
     ----------
     size : int
-        Larger side of the maps.
+        Longer side of the maps.
     layers : str or sequence of str, optional
         Layers that attend to the text, as in `select_layers`; the self-attention of their blocks is kept. Default: the
         ``layers`` of the `RecordSpec`.
@@ -296,7 +296,7 @@ class RecordSpec:
     layers : str or sequence of str
         As in `select_layers`.
     sizes : int or sequence of int, optional
-        Larger sides of the maps to keep. Default: all sizes.
+        Longer sides of the maps to keep. Default: all sizes.
     heads : {"mean", "all"} or sequence of int
         The mean over the heads of a layer, every head, or the heads with these numbers, counted from 0.
     steps : slice or int, optional
@@ -506,7 +506,7 @@ class RecordSpec:
         Raises
         ------
         RecordingError
-            Raised in the cases of `plan`.
+            Raised for the reasons listed in `plan`.
         """
         labels = self.channels(prompt).labels
         by_size = _by_size(select_layers(layers, self.layers), latent)

@@ -75,8 +75,9 @@ def tap(layers: Sequence[AttentionLayer], on_attention: OnAttention) -> Iterator
     "joint" and "single": Stable Diffusion 3, FLUX) image and text are keys side by side: the softmax is over both, the
     columns of one of them are returned, and rows sum to its share of the attention.
 
-    Hooks are placed on the projections that the layers have on entry: load LoRA weights and fuse projections before.
-    All hooks are removed on exit, after errors, too.
+    Hooks are placed on the projections that the layers have on entry: load LoRA weights and fuse projections before
+    you enter the block.
+    All hooks are removed on exit, also after an error.
 
     Examples
     --------

@@ -34,7 +34,7 @@ def find(pipe: Pipeline, runs: Sequence[Run]) -> Findings:
     Raises
     ------
     SettingError
-        No run, or runs with different prompts.
+        There is no run, or the runs have different prompts.
     RecordingError
         A run was not recorded, or was recorded without the tokens of its entities.
     ModelError

@@ -33,7 +33,7 @@ _RENAMED = {"spill": "duplicated"}
 MUTUAL_KINDS: tuple[CauseKind, ...] = ("text states alike", "regions swap")
 # Kinds that arise in the text encoder; "token ignored" can arise there or in the attention.
 TEXT_KINDS: tuple[CauseKind, ...] = ("ambiguous word", "text states alike", "text leakage")
-# Share of the attention at the location of an entity from which another noun counts as taking it.
+# Share of the attention in the region of an entity from which another noun counts as taking it.
 CAPTURED = 0.6
 
 
@@ -54,7 +54,7 @@ class Failure:
         none.
     token : str
         Label of a token: the attribute that the entity has wrongly or has lost; for other kinds the token that receives
-        the attention at the entity's location. "" if there is none.
+        the attention in the entity's region. "" if there is none.
     seeds : tuple of int
         Seeds of the runs with this failure.
     of : int
@@ -107,7 +107,7 @@ class Failure:
         other, token = self.other, self.token
         what = {
             "missing": f"the {self.entity} is missing"
-            + (f", and the attention at its location goes to {_quoted(token)}" if token else ""),
+            + (f", and the attention in its region goes to {_quoted(token)}" if token else ""),
             "fused": f"the {self.entity} and the {other} are fused into one",
             "wrong attribute": f"the {self.entity} is {word_of(token)}, the {_kind(token)} asked for the {other}",
             "lost attribute": f"the {self.entity} is not {word_of(token)}",
@@ -187,7 +187,7 @@ class Cause:
         """True if the entities of the cause are those of the failure, in the same roles.
 
         A cause that affects both entities alike (similar text states, regions that swap, attention at the same
-        location) matches a failure of either. A misplaced attribute matches a wrong attribute of the entity that
+        locations) matches a failure of either. A misplaced attribute matches a wrong attribute of the entity that
         receives it. In all other cases the `entity` of the cause must be the one that fails, or one of two fused ones.
         """
         if self.kind in MUTUAL_KINDS or (self.kind == "captured" and self.evidence.get("held", 0.0) <= CAPTURED):

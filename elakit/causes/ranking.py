@@ -16,7 +16,7 @@ from elakit.run import Run
 from elakit.world.vocabulary import NOUNS
 
 # Causal order: an earlier kind can bring about a later one. A noun with the text state of another noun, for example, is
-# also attended to at the location of that noun.
+# also attended to in the region of that noun.
 ORDER: tuple[CauseKind, ...] = (
     "ambiguous word", "text states alike", "token ignored", "text leakage", "start-of-text competition",
     "regions swap", "captured", "attribute misplaced", "never localized", "region split",

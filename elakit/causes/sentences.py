@@ -17,7 +17,7 @@ def sentence(cause: Cause) -> str:
     Examples
     --------
     >>> sentence(Cause("captured", "bird", "car", "car", evidence={"held": 0.93}))
-    'At the location of the bird, attention goes to "car" (93% of the attention to the two nouns).'
+    'In the region of the bird, attention goes to "car" (93% of the attention to the two nouns).'
     """
     entity, other, token, n = cause.entity, cause.other, cause.token, cause.evidence
     match cause.kind:
@@ -40,7 +40,7 @@ def sentence(cause: Cause) -> str:
             return f'The denoiser ignores "{entity}": {why}.'
         case "start-of-text competition":
             return (
-                f"At the location of the {entity}, attention goes to the start-of-text token rather than to the noun "
+                f"In the region of the {entity}, attention goes to the start-of-text token rather than to the noun "
                 f"({n.get('start_held', 0):.0%} of what the two receive)."
             )
         case "regions swap":
@@ -52,11 +52,10 @@ def sentence(cause: Cause) -> str:
         case "captured":
             return _captured(cause)
         case "attribute misplaced":
-            return f'"{token}" describes the {entity}, but receives attention at the location of the {other}.'
+            return f'"{token}" describes the {entity}, but receives attention in the region of the {other}.'
         case "never localized":
             return (
-                f'The attention to "{entity}" is spread over the whole image, so the {entity} has no location of its '
-                "own."
+                f'The attention to "{entity}" is spread over the whole image, so the {entity} has no region of its own.'
             )
         case "region split":
             return (
@@ -69,10 +68,10 @@ def _captured(cause: Cause) -> str:
     entity, n = cause.entity, cause.evidence
     if n.get("held", 0) > CAPTURED:
         return (
-            f'At the location of the {entity}, attention goes to "{cause.token}" '
+            f'In the region of the {entity}, attention goes to "{cause.token}" '
             f"({n['held']:.0%} of the attention to the two nouns)."
         )
     return (
-        f'"{entity}" and "{cause.other}" receive attention at the same location (overlap '
+        f'"{entity}" and "{cause.other}" receive attention at the same locations (overlap '
         f"{n.get('overlap', n.get('alike', 0)):.0%}), where only one of them can appear."
     )

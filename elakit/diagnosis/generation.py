@@ -131,7 +131,7 @@ class ImageGenerator:
         record : RecordSpec, optional
             Attention to record; by default that to the prompt's words, at every step and layer.
         stop_after : int, optional
-            Number of steps after which the runs end; by default all steps are made.
+            Number of steps after which the runs end; by default all steps are run.
 
         Returns
         -------
@@ -140,7 +140,7 @@ class ImageGenerator:
         Raises
         ------
         ElakitError
-            As `elakit.generate` and `Run.save`.
+            For the reasons listed in `elakit.generate` and `Run.save`.
         """
         settings = {
             "model": name_of(self.pipe), "steps": self.steps, "guidance_scale": self.guidance_scale,

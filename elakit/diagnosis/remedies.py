@@ -82,8 +82,8 @@ class RemedyResult:
     why : str
         Error of a failed remedy, or the reason why it was not tried; "" otherwise.
     candidates : tuple of dict
-        Seeds from which another-seed chose, with the keys "seed", "score" and "chosen"; of each group the one with the
-        lowest score is chosen. Empty for other remedies.
+        Seeds from which another-seed chose, with the keys "seed", "score" and "chosen". Each plain run has an equal
+        number of candidates, of which the one with the lowest score is chosen. Empty for other remedies.
     chosen_by : str
         Score by which another-seed chose: "predicted probability of failure" or "bleeding"; "" for other remedies.
     """
@@ -120,12 +120,12 @@ class RemedyResult:
 
     @property
     def fixed(self) -> tuple[int, ...]:
-        """Plain seeds whose plain image is wrong and whose image with the remedy is right."""
+        """Seeds of the plain images that are wrong and whose counterpart with the remedy is right."""
         return self._changed(False)
 
     @property
     def broken(self) -> tuple[int, ...]:
-        """Plain seeds whose plain image is right and whose image with the remedy is wrong."""
+        """Seeds of the plain images that are right and whose counterpart with the remedy is wrong."""
         return self._changed(True)
 
     @property
@@ -188,8 +188,8 @@ class RemedyResult:
 def ranked(results: Iterable[RemedyResult]) -> tuple[RemedyResult, ...]:
     """Results of remedies, best first.
 
-    Judged results are sorted by the number of right images, then of broken images, then by time; others by bleeding,
-    then by time. Remedies that failed or were not tried come last.
+    Judged results are sorted by the number of right images, then by that of broken images, then by time; others by
+    bleeding, then by time. Remedies that failed or were not tried come last.
 
     Parameters
     ----------

@@ -48,8 +48,8 @@ class LatentStep:
         Shortfall at or below which an image is not guided at all, compared at its first guided step. The shortfall, a
         column of the trace, is the largest squared share of an entity's attention outside its region, plus 1 minus the
         lowest of the entities' largest attention inside their regions. None guides every image. The default was chosen
-        on picture-world, where the shortfall predicts better than the loss which images fail. On a model with larger
-        shortfalls, every image is guided.
+        on picture-world, where the shortfall predicts which images fail better than the loss does. On a model with
+        larger shortfalls, every image is guided.
     enough : float, optional
         Shortfall at or below which guidance of an image ends, compared at each later guided step. With None,
         guidance does not end early.

@@ -119,7 +119,7 @@ class AStar(ReadsOneSize):
         return schedule(len(noise), self.step_size, guided=self.guided) if len(prompt.entities) > 1 else []
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Memory) -> Loss:
-        """Weighted sum of L_seg and L_ret; its terms "segregation" and "retention" have no weights."""
+        """Weighted sum of L_seg and L_ret; the trace stores the terms "segregation" and "retention" without weights."""
         entities = entity_maps(attention.mean, prompt)
         before = state.recall(step, entities)
         one, other = torch.triu_indices(len(entities), len(entities), 1)

@@ -123,7 +123,7 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
         return Addends()
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The chosen layers whose maps have the chosen size, in a model with cross-attention."""
+        """Layers that match `layers` and whose maps have `size`, in a model with cross-attention."""
         chosen = super().select(layers, latent)
         check_plain(chosen, "AttentionRegulation")
         return chosen

@@ -123,7 +123,7 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
     Parameters
     ----------
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
-        One region per entity, in the order of the prompt: boxes in shares of the image, or masks. If they leave no
+        One region per entity, in the order of the prompt: boxes as fractions of the image, or masks. If they leave no
         background, the loss is 0: attention is bounded, and the latent does not move.
     step_size : float
         Step size at the first guided step; 8 in the released code for Stable Diffusion.
@@ -188,7 +188,7 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
             check_acts(self, "iterations=1", "until")
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The middle and the first upward block of a UNet, all layers of another network, or the layers chosen."""
+        """The middle and first upward block of a UNet, all layers of another network, or those that match `layers`."""
         check_plain(layers, "BoundedAttention")
         return super().select(layers, latent)
 

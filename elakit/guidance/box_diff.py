@@ -46,7 +46,7 @@ class BoxDiff(NeedsLayout, ReadsOneSize):
     Parameters
     ----------
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
-        One region per entity, in the order of the prompt: boxes in shares of the image, or masks; they may overlap.
+        One region per entity, in the order of the prompt: boxes as fractions of the image, or masks; they may overlap.
     step_size : float
         Step size alpha at the first step; 20 in the official code. It decreases to sqrt(1/2) of that at the last step
         of the run.

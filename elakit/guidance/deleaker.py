@@ -77,10 +77,11 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
     cut_image : bool
         Whether high attention between the masks of different entities is cut.
     start : float
-        Denoising step, counted from 0, at which scores are first changed. The fraction is a share of the layers: 0.31
-        is the first step, after 31% of its layers.
+        Denoising step, counted from 0, at which scores are first changed. Its fractional part is a share of the
+        layers: 0.31 is the first step, after 31% of its layers.
     average_from : float
-        Denoising step, counted from 0, at which the average of the maps begins. The fraction is a share of the layers.
+        Denoising step, counted from 0, at which the average of the maps begins. Its fractional part is a
+        share of the layers, as for `start`.
     averaged : float
         Share of the denoising steps after which the average of the maps, and with it the masks, no longer changes.
     guided : float

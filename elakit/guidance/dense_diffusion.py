@@ -54,7 +54,7 @@ class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
     Parameters
     ----------
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
-        One region per entity, in the order of the prompt: boxes in shares of the image, or masks; they may overlap.
+        One region per entity, in the order of the prompt: boxes as fractions of the image, or masks; they may overlap.
     strength : float
         Strength of the change of cross-attention scores; 1 in the released code.
     self_strength : float
@@ -99,12 +99,12 @@ class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
             check_acts(self, "strength=0 and self_strength=0", "area")
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The chosen layers whose maps have the chosen size, in a model with cross-attention."""
+        """Layers that match `layers` and whose maps have `size`, in a model with cross-attention."""
         check_plain(layers, "DenseDiffusion")
         return super().select(layers, latent)
 
     def encode(self, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
-        """Text states of the prompt, in which each entity's words have the states from a text of their own."""
+        """Text states of the prompt, in which each entity's words have the states from a separate text."""
         check_text(adapter, conditioning, "DenseDiffusion")
         states = conditioning.inputs["encoder_hidden_states"].clone()
         for phrase in phrases(adapter, prompt):

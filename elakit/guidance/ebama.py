@@ -86,7 +86,7 @@ class EBAMA(ReadsOneSize):
         return schedule(len(noise), self.step_size, guided=self.guided, last=1)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Sum of the terms "attract", "repel" and weighted "intensity", which has no weight in the trace."""
+        """Sum of the terms "attract", "repel" and "intensity"; the last is weighted, but not in the trace."""
         maps = attention.mean
         attract = repel = maps.new_zeros(())
         for entity in prompt.entities:

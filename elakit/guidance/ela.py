@@ -42,7 +42,7 @@ class ELA:
     anchor : LatentStep
         Loss, step sizes and guided steps.
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x), optional
-        Regions given by hand, in the order of the prompt: boxes in shares of the image, or masks. A location in two
+        Regions given by hand, in the order of the prompt: boxes as fractions of the image, or masks. A location in two
         regions is assigned to the smaller one. In a sequence, None stands for an entity that is localized in the
         remaining locations. By default all entities are localized.
     layers : str

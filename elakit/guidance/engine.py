@@ -367,7 +367,7 @@ class Guide:
         Parameters
         ----------
         run : callable
-            ``run(enough)`` makes plain steps from the run's noise. It calls ``enough(step)`` after each step and ends
+            ``run(enough)`` runs plain steps from the run's noise. It calls ``enough(step)`` after each step and ends
             when the result is True.
         """
         method = self.method
@@ -395,7 +395,7 @@ class Guide:
         self.done |= self.left_alone
 
     def start(self, noise: Tensor, scale: float, timestep: Tensor) -> Tensor:
-        """Initial noise of a run, after the search for it and the move before the first step.
+        """Initial noise of a run, after the method's search for it, if any, and the latent step before the first step.
 
         Parameters
         ----------

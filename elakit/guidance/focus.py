@@ -90,7 +90,7 @@ class FOCUS(ReadsOneSize):
         check_guided(self)
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The two-stream blocks of a model that has them, else the chosen layers, of one map size."""
+        """Two-stream blocks of a model that has them, otherwise the layers that match `layers`, of one map size."""
         chosen = select_layers(layers, self.layers)
         if self.layers == "all":
             chosen = tuple(layer for layer in chosen if layer.kind == "joint") or chosen
@@ -153,7 +153,9 @@ def noise_share(ratio: float) -> float:
 
 
 def control(share: float) -> float:
-    """Factor of the gradient in the addend to the velocity, without lambda, for a share of noise.
+    """Factor of the gradient in the term that is added to the velocity, without lambda.
+
+    It is 2 (s + e) / (1 - s + e) s, with s the share of noise and e = 0.001.
 
     Examples
     --------

@@ -22,7 +22,7 @@ def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
     Parameters
     ----------
     layout : sequence of (left, top, right, bottom) or of ndarray, bool, (y, x); or ndarray, bool, (entity, y, x)
-        One region per entity, in the order of the prompt. Boxes are in shares of the image, 0 to 1.
+        One region per entity, in the order of the prompt. Boxes are given as fractions of the image, 0 to 1.
     who : str
         Name of the class or function that the layout was passed to, for the message.
     partial : bool
@@ -46,7 +46,7 @@ def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
     (None, (0.5, 0.0, 1.0, 1.0))
     """
     how = (
-        "give one box per entity, (left, top, right, bottom) in shares of the image such as (0, 0, 0.5, 1), "
+        "give one box per entity, (left, top, right, bottom) as fractions of the image such as (0, 0, 0.5, 1), "
         "or boolean masks (entity, y, x)"
     )
     if isinstance(layout, np.ndarray) and layout.ndim == 3 and layout.dtype == np.bool_:
@@ -75,7 +75,7 @@ class NeedsLayout:
     Parameters
     ----------
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
-        One region per entity, in the order of the prompt: boxes in shares of the image, or masks; they may overlap.
+        One region per entity, in the order of the prompt: boxes as fractions of the image, or masks; they may overlap.
 
     Raises
     ------

@@ -44,7 +44,7 @@ class LayoutGuidance(NeedsLayout, ReadsFirstBlocks):
     Parameters
     ----------
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
-        One region per entity, in the order of the prompt: boxes in shares of the image, or masks; they may overlap.
+        One region per entity, in the order of the prompt: boxes as fractions of the image, or masks; they may overlap.
     step_size : float
         Step size divided by sigma^2, with sigma the ratio of noise to signal; 30 in the official code.
     guided : float

@@ -47,7 +47,7 @@ REQUIRED: Any = MISSING
 
 
 def method_options(method: type[Any]) -> tuple[Option, ...]:
-    """Options of a method, including those of its parts, in the order of the dataclass fields.
+    """Options of a method in the order of its fields, with those of nested dataclasses, such as "anchor.step_size".
 
     Parameters
     ----------

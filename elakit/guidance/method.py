@@ -103,7 +103,7 @@ class Update:
     repeats : int
         Maximum number of latent steps of the refinement, each with a new gradient; 0 for no refinement.
     until : float, optional
-        Value of the loss (its `goal`, if it has one) at which refinement ends; by default all `repeats` steps are made.
+        Value of the loss (its `goal`, if it has one) at which refinement ends; by default after `repeats` steps.
     final : bool
         Whether one latent step follows the refinement, whatever the loss is.
     hold : bool

@@ -1,4 +1,4 @@
-"""Phrases of a prompt, each encoded as a text of its own, for methods that need a text per entity."""
+"""Phrases of a prompt, each encoded as a separate text, for methods that need a text per entity."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _CALL = {STATES: "prompt_embeds", MASKS: "prompt_attention_mask"}  # the same as
 
 @dataclass(frozen=True)
 class Phrase:
-    """Words of an entity, such as "a red car", encoded as a text of their own.
+    """Words of an entity, such as "a red car", encoded as a separate text.
 
     Attributes
     ----------
     positions : tuple of int
         Positions of the words' tokens in the prompt.
     own : tuple of int
-        Positions of the same tokens in the text of their own.
+        Positions of the same tokens in the separate text.
     states : Tensor, (1, position, channel)
-        Text states of the text of their own.
+        Text states of the separate text.
     mask : Tensor, (1, position), or None
-        Attention mask of the text of their own; None if the model takes no mask.
+        Attention mask of the separate text; None if the model takes no mask.
     start : int or None
-        Position of start-of-text in the text of their own; None if it has none.
+        Position of start-of-text in the separate text; None if it has none.
     """
 
     positions: tuple[int, ...]
@@ -61,7 +61,7 @@ def check_text(adapter: Adapter, conditioning: Conditioning, who: str) -> None:
 
 
 def phrases(adapter: Adapter, prompt: Prompt) -> list[Phrase]:
-    """Encode the words of each entity as a text of their own.
+    """Encode the words of each entity as a separate text.
 
     Parameters
     ----------

@@ -101,7 +101,7 @@ class PredicatedDiffusion(ReadsOneSize):
         return schedule(len(noise), self.step_size, guided=self.guided, refine=[(0.0, None, self.refinements)])
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Weighted sum of the terms "existence", "correspondence" and "separation"; the trace has no weights."""
+        """Weighted sum of "existence", "correspondence" and "separation", which the trace stores without weights."""
         maps = attention.mean
         sharp = word_softmax(maps, prompt.start_index)
         nouns = [scaled(maps[list(entity.token_indices)].mean(0)) for entity in prompt.entities]

@@ -36,7 +36,7 @@ class ReadsOneSize:
     steerable: ClassVar[bool] = False
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The chosen layers whose maps have the chosen size."""
+        """Layers that match `layers` and whose maps have `size`; `latent` is the (height, width) of the latent."""
         return layers_of_size(select_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, type(self).__name__)
 
     def begin(self, prompt: Prompt, steps: int) -> Any:
@@ -63,7 +63,7 @@ class ReadsFirstBlocks:
     layers: str | None = None
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The middle and the first upward block of a UNet, all layers of another network, or the layers chosen."""
+        """The middle and first upward block of a UNet, all layers of another network, or those that match `layers`."""
         return first_blocks(layers) if self.layers is None else select_layers(layers, self.layers)
 
     def direction(self, gradient: Tensor) -> Tensor:

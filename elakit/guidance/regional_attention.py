@@ -64,7 +64,7 @@ class RegionalAttention:
         one that wears, holds or is inside another. "maps": regions localized in the maps of the previous step
         (`FromMaps` with its defaults), again at every step. Must be None if regions are given for all entities.
     strength : float
-        Amount subtracted from the scores of an entity's words outside its region; 5 leaves them .7% of their odds.
+        Amount subtracted from the scores of an entity's words outside its region; 5 reduces their odds to .7%.
     start : float, optional
         Share of the denoising steps before attention is restricted. By default .08 for "strips", .2 for "maps", and 0
         if all regions are given by hand. Other regions need the maps of a previous step, so the first step is then
@@ -74,7 +74,7 @@ class RegionalAttention:
     every : int
         Interval of the restricted steps: 1 restricts each step, n every n-th step.
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x), optional
-        Regions given by hand, in the order of the prompt: boxes in shares of the image, or masks. A location in two
+        Regions given by hand, in the order of the prompt: boxes as fractions of the image, or masks. A location in two
         regions is assigned to the smaller one. In a sequence, None stands for an entity whose region comes from
         `layout`, in the remaining locations. By default all regions come from `layout`.
     layers : str
@@ -140,7 +140,7 @@ class RegionalAttention:
                 )  # fmt: skip
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The chosen layers whose maps have the chosen size."""
+        """Layers that match `layers` and whose maps have `size`; `latent` is the (height, width) of the latent."""
         return layers_of_size(
             decoder_side_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, "RegionalAttention"
         )

@@ -56,7 +56,7 @@ class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
     title: ClassVar[str] = "Regional Prompter"
 
     def encode(self, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
-        """Text states of the prompt with each entity's words encoded on their own, followed by those of their texts."""
+        """Text states of the prompt, with those of each entity's words from a separate text, then of the texts."""
         check_text(adapter, conditioning, "RegionalPrompter")
         if len(conditioning.inputs[STATES][0]) != prompt.length:
             raise SettingError(

@@ -131,7 +131,8 @@ class SPDiffusion(EditsFirstSteps, ReadsOneSize):
         Returns
         -------
         ndarray, bool, (entity, y, x)
-            Regions of more than two entities may overlap. Two entities with the same seed get none.
+            Regions of more than two entities may overlap. With two entities whose regions grow from the same locations,
+            both regions are empty.
         """
         height, width = entities.shape[1:]
         flat = own.reshape(height * width, height * width)

@@ -21,7 +21,7 @@ class Thing:
     noun : str
         Noun for the thing, in lower case.
     mask : ndarray, bool, (y, x)
-        Mask of the thing, in the size of the image.
+        Mask of the thing, at the size of the image.
     score : float
         Confidence of the detector, 0 to 1.
     color : str or None

@@ -37,7 +37,7 @@ class Verdict:
     asked : dict of str to str or None
         Color that the prompt names for each entity; None if it names none.
     masks : ndarray, bool, (entity, y, x)
-        Mask of each entity, in the size of the image: all things of its noun. If several entities have the same noun,
+        Mask of each entity, at the size of the image: all things of its noun. If several entities have the same noun,
         each has one thing: one in the color that the prompt names, else the largest that is left.
     leak : dict of str to float
         Share of each entity's pixels in a color that the prompt names for another entity and not for this one, 0 to 1;

@@ -72,7 +72,7 @@ def as_array(values: Any, name: str) -> np.ndarray:
     parts = values if isinstance(values, list | tuple) else [values]
     if masked := sum(int(np.ma.getmaskarray(part).sum()) for part in parts if isinstance(part, np.ma.MaskedArray)):
         raise SettingError(
-            f"{name}: {masked} values are masked, and no measure leaves values out; "
+            f"{name}: {masked} values are masked, and measures cannot skip them; "
             "fill them first, for instance with values.filled(0)."
         )
     try:

@@ -142,7 +142,7 @@ def bleed(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
     Raises
     ------
     SettingError
-        `own` does not match the matrix, or the matrix has another shape or values that are NaN, infinite or negative.
+        `own` does not match the matrix, or the matrix has the wrong shape or values that are NaN, infinite or negative.
 
     Examples
     --------
@@ -204,7 +204,7 @@ def spill(matrix: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        The matrix has another shape, or values that are NaN, infinite or negative.
+        The matrix has the wrong shape, or values that are NaN, infinite or negative.
 
     Examples
     --------

@@ -62,7 +62,7 @@ def is_a(value: Any, *names: str) -> bool:
 
 @torch.no_grad()
 def decoded(pipe: SupportedPipeline, latents: torch.Tensor) -> list[Image.Image]:
-    """Images of latents, (n, c, h, w), decoded as most pipelines do at the end of a run."""
+    """Images decoded from latents, (n, c, h, w), as most pipelines do at the end of a run."""
     vae, config = pipe.vae, pipe.vae.config
     mean, spread = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
     if mean is not None and spread is not None:
@@ -171,7 +171,7 @@ def scheduler_timestep(pipe: SupportedPipeline, wanted: float) -> float:
 
 
 class OtherKind(str):
-    """Reason for a refusal which says only that a pipeline is of another kind; errors prefer other reasons."""
+    """Reason that states only that a pipeline is of another kind; errors show more specific reasons instead."""
 
 
 def modular(pipe: Pipeline) -> str | None:
@@ -286,8 +286,8 @@ class AttentionLayer:
     layout : callable, optional
         Function that is called with the arguments of ``block``, ``layout(args, kwargs)``, and returns a `Layout`. A
         layer that has one is read and biased where it calls `torch.nn.functional.scaled_dot_product_attention`, not by
-        hooks on its projections. Layers need it that do more between projection and softmax than the hooks know. It
-        requires ``takes_mask=False``.
+        hooks on its projections. It is needed by layers that do more between projection and softmax than the hooks can
+        read, and requires ``takes_mask=False``.
     """
 
     name: str
@@ -350,7 +350,7 @@ class Conditioning:
     shared: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self, images: int) -> dict[str, Any]:
-        """Arguments of the pipeline's call for a number of images, with text states repeated.
+        """Arguments of the pipeline's call for a batch of ``images`` images, with text states repeated.
 
         Examples
         --------
@@ -367,7 +367,7 @@ class Conditioning:
         return {name: repeated(value) for name, value in self.call.items()}
 
     def rows(self, count: int, dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments of the denoiser for a number of rows, with floating-point tensors converted to ``dtype``.
+        """Arguments of the denoiser for a batch of ``count`` rows, with floating-point tensors converted to ``dtype``.
 
         Examples
         --------
@@ -471,7 +471,7 @@ class Adapter(Protocol):
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
     ) -> torch.Tensor:
-        """Output of one conditional pass over n rows of latents, in the pipeline's form and scaled by the scheduler.
+        """Output of one conditional pass over n rows of latents, in the pipeline's format and scaled by the scheduler.
 
         ``timestep`` is the scheduler's; the adapter converts it to the number that the model receives.
         """
@@ -486,10 +486,10 @@ class Adapter(Protocol):
         """Set the scheduler's timesteps as the pipeline's call does, and return the factor of the initial noise."""
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images of latents in the pipeline's form, including the noisy latents in the middle of a run."""
+        """Images decoded from latents in the pipeline's format, including the noisy latents in the middle of a run."""
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:
-        """Latents of an image for one row, in the pipeline's form."""
+        """Latents of an image for one row, in the pipeline's format."""
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Arguments of the pipeline's call with which ``move(step, latents)`` replaces the latents after each step."""

@@ -50,7 +50,7 @@ def device_named(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         kind = {"cuda": "CUDA"}.get(chosen.type, chosen.type)
         raise SettingError(
-            f"device={str(chosen)!r}, but this machine has no usable {kind} device of that number; use 'cpu'."
+            f"device={str(chosen)!r}, but this machine has no usable {kind} device with that index; use 'cpu'."
         ) from error
     return chosen
 

@@ -102,7 +102,7 @@ def refuse_index(what: str, index: Mapping[str, Any]) -> None:
 
 
 def unsupported(what: str, reasons: Sequence[str]) -> ModelError:
-    """Error for a pipeline of no supported family: what the families that nearly fit, or else all families, require."""
+    """Error for a pipeline of no supported family; it states what the closest families, or else all, require."""
     near = [reason for reason in reasons if not isinstance(reason, OtherKind)]
     kinds = list(dict.fromkeys(near or reasons))
     families = "; ".join(family.family for family in FAMILIES)

@@ -86,7 +86,7 @@ def load(
         dtype = torch.float32 if embedded or device.type == "cpu" else torch.float16
     elif isinstance(dtype, str):
         if dtype not in _DTYPES:
-            raise SettingError(f"dtype={dtype!r}; allowed are {', '.join(_DTYPES)}.")
+            raise SettingError(f"dtype={dtype!r}: choose from {', '.join(_DTYPES)}.")
         dtype = _DTYPES[dtype]
     index = read_index(source)
     _check_index(str(name), index)
@@ -128,7 +128,7 @@ def check_scheduler(name: str | Path, scheduler: str) -> None:
     >>> check_scheduler("picture-world", "Eular")
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: scheduler='Eular'; allowed are DDIMScheduler, ...
+    elakit.errors.SettingError: scheduler='Eular': choose from DDIMScheduler, ...
     """
     _scheduler_class(read_index(locate(name)), scheduler)
 
@@ -138,7 +138,7 @@ def _scheduler_class(index: Mapping[str, Any], scheduler: str) -> Any:
     own = getattr(import_diffusers(), str((index.get("scheduler") or [None, None])[1]), None)
     kinds = {} if own is None else {kind.__name__: kind for kind in (own, *own._get_compatibles())}
     if scheduler not in kinds:
-        raise SettingError(f"scheduler={scheduler!r}; allowed are {', '.join(sorted(kinds))}.")
+        raise SettingError(f"scheduler={scheduler!r}: choose from {', '.join(sorted(kinds))}.")
     return kinds[scheduler]
 
 

@@ -65,7 +65,7 @@ def locate(name: str | Path) -> str:
 
 
 def read_index(source: str) -> dict[str, Any]:
-    """Content of a pipeline's ``model_index.json``, which suffices to refuse a wrong model before its download.
+    """Content of a pipeline's ``model_index.json``, which is enough to refuse an unsupported model before its download.
 
     Parameters
     ----------

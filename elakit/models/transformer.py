@@ -197,7 +197,7 @@ class TransformerAdapter(PromptEncoder):
         Parameters
         ----------
         latents : torch.Tensor, (n, ...)
-            Latents in the pipeline's form.
+            Latents in the pipeline's format.
         timestep : torch.Tensor, float or int
             The scheduler's timestep.
         conditioning : Conditioning
@@ -335,7 +335,7 @@ class TransformerAdapter(PromptEncoder):
         retrieve_timesteps(scheduler, steps, self.pipe._execution_device, sigmas=sigmas, mu=shift)
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images of latents, (n, c, h, w), also of the noisy latents in the middle of a run."""
+        """Images decoded from latents, (n, c, h, w), also of the noisy latents in the middle of a run."""
         return decoded(self.pipe, latents)
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:

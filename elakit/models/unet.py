@@ -231,7 +231,7 @@ class UNetAdapter(PromptEncoder):
         return float(self.pipe.scheduler.init_noise_sigma)
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images of latents, (n, c, h, w), also of the noisy latents in the middle of a run."""
+        """Images decoded from latents, (n, c, h, w), also of the noisy latents in the middle of a run."""
         return decoded(self.pipe, latents)
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:
@@ -254,7 +254,7 @@ class UNetAdapter(PromptEncoder):
 def seeded_noise(
     shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Gaussian noise as pipelines sample it; with a generator of the CPU it is the same on every device."""
+    """Gaussian noise as pipelines sample it; with a CPU generator it is the same on every device."""
     from diffusers.utils.torch_utils import randn_tensor
 
     noise: torch.Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)

@@ -15,7 +15,7 @@ from elakit.pipeline import TransformerPipeline
 
 
 class VideoPipeline(TransformerPipeline, Protocol):
-    """Members of pipelines of videos that their adapters use, beside the transformer."""
+    """Members of video pipelines that their adapters use, besides the transformer."""
 
     vae_scale_factor_spatial: int
 

@@ -55,7 +55,7 @@ def agreement(
     truth : Verdict or DataArray, bool (entity, y, x), optional
         Mask of each entity, at any resolution; by default that of the judge (``run.verdict``).
     steps : int or sequence of int
-        A number of steps, evenly spaced with the first and the last, or the steps, counted from 0.
+        A number of steps, evenly spaced from the first to the last, or the steps, counted from 0.
     panel : int, optional
         Width of a panel in pixels; by default a row is at most 860 pixels wide.
     title : str, optional

@@ -52,7 +52,7 @@ def save_animation(
     source : {"recording", "guidance"}
         Source of the regions, as in `region_evolution`.
     steps : int or sequence of int, optional
-        A number of steps, evenly spaced with the first and the last, or the steps, counted from 0; by default all.
+        A number of steps, evenly spaced from the first to the last, or the steps, counted from 0; by default all.
     speed : float
         Steps per second, 0.1 to 50.
     panel : int

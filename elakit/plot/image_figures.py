@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 # Images up to this side are encoded losslessly; larger ones, of which a report may contain many, as JPEG.
 LOSSLESS_SIDE = 256
+# PNG: the highest level takes 8 times as long for files that are 3% smaller.
 # WebP: method 6 with quality 100 takes 50 times as long for files that are 0.1% smaller.
 SAVED: dict[str, dict[str, Any]] = {
-    "png": {"optimize": True},
+    "png": {"compress_level": 6},
     "jpeg": {"quality": 90},
     "webp": {"lossless": True, "quality": 75, "method": 2},
 }

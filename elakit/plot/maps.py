@@ -71,7 +71,7 @@ def labels_of_one_prompt(labels: Iterable[Iterable[Any]], what: str) -> list[str
     """
     first, *others = [[str(label) for label in each] for each in labels]
     if any(each != first for each in others):
-        raise SettingError(f"{what}: the runs have the entities {first} and others; give runs of one prompt.")
+        raise SettingError(f"{what}: not all runs have the entities {first}; give runs of one prompt.")
     return first
 
 

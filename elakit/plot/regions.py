@@ -43,7 +43,7 @@ def region_evolution(
         Source of the regions: "recording" for regions localized in the recorded maps, "guidance" for the regions that
         the method used, in guided steps only.
     steps : int or sequence of int
-        A number of steps, evenly spaced with the first and the last, or the steps, counted from 0.
+        A number of steps, evenly spaced from the first to the last, or the steps, counted from 0.
     maps : bool
         Show the entities' maps in gray below the regions. Each map is divided by its maximum, and the largest value is
         shown at each location.
@@ -124,7 +124,7 @@ def region_animation(
     source : {"recording", "guidance"}
         Source of the regions, as in `region_evolution`.
     steps : int or sequence of int, optional
-        A number of steps, evenly spaced with the first and the last, or the steps, counted from 0; by default all.
+        A number of steps, evenly spaced from the first to the last, or the steps, counted from 0; by default all.
     speed : float
         Steps per second.
     panel : int

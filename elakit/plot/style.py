@@ -104,7 +104,7 @@ def map_size(recording: Recording) -> int:
 
 
 def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
-    """Steps to show: a number of them, evenly spaced with the first and the last, or the steps listed.
+    """Steps to show: a number of them, evenly spaced from the first to the last, or the steps listed.
 
     Parameters
     ----------

@@ -53,7 +53,7 @@ def token_maps(
         Tokens as in `Recording.maps` ("entities", "attributes", words). By default all recorded tokens; if there are
         more than 14, only start-of-text, the words of the entities, and the end mass.
     steps : int or sequence of int
-        A number of steps, evenly spaced with the first and the last, or the steps, counted from 0.
+        A number of steps, evenly spaced from the first to the last, or the steps, counted from 0.
     layers : str or sequence of str, optional
         Layers to average: "up" (decoder), "down", "mid", "all" or name patterns; by default those of the
         decoder, or all layers of a transformer.

@@ -217,21 +217,21 @@ def localize_steps(maps: xr.DataArray, sot: xr.DataArray | None = None, **option
     maps = steps_first(maps, "maps")
     if sot is not None:
         if not isinstance(sot, xr.DataArray):
-            raise SettingError(f"sot is a {type(sot).__name__}; localize_steps needs a DataArray (step, y, x)")
+            raise SettingError(f"sot is a {type(sot).__name__}; localize_steps needs a DataArray (step, y, x).")
         if sot.sizes.get("token") == 1:
             sot = sot.isel(token=0)
         if set(sot.dims) != {"step", "y", "x"}:
-            raise SettingError(f"sot has dimensions {sot.dims}; localize_steps needs (step, y, x)")
+            raise SettingError(f"sot has dimensions {sot.dims}; localize_steps needs (step, y, x).")
         if not np.array_equal(step_labels(sot), step_labels(maps)):
             raise SettingError(
-                f"sot has steps {step_labels(sot)}, maps {step_labels(maps)}; give the same steps of both"
+                f"sot has steps {step_labels(sot)}, maps {step_labels(maps)}; give the same steps of both."
             )
     found = [
         localize(maps.isel(step=i), None if sot is None else sot.isel(step=i), **options)
         for i in range(maps.sizes["step"])
     ]
     if not found:
-        raise SettingError("maps have no step; record at least one full step")
+        raise SettingError("maps have no step; record at least one full step.")
     along_step = {name: c for name, c in maps.coords.items() if c.dims == ("step",)}
     along_space = {name: c for name, c in maps.coords.items() if c.dims and set(c.dims) <= {"y", "x"}}
     return xr.DataArray(
@@ -257,14 +257,14 @@ def steps_first(maps: xr.DataArray, what: str) -> xr.DataArray:
     """
     if not isinstance(maps, xr.DataArray):
         raise SettingError(
-            f"{what} are a {type(maps).__name__}; a DataArray with dimensions (step, token, y, x) is needed"
+            f"{what} are a {type(maps).__name__}; a DataArray with dimensions (step, token, y, x) is needed."
         )
     if "token" in maps.dims and "entity" not in maps.dims:
         # Coordinates along token other than its labels (token_index) do not describe entities.
         extra = [n for n, c in maps.coords.items() if n == "entity" or ("token" in c.dims and n != "token")]
         maps = maps.drop_vars(extra).rename(token="entity")
     if set(maps.dims) != {"step", "entity", "y", "x"}:
-        raise SettingError(f"{what} have dimensions {maps.dims}; (step, token, y, x) are needed")
+        raise SettingError(f"{what} have dimensions {maps.dims}; (step, token, y, x) are needed.")
     return maps.transpose("step", "entity", "y", "x")
 
 
@@ -276,7 +276,7 @@ def step_labels(array: xr.DataArray) -> np.ndarray:
 def _names(maps: Any, entities: Sequence[str] | None, count: int) -> tuple[str, ...]:
     if entities is not None:
         if isinstance(entities, str):
-            raise SettingError(f"entities is the text {entities!r}; give a list of labels, such as [{entities!r}]")
+            raise SettingError(f"entities is the text {entities!r}; give a list of labels, such as [{entities!r}].")
         names = tuple(str(name) for name in entities)
     else:
         names = ()
@@ -287,7 +287,7 @@ def _names(maps: Any, entities: Sequence[str] | None, count: int) -> tuple[str, 
         names = names or tuple(f"entity {i}" for i in range(count))
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise SettingError(
-            f"entity labels {repeated} occur twice; every entity needs its own, such as 'car#1' and 'car#2'"
+            f"entity labels {repeated} occur twice; every entity needs its own, such as 'car#1' and 'car#2'."
         )
     return names
 
@@ -296,7 +296,9 @@ def _least_area(min_area: int | None, count: int, area: int) -> int:
     """Least area of each of `count` regions on a map with `area` locations."""
     if min_area is None:
         if count > area:
-            raise SettingError(f"{count} entities cannot have disjoint regions on a map of {area} locations.")
+            raise SettingError(
+                f"{count} entities cannot have disjoint regions on a map of {area} locations. Use larger maps."
+            )
         return min(max(1, round(FLOOR * area)), area // count)
     if min_area * count > area:
         raise SettingError(

@@ -101,7 +101,9 @@ class Regions:
         else:
             masks = np.asarray(other).astype(bool)
         if masks.shape != self.masks.shape:
-            raise SettingError(f"cannot compare masks of shape {masks.shape} with {self.masks.shape}; resize one first")
+            raise SettingError(
+                f"cannot compare masks of shape {masks.shape} with {self.masks.shape}; resize one first."
+            )
         common = (self.masks & masks).sum(axis=(1, 2))
         either = (self.masks | masks).sum(axis=(1, 2))
         return np.where(either == 0, 1.0, common / np.maximum(either, 1))

@@ -121,7 +121,7 @@ def parsed_prompt(text: str) -> Prompt:
         return Prompt.from_dict(json.loads(text))
     except (TypeError, ValueError, KeyError) as error:
         raise OutputError(
-            "The sweep does not contain the parsed prompts. Run it again into a new folder with this release."
+            "The sweep does not contain the parsed prompts. Run it again in a new folder with this release."
         ) from error
 
 

@@ -57,7 +57,7 @@ def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng:
     subjects : tuple of Subject
         Two or three subjects.
     kind : str
-        One of `KINDS`, or "occluded" for one thing in front of another of which at least 70% are visible.
+        One of `KINDS`, or "occluded" for one thing in front of another, of which at least 70% is visible.
     world : World
     rng : numpy.random.Generator
 

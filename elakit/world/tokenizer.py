@@ -58,7 +58,7 @@ def train_tokenizer(vocabulary: int, positions: int) -> CLIPTokenizer:
 
 
 def clip_tokenizer(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], **options: Any) -> CLIPTokenizer:
-    """Build a CLIP tokenizer of a vocabulary and its merges, with every release of transformers.
+    """Build a CLIP tokenizer from a vocabulary and its merges, with any release of transformers.
 
     Parameters
     ----------

@@ -50,7 +50,7 @@ def main(
 ) -> None:
     """Train picture-world in stages: autoencoder, its decoder again, text encoder with denoiser, and judge.
 
-    The second stage is made only if the setting ``polish`` is not 0.
+    The second stage runs only if the setting ``polish`` is not 0.
     """
     stages = set(STAGES if stage == "all" else stage.split(","))
     if unknown := stages - set(STAGES):
@@ -90,7 +90,7 @@ def process_devices(device: str | None, processes: int) -> tuple[torch.device, .
     Raises
     ------
     SettingError
-        Raised when there is no such device on this machine, or no GPU for each process.
+        Raised when there is no such device on this machine, or fewer GPUs than processes.
 
     Examples
     --------
@@ -123,7 +123,7 @@ def check_folders(stages: Collection[str], out: Path, start: Path | None) -> Non
     Raises
     ------
     SettingError
-        When `out` is not a folder, or a part is missing.
+        Raised when `out` is not a folder, or a part is missing.
     """
     if out.exists() and not out.is_dir():
         raise SettingError(f"--out {out} is a file. Choose a folder.")

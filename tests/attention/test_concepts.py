@@ -120,7 +120,7 @@ def test_what_cannot_be_mapped_is_refused() -> None:
         found.maps()
     with map_concepts(pipe, TEXT, ["dog"]) as found:
         draw(pipe)
-    with pytest.raises(RecordingError, match="there are 8x8, 4x4"):
+    with pytest.raises(RecordingError, match="recorded maps: 8x8, 4x4"):
         found.maps(size=16)
     with pytest.raises(RecordingError, match="Image 3 was not recorded"):
         found.maps(image=3)

@@ -192,7 +192,7 @@ def test_steps_are_chosen_by_call_number() -> None:
         ({"layers": "decoder"}, ["a.down", "b.mid", "c.up"]),
         ({"size": 16}, ["4x6, 2x3", "such as 6"]),
         ({"layers": "mid", "size": 6}, ["b.mid (2x3)"]),
-        ({"image": 2}, ["there are 2"]),
+        ({"image": 2}, ["from 0 to 1"]),
     ],
 )
 def test_what_was_not_recorded_is_named_beside_what_was(arguments: dict[str, Any], parts: list[str]) -> None:

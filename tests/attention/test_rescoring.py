@@ -22,7 +22,9 @@ from elakit.prompt import parse
 
 NEWER = {"height": 64, "width": 96, "num_inference_steps": 2}
 MAKERS = {name: (family.make, family.options | {"num_inference_steps": 2}) for name, family in FAMILIES.items()}
-MAKERS |= {name: (BUILDERS[name], NEWER) for name in ("HunyuanDiT", "Kolors", "CogView4", "Sana", "Qwen-Image")}
+MAKERS |= {name: (BUILDERS[name], NEWER) for name in ("Kolors", "CogView4", "Qwen-Image")}
+# with binning, the pipelines would generate images of about a megapixel
+MAKERS |= {name: (BUILDERS[name], NEWER | {"use_resolution_binning": False}) for name in ("HunyuanDiT", "Sana")}
 
 
 def first_of(pipe: Any, options: dict[str, Any]) -> Seen:

@@ -266,8 +266,7 @@ def test_sentences_name_special_tokens_in_words() -> None:
     for token, said in (("<start>", "start-of-text"), ("<end>", "end-of-text and padding"), ("bird", '"bird"')):
         failure = Failure("missing", "car", token=token, seeds=(1,), of=2)
         assert (
-            failure.sentence
-            == f"In 1 of 2 images, the car is missing, and the attention at its location goes to {said}."
+            failure.sentence == f"In 1 of 2 images, the car is missing, and the attention in its region goes to {said}."
         )
 
 
@@ -302,11 +301,11 @@ def test_a_cause_that_few_failing_runs_show_has_less_confidence() -> None:
 @pytest.mark.parametrize(
     ("cause", "failure", "explains"),
     [
-        # Attention at the location of the clock that goes to "bear" explains a missing clock, and not a missing bear.
+        # Attention in the region of the clock that goes to "bear" explains a missing clock, and not a missing bear.
         (Cause("captured", "clock", "bear", "bear", evidence={"held": 0.9}), Failure("missing", "clock"), True),
         (Cause("captured", "clock", "bear", "bear", evidence={"held": 0.9}), Failure("missing", "bear"), False),
         (Cause("captured", "clock", "bear", "bear", evidence={"held": 0.9}), Failure("fused", "bear", "clock"), True),
-        # Two nouns at the same location: either may be missing.
+        # Two nouns at the same locations: either may be missing.
         (Cause("captured", "clock", "bear", "bear", evidence={"alike": 0.9}), Failure("missing", "bear"), True),
         (Cause("text states alike", "clock", "bear"), Failure("missing", "bear"), True),
         (Cause("text states alike", "clock", "bear"), Failure("missing", "dog"), False),

@@ -138,7 +138,7 @@ def test_failures_and_causes_are_stated(runs: list[Run]) -> None:
     best = tried(runs, "nnyy", "ynyy")
     found_dict = diagnosis_of(best, [best], findings).to_dict()["statements"]
     assert found_dict["failures"] == [
-        'In 2 of 4 images, the bird is missing, and the attention at its location goes to "car" '
+        'In 2 of 4 images, the bird is missing, and the attention in its region goes to "car" '
         "(95% interval 15 to 85%; first visible in the attention at step 2 of 2; earliest in up block 1, "
         "attention 0)."
     ]
@@ -165,11 +165,18 @@ def test_a_cause_in_the_attention_is_not_located_in_the_text_encoder(runs: list[
 # --- what is tried ------------------------------------------------------------------------------------------
 
 
-def test_all_remedies_are_tried_if_an_image_is_wrong(world: Any) -> None:
+@pytest.fixture(scope="module")
+def everything(world: Any) -> tuple[Diagnosis, list[tuple[int, int, str]]]:
+    """A diagnosis with all remedies, and its progress; two steps generate nothing that is right."""
     calls: list[tuple[int, int, str]] = []
     found = elakit.diagnose(
         world, WORLD, seeds=1, steps=2, remedies=True, on_progress=lambda *progress: calls.append(progress)
-    )  # two steps generate nothing that is right
+    )
+    return found, calls
+
+
+def test_all_remedies_are_tried_if_an_image_is_wrong(everything: tuple[Diagnosis, list[tuple[int, int, str]]]) -> None:
+    found, calls = everything
     assert {one.remedy.name for one in found.remedies} == {"ela", *DEFAULT}
     assert all(one.status == "tried" and len(one.runs) == 1 for one in found.remedies)
     by_name = {one.remedy.name: one for one in found.remedies}
@@ -281,9 +288,14 @@ def counting(monkeypatch: pytest.MonkeyPatch, fail_after: int = 10**6) -> list[i
     return seen
 
 
-def test_an_interrupted_diagnosis_reuses_its_runs(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_diagnosis_reuses_its_runs(
+    world: Any,
+    everything: tuple[Diagnosis, list[tuple[int, int, str]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     settings: dict[str, Any] = {"seeds": 1, "steps": 2, "remedies": ["swapped", "regions"]}
-    whole = elakit.diagnose(world, WORLD, **settings)
+    whole, _ = everything
     with monkeypatch.context() as patch:
         first = counting(patch, fail_after=2)
         with pytest.raises(KeyboardInterrupt):
@@ -305,8 +317,10 @@ def test_an_interrupted_diagnosis_reuses_its_runs(world: Any, tmp_path: Path, mo
     assert not third
 
 
-def test_a_diagnosis_can_be_opened_again(world: Any, tmp_path: Path) -> None:
-    found = elakit.diagnose(world, WORLD, seeds=1, steps=2, remedies=["another-seed", "regions", "swapped"])
+def test_a_diagnosis_can_be_opened_again(
+    everything: tuple[Diagnosis, list[tuple[int, int, str]]], tmp_path: Path
+) -> None:
+    found, _ = everything
     again = elakit.open_diagnosis(found.save(tmp_path / "kept"))
     assert again.to_dict() == found.to_dict()
     assert report.render(again) == report.render(found)

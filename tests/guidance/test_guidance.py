@@ -232,7 +232,9 @@ def test_a_misspelled_option_is_refused() -> None:
         LatentStep(stepsize=1)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("method", [ELA(), RegionalAttention(), AttendAndExcite()], ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    "method", [ELA(), RegionalAttention(), AttendAndExcite(refine=())], ids=lambda method: method.name
+)
 def test_a_run_too_short_for_a_method_is_reported(method: Any) -> None:
     """Distilled models take one step, where most methods guide none."""
     pipe = tiny_pipeline()

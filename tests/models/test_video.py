@@ -129,7 +129,7 @@ def test_a_frame_of_a_recording_is_a_recording_of_images(tmp_path: Path) -> None
         whole.frame(0).frame(0)
     with pytest.raises(RecordingError, match=r"select a video with sel\(image=...\)"):
         whole.isel(image=0)
-    with pytest.raises(RecordingError, match="Image 2 was not recorded; there are 2"):
+    with pytest.raises(RecordingError, match="Image 2 was not recorded; give an index from 0 to 1"):
         whole.maps("car", image=2)
 
 

@@ -87,9 +87,15 @@ def sweep(images: int = 600) -> pd.DataFrame:
     )  # fmt: skip
 
 
-def test_the_fit_recovers_the_true_feature_and_is_calibrated() -> None:
-    table = sweep()
-    predictor, quality, _ = fit(table)
+@pytest.fixture(scope="module")
+def fitted() -> tuple[Predictor, pd.DataFrame]:
+    """Predictor of the synthetic sweep and its quality."""
+    predictor, quality, _ = fit(sweep())
+    return predictor, quality
+
+
+def test_the_fit_recovers_the_true_feature_and_is_calibrated(fitted: tuple[Predictor, pd.DataFrame]) -> None:
+    predictor, quality = fitted
     own = quality[quality["by"] == "predictor"].set_index(["outcome", "share"])
     assert own.loc[("failure", 1.0), "auroc"] > 0.75
     assert own.loc[("failure", 1.0), "ece"] < 0.06
@@ -101,14 +107,16 @@ def test_the_fit_recovers_the_true_feature_and_is_calibrated() -> None:
     assert predictor.intercepts[-1, 0] == pytest.approx(-1, abs=0.5)
 
 
-def test_an_outcome_that_was_never_observed_is_predicted_as_rare() -> None:
-    predictor, *_ = fit(sweep())
+def test_an_outcome_that_was_never_observed_is_predicted_as_rare(fitted: tuple[Predictor, pd.DataFrame]) -> None:
+    predictor, _ = fitted
     table = pd.DataFrame(np.zeros((len(SHARES), len(FEATURES))), index=list(SHARES), columns=list(FEATURES))
     assert (predictor.predict(table)["mixture"] < 0.01).all()
 
 
-def test_a_predictor_is_saved_and_loaded_unchanged(tmp_path: Path, run: Run) -> None:
-    predictor, *_ = fit(sweep(100))
+def test_a_predictor_is_saved_and_loaded_unchanged(
+    fitted: tuple[Predictor, pd.DataFrame], tmp_path: Path, run: Run
+) -> None:
+    predictor, _ = fitted
     again = load_predictor(predictor.save(tmp_path / "predictor.json"))
     assert again.predict(run).equals(predictor.predict(run))
     assert again.about == predictor.about

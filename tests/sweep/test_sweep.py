@@ -6,19 +6,17 @@ import fcntl
 import io
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -26,6 +24,7 @@ from hypothesis import settings as tries
 from hypothesis import strategies as st
 from PIL import Image
 from plotly.offline import get_plotlyjs
+from sweep_units import PROMPTS, die_once, pretend, units
 
 from elakit.errors import OutputError, SettingError
 from elakit.guidance import ELA, LatentStep
@@ -47,46 +46,6 @@ from elakit.sweep import (
 from elakit.sweep.generation import generate_unit
 from elakit.sweep.options import canonical_options
 from elakit.world.vocabulary import COLORS, NOUNS
-
-PROMPTS = [f"a cat and a {noun}" for noun in ("dog", "frog", "lion", "bear", "bird")]
-
-
-def units(**settings: Any) -> list[Unit]:
-    return plan(PROMPTS, [1, 3], ["plain", "ela"], **settings)
-
-
-def pretend(unit: Unit) -> list[dict[str, Any]]:
-    """Rows that depend on the unit alone, except for the seconds."""
-    rng = np.random.default_rng(int(unit.key, 16))
-    return [
-        {**unit.labels(), "seed": seed, "success": bool(rng.random() < 0.5), "neglect": False, "mixture": False}
-        | {"wrong_color": False, "extra": 0, "score": float(rng.random()), "seconds": time.perf_counter()}
-        for seed in unit.seeds
-    ]
-
-
-def stall(unit: Unit) -> list[dict[str, Any]]:
-    """Like `pretend`, but for a prompt with a lion hold a lock until the process ends."""
-    if "lion" not in unit.prompt:
-        return pretend(unit)
-    with Path(os.environ["ELAKIT_TEST_LOCK"]).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write("held")
-        file.flush()
-        threading.Event().wait()
-    raise AssertionError
-
-
-def die_once(unit: Unit) -> list[dict[str, Any]]:
-    """Like `pretend`, but the first process that gets a prompt with a lion dies."""
-    if "lion" in unit.prompt:
-        try:
-            Path(os.environ["ELAKIT_TEST_MARK"]).touch(exist_ok=False)
-        except FileExistsError:
-            pass
-        else:
-            os.kill(os.getpid(), signal.SIGKILL)
-    return pretend(unit)
 
 
 class Remembering:
@@ -425,12 +384,18 @@ def test_process_a_killed_sweep_can_be_resumed(tmp_path: Path, thread: Executor,
     killed, whole, lock = tmp_path / "killed", tmp_path / "whole", tmp_path / "lock"
     # a shell that runs tests in the background has them ignore Ctrl-C, and so does what they start
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code = heed + "import sys, sweep.test_sweep as t; t.run(t.units(), sys.argv[1], workers=1, generate=t.stall)"
+    # units are read from a file, because planning them imports torch
+    code = (
+        f"{heed}import pickle, sys; from pathlib import Path; from sweep_units import stall; "
+        "from elakit.sweep import run; "
+        "run(pickle.loads(Path(sys.argv[2]).read_bytes()), sys.argv[1], workers=1, generate=stall)"
+    )
+    (tmp_path / "units").write_bytes(pickle.dumps(units()))
     path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "ELAKIT_TEST_LOCK": str(lock), "PYTHONPATH": path}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", code, str(killed)],
+            [sys.executable, "-c", code, str(killed), str(tmp_path / "units")],
             env=environment,
             stdout=log,
             stderr=log,
@@ -479,7 +444,7 @@ def test_process_dask_workers_generate_and_may_be_killed(tmp_path: Path, monkeyp
     assert as_bytes(tmp_path / "sweep", tmp_path) == as_bytes(tmp_path / "whole", tmp_path)
 
 
-def test_process_a_real_pipeline_is_swept(tmp_path: Path) -> None:
+def test_a_real_pipeline_is_swept(tmp_path: Path, thread: Executor) -> None:
     from tiny import tiny_pipeline
 
     tiny_pipeline().save_pretrained(tmp_path / "tiny")
@@ -487,7 +452,7 @@ def test_process_a_real_pipeline_is_swept(tmp_path: Path) -> None:
     # every image is guided, at every step and whatever its loss is
     always = ("ela", {"anchor.start": 0, "anchor.guided": 1, "anchor.needed": None, "anchor.enough": None})
     planned = plan({"mine": prompts}, [1, 3], ["plain", always], model=str(tmp_path / "tiny"), steps=2, device="cpu")
-    outcome = run(planned, tmp_path / "sweep", workers=1)
+    outcome = run(planned, tmp_path / "sweep", thread)
     assert outcome.failed == {}
     found = table(tmp_path / "sweep")
     assert len(found) == 2 * 2 * 2

@@ -1,4 +1,7 @@
-"""In a real JupyterLab the first notebook runs, and its explorer scrubs, without an error or a word to the network."""
+"""In a real JupyterLab the first notebook runs, and its explorer scrubs, without an error or a word to the network.
+
+Saved and opened again, its widgets are images.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any
 import lab
 import nbformat
 import pytest
+
+from notebooks import run
 
 pytestmark = lab.MARKS
 FIRST = Path(__file__).parents[2] / "notebooks" / "01_first_look.ipynb"
@@ -61,6 +66,9 @@ def test_every_cell_runs_and_every_figure_shows(opened: tuple[lab.Lab, lab.Noteb
     assert notebook.errors() == []
     code = [cell for cell in notebook.cells() if cell["cell_type"] == "code"]
     assert all(cell["execution_count"] for cell in code)
+    saved = [bool(cell.outputs) for cell in run.code_cells(nbformat.read(FIRST, as_version=4))]
+    shown = [bool(cell["outputs"]) for cell in code if run.INSTALL_TAG not in cell["metadata"].get("tags", [])]
+    assert saved == shown, f"outputs are stale: python notebooks/run.py {FIRST.name}"
     kinds = [kind for cell in code for output in cell["outputs"] for kind in output.get("data", {})]
     assert page.locator(".js-plotly-plot .main-svg").count() >= kinds.count("application/vnd.plotly.v1+json") > 0
     assert page.locator(".elx-stage").count() == 2
@@ -105,3 +113,22 @@ def test_the_explorer_follows_what_python_sets(opened: tuple[lab.Lab, lab.Notebo
     _, notebook = opened
     notebook.run_cell(f"{EXPLORER}.step = 3")
     expect(page.locator(".elx-step").first).to_have_text(f"step 4 of {STEPS}")
+
+
+def test_a_notebook_that_is_reopened_shows_images_of_widgets(opened: tuple[lab.Lab, lab.Notebook], page: Any) -> None:
+    running, notebook = opened
+    notebook.run_cell("elakit.live(pipe, 'a [red car]')")
+    page.locator(".ell-panel").first.wait_for(timeout=60_000)
+    widgets = page.locator(".elx-stage").count()
+    notebook.save()
+    assert page.locator(".elx-stage").count() == widgets > 0  # the open page keeps its widgets
+    saved = nbformat.read(running.folder / FIRST.name, as_version=4)
+    saved.cells = [cell for cell in saved.cells if cell.source.startswith(("elakit.explore(", "elakit.live("))]
+    assert len(saved.cells) == 2
+    nbformat.write(saved, running.folder / "again.ipynb")
+    again = running.open("again.ipynb", timeout=300)
+    images = again.page.locator(".jp-OutputArea-output img[src^='data:image/png']")
+    images.nth(1).wait_for(timeout=60_000)
+    assert images.count() == 2
+    assert "Error displaying widget" not in again.page.content()
+    again.close()

@@ -263,7 +263,7 @@ def test_a_stage_that_does_not_exist_is_refused(config: Path, tmp_path: Path) ->
     [
         (["--config", "absent.toml"], "Cannot read the training configuration absent.toml"),
         (["--device", "gpu"], "device='gpu' is not a device; use 'cpu'"),
-        (["--device", "cuda:99"], "no usable CUDA device of that number"),
+        (["--device", "cuda:99"], "no usable CUDA device with that index"),
         (["--stage", "denoiser"], "vae, which does not exist. Run the stage vae first, or all."),
         (["--stage", "judge,vae"], "model, which does not exist. Run the stage denoiser first, or all."),
         (["--start", "absent"], "--start absent: there is no vae/config.json"),

@@ -51,7 +51,7 @@ def table(folder: str | Path, order: Sequence[str] = ()) -> pd.DataFrame:
         interval of the rate; failures (kinds, separated by semicolons) and failure (the most frequent one, as a
         sentence); causes (kind of the most likely one) and cause (the same as a sentence); best (name of the best
         remedy) with its title, best_right, best_rate, best_low, best_high, fixed, broken and cost; seconds; page; and
-        error, which only prompts that failed have, while all their other values are missing.
+        error, which only prompts that failed have; all their other values are missing.
     """
     cases, _ = _cases(folder)
     return _table(folder, cases, order)

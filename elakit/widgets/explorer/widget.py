@@ -71,7 +71,7 @@ class Explorer(anywidget.AnyWidget):
     layer : str
         "all", a part of the network ("down", "mid", "up") or the name of a layer. Maps of several layers are averaged.
     size : int or None
-        Larger side of the maps; None averages over all sizes. If the chosen layers have no maps of this size, it
+        Longer side of the maps; None averages over all sizes. If the chosen layers have no maps of this size, it
         changes to the size they have, or to None where they have several.
     head : int or "mean"
         One head of every layer, if heads were recorded.

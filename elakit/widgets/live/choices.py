@@ -92,7 +92,7 @@ class Choices:
         return self if self.prompt is None else replace(self, prompt=words.toggled(self.prompt, at))
 
     def with_number(self, name: str, value: float) -> Choices:
-        """Set a number as entered; it is not checked here."""
+        """Set a number to an entered value, which is not checked here."""
         entered: dict[str, Any] = {name: value}
         return self if getattr(self, name) == value else replace(self, **entered)
 
@@ -109,7 +109,7 @@ class Choices:
         return self if name == self.method else replace(self, method=name)
 
     def with_entry(self, method: str, option: str, entry: Any) -> Choices:
-        """Set an option of a method as entered; it is not checked here."""
+        """Set an option of a method to an entered value, which is not checked here."""
         entered = self.entries_of(method)
         return self if entered[option] == entry else self._with_entries(method, {**entered, option: entry})
 

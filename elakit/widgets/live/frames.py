@@ -40,7 +40,7 @@ def frame(run: Run, step: int, steps: int, *, finished: bool = False) -> Frame:
     run : Run
         The partial or finished run.
     step, steps : int
-        The last step made, counted from 0, and the number of steps of the run.
+        The last completed step, counted from 0, and the number of steps of the run.
     finished : bool
         True if the image is the final one.
 

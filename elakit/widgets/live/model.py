@@ -184,7 +184,7 @@ class PanelModel:
         self.session.start(call, pause_after)
 
     def step(self, steps: int = 1) -> None:
-        """Make a number of steps and pause, in the paused run or in a new one.
+        """Run a number of steps and pause, in the paused run or in a new one.
 
         Raises
         ------

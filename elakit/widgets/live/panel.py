@@ -206,7 +206,7 @@ class Panel:
         self._model.start()
 
     def step(self, steps: int = 1) -> None:
-        """Make a number of steps and pause, in the paused run or in a new one.
+        """Run a number of steps and pause, in the paused run or in a new one.
 
         Parameters
         ----------

@@ -19,7 +19,7 @@ class RunState:
     state : {"idle", "running", "paused", "done", "canceled", "failed"}
         "idle" before the first run; otherwise the state of the run.
     made : int
-        Number of steps made.
+        Number of completed steps.
     left : int or None
         Number of steps until the run pauses; None if no pause is planned.
     canceling : bool

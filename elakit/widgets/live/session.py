@@ -75,7 +75,7 @@ class Session:
 
     @property
     def made(self) -> int:
-        """Number of steps made in the current or the last run."""
+        """Number of completed steps of the run in progress or, if there is none, of the last run."""
         return self.now.made
 
     @property

@@ -33,7 +33,7 @@ def status(now: RunState) -> str:
 
 
 def message(error: Exception | None) -> str:
-    """Text of an error, with its type unless it is one of elakit's; "" for None.
+    """Text of an error, preceded by its type unless it is an `ElakitError`; "" for None.
 
     Examples
     --------

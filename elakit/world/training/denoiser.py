@@ -32,7 +32,7 @@ SAMPLE_PROMPTS = (
     "a green crown and a bench",
 )  # fmt: skip
 SHEET_EVERY = 50_000  # samples
-CLOSE_UP_SIZES = (0.45, 0.95)  # of the side of a close-up: 22 to 47 % of that of a whole scene
+CLOSE_UP_SIZES = (0.45, 0.95)  # of the side of a close-up: 22 to 47% of that of a whole scene
 CLOSE_UP_DECAY = 0.9  # share of the close-ups after which the learning rate falls
 TOKEN_EMBEDDING = "token_embedding.weight"
 
@@ -129,7 +129,7 @@ def grow(model: Any, tokenizer: CLIPTokenizer, old: StableDiffusionPipeline) -> 
             grown = name in ("conv_in.weight", "conv_out.weight", "conv_out.bias")
             if given is None or (given.shape != value.shape and not grown):
                 raise SettingError(
-                    f"The earlier edition's weights do not fit: {name} has shape "
+                    f"The weights of the earlier model do not fit: {name} has shape "
                     f"{None if given is None else tuple(given.shape)}, not {tuple(value.shape)}. "
                     "Use the same [text] and [denoiser] architecture, or train without --start."
                 )

@@ -412,7 +412,7 @@ def redraw(
     captions : list of str
     pipe : StableDiffusionPipeline
     steps : tuple of int
-        Smallest and largest number of steps that are made, of ``REDRAW_STEPS``.
+        Smallest and largest number of denoising steps, out of ``REDRAW_STEPS``.
     seed : int
 
     Returns

@@ -69,7 +69,7 @@ def upsampled_convolution(x: Tensor, kernel: Tensor, bias: Tensor | None = None)
 
 
 def encode(model: Any, images: Tensor) -> Tensor:
-    """Latents of images in [-1, 1], as ``model.encode`` computes them except near the border."""
+    """Latents of images in [-1, 1], encoded as ``model.encode`` does, except near the border."""
     layers, x = list(model.encoder.layers), images.add(1).div(2)
     run = _leading_convolutions(layers)
     if len(run) > 1:
@@ -85,7 +85,7 @@ def encode(model: Any, images: Tensor) -> Tensor:
 
 
 def decode(model: Any, latents: Tensor) -> Tensor:
-    """Images in [-1, 1] of latents, as ``model.decode`` computes them except near the border."""
+    """Images in [-1, 1], decoded from latents as ``model.decode`` does, except near the border."""
     layers: list[Any] = list(model.decoder.layers)
     x, i = torch.tanh(latents / 3) * 3, 0
     while i < len(layers):
