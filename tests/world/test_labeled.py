@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from PIL import Image
 
 from elakit.errors import SettingError
 from elakit.judge.segmenter import CLASSES
+from elakit.resources import data_path
+from elakit.world.training.config import read_config
 from elakit.world.training.labeled import Labeled, labeled_loss, read_labeled
 from elakit.world.vocabulary import NOUNS
 
@@ -46,7 +49,7 @@ def test_labels_without_images_or_images_without_labels_are_named(tmp_path: Path
     with pytest.raises(SettingError, match="no image 3"):
         read_labeled([tmp_path], 16)
     (tmp_path / "labels.csv").write_text("image,hybrid\n1,\n")
-    with pytest.raises(SettingError, match="Fill in labels.csv"):
+    with pytest.raises(SettingError, match=r"Fill in labels\.csv"):
         read_labeled([tmp_path], 16)
 
 
@@ -105,3 +108,13 @@ def test_a_thing_that_the_judge_does_not_see_says_nothing_about_its_pixels() -> 
     assert scores.grad is not None
     assert not scores.grad[:, CLASSES:].any()
     assert np.isfinite(scores.grad.numpy()).all()
+
+
+def test_the_shipped_labels_are_of_development_seeds_and_not_of_the_audit() -> None:
+    folders = [data_path(*name.split("/")) for name in read_config().judge.labels]
+    found = read_labeled(folders, 128)
+    assert len(found) == 770
+    assert found.images.float().std() > 20
+    keys = [made for folder in folders for made in json.loads((folder / "key.json").read_text()).values()]
+    assert {made["seed"] for made in keys} <= set(range(100, 800))  # the audit has those from 800 on
+    assert [len(re.split(" and | with ", made["prompt"])) for made in keys] == (found.nouns > 0).sum(1).tolist()
