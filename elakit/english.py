@@ -119,7 +119,7 @@ def load_reader() -> Any:
     Raises
     ------
     ModelError
-        Raised when spaCy or both of these models are not installed.
+        Raised when spaCy is not installed, or neither of these models is.
     """
     # Importing spaCy and loading a model seed and use the global generators; a user's seed must survive that.
     states = random.getstate(), np.random.get_state()  # noqa: NPY002

@@ -36,8 +36,8 @@ def lab(
 ) -> None:
     """Open the notebooks in JupyterLab.
 
-    In a checkout of the repository, its notebooks are opened in place. Otherwise they are first copied to a folder, in
-    which existing files are not overwritten.
+    The notebooks are first copied to FOLDER, where existing files are not overwritten. In a checkout of the repository,
+    they are opened in place if no FOLDER is given.
 
     Example: elakit lab ~/elakit-notebooks --no-browser --port 8890
     """

@@ -106,7 +106,7 @@ class PipelineCall:
     request : Request
     prompt : Prompt
     height, width : int
-        Size of the image in pixels.
+        Requested size of the image in pixels, by default the model's; an input image may have another size.
     settings : dict
         `Run.settings` so far.
     arguments : dict

@@ -387,7 +387,11 @@ class Recording:
         """
         self._first()
         if not -self.frames <= number < self.frames:
-            there = f"the recording has frames 0 to {self.frames - 1}" if self.frames else "images were recorded"
+            there = (
+                f"the recording has frames 0 to {self.frames - 1}"
+                if self.frames
+                else "the recording is of images, not of videos"
+            )
             raise RecordingError(f"There is no frame {number}: {there}.")
         chosen = slice(number % self.frames, None, self.frames)
         nodes = {node.attrs["size"]: node.isel(image=chosen) for node in self.nodes()}

@@ -42,11 +42,13 @@ def find(pipe: Pipeline, runs: Sequence[Run]) -> Findings:
 
     Notes
     -----
-    Failures are those that the judge finds; if the judge does not know the prompt, failures are suspected from the
-    attention. Causes are searched in the states of the text encoder and in the attention of the decoder in the runs
-    that fail. A cause is reported if its indicator lies outside the range of right images and it explains one of the
-    failures. A noun that the model does not know is always reported. The confidence in a cause is lower if another
-    cause can bring it about, if only some of the failing runs show it, and if right images of the same prompt show it.
+    Failures are those that the judge finds; if it gives no verdict on one of the runs, all failures are suspected from
+    the attention. Causes are searched for in the states of the text encoder and in the attention of the decoder in the
+    runs that fail. A cause is reported if its indicator lies clearly outside the values that are usual in right images
+    (calibrated on picture-world) and if it explains one of the failures. A noun outside the vocabulary of a built-in
+    model, or one that the tokenizer of another model splits, is always reported. The confidence in a cause is lower if
+    another cause can bring it about, if only some of the failing runs show it, and if right images of the same prompt
+    show it.
 
     Examples
     --------

@@ -123,7 +123,13 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
         return Addends()
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """Layers that match `layers` and whose maps have `size`, in a model with cross-attention."""
+        """Layers that the options `layers` and `size` select.
+
+        Raises
+        ------
+        SettingError
+            A selected layer is not one of plain cross-attention.
+        """
         chosen = super().select(layers, latent)
         check_plain(chosen, "AttentionRegulation")
         return chosen

@@ -99,7 +99,13 @@ class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
             check_acts(self, "strength=0 and self_strength=0", "area")
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """Layers that match `layers` and whose maps have `size`, in a model with cross-attention."""
+        """Layers that the options `layers` and `size` select.
+
+        Raises
+        ------
+        SettingError
+            A layer of the model is not one of plain cross-attention.
+        """
         check_plain(layers, "DenseDiffusion")
         return super().select(layers, latent)
 

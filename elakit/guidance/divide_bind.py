@@ -121,7 +121,7 @@ class DivideAndBind(ReadsOneSize):
         object.__setattr__(self, "binding", entries)
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The layers of the entities' map size and, if attributes are bound, those with finer maps."""
+        """Selected layers of the entities' map size and, unless the option `binding` is empty, of finer maps."""
         entities = super().select(layers, latent)
         finer = entities[0].factor if self.binding else 0
         return tuple(layer for layer in select_layers(layers, self.layers) if layer in entities or layer.factor < finer)

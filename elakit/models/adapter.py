@@ -436,7 +436,7 @@ class Adapter(Protocol):
         """Layers in which the image attends to the text, in forward order."""
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Rows, timestep and latent size of a call of the denoiser, from its arguments."""
+        """Batch size, timestep and latent size of a call of the denoiser, from its arguments."""
 
     def conditional_rows(self, batch: int) -> slice:
         """Rows of a denoiser batch that see the prompt; they may change from call to call while the pipeline runs."""

@@ -54,7 +54,7 @@ class AuraFlow(TransformerAdapter):
         return Layout(self._grid(args, kwargs), text, (0, text))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Rows, timestep and latent size of a call; the model receives a thousandth of the scheduler's timestep."""
+        """Batch size, timestep and latent size of a call, which receives a thousandth of the scheduler's timestep."""
         call = super().read_call(args, kwargs)
         return replace(call, timestep=scheduler_timestep(self.pipe, 1000 * call.timestep))
 

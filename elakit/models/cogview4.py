@@ -43,7 +43,7 @@ class CogView4(SeparateNegative, Float32Latents):
         return Layout(self._grid(args, kwargs), text, (0, text))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Rows, timestep and latent size of a call of the transformer, and whether it sees the prompt."""
+        """Batch size, timestep and latent size of a call of the transformer, and whether it sees the prompt."""
         negative = self._is_negative(argument(args, kwargs, 1, "encoder_hidden_states"))
         return replace(super().read_call(args, kwargs), conditional=not negative)
 

@@ -136,7 +136,7 @@ class Flux(SeparateNegative):
         return Layout(self._grid(args, kwargs), text, (0, text))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Rows, timestep and latent size (before packing) of a call of the transformer."""
+        """Batch size, timestep and latent size (before packing) of a call of the transformer."""
         rows, columns = self._grid(args, kwargs)
         batch = argument(args, kwargs, 0, "hidden_states").shape[0]
         return Call(

@@ -46,7 +46,7 @@ class HunyuanDiT(TransformerAdapter):
         return Layout(self._grid(args, kwargs), 0, (0, _BERT + _T5))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Rows, timestep and latent size of a call of the transformer."""
+        """Batch size, timestep and latent size of a call of the transformer."""
         return super().read_call(args, {**kwargs, "timestep": argument(args, kwargs, 1, "timestep")})
 
     def text(self) -> tuple[TextSequence, ...]:

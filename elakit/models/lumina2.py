@@ -58,7 +58,7 @@ class Lumina2(SeparateNegative):
         return Layout(self._grid(args, kwargs), text, (0, text))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Rows, timestep and latent size of a call; the transformer receives a time from 0 (noise) to 1 (image)."""
+        """Batch size, timestep and latent size of a call, which receives a time from 0 (noise) to 1 (image)."""
         latents = argument(args, kwargs, 0, "hidden_states")
         given = float(torch.as_tensor(argument(args, kwargs, 1, "timestep")).flatten()[0])
         return Call(

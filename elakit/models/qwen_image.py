@@ -66,7 +66,7 @@ class QwenImage(SeparateNegative):
         return Layout(self._grid(args, kwargs), text, (0, text))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Rows, timestep and latent size (before packing) of a call of the transformer."""
+        """Batch size, timestep and latent size (before packing) of a call of the transformer."""
         rows, columns = self._grid(args, kwargs)
         current = getattr(self.pipe, "_current_timestep", None)
         given = float(torch.as_tensor(argument(args, kwargs, 3, "timestep")).flatten()[0])

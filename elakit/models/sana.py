@@ -44,7 +44,7 @@ class Sana(Float32Latents):
         return Layout(self._grid(args, kwargs), 0, (0, text))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Rows, timestep and latent size of a call of the transformer, which may receive a scaled timestep."""
+        """Batch size, timestep and latent size of a call of the transformer, which may receive a scaled timestep."""
         call = super().read_call(args, kwargs)
         return replace(call, timestep=call.timestep / self.pipe.transformer.config.timestep_scale)
 

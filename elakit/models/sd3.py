@@ -25,9 +25,9 @@ class StableDiffusion3(TransformerAdapter):
     """Adapter of Stable Diffusion 3 pipelines.
 
     The text consists of two sequences: that of both CLIP encoders, whose states are concatenated along the channels,
-    and that of T5. Without T5 (``text_encoder_3=None``) its positions exist but are empty; they count as padding.
+    and that of T5. Without T5 (``text_encoder_3=None``) its positions hold zeros and count as padding.
 
-    Image locations attend to image and text in one softmax, so that their rows do not sum to 1 over the text.
+    Image locations attend to image and text in one softmax, so that their attention to the text sums to less than 1.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ class StableDiffusion3(TransformerAdapter):
         )
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Rows, timestep and latent size of a call of the transformer; skip-layer passes are not conditional."""
+        """Batch size, timestep and latent size of a call of the transformer; skip-layer passes are not conditional."""
         return replace(super().read_call(args, kwargs), conditional=kwargs.get("skip_layers") is None)
 
     def text(self) -> tuple[TextSequence, ...]:

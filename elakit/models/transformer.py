@@ -151,7 +151,7 @@ class TransformerAdapter(PromptEncoder):
         return self._layers
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Rows, timestep and latent size of a call of the transformer."""
+        """Batch size, timestep and latent size of a call of the transformer."""
         latents = argument(args, kwargs, 0, "hidden_states")
         timestep = torch.as_tensor(kwargs["timestep"])
         return Call(latents.shape[0], float(timestep.flatten()[0]), (latents.shape[-2], latents.shape[-1]))

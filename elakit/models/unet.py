@@ -138,7 +138,7 @@ class UNetAdapter(PromptEncoder):
         return self._layers
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Rows, timestep and latent size of a call of the UNet."""
+        """Batch size, timestep and latent size of a call of the UNet."""
         sample = argument(args, kwargs, 0, "sample")
         timestep = torch.as_tensor(argument(args, kwargs, 1, "timestep"))
         return Call(sample.shape[0], float(timestep.flatten()[0]), (sample.shape[-2], sample.shape[-1]))

@@ -45,7 +45,7 @@ class VideoAdapter(TransformerAdapter):
         return rows // self._patch, columns // self._patch
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Rows, timestep, latent size and frames of a call of the transformer."""
+        """Batch size, timestep, latent size and frames of a call of the transformer."""
         frames, rows, columns = self._latent(args, kwargs)
         batch = argument(args, kwargs, 0, "hidden_states").shape[0]
         timestep = float(torch.as_tensor(kwargs["timestep"]).flatten()[0])

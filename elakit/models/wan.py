@@ -63,7 +63,7 @@ class Wan(SeparateNegative, VideoAdapter):
         return Layout(self._grid(args, kwargs), 0, (0, text), self._latent(args, kwargs)[0])
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Rows, timestep, latent size and frames of a call of the transformer, and whether it sees the prompt."""
+        """Batch size, timestep, latent size and frames of a call of the transformer, and whether it sees the prompt."""
         negative = self._is_negative(argument(args, kwargs, 2, "encoder_hidden_states"))
         return replace(super().read_call(args, kwargs), conditional=not negative)
 

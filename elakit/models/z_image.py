@@ -62,7 +62,7 @@ class ZImage(TransformerAdapter):
         return Layout((rows, columns), 0, (_padded(rows * columns), _padded(text)))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Rows, timestep and latent size of a call of the transformer, which takes lists with one entry per row."""
+        """Batch size, timestep and latent size of a call, which takes lists with one entry per row."""
         images, texts = argument(args, kwargs, 0, "x"), argument(args, kwargs, 2, "cap_feats")
         negative = {id(one) for one in running(self.pipe).get("negative_prompt_embeds") or ()}
         self._conditional = sum(id(one) not in negative for one in texts)

@@ -24,7 +24,10 @@ def fit(
     out: Annotated[Path, typer.Option(help="File to write the predictor to.")] = Path("predictor.json"),
     method: Annotated[str, typer.Option(help="Method whose images are used.")] = "plain",
 ) -> None:
-    """Fit a predictor on a sweep and print its quality on held-out prompts."""
+    """Fit a predictor of failures on a sweep, print its quality on held-out prompts, and write it to a file.
+
+    Example: elakit predict fit sweeps/plain --out predictor.json
+    """
     import numpy as np
 
     from elakit.files import check_path

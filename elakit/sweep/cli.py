@@ -241,7 +241,12 @@ def score(
 @app.command("export")
 def export(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep that was run with --keep-images.")],
-    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: the subfolder export.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help='Folder to write; an earlier export there is replaced. Default: the subfolder "export" of the sweep.'
+        ),
+    ] = None,
 ) -> None:
     """Export kept images in the layouts that T2I-CompBench, GenEval 2 and t2v_metrics read.
 

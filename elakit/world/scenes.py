@@ -198,8 +198,8 @@ class World:
             )
         if len(self.single_sizes) != 2 or not 0 < self.single_sizes[0] <= self.single_sizes[1] <= 1:
             raise SettingError(
-                f"single_sizes is {list(self.single_sizes)}; give the smallest and the largest size of a single entity "
-                "as shares of the side of the scene, such as [0.25, 0.85]."
+                f"single_sizes is {list(self.single_sizes)}; give the smallest and the largest size of the entity "
+                "in a scene with one entity, as shares of the scene's side (above 0, at most 1), such as [0.25, 0.85]."
             )
         if unknown := set(self.layouts) - set(PAIR_LAYOUTS):
             named = ", ".join(map(repr, sorted(unknown)))

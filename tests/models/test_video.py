@@ -125,7 +125,7 @@ def test_a_frame_of_a_recording_is_a_recording_of_images(tmp_path: Path) -> None
     assert second.isel(step=0).frames == 3
     with pytest.raises(RecordingError, match=r"no frame 3: the recording has frames 0 to 2"):
         whole.frame(3)
-    with pytest.raises(RecordingError, match="no frame 0: images were recorded"):
+    with pytest.raises(RecordingError, match="no frame 0: the recording is of images"):
         whole.frame(0).frame(0)
     with pytest.raises(RecordingError, match=r"select a video with sel\(image=...\)"):
         whole.isel(image=0)

@@ -124,9 +124,8 @@ class Choices:
         kind = None if self.method == PLAIN else METHODS[self.method]
         there = {} if kind is None else {option.name: option for option in options.options(kind)}
         if unknown := sorted(given.keys() - there.keys()):
-            raise SettingError(
-                f"{self.method} has no option {', '.join(unknown)}; its options are {', '.join(there) or 'none'}."
-            )
+            known = f"its options are {', '.join(there)}" if there else "it has no options"
+            raise SettingError(f"{self.method} has no option {', '.join(map(repr, unknown))}; {known}.")
         if kind is None or not given:
             return self
         entries = {name: options.entry(kind, there[name], value) for name, value in given.items()}

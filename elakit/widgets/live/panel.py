@@ -75,7 +75,7 @@ class Panel:
 
     @property
     def error(self) -> Exception | None:
-        """Error that the panel shows, of a prompt that cannot be parsed or of a run that failed; None without one."""
+        """Error that the panel shows, of an invalid prompt, a refused action or a failed run; None if there is none."""
         return self._model.error
 
     @property

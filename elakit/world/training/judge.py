@@ -273,14 +273,16 @@ def grow(model: Segmenter, old: dict[str, Tensor]) -> None:
     Raises
     ------
     SettingError
-        The widths differ.
+        The widths differ, weights are missing, or the earlier judge has more outputs.
     """
     for name, value in model.state_dict().items():
         given = old.get(name)
-        if given is None or (given.shape != value.shape and not name.startswith("head.")):
+        fewer = given is not None and name.startswith("head.") and len(given) <= len(value)
+        if given is None or (given.shape != value.shape and not fewer):
+            found = "is missing" if given is None else f"has shape {tuple(given.shape)}, not {tuple(value.shape)}"
             raise SettingError(
-                f"The earlier judge does not fit: {name} has shape {None if given is None else tuple(given.shape)}, "
-                f"not {tuple(value.shape)}. Use the same [judge] channels, or train without --start."
+                f"The earlier judge does not fit: {name} {found}. Use the same [judge] channels, or train without "
+                "--start."
             )
         if given.shape != value.shape:
             value.zero_()
