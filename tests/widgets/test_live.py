@@ -161,7 +161,7 @@ def test_what_is_typed_reaches_the_method(panel: Panel) -> None:
     panel._view.controls["attend-and-excite"].widgets["refine"].value = "soon"
     with pytest.raises(SettingError, match=r"AttendAndExcite\(refine='soon'\)"):
         _ = panel.guidance
-    with pytest.raises(SettingError, match="no option .glow.; its options are "):
+    with pytest.raises(SettingError, match=r"no option .glow.; its options are "):
         panel.options = {"glow": 1}
     panel.method = "plain"
     assert panel.guidance is None
