@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median_low
 from time import perf_counter, process_time
 
 from elakit import checks
@@ -22,6 +23,20 @@ from elakit.run import Run
 OnProgress = Callable[[int, int, str], object]
 
 
+def typical_seconds(seconds: Collection[float]) -> float:
+    """Lower median of generation times; 0 if there are none.
+
+    The first image of a process takes several times as long as the others, and would make the costs of all later
+    remedies, which are relative to it, too low. With a single image, nothing can be done about that.
+
+    Examples
+    --------
+    >>> typical_seconds([18.0, 4.9, 4.7]), typical_seconds([18.0, 4.7]), typical_seconds([])
+    (4.9, 4.7, 0.0)
+    """
+    return float(median_low(seconds)) if seconds else 0.0
+
+
 @dataclass(frozen=True)
 class Batch:
     """Runs of one prompt with the same guidance.
@@ -31,8 +46,8 @@ class Batch:
     runs : tuple of Run
         One run per seed.
     seconds : float
-        Mean generation time per image in seconds. On a CPU it is processor time, which does not depend on other
-        processes, otherwise wall-clock time.
+        Typical generation time per image in seconds, see `typical_seconds`. On a CPU it is processor time, which does
+        not depend on other processes, otherwise wall-clock time.
     """
 
     runs: tuple[Run, ...]
@@ -167,7 +182,7 @@ class ImageGenerator:
                     self.store.write(keys[run.seed], run, taken)
             self.done += len(batch)
         self._report(0, what)
-        return Batch(tuple(runs[seed] for seed in seeds), sum(seconds.values()) / max(len(seconds), 1))
+        return Batch(tuple(runs[seed] for seed in seeds), typical_seconds(seconds.values()))
 
     def _batches(self, seeds: list[int]) -> Iterator[list[int]]:
         size = self.batch or (max(len(seeds), 1) if name_of(self.pipe) in EMBEDDED else 1)
