@@ -49,8 +49,9 @@ def device_named(device: str | torch.device | None) -> torch.device:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         kind = {"cuda": "CUDA"}.get(chosen.type, chosen.type)
+        which = "" if chosen.index is None else " with that index"
         raise SettingError(
-            f"device={str(chosen)!r}, but this machine has no usable {kind} device with that index; use 'cpu'."
+            f"device={str(chosen)!r}, but this machine has no usable {kind} device{which}; use 'cpu'."
         ) from error
     return chosen
 
