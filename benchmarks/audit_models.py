@@ -61,7 +61,13 @@ def draw(
     ]
     pairs = [(prompt, seed, model) for prompt, seed in asked for model in ("first", "second")]
     jobs = [pairs[i] for i in np.random.default_rng(FIRST_SEED).permutation(len(pairs))]
-    key = {str(n): dict(zip(("prompt", "seed", "model"), job, strict=True)) for n, job in enumerate(jobs, 1)}
+    sources = {"first": str(first.resolve()), "second": str(second.resolve())}
+    key = {
+        str(n): {"prompt": prompt, "seed": seed, "model": model, "source": sources[model]}
+        for n, (prompt, seed, model) in enumerate(jobs, 1)
+    }
+    if (folder / "key.json").exists() and json.loads((folder / "key.json").read_text(encoding="utf-8")) != key:
+        raise SettingError(f"{folder} holds images of another comparison. Choose another folder, or delete this one.")
     (folder / "images").mkdir(parents=True, exist_ok=True)
     write_file(folder / "key.json", json.dumps(key, indent=1).encode())
     paths = [folder / "images" / f"{number:04d}.png" for number in range(1, len(jobs) + 1)]

@@ -47,6 +47,11 @@ def test_images_of_both_models_are_mixed_and_their_labels_compared(tmp_path: Pat
         "| two entities: image right | 0.000 (0.000 to 0.793, n = 1) | 1.000 (0.207 to 1.000, n = 1) | 0 | 1 |"
         in printed
     )
+    (tmp_path / "labels.csv").rename(tmp_path / "kept.csv")
+    other = CliRunner().invoke(audit_models.app, ["draw", str(tmp_path), model, str(tmp_path), "--prompts", "1"])
+    assert isinstance(other.exception, SettingError)  # images of other weights are not taken for this model's
+    assert "another comparison" in str(other.exception)
+    (tmp_path / "kept.csv").rename(tmp_path / "labels.csv")
     again = CliRunner().invoke(audit_models.app, command)
     assert isinstance(again.exception, SettingError)
     assert "already contains labels" in str(again.exception)
