@@ -14,6 +14,7 @@ import torch
 import typer
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from torch import nn
+from training_line import fit, fit_together
 
 from elakit.errors import SettingError
 from elakit.world.tokenizer import train_tokenizer
@@ -99,17 +100,23 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(config: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "elakit.world.train", "--config", str(config), "--out", str(out), *more],
-        capture_output=True,
-        text=True,
-    )
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Exit code of the training's command in this process, which has imported torch and diffusers already."""
+    from elakit.cli_options import one_line_errors
+    from elakit.world import train
+
+    monkeypatch.setattr(sys, "argv", ["train", *words])
+    with pytest.raises(SystemExit) as ended, one_line_errors("train"):
+        typer.run(train.main)
+    return int(ended.value.code or 0)
 
 
-def test_one_command_trains_every_part_and_a_second_call_has_nothing_left_to_do(config: Path, tmp_path: Path) -> None:
+def test_one_command_trains_every_part_and_a_second_call_has_nothing_left_to_do(
+    monkeypatch: pytest.MonkeyPatch, config: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "model"
-    first = command(config, out)
+    words = ["--config", str(config), "--out", str(out)]
+    first = subprocess.run([sys.executable, "-m", "elakit.world.train", *words], capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     assert "dB on 256 new scenes" in first.stdout
     pipe = StableDiffusionPipeline.from_pretrained(out / "model", local_files_only=True, torch_dtype=torch.float32)
@@ -123,8 +130,7 @@ def test_one_command_trains_every_part_and_a_second_call_has_nothing_left_to_do(
     assert close["latents"].shape == (4, 4, 4, 4)  # 32 pixels; whole scenes have 64
     assert torch.load(out / "close-ups" / "denoiser.pt", weights_only=True)["step"] == 1
     before = torch.load(out / "denoiser.pt", weights_only=True)
-    again = command(config, out)
-    assert again.returncode == 0, again.stderr
+    assert call(monkeypatch, *words) == 0
     after = torch.load(out / "denoiser.pt", weights_only=True)
     assert before["step"] == after["step"] == 3
     assert all(torch.equal(before["model"][name], after["model"][name]) for name in before["model"])
@@ -211,30 +217,6 @@ def test_whole_scenes_are_trained_from_the_weights_of_the_close_ups(config: Path
     )
 
 
-EXAMPLES, WANTED = torch.arange(8.0).reshape(4, 2), torch.tensor([1.0, -1.0, 2.0, 0.5])
-
-
-def fit(folder: Path, batch: int = 4) -> nn.Module:
-    """Fit a line to this process's share of four examples."""
-    from elakit.world.training.loop import Schedule, rank_and_world, train
-
-    rank, world = rank_and_world()
-    torch.manual_seed(0)
-    model = nn.Linear(2, 1)
-
-    def loss(step: int) -> torch.Tensor:
-        return (model(EXAMPLES[rank::world])[:, 0] - WANTED[rank::world]).pow(2).mean()
-
-    schedule = Schedule(samples=40, batch=batch // world, learning_rate=0.1, warmup=1, processes=world)
-    return train(model, loss, schedule, folder, "line")
-
-
-def fit_together(rank: int, port: int, folder: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.save(fit(folder).state_dict(), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 def test_two_processes_train_together_as_one_with_both_batches(tmp_path: Path) -> None:
     from elakit.world.train import free_port
 
@@ -252,10 +234,11 @@ def test_a_checkpoint_with_other_batches_is_refused(tmp_path: Path) -> None:
         fit(tmp_path, batch=2)
 
 
-def test_a_stage_that_does_not_exist_is_refused(config: Path, tmp_path: Path) -> None:
-    wrong = command(config, tmp_path, "--stage", "unet")
-    assert wrong.returncode == 2
-    assert "decoder" in wrong.stderr
+def test_a_stage_that_does_not_exist_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert call(monkeypatch, "--out", str(tmp_path), "--stage", "unet") == 2
+    assert "decoder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -278,7 +261,6 @@ def test_what_cannot_be_trained_is_refused_in_one_line_before_scenes_are_compose
     options: list[str],
     message: str,
 ) -> None:
-    from elakit.cli_options import one_line_errors
     from elakit.world import train
 
     def composed(*_: Any) -> None:
@@ -286,11 +268,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line_before_scenes_are_compose
 
     for begins in ("cached_crowds", "compose_scenes"):
         monkeypatch.setattr(train, begins, composed)
-    given = ["train", "--config", str(config), "--out", str(tmp_path / "out"), *options]
-    monkeypatch.setattr(sys, "argv", given)
-    with pytest.raises(SystemExit) as ended, one_line_errors("train"):
-        typer.run(train.main)
-    assert ended.value.code == 2
+    assert call(monkeypatch, "--config", str(config), "--out", str(tmp_path / "out"), *options) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("train: ")
     assert message in line
