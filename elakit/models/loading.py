@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,7 @@ def _typed(kind: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"dtype": dtype}
 
 
+@cache
 def _dtype_argument() -> str:
     code = inspect.getsource(import_diffusers().DiffusionPipeline.from_pretrained)
     return "dtype" if 'kwargs.pop("dtype"' in code else "torch_dtype"
