@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
 from io import StringIO
+from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
@@ -17,12 +16,18 @@ import pytest
 from commands import call, surveys_in_this_process
 from pages import Page
 
+from elakit.cli import main
 from elakit.diagnosis.survey import diagnose_many, plan_cases, table
 from elakit.diagnosis.survey.summary import write
 from elakit.errors import OutputError, SettingError
 
 EVIL = "a <b>[car]</b> and a [bird]"
 PROMPTS = ["a [bear] and a [blue clock]", "a [cat", EVIL, "a [cat] and a [frog]"]
+
+
+def command(words: list[str]) -> None:
+    sys.argv = ["elakit", *words]
+    main()
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +38,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
     words = ["diagnose", "--prompts", str(prompts), "--out", str(out), "--seeds", "1", "--steps", "1"]
     words += ["--workers", "1", "--remedies", "swapped"]
-    first = subprocess.Popen(
-        [sys.executable, "-m", "elakit.cli", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    # a copy of this process, which has imported torch; the worker that it starts is a process like any other
+    first = get_context("fork").Process(target=command, args=(words,))
+    first.start()
     deadline = time.monotonic() + 540
-    while not list((out / "units").glob("*.parquet")) and time.monotonic() < deadline and first.poll() is None:
+    while not list((out / "units").glob("*.parquet")) and time.monotonic() < deadline and first.is_alive():
         time.sleep(0.05)
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
+    first.kill()
+    first.join()
+    assert first.exitcode == -signal.SIGKILL  # not ended by itself
     finished = {path: path.stat().st_mtime_ns for path in (out / "units").glob("*.parquet")}
     assert finished
     with surveys_in_this_process(), pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said:
