@@ -54,7 +54,7 @@ class Pair:
     @property
     def was_guided(self) -> bool:
         """True if guidance acted in at least one step."""
-        return self.guided.guidance is not None and bool(self.guided.guidance.rows)
+        return self.guided.guidance is not None and bool(self.guided.guidance.guided)
 
 
 @dataclass(frozen=True)
