@@ -14,7 +14,7 @@ import numpy as np
 import xarray as xr
 
 from elakit.checks import is_whole
-from elakit.errors import SettingError
+from elakit.errors import SettingError, clause
 
 __all__ = [
     "area_mean",
@@ -78,7 +78,7 @@ def as_array(values: Any, name: str) -> np.ndarray:
     try:
         array = np.array(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise SettingError(f"{name} cannot be read as an array of numbers: {error}.") from None
+        raise SettingError(f"{name} cannot be read as an array of numbers: {clause(error)}.") from None
     if bad := int((~np.isfinite(array)).sum()):
         raise SettingError(
             f"{name}: {bad} of {array.size} values are NaN or infinite; attention must be finite"

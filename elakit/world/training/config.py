@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from elakit.errors import SettingError
+from elakit.errors import SettingError, clause
 from elakit.resources import data_path
 from elakit.world.scenes import World
 
@@ -158,7 +158,7 @@ def read_config(path: Path | None = None) -> Config:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingError(f"Cannot read the training configuration {path}: {error}.") from error
+        raise SettingError(f"Cannot read the training configuration {path}: {clause(error)}.") from error
     sections = {f.name: f.type for f in fields(Config)}
     kinds = {
         "world": World,
@@ -178,4 +178,6 @@ def _section(kind: type, values: dict[str, Any], name: str, path: Path) -> Any:
         return kind(**frozen)
     except TypeError as error:
         allowed = [f.name for f in fields(kind) if not f.name.startswith("_")]
-        raise SettingError(f"Section [{name}] of {path}: {error}. Its settings are {', '.join(allowed)}.") from error
+        raise SettingError(
+            f"Section [{name}] of {path}: {clause(error)}. Its settings are {', '.join(allowed)}."
+        ) from error
