@@ -269,7 +269,10 @@ class PipelineCall:
         ]
 
     def collect(self, images: Sequence[Image.Image], replaced: Sequence[bool] | None) -> list[Run]:
-        """Finished runs, from the result of `run`; ``settings["guided"]`` is the decision of ``guide_if``."""
+        """Finished runs, from the result of `run`.
+
+        If the request has ``guide_if``, ``settings["guided"]`` of a run is True if its image was to be guided.
+        """
         runs = self._runs(images, replaced)
         if self.guide is not None and self.request.guide_if is not None:
             for i, run in enumerate(runs):

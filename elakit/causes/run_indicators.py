@@ -58,7 +58,7 @@ class RunIndicators:
         return self._parts[layer, head, kind]
 
     def heads(self, layer: str) -> list[int]:
-        """Numbers of the heads of a layer that were kept apart."""
+        """Indices of the heads of a layer that were recorded separately."""
         return list(self.recording.heads(layer))
 
     def _indicators(self, maps: Maps, kinds: Sequence[CauseKind] = CAUSE_KINDS) -> dict[Key, Indicator]:
