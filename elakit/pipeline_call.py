@@ -281,7 +281,7 @@ class PipelineCall:
 
 
 def _listed(call: Mapping[str, Any]) -> str:
-    """Further arguments as text: values of plain ones, names of the others."""
+    """Further arguments as text: with their values if these are numbers or text, otherwise by name only."""
     plain = str | int | float | bool | None
     return ", ".join(f"{name}={value!r}" if isinstance(value, plain) else name for name, value in call.items())
 

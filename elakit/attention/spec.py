@@ -453,7 +453,7 @@ class RecordSpec:
         height, width : int, optional
             Size of the image in pixels; by default the model's.
         images : int
-            Number of images in the batch; of a video, the number of frames of its latent.
+            Number of images in the batch or, for a video, number of frames of its latent.
 
         Returns
         -------

@@ -76,9 +76,9 @@ class Onset(NamedTuple):
     step : int or None
         Denoiser call from which the indicator is visible, counted from 0, the median over runs; None if it never is.
     layers : tuple of str
-        Up to three layers in which the indicator is visible earliest, in this order.
+        Up to three layers in which the indicator is visible earliest, the earliest first.
     heads : tuple of (str, int)
-        Up to three heads (layer, number) in which the indicator is visible earliest; empty if heads were averaged.
+        Up to three heads (layer, head index) in which the indicator is visible earliest; empty if heads were averaged.
     """
 
     step: int | None = None

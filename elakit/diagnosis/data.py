@@ -67,7 +67,7 @@ class DiagnosisData:
     method : str
         Name of the guidance method.
     options : dict
-        Options of the method, as plain values by name.
+        Options of the method by name, as values for JSON.
     pairs : tuple of Pair
         One pair per seed.
     seconds : float

@@ -20,7 +20,7 @@ class Trace:
     method : str
         Name of the method, a key of `elakit.guidance.METHODS`.
     options : dict
-        Options of the method, as plain values.
+        Options of the method, as values for JSON.
     entities : tuple of str
         Labels of the prompt's entities.
     rows : list of dict
@@ -83,7 +83,7 @@ class Trace:
             self._regions[row["step"]] = regions
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without the regions.
+        """Values for JSON, without the regions.
 
         Examples
         --------
