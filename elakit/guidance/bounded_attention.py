@@ -291,7 +291,8 @@ def hidden_words(masks: Tensor, prompt: Prompt, function: Sequence[int], length:
     length : int
         Number of text positions.
     guidance : bool
-        Whether the gradient is computed from the pass; words are then visible in the background, too.
+        Whether the gradient is computed from the pass; words are then visible in the background, too. In the other
+        passes, end-of-text is hidden in the background.
 
     Returns
     -------

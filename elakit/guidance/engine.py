@@ -301,7 +301,7 @@ def encoded(method: Method | None, adapter: Adapter, prompt: Prompt, conditionin
 
 
 class Guide:
-    """Guidance of one run: it moves the latents before each denoising step, and keeps one trace per image.
+    """Guidance of one run: it moves the latents before each guided step, and keeps one trace per image.
 
     Parameters
     ----------

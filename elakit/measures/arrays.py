@@ -118,7 +118,9 @@ def as_masks(values: Any, name: str) -> np.ndarray:
 def same_size(a: np.ndarray, b: np.ndarray) -> None:
     """Raise SettingError if the spatial sizes (y, x) of two arrays differ."""
     if a.shape[-2:] != b.shape[-2:]:
-        raise SettingError(f"sizes {a.shape[-2:]} and {b.shape[-2:]} (y, x) differ; resize one first.")
+        raise SettingError(
+            f"The sizes (y, x) of both arrays must be equal, not {a.shape[-2:]} and {b.shape[-2:]}. Resize one first."
+        )
 
 
 def broadcast(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

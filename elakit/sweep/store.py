@@ -234,7 +234,7 @@ def as_result(unit: Unit, rows: Sequence[dict[str, Any]]) -> Result:
     if [row["seed"] for row in rows] != list(unit.seeds):
         raise SettingError(
             f"The unit has the seeds {list(unit.seeds)}, but its rows have {[row['seed'] for row in rows]}. Return one "
-            "row per seed, in this order."
+            "row per seed, in the order of the unit's seeds."
         )
     images = {row["seed"]: row["png"] for row in rows if "png" in row}
     plain = [{name: value for name, value in row.items() if name != "png"} for row in rows]

@@ -101,7 +101,8 @@ class JudgeSettings:
     and another share through noise and the last steps of the denoiser (`redrawn`), because generated images are less
     exact than composed ones without being hybrids. Further examples are generated: `drawn` images of single things, and
     `unfinished` images that are decoded after the first few steps and are unrecognizable. `labels` names folders in
-    the shipped data with generated images that were labeled by eye, of which each batch has `labeled` in addition.
+    the shipped data with generated images that were labeled by eye. Each batch has `labeled` of these images in
+    addition to its scenes.
     """
 
     channels: tuple[int, ...]

@@ -82,7 +82,10 @@ def read_labeled(folders: Sequence[Path], size: int) -> Labeled:
             with (folder / "labels.csv").open(newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if row["hybrid"]]
         except (OSError, ValueError, KeyError) as error:
-            raise SettingError(f"Cannot read the labeled images of {folder}: {error!r}.") from error
+            raise SettingError(
+                f"Cannot read the labeled images of {folder}: {error!r}. "
+                "Its key.json and labels.csv must be those that `python -m benchmarks.audit` writes."
+            ) from error
         for row in rows:
             found = next(iter(sorted((folder / "images").glob(f"{int(row['image']):04d}.*"))), None)
             if found is None:
