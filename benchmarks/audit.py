@@ -336,7 +336,7 @@ def sheet(images: Sequence[tuple[int, str, Image.Image]]) -> Image.Image:
 @app.command("judge")
 def judge_images(folder: Folder = Path("work/audit")) -> None:
     """Judge the images with the judge of this checkout, and write verdicts.csv."""
-    key = read_key(folder / "key.json", ("method", "seed"))
+    key = read_key(folder / "key.json", ("method", "seed"), "Run `draw` first.")
     pipe = elakit.load("picture-world")
     rows, different = [], set()
     for number, made in tqdm(key.items(), unit="image", leave=False):

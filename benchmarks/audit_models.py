@@ -82,7 +82,7 @@ def draw(
 @app.command()
 def compare(folder: Folder) -> None:
     """Print how many things are nameable and how many images are right with each model, and what differs."""
-    key = read_key(folder / "key.json", ("seed", "model"))
+    key = read_key(folder / "key.json", ("seed", "model"), "Run `draw` first.")
     labels = read_labels(folder / "labels.csv")
     if unknown := set(labels) - set(key):
         raise SettingError(f"The labels name images that are not in {folder}: {sorted(unknown)[:5]}.")

@@ -220,7 +220,7 @@ def _label(cells: dict[str, str], where: str) -> Label:
     return Label(nameable=tuple(seen[:-2:2]), color=tuple(seen[1:-2:2]), hybrid=seen[-2], extra=seen[-1])
 
 
-def read_key(path: Path, needed: Collection[str] = ()) -> dict[int, dict[str, Any]]:
+def read_key(path: Path, needed: Collection[str] = (), hint: str = _WRITE) -> dict[int, dict[str, Any]]:
     """Read how the images of a folder were made, ``key.json``.
 
     Parameters
@@ -228,6 +228,8 @@ def read_key(path: Path, needed: Collection[str] = ()) -> dict[int, dict[str, An
     path : Path
     needed : collection of str
         Entries that each image must have besides its prompt.
+    hint : str
+        Next step if the file cannot be read, as a sentence.
 
     Returns
     -------
@@ -252,8 +254,8 @@ def read_key(path: Path, needed: Collection[str] = ()) -> dict[int, dict[str, An
     try:
         found = read_json(path)
     except OutputError as error:
-        raise SettingError(f"{error} {_WRITE}") from error
-    restore = "Restore the file, or write it again with `python -m benchmarks.audit`."
+        raise SettingError(f"{error} {hint}") from error
+    restore = "Restore the file, or write it again."
     if not isinstance(found, dict):
         checks.refuse(found, f"{path}: content", "an object with an entry per image", hint=restore)
     key = {}
