@@ -86,7 +86,7 @@ class Memory:
         return {name: values[step - self._starts[block]] for name, values in self._blocks[block].items()}
 
     def commit(self, moment: Moment) -> None:
-        """Count the values that were written into the slots as the recording's next step."""
+        """Accept the values that were written into the slots as the next step of the recording."""
         self._steps.append(moment)
 
     def tree(self, calls: int) -> xr.DataTree:

@@ -54,7 +54,7 @@ class Pair:
     @property
     def was_guided(self) -> bool:
         """True if guidance acted in at least one step."""
-        return self.guided.guidance is not None and bool(self.guided.guidance.rows)
+        return self.guided.guidance is not None and bool(self.guided.guidance.guided)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class DiagnosisData:
     method : str
         Name of the guidance method.
     options : dict
-        Options of the method, as plain values by name.
+        Options of the method by name, as values for JSON.
     pairs : tuple of Pair
         One pair per seed.
     seconds : float

@@ -137,7 +137,7 @@ class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
         return ScoreEdit(change, layout_masks(self.regions, size, len(prompt.entities)))
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Squared share of attention outside the regions, for the trace only: "outside" plus "attributes"."""
+        """Squared share of attention outside the regions, for the trace only; see `confinement`."""
         maps = attention.mean
         masks: np.ndarray = layout_masks(self.regions, (maps.shape[1], maps.shape[2]), len(prompt.entities))
         return confinement(maps, masks, prompt)

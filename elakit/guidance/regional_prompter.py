@@ -98,7 +98,7 @@ class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
         )  # fmt: skip
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Squared share of attention outside the columns, for the trace only: "outside" plus "attributes"."""
+        """Squared share of attention outside the columns, for the trace only; see `confinement`."""
         maps = attention.mean
         ranks = in_order(prompt)
         return confinement(maps, columns((maps.shape[1], maps.shape[2]), len(ranks))[ranks], prompt)

@@ -137,7 +137,9 @@ def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
         return [steps[place] for place in places]
     named = [int(step) if step >= 0 else steps[-1] + 1 + int(step) for step in wanted]
     if missing := [step for step in named if step not in steps]:
-        raise SettingError(f"steps={list(wanted)}: {missing} are not available; the steps are {_span(steps)}.")
+        raise SettingError(
+            f"steps={list(wanted)}: not available: {', '.join(map(str, missing))}; the steps are {_span(steps)}."
+        )
     if not named:
         raise SettingError("steps=[]: give the number of steps to show, at least 1, or a list of steps.")
     return named

@@ -541,8 +541,8 @@ def test_a_prompt_parsed_for_another_encoder_is_read_again(pipe: Any) -> None:
     ("settings_", "part"),
     [
         ({"heads": "some"}, "'mean', 'all' or a list"),
-        ({"heads": [0, 0]}, "different numbers"),
-        ({"heads": []}, "different numbers"),
+        ({"heads": [0, 0]}, "head indices"),
+        ({"heads": []}, "head indices"),
         ({"device": "cuda"}, "one of 'cpu', 'model'"),
         ({"dtype": "int8"}, "one of 'float32', 'float16'"),
         ({"budget": 0}, "whole number of 1 or more"),
