@@ -1,4 +1,4 @@
-"""The audit reads labels strictly, and its figures are those that a hand computes."""
+"""The audit's figures are those that a hand computes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 from benchmarks import audit
 from elakit.errors import SettingError
+from elakit.judge.labels import COLUMNS, Label
 from elakit.world.scenes import Subject, World, compose
 
-HEADER = ",".join(audit.COLUMNS)
+HEADER = ",".join(COLUMNS)
 
 
 def labels(folder: Path, *rows: str) -> Path:
@@ -69,28 +70,19 @@ def test_a_method_that_does_not_exist_is_refused_before_anything_is_written(tmp_
     assert not (tmp_path / "audit").exists()
 
 
-def test_labels_are_read_strictly(tmp_path: Path) -> None:
-    read = audit.read_labels(labels(tmp_path, "1,1,1,1,0,0,1", "2,,,,,,", "3,1,0,,,0,0"))
-    assert set(read) == {1, 3}  # 2 is not labeled yet
-    assert read[1] == audit.Label((True, True), (True, False), False, True)
-    assert not read[1].right
-    assert read[3].nameable == (True,)
-    assert audit.Label((True,), (True,), False, True).right  # an extra thing is not an error of what was asked for
-    assert not audit.Label((True, True), (True, True), True, False).right
-    for row, what in (
-        ("1,1,1,1,2,0,0", "line 2.*0 or 1"),
-        ("1,1,1,1,,0,0", "filled in"),
-        ("1,1,,,,,", "filled in"),
-    ):
-        with pytest.raises(SettingError, match=what):
-            audit.read_labels(labels(tmp_path, row))
-    with pytest.raises(SettingError, match="image 1 is labeled twice"):
-        audit.read_labels(labels(tmp_path, "1,1,1,1,1,0,0", "1,1,1,1,1,0,0"))
-    (tmp_path / "labels.csv").write_text("image,right\n1,1\n")
-    with pytest.raises(SettingError, match="image, right; it must have image, first_nameable"):
-        audit.read_labels(tmp_path / "labels.csv")
-    with pytest.raises(SettingError, match="Run `draw` first"):
-        audit.read_labels(tmp_path / "none.csv")
+def test_verdicts_are_read_as_strictly_as_labels(tmp_path: Path) -> None:
+    path, header = tmp_path / "verdicts.csv", ",".join((*audit.ORIGIN, *COLUMNS[1:]))
+    with pytest.raises(SettingError, match="Run `judge` first"):
+        audit.read_verdicts(path)
+    path.write_text(f"{header}\n3,a cat,ela,800,1,0,,,0,1\n")
+    label = Label((True,), (False,), hybrid=False, extra=True)
+    assert audit.read_verdicts(path) == {3: audit.Judged("a cat", "ela", 800, label)}
+    path.write_text(f"{header}\n3,a cat,ela,none,1,0,,,0,1\n")
+    with pytest.raises(SettingError, match=r"verdicts\.csv, line 2: seed='none': must be a whole number.*Run `judge`"):
+        audit.read_verdicts(path)
+    path.write_text(f"{header}\n3,a cat,ela,800,2,0,,,0,1\n")
+    with pytest.raises(SettingError, match=r"verdicts\.csv, line 2: first_nameable='2': must be 0 or 1"):
+        audit.read_verdicts(path)
 
 
 def test_two_sets_of_labels_are_compared_column_by_column(tmp_path: Path) -> None:
@@ -114,7 +106,7 @@ def test_disagreements_are_listed_with_their_reason(tmp_path: Path) -> None:
     labels(tmp_path, "1,1,1,0,1,0,0", "2,1,1,1,1,0,0", "3,1,1,1,1,0,0", "4,1,1,1,0,1,0")
     verdicts = ["1,1,1,1,0,0", "1,1,0,0,0,0", "1,1,1,1,1,0", "1,1,1,1,0,0"]
     rows = [f"{number},a cat and a dog,ela,800,{row}" for number, row in enumerate(verdicts, 1)]
-    header = ",".join((*audit.ORIGIN, *audit.COLUMNS[1:]))
+    header = ",".join((*audit.ORIGIN, *COLUMNS[1:]))
     (tmp_path / "verdicts.csv").write_text("\n".join([header, *rows]) + "\n")
     printed = CliRunner().invoke(audit.app, ["agree", str(tmp_path)]).output
     assert "| judge: right, eye: wrong | not nameable | 1 | 1 |" in printed
