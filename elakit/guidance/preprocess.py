@@ -122,8 +122,8 @@ def quantized_otsu(maps: Tensor) -> np.ndarray:
     Returns
     -------
     ndarray, bool, (n, y, x)
-        Locations at or above the threshold. It is the highest level of the lower class, which therefore belongs to the
-        mask, as in the official code.
+        Locations at or above the threshold. As in the official code, the threshold is the highest level of the lower
+        class, so that locations at this level belong to the mask.
 
     Examples
     --------
