@@ -26,7 +26,7 @@ class Sink(Protocol):
         """Return the tensors that receive the values of the next step."""
 
     def commit(self, moment: Moment) -> None:
-        """Count the values in the slots as the recording's next step. An interrupt leaves earlier steps unchanged."""
+        """Accept the values in the slots as the recording's next step. An interrupt leaves earlier steps unchanged."""
 
     def tree(self, calls: int) -> xr.DataTree:
         """Return the tree of the accepted steps; ``calls`` is the number of finished denoiser calls."""

@@ -22,7 +22,7 @@ _BYTES = {"float32": 4, "float16": 2}
 
 
 class NamedLayer(Protocol):
-    """Anything with the name and the place of a layer."""
+    """A layer, of which only the name and the place are known."""
 
     @property
     def name(self) -> str:

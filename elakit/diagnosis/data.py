@@ -154,7 +154,10 @@ class DiagnosisData:
         return sum(pair.outcome == outcome for pair in self.pairs)
 
     def example(self) -> Pair:
-        """Pair that the report shows in detail: the fixed one, or any if none is fixed, whose plain run bleeds most."""
+        """Pair that the report shows in detail.
+
+        It is the pair whose plain run bleeds most, among the fixed pairs or, if none is fixed, among all pairs.
+        """
         fixed = [pair for pair in self.pairs if pair.outcome == "fixed"]
         return max(fixed or self.pairs, key=lambda pair: bleed([pair.plain]))
 

@@ -171,13 +171,16 @@ def modulation(scores: Tensor, belongs: Tensor, amount: Tensor) -> Tensor:
 
 
 def same_region(regions: Tensor) -> Tensor:
-    """Pairs of locations in one region, where the rest of the image is a region; bool (entity, n) -> (n, n)."""
+    """True for two locations in the same region; the rest of the image is a region, too. Bool (entity, n) -> (n, n)."""
     every = torch.cat([regions, ~regions.any(0, keepdim=True)]).float()
     return (every.T @ every) > 0
 
 
 def of_words(regions: Tensor, words: Sequence[Sequence[int]], length: int) -> Tensor:
-    """Words of the entity in whose region each location is; bool (entity, n) -> (n, text position)."""
+    """True for a location and a word if the location is in the region of the word's entity.
+
+    Regions are bool (entity, n), and the result is bool (n, text position).
+    """
     belongs = torch.zeros(regions.shape[1], length, dtype=torch.bool)
     for region, positions in zip(regions, words, strict=True):
         belongs[:, list(positions)] |= region[:, None]

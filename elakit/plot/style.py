@@ -155,7 +155,10 @@ _LEAST_WIDTH, _TITLE_LETTER, _CAPTION_LETTER = 320, 10, 6.2
 
 
 def wrap(text: str, letters: float, least: int = 8) -> tuple[str, int]:
-    """Text with ``<br>`` between lines of at most `letters` characters (not fewer than `least`), and their number."""
+    """Text with ``<br>`` between its lines, and the number of lines.
+
+    A line has at most `letters` characters, or `least` if that is more.
+    """
     lines = textwrap.wrap(text, max(least, int(letters)), break_long_words=False, break_on_hyphens=False)
     return "<br>".join(lines), len(lines)
 

@@ -61,7 +61,7 @@ def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
     Raises
     ------
     SettingError
-        The sweep has too few judged images or images without features, or scikit-learn is not installed.
+        The sweep has too few judged images, some of its images have no features, or scikit-learn is not installed.
 
     Notes
     -----

@@ -499,7 +499,7 @@ def test_a_run_over_budget_is_refused_before_anything_is_computed(pipe: Any, pro
         draw(pipe, prompt.text, steps=6)
     assert not ran
     for part in (
-        "55.3 kB of 50.0 kB",
+        "55.3 kB (budget: 50.0 kB)",
         "6 steps",
         "8x8: 3 layers",
         "dtype='float16'",
