@@ -12,6 +12,9 @@ is computed afterward. The same labels can therefore be compared with another ju
 labels of earlier audits. To measure self-agreement, label some images again, and run
 ``python -m benchmarks.audit repeat FIRST SECOND``.
 
+The judge's thresholds can be chosen on labels that it was not trained on, never on those of the audit:
+``python -m benchmarks.audit thresholds FOLDER...``.
+
 **Label file**: ``elakit/judge/labels.py`` defines columns and values.
 
 **Verdict file**: the prompt, method and seed of each image, followed by the columns of the label file, filled in by the
@@ -21,6 +24,7 @@ judge.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,13 +49,16 @@ from elakit.judge.labels import (
     COLUMNS,
     FAULTS,
     Label,
+    LabeledImage,
     find_image,
     named_nouns,
     open_image,
+    read_images,
     read_key,
     read_labels,
     read_rows,
 )
+from elakit.judge.segmenter import MIXED, UNRECOGNIZABLE, decide, find_components
 from elakit.statistics import bootstrap, wilson
 from elakit.sweep import suite
 from elakit.sweep.units import Unit
@@ -63,6 +70,7 @@ PAIRS, SINGLES = 76, 100
 # to 999 were used to compare the images of two models side by side, by eye.
 FIRST_SEED = 800
 BARS = {"accuracy": "", "kappa": ">= .85", "right": ">= .95", "wrong": ">= .90", "single": ">= .97"}
+GRID = tuple(i / 10 for i in range(1, 10))  # thresholds that `thresholds` compares
 ORIGIN = ("image", "prompt", "method", "seed")  # a verdict file's columns before those of the labels
 SHEET, SIDE = (4, 3), 256  # images per row and column of a sheet, and their side in pixels
 
@@ -429,6 +437,80 @@ def repeat(
         if chosen:
             print(f"{len(chosen)} {name}\n")
             print("\n".join(columns([one[n] for n in chosen], [two[n] for n in chosen])) + "\n")
+
+
+@app.command()
+def thresholds(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of labeled images, with seeds below 800.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a trained model, whose judge/ is used. Default: the built-in model.")
+    ] = None,
+) -> None:
+    """Compare thresholds of the judge on labeled images of pairs, which it must not have been trained on.
+
+    The kappa of the best thresholds is too high as an estimate, because they were chosen on the same images. The audit,
+    whose images have other seeds, measures the judge with them.
+    """
+    images = [one for folder in folders for one in development_images(folder) if len(one.label.nameable) == 2]
+    if not images:
+        raise SettingError(
+            f"{', '.join(map(str, folders))}: no image of a pair is labeled, and the thresholds are chosen on these. "
+            "Label some of them, or give another folder."
+        )
+    pipe = elakit.load("picture-world")
+    eye, prompts = np.array([one.label.right for one in images]), [one.prompt for one in images]
+    said: dict[tuple[float, float], list[bool]] = {
+        both: [] for both in sorted({*itertools.product(GRID, GRID), (MIXED, UNRECOGNIZABLE)})
+    }
+    for one in tqdm(images, unit="image", leave=False):
+        image, prompt = open_image(one.path), elakit.parse(one.prompt, pipe)
+        components = find_components(image, model)  # the network runs once, and the grid uses its output
+        right: dict[tuple[tuple[bool, bool], ...], bool] = {}
+        for (mixed, unrecognizable), answers in said.items():
+            decisions = tuple((c.mixed > mixed, c.unrecognizable > unrecognizable) for c in components)
+            if decisions not in right:
+                things = decide(components, mixed, unrecognizable)
+                right[decisions] = judge(image, prompt, lambda *_, found=things: found).success
+            answers.append(right[decisions])
+    # rounded, so that equal values are equal; + 0.0 removes the sign of -0.0
+    kappas = {both: round(kappa(eye, answers), 9) + 0.0 for both, answers in said.items()}
+    best = max(kappas, key=lambda both: -np.inf if np.isnan(kappas[both]) else kappas[both])
+    print(f"{len(images)} images of pairs, {eye.sum()} right by eye\n")
+    print("| hybrid above | unrecognizable above | kappa | judged right: right by eye | judged wrong: wrong by eye | |")
+    print("|---|---|---|---|---|---|")
+    for both, answers in said.items():
+        ours = np.array(answers)
+        mark = "best" if kappas[both] == kappas[best] else ""
+        shares = f"{_part(eye[ours])} | {_part(~eye[~ours])}"
+        print(f"| {both[0]:g} | {both[1]:g} | {kappas[both]:.3f} | {shares} | {mark} |")
+    print()
+    for what, both in (("first of the best", best), ("of the built-in judge", (MIXED, UNRECOGNIZABLE))):
+        low, high = kappa_interval(eye, said[both], prompts)
+        print(f"Thresholds {both[0]:g} and {both[1]:g} ({what}): kappa {kappas[both]:.3f} ({low:.3f} to {high:.3f})")
+
+
+def _part(hits: np.ndarray) -> str:
+    return f"{hits.mean():.3f} ({hits.sum()} of {len(hits)})" if len(hits) else "no image"
+
+
+def development_images(folder: Path) -> list[LabeledImage]:
+    """Labeled images of a folder, all of whose seeds are for development.
+
+    Parameters
+    ----------
+    folder : Path
+
+    Raises
+    ------
+    SettingError
+        As in `elakit.judge.labels.read_images`, or the folder has images of the audit's seeds.
+    """
+    path = folder / "key.json"
+    for number, made in read_key(path, ("seed",)).items():
+        name = f"{path}, image {number}: seed"
+        hint = "The other seeds test the judge, so nothing is chosen on them. Give a folder of other images."
+        checks.whole_number(made["seed"], name, 0, FIRST_SEED - 1, hint=hint)
+    return read_images(folder)
 
 
 if __name__ == "__main__":
