@@ -12,30 +12,22 @@ is computed afterward. The same labels can therefore be compared with another ju
 labels of earlier audits. To measure self-agreement, label some images again, and run
 ``python -m benchmarks.audit repeat FIRST SECOND``.
 
-**Label file** (CSV, one row per image)::
+The judge's thresholds can be chosen on labels that it was not trained on, never on those of the audit:
+``python -m benchmarks.audit thresholds FOLDER...``.
 
-    image,first_nameable,first_color,second_nameable,second_color,hybrid,extra
-    17,1,1,1,0,0,0
-
-All values are 1 or 0. ``*_nameable``: a person who has not read the prompt would name the thing as the prompt does.
-``*_color``: the thing has the color that the prompt asks for; if it asks for none, 1 unless the thing clearly took the
-color of the other one. ``hybrid``: two things are fused. ``extra``: a nameable thing was not asked for, or appears more
-often than asked for. The columns of the second entity are empty for single things. A row with nothing but
-the number is not labeled yet and is left out. An image is right by eye if every entity is nameable and has its color
-and nothing is fused, which is also the judge's definition of success.
+**Label file**: ``elakit/judge/labels.py`` defines columns and values.
 
 **Verdict file**: the prompt, method and seed of each image, followed by the columns of the label file, filled in by the
-judge. A thing is nameable to the judge if the judge finds it.
+judge.
 """
 
 from __future__ import annotations
 
-import csv
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -52,77 +44,40 @@ from elakit.files import write_file
 from elakit.generation import generate
 from elakit.guidance.registry import METHODS as ALL_METHODS
 from elakit.guidance.registry import without_regions
-from elakit.judge import Verdict, judge
-from elakit.prompt import Prompt
+from elakit.judge import judge
+from elakit.judge.labels import (
+    COLUMNS,
+    FAULTS,
+    Label,
+    LabeledImage,
+    find_image,
+    named_nouns,
+    open_image,
+    read_images,
+    read_key,
+    read_labels,
+    read_rows,
+)
+from elakit.judge.segmenter import MIXED, UNRECOGNIZABLE, decide, find_components
 from elakit.statistics import bootstrap, wilson
 from elakit.sweep import suite
 from elakit.sweep.units import Unit
 from elakit.world.vocabulary import COLORS, NOUNS
 
-COLUMNS = ("image", "first_nameable", "first_color", "second_nameable", "second_color", "hybrid", "extra")
 METHODS = ("plain", "ela", "attend-and-excite", "syngen")
 PAIRS, SINGLES = 76, 100
 # No training, tuning or test used seeds 800 to 999. The labels in benchmarks/audits are of seeds 800 to 899. Seeds 900
 # to 999 were used to compare the images of two models side by side, by eye.
 FIRST_SEED = 800
 BARS = {"accuracy": "", "kappa": ">= .85", "right": ">= .95", "wrong": ">= .90", "single": ">= .97"}
+GRID = tuple(i / 10 for i in range(1, 10))  # thresholds that `thresholds` compares
 ORIGIN = ("image", "prompt", "method", "seed")  # a verdict file's columns before those of the labels
-FAULTS = ("not nameable", "wrong color", "hybrid")
 SHEET, SIDE = (4, 3), 256  # images per row and column of a sheet, and their side in pixels
 
 Flags = Sequence[bool] | np.ndarray
 Folder = Annotated[Path, typer.Argument(help="Folder of the audit.")]
 
 app = typer.Typer(help=without_markup(__doc__), no_args_is_help=True)
-
-
-@dataclass(frozen=True)
-class Label:
-    """Label of one image, given by a person or by the judge; the module's docstring defines the values.
-
-    Attributes
-    ----------
-    nameable, color : tuple of bool
-        One value for each of the one or two entities.
-    hybrid, extra : bool
-        Values for the image.
-    """
-
-    nameable: tuple[bool, ...]
-    color: tuple[bool, ...]
-    hybrid: bool
-    extra: bool
-
-    @property
-    def right(self) -> bool:
-        """True if all entities are nameable and have their colors, and none is fused."""
-        return all(self.nameable) and all(self.color) and not self.hybrid
-
-    @property
-    def faults(self) -> tuple[str, ...]:
-        """Names in `FAULTS` of the faults of the image; a wrong color counts only for a nameable entity."""
-        miscolored = any(seen and not color for seen, color in zip(self.nameable, self.color, strict=True))
-        found = (not all(self.nameable), miscolored, self.hybrid)
-        return tuple(name for name, wrong in zip(FAULTS, found, strict=True) if wrong)
-
-    @classmethod
-    def of(cls, verdict: Verdict, prompt: Prompt) -> Label:
-        """The judge's verdict in the terms of a label."""
-        names = [entity.label for entity in prompt.entities]
-        return cls(
-            tuple(verdict.present[name] for name in names),
-            tuple(verdict.right_color[name] for name in names),
-            verdict.mixture,
-            bool(verdict.extra),
-        )
-
-    def values(self) -> list[str]:
-        """Values of the columns after the first one, in the order of `COLUMNS`."""
-        entities = [value for pair in zip(self.nameable, self.color, strict=True) for value in pair]
-        return ["" if value is None else str(int(value)) for value in (*entities, None, None)[:4]] + [
-            str(int(self.hybrid)),
-            str(int(self.extra)),
-        ]
 
 
 class Judged(NamedTuple):
@@ -132,31 +87,6 @@ class Judged(NamedTuple):
     method: str
     seed: int
     label: Label
-
-
-def read_labels(path: Path) -> dict[int, Label]:
-    """Read a label file.
-
-    Parameters
-    ----------
-    path : Path
-        A label file as described at the top of this module.
-
-    Returns
-    -------
-    dict of int to Label
-        Labels by the number of the image; rows that are not filled in are left out.
-
-    Raises
-    ------
-    SettingError
-        The file cannot be read, has other columns, contains a value that is neither 0 nor 1 or a row that is filled in
-        partly, or has two rows for the same image.
-    """
-    return {
-        number: label
-        for number, (_, label) in _read(path, COLUMNS, "Cannot read the labels", "Run `draw` first").items()
-    }
 
 
 def read_verdicts(path: Path) -> dict[int, Judged]:
@@ -174,41 +104,16 @@ def read_verdicts(path: Path) -> dict[int, Judged]:
     Raises
     ------
     SettingError
-        As in `read_labels`.
+        As in `elakit.judge.labels.read_rows`, or a seed is not a whole number.
     """
-    columns = (*ORIGIN, *COLUMNS[1:])
-    return {
-        number: Judged(row["prompt"], row["method"], int(row["seed"]), label)
-        for number, (row, label) in _read(path, columns, "Cannot read the verdicts", "Run `judge` first").items()
-    }
-
-
-def _read(path: Path, columns: tuple[str, ...], what: str, hint: str) -> dict[int, tuple[dict[str, str], Label]]:
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            rows, found = list(reader), tuple(reader.fieldnames or ())
-    except OSError as error:
-        raise SettingError(f"{what} {path}: {error}. {hint}.") from error
-    if found != columns:
-        raise SettingError(f"{path} has the columns {', '.join(found)}; it must have {', '.join(columns)}.")
-    labels: dict[int, tuple[dict[str, str], Label]] = {}
-    for line, row in enumerate(rows, 2):
-        values = [(row[name] or "").strip() for name in COLUMNS[1:]]
-        if not any(values):
-            continue
-        second = values[2:4]
-        if set(values[:2] + values[4:]) - {"0", "1"} or (second != ["", ""] and set(second) - {"0", "1"}):
-            raise SettingError(
-                f"{path}, line {line}: values must be 0 or 1, all of them filled in (the second entity's may both be "
-                f"empty), not {', '.join(repr(value) for value in values)}."
-            )
-        number = int(row["image"])
-        if number in labels:
-            raise SettingError(f"{path}, line {line}: image {number} is labeled twice. Keep one of the rows.")
-        seen = [value == "1" for value in values if value]
-        labels[number] = row, Label(tuple(seen[:-2:2]), tuple(seen[1:-2:2]), seen[-2], seen[-1])
-    return labels
+    verdicts = {}
+    for number, row in read_rows(path, (*ORIGIN, *COLUMNS[1:]), "Run `judge` first.").items():
+        seed = row.cells["seed"]
+        if not re.fullmatch("[0-9]{1,18}", seed):
+            name = f"{path}, line {row.line}: seed"
+            checks.refuse(seed, name, "a whole number of 0 or more", hint="Run `judge` again.")
+        verdicts[number] = Judged(row.cells["prompt"], row.cells["method"], int(seed), row.label)
+    return verdicts
 
 
 def kappa(first: Flags, second: Flags) -> float:
@@ -439,15 +344,12 @@ def sheet(images: Sequence[tuple[int, str, Image.Image]]) -> Image.Image:
 @app.command("judge")
 def judge_images(folder: Folder = Path("work/audit")) -> None:
     """Judge the images with the judge of this checkout, and write verdicts.csv."""
-    try:
-        key = json.loads((folder / "key.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingError(f"Cannot read the images of {folder}: {error}. Run `draw` first.") from error
+    key = read_key(folder / "key.json", ("method", "seed"), "Run `draw` first.")
     pipe = elakit.load("picture-world")
     rows, different = [], set()
     for number, made in tqdm(key.items(), unit="image", leave=False):
         prompt = elakit.parse(made["prompt"], pipe)
-        image = Image.open(folder / "images" / f"{int(number):04d}.png").convert("RGB")
+        image = open_image(find_image(folder, number) or folder / "images" / f"{number:04d}.png")
         different.add(image.tobytes())
         verdict = Label.of(judge(image, prompt), prompt)
         rows.append((number, *(made[name] for name in ORIGIN[1:]), *verdict.values()))
@@ -505,9 +407,9 @@ def _nouns(prompts: Mapping[int, str], eye: Mapping[int, Label], said: Mapping[i
     """Rows of a Markdown table: how many entities of each noun are nameable by eye and found by the judge."""
     counts: dict[str, np.ndarray] = {}
     for number, prompt in prompts.items():
-        for i, entity in enumerate(re.split(" and | with ", prompt)):
+        for i, noun in enumerate(named_nouns(prompt)):
             row = (1, eye[number].nameable[i], said[number].nameable[i])
-            counts[entity.split()[-1]] = counts.get(entity.split()[-1], 0) + np.array(row, int)
+            counts[noun] = counts.get(noun, 0) + np.array(row, int)
     ordered = sorted(counts.items(), key=lambda item: (item[1][1] / item[1][0], item[0]))
     return [
         "| noun in images of pairs | entities | nameable by eye | found by the judge |",
@@ -535,6 +437,80 @@ def repeat(
         if chosen:
             print(f"{len(chosen)} {name}\n")
             print("\n".join(columns([one[n] for n in chosen], [two[n] for n in chosen])) + "\n")
+
+
+@app.command()
+def thresholds(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of labeled images, with seeds below 800.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a trained model, whose judge/ is used. Default: the built-in model.")
+    ] = None,
+) -> None:
+    """Compare thresholds of the judge on labeled images of pairs, which it must not have been trained on.
+
+    The kappa of the best thresholds is too high as an estimate, because they were chosen on the same images. The audit,
+    whose images have other seeds, measures the judge with them.
+    """
+    images = [one for folder in folders for one in development_images(folder) if len(one.label.nameable) == 2]
+    if not images:
+        raise SettingError(
+            f"{', '.join(map(str, folders))}: no image of a pair is labeled, and the thresholds are chosen on these. "
+            "Label some of them, or give another folder."
+        )
+    pipe = elakit.load("picture-world")
+    eye, prompts = np.array([one.label.right for one in images]), [one.prompt for one in images]
+    said: dict[tuple[float, float], list[bool]] = {
+        both: [] for both in sorted({*itertools.product(GRID, GRID), (MIXED, UNRECOGNIZABLE)})
+    }
+    for one in tqdm(images, unit="image", leave=False):
+        image, prompt = open_image(one.path), elakit.parse(one.prompt, pipe)
+        components = find_components(image, model)  # the network runs once, and the grid uses its output
+        right: dict[tuple[tuple[bool, bool], ...], bool] = {}
+        for (mixed, unrecognizable), answers in said.items():
+            decisions = tuple((c.mixed > mixed, c.unrecognizable > unrecognizable) for c in components)
+            if decisions not in right:
+                things = decide(components, mixed, unrecognizable)
+                right[decisions] = judge(image, prompt, lambda *_, found=things: found).success
+            answers.append(right[decisions])
+    # rounded, so that equal values are equal; + 0.0 removes the sign of -0.0
+    kappas = {both: round(kappa(eye, answers), 9) + 0.0 for both, answers in said.items()}
+    best = max(kappas, key=lambda both: -np.inf if np.isnan(kappas[both]) else kappas[both])
+    print(f"{len(images)} images of pairs, {eye.sum()} right by eye\n")
+    print("| hybrid above | unrecognizable above | kappa | judged right: right by eye | judged wrong: wrong by eye | |")
+    print("|---|---|---|---|---|---|")
+    for both, answers in said.items():
+        ours = np.array(answers)
+        mark = "best" if kappas[both] == kappas[best] else ""
+        shares = f"{_part(eye[ours])} | {_part(~eye[~ours])}"
+        print(f"| {both[0]:g} | {both[1]:g} | {kappas[both]:.3f} | {shares} | {mark} |")
+    print()
+    for what, both in (("first of the best", best), ("of the built-in judge", (MIXED, UNRECOGNIZABLE))):
+        low, high = kappa_interval(eye, said[both], prompts)
+        print(f"Thresholds {both[0]:g} and {both[1]:g} ({what}): kappa {kappas[both]:.3f} ({low:.3f} to {high:.3f})")
+
+
+def _part(hits: np.ndarray) -> str:
+    return f"{hits.mean():.3f} ({hits.sum()} of {len(hits)})" if len(hits) else "no image"
+
+
+def development_images(folder: Path) -> list[LabeledImage]:
+    """Labeled images of a folder, all of whose seeds are for development.
+
+    Parameters
+    ----------
+    folder : Path
+
+    Raises
+    ------
+    SettingError
+        As in `elakit.judge.labels.read_images`, or the folder has images of the audit's seeds.
+    """
+    path = folder / "key.json"
+    for number, made in read_key(path, ("seed",)).items():
+        name = f"{path}, image {number}: seed"
+        hint = "The other seeds test the judge, so nothing is chosen on them. Give a folder of other images."
+        checks.whole_number(made["seed"], name, 0, FIRST_SEED - 1, hint=hint)
+    return read_images(folder)
 
 
 if __name__ == "__main__":

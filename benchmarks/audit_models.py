@@ -20,18 +20,12 @@ import typer
 from tqdm.auto import tqdm
 
 import elakit
-from benchmarks.audit import (
-    Label,
-    chosen_prompts,
-    read_labels,
-    save_image,
-    single_prompts,
-    write_sheets,
-)
+from benchmarks.audit import chosen_prompts, save_image, single_prompts, write_sheets
 from elakit.cli_options import one_line_errors, without_markup
 from elakit.errors import SettingError
 from elakit.files import write_file
 from elakit.generation import generate
+from elakit.judge.labels import Label, read_key, read_labels
 from elakit.models import EMBEDDED
 from elakit.statistics import mcnemar, wilson
 from elakit.sweep import suite
@@ -88,16 +82,13 @@ def draw(
 @app.command()
 def compare(folder: Folder) -> None:
     """Print how many things are nameable and how many images are right with each model, and what differs."""
-    try:
-        key = json.loads((folder / "key.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingError(f"Cannot read the images of {folder}: {error}. Run `draw` first.") from error
+    key = read_key(folder / "key.json", ("seed", "model"), "Run `draw` first.")
     labels = read_labels(folder / "labels.csv")
-    if unknown := {str(number) for number in labels} - set(key):
+    if unknown := set(labels) - set(key):
         raise SettingError(f"The labels name images that are not in {folder}: {sorted(unknown)[:5]}.")
     seen: dict[tuple[str, int], dict[str, Label]] = {}
     for number, label in labels.items():
-        made = key[str(number)]
+        made = key[number]
         seen.setdefault((made["prompt"], made["seed"]), {})[made["model"]] = label
     both = [pair for pair in seen.values() if len(pair) == 2]
     if not both:

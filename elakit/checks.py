@@ -352,7 +352,7 @@ def _number(value: float) -> str:
 
 
 def _shown(value: Any, length: int = 80) -> str:
-    """Value as text for a message, shortened; NumPy scalars as plain numbers."""
+    """Value as text for a message, shortened; NumPy scalars as Python numbers."""
     import numpy as np
 
     if isinstance(value, np.generic):

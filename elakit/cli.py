@@ -153,7 +153,9 @@ def _check_folder(out: Path, overwrite: bool) -> None:
     """Refuse, before anything is loaded, a folder that a run cannot be saved to."""
     parent = files.check_path(out / "run.json" if os.path.isdir(out) else out, "run", "run").parent
     if os.path.lexists(out) and not (overwrite and os.path.isfile(out / "run.json")):
-        raise OutputError(f"--out {out} already exists. Choose another folder, or --overwrite an existing run.")
+        raise OutputError(
+            f"--out {out} already exists. Choose another folder. If it is a run, --overwrite replaces it."
+        )
     if not os.access(parent, os.W_OK):
         raise OutputError(f"--out {out}: {parent} is not writable. Choose another folder.")
 

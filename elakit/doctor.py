@@ -146,7 +146,7 @@ def memory(model: str) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Safetensors files of a pipeline's components, without other variants such as fp16 if there is a plain one."""
+    """Safetensors files of a pipeline's components, without variants such as fp16 unless there are no others."""
     found = sorted(folder.glob("*/*.safetensors"))  # other files of the folder are not of a component
     index = folder / "model_index.json"
     if index.is_file():

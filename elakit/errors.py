@@ -25,3 +25,18 @@ class SettingError(ElakitError, ValueError):
 
 class OutputError(ElakitError, OSError):
     """Raised when a file or folder cannot be written or read, or its content is not as expected."""
+
+
+def clause(error: object) -> str:
+    """Message of an error without its final period, to be embedded in a sentence.
+
+    Parameters
+    ----------
+    error : Exception or str
+
+    Examples
+    --------
+    >>> f"The image cannot be read: {clause(OSError('It is truncated.'))}. Delete it."
+    'The image cannot be read: It is truncated. Delete it.'
+    """
+    return str(error).rstrip().removesuffix(".")

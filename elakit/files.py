@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from elakit.errors import ElakitError, OutputError
+from elakit.errors import ElakitError, OutputError, clause
 
 _log = logging.getLogger(__name__)
 
@@ -444,7 +444,7 @@ def _reason(error: BaseException) -> str:
     """Short reason of a failed file operation."""
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return "the name is too long for the file system"
-    return str((isinstance(error, OSError) and error.strerror) or error)
+    return clause((isinstance(error, OSError) and error.strerror) or error)
 
 
 def _shown(path: str | Path, length: int = 120) -> str:

@@ -264,7 +264,10 @@ def _call_arguments(adapter: Adapter, call: Mapping[str, Any] | None, guidance: 
     accepted = inspect.signature(adapter.pipe.__call__).parameters
     for name in call:
         if name in _OWN:
-            raise SettingError(f"call={{{name!r}: ...}}: elakit.generate sets this itself; use its own arguments.")
+            raise SettingError(
+                f"call={{{name!r}: ...}}: elakit.generate sets this argument itself. Use its own arguments, such as "
+                "steps= and seed=."
+            )
         if name not in accepted:
             allowed = [known for known in accepted if known not in (*_OWN, "self", "kwargs")]
             checks.choice(name, "a key of call", allowed)

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from elakit.errors import OutputError, SettingError
+from elakit.errors import OutputError, SettingError, clause
 from elakit.resources import notebooks_path
 
 # widgets of a saved notebook are images, which need no kernel
@@ -72,4 +72,6 @@ def copy_notebooks(source: Path, target: Path) -> None:
             if not os.path.lexists(target / notebook.name):
                 shutil.copyfile(notebook, target / notebook.name)
     except (OSError, ValueError) as error:
-        raise OutputError(f"The notebooks cannot be copied to {target}: {error}. Choose another folder.") from error
+        raise OutputError(
+            f"The notebooks cannot be copied to {target}: {clause(error)}. Choose another folder."
+        ) from error

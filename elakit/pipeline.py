@@ -57,12 +57,12 @@ class SupportedPipeline(Pipeline, Protocol):
 
 
 class UNetPipeline(SupportedPipeline, Protocol):
-    """A pipeline that denoises with a UNet."""
+    """A pipeline that denoises with a U-Net."""
 
     unet: Any
 
     def get_guidance_scale_embedding(self, *args: Any, **kwargs: Any) -> Any:
-        """Guidance scale as an input of a guidance-distilled UNet."""
+        """Guidance scale as an input of a guidance-distilled U-Net."""
 
 
 class TransformerPipeline(SupportedPipeline, Protocol):

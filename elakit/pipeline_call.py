@@ -269,7 +269,10 @@ class PipelineCall:
         ]
 
     def collect(self, images: Sequence[Image.Image], replaced: Sequence[bool] | None) -> list[Run]:
-        """Finished runs, from the result of `run`; ``settings["guided"]`` is the decision of ``guide_if``."""
+        """Finished runs, from the result of `run`.
+
+        If the request has ``guide_if``, ``settings["guided"]`` of a run is True if its image was to be guided.
+        """
         runs = self._runs(images, replaced)
         if self.guide is not None and self.request.guide_if is not None:
             for i, run in enumerate(runs):
@@ -278,7 +281,7 @@ class PipelineCall:
 
 
 def _listed(call: Mapping[str, Any]) -> str:
-    """Further arguments as text: values of plain ones, names of the others."""
+    """Further arguments as text: with their values if these are numbers or text, otherwise by name only."""
     plain = str | int | float | bool | None
     return ", ".join(f"{name}={value!r}" if isinstance(value, plain) else name for name, value in call.items())
 

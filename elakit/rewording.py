@@ -37,7 +37,8 @@ def entity_spans(prompt: Prompt) -> list[tuple[int, int, str]]:
     Returns
     -------
     list of (int, int, str)
-        For each entity that is found in the text: its start and end in characters (the end excluded), and its label.
+        For each entity that is found in the text: the positions of its first character and of the one after its
+        last character, and its label.
     """
     found, at = [], 0
     for entity in prompt.entities:

@@ -22,7 +22,7 @@ import elakit
 from elakit import files
 from elakit.attention import Recording, open_recording
 from elakit.bleeding import Bleeding, measure
-from elakit.errors import ElakitError, OutputError, RecordingError
+from elakit.errors import ElakitError, OutputError, RecordingError, clause
 from elakit.guidance import FromMaps, Trace
 from elakit.judge import Verdict, is_black, judge, knows
 from elakit.measures.arrays import nearest_size
@@ -371,12 +371,12 @@ def _intact(path: Path) -> Iterator[None]:
         if str(path) in str(error) or str(path.parent) in str(error):
             raise
         raise OutputError(
-            f"{path} is damaged: {str(error).removesuffix('.')}. Restore the run's folder, or generate the run again."
+            f"{path} is damaged: {clause(error)}. Restore the run's folder, or generate the run again."
         ) from error
     except Exception as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
         raise OutputError(
-            f"{path} is damaged: {reason}. Restore the run's folder, or generate the run again."
+            f"{path} is damaged: {clause(reason)}. Restore the run's folder, or generate the run again."
         ) from error
 
 

@@ -261,7 +261,7 @@ class Tokens:
         Half-open ranges (start, end) of end-of-text and padding of all sequences; an end of None means up to the last
         position.
     length : int
-        Number of positions of all sequences.
+        Total number of positions of all sequences.
     """
 
     tokens: tuple[Token, ...]

@@ -395,7 +395,7 @@ FILLED = AGAIN | {"mask_image": MASK} | SIDES
 RELATIVES = {
     "img2img": Relative(StableDiffusionImg2ImgPipeline, "sd", AGAIN),
     "inpaint": Relative(StableDiffusionInpaintPipeline, "sd", FILLED | {"strength": 1.0}),
-    "inpaint, a UNet for it": Relative(  # input: latents, latents of the image, and the mask
+    "inpaint, a U-Net for it": Relative(  # input: latents, latents of the image, and the mask
         StableDiffusionInpaintPipeline, "sd", FILLED | {"strength": 1.0}, lambda: tiny_pipeline(in_channels=9)
     ),
     "controlnet": Relative(StableDiffusionControlNetPipeline, "sd", {"image": IMAGE}, extra=_controlnet_of_unet),

@@ -128,7 +128,7 @@ def test_watching_changes_nothing_and_an_error_of_the_watcher_is_its_own() -> No
         ({"guide_if": 5, "guidance": ELA()}, "guide_if=5: must be a function"),
         ({"record": "all"}, "record='all': must be True or False"),
         ({"call": 7}, "call=7"),
-        ({"call": {"latents": None}}, "elakit.generate sets this itself"),
+        ({"call": {"latents": None}}, "elakit.generate sets this argument itself"),
         ({"call": {"clip_skipp": 1}}, "Did you mean 'clip_skip'"),
         ({"call": {"eta": 0.5}, "guidance": ELA()}, "guidance=ela is not possible with call="),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan"),

@@ -373,7 +373,7 @@ GOOD = np.ones((2, 3, 4))
         (GOOD, GOOD[0], {"smooth": -1}, "smooth=-1"),
         (GOOD, GOOD[0], {"min_area": -1}, "min_area=-1"),
         (GOOD, GOOD[0], {"min_area": 2.5}, "min_area=2.5"),
-        (GOOD, GOOD[0], {"min_area": 7}, "at most 6 are possible"),
+        (GOOD, GOOD[0], {"min_area": 7}, "Give at most 6"),
         (np.ones((5, 2, 2)), np.ones((2, 2)), {}, "5 entities"),
         (GOOD, GOOD[0], {"keep_components": 0}, "keep_components=0"),
         (GOOD, GOOD[0], {"entities": ["cat"]}, "1 entity labels for 2 maps"),

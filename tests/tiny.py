@@ -100,7 +100,7 @@ def tiny_tokenizer(length: int = 20) -> CLIPTokenizer:
 
 
 def tiny_unet(**changes: Any) -> Any:
-    """Build a UNet for 8x8 latents with cross-attention at 8x8 and 4x4, in down, mid and up blocks."""
+    """Build a U-Net for 8x8 latents with cross-attention at 8x8 and 4x4, in down, mid and up blocks."""
     settings: dict[str, Any] = {
         "sample_size": 8,
         "in_channels": 4,
@@ -117,7 +117,7 @@ def tiny_unet(**changes: Any) -> Any:
 
 
 def sdxl_unet(**changes: Any) -> Any:
-    """Build a UNet with SDXL's further conditions, without attention at the latent's own size."""
+    """Build a U-Net with SDXL's further conditions, without attention at the latent's own size."""
     settings: dict[str, Any] = {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -199,7 +199,7 @@ def tiny_pipeline(
     length : int
         Text positions.
     **unet
-        Changes to the UNet's configuration.
+        Changes to the U-Net's configuration.
     """
     tokenizer = tiny_tokenizer(length)
     with seeded(seed):

@@ -431,7 +431,7 @@ class _GlmTokenizer(PreTrainedTokenizerFast):
 
 
 def tiny_kolors(seed: int = 0) -> Any:
-    """Kolors pipeline: the tiny SDXL's UNet over the states of a ChatGLM."""
+    """Kolors pipeline: the tiny SDXL's U-Net over the states of a ChatGLM."""
     tokenizer = chat_tokenizer("left", start=True)
     tokenizer.__class__ = _GlmTokenizer
     with seeded(seed):

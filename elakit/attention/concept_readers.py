@@ -123,7 +123,7 @@ class Cross(Reader):
 
     @torch.no_grad()
     def on_attention(self, layer: AttentionLayer, attend: Attend, size: Size) -> None:
-        """Add the maps of a layer that has run."""
+        """Pass the maps of a layer that has run to `add`."""
         if self.seen is None:
             return
         count = sum(self.counts)

@@ -69,7 +69,7 @@ def build_node(
     layers : sequence of (name, place, position in the forward pass)
     tokens : sequence of (label, token position)
     heads : {"mean", "all"} or sequence of int
-        Numbers of the heads if only some are kept.
+        Indices of the heads, if only some are kept.
     keys : {"text", "image"}
         Keys of the attention: the text (maps), or the image itself (self-attention).
 

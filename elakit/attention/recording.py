@@ -130,7 +130,7 @@ class Recording:
         return tuple(sorted((node for node in nodes if node.attrs["keys"] == keys), key=_size, reverse=True))
 
     def heads(self, layer: str) -> tuple[int, ...]:
-        """Return the numbers of the heads that were kept separately for a layer; empty if only their mean was kept.
+        """Return the indices of the heads that were kept separately for a layer; empty if only their mean was kept.
 
         Raises
         ------
@@ -168,7 +168,7 @@ class Recording:
         size : int or sequence of int, optional
             Use only maps whose longer side is one of these. Default: all, resized to the largest.
         steps : int, slice or sequence of int, optional
-            Numbers of denoiser calls: one, several, or a slice; negative numbers count back from the last recorded
+            Indices of denoiser calls: one, several, or a slice; negative ones count back from the last recorded
             call. Default: all.
         normalize : {None, "sum", "max", "minmax", "tokens", "start"}
             None: raw probability. ``"sum"``, ``"max"``: each map is divided by its sum or maximum over space.
@@ -335,7 +335,7 @@ class Recording:
         image : int
             Index of the image in the batch.
         head : int, optional
-            Number of one head, if the heads were kept separately. Default: the mean over the recorded heads.
+            Index of one head, if the heads were kept separately. Default: the mean over the recorded heads.
 
         Returns
         -------
@@ -374,6 +374,8 @@ class Recording:
 
     def frame(self, number: int) -> Recording:
         """Select one frame of each video; the result is a recording of images, for figures and measures.
+
+        It has no self-attention, because elakit does not record the self-attention of videos.
 
         Parameters
         ----------
@@ -418,7 +420,7 @@ class Recording:
         token : str, int, Entity or a sequence of these, optional
             As ``tokens`` in `maps`; start-of-text and the end mass are only selected if they are named.
         head : int or sequence of int, optional
-            Numbers of heads that were kept separately.
+            Indices of heads that were kept separately.
         image : int or sequence of int, optional
             Indices of images, or of videos, in the batch.
 
@@ -487,8 +489,12 @@ class Recording:
             own = {node_name(_size(node), "image"): node.isel(shared) for node in self.nodes("image")}
             return self._with(nodes | own)
         except IndexError as error:
-            there = {name: self._first().sizes[name] for name in indexers}
-            raise RecordingError(f"{positions} is outside the recording, whose dimensions are {there}.") from error
+            asked = ", ".join(f"{name}={where}" for name, where in positions.items())
+            there = ", ".join(f"{self._first().sizes[name]} along {name}" for name in indexers)
+            raise RecordingError(
+                f"isel({asked}): a position is outside the recording, which has {there}. Positions count from 0; "
+                "negative ones count from the end."
+            ) from error
 
     def _select(self, *, layers: Any, size: Any, steps: Any) -> list[xr.Dataset]:
         """Nodes with the selected layers and steps, largest first."""

@@ -26,7 +26,7 @@ class Sink(Protocol):
         """Return the tensors that receive the values of the next step."""
 
     def commit(self, moment: Moment) -> None:
-        """Count the values in the slots as the recording's next step. An interrupt leaves earlier steps unchanged."""
+        """Accept the values in the slots as the recording's next step. An interrupt leaves earlier steps unchanged."""
 
     def tree(self, calls: int) -> xr.DataTree:
         """Return the tree of the accepted steps; ``calls`` is the number of finished denoiser calls."""
@@ -86,7 +86,7 @@ class Memory:
         return {name: values[step - self._starts[block]] for name, values in self._blocks[block].items()}
 
     def commit(self, moment: Moment) -> None:
-        """Count the values that were written into the slots as the recording's next step."""
+        """Accept the values that were written into the slots as the next step of the recording."""
         self._steps.append(moment)
 
     def tree(self, calls: int) -> xr.DataTree:

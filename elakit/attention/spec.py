@@ -22,7 +22,7 @@ _BYTES = {"float32": 4, "float16": 2}
 
 
 class NamedLayer(Protocol):
-    """Anything with the name and the place of a layer."""
+    """A layer, of which only the name and the place are known."""
 
     @property
     def name(self) -> str:
@@ -30,7 +30,7 @@ class NamedLayer(Protocol):
 
     @property
     def place(self) -> str:
-        """Side of a UNet or kind of block, as in `AttentionLayer`."""
+        """Side of a U-Net or kind of block, as in `AttentionLayer`."""
 
 
 L = TypeVar("L", bound=NamedLayer)
@@ -44,7 +44,7 @@ def select_layers(layers: Sequence[L], pattern: str | Sequence[str] = "all") -> 
     layers : sequence
         Objects with the attributes ``name`` and ``place``, in forward order.
     pattern : str or sequence of str
-        ``"all"``, a place (``"down"``, ``"mid"``, ``"up"`` of a UNet; ``"double"``, ``"single"``, ``"block"`` of a
+        ``"all"``, a place (``"down"``, ``"mid"``, ``"up"`` of a U-Net; ``"double"``, ``"single"``, ``"block"`` of a
         transformer), a glob on names such as ``"up_blocks.1.*"``, or several of these.
 
     Returns
@@ -233,7 +233,7 @@ class Plan:
     def __str__(self) -> str:
         steps = f"mean of {self.steps} steps" if self.accumulate else f"{self.steps} steps"
         lines = [
-            f"{readable_bytes(self.bytes)} of {readable_bytes(self.budget)}: {steps} x {self.images} "
+            f"{readable_bytes(self.bytes)} (budget: {readable_bytes(self.budget)}): {steps} x {self.images} "
             f"image{'s' * (self.images > 1)} x {len(self.tokens)} tokens ({' '.join(self.tokens)}) in {self.dtype}"
         ]
         return "\n  ".join(lines + [str(resolution) for resolution in self.resolutions])
@@ -257,7 +257,7 @@ class SelfAttention:
         Layers that attend to the text, as in `select_layers`; the self-attention of their blocks is kept. Default: the
         ``layers`` of the `RecordSpec`.
     heads : {"mean", "all"} or sequence of int
-        The mean over the heads, every head, or the heads with these numbers, counted from 0.
+        The mean over the heads, every head, or the heads with these indices, counted from 0.
     each_layer : bool
         True keeps each layer, False the mean of the layers.
 
@@ -298,7 +298,7 @@ class RecordSpec:
     sizes : int or sequence of int, optional
         Longer sides of the maps to keep. Default: all sizes.
     heads : {"mean", "all"} or sequence of int
-        The mean over the heads of a layer, every head, or the heads with these numbers, counted from 0.
+        The mean over the heads of a layer, every head, or the heads with these indices, counted from 0.
     steps : slice or int, optional
         Denoiser calls to keep: a slice of their numbers, counted from 0, or an integer n for every n-th call. Default:
         all.
@@ -453,7 +453,7 @@ class RecordSpec:
         height, width : int, optional
             Size of the image in pixels; by default the model's.
         images : int
-            Number of images in the batch; of a video, the number of frames of its latent.
+            Number of images in the batch or, for a video, number of frames of its latent.
 
         Returns
         -------
@@ -539,7 +539,9 @@ class RecordSpec:
             accumulate=self.accumulate,
         )
         if plan.bytes > self.budget:
-            raise RecordingError(f"This recording would exceed its budget: {plan}\n{self._ways_out(plan, layers)}")
+            raise RecordingError(
+                f"This recording would exceed its budget. It needs {plan}\n{self._ways_out(plan, layers)}"
+            )
         return plan
 
     def _of_self(
@@ -599,9 +601,11 @@ def _by_size(layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> dict[
 def _check_heads(heads: Any) -> None:
     if isinstance(heads, str):
         if heads not in ("mean", "all"):
-            raise SettingError(f"heads is {heads!r}; give 'mean', 'all' or a list of numbers such as [0, 3].")
+            raise SettingError(f"heads is {heads!r}; give 'mean', 'all' or a list of head indices, such as [0, 3].")
     elif not len(heads) or len(set(heads)) < len(heads) or min(heads) < 0:
-        raise SettingError(f"heads is {heads}; list different numbers of heads, counted from 0.")
+        raise SettingError(
+            f"heads is {heads}; give a list of head indices, counted from 0, without repetition, such as [0, 3]."
+        )
 
 
 def _heads_of(heads: Any, size: tuple[int, int], members: Sequence[AttentionLayer]) -> int:

@@ -1,7 +1,7 @@
 """Recordings on disk: a Zarr store that grows with the run, and strict reading of such a store.
 
-A store is plain Zarr (version 2), readable with `xarray.open_datatree` or any other Zarr reader: one group per map size
-with the arrays that `Recording` describes.
+A store is an ordinary Zarr store (version 2), readable with `xarray.open_datatree` or any other Zarr reader. It has one
+group per map size, with the arrays that `Recording` describes.
 
 Why this module writes and reads the files itself, and does not leave it to zarr-python:
 

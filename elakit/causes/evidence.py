@@ -59,7 +59,7 @@ class Maps:
 
     @cached_property
     def standing(self) -> np.ndarray:
-        """Attention to each entity, as a share of the attention to it and to `words`, (step, entity).
+        """Share of each entity in the attention to the entity and to `words`, (step, entity).
 
         The share is averaged over the entity's map; it is 1 if `words` are zeros.
         """
@@ -72,7 +72,7 @@ class Maps:
 
     @cached_property
     def held(self) -> np.ndarray:
-        """Attention to entity f, as a share of that to entities e and f, averaged over the map of e, (step, e, f)."""
+        """Share of entity f in the attention to entities e and f, averaged over the map of e, (step, e, f)."""
         others = [held_by(self.entities, self.entities[:, f]) for f in range(self.entities.shape[1])]
         return np.stack(others, axis=-1)
 
@@ -99,7 +99,7 @@ class Maps:
 
     @cached_property
     def attribute_held(self) -> np.ndarray:
-        """Share of attribute a in the attention to it and to entity f, averaged over the map of f, (step, a, f)."""
+        """Share of attribute a in the attention to a and entity f, averaged over the map of f, (step, a, f)."""
         return np.stack([held_by(self.entities, each) for each in np.moveaxis(self.attributes, 1, 0)], axis=1)
 
     @cached_property
@@ -190,7 +190,7 @@ def freed(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
 
 
 def held_by(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
-    """Attention to a rival token, as a share of that to the rival and an entity, averaged over the entity's map.
+    """Share of a rival token in the attention to the rival and an entity, averaged over the entity's map.
 
     Parameters
     ----------

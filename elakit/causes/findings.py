@@ -63,9 +63,9 @@ class Failure:
         Denoiser call from which the failure is visible in the attention, counted from 0 (median over the runs with the
         failure); None if it is not visible.
     layers : tuple of str
-        Up to three layers in which the failure is visible earliest, in this order.
+        Up to three layers in which the failure is visible earliest, the earliest first.
     heads : tuple of (str, int)
-        Up to three heads (layer, number) in which the failure is visible earliest; empty if heads were averaged.
+        Up to three heads (layer, head index) in which the failure is visible earliest; empty if heads were averaged.
     judged : bool
         True if a judge found the failure in the images; False if it is suspected from the attention.
 
@@ -144,7 +144,7 @@ class Cause:
     kind : str
         One of `CAUSE_KINDS`; ``docs/causes.md`` describes each.
     entity : str
-        Label of the affected entity; of a misplaced attribute, the entity that it describes.
+        Label of the affected entity. If an attribute is misplaced, it is the entity that the attribute describes.
     other : str
         Label of the other entity: the one whose noun or attribute interferes, or the one that receives a misplaced
         attribute; "" if there is none.
@@ -159,7 +159,7 @@ class Cause:
         Denoiser call from which the cause is visible in the attention, counted from 0 (median over the runs that show
         it); None for a cause in the text encoder, or if the cause is not visible for long enough.
     layers : tuple of str
-        Up to three layers in which the cause is visible earliest, in this order.
+        Up to three layers in which the cause is visible earliest, the earliest first.
     seeds : tuple of int
         Seeds of the runs that show the cause; all runs for a cause in the text encoder.
     explains : tuple of str

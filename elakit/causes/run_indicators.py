@@ -58,7 +58,7 @@ class RunIndicators:
         return self._parts[layer, head, kind]
 
     def heads(self, layer: str) -> list[int]:
-        """Numbers of the heads of a layer that were kept apart."""
+        """Indices of the heads of a layer that were recorded separately."""
         return list(self.recording.heads(layer))
 
     def _indicators(self, maps: Maps, kinds: Sequence[CauseKind] = CAUSE_KINDS) -> dict[Key, Indicator]:
@@ -76,9 +76,9 @@ class Onset(NamedTuple):
     step : int or None
         Denoiser call from which the indicator is visible, counted from 0, the median over runs; None if it never is.
     layers : tuple of str
-        Up to three layers in which the indicator is visible earliest, in this order.
+        Up to three layers in which the indicator is visible earliest, the earliest first.
     heads : tuple of (str, int)
-        Up to three heads (layer, number) in which the indicator is visible earliest; empty if heads were averaged.
+        Up to three heads (layer, head index) in which the indicator is visible earliest; empty if heads were averaged.
     """
 
     step: int | None = None

@@ -40,7 +40,7 @@ def diagnose(
         str,
         typer.Option(
             help="Remedies to try in addition to --method if an image is wrong: none, all (conform, ebama, "
-            "another-seed, swapped, next-to, regions), or comma-separated names: those of --method, another-seed, "
+            "another-seed, swapped, next-to, regions), or comma-separated names: a guidance method, another-seed, "
             "swapped (entities in the opposite order), next-to (“next to” instead of “and”), and regions (ELA with one "
             "box per entity)."
         ),

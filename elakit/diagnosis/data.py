@@ -54,7 +54,7 @@ class Pair:
     @property
     def was_guided(self) -> bool:
         """True if guidance acted in at least one step."""
-        return self.guided.guidance is not None and bool(self.guided.guidance.rows)
+        return self.guided.guidance is not None and bool(self.guided.guidance.guided)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class DiagnosisData:
     method : str
         Name of the guidance method.
     options : dict
-        Options of the method, as plain values by name.
+        Options of the method by name, as values for JSON.
     pairs : tuple of Pair
         One pair per seed.
     seconds : float
@@ -154,7 +154,10 @@ class DiagnosisData:
         return sum(pair.outcome == outcome for pair in self.pairs)
 
     def example(self) -> Pair:
-        """Pair that the report shows in detail: the fixed one, or any if none is fixed, whose plain run bleeds most."""
+        """Pair that the report shows in detail.
+
+        It is the pair whose plain run bleeds most, among the fixed pairs or, if none is fixed, among all pairs.
+        """
         fixed = [pair for pair in self.pairs if pair.outcome == "fixed"]
         return max(fixed or self.pairs, key=lambda pair: bleed([pair.plain]))
 

@@ -164,7 +164,7 @@ def seed_list(seeds: int | Sequence[int]) -> list[int]:
     Raises
     ------
     SettingError
-        The number is out of range, or a seed in the sequence is missing, repeated or out of range.
+        The number is out of range, the sequence is empty, or a seed in it is repeated or out of range.
 
     Examples
     --------

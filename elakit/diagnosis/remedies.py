@@ -42,7 +42,7 @@ class Remedy:
     method : str or None
         Name of the guidance method; None for plain generation.
     options : dict
-        Options of the method, as plain values by name.
+        Options of the method by name, as values for JSON.
     guidance : Method or None
         The method; None for a remedy that was read from a folder.
     """
@@ -149,7 +149,7 @@ class RemedyResult:
         return self.bleed < bleed(self.plain)
 
     def to_dict(self) -> dict[str, Any]:
-        """Dictionary of plain values for JSON; NaN becomes None, and images are left out."""
+        """Dictionary of values for JSON; NaN becomes None, and images are left out."""
         remedy, tried, judged = self.remedy, self.status == "tried", self.judged
         return {
             "name": remedy.name,

@@ -28,7 +28,7 @@ class Diagnosis(DiagnosisData):
         Returns
         -------
         dict
-            Plain values; unknown numbers are None.
+            Values for JSON; unknown numbers are None.
 
         Examples
         --------
@@ -99,7 +99,7 @@ class Diagnosis(DiagnosisData):
         return write_diagnosis(self, self.to_dict(), folder)
 
     def _seeds(self) -> list[dict[str, Any]]:
-        """Rows of `to_frame` with the predicted probability of failure, as plain values."""
+        """Rows of `to_frame` with the predicted probability of failure, as values for JSON."""
         rows = []
         for row in self.to_frame().reset_index().to_dict("records"):
             plain = {str(name): None if _unknown(value) else value for name, value in row.items()}

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from elakit.errors import ElakitError, OutputError
+from elakit.errors import ElakitError, OutputError, clause
 from elakit.files import read_json, write_json
 from elakit.prompt import Prompt
 from elakit.run import Run, open_run
@@ -42,8 +42,8 @@ class RunStore:
             raise
         except (OSError, ValueError) as error:
             raise OutputError(
-                f"The runs cannot be written to {str(folder)!a}: {getattr(error, 'strerror', None) or error}. Choose a "
-                "folder that you may write to."
+                f"The runs cannot be written to {str(folder)!a}: {clause(getattr(error, 'strerror', None) or error)}. "
+                "Choose a folder that you may write to."
             ) from error
 
     def read(self, keys: Mapping[int, str]) -> dict[int, tuple[Run, float]]:

@@ -196,7 +196,15 @@ def _attention(diagnosis: DiagnosisData) -> list[str]:
     method, count = method_title(diagnosis.method), len(diagnosis.pairs)
     if not any(pair.was_guided for pair in diagnosis.pairs):
         single = len(diagnosis.prompt.entities) == 1
-        why = ", because the prompt names only one entity" if single else ""
+        traces = [pair.guided.guidance for pair in diagnosis.pairs if pair.guided.guidance is not None]
+        unneeded = any(trace.rows for trace in traces) and not any(trace.skipped for trace in traces)
+        why = (
+            ", because the prompt names only one entity"
+            if single
+            else ", because it found that the images need no guidance"
+            if unneeded
+            else ""
+        )
         return [f"{method} did not act in any step{why}: both images of a seed are identical."]
     table = measure_table(diagnosis)
     before, after = (float(table["bleed", run].mean()) for run in ("plain", "guided"))

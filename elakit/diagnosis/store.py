@@ -12,7 +12,7 @@ from elakit.causes.findings import with_current_kinds
 from elakit.diagnosis.data import DiagnosisData, Pair
 from elakit.diagnosis.remedies import Remedy, RemedyResult
 from elakit.diagnosis.run_store import RunStore, key_of_run
-from elakit.errors import OutputError
+from elakit.errors import OutputError, clause
 from elakit.files import read_json, write_json
 from elakit.prompt import Prompt
 from elakit.run import Run, open_run
@@ -98,7 +98,7 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(
-            f"{folder} contains no finished diagnosis ({error}). Give a folder written by `found.save(...)` or "
+            f"{folder} contains no finished diagnosis ({clause(error)}). Give a folder written by `found.save(...)` or "
             "`elakit diagnose --keep`. An interrupted diagnosis is resumed by the same command."
         ) from error
 

@@ -209,9 +209,9 @@ def shortfall(maps: Tensor, regions: Tensor) -> float:
 
 
 def intrusion(maps: Tensor, regions: Tensor) -> Tensor:
-    """Mean attention of a map in other regions, as a share of that and the mean in its own; (n, y, x) -> (n,).
+    """Mean attention of each map in the other regions, divided by the sum of that and the mean in its own region.
 
-    It is 0 for a map without attention in any region.
+    Maps are (n, y, x), and the result is (n,). It is 0 for a map without attention in any region.
     """
     areas = regions.sum((1, 2)).clamp_min(1).to(maps.dtype)
     means = torch.einsum("eyx,fyx->ef", maps, regions.to(maps.dtype)) / areas

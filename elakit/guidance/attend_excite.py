@@ -24,7 +24,7 @@ The pipeline of diffusers (``StableDiffusionAttendAndExcitePipeline``, 0.42) giv
   (height, width): other sizes find no maps, and images that are not square may be read with wrong rows;
 * its steps and thresholds are counted in steps whatever their number, and steps that are not guided still pay for an
   unused pass with gradients;
-* its attention processors stay in the UNet after an error.
+* its attention processors stay in the U-Net after an error.
 """
 
 from __future__ import annotations

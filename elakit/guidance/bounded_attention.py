@@ -188,7 +188,7 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
             check_acts(self, "iterations=1", "until")
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The middle and first upward block of a UNet, all layers of another network, or those that match `layers`."""
+        """The middle and first upward block of a U-Net, all layers of another network, or those that match `layers`."""
         check_plain(layers, "BoundedAttention")
         return super().select(layers, latent)
 
@@ -291,7 +291,8 @@ def hidden_words(masks: Tensor, prompt: Prompt, function: Sequence[int], length:
     length : int
         Number of text positions.
     guidance : bool
-        Whether the gradient is computed from the pass; words are then visible in the background, too.
+        Whether the gradient is computed from the pass; words are then visible in the background, too. In the other
+        passes, end-of-text is hidden in the background.
 
     Returns
     -------

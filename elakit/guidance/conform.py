@@ -51,7 +51,7 @@ class CONFORM(ReadsOneSize):
         Share of the denoising steps that are guided, from the first; 25 of 50 by default in the official code, 30 in
         its notebook.
     refinements : int
-        Number of additional updates at 0, 0.2 and 0.4 of the denoising steps; 20 in the official code.
+        Number of additional updates after shares 0, 0.2 and 0.4 of the denoising steps; 20 in the official code.
     temperature : float
         Temperature tau of the NT-Xent loss; 0.5 in the official code.
     layers, size

@@ -137,7 +137,7 @@ class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
         return ScoreEdit(change, layout_masks(self.regions, size, len(prompt.entities)))
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Squared share of attention outside the regions, for the trace only: "outside" plus "attributes"."""
+        """Squared share of attention outside the regions, for the trace only; see `confinement`."""
         maps = attention.mean
         masks: np.ndarray = layout_masks(self.regions, (maps.shape[1], maps.shape[2]), len(prompt.entities))
         return confinement(maps, masks, prompt)
@@ -171,13 +171,16 @@ def modulation(scores: Tensor, belongs: Tensor, amount: Tensor) -> Tensor:
 
 
 def same_region(regions: Tensor) -> Tensor:
-    """Pairs of locations in one region, where the rest of the image is a region; bool (entity, n) -> (n, n)."""
+    """True for two locations in the same region; the rest of the image is a region, too. Bool (entity, n) -> (n, n)."""
     every = torch.cat([regions, ~regions.any(0, keepdim=True)]).float()
     return (every.T @ every) > 0
 
 
 def of_words(regions: Tensor, words: Sequence[Sequence[int]], length: int) -> Tensor:
-    """Words of the entity in whose region each location is; bool (entity, n) -> (n, text position)."""
+    """True for a location and a word if the location is in the region of the word's entity.
+
+    Regions are bool (entity, n), and the result is bool (n, text position).
+    """
     belongs = torch.zeros(regions.shape[1], length, dtype=torch.bool)
     for region, positions in zip(regions, words, strict=True):
         belongs[:, list(positions)] |= region[:, None]

@@ -51,7 +51,7 @@ class ELA:
     size : int, optional
         Number of locations along the longer side of the maps that are read. By default that of the coarsest maps of
         `layers`: 16 in Stable Diffusion 1.5 at 512 pixels, as in the paper, and 8 in picture-world. The coarsest maps
-        show best whether an entity is in its region, and the gradient pass ends early after their layers.
+        show best whether an entity is in its region, and the gradient pass can end at the last of their layers.
 
     Raises
     ------

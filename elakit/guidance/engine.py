@@ -301,7 +301,7 @@ def encoded(method: Method | None, adapter: Adapter, prompt: Prompt, conditionin
 
 
 class Guide:
-    """Guidance of one run: it moves the latents before each denoising step, and keeps one trace per image.
+    """Guidance of one run: it moves the latents before each guided step, and keeps one trace per image.
 
     Parameters
     ----------
@@ -459,20 +459,28 @@ class Guide:
                     break
         seconds = time.perf_counter() - began
         for i, (loss, grad) in last.items():
-            finite = bool(torch.isfinite(grad).all())
-            if update.final and finite and i not in self.done:
+            finite, ended = bool(torch.isfinite(grad).all()), i in self.done
+            stepped = update.final and finite and not ended
+            if stepped:
                 z[i] -= self._change(update.size, grad, unit)
+            moves = stepped or refinements[i] > 0
             row = _row(
                 step, timestep, loss, seconds,
-                step_size=update.size,
-                gradient_norm=float(grad.norm()) / unit,
+                step_size=update.size if moves else 0.0,
+                # in a batch, the gradient is also computed for images whose guidance has ended
+                gradient_norm=0.0 if ended else float(grad.norm()) / unit,
                 moved=float((z[i] - latents[i]).pow(2).mean().sqrt()) * unit,
                 refinements=refinements[i],
+                guided=moves or self._edits(step, i),
                 skipped=not finite,
             )  # fmt: skip
             self.traces[i].add(row, loss.regions)
         # the same object, so that initial noise is not scaled back and forth, which would round it
         return latents if torch.equal(z, latents.to(z.dtype)) else z.to(latents.dtype)
+
+    def _edits(self, step: int, image: int) -> bool:
+        """True if the attention scores of an image are edited in a step."""
+        return self.holder is not None and self.updates[step].hold and self.holder.held[image] is not None
 
     def _edited(self, step: int, images: Callable[[], Sequence[int]]) -> AbstractContextManager[None]:
         """Context for gradient passes, in which the step's edits act; `images` gives those of the current pass."""
@@ -577,9 +585,10 @@ def _row(
     gradient_norm: float = 0.0,
     moved: float = 0.0,
     refinements: int = 0,
+    guided: bool = True,
     skipped: bool = False,
 ) -> dict[str, Any]:
-    """One row of the trace; by default without a gradient."""
+    """One row of the trace; by default that of a step in which attention scores are edited, without a gradient."""
     return {
         "step": step,
         "timestep": float(timestep),
@@ -590,5 +599,6 @@ def _row(
         "moved": moved,
         "refinements": refinements,
         "seconds": seconds,
+        "guided": guided,
         "skipped": skipped,
     }

@@ -87,7 +87,7 @@ class InitNO(ReadsOneSize):
         Share of the denoising steps that are guided, from the first; 25 of 50 in the official code. 0 only searches for
         the noise.
     refinements : int
-        Largest number of additional updates at 0.2 and 0.4 of the denoising steps; 20 in the official code.
+        Largest number of additional updates after shares 0.2 and 0.4 of the denoising steps; 20 in the official code.
     layers, size
         Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 

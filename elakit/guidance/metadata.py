@@ -112,7 +112,7 @@ def option_values(method: Any) -> dict[str, Any]:
 
 
 def options_of(method: Any) -> dict[str, Any]:
-    """Values of a method's options by dotted name, as plain values for JSON.
+    """Values of a method's options by dotted name, in a form that JSON can represent.
 
     Parameters
     ----------

@@ -94,7 +94,7 @@ class PredicatedDiffusion(ReadsOneSize):
         check_whole(self, "refinements")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Decreasing step sizes, additional updates first; no update if the prompt names only one entity."""
+        """Decreasing step sizes with refinement at the first step; no update if the prompt names only one entity."""
         if len(prompt.entities) < 2:
             return []
         # `None` sets no goal: all extra updates are made

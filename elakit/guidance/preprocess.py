@@ -59,9 +59,9 @@ def word_softmax(maps: Tensor, start: int | None = 0, end: int | None = None) ->
     start : int or None
         Position of start-of-text; None if the text has none (T5), so that its first position is a word.
     end : int, optional
-        Position from which on positions are left out of the softmax; by default the last one, as in the official code
-        for Stable Diffusion 1.x. With the position of end-of-text, end-of-text and padding are left out, as in the
-        official code for 2.x (its ``normalize_eot``).
+        First of the positions at the end that are left out of the softmax; by default the last position, as in the
+        official code for Stable Diffusion 1.x. With the position of end-of-text, end-of-text and padding are left out,
+        as in the official code for 2.x (its ``normalize_eot``).
 
     Returns
     -------
@@ -122,8 +122,8 @@ def quantized_otsu(maps: Tensor) -> np.ndarray:
     Returns
     -------
     ndarray, bool, (n, y, x)
-        Locations at or above the threshold. It is the highest level of the lower class, which therefore belongs to the
-        mask, as in the official code.
+        Locations at or above the threshold. As in the official code, the threshold is the highest level of the lower
+        class, so that locations at this level belong to the mask.
 
     Examples
     --------

@@ -50,7 +50,7 @@ class ReadsOneSize:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadsFirstBlocks:
-    """Base class of methods that read the middle and the first upward block of a UNet, and follow the raw gradient.
+    """Base class of methods that read the middle and the first upward block of a U-Net, and follow the raw gradient.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class ReadsFirstBlocks:
     layers: str | None = None
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The middle and first upward block of a UNet, all layers of another network, or those that match `layers`."""
+        """The middle and first upward block of a U-Net, all layers of another network, or those that match `layers`."""
         return first_blocks(layers) if self.layers is None else select_layers(layers, self.layers)
 
     def direction(self, gradient: Tensor) -> Tensor:
@@ -90,11 +90,11 @@ class EditsFirstSteps:
 
 
 def first_blocks(layers: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
-    """Layers of the middle and the first upward block of a UNet; all layers of another network."""
+    """Layers of the middle and the first upward block of a U-Net; all layers of another network."""
     block = next((_block(layer) for layer in layers if layer.place == "up"), None)
     return tuple(layer for layer in layers if layer.place == "mid" or _block(layer) == block) or tuple(layers)
 
 
 def _block(layer: AttentionLayer) -> tuple[str, ...]:
-    """The block of a UNet that a layer is in, such as ("up_blocks", "1")."""
+    """The block of a U-Net that a layer is in, such as ("up_blocks", "1")."""
     return tuple(layer.name.split(".")[:2])

@@ -64,11 +64,11 @@ class RegionalAttention:
         one that wears, holds or is inside another. "maps": regions localized in the maps of the previous step
         (`FromMaps` with its defaults), again at every step. Must be None if regions are given for all entities.
     strength : float
-        Amount subtracted from the scores of an entity's words outside its region; 5 reduces their odds to .7%.
+        Amount subtracted from the scores of an entity's words outside its region; 5 multiplies their odds by .007.
     start : float, optional
         Share of the denoising steps before attention is restricted. By default .08 for "strips", .2 for "maps", and 0
-        if all regions are given by hand. Other regions need the maps of a previous step, so the first step is then
-        never restricted.
+        if all regions are given by hand. Regions that are not given by hand come from the maps of an earlier step, so
+        with them the first step is never restricted.
     guided : float
         Share of the denoising steps that are restricted, from `start` on.
     every : int
@@ -186,7 +186,7 @@ class RegionalAttention:
         return restriction(masks, words, self.strength)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Anchors) -> Loss:
-        """Squared share of attention outside the regions, for the trace only: "outside" plus "attributes"."""
+        """Squared share of attention outside the regions, for the trace only; see `confinement`."""
         maps = attention.mean
         masks = self._masks(maps.detach(), prompt, state) if state.held is None else state.held
         return confinement(maps, masks, prompt)

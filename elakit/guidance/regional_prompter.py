@@ -56,7 +56,10 @@ class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
     title: ClassVar[str] = "Regional Prompter"
 
     def encode(self, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
-        """Text states of the prompt, with those of each entity's words from a separate text, then of the texts."""
+        """Text states of the prompt, followed by those of one separate text per entity.
+
+        In the prompt's part, the words of each entity have the states from the entity's separate text, too.
+        """
         check_text(adapter, conditioning, "RegionalPrompter")
         if len(conditioning.inputs[STATES][0]) != prompt.length:
             raise SettingError(
@@ -98,7 +101,7 @@ class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
         )  # fmt: skip
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Squared share of attention outside the columns, for the trace only: "outside" plus "attributes"."""
+        """Squared share of attention outside the columns, for the trace only; see `confinement`."""
         maps = attention.mean
         ranks = in_order(prompt)
         return confinement(maps, columns((maps.shape[1], maps.shape[2]), len(ranks))[ranks], prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, MutableMapping
 from importlib import import_module
 from typing import Any
@@ -78,7 +79,8 @@ def method_title(name: str) -> str:
     Parameters
     ----------
     name : str
-        Name in `METHODS`, or any other name.
+        Name in `METHODS`, or any other name. Options or settings may follow it, as in the labels of
+        `elakit.sweep.summary`: "ela(anchor.step_size=0.2)", "ela, steps 20".
 
     Returns
     -------
@@ -88,8 +90,13 @@ def method_title(name: str) -> str:
     --------
     >>> method_title("attend-and-excite"), method_title("plain")
     ('Attend-and-Excite', 'plain')
+    >>> method_title("ela(anchor.step_size=0.2), steps 20")
+    'ELA(anchor.step_size=0.2), steps 20'
     """
-    return METHODS[name].title if name in METHODS else name
+    if name in METHODS:
+        return str(METHODS[name].title)
+    method = re.split(r"[(,]", name, maxsplit=1)[0]
+    return METHODS[method].title + name[len(method) :] if method in METHODS else name
 
 
 def without_regions(name: str) -> Any:

@@ -65,7 +65,7 @@ class SelfCross(ReadsOneSize):
         Share of the denoising steps that are guided, from the first; 25 of 50 in the official code, 40 for Stable
         Diffusion 2.1.
     refinements : int
-        Largest number of additional updates at 0.2 and 0.4 of the denoising steps; 20 in the official code.
+        Largest number of additional updates after shares 0.2 and 0.4 of the denoising steps; 20 in the official code.
     until : float
         Value of the whole loss at or below which refinement ends; 0.2 in the official code.
     top : int

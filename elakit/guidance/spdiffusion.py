@@ -171,7 +171,7 @@ class SPDiffusion(EditsFirstSteps, ReadsOneSize):
         return restriction(partial(_allowed_at, state.regions), words, -NEVER, regions=state.regions)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Protection) -> Loss:
-        """Squared share of attention in other entities' regions, for the trace only: "outside" plus "attributes"."""
+        """Squared share of attention in other entities' regions, for the trace only; see `confinement`."""
         if state.regions is None:
             self.rehearse(
                 [Attention((attention.mean.detach()[None],), (attention.own_mean.detach()[None],))], prompt, state

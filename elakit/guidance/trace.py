@@ -20,14 +20,16 @@ class Trace:
     method : str
         Name of the method, a key of `elakit.guidance.METHODS`.
     options : dict
-        Options of the method, as plain values.
+        Options of the method, as values for JSON.
     entities : tuple of str
         Labels of the prompt's entities.
     rows : list of dict
-        One row per guided step with the keys step (counted from 0), timestep, step_size, loss and the names of its
-        terms; gradient_norm and moved (root mean square of the change of the latent), both for latents of unit
-        variance; refinements (number of latent steps before the last one); seconds (for the whole batch); and skipped
-        (True if the gradient was not finite, so that the latent was not changed).
+        One row per step at which the method computed its loss, with the keys step (counted from 0), timestep, step_size
+        (0 if the latent was not moved), loss and the names of its terms; gradient_norm and moved (root mean square of
+        the change of the latent), both for latents of unit variance; refinements (number of latent steps before the
+        last one); seconds (for the whole batch); guided (True if the method moved the latent or edited attention
+        scores; False at the step at which it found that the image needs no more guidance); and skipped (True if the
+        gradient was not finite, so that the latent was not changed).
     searched : list of dict
         One row per trial of initial noise, for methods that search for it.
     """
@@ -40,13 +42,13 @@ class Trace:
     _regions: dict[int, np.ndarray] = field(default_factory=dict)
 
     def to_frame(self) -> pd.DataFrame:
-        """`rows` as a DataFrame with the index "step"; empty if no step was guided."""
+        """`rows` as a DataFrame with the index "step"; empty if there are no rows."""
         frame = pd.DataFrame(self.rows)
         return frame.set_index("step") if len(frame) else frame
 
     @property
     def regions(self) -> xr.DataArray | None:
-        """Regions of the entities at the guided steps, bool (step, entity, y, x); None if the method has none."""
+        """Regions of the entities at the steps of `rows`, bool (step, entity, y, x); None if the method has none."""
         if not self._regions:
             return None
         return xr.DataArray(
@@ -55,6 +57,19 @@ class Trace:
             coords={"step": list(self._regions), "entity": list(self.entities)},
             name="regions",
         )
+
+    @property
+    def guided(self) -> tuple[int, ...]:
+        """Steps at which the method moved the latent or edited attention scores, counted from 0.
+
+        Examples
+        --------
+        >>> rows = [{"step": 4, "guided": True, "skipped": False}, {"step": 5, "guided": False, "skipped": False}]
+        >>> Trace("ela", {}, ("cat", "lion"), rows).guided
+        (4,)
+        """
+        # traces written before the key existed have rows of guided steps only, apart from the last one
+        return tuple(int(row["step"]) for row in self.rows if row.get("guided", True))
 
     @property
     def skipped(self) -> int:
@@ -68,7 +83,7 @@ class Trace:
             self._regions[row["step"]] = regions
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without the regions.
+        """Values for JSON, without the regions.
 
         Examples
         --------
@@ -128,4 +143,5 @@ class Trace:
         )
 
     def __repr__(self) -> str:
-        return f"Trace({self.method}, {len(self.rows)} guided steps)"
+        count = len(self.guided)
+        return f"Trace({self.method}, {count} guided {'step' if count == 1 else 'steps'})"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -85,25 +86,30 @@ class Segmenter(nn.Module):
 
 
 @lru_cache(maxsize=1)
-def load_segmenter() -> Segmenter:
-    """Load the built-in judge, once per process.
+def load_segmenter(model: Path | None = None) -> Segmenter:
+    """Load a judge; the one that was loaded last is kept.
+
+    Parameters
+    ----------
+    model : Path, optional
+        Folder with ``judge/model.safetensors``, as the training writes it; by default the built-in model.
 
     Raises
     ------
     ModelError
         The weights are missing or belong to another version.
     """
-    path = data_path("picture-world", "judge", "model.safetensors")
+    path = (model or data_path("picture-world")) / "judge" / "model.safetensors"
     remedy = "Train them: python -m elakit.world.train --stage judge, and copy judge/ to data/picture-world/."
     if not path.exists():
-        raise ModelError(f"The judge's weights are missing ({path.name}). {remedy}")
+        raise ModelError(f"The judge's weights are missing ({path.name if model is None else path}). {remedy}")
     weights = {name: value.float() for name, value in load_file(path).items()}
     try:
-        model = Segmenter(outputs=len(weights["head.weight"]))
-        model.load_state_dict(weights)
+        network = Segmenter(outputs=len(weights["head.weight"]))
+        network.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:
         raise ModelError(f"The judge's weights ({path.name}) do not fit this version of elakit. {remedy}") from error
-    return model.eval()
+    return network.eval()
 
 
 @dataclass(frozen=True)
@@ -128,14 +134,39 @@ class Seen:
     unrecognizable: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class Component:
+    """Connected component of one class in an image, before the thresholds decide what it is.
+
+    Attributes
+    ----------
+    thing : Thing
+        The component as a recognizable thing that is not a hybrid.
+    mixed, unrecognizable : float
+        Mean probability over its pixels of a hybrid, and of an unrecognizable shape.
+    second : str
+        The second most probable noun.
+    blobs : frozenset of int
+        Connected regions of any class that the component lies in.
+    """
+
+    thing: Thing
+    mixed: float
+    unrecognizable: float
+    second: str
+    blobs: frozenset[int]
+
+
 @torch.no_grad()
-def segment(images: np.ndarray) -> Seen:
+def segment(images: np.ndarray, model: Path | None = None) -> Seen:
     """Classify every pixel of some images.
 
     Parameters
     ----------
     images : ndarray, uint8, (n, size, size, 3)
         `size` is a multiple of 32.
+    model : Path, optional
+        As in `load_segmenter`.
 
     Returns
     -------
@@ -150,9 +181,9 @@ def segment(images: np.ndarray) -> Seen:
     'frog'
     """
     pixels = torch.tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    model = load_segmenter()
+    network = load_segmenter(model)
     # mean over the image and its mirror image
-    scores = (model(pixels) + model(pixels.flip(-1)).flip(-1)) / 2
+    scores = (network(pixels) + network(pixels.flip(-1)).flip(-1)) / 2
     probabilities = scores[:, :CLASSES].softmax(1)
     mixed, spoiled = scores[:, CLASSES].sigmoid(), scores[:, CLASSES + 1 :].sigmoid()
     unrecognizable = spoiled[:, 0] if spoiled.shape[1] else torch.zeros_like(mixed)
@@ -181,37 +212,84 @@ def find_things(image: Image.Image, nouns: Sequence[str] = ()) -> list[Thing]:
     >>> [(thing.noun, thing.color, thing.mixed_with) for thing in find_things(Image.fromarray(scene.image))]
     [('apple', 'green', ())]
     """
+    return decide(find_components(image))
+
+
+def find_components(image: Image.Image, model: Path | None = None) -> list[Component]:
+    """Find what may be a thing in an image, the largest first; `decide` applies the thresholds.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+    model : Path, optional
+        As in `load_segmenter`.
+
+    Returns
+    -------
+    list of Component
+    """
     rgb = image.convert("RGB")
     way = Image.Resampling.BOX if min(rgb.size) >= SIZE else Image.Resampling.BICUBIC
     pixels = np.asarray(rgb.resize((SIZE, SIZE), way))
-    seen = segment(pixels[None])
-    classes, probabilities, mixed = seen.classes[0], seen.probabilities[0], seen.mixed[0]
-    found = [p for p in _components(_without_specks(classes)) if p[1].mean() >= LEAST_AREA]
-    hybrid = [bool(mixed[mask].mean() > MIXED) for _, mask in found]
+    seen = segment(pixels[None], model)
+    classes, probabilities = seen.classes[0], seen.probabilities[0]
     blobs = label(classes > 0, connectivity=2)
-    full = (rgb.height, rgb.width)
+    components = []
+    for value, mask in _components(_without_specks(classes)):
+        if mask.mean() < LEAST_AREA:
+            continue
+        mean = probabilities[:, mask].mean(1)
+        mean[[0, value]] = 0
+        thing = Thing(
+            noun=NOUNS[value - 1],
+            mask=np.asarray(Image.fromarray(mask).resize(rgb.size, Image.Resampling.NEAREST)),
+            score=float(probabilities[value][mask].mean()),
+            color=thing_color(pixels, mask, NOUNS[value - 1]),
+        )
+        components.append(
+            Component(
+                thing=thing,
+                mixed=float(seen.mixed[0][mask].mean()),
+                unrecognizable=float(seen.unrecognizable[0][mask].mean()),
+                second=NOUNS[int(mean.argmax()) - 1],
+                blobs=frozenset(np.unique(blobs[mask]).tolist()),
+            )
+        )
+    return components
+
+
+def decide(
+    components: Sequence[Component], mixed: float = MIXED, unrecognizable: float = UNRECOGNIZABLE
+) -> list[Thing]:
+    """Decide which components of an image are parts of hybrids, and which are unrecognizable.
+
+    Parameters
+    ----------
+    components : sequence of Component
+        All components of an image.
+    mixed, unrecognizable : float
+        A component is part of a hybrid, or unrecognizable, if its mean probability is larger.
+
+    Returns
+    -------
+    list of Thing
+    """
     things = []
-    for (value, mask), is_hybrid in zip(found, hybrid, strict=True):
-        partners: list[int] = []
-        if is_hybrid:
-            here = set(np.unique(blobs[mask]))
+    for one in components:
+        partners: list[str] = []
+        if one.mixed > mixed:
+            noun = one.thing.noun
             partners = [
-                other
-                for (other, area), mixed_too in zip(found, hybrid, strict=True)
-                if mixed_too and other != value and here & set(np.unique(blobs[area]))
+                other.thing.noun
+                for other in components
+                if other.mixed > mixed and other.thing.noun != noun and one.blobs & other.blobs
             ]
-            if not partners:  # blended all over: the second most probable noun
-                mean = probabilities[:, mask].mean(1)
-                mean[[0, value]] = 0
-                partners = [int(mean.argmax())]
+            partners = partners or [one.second]  # without partners, it is blended all over
         things.append(
-            Thing(
-                noun=NOUNS[value - 1],
-                mask=np.asarray(Image.fromarray(mask).resize(full[::-1], Image.Resampling.NEAREST)),
-                score=float(probabilities[value][mask].mean()),
-                color=thing_color(pixels, mask, NOUNS[value - 1]),
-                mixed_with=tuple(dict.fromkeys(NOUNS[p - 1] for p in partners)),
-                recognizable=bool(seen.unrecognizable[0][mask].mean() <= UNRECOGNIZABLE),
+            replace(
+                one.thing,
+                mixed_with=tuple(dict.fromkeys(partners)),
+                recognizable=one.unrecognizable <= unrecognizable,
             )
         )
     return things

@@ -14,7 +14,7 @@ import numpy as np
 import xarray as xr
 
 from elakit.checks import is_whole
-from elakit.errors import SettingError
+from elakit.errors import SettingError, clause
 
 __all__ = [
     "area_mean",
@@ -78,7 +78,7 @@ def as_array(values: Any, name: str) -> np.ndarray:
     try:
         array = np.array(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise SettingError(f"{name} cannot be read as an array of numbers: {error}.") from None
+        raise SettingError(f"{name} cannot be read as an array of numbers: {clause(error)}.") from None
     if bad := int((~np.isfinite(array)).sum()):
         raise SettingError(
             f"{name}: {bad} of {array.size} values are NaN or infinite; attention must be finite"
@@ -118,7 +118,9 @@ def as_masks(values: Any, name: str) -> np.ndarray:
 def same_size(a: np.ndarray, b: np.ndarray) -> None:
     """Raise SettingError if the spatial sizes (y, x) of two arrays differ."""
     if a.shape[-2:] != b.shape[-2:]:
-        raise SettingError(f"sizes {a.shape[-2:]} and {b.shape[-2:]} (y, x) differ; resize one first.")
+        raise SettingError(
+            f"The sizes (y, x) of both arrays must be equal, not {a.shape[-2:]} and {b.shape[-2:]}. Resize one first."
+        )
 
 
 def broadcast(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -87,7 +87,7 @@ def decoded(pipe: SupportedPipeline, latents: torch.Tensor) -> list[Image.Image]
 
 @torch.no_grad()
 def encoded(pipe: SupportedPipeline, image: Image.Image) -> torch.Tensor:
-    """Latents of an image, (1, c, h, w): the inverse of `decoded`."""
+    """Latents of an image, (1, c, h, w); `decoded` returns the image again, except for the loss of the autoencoder."""
     vae, config = pipe.vae, pipe.vae.config
     pixels = pipe.image_processor.preprocess(image.convert("RGB"))
     precision = vae.dtype
@@ -118,7 +118,7 @@ def call_default(pipe: Pipeline, name: str) -> Any:
 def decoder_side(places: Iterable[str]) -> str:
     """Pattern for `select_layers` that selects the decoder in a model with the given places of layers.
 
-    It is "up" for a UNet and "all" for a transformer, which has no decoder.
+    It is "up" for a U-Net and "all" for a transformer, which has no decoder.
 
     Examples
     --------
@@ -170,6 +170,10 @@ def scheduler_timestep(pipe: SupportedPipeline, wanted: float) -> float:
     return min(known.tolist(), key=lambda one: abs(one - wanted))
 
 
+class Remediable(str):
+    """Reason that states how to change the pipeline so that it is supported; errors then show nothing else."""
+
+
 class OtherKind(str):
     """Reason that states only that a pipeline is of another kind; errors show more specific reasons instead."""
 
@@ -178,7 +182,7 @@ def modular(pipe: Pipeline) -> str | None:
     """Reason why a modular pipeline is refused; None for other pipelines."""
     if not is_a(pipe, "ModularPipeline"):
         return None
-    return (
+    return Remediable(
         "it is a modular pipeline, whose guiders and blocks elakit does not read; load the standard pipeline of the "
         "same model with `elakit.load`"
     )
@@ -192,7 +196,7 @@ def compiled(module: Any, path: str) -> str | None:
     """
     name = path.rpartition(".")[2]
     if hasattr(module, "_orig_mod"):
-        return (
+        return Remediable(
             f"its {name} was wrapped by torch.compile, inside which attention cannot be read without changing the "
             f"image; use the original module, `{path} = {path}._orig_mod`, for recording and guidance"
         )
@@ -200,14 +204,14 @@ def compiled(module: Any, path: str) -> str | None:
     for part_name, part in parts:
         if hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable"):
             owner = f"{path}.{part_name}" if part_name else path
-            return (
+            return Remediable(
                 f"the forward method of {owner} was wrapped by torch.compile, inside which attention cannot be read "
                 f"without changing the image; set the original one back, for example with `del {owner}.forward`"
             )
     inside = next((part_name for part_name, part in parts if _is_compiled(part)), None)
     if inside is None:
         return None
-    return (
+    return Remediable(
         f"its {name} was compiled in place ({inside or 'as a whole'}), inside which attention cannot be read without "
         "changing the image; load the pipeline again without compiling it, or undo it with "
         f"`for part in {path}.modules(): part._compiled_call_impl = None`"
@@ -219,7 +223,7 @@ def _is_compiled(part: nn.Module) -> bool:
 
 
 def image_grid(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns of the image, (B, C, h, w), in the arguments of a UNet block."""
+    """(height, width) of ``hidden_states``, a tensor (B, C, height, width), in the arguments of a U-Net block."""
     image = argument(args, kwargs, 0, "hidden_states")
     return image.shape[-2], image.shape[-1]
 
@@ -259,14 +263,14 @@ class AttentionLayer:
         Path of the attention module in the denoiser, such as
         ``"up_blocks.1.attentions.0.transformer_blocks.0.attn2"``.
     place : {"down", "mid", "up"} or {"double", "single"} or {"block"}
-        Side of a UNet; double- or single-stream block in joint attention; "block" in a transformer with
+        Side of a U-Net; double- or single-stream block in joint attention; "block" in a transformer with
         cross-attention.
     heads : int
         Number of attention heads.
     module : torch.nn.Module
         Attention module, whose query and key projections are read.
     block : torch.nn.Module
-        Module that contains the attention module, and whose arguments give the size of the layer's maps: in a UNet the
+        Module that contains the attention module, and whose arguments give the size of the layer's maps: in a U-Net the
         block whose input is the image, (B, C, h, w); in a transformer the whole denoiser.
     factor : int
         Side of the latent divided by the side of this layer's maps.
@@ -399,7 +403,7 @@ class Adapter(Protocol):
         Name of the guidance scale in the pipeline's call.
     pipe : diffusers.DiffusionPipeline
     denoiser : torch.nn.Module
-        The UNet or transformer of the pipeline.
+        The U-Net or transformer of the pipeline.
     """
 
     family: ClassVar[str]
@@ -486,7 +490,10 @@ class Adapter(Protocol):
         """Set the scheduler's timesteps as the pipeline's call does, and return the factor of the initial noise."""
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from latents in the pipeline's format, including the noisy latents in the middle of a run."""
+        """Images decoded from latents in the pipeline's format; the latents of an unfinished run may be noisy.
+
+        ``height`` and ``width`` are those of the images in pixels.
+        """
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:
         """Latents of an image for one row, in the pipeline's format."""

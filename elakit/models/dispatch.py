@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elakit.errors import ModelError
-from elakit.models.adapter import Adapter, OtherKind
+from elakit.models.adapter import Adapter, OtherKind, Remediable
 from elakit.models.aura_flow import AuraFlow
 from elakit.models.chroma import Chroma
 from elakit.models.cogvideox import CogVideoX
@@ -76,7 +76,7 @@ def adapter_for(pipe: Pipeline) -> Adapter:
     >>> adapter_for("a string")
     Traceback (most recent call last):
     ...
-    elakit.errors.ModelError: str is not supported: it has no UNet; it has no transformer. Supported: Stable...
+    elakit.errors.ModelError: str is not supported: it has no U-Net; it has no transformer. Supported: Stable...
     """
     kept = getattr(pipe, "__dict__", {}).get(_KEPT)
     # A copied pipeline still has the adapter of the original.
@@ -102,7 +102,13 @@ def refuse_index(what: str, index: Mapping[str, Any]) -> None:
 
 
 def unsupported(what: str, reasons: Sequence[str]) -> ModelError:
-    """Error for a pipeline of no supported family; it states what the closest families, or else all, require."""
+    """Error for a pipeline of no supported family.
+
+    The message states how to change the pipeline, if a change is enough. Otherwise it states why the closest families
+    do not fit or, if none is close, why each family does not fit, and lists the supported families.
+    """
+    if remedy := next((reason for reason in reasons if isinstance(reason, Remediable)), None):
+        return ModelError(f"{what} is not supported as it is: {remedy}.")
     near = [reason for reason in reasons if not isinstance(reason, OtherKind)]
     kinds = list(dict.fromkeys(near or reasons))
     families = "; ".join(family.family for family in FAMILIES)

@@ -239,7 +239,7 @@ class Flux(SeparateNegative):
         return packed
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from packed latents, (n, patches, 4c), also of the noisy latents in the middle of a run."""
+        """Images decoded from packed latents, (n, patches, 4c); the latents of an unfinished run may be noisy."""
         return super().decode(
             self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor), height, width
         )

@@ -184,7 +184,7 @@ class Flux2(Flux):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from packed latents, (n, patches, 4c), also of the noisy latents in the middle of a run."""
+        """Images decoded from packed latents, (n, patches, 4c); the latents of an unfinished run may be noisy."""
         pipe, vae = self.pipe, self.pipe.vae
         ids = self._image_ids(height, width).expand(len(latents), -1, -1)
         unpacked = pipe._unpack_latents_with_ids(latents, ids)

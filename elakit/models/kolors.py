@@ -1,4 +1,4 @@
-"""Kolors: the UNet of SDXL with cross-attention to the states of a language model."""
+"""Kolors: the U-Net of SDXL with cross-attention to the states of a language model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from elakit.tokens import TextSequence
 class Kolors(StableDiffusionXL):
     """Adapter of Kolors pipelines.
 
-    The UNet projects the states of ChatGLM, which the tokenizer pads on the left, to the channels of its
+    The U-Net projects the states of ChatGLM, which the tokenizer pads on the left, to the channels of its
     cross-attention; the state of the last position stands for the whole prompt.
 
     Parameters

@@ -258,14 +258,15 @@ def _component(name: str, part: str, kind: Any, folder: Path, dtype: torch.dtype
     )
     faults = []
     for what, keys in (
-        ("are missing", info["missing_keys"]),
-        ("are not known to its architecture", info["unexpected_keys"]),
-        ("have another shape", [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]),
+        ("missing", info["missing_keys"]),
+        ("not known to its architecture", info["unexpected_keys"]),
+        ("of another shape", [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]),
     ):
         found = sorted(key for key in keys if not key.endswith(_COMPUTED))
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            faults.append(f"{len(found)} weights {what} ({', '.join(found[:3])}{more})")
+            plural = "weight" if len(found) == 1 else "weights"
+            faults.append(f"{len(found)} {plural} {what} ({', '.join(found[:3])}{more})")
     if faults:
         raise ModelError(
             f"The {part} of model {name!r} ({kind.__name__}) does not fit its files: {'; '.join(faults)}. Download or "

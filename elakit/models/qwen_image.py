@@ -160,7 +160,7 @@ class QwenImage(SeparateNegative):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from packed latents, (n, patches, 4c), also of the noisy latents in the middle of a run."""
+        """Images decoded from packed latents, (n, patches, 4c); the latents of an unfinished run may be noisy."""
         pipe, vae = self.pipe, self.pipe.vae
         frames = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor).to(vae.dtype)
         mean, spread = self._statistics(frames)

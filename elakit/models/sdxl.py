@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: a UNet and two CLIP text encoders that read the same tokens."""
+"""Stable Diffusion XL: a U-Net and two CLIP text encoders that read the same tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from elakit.pipeline import Pipeline, UNetPipeline
 
 
 class XLPipeline(UNetPipeline, Protocol):
-    """Members of the family's pipelines that its adapter uses, besides the UNet."""
+    """Members of the family's pipelines that its adapter uses, besides the U-Net."""
 
     def _get_add_time_ids(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
 
@@ -22,7 +22,7 @@ class StableDiffusionXL(UNetAdapter):
     """Adapter of SDXL pipelines (text-to-image, img2img, inpainting, ControlNet).
 
     Both encoders split the text into the same tokens and their states are concatenated along the channels, so that one
-    position stands for the same token in both; only their padding tokens differ. The outermost blocks of the UNet do
+    position stands for the same token in both; only their padding tokens differ. The outermost blocks of the U-Net do
     not attend to text: at 1024 pixels there are maps with 64 and 32 rows, none with 128.
 
     Parameters
@@ -63,7 +63,7 @@ class StableDiffusionXL(UNetAdapter):
     def _added(
         self, embeds: torch.Tensor, pooled: torch.Tensor, size: tuple[int, int] | None, config: Any
     ) -> dict[str, torch.Tensor]:
-        """Further conditions of the UNet: the pooled text state and the image's size."""
+        """Further conditions of the U-Net: the pooled text state and the image's size."""
         size = size or self.default_size()
         time_ids = self.pipe._get_add_time_ids(
             size,

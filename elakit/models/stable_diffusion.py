@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: a UNet and one CLIP text encoder."""
+"""Stable Diffusion 1.x and 2.x: a U-Net and one CLIP text encoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class StableDiffusion(UNetAdapter):
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
-        ``StableDiffusionPipeline`` or a pipeline with the same UNet (img2img, inpainting, ControlNet...).
+        ``StableDiffusionPipeline`` or a pipeline with the same U-Net (img2img, inpainting, ControlNet...).
 
     Raises
     ------

@@ -335,7 +335,7 @@ class TransformerAdapter(PromptEncoder):
         retrieve_timesteps(scheduler, steps, self.pipe._execution_device, sigmas=sigmas, mu=shift)
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from latents, (n, c, h, w), also of the noisy latents in the middle of a run."""
+        """Images decoded from latents, (n, c, h, w); the latents of an unfinished run may be noisy."""
         return decoded(self.pipe, latents)
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:

@@ -31,7 +31,7 @@ from elakit.models.encoding import PromptEncoder
 from elakit.pipeline import Pipeline, UNetPipeline
 from elakit.tokens import TextSequence
 
-# Pipelines with a supported UNet whose batch has another layout, or that make passes of their own.
+# Pipelines with a supported U-Net whose batch has another layout, or that make passes of their own.
 _OTHER_ROWS = {
     "StableDiffusionInstructPix2PixPipeline": "it guides by three passes (text and image, image, neither)",
     "StableDiffusionXLInstructPix2PixPipeline": "it guides by three passes (text and image, image, neither)",
@@ -40,7 +40,7 @@ _OTHER_ROWS = {
 
 
 class UNetAdapter(PromptEncoder):
-    """Base of the families with a UNet; a family adds its name, and the number and class of its text encoders.
+    """Base of the families with a U-Net; a family adds its name, and the number and class of its text encoders.
 
     Parameters
     ----------
@@ -73,12 +73,12 @@ class UNetAdapter(PromptEncoder):
             return reason
         unet = getattr(pipe, "unet", None)
         if unet is None:
-            return OtherKind("it has no UNet")
+            return OtherKind("it has no U-Net")
         if reason := compiled(unet, "pipe.unet"):
             return reason
         if not is_a(unet, "UNet2DConditionModel"):
             name = type(unet).__name__
-            return f"its UNet has the class {name}, which does not attend to text as a UNet2DConditionModel does"
+            return f"its U-Net has the class {name}, which does not attend to text as a UNet2DConditionModel does"
         second = any(getattr(pipe, name, None) is not None for name in ("tokenizer_2", "text_encoder_2"))
         if second != cls.two_encoders:
             return OtherKind(f"it has {'two text encoders' if second else 'one text encoder'}")
@@ -93,7 +93,7 @@ class UNetAdapter(PromptEncoder):
         if not hasattr(type(pipe), "do_classifier_free_guidance"):
             return "it does not show which rows of a batch are conditional (no `do_classifier_free_guidance`)"
         if next(_layers(unet), None) is None:
-            return "no layer of its UNet attends to text"
+            return "no layer of its U-Net attends to text"
         return None
 
     @classmethod
@@ -101,9 +101,9 @@ class UNetAdapter(PromptEncoder):
         """Same as `refusal`, from a ``model_index.json``."""
         unet = (index.get("unet") or [None, None])[1]
         if unet is None:
-            return OtherKind("it has no UNet")
+            return OtherKind("it has no U-Net")
         if unet != "UNet2DConditionModel":
-            return f"its UNet has the class {unet}, which does not attend to text"
+            return f"its U-Net has the class {unet}, which does not attend to text"
         if str(index.get("_class_name")) in _OTHER_ROWS:
             return _OTHER_ROWS[str(index["_class_name"])]
         second = (index.get("tokenizer_2") or [None])[0] is not None
@@ -138,7 +138,7 @@ class UNetAdapter(PromptEncoder):
         return self._layers
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Batch size, timestep and latent size of a call of the UNet."""
+        """Batch size, timestep and latent size of a call of the U-Net."""
         sample = argument(args, kwargs, 0, "sample")
         timestep = torch.as_tensor(argument(args, kwargs, 1, "timestep"))
         return Call(sample.shape[0], float(timestep.flatten()[0]), (sample.shape[-2], sample.shape[-1]))
@@ -201,7 +201,7 @@ class UNetAdapter(PromptEncoder):
         return self.denoiser(latents, timestep, **conditioning.rows(len(latents), latents.dtype), return_dict=False)[0]
 
     def _distilled(self, guidance_scale: float | None) -> dict[str, Any]:
-        """Guidance scale as an input of a guidance-distilled UNet (latent consistency models)."""
+        """Guidance scale as an input of a guidance-distilled U-Net (latent consistency models)."""
         width = self.pipe.unet.config.time_cond_proj_dim
         if width is None:
             return {}
@@ -231,7 +231,7 @@ class UNetAdapter(PromptEncoder):
         return float(self.pipe.scheduler.init_noise_sigma)
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from latents, (n, c, h, w), also of the noisy latents in the middle of a run."""
+        """Images decoded from latents, (n, c, h, w); the latents of an unfinished run may be noisy."""
         return decoded(self.pipe, latents)
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:

@@ -276,7 +276,7 @@ def _line(
 
 
 def _shade_guided(made: style.Panels, runs: Sequence[Run], column: int) -> None:
-    steps = [row["step"] for run in runs if run.guidance is not None for row in run.guidance.rows]
+    steps = [step for run in runs if run.guidance is not None for step in run.guidance.guided]
     if not steps:
         return
     start, stop = step_number(min(steps)) - 0.5, step_number(max(steps)) + 0.5

@@ -41,7 +41,7 @@ def region_evolution(
         A recorded run.
     source : {"recording", "guidance"}
         Source of the regions: "recording" for regions localized in the recorded maps, "guidance" for the regions that
-        the method used, in guided steps only.
+        the method used, at the steps of its trace.
     steps : int or sequence of int
         A number of steps, evenly spaced from the first to the last, or the steps, counted from 0.
     maps : bool

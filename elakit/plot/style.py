@@ -137,7 +137,9 @@ def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
         return [steps[place] for place in places]
     named = [int(step) if step >= 0 else steps[-1] + 1 + int(step) for step in wanted]
     if missing := [step for step in named if step not in steps]:
-        raise SettingError(f"steps={list(wanted)}: {missing} are not available; the steps are {_span(steps)}.")
+        raise SettingError(
+            f"steps={list(wanted)}: not available: {', '.join(map(str, missing))}; the steps are {_span(steps)}."
+        )
     if not named:
         raise SettingError("steps=[]: give the number of steps to show, at least 1, or a list of steps.")
     return named
@@ -153,7 +155,10 @@ _LEAST_WIDTH, _TITLE_LETTER, _CAPTION_LETTER = 320, 10, 6.2
 
 
 def wrap(text: str, letters: float, least: int = 8) -> tuple[str, int]:
-    """Text with ``<br>`` between lines of at most `letters` characters (not fewer than `least`), and their number."""
+    """Text with ``<br>`` between its lines, and the number of lines.
+
+    A line has at most `letters` characters, or `least` if that is more.
+    """
     lines = textwrap.wrap(text, max(least, int(letters)), break_long_words=False, break_on_hyphens=False)
     return "<br>".join(lines), len(lines)
 

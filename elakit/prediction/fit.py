@@ -37,7 +37,7 @@ class Fit(NamedTuple):
 
 
 def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
-    """Fit a predictor, calibrated logistic models, on the images of a sweep.
+    """Fit a predictor, which consists of calibrated logistic models, on the images of a sweep.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
     Raises
     ------
     SettingError
-        The sweep has too few judged images or images without features, or scikit-learn is not installed.
+        The sweep has too few judged images, some of its images have no features, or scikit-learn is not installed.
 
     Notes
     -----
@@ -123,8 +123,8 @@ def confusion(held_out: pd.DataFrame, share: float = 1.0) -> pd.DataFrame:
     Returns
     -------
     DataFrame, int
-        Numbers of images; rows are observed kinds, columns predicted ones. The predicted kind is the one with the
-        largest ratio of its probability to its mean over all images, since the most probable kind is never a rare one.
+        Numbers of images; rows are observed kinds, columns predicted ones. The predicted kind is the one whose
+        probability is largest relative to its mean over all images. A rare kind would never be the most probable one.
 
     Examples
     --------

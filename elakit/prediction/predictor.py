@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from elakit.errors import OutputError, SettingError
+from elakit.errors import OutputError, SettingError, clause
 from elakit.files import read_json, write_json
 from elakit.pipeline_call import GuideIf, Progress
 from elakit.prediction.attention_features import FEATURES, SHARES, features
@@ -263,7 +263,7 @@ def load_predictor(path: str | Path | None = None) -> Predictor:
             about=table["about"],
         )
     except (ValueError, KeyError, TypeError) as error:  # SettingError is a ValueError
-        raise OutputError(f"{path} is not a valid predictor ({error}). {remedy}") from error
+        raise OutputError(f"{path} is not a valid predictor ({clause(error)}). {remedy}") from error
 
 
 def stack(rows: Sequence[Any]) -> np.ndarray:

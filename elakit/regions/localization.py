@@ -302,8 +302,8 @@ def _least_area(min_area: int | None, count: int, area: int) -> int:
         return min(max(1, round(FLOOR * area)), area // count)
     if min_area * count > area:
         raise SettingError(
-            f"min_area={min_area} for {count} entities needs {min_area * count} locations of {area}: "
-            f"at most {area // count} are possible."
+            f"min_area={min_area} for {count} entities needs {min_area * count} locations, but the map has {area}. "
+            f"Give at most {area // count}."
         )
     return min_area
 

@@ -69,7 +69,10 @@ def largest_components(mask: np.ndarray, keep: int) -> np.ndarray:
 def fill_to_floor(
     masks: np.ndarray, scores: np.ndarray, values: np.ndarray, least: int
 ) -> tuple[np.ndarray, tuple[bool, ...]]:
-    """Disjoint regions with at least `least` locations each, by the rule in the notes of `localize`; and which grew."""
+    """Disjoint regions with at least `least` locations each, and whether each region grew to reach that number.
+
+    The notes of `localize` state the rule.
+    """
     count = len(masks)
     held = masks.reshape(count, -1).copy()
     missing = np.maximum(least - held.sum(axis=1), 0)

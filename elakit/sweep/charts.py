@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from elakit.guidance.registry import method_title
 from elakit.plot.style import ENTITY_COLORS, FAINT, FONT, INK, RUN_COLORS, escape
 from elakit.sweep.comparison import summary
 
@@ -35,7 +36,7 @@ def figures(table: pd.DataFrame) -> dict[str, go.Figure]:
 
 def summary_figures(found: pd.DataFrame) -> dict[str, go.Figure]:
     """The same as `figures`, from a table that `elakit.sweep.summary` returned."""
-    names = [escape(name) for name in found.index]
+    names = [escape(method_title(str(name))) for name in found.index]
     # plotly counts rows from the bottom, and the first row is to be at the top
     rows = {"categoryorder": "array", "categoryarray": names[::-1], "automargin": True}
     shares = {"title": "share of images", "tickformat": ".0%", "rangemode": "tozero"}

@@ -272,7 +272,7 @@ def list_suites() -> None:
 
 @app.command("methods")
 def list_methods() -> None:
-    """List the methods that a sweep can run, with the options for --set."""
+    """List the methods that a sweep can run, with the options that --set of `elakit sweep run` takes."""
     from elakit.guidance import METHODS, method_options
     from elakit.sweep.options import sweepable
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from elakit import checks
-from elakit.errors import SettingError
+from elakit.errors import SettingError, clause
 from elakit.guidance.registry import METHODS
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def canonical_options(method: str, options: Mapping[str, Any]) -> str:
     except SettingError:
         raise
     except (TypeError, ValueError) as error:
-        raise SettingError(f"{method} does not accept the options {own}: {error}.") from error
+        raise SettingError(f"{method} does not accept the options {own}: {clause(error)}.") from error
     if not unchanged:
         raise SettingError(f"{method}: the options {own} cannot be stored as JSON. Use numbers, text and lists.")
     return canonical(json.loads(text) | condition)

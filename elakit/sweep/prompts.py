@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from elakit import checks
-from elakit.errors import ElakitError, OutputError, SettingError
+from elakit.errors import ElakitError, OutputError, SettingError, clause
 from elakit.files import read_text
 
 COLUMNS = ("prompt", "text", "caption")  # names of the column or key that holds the prompt, by preference
@@ -141,8 +141,8 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
         raise
     except (OSError, ValueError) as error:
         raise OutputError(
-            f"The prompts in {path} cannot be read as {path.suffix[1:] or 'text'}: {error}. Give a text file with one "
-            "prompt per line."
+            f"The prompts in {path} cannot be read as {path.suffix[1:] or 'text'}: {clause(error)}. Give a text file "
+            "with one prompt per line."
         ) from error
     prompts = tuple(dict.fromkeys(text for each in found if (text := " ".join(str(each).split()))))
     if not prompts:

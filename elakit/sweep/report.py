@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from elakit.files import check_path, write_file, write_text
+from elakit.guidance.registry import method_title
 from elakit.sweep.charts import summary_figures
 from elakit.sweep.comparison import LEVEL, RESAMPLES, score_summary, short, summary
 from elakit.sweep.options import PLAIN
@@ -120,7 +121,7 @@ def _cells(found: pd.DataFrame) -> list[list[str]]:
     """Format the summary, one row per method."""
     rows = []
     for name, row in zip(found.index, found.to_dict("records"), strict=True):
-        cells = [str(name), f"{row['images']:.0f}"]
+        cells = [method_title(str(name)), f"{row['images']:.0f}"]
         for measure, _, _ in MEASURES:
             value, low, high = (row[f"{measure}{end}"] for end in ("", "_low", "_high"))
             if np.isnan(value):
@@ -141,7 +142,7 @@ def _score_cells(scores: pd.DataFrame) -> list[list[str]]:
     for method in dict.fromkeys(scores["method"]):
         own = scores[scores["method"] == method].set_index("score")
         cells = [f"{v.value:.3f} ({v.low:.3f}–{v.high:.3f})" for v in (own.loc[name] for name in names)]
-        rows.append([str(method), *("–" if cell.startswith("nan") else cell for cell in cells)])
+        rows.append([method_title(str(method)), *("–" if cell.startswith("nan") else cell for cell in cells)])
     return rows
 
 
@@ -150,7 +151,7 @@ def _settings(table: pd.DataFrame) -> list[tuple[str, str]]:
     rows = [("prompts", str(table["prompt"].nunique())), ("seeds", _listed(table["seed"]))]
     rows += [(name.replace("_", " "), _listed(table[name])) for name in ("suite", *SETTINGS, "device")]
     options = table[["method", "options"]].drop_duplicates().itertuples(index=False)
-    rows += [(method, _options(text)) for method, text in options if method != PLAIN]
+    rows += [(method_title(method), _options(text)) for method, text in options if method != PLAIN]
     return [(name, value) for name, value in rows if value]
 
 

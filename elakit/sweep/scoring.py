@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from PIL import Image
 
-from elakit.errors import OutputError, SettingError
+from elakit.errors import OutputError, SettingError, clause
 from elakit.files import write_file
 from elakit.sweep.options import PLAIN
 from elakit.sweep.scorers import Sample, Scorer, load_scorer
@@ -122,8 +122,10 @@ def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             return file.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise OutputError(f"The image {path} cannot be read: {error}. Delete it and run the sweep again.") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise OutputError(
+            f"The image {path} cannot be read: {clause(error)}. Delete it and run the sweep again."
+        ) from error
 
 
 def _stored(path: Path, model: str) -> dict[tuple[str, int], dict[str, Any]]:
@@ -134,7 +136,9 @@ def _stored(path: Path, model: str) -> dict[tuple[str, int], dict[str, Any]]:
         rows = pyarrow.parquet.read_table(path, partitioning=None).to_pylist()
         return {(row["key"], row["seed"]): row for row in rows if row["model"] == model}
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise OutputError(f"The scores in {path} cannot be read: {error}. Delete this file and score again.") from error
+        raise OutputError(
+            f"The scores in {path} cannot be read: {clause(error)}. Delete this file and score again."
+        ) from error
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 
-from elakit.errors import OutputError, SettingError
+from elakit.errors import OutputError, SettingError, clause
 from elakit.files import read_json, write_file, write_json
 from elakit.prompt import Prompt
 from elakit.sweep.units import OPTIONAL, Unit
@@ -131,7 +131,7 @@ def _with_scores(folder: Path, frame: pd.DataFrame) -> pd.DataFrame:
             scores = pyarrow.parquet.read_table(path, partitioning=None).to_pandas().drop(columns="model")
         except (pa.ArrowException, OSError, KeyError) as error:
             raise OutputError(
-                f"The scores in {path} cannot be read: {error}. Delete the file and score again."
+                f"The scores in {path} cannot be read: {clause(error)}. Delete the file and score again."
             ) from error
         frame = frame.merge(scores, on=["key", "seed"], how="left")
     return frame
@@ -185,7 +185,7 @@ def check_folder(folder: str | Path) -> Path:
         if isinstance(error, OutputError):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"The folder {shown} cannot be used: {reason}. Choose another one.") from error
+        raise OutputError(f"The folder {shown} cannot be used: {clause(reason)}. Choose another one.") from error
     return path
 
 
@@ -234,7 +234,7 @@ def as_result(unit: Unit, rows: Sequence[dict[str, Any]]) -> Result:
     if [row["seed"] for row in rows] != list(unit.seeds):
         raise SettingError(
             f"The unit has the seeds {list(unit.seeds)}, but its rows have {[row['seed'] for row in rows]}. Return one "
-            "row per seed, in this order."
+            "row per seed, in the order of the unit's seeds."
         )
     images = {row["seed"]: row["png"] for row in rows if "png" in row}
     plain = [{name: value for name, value in row.items() if name != "png"} for row in rows]

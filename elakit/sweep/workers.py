@@ -13,7 +13,7 @@ from threading import Thread
 from types import TracebackType
 from typing import Any, Protocol
 
-from elakit.errors import OutputError, SettingError
+from elakit.errors import OutputError, SettingError, clause
 
 WAIT = 30  # seconds that a Dask scheduler may take to get its first worker
 
@@ -148,8 +148,8 @@ def dask_executor(address: str, wait: float = WAIT) -> Iterator[Executor]:
         client = Client(address)
     except (OSError, ValueError) as error:
         raise SettingError(
-            f"--dask {address}: no scheduler answers at this address ({error}). Start one with  dask scheduler  and "
-            "use the address it prints."
+            f"--dask {address}: no scheduler answers at this address ({clause(error)}). Start one with "
+            " dask scheduler  and use the address it prints."
         ) from error
     with client:
         check_dask_workers(client, wait)
@@ -212,9 +212,15 @@ def visible_gpus(device: str | None) -> tuple[str, ...]:
 
 
 def default_workers(device: str | None, threads: int) -> int:
-    """Default number of workers: one per GPU, or the number of processors divided by `threads`.
+    """Default number of workers: one per GPU or, on the CPU, the number of CPU cores divided by `threads`, at least 1.
 
-    A single device, such as "cuda:0", gets one worker.
+    Parameters
+    ----------
+    device : str or None
+        None or "cuda" stands for all GPUs; without a GPU, None stands for the CPU. A single GPU, such as "cuda:0", gets
+        one worker.
+    threads : int
+        Number of torch threads per worker.
 
     Examples
     --------

@@ -499,7 +499,7 @@ def test_a_run_over_budget_is_refused_before_anything_is_computed(pipe: Any, pro
         draw(pipe, prompt.text, steps=6)
     assert not ran
     for part in (
-        "55.3 kB of 50.0 kB",
+        "55.3 kB (budget: 50.0 kB)",
         "6 steps",
         "8x8: 3 layers",
         "dtype='float16'",
@@ -541,8 +541,8 @@ def test_a_prompt_parsed_for_another_encoder_is_read_again(pipe: Any) -> None:
     ("settings_", "part"),
     [
         ({"heads": "some"}, "'mean', 'all' or a list"),
-        ({"heads": [0, 0]}, "different numbers"),
-        ({"heads": []}, "different numbers"),
+        ({"heads": [0, 0]}, "head indices"),
+        ({"heads": []}, "head indices"),
         ({"device": "cuda"}, "one of 'cpu', 'model'"),
         ({"dtype": "int8"}, "one of 'float32', 'float16'"),
         ({"budget": 0}, "whole number of 1 or more"),

@@ -1,4 +1,4 @@
-"""The audit reads labels strictly, and its figures are those that a hand computes."""
+"""The audit's figures are those that a hand computes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from typer.testing import CliRunner
 
 from benchmarks import audit
 from elakit.errors import SettingError
+from elakit.judge.labels import COLUMNS, Label
+from elakit.judge.segmenter import Component
+from elakit.judge.things import Thing
 from elakit.world.scenes import Subject, World, compose
 
-HEADER = ",".join(audit.COLUMNS)
+HEADER = ",".join(COLUMNS)
 
 
 def labels(folder: Path, *rows: str) -> Path:
@@ -69,28 +72,19 @@ def test_a_method_that_does_not_exist_is_refused_before_anything_is_written(tmp_
     assert not (tmp_path / "audit").exists()
 
 
-def test_labels_are_read_strictly(tmp_path: Path) -> None:
-    read = audit.read_labels(labels(tmp_path, "1,1,1,1,0,0,1", "2,,,,,,", "3,1,0,,,0,0"))
-    assert set(read) == {1, 3}  # 2 is not labeled yet
-    assert read[1] == audit.Label((True, True), (True, False), False, True)
-    assert not read[1].right
-    assert read[3].nameable == (True,)
-    assert audit.Label((True,), (True,), False, True).right  # an extra thing is not an error of what was asked for
-    assert not audit.Label((True, True), (True, True), True, False).right
-    for row, what in (
-        ("1,1,1,1,2,0,0", "line 2.*0 or 1"),
-        ("1,1,1,1,,0,0", "filled in"),
-        ("1,1,,,,,", "filled in"),
-    ):
-        with pytest.raises(SettingError, match=what):
-            audit.read_labels(labels(tmp_path, row))
-    with pytest.raises(SettingError, match="image 1 is labeled twice"):
-        audit.read_labels(labels(tmp_path, "1,1,1,1,1,0,0", "1,1,1,1,1,0,0"))
-    (tmp_path / "labels.csv").write_text("image,right\n1,1\n")
-    with pytest.raises(SettingError, match="image, right; it must have image, first_nameable"):
-        audit.read_labels(tmp_path / "labels.csv")
-    with pytest.raises(SettingError, match="Run `draw` first"):
-        audit.read_labels(tmp_path / "none.csv")
+def test_verdicts_are_read_as_strictly_as_labels(tmp_path: Path) -> None:
+    path, header = tmp_path / "verdicts.csv", ",".join((*audit.ORIGIN, *COLUMNS[1:]))
+    with pytest.raises(SettingError, match="Run `judge` first"):
+        audit.read_verdicts(path)
+    path.write_text(f"{header}\n3,a cat,ela,800,1,0,,,0,1\n")
+    label = Label((True,), (False,), hybrid=False, extra=True)
+    assert audit.read_verdicts(path) == {3: audit.Judged("a cat", "ela", 800, label)}
+    path.write_text(f"{header}\n3,a cat,ela,none,1,0,,,0,1\n")
+    with pytest.raises(SettingError, match=r"verdicts\.csv, line 2: seed='none': must be a whole number.*Run `judge`"):
+        audit.read_verdicts(path)
+    path.write_text(f"{header}\n3,a cat,ela,800,2,0,,,0,1\n")
+    with pytest.raises(SettingError, match=r"verdicts\.csv, line 2: first_nameable='2': must be 0 or 1"):
+        audit.read_verdicts(path)
 
 
 def test_two_sets_of_labels_are_compared_column_by_column(tmp_path: Path) -> None:
@@ -114,7 +108,7 @@ def test_disagreements_are_listed_with_their_reason(tmp_path: Path) -> None:
     labels(tmp_path, "1,1,1,0,1,0,0", "2,1,1,1,1,0,0", "3,1,1,1,1,0,0", "4,1,1,1,0,1,0")
     verdicts = ["1,1,1,1,0,0", "1,1,0,0,0,0", "1,1,1,1,1,0", "1,1,1,1,0,0"]
     rows = [f"{number},a cat and a dog,ela,800,{row}" for number, row in enumerate(verdicts, 1)]
-    header = ",".join((*audit.ORIGIN, *audit.COLUMNS[1:]))
+    header = ",".join((*audit.ORIGIN, *COLUMNS[1:]))
     (tmp_path / "verdicts.csv").write_text("\n".join([header, *rows]) + "\n")
     printed = CliRunner().invoke(audit.app, ["agree", str(tmp_path)]).output
     assert "| judge: right, eye: wrong | not nameable | 1 | 1 |" in printed
@@ -152,6 +146,56 @@ def test_images_are_compared_with_the_judge_of_today(tmp_path: Path) -> None:
     wrong = CliRunner().invoke(audit.app, ["agree", str(tmp_path)])
     assert isinstance(wrong.exception, SettingError)
     assert "1 entities, but 2 are labeled" in str(wrong.exception)
+
+
+def test_thresholds_are_compared_on_one_prediction_per_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images").mkdir()
+    for number in (1, 2, 3, 4):
+        Image.new("RGB", (32, 32), (9, 9, number)).save(tmp_path / "images" / f"{number:04d}.png")
+    prompts = {1: "a lion and an apple", 2: "a lion and an apple", 3: "a cat and a dog", 4: "a cat"}
+    key = {number: {"prompt": prompt, "seed": 0} for number, prompt in prompts.items()}
+    (tmp_path / "key.json").write_text(json.dumps(key))
+    labels(tmp_path, "1,1,1,1,1,0,0", "2,1,1,0,1,0,0", "3,1,1,1,1,1,0", "4,1,1,,,0,0")
+    # (hybrid, unrecognizable) of the second thing: the labels ask for thresholds .2 to .5 and .3 to .7
+    scores = {1: ("apple", 0.15, 0.25), 2: ("apple", 0.15, 0.75), 3: ("dog", 0.55, 0.25)}
+    seen = []
+
+    def components(image: Image.Image, model: Path | None) -> list[Component]:
+        number = image.getpixel((0, 0))[2]
+        seen.append((number, model))
+        noun, mixed, unrecognizable = scores[number]
+        first, second = np.zeros((2, 32, 32), bool)
+        first[:, :16], second[:, 16:] = True, True
+        beside = "lion" if noun == "apple" else "cat"
+        one = Thing(beside, first, 0.9, "brown"), Thing(noun, second, 0.9, "red")
+        blobs = frozenset({1})
+        return [
+            Component(thing=one[0], mixed=0.05, unrecognizable=0.05, second="cow", blobs=blobs),
+            Component(thing=one[1], mixed=mixed, unrecognizable=unrecognizable, second="cow", blobs=blobs),
+        ]
+
+    monkeypatch.setattr(audit, "find_components", components)
+    result = CliRunner().invoke(audit.app, ["thresholds", str(tmp_path), "--model", "elsewhere"])
+    assert result.exit_code == 0, result.output
+    assert seen == [(number, Path("elsewhere")) for number in (1, 2, 3)]  # pairs, each once
+    rows = [line.strip("| ").split(" | ") for line in result.output.splitlines() if line.startswith("| 0.")]
+    assert len(rows) == 81
+    best = {(float(row[0]), float(row[1])) for row in rows if row[-1] == "best"}
+    assert best == {(m, u) for m in (0.2, 0.3, 0.4, 0.5) for u in (0.3, 0.4, 0.5, 0.6, 0.7)}
+    assert "| 0.3 | 0.5 | 1.000 | 1.000 (1 of 1) | 1.000 (2 of 2) | best |" in result.output
+    assert "| 0.6 | 0.5 | 0.400 | 0.500 (1 of 2) | 1.000 (1 of 1) |  |" in result.output
+    assert "| 0.1 | 0.1 | 0.000 | no image | 0.667 (2 of 3) |  |" in result.output
+    assert "Thresholds 0.3 and 0.5 (of the built-in judge): kappa 1.000" in result.output
+
+
+def test_thresholds_are_not_chosen_on_the_seeds_of_the_audit(tmp_path: Path) -> None:
+    (tmp_path / "key.json").write_text(json.dumps({"1": {"prompt": "a cat and a dog", "seed": 800}}))
+    with pytest.raises(SettingError, match=r"image 1: seed=800: must be a whole number from 0 to 799\. The"):
+        audit.thresholds([tmp_path])
+    (tmp_path / "key.json").write_text(json.dumps({"1": {"prompt": "a cat and a dog", "seed": 100}}))
+    labels(tmp_path, "1,,,,,,")
+    with pytest.raises(SettingError, match="no image of a pair is labeled"):
+        audit.thresholds([tmp_path])
 
 
 def test_sheets_and_the_label_file_tell_nothing_of_method_or_verdict(tmp_path: Path) -> None:

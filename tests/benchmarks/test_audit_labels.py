@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import audit
+from elakit.judge.labels import read_labels
 
 ROOT = Path(__file__).parents[2]
 AUDIT = ROOT / "benchmarks" / "audits" / "second-edition"
@@ -21,7 +22,7 @@ def printed(*arguments: str) -> list[str]:
 
 
 def test_every_image_of_the_draw_is_labeled_and_judged() -> None:
-    labels, verdicts = audit.read_labels(AUDIT / "labels.csv"), audit.read_verdicts(AUDIT / "verdicts.csv")
+    labels, verdicts = read_labels(AUDIT / "labels.csv"), audit.read_verdicts(AUDIT / "verdicts.csv")
     jobs = audit.plan()
     assert list(labels) == list(verdicts) == list(range(1, len(jobs) + 1))
     assert [verdict[:3] for verdict in verdicts.values()] == jobs
@@ -33,7 +34,7 @@ def test_every_image_of_the_draw_is_labeled_and_judged() -> None:
 
 
 def test_sixty_images_are_labeled_twice() -> None:
-    labels, again = audit.read_labels(AUDIT / "labels.csv"), audit.read_labels(AUDIT / "again.csv")
+    labels, again = read_labels(AUDIT / "labels.csv"), read_labels(AUDIT / "again.csv")
     assert len(again) == 60
     assert all(len(labels[number].nameable) == len(label.nameable) for number, label in again.items())
 

@@ -141,11 +141,16 @@ def test_an_image_that_needs_no_help_is_left_alone_from_there_on() -> None:
         record=False,
         progress=False,
     )
-    assert len(runs[better].guidance.rows) == 1
+    (row,) = runs[better].guidance.rows
+    assert not row["guided"]
+    assert (row["step_size"], row["gradient_norm"], row["moved"]) == (0, 0, 0)
+    assert runs[better].guidance.guided == ()
+    assert repr(runs[better].guidance) == "Trace(ela, 0 guided steps)"
     assert np.array_equal(np.asarray(runs[better].image), np.asarray(plain[better].image))
     worse = runs[1 - better].guidance.to_frame()
     assert worse["moved"].iloc[0] > 0
     assert (worse["shortfall"].iloc[:-1] > between).all()
+    assert worse["guided"].tolist() == (worse["shortfall"] > between).tolist()
 
 
 def test_every_other_step_may_be_guided() -> None:

@@ -247,7 +247,7 @@ def test_a_missing_or_unknown_weight_is_named(copy: Path, part: str) -> None:
     whole = {name: value.clone() for name, value in load_file(path).items()}  # the file is overwritten below
     lost = next(name for name in whole if name.endswith("weight"))
     save_file({name: value for name, value in whole.items() if name != lost}, path, {"format": "pt"})
-    with pytest.raises(ModelError, match=f"{part.partition('/')[0]} .* 1 weights are missing .*{lost}"):
+    with pytest.raises(ModelError, match=f"{part.partition('/')[0]} .* 1 weight missing .*{lost}"):
         load(copy, device="cpu")
     save_file(whole | {"surplus.weight": torch.zeros(1)}, path, {"format": "pt"})
     with pytest.raises(ModelError, match=r"not known to its architecture \(surplus.weight\)"):

@@ -162,12 +162,11 @@ def compiled() -> Any:
 @pytest.mark.parametrize(
     ("make", "part"),
     [
-        (object, "no UNet; it has no transformer"),
+        (object, "no U-Net; it has no transformer"),
         (unconditional, "UNet2DModel"),
         (of_another_transformer, "its transformer has the class Linear"),
         (guided_thrice, "three passes"),
-        (without_text, "no layer of its UNet attends to text"),
-        (compiled, "_orig_mod"),
+        (without_text, "no layer of its U-Net attends to text"),
     ],
 )
 def test_an_unsupported_pipeline_is_refused_with_the_families(make: Any, part: str) -> None:
@@ -176,6 +175,14 @@ def test_an_unsupported_pipeline_is_refused_with_the_families(make: Any, part: s
     families = "Stable Diffusion 1.x/2.x; Stable Diffusion XL; PixArt-Alpha/Sigma; Stable Diffusion 3/3.5; FLUX.1"
     assert f"Supported: {families}" in str(error.value)
     assert "docs/developing/adding-a-family.md" in str(error.value)
+
+
+def test_a_compiled_pipeline_is_refused_with_the_remedy_only() -> None:
+    with pytest.raises(ModelError) as error:
+        adapter_for(compiled())
+    message = str(error.value)
+    assert message.endswith("`pipe.unet = pipe.unet._orig_mod`, for recording and guidance.")
+    assert "Supported:" not in message
 
 
 def test_a_near_miss_is_told_without_the_reasons_of_other_kinds() -> None:
@@ -236,7 +243,7 @@ class ModularPipeline:
 def test_a_modular_pipeline_is_refused_with_what_to_load_instead() -> None:
     pipe = type("FluxModularPipeline", (ModularPipeline,), {})()
     pipe.transformer = tiny_flux().transformer
-    with pytest.raises(ModelError, match=r"modular pipeline.*elakit.load"):
+    with pytest.raises(ModelError, match=r"modular pipeline.*elakit.load`\.$"):
         adapter_for(pipe)
 
 

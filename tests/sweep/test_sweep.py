@@ -584,6 +584,8 @@ def test_the_report_is_self_contained_and_escaped(tmp_path: Path, thread: Execut
     assert page.count("Plotly.newPlot(") == 3
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
     assert "1 failed unit is not included" in page
+    assert "| ELA |" in text
+    assert '"ELA"' in page  # in the figures
     rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {12}
     assert len(rows) == 3 * 3  # a heading, plain and ela, over all prompts and for either suite

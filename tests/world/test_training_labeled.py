@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 
 from elakit.errors import SettingError
+from elakit.judge.labels import COLUMNS, named_nouns
 from elakit.judge.segmenter import CLASSES
 from elakit.resources import data_path
 from elakit.world.training.config import read_config
@@ -27,8 +27,7 @@ def write(folder: Path, *rows: str) -> None:
         Image.new("RGB", (32, 32), (gray, gray, gray)).save(folder / "images" / f"{number:04d}.png")
     prompts = {"1": "a red cat and a bowl", "2": "a bowl", "3": "a cat"}
     (folder / "key.json").write_text(json.dumps({n: {"prompt": p} for n, p in prompts.items()}))
-    header = "image,first_nameable,first_color,second_nameable,second_color,hybrid,extra"
-    (folder / "labels.csv").write_text("\n".join([header, *rows]) + "\n")
+    (folder / "labels.csv").write_text("\n".join([",".join(COLUMNS), *rows]) + "\n")
 
 
 def test_labels_are_read_with_the_nouns_of_the_prompt(tmp_path: Path) -> None:
@@ -43,12 +42,12 @@ def test_labels_are_read_with_the_nouns_of_the_prompt(tmp_path: Path) -> None:
 
 
 def test_labels_without_images_or_images_without_labels_are_named(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="Cannot read the labeled images"):
+    with pytest.raises(SettingError, match=r"labels\.csv cannot be read.*Write the file with"):
         read_labeled([tmp_path], 16)
     write(tmp_path, "3,1,1,,,0,0")
     with pytest.raises(SettingError, match="no image 3"):
         read_labeled([tmp_path], 16)
-    (tmp_path / "labels.csv").write_text("image,hybrid\n1,\n")
+    (tmp_path / "labels.csv").write_text(",".join(COLUMNS) + "\n1,,,,,,\n")
     with pytest.raises(SettingError, match=r"Fill in labels\.csv"):
         read_labeled([tmp_path], 16)
 
@@ -117,4 +116,4 @@ def test_the_shipped_labels_are_of_development_seeds_and_not_of_the_audit() -> N
     assert found.images.float().std() > 20
     keys = [made for folder in folders for made in json.loads((folder / "key.json").read_text()).values()]
     assert {made["seed"] for made in keys} <= set(range(100, 800))  # the audit has those from 800 on
-    assert [len(re.split(" and | with ", made["prompt"])) for made in keys] == (found.nouns > 0).sum(1).tolist()
+    assert [len(named_nouns(made["prompt"])) for made in keys] == (found.nouns > 0).sum(1).tolist()

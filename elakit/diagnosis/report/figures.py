@@ -52,7 +52,7 @@ def figures(diagnosis: DiagnosisData, example: Pair) -> list[Figure]:
         ),
         _figure("regions-guided", f"Regions with {method}", plot.region_evolution(other, title=""), ""),
     ]  # fmt: skip
-    if trace is not None and trace.regions is not None:
+    if example.was_guided and trace is not None and trace.regions is not None:
         made.append(
             _figure(
                 "anchors", f"Regions used by {method}", plot.region_evolution(other, source="guidance", title=""),
@@ -88,8 +88,9 @@ def describe_regions(trace: Trace) -> str:
     trace : Trace
         Trace of the run, with regions.
     """
-    regions = trace.regions
+    regions, guided = trace.regions, list(trace.guided)
     assert regions is not None
+    regions = regions.sel(step=guided)
     steps, masks = [int(step) for step in regions.step.values], regions.values
     if trace.options.get("regions") is not None:
         source = "These regions were given by hand"
@@ -101,13 +102,11 @@ def describe_regions(trace: Trace) -> str:
         if same < len(steps) - 1:
             source += f" before {step_name(steps[same])}, and did not change from then on"
     moved = sum(bool(row["moved"] > 0) for row in trace.rows)
-    if moved == len(trace.rows):
+    if moved == len(guided):
         return f"{source}. The latent was moved along the gradient of the loss in each of the {moved} guided steps."
     if moved == 0:
         return f"{source}. Attention was changed within the denoiser's calls; the latent was not moved."
-    return (
-        f"{source}. The latent was moved along the gradient of the loss in {moved} of {len(trace.rows)} guided steps."
-    )
+    return f"{source}. The latent was moved along the gradient of the loss in {moved} of {len(guided)} guided steps."
 
 
 def _figure(key: str, heading: str, figure: go.Figure, text: str) -> Figure:

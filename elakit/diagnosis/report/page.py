@@ -245,7 +245,7 @@ def _is_off(value: Any) -> bool:
 
 
 def _guided_steps(traces: Sequence[Trace]) -> str:
-    steps = sorted({step_number(row["step"]) for trace in traces for row in trace.rows})
+    steps = sorted({step_number(step) for trace in traces for step in trace.guided})
     if not steps:
         return "none"
     return f"{len(steps)}: {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"1: {steps[0]}"

@@ -221,7 +221,7 @@ def _run_data(run: Run, name: str, words: Sequence[Word], source: Source, fit: F
         "timesteps": [_number(node["timestep"].values[i], 1) for i in positions],
         "calls": max(int(attrs.get("expected") or 0), int(attrs.get("calls") or 0), steps[-1] + 1),
         "averaged": recording.averaged,
-        "guided": sorted({int(row["step"]) for row in run.guidance.rows}) if run.guidance else [],
+        "guided": sorted(set(run.guidance.guided)) if run.guidance else [],
         "layers": pack(source, fit, buffer),
         "regions": regions,
         "measures": measures,

@@ -119,8 +119,13 @@ class Choices:
         Raises
         ------
         SettingError
-            The method has no such option, or the value has the wrong type.
+            The method has no such option, the value has the wrong type, or regions are given, which are drawn instead.
         """
+        if REGIONS in given and self.takes_regions:
+            raise SettingError(
+                f"{self.method}: regions are not set as an option of the panel. Draw them on the image, or call "
+                "panel.draw(entity, region) for each entity."
+            )
         kind = None if self.method == PLAIN else METHODS[self.method]
         there = {} if kind is None else {option.name: option for option in options.options(kind)}
         if unknown := sorted(given.keys() - there.keys()):

@@ -39,7 +39,7 @@ class PanelModel:
     session : Session
         Thread that generates the runs.
     runs : list of Run
-        All runs that have ended, in this order.
+        All runs that have ended, in the order in which they ended.
     frame : Frame or None
         Image, maps and losses of the current or the last run, with the verdict on a finished one; None before the first
         run, and after a change of the prompt.

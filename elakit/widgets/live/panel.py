@@ -135,7 +135,10 @@ class Panel:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options of the method without its regions, by name. Assign a mapping of options to change these."""
+        """Options of the method by name. To change some of them, assign a mapping with these.
+
+        Regions are not among them; see `draw`.
+        """
         return self._model.choices.options()
 
     @options.setter

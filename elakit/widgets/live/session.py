@@ -31,10 +31,10 @@ class Session:
     ----------
     pipe : diffusers.DiffusionPipeline
     on_state : callable, optional
-        Called without arguments when `state` has changed, in the thread that changed it.
+        Called without arguments when `now` has changed, in the thread that changed it.
     on_preview : callable, optional
         Called in the run's thread with the partial `Run`, the step, and the number of steps: always before a pause, and
-        at other steps as often as previews take at most a quarter of the time.
+        at other steps as long as previews take at most a quarter of the time.
 
     Attributes
     ----------

@@ -30,10 +30,10 @@ def marks_of(prompt: Prompt) -> dict[int, tuple[int, ...]]:
 
 
 def toggled(prompt: Prompt, at: int) -> Prompt:
-    """The prompt after a click on a word: plain words become entities, entities attributes, attributes plain words.
+    """The prompt after a click on a word, which changes its role: none, entity, attribute, and none again.
 
     An attribute belongs to the next entity, or else to the last entity before it; without another entity the word
-    becomes a plain word. Attributes of a word that is no longer an entity move to another entity by the same rule.
+    loses its role. Attributes of a word that is no longer an entity move to another entity by the same rule.
 
     Parameters
     ----------

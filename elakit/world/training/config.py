@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from elakit.errors import SettingError
+from elakit.errors import SettingError, clause
 from elakit.resources import data_path
 from elakit.world.scenes import World
 
@@ -101,7 +101,8 @@ class JudgeSettings:
     and another share through noise and the last steps of the denoiser (`redrawn`), because generated images are less
     exact than composed ones without being hybrids. Further examples are generated: `drawn` images of single things, and
     `unfinished` images that are decoded after the first few steps and are unrecognizable. `labels` names folders in
-    the shipped data with generated images that were labeled by eye, of which each batch has `labeled` in addition.
+    the shipped data with generated images that were labeled by eye. Each batch has `labeled` of these images in
+    addition to its scenes.
     """
 
     channels: tuple[int, ...]
@@ -158,7 +159,7 @@ def read_config(path: Path | None = None) -> Config:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingError(f"Cannot read the training configuration {path}: {error}.") from error
+        raise SettingError(f"Cannot read the training configuration {path}: {clause(error)}.") from error
     sections = {f.name: f.type for f in fields(Config)}
     kinds = {
         "world": World,
@@ -178,4 +179,6 @@ def _section(kind: type, values: dict[str, Any], name: str, path: Path) -> Any:
         return kind(**frozen)
     except TypeError as error:
         allowed = [f.name for f in fields(kind) if not f.name.startswith("_")]
-        raise SettingError(f"Section [{name}] of {path}: {error}. Its settings are {', '.join(allowed)}.") from error
+        raise SettingError(
+            f"Section [{name}] of {path}: {clause(error)}. Its settings are {', '.join(allowed)}."
+        ) from error

@@ -98,7 +98,7 @@ def build_scheduler() -> DDIMScheduler:
 
 @torch.no_grad()
 def grow(model: Any, tokenizer: CLIPTokenizer, old: StableDiffusionPipeline) -> None:
-    """Copy the weights of an earlier model; weights of new latent channels are zero.
+    """Copy the weights of an earlier model to a new one; the weights of additional latent channels are set to zero.
 
     Token embeddings are copied token by token, because a model with other captions has another vocabulary.
 
@@ -174,7 +174,7 @@ def train_denoiser(
         # eager attention: on CPU the backward of fused attention in bf16 took over a third of a step (in fp32, fused
         # attention is the faster of the two)
         unet.set_attn_processor(AttnProcessor())
-    # trained beside the UNet and discarded: it reads what the second decoder block knows of the things' outlines
+    # trained beside the U-Net and discarded: it reads what the second decoder block knows of the things' outlines
     outlines = nn.Conv2d(settings.channels[1], 1 + len(NOUNS), 1)
     model: Any = nn.ModuleDict({"text": text, "unet": unet, "outlines": outlines}).to(device)
     if settings.compiled:

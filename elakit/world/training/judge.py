@@ -43,6 +43,7 @@ UNFINISHED = 255
 PART = 1_000  # scenes that one process composes at a time
 # Steps of `REDRAW_STEPS` after which an image is decoded too early for anything to be recognized in it.
 UNFINISHED_STEPS = (2, 4)
+# Weight of the loss on labeled images beside that on composed scenes; it was chosen, not measured.
 LABELED_WEIGHT = 0.5
 FIRST_SEED_DRAWN = 1_000_000  # of whole drawings: far from those that people and benchmarks use
 

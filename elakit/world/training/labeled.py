@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from elakit.errors import SettingError
+from elakit.judge.labels import named_nouns, open_image, read_images
 from elakit.judge.segmenter import CLASSES
 from elakit.world.vocabulary import NOUNS
 
 SLOTS = 2  # entities per image at most
+# The following values, and the weight 0.3 in `labeled_loss`, were chosen, not measured.
 # Share of the image in which the judge must see a noun, for its label to say something about these pixels.
 LEAST_SEEN = 0.01
 # Share of the image that a nameable thing covers at least.
@@ -60,44 +58,33 @@ class Labeled:
 
 
 def read_labeled(folders: Sequence[Path], size: int) -> Labeled:
-    """Read the images and labels of audits, as ``benchmarks.audit`` writes them.
+    """Read folders of labeled images, as `elakit.judge.labels` defines them.
 
     Parameters
     ----------
     folders : sequence of Path
-        Folders with ``key.json`` (the prompt of each image), ``labels.csv`` and ``images/``. Images without labels are
-        left out.
+        Images without labels are left out.
     size : int
         Side of the images in pixels.
 
     Raises
     ------
     SettingError
-        A file is missing, or nothing is labeled.
+        A folder is refused by `elakit.judge.labels.read_images`, or nothing is labeled.
     """
-    images, nouns, nameable, rest = [], [], [], []
-    for folder in folders:
-        try:
-            key = json.loads((folder / "key.json").read_text(encoding="utf-8"))
-            with (folder / "labels.csv").open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if row["hybrid"]]
-        except (OSError, ValueError, KeyError) as error:
-            raise SettingError(f"Cannot read the labeled images of {folder}: {error!r}.") from error
-        for row in rows:
-            found = next(iter(sorted((folder / "images").glob(f"{int(row['image']):04d}.*"))), None)
-            if found is None:
-                raise SettingError(f"{folder / 'images'} has no image {row['image']}, which labels.csv names.")
-            with Image.open(found) as image:
-                images.append(torch.from_numpy(np.array(image.convert("RGB").resize((size, size)))).permute(2, 0, 1))
-            words = re.split(" and | with ", key[row["image"]]["prompt"])
-            named = [1 + NOUNS.index(each.split()[-1]) for each in words]
-            nouns.append(([*named, 0])[:SLOTS])
-            nameable.append([row[f"{slot}_nameable"] == "1" for slot in ("first", "second")])
-            rest.append([row["hybrid"] == "1", row["extra"] == "1"])
-    if not images:
+    found = [one for folder in folders for one in read_images(folder)]
+    if not found:
         raise SettingError(f"No image of {', '.join(map(str, folders))} is labeled. Fill in labels.csv.")
-    flags = torch.tensor(rest)
-    return Labeled(torch.stack(images), torch.tensor(nouns), torch.tensor(nameable), flags[:, 0], flags[:, 1])
+    images = [np.array(open_image(one.path).resize((size, size))) for one in found]
+    nouns = [([1 + NOUNS.index(noun) for noun in named_nouns(one.prompt)] + [0])[:SLOTS] for one in found]
+    nameable = [([*one.label.nameable, False])[:SLOTS] for one in found]
+    return Labeled(
+        images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        nouns=torch.tensor(nouns),
+        nameable=torch.tensor(nameable),
+        hybrid=torch.tensor([one.label.hybrid for one in found]),
+        extra=torch.tensor([one.label.extra for one in found]),
+    )
 
 
 def labeled_loss(scores: Tensor, labels: Labeled) -> Tensor:

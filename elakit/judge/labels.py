@@ -1,0 +1,365 @@
+"""Label files: statements about generated images, given by eye or by the judge, one row per image.
+
+**Label file** (CSV)::
+
+    image,first_nameable,first_color,second_nameable,second_color,hybrid,extra
+    17,1,1,1,0,0,0
+
+All values are 1 or 0. ``*_nameable``: a person who has not read the prompt would name the thing as the prompt does.
+``*_color``: the thing has the color that the prompt asks for; if it asks for none, 1 unless the thing clearly took the
+color of the other one. ``hybrid``: two things are fused. ``extra``: a nameable thing was not asked for, or appears more
+often than asked for. The columns of the second entity are empty for single things. A row with nothing but
+the number is not labeled yet and is left out. An image is right by eye if every entity is nameable and has its color
+and nothing is fused, which is also the judge's definition of success.
+
+**Folder of labeled images**: ``labels.csv``, ``images/`` (``0017.png`` or another format) and ``key.json``, an object
+with the prompt of each image and how it was made: ``{"17": {"prompt": "a cat and a dog", "seed": 100}}``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from PIL import Image
+
+from elakit import checks
+from elakit.errors import OutputError, SettingError
+from elakit.files import read_json, read_text
+from elakit.world.vocabulary import NOUNS
+
+if TYPE_CHECKING:
+    from elakit.judge.verdict import Verdict
+    from elakit.prompt import Prompt
+
+COLUMNS = ("image", "first_nameable", "first_color", "second_nameable", "second_color", "hybrid", "extra")
+FAULTS = ("not nameable", "wrong color", "hybrid")
+_WRITE = "Write the file with `python -m benchmarks.audit` first, or give another folder."
+
+
+@dataclass(frozen=True)
+class Label:
+    """Label of one image, given by a person or by the judge; the module's docstring defines the values.
+
+    Attributes
+    ----------
+    nameable, color : tuple of bool
+        One value for each of the one or two entities.
+    hybrid, extra : bool
+        Values for the image.
+
+    Examples
+    --------
+    >>> label = Label((True, True), (True, False), hybrid=False, extra=True)
+    >>> label.right, label.faults, label.values()
+    (False, ('wrong color',), ['1', '1', '1', '0', '0', '1'])
+    """
+
+    nameable: tuple[bool, ...]
+    color: tuple[bool, ...]
+    hybrid: bool
+    extra: bool
+
+    @property
+    def right(self) -> bool:
+        """True if all entities are nameable and have their colors, and none is fused."""
+        return all(self.nameable) and all(self.color) and not self.hybrid
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Names in `FAULTS` of the faults of the image; a wrong color counts only for a nameable entity."""
+        miscolored = any(seen and not color for seen, color in zip(self.nameable, self.color, strict=True))
+        found = (not all(self.nameable), miscolored, self.hybrid)
+        return tuple(name for name, wrong in zip(FAULTS, found, strict=True) if wrong)
+
+    @classmethod
+    def of(cls, verdict: Verdict, prompt: Prompt) -> Label:
+        """The judge's verdict in the terms of a label; a thing is nameable to the judge if the judge finds it."""
+        names = [entity.label for entity in prompt.entities]
+        return cls(
+            tuple(verdict.present[name] for name in names),
+            tuple(verdict.right_color[name] for name in names),
+            verdict.mixture,
+            bool(verdict.extra),
+        )
+
+    def values(self) -> list[str]:
+        """Values of the columns after the first one, in the order of `COLUMNS`."""
+        entities = [value for pair in zip(self.nameable, self.color, strict=True) for value in pair]
+        return ["" if value is None else str(int(value)) for value in (*entities, None, None)[:4]] + [
+            str(int(self.hybrid)),
+            str(int(self.extra)),
+        ]
+
+
+class Row(NamedTuple):
+    """A labeled row of a file: its line, the text of each column, and the label."""
+
+    line: int
+    cells: dict[str, str]
+    label: Label
+
+
+class LabeledImage(NamedTuple):
+    """An image with its prompt and its label."""
+
+    path: Path
+    prompt: str
+    label: Label
+
+
+def read_labels(path: Path) -> dict[int, Label]:
+    """Read a label file.
+
+    Parameters
+    ----------
+    path : Path
+
+    Returns
+    -------
+    dict of int to Label
+        Labels by the number of the image; rows that are not filled in are left out.
+
+    Raises
+    ------
+    SettingError
+        As in `read_rows`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "labels.csv")
+    ...     _ = path.write_text(",".join(COLUMNS) + "\\n17,1,0,,,0,0\\n18,,,,,,\\n")
+    ...     read_labels(path)
+    {17: Label(nameable=(True,), color=(False,), hybrid=False, extra=False)}
+    """
+    return {number: row.label for number, row in read_rows(path).items()}
+
+
+def read_rows(path: Path, columns: tuple[str, ...] = COLUMNS, hint: str = _WRITE) -> dict[int, Row]:
+    """Read a file with the columns of a label file, and possibly others.
+
+    Parameters
+    ----------
+    path : Path
+    columns : tuple of str
+        Columns of the file, among them those in `COLUMNS`.
+    hint : str
+        Next step if the file cannot be read, as a sentence.
+
+    Returns
+    -------
+    dict of int to Row
+        Rows by the number of the image; rows that are not filled in are left out.
+
+    Raises
+    ------
+    SettingError
+        The file cannot be read, has other columns, contains a value that is neither 0 nor 1, a number of an image that
+        is not a whole number, or a row that is filled in partly, or has two rows for the same image.
+    """
+    try:
+        reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+        table = [(reader.line_num, cells) for cells in reader if cells]
+    except OutputError as error:
+        raise SettingError(f"{error} {hint}") from error
+    except csv.Error as error:
+        raise SettingError(
+            f"{path}, line {reader.line_num}: {error}; the file must be CSV with commas. Correct the line."
+        ) from error
+    line, header = table[0] if table else (1, [])
+    if tuple(header) != columns:
+        raise SettingError(
+            f"{path}, line {line}: the columns are {', '.join(header) or 'missing'}; they must be "
+            f"{', '.join(columns)}. Correct the first line."
+        )
+    rows: dict[int, Row] = {}
+    for line, values in table[1:]:
+        if len(values) != len(columns):
+            raise SettingError(
+                f"{path}, line {line}: {len(values)} values ({', '.join(map(repr, values[:20]))}); there must be "
+                f"{len(columns)}, one for each of {', '.join(columns)}. Correct the line."
+            )
+        cells = {name: value.strip() for name, value in zip(columns, values, strict=True)}
+        number = _number(cells["image"], f"{path}, line {line}: image")
+        if not any(cells[name] for name in COLUMNS[1:]):
+            continue
+        if number in rows:
+            raise SettingError(
+                f"{path}, line {line}: image {number} is labeled twice, here and in line {rows[number].line}; one row "
+                "per image is allowed. Keep one of the rows."
+            )
+        rows[number] = Row(line, cells, _label(cells, f"{path}, line {line}"))
+    return rows
+
+
+def _number(text: str, name: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
+        checks.refuse(text, name, "a whole number of 1 or more", hint="Correct the number.")
+    return int(text)
+
+
+def _label(cells: dict[str, str], where: str) -> Label:
+    second = COLUMNS[3:5]
+    single = not any(cells[name] for name in second)
+    filled = [name for name in COLUMNS[1:] if not (single and name in second)]
+    for name in filled:
+        if cells[name] not in ("0", "1"):
+            rule = (
+                "0 or 1, or empty together with the other column of the second entity" if name in second else "0 or 1"
+            )
+            hint = "Correct the value, or empty the whole row but the number to leave the image out."
+            checks.refuse(cells[name], f"{where}: {name}", rule, hint=hint)
+    seen = [cells[name] == "1" for name in filled]
+    return Label(nameable=tuple(seen[:-2:2]), color=tuple(seen[1:-2:2]), hybrid=seen[-2], extra=seen[-1])
+
+
+def read_key(path: Path, needed: Collection[str] = (), hint: str = _WRITE) -> dict[int, dict[str, Any]]:
+    """Read how the images of a folder were made, ``key.json``.
+
+    Parameters
+    ----------
+    path : Path
+    needed : collection of str
+        Entries that each image must have besides its prompt.
+    hint : str
+        Next step if the file cannot be read, as a sentence.
+
+    Returns
+    -------
+    dict of int to dict
+        By the number of the image: its prompt, and what else the file states.
+
+    Raises
+    ------
+    SettingError
+        The file cannot be read or is not as expected: numbers of images that are not whole numbers, no prompt,
+        or something in `needed` is missing.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "key.json")
+    ...     _ = path.write_text('{"17": {"prompt": "a cat", "seed": 100}}')
+    ...     read_key(path)
+    {17: {'prompt': 'a cat', 'seed': 100}}
+    """
+    try:
+        found = read_json(path)
+    except OutputError as error:
+        raise SettingError(f"{error} {hint}") from error
+    restore = "Restore the file, or write it again."
+    if not isinstance(found, dict):
+        checks.refuse(found, f"{path}: content", "an object with an entry per image", hint=restore)
+    key = {}
+    for text, made in found.items():
+        number = _number(text, f"{path}: number of an image")
+        prompt = made.get("prompt") if isinstance(made, dict) else None
+        if not isinstance(prompt, str) or not prompt.strip():
+            checks.refuse(prompt, f"{path}, image {number}: prompt", "a text such as 'a cat and a dog'", hint=restore)
+        if missing := [name for name in needed if name not in made]:
+            raise SettingError(
+                f"{path}, image {number}: it has only {', '.join(made)}, and {', '.join(missing)} must be there, too. "
+                f"{restore}"
+            )
+        key[number] = made
+    return key
+
+
+def named_nouns(prompt: str) -> tuple[str, ...]:
+    """Nouns of the things that a prompt names: the last word of each part between "and" and "with".
+
+    Parameters
+    ----------
+    prompt : str
+        Prompt in the form of the audit's, such as "a cat and a red bow".
+
+    Returns
+    -------
+    tuple of str
+
+    Examples
+    --------
+    >>> named_nouns("a monkey with a red bow")
+    ('monkey', 'bow')
+    """
+    return tuple(part.split()[-1] for part in re.split(" and | with ", prompt) if part.split())
+
+
+def find_image(folder: Path, number: int) -> Path | None:
+    """File of an image in a folder of labeled images; None if there is none."""
+    return next(iter(sorted((folder / "images").glob(f"{number:04d}.*"))), None)
+
+
+def open_image(path: Path) -> Image.Image:
+    """Read an image completely, as RGB.
+
+    Parameters
+    ----------
+    path : Path
+
+    Raises
+    ------
+    SettingError
+        The file is missing or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SettingError(f"{path} cannot be read as an image: {error}. Restore the file.") from error
+
+
+def read_images(folder: Path) -> list[LabeledImage]:
+    """Read the labels of a folder of images, and find the images; those without labels are left out.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of labeled images, as the module's docstring defines it.
+
+    Returns
+    -------
+    list of LabeledImage
+        In the order of the label file.
+
+    Raises
+    ------
+    SettingError
+        A file is missing or not as expected, the labels name an image that is not there or have another number of
+        entities than its prompt, or a prompt names a noun that picture-world does not know.
+    """
+    path = folder / "labels.csv"
+    rows, key = read_rows(path), read_key(folder / "key.json")
+    found = []
+    for number, row in rows.items():
+        where = f"{path}, line {row.line}"
+        if number not in key:
+            known = f"one of the {len(key)} images in {folder / 'key.json'}"
+            checks.refuse(number, f"{where}: image", known, hint="Correct the number, or delete the row.")
+        prompt = key[number]["prompt"]
+        nouns = named_nouns(prompt)
+        for noun in nouns:
+            checks.choice(
+                noun, f"{folder / 'key.json'}, image {number}, prompt {prompt!r}: noun", NOUNS, hint="Delete its row."
+            )
+        if len(nouns) != len(row.label.nameable):
+            raise SettingError(
+                f"{where}: {len(row.label.nameable)} entities are labeled, but the prompt {prompt!r} has {len(nouns)}. "
+                "Correct the row: the columns of the second entity are empty for single things."
+            )
+        image = find_image(folder, number)
+        if image is None:
+            raise SettingError(
+                f"{where}: {folder / 'images'} has no image {number}; its name must be {number:04d}.png, or have the "
+                "ending of another format. Restore the image, or delete the row."
+            )
+        found.append(LabeledImage(image, prompt, row.label))
+    return found
