@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Generator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(next(tier, "unit"))
         if item.get_closest_marker("cuda") and not _has_cuda():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Let examples in docstrings share one picture-world, which they leave as it is."""
+    if not isinstance(item, pytest.DoctestItem):
+        return (yield)
+    import elakit
+    from elakit.models import load
+
+    def shared(name: Any, **options: Any) -> Any:
+        return load(name, **options) if options else _loaded(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(elakit, "load", shared)
+        return (yield)
+
+
+@cache
+def _loaded(name: str) -> Any:
+    from elakit.models import load
+
+    return load(name)
 
 
 @cache
