@@ -42,20 +42,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Let examples in docstrings share one picture-world, which they leave as it is."""
-    if not isinstance(item, pytest.DoctestItem):
-        return (yield)
-    import elakit
-    from elakit.models import load
+class SharedModel:
+    """Examples in docstrings share one picture-world, which they leave as it is.
 
-    def shared(name: Any, **options: Any) -> Any:
-        return load(name, **options) if options else _loaded(name)
+    Registered as a plugin, because hooks of this file are called for the tests below its folder only.
+    """
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(elakit, "load", shared)
-        return (yield)
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        if not isinstance(item, pytest.DoctestItem):
+            return (yield)
+        import elakit
+        from elakit.models import load
+
+        def shared(name: Any, **options: Any) -> Any:
+            return load(name, **options) if options else _loaded(name)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(elakit, "load", shared)
+            return (yield)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(SharedModel())
 
 
 @cache
