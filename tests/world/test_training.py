@@ -69,6 +69,7 @@ warmup = 1
 decay_from = 0.85
 average = 0.9
 min_snr = 5.0
+least_weight = 0.5
 drop_text = 0.1
 neutral_end = 0.6
 outlines = 0.05

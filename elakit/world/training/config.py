@@ -65,8 +65,9 @@ class DenoiserSettings:
     has been seen `reuse` times on average. The first `close_ups` samples are single things in images of half the side,
     which are several times as fast as whole scenes. The learning rate is constant after `warmup` steps and falls to
     zero from the share `decay_from` of the run on; `average` is the decay of the moving average of the weights.
-    `min_snr` bounds the signal-to-noise ratio in the weights of the loss (min-SNR). `drop_text` is the share of
-    captions that are replaced by the empty text, and `neutral_end` the share whose end-of-text states are replaced by
+    `min_snr` bounds the signal-to-noise ratio in the weights of the loss (min-SNR), and `least_weight` is the lowest of
+    these weights, for the steps with much noise, which decide what is where. `drop_text` is the share of captions that
+    are replaced by the empty text, and `neutral_end` the share whose end-of-text states are replaced by
     those of the empty text. `outlines` is the weight of an auxiliary loss, the prediction of the noun at each location
     from features of the decoder. `compiled` runs the U-Net through ``torch.compile``, which needs a C++ compiler on a
     CPU.
@@ -86,6 +87,7 @@ class DenoiserSettings:
     decay_from: float
     average: float
     min_snr: float
+    least_weight: float
     drop_text: float
     neutral_end: float
     outlines: float

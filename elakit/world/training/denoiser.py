@@ -214,8 +214,7 @@ def train_denoiser(
                 states = torch.where(ended[..., None], neutral, states)
                 predicted = network(noisy, times, states).sample.float()
                 named = model["outlines"](seen.pop()).float()
-            ratio = alphas[times] / (1 - alphas[times])
-            weight = ratio.clamp(max=settings.min_snr) / (ratio + 1)
+            weight = loss_weights(alphas[times], settings.min_snr, settings.least_weight)
             total = (weight * (predicted - target).pow(2).mean((1, 2, 3))).mean()
             # weighted with the share of signal: in noise alone nothing has a place yet
             wrong = F.cross_entropy(named, batch.classes.to(device).long(), reduction="none").mean((1, 2))
@@ -245,6 +244,35 @@ def train_denoiser(
     if settings.close_ups and not (folder / "denoiser.pt").exists():
         model.load_state_dict(fit(close_up(config), folder / "close-ups").state_dict())
     return assemble(fit(config, folder), vae, tokenizer, scheduler)
+
+
+def loss_weights(signal: Tensor, min_snr: float, least: float) -> Tensor:
+    """Weights of the squared error of v at the given shares of signal: min-SNR (arXiv 2303.09556) with a lower bound.
+
+    Min-SNR alone nearly ignores the noisiest steps, in which the model decides where things are. The bound applies
+    where there is more noise than signal.
+
+    Parameters
+    ----------
+    signal : Tensor
+        Share of the variance that is signal (``alphas_cumprod``).
+    min_snr : float
+        Upper bound of the signal-to-noise ratio.
+    least : float
+        Lower bound of the weights; at most 0.5, the weight where signal and noise are equal.
+
+    Returns
+    -------
+    Tensor
+
+    Examples
+    --------
+    >>> loss_weights(torch.tensor([0.01, 0.5, 0.8, 0.99]), min_snr=5.0, least=0.1)
+    tensor([0.1000, 0.5000, 0.8000, 0.0500])
+    """
+    ratio = signal / (1 - signal)
+    weights = ratio.clamp(max=min_snr) / (ratio + 1)
+    return torch.where(ratio < 1, weights.clamp(min=least), weights)
 
 
 def close_up(config: Config) -> Config:
