@@ -63,10 +63,10 @@ class Shape:
     eyes: tuple[float, float, float] | None = None
 
 
-def posed(place: Place, rng: np.random.Generator) -> Place:
-    """Copy of a place with a random mirroring and rotation."""
+def posed(place: Place, rng: np.random.Generator, mirrored: float = 0.5) -> Place:
+    """Copy of a place with a random mirroring, of probability `mirrored`, and a random rotation."""
     angle = float(rng.uniform(-8, 8)) if rng.random() < 0.3 else 0.0
-    return replace(place, flip=bool(rng.random() < 0.5), angle=angle)
+    return replace(place, flip=bool(rng.random() < mirrored), angle=angle)
 
 
 def fits(layout: str, first: str, second: str) -> bool:
@@ -89,7 +89,9 @@ def single_place(sizes: tuple[float, float], rng: np.random.Generator) -> Place:
     return _anywhere(float(rng.uniform(*sizes)), rng)
 
 
-def pair_places(layout: str, shapes: tuple[Shape, Shape], rng: np.random.Generator) -> tuple[Place, Place] | None:
+def pair_places(
+    layout: str, shapes: tuple[Shape, Shape], rng: np.random.Generator, mirrored: float = 0.5
+) -> tuple[Place, Place] | None:
     """Random places for two things in a layout, in the order of the things.
 
     Parameters
@@ -99,6 +101,8 @@ def pair_places(layout: str, shapes: tuple[Shape, Shape], rng: np.random.Generat
     shapes : tuple of Shape
         Measures of the two things.
     rng : numpy.random.Generator
+    mirrored : float
+        Probability that a thing is mirrored.
 
     Returns
     -------
@@ -108,11 +112,11 @@ def pair_places(layout: str, shapes: tuple[Shape, Shape], rng: np.random.Generat
     if layout == "worn":
         return None  # placed by `worn_places`, which needs to know what is worn
     if layout == "on":
-        return _on(shapes, rng)
+        return _on(shapes, rng, mirrored)
     if layout == "large and small":
-        return _large_and_small(rng)
+        return _large_and_small(rng, mirrored)
     if layout == "free":
-        return _apart((rng.uniform(0.3, 0.5), rng.uniform(0.3, 0.5)), rng)
+        return _apart((rng.uniform(0.3, 0.5), rng.uniform(0.3, 0.5)), rng, mirrored)
     a, b = rng.uniform(0.34, 0.5, 2)
     if layout == "row":
         y, near = 0.5 + rng.uniform(-0.14, 0.14), rng.uniform(-0.02, 0.03)
@@ -129,14 +133,19 @@ def pair_places(layout: str, shapes: tuple[Shape, Shape], rng: np.random.Generat
         x, y = 0.5 + rng.uniform(-0.1, 0.1, 2)
         step = apart / 2 * np.array([np.cos(angle), np.sin(angle)])
         return (
-            posed(_inside(x - step[0], y - step[1], a), rng),
-            posed(_inside(x + step[0], y + step[1], b), rng),
+            posed(_inside(x - step[0], y - step[1], a), rng, mirrored),
+            posed(_inside(x + step[0], y + step[1], b), rng, mirrored),
         )
     (x, y), (x_other, y_other) = centers if int(rng.integers(2)) == 0 else centers[::-1]
-    return posed(Place(x, y, float(a)), rng), posed(Place(x_other, y_other, float(b)), rng)
+    return (
+        posed(Place(x, y, float(a)), rng, mirrored),
+        posed(Place(x_other, y_other, float(b)), rng, mirrored),
+    )
 
 
-def worn_places(item: str, shapes: tuple[Shape, Shape], rng: np.random.Generator) -> tuple[Place, Place] | None:
+def worn_places(
+    item: str, shapes: tuple[Shape, Shape], rng: np.random.Generator, mirrored: float = 0.5
+) -> tuple[Place, Place] | None:
     """Random places for an animal and the thing that it wears: a crown or a bow on the head, glasses over the eyes.
 
     Parameters
@@ -146,6 +155,8 @@ def worn_places(item: str, shapes: tuple[Shape, Shape], rng: np.random.Generator
     shapes : tuple of Shape
         Measures of the animal and of the thing.
     rng : numpy.random.Generator
+    mirrored : float
+        Probability that the animal is mirrored.
 
     Returns
     -------
@@ -162,7 +173,7 @@ def worn_places(item: str, shapes: tuple[Shape, Shape], rng: np.random.Generator
     least, most = max(0.45, LEAST_WORN / share), 0.8 / max(1.0, share)
     if least > most:
         return None
-    scale, flip = float(rng.uniform(least, most)), bool(rng.random() < 0.5)
+    scale, flip = float(rng.uniform(least, most)), bool(rng.random() < mirrored)
     x, y = anchor[0] - 0.5, anchor[1] - 0.5
     if item == "crown":
         y -= ((bottom - 0.5) - 0.25 * (bottom - top)) * share
@@ -187,8 +198,11 @@ def worn_places(item: str, shapes: tuple[Shape, Shape], rng: np.random.Generator
     )
 
 
-def group_places(layout: str, count: int, rng: np.random.Generator) -> list[Place] | None:
-    """Random places for three or four things in a layout, in random order; None if no free places were found."""
+def group_places(layout: str, count: int, rng: np.random.Generator, mirrored: float = 0.5) -> list[Place] | None:
+    """Random places for three or four things in a layout, in random order; None if no free places were found.
+
+    `mirrored` is the probability that a thing is mirrored.
+    """
     if layout == "free":
         places: list[Place] = []
         for _ in range(200):
@@ -196,7 +210,7 @@ def group_places(layout: str, count: int, rng: np.random.Generator) -> list[Plac
             if all(_clear(place, other) for other in places):
                 places.append(place)
             if len(places) == count:
-                return [posed(place, rng) for place in places]
+                return [posed(place, rng, mirrored) for place in places]
         return None
     if layout in ("row", "column"):
         along = np.array([0.19, 0.5, 0.81]) + rng.uniform(-0.015, 0.015, 3)
@@ -215,7 +229,8 @@ def group_places(layout: str, count: int, rng: np.random.Generator) -> list[Plac
         centers = np.array([(x, y) for x in (0.26, 0.74) for y in (0.26, 0.74)]) + rng.uniform(-0.03, 0.03, (4, 2))
         scales = rng.uniform(0.32, 0.4, 4)
     order = rng.permutation(count)
-    return [posed(Place(float(centers[i, 0]), float(centers[i, 1]), float(scales[i])), rng) for i in order]
+    placed = [Place(float(centers[i, 0]), float(centers[i, 1]), float(scales[i])) for i in order]
+    return [posed(place, rng, mirrored) for place in placed]
 
 
 def relation_of(first: np.ndarray, second: np.ndarray) -> str | None:
@@ -252,7 +267,7 @@ def relation_of(first: np.ndarray, second: np.ndarray) -> str | None:
     return (("left of", "right of"), ("above", "below"))[axis][int(shift[axis] < 0)]
 
 
-def _on(shapes: tuple[Shape, Shape], rng: np.random.Generator) -> tuple[Place, Place]:
+def _on(shapes: tuple[Shape, Shape], rng: np.random.Generator, mirrored: float) -> tuple[Place, Place]:
     """The first stands on the second: its lower edge is at the seat's or the top's height."""
     upper, lower = shapes
     scale, small = float(rng.uniform(0.48, 0.6)), float(rng.uniform(0.3, 0.42))
@@ -263,20 +278,20 @@ def _on(shapes: tuple[Shape, Shape], rng: np.random.Generator) -> tuple[Place, P
     seat = top + height * 0.1
     return (
         _inside(x + float(rng.uniform(-0.08, 0.08)), seat - (upper.ink[3] - 0.5) * small, small),
-        Place(x=x, y=y, scale=scale, flip=bool(rng.random() < 0.5)),
+        Place(x=x, y=y, scale=scale, flip=bool(rng.random() < mirrored)),
     )
 
 
-def _large_and_small(rng: np.random.Generator) -> tuple[Place, Place]:
-    places = _apart((rng.uniform(0.55, 0.66), rng.uniform(0.22, 0.3)), rng)
+def _large_and_small(rng: np.random.Generator, mirrored: float) -> tuple[Place, Place]:
+    places = _apart((rng.uniform(0.55, 0.66), rng.uniform(0.22, 0.3)), rng, mirrored)
     return places if rng.random() < 0.5 else (places[1], places[0])
 
 
-def _apart(scales: tuple[float, float], rng: np.random.Generator) -> tuple[Place, Place]:
+def _apart(scales: tuple[float, float], rng: np.random.Generator, mirrored: float) -> tuple[Place, Place]:
     while True:
         first, second = (_anywhere(float(scale), rng) for scale in scales)
         if _clear(first, second):
-            return posed(first, rng), posed(second, rng)
+            return posed(first, rng, mirrored), posed(second, rng, mirrored)
 
 
 def _clear(a: Place, b: Place) -> bool:

@@ -97,7 +97,7 @@ def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng:
     owner = np.zeros((world.size, world.size), np.uint8)
     if not alone:
         beside = Place(1 - x, 0.5 + rng.uniform(-0.1, 0.1), rng.uniform(0.36, 0.46))
-        third = sprite_layer(sprites[2], posed(beside, rng), world)
+        third = sprite_layer(sprites[2], posed(beside, rng, world.mirrored), world)
         canvas = blend(canvas, third, world.shadow)
         owner[third[..., 3] > 0.5] = 3
     canvas = blend(canvas, layer, world.shadow)
@@ -140,9 +140,11 @@ def _meet(
     reach = apart * (rng.uniform(0.75, 1) if kind == "occluded" else rng.uniform(0, 1))
     scales = (place.scale, place.scale) if kind != "occluded" else (place.scale * 0.7, place.scale * 0.7)
     offset = np.array([np.cos(angle), np.sin(angle)]) * reach / 2
-    a = sprite_layer(first, posed(Place(place.x - offset[0], place.y - offset[1], scales[0]), rng), world)
+    a = sprite_layer(
+        first, posed(Place(place.x - offset[0], place.y - offset[1], scales[0]), rng, world.mirrored), world
+    )
     other = Place(place.x + offset[0], place.y + offset[1], scales[1] * rng.uniform(0.85, 1.1))
-    b = sprite_layer(second, posed(other, rng), world)
+    b = sprite_layer(second, posed(other, rng, world.mirrored), world)
     alphas = np.stack([a[..., 3], b[..., 3]])
     owned = np.zeros((size, size), np.uint8)
     if kind in ("overlaid", "occluded"):

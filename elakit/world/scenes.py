@@ -138,6 +138,10 @@ class World:
         Artists whose drawings are used (see `elakit.world.art.ARTISTS`).
     views : tuple of str
         Views of the drawings that are used: "body", "face" or both. A noun without such drawings keeps all it has.
+    most_drawings : int
+        Largest number of drawings per noun, at least 1; the first artists have precedence.
+    mirrored : float
+        Probability that an entity is mirrored from left to right.
     entities : tuple of float
         Shares of scenes with one, two, three and four entities; they add up to 1. Trailing zeros may be omitted.
     single_sizes : tuple of float
@@ -161,12 +165,14 @@ class World:
     ------
     SettingError
         The shares of `entities` or of `layouts` do not add up to 1, are too many or too large, a layout is unknown, or
-        `single_sizes` is not a range of sizes.
+        `single_sizes` is not a range of sizes, `most_drawings` is below 1, or `mirrored` is no probability.
     """
 
     size: int = 128
     artists: tuple[str, ...] = ARTISTS
     views: tuple[str, ...] = ("body", "face")
+    most_drawings: int = 100
+    mirrored: float = 0.5
     entities: tuple[float, ...] = (0.4, 0.4, 0.15, 0.05)
     single_sizes: tuple[float, float] = (0.25, 0.85)
     layouts: Mapping[str, float] = field(
@@ -201,6 +207,10 @@ class World:
                 f"single_sizes is {list(self.single_sizes)}; give the smallest and the largest size of the entity "
                 "in a scene with one entity, as shares of the scene's side (above 0, at most 1), such as [0.25, 0.85]."
             )
+        if self.most_drawings < 1:
+            raise SettingError(f"most_drawings is {self.most_drawings}; give a number of drawings, at least 1.")
+        if not 0 <= self.mirrored <= 1:
+            raise SettingError(f"mirrored is {self.mirrored}; give a probability from 0 to 1.")
         if unknown := set(self.layouts) - set(PAIR_LAYOUTS):
             named = ", ".join(map(repr, sorted(unknown)))
             raise SettingError(f"Unknown layout {named}. Choose from {', '.join(PAIR_LAYOUTS)}.")
@@ -215,7 +225,8 @@ class World:
         """Drawings of a noun that scenes of this world may show."""
         if noun not in self._drawings:
             every = drawings(noun, self.artists)
-            self._drawings[noun] = tuple(d for d in every if d.view in self.views) or every
+            seen = tuple(d for d in every if d.view in self.views) or every
+            self._drawings[noun] = seen[: self.most_drawings]
         return self._drawings[noun]
 
     def without(self, hidden: Callable[[Drawing], bool]) -> World:
@@ -465,16 +476,16 @@ def _places(
     rng: np.random.Generator,
 ) -> list[Place] | None:
     if layout == "single":
-        return [posed(single_place(world.single_sizes, rng), rng)]
+        return [posed(single_place(world.single_sizes, rng), rng, world.mirrored)]
     if len(subjects) > 2:
-        return group_places(layout, len(subjects), rng)
+        return group_places(layout, len(subjects), rng, world.mirrored)
     first, second = (
         Shape(_ink(sprite), drawing.head, drawing.eyes) for sprite, drawing in zip(sprites, chosen, strict=True)
     )
     if layout == "worn":
-        pair = worn_places(subjects[1].noun, (first, second), rng)
+        pair = worn_places(subjects[1].noun, (first, second), rng, world.mirrored)
     else:
-        pair = pair_places(layout, (first, second), rng)
+        pair = pair_places(layout, (first, second), rng, world.mirrored)
     return None if pair is None else list(pair)
 
 

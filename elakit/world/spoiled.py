@@ -77,12 +77,13 @@ def sample_spoiled(world: World, rng: np.random.Generator, kinds: tuple[str, ...
     scale, x = float(rng.uniform(*SCALES)), 0.5
     if beside:
         scale, x = min(scale, 0.48), float(rng.choice([0.26, 0.74]))
-    place = posed(Place(x, 0.5 + float(rng.uniform(-0.12, 0.12)), scale), rng)
+    place = posed(Place(x, 0.5 + float(rng.uniform(-0.12, 0.12)), scale), rng, world.mirrored)
     shape = _spoil(sprite_layer(sprites[0], place, world), kind, place, rng)
     canvas, _ = background(world.backgrounds, [mean_color(sprite) for sprite in sprites], world.size, rng)
     clean = np.zeros((world.size, world.size), bool)
     if beside:
-        other = posed(Place(1 - x, 0.5 + float(rng.uniform(-0.12, 0.12)), float(rng.uniform(0.36, 0.48))), rng)
+        clear = Place(1 - x, 0.5 + float(rng.uniform(-0.12, 0.12)), float(rng.uniform(0.36, 0.48)))
+        other = posed(clear, rng, world.mirrored)
         layer = sprite_layer(sprites[1], other, world)
         canvas, clean = blend(canvas, layer, world.shadow), layer[..., 3] > 0.5
     canvas = blend(canvas, shape, world.shadow)

@@ -23,7 +23,17 @@ from elakit.errors import SettingError
 from elakit.judge.color import name_color
 from elakit.world.art import drawings, rasterize
 from elakit.world.backgrounds import KINDS as KINDS_OF_BACKGROUND
-from elakit.world.layouts import FOUR_LAYOUTS, SUPPORTS, THREE_LAYOUTS, WORN
+from elakit.world.layouts import (
+    FOUR_LAYOUTS,
+    PAIR_LAYOUTS,
+    SUPPORTS,
+    THREE_LAYOUTS,
+    WORN,
+    Shape,
+    group_places,
+    pair_places,
+    worn_places,
+)
 from elakit.world.mixtures import KINDS, compose_mixture
 from elakit.world.recolor import PAINTS, recolor, rule_for
 from elakit.world.scenes import FREE_WORDINGS, RELATION_WORDS, Subject, World, caption, compose, sample
@@ -283,6 +293,32 @@ def test_a_hybrid_shows_both_of_its_things_in_one_place(seed: int, kind: str) ->
     assert np.array_equal(mixture.mixed, mixture.owner > 0)
     if kind != "blended":
         assert min((owners == i).mean() for i in (1, 2)) >= 0.15
+
+
+def test_a_simple_world_shows_one_drawing_per_noun_the_right_way_round() -> None:
+    world = dataclasses.replace(SMALL, views=("face",), most_drawings=1, mirrored=0.0)
+    assert {len(world.drawings(noun)) for noun in NOUNS} == {1}
+    assert world.drawings("cat")[0].view == "face"
+    rng = np.random.default_rng(0)
+    shape = Shape((0.1, 0.1, 0.9, 0.9), head=(0.4, 0.2, 0.5), eyes=(0.4, 0.4, 0.4))
+    for chance, expected in ((0.0, {False}), (1.0, {True})):
+        for layout in set(PAIR_LAYOUTS) - {"worn", "on"}:
+            places = pair_places(layout, (shape, shape), rng, chance)
+            assert places is not None
+            assert {place.flip for place in places} == expected
+        worn, on = worn_places("bow", (shape, shape), rng, chance), pair_places("on", (shape, shape), rng, chance)
+        assert worn is not None
+        assert on is not None
+        assert {worn[0].flip, on[1].flip} == expected  # what is worn, or stands on a thing, is not mirrored
+        for layout in ("row", "free"):
+            group = group_places(layout, 3, rng, chance)
+            assert {place.flip for place in group or ()} == expected
+
+
+@pytest.mark.parametrize(("setting", "value"), [("most_drawings", 0), ("mirrored", 1.5), ("mirrored", -0.1)])
+def test_impossible_drawings_are_refused(setting: str, value: float) -> None:
+    with pytest.raises(SettingError, match=f"{setting} is {value}"):
+        dataclasses.replace(SMALL_FLUENT, **{setting: value})
 
 
 def test_one_thing_behind_another_is_no_hybrid_and_a_third_stands_apart() -> None:

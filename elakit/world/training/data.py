@@ -107,7 +107,8 @@ def compose_crowds(world: World, count: int, seed: int | tuple[int, ...]) -> Sce
         canvas, _ = background(world.backgrounds, [mean_color(sprite) for sprite in sprites], world.size, rng)
         for noun, sprite in zip(nouns, sprites, strict=True):
             x, y = rng.uniform(0.08, 0.92, 2)
-            layer = sprite_layer(sprite, posed(Place(x, y, rng.uniform(*CROWD_SCALES)), rng), world)
+            place = posed(Place(x, y, rng.uniform(*CROWD_SCALES)), rng, world.mirrored)
+            layer = sprite_layer(sprite, place, world)
             canvas = blend(canvas, layer, world.shadow)
             classes[i][layer[..., 3] > 0.5] = 1 + NOUNS.index(str(noun))
         images[i] = (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)

@@ -91,8 +91,17 @@ def unseen(drawing: Drawing) -> bool:
 
 
 def judges_world(world: World) -> World:
-    """Settings of the judge's training scenes: all pairs of nouns, more unusual colors, no drawings of `unseen`."""
-    wide = replace(world, artists=ARTISTS, entities=(0.35, 0.35, 0.2, 0.1), held_out=0.0, natural=0.15)
+    """Settings of the judge's training scenes: all nouns in pairs, all drawings but `unseen`, more unusual colors."""
+    wide = replace(
+        world,
+        artists=ARTISTS,
+        views=World.views,
+        most_drawings=World.most_drawings,
+        mirrored=World.mirrored,
+        entities=(0.35, 0.35, 0.2, 0.1),
+        held_out=0.0,
+        natural=0.15,
+    )
     return wide.without(unseen)
 
 
