@@ -175,7 +175,7 @@ def test_dimensions_of_a_data_array_are_read_by_name():
     [
         (lambda: leakage([CAT, FROG], [CAT_REGION, CAT_REGION]), "3 locations belong to more than one region"),
         (lambda: leakage(CAT, CAT_REGION), "are needed"),
-        (lambda: leakage([CAT], [CAT_REGION[:, :3]]), "resize"),
+        (lambda: leakage([CAT], [CAT_REGION[:, :3]]), "Resize"),
         (lambda: leakage([CAT], [CAT]), "boolean masks"),
         (lambda: leakage([CAT * np.nan], [CAT_REGION]), "NaN"),
         (lambda: leakage([-CAT], [CAT_REGION]), "never negative"),

@@ -115,7 +115,7 @@ def test_divergences_are_symmetric_not_negative_and_zero_for_equal_maps(maps):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ruzicka(CAT, CAT.T), "resize"),
+        (lambda: ruzicka(CAT, CAT.T), "Resize"),
         (lambda: iou(np.zeros((2, 1, 1), bool), np.zeros((3, 1, 1), bool)), "leading dimensions"),
         (lambda: iou(CAT, CAT > 1), "boolean masks"),
         (lambda: hellinger(3.0, CAT), "shape"),

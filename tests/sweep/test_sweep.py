@@ -467,7 +467,7 @@ def test_a_real_pipeline_is_swept(tmp_path: Path, thread: Executor) -> None:
     both = found.set_index(["prompt", "seed", "method"])["bleed"].unstack()
     assert (both["plain"] != both["ela"]).all()
     text = report.write(tmp_path / "sweep").with_suffix(".md").read_text(encoding="utf-8")
-    assert "| ela | 4 | – |" in text
+    assert "| ELA | 4 | – |" in text
 
 
 # --- summing up ---------------------------------------------------------------------------------------------
@@ -643,7 +643,7 @@ def test_the_command_line_runs_and_reports_a_sweep(
     assert call(monkeypatch, "report", str(out)) == 0
     printed = capsys.readouterr()
     assert printed.out.strip().endswith(f"Report: {out / 'report.html'}")
-    assert "| ela | 6 |" in printed.out
+    assert "| ELA | 6 |" in printed.out
 
 
 def test_ctrl_c_prints_what_is_finished_and_how_to_resume(
