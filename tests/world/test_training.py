@@ -411,3 +411,9 @@ def test_scenes_that_other_processes_compose_ahead_are_the_same(config: Path, tm
         for name, value in vars(alone).items():
             assert torch.equal(getattr(ahead, name), value), name
     assert len(list((tmp_path / "ahead" / "scenes").glob("*.pt"))) == 3
+
+
+@pytest.mark.parametrize("least", [-0.1, 0.6])
+def test_a_lower_bound_that_would_make_the_weights_jump_is_refused(least: float) -> None:
+    with pytest.raises(SettingError, match=f"least_weight is {least}; give a number from 0"):
+        dataclasses.replace(read_config().denoiser, least_weight=least)

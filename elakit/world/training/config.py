@@ -93,6 +93,13 @@ class DenoiserSettings:
     outlines: float
     compiled: bool
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.least_weight <= 0.5:
+            raise SettingError(
+                f"least_weight is {self.least_weight}; give a number from 0 (no lower bound) to 0.5, the weight where "
+                "signal and noise are equal."
+            )
+
 
 @dataclass(frozen=True)
 class JudgeSettings:
