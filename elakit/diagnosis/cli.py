@@ -39,10 +39,10 @@ def diagnose(
     remedies: Annotated[
         str,
         typer.Option(
-            help="Remedies to try in addition to --method if an image is wrong: none, all (conform, ebama, "
-            "another-seed, swapped, next-to, regions), or comma-separated names: a guidance method, another-seed, "
-            "swapped (entities in the opposite order), next-to (“next to” instead of “and”), and regions (ELA with one "
-            "box per entity)."
+            help="Remedies to try in addition to --method, unless every image without guidance is judged right: none, "
+            "all (conform, ebama, another-seed, swapped, next-to, regions), or comma-separated names: a guidance "
+            "method, another-seed, swapped (entities in the opposite order), next-to (“next to” instead of “and”), and "
+            "regions (ELA with one box per entity)."
         ),
     ] = "all",
     options: Options = None,

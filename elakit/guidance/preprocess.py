@@ -212,10 +212,11 @@ def schedule(
     guided : float
         Share of the steps that are guided, from the first.
     last : float
-        Square of the step size at the last step of the run relative to the first; 1 keeps it constant.
+        Squared ratio of the step size at the last step of the run to that at the first; 1 keeps the step size constant.
     refine : sequence of (float, float or None, int)
-        Refinements, each as (share of the steps at which it takes place, loss at which it ends or None for no such
-        loss, largest number of its updates). If several shares fall on one step of a short run, the last one counts.
+        Refinements, each with three values: the step at which it takes place, as a share of all steps; the loss at
+        which it ends, or None for no such loss; and its largest number of latent steps. If several refinements fall on
+        one step of a short run, the last one counts.
 
     Returns
     -------

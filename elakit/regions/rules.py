@@ -27,7 +27,7 @@ def prepare(
 
 
 def differentiate(values: np.ndarray, winner: np.ndarray, how: str) -> np.ndarray:
-    """Scores (entity, y, x), never negative, of maps; `winner` marks the largest map at each location."""
+    """Nonnegative scores (entity, y, x) of the entities' maps; `winner` marks the largest map at each location."""
     count = len(values)
     if how == "none" or count == 1:
         return values

@@ -77,9 +77,15 @@ def run(
     ] = False,
     workers: Annotated[
         int | None,
-        typer.Option(help="Number of worker processes. Default: one per GPU, or CPU cores divided by threads."),
+        typer.Option(
+            help="Number of worker processes. Default: one per GPU, or CPU cores divided by threads. With --dask, "
+            "largest number of images in progress at a time. Default: all."
+        ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Number of torch threads per worker. Default: 1.")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Number of torch threads per worker. Default: 1; with --dask, the workers' own number."),
+    ] = None,
     dask: Annotated[
         str | None, typer.Option(help="Address of a Dask scheduler whose workers are used, such as tcp://host:8786.")
     ] = None,

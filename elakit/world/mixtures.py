@@ -108,14 +108,14 @@ def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng:
 
 
 def sample_mixture(world: World, rng: np.random.Generator, kinds: tuple[str, ...] = KINDS) -> Mixture:
-    """Image with a random hybrid of a world's nouns; a third thing stands beside it in at most 3 of 10 images.
+    """Image with a random hybrid of two nouns; with a probability of at most .3, a third thing stands beside it.
 
     Parameters
     ----------
     world : World
     rng : numpy.random.Generator
     kinds : tuple of str
-        Kinds to choose from, as in `compose_mixture`.
+        Kinds to choose from, as in `compose_mixture`; an image of the kind "occluded" has no hybrid.
 
     Returns
     -------

@@ -25,7 +25,7 @@ class RunState:
     canceling : bool
         True if the run ends after the current step.
     run : Run or None
-        The run that has ended, complete or partial; None before.
+        The run that has ended, complete or partial; None until it ends, and after a failure that left no partial run.
     error : Exception or None
         The error that ended the run; None if it did not fail.
     no_preview : Exception or None
