@@ -79,7 +79,7 @@ def run(
         int | None,
         typer.Option(
             help="Number of worker processes. Default: one per GPU, or CPU cores divided by threads. With --dask, "
-            "largest number of images in progress at a time. Default: all."
+            "the largest number of images in progress at a time, by default all."
         ),
     ] = None,
     threads: Annotated[
