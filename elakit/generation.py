@@ -284,8 +284,8 @@ def _check_possible(request: Request) -> None:
     pipe = request.adapter.pipe
     if request.predicted and request.takes_image:
         raise SettingError(
-            f"predicted=True is not possible with {type(pipe).__name__}, which begins in the middle of its schedule or "
-            "takes an image; leave it out, or use a text-to-image pipeline."
+            f"predicted=True is not possible with {type(pipe).__name__}, which in this call takes an image or "
+            "begins in the middle of the schedule. Leave predicted out, or generate from text alone."
         )
     if request.guidance is not None and any(one.is_inference() for one in request.adapter.denoiser.parameters()):
         raise ModelError(

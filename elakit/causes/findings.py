@@ -72,7 +72,7 @@ class Failure:
     Examples
     --------
     >>> print(Failure("wrong attribute", "car", "apple", "green", seeds=(0, 2), of=4))
-    In 2 of 4 images, the car is green, the color asked for the apple. (95% interval 15 to 85%)
+    In 2 of 4 images, the car is green, the color that the prompt gives the apple. (95% interval 15 to 85%)
     """
 
     kind: FailureKind
@@ -109,9 +109,10 @@ class Failure:
             "missing": f"the {self.entity} is missing"
             + (f", and the attention in its region goes to {_quoted(token)}" if token else ""),
             "fused": f"the {self.entity} and the {other} are fused into one",
-            "wrong attribute": f"the {self.entity} is {word_of(token)}, the {_kind(token)} asked for the {other}",
+            "wrong attribute": f"the {self.entity} is {word_of(token)}, the {_kind(token)} that the prompt gives the "
+            f"{other}",
             "lost attribute": f"the {self.entity} is not {word_of(token)}",
-            "duplicated": f"the {self.entity} appears more often than the prompt asks",
+            "duplicated": f"the {self.entity} appears more often than the prompt asks for",
         }[self.kind]
         images = "image" if self.of == 1 else "images"
         return f"In {self.count} of {self.of} {images}, {what}."

@@ -7,7 +7,7 @@ import pandas as pd
 from elakit.diagnosis.data import DiagnosisData
 
 MEANINGS: dict[str, str] = {
-    "leakage": "share of an entity's attention that lies in a region; each row sums to 1",
+    "leakage": "share of an entity's attention that lies in a region; the shares of an entity sum to 1",
     "bleed": "share of an entity's attention outside its own region (0 to 1, lower is better)",
     "intrusion": "share of an entity's attention inside the regions of other entities (0 to 1, lower is better)",
     "spill": "share of an entity's attention in the background; bleed = intrusion + spill",
@@ -19,7 +19,7 @@ MEANINGS: dict[str, str] = {
     "symmetric_kl": "symmetric Kullback-Leibler divergence of two maps (nats, higher is further apart)",
     "jensen_shannon": "Jensen-Shannon divergence of two maps (nats, at most .69)",
     "hellinger": "Hellinger distance of two maps (0 to 1)",
-    "attribute_leakage": "share of an attribute's attention that lies in a region; each row sums to 1",
+    "attribute_leakage": "share of an attribute's attention that lies in a region; the shares of an attribute sum to 1",
     "attribute_bleed": "share of an attribute's attention outside its entity's region (lower is better)",
     "attribute_intrusion": "share of an attribute's attention inside the regions of other entities (lower is better)",
     "attribute_spill": "share of an attribute's attention in the background",
@@ -30,9 +30,10 @@ MEANINGS: dict[str, str] = {
     "the finished image",
     "truth_auc": "area under the ROC curve of an entity's attention for the judge's mask (1 perfect, .5 chance)",
     "pointing": "share of the steps in which the maximum of an entity's attention lies in the judge's mask",
-    "truth_leakage": "share of an entity's attention inside the judge's mask of an entity; each row sums to 1",
-    "attribute_truth_leakage": "share of an attribute's attention inside the judge's mask of an entity; each row sums "
-    "to 1",
+    "truth_leakage": "share of an entity's attention inside the judge's mask of the same or another entity, or outside "
+    "all masks; the shares of an entity sum to 1",
+    "attribute_truth_leakage": "share of an attribute's attention inside the judge's mask of an entity, or outside all "
+    "masks; the shares of an attribute sum to 1",
     "start_mass": "share of all attention on the start-of-text token",
     "end_mass": "share of all attention on the end-of-text and padding tokens",
 }

@@ -141,8 +141,8 @@ def build_remedy(which: str | Method, prompt: Prompt, pipe: Pipeline) -> Remedy:
         return guidance_remedy(without_regions(which) if isinstance(which, str) else which, prompt)
     if which == "another-seed":
         what = (
-            f"For each seed, {CANDIDATES} other seeds are started, and the most promising one after "
-            f"{SHARE:.0%} of the steps is finished."
+            f"For each seed, {CANDIDATES} other seeds are run for {SHARE:.0%} of the steps, and only the most "
+            "promising of them is run to the end."
         )
         return Remedy(name=which, kind="seed", what=what, prompt=prompt)
     if which == "regions":

@@ -65,21 +65,24 @@ class DivideAndBind(ReadsOneSize):
     Parameters
     ----------
     step_size : float
-        Step size alpha at the first step; 20 in the official code. It decreases to sqrt(1/2) of that at the last step
-        of the run.
+        Step size alpha at the first step; 20 in the official code. It decreases, and would reach sqrt(1/2) times this
+        value at the last step of the run.
     guided : float
         Share of the denoising steps that are guided, from the first; 25 of 50 in the official code.
     binding : sequence of (float, float)
-        Weights of the alignment of attributes, each as (share of the steps from which it applies, weight); () for none.
+        Weights of the alignment of attributes, each with the step from which it applies, as a share of all steps; ()
+        for none.
     refine : sequence of (float, float, int)
-        Refinements, each as (share of the steps at which it takes place, total variation of the official code that
-        every entity's map has to reach, largest number of additional updates); () for none.
+        Refinements, each with three values: the step at which it takes place, as a share of all steps; the total
+        variation that every entity's map has to reach, on the scale of the official code; and the largest number of
+        additional latent steps. () for none.
     variation : {"released", "repaired"}
-        Total variation in the loss: "released" is that of the official code, which compares each row with the last one;
-        "repaired" is that of the paper, which compares neighboring rows.
+        Total variation in the loss: "released" is that of the official code, which compares every other row with
+        the bottom row of the map; "repaired" is that of the paper, which compares neighboring rows. The thresholds of
+        `refine` are then divided by 1.5, the mean ratio of the two.
     layers, size
         Layers and size of the entities' maps, see `elakit.guidance.reading.ReadsOneSize`. Attributes are read from
-        those of `layers` whose maps are finer.
+        those of `layers` whose maps are finer or, if there are none, from the same layers.
 
     Raises
     ------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from numbers import Real
 from typing import Any, NoReturn
 
 from elakit import checks
@@ -32,10 +33,12 @@ def check_acts(method: Any, cause: str, *options: str) -> None:
 
 
 def check_numbers(method: Any, *options: str) -> None:
-    """Refuse options that are not finite numbers of zero or more."""
+    """Refuse options that are not finite numbers of zero or more; convert NumPy numbers to float."""
     for option in options:
-        if not is_number(getattr(method, option)):
+        value = getattr(method, option)
+        if not is_number(value):
             refuse(method, option, "a number of zero or more")
+        object.__setattr__(method, option, plain_number(value))
 
 
 def check_whole(method: Any, *options: str, least: int = 0) -> None:
@@ -52,9 +55,10 @@ def check_flag(method: Any, *options: str) -> None:
 
 
 def check_guided(method: Any) -> None:
-    """Refuse a ``guided`` that is not a number from 0 to 1."""
+    """Refuse a ``guided`` that is not a number from 0 to 1; convert NumPy numbers to float."""
     if not is_number(method.guided, most=1):
         refuse(method, "guided", "between 0 and 1 (a share of the denoising steps)")
+    object.__setattr__(method, "guided", plain_number(method.guided))
 
 
 def check_refine(method: Any, goal: str) -> None:
@@ -74,5 +78,17 @@ def check_refine(method: Any, goal: str) -> None:
 
 def is_number(value: Any, most: float = math.inf) -> bool:
     """True for a finite number from 0 to `most`."""
-    real = isinstance(value, int | float) and not isinstance(value, bool)
+    real = isinstance(value, Real) and not isinstance(value, bool)  # float32 numbers of NumPy, too
     return real and math.isfinite(value) and 0 <= value <= most
+
+
+def plain_number(value: Any) -> int | float:
+    """The same number as int or float, so that files and settings can store it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> plain_number(np.float32(0.5)), plain_number(20)
+    (0.5, 20)
+    """
+    return value if isinstance(value, int | float) else float(value)

@@ -37,7 +37,7 @@ def agreement_iou(maps: Any, masks: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Sizes differ, masks are not boolean, or values are NaN, infinite or negative.
+        Sizes differ, a mask has values other than 0 and 1, or values are NaN, infinite or negative.
 
     References
     ----------
@@ -79,7 +79,7 @@ def auc(maps: Any, masks: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Sizes differ, masks are not boolean, or values are NaN, infinite or negative.
+        Sizes differ, a mask has values other than 0 and 1, or values are NaN, infinite or negative.
 
     References
     ----------
@@ -123,7 +123,7 @@ def pointing_game(maps: Any, masks: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Sizes differ, masks are not boolean, or values are NaN, infinite or negative.
+        Sizes differ, a mask has values other than 0 and 1, or values are NaN, infinite or negative.
 
     References
     ----------

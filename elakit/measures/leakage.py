@@ -56,7 +56,7 @@ def leakage(maps: Any, masks: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Masks overlap or are not boolean, shapes do not match, or values are NaN, infinite or negative.
+        Masks overlap or have values other than 0 and 1, shapes do not match, or values are NaN, infinite or negative.
 
     Examples
     --------
@@ -96,7 +96,7 @@ def truth_leakage(maps: Any, masks: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Masks are not boolean, shapes do not match, or values are NaN, infinite or negative.
+        A mask has values other than 0 and 1, shapes do not match, or values are NaN, infinite or negative.
 
     Notes
     -----

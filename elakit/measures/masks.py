@@ -110,7 +110,7 @@ def coverage(masks: Any, size: tuple[int, int]) -> np.ndarray:
     Raises
     ------
     SettingError
-        Masks are not boolean or have no pixel, or `size` is not two whole numbers of 1 or more.
+        Masks have values other than 0 and 1 or no pixel, or `size` is not two whole numbers of 1 or more.
 
     Examples
     --------

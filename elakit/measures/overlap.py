@@ -1,8 +1,8 @@
 """Overlap and divergence of two masks or two maps.
 
 The arguments of every function are arrays or tensors (..., y, x) whose leading dimensions broadcast; the result has
-the leading dimensions. All measures are symmetric. SettingError is raised if shapes do not match, if masks are not
-boolean, and if values are NaN, infinite or negative.
+the leading dimensions. All measures are symmetric. SettingError is raised if shapes do not match, if a mask has values
+other than 0 and 1, and if values are NaN, infinite or negative.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def iou(a: Any, b: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Shapes do not match, or masks are not boolean.
+        Shapes do not match, or a mask has values other than 0 and 1.
 
     Examples
     --------
@@ -70,7 +70,7 @@ def dice(a: Any, b: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Shapes do not match, or masks are not boolean.
+        Shapes do not match, or a mask has values other than 0 and 1.
 
     Examples
     --------
@@ -96,7 +96,7 @@ def overlap_coefficient(a: Any, b: Any) -> np.ndarray:
     Raises
     ------
     SettingError
-        Shapes do not match, or masks are not boolean.
+        Shapes do not match, or a mask has values other than 0 and 1.
 
     Examples
     --------

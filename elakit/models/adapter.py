@@ -62,7 +62,7 @@ def is_a(value: Any, *names: str) -> bool:
 
 @torch.no_grad()
 def decoded(pipe: SupportedPipeline, latents: torch.Tensor) -> list[Image.Image]:
-    """Images decoded from latents, (n, c, h, w), as most pipelines do at the end of a run."""
+    """Images decoded from latents, (n, c, h, w), as most pipelines decode them at the end of a run."""
     vae, config = pipe.vae, pipe.vae.config
     mean, spread = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
     if mean is not None and spread is not None:

@@ -239,8 +239,8 @@ def test_scales_run_from_usual_to_worst() -> None:
 @pytest.mark.parametrize(
     ("token", "sentence"),
     [
-        ("green", "In 1 of 2 images, the car is green, the color asked for the apple."),
-        ("wooden#1", "In 1 of 2 images, the car is wooden, the attribute asked for the apple."),
+        ("green", "In 1 of 2 images, the car is green, the color that the prompt gives the apple."),
+        ("wooden#1", "In 1 of 2 images, the car is wooden, the attribute that the prompt gives the apple."),
     ],
 )
 def test_a_wrong_attribute_is_described_as_that_of_the_other_entity(token: str, sentence: str) -> None:

@@ -21,6 +21,7 @@ from tiny_diagnosis import diagnosis, judged_run, tiny_runs
 import elakit
 from elakit.causes import Cause, Failure, Findings
 from elakit.diagnosis import Diagnosis, Pair, report, statements
+from elakit.diagnosis.report import views
 from elakit.diagnosis.report.figures import describe_regions
 from elakit.diagnosis.report.page import acting_options
 from elakit.diagnosis.survey import diagnose_many, plan_cases, write
@@ -47,7 +48,7 @@ def trace(masks: list[list[int]], moved: list[float], **options: Any) -> Trace:
             [[1, 0]] * 3,
             [0.1] * 3,
             {"regions": [(0, 0, 1, 1)]},
-            "given by hand. The latent was moved along the gradient",
+            "given by hand. The latent was moved down the gradient",
         ),
         ([[1, 0], [0, 1], [1, 1]], [0.1] * 3, {}, "localized again in each guided step. The latent was moved"),
         ([[1, 0], [0, 1], [0, 1]], [0.1, 0, 0.1], {}, "before step 4, and did not change from then on. The latent was"),
@@ -58,6 +59,20 @@ def test_the_description_of_the_method_is_read_from_what_it_did(
     masks: list[list[int]], moved: list[float], options: dict[str, Any], said: str
 ) -> None:
     assert said in describe_regions(trace(masks, moved, **options))
+
+
+def test_regions_of_a_step_that_needed_no_guidance_are_not_said_to_be_used() -> None:
+    used = trace([[1, 0], [0, 1]], [0.1, 0.1])
+    used.add({"step": 4, "moved": 0, "skipped": False, "guided": False}, np.array([[[1, 1]]], bool))
+    said = describe_regions(used)
+    assert "each of the 2 guided steps" in said
+    assert said.endswith("At step 5, the image needed no more guidance; the regions shown there had no effect.")
+
+
+def test_screen_readers_are_told_which_remedy_made_an_image() -> None:
+    run = judged_run(tiny_runs()[0], right=False)
+    shown = views.image(run, run.verdict, name="seed 0", size=32, what="CONFORM")
+    assert shown.alt.startswith(f"Image of “{run.prompt.text}”, seed {run.seed}, CONFORM.")
 
 
 def test_the_report_describes_the_run_and_not_another_method() -> None:

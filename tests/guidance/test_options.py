@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 from method_options import HALVES
 from tiny import tiny_pipeline
 
 from elakit.errors import SettingError
 from elakit.guidance import METHODS, FromMaps, LatentStep, build, method_options
+from elakit.guidance.metadata import options_of
 from elakit.models import adapter_for
 
 REGIONS: dict[str, Any] = {"regions": HALVES}
@@ -146,3 +149,9 @@ def test_a_misspelled_option_is_refused_with_the_right_ones(name: str) -> None:
     known = [option.name for option in method_options(METHODS[name])]
     with pytest.raises(SettingError, match=f"has no option '{known[0]}s'.*{known[-1]}"):
         build(METHODS[name], {f"{known[0]}s": 1})
+
+
+def test_numbers_of_numpy_are_accepted_and_stored_as_plain_numbers() -> None:
+    method = METHODS["attend-and-excite"](step_size=np.float32(10), guided=np.float64(0.25))
+    assert (type(method.step_size), method.step_size) == (float, 10.0)
+    assert json.loads(json.dumps(options_of(method)))["guided"] == 0.25

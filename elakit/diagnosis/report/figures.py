@@ -42,8 +42,8 @@ def figures(diagnosis: DiagnosisData, example: Pair) -> list[Figure]:
     made = [
         _figure(
             "attention", "Attention of each entity", plot.entity_maps(plain, other, title=""),
-            "The image, overlaid in gray with the attention of each entity. Maps that cover the same area indicate "
-            "bleeding.",
+            "The image and, for each entity, the image in gray with the entity's attention over it in color. Maps "
+            "that cover the same area indicate bleeding.",
         ),
         _figure(
             "regions-plain", "Regions without guidance", plot.region_evolution(plain, title=""),
@@ -103,10 +103,16 @@ def describe_regions(trace: Trace) -> str:
             source += f" before {step_name(steps[same])}, and did not change from then on"
     moved = sum(bool(row["moved"] > 0) for row in trace.rows)
     if moved == len(guided):
-        return f"{source}. The latent was moved along the gradient of the loss in each of the {moved} guided steps."
-    if moved == 0:
-        return f"{source}. Attention was changed within the denoiser's calls; the latent was not moved."
-    return f"{source}. The latent was moved along the gradient of the loss in {moved} of {len(guided)} guided steps."
+        acted = f"The latent was moved down the gradient of the loss in each of the {moved} guided steps."
+    elif moved == 0:
+        acted = "Attention was changed within the denoiser's calls; the latent was not moved."
+    else:
+        acted = f"The latent was moved down the gradient of the loss in {moved} of {len(guided)} guided steps."
+    unused = sorted(set(map(int, trace.regions.step.values)) - set(guided))
+    if not unused or trace.skipped:
+        return f"{source}. {acted}"
+    ended = f"At {step_name(unused[-1])}, the image needed no more guidance; the regions shown there had no effect."
+    return f"{source}. {acted} {ended}"
 
 
 def _figure(key: str, heading: str, figure: go.Figure, text: str) -> Figure:

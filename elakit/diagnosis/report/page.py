@@ -245,10 +245,13 @@ def _is_off(value: Any) -> bool:
 
 
 def _guided_steps(traces: Sequence[Trace]) -> str:
+    """Guided steps of all seeds, and their number per image, such as "5 to 7 (2 to 3 per image)"."""
     steps = sorted({step_number(step) for trace in traces for step in trace.guided})
     if not steps:
         return "none"
-    return f"{len(steps)}: {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"1: {steps[0]}"
+    counts = sorted({len(trace.guided) for trace in traces})
+    each = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    return f"{steps[0]} to {steps[-1]} ({each} per image)" if len(steps) > 1 else f"{steps[0]} ({each} per image)"
 
 
 def _versions() -> Sequence[tuple[str, str]]:

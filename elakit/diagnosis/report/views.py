@@ -37,9 +37,9 @@ EVIDENCE = {
     "overlap": "overlap of the two maps",
     "alike": "overlap of the two maps",
     "swap": "degree of exchange",
-    "astray": "share of the attribute's attention at the other entity",
-    "attribute_held": "share of the attribute in the attention at the other entity",
-    "on_other": "share of the attribute's attention on the other entity in the image",
+    "astray": "the attribute's attention at the other entity, relative to both entities (0.5: equal)",
+    "attribute_held": "attention at the other entity that goes to the attribute rather than to the noun",
+    "on_other": "share of the attribute's attention that lies on the other entity in the finished image",
 }
 
 
@@ -128,14 +128,15 @@ def card(diagnosis: DiagnosisData, pair: Pair, size: int = THUMBNAIL) -> Card:
     )
 
 
-def image(run: Run, verdict: Verdict | None, name: str, size: int) -> Image:
-    """An image with the judge's findings."""
+def image(run: Run, verdict: Verdict | None, name: str, size: int, what: str = "") -> Image:
+    """An image with the judge's findings; `what` was done for it, by default `name`, for screen readers."""
+    what = what or name
     findings = verdict.findings() if verdict is not None else ()
     judged = "".join(f" {text}." for text, _ in findings)
     width, height = run.image.size
     return Image(
         uri=data_uri(run.image, size),
-        alt=f"Image of “{run.prompt.text}”, seed {run.seed}, {name}.{judged}",
+        alt=f"Image of “{run.prompt.text}”, seed {run.seed}, {what}.{judged}",
         name=name,
         findings=findings,
         success=None if verdict is None else bool(verdict.success),
@@ -198,7 +199,7 @@ def _plain(diagnosis: DiagnosisData) -> Row:
         what="Without guidance.",
         score=_score(diagnosis.right if judged else None, len(runs), bleed(runs)),
         bar=Bar(diagnosis.rate, *diagnosis.interval) if judged else None,
-        images=tuple(image(run, run.verdict, f"seed {run.seed}", SMALL) for run in runs[:MAX_IMAGES]),
+        images=tuple(image(run, run.verdict, f"seed {run.seed}", SMALL, "plain") for run in runs[:MAX_IMAGES]),
         more=max(len(runs) - MAX_IMAGES, 0),
     )
 
@@ -221,7 +222,9 @@ def _row(one: RemedyResult, rank: int | None, best: bool) -> Row:
         score=_score(one.right if one.judged else None, len(one.runs), one.bleed) if one.runs else "",
         bar=Bar(one.rate, *one.interval) if one.judged else None,
         facts=tuple(facts),
-        images=tuple(image(run, run.verdict, f"seed {run.seed}", SMALL) for run in one.runs[:MAX_IMAGES]),
+        images=tuple(
+            image(run, run.verdict, f"seed {run.seed}", SMALL, one.remedy.title) for run in one.runs[:MAX_IMAGES]
+        ),
         more=max(len(one.runs) - MAX_IMAGES, 0),
         **commands.reproduce(one),
     )
