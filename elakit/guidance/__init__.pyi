@@ -36,6 +36,7 @@ from .registry import METHODS as METHODS
 from .registry import method_title as method_title
 from .registry import without_regions as without_regions
 from .self_cross import SelfCross as SelfCross
+from .separation import Separation as Separation
 from .spdiffusion import SPDiffusion as SPDiffusion
 from .syngen import SynGen as SynGen
 from .trace import Trace as Trace

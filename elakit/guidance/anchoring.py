@@ -45,14 +45,14 @@ class LatentStep:
     gradient : {"normalized", "raw"}
         Gradient along which the latent moves: scaled to a root mean square of 1 ("normalized"), or not scaled ("raw").
     needed : float, optional
-        Shortfall at or below which an image is not guided at all, compared at its first guided step. The shortfall, a
+        Shortfall at or below which an image is not anchored at all, compared at `start`. The shortfall, a
         column of the trace, is the largest squared share of an entity's attention outside its region, plus 1 minus the
-        lowest of the entities' largest attention inside their regions. None guides every image. The default was chosen
+        lowest of the entities' largest attention inside their regions. None anchors every image. The default was chosen
         on picture-world, where the shortfall predicts which images fail better than the loss does. On a model with
-        larger shortfalls, every image is guided.
+        larger shortfalls, every image is anchored.
     enough : float, optional
-        Shortfall at or below which guidance of an image ends, compared at each later guided step. With None,
-        guidance does not end early.
+        Shortfall at or below which anchoring of an image ends, compared at each later guided step. With None, it does
+        not end early.
     outside : float
         Weight of the squared share of an entity's attention outside its region. The closest published form is the loss
         of layout guidance (Chen et al., WACV 2024).
@@ -107,6 +107,11 @@ class LatentStep:
         if not any(getattr(self, term) for term in TERMS):
             refuse(0, "outside", "above 0 if presence, intrusion and attributes are 0", **own)
 
+    def first(self, steps: int, localized: bool) -> int:
+        """Step at which anchoring starts, counted from 0; parameters as for `plan`."""
+        start = (LATE if localized else 0.0) if self.start is None else self.start
+        return round(start * steps)
+
     def plan(self, steps: int, *, localized: bool) -> list[Update]:
         """Updates of a run, whose step sizes change linearly from `step_size` to `decay` times that.
 
@@ -117,8 +122,7 @@ class LatentStep:
         localized : bool
             Whether the region of any entity is localized instead of given by hand.
         """
-        start = (LATE if localized else 0.0) if self.start is None else self.start
-        first, count = round(start * steps), round(self.guided * steps)
+        first, count = self.first(steps, localized), round(self.guided * steps)
         sizes = np.linspace(self.step_size, self.step_size * self.decay, max(count, 1))[:count]
         idle = Update(0.0)
         return [*[idle] * first, *(Update(float(s)) if i % self.every == 0 else idle for i, s in enumerate(sizes))]

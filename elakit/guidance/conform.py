@@ -1,13 +1,8 @@
 """CONFORM: maps of an object and its attributes attract each other, maps of different objects repel each other.
 
 Meral et al., "CONFORM: Contrast is All You Need For High-Fidelity Text-to-Image Diffusion Models", CVPR 2024
-(arXiv:2312.06059), and its official code (github.com/gemlab-vt/CONFORM). One class is an object with its attributes;
-its members are the maps of all their tokens, every piece of a word, in this pass and in the last pass of the previous
-step. NT-Xent, with s the cosine of two maps and tau the temperature, is the mean over all ordered pairs (i, p) of one
-class:
-
-    -log( exp(s_ip / tau) / (exp(s_ip / tau) + sum over n of other classes of exp(s_in / tau)) )
-
+(arXiv:2312.06059), and its official code (github.com/gemlab-vt/CONFORM). The loss is NT-Xent over the maps of all
+tokens, every piece of a word, of this pass and of the last pass of the previous step (`elakit.guidance.contrast`).
 Maps are raw probabilities (the code's notebook switches the softmax over tokens off), smoothed as in Attend-and-Excite.
 Step size and guided steps are Attend-and-Excite's; 20 additional updates are made at steps 0, 10 and 20 of 50, whatever
 the loss is. A class of one map has no pair before the second step; if no class has one, the first step does nothing.
@@ -18,20 +13,15 @@ Intended difference: a prompt of fewer than two entities is not guided.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from elakit.guidance.astar import Memory
+from elakit.guidance.contrast import contrast
 from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers, check_whole, refuse
-from elakit.guidance.preprocess import GUIDED, REFINED, STEP_SIZE, schedule, smooth
-from elakit.guidance.quotients import unit
+from elakit.guidance.preprocess import GUIDED, REFINED, STEP_SIZE, schedule
 from elakit.guidance.reading import ReadsOneSize
 from elakit.prompt import Prompt
 
@@ -101,25 +91,5 @@ class CONFORM(ReadsOneSize):
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Memory) -> Loss:
         """NT-Xent loss over the maps of this step and the previous one; its term is "contrast"."""
-        maps = attention.mean
-        tokens = [[*entity.token_indices, *entity.attribute_indices] for entity in prompt.entities]
-        owners = [i for i, members in enumerate(tokens) for _ in members]
-        vectors = smooth(maps[[index for members in tokens for index in members]]).flatten(1)
-        classes = torch.tensor(owners, device=maps.device)
-        before = state.recall(step, vectors)
-        if before is not None:
-            vectors, classes = torch.cat([vectors, before]), classes.repeat(2)
-        total = _contrast(vectors, classes, self.temperature)
+        total = contrast(attention.mean, prompt, step, state, self.temperature)
         return Loss(total, {"contrast": float(total.detach())})
-
-
-def _contrast(vectors: Tensor, classes: Tensor, temperature: float) -> Tensor:
-    """NT-Xent; 0 where no class has two members or there is one class only."""
-    vectors = unit(vectors)
-    scores = vectors @ vectors.T / temperature
-    same = classes[:, None] == classes
-    pairs = same & ~torch.eye(len(classes), dtype=torch.bool, device=classes.device)
-    if not pairs.any() or same.all():
-        return vectors.new_zeros(())
-    rivals = scores.masked_fill(same, -math.inf).logsumexp(1, keepdim=True)
-    return F.softplus(rivals - scores)[pairs].mean()

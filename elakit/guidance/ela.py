@@ -6,7 +6,8 @@ Zhang et al., "Easing Concept Bleeding in Diffusion via Entity Localization and 
 The paper specifies decoder maps at 16 x 16, start-of-text read along with the entities, disjoint regions by
 differentiation and binarization, one loss term per entity, and a small step ``z' = z - alpha * gradient``. It does not
 specify the exact rules, the form of the loss, the guided steps and alpha. This is therefore *our reading of ELA*: what
-the paper does not specify is an option, whose default was chosen by measurements on the built-in model.
+the paper does not specify is an option, whose default was chosen by measurements on the built-in model. In the first
+steps, in which the maps are too noisy to localize anything, the entities' maps are only moved apart.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from elakit.guidance.layout import Layout, check_layout
 from elakit.guidance.localization import Anchors, FromMaps, complete, entity_means, is_complete
 from elakit.guidance.method import Attention, Loss, Update, layers_of_size
 from elakit.guidance.preprocess import NATIVE_SIZE
+from elakit.guidance.separation import Separation
 from elakit.models import AttentionLayer
 from elakit.models.adapter import decoder_side
 from elakit.prompt import Prompt
@@ -41,6 +43,9 @@ class ELA:
         Rules by which regions are localized in the attention maps.
     anchor : LatentStep
         Loss, step sizes and guided steps.
+    separate : Separation
+        Latent steps before those of `anchor`, in which the entities' maps are moved apart. They are left out if all
+        regions are given by hand, because anchoring then starts at the first step.
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x), optional
         Regions given by hand, in the order of the prompt: boxes as fractions of the image, or masks. A location in two
         regions is assigned to the smaller one. In a sequence, None stands for an entity that is localized in the
@@ -75,6 +80,7 @@ class ELA:
 
     localize: FromMaps = field(default_factory=FromMaps)
     anchor: LatentStep = field(default_factory=LatentStep)
+    separate: Separation = field(default_factory=Separation)
     regions: Layout | None = None
     layers: str = "up"
     size: int | None = None
@@ -87,7 +93,7 @@ class ELA:
     reads_self: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for option, kind in (("localize", FromMaps), ("anchor", LatentStep)):
+        for option, kind in (("localize", FromMaps), ("anchor", LatentStep), ("separate", Separation)):
             if not isinstance(getattr(self, option), kind):
                 refuse(getattr(self, option), option, f"a {kind.__name__}, such as {kind.__name__}()", owner="ELA")
         if self.size is not None:
@@ -99,6 +105,12 @@ class ELA:
                 "ELA(localize=...): must be omitted if all regions are given by hand. Use None for entities that are "
                 "to be localized."
             )
+
+        if self.separate != Separation() and self.separate.step_size and self.anchor.first(1000, self._localized) == 0:
+            refuse(
+                self.separate.step_size, "separate.step_size", "left out if anchoring starts at the first step",
+                owner="ELA", hint="It acts only in the steps before anchoring: see `start` of LatentStep.",
+            )  # fmt: skip
 
         if self.regions is not None:  # what a user asks for is always done
             for option in ("needed", "enough"):
@@ -119,21 +131,35 @@ class ELA:
 
     def begin(self, prompt: Prompt, steps: int) -> Anchors:
         """State of an image at the start of a run."""
-        return Anchors(given=self.regions)
+        return Anchors(given=self.regions, first=self.anchor.first(steps, self._localized))
+
+    @property
+    def _localized(self) -> bool:
+        """True if the region of any entity is localized instead of given by hand."""
+        return not is_complete(self.regions)
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates of `LatentStep.plan`; none for a prompt with one entity and no region given by hand."""
+        """Updates of `Separation.plan` and then of `LatentStep.plan`.
+
+        A prompt with one entity is not separated, and not anchored unless its region is given by hand.
+        """
         if len(prompt.entities) < 2 and self.regions is None:
             return []
-        return self.anchor.plan(len(noise), localized=not is_complete(self.regions))
+        updates = self.anchor.plan(len(noise), localized=self._localized)
+        if len(prompt.entities) > 1:
+            first = self.anchor.first(len(noise), self._localized)
+            updates[:first] = self.separate.plan(first)
+        return updates
 
     def direction(self, gradient: Tensor) -> Tensor:
         """The raw or the normalized gradient, as `anchor` specifies."""
         return self.anchor.direction(gradient)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Anchors) -> Loss:
-        """Anchoring loss of `LatentStep.loss`, with the regions of this step."""
+        """Loss of `Separation.loss` in the first steps, then of `LatentStep.loss` with the regions of the step."""
         maps = attention.mean
+        if step < state.first:
+            return self.separate.loss(maps, prompt, step, state.memory)
         loss = self.anchor.loss(maps, self._masks(maps.detach(), prompt, step, state), prompt, first=not state.began)
         state.began = True
         # whether an image needs no guidance was chosen for localized regions; what a user asks for is always done

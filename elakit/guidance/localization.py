@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from elakit.checks import boolean, choice, real_number, refuse, whole_number
+from elakit.guidance.astar import Memory
 from elakit.guidance.layout import Layout, apart, check_layout, layout_masks
 from elakit.prompt import Prompt
 from elakit.regions import BINARIZATIONS, DIFFERENTIATIONS, THRESHOLD, Binarization, Differentiation, localize
@@ -174,7 +175,11 @@ class Anchors:
     held : ndarray, bool (entity, y, x), or None
         Regions to which a method restricted attention in the last pass; None if it did not.
     began : bool
-        Whether a loss has been computed for the image in this run.
+        Whether an anchoring loss has been computed for the image in this run.
+    first : int
+        Step at which anchoring starts, counted from 0; in the steps before, maps are moved apart.
+    memory : Memory
+        Maps of the previous step, for the loss that moves maps apart.
     steered : bool
         Whether regions were changed during the run; the image is then guided again, even if it needed no more guidance.
     """
@@ -184,6 +189,8 @@ class Anchors:
     held: np.ndarray | None = None
     began: bool = False
     steered: bool = False
+    first: int = 0
+    memory: Memory = field(default_factory=Memory)
 
     def steer(self, given: Layout | None) -> None:
         """Replace the regions given by hand from the next guided step on, and unlock the localized ones.

@@ -16,7 +16,16 @@ from tiny import tiny_pipeline
 
 from elakit.errors import ModelError, SettingError
 from elakit.generation import generate
-from elakit.guidance import ELA, Anchors, AttendAndExcite, FromMaps, LatentStep, RegionalAttention, Update
+from elakit.guidance import (
+    ELA,
+    Anchors,
+    AttendAndExcite,
+    FromMaps,
+    LatentStep,
+    RegionalAttention,
+    Separation,
+    Update,
+)
 from elakit.guidance.engine import gradient, reading
 from elakit.guidance.layout import apart, layout_masks
 from elakit.models import adapter_for
@@ -25,6 +34,7 @@ from elakit.run import open_run
 
 PAIR = "a [red car] and a [blue bird]"
 HALVES = [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
+OFF = Separation(step_size=0)  # anchoring alone
 
 
 def hooks_of(module: torch.nn.Module) -> int:
@@ -34,7 +44,7 @@ def hooks_of(module: torch.nn.Module) -> int:
 def setting(pipe: Any, text: str = PAIR, **options: Any) -> tuple[Any, ...]:
     """Arguments of the engine's `gradient`, at the fourth of ten steps from fixed noise."""
     adapter, prompt = adapter_for(pipe), parse(text, pipe)
-    method = ELA(anchor=LatentStep(needed=None, enough=None, **options), size=8)
+    method = ELA(anchor=LatentStep(start=0, needed=None, enough=None, **options), size=8)
     embeds = adapter.encode(prompt.text, guided=False)
     pipe.scheduler.set_timesteps(10)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)).to(pipe.unet.dtype)
@@ -107,7 +117,9 @@ def test_ela_starts_from_the_plain_runs_noise_and_ends_where_its_window_ends(sch
     ela = generate(
         pipe, PAIR, seed=5, steps=4, guidance=ELA(anchor=LatentStep(start=0, guided=0.5, step_size=0.3)), progress=False
     )
-    still = generate(pipe, PAIR, seed=5, steps=4, guidance=ELA(anchor=LatentStep(step_size=0)), progress=False)
+    still = generate(
+        pipe, PAIR, seed=5, steps=4, guidance=ELA(anchor=LatentStep(step_size=0), separate=OFF), progress=False
+    )
     assert ela.guidance is not None
     # Heun and PNDM call the model more often than they step; the window is a share of the calls
     assert ela.guidance.to_frame().index.tolist() == list(range(round(len(pipe.scheduler.timesteps) / 2)))
@@ -128,7 +140,7 @@ def test_guidance_that_reads_records_nothing_of_its_own() -> None:
 def test_an_image_that_needs_no_help_is_left_alone_from_there_on() -> None:
     pipe = tiny_pipeline()
     plain = generate(pipe, PAIR, seed=[5, 6], steps=6, record=False, progress=False)
-    always = generate(pipe, PAIR, seed=[5, 6], steps=6, guidance=ELA(), record=False, progress=False)
+    always = generate(pipe, PAIR, seed=[5, 6], steps=6, guidance=ELA(separate=OFF), record=False, progress=False)
     short = [run.guidance.to_frame()["shortfall"].iloc[0] for run in always]
     between = float(np.mean(short))
     better = int(np.argmin(short))
@@ -137,7 +149,7 @@ def test_an_image_that_needs_no_help_is_left_alone_from_there_on() -> None:
         PAIR,
         seed=[5, 6],
         steps=6,
-        guidance=ELA(anchor=LatentStep(needed=between, enough=between)),
+        guidance=ELA(anchor=LatentStep(needed=between, enough=between), separate=OFF),
         record=False,
         progress=False,
     )
@@ -159,7 +171,7 @@ def test_every_other_step_may_be_guided() -> None:
         PAIR,
         seed=5,
         steps=8,
-        guidance=ELA(anchor=LatentStep(every=2, guided=0.5)),
+        guidance=ELA(anchor=LatentStep(every=2, guided=0.5), separate=OFF),
         record=False,
         progress=False,
     )
@@ -177,7 +189,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(monkeypatch: pytes
     monkeypatch.setattr("elakit.guidance.engine.gradient", broken)
     plain = generate(pipe, PAIR, seed=2, steps=4, progress=False)
     with pytest.warns(UserWarning, match="not guided.* ela's loss was NaN or infinite: 2 of seed 2"):
-        ela = generate(pipe, PAIR, seed=2, steps=4, guidance=ELA(anchor=LatentStep(guided=0.5)), progress=False)
+        ela = generate(
+            pipe, PAIR, seed=2, steps=4, guidance=ELA(anchor=LatentStep(guided=0.5), separate=OFF), progress=False
+        )
     assert ela.guidance.skipped == 2
     assert np.array_equal(np.asarray(plain.image), np.asarray(ela.image))
 
@@ -399,5 +413,5 @@ def test_localized_regions_wait_for_maps_that_are_not_noise(
     regions: Any, start: float | None, first: int, prompt: Prompt
 ) -> None:
     anchor = LatentStep(start=start, step_size=0.1, decay=0.5, guided=0.08)
-    sizes = [update.size for update in ELA(anchor=anchor, regions=regions).plan([1.0] * 25, prompt)]
+    sizes = [update.size for update in ELA(anchor=anchor, regions=regions, separate=OFF).plan([1.0] * 25, prompt)]
     assert sizes == [0.0] * first + [0.1, 0.05]

@@ -35,6 +35,8 @@ OTHER: dict[str, Any] = {
 # What an option needs to act on random maps, by method or by option.
 WITH: dict[str, dict[str, Any]] = {
     "ela": {"anchor.needed": None},
+    "localize.lock_from": {"anchor.start": 0.0, "anchor.needed": None},
+    "anchor.enough": {"anchor.start": 0.0, "anchor.needed": None},
     "localize.quantile": {"localize.binarization": "quantile"},
     "deleaker": {"threshold": -0.5, "start": 0, "average_from": 0},
     "initno": {"stop_cross": 0.0},
