@@ -52,7 +52,7 @@ class Separation:
     elakit.errors.SettingError: Separation(temperature=0): must be a number above 0.
     """
 
-    step_size: float = 0.05
+    step_size: float = 0.1
     temperature: float = TEMPERATURE
 
     def __post_init__(self) -> None:

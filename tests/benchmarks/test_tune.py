@@ -24,11 +24,11 @@ def test_every_method_without_regions_has_a_grid_of_six_points_that_it_accepts()
         assert len({str(build(kind, point)) for point in points}) == len(points) == 6
 
 
-def test_the_grid_of_a_method_that_chooses_its_images_varies_that_choice_around_the_default() -> None:
-    usual = ELA().anchor
+def test_the_grid_of_a_method_that_chooses_its_images_varies_that_choice_and_holds_the_default() -> None:
+    usual = ELA()
     points = grid("ela")
-    assert {"anchor.needed": usual.needed, "anchor.step_size": usual.step_size} in points
-    assert {point["anchor.needed"] < usual.needed for point in points} == {True, False}
+    assert {"separate.step_size": usual.separate.step_size, "anchor.needed": usual.anchor.needed} in points
+    assert {point["anchor.needed"] > usual.anchor.needed for point in points} == {True, False}
 
 
 def test_the_setting_with_most_right_minus_broken_images_comes_first() -> None:

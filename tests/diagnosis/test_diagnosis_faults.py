@@ -43,16 +43,21 @@ def trace(masks: list[list[int]], moved: list[float], **options: Any) -> Trace:
 @pytest.mark.parametrize(
     ("masks", "moved", "options", "said"),
     [
-        ([[1, 0]] * 3, [0, 0, 0], {}, "determined once and are the same in all 3 guided steps. Attention was changed"),
+        (
+            [[1, 0]] * 3,
+            [0, 0, 0],
+            {},
+            "determined once and are the same in all 3 steps that used them. Attention was",
+        ),
         (
             [[1, 0]] * 3,
             [0.1] * 3,
             {"regions": [(0, 0, 1, 1)]},
             "given by hand. The latent was moved down the gradient",
         ),
-        ([[1, 0], [0, 1], [1, 1]], [0.1] * 3, {}, "localized again in each guided step. The latent was moved"),
+        ([[1, 0], [0, 1], [1, 1]], [0.1] * 3, {}, "localized again in each step that used them. The latent was moved"),
         ([[1, 0], [0, 1], [0, 1]], [0.1, 0, 0.1], {}, "before step 4, and did not change from then on. The latent was"),
-        ([[1, 0], [0, 1], [0, 1]], [0.1, 0, 0.1], {}, "in 2 of 3 guided steps"),
+        ([[1, 0], [0, 1], [0, 1]], [0.1, 0, 0.1], {}, "in 2 of these 3 steps"),
     ],
 )
 def test_the_description_of_the_method_is_read_from_what_it_did(
@@ -65,8 +70,17 @@ def test_regions_of_a_step_that_needed_no_guidance_are_not_said_to_be_used() -> 
     used = trace([[1, 0], [0, 1]], [0.1, 0.1])
     used.add({"step": 4, "moved": 0, "skipped": False, "guided": False}, np.array([[[1, 1]]], bool))
     said = describe_regions(used)
-    assert "each of the 2 guided steps" in said
+    assert "each of these 2 steps" in said
     assert said.endswith("At step 5, the image needed no more guidance; the regions shown there had no effect.")
+
+
+def test_steps_that_separate_are_not_said_to_use_regions() -> None:
+    used = trace([[1, 0]], [0.1])  # step 3 of 3
+    for step in (0, 1):
+        used.rows.insert(step, {"step": step, "moved": 0.05, "skipped": False, "guided": True})
+    assert describe_regions(used).startswith("In 2 steps before, the entities' maps were moved apart. These")
+    used.rows[-1] |= {"guided": False, "moved": 0}
+    assert describe_regions(used).endswith("the image needed no more guidance, so that its regions were not used.")
 
 
 def test_screen_readers_are_told_which_remedy_made_an_image() -> None:

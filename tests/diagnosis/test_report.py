@@ -123,7 +123,7 @@ def test_a_single_entity_is_not_guided() -> None:
 
 
 def test_images_that_need_no_guidance_are_named_as_the_reason() -> None:
-    found = diagnosis("a [red car] and a [bird]", judged="yy", **{"anchor.needed": 2.0})
+    found = diagnosis("a [red car] and a [bird]", judged="yy", **{"anchor.needed": 2.0, "separate.step_size": 0.0})
     assert any(
         "ELA did not act in any step, because it found that the images need no guidance" in said
         for said in report.summary(found)

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from elakit import plot
 from elakit.diagnosis.data import DiagnosisData, Pair
+from elakit.diagnosis.sentences import plural
 from elakit.guidance import Trace, method_title
 from elakit.numbering import step_name
 
@@ -88,31 +89,36 @@ def describe_regions(trace: Trace) -> str:
     trace : Trace
         Trace of the run, with regions.
     """
-    regions, guided = trace.regions, list(trace.guided)
-    assert regions is not None
-    regions = regions.sel(step=guided)
+    assert trace.regions is not None
+    with_regions = {int(step) for step in trace.regions.step.values}
+    guided = [step for step in trace.guided if step in with_regions]
+    before = len(trace.guided) - len(guided)
+    began = f"In {before} {plural('step', before)} before, the entities' maps were moved apart. " if before else ""
+    unused = sorted(with_regions - set(guided))
+    if not guided:
+        ended = f"At {step_name(unused[-1])}, the image needed no more guidance, so that its regions were not used."
+        return f"{began}{ended}"
+    regions = trace.regions.sel(step=guided)
     steps, masks = [int(step) for step in regions.step.values], regions.values
     if trace.options.get("regions") is not None:
         source = "These regions were given by hand"
     elif np.array_equal(masks, np.broadcast_to(masks[:1], masks.shape)):
-        source = f"These regions were determined once and are the same in all {len(steps)} guided steps"
+        source = f"These regions were determined once and are the same in all {len(steps)} steps that used them"
     else:
         same = next(i for i in range(len(steps)) if (masks[i:] == masks[i]).all())
-        source = "These regions were localized again in each guided step"
+        source = "These regions were localized again in each step that used them"
         if same < len(steps) - 1:
             source += f" before {step_name(steps[same])}, and did not change from then on"
-    moved = sum(bool(row["moved"] > 0) for row in trace.rows)
-    if moved == len(guided):
-        acted = f"The latent was moved down the gradient of the loss in each of the {moved} guided steps."
-    elif moved == 0:
+    moved = sum(bool(row["moved"] > 0) for row in trace.rows if row["step"] in guided)
+    if moved == 0:
         acted = "Attention was changed within the denoiser's calls; the latent was not moved."
     else:
-        acted = f"The latent was moved down the gradient of the loss in {moved} of {len(guided)} guided steps."
-    unused = sorted(set(map(int, trace.regions.step.values)) - set(guided))
+        share = f"each of these {moved} steps" if moved == len(guided) else f"{moved} of these {len(guided)} steps"
+        acted = f"The latent was moved down the gradient of the loss in {share}."
     if not unused or trace.skipped:
-        return f"{source}. {acted}"
+        return f"{began}{source}. {acted}"
     ended = f"At {step_name(unused[-1])}, the image needed no more guidance; the regions shown there had no effect."
-    return f"{source}. {acted} {ended}"
+    return f"{began}{source}. {acted} {ended}"
 
 
 def _figure(key: str, heading: str, figure: go.Figure, text: str) -> Figure:
