@@ -60,7 +60,7 @@ def grid(name: str) -> list[dict[str, Any]]:
     >>> grid("syngen")[0], len(grid("ela"))
     ({'step_size': 5.0, 'guided': 0.25}, 6)
     >>> grid("ela")[0]
-    {'separate.step_size': 0.05, 'anchor.needed': 0.9}
+    {'separate.step_size': 20.0, 'anchor.needed': 0.9}
     """
     checks.choice(name, "METHOD", tuple(METHODS))
     usual = option_values(without_regions(name))

@@ -451,7 +451,7 @@ class Guide:
                         self.done.add(i)
                         continue
                     if refining(loss) and bool(torch.isfinite(grad).all()):
-                        z[i] -= self._change(update.size, grad, unit)
+                        z[i] -= self._change(update, grad, unit)
                         refinements[i] += 1
                         going.append(i)
                 pending = going
@@ -462,7 +462,7 @@ class Guide:
             finite, ended = bool(torch.isfinite(grad).all()), i in self.done
             stepped = update.final and finite and not ended
             if stepped:
-                z[i] -= self._change(update.size, grad, unit)
+                z[i] -= self._change(update, grad, unit)
             moves = stepped or refinements[i] > 0
             row = _row(
                 step, timestep, loss, seconds,
@@ -499,12 +499,13 @@ class Guide:
         """Factor that scales the scheduler's latents to unit variance: 1 for most, less for Euler, LMS and Heun."""
         return float(_scaled(self.adapter, torch.ones((), device=latents.device), timestep))
 
-    def _change(self, size: float, gradient: Tensor, unit: float) -> Tensor:
+    def _change(self, update: Update, gradient: Tensor, unit: float) -> Tensor:
         """Step of the scheduler's latents z whose size is given for latents of unit variance, u = unit * z.
 
         Step sizes were chosen for u. dL/du is dL/dz divided by unit, and a step of u divided by unit is one of z.
         """
-        return size * self.method.direction(gradient / unit) / unit
+        along = gradient / unit
+        return update.size * (along if update.raw else self.method.direction(along)) / unit
 
     def on_step_end(self, step: int, latents: Tensor) -> Tensor:
         """Latents moved for the denoising step after `step`, which is counted from 0; to be called when it has run."""

@@ -108,6 +108,8 @@ class Update:
         Whether one latent step follows the refinement, whatever the loss is.
     hold : bool
         Whether attention scores are edited in the denoising step (see `EditsScores`).
+    raw : bool
+        Whether latent steps follow the raw gradient, whatever the method's `direction` is.
     """
 
     size: float
@@ -115,6 +117,7 @@ class Update:
     until: float | None = None
     final: bool = True
     hold: bool = False
+    raw: bool = False
 
 
 @dataclass(frozen=True, eq=False)

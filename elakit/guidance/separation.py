@@ -27,8 +27,8 @@ class Separation:
     Parameters
     ----------
     step_size : float
-        Size of each latent step: root mean square of the change of the latent, whose initial noise has unit variance.
-        0 switches separation off.
+        Size of each latent step along the raw gradient, which vanishes where the maps are apart; 20 in CONFORM's
+        official code. 0 switches separation off.
     temperature : float
         Temperature tau of the loss, greater than 0; 0.5 in CONFORM's official code.
 
@@ -44,15 +44,15 @@ class Separation:
 
     Examples
     --------
-    >>> [update.size for update in Separation(step_size=0.05).plan(2)]
-    [0.05, 0.05]
+    >>> [update.size for update in Separation(step_size=10).plan(2)]
+    [10, 10]
     >>> Separation(temperature=0)
     Traceback (most recent call last):
     ...
     elakit.errors.SettingError: Separation(temperature=0): must be a number above 0.
     """
 
-    step_size: float = 0.1
+    step_size: float = 40.0
     temperature: float = TEMPERATURE
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class Separation:
 
     def plan(self, steps: int) -> list[Update]:
         """Updates of the first `steps` steps of a run, all of the same size."""
-        return [Update(self.step_size)] * steps
+        return [Update(self.step_size, raw=True)] * steps
 
     def loss(self, maps: Tensor, prompt: Prompt, step: int, memory: Memory) -> Loss:
         """Contrastive loss of one image at one step.

@@ -23,8 +23,8 @@ def sizes(method: ELA, text: str = PAIR, steps: int = 25) -> list[float]:
 
 
 def test_all_steps_before_anchoring_separate() -> None:
-    method = ELA(anchor=LatentStep(guided=0.08, step_size=0.1), separate=Separation(step_size=0.02))
-    assert sizes(method) == [0.02] * 4 + [0.1, 0.05]
+    method = ELA(anchor=LatentStep(guided=0.08, step_size=0.1), separate=Separation(step_size=10))
+    assert sizes(method) == [10] * 4 + [0.1, 0.05]
 
 
 def test_nothing_is_separated_where_anchoring_starts_at_once_or_there_is_one_entity() -> None:
@@ -95,12 +95,23 @@ def test_an_image_that_is_not_anchored_was_separated_and_its_trace_says_so() -> 
     assert run.guidance.regions.step.values.tolist() == [2]
 
 
+def test_separation_follows_the_raw_gradient_and_anchoring_the_normalized_one() -> None:
+    method = ELA(anchor=LatentStep(start=0.5, step_size=0.1, needed=None, enough=None, guided=0.5))
+    run = generate(tiny_pipeline(), PAIR, seed=5, steps=4, guidance=method, record=False, progress=False)
+    frame = run.guidance.to_frame()
+    size = 64 * 4  # values of the latent
+    assert frame["moved"].iloc[:2].tolist() == pytest.approx(
+        (40 * frame["gradient_norm"].iloc[:2] / size**0.5).tolist()
+    )
+    assert frame["moved"].iloc[2:].tolist() == pytest.approx([0.1, 0.05], rel=1e-3)
+
+
 def test_a_separation_without_effect_is_refused() -> None:
     with pytest.raises(SettingError, match=r"temperature=0\.2.*step_size=0"):
         Separation(step_size=0, temperature=0.2)
-    with pytest.raises(SettingError, match=r"separate.step_size=0.2.*anchoring starts at the first step"):
-        ELA(anchor=LatentStep(start=0), separate=Separation(step_size=0.2))
-    with pytest.raises(SettingError, match=r"separate.step_size=0.2.*anchoring starts at the first step"):
-        ELA(regions=HALVES, separate=Separation(step_size=0.2))
+    with pytest.raises(SettingError, match=r"separate.step_size=10.*anchoring starts at the first step"):
+        ELA(anchor=LatentStep(start=0), separate=Separation(step_size=10))
+    with pytest.raises(SettingError, match=r"separate.step_size=10.*anchoring starts at the first step"):
+        ELA(regions=HALVES, separate=Separation(step_size=10))
     with pytest.raises(SettingError, match=r"separate=0\.1.*a Separation, such as Separation"):
         ELA(separate=0.1)  # type: ignore[arg-type]
