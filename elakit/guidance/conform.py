@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from elakit.guidance.astar import Memory
 from elakit.guidance.method import Attention, Loss, Update
-from elakit.guidance.options import check_guided, check_numbers, check_whole, refuse
+from elakit.guidance.options import check_guided, check_numbers, check_whole, is_number, number, refuse
 from elakit.guidance.preprocess import GUIDED, REFINED, STEP_SIZE, schedule, smooth
 from elakit.guidance.quotients import unit
 from elakit.guidance.reading import ReadsOneSize
@@ -69,7 +69,7 @@ class CONFORM(ReadsOneSize):
     >>> CONFORM(temperature=0)
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: CONFORM(temperature=0): must be a number above 0.
+    elakit.errors.SettingError: CONFORM(temperature=0): must be a finite number above 0.
     """
 
     step_size: float = STEP_SIZE
@@ -81,10 +81,10 @@ class CONFORM(ReadsOneSize):
     title: ClassVar[str] = "CONFORM"
 
     def __post_init__(self) -> None:
-        check_numbers(self, "step_size", "temperature")
+        check_numbers(self, "step_size")
         check_guided(self)
-        if self.temperature == 0:
-            refuse(self, "temperature", "a number above 0")
+        if not is_number(number(self, "temperature")) or self.temperature == 0:
+            refuse(self, "temperature", "a finite number above 0")
         check_whole(self, "refinements")
 
     def begin(self, prompt: Prompt, steps: int) -> Memory:

@@ -6,6 +6,8 @@ import math
 from dataclasses import fields
 from typing import Any, NoReturn
 
+import numpy as np
+
 from elakit import checks
 
 
@@ -32,10 +34,10 @@ def check_acts(method: Any, cause: str, *options: str) -> None:
 
 
 def check_numbers(method: Any, *options: str) -> None:
-    """Refuse options that are not finite numbers of zero or more."""
+    """Refuse options that are not finite numbers of 0 or more; convert NumPy numbers."""
     for option in options:
-        if not is_number(getattr(method, option)):
-            refuse(method, option, "a number of zero or more")
+        if not is_number(number(method, option)):
+            refuse(method, option, "a finite number of 0 or more")
 
 
 def check_whole(method: Any, *options: str, least: int = 0) -> None:
@@ -52,16 +54,19 @@ def check_flag(method: Any, *options: str) -> None:
 
 
 def check_guided(method: Any) -> None:
-    """Refuse a ``guided`` that is not a number from 0 to 1."""
-    if not is_number(method.guided, most=1):
-        refuse(method, "guided", "between 0 and 1 (a share of the denoising steps)")
+    """Refuse a ``guided`` that is not a number from 0 to 1; convert NumPy numbers."""
+    if not is_number(number(method, "guided"), most=1):
+        refuse(method, "guided", "a number from 0 to 1 (a share of the steps)")
 
 
 def check_refine(method: Any, goal: str) -> None:
     """Refuse a ``refine`` that is not a sequence of (share, number, whole number); convert lists to tuples."""
-    rule = f"a sequence of (share of the steps, {goal}, largest number of updates), such as ((0.0, 0.05, 20),)"
+    rule = (
+        f"a sequence of (share of the steps, {goal}, largest number of updates): a number from 0 to 1, a finite number "
+        "of 0 or more and a whole number of 0 or more, such as ((0.0, 0.05, 20),)"
+    )
     try:
-        entries = tuple((share, least, most) for share, least, most in method.refine)
+        entries = tuple((_plain(share), _plain(least), _plain(most)) for share, least, most in method.refine)
     except (TypeError, ValueError):
         refuse(method, "refine", rule)
     for share, least, most in entries:
@@ -70,6 +75,16 @@ def check_refine(method: Any, goal: str) -> None:
     if len({share for share, _, _ in entries}) < len(entries):
         refuse(method, "refine", "a sequence that names each share of the steps once")
     object.__setattr__(method, "refine", entries)
+
+
+def number(method: Any, option: str) -> Any:
+    """Return the value of an option, after a NumPy scalar was converted to a Python number."""
+    object.__setattr__(method, option, _plain(getattr(method, option)))
+    return getattr(method, option)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def is_number(value: Any, most: float = math.inf) -> bool:
