@@ -330,13 +330,15 @@ def truth_masks(truth: Verdict | xr.DataArray, entities: Sequence[str], size: tu
     default = [f"entity {i}" for i in range(truth.sizes["entity"])]
     labels = [str(label) for label in truth["entity"].values] if "entity" in truth.coords else default
     if sorted(labels) != sorted(entities):
-        raise SettingError(f"truth has the entities {labels}, maps {list(entities)}; both must have the same entities.")
+        raise SettingError(
+            f"truth has the entities {labels}, but maps have {list(entities)}; both must have the same entities."
+        )
     masks = as_masks(truth, "truth")[[labels.index(label) for label in entities]]
     (rows, columns), (high, wide) = size, masks.shape[-2:]
     # Each side of a map is its image's, divided and rounded to a whole number.
     if abs(rows - columns * high / max(wide, 1)) >= 1 and abs(columns - rows * wide / max(high, 1)) >= 1:
         raise SettingError(
-            f"truth has {high} x {wide} pixels (y, x), the maps {rows} x {columns} locations, so the aspect "
+            f"truth has {high} x {wide} pixels (y, x), but maps have {rows} x {columns} locations, so the aspect "
             "ratios differ; give masks of the whole image."
         )
     return masks
@@ -406,11 +408,11 @@ def _add_attributes(
         return None
     if not np.array_equal(step_labels(attributes), steps):
         raise SettingError(
-            f"attributes have steps {step_labels(attributes)}, maps {steps}; give the same steps of both."
+            f"attributes have steps {step_labels(attributes)}, but maps have {steps}; give the same steps of both."
         )
     if attributes.shape[-2:] != values.shape[-2:]:
         raise SettingError(
-            f"attributes have size {attributes.shape[-2:]}, maps {values.shape[-2:]}; give both at one size."
+            f"attributes have size {attributes.shape[-2:]}, but maps have {values.shape[-2:]}; give both at one size."
         )
     if missing := [word for word in words if word not in (owners or {})]:
         raise SettingError(
@@ -474,9 +476,13 @@ def _regions_of(regions: xr.DataArray | Regions, names: list[str], steps: np.nda
         )
     found = _labels(regions, "regions")
     if sorted(found) != sorted(names):
-        raise SettingError(f"regions have the entities {found}, maps {names}; both must have the same entities.")
+        raise SettingError(
+            f"regions have the entities {found}, but maps have {names}; both must have the same entities."
+        )
     if "step" in regions.dims and not np.array_equal(step_labels(regions), steps):
-        raise SettingError(f"regions have steps {step_labels(regions)}, maps {steps}; give the same steps of both.")
+        raise SettingError(
+            f"regions have steps {step_labels(regions)}, but maps have {steps}; give the same steps of both."
+        )
     regions = regions.isel(entity=[found.index(name) for name in names]).transpose(..., "entity", "y", "x")
     return np.asarray(regions.values)
 
@@ -509,5 +515,5 @@ def _mass(mass: xr.DataArray, what: str, steps: np.ndarray) -> np.ndarray:
             remedy = "give one value per step"
         raise SettingError(f"{what} {got}; a DataArray with the single dimension step is needed: {remedy}.")
     if not np.array_equal(step_labels(mass), steps):
-        raise SettingError(f"{what} has steps {step_labels(mass)}, maps {steps}; give the same steps of both.")
+        raise SettingError(f"{what} has steps {step_labels(mass)}, but maps have {steps}; give the same steps of both.")
     return as_array(mass.values, what)

@@ -71,6 +71,8 @@ def whole_number(
     elakit.errors.SettingError: steps=2.5: must be a whole number of 1 or more.
     """
     if not is_whole(value) or not _within(value, low, high):
+        if isinstance(value, float) and value.is_integer():
+            refuse(value, name, f"an integer{_bounds(low, high)}, not a float", owner=owner, hint=hint)
         refuse(value, name, f"a whole number{_bounds(low, high)}", owner=owner, hint=hint)
     return int(value)
 
@@ -113,7 +115,7 @@ def real_number(
     """
     real = isinstance(value, Real) and not isinstance(value, bool)
     if not real or not _finite(value) or not _within(value, low, high):
-        refuse(value, name, f"a{'' if (low, high) != (None, None) else ' finite'} number{_bounds(low, high)}",
+        refuse(value, name, f"a{' finite' if None in (low, high) else ''} number{_bounds(low, high)}",
                owner=owner, hint=hint)  # fmt: skip
     return float(value)
 
@@ -291,12 +293,13 @@ def seeds(values: Any, name: str = "seed", *, distinct: bool = False) -> list[in
         return [seed(values, name)]
     import numpy as np
 
+    rule = f"a whole number from 0 to {MAX_SEED}, or a list of one or more such numbers, one for each image"
     listed = isinstance(values, Sequence | np.ndarray | Iterable) and not isinstance(values, str | bytes | dict)
     if not listed or (isinstance(values, np.ndarray) and values.ndim != 1):
-        refuse(values, name, f"a whole number from 0 to {MAX_SEED}, or a list with one for each image")
+        refuse(values, name, rule)
     checked = [seed(value, name) for value in values]
     if not checked:
-        refuse(values, name, "a whole number, or a list with at least one for each image")
+        refuse(values, name, rule)
     if distinct and len(set(checked)) < len(checked):
         twice = next(value for value in checked if checked.count(value) > 1)
         raise SettingError(f"{name}={twice} is given more than once: give each seed once.")

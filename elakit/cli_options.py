@@ -123,7 +123,9 @@ def method_options(method: str, settings: list[str] | None) -> dict[str, Any]:
         if not (equals and dot and option):
             raise SettingError(f"--set {setting}: write METHOD.OPTION=VALUE, such as ela.anchor.step_size=0.2.")
         if named != method:
-            raise SettingError(f"--set {setting}: the method is {method}. Write {method}.{option}=..., or --method.")
+            raise SettingError(
+                f"--set {setting}: the method is {method}. Write {method}.{option}=..., or change --method."
+            )
         if option in options:
             raise SettingError(f"--set {setting}: {target.strip()} is set twice. Give it once.")
         options[option] = value_of(value.strip())

@@ -406,8 +406,9 @@ def check_path(path: str | Path, what: str = "report", example: str = "report.ht
     try:
         target = Path(path).expanduser().absolute()
         if not str(path) or target.is_dir():
+            what_it_is = "a folder" if str(path) else "empty"
             raise OutputError(
-                f"{wrong} it is a folder. Give the name of a file, such as {_shown(Path(path, example))}."
+                f"{wrong} it is {what_it_is}. Give the name of a file, such as {_shown(Path(path, example))}."
             )
         with suppress(FileNotFoundError):
             target.lstat()  # raises for names that the file system does not accept

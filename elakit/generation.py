@@ -309,10 +309,11 @@ def _warn_if_inactive(guide: Guide, steps: int) -> None:
     switches = ("step_size", "strength", "guided")
     off = any(name.endswith(switches) and value == 0 for name, value in option_values(guide.method).items())
     if not acts and not off:
+        entities = "one entity" if len(guide.prompt.entities) == 1 else f"{len(guide.prompt.entities)} entities"
         warnings.warn(
-            f"{guide.method.name} acts at none of the {steps} steps of this run with {len(guide.prompt.entities)} "
-            "entities: the image is the one without guidance. Use more steps, a larger guided share of them, or a "
-            "prompt that gives the method something to bind (two entities; for syngen, attributes).",
+            f"{guide.method.name} acts at none of the {steps} steps of this run with {entities}: the image is the one "
+            "without guidance. Use more steps, a larger guided share of them, or a prompt that gives the method "
+            "something to bind (two entities; for syngen, attributes).",
             stacklevel=3,
         )
 

@@ -186,7 +186,9 @@ class Prompt:
             return which.token_indices
         if is_whole(which):
             if not 0 <= which < self.length:
-                raise PromptError(f"Position {which} is outside the text encoder's sequence: 0 to {self.length - 1}.")
+                raise PromptError(
+                    f"Position {which} is outside the text encoder's sequence. Give 0 to {self.length - 1}."
+                )
             return (int(which),)
         if not isinstance(which, str):
             raise PromptError(f"{which!r} names no token. Give a word, a label, an Entity or a position.")

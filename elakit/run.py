@@ -438,7 +438,8 @@ def _read_regions(path: Path) -> dict[int, np.ndarray]:
             size = math.prod(shape) * dtype.itemsize
             if dtype.kind not in "biu" or size > MAX_REGION_BYTES:
                 raise ValueError(
-                    f"its {name} claims {size:,} bytes of {dtype}; allowed are {MAX_REGION_BYTES:,} bytes of numbers"
+                    f"its {name} claims {size:,} bytes of {dtype}; allowed are {MAX_REGION_BYTES:,} bytes of booleans "
+                    "or integers"
                 )
     with np.load(path, allow_pickle=False) as arrays:
         masks, steps = arrays["masks"], arrays["steps"]

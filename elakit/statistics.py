@@ -136,7 +136,9 @@ def bootstrap(
     if groups is not None:
         labels = np.asarray(groups)
         if labels.shape != (len(parts),):
-            raise SettingError(f"{labels.size} group labels for {len(parts)} rows: give one label per row.")
+            raise SettingError(
+                f"groups have shape {labels.shape} for {len(parts)} rows: give labels of shape ({len(parts)},)."
+            )
         position = np.unique(labels, return_inverse=True)[1].reshape(-1)
         parts, wholes = (_sum_by(array, position) for array in (parts, wholes))
     count = len(parts)
@@ -234,9 +236,10 @@ def holm(p_values: Any) -> np.ndarray:
 
 
 def _level(level: Any) -> float:
-    level = checks.real_number(level, "level")
+    rule = "Give one above 0 and below 1, such as 0.95."
+    level = checks.real_number(level, "level", hint=rule)
     if not 0 < level < 1:
-        checks.refuse(level, "level", "a number between 0 and 1, such as 0.95")
+        checks.refuse(level, "level", "a number above 0 and below 1, such as 0.95")
     return level
 
 

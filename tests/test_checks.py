@@ -21,10 +21,15 @@ def test_whole_numbers_become_plain(value: Any) -> None:
     assert (result, type(result)) == (3, int)
 
 
-@pytest.mark.parametrize("value", [*ODD, 0, 1001, 3.0, 3.5, pytest.param(10**5000, id="huge")])
+@pytest.mark.parametrize("value", [*ODD, 0, 1001, 3.5, pytest.param(10**5000, id="huge")])
 def test_what_is_no_whole_number_is_refused(value: Any) -> None:
     with pytest.raises(SettingError, match=r"^steps=.*: must be a whole number from 1 to 1000\. Take fewer\.$"):
         checks.whole_number(value, "steps", 1, 1000, hint="Take fewer.")
+
+
+def test_a_float_with_a_whole_value_is_told_apart_from_an_integer() -> None:
+    with pytest.raises(SettingError, match=r"^steps=3\.0: must be an integer from 1 to 1000, not a float\.$"):
+        checks.whole_number(3.0, "steps", 1, 1000)
 
 
 @pytest.mark.parametrize("value", [0.5, np.float16(0.5), np.float64(0.5)])
@@ -43,6 +48,8 @@ def test_an_unbounded_number_is_finite() -> None:
     assert checks.real_number(-5, "shift") == -5.0
     with pytest.raises(SettingError, match=r"must be a finite number\."):
         checks.real_number(float("inf"), "shift")
+    with pytest.raises(SettingError, match=r"must be a finite number of 0 or more\."):
+        checks.real_number(float("inf"), "shift", 0)
 
 
 def test_a_message_shows_plain_values_and_is_short() -> None:
@@ -82,7 +89,7 @@ def test_seeds_outside_the_range_are_refused(value: Any) -> None:
 
 @pytest.mark.parametrize("values", [[], (), range(0), np.zeros((2, 2), int), "12", {0: 1}])
 def test_an_empty_or_odd_list_of_seeds_is_refused(values: Any) -> None:
-    with pytest.raises(SettingError, match="whole number"):
+    with pytest.raises(SettingError, match=f"a whole number from 0 to {checks.MAX_SEED}, or a list of one or more"):
         checks.seeds(values)
 
 

@@ -377,7 +377,7 @@ GOOD = np.ones((2, 3, 4))
         (np.ones((5, 2, 2)), np.ones((2, 2)), {}, "5 entities"),
         (GOOD, GOOD[0], {"keep_components": 0}, "keep_components=0"),
         (GOOD, GOOD[0], {"entities": ["cat"]}, "1 entity labels for 2 maps"),
-        (GOOD, GOOD[0], {"entities": ["cat", "cat"]}, "occur twice"),
+        (GOOD, GOOD[0], {"entities": ["cat", "cat"]}, "occur more than once"),
         (GOOD, GOOD[0], {"entities": "cat"}, r"such as \['cat'\]"),
     ],
 )

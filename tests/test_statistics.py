@@ -73,6 +73,7 @@ def test_bootstrap_of_ratios_by_column() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [{"numerators": []}, {"numerators": [1], "denominators": [1, 2]}, {"numerators": [1, 2], "groups": ["a"]},
+     {"numerators": [1, 2], "groups": [["a"], ["b"]]},
      {"numerators": [1], "level": 1.0}, {"numerators": [1], "resamples": 0}],
 )  # fmt: skip
 def test_bootstrap_refuses_what_it_cannot_use(arguments: dict) -> None:

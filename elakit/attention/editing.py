@@ -78,7 +78,7 @@ class Edit:
     >>> Edit("car", add=float("nan"))
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: add is nan; give a finite number, such as 2.0 (0 changes nothing).
+    elakit.errors.SettingError: add is nan; give a number from -100 to 100 (0 changes nothing), or scale=0 to mask.
     """
 
     tokens: str | int | Entity | Sequence[str | int | Entity]
@@ -92,16 +92,16 @@ class Edit:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.scale) and self.scale >= 0):
             raise SettingError(f"scale is {self.scale}; give a finite number of 0 (masks) or more (1 changes nothing).")
-        if not math.isfinite(self.add):
-            raise SettingError(f"add is {self.add}; give a finite number, such as 2.0 (0 changes nothing).")
-        if abs(self.add) > 100:
-            raise SettingError(f"add is {self.add}; give a number from -100 to 100, or scale=0 to mask.")
+        if not -100 <= self.add <= 100:
+            raise SettingError(
+                f"add is {self.add}; give a number from -100 to 100 (0 changes nothing), or scale=0 to mask."
+            )
         if self.like is not None and not (self.scale == 1 and self.add == 0):
             raise SettingError(
                 f"like={self.like!r} with scale or add: an edit either replaces logits or changes them. Give two edits."
             )
         if not isinstance(self.tokens, str | Entity) and not is_whole(self.tokens) and not self.tokens:
-            raise SettingError("tokens is empty; give a word of the prompt, an entity or a position.")
+            raise SettingError(f"tokens is {self.tokens!r}; give a word of the prompt, an entity or a position.")
         steps = self.steps
         numbers = (steps.start, steps.stop) if isinstance(steps, slice) else _as_sequence(steps)
         for number in numbers:
@@ -112,9 +112,11 @@ class Edit:
         if self.region is not None:
             region = _region(self.region)
             if region.ndim != 2 or not region.size:
-                raise SettingError(f"region has shape {region.shape}; give (y, x), at least one location.")
+                raise SettingError(f"region has shape {region.shape}; give (y, x) with at least one location.")
             if not np.isfinite(region).all() or region.min() < 0 or region.max() > 1:
-                raise SettingError("region has values outside 0 to 1; give booleans or the share of each location.")
+                raise SettingError(
+                    "region has values that are NaN or outside 0 to 1; give booleans or the share of each location."
+                )
 
     @property
     def factor(self) -> float:

@@ -221,7 +221,7 @@ class Recording:
         if refine:
             if refine < 0:
                 raise SettingError(
-                    f"refine is {refine}; give 0 for unrefined maps, or the number of propagations: 1, 2."
+                    f"refine is {refine}; give 0 for unrefined maps, or a number of propagations, such as 1 or 2."
                 )
             values = refined(values, self._self_node().sel(step=picked[0]["step"].values), image, refine)
         column = {channel: i for i, channel in enumerate(channels)}
@@ -260,13 +260,13 @@ class Recording:
             single = isinstance(tokens, str | Entity) or is_whole(tokens)
             groups = [self._group(prompt, which) for which in ([tokens] if single else tokens)]
         if not groups:
-            raise RecordingError(f"tokens={tokens!r} names nothing in the prompt {prompt.text!r}.")
+            raise RecordingError(f"tokens={tokens!r} names nothing in the prompt {prompt.text!r}; give words of it.")
         groups = list({group.label: group for group in groups}.values())
         if normalize == "tokens":
             others = {channel for group in groups for channel in group.channels} - set(self._all_words())
             if others:
                 raise RecordingError(
-                    f"normalize='tokens' is a softmax over words, and {', '.join(sorted(others))} is not a word. "
+                    f"normalize='tokens' is a softmax over words, but tokens includes {', '.join(sorted(others))}. "
                     "Choose words only, or another normalization."
                 )
         return groups
@@ -392,7 +392,7 @@ class Recording:
             there = (
                 f"the recording has frames 0 to {self.frames - 1}"
                 if self.frames
-                else "the recording is of images, not of videos"
+                else "the recording is of images, not of videos; use it as it is"
             )
             raise RecordingError(f"There is no frame {number}: {there}.")
         chosen = slice(number % self.frames, None, self.frames)
@@ -490,7 +490,7 @@ class Recording:
             return self._with(nodes | own)
         except IndexError as error:
             asked = ", ".join(f"{name}={where}" for name, where in positions.items())
-            there = ", ".join(f"{self._first().sizes[name]} along {name}" for name in indexers)
+            there = ", ".join(f"{self._first().sizes[name]} positions along {name}" for name in indexers)
             raise RecordingError(
                 f"isel({asked}): a position is outside the recording, which has {there}. Positions count from 0; "
                 "negative ones count from the end."
@@ -711,7 +711,8 @@ def _calls(steps: int | slice | Sequence[int], there: Sequence[int]) -> list[int
             raise RecordingError(f"No recorded step in {steps}; there are {_ranges(there)}.")
         return calls
     wanted = [steps] if is_whole(steps) else list(steps)
-    return [int(step) if step >= 0 else last + 1 + int(step) for step in wanted]
+    # A negative number that counts past the first step stays as it is, for the message.
+    return [int(step) + (last + 1 if -last - 1 <= step < 0 else 0) for step in wanted]
 
 
 def _positions(dimension: str, wanted: Any, there: list[Any]) -> list[int]:

@@ -182,8 +182,14 @@ class Watch:
                 "cannot be compared with the prompt. Call the pipeline."
             )
         where = self._agree(states, self._prompt_states(states)).nonzero().flatten().tolist()
-        if not where or where != list(range(where[0], where[-1] + 1)):
-            assert self.prompt is not None
+        assert self.prompt is not None
+        if where and where != list(range(where[0], where[-1] + 1)):
+            raise RecordingError(
+                f"{type(self.adapter.denoiser).__name__} was called outside a pipeline's call, and the rows {where} of "
+                f"its batch have the text states of {self.prompt.text!r}, with other rows between them. Put the rows "
+                "with these states next to each other."
+            )
+        if not where:
             raise RecordingError(
                 f"{type(self.adapter.denoiser).__name__} was called outside a pipeline's call, and none of its rows "
                 f"has the text states of {self.prompt.text!r}, so elakit cannot determine which rows see the prompt. "

@@ -147,7 +147,7 @@ class Channels:
         needed = max(*self.indices, *(first - 1 for first, _ in self.rest))  # no text need be left for the end
         if positions <= needed:
             raise RecordingError(
-                f"The run attends to {positions} text positions, but the prompt to record needs position {needed}. "
+                f"The run attends to {positions} text positions, but the prompt to record needs {needed + 1}. "
                 "Parse the prompt with the pipeline that you run, and pass its text."
             )
         # Slices of neighboring columns, because an index would have to be copied to the device.
@@ -516,7 +516,7 @@ class RecordSpec:
             if side not in there:
                 raise RecordingError(
                     f"No selected layer has maps of size {side}; for this image they have "
-                    f"{', '.join(map(size_name, sorted(by_size, reverse=True)))}."
+                    f"{', '.join(map(size_name, sorted(by_size, reverse=True)))}; give the longer side of one of these."
                 )
         steps = min(kept, 1) if self.accumulate else kept
         resolutions = []
@@ -586,7 +586,8 @@ class RecordSpec:
             ways.append("steps=5 (every fifth step)")
         if not self.accumulate:
             ways.append("accumulate=True")
-        return f"Keep less with RecordSpec({' or '.join(ways)}), or allow it with budget={plan.bytes}."
+        less = f"Keep less with RecordSpec({' or '.join(ways)}), or allow" if ways else "Allow"
+        return f"{less} it with budget={plan.bytes}."
 
 
 def _by_size(layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> dict[tuple[int, int], list[AttentionLayer]]:
@@ -604,7 +605,7 @@ def _check_heads(heads: Any) -> None:
             raise SettingError(f"heads is {heads!r}; give 'mean', 'all' or a list of head indices, such as [0, 3].")
     elif not len(heads) or len(set(heads)) < len(heads) or min(heads) < 0:
         raise SettingError(
-            f"heads is {heads}; give a list of head indices, counted from 0, without repetition, such as [0, 3]."
+            f"heads is {heads}; give one or more head indices, counted from 0, without repetition, such as [0, 3]."
         )
 
 
@@ -616,8 +617,8 @@ def _heads_of(heads: Any, size: tuple[int, int], members: Sequence[AttentionLaye
     if not isinstance(heads, str):
         if max(heads) >= min(counts):
             raise RecordingError(
-                f"There is no head {max(heads)} in all layers of size {size_name(size)}: some have {min(counts)} heads "
-                f"(0 to {min(counts) - 1}). List heads that all of them have, or select other layers."
+                f"Some layers of size {size_name(size)} have no head {max(heads)}: they have {min(counts)} heads (0 to "
+                f"{min(counts) - 1}). List heads that all layers have, or select other layers."
             )
         return len(heads)
     if len(counts) > 1:

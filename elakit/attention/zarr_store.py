@@ -212,9 +212,11 @@ def _open_node(path: Path, name: str, described: Mapping[str, Any]) -> xr.Datase
     for variable, dimension in _COORDINATES.items():
         values = stored[variable].whole()
         if values.shape != (shape[dimension],):
-            raise _damaged(path / name / variable / ".zarray", f"its shape is {values.shape}")
+            raise _damaged(
+                path / name / variable / ".zarray", f"its shape is {values.shape}, not {(shape[dimension],)}"
+            )
         if values.dtype.kind == "U":
-            _check_text(values, path / name / variable)
+            _check_text(values, stored[variable])
         coordinates[variable] = (dimension, values)
     attributes = described[f"{name}/.zattrs"]
     if attributes["size"] != f"{shape['y']}x{shape['x']}" or attributes["keys"] not in ("text", "image"):
@@ -223,12 +225,13 @@ def _open_node(path: Path, name: str, described: Mapping[str, Any]) -> xr.Datase
     return xr.Dataset({"probability": (DIMENSIONS, lazy)}, coords=coordinates, attrs=dict(attributes))
 
 
-def _check_text(values: np.ndarray, folder: Path) -> None:
+def _check_text(values: np.ndarray, stored: _StoredArray) -> None:
     """Refuse text that is not Unicode here; later, when it is used, the error would not name the file."""
     codes = np.ascontiguousarray(values).view(np.uint32)
-    surrogates = (codes >= 0xD800) & (codes <= 0xDFFF)
-    if (codes > sys.maxunicode).any() or surrogates.any():
-        raise _damaged(folder, "its text is not Unicode")
+    wrong = (codes > sys.maxunicode) | ((codes >= 0xD800) & (codes <= 0xDFFF))
+    if wrong.any():
+        label = int(wrong.argmax()) * len(values) // len(codes)
+        raise _damaged(stored.file_of(label), "its labels are not valid Unicode")
 
 
 class _StoredArray(LazyArray):
@@ -252,9 +255,10 @@ class _StoredArray(LazyArray):
         plain = described["zarr_format"] == 2 and described["order"] == "C" and not described["filters"]
         if dtype is None or not plain or not isinstance(compressor, dict) or compressor.get("id") != "blosc":
             raise RecordingError(
-                f"{file} describes an array of type {described['dtype']!r} with filters {described['filters']!r} and "
-                f"compressor {compressor!r}. A recording has types f, i and U, no filters, and Blosc; anything else is "
-                "not decoded, because some codecs run code. Record the run again."
+                f"{file} describes an array of Zarr format {described['zarr_format']!r}, type {described['dtype']!r} "
+                f"and order {described['order']!r} with filters {described['filters']!r} and compressor "
+                f"{compressor!r}. A recording has format 2, numbers (f, i) or text (U), order 'C', no filters and "
+                "Blosc; anything else is not decoded, because some codecs run code. Record the run again."
             )
         self.dtype = np.dtype(str(described["dtype"]))
         self.shape, self._chunks = (tuple(described[key]) for key in ("shape", "chunks"))
@@ -307,6 +311,10 @@ class _StoredArray(LazyArray):
         (length,), (chunk,) = self.shape, self._chunks
         parts = [self._chunk((nth,)) for nth in range(-(-length // chunk))]
         return np.concatenate(parts)[:length] if parts else np.empty(0, self.dtype)
+
+    def file_of(self, position: int) -> Path:
+        """File that contains a value of an array of one dimension."""
+        return self._folder / _chunk_name((position // self._chunks[0],))
 
     def _chunk(self, place: tuple[int, ...]) -> np.ndarray:
         if self._identify() != self._identity:

@@ -65,7 +65,7 @@ def find(pipe: Pipeline, runs: Sequence[Run]) -> Findings:
     ('missing', 'token ignored', 'bird')
     """
     if not runs:
-        raise SettingError("There is no run; generate some: elakit.generate(pipe, prompt, seed=[0, 1, 2, 3]).")
+        raise SettingError("No run is given; generate some: elakit.generate(pipe, prompt, seed=[0, 1, 2, 3]).")
     if len({run.prompt.text for run in runs}) > 1:
         raise SettingError("The runs have different prompts; give runs of one prompt with different seeds.")
     prompt = runs[0].prompt

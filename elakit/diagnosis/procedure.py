@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from elakit.diagnosis.trials import SHARE, check, guidance_remedy, images_of, tr
 from elakit.errors import ElakitError, OutputError, SettingError
 from elakit.guidance import METHODS, Method, without_regions
 from elakit.guidance.metadata import options_of
+from elakit.guidance.registry import WITHOUT_REGIONS
 from elakit.models import name_of
 from elakit.pipeline import Pipeline
 from elakit.prediction import Predictor, load_predictor
@@ -173,6 +174,8 @@ def seed_list(seeds: int | Sequence[int]) -> list[int]:
     """
     if checks.is_whole(seeds):
         return list(range(checks.whole_number(seeds, "seeds", 1, MAX_SEEDS)))
+    if isinstance(seeds, str) or not isinstance(seeds, Iterable):
+        checks.refuse(seeds, "seeds", f"a number of seeds from 1 to {MAX_SEEDS}, or a list of seeds")
     return checks.seeds(seeds, "seeds", distinct=True)
 
 
@@ -180,7 +183,7 @@ def _method(method: str | Method) -> Method:
     if not isinstance(method, str):
         return method
     if method not in METHODS:
-        raise SettingError(f"There is no method {method!r}. Choose from {', '.join(METHODS)}.")
+        raise SettingError(f"There is no method {method!r}. Choose from {', '.join(WITHOUT_REGIONS)}.")
     chosen: Method = without_regions(method)
     return chosen
 

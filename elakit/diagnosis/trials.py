@@ -11,6 +11,7 @@ from elakit.diagnosis.remedies import Kind, Remedy, RemedyResult
 from elakit.errors import ElakitError, SettingError
 from elakit.guidance import ELA, METHODS, Method, without_regions
 from elakit.guidance.metadata import options_of
+from elakit.guidance.registry import WITHOUT_REGIONS
 from elakit.pipeline import Pipeline
 from elakit.prediction import FEATURES, Predictor
 from elakit.prompt import Prompt, parse
@@ -62,7 +63,7 @@ def check(remedies: bool | Sequence[str | Method]) -> tuple[str | Method, ...]:
         if isinstance(one, str) and one in METHODS:
             without_regions(one)
         elif isinstance(one, str) and one not in OTHERS:
-            raise SettingError(f"There is no remedy {one!r}. Choose from {', '.join((*METHODS, *OTHERS))}.")
+            raise SettingError(f"There is no remedy {one!r}. Choose from {', '.join((*WITHOUT_REGIONS, *OTHERS))}.")
     return tuple(dict.fromkeys(chosen))
 
 
@@ -160,7 +161,7 @@ def build_remedy(which: str | Method, prompt: Prompt, pipe: Pipeline) -> Remedy:
     text = {"swapped": swapped, "next-to": next_to}[which](prompt)
     if text is None:
         raise NotApplicable(
-            "the entities of the prompt are identical, so their order makes no difference."
+            "the prompt reads the same with its entities in reverse order."
             if which == "swapped"
             else "the prompt does not join its entities with “and” or a comma."
         )

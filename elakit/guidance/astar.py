@@ -95,7 +95,7 @@ class AStar(ReadsOneSize):
     >>> AStar(guided=2)
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: AStar(guided=2): must be between 0 and 1 (a share of the denoising steps).
+    elakit.errors.SettingError: AStar(guided=2): must be a number from 0 to 1 (a share of the steps).
     """
 
     step_size: float = STEP_SIZE

@@ -74,7 +74,7 @@ class AttendAndExcite(ReadsOneSize):
     >>> AttendAndExcite(guided=2)
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: AttendAndExcite(guided=2): must be between 0 and 1 (a share of the denoising steps).
+    elakit.errors.SettingError: AttendAndExcite(guided=2): must be a number from 0 to 1 (a share of the steps).
     """
 
     step_size: float = STEP_SIZE

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from elakit.attention.rescoring import Change, Scores, Site, check_plain
 from elakit.guidance.method import Attention, Loss, ScoreEdit
-from elakit.guidance.options import check_acts, check_guided, check_numbers, check_whole, is_number, refuse
+from elakit.guidance.options import check_acts, check_guided, check_numbers, check_whole, is_number, number, refuse
 from elakit.guidance.phrases import end_of_text
 from elakit.guidance.reading import EditsFirstSteps, ReadsOneSize
 from elakit.models import AttentionLayer
@@ -94,7 +94,7 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
     >>> AttentionRegulation(memory=2)
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: AttentionRegulation(memory=2): must be between 0 and 1.
+    elakit.errors.SettingError: AttentionRegulation(memory=2): must be a number from 0 to 1.
     """
 
     step_size: float = 100.0
@@ -113,8 +113,8 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
         check_whole(self, "iterations", least=1)
         check_guided(self)
         for option in ("memory", "decay"):
-            if not is_number(getattr(self, option), most=1):
-                refuse(self, option, "between 0 and 1")
+            if not is_number(number(self, option), most=1):
+                refuse(self, option, "a number from 0 to 1")
         if self.iterations == 1:
             check_acts(self, "iterations=1", "step_size", "weight_cost")
 

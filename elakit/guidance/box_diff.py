@@ -30,7 +30,16 @@ from torch import Tensor
 
 from elakit.guidance.layout import NeedsLayout, layout_masks
 from elakit.guidance.method import Attention, Loss, Update
-from elakit.guidance.options import check_flag, check_guided, check_numbers, check_refine, check_whole, refuse
+from elakit.guidance.options import (
+    check_flag,
+    check_guided,
+    check_numbers,
+    check_refine,
+    check_whole,
+    is_number,
+    number,
+    refuse,
+)
 from elakit.guidance.preprocess import GUIDED, REFINEMENTS, STEP_SIZE, Refinement, entity_maps, excitation
 from elakit.guidance.reading import ReadsOneSize
 from elakit.measures.masks import bounding_box
@@ -93,10 +102,10 @@ class BoxDiff(NeedsLayout, ReadsOneSize):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_numbers(self, "step_size", "share")
+        check_numbers(self, "step_size")
         check_guided(self)
-        if not 0 < self.share <= 1:
-            refuse(self, "share", "above 0 and at most 1 (a share of a region's locations)")
+        if not is_number(number(self, "share"), most=1) or self.share == 0:
+            refuse(self, "share", "a number above 0 and at most 1 (a share of a region's locations)")
         check_whole(self, "edge")
         check_refine(self, "attention inside the region to reach")
         check_flag(self, "normalize_eot")

@@ -20,7 +20,7 @@ from typing import ClassVar
 from elakit.guidance.astar import Memory
 from elakit.guidance.contrast import contrast
 from elakit.guidance.method import Attention, Loss, Update
-from elakit.guidance.options import check_guided, check_numbers, check_whole, refuse
+from elakit.guidance.options import check_guided, check_numbers, check_whole, is_number, number, refuse
 from elakit.guidance.preprocess import GUIDED, REFINED, STEP_SIZE, schedule
 from elakit.guidance.reading import ReadsOneSize
 from elakit.prompt import Prompt
@@ -59,7 +59,7 @@ class CONFORM(ReadsOneSize):
     >>> CONFORM(temperature=0)
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: CONFORM(temperature=0): must be a number above 0.
+    elakit.errors.SettingError: CONFORM(temperature=0): must be a finite number above 0.
     """
 
     step_size: float = STEP_SIZE
@@ -71,10 +71,10 @@ class CONFORM(ReadsOneSize):
     title: ClassVar[str] = "CONFORM"
 
     def __post_init__(self) -> None:
-        check_numbers(self, "step_size", "temperature")
+        check_numbers(self, "step_size")
         check_guided(self)
-        if self.temperature == 0:
-            refuse(self, "temperature", "a number above 0")
+        if not is_number(number(self, "temperature")) or self.temperature == 0:
+            refuse(self, "temperature", "a finite number above 0")
         check_whole(self, "refinements")
 
     def begin(self, prompt: Prompt, steps: int) -> Memory:

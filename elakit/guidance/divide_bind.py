@@ -96,7 +96,7 @@ class DivideAndBind(ReadsOneSize):
     >>> DivideAndBind(guided=-0.5)
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: DivideAndBind(guided=-0.5): must be between 0 and 1 (a share of the denoising steps).
+    elakit.errors.SettingError: DivideAndBind(guided=-0.5): must be a number from 0 to 1 (a share of the steps).
     """
 
     step_size: float = STEP_SIZE
@@ -114,7 +114,10 @@ class DivideAndBind(ReadsOneSize):
         check_refine(self, "total variation to reach")
         if self.variation not in _THRESHOLD_SCALE:
             refuse(self, "variation", "'released' (the official code's) or 'repaired' (the paper's)")
-        rule = "a sequence of (share of the steps, weight of zero or more), such as ((0.0, 1.0), (0.2, 5.0))"
+        rule = (
+            "a sequence of (share of the steps from 0 to 1, finite weight of 0 or more), such as ((0.0, 1.0), (0.2, "
+            "5.0))"
+        )
         try:
             entries = tuple((float(share), float(weight)) for share, weight in self.binding)
         except (TypeError, ValueError):

@@ -46,8 +46,9 @@ def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
     (None, (0.5, 0.0, 1.0, 1.0))
     """
     how = (
-        "give one box per entity, (left, top, right, bottom) as fractions of the image such as (0, 0, 0.5, 1), "
-        "or boolean masks (entity, y, x)"
+        "give one box per entity, (left, top, right, bottom) as fractions of the image with left < right and "
+        "top < bottom, such as (0, 0, 0.5, 1), or boolean masks (entity, y, x)"
+        f"{', with None for entities to be localized' if partial else ''}"
     )
     if isinstance(layout, np.ndarray) and layout.ndim == 3 and layout.dtype == np.bool_:
         if empty := [i for i, mask in enumerate(layout) if not mask.any()]:

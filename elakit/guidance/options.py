@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
-from numbers import Real
 from typing import Any, NoReturn
+
+import numpy as np
 
 from elakit import checks
 
@@ -33,12 +34,10 @@ def check_acts(method: Any, cause: str, *options: str) -> None:
 
 
 def check_numbers(method: Any, *options: str) -> None:
-    """Refuse options that are not finite numbers of zero or more; convert NumPy numbers to float."""
+    """Refuse options that are not finite numbers of 0 or more; convert NumPy numbers."""
     for option in options:
-        value = getattr(method, option)
-        if not is_number(value):
-            refuse(method, option, "a number of zero or more")
-        object.__setattr__(method, option, plain_number(value))
+        if not is_number(number(method, option)):
+            refuse(method, option, "a finite number of 0 or more")
 
 
 def check_whole(method: Any, *options: str, least: int = 0) -> None:
@@ -55,17 +54,19 @@ def check_flag(method: Any, *options: str) -> None:
 
 
 def check_guided(method: Any) -> None:
-    """Refuse a ``guided`` that is not a number from 0 to 1; convert NumPy numbers to float."""
-    if not is_number(method.guided, most=1):
-        refuse(method, "guided", "between 0 and 1 (a share of the denoising steps)")
-    object.__setattr__(method, "guided", plain_number(method.guided))
+    """Refuse a ``guided`` that is not a number from 0 to 1; convert NumPy numbers."""
+    if not is_number(number(method, "guided"), most=1):
+        refuse(method, "guided", "a number from 0 to 1 (a share of the steps)")
 
 
 def check_refine(method: Any, goal: str) -> None:
     """Refuse a ``refine`` that is not a sequence of (share, number, whole number); convert lists to tuples."""
-    rule = f"a sequence of (share of the steps, {goal}, largest number of updates), such as ((0.0, 0.05, 20),)"
+    rule = (
+        f"a sequence of (share of the steps, {goal}, largest number of updates): a number from 0 to 1, a finite number "
+        "of 0 or more and a whole number of 0 or more, such as ((0.0, 0.05, 20),)"
+    )
     try:
-        entries = tuple((share, least, most) for share, least, most in method.refine)
+        entries = tuple((_plain(share), _plain(least), _plain(most)) for share, least, most in method.refine)
     except (TypeError, ValueError):
         refuse(method, "refine", rule)
     for share, least, most in entries:
@@ -76,19 +77,17 @@ def check_refine(method: Any, goal: str) -> None:
     object.__setattr__(method, "refine", entries)
 
 
+def number(method: Any, option: str) -> Any:
+    """Return the value of an option, after a NumPy scalar was converted to a Python number."""
+    object.__setattr__(method, option, _plain(getattr(method, option)))
+    return getattr(method, option)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def is_number(value: Any, most: float = math.inf) -> bool:
     """True for a finite number from 0 to `most`."""
-    real = isinstance(value, Real) and not isinstance(value, bool)  # float32 numbers of NumPy, too
+    real = isinstance(value, int | float) and not isinstance(value, bool)
     return real and math.isfinite(value) and 0 <= value <= most
-
-
-def plain_number(value: Any) -> int | float:
-    """The same number as int or float, so that files and settings can store it.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> plain_number(np.float32(0.5)), plain_number(20)
-    (0.5, 20)
-    """
-    return value if isinstance(value, int | float) else float(value)

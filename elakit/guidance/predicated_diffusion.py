@@ -76,7 +76,7 @@ class PredicatedDiffusion(ReadsOneSize):
     >>> PredicatedDiffusion(existence=-1)
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: PredicatedDiffusion(existence=-1): must be a number of zero or more.
+    elakit.errors.SettingError: PredicatedDiffusion(existence=-1): must be a finite number of 0 or more.
     """
 
     step_size: float = STEP_SIZE

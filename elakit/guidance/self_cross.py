@@ -93,7 +93,7 @@ class SelfCross(ReadsOneSize):
     >>> SelfCross(weight=-1)
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: SelfCross(weight=-1): must be a number of zero or more.
+    elakit.errors.SettingError: SelfCross(weight=-1): must be a finite number of 0 or more.
     """
 
     step_size: float = STEP_SIZE

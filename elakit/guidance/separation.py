@@ -49,7 +49,7 @@ class Separation:
     >>> Separation(temperature=0)
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: Separation(temperature=0): must be a number above 0.
+    elakit.errors.SettingError: Separation(temperature=0): must be a finite number above 0.
     """
 
     step_size: float = 40.0
@@ -59,7 +59,7 @@ class Separation:
         own: dict[str, Any] = {"owner": "Separation"}
         real_number(self.step_size, "step_size", 0, **own)
         if real_number(self.temperature, "temperature", 0, **own) == 0:
-            refuse(self.temperature, "temperature", "a number above 0", **own)
+            refuse(self.temperature, "temperature", "a finite number above 0", **own)
         if self.step_size == 0 and self.temperature != TEMPERATURE:
             refuse(self.temperature, "temperature", "left out with step_size=0, which gives it no effect", **own)
 

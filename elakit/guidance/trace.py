@@ -123,8 +123,10 @@ class Trace:
         try:
             method, options, entities = plain["method"], plain["options"], plain["entities"]
             rows, searched = plain["rows"], plain["searched"]
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise ValueError(f"the trace of guidance has no {error}") from error
+        except TypeError as error:
+            raise ValueError("the trace of guidance is not a JSON object") from error
         steps = isinstance(rows, list) and all(
             isinstance(row, dict) and {"step", "skipped"} <= set(row) for row in rows
         )

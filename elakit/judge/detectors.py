@@ -492,7 +492,7 @@ def _distinct(nouns: Sequence[str]) -> list[str]:
         raise PromptError(f"nouns is the string {nouns!r}; give a list, such as [{nouns!r}].")
     names = list(dict.fromkeys(" ".join(noun.lower().split()) for noun in nouns))
     if any(not re.search(r"\w", name) for name in names):
-        raise PromptError(f"nouns are {list(nouns)!r}; each needs at least one letter.")
+        raise PromptError(f"nouns are {list(nouns)!r}; each needs at least one letter or digit.")
     return names
 
 
@@ -514,7 +514,7 @@ def _check_model(model: Any, *kinds: str) -> None:
 def _check_shares(**settings: float) -> None:
     for name, value in settings.items():
         if not 0 <= value <= 1:
-            raise SettingError(f"{name} is {value}; it must lie between 0 and 1.")
+            raise SettingError(f"{name} is {value}; it must be a number from 0 to 1.")
 
 
 def _check_query(query: str) -> None:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from elakit import checks
-from elakit.errors import OutputError, SettingError
+from elakit.errors import OutputError, SettingError, clause
 from elakit.files import read_json, read_text
 from elakit.world.vocabulary import NOUNS
 
@@ -201,7 +201,7 @@ def read_rows(path: Path, columns: tuple[str, ...] = COLUMNS, hint: str = _WRITE
 
 def _number(text: str, name: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
-        checks.refuse(text, name, "a whole number of 1 or more", hint="Correct the number.")
+        checks.refuse(text, name, "a whole number from 1 to 999999999", hint="Correct the number.")
     return int(text)
 
 
@@ -314,7 +314,7 @@ def open_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SettingError(f"{path} cannot be read as an image: {error}. Restore the file.") from error
+        raise SettingError(f"{path} cannot be read as an image: {clause(error)}. Restore the file.") from error
 
 
 def read_images(folder: Path) -> list[LabeledImage]:

@@ -160,7 +160,7 @@ def knows(prompt: Prompt) -> bool:
     >>> knows(elakit.parse("a [red car]", pipe)), knows(elakit.parse("a [red zebra]", pipe))
     (True, False)
     """
-    return all(_noun(e) in NOUNS and all(a.lower() in COLORS for a in e.attributes) for e in prompt.entities)
+    return not _unknown(prompt)
 
 
 def is_black(image: Image.Image) -> bool:
@@ -220,11 +220,12 @@ def judge(image: Image.Image, prompt: Prompt, detector: Detector | None = None) 
     >>> verdict.present, verdict.success, verdict.counts
     ({'lion': True, 'car': True}, True, {'lion': 1, 'car': 1})
     """
-    if detector is None and not knows(prompt):
+    if detector is None and (unknown := _unknown(prompt)):
         raise PromptError(
-            f"The judge cannot judge {prompt.text!r}: it knows the nouns {', '.join(NOUNS)} and the colors "
-            f"{', '.join(COLORS)}. For other images pass a detector (elakit.judge.detectors.load_detector); "
-            "measures on attention need no judge: run.bleeding."
+            f"The built-in judge cannot judge images of {prompt.text!r}: it does not know "
+            f"{', '.join(map(repr, unknown))}. It knows only the nouns {', '.join(NOUNS)} and the colors "
+            f"{', '.join(COLORS)}. For other words, pass a detector (elakit.judge.detectors.load_detector). Measures "
+            "of attention, such as run.bleeding, need no judge."
         )
     if is_black(image):
         raise SettingError(
@@ -297,6 +298,19 @@ def _leak(pixels: np.ndarray, asked: list[str | None], own: int) -> float:
     if not len(pixels) or not others:
         return 0.0
     return float(np.isin(name_pixels(pixels), [list(PAINTS).index(color) for color in others]).mean())
+
+
+def _unknown(prompt: Prompt) -> list[str]:
+    """Nouns and attributes of a prompt that the built-in judge does not know."""
+    words = [
+        word
+        for entity in prompt.entities
+        for word in (
+            *(each for each in entity.attributes if each.lower() not in COLORS),
+            *([] if _noun(entity) in NOUNS else [entity.noun]),
+        )
+    ]
+    return list(dict.fromkeys(words))
 
 
 def _noun(entity: Entity) -> str:

@@ -63,7 +63,7 @@ def as_array(values: Any, name: str) -> np.ndarray:
     >>> as_array([0.5, float("nan")], "maps")
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: maps: 1 of 2 values are NaN or infinite; attention must be finite ...
+    elakit.errors.SettingError: maps: 1 of 2 values are NaN or infinite; all must be finite ...
     """
     if isinstance(values, xr.DataArray):
         values = _named(values, name)
@@ -81,12 +81,12 @@ def as_array(values: Any, name: str) -> np.ndarray:
         raise SettingError(f"{name} cannot be read as an array of numbers: {clause(error)}.") from None
     if bad := int((~np.isfinite(array)).sum()):
         raise SettingError(
-            f"{name}: {bad} of {array.size} values are NaN or infinite; attention must be finite"
+            f"{name}: {bad} of {array.size} values are NaN or infinite; all must be finite"
             " (half precision may have overflowed: try dtype float32)."
         )
     if array.size and array.min() < 0:
         raise SettingError(
-            f"{name}: the lowest value is {array.min():g}; give probabilities, which are never negative."
+            f"{name}: the lowest value is {array.min():g}; give values that are never negative, such as probabilities."
         )
     return array
 
@@ -110,7 +110,8 @@ def as_masks(values: Any, name: str) -> np.ndarray:
     masks = as_array(values, name)
     if masks.ndim < 2 or ((masks != 0) & (masks != 1)).any():
         raise SettingError(
-            f"{name} must be boolean masks (..., y, x); binarize maps first, for instance with otsu_masks."
+            f"{name} of shape {masks.shape} must be boolean masks (..., y, x), with values 0 and 1 only; binarize maps "
+            "first, for instance with otsu_masks."
         )
     return masks.astype(bool)
 
@@ -273,7 +274,7 @@ def nearest_size(sizes: Iterable[int], target: int = 16) -> int:
     """
     sides = sorted(set(sizes))
     if not sides:
-        raise SettingError("there are no maps to choose a size from; record at least one cross-attention layer.")
+        raise SettingError("There are no maps to choose a size from; record at least one cross-attention layer.")
     return min(sides, key=lambda side: (abs(np.log(side / target)), side))
 
 

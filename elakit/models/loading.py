@@ -80,7 +80,10 @@ def load(
     """
     device = device_named(device)
     if variant is not None and (not isinstance(variant, str) or not variant.replace("_", "").isalnum()):
-        raise SettingError(f"variant={variant!r}: give the name in the weight files, such as 'fp16', or None.")
+        raise SettingError(
+            f"variant={variant!r}: give the name in the weight files (letters, digits and "
+            "underscores), such as 'fp16', or None."
+        )
     source = locate(name)
     embedded = str(name) in EMBEDDED
     if dtype is None:
@@ -138,6 +141,10 @@ def _scheduler_class(index: Mapping[str, Any], scheduler: str) -> Any:
     """Class of a scheduler that can take the place of a model's own one."""
     own = getattr(import_diffusers(), str((index.get("scheduler") or [None, None])[1]), None)
     kinds = {} if own is None else {kind.__name__: kind for kind in (own, *own._get_compatibles())}
+    if not kinds:
+        raise SettingError(
+            f"scheduler={scheduler!r}: the model has no scheduler of diffusers to replace. Leave it out."
+        )
     if scheduler not in kinds:
         raise SettingError(f"scheduler={scheduler!r}: choose from {', '.join(sorted(kinds))}.")
     return kinds[scheduler]
@@ -156,7 +163,10 @@ def _load_lora(pipe: Pipeline, lora: str) -> None:
 def _check_index(name: str, index: dict[str, Any]) -> None:
     kind = index.get("_class_name")
     if not isinstance(kind, str):
-        raise ModelError(f"Model {name!r} has its own pipeline class; elakit runs no code from models.")
+        raise ModelError(
+            f"The model_index.json of {name!r} has the pipeline class {kind!r}, not the name of a class in diffusers; "
+            "elakit runs no code from models. Give another model."
+        )
     for part, value in index.items():
         library = value[0] if isinstance(value, list) and len(value) == 2 else None
         if library not in (None, "diffusers", "transformers") and not hasattr(
@@ -164,7 +174,7 @@ def _check_index(name: str, index: dict[str, Any]) -> None:
         ):
             raise ModelError(
                 f"Model {name!r} takes its {part} from {library!r}; elakit runs no code from models and knows only "
-                "diffusers and transformers."
+                "diffusers and transformers. Give another model."
             )
     refuse_index(f"Model {name!r} ({kind})", index)
 
@@ -185,7 +195,9 @@ def _check_weight_files(name: str, folder: Path) -> None:
         try:
             files = set(json.loads(path.read_text(encoding="utf-8-sig"))["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"{path} of model {name!r} cannot be read: {first_line(error)}") from error
+            raise ModelError(
+                f"{path} of model {name!r} cannot be read: {first_line(error)} Download the model again."
+            ) from error
         wrong = sorted(file for file in files if Path(file).name != file or not file.endswith(".safetensors"))
         if wrong:
             raise ModelError(

@@ -290,7 +290,9 @@ def check_sides(height: int, width: int, factor: int) -> None:
     """Raise a `SettingError` if a side of an image is not a positive multiple of a factor."""
     for name, side in (("height", height), ("width", width)):
         if not is_whole(side) or side <= 0 or side % factor:
-            raise SettingError(f"{name} is {side!r} pixels; it must be a positive multiple of {factor}.")
+            raise SettingError(
+                f"{name} is {side!r} pixels; it must be a positive whole number and a multiple of {factor}."
+            )
 
 
 def _layers(unet: Any) -> Iterator[AttentionLayer]:

@@ -83,8 +83,9 @@ def agreement(
     known = run.verdict if truth is None else truth
     if known is None:
         raise SettingError(
-            "The built-in judge cannot judge this image: it knows images of the built-in model and its nouns and "
-            "colors. Give truth: a Verdict, or masks as a DataArray (entity, y, x)."
+            "The built-in judge cannot judge this image: its model is not built in, its prompt has words that the "
+            "judge does not know, or it is black or was withheld by the safety checker. Give truth: a Verdict, or "
+            "masks as a DataArray (entity, y, x)."
         )
     maps = run.entity_maps()
     frame = run.measure(known).to_frame()

@@ -250,7 +250,9 @@ def _curves(run: Run, measures: Sequence[str]) -> pd.DataFrame:
     frame = run.bleeding.to_frame()
     there = list(frame["measure"].unique())
     if missing := [measure for measure in measures if measure not in there]:
-        raise SettingError(f"measures={list(measures)}: {', '.join(missing)} unknown; choose from {', '.join(there)}.")
+        raise SettingError(
+            f"measures={list(measures)}: there is no measure {', '.join(missing)}; choose from {', '.join(there)}."
+        )
     if not measures:
         raise SettingError(f"measures=[]: choose at least one of {', '.join(there)}.")
     chosen = frame[frame["measure"].isin(measures)]

@@ -128,7 +128,9 @@ def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
     ([0, 5, 10, 14, 19], [19], [0, 19])
     """
     steps = [int(step) for step in there]
-    if isinstance(wanted, bool) or (is_whole(wanted) and wanted < 1) or not steps:
+    if not steps:
+        raise SettingError("There is no step to show: record at least one full step.")
+    if isinstance(wanted, bool) or (is_whole(wanted) and wanted < 1):
         raise SettingError(f"steps={wanted!r}: give the number of steps to show, at least 1, or a list of steps.")
     if is_whole(wanted):
         if wanted == 1:
@@ -136,7 +138,7 @@ def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
         places = np.floor(np.linspace(0, len(steps) - 1, min(wanted, len(steps))) + 0.5).astype(int)
         return [steps[place] for place in places]
     named = [int(step) if step >= 0 else steps[-1] + 1 + int(step) for step in wanted]
-    if missing := [step for step in named if step not in steps]:
+    if missing := [given for given, step in zip(wanted, named, strict=True) if step not in steps]:
         raise SettingError(
             f"steps={list(wanted)}: not available: {', '.join(map(str, missing))}; the steps are {_span(steps)}."
         )

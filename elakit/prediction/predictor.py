@@ -190,7 +190,7 @@ class Predictor:
         if after not in self.shares:
             raise SettingError(f"after={after!r}: choose from {', '.join(map(str, self.shares))}.")
         if not 0 <= above <= 1:
-            raise SettingError(f"above={above!r}: give a probability, 0 to 1.")
+            raise SettingError(f"above={above!r}: give a probability from 0 to 1.")
 
         def probabilities(so_far: Progress) -> list[float] | None:
             if so_far.step + 1 != int(np.ceil(after * so_far.steps - 1e-9)):
@@ -277,7 +277,7 @@ def stack(rows: Sequence[Any]) -> np.ndarray:
     size = len(SHARES) * len(FEATURES)
     if not len(rows) or any(row is None or len(row) != size for row in rows):
         raise SettingError(
-            "The sweep has images without features, or with features of another version of elakit. Generate it again "
-            "in a new folder: elakit sweep run --out NEW."
+            "The sweep has no images, or some without features or with features of another version of elakit. Generate "
+            "it again in a new folder: elakit sweep run --out NEW."
         )
     return np.stack([np.asarray(row, float) for row in rows]).reshape(-1, len(SHARES), len(FEATURES))

@@ -168,7 +168,7 @@ def localize(
         background = as_array(sot, "sot")
         if background.shape != values.shape[1:]:
             raise SettingError(
-                f"sot has shape {background.shape}, each entity's map {values.shape[1:]}; they must be equal."
+                f"sot has shape {background.shape}, but each map has {values.shape[1:]}; they must be equal."
             )
     values, background = rules.prepare(values, background, smooth, normalize, subtract_pedestal)
 
@@ -224,7 +224,7 @@ def localize_steps(maps: xr.DataArray, sot: xr.DataArray | None = None, **option
             raise SettingError(f"sot has dimensions {sot.dims}; localize_steps needs (step, y, x).")
         if not np.array_equal(step_labels(sot), step_labels(maps)):
             raise SettingError(
-                f"sot has steps {step_labels(sot)}, maps {step_labels(maps)}; give the same steps of both."
+                f"sot has steps {step_labels(sot)}, but maps have {step_labels(maps)}; give the same steps of both."
             )
     found = [
         localize(maps.isel(step=i), None if sot is None else sot.isel(step=i), **options)
@@ -287,7 +287,7 @@ def _names(maps: Any, entities: Sequence[str] | None, count: int) -> tuple[str, 
         names = names or tuple(f"entity {i}" for i in range(count))
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise SettingError(
-            f"entity labels {repeated} occur twice; every entity needs its own, such as 'car#1' and 'car#2'."
+            f"entity labels {repeated} occur more than once; every entity needs its own, such as 'car#1' and 'car#2'."
         )
     return names
 

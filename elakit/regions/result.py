@@ -94,7 +94,7 @@ class Regions:
         if isinstance(other, Regions):
             if other.entities != self.entities:
                 raise SettingError(
-                    f"these are regions of {self.entities}, the others of {other.entities}: "
+                    f"These are regions of {self.entities}, but the others are of {other.entities}: "
                     "compare regions of the same entities."
                 )
             masks = other.masks
@@ -102,7 +102,8 @@ class Regions:
             masks = np.asarray(other).astype(bool)
         if masks.shape != self.masks.shape:
             raise SettingError(
-                f"cannot compare masks of shape {masks.shape} with {self.masks.shape}; resize one first."
+                f"Masks of shape {masks.shape} cannot be compared with masks of shape {self.masks.shape}; resize one "
+                "first."
             )
         common = (self.masks & masks).sum(axis=(1, 2))
         either = (self.masks | masks).sum(axis=(1, 2))

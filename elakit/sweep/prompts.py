@@ -224,7 +224,10 @@ def _column(names: Sequence[str], path: Path) -> str:
     for name in COLUMNS:
         if name in names:
             return name
-    raise SettingError(f"{path} has no column {', '.join(map(repr, COLUMNS))}; its columns are {', '.join(names)}.")
+    raise SettingError(
+        f"{path} has no column {' or '.join(map(repr, COLUMNS))}; its columns are {', '.join(names)}. Rename the one "
+        "with the prompts."
+    )
 
 
 _PARSERS = {

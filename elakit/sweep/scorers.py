@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from elakit.errors import ModelError, SettingError
 from elakit.judge import FAILURES, judge
 from elakit.judge.detectors import load_detector
-from elakit.models import device_named
+from elakit.models import device_named, first_line
 from elakit.prompt import Prompt
 
 Values = dict[str, Any]
@@ -318,10 +318,9 @@ def _load(model_class: Any, processor_class: Any, name: str, device: torch.devic
         model = model_class.from_pretrained(name, use_safetensors=True).to(device).eval()
         return model, processor_class.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        why = (str(error).splitlines() or [""])[0]
         raise ModelError(
-            f"The model {name!r} cannot be loaded as {model_class.__name__}: {why} Give a folder or hub id of such a "
-            "model with safetensors weights."
+            f"The model {name!r} cannot be loaded as {model_class.__name__}: {first_line(error)} Give a folder or hub "
+            "id of such a model with safetensors weights."
         ) from error
 
 

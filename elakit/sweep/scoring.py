@@ -64,7 +64,7 @@ def score(
     """
     names = [scorers] if isinstance(scorers, str) else list(scorers)
     if not names:
-        raise SettingError("There is no scorer. Name at least one, such as clip.")
+        raise SettingError("No scorer is given. Name at least one, such as clip.")
     folder = Path(folder)
     table = read_table(folder, scores=False)
     rows = _samples(folder, table)

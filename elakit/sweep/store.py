@@ -178,7 +178,7 @@ def check_folder(folder: str | Path) -> Path:
         with suppress(FileNotFoundError):
             path.lstat()
             if not path.is_dir():
-                raise OutputError(f"The folder {shown} cannot be used: it is a file. Choose another name.")
+                raise OutputError(f"The folder {shown} cannot be used: a file has this name. Choose another.")
     except UnicodeEncodeError:
         raise OutputError(f"The folder {shown} cannot be used: its name is not valid UTF-8. Choose another.") from None
     except (OSError, ValueError, RuntimeError) as error:

@@ -178,7 +178,7 @@ def plan(
     pairs: list[tuple[str, Mapping[str, Any]]] = [(one, {}) if isinstance(one, str) else one for one in methods]
     chosen = [(name, canonical_options(name, options)) for name, options in pairs]
     if not chosen:
-        raise SettingError(f"There is no method. Choose from {', '.join(sweepable())}.")
+        raise SettingError(f"No method is given. Choose from {', '.join(sweepable())}.")
     size = batch or len(numbers)
     batches = [tuple(numbers[i : i + size]) for i in range(0, len(numbers), size)]
     units = [

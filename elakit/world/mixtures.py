@@ -91,7 +91,7 @@ def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng:
             break
     else:
         raise SettingError(
-            f"A {subjects[0].noun} and a {subjects[1].noun} cannot be {kind}: one hides the other. Choose other nouns."
+            f"{subjects[0].noun} and {subjects[1].noun} cannot be {kind}: one hides the other. Choose other nouns."
         )
     canvas, _ = background(world.backgrounds, [mean_color(sprite) for sprite in sprites], world.size, rng)
     owner = np.zeros((world.size, world.size), np.uint8)

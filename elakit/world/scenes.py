@@ -164,8 +164,8 @@ class World:
     Raises
     ------
     SettingError
-        The shares of `entities` or of `layouts` do not add up to 1, are too many or too large, a layout is unknown, or
-        `single_sizes` is not a range of sizes, `most_drawings` is below 1, or `mirrored` is no probability.
+        The shares of `entities` or of `layouts` do not add up to 1, are negative, too many or too large, a layout is
+        unknown, or `single_sizes` is not a range of sizes, `most_drawings` is below 1, or `mirrored` is no probability.
     """
 
     size: int = 128
@@ -197,10 +197,10 @@ class World:
 
     def __post_init__(self) -> None:
         shares = self.entities
-        if not 1 <= len(shares) <= MOST_ENTITIES or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
+        if not 1 <= len(shares) <= MOST_ENTITIES or not abs(sum(shares) - 1) <= 1e-6 or min(shares) < 0:
             raise SettingError(
-                f"The shares of scenes with one, two, ... entities are {list(shares)}; give one to {MOST_ENTITIES} "
-                "numbers that add up to 1, such as [0.4, 0.4, 0.15, 0.05]."
+                f"entities is {list(shares)}; give the shares of scenes with one, two, ... entities, one to "
+                f"{MOST_ENTITIES} numbers from 0 to 1 that add up to 1, such as [0.4, 0.4, 0.15, 0.05]."
             )
         if len(self.single_sizes) != 2 or not 0 < self.single_sizes[0] <= self.single_sizes[1] <= 1:
             raise SettingError(
@@ -213,12 +213,12 @@ class World:
             raise SettingError(f"mirrored is {self.mirrored}; give a probability from 0 to 1.")
         if unknown := set(self.layouts) - set(PAIR_LAYOUTS):
             named = ", ".join(map(repr, sorted(unknown)))
-            raise SettingError(f"Unknown layout {named}. Choose from {', '.join(PAIR_LAYOUTS)}.")
+            raise SettingError(f"Unknown layout {named} in layouts. Choose from {', '.join(PAIR_LAYOUTS)}.")
         values = list(self.layouts.values())
-        if abs(sum(values) - 1) > 1e-6 or min(values) < 0 or max(values) > LARGEST_LAYOUT:
+        if not abs(sum(values) - 1) <= 1e-6 or min(values) < 0 or max(values) > LARGEST_LAYOUT:
             raise SettingError(
-                f"The shares of the layouts of pairs are {dict(self.layouts)}; give shares of at most {LARGEST_LAYOUT} "
-                "each that add up to 1."
+                f"layouts is {dict(self.layouts)}; give the layouts of pairs shares from 0 to {LARGEST_LAYOUT} that "
+                "add up to 1."
             )
 
     def drawings(self, noun: str) -> tuple[Drawing, ...]:

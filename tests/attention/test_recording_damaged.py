@@ -97,6 +97,7 @@ CODE = {
     "a pickle filter": {"filters": [{"id": "pickle", "protocol": 5}]},
     "a pickle codec": {"compressor": {"id": "pickle", "protocol": 5}},
     "another codec": {"compressor": {"id": "zlib", "level": 1}},
+    "another order": {"order": "F"},
     "objects": {"dtype": "|O"},
     "a record": {"dtype": [["a", "<f4"]]},
     "dates": {"dtype": "<M8[ns]"},
@@ -191,7 +192,7 @@ def test_labels_that_are_not_unicode_are_refused_by_file(folder: Path, code: int
     labels = np.frombuffer(codec.decode(name.read_bytes()), np.uint32).copy()
     labels[1] = code
     name.write_bytes(codec.encode(labels))
-    with pytest.raises(RecordingError, match=r"token.* is damaged"):
+    with pytest.raises(RecordingError, match=r"/token/0 is damaged \(its labels are not valid Unicode\)"):
         read(folder)
 
 

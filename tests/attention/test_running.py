@@ -83,6 +83,9 @@ def test_a_guidance_loop_of_ones_own_is_recorded_by_its_text_states(order: str, 
     np.testing.assert_allclose(recording.maps(), expected.maps(), atol=1e-5)
     with torch.no_grad(), record(pipe, prompt), pytest.raises(RecordingError, match="which rows see the prompt"):
         pipe.unet(latents, 500, negative)
+    apart = torch.cat([positive, negative, positive])
+    with torch.no_grad(), record(pipe, prompt), pytest.raises(RecordingError, match=r"rows \[0, 2\] .* next to each"):
+        pipe.unet(torch.cat([latents] * 3), 500, apart)
 
 
 def test_a_call_with_another_prompt_is_refused_before_it_computes(pipe: Any, prompt: Prompt) -> None:

@@ -284,6 +284,9 @@ def test_a_single_string_and_a_bad_folder_are_refused(tmp_path: Path) -> None:
         diagnose_many("a [cat]", tmp_path / "out")
     with pytest.raises(SettingError, match="seeds"):
         plan_cases(["a [cat]"], 10**20)
+    for seeds in (2.5, "12"):
+        with pytest.raises(SettingError, match=r"seeds=.*a number of seeds from 1 to 10000, or a list of seeds"):
+            plan_cases(["a [cat]"], seeds)
     for folder in ("x" * 300, "\udcff"):
         with pytest.raises(OutputError, match="cannot be used"):
             diagnose_many(["a [cat]"], folder)

@@ -59,10 +59,13 @@ def test_step_sizes_and_guided_shares_out_of_range_are_named(name: str, option: 
         ("bounded-attention", {"regions": None}, "regions=.*not a layout"),
         ("bounded-attention", {"clusters": 0}, "clusters=0"),
         ("boxdiff", {"share": 0}, "share=0"),
+        ("boxdiff", {"share": -1}, "share=-1.*above 0 and at most 1"),
         ("boxdiff", {"edge": 0.5}, r"edge=0\.5"),
         ("boxdiff", {"regions": None}, "regions=.*one box per entity"),
         ("boxdiff", {"regions": [(0, 0, 2, 1)]}, "regions=.*not a box"),
+        ("boxdiff", {"regions": [(0.5, 0, 0.2, 1)]}, "regions=.*left < right"),
         ("conform", {"temperature": 0}, "temperature=0"),
+        ("conform", {"temperature": -1}, "temperature=-1.*above 0"),
         ("conform", {"refinements": 2.5}, r"refinements=2\.5"),
         ("deleaker", {"strength": -1}, "strength=-1"),
         ("deleaker", {"averaged": 2}, "averaged=2"),
@@ -71,9 +74,9 @@ def test_step_sizes_and_guided_shares_out_of_range_are_named(name: str, option: 
         ("densediffusion", {"strength": -1}, "strength=-1"),
         ("densediffusion", {"area": 2}, "area=2"),
         ("divide-and-bind", {"refine": 3}, "refine=.*total variation to reach"),
-        ("divide-and-bind", {"binding": (1.0, 5.0)}, "binding=.*weight of zero or more"),
-        ("divide-and-bind", {"binding": ((0.0, -1.0),)}, "binding=.*weight of zero or more"),
-        ("ebama", {"intensity": -0.5}, "intensity=.*zero or more"),
+        ("divide-and-bind", {"binding": (1.0, 5.0)}, "binding=.*weight of 0 or more"),
+        ("divide-and-bind", {"binding": ((0.0, -1.0),)}, "binding=.*weight of 0 or more"),
+        ("ebama", {"intensity": -0.5}, "intensity=.*0 or more"),
         ("initno", {"rounds": 0}, "rounds=0"),
         ("initno", {"max_kl": -1}, "max_kl=-1"),
         ("layout-guidance", {"iterations": 0}, "iterations=0"),
@@ -89,6 +92,16 @@ def test_step_sizes_and_guided_shares_out_of_range_are_named(name: str, option: 
 def test_settings_out_of_range_are_refused(name: str, options: dict[str, Any], part: str) -> None:
     with pytest.raises(SettingError, match=rf"^{METHODS[name].__name__}\({part}"):
         made(name, options)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("syngen", "step_size"), ("syngen", "guided"), ("boxdiff", "share"), ("conform", "temperature"),
+     ("attention-regulation", "memory")],
+)  # fmt: skip
+def test_numbers_of_numpy_become_plain(name: str, option: str) -> None:
+    value = getattr(made(name, {option: np.float32(0.5)}), option)
+    assert (value, type(value)) == (0.5, float)
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ def test_runs_that_cannot_be_compared_are_refused(plain: Run) -> None:
     for function in (plot.leakage, plot.bleeding_over_steps):
         with pytest.raises(SettingError, match="there is no run to show"):
             function([])
-    with pytest.raises(SettingError, match=r"iou unknown; choose from .*bleed"):
+    with pytest.raises(SettingError, match=r"no measure iou; choose from .*bleed"):
         plot.bleeding_over_steps(alone, measures=["iou"])
 
 
@@ -428,6 +428,7 @@ def test_an_mp4_file_is_written_if_ffmpeg_is_installed(plain: Run, tmp_path: Pat
         ("regions.gif", {"speed": 0}, SettingError, "speed"),
         ("regions.gif", {"panel": 5}, SettingError, "panel"),
         ("regions.gif", {"steps": [99]}, SettingError, "not available"),
+        ("regions.gif", {"steps": [-99]}, SettingError, "not available: -99"),
         ("missing/regions.gif", {}, OutputError, "cannot be written"),
     ],
 )

@@ -214,7 +214,7 @@ def test_invalid_plans_are_refused() -> None:
         ({"prompts": []}, "no prompt"),
         ({"seeds": []}, "seeds="),
         ({"seeds": [1, 1]}, "seeds=1 is given more than once"),
-        ({"methods": []}, "no method"),
+        ({"methods": []}, "No method is given"),
         ({"steps": 0}, "steps=0"),
         ({"guidance_scale": -1.0}, "guidance_scale=-1"),
         ({"batch": 0}, "batch=0"),

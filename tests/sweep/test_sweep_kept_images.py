@@ -313,6 +313,8 @@ def test_a_detector_gives_the_columns_of_a_verdict(sample: Sample, monkeypatch: 
 def test_what_cannot_score_is_refused_with_the_next_step(
     kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(SettingError, match="No scorer is given"):
+        score(kept, [])
     with pytest.raises(SettingError, match=r"no scorer 'fid'.*clip"):
         score(kept, "fid")
     with pytest.raises(SettingError, match="detector=MODEL"):

@@ -223,8 +223,10 @@ def test_a_layout_that_the_things_cannot_have_is_refused() -> None:
     crowned = compose((Subject("crown"), Subject("bear")), SHIPPED, rng, "worn")
     assert [e.subject.noun for e in crowned.entities] == ["crown", "bear"]
     assert crowned.relation == "worn by"
-    with pytest.raises(SettingError, match=r"at most 0\.4"):
+    with pytest.raises(SettingError, match=r"from 0 to 0\.4"):
         World(layouts={"row": 0.7, "column": 0.3})
+    with pytest.raises(SettingError, match=r"layouts is .*from 0 to 0\.4"):
+        World(layouts={"row": 0.4, "column": 0.4, "diagonal": 0.4, "free": -0.2})
     with pytest.raises(SettingError, match="spiral"):
         World(layouts={"row": 0.4, "column": 0.3, "spiral": 0.3})
 
@@ -241,8 +243,9 @@ def test_single_things_have_the_sizes_that_are_asked_for() -> None:
 
 
 def test_shares_that_do_not_add_up_are_refused() -> None:
-    with pytest.raises(SettingError, match=r"0\.9.*add up to 1"):
-        World(entities=(0.9, 0.2, 0.1))
+    for shares in ((0.9, 0.2, 0.1), (1.2, -0.2), (0.5, float("nan"))):
+        with pytest.raises(SettingError, match=r"entities is \[.*numbers from 0 to 1 that add up to 1"):
+            World(entities=shares)
     with pytest.raises(SettingError, match="Unknown wording 'rhyme'"):
         caption((Subject("cat"),), wording="rhyme")
 

@@ -201,7 +201,10 @@ class Explorer(anywidget.AnyWidget):
         missing = [each for each in chosen if each not in there]
         if missing or not chosen:
             what = ", ".join(map(repr, missing)) or "an empty list"
-            raise RefusedError(f"tokens: {what} is not available; choose one or more of {', '.join(map(repr, there))}.")
+            verb = "are" if len(missing) > 1 else "is"
+            raise RefusedError(
+                f"tokens: {what} {verb} not available; choose one or more of {', '.join(map(repr, there))}."
+            )
         return list(dict.fromkeys(chosen))
 
     @t.validate("shared_scale", "regions", "predicted", "smooth", "playing")

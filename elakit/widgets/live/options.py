@@ -137,7 +137,7 @@ def entry(method: type[Any], option: Option, value: Any) -> Any:
     if option.kind == "number":
         return checks.real_number(value, option.name, owner=owner)
     if not isinstance(value, str):
-        checks.refuse(value, option.name, "a text", owner=owner)
+        checks.refuse(value, option.name, "text", owner=owner)
     return value
 
 

@@ -168,7 +168,9 @@ def read_config(path: Path | None = None) -> Config:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingError(f"Cannot read the training configuration {path}: {clause(error)}.") from error
+        raise SettingError(
+            f"Cannot read the training configuration {path}: {clause(error)}. Correct the file, or give another."
+        ) from error
     sections = {f.name: f.type for f in fields(Config)}
     kinds = {
         "world": World,

@@ -128,9 +128,9 @@ def grow(model: Any, tokenizer: CLIPTokenizer, old: StableDiffusionPipeline) -> 
                 continue
             grown = name in ("conv_in.weight", "conv_out.weight", "conv_out.bias")
             if given is None or (given.shape != value.shape and not grown):
+                found = "is missing" if given is None else f"has shape {tuple(given.shape)}, not {tuple(value.shape)}"
                 raise SettingError(
-                    f"The weights of the earlier model do not fit: {name} has shape "
-                    f"{None if given is None else tuple(given.shape)}, not {tuple(value.shape)}. "
+                    f"The weights of the earlier model do not fit: {name} {found}. "
                     "Use the same [text] and [denoiser] architecture, or train without --start."
                 )
             if given.shape != value.shape:
