@@ -322,8 +322,8 @@ def truth_masks(truth: Verdict | xr.DataArray, entities: Sequence[str], size: tu
         truth = xr.DataArray(truth.masks, dims=("entity", "y", "x"), coords={"entity": list(truth.entities)})
     if not isinstance(truth, xr.DataArray):
         raise SettingError(
-            f"truth is a {type(truth).__name__}; give a Verdict, or masks as xr.DataArray(masks, "
-            'dims=("entity", "y", "x"), coords={"entity": labels})'
+            f"truth has type {type(truth).__name__}; give a Verdict, or masks as xr.DataArray(masks, "
+            'dims=("entity", "y", "x"), coords={"entity": labels}).'
         )
     if set(truth.dims) != {"entity", "y", "x"}:
         raise SettingError(f"truth has dimensions {truth.dims}; (entity, y, x) are needed: an image has no steps.")
@@ -511,7 +511,7 @@ def _mass(mass: xr.DataArray, what: str, steps: np.ndarray) -> np.ndarray:
         if isinstance(mass, xr.DataArray) and "step" in mass.dims:
             got, remedy = f"has dimensions {mass.dims}", "take the mean over the others"
         else:
-            got = f"has dimensions {mass.dims}" if isinstance(mass, xr.DataArray) else f"is a {type(mass).__name__}"
+            got = f"has dimensions {mass.dims}" if isinstance(mass, xr.DataArray) else f"has type {type(mass).__name__}"
             remedy = "give one value per step"
         raise SettingError(f"{what} {got}; a DataArray with the single dimension step is needed: {remedy}.")
     if not np.array_equal(step_labels(mass), steps):

@@ -72,7 +72,7 @@ class TransformerPipeline(SupportedPipeline, Protocol):
 
 
 class PackedPipeline(TransformerPipeline, Protocol):
-    """A pipeline that packs patches of 2x2 of its latents into the tokens of the transformer."""
+    """A pipeline that packs each 2x2 patch of its latents into one token of the transformer."""
 
     default_sample_size: int
 

@@ -25,7 +25,8 @@ def profile(run: Run) -> pd.DataFrame:
     Parameters
     ----------
     run : Run
-        A recorded run; with ``RecordSpec(heads="all")`` there is one row per head.
+        A recorded run. The measures are those of the mean over the heads, or of each head that was recorded with
+        ``RecordSpec(heads="all")``.
 
     Returns
     -------

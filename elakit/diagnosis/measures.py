@@ -58,8 +58,9 @@ def measure_table(diagnosis: DiagnosisData) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row per seed, indexed by seed; columns (measure, run), where run is "plain" or "guided". `MEANINGS` defines
-        the measures; those that the prompt does not have are left out.
+        One row per seed, indexed by seed; columns (measure, run), where run is "plain" or "guided". The
+        measures are those of `BY_SEED`, as `MEANINGS` defines them; those that do not apply to the prompt, such as
+        ruzicka with a single entity, are left out.
     """
     rows = []
     for pair in diagnosis.pairs:

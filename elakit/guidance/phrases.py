@@ -126,8 +126,8 @@ def _phrase(adapter: Adapter, prompt: Prompt, entity: Entity) -> Phrase:
     own = tuple(token.index for token in alone.tokens)
     if len(own) != len(positions):
         raise PromptError(
-            f"The tokenizer splits {text!r} into {len(own)} tokens on its own and into {len(positions)} in "
-            f"{prompt.text!r}. Put the words of this entity between spaces."
+            f"The number of tokens of {text!r} must be the same alone as in the prompt, but it is {len(own)} alone and "
+            f"{len(positions)} in {prompt.text!r}. Put spaces around the words of this entity."
         )
     inputs = adapter.encode(alone.text, guided=False).inputs
     return Phrase(positions=positions, own=own, states=inputs[STATES], mask=inputs.get(MASKS), start=alone.start_index)

@@ -217,7 +217,7 @@ def localize_steps(maps: xr.DataArray, sot: xr.DataArray | None = None, **option
     maps = steps_first(maps, "maps")
     if sot is not None:
         if not isinstance(sot, xr.DataArray):
-            raise SettingError(f"sot is a {type(sot).__name__}; localize_steps needs a DataArray (step, y, x).")
+            raise SettingError(f"sot has type {type(sot).__name__}; localize_steps needs a DataArray (step, y, x).")
         if sot.sizes.get("token") == 1:
             sot = sot.isel(token=0)
         if set(sot.dims) != {"step", "y", "x"}:
