@@ -107,7 +107,7 @@ def tasks() -> list[Task]:
 @app.command()
 def install(
     model: Annotated[Path, typer.Argument(help="Folder that a training wrote, such as work/picture-world/model.")],
-    judge: Annotated[bool, typer.Option("--judge", help="Copy only the judge.")] = False,
+    judge: Annotated[bool, typer.Option("--judge", help="Copy the judge instead of the model.")] = False,
     target: Annotated[Path, typer.Option("--to", help="Folder of the model that is replaced.")] = SHIPPED,
 ) -> None:
     """Copy a trained model to data/picture-world: weights in float16, and settings without paths of this machine."""
@@ -148,7 +148,7 @@ def list_tasks() -> None:
 @app.command()
 def run(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Names of tasks. Default: all except those of hours.")
+        list[str] | None, typer.Argument(help="Names of tasks. Default: all except those that take hours.")
     ] = None,
     work: Work = Path("work/replace-weights"),
     processes: Annotated[int, typer.Option(min=1, help="Tasks that run at the same time, with one thread each.")] = 1,

@@ -44,8 +44,8 @@ class ELA:
     anchor : LatentStep
         Loss, step sizes and guided steps.
     separate : Separation
-        Latent steps before those of `anchor`, in which the entities' maps are moved apart. They are left out if all
-        regions are given by hand, because anchoring then starts at the first step.
+        Latent steps before those of `anchor`, in which the entities' maps are moved apart. By default they are left
+        out if all regions are given by hand, because anchoring then starts at the first step.
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x), optional
         Regions given by hand, in the order of the prompt: boxes as fractions of the image, or masks. A location in two
         regions is assigned to the smaller one. In a sequence, None stands for an entity that is localized in the

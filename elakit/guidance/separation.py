@@ -27,8 +27,8 @@ class Separation:
     Parameters
     ----------
     step_size : float
-        Size of each latent step along the raw gradient, which vanishes where the maps are apart; 20 in CONFORM's
-        official code. 0 switches separation off.
+        Size of each latent step along the raw gradient, which is small where the maps of different entities are apart
+        and those of one entity are alike; 20 in CONFORM's official code. 0 switches separation off.
     temperature : float
         Temperature tau of the loss, greater than 0; 0.5 in CONFORM's official code.
 
