@@ -41,7 +41,7 @@ def test_masks_must_have_the_aspect_ratio_of_the_image():
     ("truth", "says"),
     [
         (np.stack([CAR, CAR]), "give a Verdict, or masks as"),
-        (seen([CAR, CAR], ("car", "dog")), r"truth has the entities \['car', 'dog'\], maps \['car', 'bird'\]"),
+        (seen([CAR, CAR], ("car", "dog")), r"truth has the entities \['car', 'dog'\], but maps have \['car', 'bird'\]"),
         (seen([CAR], ("car",)), "same entities"),
         (seen([CAR, CAR]).expand_dims(step=2), "an image has no steps"),
         (seen([CAR, CAR]) * 0.3, "boolean"),

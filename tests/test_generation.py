@@ -119,7 +119,7 @@ def test_watching_changes_nothing_and_an_error_of_the_watcher_is_its_own() -> No
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**64}, "seed=18446744073709551616: must be a whole number from 0"),
         ({"seed": [0, 2**64]}, "seed=18446744073709551616"),
-        ({"seed": []}, "at least one for each image"),
+        ({"seed": []}, "a list of one or more such numbers"),
         ({"guidance_scale": "x"}, "guidance_scale='x': must be a finite number of 0 or more"),
         ({"height": 0}, "height=0: must be a whole number of 1 or more"),
         ({"width": 64.0}, "width=64.0"),
