@@ -207,7 +207,7 @@ def test_words_unknown_to_the_model_are_reported() -> None:
 
 
 def test_runs_that_do_not_belong_together_are_refused() -> None:
-    with pytest.raises(SettingError, match="no run"):
+    with pytest.raises(SettingError, match="No run is given"):
         find(pipe(), [])
     other = replace(right_runs()[0], prompt=elakit.parse("a [cat]", pipe()))
     with pytest.raises(SettingError, match="different prompts"):

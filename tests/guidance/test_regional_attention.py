@@ -71,7 +71,7 @@ def test_maps_that_are_none_are_refused() -> None:
 
 
 def test_free_locations_of_another_size_are_refused() -> None:
-    with pytest.raises(SettingError, match=r"free has shape \(1, 4\), each map \(2, 4\)"):
+    with pytest.raises(SettingError, match=r"free has shape \(1, 4\), but each map has \(2, 4\)"):
         divide(np.ones((2, 2, 4)), np.ones((1, 4), bool))
 
 
