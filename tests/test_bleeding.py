@@ -236,7 +236,7 @@ def test_arguments_that_do_not_match_are_refused():
         (lambda: measure(maps, regions, attributes.isel(step=[0]), owners), "same steps"),
         (lambda: measure(maps, regions, attributes.isel(x=slice(2)), owners), "one size"),
         (lambda: measure(maps, regions, start=maps.isel(token=0)), "take the mean"),
-        (lambda: measure(maps, regions, end=0.5), "end is a float.*one value per step"),
+        (lambda: measure(maps, regions, end=0.5), "end has type float.*one value per step"),
         (lambda: measure(maps, regions, end=xr.DataArray([0.5], dims="step")), "same steps"),
         (lambda: measure(maps, regions, truth=regions), "an image has no steps"),
         (lambda: measure(maps, regions, truth=regions.isel(step=0, entity=[0])), "same entities"),
