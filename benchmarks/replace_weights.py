@@ -9,7 +9,6 @@ does: prose, constants, and labels by eye.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shlex
 import shutil
@@ -21,20 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from elakit.cli_options import one_line_errors, without_markup
 from elakit.errors import SettingError
-from elakit.files import write_file
+from elakit.files import replace_folder, write_file
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "data" / "picture-world"
 PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
 JUDGE = "judge"
-Work = Annotated[Path, typer.Option("--work", help="Folder for logs, sweeps and the record of finished commands.")]
 
 app = typer.Typer(help=without_markup(__doc__), no_args_is_help=True)
 
@@ -110,30 +106,18 @@ def install(
     judge: Annotated[bool, typer.Option("--judge", help="Copy the judge instead of the model.")] = False,
     target: Annotated[Path, typer.Option("--to", help="Folder of the model that is replaced.")] = SHIPPED,
 ) -> None:
-    """Copy a trained model to data/picture-world: weights in float16, and settings without paths of this machine."""
+    """Copy a trained model, or its judge, to data/picture-world."""
     parts = (JUDGE,) if judge else PARTS
     if missing := [part for part in parts if not (model / part).exists()]:
         raise SettingError(f"{model} has no {', '.join(missing)}. Name the folder of a finished training.")
+    target.mkdir(parents=True, exist_ok=True)
     for part in parts:
-        for source in sorted((model / part).rglob("*") if (model / part).is_dir() else [model / part]):
-            if source.is_file():
-                copy_part(source, target / source.relative_to(model))
+        if (model / part).is_dir():
+            with replace_folder(target / part) as new:
+                shutil.copytree(model / part, new, dirs_exist_ok=True)
+        else:
+            write_file(target / part, (model / part).read_bytes())
     print(f"Replaced {', '.join(parts)} in {target}. Next: python -m benchmarks.replace_weights run")
-
-
-def copy_part(source: Path, target: Path) -> None:
-    """Copy one file of a model: tensors become float16, and JSON loses the key that names a folder."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.suffix == ".safetensors":
-        tensors = {name: t.half() if t.dtype == torch.float32 else t for name, t in load_file(source).items()}
-        save_file(tensors, target, metadata={"format": "pt"})
-    elif source.suffix == ".json":
-        settings = json.loads(source.read_text(encoding="utf-8"))
-        settings.pop("_name_or_path", None)
-        write_file(target, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
-    else:
-        shutil.copyfile(source, target)
-    target.chmod(0o644)
 
 
 @app.command("list")
@@ -150,7 +134,9 @@ def run(
     names: Annotated[
         list[str] | None, typer.Argument(help="Names of tasks. Default: all except those that take hours.")
     ] = None,
-    work: Work = Path("work/replace-weights"),
+    work: Annotated[
+        Path, typer.Option("--work", help="Folder for logs, sweeps and the record of finished commands.")
+    ] = Path("work/replace-weights"),
     processes: Annotated[int, typer.Option(min=1, help="Tasks that run at the same time, with one thread each.")] = 1,
     again: Annotated[bool, typer.Option("--again", help="Repeat finished tasks, too.")] = False,
 ) -> None:

@@ -1,7 +1,8 @@
-"""Saved weights that all releases of transformers can read."""
+"""Saved pipelines that all releases of transformers can read, and that name no folder of this machine."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from elakit.files import write_file
@@ -26,3 +27,17 @@ def write_portable_names(folder: str | Path) -> None:
     weights = load_file(path)
     if not any(name.startswith(_PREFIX) for name in weights):
         write_file(path, save({_PREFIX + name: value for name, value in weights.items()}, {"format": "pt"}))
+
+
+def drop_folders(folder: str | Path) -> None:
+    """Remove the key ``_name_or_path``, a folder of the machine that loaded the part, from all configs of a pipeline.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        Folder that ``pipe.save_pretrained`` wrote.
+    """
+    for path in Path(folder).glob("*/*config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            write_file(path, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from benchmarks import replace_weights
 from benchmarks.replace_weights import PARTS, Task, fingerprint, install, is_done, perform, run, tasks
@@ -19,22 +18,20 @@ def trained(folder: Path) -> Path:
     """Folder that looks like the result of a training."""
     for part in PARTS[1:]:
         (folder / part).mkdir(parents=True)
-        settings = {"_name_or_path": "/home/me/work", "sizes": [1, 2], "word": "é"}
-        (folder / part / "config.json").write_text(json.dumps(settings))
-    (folder / PARTS[0]).write_text("{}")
-    save_file({"w": torch.tensor([1.0, 2.5]), "n": torch.tensor([3])}, folder / "unet" / "model.safetensors")
+        (folder / part / "config.json").write_text(f'{{"part": "{part}"}}')
+    (folder / PARTS[0]).write_text('{"parts": 5}')
     return folder
 
 
-def test_an_installed_model_has_float16_weights_and_no_path_of_the_machine(tmp_path: Path) -> None:
+def test_an_installed_model_replaces_all_files_of_its_parts_and_no_others(tmp_path: Path) -> None:
     target = tmp_path / "shipped"
+    for name in ("judge/model.safetensors", "vae/of_an_older_edition.json", "README.md"):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text("old")
     install(trained(tmp_path / "model"), target=target)
-    weights = load_file(target / "unet" / "model.safetensors")
-    assert weights["w"].dtype == torch.float16
-    assert weights["w"].tolist() == [1.0, 2.5]
-    assert weights["n"].dtype == torch.int64
-    assert json.loads((target / "vae" / "config.json").read_text()) == {"sizes": [1, 2], "word": "é"}
-    assert not [path for path in target.rglob("*") if path.is_file() and b"/home/me" in path.read_bytes()]
+    files = {str(path.relative_to(target)): path.read_text() for path in target.rglob("*") if path.is_file()}
+    parts = {f"{part}/config.json": f'{{"part": "{part}"}}' for part in PARTS[1:]}
+    assert files == parts | {PARTS[0]: '{"parts": 5}', "judge/model.safetensors": "old", "README.md": "old"}
 
 
 def test_an_unfinished_training_is_refused_before_anything_is_replaced(tmp_path: Path) -> None:

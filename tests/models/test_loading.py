@@ -22,7 +22,7 @@ from tiny_families import BUILDERS
 
 from elakit.errors import ModelError, SettingError
 from elakit.models import EMBEDDED, GenerationSettings, adapter_for, default_settings, embedded, load, source
-from elakit.models.portable import write_portable_names
+from elakit.models.portable import drop_folders, write_portable_names
 from elakit.resources import data_path
 
 
@@ -280,6 +280,15 @@ def test_a_saved_text_encoder_gets_names_that_every_release_reads(copy: Path) ->
     pipe = load(copy, device="cpu")
     pipe.set_progress_bar_config(disable=True)
     assert np.array_equal(image(pipe), image(tiny_pipeline()))
+
+
+def test_a_saved_pipeline_names_no_folder_of_the_machine_that_trained_it(tmp_path: Path) -> None:
+    config = tmp_path / "vae" / "config.json"
+    config.parent.mkdir()
+    config.write_text(json.dumps({"_name_or_path": "/home/me/work/vae", "sizes": [1, 2], "word": "é"}))
+    for _ in range(2):  # the second time there is nothing to do
+        drop_folders(tmp_path)
+        assert json.loads(config.read_text(encoding="utf-8")) == {"sizes": [1, 2], "word": "é"}
 
 
 def components(pipeline: str, encoder: list[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from elakit.errors import SettingError
 from elakit.files import replace_folder
 from elakit.models import EMBEDDED
-from elakit.models.portable import write_portable_names
+from elakit.models.portable import drop_folders, write_portable_names
 from elakit.world.tokenizer import train_tokenizer
 from elakit.world.training.config import Config
 from elakit.world.training.encoded import GrowingScenes
@@ -326,6 +326,7 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
     with replace_folder(folder) as part:
         half.save_pretrained(part, safe_serialization=True)
         write_portable_names(part)
+        drop_folders(part)
 
 
 def sample_sheet(pipe: StableDiffusionPipeline, size: int, prompts: tuple[str, ...] = SAMPLE_PROMPTS) -> Image.Image:
