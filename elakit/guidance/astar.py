@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from elakit.guidance.memory import Memory
 from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers
 from elakit.guidance.preprocess import STEP_SIZE, entity_maps, schedule
@@ -28,39 +29,6 @@ from elakit.guidance.quotients import ratio
 from elakit.guidance.reading import ReadsOneSize
 from elakit.measures.masks import otsu_masks
 from elakit.prompt import Prompt
-
-
-@dataclass
-class Memory:
-    """Maps of an image's last pass, for methods that compare a step with the previous one.
-
-    Attributes
-    ----------
-    step : int or None
-        Step of the last pass, counted from 0; None before the first pass.
-    latest : Tensor or None
-        Maps of the last pass.
-    before : Tensor or None
-        Maps of the last pass of the previous step; None at the first step.
-    """
-
-    step: int | None = None
-    latest: Tensor | None = None
-    before: Tensor | None = None
-
-    def recall(self, step: int, maps: Tensor) -> Tensor | None:
-        """Return the maps of the previous step (None at the first), and keep the given ones for the next step.
-
-        Examples
-        --------
-        >>> memory = Memory()
-        >>> [memory.recall(step, torch.tensor(value)) for step, value in ((0, 1), (0, 2), (1, 3), (1, 4))]
-        [None, None, tensor(2), tensor(2)]
-        """
-        if step != self.step:
-            self.step, self.before = step, self.latest
-        self.latest = maps.detach()
-        return self.before
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from elakit.guidance.astar import Memory
 from elakit.guidance.contrast import contrast
+from elakit.guidance.memory import Memory
 from elakit.guidance.method import Attention, Loss, Update
 from elakit.guidance.options import check_guided, check_numbers, check_whole, is_number, number, refuse
 from elakit.guidance.preprocess import GUIDED, REFINED, STEP_SIZE, schedule

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from elakit.guidance.astar import Memory
+from elakit.guidance.memory import Memory
 from elakit.guidance.preprocess import smooth
 from elakit.guidance.quotients import unit
 from elakit.prompt import Prompt

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from elakit.checks import boolean, choice, real_number, refuse, whole_number
-from elakit.guidance.astar import Memory
 from elakit.guidance.layout import Layout, apart, check_layout, layout_masks
+from elakit.guidance.memory import Memory
 from elakit.prompt import Prompt
 from elakit.regions import BINARIZATIONS, DIFFERENTIATIONS, THRESHOLD, Binarization, Differentiation, localize
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from elakit.checks import real_number, refuse
-from elakit.guidance.astar import Memory
 from elakit.guidance.contrast import contrast
+from elakit.guidance.memory import Memory
 from elakit.guidance.method import Loss, Update
 from elakit.prompt import Prompt
 

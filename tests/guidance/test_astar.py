@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from column_maps import APART, LEFT, NONE, PROMPT, RIGHT, A, attention, total
 
-from elakit.guidance.astar import AStar, Memory
+from elakit.guidance.astar import AStar
+from elakit.guidance.memory import Memory
 
 
 def test_astar_counts_overlap_and_what_is_lost_since_the_step_before() -> None:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from column_maps import APART, BIRD, CAR, LEFT, NONE, PROMPT, RIGHT, A, attention
 
-from elakit.guidance.astar import Memory
 from elakit.guidance.conform import CONFORM
+from elakit.guidance.memory import Memory
 
 
 def test_conform_is_the_mean_over_pairs_of_one_class() -> None:
