@@ -107,10 +107,9 @@ class LatentStep:
         if not any(getattr(self, term) for term in TERMS):
             refuse(0, "outside", "above 0 if presence, intrusion and attributes are 0", **own)
 
-    def first(self, steps: int, localized: bool) -> int:
-        """Step at which anchoring starts, counted from 0; parameters as for `plan`."""
-        start = (LATE if localized else 0.0) if self.start is None else self.start
-        return round(start * steps)
+    def starts_at(self, *, localized: bool) -> float:
+        """Share of the run before anchoring starts: `start`, or its default; parameter as for `plan`."""
+        return (LATE if localized else 0.0) if self.start is None else self.start
 
     def plan(self, steps: int, *, localized: bool) -> list[Update]:
         """Updates of a run, whose step sizes change linearly from `step_size` to `decay` times that.
@@ -122,7 +121,7 @@ class LatentStep:
         localized : bool
             Whether the region of any entity is localized instead of given by hand.
         """
-        first, count = self.first(steps, localized), round(self.guided * steps)
+        first, count = round(self.starts_at(localized=localized) * steps), round(self.guided * steps)
         sizes = np.linspace(self.step_size, self.step_size * self.decay, max(count, 1))[:count]
         idle = Update(0.0)
         return [*[idle] * first, *(Update(float(s)) if i % self.every == 0 else idle for i, s in enumerate(sizes))]

@@ -106,7 +106,7 @@ class ELA:
                 "to be localized."
             )
 
-        if self.separate != Separation() and self.separate.step_size and self.anchor.first(1000, self._localized) == 0:
+        if self.separate not in (Separation(), Separation(step_size=0)) and self._start == 0:
             refuse(
                 self.separate.step_size, "separate.step_size", "left out if anchoring starts at the first step",
                 owner="ELA", hint="It acts only in the steps before anchoring: see `start` of LatentStep.",
@@ -131,12 +131,17 @@ class ELA:
 
     def begin(self, prompt: Prompt, steps: int) -> Anchors:
         """State of an image at the start of a run."""
-        return Anchors(given=self.regions, first=self.anchor.first(steps, self._localized))
+        return Anchors(given=self.regions, first=round(self._start * steps))
 
     @property
     def _localized(self) -> bool:
         """True if the region of any entity is localized instead of given by hand."""
         return not is_complete(self.regions)
+
+    @property
+    def _start(self) -> float:
+        """Share of the run in which the entities' maps are separated instead of anchored."""
+        return self.anchor.starts_at(localized=self._localized)
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
         """Updates of `Separation.plan` and then of `LatentStep.plan`.
@@ -147,7 +152,7 @@ class ELA:
             return []
         updates = self.anchor.plan(len(noise), localized=self._localized)
         if len(prompt.entities) > 1:
-            first = self.anchor.first(len(noise), self._localized)
+            first = round(self._start * len(noise))
             updates[:first] = self.separate.plan(first)
         return updates
 
