@@ -77,7 +77,7 @@ def test_regions_of_a_step_that_needed_no_guidance_are_not_said_to_be_used() -> 
 def test_steps_that_separate_are_not_said_to_use_regions() -> None:
     used = trace([[1, 0]], [0.1])  # step 3 of 3
     for step in (0, 1):
-        used.rows.insert(step, {"step": step, "moved": 0.05, "skipped": False, "guided": True})
+        used.rows.insert(step, {"step": step, "moved": 0.05, "skipped": False, "guided": True, "contrast": 1.1})
     assert describe_regions(used).startswith("In 2 steps before, the entities' maps were moved apart. These")
     used.rows[-1] |= {"guided": False, "moved": 0}
     assert describe_regions(used).endswith("the image needed no more guidance, so that its regions were not used.")

@@ -92,7 +92,7 @@ def describe_regions(trace: Trace) -> str:
     assert trace.regions is not None
     with_regions = {int(step) for step in trace.regions.step.values}
     guided = [step for step in trace.guided if step in with_regions]
-    before = len(trace.guided) - len(guided)
+    before = sum("contrast" in row and row["moved"] > 0 for row in trace.rows)
     began = f"In {before} {plural('step', before)} before, the entities' maps were moved apart. " if before else ""
     unused = sorted(with_regions - set(guided))
     if not guided:
