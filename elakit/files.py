@@ -383,7 +383,7 @@ def check_path(path: str | Path, what: str = "report", example: str = "report.ht
     what : str
         Description of the file's content, for the message.
     example : str
-        File name that the message suggests if the path is a folder.
+        File name that the message suggests if the path is a folder or empty.
 
     Returns
     -------
@@ -393,7 +393,7 @@ def check_path(path: str | Path, what: str = "report", example: str = "report.ht
     Raises
     ------
     OutputError
-        The path is a folder or too long, or its folder does not exist or is not writable.
+        The path is empty, a folder or too long, or its folder does not exist or is not writable.
 
     Examples
     --------
@@ -402,13 +402,14 @@ def check_path(path: str | Path, what: str = "report", example: str = "report.ht
     ...
     elakit.errors.OutputError: The report cannot be written to no-such-folder/report.html: there is no folder ...
     """
+    if not str(path):
+        raise OutputError(f"The path of the {what} is empty. Give the name of a file, such as {example}.")
     wrong = f"The {what} cannot be written to {_shown(path)}:"
     try:
         target = Path(path).expanduser().absolute()
-        if not str(path) or target.is_dir():
-            what_it_is = "a folder" if str(path) else "empty"
+        if target.is_dir():
             raise OutputError(
-                f"{wrong} it is {what_it_is}. Give the name of a file, such as {_shown(Path(path, example))}."
+                f"{wrong} it is a folder. Give the name of a file, such as {_shown(Path(path, example))}."
             )
         with suppress(FileNotFoundError):
             target.lstat()  # raises for names that the file system does not accept

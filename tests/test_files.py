@@ -236,7 +236,12 @@ def test_text_of_a_command_line_that_is_no_unicode_is_escaped(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [(".", "it is a folder"), ("none/r.html", "there is no folder"), ("", "it is empty")]
+    ("path", "message"),
+    [
+        (".", "it is a folder"),
+        ("none/r.html", "there is no folder"),
+        ("", "path of the report is empty"),
+    ],
 )
 def test_paths_are_checked_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str

@@ -209,7 +209,7 @@ def test_paths_that_cannot_be_written_are_refused_before_any_work(
         report.check_path(tmp_path / "missing" / "report.html")
     with pytest.raises(OutputError, match=r"it is a folder.*report\.html"):
         report.check_path(tmp_path)
-    with pytest.raises(OutputError, match="it is empty"):
+    with pytest.raises(OutputError, match="path of the report is empty"):
         report.check_path("")
     assert report.check_path(tmp_path / "report.html") == tmp_path / "report.html"
     monkeypatch.setattr(os, "access", lambda *_: False)
