@@ -27,6 +27,7 @@ from elakit.errors import SettingError
 from elakit.guidance import METHODS, build, method_options, without_regions
 from elakit.guidance.metadata import option_values
 from elakit.resources import data_path
+from elakit.seeds import parse_seeds
 
 FACTORS = (0.25, 0.5, 1.0)  # of the default step size, which the authors chose on Stable Diffusion
 GUIDED = (0.25, 0.5)  # shares of the denoising steps
@@ -147,7 +148,9 @@ def markdown(found: pd.DataFrame, points: Iterable[dict[str, Any]]) -> str:
 def main(
     method: Annotated[str, typer.Argument(help="Name of the method, such as ela or conform.")],
     limit: Annotated[int, typer.Option(help="Number of prompts, spread evenly over the 276 of the suite.")] = 46,
-    seeds: Annotated[str, typer.Option(help="Even seeds below 1000, separated by commas.")] = "0,2,4,6",
+    seeds: Annotated[
+        str, typer.Option(help="Even seeds below 1000, separated by commas; see --seeds of `elakit sweep run`.")
+    ] = "0,2,4,6",
     folder: Annotated[Path, typer.Option("--out", help="Folder of the sweep, which is resumed.")] = Path("work/tune"),
     workers: Annotated[int, typer.Option(help="Number of worker processes.")] = 1,
     model: Annotated[str, typer.Option(help="Model, as for elakit run.")] = "picture-world",
@@ -156,7 +159,7 @@ def main(
 
     Images of an earlier, interrupted call are kept. The prompts are from the suite attend-and-excite.
     """
-    chosen = checks.seeds([int(seed) for seed in seeds.split(",")], distinct=True)
+    chosen = parse_seeds(seeds)
     if wrong := [seed for seed in chosen if seed % 2 or seed >= DEVELOPMENT]:
         raise SettingError(f"--seeds {wrong[0]}: choose settings on even seeds below {DEVELOPMENT}.")
     points = grid(method)

@@ -26,6 +26,7 @@ Dtype = Annotated[
         "float16."
     ),
 ]
+Seeds = Annotated[str, typer.Option(help="Seeds and ranges of seeds, separated by commas, such as 0-3 or 1,3.")]
 Steps = Annotated[int | None, typer.Option(help="Number of denoising steps. Default: the model's (picture-world: 25).")]
 Scale = Annotated[float | None, typer.Option(help="Classifier-free guidance scale. Default: the model's.")]
 Negative = Annotated[

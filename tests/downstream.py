@@ -31,7 +31,7 @@ def main(folder: Path) -> None:
     bleeding: elakit.Bleeding = plain.bleeding
     table: pd.DataFrame = bleeding.to_frame()
     figure: go.Figure = elakit.plot.region_evolution(guided)
-    found: elakit.Diagnosis = elakit.diagnose(pipe, prompt, seeds=2)
+    found: elakit.Diagnosis = elakit.diagnose(pipe, prompt, seeds=range(2))
     again: elakit.Run = elakit.open_run(plain.save(folder / "run"))
     print(maps.sizes, len(several), image.size, table, figure, found.causes, again.seed)
 

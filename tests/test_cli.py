@@ -36,7 +36,7 @@ def test_diagnose_ends_with_a_report_and_its_path(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "report.html"
-    assert call(monkeypatch, "diagnose", PAIR, "--seeds", "2", "--steps", "2", "--out", str(out)) == 0
+    assert call(monkeypatch, "diagnose", PAIR, "--seeds", "0,1", "--steps", "2", "--out", str(out)) == 0
     printed = capsys.readouterr().out
     assert printed.strip().endswith(f"Report: {out}")
     assert "2 seeds" in printed
@@ -96,7 +96,7 @@ def test_diagnose_takes_the_options_of_generation_and_reports_a_command_that_rep
     import elakit
 
     folder, found = tmp_path / "runs", tmp_path / "found.json"
-    options = [*SETTINGS, "--set", "ela.anchor.step_size=0.2", "--steps", "2", "--seeds", "1", "--remedies", "none"]
+    options = [*SETTINGS, "--set", "ela.anchor.step_size=0.2", "--steps", "2", "--seeds", "0", "--remedies", "none"]
     files = ["--out", str(tmp_path / "report.html"), "--keep", str(folder), "--json", str(found)]
     assert call(monkeypatch, "diagnose", PAIR, *options, *files) == 0
     diagnosis = elakit.open_diagnosis(folder)
@@ -112,7 +112,7 @@ def test_diagnose_takes_the_options_of_generation_and_reports_a_command_that_rep
 def test_runs_with_another_negative_prompt_or_size_are_not_reused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    short = ["--steps", "1", "--seeds", "1", "--remedies", "none", "--keep", str(tmp_path / "runs")]
+    short = ["--steps", "1", "--seeds", "0", "--remedies", "none", "--keep", str(tmp_path / "runs")]
     for number, options in enumerate(([], ["--negative-prompt", "a dog"], ["--height", "64"])):
         call(monkeypatch, "diagnose", PAIR, *options, *short, "--out", str(tmp_path / "report.html"))
         assert len(list((tmp_path / "runs" / "runs").glob("*.json"))) == 2 * (number + 1)
@@ -254,7 +254,7 @@ def test_lab_of_an_installed_package_copies_the_notebooks(monkeypatch: pytest.Mo
         (["diagnose", "under and over"], ["brackets"]),
         (["diagnose", PAIR, "--model", "image-wold"], ["image-wold", "picture-world"]),
         (["diagnose", PAIR, "--steps", "-5"], ["steps=-5", "from 1 to 1000"]),
-        (["diagnose", PAIR, "--seeds", "0"], ["--seeds=0", "from 1 to"]),
+        (["diagnose", PAIR, "--seeds", "four"], ["--seeds four", "such as 0-3 or 1,3"]),
         (["diagnose", PAIR, "--method", "magic"], ["magic", "ela"]),
         (["diagnose", PAIR, "--out", "no/such/folder/r.html"], ["no/such/folder", "there is no folder"]),
         (["diagnose", PAIR, "--device", "tpu9"], ["tpu9"]),

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "elakit"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
-        "errors resources files checks numbering statistics cli_options pipeline",
+        "errors resources files checks numbering seeds statistics cli_options pipeline",
         "tokens english prompt rewording",
         "measures regions",
         "models",

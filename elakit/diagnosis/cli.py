@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from elakit import checks
 from elakit.cli_options import (
     PROMPT,
     Device,
@@ -21,6 +20,7 @@ from elakit.cli_options import (
     Options,
     Scale,
     Scheduler,
+    Seeds,
     Steps,
     Variant,
     Width,
@@ -29,12 +29,12 @@ from elakit.cli_options import (
 )
 from elakit.errors import SettingError
 from elakit.guidance.registry import METHODS, NEED_REGIONS, WITHOUT_REGIONS
+from elakit.seeds import parse_seeds
 
 
 def diagnose(
     prompt: Annotated[str | None, typer.Argument(help=f"{PROMPT} Or use --prompts.")] = None,
-    seeds: Annotated[int, typer.Option(help="Number of seeds, counted from --first-seed.")] = 4,
-    first_seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    seeds: Seeds = "0-3",
     method: Annotated[str, typer.Option(help=f"Guidance method: {', '.join(WITHOUT_REGIONS)}.")] = "ela",
     remedies: Annotated[
         str,
@@ -91,14 +91,12 @@ def diagnose(
 ) -> None:
     """Generate images of a prompt with several seeds, and report failures, causes, and which remedy fixes them.
 
-    Example: elakit diagnose "a cat and a lion" --seeds 4 --out report.html
+    Example: elakit diagnose "a cat and a lion" --seeds 0-7 --out report.html
     """
-    from elakit.diagnosis.procedure import MAX_SEEDS
     from elakit.diagnosis.trials import check
     from elakit.sweep.units import checked_sizes
 
-    checks.whole_number(seeds, "--seeds", 1, MAX_SEEDS)
-    checks.whole_number(first_seed, "--first-seed", 0, checks.MAX_SEED - seeds)
+    chosen = parse_seeds(seeds)
     checked_sizes(steps, height, width)
     asked: bool | list[str] = remedies == "all"
     if remedies not in ("all", "none"):
@@ -112,7 +110,7 @@ def diagnose(
     if prompts is None and workers is not None:
         raise SettingError(f"--workers {workers} applies to a file of prompts. Leave it out, or use --prompts.")
     settings = {
-        "seeds": list(range(first_seed, first_seed + seeds)), "method": method, "remedies": asked, "steps": steps,
+        "seeds": chosen, "method": method, "remedies": asked, "steps": steps,
         "guidance_scale": scale, "negative_prompt": negative_prompt, "height": height, "width": width,
     }  # fmt: skip
     resources = {

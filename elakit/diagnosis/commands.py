@@ -16,6 +16,7 @@ from elakit.files import read_json
 from elakit.guidance import METHODS, as_code, method_options
 from elakit.models import EMBEDDED, HUB_ID
 from elakit.rewording import bracketed
+from elakit.seeds import format_seeds
 
 
 def code(diagnosis: DiagnosisData) -> str:
@@ -64,17 +65,16 @@ def command(diagnosis: DiagnosisData) -> str:
     Returns
     -------
     str
-        Command line; "" if the options of ``elakit diagnose`` cannot express the diagnosis, because its seeds are not
-        consecutive or its method is your own.
+        Command line; "" if the options of ``elakit diagnose`` cannot express the diagnosis, because its method is your
+        own.
     """
     settings = diagnosis.pairs[0].plain.settings
     seeds = [pair.seed for pair in diagnosis.pairs]
     options = _set(diagnosis.method, changed(diagnosis.method, diagnosis.options))
-    if seeds != list(range(seeds[0], seeds[0] + len(seeds))) or options is None:
+    if options is None:
         return ""
     remedies = _remedies(diagnosis)
-    words = ["elakit", "diagnose", bracketed(diagnosis.prompt), "--seeds", str(len(seeds))]
-    words += ["--first-seed", str(seeds[0])] if seeds[0] else []
+    words = ["elakit", "diagnose", bracketed(diagnosis.prompt), "--seeds", format_seeds(seeds)]
     words += ["--method", diagnosis.method] if diagnosis.method != "ela" else []
     words += options
     if remedies != list(DEFAULT):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from elakit import causes, checks
+from elakit import causes
 from elakit.diagnosis.data import Pair
 from elakit.diagnosis.generation import ImageGenerator
 from elakit.diagnosis.remedies import RemedyResult, ranked
@@ -22,15 +22,14 @@ from elakit.pipeline import Pipeline
 from elakit.prediction import Predictor, load_predictor
 from elakit.prompt import Prompt, parse
 from elakit.run import Run
-
-MAX_SEEDS = 10_000
+from elakit.seeds import seed_list
 
 
 def diagnose(
     pipe: Pipeline,
     prompt: str | Prompt,
     *,
-    seeds: int | Sequence[int] = 4,
+    seeds: Sequence[int] = range(4),
     method: str | Method = "ela",
     remedies: bool | Sequence[str | Method] = False,
     steps: int | None = None,
@@ -49,8 +48,8 @@ def diagnose(
     ----------
     pipe : diffusers.DiffusionPipeline
     prompt : str or Prompt
-    seeds : int or sequence of int
-        Number of seeds (0, 1, ...), or the seeds.
+    seeds : sequence of int
+        Distinct seeds of the images.
     method : str or Method
         Name of a method in `elakit.guidance.METHODS`, or a method with options, such as ``elakit.ELA(regions=...)``.
     remedies : bool or sequence of str or Method
@@ -79,7 +78,8 @@ def diagnose(
     Raises
     ------
     SettingError
-        There is no seed, the method or a remedy is unknown or needs regions, or a setting is outside its range.
+        `seeds` is not a list of distinct seeds, the method or a remedy is unknown or needs regions, or a setting is
+        outside its range.
     PromptError
         The prompt names no entity, or is too long for the text encoder.
     ModelError
@@ -94,7 +94,7 @@ def diagnose(
     >>> found = elakit.diagnose(pipe, "a [cat] and a [lion]", seeds=[3], steps=2)
     >>> found.pairs[0].seed, found.judged
     (3, True)
-    >>> found = elakit.diagnose(pipe, "a [cat] and a [lion]", seeds=1, steps=2, remedies=["swapped", "regions"])
+    >>> found = elakit.diagnose(pipe, "a [cat] and a [lion]", seeds=[0], steps=2, remedies=["swapped", "regions"])
     >>> sorted(result.remedy.name for result in found.remedies)
     ['ela', 'regions', 'swapped']
     """
@@ -148,35 +148,6 @@ def diagnose(
     if folder is not None:
         diagnosis.save(folder)
     return diagnosis
-
-
-def seed_list(seeds: int | Sequence[int]) -> list[int]:
-    """Seeds as a list; a number of seeds stands for 0, 1, ...
-
-    Parameters
-    ----------
-    seeds : int or sequence of int
-        Number of seeds, 1 to 10,000, or the seeds.
-
-    Returns
-    -------
-    list of int
-
-    Raises
-    ------
-    SettingError
-        The number is out of range, the sequence is empty, or a seed in it is repeated or out of range.
-
-    Examples
-    --------
-    >>> seed_list(2), seed_list([7, 3])
-    ([0, 1], [7, 3])
-    """
-    if checks.is_whole(seeds):
-        return list(range(checks.whole_number(seeds, "seeds", 1, MAX_SEEDS)))
-    if isinstance(seeds, str) or not isinstance(seeds, Iterable):
-        checks.refuse(seeds, "seeds", f"a number of seeds from 1 to {MAX_SEEDS}, or a list of seeds")
-    return checks.seeds(seeds, "seeds", distinct=True)
 
 
 def _method(method: str | Method) -> Method:

@@ -33,7 +33,7 @@ class Diagnosis(DiagnosisData):
         Examples
         --------
         >>> import elakit
-        >>> found = elakit.diagnose(elakit.load("picture-world"), "a [cat] and a [lion]", seeds=1, steps=2)
+        >>> found = elakit.diagnose(elakit.load("picture-world"), "a [cat] and a [lion]", seeds=[0], steps=2)
         >>> plain = found.to_dict()
         >>> plain["schema"], plain["prompt"]["bracketed"], plain["remedies"][0]["name"]
         (1, 'a [cat] and a [lion]', 'ela')
@@ -127,7 +127,7 @@ def open_diagnosis(folder: str | Path) -> Diagnosis:
     --------
     >>> import elakit
     >>> from tempfile import TemporaryDirectory
-    >>> found = elakit.diagnose(elakit.load("picture-world"), "a [cat] and a [lion]", seeds=1, steps=2)
+    >>> found = elakit.diagnose(elakit.load("picture-world"), "a [cat] and a [lion]", seeds=[0], steps=2)
     >>> with TemporaryDirectory() as folder:
     ...     again = elakit.open_diagnosis(found.save(folder))
     ...     again.to_dict() == found.to_dict()

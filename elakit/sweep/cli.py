@@ -21,12 +21,14 @@ from elakit.cli_options import (
     Negative,
     Scale,
     Scheduler,
+    Seeds,
     Steps,
     Variant,
     Width,
     value_of,
 )
 from elakit.errors import ModelError, SettingError
+from elakit.seeds import parse_seeds
 
 if TYPE_CHECKING:
     from elakit.sweep import Unit
@@ -48,7 +50,7 @@ def run(
     prompts: Annotated[
         Path | None, typer.Option(help="File of prompts: text with one prompt per line, JSON, JSON Lines or CSV.")
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "1,3",
+    seeds: Seeds = "1,3",
     methods: Annotated[str, typer.Option(help="Comma-separated methods, see `elakit sweep methods`.")] = "plain,ela",
     options: Annotated[
         list[str] | None,
@@ -129,7 +131,7 @@ def run(
     _check_resources(model, detector, device, dtype, scheduler, lora, local=dask is None)
     units = plan(
         texts,
-        _seeds(seeds),
+        parse_seeds(seeds),
         _methods(methods, options or []),
         model=model,
         steps=steps,
@@ -285,13 +287,6 @@ def list_methods() -> None:
     for name in sweepable():
         options = ", ".join(option.name for option in method_options(METHODS[name])) if name in METHODS else ""
         typer.echo(f"{name:22s} {options}".rstrip())
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        return [int(seed) for seed in text.split(",")]
-    except ValueError:
-        raise SettingError(f"--seeds {text}: give whole numbers separated by commas, such as 1,3.") from None
 
 
 def _shard(text: str) -> tuple[int, int]:

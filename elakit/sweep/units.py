@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from elakit import checks
 from elakit.errors import SettingError
+from elakit.seeds import seed_list
 from elakit.sweep.options import CONDITION, PLAIN, build_method, canonical, canonical_options, sweepable
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class Unit:
 
 def plan(
     prompts: Sequence[str] | Mapping[str, Sequence[str]],
-    seeds: Iterable[int],
+    seeds: Sequence[int],
     methods: Iterable[str | tuple[str, Mapping[str, Any]]] = (PLAIN, "ela"),
     *,
     model: str = "picture-world",
@@ -135,7 +136,7 @@ def plan(
     ----------
     prompts : sequence of str, or mapping of str to sequence of str
         Prompts, or the prompts of each suite by its name.
-    seeds : iterable of int
+    seeds : sequence of int
         Distinct seeds.
     methods : iterable of str or (str, mapping)
         "plain" and names in `elakit.guidance.METHODS`, optionally with options. The other methods are compared with
@@ -167,7 +168,7 @@ def plan(
         check_prompts(texts)
     if not any(suites.values()):
         raise SettingError("There is no prompt to generate. Name a suite or give prompts.")
-    numbers = sorted(checks.seeds(seeds, "seeds", distinct=True))
+    numbers = sorted(seed_list(seeds))
     steps, height, width = checked_sizes(steps, height, width)
     if guidance_scale is not None:
         guidance_scale = checks.real_number(guidance_scale, "guidance_scale", 0)

@@ -170,7 +170,7 @@ def everything(world: Any) -> tuple[Diagnosis, list[tuple[int, int, str]]]:
     """A diagnosis with all remedies, and its progress; two steps generate nothing that is right."""
     calls: list[tuple[int, int, str]] = []
     found = elakit.diagnose(
-        world, WORLD, seeds=1, steps=2, remedies=True, on_progress=lambda *progress: calls.append(progress)
+        world, WORLD, seeds=[0], steps=2, remedies=True, on_progress=lambda *progress: calls.append(progress)
     )
     return found, calls
 
@@ -192,7 +192,7 @@ def test_all_remedies_are_tried_if_an_image_is_wrong(everything: tuple[Diagnosis
 
 
 def test_remedies_for_several_entities_are_not_tried_for_one(world: Any) -> None:
-    found = elakit.diagnose(world, "a [bear]", seeds=1, steps=2, remedies=["swapped", "next-to", "regions"])
+    found = elakit.diagnose(world, "a [bear]", seeds=[0], steps=2, remedies=["swapped", "next-to", "regions"])
     states = {one.remedy.name: (one.status, one.why) for one in found.remedies if one.remedy.name != "ela"}
     assert set(states.values()) <= {("not tried", "the prompt names only one entity.")}
 
@@ -204,7 +204,7 @@ def test_a_remedy_that_raises_does_not_stop_the_others(world: Any) -> None:
         def loss(self, *_: Any) -> Any:
             raise RuntimeError("out of memory")
 
-    found = elakit.diagnose(world, WORLD, seeds=1, steps=2, remedies=[Broken(), "swapped"])
+    found = elakit.diagnose(world, WORLD, seeds=[0], steps=2, remedies=[Broken(), "swapped"])
     by_name = {one.remedy.name: one for one in found.remedies}
     assert (by_name["broken"].status, by_name["broken"].why) == ("failed", "RuntimeError: out of memory")
     assert by_name["swapped"].status == "tried"
@@ -218,7 +218,7 @@ def test_a_failing_search_for_causes_is_reported_and_affects_nothing_else(
         raise ValueError("no text encoder")
 
     monkeypatch.setattr("elakit.causes.find", broken)
-    found = elakit.diagnose(world, WORLD, seeds=1, steps=2)
+    found = elakit.diagnose(world, WORLD, seeds=[0], steps=2)
     assert found.findings is None
     assert found.problems == ("The search for causes failed: ValueError: no text encoder",)
 
@@ -244,7 +244,7 @@ def test_another_seed_is_the_one_least_likely_to_fail(world: Any) -> None:
 def test_a_predictor_of_another_model_is_not_trusted(world: Any) -> None:
     weights = np.zeros((len(SHARES), len(OUTCOMES), len(FEATURES)))
     predictor = Predictor(weights, np.zeros(weights.shape[:2]), about={"model": ["another"]})
-    found = elakit.diagnose(world, WORLD, seeds=1, steps=2, remedies=["another-seed"], predictor=predictor)
+    found = elakit.diagnose(world, WORLD, seeds=[0], steps=2, remedies=["another-seed"], predictor=predictor)
     other = next(one for one in found.remedies if one.remedy.name == "another-seed")
     assert other.chosen_by == "bleeding"
     assert found.predicted == {}
@@ -294,7 +294,7 @@ def test_an_interrupted_diagnosis_reuses_its_runs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings: dict[str, Any] = {"seeds": 1, "steps": 2, "remedies": ["swapped", "regions"]}
+    settings: dict[str, Any] = {"seeds": [0], "steps": 2, "remedies": ["swapped", "regions"]}
     whole, _ = everything
     with monkeypatch.context() as patch:
         first = counting(patch, fail_after=2)
@@ -364,10 +364,10 @@ def test_the_code_and_the_command_reproduce_the_image(world: Any, tmp_path: Path
 
 
 def test_a_diagnosis_contains_the_code_and_command_that_reproduce_it(world: Any) -> None:
-    found = elakit.diagnose(world, WORLD, seeds=2, steps=1, remedies=["swapped"])
-    assert command(found) == ("elakit diagnose 'a [bear] and a [blue clock]' --seeds 2 --remedies swapped --steps 1")
+    found = elakit.diagnose(world, WORLD, seeds=range(2), steps=1, remedies=["swapped"])
+    assert command(found) == ("elakit diagnose 'a [bear] and a [blue clock]' --seeds 0,1 --remedies swapped --steps 1")
     assert "remedies=['swapped']" in code(found)
-    assert command(elakit.diagnose(world, WORLD, seeds=[2, 5], steps=1)) == ""
+    assert "--seeds 2,5 " in command(elakit.diagnose(world, WORLD, seeds=[2, 5], steps=1))
     assert check(True) == DEFAULT
 
 
@@ -387,7 +387,7 @@ def test_the_command_writes_a_page_json_and_the_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["diagnose", WORLD, "--seeds", "1", "--steps", "2", "--remedies", "swapped"]
+    words = ["diagnose", WORLD, "--seeds", "0", "--steps", "2", "--remedies", "swapped"]
     assert call(monkeypatch, *words, "--json", "found.json", "--keep", "kept") == 0
     printed = capsys.readouterr().out
     assert printed.strip().endswith(f"Report: {tmp_path / 'report.html'}")

@@ -23,7 +23,7 @@ from elakit.diagnosis.report import views
 from elakit.errors import OutputError
 from elakit.prompt import parse
 
-COMMAND = 'elakit diagnose "a [red car] and a [blue bird]" --seeds 4'
+COMMAND = 'elakit diagnose "a [red car] and a [blue bird]" --seeds 0-3'
 EVIL = "a [<script>alert(1)</script> car] & a [blue bird] </script><img src=http://evil.example/a.png onerror=alert(2)>"
 
 

@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("survey")
     prompts, out = place / "prompts.txt", place / "out"
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
-    words = ["diagnose", "--prompts", str(prompts), "--out", str(out), "--seeds", "1", "--steps", "1"]
+    words = ["diagnose", "--prompts", str(prompts), "--out", str(out), "--seeds", "0", "--steps", "1"]
     words += ["--workers", "1", "--remedies", "swapped"]
     # a copy of this process, which has imported torch; the worker that it starts is a process like any other
     first = get_context("fork").Process(target=command, args=(words,))

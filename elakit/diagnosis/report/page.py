@@ -48,8 +48,8 @@ def render(diagnosis: DiagnosisData, command: str = "") -> str:
     Examples
     --------
     >>> import elakit
-    >>> found = elakit.diagnose(elakit.load("picture-world"), "a [cat] and a [lion]", seeds=1, steps=2)
-    >>> page = render(found, 'elakit diagnose "a [cat] and a [lion]" --seeds 1 --steps 2')
+    >>> found = elakit.diagnose(elakit.load("picture-world"), "a [cat] and a [lion]", seeds=[0], steps=2)
+    >>> page = render(found, 'elakit diagnose "a [cat] and a [lion]" --seeds 0 --steps 2')
     >>> page.startswith("<!doctype html>"), "elakit diagnose" in page
     (True, True)
     """

@@ -11,7 +11,7 @@ from typing import Any
 
 from elakit import checks
 from elakit.diagnosis import Diagnosis, commands, report
-from elakit.diagnosis.procedure import diagnose, seed_list
+from elakit.diagnosis.procedure import diagnose
 from elakit.diagnosis.trials import check
 from elakit.errors import OutputError, SettingError
 from elakit.files import read_json, write_json
@@ -19,6 +19,7 @@ from elakit.models import load
 from elakit.models.library import hide_loading_bars
 from elakit.plot.image_figures import data_uri
 from elakit.prediction import load_predictor
+from elakit.seeds import seed_list
 from elakit.sweep.options import canonical_options
 from elakit.sweep.units import Unit, check_prompts, checked_sizes
 
@@ -65,7 +66,7 @@ class Case(Unit):
 
 def plan_cases(
     prompts: Iterable[str],
-    seeds: int | Sequence[int],
+    seeds: Sequence[int],
     *,
     method: str = "ela",
     options: Mapping[str, Any] | None = None,
@@ -88,8 +89,8 @@ def plan_cases(
     Parameters
     ----------
     prompts : iterable of str
-    seeds : int or sequence of int
-        Number of seeds (0, 1, ...), or the seeds.
+    seeds : sequence of int
+        Distinct seeds.
     method, remedies, steps, guidance_scale, negative_prompt, height, width
         As in `elakit.diagnose`; methods and remedies are given by name.
     options : mapping of str to object, optional

@@ -41,7 +41,7 @@ def diagnose_many(
     prompts: Iterable[str],
     out: str | Path,
     *,
-    seeds: int | Sequence[int] = 4,
+    seeds: Sequence[int] = range(4),
     workers: int | None = None,
     on_progress: Callable[[int, int], object] | None = None,
     **settings: Any,
@@ -58,8 +58,8 @@ def diagnose_many(
     out : str or Path
         Folder of the survey, created if necessary. It will contain ``index.html``; ``pages/``; ``summary`` and
         ``remedies`` as .csv and .parquet; ``summary.json``; and ``cases/`` with the `Diagnosis.to_dict` of each prompt.
-    seeds : int or sequence of int
-        Number of seeds (0, 1, ...), or the seeds.
+    seeds : sequence of int
+        Distinct seeds of each prompt.
     workers : int, optional
         Number of processes; by default one per GPU, or the number of processors. The processes import the script that
         calls this function, so the call must be inside ``if __name__ == "__main__":``.
