@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Sized
 from itertools import pairwise
 from typing import Any
 
@@ -47,7 +47,9 @@ def seed_list(values: Any, name: str = "seeds") -> list[int]:
         if 1 <= values <= MAX_SEEDS:
             hint = f"Use range({values}) for {_shown(int(values))}, or [{values}] for one seed."
         checks.refuse(values, name, "a list of seeds", hint=hint)
-    if hasattr(values, "__len__"):
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        checks.refuse(values, name, "a list of seeds, such as range(4) or [1, 3]")
+    if isinstance(values, Sized):
         _check_count(len(values), name)
     return checks.seeds(values, name, distinct=True)
 

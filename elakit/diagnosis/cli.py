@@ -96,7 +96,7 @@ def diagnose(
     from elakit.diagnosis.trials import check
     from elakit.sweep.units import checked_sizes
 
-    chosen = parse_seeds(seeds)
+    numbers = parse_seeds(seeds)
     checked_sizes(steps, height, width)
     asked: bool | list[str] = remedies == "all"
     if remedies not in ("all", "none"):
@@ -110,7 +110,7 @@ def diagnose(
     if prompts is None and workers is not None:
         raise SettingError(f"--workers {workers} applies to a file of prompts. Leave it out, or use --prompts.")
     settings = {
-        "seeds": chosen, "method": method, "remedies": asked, "steps": steps,
+        "seeds": numbers, "method": method, "remedies": asked, "steps": steps,
         "guidance_scale": scale, "negative_prompt": negative_prompt, "height": height, "width": width,
     }  # fmt: skip
     resources = {

@@ -230,7 +230,7 @@ def survey(finished: Path, tmp_path: Path) -> Path:
 
 
 def test_a_damaged_or_deleted_case_is_named_and_diagnosed_again(survey: Path) -> None:
-    first, second = (case_file(survey, case.key) for case in plan_cases(PROMPTS, 1, steps=1, remedies=False))
+    first, second = (case_file(survey, case.key) for case in plan_cases(PROMPTS, [0], steps=1, remedies=False))
     content = first.read_text()
     first.write_text(content[:200])
     page = Page(write(survey, PROMPTS).read_text())
@@ -255,7 +255,7 @@ def test_a_damaged_or_deleted_case_is_named_and_diagnosed_again(survey: Path) ->
 
 def test_an_edited_case_cannot_put_scripts_into_the_summary(survey: Path) -> None:
     for case, page in zip(
-        plan_cases(PROMPTS, 1, steps=1, remedies=False), ("javascript:alert(1)", "../x"), strict=True
+        plan_cases(PROMPTS, [0], steps=1, remedies=False), ("javascript:alert(1)", "../x"), strict=True
     ):
         path = case_file(survey, case.key)
         edited = json.loads(path.read_text()) | {"page": page}
@@ -270,7 +270,7 @@ def test_an_edited_case_cannot_put_scripts_into_the_summary(survey: Path) -> Non
 
 
 def test_no_cell_of_the_summary_is_a_formula(survey: Path) -> None:
-    for case, given in zip(plan_cases(PROMPTS, 1, steps=1, remedies=False), ("=HYPERLINK(1)", "@sum"), strict=True):
+    for case, given in zip(plan_cases(PROMPTS, [0], steps=1, remedies=False), ("=HYPERLINK(1)", "@sum"), strict=True):
         path = case_file(survey, case.key)
         path.write_text(json.dumps(json.loads(path.read_text()) | {"given": given}))
     write(survey, PROMPTS)
@@ -283,9 +283,9 @@ def test_a_single_string_and_a_bad_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="single string"):
         diagnose_many("a [cat]", tmp_path / "out")
     with pytest.raises(SettingError, match="seeds"):
-        plan_cases(["a [cat]"], 10**20)
+        plan_cases(["a [cat]"], [10**20])
     for seeds in (2.5, "12"):
-        with pytest.raises(SettingError, match=r"seeds=.*a number of seeds from 1 to 10000, or a list of seeds"):
+        with pytest.raises(SettingError, match=r"seeds=.*must be a list of seeds"):
             plan_cases(["a [cat]"], seeds)
     for folder in ("x" * 300, "\udcff"):
         with pytest.raises(OutputError, match="cannot be used"):
