@@ -35,10 +35,16 @@ from elakit.cli_options import (
 from elakit.diagnosis.cli import diagnose
 from elakit.doctor import doctor
 from elakit.errors import OutputError, SettingError
-from elakit.guidance.registry import METHODS, without_regions
+from elakit.guidance.registry import METHODS, NEED_REGIONS, TAKE_REGIONS, without_regions
 from elakit.lab import lab
 from elakit.prediction.cli import app as predict
 from elakit.sweep.cli import app as sweep
+
+REGIONS = (
+    "One box per entity, in the order of the prompt: left,top,right,bottom as fractions of the image, separated by "
+    f'semicolons, such as "0,0,0.5,1;0.5,0,1,1". Required by {", ".join(NEED_REGIONS)}; optional for '
+    f"{', '.join(TAKE_REGIONS)}."
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -64,15 +70,14 @@ def run(
     prompt: Prompt,
     out: Annotated[Path, typer.Option(help="Folder for image, recording and settings.")],
     seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
-    method: Annotated[str, typer.Option(help=f"plain, or a guidance method: {', '.join(METHODS)}.")] = "plain",
-    options: Options = None,
-    regions: Annotated[
-        str | None,
+    method: Annotated[
+        str,
         typer.Option(
-            help="One box per entity, for methods that take regions: left,top,right,bottom as fractions of the image, "
-            'separated by semicolons, such as "0,0,0.5,1;0.5,0,1,1".'
+            help=f"plain, or a guidance method: {', '.join(METHODS)}. ela is Entity Localization and Anchoring."
         ),
-    ] = None,
+    ] = "plain",
+    options: Options = None,
+    regions: Annotated[str | None, typer.Option(help=REGIONS)] = None,
     model: Model = "picture-world",
     steps: Steps = None,
     scale: Scale = None,
@@ -124,7 +129,7 @@ def run(
 
 @app.command()
 def models() -> None:
-    """List the built-in models, and the supported families of other models."""
+    """List the built-in model, and the supported families of other models."""
     from elakit.models import EMBEDDED, FAMILIES
 
     for model in EMBEDDED.values():

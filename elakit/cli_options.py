@@ -15,7 +15,10 @@ from elakit.errors import ElakitError, SettingError
 DTYPES = ("float32", "float16", "bfloat16")
 
 # backslashes, because rich, which renders the help, would take the brackets for markup
-PROMPT = r'Prompt, such as "a cat and a lion". Brackets mark entities: "a \[red car] and a \[bird]".'
+PROMPT = (
+    r'Prompt, such as "a cat and a lion". Brackets, which are optional, mark entities: "a \[red car] and a \[bird]".'
+)
+PROMPTS_FILE = "text with one prompt per line, or JSON, JSON Lines or CSV with the key or column `prompt`"
 Prompt = Annotated[str, typer.Argument(help=PROMPT)]
 Model = Annotated[str, typer.Option(help="picture-world (built in), a folder, or a hub id such as org/model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, or one GPU such as cuda:1. Default: cuda if available.")]
@@ -26,7 +29,7 @@ Dtype = Annotated[
         "float16."
     ),
 ]
-Seeds = Annotated[str, typer.Option(help="Seeds and ranges of seeds, separated by commas, such as 0-3 or 1,3.")]
+Seeds = Annotated[str, typer.Option(help="Seeds and ranges of seeds, separated by commas, such as 0-3 or 2,5,8.")]
 Steps = Annotated[int | None, typer.Option(help="Number of denoising steps. Default: the model's (picture-world: 25).")]
 Scale = Annotated[float | None, typer.Option(help="Classifier-free guidance scale. Default: the model's.")]
 Negative = Annotated[
@@ -45,7 +48,9 @@ Variant = Annotated[str | None, typer.Option(help="Variant of the weight files, 
 Options = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="Option of the method as METHOD.OPTION=VALUE, such as ela.anchor.step_size=0.2. Can be repeated."
+        "--set",
+        help="Option of --method as METHOD.OPTION=VALUE, such as ela.anchor.step_size=0.2; `elakit sweep methods` "
+        "lists the options. Can be repeated.",
     ),
 ]
 

@@ -27,7 +27,10 @@ PACKAGES = (
 
 def doctor(
     model: Annotated[
-        str | None, typer.Option(help="Also estimate the memory of this model: picture-world, a folder or a hub id.")
+        str | None,
+        typer.Option(
+            help="Also estimate the memory that the weights of this model need: picture-world, a folder or a hub id."
+        ),
     ] = None,
 ) -> None:
     """Report versions, devices, the spaCy model and, for a named model, the memory that its weights need.

@@ -11,6 +11,7 @@ import typer
 
 from elakit.cli_options import (
     PROMPT,
+    PROMPTS_FILE,
     Device,
     Dtype,
     Height,
@@ -35,14 +36,17 @@ from elakit.seeds import parse_seeds
 def diagnose(
     prompt: Annotated[str | None, typer.Argument(help=f"{PROMPT} Or use --prompts.")] = None,
     seeds: Seeds = "0-3",
-    method: Annotated[str, typer.Option(help=f"Guidance method: {', '.join(WITHOUT_REGIONS)}.")] = "ela",
+    method: Annotated[
+        str,
+        typer.Option(help=f"Guidance method: {', '.join(WITHOUT_REGIONS)}. ela is Entity Localization and Anchoring."),
+    ] = "ela",
     remedies: Annotated[
         str,
         typer.Option(
-            help="Remedies to try in addition to --method, unless every image without guidance is judged right: none, "
-            "all (conform, ebama, another-seed, swapped, next-to, regions), or comma-separated names: a guidance "
-            "method, another-seed, swapped (entities in the opposite order), next-to (“next to” instead of “and”), and "
-            "regions (ELA with one box per entity)."
+            help="Further remedies, which are tried unless all images without guidance are judged right: none, all "
+            "(conform, ebama, another-seed, swapped, next-to, regions), or comma-separated names. Another guidance "
+            "method and regions (ELA with one box per entity, placed side by side) guide the images; another-seed, "
+            "swapped (entities in the opposite order) and next-to (“next to” instead of “and”) do not."
         ),
     ] = "all",
     options: Options = None,
@@ -58,7 +62,11 @@ def diagnose(
     device: Device = None,
     dtype: Dtype = None,
     predictor: Annotated[
-        Path | None, typer.Option(help="Failure predictor written by `elakit predict fit`. Default: the included one.")
+        Path | None,
+        typer.Option(
+            help="Predictor of failures, which chooses the seeds of another-seed: a file written by `elakit predict "
+            "fit`. Default: the included one, for picture-world only."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -69,7 +77,8 @@ def diagnose(
     keep: Annotated[
         Path | None,
         typer.Option(
-            help="Folder in which all runs are stored; existing runs are not generated again. Not with --prompts."
+            help="Folder in which all runs are stored; stored runs with the same settings are not generated again. "
+            "Not with --prompts."
         ),
     ] = None,
     json_out: Annotated[
@@ -78,18 +87,21 @@ def diagnose(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="File of prompts: text with one prompt per line, JSON, JSON Lines or CSV. Reports are written to the "
-            "folder --out. Run the command again to resume."
+            help=f"File of prompts: {PROMPTS_FILE}. Reports are written to the folder --out. Run the command again to "
+            "resume."
         ),
     ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Number of worker processes with --prompts. Default: one per GPU, or the number of CPU cores."
+            help="Number of worker processes with --prompts. Default: one per GPU; without a GPU, one per CPU core."
         ),
     ] = None,
 ) -> None:
-    """Generate images of a prompt with several seeds, and report failures, causes, and which remedy fixes them.
+    """Report how often images of a prompt fail, why, and which remedy fixes them.
+
+    Each seed is generated twice from the same noise: without guidance, and with --method.
+    Images of models other than picture-world are measured, but not judged.
 
     Example: elakit diagnose "a cat and a lion" --seeds 0-7 --out report.html
     """

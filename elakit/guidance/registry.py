@@ -68,7 +68,8 @@ METHODS = Methods(
     }
 )
 """Classes of the guidance methods by name; `elakit.guidance.Method` describes their attributes."""
-# stated here so that it can be listed without importing torch; a test compares it with the classes
+# stated here so that they can be listed without importing torch; a test compares them with the classes
+TAKE_REGIONS = ("ela", "regional-attention")  # optionally
 NEED_REGIONS = ("layout-guidance", "boxdiff", "bounded-attention", "densediffusion")
 WITHOUT_REGIONS = tuple(name for name in METHODS if name not in NEED_REGIONS)
 

@@ -26,6 +26,8 @@ def fit(
 ) -> None:
     """Fit a predictor of failures on a sweep, print its quality on held-out prompts, and write it to a file.
 
+    `elakit diagnose --predictor FILE` and `elakit.prediction.load_predictor` read the file.
+
     Example: elakit predict fit sweeps/plain --out predictor.json
     """
     import numpy as np

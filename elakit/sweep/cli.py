@@ -13,6 +13,7 @@ import typer
 
 from elakit.cli_options import (
     DTYPES,
+    PROMPTS_FILE,
     Device,
     Dtype,
     Height,
@@ -38,18 +39,21 @@ app = typer.Typer(no_args_is_help=True, help="Compare methods over suites of pro
 
 @app.command("run")
 def run(
-    out: Annotated[Path, typer.Option(help="Folder of the sweep; an existing sweep is resumed.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of the sweep; an existing sweep is resumed, or extended by other prompts, seeds or methods."
+        ),
+    ],
     suites: Annotated[
         list[str] | None,
         typer.Option(
             "--suite",
-            help="Name of a suite, see `elakit sweep suites`. Can be repeated. Default without --prompts: "
-            "attend-and-excite.",
+            help="Name of a suite of prompts, see `elakit sweep suites`. Can be repeated. Default without --prompts: "
+            "the suite attend-and-excite.",
         ),
     ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="File of prompts: text with one prompt per line, JSON, JSON Lines or CSV.")
-    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help=f"File of prompts: {PROMPTS_FILE}.")] = None,
     seeds: Seeds = "1,3",
     methods: Annotated[str, typer.Option(help="Comma-separated methods, see `elakit sweep methods`.")] = "plain,ela",
     options: Annotated[
@@ -58,8 +62,8 @@ def run(
             "--set",
             help="Option of a method as METHOD.OPTION=VALUE, such as ela.anchor.step_size=0.2; `elakit sweep methods` "
             "lists the options. Can be repeated. "
-            "With METHOD.guide_above=0.2, the method guides only images whose predicted probability of failure exceeds "
-            "0.2.",
+            "With METHOD.guide_above=0.2, the method guides only images whose probability of failure exceeds 0.2, "
+            "as the included predictor predicts it.",
         ),
     ] = None,
     limit: Annotated[
@@ -71,22 +75,29 @@ def run(
     shard: Annotated[
         str | None,
         typer.Option(
-            help="Generate only shard I of N (I counts from 1), written I/N, for example 1/3 in a SLURM array."
+            help="Generate only one of N parts of the sweep: I/N with I from 1 to N, such as 1/3 in a SLURM array. All "
+            "parts use the same --out."
         ),
     ] = None,
     keep_images: Annotated[
-        bool, typer.Option("--keep-images", help="Store all images as PNG, for `elakit sweep score`.")
+        bool,
+        typer.Option(
+            "--keep-images", help="Store all images as PNG, for `elakit sweep score` and `elakit sweep export`."
+        ),
     ] = False,
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Number of worker processes. Default: one per GPU, or CPU cores divided by threads. With --dask, "
-            "the largest number of images in progress at a time, by default all."
+            help="Number of worker processes. Default: one per GPU; without a GPU, the number of CPU cores divided by "
+            "--threads. With --dask: the largest number of units (one prompt, one method and a batch of seeds) in "
+            "progress at a time; by default there is no limit."
         ),
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(help="Number of torch threads per worker. Default: 1; with --dask, the workers' own number."),
+        typer.Option(
+            help="Number of torch threads per worker. Default: 1; with --dask, the setting of the Dask workers."
+        ),
     ] = None,
     dask: Annotated[
         str | None, typer.Option(help="Address of a Dask scheduler whose workers are used, such as tcp://host:8786.")
@@ -106,11 +117,13 @@ def run(
         str | None,
         typer.Option(
             help="Detector that judges images of models other than picture-world: a folder or hub id, such as "
-            "google/owlv2-base-patch16."
+            "google/owlv2-base-patch16. Without it, such images are measured, but not judged."
         ),
     ] = None,
 ) -> None:
-    """Generate images of many prompts with several methods from the same noise, and judge and measure them.
+    """Generate images of many prompts with several methods, judge the images, and measure their attention.
+
+    All methods start from the same noise for the same prompt and seed; "plain" is generation without guidance.
 
     Run the same command again to resume an interrupted sweep.
 
@@ -195,7 +208,9 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Summarize a sweep: success rates with intervals, and tests against plain generation, as HTML, Markdown and CSV.
+    """Write the results of a sweep as HTML, Markdown and CSV.
+
+    Success rates have confidence intervals; a statistical test compares them with generation without guidance.
 
     Example: elakit sweep report results/animals
     """
@@ -211,15 +226,21 @@ def report(
 
 @app.command("score")
 def score(
-    folder: Annotated[Path | None, typer.Argument(help="Folder of a sweep that was run with --keep-images.")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder of a sweep that was run with --keep-images; not needed with --list.")
+    ] = None,
     scorers: Annotated[
         list[str] | None,
-        typer.Option("--scorer", help="Scorer as NAME or NAME=MODEL; --list shows the names. Can be repeated."),
+        typer.Option(
+            "--scorer",
+            help="Scorer as NAME, with its default model, or as NAME=MODEL (a folder or hub id); --list shows the "
+            "names. Required without --list. Can be repeated.",
+        ),
     ] = None,
     device: Device = None,
     show: Annotated[bool, typer.Option("--list", help="List the scorers with their default models, and exit.")] = False,
 ) -> None:
-    """Score the kept images of a sweep, and add the scores to its table.
+    """Score the stored images of a sweep; `elakit sweep report` then shows the scores.
 
     Example: elakit sweep score results/animals --scorer clip --scorer detector=google/owlv2-base-patch16
     """
@@ -256,7 +277,7 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Export kept images in the layouts that T2I-CompBench, GenEval 2 and t2v_metrics read.
+    """Export the stored images of a sweep in the layouts that T2I-CompBench, GenEval 2 and t2v_metrics read.
 
     Example: elakit sweep export results/animals
     """
@@ -267,7 +288,7 @@ def export(
 
 @app.command("suites")
 def list_suites() -> None:
-    """List the suites of prompts, and the benchmarks that can be downloaded."""
+    """List the included suites of prompts, and further benchmarks, which you download first."""
     from elakit.sweep import BENCHMARKS, SUITES
 
     for each in SUITES.values():

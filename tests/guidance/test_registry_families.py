@@ -14,7 +14,7 @@ from method_options import OPTIONS
 from elakit import generate
 from elakit.errors import SettingError
 from elakit.guidance import METHODS, build
-from elakit.guidance.registry import NEED_REGIONS
+from elakit.guidance.registry import NEED_REGIONS, TAKE_REGIONS
 from elakit.models import adapter_for
 
 # These need image and text in separate layers.
@@ -83,3 +83,4 @@ def test_a_method_runs_on_every_family_that_it_is_for(family: str, name: str) ->
 
 def test_the_methods_that_need_regions_are_known_without_their_classes() -> None:
     assert {name for name, method in METHODS.items() if method.needs_regions} == set(NEED_REGIONS)
+    assert {name for name, method in METHODS.items() if method.takes_regions} == {*NEED_REGIONS, *TAKE_REGIONS}
