@@ -377,7 +377,7 @@ class Conditioning:
     def rows(self, count: int, dtype: torch.dtype) -> dict[str, Any]:
         """Arguments of the denoiser for a batch of ``count`` rows, with floating-point tensors converted to ``dtype``.
 
-        Those in `shared` are neither repeated nor converted.
+        The arguments in `shared` are neither repeated nor converted.
 
         Examples
         --------
