@@ -495,17 +495,21 @@ class Adapter(Protocol):
     def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
         """Initial noise of unit variance for one image, in the form in which the pipeline takes ``latents``.
 
-        ``height`` and ``width`` are those of the image in pixels, here and in the following methods.
+        ``height`` and ``width`` are those of the image in pixels.
         """
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
         """Set the scheduler's timesteps as the pipeline's call does, and return the scale of the initial noise.
 
-        The pipeline starts from the result of `noise` times this scale.
+        ``height`` and ``width`` are those of the image in pixels. The first latents of a run are the result of `noise`
+        times the returned scale.
         """
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from latents in the pipeline's format, which may be those of an unfinished run."""
+        """Images decoded from latents in the pipeline's format, which may be those of an unfinished run.
+
+        ``height`` and ``width`` are those of the images in pixels.
+        """
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:
         """Latents of an image in the pipeline's format, as a batch of one row; the inverse of `decode`."""

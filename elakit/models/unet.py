@@ -264,7 +264,7 @@ def seeded_noise(
 def step_callback(move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
     """Arguments that make a pipeline's call replace the latents by ``move(step, latents)`` after each step.
 
-    They contain a ``callback_on_step_end``; ``step`` is its second argument.
+    The arguments are ``callback_on_step_end`` and its tensor inputs; ``step`` is the index that diffusers passes to it.
     """
 
     def callback(pipe: Pipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
