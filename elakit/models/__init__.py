@@ -1,4 +1,4 @@
-"""Pipelines: loading them, and one adapter file per family of architectures."""
+"""Loading of pipelines, and adapters for the supported families of models, each family in a file of its own."""
 
 import lazy_loader
 

@@ -33,7 +33,7 @@ def argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name
 
 
 def running(pipe: Pipeline) -> Mapping[str, Any]:
-    """Local variables of the ``__call__`` of a pipeline that is running; empty if it is not running.
+    """Local variables of a pipeline's ``__call__`` from which this function is called; empty outside such a call.
 
     Some facts are found nowhere else, such as whether PixArt uses classifier-free guidance, and which pass of FLUX
     belongs to the negative prompt. The variables are read, never changed.
@@ -87,7 +87,7 @@ def decoded(pipe: SupportedPipeline, latents: torch.Tensor) -> list[Image.Image]
 
 @torch.no_grad()
 def encoded(pipe: SupportedPipeline, image: Image.Image) -> torch.Tensor:
-    """Latents of an image, (1, c, h, w); `decoded` returns the image again, except for the loss of the autoencoder."""
+    """Latents of an image, (1, c, h, w); `decoded` returns the image, up to the autoencoder's error."""
     vae, config = pipe.vae, pipe.vae.config
     pixels = pipe.image_processor.preprocess(image.convert("RGB"))
     precision = vae.dtype
@@ -116,7 +116,7 @@ def call_default(pipe: Pipeline, name: str) -> Any:
 
 
 def decoder_side(places: Iterable[str]) -> str:
-    """Pattern for `select_layers` that selects the decoder in a model with the given places of layers.
+    """Pattern for `select_layers` that selects the decoder of a model, given its `AttentionLayer.place` values.
 
     It is "up" for a U-Net and "all" for a transformer, which has no decoder.
 
@@ -131,14 +131,15 @@ def decoder_side(places: Iterable[str]) -> str:
 
 
 def stacked_rows(pipe: Pipeline, batch: int, guided: bool) -> slice:
-    """Rows that see the prompt in ``[unconditional..., conditional..., perturbed...]``, the batch layout of diffusers.
+    """Conditional rows of a batch that diffusers stacks as ``[unconditional..., conditional..., perturbed...]``.
 
     The perturbed part exists with perturbed-attention guidance only, the unconditional part only if ``guided`` is True.
+    All parts have the same number of rows.
 
     Raises
     ------
     ModelError
-        Raised when the batch does not divide into those parts.
+        Raised when the batch cannot be divided into those parts.
 
     Examples
     --------
@@ -148,15 +149,18 @@ def stacked_rows(pipe: Pipeline, batch: int, guided: bool) -> slice:
     parts = 1 + guided + bool(getattr(pipe, "do_perturbed_attention_guidance", False))
     if batch % parts:
         raise ModelError(
-            f"The denoiser was called with {batch} rows, but {type(pipe).__name__} stacks {parts} passes in one batch "
-            "at its current guidance scale. Put calls of your own inside `elakit.attention.paused(pipe)`."
+            f"The denoiser was called with {batch} rows, which cannot be divided into the {parts} passes of equal size "
+            f"that {type(pipe).__name__} stacks in one batch at its current guidance scale. If your own code makes "
+            "this call, make it inside `with elakit.attention.paused(pipe):`."
         )
     images = batch // parts
     return slice(guided * images, (guided + 1) * images)
 
 
 def scheduler_timestep(pipe: SupportedPipeline, wanted: float) -> float:
-    """Timestep of the scheduler that is nearest to ``wanted``, which the model's precision has rounded.
+    """Timestep of the scheduler that is nearest to ``wanted``, a timestep that the model's precision has rounded.
+
+    It is ``wanted`` itself if the scheduler has no timesteps yet.
 
     Examples
     --------
@@ -171,11 +175,11 @@ def scheduler_timestep(pipe: SupportedPipeline, wanted: float) -> float:
 
 
 class Remediable(str):
-    """Reason that states how to change the pipeline so that it is supported; errors then show nothing else."""
+    """Reason to refuse a pipeline that states how to make it a supported one; the error shows no other reason."""
 
 
 class OtherKind(str):
-    """Reason that states only that a pipeline is of another kind; errors show more specific reasons instead."""
+    """Reason to refuse a pipeline that only states its kind; errors show it if no family has a more specific one."""
 
 
 def modular(pipe: Pipeline) -> str | None:
@@ -230,7 +234,7 @@ def image_grid(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int
 
 @dataclass(frozen=True)
 class Layout:
-    """Positions of image and text in an attention call, for layers that are read there.
+    """Positions of image and text in an attention call, for layers that are read at this call.
 
     Attributes
     ----------
@@ -241,7 +245,7 @@ class Layout:
     text : tuple of int
         Position of the first text token among the keys, and the number of text tokens.
     frames : int
-        Number of maps that follow each other in the sequence: 1, or the frames of a video.
+        Number of maps that follow each other in the sequence: 1 for an image, the number of frames for a video.
     """
 
     size: tuple[int, int]
@@ -263,8 +267,8 @@ class AttentionLayer:
         Path of the attention module in the denoiser, such as
         ``"up_blocks.1.attentions.0.transformer_blocks.0.attn2"``.
     place : {"down", "mid", "up"} or {"double", "single"} or {"block"}
-        Side of a U-Net; double- or single-stream block in joint attention; "block" in a transformer with
-        cross-attention.
+        Part of a U-Net that contains the layer; kind of block (double- or single-stream) in joint attention; "block"
+        in a transformer with cross-attention.
     heads : int
         Number of attention heads.
     module : torch.nn.Module
@@ -275,13 +279,13 @@ class AttentionLayer:
     factor : int
         Side of the latent divided by the side of this layer's maps.
     kind : {"cross", "joint", "single"}
-        "cross": the keys are the text alone. "joint": image and text, each with projections of its own. "single": image
-        and text in one sequence.
+        "cross": the keys are the text alone. "joint": the keys are image and text, each with projections of its own.
+        "single": the keys are image and text as one sequence, with projections in common.
     text_first : bool
-        In joint attention, whether the text precedes the image in the sequence of keys.
+        With "joint" and "single", whether the text precedes the image in the sequence of keys.
     takes_mask : bool
-        Whether the attention processor applies an ``attention_mask``; if not, `elakit.attention.edit` adds its bias at
-        the attention call.
+        Whether the attention processor applies an ``attention_mask``. If it does, `elakit.attention.edit` passes its
+        bias as this mask; otherwise it adds the bias at the attention call.
     reads : {"text", "image"}
         Keys whose attention is read: the text, or the image's own locations (self-attention).
     grid : callable
@@ -315,7 +319,7 @@ class Call:
     Attributes
     ----------
     batch : int
-        Number of rows.
+        Number of rows of the batch.
     timestep : float
         The scheduler's timestep, which may differ from the number that the model receives.
     latent : tuple of int
@@ -324,7 +328,7 @@ class Call:
         False for a pass of the pipeline that does not see the prompt (FLUX's negative prompt), or that sees it through
         a reduced network (skip-layer guidance of Stable Diffusion 3). Such a call is neither recorded nor counted.
     frames : int
-        Number of frames that a layer has maps of, in a video; 0 for images.
+        In a video, the number of frames for which a layer has maps; 0 for images.
     """
 
     batch: int
@@ -373,6 +377,8 @@ class Conditioning:
     def rows(self, count: int, dtype: torch.dtype) -> dict[str, Any]:
         """Arguments of the denoiser for a batch of ``count`` rows, with floating-point tensors converted to ``dtype``.
 
+        The arguments in `shared` are neither repeated nor converted.
+
         Examples
         --------
         >>> Conditioning({}, {"states": torch.ones(1, 2), "more": {"ids": torch.ones(1, 3)}}).rows(4, torch.float64)
@@ -393,7 +399,7 @@ class Conditioning:
 
 
 class Adapter(Protocol):
-    """Description of a family of models: its layers, its text, and how it is run (one file for each family).
+    """Description of a family of models: its layers, its text, and how it is run. Each family has a file of its own.
 
     Attributes
     ----------
@@ -402,6 +408,7 @@ class Adapter(Protocol):
     scale_argument : str
         Name of the guidance scale in the pipeline's call.
     pipe : diffusers.DiffusionPipeline
+        The pipeline that the adapter reads and runs.
     denoiser : torch.nn.Module
         The U-Net or transformer of the pipeline.
     """
@@ -411,11 +418,11 @@ class Adapter(Protocol):
     denoiser: nn.Module
 
     def __init__(self, pipe: Pipeline) -> None:
-        """Adapt a pipeline; `ModelError` if `refusal` gives a reason against it."""
+        """Adapt a pipeline; raise a `ModelError` if `refusal` returns a reason."""
 
     @property
     def pipe(self) -> SupportedPipeline:
-        """The pipeline; a family declares what else it uses of its own pipelines."""
+        """The pipeline; a family that uses more than all pipelines have declares a narrower type."""
 
     @classmethod
     def refusal(cls, pipe: Pipeline) -> str | None:
@@ -443,10 +450,10 @@ class Adapter(Protocol):
         """Batch size, timestep and latent size of a call of the denoiser, from its arguments."""
 
     def conditional_rows(self, batch: int) -> slice:
-        """Rows of a denoiser batch that see the prompt; they may change from call to call while the pipeline runs."""
+        """Rows of a batch of the denoiser that see the prompt; they may differ between the calls of one run."""
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the latent, before it is divided into patches, for an image size in pixels."""
+        """Rows and columns of the latent, before it is divided into patches, for an image of a given size in pixels."""
 
     def default_size(self) -> tuple[int, int]:
         """Default height and width of an image, in pixels."""
@@ -467,36 +474,48 @@ class Adapter(Protocol):
     ) -> Conditioning:
         """Encode a prompt as the pipeline does.
 
-        ``guided`` states whether there is a negative part, for classifier-free guidance (FLUX.1 never has one).
-        ``size`` is the image's (height, width), by default the model's. ``guidance_scale`` is an input of
-        guidance-distilled models, by default the pipeline's.
+        ``guided`` states whether the result contains the negative prompt, for classifier-free guidance (FLUX.1 never
+        has one). ``size`` is the (height, width) of the image in pixels, by default the model's. ``guidance_scale``,
+        by default that of the pipeline's call, matters only where it is an input of the model, and to Z-Image.
         """
 
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
     ) -> torch.Tensor:
-        """Output of one conditional pass over n rows of latents, in the pipeline's format and scaled by the scheduler.
+        """Output of the denoiser for latents, in one pass that sees the prompt.
 
-        ``timestep`` is the scheduler's; the adapter converts it to the number that the model receives.
+        ``latents`` have any number of rows, are in the pipeline's format, and were already scaled by the scheduler
+        (``scale_model_input``). ``timestep`` is the scheduler's; the adapter converts it to the number that the model
+        receives.
         """
 
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
         """Layers that read self-attention, one for each of the given layers; `ModelError` if a block has none."""
 
     def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
-        """Initial noise of unit variance for one image, in the form in which the pipeline takes ``latents``."""
+        """Initial noise of unit variance for one image, in the form in which the pipeline takes ``latents``.
+
+        ``height`` and ``width`` are those of the image in pixels.
+        """
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return the factor of the initial noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return the scale of the initial noise.
+
+        ``height`` and ``width`` are those of the image in pixels. The first latents of a run are the result of `noise`
+        times the returned scale.
+        """
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from latents in the pipeline's format; the latents of an unfinished run may be noisy.
+        """Images decoded from latents in the pipeline's format, which may be those of an unfinished run.
 
         ``height`` and ``width`` are those of the images in pixels.
         """
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:
-        """Latents of an image for one row, in the pipeline's format."""
+        """Latents of an image in the pipeline's format, as a batch of one row; the inverse of `decode`."""
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-        """Arguments of the pipeline's call with which ``move(step, latents)`` replaces the latents after each step."""
+        """Arguments that make the pipeline's call replace the latents by ``move(step, latents)`` after each step.
+
+        ``step`` is the index, among the scheduler's timesteps, of the step that has ended.
+        """

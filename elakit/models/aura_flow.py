@@ -1,4 +1,4 @@
-"""AuraFlow: an MM-DiT of double- and single-stream blocks over register tokens and T5 tokens."""
+"""AuraFlow: an MM-DiT of double- and single-stream blocks over register tokens, T5 tokens and image patches."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class AuraFlow(TransformerAdapter):
         )
 
     def _layout(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout:
-        """Registers, then the text, then the image."""
+        """Layout of the sequence: register tokens and T5 tokens, which both count as text, then the image."""
         registers = self.pipe.transformer.register_tokens.shape[1]
         text = registers + argument(args, kwargs, 1, "encoder_hidden_states").shape[1]
         return Layout(self._grid(args, kwargs), text, (0, text))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Batch size, timestep and latent size of a call, which receives a thousandth of the scheduler's timestep."""
+        """Batch size, the scheduler's timestep (1000 times that of the call) and latent size of a call."""
         call = super().read_call(args, kwargs)
         return replace(call, timestep=scheduler_timestep(self.pipe, 1000 * call.timestep))
 
@@ -64,7 +64,7 @@ class AuraFlow(TransformerAdapter):
         return (TextSequence(name="t5", tokenizer=self.pipe.tokenizer, offset=registers, length=self._t5_length()),)
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states, and the masks that the pipeline's call asks for."""
+        """Text states, and the masks of their padding, which the pipeline's call requires."""
         embeds, mask, negative_embeds, negative_mask = self.pipe.encode_prompt(
             prompt.text, prompt.negative, prompt.guided, device=self.pipe._execution_device
         )
@@ -78,6 +78,6 @@ class AuraFlow(TransformerAdapter):
         return (super()._given(timestep, latents) / 1000).to(latents.dtype)
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are pure noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the initial noise is not scaled."""
         super().set_timesteps(steps, height, width)
         return 1.0

@@ -1,4 +1,4 @@
-"""Token sequences of language models, which read the prompt inside a chat template."""
+"""Token sequences of text encoders that are language models and read the prompt inside a chat template."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def chat_sequence(
         Name of the sequence.
     tokenizer : transformers tokenizer or processor
     render : callable
-        Function that returns the text to tokenize, the template with the prompt in it: ``render(prompt)``.
+        Function, ``render(prompt)``, that returns the text to tokenize: the template with the prompt in it.
     length : int
         Number of positions, including padding.
     dropped : int
@@ -37,7 +37,8 @@ def chat_sequence(
     specials : bool
         Whether the tokenizer adds special tokens to the text.
     padded : bool
-        Whether the padding reaches the denoiser. If it does, padding on the left shifts the positions of the tokens.
+        Whether the states of padding reach the denoiser. If they do and the tokenizer pads on the left, the tokens come
+        after the padding.
 
     Returns
     -------
@@ -46,7 +47,7 @@ def chat_sequence(
     Raises
     ------
     ModelError
-        Raised when the template changes or repeats the prompt.
+        Raised when the template does not contain the prompt exactly once and unchanged.
     """
     parts = render(_MARK).split(_MARK)
     if len(parts) != 2:

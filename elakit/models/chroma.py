@@ -1,4 +1,4 @@
-"""Chroma: FLUX's blocks over T5 tokens with a mask of the padding, and classifier-free guidance."""
+"""Chroma: the blocks of FLUX.1 over T5 tokens, with a mask of their padding, and with classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from elakit.tokens import TextSequence
 
 
 class ChromaPipeline(PackedPipeline, Protocol):
-    """Members of the family's pipelines that its adapter uses, besides the transformer and packed latents."""
+    """Members of the family's pipelines that the adapter uses in addition to those of `PackedPipeline`."""
 
     def _prepare_latent_image_ids(self, *args: Any) -> Any: ...
 
@@ -22,8 +22,9 @@ class ChromaPipeline(PackedPipeline, Protocol):
 class Chroma(Flux):
     """Adapter of Chroma pipelines.
 
-    The blocks add a product of text masks, of zeros and ones, to the scores; layers are read at the attention call,
-    which receives this product. The negative prompt has a call of its own, which is not recorded.
+    The mask of the sequence is 0 for padding of the text, except its first token, and otherwise 1. The blocks add the
+    product of its values at query and key to the attention scores. Layers are read at the attention call, which
+    receives these products. The negative prompt has a denoiser call of its own, which is not recorded.
 
     Parameters
     ----------

@@ -40,5 +40,5 @@ class CogVideoX(VideoAdapter):
         return config.sample_height * self._side_factor, config.sample_width * self._side_factor
 
     def text(self) -> tuple[TextSequence, ...]:
-        """Sequence of T5's tokens."""
+        """One sequence of T5 tokens."""
         return (TextSequence(name="t5", tokenizer=self.pipe.tokenizer, offset=0, length=self._t5_length()),)

@@ -16,8 +16,8 @@ from elakit.tokens import TextSequence
 class CogView3Plus(TransformerAdapter):
     """Adapter of CogView3-Plus pipelines.
 
-    The text comes first, padding included, and the image attends to the padding as well. Without a negative prompt,
-    the unconditional pass sees states of zeros.
+    The text comes first in the sequence, including its padding, to which the image attends as well. Without a negative
+    prompt, the text states of the unconditional pass are zeros.
 
     Parameters
     ----------

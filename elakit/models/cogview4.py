@@ -18,8 +18,8 @@ from elakit.tokens import TextSequence
 class CogView4(SeparateNegative, Float32Latents):
     """Adapter of CogView4 pipelines.
 
-    The text comes first; the pipeline pads it on the left to a multiple of 16 tokens, and the image attends to the
-    padding as well. Guidance is a second call with the negative prompt, which is not recorded.
+    The text comes first in the sequence. The pipeline pads it on the left to a multiple of 16 tokens, and the image
+    attends to the padding as well. Guidance is a second denoiser call, with the negative prompt, which is not recorded.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ class CogView4(SeparateNegative, Float32Latents):
         return Conditioning(call, {"encoder_hidden_states": embeds, **sizes})
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are pure noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the initial noise is not scaled."""
         from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift, retrieve_timesteps
 
         scheduler, config = self.pipe.scheduler, self.pipe.scheduler.config

@@ -10,7 +10,7 @@ from elakit.errors import SettingError
 
 
 def device_named(device: str | torch.device | None) -> torch.device:
-    """Device of a given name, checked to be usable on this machine.
+    """Device of a given name; a `SettingError` is raised if this machine cannot use it.
 
     Parameters
     ----------
@@ -24,7 +24,7 @@ def device_named(device: str | torch.device | None) -> torch.device:
     Raises
     ------
     SettingError
-        Raised when there is no such device on this machine, or it holds no values ("meta").
+        Raised when this machine has no such device, or the device holds no values ("meta").
 
     Examples
     --------
@@ -59,8 +59,8 @@ def device_named(device: str | torch.device | None) -> torch.device:
 def compute_dtype(module: Any) -> torch.dtype:
     """Floating-point type in which a model computes.
 
-    It differs from the type of the parameters if these are stored in another form: quantized weights (bitsandbytes,
-    GGUF) are integers, and layerwise casting keeps weights in 8 bits until a layer runs.
+    It can differ from the type in which the weights are stored: quantized weights (bitsandbytes, GGUF) are integers,
+    and layerwise casting keeps weights in 8 bits until a layer runs.
 
     Examples
     --------

@@ -56,7 +56,7 @@ _KEPT = "_elakit_adapter"  # where a pipeline keeps its adapter: they are freed 
 def adapter_for(pipe: Pipeline) -> Adapter:
     """Adapter that reads and runs a pipeline.
 
-    Each call returns the same object, as long as the pipeline keeps its denoiser.
+    Calls with the same pipeline return the same object, until its denoiser is replaced.
 
     Parameters
     ----------
@@ -95,7 +95,10 @@ def adapter_for(pipe: Pipeline) -> Adapter:
 
 
 def refuse_index(what: str, index: Mapping[str, Any]) -> None:
-    """Raise a `ModelError` about ``what`` if no family fits a ``model_index.json``."""
+    """Raise a `ModelError` if no family fits ``index``, the content of a ``model_index.json``.
+
+    ``what`` names the model in the message.
+    """
     reasons = [family.refusal_of_index(index) for family in FAMILIES]
     if None not in reasons:
         raise unsupported(what, [reason for reason in reasons if reason is not None])
@@ -104,7 +107,8 @@ def refuse_index(what: str, index: Mapping[str, Any]) -> None:
 def unsupported(what: str, reasons: Sequence[str]) -> ModelError:
     """Error for a pipeline of no supported family.
 
-    The message states how to change the pipeline, if a change is enough. Otherwise it states why the closest families
+    ``what`` names the pipeline in the message, and ``reasons`` has the reason of each family to refuse it. The message
+    states how to make the pipeline a supported one, if that is possible. Otherwise it states why the closest families
     do not fit or, if none is close, why each family does not fit, and lists the supported families.
     """
     if remedy := next((reason for reason in reasons if isinstance(reason, Remediable)), None):
@@ -114,5 +118,5 @@ def unsupported(what: str, reasons: Sequence[str]) -> ModelError:
     families = "; ".join(family.family for family in FAMILIES)
     return ModelError(
         f"{what} is not supported: {'; '.join(kinds)}. Supported: {families}. Load a pipeline of one of these "
-        "families, or add its family in one file: docs/developing/adding-a-family.md in the repository describes how."
+        "families, or add a new family in one file: docs/developing/adding-a-family.md in the repository describes how."
     )

@@ -20,15 +20,15 @@ class EmbeddedModel:
     name : str
         The name that `load` takes.
     folder : str
-        Folder in the shipped ``data``.
+        Name of the model's folder in the ``data`` folder that is shipped with elakit.
     summary : str
-        Description of one line, for ``elakit models``.
+        Description in one line, which ``elakit models`` shows.
     steps : int
         Default number of denoising steps.
     guidance_scale : float
         Default classifier-free guidance scale.
     size : int
-        Default height and width of the image in pixels.
+        Default height and width of the image, which are equal, in pixels.
     """
 
     name: str
@@ -85,11 +85,12 @@ def default_settings(pipe: Pipeline) -> GenerationSettings:
     Returns
     -------
     GenerationSettings
+        Its ``guidance_scale`` is 1 if the call has no default for it.
 
     Raises
     ------
     ModelError
-        Raised when the call of the pipeline takes no ``num_inference_steps``, or elakit does not support the pipeline.
+        Raised when the pipeline's call takes no ``num_inference_steps``, or elakit does not support the pipeline.
 
     Examples
     --------
@@ -124,7 +125,7 @@ def name_of(pipe: Pipeline) -> str:
     Returns
     -------
     str
-        The name of its class if the pipeline was not loaded from one of these.
+        Name of the model, or the name of the pipeline's class if it was loaded from none of these.
 
     Examples
     --------

@@ -32,7 +32,7 @@ _CONTROL = ("controlnet_block_samples", "controlnet_single_block_samples")
 
 
 class FluxPipeline(PackedPipeline, Protocol):
-    """Members of the family's pipelines that its adapter uses, besides the transformer and packed latents."""
+    """Members of the family's pipelines that the adapter uses in addition to those of `PackedPipeline`."""
 
     tokenizer_2: Any
 
@@ -44,10 +44,11 @@ class Flux(SeparateNegative):
 
     The denoiser attends to T5 tokens only, without a start-of-text token; from CLIP it receives one pooled vector.
     Double-stream blocks project image and text separately, single-stream blocks project both as one sequence. In both,
-    image and text attend to each other in one softmax, so that rows do not sum to 1 over the text.
+    image and text attend to each other in one softmax, so that the attention of a location to the text sums to less
+    than 1.
 
     Guidance is distilled into the model: every row of a batch sees the prompt. With a negative prompt the pipeline
-    makes a second call, which is not recorded.
+    makes a second denoiser call, which is not recorded.
 
     In Kontext pipelines the sequence continues with the patches of the input image; they are keys like all others, and
     the maps are those of the generated image.
@@ -131,7 +132,7 @@ class Flux(SeparateNegative):
         return self._seen[1]
 
     def _layout(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout:
-        """Text, then the generated image, then Kontext's input image."""
+        """Layout of the sequence: the text, then the generated image, then the input image of Kontext."""
         text = argument(args, kwargs, 1, "encoder_hidden_states").shape[1]
         return Layout(self._grid(args, kwargs), text, (0, text))
 
@@ -149,7 +150,7 @@ class Flux(SeparateNegative):
         )
 
     def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
-        """Arguments with other text and one patch; see `TransformerAdapter.text_call`."""
+        """Arguments of the denoiser with other text states and one patch; see `TransformerAdapter.text_call`."""
         latents = given["hidden_states"]
         given |= {
             "hidden_states": latents[:, :1],
@@ -166,11 +167,11 @@ class Flux(SeparateNegative):
 
     @property
     def text_limit(self) -> int:
-        """Largest number of text positions; image tokens may follow them (Redux)."""
+        """Largest number of text positions; FLUX Redux appends image tokens to them."""
         return self._t5_length()
 
     def _timestep(self, given: torch.Tensor) -> float:
-        """The scheduler's timestep; the model is given a thousandth of it, rounded to the model's precision."""
+        """The scheduler's timestep, from the ``given`` one: a thousandth of it, rounded to the model's precision."""
         if (current := getattr(self.pipe, "_current_timestep", None)) is not None:
             return float(current)
         return scheduler_timestep(self.pipe, float(given) * 1000)
@@ -222,24 +223,27 @@ class Flux(SeparateNegative):
         return super()._channels // self._patch**2
 
     def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
-        """Initial noise of unit variance, packed: (1, patches, 4c)."""
+        """Initial noise of unit variance for an image of ``height`` x ``width`` pixels, packed: (1, patches, 4c).
+
+        A patch contains 2x2 locations of the latent, which has c channels.
+        """
         noise = super().noise(generator, height, width)
         packed: torch.Tensor = self.pipe._pack_latents(noise, *noise.shape)
         return packed
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are pure noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the initial noise is not scaled."""
         self._set_flow(steps, self._shift(height, width, 1.15))
         return 1.0
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:
-        """Packed latents of an image, (1, patches, 4c)."""
+        """Packed latents of an image, in the form of `noise`: (1, patches, 4c)."""
         latents = encoded(self.pipe, image)
         packed: torch.Tensor = self.pipe._pack_latents(latents, *latents.shape)
         return packed
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from packed latents, (n, patches, 4c); the latents of an unfinished run may be noisy."""
+        """Images decoded from packed latents, (n, patches, 4c), which may be those of an unfinished run."""
         return super().decode(
             self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor), height, width
         )

@@ -19,7 +19,10 @@ from elakit.tokens import TextSequence
 
 
 class Flux2Pipeline(TransformerPipeline, Protocol):
-    """Members of the family's pipelines that its adapter uses, besides the transformer; Klein has no system message."""
+    """Members of the family's pipelines that the adapter uses in addition to those of `TransformerPipeline`.
+
+    Klein pipelines have no ``system_message``.
+    """
 
     default_sample_size: int
     system_message: str
@@ -40,11 +43,11 @@ class Flux2(Flux):
 
     The denoiser sees the text states of a chat that contains the prompt, padded to ``max_sequence_length``. Layers are
     read at the attention call, because one projection of a single-stream block computes query, key, value and the input
-    of the feed-forward network. Input images follow the generated one in the sequence; maps are those of the generated
-    image.
+    of the feed-forward network. Input images follow the generated image in the sequence; the maps are those of the
+    generated image.
 
-    FLUX.2 dev is guidance-distilled: every row sees the prompt. Klein guides by a second call with the negative prompt,
-    which is not recorded.
+    FLUX.2 dev is guidance-distilled: every row sees the prompt. Klein pipelines whose model is not distilled guide by a
+    second denoiser call with an empty prompt, which is not recorded.
 
     Parameters
     ----------
@@ -153,19 +156,23 @@ class Flux2(Flux):
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor | float | int, conditioning: Conditioning
     ) -> torch.Tensor:
-        """Output of one conditional pass; the initial noise, (n, 4c, h, w), is packed first as the pipeline does."""
+        """Output of one conditional pass; latents in the form of `noise`, (n, 4c, h, w), are packed first."""
         latents = self.pipe._pack_latents(latents) if latents.ndim == 4 else latents
         return super().denoise(latents, timestep, conditioning)
 
     def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
-        """Initial noise of unit variance, one location per patch: (1, 4c, h, w)."""
+        """Initial noise of unit variance for an image of ``height`` x ``width`` pixels, one location per patch.
+
+        The shape is (1, 4c, h, w) for h x w patches of 2x2 locations of a latent with c channels. The pipeline itself
+        packs it to (1, patches, 4c).
+        """
         rows, columns = self.latent_size(height, width)
         channels = int(self.pipe.transformer.config.in_channels)
         shape = (1, channels, rows // self._patch, columns // self._patch)
         return seeded_noise(shape, generator, self.pipe._execution_device, self._noise_dtype)
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are pure noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the initial noise is not scaled."""
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
         rows, columns = self.latent_size(height, width)
@@ -175,7 +182,7 @@ class Flux2(Flux):
 
     @torch.no_grad()
     def encode_image(self, image: Image.Image) -> torch.Tensor:
-        """Latents of an image in the form of the initial noise, one location per patch: (1, 4c, h, w)."""
+        """Latents of an image in the form of `noise`, with one location per patch: (1, 4c, h, w)."""
         pipe, vae = self.pipe, self.pipe.vae
         pixels = pipe.image_processor.preprocess(image.convert("RGB")).to(vae.device, vae.dtype)
         latents: torch.Tensor = pipe._patchify_latents(vae.encode(pixels).latent_dist.mode())
@@ -184,7 +191,7 @@ class Flux2(Flux):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from packed latents, (n, patches, 4c); the latents of an unfinished run may be noisy."""
+        """Images decoded from packed latents, (n, patches, 4c), which may be those of an unfinished run."""
         pipe, vae = self.pipe, self.pipe.vae
         ids = self._image_ids(height, width).expand(len(latents), -1, -1)
         unpacked = pipe._unpack_latents_with_ids(latents, ids)

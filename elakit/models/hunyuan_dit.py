@@ -18,7 +18,7 @@ _BERT, _T5 = 77, 256
 
 
 class HunyuanDiTPipeline(TransformerPipeline, Protocol):
-    """Members of the family's pipelines that its adapter uses, besides the transformer."""
+    """Members of the family's pipelines that the adapter uses in addition to those of `TransformerPipeline`."""
 
     tokenizer_2: Any
 
@@ -26,9 +26,9 @@ class HunyuanDiTPipeline(TransformerPipeline, Protocol):
 class HunyuanDiT(TransformerAdapter):
     """Adapter of HunyuanDiT pipelines.
 
-    The transformer replaces each padding token by a learned state, and rotates the queries of its
-    cross-attention only. `elakit.generate` generates at exactly the given size, without the pipeline's resolution
-    binning.
+    The transformer replaces the text states of padding by learned ones. In cross-attention, it applies the rotary
+    embedding of the patches to the queries only. `elakit.generate` generates at exactly the given size, without the
+    pipeline's resolution binning.
 
     Parameters
     ----------
@@ -98,5 +98,5 @@ class HunyuanDiT(TransformerAdapter):
         return get_2d_rotary_pos_embed(net.inner_dim // net.num_heads, crops, grid, device=device, output_type="pt")
 
     def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
-        """Timestep in the precision of the latents, one per row."""
+        """Timestep in the precision of the latents, one value per row."""
         return super()._given(timestep, latents).to(latents.dtype)

@@ -14,8 +14,8 @@ from elakit.tokens import TextSequence
 class Kolors(StableDiffusionXL):
     """Adapter of Kolors pipelines.
 
-    The U-Net projects the states of ChatGLM, which the tokenizer pads on the left, to the channels of its
-    cross-attention; the state of the last position stands for the whole prompt.
+    The tokenizer of ChatGLM pads the prompt on the left. The U-Net projects the text states of ChatGLM to the channels
+    of its cross-attention; the state of the last position is the pooled text state.
 
     Parameters
     ----------

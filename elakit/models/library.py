@@ -47,7 +47,7 @@ def hide_loading_bars() -> None:
     Raises
     ------
     ModelError
-        As in `import_diffusers`.
+        Raised when diffusers cannot be imported.
     """
     library = import_diffusers()
     import transformers
@@ -68,4 +68,7 @@ def _remedy() -> str:
                 f"{package} {installed} is installed, and diffusers needs {bound} or later: "
                 f"`pip install -U '{package}>={bound}'`, or uninstall {package}, which is used for LoRA weights only."
             )
-    return "Upgrade the package that it names, or install elakit in a new environment; `elakit doctor` lists versions."
+    return (
+        "Upgrade the package that this error names, or install elakit in a new environment; `elakit doctor` lists the "
+        "installed versions."
+    )

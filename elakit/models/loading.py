@@ -1,4 +1,4 @@
-"""Loading a pipeline: safetensors only, no code of a model, and no weight that is missing without notice."""
+"""Loading of pipelines: from safetensors only, without code that comes with a model; missing weights are an error."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def load(
         Variant of the weight files, such as ``"fp16"`` for files named ``model.fp16.safetensors``. Default: files
         without a variant.
     scheduler : str, optional
-        Name of a scheduler class of diffusers, such as ``"DDIMScheduler"``, which gets the configuration of the model's
-        own scheduler. Default: the model's own.
+        Name of a scheduler class of diffusers, such as ``"DDIMScheduler"``, to replace the model's own scheduler, whose
+        configuration it gets. Default: the model's own.
     lora : str or pathlib.Path, optional
         LoRA weights in safetensors: a file, a folder or a hub id. Default: none.
 
@@ -67,9 +67,10 @@ def load(
     ------
     ModelError
         Raised when the model is unknown, cannot be downloaded, contains code, is of an unsupported family, lacks
-        weights or has weights that its architecture does not know; when the LoRA weights cannot be loaded.
+        weights or has weights that its architecture does not know, or when the LoRA weights cannot be loaded.
     SettingError
-        Raised when the device, dtype or variant does not exist, or the scheduler is not one that the model can use.
+        Raised when ``device``, ``dtype`` or ``variant`` is not a valid name, this machine has no such device, or the
+        model cannot use the scheduler.
 
     Examples
     --------
@@ -81,8 +82,8 @@ def load(
     device = device_named(device)
     if variant is not None and (not isinstance(variant, str) or not variant.replace("_", "").isalnum()):
         raise SettingError(
-            f"variant={variant!r}: give the name in the weight files (letters, digits and "
-            "underscores), such as 'fp16', or None."
+            f"variant={variant!r}: give the part of the names of the weight files that states the variant (letters, "
+            "digits and underscores), such as 'fp16' for model.fp16.safetensors, or None."
         )
     source = locate(name)
     embedded = str(name) in EMBEDDED
@@ -110,12 +111,12 @@ def load(
 
 
 def check_scheduler(name: str | Path, scheduler: str) -> None:
-    """Refuse a scheduler that a model cannot use, before its weights are loaded.
+    """Refuse a scheduler that a model cannot use, without loading the model's weights.
 
     Parameters
     ----------
     name : str or pathlib.Path
-        As in `load`.
+        A built-in model, a folder or a hub id, as in `load`.
     scheduler : str
         Name of a scheduler class of diffusers.
 
@@ -138,12 +139,12 @@ def check_scheduler(name: str | Path, scheduler: str) -> None:
 
 
 def _scheduler_class(index: Mapping[str, Any], scheduler: str) -> Any:
-    """Class of a scheduler that can take the place of a model's own one."""
+    """Class of a named scheduler; raise a `SettingError` if it cannot replace the one in a model's ``index``."""
     own = getattr(import_diffusers(), str((index.get("scheduler") or [None, None])[1]), None)
     kinds = {} if own is None else {kind.__name__: kind for kind in (own, *own._get_compatibles())}
     if not kinds:
         raise SettingError(
-            f"scheduler={scheduler!r}: the model has no scheduler of diffusers to replace. Leave it out."
+            f"scheduler={scheduler!r}: the model has no scheduler of diffusers to replace. Leave scheduler out."
         )
     if scheduler not in kinds:
         raise SettingError(f"scheduler={scheduler!r}: choose from {', '.join(sorted(kinds))}.")
@@ -180,7 +181,7 @@ def _check_index(name: str, index: dict[str, Any]) -> None:
 
 
 def _downloaded(source: str, variant: str | None) -> Path:
-    """Folder with the files of a pipeline; those of a hub id are downloaded, safetensors only."""
+    """Folder with the files of a pipeline, which are downloaded (safetensors only) if ``source`` is a hub id."""
     if Path(source).is_dir():
         return Path(source)
     try:
@@ -190,7 +191,7 @@ def _downloaded(source: str, variant: str | None) -> Path:
 
 
 def _check_weight_files(name: str, folder: Path) -> None:
-    """Refuse an index of sharded weights that names anything but safetensors files next to it."""
+    """Refuse an index of sharded weights that names other files than safetensors in its own folder."""
     for path in sorted(folder.glob("*/*.safetensors.index*.json")):
         try:
             files = set(json.loads(path.read_text(encoding="utf-8-sig"))["weight_map"].values())
@@ -207,7 +208,7 @@ def _check_weight_files(name: str, folder: Path) -> None:
 
 
 def _built(name: str, folder: Path, index: Mapping[str, Any], dtype: torch.dtype, variant: str | None) -> Any:
-    """The pipeline, of components whose weights were all found and all used."""
+    """Pipeline built from its components; raise a `ModelError` if weights of one are missing or were not used."""
     diffusers = import_diffusers()
     parts: dict[str, Any] = {}
     tokenizers: dict[str, Any] = {}
@@ -236,7 +237,7 @@ def _built(name: str, folder: Path, index: Mapping[str, Any], dtype: torch.dtype
 
 
 def _component_class(value: Any) -> Any:
-    """Class of a component with weights, by its entry in the index; None for all other entries."""
+    """Class of a component with weights, from its entry in ``model_index.json``; None for all other entries."""
     if not (isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(one, str) for one in value)):
         return None
     library, kind_name = value
@@ -247,7 +248,10 @@ def _component_class(value: Any) -> Any:
 
 
 def _fast_tokenizer(value: Any, folder: Path) -> Any:
-    """Tokenizer of a folder that has ``tokenizer.json`` alone, which transformers before 5 reads by another class."""
+    """Tokenizer from a folder whose only tokenizer file is ``tokenizer.json``; None if the pipeline can load it.
+
+    transformers before 5 can read such a folder only by the "Fast" variant of the class that the index names.
+    """
     import transformers  # slow to import
 
     old = int(transformers.__version__.partition(".")[0]) < 5
@@ -282,14 +286,14 @@ def _component(name: str, part: str, kind: Any, folder: Path, dtype: torch.dtype
     if faults:
         raise ModelError(
             f"The {part} of model {name!r} ({kind.__name__}) does not fit its files: {'; '.join(faults)}. Download or "
-            "save the model again, or use a release of diffusers and transformers that reads these names."
+            "save the model again, or use releases of diffusers and transformers that know these weights."
         )
     loaded: nn.Module = module.eval()
     return loaded
 
 
 def _typed(kind: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The argument for the precision; diffusers called it ``torch_dtype`` before 0.36."""
+    """Argument of ``from_pretrained`` for the precision; diffusers called it ``torch_dtype`` before 0.36."""
     if kind.__module__.startswith("diffusers."):
         return {_dtype_argument(): dtype}
     return {"dtype": dtype}
@@ -302,7 +306,7 @@ def _dtype_argument() -> str:
 
 
 def _variants(folder: Path, variant: str | None) -> str:
-    """Advice where the weights are those of another variant."""
+    """Advice for an error if the folder lacks ``variant`` but has weights of other variants; otherwise empty."""
     names = [path.name.removesuffix(".safetensors").split(".") for path in folder.glob("*/*.safetensors")]
     known = sorted({parts[1].split("-")[0] for parts in names if len(parts) > 1})
     if known and variant not in known:
@@ -312,10 +316,11 @@ def _variants(folder: Path, variant: str | None) -> str:
 
 @contextmanager
 def _quiet(embedded: bool) -> Iterator[None]:
-    """Silence progress bars, and what the libraries log at every load although nothing is wrong.
+    """Silence progress bars, and messages that the libraries log at every load although nothing is wrong.
 
-    transformers warns about image processors that need torchvision and are not used here; diffusers warns about
-    built-in models, whose autoencoder is an ``AutoencoderTiny``. Missing weights are reported by `_component`.
+    transformers warns about image processors that need torchvision and are not used here. diffusers warns about
+    built-in models, whose autoencoder is an ``AutoencoderTiny``; it is silenced only if ``embedded`` is True. Missing
+    weights do not go unnoticed, because `_component` reports them.
     """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -11,7 +11,7 @@ from elakit.tokens import TextSequence
 
 
 class LTXVideoPipeline(VideoPipeline, Protocol):
-    """Members of the family's pipelines that its adapter uses, besides the transformer."""
+    """Members of the family's pipelines that the adapter uses in addition to those of `VideoPipeline`."""
 
     vae_spatial_compression_ratio: int
 
@@ -45,5 +45,5 @@ class LTXVideo(VideoAdapter):
         return int(self.pipe.vae_spatial_compression_ratio)
 
     def text(self) -> tuple[TextSequence, ...]:
-        """Sequence of T5's tokens."""
+        """One sequence of T5 tokens."""
         return (TextSequence(name="t5", tokenizer=self.pipe.tokenizer, offset=0, length=self._t5_length()),)

@@ -16,7 +16,7 @@ from elakit.tokens import TextSequence
 
 
 class Lumina2Pipeline(TransformerPipeline, Protocol):
-    """Members of the family's pipelines that its adapter uses, besides the transformer."""
+    """Members of the family's pipelines that the adapter uses in addition to those of `TransformerPipeline`."""
 
     system_prompt: str
 
@@ -24,9 +24,9 @@ class Lumina2Pipeline(TransformerPipeline, Protocol):
 class Lumina2(SeparateNegative):
     """Adapter of Lumina 2 pipelines.
 
-    The sequence consists of the text without padding, then the image; queries share keys in groups of heads. The
-    pipeline puts a system message before the prompt. Guidance is a second call with the negative prompt, which is not
-    recorded.
+    The sequence consists of the text without padding, then the image. Several query heads share one key head
+    (grouped-query attention). The pipeline puts a system message before the prompt. Guidance is a second denoiser call,
+    with the negative prompt, which is not recorded.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ class Lumina2(SeparateNegative):
         return Layout(self._grid(args, kwargs), text, (0, text))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Batch size, timestep and latent size of a call, which receives a time from 0 (noise) to 1 (image)."""
+        """Batch size, scheduler's timestep and latent size of a call, which receives a time instead; see `_given`."""
         latents = argument(args, kwargs, 0, "hidden_states")
         given = float(torch.as_tensor(argument(args, kwargs, 1, "timestep")).flatten()[0])
         return Call(
@@ -69,7 +69,7 @@ class Lumina2(SeparateNegative):
         )
 
     def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
-        """Arguments with other text and one patch; see `TransformerAdapter.text_call`."""
+        """Arguments of the denoiser with other text states and one patch; see `TransformerAdapter.text_call`."""
         given = super()._with_text(given, states, positions)
         mask = given["encoder_attention_mask"]
         return given | {"encoder_attention_mask": mask.new_ones(len(mask), len(states))}
@@ -98,11 +98,11 @@ class Lumina2(SeparateNegative):
         return Conditioning(call, {"encoder_hidden_states": embeds, "encoder_attention_mask": mask})
 
     def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
-        """Time from 0 (noise) to 1 (image)."""
+        """Time from 0 (noise) to 1 (image), which the model receives instead of a timestep."""
         return 1 - super()._given(timestep, latents) / self._train_steps
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are pure noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the initial noise is not scaled."""
         # The pipeline takes the number of channels for that of patches.
         self._set_flow(steps, self._flow_shift(self._channels, 1.15))
         return 1.0

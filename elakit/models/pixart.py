@@ -16,7 +16,7 @@ from elakit.tokens import TextSequence
 
 
 class PixArtPipeline(TransformerPipeline, Protocol):
-    """Members of the family's pipelines that its adapter uses, besides the transformer."""
+    """Members of the family's pipelines that the adapter uses in addition to those of `TransformerPipeline`."""
 
     def _text_preprocessing(self, *args: Any, **kwargs: Any) -> list[str]: ...
 
@@ -24,7 +24,8 @@ class PixArtPipeline(TransformerPipeline, Protocol):
 class PixArt(TransformerAdapter):
     """Adapter of PixArt pipelines.
 
-    T5 has no start-of-text token; padding is masked, so its attention is 0. The pipeline lowercases prompts.
+    T5 has no start-of-text token. Padding is masked, so the image does not attend to it. The pipeline lowercases
+    prompts.
 
     `elakit.generate` generates at exactly the given size: the pipeline's resolution binning, which generates at the
     nearest size of a list and resizes the image, is switched off.
@@ -94,10 +95,10 @@ class PixArt(TransformerAdapter):
         return Conditioning(call | {"use_resolution_binning": False}, inputs)
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-        """Arguments of the pipeline's call with which ``move(step, latents)`` replaces the latents after each step.
+        """Arguments that make the pipeline's call replace the latents by ``move(step, latents)`` after each step.
 
-        Its callback cannot return latents, so they are changed in place. It is not called between the model's calls of
-        one step (Heun), so these are not guided.
+        The pipeline's callback cannot return latents, so they are changed in place. If a step consists of two denoiser
+        calls (Heun), the callback runs only after the second one, so ``move`` is not applied between them.
         """
 
         def callback(step: int, timestep: Any, latents: torch.Tensor) -> None:
@@ -110,13 +111,13 @@ class PixArt(TransformerAdapter):
         return {"callback": callback, "callback_steps": 1}
 
     def _as_read(self, text: str) -> str:
-        """Text as the pipeline passes it to the tokenizer, character for character: lowercase and clean."""
+        """Prompt in lowercase, as the pipeline tokenizes it; `PromptError` if the pipeline changes more than that."""
         (read,) = self.pipe._text_preprocessing(text, clean_caption=_cleans())
         lowered = text.lower()
         if read != lowered.strip() or len(lowered) != len(text):
             raise PromptError(
-                f"{type(self.pipe).__name__} reads {text!r} as {read!r}, so its tokens cannot be matched: write the "
-                "prompt as the pipeline reads it."
+                f"{type(self.pipe).__name__} reads {text!r} as {read!r}, so the prompt's tokens cannot be matched to "
+                "its words: write the prompt as the pipeline reads it."
             )
         return lowered
 

@@ -13,8 +13,8 @@ _PREFIX = "text_model."
 def write_portable_names(folder: str | Path) -> None:
     """Rename the weights of the CLIP text encoder in a saved pipeline, so that all releases of transformers read them.
 
-    From release 5.6 on, transformers saves a ``CLIPTextModel`` without the prefix ``text_model.``. Older releases do
-    not know these names and fill the whole encoder with random numbers; newer ones read both forms.
+    From release 5.6 on, transformers saves a ``CLIPTextModel`` without the prefix ``text_model.`` in the names. Older
+    releases do not know these names and fill the whole encoder with random numbers; newer ones read both forms.
 
     Parameters
     ----------
@@ -30,7 +30,9 @@ def write_portable_names(folder: str | Path) -> None:
 
 
 def drop_folders(folder: str | Path) -> None:
-    """Remove the key ``_name_or_path``, a folder of the machine that loaded the part, from all configs of a pipeline.
+    """Remove the key ``_name_or_path`` from the configurations of all components of a saved pipeline.
+
+    Its value is a folder on the machine that loaded the component.
 
     Parameters
     ----------

@@ -19,7 +19,7 @@ from elakit.tokens import TextSequence
 
 
 class QwenImagePipeline(PackedPipeline, Protocol):
-    """Members of the family's pipelines that its adapter uses, besides the transformer and packed latents."""
+    """Members of the family's pipelines that the adapter uses in addition to those of `PackedPipeline`."""
 
     tokenizer_max_length: int
     prompt_template_encode: str
@@ -30,8 +30,8 @@ class QwenImage(SeparateNegative):
     """Adapter of Qwen-Image pipelines (text-to-image, img2img, inpainting, ControlNet).
 
     The denoiser sees the text states of a chat that contains the prompt, without those of its system message.
-    Guidance is a second call with the negative prompt, at a scale that the pipeline calls ``true_cfg_scale``; that call
-    is not recorded.
+    Guidance is a second denoiser call, with the negative prompt, which is not recorded; the pipeline's name for the
+    guidance scale is ``true_cfg_scale``.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ class QwenImage(SeparateNegative):
         )
 
     def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
-        """Arguments with other text and one row of patches; see `TransformerAdapter.text_call`."""
+        """Arguments with other text states and one row of patches; see `TransformerAdapter.text_call`."""
         latents, side = given["hidden_states"], max(self._grid((), given))
         given |= {
             # Rotary positions of the text begin behind those of the longer side of the image.
@@ -110,7 +110,7 @@ class QwenImage(SeparateNegative):
         )
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states and the shape of the image."""
+        """Text states with the mask of their padding, and the size of the image in patches."""
         embeds, mask = self._states(prompt.text)
         call = {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
         if prompt.guided:
@@ -137,19 +137,22 @@ class QwenImage(SeparateNegative):
         return super()._channels // self._patch**2
 
     def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
-        """Initial noise of unit variance, packed: (1, patches, 4c)."""
+        """Initial noise of unit variance for an image of ``height`` x ``width`` pixels, packed: (1, patches, 4c).
+
+        A patch contains 2x2 locations of the latent, which has c channels.
+        """
         noise = super().noise(generator, height, width)
         packed: torch.Tensor = self.pipe._pack_latents(noise, *noise.shape)
         return packed
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are pure noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the initial noise is not scaled."""
         self._set_flow(steps, self._shift(height, width, 1.15))
         return 1.0
 
     @torch.no_grad()
     def encode_image(self, image: Image.Image) -> torch.Tensor:
-        """Packed latents of an image, (1, patches, 4c)."""
+        """Packed latents of an image, in the form of `noise`: (1, patches, 4c)."""
         pipe, vae = self.pipe, self.pipe.vae
         pixels = pipe.image_processor.preprocess(image.convert("RGB")).to(vae.device, vae.dtype)
         latents = vae.encode(pixels[:, :, None]).latent_dist.mode()  # the autoencoder of a video, of one frame
@@ -160,7 +163,7 @@ class QwenImage(SeparateNegative):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from packed latents, (n, patches, 4c); the latents of an unfinished run may be noisy."""
+        """Images decoded from packed latents, (n, patches, 4c), which may be those of an unfinished run."""
         pipe, vae = self.pipe, self.pipe.vae
         frames = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor).to(vae.dtype)
         mean, spread = self._statistics(frames)

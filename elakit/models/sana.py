@@ -18,9 +18,9 @@ from elakit.tokens import TextSequence
 class Sana(Float32Latents):
     """Adapter of Sana pipelines.
 
-    The pipeline puts an instruction before the prompt and discards its text states, except that of the first token. It
-    lowercases prompts. `elakit.generate` generates at exactly the given size, without the pipeline's resolution
-    binning.
+    The pipeline puts an instruction before the prompt, and discards the text states of the instruction, except that of
+    the first token. It lowercases prompts. `elakit.generate` generates at exactly the given size, without the
+    pipeline's resolution binning.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class Sana(Float32Latents):
         return Layout(self._grid(args, kwargs), 0, (0, text))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Batch size, timestep and latent size of a call of the transformer, which may receive a scaled timestep."""
+        """Batch size, scheduler's timestep (before scaling by ``timestep_scale``) and latent size of a call."""
         call = super().read_call(args, kwargs)
         return replace(call, timestep=call.timestep / self.pipe.transformer.config.timestep_scale)
 
@@ -53,7 +53,7 @@ class Sana(Float32Latents):
         return call_default(self.pipe, "height"), call_default(self.pipe, "width")
 
     def text(self) -> tuple[TextSequence, ...]:
-        """One sequence of Gemma tokens: the first one, then those of the prompt; the instruction is discarded."""
+        """One sequence of Gemma tokens: the first one, then the prompt; the instruction between them is discarded."""
         tokenizer = self.pipe.tokenizer
         instruction = "\n".join(call_default(self.pipe, "complex_human_instruction"))
         return (
@@ -72,8 +72,8 @@ class Sana(Float32Latents):
         lowered = text.lower()
         if text != text.strip() or len(lowered) != len(text):
             raise PromptError(
-                f"{type(self.pipe).__name__} reads {text!r} as {lowered.strip()!r}, so its tokens cannot be matched: "
-                "write the prompt as the pipeline reads it."
+                f"{type(self.pipe).__name__} reads {text!r} as {lowered.strip()!r}, so the prompt's tokens cannot be "
+                "matched to its words: write the prompt as the pipeline reads it."
             )
         return lowered
 
@@ -99,7 +99,7 @@ class Sana(Float32Latents):
         return super()._given(timestep, latents) * self.pipe.transformer.config.timestep_scale
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are pure noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the initial noise is not scaled."""
         super().set_timesteps(steps, height, width)
         return 1.0
 

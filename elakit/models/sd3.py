@@ -14,7 +14,7 @@ from elakit.tokens import TextSequence
 
 
 class StableDiffusion3Pipeline(TransformerPipeline, Protocol):
-    """Members of the family's pipelines that its adapter uses, besides the transformer."""
+    """Members of the family's pipelines that the adapter uses in addition to those of `TransformerPipeline`."""
 
     tokenizer_max_length: int
     tokenizer_3: Any
@@ -25,7 +25,8 @@ class StableDiffusion3(TransformerAdapter):
     """Adapter of Stable Diffusion 3 pipelines.
 
     The text consists of two sequences: that of both CLIP encoders, whose states are concatenated along the channels,
-    and that of T5. Without T5 (``text_encoder_3=None``) its positions hold zeros and count as padding.
+    and that of T5. If the pipeline was loaded without T5 (``text_encoder_3=None``), the positions of T5 hold zeros and
+    count as padding.
 
     Image locations attend to image and text in one softmax, so that their attention to the text sums to less than 1.
 
@@ -62,7 +63,7 @@ class StableDiffusion3(TransformerAdapter):
         )
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Batch size, timestep and latent size of a call of the transformer; skip-layer passes are not conditional."""
+        """Batch size, timestep and latent size of a call; a pass of skip-layer guidance is not conditional."""
         return replace(super().read_call(args, kwargs), conditional=kwargs.get("skip_layers") is None)
 
     def text(self) -> tuple[TextSequence, ...]:
@@ -77,7 +78,7 @@ class StableDiffusion3(TransformerAdapter):
         )
 
     def text_length(self) -> int:
-        """Number of text positions, including those of T5 even if it is not loaded."""
+        """Number of text positions, including those of T5, even if T5 is not loaded."""
         return int(self.pipe.tokenizer_max_length) + self._t5_length()
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
@@ -97,7 +98,7 @@ class StableDiffusion3(TransformerAdapter):
         return Conditioning(call, {"encoder_hidden_states": embeds, "pooled_projections": pooled})
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are pure noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the initial noise is not scaled."""
         scheduler = self.pipe.scheduler
         shift = {"mu": self._shift(height, width, 1.16)} if scheduler.config.get("use_dynamic_shifting") else {}
         scheduler.set_timesteps(steps, device=self.pipe._execution_device, **shift)

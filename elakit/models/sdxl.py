@@ -13,7 +13,7 @@ from elakit.pipeline import Pipeline, UNetPipeline
 
 
 class XLPipeline(UNetPipeline, Protocol):
-    """Members of the family's pipelines that its adapter uses, besides the U-Net."""
+    """Members of the family's pipelines that the adapter uses in addition to those of `UNetPipeline`."""
 
     def _get_add_time_ids(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
 
@@ -63,7 +63,7 @@ class StableDiffusionXL(UNetAdapter):
     def _added(
         self, embeds: torch.Tensor, pooled: torch.Tensor, size: tuple[int, int] | None, config: Any
     ) -> dict[str, torch.Tensor]:
-        """Further conditions of the U-Net: the pooled text state and the image's size."""
+        """Value of ``added_cond_kwargs`` for the U-Net: the pooled text state, and the size and crop of the image."""
         size = size or self.default_size()
         time_ids = self.pipe._get_add_time_ids(
             size,

@@ -25,12 +25,17 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def locate(name: str | Path) -> str:
-    """Folder or hub id of a model, without a request to the network.
+    """Folder or hub id of a model; nothing is downloaded.
 
     Parameters
     ----------
     name : str or pathlib.Path
-        As in `load`.
+        A built-in model, a folder or a hub id, as in `load`.
+
+    Returns
+    -------
+    str
+        Path of the folder, also for a built-in model, or the hub id.
 
     Raises
     ------
@@ -65,12 +70,17 @@ def locate(name: str | Path) -> str:
 
 
 def read_index(source: str) -> dict[str, Any]:
-    """Content of a pipeline's ``model_index.json``, which is enough to refuse an unsupported model before its download.
+    """Content of a pipeline's ``model_index.json``, which suffices to refuse a model before its weights are downloaded.
 
     Parameters
     ----------
     source : str
         Folder or hub id, as `locate` returns it.
+
+    Returns
+    -------
+    dict
+        Class of the pipeline, and for each component its library and class.
 
     Raises
     ------
@@ -124,11 +134,14 @@ def unavailable(hub_id: str, why: str) -> ModelError:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an error as a sentence; the further lines of a library's error advise on its own API.
+    """First line of an error's message, ending with a period.
+
+    The further lines of a library's message often recommend calls of its own API, which do not apply here.
 
     Parameters
     ----------
     error : BaseException
+        Error of any kind; the name of its class is used if it has no message.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Base of the families that denoise with a transformer: one map size, that of the latent divided into patches."""
+"""Base of the families that denoise with a transformer, whose maps all have one size: the grid of patches."""
 
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ class TransformerAdapter(PromptEncoder):
     ) -> tuple[AttentionLayer, ...]:
         """One layer for each block of a stack, read where it calls the attention function; see `AttentionLayer.layout`.
 
-        ``stack`` and ``attention`` are the names of the list of blocks and of the attention module in a block.
+        ``stack`` is the denoiser's attribute with the list of blocks, ``attention`` that of a block with its attention
+        module.
         """
         return tuple(
             AttentionLayer(
@@ -134,7 +135,7 @@ class TransformerAdapter(PromptEncoder):
         )
 
     def _layout(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout:
-        """Places of image and text among queries and keys, in a call of the denoiser."""
+        """Positions of image and text among queries and keys of the attention calls, from the denoiser's arguments."""
         raise NotImplementedError
 
     @property
@@ -157,15 +158,15 @@ class TransformerAdapter(PromptEncoder):
         return Call(latents.shape[0], float(timestep.flatten()[0]), (latents.shape[-2], latents.shape[-1]))
 
     def conditional_rows(self, batch: int) -> slice:
-        """Rows of a denoiser batch that see the prompt; the pipeline's state is read at each call.
+        """Rows of a batch of the denoiser that see the prompt; the pipeline's state is read at each call.
 
-        Some pipelines (PixArt) have no attribute for classifier-free guidance, so the variables of their running call
-        are read; outside a call all rows see the prompt.
+        Some pipelines (PixArt) have no attribute that states whether they use classifier-free guidance. Then the local
+        variables of their running ``__call__`` are read; if none is running, all rows see the prompt.
 
         Raises
         ------
         ModelError
-            Raised when the batch does not divide into the parts that the pipeline stacks.
+            Raised when the batch cannot be divided into the parts that the pipeline stacks.
         """
         guided = getattr(self.pipe, "do_classifier_free_guidance", None)
         if guided is None:
@@ -178,7 +179,7 @@ class TransformerAdapter(PromptEncoder):
         Raises
         ------
         SettingError
-            Raised when a side is not a positive multiple of the product of the autoencoder's factor and the patch size.
+            Raised when a side is not a positive multiple of the product of ``vae_scale_factor`` and the patch size.
         """
         factor = self.pipe.vae_scale_factor
         check_sides(height, width, factor * self._patch)
@@ -197,7 +198,7 @@ class TransformerAdapter(PromptEncoder):
         Parameters
         ----------
         latents : torch.Tensor, (n, ...)
-            Latents in the pipeline's format.
+            Latents in the pipeline's format, already scaled by the scheduler's ``scale_model_input``.
         timestep : torch.Tensor, float or int
             The scheduler's timestep.
         conditioning : Conditioning
@@ -205,7 +206,7 @@ class TransformerAdapter(PromptEncoder):
         Returns
         -------
         torch.Tensor, (n, ...)
-            Output of the model, a learned variance included.
+            Output of the model, including a learned variance if the model predicts one.
         """
         return self.denoiser(
             hidden_states=latents,
@@ -215,7 +216,7 @@ class TransformerAdapter(PromptEncoder):
         )[0]
 
     def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
-        """Timestep in the form in which the model takes it, one per row."""
+        """Timestep in the form in which the model receives it, one value per row of the latents."""
         return torch.as_tensor(timestep, device=latents.device).expand(len(latents))
 
     def text_call(
@@ -226,30 +227,31 @@ class TransformerAdapter(PromptEncoder):
         kwargs: Mapping[str, Any],
         rows: slice,
     ) -> dict[str, Any]:
-        """Arguments of a denoiser call like a given one, but with other text states and only one patch of the image.
+        """Arguments of a given denoiser call, by name, with other text states and only one patch of the image.
 
-        `elakit.attention.map_concepts` reads the attention outputs of the text in such a call. Only families with joint
-        attention whose layers are read where they call the attention function (`AttentionLayer.layout`) need it.
+        `elakit.attention.map_concepts` makes a call with them to read the attention outputs of the text. Only families
+        with joint attention whose layers are read where they call the attention function (`AttentionLayer.layout`) need
+        this method.
 
         Parameters
         ----------
         states : torch.Tensor, (tokens, channels)
-            Text states, which are the same for all rows.
+            Text states that replace those of the given call, the same for all rows.
         positions : sequence of int
             Position of each token in the text that it was encoded in.
         args, kwargs : sequence, mapping
-            Arguments of the other denoiser call.
+            Arguments of the given denoiser call.
         rows : slice
-            Rows of that call to keep.
+            Rows of the given call to keep.
 
         Returns
         -------
-        dict
+        dict of str to Any
         """
         return self._with_text(self._of_rows(args, kwargs, rows), states, positions)
 
     def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
-        """Arguments of a denoiser call, by name, with other text states and one patch of the image; see `text_call`."""
+        """Arguments of the denoiser by name: those ``given``, with other text states and one patch; see `text_call`."""
         latents = given["hidden_states"]
         return given | {
             "hidden_states": latents[..., : self._patch, : self._patch],
@@ -257,7 +259,7 @@ class TransformerAdapter(PromptEncoder):
         }
 
     def _of_rows(self, args: Sequence[Any], kwargs: Mapping[str, Any], rows: slice) -> dict[str, Any]:
-        """Arguments of a denoiser call by name, restricted to some of its rows."""
+        """Arguments of a denoiser call by name, restricted to some rows of the batch."""
         names = list(inspect.signature(type(self.denoiser).forward).parameters)[1:]
         given = dict(zip(names, args, strict=False)) | dict(kwargs)
         batch = len(given[names[0]])
@@ -268,11 +270,11 @@ class TransformerAdapter(PromptEncoder):
         return {name: cut(value) for name, value in given.items()}
 
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
-        """Layers that read self-attention, one for each of the given layers.
+        """Layers whose self-attention is read, one for each of the given layers.
 
-        These are the self-attention layers of the same blocks. In joint attention, where image and text are keys
-        together, they are the given layers themselves: their attention to the keys of the image, whose rows sum to the
-        share of attention that the image receives.
+        In a model with cross-attention, these are the self-attention layers of the same blocks. In joint attention,
+        image and text are keys of one softmax, so that the given layers are returned, with ``reads="image"``: the
+        attention of a location to all image locations then sums to less than 1.
 
         Raises
         ------
@@ -290,7 +292,7 @@ class TransformerAdapter(PromptEncoder):
         return int(self.pipe.transformer.config.in_channels)
 
     def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
-        """Initial noise of unit variance, (1, c, h, w)."""
+        """Initial noise of unit variance for an image of ``height`` x ``width`` pixels: a latent, (1, c, h, w)."""
         shape = (1, self._channels, *self.latent_size(height, width))
         return seeded_noise(shape, generator, self.pipe._execution_device, self._noise_dtype)
 
@@ -300,14 +302,14 @@ class TransformerAdapter(PromptEncoder):
         return compute_dtype(self.denoiser)
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return the factor of the initial noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return the scale of the initial noise."""
         self.pipe.scheduler.set_timesteps(steps, device=self.pipe._execution_device)
         return float(getattr(self.pipe.scheduler, "init_noise_sigma", 1.0))
 
     def _shift(self, height: int, width: int, largest: float) -> float:
-        """Shift of the timesteps of flow matching for an image's size (``mu``), as diffusers' pipelines compute it.
+        """Shift (``mu``) of the timesteps of flow matching for an image size, as diffusers' pipelines compute it.
 
-        ``largest`` is the pipeline's default of ``max_shift``, for schedulers whose configuration has none.
+        ``largest`` is the value that the pipeline uses if the scheduler's configuration has no ``max_shift``.
         """
         rows, columns = self.latent_size(height, width)
         return self._flow_shift((rows // self._patch) * (columns // self._patch), largest)
@@ -326,7 +328,7 @@ class TransformerAdapter(PromptEncoder):
         return shift
 
     def _set_flow(self, steps: int, shift: float) -> None:
-        """Set the timesteps of flow matching: noise levels from 1 to 1/steps, shifted by the scheduler."""
+        """Set the timesteps of flow matching: noise levels from 1 to 1/steps, which the scheduler shifts."""
         from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 
         scheduler = self.pipe.scheduler
@@ -335,7 +337,7 @@ class TransformerAdapter(PromptEncoder):
         retrieve_timesteps(scheduler, steps, self.pipe._execution_device, sigmas=sigmas, mu=shift)
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from latents, (n, c, h, w); the latents of an unfinished run may be noisy."""
+        """Images decoded from latents, (n, c, h, w), which may be those of an unfinished run."""
         return decoded(self.pipe, latents)
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:
@@ -344,7 +346,7 @@ class TransformerAdapter(PromptEncoder):
         Raises
         ------
         ModelError
-            Raised when the family decodes latents in its own way, and elakit has no inverse for it.
+            Raised when the family decodes latents in its own way, for which elakit has no inverse.
         """
         if type(self).decode is not TransformerAdapter.decode:
             raise ModelError(
@@ -353,7 +355,7 @@ class TransformerAdapter(PromptEncoder):
         return encoded(self.pipe, image)
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-        """Arguments of the pipeline's call with which ``move(step, latents)`` replaces the latents after each step."""
+        """Arguments that make the pipeline's call replace the latents by ``move(step, latents)`` after each step."""
         return step_callback(move)
 
     def text(self) -> tuple[TextSequence, ...]:
@@ -366,10 +368,10 @@ class TransformerAdapter(PromptEncoder):
         return last.offset + last.length
 
     def _t5_length(self) -> int:
-        """Number of positions of the last text encoder, by default of the pipeline's call."""
+        """Number of positions of the last text encoder: the call's default of ``max_sequence_length``."""
         return int(call_default(self.pipe, "max_sequence_length"))
 
 
 def repeated_text(states: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Text states, (tokens, channels), for each row of the latents and in their precision."""
+    """Repeat text states, (tokens, channels), for each row of the latents, in the precision of the latents."""
     return states.to(latents.dtype).expand(len(latents), -1, -1)

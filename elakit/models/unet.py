@@ -1,4 +1,4 @@
-"""Base of the families with a ``UNet2DConditionModel``: cross-attention to the text, at several sizes."""
+"""Base of the families with a ``UNet2DConditionModel``: cross-attention to the text, with maps of several sizes."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class UNetAdapter(PromptEncoder):
 
     @staticmethod
     def _tokenizer(pipe: Pipeline) -> Any:
-        """Tokenizer whose text encoder is loaded."""
+        """The pipeline's tokenizer if its text encoder is loaded; otherwise None."""
         return None if getattr(pipe, "text_encoder", None) is None else getattr(pipe, "tokenizer", None)
 
     def layers(self) -> tuple[AttentionLayer, ...]:
@@ -144,7 +144,7 @@ class UNetAdapter(PromptEncoder):
         return Call(sample.shape[0], float(timestep.flatten()[0]), (sample.shape[-2], sample.shape[-1]))
 
     def conditional_rows(self, batch: int) -> slice:
-        """Rows of a denoiser batch that see the prompt.
+        """Rows of a batch of the denoiser that see the prompt.
 
         With classifier-free guidance diffusers stacks ``[unconditional..., conditional...]``, and perturbed-attention
         guidance appends a perturbed copy. The pipeline's state is read at each call, because guidance may end during a
@@ -158,7 +158,7 @@ class UNetAdapter(PromptEncoder):
         Raises
         ------
         ModelError
-            Raised when the batch does not divide into those parts.
+            Raised when the batch cannot be divided into those parts.
         """
         return stacked_rows(self.pipe, batch, bool(getattr(self.pipe, "do_classifier_free_guidance", False)))
 
@@ -168,7 +168,7 @@ class UNetAdapter(PromptEncoder):
         Raises
         ------
         SettingError
-            Raised when a side is not a positive multiple of the autoencoder's factor.
+            Raised when a side is not a positive multiple of ``vae_scale_factor``.
         """
         factor = self.pipe.vae_scale_factor
         check_sides(height, width, factor)
@@ -201,7 +201,7 @@ class UNetAdapter(PromptEncoder):
         return self.denoiser(latents, timestep, **conditioning.rows(len(latents), latents.dtype), return_dict=False)[0]
 
     def _distilled(self, guidance_scale: float | None) -> dict[str, Any]:
-        """Guidance scale as an input of a guidance-distilled U-Net (latent consistency models)."""
+        """Guidance scale as an argument of a guidance-distilled U-Net (latent consistency); empty for other U-Nets."""
         width = self.pipe.unet.config.time_cond_proj_dim
         if width is None:
             return {}
@@ -210,7 +210,7 @@ class UNetAdapter(PromptEncoder):
         return {"timestep_cond": embedding.to(self.pipe._execution_device)}
 
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
-        """Self-attention layers in the blocks of the given layers.
+        """Self-attention layers, one for each of the given cross-attention layers, in the same block.
 
         Raises
         ------
@@ -220,18 +220,18 @@ class UNetAdapter(PromptEncoder):
         return tuple(self_layer(self.denoiser, layer) for layer in beside)
 
     def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
-        """Initial noise of unit variance, (1, c, h, w)."""
+        """Initial noise of unit variance for an image of ``height`` x ``width`` pixels: a latent, (1, c, h, w)."""
         shape = (1, self.pipe.unet.config.in_channels, *self.latent_size(height, width))
         dtype = compute_dtype(self.denoiser)
         return seeded_noise(shape, generator, self.pipe._execution_device, dtype)
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return the factor of the initial noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return the scale of the initial noise."""
         self.pipe.scheduler.set_timesteps(steps, device=self.pipe._execution_device)
         return float(self.pipe.scheduler.init_noise_sigma)
 
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from latents, (n, c, h, w); the latents of an unfinished run may be noisy."""
+        """Images decoded from latents, (n, c, h, w), which may be those of an unfinished run."""
         return decoded(self.pipe, latents)
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:
@@ -239,7 +239,7 @@ class UNetAdapter(PromptEncoder):
         return encoded(self.pipe, image)
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-        """Arguments of the pipeline's call with which ``move(step, latents)`` replaces the latents after each step."""
+        """Arguments that make the pipeline's call replace the latents by ``move(step, latents)`` after each step."""
         return step_callback(move)
 
     def text_length(self) -> int:
@@ -262,7 +262,10 @@ def seeded_noise(
 
 
 def step_callback(move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-    """Arguments for a ``callback_on_step_end`` that passes (step, latents) through ``move``."""
+    """Arguments that make a pipeline's call replace the latents by ``move(step, latents)`` after each step.
+
+    The arguments are ``callback_on_step_end`` and its tensor inputs; ``step`` is the index that diffusers passes to it.
+    """
 
     def callback(pipe: Pipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         return {**tensors, "latents": move(step, tensors["latents"])}
@@ -271,7 +274,7 @@ def step_callback(move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str
 
 
 def self_layer(denoiser: nn.Module, beside: AttentionLayer) -> AttentionLayer:
-    """Self-attention layer in the block of a cross-attention layer; `ModelError` if there is none."""
+    """Self-attention layer in the block of a cross-attention layer; raise a `ModelError` if the block has none."""
     name = beside.name.rpartition(".")[0] + ".attn1"
     module: Any
     try:
@@ -287,7 +290,7 @@ def self_layer(denoiser: nn.Module, beside: AttentionLayer) -> AttentionLayer:
 
 
 def check_sides(height: int, width: int, factor: int) -> None:
-    """Raise a `SettingError` if a side of an image is not a positive multiple of a factor."""
+    """Raise a `SettingError` if the height or width of an image in pixels is not a positive multiple of ``factor``."""
     for name, side in (("height", height), ("width", width)):
         if not is_whole(side) or side <= 0 or side % factor:
             raise SettingError(

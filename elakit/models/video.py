@@ -15,7 +15,7 @@ from elakit.pipeline import TransformerPipeline
 
 
 class VideoPipeline(TransformerPipeline, Protocol):
-    """Members of video pipelines that their adapters use, besides the transformer."""
+    """Members of video pipelines that their adapters use in addition to those of `TransformerPipeline`."""
 
     vae_scale_factor_spatial: int
 
@@ -32,11 +32,14 @@ class VideoAdapter(TransformerAdapter):
     @classmethod
     def _refusal_of_relative(cls, pipeline: str) -> str | None:
         if pipeline not in cls.pipelines:
-            return f"it takes more than a text, and only {', '.join(cls.pipelines)} is supported of {cls.family}"
+            return (
+                f"it takes more than a text prompt, and of the pipelines of {cls.family} only "
+                f"{', '.join(cls.pipelines)} is supported"
+            )
         return None
 
     def _latent(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int, int]:
-        """Frames, rows and columns of the latent in a call of the denoiser; frames are those that layers see."""
+        """Number of frames that layers have maps of, and rows and columns of the latent, in a call of the denoiser."""
         raise NotImplementedError
 
     def _grid(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
@@ -62,7 +65,8 @@ class VideoAdapter(TransformerAdapter):
         Raises
         ------
         SettingError
-            Raised when a side is not a positive multiple of the product of the autoencoder's factor and the patch size.
+            Raised when a side is not a positive multiple of the product of the autoencoder's spatial factor and the
+            patch size.
         """
         check_sides(height, width, self._side_factor * self._patch)
         return height // self._side_factor, width // self._side_factor
@@ -72,8 +76,8 @@ class VideoAdapter(TransformerAdapter):
         return call_default(self.pipe, "height"), call_default(self.pipe, "width")
 
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
-        """Raise a `ModelError`: self-attention of a video is among the locations of all frames."""
+        """Raise a `ModelError`, because the self-attention of a video is among the locations of all frames."""
         raise ModelError(
-            f"self-attention of {self.family} is among the locations of all frames, which is not supported. Leave out "
-            "the option or method that reads self-attention."
+            f"The self-attention of {self.family} is among the locations of all frames, which is not supported. Leave "
+            "out the option or method that reads self-attention."
         )

@@ -24,7 +24,7 @@ _TWO = (
 class Wan(SeparateNegative, VideoAdapter):
     """Adapter of Wan text-to-video pipelines with one transformer (Wan 2.1, Wan 2.2 TI2V-5B).
 
-    Guidance is a second call with the negative prompt, which is not recorded.
+    Guidance is a second denoiser call, with the negative prompt, which is not recorded.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ class Wan(SeparateNegative, VideoAdapter):
         return replace(super().read_call(args, kwargs), conditional=not negative)
 
     def text(self) -> tuple[TextSequence, ...]:
-        """Sequence of T5's tokens, followed by padding whose states are zeros."""
+        """One sequence of T5 tokens, followed by padding whose states are zeros."""
         tokenizer, length = self.pipe.tokenizer, self._t5_length()
         return (TextSequence(name="umt5", tokenizer=tokenizer, offset=0, length=length, read=self._as_read),)
 
@@ -76,7 +76,7 @@ class Wan(SeparateNegative, VideoAdapter):
         cleaned = re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
         if text != cleaned:
             raise PromptError(
-                f"{type(self.pipe).__name__} reads {text!r} as {cleaned!r}, so its tokens cannot be matched: write the "
-                "prompt as the pipeline reads it."
+                f"{type(self.pipe).__name__} reads {text!r} as {cleaned!r}, so the prompt's tokens cannot be matched "
+                "to its words: write the prompt as the pipeline reads it."
             )
         return text

@@ -27,9 +27,9 @@ _MULTIPLE = 32  # image and text are each padded to a multiple of it, by learned
 class ZImage(TransformerAdapter):
     """Adapter of Z-Image pipelines.
 
-    The sequence consists of the image, then the text, each padded to a multiple of 32 positions; padding of the text
-    counts as end-of-text. With classifier-free guidance, a batch is ``[conditional..., unconditional...]``; a scale of
-    0 switches guidance off.
+    The sequence consists of the image, then the text, each padded to a multiple of 32 positions. Padding of the text
+    counts as end-of-text. With classifier-free guidance, a batch is ``[conditional..., unconditional...]``. Guidance is
+    on at every scale above 0.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ class ZImage(TransformerAdapter):
         return Layout((rows, columns), 0, (_padded(rows * columns), _padded(text)))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Batch size, timestep and latent size of a call, which takes lists with one entry per row."""
+        """Batch size, timestep and latent size of a call, whose images and texts are lists with one entry per row."""
         images, texts = argument(args, kwargs, 0, "x"), argument(args, kwargs, 2, "cap_feats")
         negative = {id(one) for one in running(self.pipe).get("negative_prompt_embeds") or ()}
         self._conditional = sum(id(one) not in negative for one in texts)
@@ -75,11 +75,11 @@ class ZImage(TransformerAdapter):
         )
 
     def conditional_rows(self, batch: int) -> slice:
-        """Rows of the batch that see the prompt: the first ones, one for each text that is not a negative prompt."""
+        """Rows that see the prompt: the first n, where n texts of the latest call are not negative prompts."""
         return slice(0, min(batch, getattr(self, "_conditional", batch)))
 
     def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
-        """Arguments with other text and one patch; see `TransformerAdapter.text_call`."""
+        """Arguments of the denoiser with other text states and one patch; see `TransformerAdapter.text_call`."""
         patches = [image[..., : self._patch, : self._patch] for image in given["x"]]
         return given | {"x": patches, "cap_feats": [states.to(patches[0].dtype)] * len(patches)}
 
@@ -119,6 +119,7 @@ class ZImage(TransformerAdapter):
         Parameters
         ----------
         latents : torch.Tensor, (n, c, h, w)
+            Latents, which are converted to the model's precision.
         timestep : torch.Tensor, float or int
             The scheduler's timestep.
         conditioning : Conditioning
@@ -138,7 +139,7 @@ class ZImage(TransformerAdapter):
         return torch.stack(list(outputs)).squeeze(2)
 
     def _given(self, timestep: torch.Tensor | float | int, latents: torch.Tensor) -> torch.Tensor:
-        """Time from 0 (noise) to 1 (image)."""
+        """Time from 0 (noise) to 1 (image), which the model receives instead of a timestep."""
         return (1000 - super()._given(timestep, latents)) / 1000
 
     @property
@@ -150,7 +151,7 @@ class ZImage(TransformerAdapter):
         return int(self.pipe.transformer.in_channels)
 
     def set_timesteps(self, steps: int, height: int, width: int) -> float:
-        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the first latents are pure noise."""
+        """Set the scheduler's timesteps as the pipeline's call does, and return 1: the initial noise is not scaled."""
         self._set_flow(steps, self._shift(height, width, 1.15))
         return 1.0
 

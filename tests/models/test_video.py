@@ -205,7 +205,7 @@ def test_relatives_are_refused() -> None:
         with pytest.raises(ModelError, match="divided between two transformers"):
             refuse()
     index = {"_class_name": "WanImageToVideoPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
-    with pytest.raises(ModelError, match="only WanPipeline is supported of Wan"):
+    with pytest.raises(ModelError, match="of the pipelines of Wan only WanPipeline is supported"):
         refuse_index("It", index)
     for name in ("Wan", "LTX-Video", "CogVideoX"):
         pipe = BUILDERS[name]()
