@@ -156,7 +156,7 @@ def test_a_file_that_cannot_be_read_is_refused_with_the_next_step(tmp_path: Path
         ('{"1": "a cat"}', "image 1: prompt=None: must be a text"),
         ('{"1": {"prompt": 3}}', "image 1: prompt=3: must be a text"),
         ('{"1": {"prompt": " "}}', "image 1: prompt=' ': must be a text"),
-        ('{"1": {"prompt": "a cat"}}', "image 1: it has only prompt, and seed must be there, too. Restore the file"),
+        ('{"1": {"prompt": "a cat"}}', "image 1: the entry has only prompt; it must also have seed. Restore the file"),
         ("{", "is damaged: it is not valid JSON"),
     ],
 )
