@@ -88,8 +88,8 @@ def auc(maps: Any, masks: Any) -> np.ndarray:
 
     Examples
     --------
-    Of the four pairs of a location on the entity and one outside it, three have more attention on the entity (3 > 2,
-    3 > 1 and 2 > 1), and one is a tie (2 = 2) and counts half:
+    There are four pairs of a location on the entity and one outside it. In three of them the location on the entity has
+    more attention (3 > 2, 3 > 1 and 2 > 1); one is a tie (2 = 2) and counts half:
 
     >>> float(auc([[3., 2., 2., 1.]], [[1, 1, 0, 0]]))
     0.875

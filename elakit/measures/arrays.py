@@ -113,7 +113,7 @@ def as_masks(values: Any, name: str) -> np.ndarray:
     if masks.ndim < 2 or ((masks != 0) & (masks != 1)).any():
         raise SettingError(
             f"{name} of shape {masks.shape} must be boolean masks (..., y, x), with values 0 and 1 only; binarize maps "
-            "first, for instance with otsu_masks."
+            "first, for instance with elakit.measures.masks.otsu_masks."
         )
     return masks.astype(bool)
 
@@ -122,7 +122,8 @@ def same_size(a: np.ndarray, b: np.ndarray) -> None:
     """Raise SettingError if the spatial sizes (y, x) of two arrays differ."""
     if a.shape[-2:] != b.shape[-2:]:
         raise SettingError(
-            f"The sizes (y, x) of both arrays must be equal, not {a.shape[-2:]} and {b.shape[-2:]}. Resize one first."
+            f"The sizes (y, x) of two arrays must be equal, not {a.shape[-2:]} and {b.shape[-2:]}. Resize one: "
+            "maps with elakit.measures.arrays.resize, masks with elakit.measures.masks.downscale."
         )
 
 

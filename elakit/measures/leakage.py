@@ -70,7 +70,7 @@ def leakage(maps: Any, masks: Any) -> np.ndarray:
     if p.ndim < 3 or regions.ndim < 3:
         raise SettingError(
             f"maps have shape {p.shape} and masks {regions.shape}; (..., entity, y, x) and (..., region, y, x) are "
-            "needed."
+            "needed. Give a single map or mask as a list of one."
         )
     same_size(p, regions)
     check_disjoint(regions)
@@ -117,7 +117,7 @@ def truth_leakage(maps: Any, masks: Any) -> np.ndarray:
     if p.ndim < 3 or things.ndim < 3:
         raise SettingError(
             f"maps have shape {p.shape} and masks {things.shape}; (..., entity, y, x) and (..., thing, y, x) "
-            "are needed."
+            "are needed. Give a single map or mask as a list of one."
         )
     claims = things.sum(axis=-3, keepdims=True)
     parts = np.concatenate([things / np.maximum(claims, 1), claims == 0], axis=-3)
@@ -282,7 +282,7 @@ def attribute_overlap(attributes: Any, entities: Any) -> np.ndarray:
     if of_attributes.ndim < 3 or of_entities.ndim < 3:
         raise SettingError(
             f"attributes have shape {of_attributes.shape} and entities {of_entities.shape}; (..., attribute, y, x) and "
-            "(..., entity, y, x) are needed."
+            "(..., entity, y, x) are needed. Give a single map as a list of one."
         )
     return np.asarray(ruzicka(of_attributes[..., :, None, :, :], of_entities[..., None, :, :, :]))
 
