@@ -27,7 +27,7 @@ def _shades() -> tuple[np.ndarray, np.ndarray]:
 
 
 def name_pixels(rgb: np.ndarray) -> np.ndarray:
-    """Index, in ``elakit.world.recolor.PAINTS``, of the color that is nearest to each pixel.
+    """Index of the nearest color for each pixel, in the order of ``elakit.world.recolor.PAINTS``.
 
     Parameters
     ----------
@@ -74,15 +74,17 @@ def thing_color(rgb: np.ndarray, mask: np.ndarray, noun: str) -> str | None:
     mask : ndarray, bool, (y, x)
         Mask of the thing.
     noun : str
-        Noun of the thing, which decides the pixels that count: those of the rim for glasses, else all.
+        Noun of the thing. For glasses, only the pixels of the rim count; for all other nouns, every pixel.
 
     Returns
     -------
     str or None
-        Most frequent color of these pixels, one of picture-world's; None if the mask is empty.
+        Most frequent color of the pixels that count, one of picture-world's colors; None if the mask is empty.
 
     Examples
     --------
+    Glasses with a red rim and pale blue lenses:
+
     >>> image = np.full((16, 16, 3), 255, np.uint8)
     >>> image[2:9, 2:14], image[4:7, 4:12] = (200, 20, 30), (180, 220, 250)
     >>> mask = np.zeros((16, 16), bool)

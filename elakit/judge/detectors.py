@@ -1,7 +1,7 @@
-"""Zero-shot detectors and segmenters of transformers, to judge real images (Stable Diffusion, SDXL, photographs).
+"""Zero-shot detectors and segmenters from Hugging Face transformers, to judge images of other models and photographs.
 
-Each detector is callable: it takes an image and nouns, and returns things, like the built-in judge. Each follows the
-post-processing that the model's authors published.
+Each detector is a callable that takes an image and nouns and returns things, as the built-in judge does. Each follows
+the post-processing that the model's authors published.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ class OwlDetector:
     nms : float
         IoU threshold of non-maximum suppression among the boxes of one noun.
     query : str
-        Text query; ``{noun}`` is replaced by the noun.
+        Template of the text query for a noun; ``{noun}`` is replaced by the noun.
     masks : Sam, optional
-        Model that refines boxes to masks. By default the mask of a thing is its whole box, from which its color is then
-        taken.
+        Model that predicts the mask of the thing in each box. By default the mask of a thing is its whole box, so its
+        color is the most frequent one in the box.
 
     Raises
     ------
@@ -121,7 +121,7 @@ class OwlDetector:
         Raises
         ------
         PromptError
-            `nouns` is a single string, or one of them has no letter.
+            `nouns` is a single string, or one of the nouns contains no letter or digit.
         """
         asked = _distinct(nouns)
         if not asked:
@@ -154,14 +154,14 @@ class GroundingDinoDetector:
     model : transformers.GroundingDinoForObjectDetection
     processor : transformers.GroundingDinoProcessor
     threshold : float
-        Score that at least one token must exceed for a box to be kept.
+        Score that at least one token of the text must exceed in a box for the box to be kept.
     text_threshold : float
         Mean score of a noun's tokens above which a kept box is assigned to the noun. The mean is the thing's score.
     nms : float
         IoU threshold of non-maximum suppression among the boxes of one noun.
     masks : Sam, optional
-        Model that refines boxes to masks. By default the mask of a thing is its whole box, from which its color is then
-        taken.
+        Model that predicts the mask of the thing in each box. By default the mask of a thing is its whole box, so its
+        color is the most frequent one in the box.
 
     Raises
     ------
@@ -189,7 +189,9 @@ class GroundingDinoDetector:
         Raises
         ------
         PromptError
-            `nouns` is a single string, or one of them has no letter.
+            `nouns` is a single string, or one of the nouns contains no letter or digit.
+        SettingError
+            All nouns together have more tokens than the model reads.
         """
         asked = _distinct(nouns)
         if not asked:
@@ -216,7 +218,7 @@ class GroundingDinoDetector:
         return _things(rgb, owners, scores[rows, columns], corners, self.nms, self.masks)
 
     def _spans(self, ids: list[int]) -> list[list[int]]:
-        """Positions of each noun's tokens; full stops separate the nouns."""
+        """Positions of the tokens of each noun in a text's token ids; full stops separate the nouns."""
         tokenizer = self.processor.tokenizer
         stop = tokenizer.convert_tokens_to_ids(".")
         spans: list[list[int]] = [[]]
@@ -232,19 +234,19 @@ class GroundingDinoDetector:
 class ClipSegSegmenter:
     """CLIPSeg segmenter (Lüddecke and Ecker, CVPR 2022): a thing is a connected component of pixels of one noun.
 
-    Each pixel is assigned to the noun with the highest score. The score of a thing is the mean score of its pixels.
-    Components are disjoint, so hybrids are never reported.
+    Each pixel is assigned to the noun with the highest score there. The score of a thing is the mean of this score over
+    its pixels. Components are disjoint, so this segmenter never reports hybrids.
 
     Parameters
     ----------
     model : transformers.CLIPSegForImageSegmentation
     processor : transformers.CLIPSegProcessor
     threshold : float
-        Score that a pixel must exceed; other pixels are background.
+        Score that a pixel must exceed to belong to its noun; the other pixels are background.
     least_area : float
         Smallest share of the image that a component must cover, 0 to 1.
     query : str
-        Text query; ``{noun}`` is replaced by the noun.
+        Template of the text query for a noun; ``{noun}`` is replaced by the noun.
 
     Raises
     ------
@@ -272,7 +274,7 @@ class ClipSegSegmenter:
         Raises
         ------
         PromptError
-            `nouns` is a single string, or one of them has no letter.
+            `nouns` is a single string, or one of the nouns contains no letter or digit.
         """
         asked = _distinct(nouns)
         if not asked:
@@ -387,7 +389,10 @@ def load_detector(
         if option not in settings:
             raise SettingError(f"{adapter.__name__} has no option {option!r}; it has {', '.join(settings)}.")
     if sam is not None and adapter is ClipSegSegmenter:
-        raise SettingError("sam is given, but CLIPSeg predicts masks itself; leave sam out or load a box detector.")
+        raise SettingError(
+            "sam is given, but CLIPSeg predicts masks itself. Leave sam out, or load a detector of boxes, such as "
+            "'google/owlv2-base-patch16-ensemble'."
+        )
     if sam is not None and not isinstance(sam, Sam):
         if (sam_kind := _model_type(sam)) != "sam":
             raise ModelError(f"sam is {str(sam)!r}, a {sam_kind!r} model; give a SAM such as 'facebook/sam-vit-base'.")
@@ -398,7 +403,7 @@ def load_detector(
 
 
 def mark_coinciding(things: Sequence[Thing], iou: float = 0.9) -> list[Thing]:
-    """Mark things of different nouns whose boxes coincide as parts of one hybrid.
+    """Mark things of different nouns as parts of one hybrid if their boxes coincide.
 
     Parameters
     ----------
@@ -409,7 +414,8 @@ def mark_coinciding(things: Sequence[Thing], iou: float = 0.9) -> list[Thing]:
     Returns
     -------
     list of Thing
-        In the same order; the nouns that a thing coincides with are added to its ``mixed_with``.
+        Copies of the things in the same order. The nouns of the things whose boxes coincide with the box of a thing
+        are added to its ``mixed_with``.
 
     Raises
     ------
@@ -440,7 +446,7 @@ def mark_coinciding(things: Sequence[Thing], iou: float = 0.9) -> list[Thing]:
 def _things(
     rgb: Image.Image, nouns: list[str], scores: torch.Tensor, corners: torch.Tensor, nms: float, sam: Sam | None
 ) -> list[Thing]:
-    """Things from boxes (n, 4) in pixels: clipped, suppressed, marked as mixed, refined to masks, and colored."""
+    """Things in the boxes (n, 4), in pixels, that non-maximum suppression keeps, with hybrids, masks and colors."""
     sides = [rgb.width, rgb.height, rgb.width, rgb.height]
     boxes = np.clip(np.rint(corners.cpu().numpy()), 0, sides).astype(int)
     confidence = scores.cpu().numpy()
@@ -487,7 +493,7 @@ def _color(rgb: Image.Image, mask: np.ndarray) -> str | None:
 
 
 def _distinct(nouns: Sequence[str]) -> list[str]:
-    """Distinct nouns in lower case, in order."""
+    """Nouns in lower case without repetitions, in the order of their first occurrence."""
     if isinstance(nouns, str):
         raise PromptError(f"nouns is the string {nouns!r}; give a list, such as [{nouns!r}].")
     names = list(dict.fromkeys(" ".join(noun.lower().split()) for noun in nouns))

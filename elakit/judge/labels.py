@@ -5,12 +5,13 @@
     image,first_nameable,first_color,second_nameable,second_color,hybrid,extra
     17,1,1,1,0,0,0
 
-All values are 1 or 0. ``*_nameable``: a person who has not read the prompt would name the thing as the prompt does.
-``*_color``: the thing has the color that the prompt asks for; if it asks for none, 1 unless the thing clearly took the
-color of the other one. ``hybrid``: two things are fused. ``extra``: a nameable thing was not asked for, or appears more
-often than asked for. The columns of the second entity are empty for single things. A row with nothing but
-the number is not labeled yet and is left out. An image is right by eye if every entity is nameable and has its color
-and nothing is fused, which is also the judge's definition of success.
+All values are 1 (true) or 0 (false). ``*_nameable``: a person who has not read the prompt would name the thing as the
+prompt does. ``*_color``: the thing has the color that the prompt asks for; if the prompt asks for none, the value is 1
+unless the thing clearly took the color of the other one. ``hybrid``: two things are fused. ``extra``: a nameable thing
+was not asked for, or appears more often than asked for. If the prompt names a single entity, the columns of the second
+one are empty. A row in which only the number is filled in is not labeled yet and is skipped by the readers. An image is
+right by eye if every entity is nameable and has its color and nothing is fused, which is also the judge's definition of
+success.
 
 **Folder of labeled images**: ``labels.csv``, ``images/`` (``0017.png`` or another format) and ``key.json``, an object
 with the prompt of each image and how it was made: ``{"17": {"prompt": "a cat and a dog", "seed": 100}}``.
@@ -67,19 +68,19 @@ class Label:
 
     @property
     def right(self) -> bool:
-        """True if all entities are nameable and have their colors, and none is fused."""
+        """True if all entities are nameable and have their colors, and the image has no hybrid."""
         return all(self.nameable) and all(self.color) and not self.hybrid
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """Names in `FAULTS` of the faults of the image; a wrong color counts only for a nameable entity."""
+        """Faults of the image, each one of `FAULTS`; a wrong color counts only for a nameable entity."""
         miscolored = any(seen and not color for seen, color in zip(self.nameable, self.color, strict=True))
         found = (not all(self.nameable), miscolored, self.hybrid)
         return tuple(name for name, wrong in zip(FAULTS, found, strict=True) if wrong)
 
     @classmethod
     def of(cls, verdict: Verdict, prompt: Prompt) -> Label:
-        """The judge's verdict in the terms of a label; a thing is nameable to the judge if the judge finds it."""
+        """Convert the judge's verdict to a label; an entity counts as nameable if the judge finds it."""
         names = [entity.label for entity in prompt.entities]
         return cls(
             tuple(verdict.present[name] for name in names),
@@ -98,7 +99,7 @@ class Label:
 
 
 class Row(NamedTuple):
-    """A labeled row of a file: its line, the text of each column, and the label."""
+    """A labeled row of a file: the number of its line, the text of each column, and the label."""
 
     line: int
     cells: dict[str, str]
@@ -106,7 +107,7 @@ class Row(NamedTuple):
 
 
 class LabeledImage(NamedTuple):
-    """An image with its prompt and its label."""
+    """The path of an image, with its prompt and its label."""
 
     path: Path
     prompt: str
@@ -128,7 +129,7 @@ def read_labels(path: Path) -> dict[int, Label]:
     Raises
     ------
     SettingError
-        As in `read_rows`.
+        The file cannot be read or is not a label file; see `read_rows`.
 
     Examples
     --------
@@ -143,15 +144,15 @@ def read_labels(path: Path) -> dict[int, Label]:
 
 
 def read_rows(path: Path, columns: tuple[str, ...] = COLUMNS, hint: str = _WRITE) -> dict[int, Row]:
-    """Read a file with the columns of a label file, and possibly others.
+    """Read a label file, which may have additional columns.
 
     Parameters
     ----------
     path : Path
     columns : tuple of str
-        Columns of the file, among them those in `COLUMNS`.
+        All columns that the file must have, in this order. They include those in `COLUMNS`.
     hint : str
-        Next step if the file cannot be read, as a sentence.
+        Sentence that ends the error message if the file cannot be read: what the user can do.
 
     Returns
     -------
@@ -161,8 +162,8 @@ def read_rows(path: Path, columns: tuple[str, ...] = COLUMNS, hint: str = _WRITE
     Raises
     ------
     SettingError
-        The file cannot be read, has other columns, contains a value that is neither 0 nor 1, a number of an image that
-        is not a whole number, or a row that is filled in partly, or has two rows for the same image.
+        The file cannot be read, has other columns, contains a label that is neither 0 nor 1 or an image number that is
+        not a whole number of 1 or more, has a row that is filled in only in part, or has two rows for the same image.
     """
     try:
         reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
@@ -214,33 +215,34 @@ def _label(cells: dict[str, str], where: str) -> Label:
             rule = (
                 "0 or 1, or empty together with the other column of the second entity" if name in second else "0 or 1"
             )
-            hint = "Correct the value, or empty the whole row but the number to leave the image out."
+            hint = "Correct the value, or clear all values of the row except the number to leave the image out."
             checks.refuse(cells[name], f"{where}: {name}", rule, hint=hint)
     seen = [cells[name] == "1" for name in filled]
     return Label(nameable=tuple(seen[:-2:2]), color=tuple(seen[1:-2:2]), hybrid=seen[-2], extra=seen[-1])
 
 
 def read_key(path: Path, needed: Collection[str] = (), hint: str = _WRITE) -> dict[int, dict[str, Any]]:
-    """Read how the images of a folder were made, ``key.json``.
+    """Read a ``key.json``, which states the prompts of the images in a folder and how they were made.
 
     Parameters
     ----------
     path : Path
+        The file.
     needed : collection of str
-        Entries that each image must have besides its prompt.
+        Keys that the entry of each image must have besides "prompt".
     hint : str
-        Next step if the file cannot be read, as a sentence.
+        Sentence that ends the error message if the file cannot be read: what the user can do.
 
     Returns
     -------
     dict of int to dict
-        By the number of the image: its prompt, and what else the file states.
+        Entry of each image, by the number of the image: its prompt, and what else the file states.
 
     Raises
     ------
     SettingError
-        The file cannot be read or is not as expected: numbers of images that are not whole numbers, no prompt,
-        or something in `needed` is missing.
+        The file cannot be read, is not a JSON object, or has an image number that is not a whole number of 1 or more,
+        or an entry without a prompt or without one of the keys in `needed`.
 
     Examples
     --------
@@ -266,20 +268,20 @@ def read_key(path: Path, needed: Collection[str] = (), hint: str = _WRITE) -> di
             checks.refuse(prompt, f"{path}, image {number}: prompt", "a text such as 'a cat and a dog'", hint=restore)
         if missing := [name for name in needed if name not in made]:
             raise SettingError(
-                f"{path}, image {number}: it has only {', '.join(made)}, and {', '.join(missing)} must be there, too. "
-                f"{restore}"
+                f"{path}, image {number}: the entry has only {', '.join(made)}; it must also have "
+                f"{', '.join(missing)}. {restore}"
             )
         key[number] = made
     return key
 
 
 def named_nouns(prompt: str) -> tuple[str, ...]:
-    """Nouns of the things that a prompt names: the last word of each part between "and" and "with".
+    """Nouns of the things that a prompt names: the last word of each part after a split at "and" and at "with".
 
     Parameters
     ----------
     prompt : str
-        Prompt in the form of the audit's, such as "a cat and a red bow".
+        Prompt worded like those of ``benchmarks.audit``, such as "a cat and a red bow".
 
     Returns
     -------
@@ -294,12 +296,12 @@ def named_nouns(prompt: str) -> tuple[str, ...]:
 
 
 def find_image(folder: Path, number: int) -> Path | None:
-    """File of an image in a folder of labeled images; None if there is none."""
+    """Path of the image with a number in a folder of labeled images; None if there is no such file."""
     return next(iter(sorted((folder / "images").glob(f"{number:04d}.*"))), None)
 
 
 def open_image(path: Path) -> Image.Image:
-    """Read an image completely, as RGB.
+    """Read an image file into memory, converted to RGB.
 
     Parameters
     ----------
@@ -318,7 +320,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def read_images(folder: Path) -> list[LabeledImage]:
-    """Read the labels of a folder of images, and find the images; those without labels are left out.
+    """List the labeled images of a folder, with their prompts and labels; images without a label are left out.
 
     Parameters
     ----------
@@ -333,8 +335,8 @@ def read_images(folder: Path) -> list[LabeledImage]:
     Raises
     ------
     SettingError
-        A file is missing or not as expected, the labels name an image that is not there or have another number of
-        entities than its prompt, or a prompt names a noun that picture-world does not know.
+        ``labels.csv`` or ``key.json`` is missing or malformed, a labeled image is missing, the number of labeled
+        entities differs from that of the prompt, or a prompt names a noun that picture-world does not know.
     """
     path = folder / "labels.csv"
     rows, key = read_rows(path), read_key(folder / "key.json")
@@ -348,7 +350,10 @@ def read_images(folder: Path) -> list[LabeledImage]:
         nouns = named_nouns(prompt)
         for noun in nouns:
             checks.choice(
-                noun, f"{folder / 'key.json'}, image {number}, prompt {prompt!r}: noun", NOUNS, hint="Delete its row."
+                noun,
+                f"{folder / 'key.json'}, image {number}, prompt {prompt!r}: noun",
+                NOUNS,
+                hint=f"Delete the image's row in {path}.",
             )
         if len(nouns) != len(row.label.nameable):
             raise SettingError(

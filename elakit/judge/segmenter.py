@@ -39,7 +39,7 @@ UNRECOGNIZABLE = 0.5
 
 
 class Segmenter(nn.Module):
-    """Small U-Net that computes at half resolution and returns scores at the resolution of the image.
+    """Small U-Net that computes at half resolution and returns logits at the resolution of the image.
 
     Parameters
     ----------
@@ -69,7 +69,8 @@ class Segmenter(nn.Module):
         Returns
         -------
         Tensor, (n, outputs, h, w)
-            Background, the nouns in the order of ``NOUNS``, hybrid, and unrecognizable if there is such an output.
+            Logits of the background, of the nouns in the order of ``NOUNS``, of a hybrid, and, if the network has this
+            output, of an unrecognizable shape.
         """
         return F.interpolate(self.halved(images), size=images.shape[-2:], mode="bilinear", align_corners=False)
 
@@ -87,7 +88,7 @@ class Segmenter(nn.Module):
 
 @lru_cache(maxsize=1)
 def load_segmenter(model: Path | None = None) -> Segmenter:
-    """Load a judge; the one that was loaded last is kept.
+    """Load the network of a judge; the network that was loaded last is kept in memory.
 
     Parameters
     ----------
@@ -97,7 +98,7 @@ def load_segmenter(model: Path | None = None) -> Segmenter:
     Raises
     ------
     ModelError
-        The weights are missing or belong to another version.
+        The weights are missing or do not fit this version of elakit.
     """
     path = (model or data_path("picture-world")) / "judge" / "model.safetensors"
     remedy = "Train them: python -m elakit.world.train --stage judge, and copy judge/ to data/picture-world/."
@@ -136,18 +137,20 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class Component:
-    """Connected component of one class in an image, before the thresholds decide what it is.
+    """Connected component of one class in an image, from which `decide` makes a thing.
 
     Attributes
     ----------
     thing : Thing
-        The component as a recognizable thing that is not a hybrid.
+        The component as a recognizable thing that is not a hybrid; `decide` corrects both.
     mixed, unrecognizable : float
-        Mean probability over its pixels of a hybrid, and of an unrecognizable shape.
+        Mean over the component's pixels of the probability that the pixel belongs to a hybrid (`mixed`), and that it
+        belongs to an unrecognizable shape (`unrecognizable`).
     second : str
         The second most probable noun.
     blobs : frozenset of int
-        Connected regions of any class that the component lies in.
+        Numbers of the connected regions of non-background pixels, of whatever class, in which the component lies. Two
+        components that have a number in common are connected.
     """
 
     thing: Thing
@@ -166,7 +169,7 @@ def segment(images: np.ndarray, model: Path | None = None) -> Seen:
     images : ndarray, uint8, (n, size, size, 3)
         `size` is a multiple of 32.
     model : Path, optional
-        As in `load_segmenter`.
+        Folder of the judge, as in `load_segmenter`; by default the built-in model.
 
     Returns
     -------
@@ -216,17 +219,18 @@ def find_things(image: Image.Image, nouns: Sequence[str] = ()) -> list[Thing]:
 
 
 def find_components(image: Image.Image, model: Path | None = None) -> list[Component]:
-    """Find what may be a thing in an image, the largest first; `decide` applies the thresholds.
+    """Find the components of an image that may be things, the largest first; `decide` makes things of them.
 
     Parameters
     ----------
     image : PIL.Image.Image
     model : Path, optional
-        As in `load_segmenter`.
+        Folder of the judge, as in `load_segmenter`; by default the built-in model.
 
     Returns
     -------
     list of Component
+        Components that cover at least the share ``LEAST_AREA`` of the image.
     """
     rgb = image.convert("RGB")
     way = Image.Resampling.BOX if min(rgb.size) >= SIZE else Image.Resampling.BICUBIC
@@ -268,11 +272,14 @@ def decide(
     components : sequence of Component
         All components of an image.
     mixed, unrecognizable : float
-        A component is part of a hybrid, or unrecognizable, if its mean probability is larger.
+        Thresholds. A component is part of a hybrid if its attribute `mixed` is larger than the threshold of this name,
+        and unrecognizable if its attribute `unrecognizable` is.
 
     Returns
     -------
     list of Thing
+        One thing per component, in the same order. A part of a hybrid is mixed with the nouns of the other parts of
+        hybrids to which it is connected; if there are none, with its own second most probable noun.
     """
     things = []
     for one in components:
@@ -284,7 +291,7 @@ def decide(
                 for other in components
                 if other.mixed > mixed and other.thing.noun != noun and one.blobs & other.blobs
             ]
-            partners = partners or [one.second]  # without partners, it is blended all over
+            partners = partners or [one.second]  # without partners, every pixel of the component shows both things
         things.append(
             replace(
                 one.thing,
@@ -296,7 +303,7 @@ def decide(
 
 
 def _components(classes: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Connected components, each of one class, with their class, the largest first."""
+    """Connected components of one class each, the largest first: pairs of class and mask."""
     found: list[tuple[int, np.ndarray]] = []
     for value in np.unique(classes[classes > 0]):
         labeled, count = label(classes == value, return_num=True, connectivity=2)
@@ -305,7 +312,7 @@ def _components(classes: np.ndarray) -> list[tuple[int, np.ndarray]]:
 
 
 def _without_specks(classes: np.ndarray) -> np.ndarray:
-    """Classes after specks are assigned to the largest component that they touch, the smallest speck first."""
+    """Copy of the classes in which each speck, from the smallest on, takes the class of the largest one it touches."""
     classes = classes.copy()
     found = _components(classes)
     for i in range(len(found) - 1, 0, -1):

@@ -27,10 +27,10 @@ class Thing:
     color : str or None
         Color of the thing, one of `elakit.world.vocabulary.COLORS`; None if the mask is empty.
     mixed_with : tuple of str
-        Other nouns that a hybrid is fused from; empty for a thing that is not a hybrid.
+        If the thing is part of a hybrid, the other nouns that are fused in the hybrid; empty otherwise.
     recognizable : bool
-        False for a shape that the detector cannot name: `noun` is then the most probable one, and the judge does not
-        count the thing.
+        False for a shape that the detector cannot name. Its `noun` is only the most probable one, and the judge does
+        not count it as a thing.
 
     Examples
     --------
@@ -63,5 +63,5 @@ class Detector(Protocol):
     """Callable that finds things in an image: the built-in judge, or one of `elakit.judge.detectors`."""
 
     def __call__(self, image: Image.Image, nouns: Sequence[str]) -> list[Thing]:
-        """Things in the image; an open-vocabulary detector searches for `nouns` only."""
+        """Find things in an image: an open-vocabulary detector those of `nouns`, the built-in judge those it knows."""
         ...

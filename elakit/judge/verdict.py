@@ -28,17 +28,18 @@ class Verdict:
     Attributes
     ----------
     entities : tuple of str
-        Labels of the prompt's entities.
+        Labels of the prompt's entities, which are the keys of the dicts below.
     present : dict of str to bool
-        Whether each entity is in the image, possibly as part of a hybrid.
+        True for each entity that is in the image, possibly as part of a hybrid.
     colors : dict of str to str or None
-        Most frequent color of each entity's pixels; None if the entity is absent. A multicolored thing may have any of
-        its colors here. `right_color` compares it with the prompt.
+        Most frequent color of each entity's pixels; None if the entity is absent. For a multicolored thing, this is
+        only one of its colors. `right_color` compares the color with the prompt.
     asked : dict of str to str or None
         Color that the prompt names for each entity; None if it names none.
     masks : ndarray, bool, (entity, y, x)
-        Mask of each entity, at the size of the image: all things of its noun. If several entities have the same noun,
-        each has one thing: one in the color that the prompt names, else the largest that is left.
+        Mask of each entity, at the size of the image: the union of all recognizable things of its noun. If several
+        entities have the same noun, each gets one of these things: if possible one in the color that the prompt names
+        for the entity, otherwise the largest that is left.
     leak : dict of str to float
         Share of each entity's pixels in a color that the prompt names for another entity and not for this one, 0 to 1;
         0 if the entity is absent.
@@ -62,22 +63,25 @@ class Verdict:
 
     @property
     def mixture(self) -> bool:
-        """True if the image contains a hybrid, a thing fused from two."""
+        """True if the image contains a hybrid, which is a thing fused from two or more."""
         return bool(self.mixtures)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of things found for each noun, without unrecognizable shapes."""
+        """Number of things found for each noun; parts of hybrids count, unrecognizable shapes do not."""
         return dict(Counter(thing.noun for thing in self.things if thing.recognizable))
 
     @property
     def unrecognizable(self) -> int:
-        """Number of shapes that cannot be named."""
+        """Number of unrecognizable shapes in the image."""
         return sum(not thing.recognizable for thing in self.things)
 
     @property
     def extra(self) -> tuple[str, ...]:
-        """Nouns of the objects that the prompt does not ask for; hybrids and unrecognizable shapes do not count."""
+        """Nouns of things that the prompt does not ask for, or not as often; a noun is repeated for each such thing.
+
+        Hybrids and unrecognizable shapes do not count.
+        """
         found = Counter(thing.noun for thing in self.things if thing.recognizable and not thing.mixed_with)
         return tuple((found - Counter(self.nouns.values())).elements())
 
@@ -85,15 +89,19 @@ class Verdict:
     def right_color(self) -> dict[str, bool]:
         """True for each entity that is present and has no wrong color.
 
-        If the prompt names a color for an entity, only that one is right. Otherwise every color is right except one
-        that the prompt names for another entity and that is unusual for the noun, such as a red bird beside "a red
-        chair". The usual colors are known for the nouns of picture-world; for other nouns every color is right.
+        If the prompt names a color for an entity, only that color is right. Otherwise a color is wrong only if the
+        prompt names it for another entity and it is unusual for the noun: for "a bird and a red chair", a red bird is
+        wrong and a green one is right. Usual colors are known only for the nouns of picture-world; for other nouns
+        every color is right.
         """
         return {e: self.present[e] and not self._miscolored(e) for e in self.entities}
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Kinds of failure: "neglect" (an entity is absent and not part of a hybrid), "mixture", "wrong color"."""
+        """Kinds of failure in the image: "neglect", "mixture" and "wrong color".
+
+        An entity is neglected if it is absent and not part of a hybrid; a mixture is a hybrid.
+        """
         fused = {noun for mixture in self.mixtures for noun in mixture}
         missing = any(not self.present[e] and self.nouns.get(e) not in fused for e in self.entities)
         painted = any(self.present[e] and self._miscolored(e) for e in self.entities)
@@ -116,9 +124,10 @@ class Verdict:
         return usual is not None and seen in others and seen not in usual
 
     def findings(self) -> tuple[tuple[str, bool], ...]:
-        """Statements about each entity and each hybrid, each with True if it is as the prompt asks.
+        """Statements about each entity and each hybrid, each paired with True if it agrees with the prompt.
 
-        A color is stated only if the prompt names one for the entity, or if the entity took another entity's color.
+        A color is stated only if the prompt names one for the entity, or if the entity took another entity's color. If
+        an entity is absent and the image has an unrecognizable shape, the shape is stated as well.
         """
         statements = []
         for entity in self.entities:
@@ -164,7 +173,7 @@ def knows(prompt: Prompt) -> bool:
 
 
 def is_black(image: Image.Image) -> bool:
-    """True if every pixel of an image is black, as a safety checker returns it instead of an image that it withholds.
+    """True if every pixel of an image is black: a safety checker returns such an image in place of one it withholds.
 
     Parameters
     ----------
@@ -190,8 +199,8 @@ def judge(image: Image.Image, prompt: Prompt, detector: Detector | None = None) 
     image : PIL.Image.Image
     prompt : Prompt
     detector : Detector, optional
-        Detector of the things in the image, such as one of `elakit.judge.detectors` for images of other models. By
-        default the built-in judge, which was trained on images of picture-world.
+        Callable that finds the things in the image, such as a detector of `elakit.judge.detectors` for images of other
+        models. By default the built-in judge, which was trained on images of picture-world.
 
     Returns
     -------
@@ -203,7 +212,7 @@ def judge(image: Image.Image, prompt: Prompt, detector: Detector | None = None) 
     PromptError
         The prompt has a noun or an attribute that picture-world does not know, and no detector is given.
     SettingError
-        The image is entirely black, as a safety checker leaves it.
+        The image is entirely black, as a safety checker leaves it (see `is_black`).
 
     Notes
     -----
@@ -260,9 +269,10 @@ def judge(image: Image.Image, prompt: Prompt, detector: Detector | None = None) 
 def _assign(
     masks: np.ndarray, colors: list[str | None], things: list[Thing], owners: list[int], prompt: Prompt
 ) -> None:
-    """Assign the things of a noun to its entities: all to a single entity, else one per entity, matching colors first.
+    """Enter the masks and colors of the entities of one noun, whose indices are `owners`, from the things of this noun.
 
-    Whole things come before parts of hybrids.
+    A single entity gets all things. Otherwise each entity gets one: first the entities with a color in the prompt, a
+    thing in this color if there is one. Whole things are preferred to parts of hybrids, and large ones to small ones.
     """
     things = sorted(things, key=lambda thing: (bool(thing.mixed_with), -thing.area))
     if len(owners) == 1:
@@ -284,7 +294,7 @@ def _assign(
 
 
 def _mixtures(things: list[Thing]) -> tuple[tuple[str, ...], ...]:
-    """Every hybrid once, its nouns in the order of their area."""
+    """Nouns of each hybrid, listed once per set of nouns; the noun of the largest thing comes first."""
     found: dict[frozenset[str], tuple[str, ...]] = {}
     for thing in sorted(things, key=lambda thing: -thing.area):
         if thing.mixed_with:

@@ -1,7 +1,7 @@
 """Measures on attention maps and masks, as plain numpy functions.
 
-`arrays` checks and resamples arrays, `masks` binarizes and boxes them, `overlap` compares two maps or masks, `leakage`
-compares maps with regions, and `agreement` compares maps with the finished image.
+`arrays` checks and resamples arrays, `masks` binarizes maps and computes bounding boxes, `overlap` compares two maps or
+masks, `leakage` compares maps with regions, and `agreement` compares maps with the finished image.
 """
 
 import lazy_loader

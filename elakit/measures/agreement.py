@@ -20,7 +20,7 @@ __all__ = ["agreement_iou", "auc", "pointing_game"]
 
 
 def agreement_iou(maps: Any, masks: Any) -> np.ndarray:
-    """Intersection over union of each map, binarized with Otsu's threshold, and the entity's mask.
+    """Intersection over union of the entity's mask and each map, which is binarized with Otsu's threshold.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def auc(maps: Any, masks: Any) -> np.ndarray:
     Returns
     -------
     float array, (...)
-        0 to 1; a constant map scores .5, a map that is larger everywhere on the entity than anywhere else 1. NaN
+        0 to 1. A map whose values on the entity are all larger than those outside it scores 1, a constant map 0.5. NaN
         where the mask is empty or full.
 
     Raises
@@ -88,7 +88,8 @@ def auc(maps: Any, masks: Any) -> np.ndarray:
 
     Examples
     --------
-    Three of the four pairs (on the entity, outside it) are in order, 3 > 2, 3 > 1 and 2 > 1, and 2 = 2 counts half:
+    There are four pairs of a location on the entity and one outside it. In three of them the location on the entity has
+    more attention (3 > 2, 3 > 1 and 2 > 1); one is a tie (2 = 2) and counts half:
 
     >>> float(auc([[3., 2., 2., 1.]], [[1, 1, 0, 0]]))
     0.875
@@ -128,7 +129,8 @@ def pointing_game(maps: Any, masks: Any) -> np.ndarray:
     References
     ----------
     Zhang et al., "Top-down Neural Attention by Excitation Backprop", ECCV 2016. Its accuracy is the mean of these
-    values over maps. It allows a margin around the mask; this function does not, because attention maps are coarse.
+    values over maps. The paper also counts a maximum within a margin around the mask as a hit; this function does not,
+    because attention maps are coarse.
 
     Examples
     --------
@@ -141,5 +143,5 @@ def pointing_game(maps: Any, masks: Any) -> np.ndarray:
 
 
 def _where(defined: Any, part: Any, whole: Any) -> Any:
-    """Quotient part / whole where it is defined, else NaN."""
+    """Quotient part / whole where `defined` is true, else NaN."""
     return np.where(defined, part / np.where(defined, whole, 1), np.nan)[()]

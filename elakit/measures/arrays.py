@@ -39,16 +39,16 @@ def as_array(values: Any, name: str) -> np.ndarray:
     Parameters
     ----------
     values : array, tensor, DataArray or nested sequence
-        Tensors may be on any device, of any precision, and require gradients. The spatial dimensions of a DataArray
-        may be in any order.
+        Tensors may be on any device, have any precision, and may require gradients. The dimensions of a DataArray may
+        be in any order.
     name : str
         Name of the values in error messages.
 
     Returns
     -------
     float64 array
-        The dimensions of a DataArray that has y and x are reordered to (..., y, x), with its dimension entity, token,
-        attribute, region or thing directly before them.
+        A DataArray that has the dimensions y and x is transposed to (..., y, x). If it also has one of the dimensions
+        entity, token, attribute, region and thing, this one comes directly before y.
 
     Raises
     ------
@@ -58,6 +58,8 @@ def as_array(values: Any, name: str) -> np.ndarray:
 
     Examples
     --------
+    One column of two rows, given as (x, y) and returned as (y, x):
+
     >>> as_array(xr.DataArray([[1, 2]], dims=("x", "y")), "maps").tolist()
     [[1.0], [2.0]]
     >>> as_array([0.5, float("nan")], "maps")
@@ -111,7 +113,7 @@ def as_masks(values: Any, name: str) -> np.ndarray:
     if masks.ndim < 2 or ((masks != 0) & (masks != 1)).any():
         raise SettingError(
             f"{name} of shape {masks.shape} must be boolean masks (..., y, x), with values 0 and 1 only; binarize maps "
-            "first, for instance with otsu_masks."
+            "first, for instance with elakit.measures.masks.otsu_masks."
         )
     return masks.astype(bool)
 
@@ -120,7 +122,8 @@ def same_size(a: np.ndarray, b: np.ndarray) -> None:
     """Raise SettingError if the spatial sizes (y, x) of two arrays differ."""
     if a.shape[-2:] != b.shape[-2:]:
         raise SettingError(
-            f"The sizes (y, x) of both arrays must be equal, not {a.shape[-2:]} and {b.shape[-2:]}. Resize one first."
+            f"The sizes (y, x) of two arrays must be equal, not {a.shape[-2:]} and {b.shape[-2:]}. Resize one: "
+            "maps with elakit.measures.arrays.resize, masks with elakit.measures.masks.downscale."
         )
 
 
@@ -215,7 +218,7 @@ def area_mean(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize maps as densities: bilinear along sides that grow, area mean along sides that shrink.
+    """Resize maps: bilinear interpolation along a side that grows, area-weighted mean along a side that shrinks.
 
     Parameters
     ----------
@@ -226,7 +229,7 @@ def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     Returns
     -------
     ndarray, (..., rows, columns)
-        Resized maps of the same dtype. A map that shrinks keeps its mean.
+        Resized maps of the same dtype. A map that shrinks along both sides keeps its mean.
 
     Examples
     --------
@@ -246,7 +249,7 @@ def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def nearest_size(sizes: Iterable[int], target: int = 16) -> int:
-    """Size whose ratio to a target is nearest to 1; the smaller one on a tie.
+    """Size, among those available, whose ratio to a target is nearest to 1; the smaller one on a tie.
 
     The published methods read attention at 16 x 16 for images of 512 x 512 pixels, so regions and measures are computed
     at the size nearest to 16.
@@ -269,6 +272,8 @@ def nearest_size(sizes: Iterable[int], target: int = 16) -> int:
 
     Examples
     --------
+    24 is 1.5 times the target; 8 and 32 differ from it by the same factor of 2:
+
     >>> nearest_size([8, 24, 64]), nearest_size([8, 32])
     (24, 8)
     """
@@ -279,7 +284,7 @@ def nearest_size(sizes: Iterable[int], target: int = 16) -> int:
 
 
 def _named(values: xr.DataArray, name: str) -> np.ndarray:
-    """Values of a DataArray with the dimensions in the order (..., list of maps, y, x)."""
+    """Values of a DataArray, transposed to (..., y, x) with the dimension of `_LISTS` that it has directly before y."""
     spatial = [dim for dim in ("y", "x") if dim in values.dims]
     if len(spatial) == 1:
         raise SettingError(f"{name} have dimensions {values.dims}; both y and x are needed, or neither.")
@@ -290,14 +295,14 @@ def _named(values: xr.DataArray, name: str) -> np.ndarray:
 
 
 def _shared_lengths(old: int, new: int) -> np.ndarray:
-    """Length shared by each old and new interval, (new, old), in units in which an old interval is `new` long."""
+    """Overlap of `new` and `old` equal intervals of one line, (new, old), in units of 1 / (new * old) of the line."""
     olds, news = np.arange(old) * new, np.arange(new)[:, None] * old
     return np.clip(np.minimum(news + old, olds + new) - np.maximum(news, olds), 0, None).astype(np.float64)
 
 
 @lru_cache(maxsize=64)
 def _weights(old: int, new: int) -> np.ndarray:
-    """Share of each old interval in each new one, (new, old); rows sum to 1."""
+    """Weight of each old interval in the value of each new one, (new, old); rows sum to 1."""
     if new < old:
         return _shared_lengths(old, new) / old
     centers = ((np.arange(new) + 0.5) * (old / new) - 0.5).clip(0, old - 1)

@@ -70,7 +70,7 @@ def leakage(maps: Any, masks: Any) -> np.ndarray:
     if p.ndim < 3 or regions.ndim < 3:
         raise SettingError(
             f"maps have shape {p.shape} and masks {regions.shape}; (..., entity, y, x) and (..., region, y, x) are "
-            "needed."
+            "needed. Give a single map or mask as a list of one."
         )
     same_size(p, regions)
     check_disjoint(regions)
@@ -117,7 +117,7 @@ def truth_leakage(maps: Any, masks: Any) -> np.ndarray:
     if p.ndim < 3 or things.ndim < 3:
         raise SettingError(
             f"maps have shape {p.shape} and masks {things.shape}; (..., entity, y, x) and (..., thing, y, x) "
-            "are needed."
+            "are needed. Give a single map or mask as a list of one."
         )
     claims = things.sum(axis=-3, keepdims=True)
     parts = np.concatenate([things / np.maximum(claims, 1), claims == 0], axis=-3)
@@ -132,7 +132,7 @@ def bleed(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
     matrix : array, (..., entity, region + 1)
         The result of :func:`leakage`.
     own : sequence of int, optional
-        Index of the region that belongs to each row; by default row e has region e. In the matrix of attributes, it is
+        Index of the region that belongs to each row; by default row e has region e. If the rows are attributes, give
         the index of the entity that each attribute belongs to.
 
     Returns
@@ -154,7 +154,7 @@ def bleed(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
 
 
 def intrusion(matrix: Any, own: Sequence[int] | None = None) -> np.ndarray:
-    """Share of each map's attention in the regions of other entities, without background.
+    """Share of each map's attention in the regions of other entities; the background does not count.
 
     It is the sum of K[e, f] over f != e, with K the leakage matrix.
 
@@ -215,7 +215,7 @@ def spill(matrix: Any) -> np.ndarray:
 
 
 def binding(attributes: Any, entities: Any, owners: Sequence[int]) -> Binding:
-    """Attribute binding: how much more an attribute overlaps with its own entity than with another one.
+    """Attribute binding: how much more an attribute overlaps with its own entity than with any other one.
 
     Parameters
     ----------
@@ -282,7 +282,7 @@ def attribute_overlap(attributes: Any, entities: Any) -> np.ndarray:
     if of_attributes.ndim < 3 or of_entities.ndim < 3:
         raise SettingError(
             f"attributes have shape {of_attributes.shape} and entities {of_entities.shape}; (..., attribute, y, x) and "
-            "(..., entity, y, x) are needed."
+            "(..., entity, y, x) are needed. Give a single map as a list of one."
         )
     return np.asarray(ruzicka(of_attributes[..., :, None, :, :], of_entities[..., None, :, :, :]))
 
@@ -302,7 +302,8 @@ def _matrix(matrix: Any) -> np.ndarray:
     values = as_array(matrix, "leakage matrix")
     if values.ndim < 2 or values.shape[-1] < 2:
         raise SettingError(
-            f"leakage matrix has shape {values.shape}; the shape must be (..., entity, region + background)."
+            f"leakage matrix has shape {values.shape}; the shape must be (..., entity, region + 1), with the "
+            "background as the last column. Pass the result of elakit.measures.leakage.leakage."
         )
     return values
 
@@ -312,7 +313,10 @@ def _own(matrix: Any, own: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray
     rows, columns = values.shape[-2:]
     if own is None:
         if rows != columns - 1:
-            raise SettingError(f"{rows} rows and {columns - 1} regions: name the region of each row with own=[...].")
+            raise SettingError(
+                f"The matrix has {rows} rows and {columns - 1} regions, so the own region of a row is not known. Give "
+                "the index of each row's region, own=[...]."
+            )
         return values, np.arange(rows)
     return values, _owners(own, rows, columns - 1)
 
@@ -320,5 +324,8 @@ def _own(matrix: Any, own: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray
 def _owners(owners: Sequence[int], rows: int, count: int) -> np.ndarray:
     index = np.asarray(owners)
     if index.shape != (rows,) or index.dtype.kind not in "iu" or ((index < 0) | (index >= count)).any():
-        raise SettingError(f"owners {list(owners)} do not fit: {rows} indices from 0 to {count - 1} are needed.")
+        raise SettingError(
+            f"owners {list(owners)} do not fit: give {rows} indices from 0 to {count - 1}, one per row, of the entity "
+            "or region that the row belongs to."
+        )
     return index

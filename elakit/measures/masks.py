@@ -67,7 +67,10 @@ def is_constant(maps: np.ndarray) -> np.ndarray:
 def check_disjoint(masks: np.ndarray) -> None:
     """Raise SettingError if two of the masks (..., region, y, x) overlap."""
     if shared := int((masks.sum(axis=-3) > 1).sum()):
-        raise SettingError(f"{shared} locations belong to more than one region; regions must be disjoint.")
+        raise SettingError(
+            f"{shared} locations belong to more than one region; regions must be disjoint. Assign each location to one "
+            "region at most."
+        )
 
 
 def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -80,7 +83,7 @@ def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     Returns
     -------
     tuple of int
-        (left, top, right, bottom) in pixels; right and bottom exclusive; zeros for an empty mask.
+        (left, top, right, bottom) in pixels; right and bottom are exclusive. All zeros for an empty mask.
 
     Examples
     --------
@@ -94,7 +97,7 @@ def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def coverage(masks: Any, size: tuple[int, int]) -> np.ndarray:
-    """Share of the area of each location of a grid that a mask covers.
+    """Share of each location's area that a mask covers, for the locations of a coarser or finer grid.
 
     Parameters
     ----------
@@ -134,8 +137,8 @@ def downscale(masks: Any, size: tuple[int, int]) -> np.ndarray:
     Returns
     -------
     bool array, (..., rows, columns)
-        A mask that covers no location by more than half keeps the one it covers most (the first in reading order on a
-        tie), so only an empty mask stays empty.
+        A mask that covers no location by more than half keeps the location that it covers most (on a tie, the first in
+        reading order), so the result is empty only if the mask is.
 
     Raises
     ------

@@ -260,7 +260,7 @@ def _areas(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _scaled_pair(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Maps divided by the maximum of both, so that subnormal values do not underflow."""
+    """Both maps of each pair divided by the larger of their maxima, so that subnormal values do not underflow."""
     a, b = broadcast(as_maps(a, "a"), as_maps(b, "b"))
     top = np.maximum(a.max(axis=(-2, -1), keepdims=True), b.max(axis=(-2, -1), keepdims=True))
     top = np.where(top > 0, top, 1.0)

@@ -53,7 +53,7 @@ class Drawing:
 
     @property
     def icon(self) -> str:
-        """Name of the drawing in its artist's set."""
+        """Name of the drawing in its artist's set: the file's name without folder and extension."""
         return self.file.split("/")[-1].rsplit(".", 1)[0]
 
 
@@ -63,7 +63,7 @@ def _index() -> dict[str, list[dict[str, Any]]]:
 
 
 def drawings(noun: str, artists: tuple[str, ...] = ARTISTS) -> tuple[Drawing, ...]:
-    """Drawings of a noun, in the order of the index.
+    """Drawings of a noun, in the order of ``data/art/index.json``.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ def rasterize(drawing: Drawing, size: int) -> np.ndarray:
     Raises
     ------
     SettingError
-        The drawing is a vector file, and resvg-py is not installed or leaves it blank.
+        The drawing is a vector file, and resvg-py is not installed or produces a blank image.
     """
     path = data_path("art", *drawing.file.split("/"))
     if path.suffix == ".svg":

@@ -39,8 +39,8 @@ def background(
     kinds : tuple of str
         Kinds to choose from, each one of `KINDS`.
     avoid : list of ndarray, (3,)
-        Mean RGB colors in [0, 1] of the things in the scene, from which the background differs as far as possible; may
-        be empty.
+        Mean RGB color of each thing in the scene, in [0, 1]; may be empty. The background's color is one of a few
+        random tones, preferably one that is far from these colors.
     size : int
         Side in pixels.
     rng : numpy.random.Generator
@@ -89,7 +89,7 @@ def background(
 def _two_planes(
     kind: str, tone: np.ndarray, other: np.ndarray, x: np.ndarray, y: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Something behind and something below: a floor, a wall with a skirting board, or hills under a sky."""
+    """Background with an upper and a lower part: "ground", "wall" (with a skirting board), or "hills" under a sky."""
     size, below = len(y), other * rng.uniform(0.82, 0.95)
     line = np.full_like(x, rng.uniform(0.55, 0.75))
     if kind == "hills":
@@ -104,7 +104,7 @@ def _two_planes(
 
 
 def _pattern(kind: str, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A pattern between 0 and 1, with edges one pixel wide."""
+    """Pattern of the kind "stripes", "tiles" or "dots": values from 0 to 1, with edges about one pixel wide."""
     count, size = int(rng.integers(3, 7)), len(y)
     sharp = size / count / 4
     if kind == "stripes":
@@ -119,7 +119,7 @@ def _pattern(kind: str, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) 
 
 
 def _tone(avoid: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """The first of a few tones of the palette that is far from the colors to avoid, else the farthest."""
+    """First of six random tones that is far enough from all colors to avoid; if none is, the farthest of the six."""
     tones = _PALETTE[rng.integers(len(_PALETTE), size=6)] + rng.normal(0, 0.02, (6, 3)).astype(np.float32)
     if not avoid:
         return tones[0]

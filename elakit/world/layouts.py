@@ -20,7 +20,7 @@ SUPPORTS = ("bench", "chair", "suitcase", "car")
 SUPPORTED = (*ANIMALS, "apple", "backpack", "balloon", "bow", "bowl", "clock", "crown", "glasses")
 LEAST_SEEN = {"worn": 0.4, "on": 0.4, "occluded": 0.45}  # share of a thing that must remain visible; .7 elsewhere
 LEAST_WORN = 0.2  # side of a worn thing's square: smaller ones cannot be made out
-MOST_SEEN_BEHIND = 0.88  # more than that of the thing behind, and it is not noticeably occluded
+MOST_SEEN_BEHIND = 0.88  # if a larger share of the thing behind is visible, it is not noticeably occluded
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Shape:
     ink : tuple of float
         (left, top, right, bottom) of the opaque pixels.
     head, eyes : tuple of float or None
-        (x, y, width) of the top of the head and of the eyes; None if the drawing does not show them.
+        (x, y, width) of the top of the head and of the eyes, as in `elakit.world.art.Drawing`; None if the drawing does
+        not show them.
     """
 
     ink: tuple[float, float, float, float]
@@ -64,13 +65,16 @@ class Shape:
 
 
 def posed(place: Place, rng: np.random.Generator, mirrored: float = 0.5) -> Place:
-    """Copy of a place with a random mirroring, of probability `mirrored`, and a random rotation."""
+    """Copy of a place, mirrored with probability `mirrored`, and rotated by up to 8 degrees with probability 0.3."""
     angle = float(rng.uniform(-8, 8)) if rng.random() < 0.3 else 0.0
     return replace(place, flip=bool(rng.random() < mirrored), angle=angle)
 
 
 def fits(layout: str, first: str, second: str) -> bool:
     """True if two nouns, in this order, can have a layout of pairs.
+
+    Only two layouts restrict the nouns: "worn" requires an animal and a thing that animals wear, "on" a thing and a
+    support on which it can stand.
 
     Examples
     --------
@@ -85,7 +89,7 @@ def fits(layout: str, first: str, second: str) -> bool:
 
 
 def single_place(sizes: tuple[float, float], rng: np.random.Generator) -> Place:
-    """Random place for a single thing, inside the scene and with a size in a range of shares of its side."""
+    """Random place inside the scene for a single thing; `sizes` is the range of its size, in shares of the side."""
     return _anywhere(float(rng.uniform(*sizes)), rng)
 
 
@@ -99,7 +103,7 @@ def pair_places(
     layout : str
         One of `PAIR_LAYOUTS`. In the layout "on", the first thing stands on the second.
     shapes : tuple of Shape
-        Measures of the two things.
+        Extents of the two drawings. Only the layout "on" depends on them.
     rng : numpy.random.Generator
     mirrored : float
         Probability that a thing is mirrored.
@@ -107,7 +111,7 @@ def pair_places(
     Returns
     -------
     tuple of Place, or None
-        None for the layout "worn", whose places `worn_places` computes.
+        Place of the first and of the second thing. None for the layout "worn", whose places `worn_places` computes.
     """
     if layout == "worn":
         return None  # placed by `worn_places`, which needs to know what is worn
@@ -153,7 +157,7 @@ def worn_places(
     item : str
         Noun of the thing, one of `WORN`.
     shapes : tuple of Shape
-        Measures of the animal and of the thing.
+        Extents of the drawings of the animal and of the thing.
     rng : numpy.random.Generator
     mirrored : float
         Probability that the animal is mirrored.
@@ -161,7 +165,8 @@ def worn_places(
     Returns
     -------
     tuple of Place, or None
-        None if the drawing shows no head or no eyes, or if the two do not fit into the scene.
+        Place of the animal and of the thing. None if the animal's drawing has no position for the thing (`eyes` for
+        glasses, `head` for the others), or if the two do not fit into the scene.
     """
     wearer, worn = shapes
     anchor = wearer.eyes if item == "glasses" else wearer.head
@@ -199,9 +204,10 @@ def worn_places(
 
 
 def group_places(layout: str, count: int, rng: np.random.Generator, mirrored: float = 0.5) -> list[Place] | None:
-    """Random places for three or four things in a layout, in random order; None if no free places were found.
+    """Random places for three or four things in a layout; which thing gets which place is random, too.
 
-    `mirrored` is the probability that a thing is mirrored.
+    `mirrored` is the probability that a thing is mirrored. The result is None if the layout is "free" and no places
+    apart from each other were found.
     """
     if layout == "free":
         places: list[Place] = []
@@ -244,8 +250,9 @@ def relation_of(first: np.ndarray, second: np.ndarray) -> str | None:
     Returns
     -------
     str or None
-        "left of", "right of", "above" or "below" if the boxes are apart in one direction (they may overlap by a tenth
-        of the smaller extent) and the centers differ by at most half as much in the other direction; else None.
+        "left of", "right of", "above" or "below" if the bounding boxes are apart in one direction (where they may
+        overlap by a tenth of the smaller extent) and the centers differ by at most half as much in the other direction
+        as in this one; else None.
 
     Examples
     --------
@@ -268,7 +275,10 @@ def relation_of(first: np.ndarray, second: np.ndarray) -> str | None:
 
 
 def _on(shapes: tuple[Shape, Shape], rng: np.random.Generator, mirrored: float) -> tuple[Place, Place]:
-    """The first stands on the second: its lower edge is at the seat's or the top's height."""
+    """Random places of a thing and the support on which it stands.
+
+    The thing's lower edge is below the support's upper edge by a tenth of the support's height.
+    """
     upper, lower = shapes
     scale, small = float(rng.uniform(0.48, 0.6)), float(rng.uniform(0.3, 0.42))
     x = float(rng.uniform(0.32, 0.68))
@@ -295,7 +305,7 @@ def _apart(scales: tuple[float, float], rng: np.random.Generator, mirrored: floa
 
 
 def _clear(a: Place, b: Place) -> bool:
-    """Check that two squares overlap by no more than a tenth of their mean side."""
+    """True if the squares of two places overlap by less than a tenth of their mean side, in x or in y."""
     return max(abs(a.x - b.x), abs(a.y - b.y)) > 0.9 * (a.scale + b.scale) / 2
 
 
@@ -305,6 +315,6 @@ def _anywhere(scale: float, rng: np.random.Generator) -> Place:
 
 
 def _inside(x: float, y: float, scale: float) -> Place:
-    """The nearest place that is inside the image."""
+    """Place of this size inside the image whose center is nearest to (x, y)."""
     margin = scale / 2
     return Place(float(np.clip(x, margin, 1 - margin)), float(np.clip(y, margin, 1 - margin)), float(scale))

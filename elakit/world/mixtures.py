@@ -2,7 +2,8 @@
 
 Generated images fuse entities in many ways. Four of them are composed here: one thing painted over the other
 ("overlaid"), one seen through the other ("blended"), half of each ("halves"), and the colors and texture of one inside
-the outline of the other ("filled").
+the outline of the other ("filled"). A mixture is a hybrid or, for comparison, two things that are not fused although
+one is partly in front of the other ("occluded").
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from elakit.world.layouts import Place, posed
 from elakit.world.scenes import Subject, World, blend, mean_color, sample_subjects, sprite_layer, sprite_of
 
 KINDS = ("overlaid", "blended", "halves", "filled")
-UNCERTAIN = 255  # class of pixels that are as much of the one as of the other
+UNCERTAIN = 255  # class of pixels that show two things about equally
 LEAST_SHARE = 0.2  # of a hybrid's pixels that each of its two things must show
 TRIES = 40  # placements before two drawings are given up: glasses cover no fifth of a lion
 
@@ -32,10 +33,10 @@ class Mixture:
     ----------
     image : ndarray, uint8, (size, size, 3)
     subjects : tuple of Subject
-        The two subjects of the hybrid, and a third that stands apart, if there is one.
+        The two subjects of the hybrid, and, if there is one, a third subject that stands beside it.
     owner : ndarray, uint8, (size, size)
-        1 + index in `subjects` of the thing that a pixel shows; 0 for the background, ``UNCERTAIN`` where two things
-        show about equally.
+        1 + index in `subjects` of the thing that a pixel shows most; 0 for the background, ``UNCERTAIN`` where two
+        things are blended about equally.
     mixed : ndarray, bool, (size, size)
         Pixels of the hybrid; all False for "occluded".
     kind : str
@@ -50,14 +51,14 @@ class Mixture:
 
 
 def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng: np.random.Generator) -> Mixture:
-    """Compose an image with a hybrid of the first two subjects; a third one stands beside it.
+    """Compose an image with a hybrid of the first two subjects; a third subject, if given, stands beside the hybrid.
 
     Parameters
     ----------
     subjects : tuple of Subject
         Two or three subjects.
     kind : str
-        One of `KINDS`, or "occluded" for one thing in front of another, of which at least 70% is visible.
+        One of `KINDS`, or "occluded": the second thing is in front of the first and covers part of it, at most 30%.
     world : World
     rng : numpy.random.Generator
 
@@ -68,7 +69,7 @@ def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng:
     Raises
     ------
     SettingError
-        The kind is unknown, or the two things cannot be combined in this way, because one would hide the other.
+        The kind is unknown, or no placement was found in which both things are visible enough.
 
     Examples
     --------
@@ -91,7 +92,8 @@ def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng:
             break
     else:
         raise SettingError(
-            f"{subjects[0].noun} and {subjects[1].noun} cannot be {kind}: one hides the other. Choose other nouns."
+            f"{subjects[0].noun} and {subjects[1].noun} cannot be combined as {kind!r}: none of {TRIES} random "
+            "placements shows enough of both. Choose other nouns or another kind."
         )
     canvas, _ = background(world.backgrounds, [mean_color(sprite) for sprite in sprites], world.size, rng)
     owner = np.zeros((world.size, world.size), np.uint8)
@@ -108,7 +110,7 @@ def compose_mixture(subjects: tuple[Subject, ...], kind: str, world: World, rng:
 
 
 def sample_mixture(world: World, rng: np.random.Generator, kinds: tuple[str, ...] = KINDS) -> Mixture:
-    """Image with a random hybrid of two nouns; with a probability of at most .3, a third thing stands beside it.
+    """Image with a random hybrid of two nouns; in at most 30% of the images, a third thing stands beside the hybrid.
 
     Parameters
     ----------
@@ -133,7 +135,7 @@ def sample_mixture(world: World, rng: np.random.Generator, kinds: tuple[str, ...
 def _meet(
     first: Image.Image, second: Image.Image, kind: str, place: Place, world: World, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Two sprites as one premultiplied layer, what each pixel shows (0, 1, 2, UNCERTAIN), and what is hybrid."""
+    """Combine two sprites: premultiplied layer, what each pixel shows (0, 1, 2 or UNCERTAIN), mask of the hybrid."""
     size = world.size
     apart = {"overlaid": 0.3, "occluded": 0.85}.get(kind, 0.08) * place.scale
     angle = rng.uniform(0, 2 * np.pi)

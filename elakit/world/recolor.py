@@ -1,6 +1,7 @@
 """Recoloring of drawings: the body is found by hue and lightness in CIE Lab and painted; its shading is kept.
 
-Eyes, outlines, wheels and noses stay as drawn, so that a purple clock is a clock, and not a purple patch.
+Details such as eyes, outlines, wheels and noses keep their colors, so that a purple clock can still be recognized as a
+clock.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from elakit.world.art import Drawing
 
 @dataclass(frozen=True)
 class Paint:
-    """A target color in CIE Lab, and how much of a drawing's shading it keeps.
+    """A target color in CIE Lab, and how much of a drawing's shading is kept with it.
 
     Attributes
     ----------
     lightness, a, b : float
         Coordinates in CIE Lab (D65).
     shading : float
-        Factor on the difference between the drawing's lightness and its median.
+        Factor by which the differences of the body's pixels from the body's median lightness are multiplied.
     floor, ceiling : float
-        Bounds of the lightness, so that a dark red stays red and a bright black stays black.
+        Lowest and highest lightness of a painted pixel, so that shadows on red still look red and highlights on black
+        still look black.
     """
 
     lightness: float
@@ -62,12 +64,14 @@ class BodyRule:
     tolerance : float
         Largest distance in degrees from the main hue at which a pixel belongs to the body.
     kind : {"auto", "hue", "neutral", "light", "dark", "frame"}
-        Part of the drawing that is its body: the main hue, the grays, the light part, the dark part, or the darkest
-        large part ("frame", for glasses, whose lenses become pale). "auto" chooses "hue" or "neutral" by area.
+        Part of the drawing that is its body: the pixels of the main hue ("hue"), the grays ("neutral"), the light part
+        ("light"), the dark part ("dark"), or the darkest third and what is about as dark ("frame", for glasses, whose
+        lenses become pale). "auto" chooses "neutral" if the grays cover clearly more pixels than the colored part, else
+        "hue".
     dark_too : bool
         True if dark pixels belong to the body as well, such as the iron feet of a bench.
     chroma : float
-        Chroma below which a pixel is a detail.
+        Chroma below which a pixel is a detail, for the kind "hue".
     lilac : bool
         True if lilac counts as neutral, because the artist shades grays with it.
     """
@@ -109,7 +113,7 @@ _FILE_RULES: dict[str, dict] = {
 
 
 def rule_for(drawing: Drawing) -> BodyRule:
-    """Rule for a drawing: that of its noun, adjusted to its artist and its file."""
+    """Rule for a drawing: the rule of its noun, with adjustments for its artist and its file."""
     rule = _NOUN_RULES.get(drawing.noun, BodyRule())
     if drawing.artist == "fluent-3d":
         rule = replace(rule, lilac=True, tolerance=_FLUENT_3D_TOLERANCE.get(drawing.noun, rule.tolerance))
@@ -206,12 +210,14 @@ def recolor(rgba: np.ndarray, color: str, rule: BodyRule) -> np.ndarray:
 
 
 def fade(light: np.ndarray, paint: Paint) -> np.ndarray:
-    """Share of a paint's chroma at a lightness; highlights and shadows are paler, so that they do not look fluorescent.
+    """Share of a paint's chroma that is kept at each lightness.
+
+    Highlights and shadows are paler than the paint itself, so that they do not look fluorescent.
 
     Parameters
     ----------
     light : ndarray
-        CIE lightness.
+        CIE lightness, 0 to 100.
     paint : Paint
     """
     above = (light - paint.lightness) / max(1.0, 100 - paint.lightness)
@@ -220,7 +226,7 @@ def fade(light: np.ndarray, paint: Paint) -> np.ndarray:
 
 
 def _light_details(lab: np.ndarray, weight: np.ndarray, solid: np.ndarray) -> np.ndarray:
-    """Turn small dark details (eyes, mouths) light: on a black body they would vanish; a large one (a mane) stays."""
+    """Lighten small dark details (eyes, mouths), which would vanish on a black body; large ones (a mane) stay dark."""
     light = lab[..., 0]
     dark = _ramp(light, 42, 30) * (1 - weight)
     parts, count = ndimage.label((dark > 0.3) & solid)
@@ -235,7 +241,7 @@ def _light_details(lab: np.ndarray, weight: np.ndarray, solid: np.ndarray) -> np
 
 
 def _main_hue(hue: np.ndarray, chroma: np.ndarray) -> float:
-    """The hue (degrees) with most chroma, from a smoothed circular histogram."""
+    """Hue in degrees with the largest summed chroma, from a smoothed circular histogram."""
     counts, edges = np.histogram(hue, 72, (-180, 180), weights=np.minimum(chroma, 60))
     smooth = ndimage.convolve1d(counts, [1, 2, 3, 2, 1], mode="wrap")
     return float(edges[smooth.argmax()] + 2.5)

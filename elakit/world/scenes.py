@@ -2,7 +2,7 @@
 
 A scene has one to four drawings on a background. A `World` sets how many entities scenes have, how pairs are laid out,
 how captions are worded and how often they state the relation, which pairs of nouns are never shown together, and how
-often things have their natural color. Few pairs and a strong prior on colors make a model that bleeds.
+often things have their natural color. A model bleeds if it is trained on few pairs and on mostly natural colors.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ CONVERSE = {
 
 @dataclass(frozen=True)
 class Subject:
-    """An entity of a caption: a noun, and a color or None for the colors of the drawing."""
+    """An entity of a caption: its noun, and its color, or None if it keeps the colors of the drawing."""
 
     noun: str
     color: str | None = None
 
     @property
     def words(self) -> str:
-        """The noun with its color, without an article: "red car"."""
+        """Color, if there is one, and noun, without an article: "red car"."""
         return f"{self.color} {self.noun}" if self.color else self.noun
 
 
@@ -82,7 +82,7 @@ class SceneEntity:
     subject : Subject
         Noun and color.
     drawing : Drawing
-        Drawing that the scene shows.
+        Drawing by which the scene shows the entity.
     box : tuple of int
         (left, top, right, bottom) of the visible pixels; right and bottom are exclusive.
     mask : ndarray, bool, (size, size)
@@ -137,9 +137,10 @@ class World:
     artists : tuple of str
         Artists whose drawings are used (see `elakit.world.art.ARTISTS`).
     views : tuple of str
-        Views of the drawings that are used: "body", "face" or both. A noun without such drawings keeps all it has.
+        Views of the drawings that are used: "body", "face" or both. If a noun has no drawing with such a view, all its
+        drawings are used.
     most_drawings : int
-        Largest number of drawings per noun, at least 1; the first artists have precedence.
+        Largest number of drawings per noun, at least 1: the first ones in the order of `elakit.world.art.drawings`.
     mirrored : float
         Probability that an entity is mirrored from left to right.
     entities : tuple of float
@@ -149,9 +150,11 @@ class World:
     layouts : mapping of str to float
         Shares of the layouts of pairs; they add up to 1, and none is larger than `LARGEST_LAYOUT`.
     free_captions : float
-        Share of captions in one of `FREE_WORDINGS`; the others are worded as in the benchmark, "a red car and a bird".
+        Share of the captions in one of `FREE_WORDINGS`, among those that state no relation; the others are worded as in
+        the benchmark, "a red car and a bird". A caption of three or four entities is a list with a probability of at
+        least 0.6.
     stated : float
-        Share of pairs with a clear relation whose caption states it.
+        Share of the captions that state the relation, among those of pairs with a clear relation.
     held_out : float
         Share of noun pairs that no scene shows together.
     natural : float
@@ -164,8 +167,9 @@ class World:
     Raises
     ------
     SettingError
-        The shares of `entities` or of `layouts` do not add up to 1, are negative, too many or too large, a layout is
-        unknown, or `single_sizes` is not a range of sizes, `most_drawings` is below 1, or `mirrored` is no probability.
+        The shares of `entities` or of `layouts` do not add up to 1, or one of them is negative; there are more than
+        four shares of `entities`; a layout is unknown or its share larger than `LARGEST_LAYOUT`; `single_sizes` is not
+        a range of sizes; `most_drawings` is below 1; or `mirrored` is outside [0, 1].
     """
 
     size: int = 128
@@ -217,8 +221,8 @@ class World:
         values = list(self.layouts.values())
         if not abs(sum(values) - 1) <= 1e-6 or min(values) < 0 or max(values) > LARGEST_LAYOUT:
             raise SettingError(
-                f"layouts is {dict(self.layouts)}; give the layouts of pairs shares from 0 to {LARGEST_LAYOUT} that "
-                "add up to 1."
+                f"layouts is {dict(self.layouts)}; give each layout of pairs a share from 0 to {LARGEST_LAYOUT}, so "
+                "that the shares add up to 1."
             )
 
     def drawings(self, noun: str) -> tuple[Drawing, ...]:
@@ -261,12 +265,13 @@ def caption(
     ----------
     subjects : tuple of Subject
     correct_article : bool
-        False writes "a" before vowels, too, as the benchmark does.
+        True writes "an" before a vowel; False always writes "a", as the benchmark does.
     wording : str
-        "and" (the wording of the benchmark) or one of `FREE_WORDINGS`.
+        "and" (the wording of the benchmark) or one of `FREE_WORDINGS`. "bare" leaves the articles out, "picture"
+        begins with "a picture of", and "list" writes commas instead of all but the last "and".
     relation : str, optional
-        Relation of the first subject to the second, a key of `RELATION_WORDS`, which the caption states. It replaces
-        the wording.
+        Relation of the first subject to the second, a key of `RELATION_WORDS`. If it is given, the caption states it,
+        and `wording` has no effect.
 
     Returns
     -------
@@ -310,14 +315,15 @@ def caption(
 
 
 def sample_subjects(world: World, rng: np.random.Generator, layout: str | None = None) -> tuple[Subject, ...]:
-    """Random subjects of a scene, with the shares of a world and without its held-out pairs.
+    """Sample the subjects of a scene: their number and colors follow a world's settings; held-out pairs are avoided.
 
     Parameters
     ----------
     world : World
     rng : numpy.random.Generator
     layout : str, optional
-        Layout of pairs; the result is then two subjects that can have it. By default the number of subjects is random.
+        If a layout of pairs is given, the result is two subjects that can have it. By default the number of subjects is
+        random.
 
     Returns
     -------
@@ -368,7 +374,8 @@ def compose(subjects: tuple[Subject, ...], world: World, rng: np.random.Generato
     world : World
     rng : numpy.random.Generator
     layout : str, optional
-        Layout of the scene; by default a random one that the subjects can have, with the shares of the world.
+        Layout of the scene. By default it is sampled, with the shares of the world, from the layouts that the subjects
+        can have.
 
     Returns
     -------
@@ -378,7 +385,8 @@ def compose(subjects: tuple[Subject, ...], world: World, rng: np.random.Generato
     Raises
     ------
     SettingError
-        There is no subject, there are more than four, or the subjects cannot have the layout.
+        There is no subject, there are more than four, the subjects cannot have the layout, or their drawings do not fit
+        it (if no layout is given: do not fit any).
 
     Examples
     --------
@@ -490,7 +498,11 @@ def _places(
 
 
 def _visible(layers: list[np.ndarray], order: list[int], layout: str) -> np.ndarray | None:
-    """Visible masks in the subjects' order; None if one thing is covered too much or touches nothing that bears it."""
+    """Masks of the visible pixels, in the order of the subjects; None if the placement is not acceptable.
+
+    It is not if a thing is covered too much, if the rear thing of the layout "occluded" is hardly covered, or if two
+    things of the layout "worn" or "on" do not touch.
+    """
     whole = np.stack([layer[..., 3] > 0.5 for layer in layers])
     masks = whole.copy()
     for position, i in enumerate(order):
@@ -505,7 +517,7 @@ def _visible(layers: list[np.ndarray], order: list[int], layout: str) -> np.ndar
 
 
 def _relation(layout: str, masks: np.ndarray, order: list[int]) -> str | None:
-    """The first entity's relation to the second."""
+    """The first entity's relation to the second; None if it is not clear."""
     if layout == "occluded":
         return "behind" if order[0] == 0 else "in front of"
     if layout in ("worn", "on"):
@@ -526,7 +538,7 @@ def _caption(
 
 
 def sprite_layer(sprite: Image.Image, place: Place, world: World) -> np.ndarray:
-    """Transparent layer of a scene with a sprite: premultiplied RGBA in [0, 1], float32, (size, size, 4)."""
+    """Transparent layer that shows a sprite at its place: premultiplied RGBA in [0, 1], float32, (size, size, 4)."""
     size = world.size
     side = max(4, round(place.scale * size))
     if place.flip:
@@ -540,7 +552,7 @@ def sprite_layer(sprite: Image.Image, place: Place, world: World) -> np.ndarray:
 
 
 def blend(canvas: np.ndarray, layer: np.ndarray, shadow: float) -> np.ndarray:
-    """Canvas (size, size, 3) with a layer (size, size, 4) and the layer's drop shadow on top."""
+    """Put the drop shadow of a layer, (size, size, 4), and then the layer itself on a canvas, (size, size, 3)."""
     alpha, offset = layer[..., 3], max(1, len(canvas) // 40)
     below = np.zeros_like(alpha)
     below[offset:, offset:] = alpha[:-offset, :-offset]
@@ -572,7 +584,7 @@ def _natural_sprite(drawing: Drawing) -> np.ndarray:
 
 
 def _ink(sprite: Image.Image) -> tuple[float, float, float, float]:
-    """The box of a sprite's opaque pixels, in shares of its side."""
+    """Bounding box (left, top, right, bottom) of a sprite's opaque pixels, in shares of the sprite's side."""
     box = sprite.getchannel("a").point(lambda alpha: 255 if alpha > 127 else 0).getbbox() or (0, 0, *sprite.size)
     left, top, right, bottom = (value / sprite.width for value in box)
     return left, top, right, bottom

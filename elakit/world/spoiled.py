@@ -1,6 +1,8 @@
 """Unrecognizable shapes, composed with ground truth as training examples for the judge.
 
-Weak models generate blobs of the right color at the right location. Here drawings are turned into such blobs.
+Weak models generate blobs of the right color at the right location. Here drawings are turned into such shapes in one of
+five ways: bent ("warped"), blurred ("smeared"), reduced to scattered parts ("erased"), cut into tiles that change
+places ("shuffled"), or replaced by a random outline that is filled with their colors ("blob").
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ SCALES = (0.3, 0.7)  # longest side of the drawing that is spoiled, as a share o
 
 @dataclass(frozen=True)
 class Spoiled:
-    """An image with an unrecognizable shape, and perhaps a clean thing beside it.
+    """An image with an unrecognizable shape, and perhaps a recognizable ("clean") thing beside it.
 
     Attributes
     ----------
@@ -31,7 +33,7 @@ class Spoiled:
     clean : ndarray, bool, (size, size)
         Pixels of the clean thing; all False if there is none.
     nouns : tuple of str
-        Noun of the drawing that was spoiled, and noun of the clean thing.
+        Noun of the drawing that was made unrecognizable, and, if there is a clean thing, its noun.
     kind : str
         One of `KINDS`.
     """
@@ -44,7 +46,7 @@ class Spoiled:
 
 
 def sample_spoiled(world: World, rng: np.random.Generator, kinds: tuple[str, ...] = KINDS) -> Spoiled:
-    """A random scene with an unrecognizable shape; a clean thing stands beside it in half of the scenes.
+    """Random scene with an unrecognizable shape; in half of the scenes, a recognizable thing stands beside the shape.
 
     Parameters
     ----------
@@ -132,7 +134,7 @@ def _spoil(layer: np.ndarray, kind: str, place: Place, rng: np.random.Generator)
 
 
 def _warped(layer: np.ndarray, strength: float, side: float, rng: np.random.Generator) -> np.ndarray:
-    """A layer bent by a smooth random field, whose standard deviation is `strength` of the drawing's side."""
+    """A layer bent by a smooth random field of shifts with a standard deviation of about `strength * side` pixels."""
     size = len(layer)
     knots = int(np.clip(round(5 * size / side), 5, 16))
     shift = strength * side * rng.normal(0, 1, (2, knots, knots))

@@ -1,6 +1,6 @@
 """Tokenizer of picture-world: CLIP's byte-pair encoding, learned from the words of picture-world.
 
-These words are one token each; any other text is split into smaller pieces, down to bytes.
+Each of these words is one token; any other word is split into smaller pieces, down to single bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def train_tokenizer(vocabulary: int, positions: int) -> CLIPTokenizer:
     Parameters
     ----------
     vocabulary : int
-        Largest number of tokens; 512 of them stand for single bytes.
+        Largest number of tokens in the vocabulary; 512 of them stand for single bytes.
     positions : int
         Number of tokens of an encoded prompt, including start-of-text and end-of-text.
 
@@ -65,9 +65,9 @@ def clip_tokenizer(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, st
     vocabulary : mapping of str to int
         Id of each token.
     merges : sequence of pairs of str
-        Byte-pair merges, the first one first.
+        Byte-pair merges, in the order in which they are applied.
     **options
-        Further arguments of the class.
+        Further arguments of `CLIPTokenizer`, such as ``model_max_length``.
 
     Returns
     -------
@@ -75,6 +75,8 @@ def clip_tokenizer(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, st
 
     Examples
     --------
+    The ids of start-of-text, "a" and end-of-text:
+
     >>> tokens = {"a</w>": 0, "b</w>": 1, "<|startoftext|>": 2, "<|endoftext|>": 3}
     >>> clip_tokenizer(tokens, [])("a").input_ids
     [2, 0, 3]
@@ -91,10 +93,10 @@ def clip_tokenizer(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, st
 
 
 def _merges(words: Iterable[str], limit: int) -> list[tuple[str, str]]:
-    """Byte-pair merges, most frequent pair first, the alphabetically first on a tie.
+    """Byte-pair merges learned from words: each merges the most frequent pair, on a tie the alphabetically first one.
 
-    The trainer of `tokenizers` breaks ties by the order of a hash map, so its ids differ from run to run; a model that
-    is trained in several sittings needs them to stay.
+    The trainer of the package `tokenizers` breaks ties by the order of a hash map, so its ids differ from run to run. A
+    model whose training is interrupted and resumed needs the same ids each time.
     """
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges: list[tuple[str, str]] = []

@@ -48,9 +48,10 @@ def main(
         ),
     ] = 0,
 ) -> None:
-    """Train picture-world in stages: autoencoder, its decoder again, text encoder with denoiser, and judge.
+    """Train picture-world in four stages: vae, decoder, denoiser and judge.
 
-    The second stage runs only if the setting ``polish`` is not 0.
+    The first two train the autoencoder and then its decoder alone; the third trains the denoiser together with the text
+    encoder. The stage decoder runs only if the setting ``polish`` is not 0.
     """
     stages = set(STAGES if stage == "all" else stage.split(","))
     if unknown := stages - set(STAGES):
@@ -85,12 +86,12 @@ def main(
 
 
 def process_devices(device: str | None, processes: int) -> tuple[torch.device, ...]:
-    """Device of each of several processes: the CPU for all, or one GPU for each.
+    """Device of each of several processes: the same CPU for all, or a GPU of its own for each.
 
     Raises
     ------
     SettingError
-        Raised when there is no such device on this machine, or fewer GPUs than processes.
+        Raised when there is no such device on this machine, or there are fewer GPUs than processes.
 
     Examples
     --------
@@ -103,7 +104,7 @@ def process_devices(device: str | None, processes: int) -> tuple[torch.device, .
     free = torch.cuda.device_count() if chosen == torch.device("cuda") else 1
     if processes > free:
         raise SettingError(
-            f"--processes {processes}: each process needs a GPU of its own, and --device {chosen} has {free}. Use "
+            f"--processes {processes}: each process needs a GPU of its own, and --device {chosen} gives {free}. Use "
             f"--processes {free}, or --device cpu."
         )
     return tuple(torch.device("cuda", rank) for rank in range(processes))
@@ -115,6 +116,7 @@ def check_folders(stages: Collection[str], out: Path, start: Path | None) -> Non
     Parameters
     ----------
     stages : collection of str
+        Stages that will run, each one of `STAGES`.
     out : Path
         Folder of this training, with the parts of earlier stages.
     start : Path, optional
@@ -131,7 +133,8 @@ def check_folders(stages: Collection[str], out: Path, start: Path | None) -> Non
         for part, maker in NEEDED.get(stage, {}).items():
             if maker not in stages and not (out / part).is_dir():
                 raise SettingError(
-                    f"--stage {stage} reads {out / part}, which does not exist. Run the stage {maker} first, or all."
+                    f"--stage {stage} reads {out / part}, which does not exist. Run --stage {maker} first, or "
+                    "--stage all."
                 )
         if start is not None and stage in STARTED_FROM and not (start / STARTED_FROM[stage]).is_file():
             raise SettingError(

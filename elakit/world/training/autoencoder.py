@@ -41,16 +41,18 @@ def build(config: Config) -> Any:
 
 
 def grow(model: Any, old: Any) -> None:
-    """Copy the weights of a smaller autoencoder of the same width; new parts have little effect at first.
+    """Copy the weights of an autoencoder to a larger one of the same width; new parts have little effect at first.
 
-    New latent channels are appended to the old ones and are not decoded at first; new blocks at the end of a
-    resolution are the identity at first. New channels start `NEW_CHANNELS` times as strong as the initialization makes
-    them, about as strong as trained ones; weaker ones would be lost in the noise on the latents.
+    New latent channels are appended to the old ones, and the decoder ignores them at first. New residual blocks follow
+    the old ones of the same resolution and are the identity at first. The encoder's output in a new channel starts
+    `NEW_CHANNELS` times as strong as the initialization makes it, about as strong as in trained channels; if it were
+    weaker, it would be lost in the noise on the latents.
 
     Parameters
     ----------
     model, old : AutoencoderTiny
-        `model` is changed in place; it has at least the blocks and the latent channels of `old`.
+        `model` is the new autoencoder, which is changed in place. It has at least as many blocks at each resolution and
+        as many latent channels as `old`.
     """
     for new_half, old_half in ((model.encoder, old.encoder), (model.decoder, old.decoder)):
         for new_run, old_run in zip(_runs(new_half.layers), _runs(old_half.layers), strict=True):
@@ -66,10 +68,10 @@ def grow(model: Any, old: Any) -> None:
 
 
 def _runs(layers: Any) -> list[list[Any]]:
-    """Split a half of the autoencoder before and after each run of residual blocks.
+    """Split the layers of an encoder or decoder into runs of residual blocks and single other layers.
 
-    A run is what lies between two other layers, so that halves with different numbers of blocks have equal numbers of
-    runs.
+    There is a run, possibly an empty one, before, between and after the other layers, so that networks with different
+    numbers of blocks are split into equally many parts.
     """
     others = [-1, *(i for i, layer in enumerate(layers) if not hasattr(layer, "conv")), len(layers)]
     runs: list[list[Any]] = []
@@ -82,7 +84,7 @@ def _runs(layers: Any) -> list[list[Any]]:
 
 @torch.no_grad()
 def _copy(layer: nn.Module, old: nn.Module) -> None:
-    """Copy weights into a layer that may have more channels: new inputs have no effect, new outputs are random."""
+    """Copy weights to a layer that may have more inputs, which have no effect, or more outputs, which stay random."""
     for value, source in zip(layer.parameters(), old.parameters(), strict=True):
         if value.ndim > 1 and value.shape[1] > source.shape[1]:
             value.zero_()
@@ -104,7 +106,7 @@ def train_autoencoder(
         Folder for checkpoints, sample sheets and the result.
     device : torch.device
     start : Path, optional
-        Folder of a trained autoencoder, whose weights `grow` copies.
+        Folder of an earlier autoencoder, from whose weights the training starts (see `grow`).
 
     Returns
     -------
@@ -183,9 +185,9 @@ def train_decoder(config: Config, scenes: Scenes, folder: Path, device: torch.de
 
 
 def _batch(config: Config, scenes: Scenes, rng: np.random.Generator) -> tuple[Tensor, bool]:
-    """Random images, (batch, 3, side, side) in [-1, 1]: crops around entities, or whole scenes (a quarter as many).
+    """Random images, (n, 3, side, side) in [-1, 1]: crops around entities, or whole scenes.
 
-    The second value is true for whole scenes.
+    n is the batch size for crops and a quarter of it for whole scenes. The second value is true for whole scenes.
     """
     whole = bool(rng.random() >= config.vae.crop_share)
     rows = rng.integers(len(scenes), size=max(1, config.vae.batch // 4) if whole else config.vae.batch)
@@ -196,22 +198,25 @@ def _batch(config: Config, scenes: Scenes, rng: np.random.Generator) -> tuple[Te
 
 
 def _features(settings: VaeSettings, device: torch.device) -> Segmenter | None:
-    """The shipped judge as a fixed network of features, if the loss uses it."""
+    """The built-in judge as a fixed feature extractor; None if the loss does not compare features."""
     return copy.deepcopy(load_segmenter()).requires_grad_(False).to(device) if settings.features else None
 
 
 def _loss(
     model: Any, images: Tensor, exact: bool, settings: VaeSettings, judge: Segmenter | None, old: Any = None
 ) -> Tensor:
-    """Errors of pixels, of differences between neighboring pixels at three scales, of features; a pull on the latents.
+    """Loss of the autoencoder: errors of pixels, edges and features of the reconstruction, and a penalty on latents.
 
-    The decoder bounds latents to -3..3. Noise on them makes neighboring latents mean neighboring images, and some
-    images are decoded from the first half of the channels alone, which so carry the shapes and the others the details.
-    A share of the steps decodes mirrored latents of half the resolution to the mirrored, smaller image, so that shapes
-    are alike in the latents at any size (EQ-VAE, arXiv 2502.09509); such latents are easier to denoise.
-    `exact` computes layer by layer, which is slower and right at the border of the image too. With an autoencoder that
-    the training started from, `old`, its latent channels are kept as they were, so that a denoiser trained on them can
-    be trained further.
+    Edges are differences between neighboring pixels at three scales; the penalty is the mean square of the latents, and
+    the decoder bounds them to -3..3. Noise is added to the latents before decoding, so that similar latents decode to
+    similar images. Some images are decoded from the first half of the channels alone; these channels learn the shapes,
+    and the others the details. In a share of the steps, mirrored latents of half the resolution are decoded and
+    compared with the mirrored image of half the size, so that shapes look alike in the latents at any size (EQ-VAE,
+    arXiv 2502.09509); such latents are easier to denoise.
+
+    `exact` computes layer by layer, which is slower but also right at the border of the image. `old` is the autoencoder
+    from which the training started, if there is one: changes of its latent channels are penalized, so that a denoiser
+    that was trained on them can be trained further.
     """
     latents = model.encode(images).latents if exact else linear_runs.encode(model, images)
     drift = torch.zeros((), device=images.device)
@@ -255,7 +260,7 @@ def features(judge: Segmenter, images: Tensor) -> list[Tensor]:
 
 
 def _sheet(model: Any, config: Config, scenes: Scenes, folder: Path) -> None:
-    """Eight scenes and, below them, their reconstructions, twice the size."""
+    """Save an image of eight scenes and, below them, their reconstructions, enlarged to twice their size."""
     images, size = scenes.batch(np.arange(8)).to(model.device), config.world.size
     with torch.no_grad():
         rebuilt = model.decode(model.encode(images).latents).sample
@@ -266,7 +271,7 @@ def _sheet(model: Any, config: Config, scenes: Scenes, folder: Path) -> None:
 
 
 def _crops(images: Tensor, classes: np.ndarray, side: int, rng: np.random.Generator) -> Tensor:
-    """A square of each image whose center is near a pixel of an entity."""
+    """Square of `side` pixels from each image, centered on a random pixel of an entity as far as the border allows."""
     cut = []
     for image, truth in zip(images, classes, strict=True):
         rows, columns = np.nonzero(truth)

@@ -16,13 +16,16 @@ from elakit.world.scenes import World
 class VaeSettings:
     """Settings of the autoencoder: architecture, loss weights and length of training (`samples` images).
 
-    A share `crop_share` of the steps uses crops of `crop` pixels around an entity, because most of a scene is
-    background. The other steps use whole scenes, a quarter as many per step. The learning rate falls to zero from the
-    share `decay_from` of the run on. `noise` is the standard deviation of noise on the latents, and `nested` the share
-    of images that are decoded from the first half of the channels alone. A share `equivariant` of the steps decodes
-    mirrored latents of half the resolution. Weights of the loss are `pull` for the mean square of the latents, `edges`
-    for differences between neighboring pixels, `features` for the activations of the built-in judge, and `kept` for
-    changes of the latent channels of an earlier model. Afterward the decoder alone is trained on `polish` more samples.
+    `width` is the number of channels at every resolution; `encoder_blocks` and `decoder_blocks` are the numbers of
+    residual blocks at each resolution. The training images are sampled from `scenes` scenes. A share `crop_share` of
+    the steps uses `batch` crops with a side of `crop` pixels around an entity, because most of a scene is background.
+    The other steps use whole scenes, a quarter as many per step. After the share `decay_from` of the steps, the
+    learning rate falls to zero. `noise` is the standard deviation of the noise on the latents, `nested` the share of
+    the images that are decoded from the first half of the channels alone, and `equivariant` the share of the steps that
+    decode mirrored latents of half the resolution. Weights of the loss are `pull` for the mean square of the latents,
+    `edges` for differences between neighboring pixels, `features` for the activations of the built-in judge, and `kept`
+    for changes of the latent channels of an earlier model. Afterward the decoder alone is trained on `polish` more
+    images.
     """
 
     width: int
@@ -48,7 +51,7 @@ class VaeSettings:
 
 @dataclass(frozen=True)
 class TextSettings:
-    """Settings of the tokenizer and the text encoder."""
+    """Settings of the text encoder, and of its tokenizer (`positions` and `vocabulary`, as in `train_tokenizer`)."""
 
     positions: int
     vocabulary: int
@@ -61,16 +64,17 @@ class TextSettings:
 class DenoiserSettings:
     """Settings of the U-Net, and of the diffusion training of U-Net and text encoder.
 
-    The training begins with `first_scenes` scenes and ends with `scenes`. `chunk` more are composed whenever each scene
-    has been seen `reuse` times on average. The first `close_ups` samples are single things in images of half the side,
-    which are several times as fast as whole scenes. The learning rate is constant after `warmup` steps and falls to
-    zero from the share `decay_from` of the run on; `average` is the decay of the moving average of the weights.
-    `min_snr` bounds the signal-to-noise ratio in the weights of the loss (min-SNR), and `least_weight` is the lowest of
-    these weights, for the steps with much noise, which decide what is where. `drop_text` is the share of captions that
-    are replaced by the empty text, and `neutral_end` the share whose end-of-text states are replaced by
-    those of the empty text. `outlines` is the weight of an auxiliary loss, the prediction of the noun at each location
-    from features of the decoder. `compiled` runs the U-Net through ``torch.compile``, which needs a C++ compiler on a
-    CPU.
+    The training uses `samples` images in batches of `batch` per process. Before it, the model is trained on `close_ups`
+    images of single things with half the side of a scene, which are several times as fast to train on. The training
+    begins with `first_scenes` different scenes; whenever each of them has been seen `reuse` times on average, `chunk`
+    more are composed, up to `scenes`. The learning rate rises for `warmup` steps, is constant until the share
+    `decay_from` of the steps is done, and then falls to zero; `average` is the decay of the moving average of the
+    weights. `min_snr` is the upper bound of the signal-to-noise ratio in the weights of the loss (min-SNR), and
+    `least_weight` the lower bound of these weights where there is more noise than signal: there the model decides what
+    is where. `drop_text` is the share of captions that are replaced by the empty text, and `neutral_end` the share of
+    captions whose end-of-text states are replaced by those of the empty text. `outlines` is the weight of an auxiliary
+    loss, the prediction of the noun at each location from features of the U-Net's decoder. `compiled` runs the U-Net
+    through ``torch.compile``, which needs a C++ compiler on a CPU.
     """
 
     channels: tuple[int, ...]
@@ -103,15 +107,16 @@ class DenoiserSettings:
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Settings of the judge, a segmenter of images.
+    """Settings of the judge, a segmenter of images, and of its training.
 
-    Shares of the `scenes` show hybrids (`mixtures`), a thing partly behind another (`occluded`), shapes that cannot be
-    recognized (`spoiled`), or nothing (`empty`). A share of all scenes is passed through the autoencoder (`rebuilt`),
-    and another share through noise and the last steps of the denoiser (`redrawn`), because generated images are less
-    exact than composed ones without being hybrids. Further examples are generated: `drawn` images of single things, and
-    `unfinished` images that are decoded after the first few steps and are unrecognizable. `labels` names folders in
-    the shipped data with generated images that were labeled by eye. Each batch has `labeled` of these images in
-    addition to its scenes.
+    The training uses `samples` images in batches of `batch`. They are sampled from `scenes` composed scenes and some
+    generated images. `mixtures`, `occluded`, `spoiled` and `empty` are the shares of the composed scenes that show a
+    hybrid, a thing partly behind another, an unrecognizable shape, and only a background. Because generated images are
+    less exact than composed ones without being hybrids, a share `rebuilt` of the composed scenes is passed through the
+    autoencoder; another share, `redrawn`, gets noise that the last steps of the denoiser remove, unless a shape in them
+    is unrecognizable. The generated images are `drawn` images of single things and `unfinished` unrecognizable images,
+    for which generation was stopped after the first few steps. `labels` names folders in elakit's data with generated
+    images that were labeled by eye. Each batch contains `labeled` of these images in addition to its `batch` others.
     """
 
     channels: tuple[int, ...]
@@ -157,7 +162,7 @@ def read_config(path: Path | None = None) -> Config:
     Raises
     ------
     SettingError
-        The file is missing or is not TOML, or a setting is missing or unknown.
+        The file is missing or is not TOML, or a setting is missing, unknown or outside its range.
 
     Examples
     --------
@@ -180,7 +185,9 @@ def read_config(path: Path | None = None) -> Config:
         "judge": JudgeSettings,
     }
     if set(table) != set(sections):
-        raise SettingError(f"{path} has the sections {sorted(table)}; it must have exactly {sorted(sections)}.")
+        raise SettingError(
+            f"{path} has the sections {sorted(table)}; it must have exactly {sorted(sections)}. Correct the file."
+        )
     return Config(**{name: _section(kinds[name], table[name], name, path) for name in kinds})
 
 

@@ -29,8 +29,9 @@ class Scenes:
     captions : list of str
     classes : ndarray, uint8, (n, size, size)
         0 for the background, 1 + index in ``NOUNS`` elsewhere.
-    colors : ndarray, int8, (n, most entities)
-        Index in ``COLORS`` of each entity's color; -1 for the colors of the drawing, or for no entity.
+    colors : ndarray, int8, (n, k)
+        Index in ``COLORS`` of the color of each entity, of which a scene has at most k; -1 if the entity has the colors
+        of the drawing, or if there is no such entity.
     """
 
     images: np.ndarray
@@ -118,8 +119,8 @@ def compose_crowds(world: World, count: int, seed: int | tuple[int, ...]) -> Sce
 def cached_crowds(world: World, count: int, seed: int, path: Path, workers: int = 0) -> Scenes:
     """Scenes of `compose_crowds`, read from a file or composed and written to it.
 
-    A file that was made with other settings is replaced. Scenes are composed in parts by `workers` processes, or in
-    this process if `workers` is 0.
+    A file that was made with other settings is replaced. `workers` processes compose the scenes in parts; if `workers`
+    is 0, this process composes them.
     """
     made_with = repr((world.size, world.artists, world.views, world.backgrounds, world.shadow, count, seed, CROWD_PART))
     if path.exists():

@@ -84,7 +84,7 @@ def build_text_encoder(config: Config, tokenizer: CLIPTokenizer) -> CLIPTextMode
 
 
 def build_scheduler() -> DDIMScheduler:
-    """DDIM scheduler with the noise schedule of Stable Diffusion, for a model that predicts v."""
+    """DDIM scheduler with the noise schedule of Stable Diffusion, for a model trained with v-prediction."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -100,13 +100,13 @@ def build_scheduler() -> DDIMScheduler:
 def grow(model: Any, tokenizer: CLIPTokenizer, old: StableDiffusionPipeline) -> None:
     """Copy the weights of an earlier model to a new one; the weights of additional latent channels are set to zero.
 
-    Token embeddings are copied token by token, because a model with other captions has another vocabulary.
+    Embeddings are copied by token, not by id, because a model with other captions has another vocabulary.
 
     Parameters
     ----------
     model : nn.ModuleDict
-        Text encoder "text" and U-Net "unet", which are changed in place. They have the architecture of `old`, with at
-        least its latent channels.
+        Text encoder, as ``model["text"]``, and U-Net, as ``model["unet"]``, which are changed in place. They have the
+        architecture of `old`, and at least as many latent channels.
     tokenizer : CLIPTokenizer
         Tokenizer of `model`.
     old : StableDiffusionPipeline
@@ -157,7 +157,7 @@ def train_denoiser(
     Returns
     -------
     StableDiffusionPipeline
-        Pipeline with averaged weights.
+        Pipeline with the moving average of the weights.
 
     Raises
     ------
@@ -247,15 +247,15 @@ def train_denoiser(
 
 
 def loss_weights(signal: Tensor, min_snr: float, least: float) -> Tensor:
-    """Weights of the squared error of v at the given shares of signal: min-SNR (arXiv 2303.09556) with a lower bound.
+    """Weights of the squared error of v, given the shares of signal: min-SNR (arXiv 2303.09556) with a lower bound.
 
-    Min-SNR alone nearly ignores the noisiest steps, in which the model decides where things are. The bound applies
-    where there is more noise than signal.
+    Min-SNR alone nearly ignores the noisiest steps, in which the model decides where things are. The lower bound
+    applies only where there is more noise than signal.
 
     Parameters
     ----------
     signal : Tensor
-        Share of the variance that is signal (``alphas_cumprod``).
+        Share of the noisy latents' variance that is signal (``alphas_cumprod``).
     min_snr : float
         Upper bound of the signal-to-noise ratio.
     least : float
@@ -276,9 +276,9 @@ def loss_weights(signal: Tensor, min_snr: float, least: float) -> Tensor:
 
 
 def close_up(config: Config) -> Config:
-    """Settings of the first part of the training: single things that fill images of half the side.
+    """Settings of the first part of the training: images of half the side, each with a single thing that fills it.
 
-    They have the size of small things in whole scenes, at a fraction of the cost.
+    In pixels, these things are as large as small things in whole scenes, and training on them costs a fraction.
 
     Examples
     --------
@@ -299,7 +299,7 @@ def close_up(config: Config) -> Config:
 
 
 def assemble(model: Any, vae: Any, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler) -> StableDiffusionPipeline:
-    """Pipeline of the given parts; `model` contains "text" and "unet"."""
+    """Pipeline of the given parts, with the text encoder ``model["text"]`` and the U-Net ``model["unet"]``."""
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=model["text"],
@@ -315,7 +315,7 @@ def assemble(model: Any, vae: Any, tokenizer: CLIPTokenizer, scheduler: DDIMSche
 
 
 def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """Write a pipeline as fp16 safetensors, completely or not at all; an existing folder is replaced."""
+    """Write a pipeline to a folder as fp16 safetensors, completely or not at all; an existing folder is replaced."""
     half = StableDiffusionPipeline(
         **{
             name: copy.deepcopy(part).half() if isinstance(part, nn.Module) else part
@@ -330,7 +330,10 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
 
 
 def sample_sheet(pipe: StableDiffusionPipeline, size: int, prompts: tuple[str, ...] = SAMPLE_PROMPTS) -> Image.Image:
-    """Sheet of images of `size` pixels, one per prompt from seed 0, eight per row, enlarged to twice their size."""
+    """Sheet with an image for each prompt, eight per row, enlarged to twice their size.
+
+    All images are generated from seed 0, with a side of `size` pixels.
+    """
     images = pipe(
         list(prompts),
         height=size,

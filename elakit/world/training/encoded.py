@@ -1,4 +1,4 @@
-"""Training scenes of the denoiser, composed in chunks when they are needed, and encoded once."""
+"""Training scenes of the denoiser, composed in chunks when they are needed, and encoded only once."""
 
 from __future__ import annotations
 
@@ -63,9 +63,10 @@ class Encoded:
 class GrowingScenes:
     """Encoded scenes, composed in chunks when the training needs them and kept on disk.
 
-    A training of millions of samples needs many scenes, and composing them all first would take hours. It begins with a
-    few chunks, and the next one is composed whenever each scene has been seen `reuse` times on average. Chunk k has the
-    same scenes in every run. If several processes train together, each composes and uses its own chunks.
+    A training of millions of samples needs many scenes, and composing them all first would take hours. The training
+    begins with a few chunks, and the next one is composed whenever each scene has been seen ``config.denoiser.reuse``
+    times on average. The chunk of a given number has the same scenes in every run. If several processes train together,
+    each composes and uses chunks of its own.
 
     Parameters
     ----------
@@ -76,8 +77,8 @@ class GrowingScenes:
     tokenizer : CLIPTokenizer
     device : torch.device
     workers : int
-        Number of processes that compose the next chunks while the training runs; by default, a chunk is composed by
-        this process when it is needed.
+        Number of processes that compose the next chunks while the training runs. By default, this process composes each
+        chunk when it is needed.
     """
 
     def __init__(
@@ -98,15 +99,15 @@ class GrowingScenes:
         self._ahead: dict[int, Future[Composed]] = {}
 
     def count(self, samples: int) -> int:
-        """Number of scenes in use after a number of samples."""
+        """Number of scenes in use after training on `samples` samples, summed over the processes."""
         settings = self._config.denoiser
         wanted = max(settings.first_scenes, samples // settings.reuse)
         return min(settings.scenes, -(-wanted // settings.chunk) * settings.chunk)
 
     def batch(self, samples: int, size: int) -> Encoded:
-        """Random batch of `size` scenes among those in use after a number of samples.
+        """Random batch of `size` scenes among those in use by this process after training on `samples` samples.
 
-        The scenes are chosen with torch's global random generator.
+        Torch's global random generator chooses the scenes.
         """
         chunk = self._config.denoiser.chunk
         count = -(-self.count(samples) // (chunk * self._world)) * chunk
@@ -132,7 +133,7 @@ class GrowingScenes:
         return self._folder / f"{number:04d}.pt"
 
     def _composed(self, number: int) -> Composed:
-        """A chunk, composed now or in advance; with workers, the composition of the next ones is started."""
+        """Compose the chunk with a number, unless a worker did so in advance; have workers compose the next ones."""
         settings = self._config.denoiser
         size = min(settings.chunk, settings.scenes)
         side = self._config.world.size // 2 ** (len(self._config.vae.encoder_blocks) - 1)
@@ -147,7 +148,7 @@ class GrowingScenes:
 
 
 def compose(world: World, side: int, count: int, seed: int | tuple[int, ...]) -> Composed:
-    """Compose `count` scenes, whose latents will have `side` x `side` locations."""
+    """Compose `count` random scenes, whose latents will have `side` x `side` locations."""
     rng = np.random.default_rng(seed)
     scenes = [sample(world, rng) for _ in tqdm(range(count), desc="compose", unit="scene", mininterval=5)]
     return Composed(
@@ -172,7 +173,7 @@ def encode(composed: Composed, vae: Any, tokenizer: CLIPTokenizer, device: torch
 
 
 def _classes(scene: Scene, side: int) -> np.ndarray:
-    """Class of what stands at the center of each of the `side` x `side` latent locations, uint8."""
+    """Class of the pixel at the center of each of the `side` x `side` latent locations, uint8, (side, side)."""
     found = np.zeros(scene.image.shape[:2], np.uint8)
     for entity in scene.entities:
         found[entity.mask] = 1 + NOUNS.index(entity.subject.noun)

@@ -1,4 +1,4 @@
-"""Training of the judge: a segmenter of composed scenes and hybrids, some of which passed through the judged model."""
+"""Training of the judge, a segmenter, on composed scenes and hybrids and on images of the model that it judges."""
 
 from __future__ import annotations
 
@@ -31,21 +31,22 @@ from elakit.world.training.loop import Schedule, autocast, train
 from elakit.world.training.workers import in_order
 from elakit.world.vocabulary import COLORS, NOUNS
 
-# Whose drawings the judge never sees in training, where a noun has three artists or more: the first who drew it.
+# Artists whose drawings the judge never sees in training: per noun, the first one who drew it, if the noun has at least
+# `LEAST_ARTISTS` artists.
 UNSEEN_ARTISTS = ("noto-v1", "fluent-flat")
 LEAST_ARTISTS = 3
-# Redrawing takes the last few of the steps, which leaves a thing what and where it is; a hybrid bears fewer before
-# the denoiser has made one thing of it.
+# Redrawing takes the last few of the steps, in which a thing remains what and where it is. For hybrids it takes fewer,
+# because in more steps the denoiser would turn a hybrid into one of its things.
 REDRAW_STEPS, REDRAWN_STEPS, REDRAWN_STEPS_OF_HYBRIDS = 12, (4, 8), (2, 3)
-# Share of a whole drawing's pixels that must show its noun at least.
+# Least share of the pixels of a generated image of a single thing that must show the thing's noun.
 LEAST_SHOWN = 0.04
-UNFINISHED = 255
+UNFINISHED = 255  # in `Examples.nouns`: an image in which nothing can be recognized
 PART = 1_000  # scenes that one process composes at a time
-# Steps of `REDRAW_STEPS` after which an image is decoded too early for anything to be recognized in it.
+# Smallest and largest number of steps, out of `REDRAW_STEPS`, after which nothing can be recognized in an image yet.
 UNFINISHED_STEPS = (2, 4)
 # Weight of the loss on labeled images beside that on composed scenes; it was chosen, not measured.
 LABELED_WEIGHT = 0.5
-FIRST_SEED_DRAWN = 1_000_000  # of whole drawings: far from those that people and benchmarks use
+FIRST_SEED_DRAWN = 1_000_000  # of generated examples: far from the seeds that people and benchmarks use
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,20 @@ class Examples:
     ----------
     images : ndarray, uint8, (n, size, size, 3)
     classes : ndarray, uint8, (n, size, size)
-        0 for the background, 1 + index in ``NOUNS`` for a thing, ``UNCERTAIN`` where a blend shows two things equally.
+        Class of each pixel: 0 for the background, 1 + index in ``NOUNS`` for a thing, ``UNCERTAIN`` where the class is
+        not known. In composed images, these are the pixels of unrecognizable shapes and those at which a hybrid shows
+        two things about equally; in generated images, these are all pixels.
     mixed : ndarray, bool, (n, size, size)
-        Pixels of a hybrid.
+        True for the pixels of a hybrid; all False in generated images.
     spoiled : ndarray, bool, (n, size, size)
-        Pixels of an unrecognizable shape; their class is ``UNCERTAIN``.
+        True for the pixels of a composed unrecognizable shape; all False in generated images.
     captions : list of str
-        Captions; "" for scenes with an unrecognizable shape or without things.
+        Caption of each image; "" for composed images with an unrecognizable shape or without things, and for unfinished
+        images.
     nouns : ndarray, uint8, (n,)
-        0 for composed scenes; 1 + index in ``NOUNS`` for generated images of a single thing, whose classes are all
-        ``UNCERTAIN``; ``UNFINISHED`` for images that were decoded after the first steps, in which nothing can be
-        recognized.
+        Kind of each image: 0 for a composed image; 1 + the noun's index in ``NOUNS`` for a generated image of a single
+        thing; ``UNFINISHED`` for a generated image in which nothing can be recognized, because generation was stopped
+        after the first few steps (see `draw_unfinished`).
     """
 
     images: np.ndarray
@@ -78,7 +82,10 @@ class Examples:
 
 
 def unseen(drawing: Drawing) -> bool:
-    """True if a drawing is kept out of the training of the judge.
+    """True if a drawing is kept out of the training of the judge, so that the judge can be tested with it.
+
+    Drawings are kept out only for nouns that were drawn by at least ``LEAST_ARTISTS`` artists: those by the first of
+    ``UNSEEN_ARTISTS`` who drew the noun.
 
     Examples
     --------
@@ -91,7 +98,10 @@ def unseen(drawing: Drawing) -> bool:
 
 
 def judges_world(world: World) -> World:
-    """Settings of the judge's training scenes: all nouns in pairs, all drawings but `unseen`, more unusual colors."""
+    """World of the judge's training scenes, derived from the world of the denoiser's training scenes.
+
+    It shows all pairs of nouns and all drawings except the `unseen` ones, and unusual colors are more frequent.
+    """
     wide = replace(
         world,
         artists=ARTISTS,
@@ -152,10 +162,11 @@ def compose_examples(config: Config, seed: int | tuple[int, ...], count: int | N
 
 
 def prepare_examples(config: Config, folder: Path, device: torch.device, workers: int = 0) -> Examples:
-    """Training examples: composed scenes, some of them passed through the model, and generated images.
+    """Training examples: composed images, some of them passed through the autoencoder or denoiser, and generated ones.
 
     They are kept in ``folder/judge-examples.npz``, from which a resumed training reads them; a file that was made with
-    other settings is replaced. Scenes are composed in parts by `workers` processes, or in this process if it is 0.
+    other settings is replaced. `workers` processes compose the scenes in parts; if `workers` is 0, this process
+    composes them.
     """
     path, settings = folder / "judge-examples.npz", config.judge
     made_with = repr(
@@ -192,8 +203,8 @@ def prepare_examples(config: Config, folder: Path, device: torch.device, workers
 def draw_singles(pipe: StableDiffusionPipeline, count: int, steps: int = REDRAW_STEPS) -> Examples:
     """Generated images of single things, as examples of imperfect things that are not hybrids.
 
-    The location of the thing is unknown. The image is assumed to show nothing but its noun; an earlier judge confirmed
-    this for 99.5% of such images.
+    The location of the thing in the image is unknown. Each image is assumed to show the thing of its caption and no
+    other; an earlier judge confirmed this for 99.5% of such images.
 
     Parameters
     ----------
@@ -230,7 +241,10 @@ def draw_singles(pipe: StableDiffusionPipeline, count: int, steps: int = REDRAW_
 
 @torch.no_grad()
 def draw_unfinished(pipe: StableDiffusionPipeline, count: int) -> Examples:
-    """Unrecognizable images, decoded from the prediction of the denoiser after the first steps.
+    """Generate unrecognizable images by stopping after the first few steps.
+
+    The number of steps is a random one in ``UNFINISHED_STEPS``, out of ``REDRAW_STEPS``. The denoiser's prediction of
+    the noise-free latents at the last of them is decoded.
 
     Parameters
     ----------
@@ -278,12 +292,12 @@ def grow(model: Segmenter, old: dict[str, Tensor]) -> None:
     model : Segmenter
         Judge that is changed in place.
     old : dict of str to Tensor
-        Weights of a judge with the same widths.
+        Weights of an earlier judge with the same numbers of channels.
 
     Raises
     ------
     SettingError
-        The widths differ, weights are missing, or the earlier judge has more outputs.
+        The numbers of channels differ, weights are missing, or the earlier judge has more outputs.
     """
     for name, value in model.state_dict().items():
         given = old.get(name)
@@ -318,7 +332,7 @@ def train_judge(
     Returns
     -------
     Segmenter
-        Judge with averaged weights.
+        Judge with the moving average of the weights.
 
     Raises
     ------
@@ -381,7 +395,7 @@ def train_judge(
 
 
 def _moved_alone(images: Tensor) -> Tensor:
-    """Images without ground truth, disturbed and moved as the others, in [-1, 1]."""
+    """Images without ground truth per pixel, mirrored at random, disturbed and moved like the others, in [-1, 1]."""
     n, _, height, width = images.shape
     nothing = torch.zeros(n, height, width, dtype=torch.long)
     flipped = torch.where(torch.rand(n, 1, 1, 1) < 0.5, images.flip(-1), images)
@@ -389,9 +403,11 @@ def _moved_alone(images: Tensor) -> Tensor:
 
 
 def _alone(scores: Tensor, nouns: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of whole drawings, (k, 25, h, w) with their noun's class, (k,); and where they show it, (k, h, w).
+    """Loss of generated images of single things, and the probability of the thing's noun at each pixel, (k, h, w).
 
-    Every pixel is background or the noun, and the surest few are the noun.
+    The loss is low if every pixel is classified as background or as the noun, and if the pixels at which the noun is
+    most probable, a share ``LEAST_SHOWN`` of the image, are classified as the noun. `scores` are logits of the classes,
+    (k, 25, h, w), and `nouns` the classes of the nouns, (k,).
     """
     log = scores.log_softmax(1)
     of_noun = log[torch.arange(len(nouns)), nouns]
@@ -416,7 +432,7 @@ def _pixels(decoded: Tensor) -> np.ndarray:
 def redraw(
     images: np.ndarray, captions: list[str], pipe: StableDiffusionPipeline, steps: tuple[int, int], seed: int
 ) -> np.ndarray:
-    """Images passed through noise and the last steps of the denoiser, which keeps things at their locations.
+    """Images after adding noise and denoising with the last few steps, which keeps things at their locations.
 
     Parameters
     ----------
@@ -424,7 +440,8 @@ def redraw(
     captions : list of str
     pipe : StableDiffusionPipeline
     steps : tuple of int
-        Smallest and largest number of denoising steps, out of ``REDRAW_STEPS``.
+        Smallest and largest number of denoising steps, out of ``REDRAW_STEPS``. A random number between them, both
+        included, is used for all images.
     seed : int
 
     Returns
@@ -454,9 +471,10 @@ def _batches(rows: np.ndarray, what: str) -> Iterator[np.ndarray]:
 
 
 def _restyle(images: Tensor, target: Tensor) -> Tensor:
-    """Give some images another artist's manner: other hues, tones, flat colors, dark outlines.
+    """Make some images look like the work of another artist: other hues, other tones, flat colors, dark outlines.
 
-    Things must be known by their shape: animals come in their own colors in training, and not from every artist.
+    The judge should recognize things by their shape. Without this, it could rely on colors, because animals mostly have
+    their natural ones in training, and on style, because not every artist drew every noun.
     """
     n = len(images)
 
@@ -482,7 +500,7 @@ def _restyle(images: Tensor, target: Tensor) -> Tensor:
 
 
 def _disturb(images: Tensor) -> Tensor:
-    """Noise, blur, contrast and brightness, a little of each, differing per image."""
+    """Add a little noise and blur, and change contrast and brightness a little, differently for each image."""
     n = len(images)
     blurred = F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), 5, 1)
     amount = torch.rand(n, 1, 1, 1) * (torch.rand(n, 1, 1, 1) < 0.5)
@@ -492,7 +510,7 @@ def _disturb(images: Tensor) -> Tensor:
 
 
 def _move(images: Tensor, target: Tensor, marks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn, stretch, shear and bend half of the images with their truth: other artists draw other shapes."""
+    """Turn, stretch, shear and bend half of the images with their ground truth, as other artists draw other shapes."""
     n = len(images)
     moved = torch.rand(n) < 0.5
     angle = torch.randn(n) * 0.15

@@ -36,7 +36,8 @@ class Labeled:
     nameable : Tensor, bool, (n, 2)
         True if a person would name the entity as the prompt does.
     hybrid, extra : Tensor, bool, (n,)
-        True if two things are fused, or if there are things that were not asked for.
+        `hybrid` is True if two things are fused; `extra` is True if there are things that the prompt does not ask for,
+        or more of them than it asks for.
     """
 
     images: Tensor
@@ -49,11 +50,11 @@ class Labeled:
         return len(self.nouns)
 
     def rows(self, index: Tensor) -> Labeled:
-        """Some of the images."""
+        """Labeled images at the given indices."""
         return Labeled(*(value[index] for value in vars(self).values()))
 
     def to(self, device: torch.device) -> Labeled:
-        """The same on another device."""
+        """Copy on another device."""
         return Labeled(*(value.to(device) for value in vars(self).values()))
 
 
@@ -63,18 +64,18 @@ def read_labeled(folders: Sequence[Path], size: int) -> Labeled:
     Parameters
     ----------
     folders : sequence of Path
-        Images without labels are left out.
+        Folders of labeled images. Images without labels are left out.
     size : int
         Side of the images in pixels.
 
     Raises
     ------
     SettingError
-        A folder is refused by `elakit.judge.labels.read_images`, or nothing is labeled.
+        `elakit.judge.labels.read_images` refuses a folder, or none of the images is labeled.
     """
     found = [one for folder in folders for one in read_images(folder)]
     if not found:
-        raise SettingError(f"No image of {', '.join(map(str, folders))} is labeled. Fill in labels.csv.")
+        raise SettingError(f"No image in {', '.join(map(str, folders))} is labeled. Fill in labels.csv.")
     images = [np.array(open_image(one.path).resize((size, size))) for one in found]
     nouns = [([1 + NOUNS.index(noun) for noun in named_nouns(one.prompt)] + [0])[:SLOTS] for one in found]
     nameable = [([*one.label.nameable, False])[:SLOTS] for one in found]
@@ -88,16 +89,17 @@ def read_labeled(folders: Sequence[Path], size: int) -> Labeled:
 
 
 def labeled_loss(scores: Tensor, labels: Labeled) -> Tensor:
-    """Loss of the judge on labeled images, whose things have no known location.
+    """Loss of the judge on labeled images, in which the locations of the things are not known.
 
-    Every pixel is background or a noun of the prompt, unless there are other things. A nameable thing is seen
-    somewhere. Where the judge sees a noun that is not nameable, the shape is unrecognizable; where it is nameable, it
-    is not.
+    The loss is low if the judge's output agrees with the labels: every pixel is background or a noun of the prompt,
+    unless the image has extra things; each nameable entity covers at least a small share of the image; the pixels in
+    which the judge sees an entity are unrecognizable if the entity is not nameable, and recognizable if it is; and the
+    pixels in which it sees a nameable entity belong to a hybrid if, and only if, the image has one.
 
     Parameters
     ----------
     scores : Tensor, (n, 27, h, w)
-        Logits of the judge.
+        Logits of the judge: 25 classes, hybrid, and unrecognizable.
     labels : Labeled
     """
     log = scores[:, :CLASSES].log_softmax(1)

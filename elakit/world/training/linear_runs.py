@@ -1,10 +1,11 @@
-"""Faster forward pass of `AutoencoderTiny` for training, with neighboring linear layers as one convolution.
+"""Faster forward pass of `AutoencoderTiny` for training, with successive linear layers merged into one convolution.
 
-Without residual blocks at the highest resolutions, the first layers of the encoder and the last ones of the decoder are
-convolutions with nothing nonlinear between them, and upsampling followed by a convolution is a convolution of the
-smaller image for each of the four phases of the larger one. Composing the kernels first and applying the result takes
-1.7 times fewer multiplications than the layers one by one. Values and gradients are those of the layers, except in a
-frame a few pixels wide at the border of the image, where the layers pad in between.
+If there are no residual blocks at the highest resolutions, the first layers of the encoder and the last ones of the
+decoder are convolutions with nothing nonlinear between them. Moreover, upsampling to twice the size followed by a
+convolution equals four convolutions of the smaller image, one for each phase (even or odd row and column) of the larger
+one. Composing the kernels of such layers first takes 1.7 times fewer multiplications than applying the layers one by
+one. Values and gradients are those of the separate layers, except in a frame a few pixels wide at the border of the
+image, where the separate layers pad their inputs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _PHASES_5 = torch.tensor(
 
 
 def compose_kernels(first: Tensor, second: Tensor, stride: int = 1) -> Tensor:
-    """Kernel of the convolution that equals two convolutions in a row.
+    """Kernel of the convolution that equals two convolutions, one after the other.
 
     Parameters
     ----------
@@ -42,7 +43,7 @@ def compose_kernels(first: Tensor, second: Tensor, stride: int = 1) -> Tensor:
 
 
 def upsampled_convolution(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Upsample to twice the size (nearest) and convolve, without computing on the larger image.
+    """Upsample to twice the size (nearest neighbor) and convolve, without computing on the larger image.
 
     Parameters
     ----------

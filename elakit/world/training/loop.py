@@ -21,7 +21,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """True if a device computes bfloat16 in hardware; other CPUs are far slower in bfloat16 than in float32."""
+    """True if a device computes bfloat16 in hardware; a CPU that does not is far slower in bfloat16 than in float32."""
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -31,7 +31,7 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Number of this process and number of processes that train together; 0 and 1 if it trains alone."""
+    """Rank of this process, from 0, and number of processes that train together; 0 and 1 if it trains alone."""
     if not distributed.is_initialized():
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
@@ -65,7 +65,7 @@ class Schedule:
     warmup : int
         Number of steps in which the learning rate rises from zero.
     decay_from : float
-        Share of the run from which the learning rate falls to zero along a cosine.
+        Share of the run after which the learning rate falls to zero along a cosine.
     average : float
         Decay of the exponential moving average of the weights.
     processes : int
@@ -121,8 +121,8 @@ def train(
     model : nn.Module
         Module with all parameters that are trained; `loss` must use this object.
     loss : callable
-        Function of the step number that returns the scalar loss of one batch. Torch's random generator is seeded with
-        the step before each call.
+        Function of the step number that returns the scalar loss of one batch. Before each call, torch's random
+        generator is seeded with a number that differs for each step and process.
     schedule : Schedule
     folder : Path
         Folder of the checkpoint ``<name>.pt``, from which the training continues if it exists.
@@ -131,7 +131,8 @@ def train(
     checkpoint_seconds : float
         Wall-clock seconds between checkpoints.
     on_checkpoint : callable, optional
-        Called with the averaged model and the number of steps after each checkpoint, to save a sample sheet.
+        Function of the averaged model and the number of steps done, which is called after each checkpoint, for example
+        to save a sample sheet.
 
     Returns
     -------
@@ -155,8 +156,8 @@ def train(
         if state["images_per_step"] != schedule.images_per_step:
             raise SettingError(
                 f"{path} was trained with {state['images_per_step']} images per step, and this run has "
-                f"{schedule.images_per_step}, so its steps would be counted wrongly. Use the batch and number of "
-                "processes of that run, or another folder."
+                f"{schedule.images_per_step}, so it cannot be resumed at the right step. Use the batch size and the "
+                "number of processes of the earlier run, or another folder."
             )
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])

@@ -16,7 +16,7 @@ def in_order(task: Callable[..., R], arguments: Sequence[tuple[Any, ...]], worke
     Parameters
     ----------
     task : callable
-        A function of a module, because other processes must be able to import it.
+        Function defined at the top level of a module, because other processes must be able to import it.
     arguments : sequence of tuple
     workers : int
         Number of processes; 0 computes in this one.
@@ -29,6 +29,6 @@ def in_order(task: Callable[..., R], arguments: Sequence[tuple[Any, ...]], worke
     if not workers:
         yield from (task(*given) for given in arguments)
         return
-    # spawned, not forked: a fork copies the locks of torch's threads
+    # spawned, not forked: a fork copies locks that torch's threads hold, which are never released in the new process
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         yield from pool.map(task, *zip(*arguments, strict=True))
