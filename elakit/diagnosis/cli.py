@@ -39,10 +39,10 @@ def diagnose(
     remedies: Annotated[
         str,
         typer.Option(
-            help="Remedies to try in addition to --method, unless every image without guidance is judged right: none, "
-            "all (conform, ebama, another-seed, swapped, next-to, regions), or comma-separated names: a guidance "
-            "method, another-seed, swapped (entities in the opposite order), next-to (“next to” instead of “and”), and "
-            "regions (ELA with one box per entity)."
+            help="Remedies to try in addition to --method: none, all (conform, ebama, another-seed, swapped, next-to, "
+            "regions), or comma-separated names: a guidance method, another-seed, swapped (entities in the opposite "
+            "order), next-to (“next to” instead of “and”), and regions (ELA with one box per entity). No remedy is "
+            "tried if every image without guidance is judged right."
         ),
     ] = "all",
     options: Options = None,
@@ -79,7 +79,7 @@ def diagnose(
         Path | None,
         typer.Option(
             help="File of prompts: text with one prompt per line, JSON, JSON Lines or CSV. Reports are written to the "
-            "folder --out. Run the command again to resume."
+            "folder --out. Run the same command again to resume."
         ),
     ] = None,
     workers: Annotated[
@@ -118,11 +118,11 @@ def diagnose(
     }  # fmt: skip
     if method in NEED_REGIONS:
         raise SettingError(
-            f"--method {method} needs regions, which diagnose does not take. Use elakit run --method {method} "
-            f"--regions ..., or choose from {', '.join(WITHOUT_REGIONS)}."
+            f"--method {method} needs regions, which `elakit diagnose` does not take. Use `elakit run --method "
+            f"{method} --regions ...`, or choose from {', '.join(WITHOUT_REGIONS)}."
         )
     if method not in METHODS:
-        raise SettingError(f"--method {method}: choose from {', '.join(WITHOUT_REGIONS)}.")
+        raise SettingError(f"--method {method} is unknown. Choose from {', '.join(WITHOUT_REGIONS)}.")
     own = method_options(method, options)
     if prompts is not None:
         chosen = out or Path("diagnoses")
