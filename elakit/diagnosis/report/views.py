@@ -129,9 +129,9 @@ def card(diagnosis: DiagnosisData, pair: Pair, size: int = THUMBNAIL) -> Card:
 
 
 def image(run: Run, verdict: Verdict | None, name: str, size: int, what: str = "") -> Image:
-    """An image with the judge's findings. `name` is its caption; screen readers read `what`, by default `name`, instead.
+    """An image with the judge's findings and the caption `name`; `size` is the longest side in pixels.
 
-    `size` is the longest side in pixels.
+    Screen readers read `what`, by default `name`, as a part of the description.
     """
     what = what or name
     findings = verdict.findings() if verdict is not None else ()
