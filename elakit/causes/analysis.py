@@ -30,25 +30,28 @@ def find(pipe: Pipeline, runs: Sequence[Run]) -> Findings:
     Returns
     -------
     Findings
+        Failures with their frequency, and causes with their confidence; ``print`` shows them as text.
 
     Raises
     ------
     SettingError
         There is no run, or the runs have different prompts.
     RecordingError
-        A run was not recorded, or was recorded without the tokens of its entities.
+        A run was not recorded, or was recorded without the tokens of its entities and their attributes.
     ModelError
         The pipeline's family is not supported.
 
     Notes
     -----
-    Failures are those that the judge finds; if it gives no verdict on one of the runs, all failures are suspected from
-    the attention. Causes are searched for in the states of the text encoder and in the attention of the decoder in the
-    runs that fail. A cause is reported if its indicator lies clearly outside the values that are usual in right images
-    (calibrated on picture-world) and if it explains one of the failures. A noun outside the vocabulary of a built-in
-    model, or one that the tokenizer of another model splits, is always reported. The confidence in a cause is lower if
-    another cause can bring it about, if only some of the failing runs show it, and if right images of the same prompt
-    show it.
+    Failures are those that the judge finds. If one or more runs have no verdict, the failures of all runs are inferred
+    from the attention instead, and `Findings.judged` is False.
+
+    If a run fails, causes are searched for in the states of the text encoder, and in the attention of the runs that
+    fail: in the decoder, or in all layers of a transformer. A cause is reported if its indicator lies clearly outside
+    the values that are usual in right images (calibrated on picture-world) and if it explains one of the failures. A
+    noun outside the vocabulary of a built-in model, or one that the tokenizer of another model splits, is always
+    reported. The confidence in a cause is lower if another cause can bring it about, if only some of the failing runs
+    show it, and if right images of the same prompt show it.
 
     Examples
     --------
@@ -105,7 +108,10 @@ def _wrong(reading: RunIndicators, judged: bool) -> set[Observation]:
 def _failures(
     readings: Sequence[RunIndicators], wrong: Sequence[set[Observation]], judged: bool
 ) -> tuple[Failure, ...]:
-    """Failures with the seeds of the runs that show them, the most frequent first, ties in the order of the kinds."""
+    """Failures with the seeds of their runs, the most frequent first; `wrong` has the failures of each reading.
+
+    Equally frequent failures are in the order of `FAILURE_KINDS`.
+    """
 
     def order(what: Observation) -> tuple[int, Observation]:
         return FAILURE_KINDS.index(what.kind), what
@@ -136,7 +142,7 @@ def _failures(
 
 
 def _shown(reading: RunIndicators, what: Observation) -> Indicator | None:
-    """The strongest indicator of a failure in the attention of a run."""
+    """The strongest indicator of a failure in the attention of a run; None if none has a strength above 0."""
     kinds = SHOWS[what.kind]
     fitting = [
         indicator
@@ -149,7 +155,7 @@ def _shown(reading: RunIndicators, what: Observation) -> Indicator | None:
 
 
 def _with_onset(readings: Sequence[RunIndicators], cause: Cause) -> Cause:
-    """Cause with the step and the layers where it is first visible; causes in the text encoder have none."""
+    """Copy of a cause with the step and layers where it is first visible; one in the text encoder is unchanged."""
     key = cause.kind, cause.entity, cause.other, cause.token
     showing = [reading for reading in readings if reading.run.seed in cause.seeds and key in reading.indicators]
     if not showing or cause.in_text_encoder:

@@ -25,7 +25,8 @@ NOTHING = 1e-9
 class Maps:
     """Attention maps of a prompt's words at one size, and numbers derived from them.
 
-    Maps are raw probabilities, float64. In shapes and formulas, e and f are entities and a is an attribute.
+    Maps are raw probabilities, float64. In shapes and formulas, e and f are entities and a is an attribute. A value
+    that is averaged over the map of an entity is a mean over the locations, weighted by `freed`.
 
     Attributes
     ----------
@@ -53,32 +54,35 @@ class Maps:
 
     @cached_property
     def presence(self) -> np.ndarray:
-        """Maximum of each entity's map, divided by the largest maximum of all entities, (step, entity)."""
+        """Maximum of each entity's map, divided by the largest maximum among the entities, (step, entity)."""
         peaks = self.entities.max(axis=(-2, -1))
         return peaks / np.maximum(peaks.max(axis=-1, keepdims=True), NOTHING)
 
     @cached_property
     def standing(self) -> np.ndarray:
-        """Share of each entity in the attention to the entity and to `words`, (step, entity).
+        """Attention to each entity, divided by the attention to the entity and `words` together, (step, entity).
 
-        The share is averaged over the entity's map; it is 1 if `words` are zeros.
+        This share is averaged over the entity's map; it is 1 if `words` are zeros.
         """
         return 1.0 - held_by(self.entities, self.words)
 
     @cached_property
     def localized(self) -> np.ndarray:
-        """Localization of each map, (step, entity); see `localization`."""
+        """Degree to which each entity's map is localized, (step, entity); see `localization`."""
         return localization(self.entities)
 
     @cached_property
     def held(self) -> np.ndarray:
-        """Share of entity f in the attention to entities e and f, averaged over the map of e, (step, e, f)."""
+        """Attention to f, divided by the attention to e and f together, averaged over the map of e, (step, e, f)."""
         others = [held_by(self.entities, self.entities[:, f]) for f in range(self.entities.shape[1])]
         return np.stack(others, axis=-1)
 
     @cached_property
     def start_held(self) -> np.ndarray:
-        """Share of start-of-text in the attention to it and to entity e, averaged over the map of e, (step, e)."""
+        """Attention to start-of-text, divided by that to start-of-text and entity e together, (step, e).
+
+        This share is averaged over the map of e.
+        """
         return held_by(self.entities, self.start)
 
     @cached_property
@@ -88,10 +92,11 @@ class Maps:
 
     @cached_property
     def astray(self) -> np.ndarray:
-        """Attention to attribute a on the map of f, compared with that on the map of a's own entity, (step, a, f).
+        """Attention to attribute a at the locations of f, compared with that at the entity it describes, (step, a, f).
 
-        With A(f) the attention to the attribute averaged over the map of f, the value is A(f) / (A(f) + A(own)): .5 if
-        both are equal, 1 if the attribute is attended to only at the locations of f.
+        With A(f) the attention to the attribute averaged over the map of f, and A(own) that averaged over the map of
+        the entity that the attribute describes, the value is A(f) / (A(f) + A(own)): .5 if both are equal, 1 if the
+        attribute is attended to only at the locations of f.
         """
         there = np.stack([mean_attention(self.entities, each) for each in np.moveaxis(self.attributes, 1, 0)], axis=1)
         own = np.take_along_axis(there, np.array(self.owners, int).reshape(1, -1, 1), axis=-1)
@@ -99,28 +104,31 @@ class Maps:
 
     @cached_property
     def attribute_held(self) -> np.ndarray:
-        """Share of attribute a in the attention to a and entity f, averaged over the map of f, (step, a, f)."""
+        """Attention to attribute a, divided by that to a and entity f together, (step, a, f).
+
+        This share is averaged over the map of f.
+        """
         return np.stack([held_by(self.entities, each) for each in np.moveaxis(self.attributes, 1, 0)], axis=1)
 
     @cached_property
     def split(self) -> np.ndarray:
-        """Degree to which each spatial distribution has two separate parts, (step, entity); see `parted`."""
+        """Degree to which each entity's spatial distribution has two separate parts, (step, entity); see `parted`."""
         found = [parted(one) for one in spatial_distribution(self.entities).reshape(-1, *self.entities.shape[-2:])]
         return np.array(found).reshape(self.entities.shape[:2])
 
     @cached_property
     def swap(self) -> np.ndarray:
-        """Degree to which the maps of two entities swap around each step, (step, e, f); see `swaps`."""
+        """Degree to which the maps of two entities exchange places at each step, (step, e, f); see `swaps`."""
         return swaps(self.entities)
 
 
 def read(recording: Recording, layers: str = "all", size: int | None = None) -> Maps:
-    """Read the maps of the entities, attributes and special tokens from a recording, as the mean over layers.
+    """Read the maps of the entities, attributes and special tokens from a recording, averaged over layers and heads.
 
     Parameters
     ----------
     recording : Recording
-        A recording; `Recording.sel` selects one head.
+        A recording; to read one head of a layer, pass the result of `Recording.sel`.
     layers : str
         Layers, as in `Recording.maps`.
     size : int, optional
@@ -175,14 +183,16 @@ def spatial_distribution(maps: np.ndarray) -> np.ndarray:
 
 
 def freed(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
-    """Spatial distributions of maps without the effect of a rival token, squared and normalized, (step, entity, y, x).
+    """Weights of the locations of each map without the effect of a rival token; they sum to 1, (step, entity, y, x).
 
-    Attention sums to 1 over the tokens, so without the rival a map A would be A / (1 - rival). The distribution is
-    squared, so that the few locations where a map is strong count more than the many where it is weak.
+    Attention sums to 1 over the tokens, so without the rival a map A would be A / (1 - rival). The weights are the
+    square of its spatial distribution, normalized again, so that the few locations where a map is strong count more
+    than the many where it is weak.
 
     Parameters
     ----------
     maps : ndarray, (step, entity, y, x)
+        Attention to the entities.
     rival : ndarray, (step, y, x)
         Attention to the rival token.
     """
@@ -190,22 +200,25 @@ def freed(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
 
 
 def held_by(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
-    """Share of a rival token in the attention to the rival and an entity, averaged over the entity's map.
+    """Attention to a rival token, divided by that to the rival and an entity together, averaged over the entity's map.
 
     Parameters
     ----------
     maps : ndarray, (step, entity, y, x)
+        Attention to the entities.
     rival : ndarray, (step, y, x)
         Attention to the rival token.
 
     Returns
     -------
     ndarray, (step, entity)
-        Share, weighted by `freed`: 1 if only the rival is attended to, .5 if both are equally, 0 if only the entity or
-        neither is.
+        Mean of this share over the locations, weighted by `freed`: 1 if only the rival is attended to, .5 if the rival
+        and the entity are attended to equally, 0 if only the entity or neither of them is.
 
     Examples
     --------
+    One step, two entities and two locations; the map of the second entity is equal to that of the rival:
+
     >>> held_by(np.array([[[[0.0, 0.2]], [[0.5, 0.6]]]]), np.array([[[0.5, 0.6]]])).round(2).tolist()
     [[0.75, 0.5]]
     """
@@ -219,9 +232,10 @@ def mean_attention(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
 
 
 def localization(maps: np.ndarray) -> np.ndarray:
-    """Localization of maps (..., y, x): 1 - entropy / log(number of locations), (...).
+    """Degree to which maps are localized: 1 - entropy / log(number of locations).
 
-    It is 0 for a constant map, and 1 if all attention is at one location.
+    It is 0 for a constant map, and 1 if all attention is at one location. Maps of shape (..., y, x) give values of
+    shape (...).
 
     Examples
     --------
@@ -244,17 +258,19 @@ def parted(density: np.ndarray) -> float:
     Parameters
     ----------
     density : ndarray, (y, x)
-        A spatial distribution.
+        A spatial distribution; its scale does not matter.
 
     Returns
     -------
     float
-        0 for one part, 1 for two equal parts that are at least half a side apart.
+        0 for one part, 1 for two equal parts whose centers are at least half the longer side apart.
 
     Notes
     -----
-    Parts are connected components of the squared density above a quarter of its maximum. The result is the ratio of the
-    weights of the second largest and the largest part, times the distance of their centers in half sides (at most 1).
+    Parts are the connected components, including diagonal neighbors, of the locations at which the squared density
+    exceeds a quarter of its maximum. The weight of a part is its sum of the squared density. The result is the weight
+    of the second largest part, divided by that of the largest, times the distance of their centers, divided by half the
+    longer side (at most 1).
 
     Examples
     --------
@@ -273,21 +289,27 @@ def parted(density: np.ndarray) -> float:
 
 
 def swaps(maps: np.ndarray) -> np.ndarray:
-    """Degree to which the maps of entities swap around each step.
+    """Degree to which the maps of two entities exchange places at each step.
 
     Parameters
     ----------
     maps : ndarray, (step, entity, y, x)
+        Attention to the entities.
 
     Returns
     -------
     ndarray, (step, e, f)
-        Positive if each entity is where the other one was. With O(e, f) the overlap of the map of e after the step and
-        the map of f before it, the value is the smaller of O(e, f) - O(e, e) and O(f, e) - O(f, f). The maps before
-        and after a step are means over an eighth of the steps, at least one.
+        Positive if each of the two entities is where the other one was, negative if one or both of them are closer to
+        their former place. With O(e, f) the overlap of the new map of e and the former map of f, the value is the
+        smaller of O(e, f) - O(e, e) and O(f, e) - O(f, f). The former map is the mean over the w steps before this
+        step, the new map the mean over this step and the w - 1 after it, where w is an eighth of all steps, at least 1.
+        The value is 0 at the first and last steps, at which one of these means lacks steps.
 
     Examples
     --------
+    Two maps exchange places at the third of four steps. At the second and the fourth they stay in place, and the first
+    has no former map:
+
     >>> left, right = [[1.0, 0.0]], [[0.0, 1.0]]
     >>> swaps(np.array([[left, right], [left, right], [right, left], [right, left]]))[:, 0, 1].tolist()
     [0.0, -1.0, 1.0, -1.0]

@@ -36,7 +36,7 @@ SUSPECT = 0.5
 
 
 class Observation(NamedTuple):
-    """A failure in one image; the fields are those of `Failure`."""
+    """A failure in one image; its fields have the same meaning as those of `Failure`."""
 
     kind: FailureKind
     entity: str
@@ -54,7 +54,8 @@ def seen(verdict: Verdict, prompt: Prompt) -> set[Observation]:
 
     Notes
     -----
-    An entity whose noun occurs more often than the prompt asks is duplicated; that alone does not make an image wrong.
+    An entity is duplicated if the image shows more objects of its noun than the prompt asks for; that alone does not
+    make an image wrong.
     """
     found: set[Observation] = set()
     nouns = verdict.nouns
@@ -96,7 +97,10 @@ def suspected(indicators: Iterable[Indicator]) -> set[Observation]:
 
 
 def _color(verdict: Verdict, prompt: Prompt, entity: Entity) -> Observation:
-    """Failure of an entity that has the color of another entity, or neither its own nor that of another."""
+    """Failure of an entity with a wrong color.
+
+    It is "wrong attribute" if the prompt gives this color to another entity, otherwise "lost attribute".
+    """
     seen = verdict.colors[entity.label]
     for other in prompt.entities:
         if other is not entity and verdict.asked[other.label] == seen:
@@ -106,7 +110,7 @@ def _color(verdict: Verdict, prompt: Prompt, entity: Entity) -> Observation:
 
 
 def _attribute(prompt: Prompt, entity: Entity, said: str) -> str:
-    """Label of the attribute of an entity with a given word."""
+    """Label of the entity's attribute that is the word `said`; `said` itself if the entity has no such attribute."""
     words = dict.fromkeys(token.word for token in prompt.tokens if token.index in entity.attribute_indices)
     labels = [prompt.word_labels[word] for word in words]
     return next((label for label in labels if word_of(label) == said), said)

@@ -153,16 +153,18 @@ class Cause:
         Label of the token concerned: the attribute that leaked or is misplaced, the token that takes the attention, or
         the noun itself.
     strength : float
-        Strength of the indicator, from 0 (as in right images) to 1 (the strongest case).
+        Strength of the indicator that supports the cause, from 0 (usual in right images) to 1 (the strongest case); for
+        a cause in the attention, the mean over the runs in `seeds`.
     confidence : float
-        Confidence, 0 to 1; ``docs/causes.md`` reports how often causes of a given confidence were right.
+        Confidence that the cause is right, 0 to 1; ``docs/causes.md`` reports how often causes of a given confidence
+        were right.
     step : int or None
         Denoiser call from which the cause is visible in the attention, counted from 0 (median over the runs that show
-        it); None for a cause in the text encoder, or if the cause is not visible for long enough.
+        it); None for a cause in the text encoder, or if the cause does not stay visible (see `Indicator.since`).
     layers : tuple of str
         Up to three layers in which the cause is visible earliest, the earliest first.
     seeds : tuple of int
-        Seeds of the runs that show the cause; all runs for a cause in the text encoder.
+        Seeds of the failing runs that show the cause; for a cause in the text encoder, seeds of all runs.
     explains : tuple of str
         Kinds of the failures that the cause explains.
     evidence : dict of str to float
@@ -185,11 +187,12 @@ class Cause:
     sentence: str = ""
 
     def accounts_for(self, failure: Failure) -> bool:
-        """True if the entities of the cause are those of the failure, in the same roles.
+        """True if the cause affects the entity that fails; whether its kind can explain the failure is not checked.
 
         A cause that affects both entities alike (similar text states, regions that swap, attention at the same
-        locations) matches a failure of either. A misplaced attribute matches a wrong attribute of the entity that
-        receives it. In all other cases the `entity` of the cause must be the one that fails, or one of two fused ones.
+        locations) matches a failure that involves either of them. A misplaced attribute matches a wrong attribute of
+        the entity that receives it. In all other cases, the `entity` of the cause must be the one that fails, or one of
+        the two that are fused.
         """
         if self.kind in MUTUAL_KINDS or (self.kind == "captured" and self.evidence.get("held", 0.0) <= CAPTURED):
             return bool({self.entity, self.other} & {failure.entity, failure.other} - {""})
@@ -298,7 +301,7 @@ def _kind(token: str) -> str:
 
 
 def with_current_kinds(findings: Mapping[str, Any]) -> dict[str, Any]:
-    """Findings that `Findings.to_dict` of any version returned, with the kinds of failures named as in this version.
+    """Result of `Findings.to_dict` in this or an earlier version, with the present names of the kinds of failures.
 
     Examples
     --------

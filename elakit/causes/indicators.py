@@ -36,7 +36,7 @@ class Scale:
     Attributes
     ----------
     usual : float
-        Value in right images.
+        Usual value in right images.
     worst : float
         Value of the strongest case; it may be smaller than `usual`.
 
@@ -50,7 +50,7 @@ class Scale:
     worst: float
 
     def __call__(self, value: float) -> float:
-        """Strength of a value, 0 to 1."""
+        """Strength of a value, 0 to 1; values beyond the ends of the scale have a strength of 0 or 1."""
         return round(min(max((value - self.usual) / (self.worst - self.usual), 0.0), 1.0), 6)
 
 
@@ -82,11 +82,12 @@ class Indicator:
     measure : str
         Name of the number; a key of `SCALES`.
     value : float
-        Mean of `series` without its first steps (`FIRST`); the maximum for a swap.
+        Mean of `series` without the first 8% of the steps (`FIRST`); for a swap, the maximum of `series`; for an
+        indicator from the text encoder, the number itself.
     series : ndarray, (step,)
         The number at each step; empty for a number from the text encoder.
     evidence : dict of str to float
-        Further numbers, by name.
+        Further numbers on the same cause, by name; ``docs/causes.md`` explains the names.
     """
 
     kind: CauseKind
@@ -111,8 +112,8 @@ class Indicator:
     def since(self) -> int | None:
         """Position in `series` from which the indicator is visible; None if it never is.
 
-        It is visible from a step on if its strength is above 0 at this step and at four fifths of the remaining ones;
-        a swap is visible from the first such step.
+        It is visible from the first step at which its strength is above 0 and from which on this holds for at least 80%
+        of the steps up to the last one. A swap is visible from the first step with a strength above 0.
         """
         visible = np.array([SCALES[self.measure](value) > 0 for value in self.series], bool)
         if self.measure == "swap":
@@ -124,7 +125,7 @@ class Indicator:
 
 
 def of_text(states: States) -> Iterator[Indicator]:
-    """Indicators in the states of the text encoder."""
+    """Indicators of causes in the text states of a prompt's nouns, of any strength."""
     names = states.entities
     for i, entity in enumerate(names):
         yield Indicator(
@@ -159,17 +160,20 @@ def of_maps(
     covered: np.ndarray | None = None,
     kinds: Collection[CauseKind] = CAUSE_KINDS,
 ) -> Iterator[Indicator]:
-    """Indicators in the attention of a run, a layer or a head.
+    """Indicators of causes in the attention of a run, a layer or a head, of any strength.
 
     Parameters
     ----------
     maps : Maps
+        Maps of the run, the layer or the head.
     entities, attributes : sequence of str
-        Labels.
+        Labels of the entities and attributes, in the order of `maps`.
     covered : ndarray, (entity, y, x), optional
-        Share of each location that each entity covers in the finished image; None if the image was not judged.
+        For each entity, the share of each location's area that it covers in the finished image; None if the image was
+        not judged.
     kinds : collection of str
-        Kinds of causes that are needed. Indicators of other kinds are left out if they are slow to compute.
+        Kinds of causes that are needed. Indicators of the kinds "region split", "regions swap" and "attribute
+        misplaced", which are slow to compute, are left out unless requested; those of all other kinds are included.
     """
     late = slice(min(int(np.ceil(FIRST * len(maps.steps))), len(maps.steps) - 1), None)
 
@@ -298,7 +302,7 @@ def _of_attributes(
 
 
 def strongest(indicators: Iterable[Indicator]) -> dict[Key, Indicator]:
-    """The strongest indicator of each cause."""
+    """The strongest indicator of each cause, by `Indicator.key`."""
     found: dict[Key, Indicator] = {}
     for indicator in indicators:
         if indicator.key not in found or indicator.strength > found[indicator.key].strength:

@@ -38,7 +38,7 @@ def profile(run: Run) -> pd.DataFrame:
     Raises
     ------
     RecordingError
-        The run was not recorded, or was recorded without the tokens of its entities.
+        The run was not recorded, or was recorded without the tokens of its entities and their attributes.
 
     Notes
     -----

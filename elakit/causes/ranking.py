@@ -28,7 +28,8 @@ MUTUAL: tuple[CauseKind, ...] = ("text states alike", "captured", "regions swap"
 def confidence_of(strength: float) -> float:
     """Confidence in a cause, .5 to .95, from the strength of its indicator, 0 to 1.
 
-    ``python -m benchmarks.causes report`` prints how often causes of a given confidence are right.
+    `in_attention` and `ranked` reduce it further. ``python -m benchmarks.causes report`` prints how often causes of a
+    given confidence are right.
     """
     return 0.5 + 0.45 * strength
 
@@ -36,7 +37,7 @@ def confidence_of(strength: float) -> float:
 def unknown_words(runs: Sequence[Run], states: States) -> list[Cause]:
     """Find causes of the kind "ambiguous word": nouns that a tokenizer splits into pieces.
 
-    For the built-in model, whose vocabulary is known, nouns outside the vocabulary are found instead.
+    If all runs come from a built-in model, whose vocabulary is known, nouns outside the vocabulary are found instead.
     """
     embedded = all(run.settings.get("model") in EMBEDDED for run in runs)
     found = []
@@ -49,7 +50,7 @@ def unknown_words(runs: Sequence[Run], states: States) -> list[Cause]:
 
 
 def before_the_image(runs: Sequence[Run], states: States) -> list[Cause]:
-    """Causes in the states of the text encoder."""
+    """Causes in the states of the text encoder whose indicators have a strength of `LEAST` or more."""
     indicators = strongest(of_text(states)).values()
     return [
         _cause(indicator.key, indicator.strength, runs, {indicator.measure: indicator.value, **indicator.evidence})
@@ -61,7 +62,8 @@ def before_the_image(runs: Sequence[Run], states: States) -> list[Cause]:
 def in_attention(failing: Sequence[RunIndicators], right: Sequence[RunIndicators]) -> list[Cause]:
     """Causes in the attention of the runs that fail.
 
-    The confidence in a cause is lower if only some failing runs show it, and if right runs show it, too.
+    A run shows a cause if the indicator has a strength of `LEAST` or more. The confidence in a cause is lower if only
+    some of the failing runs show it, and if its indicator is also strong in the right runs.
 
     Parameters
     ----------
@@ -89,9 +91,17 @@ def in_attention(failing: Sequence[RunIndicators], right: Sequence[RunIndicators
 
 
 def without_duplicates(causes: Iterable[Cause], failures: Sequence[Failure]) -> list[Cause]:
-    """Causes without duplicates: of two causes that differ only in which of two entities is affected, keep one.
+    """Causes without duplicates: of causes that differ only in which of two entities is affected, one is kept.
 
-    It is the stronger one, then the one whose entity fails more often, then the one whose entity has less attention.
+    The strongest one is kept. If they are equally strong (rounded to one decimal), the one whose `entity` is missing or
+    fused in more images is kept; if these numbers are equal, too, the one whose `entity` has the lower maximum of
+    attention ("presence" in `Cause.evidence`). Only causes of the kinds in `MUTUAL` can be duplicates.
+
+    Parameters
+    ----------
+    causes : iterable of Cause
+    failures : sequence of Failure
+        Failures of the runs, which state how often each entity is missing or fused.
     """
     missing: dict[str, int] = {}
     for failure in failures:
@@ -113,7 +123,11 @@ def without_duplicates(causes: Iterable[Cause], failures: Sequence[Failure]) -> 
 
 
 def ranked(causes: Sequence[Cause]) -> list[Cause]:
-    """Causes, the most likely first; the confidence in a cause is reduced if another cause can bring it about."""
+    """Causes, the most likely first; the confidence in a cause is reduced if another cause can bring it about.
+
+    A cause can bring about those of a later kind in `ORDER` that involve one of its entities. It reduces their
+    confidence by 80% times its strength. Equally likely causes are in the order of `ORDER`.
+    """
     found = []
     for cause in causes:
         left = cause.confidence

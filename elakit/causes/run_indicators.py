@@ -1,4 +1,4 @@
-"""Indicators in the attention of a run, for the whole decoder and for single layers and heads."""
+"""Indicators of causes in the attention of a run, for the whole decoder and for single layers and heads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST = 3
 
 
 class RunIndicators:
-    """Indicators in the attention of a run, computed when they are needed.
+    """Indicators of the causes of failures in the attention of a run; they are computed when they are first read.
 
     Parameters
     ----------
@@ -28,7 +28,8 @@ class RunIndicators:
     Raises
     ------
     RecordingError
-        The run was not recorded, or was recorded without the tokens of its entities.
+        Raised by the constructor if the run was not recorded, or was recorded without the tokens of its entities;
+        raised when indicators are first read if the tokens of attributes were not recorded.
     """
 
     def __init__(self, run: Run) -> None:
@@ -47,18 +48,21 @@ class RunIndicators:
 
     @cached_property
     def indicators(self) -> dict[Key, Indicator]:
-        """The strongest indicator of each cause in the decoder."""
+        """The strongest indicator of each cause in the decoder, or in all layers of a transformer."""
         return self._indicators(read(self.recording, self.recording.decoder))
 
     def part(self, layer: str, head: int | None, kind: CauseKind) -> dict[Key, Indicator]:
-        """The strongest indicators of a kind of cause in one layer; `head` None means the mean of the heads."""
+        """The strongest indicator of each cause of a kind in one layer and head; None is the mean over the heads.
+
+        Indicators of other kinds are included if they are fast to compute, as in `of_maps`.
+        """
         if (layer, head, kind) not in self._parts:
             recording = self.recording if head is None else self.recording.sel(layer=layer, head=head)
             self._parts[layer, head, kind] = self._indicators(read(recording, layer), (kind,))
         return self._parts[layer, head, kind]
 
     def heads(self, layer: str) -> list[int]:
-        """Indices of the heads of a layer that were recorded separately."""
+        """Indices of the heads of a layer that were recorded separately; empty if heads were averaged."""
         return list(self.recording.heads(layer))
 
     def _indicators(self, maps: Maps, kinds: Sequence[CauseKind] = CAUSE_KINDS) -> dict[Key, Indicator]:
@@ -74,7 +78,7 @@ class Onset(NamedTuple):
     Attributes
     ----------
     step : int or None
-        Denoiser call from which the indicator is visible, counted from 0, the median over runs; None if it never is.
+        Denoiser call from which the indicator is visible, counted from 0 (median over runs); None if it never is.
     layers : tuple of str
         Up to three layers in which the indicator is visible earliest, the earliest first.
     heads : tuple of (str, int)
@@ -87,7 +91,7 @@ class Onset(NamedTuple):
 
 
 def onset(readings: Sequence[RunIndicators], key: Key) -> Onset:
-    """Step, layers and heads where the indicators of a cause are first visible.
+    """Step, layers and heads where the indicators of a cause are first visible in several runs.
 
     Parameters
     ----------
@@ -99,7 +103,8 @@ def onset(readings: Sequence[RunIndicators], key: Key) -> Onset:
     Returns
     -------
     Onset
-        Its step is the median over the runs; None if no run shows the cause for long enough.
+        The step is the median over the runs in which the cause stays visible (see `Indicator.since`), and None if
+        there is no such run.
     """
     since = [
         step
@@ -117,7 +122,7 @@ def onset(readings: Sequence[RunIndicators], key: Key) -> Onset:
 
 
 def _since(reading: RunIndicators, indicator: Indicator) -> int | None:
-    """Denoiser call from which an indicator is visible."""
+    """Denoiser call from which an indicator is visible; None if it never is."""
     position = indicator.since()
     return None if position is None else reading.recording.steps[position]
 
@@ -129,6 +134,9 @@ def _visible(indicator: Indicator | None) -> tuple[float, float]:
 
 
 def _clearest(found: Mapping[Any, Sequence[tuple[float, float]]]) -> tuple[Any, ...]:
-    """Keys where the indicator is visible, the earliest first and then the strongest."""
+    """Up to `MOST` keys where the indicator is strong enough, the earliest first; of equally early ones, the strongest.
+
+    `found` has the results of `_visible` for each layer or head, one per run.
+    """
     ranks = {key: (median(since for since, _ in each), -mean(s for _, s in each)) for key, each in found.items()}
     return tuple(sorted((key for key, (_, minus) in ranks.items() if minus <= -LEAST), key=ranks.__getitem__)[:MOST])

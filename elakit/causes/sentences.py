@@ -64,7 +64,7 @@ def sentence(cause: Cause) -> str:
 
 
 def _captured(cause: Cause) -> str:
-    """Sentence on attention that another entity holds, or that two entities share."""
+    """Sentence on attention that goes to another noun, or on two nouns with attention at the same locations."""
     entity, n = cause.entity, cause.evidence
     if n.get("held", 0) > CAPTURED:
         return (

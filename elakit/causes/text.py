@@ -38,7 +38,8 @@ class Leak:
         How far the attribute moves the noun's state toward the state that the noun has if the attribute describes it:
         0 for no effect, 1 for the whole way. `text_states` has the formula.
     change : float
-        Norm of the change of the noun's state, divided by the norm of the state.
+        Norm of the change of the noun's state if the attribute is removed from the prompt, divided by the norm of the
+        state.
     """
 
     entity: str
@@ -57,14 +58,14 @@ class States:
     entities : tuple of str
         Labels of the entities.
     length : tuple of float
-        Norm of each noun's state, divided by the median norm of the words' states.
+        Norm of each noun's state, divided by the median norm of the states of all tokens of the prompt's words.
     alike : ndarray, (entity, entity)
-        Cosine similarity of the nouns' states after subtracting the mean state of the words: 1 for equal states, about
-        0 for unrelated ones.
+        Cosine similarity of the nouns' states after the mean state of these tokens is subtracted: 1 for equal states,
+        about 0 for unrelated ones.
     leaks : tuple of Leak
         Leakage of each attribute into the noun of each other entity.
     pieces : tuple of int
-        Number of tokens of each noun; with several encoders, the smallest number.
+        Number of tokens of each noun; if the pipeline has several text encoders, the smallest of their numbers.
     """
 
     entities: tuple[str, ...]
@@ -100,7 +101,7 @@ def text_states(pipe: Pipeline, prompt: Prompt) -> States:
 
     Examples
     --------
-    In picture-world, the state of the bird contains the earlier word red; that of the car cannot contain a later word:
+    In picture-world, the state of "bird" contains the earlier word "red"; that of "car" cannot contain a later word:
 
     >>> import elakit
     >>> pipe = elakit.load("picture-world")
@@ -169,7 +170,7 @@ class _Encoder:
 
 
 def _marked(prompt: Prompt, entity: Entity, without: int | None = None) -> str:
-    """Text of the prompt with brackets around the noun of an entity, and without one of the words."""
+    """Text of the prompt with brackets around the noun of an entity, and without the word of the index `without`."""
     spans = prompt.words
     noun = next(token.word for token in prompt.tokens if token.index in entity.token_indices)
     text = prompt.text
@@ -180,5 +181,5 @@ def _marked(prompt: Prompt, entity: Entity, without: int | None = None) -> str:
 
 
 def _pieces(prompt: Prompt, entity: Entity) -> int:
-    """Number of tokens of a noun; the smallest number if a pipeline has several encoders (Stable Diffusion 3)."""
+    """Number of tokens of a noun; with several text encoders (Stable Diffusion 3), the smallest of their numbers."""
     return min(Counter(sequence_of(t.label) for t in prompt.tokens if t.index in entity.token_indices).values())

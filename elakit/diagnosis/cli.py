@@ -130,11 +130,11 @@ def diagnose(
     }  # fmt: skip
     if method in NEED_REGIONS:
         raise SettingError(
-            f"--method {method} needs regions, which diagnose does not take. Use elakit run --method {method} "
-            f"--regions ..., or choose from {', '.join(WITHOUT_REGIONS)}."
+            f"--method {method} needs regions, which `elakit diagnose` does not take. Use `elakit run --method "
+            f"{method} --regions ...`, or choose from {', '.join(WITHOUT_REGIONS)}."
         )
     if method not in METHODS:
-        raise SettingError(f"--method {method}: choose from {', '.join(WITHOUT_REGIONS)}.")
+        raise SettingError(f"--method {method} is unknown. Choose from {', '.join(WITHOUT_REGIONS)}.")
     own = method_options(method, options)
     if prompts is not None:
         chosen = out or Path("diagnoses")

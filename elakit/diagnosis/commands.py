@@ -66,7 +66,7 @@ def command(diagnosis: DiagnosisData) -> str:
     -------
     str
         Command line; "" if the options of ``elakit diagnose`` cannot express the diagnosis, because its method is your
-        own.
+        own or one of the method's options has a value that cannot be written as text.
     """
     settings = diagnosis.pairs[0].plain.settings
     seeds = [pair.seed for pair in diagnosis.pairs]
@@ -92,9 +92,9 @@ def reproduce(result: RemedyResult) -> dict[str, str]:
     Returns
     -------
     dict of str to str
-        "code" reproduces all images, and is to be completed as that of `code`; "command" reproduces one image, the
-        first that is right, or the first if none is. Both are "" if the remedy has no images, and "command" is "" if
-        the options of ``elakit run`` cannot express the remedy.
+        "code" reproduces all images; as in the result of `code`, ``...`` marks the place of your own pipeline or
+        method. "command" reproduces one image: the first that is right, or the first if none is. Both are "" if the
+        remedy has no images, and "command" is "" if the options of ``elakit run`` cannot express the remedy.
     """
     if not result.runs:
         return {"code": "", "command": ""}
@@ -102,7 +102,7 @@ def reproduce(result: RemedyResult) -> dict[str, str]:
 
 
 def changed(name: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Options that differ from their defaults; None for a method that is not in `elakit.guidance.METHODS`."""
+    """Options of a method that differ from their defaults; None if the method is not in `elakit.guidance.METHODS`."""
     if name not in METHODS:
         return None
     defaults = {option.name: option.default for option in method_options(METHODS[name])}
@@ -151,7 +151,7 @@ def _remedy_command(result: RemedyResult) -> str:
 
 
 def _set(method: str, options: Mapping[str, Any] | None) -> list[str] | None:
-    """Words ``--set METHOD.OPTION=VALUE`` for options of a method; None if a value cannot be written as text."""
+    """Command-line words ``--set METHOD.OPTION=VALUE``; None if `options` is None or a value cannot be text."""
     if options is None or any(value_of(str(value)) != value for value in options.values()):
         return None
     return [word for name, value in options.items() for word in ("--set", f"{method}.{name}={value}")]
@@ -204,7 +204,7 @@ def _own_scheduler(model: str) -> str | None:
 
 
 def _settings(settings: Mapping[str, Any]) -> list[str]:
-    """Command-line options for settings that differ from the defaults of the built-in model."""
+    """Command-line options for the settings, without those that are defaults of a built-in model."""
     model = EMBEDDED.get(str(settings.get("model")))
     words = [] if model is not None and model.name == "picture-world" else ["--model", str(settings.get("model"))]
     if model is None or settings.get("steps") != model.steps:
@@ -217,20 +217,20 @@ def _settings(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _remedies(diagnosis: DiagnosisData) -> list[str]:
-    """Remedies other than the method, in the order in which they are tried."""
+    """Names of the remedies other than the method: those of `DEFAULT` in its order, then the others."""
     names = [result.remedy.name for result in diagnosis.remedies if result.remedy.name != diagnosis.method]
     order: Sequence[str] = [*DEFAULT, *(name for name in names if name not in DEFAULT)]
     return [name for name in order if name in names]
 
 
 def _method(name: str, options: Mapping[str, Any]) -> str:
-    """Method as an argument with a comma: its name if all options have their defaults."""
+    """Method as an argument in Python code, with the comma after it: its name if all options have their defaults."""
     different = changed(name, options)
     return f"{name!r}," if different == {} else _call(name, different or {})
 
 
 def _call(name: str, options: Mapping[str, Any]) -> str:
-    """Method as an argument with a comma, which has to come before a comment."""
+    """Method with its options as an argument in Python code, with the comma after it; ``...`` for your own method."""
     if name not in METHODS:
         return f"...,  # replace ... by your own method {name!r}"
     return f"{as_code(METHODS[name], options)},"

@@ -43,7 +43,10 @@ class Pair:
 
     @property
     def outcome(self) -> Outcome | None:
-        """Effect of guidance: "fixed", "broken", "right" or "wrong" (both images); None if an image is not judged."""
+        """Effect of guidance on the image; None if one of the two images is not judged.
+
+        "fixed": only the guided image is right; "broken": only the plain image is right; "right", "wrong": both are.
+        """
         if self.plain_verdict is None or self.guided_verdict is None:
             return None
         table: dict[tuple[bool, bool], Outcome] = {
@@ -71,14 +74,14 @@ class DiagnosisData:
     pairs : tuple of Pair
         One pair per seed.
     seconds : float
-        Wall-clock time of the diagnosis.
+        Wall-clock time of the diagnosis in seconds.
     findings : Findings or None
         Failures in the plain images and their causes; None if the search for them failed.
     remedies : tuple of RemedyResult
         Results of all remedies, best first, including the method.
     predicted : dict of int to float
-        Predicted probability that the plain image of a seed fails, after 30% of its steps, by seed; empty if there is
-        no predictor for the model.
+        Probability that the plain image of a seed fails, by seed, as predicted after 30% of its steps; empty without
+        a predictor for the model, or if the prediction failed.
     problems : tuple of str
         Sentences about parts of the diagnosis that failed, with the reason.
     """
@@ -137,7 +140,7 @@ class DiagnosisData:
 
     @property
     def failures(self) -> tuple[Failure, ...]:
-        """Failures that the judge sees in the plain images, most frequent first; empty if they were not judged."""
+        """Failures that the judge found in the plain images, most frequent first; empty if they were not judged."""
         return self.findings.failures if self.findings is not None and self.findings.judged else ()
 
     @property
@@ -169,8 +172,9 @@ class DiagnosisData:
         pandas.DataFrame
             One row per seed, indexed by seed. Column ``outcome`` (`Pair.outcome`), and with the prefixes ``plain_`` and
             ``guided_`` the columns ``success`` (True if the image is right), ``bleed``, ``intrusion`` and ``overlap``
-            (Ruzicka similarity of the entities' maps). ``outcome`` and ``success`` are missing for images that were not
-            judged, and ``overlap`` for a single entity.
+            (Ruzicka similarity of the entities' maps). The last three are means over the steps and over the entities
+            or pairs of entities; `elakit.diagnosis.report.MEANINGS` defines them. ``outcome`` and ``success`` are
+            missing for images that were not judged, and ``overlap`` for a single entity.
         """
         return self._frame.copy()
 
@@ -185,8 +189,9 @@ class DiagnosisData:
         -------
         pandas.DataFrame
             One row per remedy, indexed by its name. Columns title, status, images (number), right, rate, low and high
-            (95% interval of the rate), fixed, broken, bleed, cost (generation time relative to a plain image). Counts
-            and rates are missing if the images were not judged.
+            (95% interval of the rate), fixed, broken (numbers of images), bleed, cost (generation time per image,
+            divided by that of a plain image). If the images were not judged, right, rate, low, high, fixed and broken
+            are missing.
         """
         rows = []
         for result in self.remedies:

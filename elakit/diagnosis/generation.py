@@ -26,11 +26,14 @@ OnProgress = Callable[[int, int, str], object]
 def typical_seconds(seconds: Collection[float]) -> float:
     """Lower median of generation times; 0 if there are none.
 
-    The first image of a process takes several times as long as the others, and would make the costs of all later
-    remedies, which are relative to it, too low. With a single image, nothing can be done about that.
+    The first image of a process takes several times as long as the others. A mean would include it and make the time of
+    plain images too long, and thus the costs of the remedies, which are relative to that time, too low. With a single
+    image, this cannot be avoided.
 
     Examples
     --------
+    The result is one of the times; of two times, it is the shorter one:
+
     >>> typical_seconds([18.0, 4.9, 4.7]), typical_seconds([18.0, 4.7]), typical_seconds([])
     (4.9, 4.7, 0.0)
     """
@@ -46,8 +49,8 @@ class Batch:
     runs : tuple of Run
         One run per seed.
     seconds : float
-        Typical generation time per image in seconds, see `typical_seconds`. On a CPU it is processor time, which does
-        not depend on other processes, otherwise wall-clock time.
+        Typical generation time per image in seconds, see `typical_seconds`. It is processor time on a CPU, because this
+        does not depend on other processes, and wall-clock time on other devices.
     """
 
     runs: tuple[Run, ...]
@@ -55,7 +58,7 @@ class Batch:
 
 
 class ImageGenerator:
-    """Generates images with one pipeline and fixed settings, and counts them.
+    """Generates images with one pipeline and fixed settings, and counts them for the progress.
 
     Parameters
     ----------
@@ -73,7 +76,7 @@ class ImageGenerator:
     Attributes
     ----------
     done, total : int
-        Number of images that are generated, and that are expected in total.
+        Number of images that were generated or read so far, and number that `expect` announced in total.
 
     Raises
     ------
@@ -142,11 +145,11 @@ class ImageGenerator:
         guidance : Method, optional
             Guidance method; None for plain runs.
         what : str
-            Current activity, for the progress.
+            Name of the current activity, which `on_progress` receives.
         record : RecordSpec, optional
             Attention to record; by default that to the prompt's words, at every step and layer.
         stop_after : int, optional
-            Number of steps after which the runs end; by default all steps are run.
+            Number of steps after which each run ends early; by default all steps are run.
 
         Returns
         -------

@@ -42,26 +42,31 @@ def diagnose(
     folder: str | Path | None = None,
     on_progress: Callable[[int, int, str], object] | None = None,
 ) -> Diagnosis:
-    """Generate a prompt with and without guidance from the same noise, find failures and causes, and try remedies.
+    """Generate images of a prompt with and without guidance, find failures and their causes, and try remedies.
+
+    The image with guidance starts from the same noise as the image without guidance that has the same seed.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
     prompt : str or Prompt
+        Prompt, in which brackets may mark the entities, or the result of `elakit.parse`.
     seeds : sequence of int
         Distinct seeds of the images.
     method : str or Method
-        Name of a method in `elakit.guidance.METHODS`, or a method with options, such as ``elakit.ELA(regions=...)``.
+        Guidance method, which is always one of the remedies: name of a method in `elakit.guidance.METHODS`, or a method
+        with options, such as ``elakit.ELA(regions=...)``.
     remedies : bool or sequence of str or Method
-        Further remedies. True stands for `elakit.diagnosis.DEFAULT`, False for none. A sequence contains names of
-        methods, methods with options, "another-seed", "swapped" (entities in the opposite order), "next-to" (instead
-        of "and"), or "regions" (ELA with one box per entity, side by side). No remedy is tried if all plain images are
-        right. An exception in one remedy is reported and does not affect the others.
+        Remedies to try in addition to `method`. True stands for `elakit.diagnosis.DEFAULT`, False for none. A sequence
+        contains names of methods, methods with options, "another-seed" (the most promising of several other seeds),
+        "swapped" (entities in the opposite order), "next-to" ("next to" instead of "and"), or "regions" (ELA with one
+        box per entity). None of them is tried if all images without guidance are judged right. An exception in one
+        remedy is reported in its result and does not affect the others.
     steps, guidance_scale, negative_prompt, height, width : optional
         As in `elakit.generate`.
     predictor : Predictor, optional
-        Predictor of failures, which also chooses other seeds; by default the included predictor if it was fitted on
-        this model.
+        Predictor of failures, by which the remedy "another-seed" also chooses seeds; by default the included predictor
+        if it was fitted on this model.
     batch : int, optional
         Largest number of seeds per batch. By default all seeds for a built-in model, and 1 for other models. Images of
         a batch differ from single images only by rounding.
@@ -94,6 +99,9 @@ def diagnose(
     >>> found = elakit.diagnose(pipe, "a [cat] and a [lion]", seeds=[3], steps=2)
     >>> found.pairs[0].seed, found.judged
     (3, True)
+
+    The results of the remedies include that of the method:
+
     >>> found = elakit.diagnose(pipe, "a [cat] and a [lion]", seeds=[0], steps=2, remedies=["swapped", "regions"])
     >>> sorted(result.remedy.name for result in found.remedies)
     ['ela', 'regions', 'swapped']
@@ -173,7 +181,10 @@ def _findings(pipe: Pipeline, runs: Sequence[Run], problems: list[str]) -> cause
 
 
 def _predicted(runs: Sequence[Run], predictor: Predictor | None, model: str, problems: list[str]) -> dict[int, float]:
-    """Predicted probability of failure of each run after `SHARE` of its steps."""
+    """Probability of failure of each run, by seed, as predicted after `SHARE` of its steps; empty if not possible.
+
+    The message of an error is added to `problems`.
+    """
     if predictor is None or not usable(predictor, model):
         return {}
     try:
@@ -186,7 +197,7 @@ def _predicted(runs: Sequence[Run], predictor: Predictor | None, model: str, pro
 
 @lru_cache(maxsize=1)
 def _shipped(model: str) -> Predictor | None:
-    """Shipped predictor if it was fitted on this model."""
+    """Included predictor if it was fitted on this model, otherwise None."""
     try:
         predictor = load_predictor()
     except OutputError:

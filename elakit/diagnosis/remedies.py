@@ -63,29 +63,31 @@ class Remedy:
 
 @dataclass(frozen=True)
 class RemedyResult:
-    """Result of a remedy: its images compared with plain images of the same seeds, or the reason why it has none.
+    """Result of a remedy: its images, each compared with a plain image, or the reason why it has none.
 
     Attributes
     ----------
     remedy : Remedy
     plain : tuple of Run
-        Plain runs with which the runs of the remedy are compared.
+        Plain runs (without guidance) with which the runs of the remedy are compared.
     runs : tuple of Run
-        Runs of the remedy, in the order of `plain`; empty if it failed or was not tried.
+        Runs of the remedy, one per run in `plain`, in the same order; the seeds are the same, too, except for
+        "another-seed". Empty if the remedy failed or was not tried.
     seconds : float
-        Generation time per image in seconds, as in `elakit.diagnosis.generation.Batch`, including candidates that were
-        not chosen; NaN if nothing was generated.
+        Generation time per image in seconds, as in `elakit.diagnosis.generation.Batch`; for "another-seed" it includes
+        the candidates of the image. NaN if nothing was generated.
     cost : float
-        Generation time relative to a plain image; NaN if nothing was generated.
+        `seconds`, divided by the generation time of a plain image; NaN if nothing was generated.
     status : {"tried", "failed", "not tried"}
-        "failed" if an exception was raised; "not tried" if the remedy would change nothing.
+        "failed" if an exception was raised; "not tried" if the remedy does not apply to the prompt.
     why : str
         Error of a failed remedy, or the reason why it was not tried; "" otherwise.
     candidates : tuple of dict
-        Seeds from which another-seed chose, with the keys "seed", "score" and "chosen". Each plain run has an equal
-        number of candidates, of which the one with the lowest score is chosen. Empty for other remedies.
+        Seeds from which the remedy "another-seed" chose: one dictionary per seed with the keys "seed", "score" and
+        "chosen". Each plain run has an equal number of candidates, in the order of `plain`; of these, the one with
+        the lowest score is chosen. Empty for other remedies.
     chosen_by : str
-        Score by which another-seed chose: "predicted probability of failure" or "bleeding"; "" for other remedies.
+        Score by which "another-seed" chose: "predicted probability of failure" or "bleeding"; "" for other remedies.
     """
 
     remedy: Remedy
@@ -105,12 +107,12 @@ class RemedyResult:
 
     @property
     def right(self) -> int:
-        """Number of images that are right."""
+        """Number of images of the remedy that are right."""
         return sum(_right(run) for run in self.runs)
 
     @property
     def rate(self) -> float:
-        """Share of images that are right; NaN if they were not judged."""
+        """Share of the remedy's images that are right; NaN if they were not judged."""
         return self.right / len(self.runs) if self.judged else math.nan
 
     @property
@@ -120,17 +122,17 @@ class RemedyResult:
 
     @property
     def fixed(self) -> tuple[int, ...]:
-        """Seeds of the plain images that are wrong and whose counterpart with the remedy is right."""
+        """Seeds of the plain images that are wrong while the remedy's image in their place is right."""
         return self._changed(False)
 
     @property
     def broken(self) -> tuple[int, ...]:
-        """Seeds of the plain images that are right and whose counterpart with the remedy is wrong."""
+        """Seeds of the plain images that are right while the remedy's image in their place is wrong."""
         return self._changed(True)
 
     @property
     def broken_rate(self) -> float:
-        """Share of broken images among the plain images that are right; NaN if none is right."""
+        """Share of the right plain images that are `broken`; NaN if none is right, or if images were not judged."""
         before = sum(_right(run) for run in self.plain) if self.judged else 0
         return len(self.broken) / before if before else math.nan
 
@@ -188,8 +190,10 @@ class RemedyResult:
 def ranked(results: Iterable[RemedyResult]) -> tuple[RemedyResult, ...]:
     """Results of remedies, best first.
 
-    Judged results are sorted by the number of right images, then by that of broken images, then by time; others by
-    bleeding, then by time. Remedies that failed or were not tried come last.
+    Judged results come first, those with the highest share of right images in front. If the shares are equal, the
+    result with fewer broken images comes first; if these are equal, too, the one with the lower cost. Results that were
+    not judged follow, those with the least bleeding in front; if it is equal, the one with the lower cost. Failed
+    remedies, and then those that were not tried, come last.
 
     Parameters
     ----------

@@ -84,7 +84,7 @@ class Diagnosis(DiagnosisData):
         Parameters
         ----------
         folder : str or Path
-            A new folder, or one that contains a diagnosis, whose runs are kept.
+            A new folder, or one that contains a diagnosis: its runs are kept, and its ``diagnosis.json`` is replaced.
 
         Returns
         -------

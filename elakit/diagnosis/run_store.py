@@ -16,7 +16,7 @@ from elakit.run import Run, open_run
 
 
 class RunStore:
-    """Runs that are stored in a folder under keys, each with its generation time.
+    """Runs that are stored in a folder under the keys of `run_key`, each with its generation time.
 
     Parameters
     ----------
@@ -34,8 +34,8 @@ class RunStore:
         try:
             if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "runs").is_dir():
                 raise OutputError(
-                    f"{folder} contains files that do not belong to a diagnosis. Choose a new folder, or that of a "
-                    "diagnosis."
+                    f"{folder} contains files that do not belong to a diagnosis. Choose a new folder, or the folder of "
+                    "an earlier diagnosis."
                 )
             (self.folder / "runs").mkdir(parents=True, exist_ok=True)
         except ElakitError:
@@ -57,7 +57,8 @@ class RunStore:
         Returns
         -------
         dict of int to (Run, float)
-            The runs that exist and are complete, with their generation time in seconds, by seed.
+            The requested runs that are stored completely and can be read, with their generation time in seconds, by
+            seed; others are left out.
         """
         found = {}
         for seed, key in keys.items():
@@ -86,7 +87,7 @@ def run_key(prompt: Prompt, seed: int, settings: Mapping[str, Any], options: Map
     settings : mapping
         Settings as in `Run.settings`; those that do not change the image are ignored.
     options : mapping
-        Options of the method; empty for a plain run.
+        Options of the guidance method; empty for a plain run.
 
     Returns
     -------

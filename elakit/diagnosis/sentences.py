@@ -45,7 +45,8 @@ def statements(diagnosis: DiagnosisData) -> dict[str, list[str]]:
     -------
     dict of str to list of str
         Sentences for the topics "images" (number of right images), "failures", "causes", "remedy" (the best one),
-        "attention" (bleeding) and "uncertainty" (intervals, and parts that failed). A list may be empty.
+        "attention" (bleeding) and "uncertainty" (confidence intervals, and parts of the diagnosis that failed). A list
+        may be empty.
     """
     return {
         "images": _images(diagnosis),
@@ -234,7 +235,7 @@ def _uncertainty(diagnosis: DiagnosisData) -> list[str]:
 
 
 def _named(result: RemedyResult) -> str:
-    """Name a remedy within a sentence."""
+    """Name of a remedy for use within a sentence."""
     remedy = result.remedy
     if remedy.kind == "wording":
         return f"the prompt “{remedy.prompt.text}”"

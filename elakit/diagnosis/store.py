@@ -99,7 +99,7 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(
             f"{folder} contains no finished diagnosis ({clause(error)}). Give a folder written by `found.save(...)` or "
-            "`elakit diagnose --keep`. An interrupted diagnosis is resumed by the same command."
+            "`elakit diagnose --keep`. To resume an interrupted diagnosis, run it again with the same folder."
         ) from error
 
 
@@ -151,7 +151,7 @@ def _findings(plain: Mapping[str, Any] | None, prompt: Prompt) -> Findings | Non
 
 
 def _built(kind: type[Any], plain: Mapping[str, Any]) -> Any:
-    """Build a dataclass from its `to_dict`, with JSON's lists as tuples."""
+    """Build an instance of a dataclass from the result of its `to_dict`; lists, as JSON has them, become tuples."""
     names = {field.name for field in fields(kind)}
     return kind(**{name: _tuples(value) for name, value in plain.items() if name in names})
 

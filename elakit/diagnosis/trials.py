@@ -29,20 +29,22 @@ _ENTITIES = RecordSpec(tokens="entities")
 
 
 class NotApplicable(ElakitError):
-    """A remedy that would change nothing for a prompt; the message states the reason."""
+    """Raised for a remedy that does not apply to a prompt; the message states the reason."""
 
 
 def check(remedies: bool | Sequence[str | Method]) -> tuple[str | Method, ...]:
-    """Requested remedies without duplicates, after a check of their names.
+    """Check the names of requested remedies, and return them without duplicates.
 
     Parameters
     ----------
     remedies : bool or sequence of str or Method
-        True stands for `DEFAULT`, False for none.
+        Names of remedies or methods, and methods with options, as in `elakit.diagnose`. True stands for `DEFAULT`,
+        False for none.
 
     Returns
     -------
     tuple of str or Method
+        The names and methods in the order given.
 
     Raises
     ------
@@ -68,7 +70,7 @@ def check(remedies: bool | Sequence[str | Method]) -> tuple[str | Method, ...]:
 
 
 def images_of(remedy: str | Method, seeds: int) -> int:
-    """Number of images that a remedy generates for a number of seeds, including unfinished candidates."""
+    """Number of images that a remedy generates for `seeds` plain images, with the candidates of "another-seed"."""
     return seeds * (1 + CANDIDATES) if remedy == "another-seed" else seeds
 
 
@@ -102,7 +104,7 @@ def side_by_side(entities: int) -> tuple[tuple[float, float, float, float], ...]
 
 
 def guidance_remedy(guidance: Method, prompt: Prompt) -> Remedy:
-    """Remedy that guides the same prompt from the same noise."""
+    """Remedy that generates the same prompt with guidance, from the same noise as without."""
     return Remedy(
         name=guidance.name,
         kind="guidance",
@@ -120,7 +122,7 @@ def build_remedy(which: str | Method, prompt: Prompt, pipe: Pipeline) -> Remedy:
     Parameters
     ----------
     which : str or Method
-        As returned by `check`.
+        Name of a remedy or method, or a method with options: one element of the result of `check`.
     prompt : Prompt
     pipe : diffusers.DiffusionPipeline
         Pipeline whose tokenizer reads a reworded prompt.
@@ -132,7 +134,7 @@ def build_remedy(which: str | Method, prompt: Prompt, pipe: Pipeline) -> Remedy:
     Raises
     ------
     NotApplicable
-        The remedy would change nothing.
+        The remedy does not apply to the prompt.
     SettingError
         The remedy is a method that needs regions.
     PromptError
@@ -177,24 +179,29 @@ def try_remedy(
     plain_seconds: float,
     predictor: Predictor | None = None,
 ) -> RemedyResult:
-    """Try a remedy; an exception is reported in the result and not raised.
+    """Generate and judge the images of a remedy; an exception is reported in the result and not raised.
 
     Parameters
     ----------
     which : str or Method
-        As returned by `check`.
+        Name of a remedy or method, or a method with options: one element of the result of `check`.
     prompt : Prompt
+        Prompt of the diagnosis, which the remedy may reword.
     generator : ImageGenerator
+        Generator that made the plain runs.
     plain : sequence of Run
-        Plain runs with which the remedy is compared.
+        Runs without guidance with which those of the remedy are compared. Every remedy except "another-seed" uses their
+        seeds.
     plain_seconds : float
-        Generation time of a plain image in seconds.
+        Generation time of a plain image in seconds, by which that of the remedy is divided (`RemedyResult.cost`).
     predictor : Predictor, optional
-        Predictor by which another-seed chooses seeds; without one, the seed that bleeds least is chosen.
+        Predictor of failures, by which "another-seed" chooses seeds. Without one that is `usable` for the model, it
+        chooses the seeds whose runs bleed least.
 
     Returns
     -------
     RemedyResult
+        Its status is "failed" after an exception, and "not tried" if the remedy does not apply to the prompt.
     """
     plain = tuple(plain)
     name = which if isinstance(which, str) else which.name
@@ -218,9 +225,9 @@ def try_remedy(
 
 
 def usable(predictor: Predictor | None, model: str) -> bool:
-    """True if a predictor can predict failures of a model's images after 30% of the steps.
+    """True if a predictor can predict, after 30% of the steps, whether an image of a model will fail.
 
-    It must have been fitted on images of the model, with the features that this version computes.
+    The predictor must have been fitted on images of the model, with the features that this version computes.
 
     Parameters
     ----------
@@ -240,7 +247,10 @@ def _other_seeds(
     plain_seconds: float,
     predictor: Predictor | None,
 ) -> RemedyResult:
-    """Start several new seeds for each plain run, and finish the one with the lowest score."""
+    """Run `CANDIDATES` new seeds per plain run for `SHARE` of the steps, and the one with the lowest score to the end.
+
+    The score is the predicted probability of failure or, without a usable predictor, bleeding.
+    """
     count = len(plain)
     first = max(run.seed for run in plain) + 1
     seeds = list(range(first, first + CANDIDATES * count))

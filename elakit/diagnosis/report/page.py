@@ -167,7 +167,7 @@ def _why_example(diagnosis: DiagnosisData, example: Pair) -> str:
 
 
 def _details(example: Pair) -> list[dict[str, Any]]:
-    """All overall measures of both runs of the example."""
+    """All measures of the example, averaged over the steps, for the plain and the guided run."""
     both = [run.bleeding.overall() for run in (example.plain, example.guided)]
     keys = ["measure", "entity", "other"]
     merged = both[0].merge(both[1], on=keys, suffixes=("_plain", "_guided"))
@@ -223,8 +223,8 @@ def _settings(diagnosis: DiagnosisData) -> list[tuple[str, str]]:
 def acting_options(diagnosis: DiagnosisData) -> list[tuple[str, str]]:
     """Options of the method that had an effect, as names and values.
 
-    Options that are unset, zero or off had none. No option had an effect if no step was guided, the options of
-    localization had none if regions were given by hand, and the weight of attributes had none without attributes.
+    Options that are unset, zero or off are left out, and so are the options of localization if regions were given by
+    hand, and those of attributes if the prompt has none. The list is empty if no step was guided.
     """
     if not any(pair.was_guided for pair in diagnosis.pairs):
         return []
@@ -245,7 +245,7 @@ def _is_off(value: Any) -> bool:
 
 
 def _guided_steps(traces: Sequence[Trace]) -> str:
-    """Guided steps of all seeds, and their number per image, such as "5 to 7 (2 to 3 per image)"."""
+    """First and last guided step of all seeds, and the number per image, such as "5 to 7 (2 to 3 per image)"."""
     steps = sorted({step_number(step) for trace in traces for step in trace.guided})
     if not steps:
         return "none"

@@ -45,7 +45,7 @@ EVIDENCE = {
 
 @dataclass(frozen=True)
 class Image:
-    """An image with the judge's findings: text, and whether it agrees with the prompt."""
+    """An image with the judge's findings, each a text and True if the prompt asks for what it states."""
 
     uri: str
     alt: str
@@ -58,7 +58,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Card:
-    """Both images of a seed, for the template."""
+    """The plain and the guided image of a seed, for the template."""
 
     seed: int
     outcome: str | None
@@ -107,7 +107,7 @@ class Reason:
 
 
 def marked(prompt: Prompt) -> list[tuple[str, str | None]]:
-    """Split the prompt into pieces, each with the label of the entity that it names, or None."""
+    """Split the prompt into pieces, each with the label of the entity that it names, or None if it names none."""
     pieces: list[tuple[str, str | None]] = []
     at = 0
     for start, stop, label in entity_spans(prompt):
@@ -117,7 +117,7 @@ def marked(prompt: Prompt) -> list[tuple[str, str | None]]:
 
 
 def card(diagnosis: DiagnosisData, pair: Pair, size: int = THUMBNAIL) -> Card:
-    """Both images of a seed."""
+    """The plain and the guided image of a seed; `size` is the longest side in pixels."""
     probability = diagnosis.predicted.get(pair.seed)
     return Card(
         seed=pair.seed,
@@ -129,7 +129,10 @@ def card(diagnosis: DiagnosisData, pair: Pair, size: int = THUMBNAIL) -> Card:
 
 
 def image(run: Run, verdict: Verdict | None, name: str, size: int, what: str = "") -> Image:
-    """An image with the judge's findings; `what` was done for it, by default `name`, for screen readers."""
+    """An image with the judge's findings and the caption `name`; `size` is the longest side in pixels.
+
+    Screen readers read `what`, by default `name`, as a part of the description.
+    """
     what = what or name
     findings = verdict.findings() if verdict is not None else ()
     judged = "".join(f" {text}." for text, _ in findings)
@@ -173,7 +176,7 @@ def failures(diagnosis: DiagnosisData) -> list[Reason]:
 
 
 def causes(diagnosis: DiagnosisData) -> list[Reason]:
-    """Causes of the failures, most likely first; for images that were not judged, signs in the attention."""
+    """Causes of the failures, most likely first; for images that were not judged, causes of the suspected failures."""
     found, steps = [], steps_of(diagnosis)
     for one in diagnosis.causes:
         facts = [f"confidence {one.confidence:.0%}", f"strength {one.strength:.0%}"]

@@ -29,18 +29,18 @@ SMALL = 96
 
 @dataclass(frozen=True)
 class Case(Unit):
-    """One prompt to diagnose: a unit of a sweep, with remedies.
+    """One prompt of a survey, with the settings of its diagnosis: a unit of a sweep that also has remedies.
 
     Attributes
     ----------
     remedies : tuple of str
         Names of remedies, as in `elakit.diagnose`.
     predictor : str, optional
-        File of a predictor; by default the included one.
+        File of a failure predictor; by default the included one.
 
     Examples
     --------
-    The page of a case depends on all its settings:
+    Cases with different settings have different pages, even if the prompt is the same:
 
     >>> case = Case("picture-world", "a cat and a lion", (0, 1), "ela", remedies=("swapped",))
     >>> case.page == Case("picture-world", "a cat and a lion", (0, 1), "ela").page, case.page.split("-")[:4]
@@ -52,7 +52,7 @@ class Case(Unit):
 
     @property
     def page(self) -> str:
-        """File name of the page: the words of the prompt, and a hash of all settings."""
+        """File name of the page: the first words of the prompt, and a part of `key`, the hash of the settings."""
         words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:50].strip("-")
         return f"{words or 'prompt'}-{self.key[:8]}.html"
 
@@ -89,6 +89,7 @@ def plan_cases(
     Parameters
     ----------
     prompts : iterable of str
+        Prompts; a repeated prompt counts once.
     seeds : sequence of int
         Distinct seeds.
     method, remedies, steps, guidance_scale, negative_prompt, height, width
@@ -155,7 +156,8 @@ def diagnose_case(case: Case, folder: str) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        One row per seed for the table of the units, as in a sweep.
+        Rows that describe the guided images, one per seed, as the units of a sweep have them; "success" is None if
+        the image was not judged.
     """
     found = diagnose(
         _pipeline(case.model, **case.loading()),
@@ -207,7 +209,11 @@ def read_case(path: Path) -> dict[str, Any]:
 
 
 def _images(found: Diagnosis) -> dict[str, str]:
-    """A plain image that is wrong, if there is one, and the image of the best remedy for the same seed."""
+    """Data URIs of a plain image ("plain") and, if there is a best remedy, of its image in that place ("best").
+
+    The plain image is one that the best remedy fixed; if there is none, one that was not judged right; otherwise the
+    first.
+    """
     wrong = [i for i, run in enumerate(found.plain) if run.verdict is None or not run.verdict.success]
     best = found.best
     seeds = [run.seed for run in found.plain]

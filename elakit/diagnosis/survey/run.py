@@ -17,7 +17,7 @@ from elakit.sweep.sweep import run
 
 @dataclass(frozen=True)
 class Survey:
-    """Result of `diagnose_many`: the summary page, and numbers of prompts.
+    """Result of `diagnose_many`: the summary page, the numbers of finished prompts, and the errors of the others.
 
     Attributes
     ----------
@@ -46,7 +46,7 @@ def diagnose_many(
     on_progress: Callable[[int, int], object] | None = None,
     **settings: Any,
 ) -> Survey:
-    """Diagnose prompts, write one page for each, and summarize them.
+    """Diagnose many prompts, write one page for each, and a summary of all.
 
     A prompt is finished once its page and its results are written completely. Finished prompts survive an interruption,
     and the next call with the same settings continues with the others. A prompt whose results were deleted or damaged
@@ -100,7 +100,10 @@ def diagnose_many(
 
 
 def _forget_incomplete(folder: Path, cases: Sequence[Case]) -> None:
-    """Remove the units of cases whose results are missing or damaged, so that they are diagnosed again."""
+    """Remove the units of cases whose results or page are missing, or whose results are damaged.
+
+    Such cases are diagnosed again.
+    """
     for case in cases:
         unit = folder / "units" / f"{case.key}.parquet"
         if unit.exists() and not (case.complete(folder) and (folder / "pages" / case.page).exists()):
@@ -111,7 +114,8 @@ def _prepare(folder: Path) -> Path:
     try:
         if folder.is_dir() and any(folder.iterdir()) and not (folder / "cases").is_dir():
             raise OutputError(
-                f"{folder} contains files that do not belong to a survey. Choose a new folder or that of a survey."
+                f"{folder} contains files that do not belong to a survey. Choose a new folder, or the folder of an "
+                "earlier survey."
             )
         for name in ("cases", "pages"):
             (folder / name).mkdir(parents=True, exist_ok=True)

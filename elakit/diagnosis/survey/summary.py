@@ -47,11 +47,16 @@ def table(folder: str | Path, order: Sequence[str] = ()) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Columns prompt; images, right, rate, low, high and bleed of the plain images, where low and high are the 95%
-        interval of the rate; failures (kinds, separated by semicolons) and failure (the most frequent one, as a
-        sentence); causes (kind of the most likely one) and cause (the same as a sentence); best (name of the best
-        remedy) with its title, best_right, best_rate, best_low, best_high, fixed, broken and cost; seconds; page; and
-        error, which only prompts that failed have; all their other values are missing.
+        Column prompt, and these columns in groups:
+
+        - images, right, rate, low, high, bleed: numbers of all and of right plain images, the share of right ones with
+          its 95% interval, and the mean bleeding;
+        - failures, failure: kinds of all failures, separated by semicolons, and the most frequent one as a sentence;
+        - causes, cause: kind of the most likely cause, and the same cause as a sentence;
+        - best, title, best_right, best_rate, best_low, best_high, fixed, broken, cost: the best remedy, as in
+          `Diagnosis.remedies_frame`; missing if none did better than plain generation;
+        - seconds, page: time of the diagnosis, and path of the page in the folder;
+        - error: error of a prompt whose diagnosis failed. Such a prompt has no other values; all others have no error.
     """
     cases, _ = _cases(folder)
     return _table(folder, cases, order)
@@ -83,7 +88,8 @@ def write(folder: str | Path, order: Sequence[str] = ()) -> Path:
     ----------
     folder : str or Path
     order : sequence of str
-        Prompts of the survey, as in `table`.
+        Prompts of the survey in the order of the tables, as in `table`; the page lists those without a result as not
+        diagnosed yet.
 
     Returns
     -------
@@ -110,7 +116,7 @@ def write(folder: str | Path, order: Sequence[str] = ()) -> Path:
 
 @dataclass(frozen=True)
 class _Share:
-    """A share over all prompts."""
+    """One row of a chart on the page: its name, the number as text, the share as a bar, and further facts."""
 
     name: str
     score: str
@@ -297,7 +303,7 @@ def _remedies(cases: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _counted(frame: pd.DataFrame) -> pd.DataFrame:
-    """Convert counts to integers that may be missing."""
+    """Convert the columns of counts to integers that can be missing (Int64)."""
     counts = [name for name in ("images", "right", "best_right", "fixed", "broken") if name in frame]
     return frame.astype(dict.fromkeys(counts, "Int64"))
 
