@@ -163,7 +163,10 @@ def words_of(recording: Recording) -> list[Word]:
 
 
 def _label(prompt: Prompt, tokens: Sequence[Token]) -> str:
-    """Label of a word with these tokens: "giraffe" for "giraffe/1", "giraffe/2" and for "giraffe@clip", "giraffe@t5"."""
+    """Label of the word with these tokens.
+
+    It is "giraffe" for the tokens "giraffe/1" and "giraffe/2", and also for "giraffe@clip" and "giraffe@t5".
+    """
     return tokens[0].label if len(tokens) == 1 else prompt.word_labels[tokens[0].word]
 
 

@@ -30,7 +30,7 @@ _BLOCK = 2**25
 
 @dataclass(frozen=True)
 class Fit:
-    """Reduction of maps and steps to a number of bytes, as `fit_to` chooses it.
+    """Reduction of maps and steps that meets a budget of bytes, as `fit_to` returns it.
 
     Attributes
     ----------
