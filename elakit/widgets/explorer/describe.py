@@ -1,4 +1,4 @@
-"""Data of the explorer: words, images, steps, regions and measures of the runs, and the values of each setting."""
+"""Data of the explorer: words, images, steps, regions and measures of the runs, and the valid values of settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MATRICES = ("leakage", "attribute_leakage", "truth_leakage", "attribute_truth_l
 
 @dataclass(frozen=True)
 class Word:
-    """A word whose maps are sent, or one of "<start>" and "<end>".
+    """A word whose maps are sent to the browser; "<start>" and "<end>" count as words.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Payload:
-    """Data sent to the browser: `meta` as JSON, and `maps`, a compressed `Buffer`."""
+    """Data of an explorer for the browser: `meta`, which is sent as JSON, and `maps`, a compressed `Buffer`."""
 
     meta: dict[str, Any]
     maps: bytes
@@ -66,9 +66,10 @@ def describe(runs: Sequence[Run], budget: int) -> Payload:
     Parameters
     ----------
     runs : sequence of Run
-        At least one run; all recorded.
+        One or more runs, all of them recorded.
     budget : int
-        Largest number of bytes of maps, before compression.
+        Largest number of bytes of the maps of all runs together, before compression. To stay within it, maps are
+        downsampled and then steps are omitted (see `elakit.widgets.explorer.packing.fit_to`).
 
     Returns
     -------
@@ -116,7 +117,7 @@ def describe(runs: Sequence[Run], budget: int) -> Payload:
 
 
 def nodes_of(recording: Recording) -> tuple[xr.Dataset, ...]:
-    """Arrays of a recording, one per map size, largest first.
+    """Datasets of a recording, one per map size, largest maps first.
 
     Raises
     ------
@@ -125,12 +126,12 @@ def nodes_of(recording: Recording) -> tuple[xr.Dataset, ...]:
     """
     nodes = recording.nodes()
     if not nodes or not nodes[0].sizes["step"]:
-        raise RecordingError("The recording is empty: the run ended before its first step. Generate it again.")
+        raise RecordingError("The recording is empty: the run ended before its first step. Generate the image again.")
     return nodes
 
 
 def words_of(recording: Recording) -> list[Word]:
-    """Recorded words in the order of the prompt, followed by "<start>" and "<end>".
+    """Recorded words in the order of the prompt, followed by "<start>" and "<end>" where they were recorded.
 
     Parameters
     ----------
@@ -162,19 +163,22 @@ def words_of(recording: Recording) -> list[Word]:
 
 
 def _label(prompt: Prompt, tokens: Sequence[Token]) -> str:
-    """Label of the whole word: "giraffe" for "giraffe/1", "giraffe@clip" and "giraffe@t5"."""
+    """Label of the word with these tokens.
+
+    It is "giraffe" for the tokens "giraffe/1" and "giraffe/2", and also for "giraffe@clip" and "giraffe@t5".
+    """
     return tokens[0].label if len(tokens) == 1 else prompt.word_labels[tokens[0].word]
 
 
 def _owners(prompt: Prompt, indices: Sequence[int]) -> tuple[int | None, int | None]:
-    """Indices of the entity whose noun a word is, and of the entity whose attribute it is."""
+    """Index of the entity whose noun has the token indices, and of the one whose attribute has them; None if none."""
     nouns = [i for i, entity in enumerate(prompt.entities) if set(indices) & set(entity.token_indices)]
     owners = [i for i, entity in enumerate(prompt.entities) if set(indices) & set(entity.attribute_indices)]
     return (nouns[0] if nouns else None), (owners[0] if owners else None)
 
 
 def _chips(prompt: Prompt, words: Sequence[Word]) -> list[dict[str, Any]]:
-    """The prompt's words as written, each with its index among the words sent (None if it was not recorded)."""
+    """All words of the prompt as written, each with its index in `words`, or None if it was not recorded."""
     place = {word.label: i for i, word in enumerate(words)}
     pieces: dict[int, list[Token]] = {}
     for token in prompt.tokens:
@@ -194,7 +198,7 @@ def _chips(prompt: Prompt, words: Sequence[Word]) -> list[dict[str, Any]]:
 
 
 def _run_data(run: Run, name: str, words: Sequence[Word], source: Source, fit: Fit, buffer: Buffer) -> dict[str, Any]:
-    """Data of one run for the browser."""
+    """Data of one run for the browser as JSON; its maps and regions are added to the buffer."""
     recording = style.recorded(run)
     node, prompt = source.nodes[0], run.prompt
     positions = fit.positions(node.sizes["step"])
@@ -230,20 +234,23 @@ def _run_data(run: Run, name: str, words: Sequence[Word], source: Source, fit: F
 
 
 def _predicted(run: Run, steps: Sequence[int]) -> list[str] | None:
-    """Image that each of the steps predicts; None if they were not kept."""
+    """Image that the run predicts at each of the steps, as data URIs; None if the run has no predicted images."""
     if not run.predicted:
         return None
     return [data_uri(run.predicted[min(step, len(run.predicted) - 1)], LOSSLESS_SIDE) for step in steps]
 
 
 def _outcome(run: Run) -> dict[str, Any] | None:
-    """The judge's verdict on the image; None if it cannot judge it."""
+    """The judge's verdict on the image; None if the judge cannot judge this image."""
     verdict = run.verdict
     return None if verdict is None else {"right": bool(verdict.success), "verdict": str(verdict)}
 
 
 def _regions(run: Run, steps: Sequence[int], buffer: Buffer, notes: list[str]) -> dict[str, Any] | None:
-    """Position of the regions in the buffer: bytes (step, y, x), 0 for no region, 1 for the first entity."""
+    """Add the regions to the buffer; return their size and position there, or None after adding a note on the reason.
+
+    They are bytes (step, y, x): 0 for a location outside every region, n for one in the region of the n-th entity.
+    """
     try:
         regions = run.regions.sel(step=list(steps))
     except ElakitError as error:
@@ -257,7 +264,11 @@ def _regions(run: Run, steps: Sequence[int], buffer: Buffer, notes: list[str]) -
 def _measures(
     run: Run, steps: Sequence[int], colors: dict[str, str], notes: list[str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Lines of each measure over the steps: name, color (None without an entity), values (None if not finite)."""
+    """Lines of the plot of each measure over the steps, by measure; empty if no measure is available.
+
+    Each line has name, color (None without an entity), second (color of the other entity of a pair, or None) and values
+    (one per step, None where the value is missing or not finite).
+    """
     try:
         frame = run.bleeding.to_frame()
     except ElakitError as error:
@@ -293,7 +304,7 @@ def _number(value: float, digits: int) -> float | None:
 
 
 def _choices(about: Sequence[dict[str, Any]], steps: list[int]) -> dict[str, list[Any]]:
-    """Valid values of each trait."""
+    """Valid values of the traits of `Explorer` that have a list of choices, by name; "tokens" is also for `token`."""
     layers = [layer for run in about for layer in run["layers"]]
     places = dict.fromkeys(layer["place"] for layer in layers)
     labels = dict.fromkeys(word["label"] for run in about for word in run["words"])
@@ -312,13 +323,13 @@ def _choices(about: Sequence[dict[str, Any]], steps: list[int]) -> dict[str, lis
 
 
 def _default_tokens(about: Sequence[dict[str, Any]]) -> list[str]:
-    """Labels of the entities' nouns; the first word if none of them was recorded."""
+    """Labels of the nouns of all runs' entities; the first word of the first run if no noun was recorded."""
     nouns = dict.fromkeys(word["label"] for run in about for word in run["words"] if word["entity"] is not None)
     return list(nouns) or [about[0]["words"][0]["label"]]
 
 
 def _default_maps(about: Sequence[dict[str, Any]], recording: Recording) -> tuple[str, int | None]:
-    """Layers and map size that regions are localized from, if every run has them."""
+    """Layers and map size from which `recording`'s regions are localized; "all" or None if a run lacks such maps."""
     layer, size = recording.decoder, style.map_size(recording)
     if any(not sizes_of(run["layers"], layer) for run in about):
         layer = "all"
@@ -326,7 +337,7 @@ def _default_maps(about: Sequence[dict[str, Any]], recording: Recording) -> tupl
 
 
 def sizes_of(layers: Sequence[dict[str, Any]], layer: str) -> set[int]:
-    """Map sizes of a choice of layers: "all", a place, or the name of a layer.
+    """Map sizes of the layers that a setting selects: "all", a part of the network such as "mid", or a layer's name.
 
     Examples
     --------
@@ -344,7 +355,7 @@ def _meanings(measures: Sequence[str]) -> dict[str, str]:
 
 
 def _notes(sources: Sequence[Source], fit: Fit) -> list[str]:
-    """Notes on what was omitted to stay within the budget."""
+    """Notes for the user on how maps and steps were reduced to stay within the budget; empty if they were not."""
     notes = []
     large = {(node.sizes["y"], node.sizes["x"]) for source in sources for node in source.nodes}
     shrunk = {size: fit.size(*size) for size in sorted(large, reverse=True) if fit.size(*size) != size}

@@ -2,7 +2,7 @@
 
 The uncompressed buffer holds all scales (little-endian float32) and after them all bytes. The maps of a layer are bytes
 (step, head, word, y, x); every step except the first is stored as the difference from the previous one, modulo 256. The
-scales of a layer are (step, head, word). Probability = byte / 255 x scale.
+scales of a layer are (step, head, word). Once the differences are summed, probability = byte / 255 x scale.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ _BLOCK = 2**25
 
 @dataclass(frozen=True)
 class Fit:
-    """Reduction that keeps the maps within a budget.
+    """Reduction of maps and steps that meets a budget of bytes, as `fit_to` returns it.
 
     Attributes
     ----------
     side : int or None
-        Larger maps are downsampled to this side by area means; None keeps all sizes.
+        Maps whose longer side is larger are downsampled to this longer side by area means; None keeps all sizes.
     share : float
-        Share of the steps that is kept, evenly spaced and with the first and the last.
+        Share of the steps that is kept. They are evenly spaced and include the first and the last step.
     """
 
     side: int | None = None
     share: float = 1.0
 
     def size(self, rows: int, columns: int) -> tuple[int, int]:
-        """Rows and columns of a map after the reduction.
+        """Rows and columns, after the reduction, of a map that was recorded with these rows and columns.
 
         Examples
         --------
@@ -57,7 +57,7 @@ class Fit:
         return max(1, round(rows * factor)), max(1, round(columns * factor))
 
     def positions(self, steps: int) -> list[int]:
-        """Positions of the steps that are kept, out of a number of steps.
+        """Positions, counted from 0, of the steps that are kept of a recording with `steps` steps.
 
         Examples
         --------
@@ -69,21 +69,21 @@ class Fit:
 
 @dataclass(frozen=True)
 class Source:
-    """Part of a recording that is sent to the browser.
+    """Recorded maps of one run, and the words whose maps are sent to the browser.
 
     Attributes
     ----------
     nodes : tuple of xarray.Dataset
-        One per map size, as in `Recording`, largest first.
+        Recorded maps, one dataset per map size, largest maps first (see `Recording.nodes`).
     words : tuple of tuple of int
-        Positions along ``token`` of the pieces of each word, which are averaged.
+        For each word, the positions of its tokens along ``token``. The maps of these tokens are averaged.
     """
 
     nodes: tuple[xr.Dataset, ...]
     words: tuple[tuple[int, ...], ...]
 
     def nbytes(self, fit: Fit) -> int:
-        """Number of bytes of the maps before compression."""
+        """Number of bytes of the maps after the reduction `fit`, before compression."""
         values = sum(
             node.sizes["layer"] * node.sizes["head"] * int(np.prod(fit.size(node.sizes["y"], node.sizes["x"])))
             for node in self.nodes
@@ -93,19 +93,19 @@ class Source:
 
 @dataclass
 class Buffer:
-    """Collects scales and bytes; added parts are addressed by their positions."""
+    """Scales and bytes collected for the browser, which finds each added part by the position that `add` returns."""
 
     scales: list[np.ndarray] = field(default_factory=list)
     parts: list[np.ndarray] = field(default_factory=list)
 
     def add_scales(self, values: np.ndarray) -> int:
-        """Add scales and return the position of the first, counted in numbers."""
+        """Add scales; return the index of the first of them among all scales."""
         at = self.scale_count
         self.scales.append(np.ravel(values).astype("<f4"))
         return at
 
     def add(self, values: np.ndarray) -> int:
-        """Add bytes and return the position of the first, counted from the end of the scales."""
+        """Add bytes; return the position of the first of them, counted from the end of all scales."""
         at = sum(part.size for part in self.parts)
         self.parts.append(np.ravel(values).astype(np.uint8, copy=False))
         return at
@@ -123,13 +123,16 @@ class Buffer:
 
 
 def fit_to(sources: Sequence[Source], budget: int) -> Fit:
-    """Smallest reduction that keeps maps within a budget: sides of at most 32, then of at most 16, then fewer steps.
+    """Weakest reduction that keeps maps within a budget.
+
+    Map sides are limited to 32; if this is not enough, to 16; if this is not enough either, steps are omitted, too. At
+    least the first and the last step of each recording are kept, even if they exceed the budget.
 
     Parameters
     ----------
     sources : sequence of Source
     budget : int
-        Largest number of bytes before compression.
+        Largest number of bytes of all maps together, before compression.
 
     Returns
     -------
@@ -144,7 +147,7 @@ def fit_to(sources: Sequence[Source], budget: int) -> Fit:
 
 
 def pack(source: Source, fit: Fit, buffer: Buffer) -> list[dict[str, Any]]:
-    """Add the maps of a recording to a buffer.
+    """Add the maps of a recording to a buffer, reduced and quantized, and describe its layers.
 
     Parameters
     ----------
@@ -155,8 +158,9 @@ def pack(source: Source, fit: Fit, buffer: Buffer) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        Layers in forward order, each with name, short (name), place, size (longer side, as recorded), recorded (rows
-        and columns), rows and columns (as sent), heads, at and scales (positions of maps and scales in the buffer).
+        One per layer, in forward order. The keys are "name"; "short", a short name; "place", the part of the network;
+        "recorded", the rows and columns as recorded; "size", the larger of these; "rows" and "columns", as sent;
+        "heads"; and "at" and "scales", the positions in the buffer that `Buffer.add` and `Buffer.add_scales` returned.
     """
     found = []
     for node in source.nodes:
@@ -185,12 +189,14 @@ def pack(source: Source, fit: Fit, buffer: Buffer) -> list[dict[str, Any]]:
 
 
 def short_names(layers: Sequence[tuple[str, str]]) -> list[str]:
-    """Short distinct names of layers: the part of the network, and numbers of the layer's path.
+    """Short, distinct names of layers: the part of the network, and the first two numbers in the layer's name.
+
+    If two of these names are equal, all numbers are used; if two are still equal, the full names are returned.
 
     Parameters
     ----------
     layers : sequence of (str, str)
-        Place, such as "up", and name of each layer.
+        For each layer, its place, such as "up", and its name.
 
     Returns
     -------
@@ -215,7 +221,7 @@ def short_names(layers: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _packed(node: xr.Dataset, words: Sequence[Sequence[int]], fit: Fit) -> tuple[np.ndarray, np.ndarray]:
-    """Levels (layer, step, head, word, y, x) and scales (layer, step, head, word) for one map size."""
+    """Quantized maps (layer, step, head, word, y, x) of one map size, and their scales (layer, step, head, word)."""
     positions = fit.positions(node.sizes["step"])
     size = fit.size(node.sizes["y"], node.sizes["x"])
     mean = np.zeros((node.sizes["token"], len(words)), np.float32)

@@ -14,7 +14,7 @@ from elakit.files import check_path, write_text
 
 
 def render(meta: dict[str, Any], maps: bytes, state: dict[str, Any], code: str, style: str) -> str:
-    """Explorer as a self-contained HTML page.
+    """Explorer as a self-contained HTML page, which needs no other file and no network.
 
     Parameters
     ----------
@@ -23,7 +23,7 @@ def render(meta: dict[str, Any], maps: bytes, state: dict[str, Any], code: str, 
     maps : bytes
         `Payload.maps`, the compressed maps.
     state : dict
-        Initial values of the explorer's controls, by name.
+        Initial values of the explorer's settings, by name.
     code, style : str
         JavaScript module and style sheet of the widget.
 
@@ -80,7 +80,7 @@ def write(path: str | Path, text: str) -> Path:
     Raises
     ------
     OutputError
-        The path is a folder, or its parent folder does not exist or is not writable.
+        The path is empty, a folder or too long, or its parent folder does not exist or is not writable.
 
     Examples
     --------

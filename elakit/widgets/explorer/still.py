@@ -29,7 +29,8 @@ def png(
 ) -> tuple[bytes, int]:
     """Static image of the explorer as PNG, with one row per run.
 
-    Each row shows the image and, for up to five entities, the attention at the middle step with the regions.
+    Each row shows the finished image and, for each of the first five entities, its attention and the regions at the
+    middle step.
 
     Parameters
     ----------
@@ -77,7 +78,7 @@ def png(
 
 
 def _middle(run: Run) -> xr.DataArray | None:
-    """Maps of the entities (token, y, x) at the middle step; None if no entity was recorded."""
+    """Maps of the first five entities (token, y, x) at the middle step; None if no entity was recorded."""
     try:
         maps = run.entity_maps()
     except ElakitError:
@@ -86,7 +87,7 @@ def _middle(run: Run) -> xr.DataArray | None:
 
 
 def _overlay(image: Image.Image, values: np.ndarray, top: float) -> Image.Image:
-    """A colored map over the grayscale image."""
+    """A map in colors over the grayscale image; `top` is the value that has the last color."""
     levels = (values / top * 255).clip(0, 255).astype(np.uint8)
     colored = Image.fromarray(lookup("viridis")[levels])
     size = _PANEL * _SCALE, _PANEL * _SCALE * image.height // image.width
@@ -104,7 +105,7 @@ def _paste(canvas: Image.Image, image: Image.Image, column: int, y: int, height:
 def _outline(
     canvas: Image.Image, run: Run, step: int, column: int, y: int, height: int, colors: dict[str, str]
 ) -> None:
-    """Edges of the regions, each drawn inside its region so that adjacent edges are both visible."""
+    """Draw the edges of the regions at a step, each inside its region, so that adjacent edges are both visible."""
     regions = run.regions.sel(step=step)
     corner = (_MARGIN + column * (_PANEL + _GAP)) * _SCALE, y * _SCALE
     size = _PANEL * _SCALE, height * _SCALE

@@ -1,4 +1,4 @@
-"""The explorer widget: settings shared by Python and the browser, and the data that is sent to the browser once."""
+"""The explorer widget: settings that Python and the browser share, and data that is sent to the browser only once."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SETTINGS = (
 
 
 class Explorer(anywidget.AnyWidget):
-    """Widget that shows runs side by side in a notebook; made by `explore`.
+    """Widget that shows runs side by side in a notebook, as `explore` returns it.
 
     Every setting can be read and set from Python, and follows what the user does in the browser. An invalid value
     raises a `SettingError` that lists the valid ones.
@@ -54,48 +54,54 @@ class Explorer(anywidget.AnyWidget):
     *runs : Run
         Recorded runs.
     budget : int
-        Largest number of bytes of maps to send, before compression.
+        Largest number of bytes of the maps of all runs together, before compression.
     **settings
-        Any of the attributes below.
+        Initial values of any of the attributes below.
 
     Attributes
     ----------
     step : int
-        Denoiser call that is shown, for the run with the most steps; negative numbers count from the end. The other
-        runs show the step at the nearest share of the run.
+        Step that the run with the most steps shows: a denoiser call, counted from 0; negative numbers count from the
+        end. Each other run shows the step that is nearest to the same fraction of its own steps.
     tokens : list of str
         Labels of the words shown as thumbnails below each image ("car", "red#2", "<start>", "<end>").
     token : str
         Label of the word in the large view; it is added to `tokens` if missing. A run whose prompt lacks the word shows
         the entity with the same index in its own prompt.
     layer : str
-        "all", a part of the network ("down", "mid", "up") or the name of a layer. Maps of several layers are averaged.
+        "all", a part of the network ("down", "mid" or "up" of a U-Net; "double", "single" or "block" of a transformer)
+        or the name of a layer. Maps of several layers are averaged.
     size : int or None
-        Longer side of the maps; None averages over all sizes. If the chosen layers have no maps of this size, it
-        changes to the size they have, or to None where they have several.
+        Map size, the number of locations along the longer side; None averages over all sizes. If the layers
+        that a new `layer` selects have no maps of this size, `size` changes to their only size, or to None if they have
+        several.
     head : int or "mean"
-        One head of every layer, if heads were recorded.
+        Index of the head whose maps are shown in every layer, if the heads were recorded separately
+        (``RecordSpec(heads="all")``); "mean" for the mean over the heads.
     normalization : {"none", "sum", "start"}
-        Probability, share of the map (each map sums to 1), or multiple of the map of start-of-text.
+        Values of the maps: probability ("none"), share of the map, which sums to 1 ("sum"), or multiple of the
+        probability of start-of-text at the same location ("start").
     shared_scale : bool
         True for one color scale for all runs, steps and tokens, False for one per map.
     measure : str
-        Measure that is plotted over the steps, one of ``run.bleeding.to_frame()``.
+        Name of the measure that is plotted over the steps, from the column "measure" of ``run.bleeding.to_frame()``;
+        leakage and other matrices are not offered. "" if no measure is available.
     regions : bool
-        Outline the entities' regions.
+        True to outline the entities' regions.
     predicted : bool
-        Show the image that the step predicts under the overlay, for runs that were generated with ``predicted=True``;
-        otherwise the finished image. Default: True if there is such a run.
+        True to lay the attention over the image that the step predicts, if a run was generated with
+        ``predicted=True``; False, and for any other run, to lay it over the finished image. Default: True if at least
+        one run has predicted images.
     opacity : float
         Opacity of the attention overlay, 0 to 1.
     smooth : bool
-        Interpolate between locations.
+        True to interpolate colors between locations, False to show each location in one color.
     colors : {"viridis", "magma", "cividis"}
         Color map.
     speed : float
-        Playback speed in steps per second, at most 60.
+        Playback speed in steps per second, 0.1 to 60.
     playing : bool
-        True while the steps are played.
+        True while the explorer plays the steps one after another.
     """
 
     _esm = source(SHARED / "maps.js", SHARED / "plot.js", HERE / "view.js")
@@ -256,7 +262,7 @@ class Explorer(anywidget.AnyWidget):
         Raises
         ------
         OutputError
-            The path is a folder, or its parent folder does not exist or is not writable.
+            The path is empty, a folder or too long, or its parent folder does not exist or is not writable.
         """
         state = {name: getattr(self, name) for name in SETTINGS}
         return page.write(path, page.render(self._meta, self._maps, state, str(self._esm), str(self._css)))
@@ -278,17 +284,18 @@ class Explorer(anywidget.AnyWidget):
 
 
 def explore(*runs: Run | Sequence[Run], budget: int = BUDGET, **settings: Any) -> Explorer:
-    """Explore runs side by side: images, attention of chosen words, regions and measures at every step.
+    """Explore runs side by side in a notebook: images, attention of chosen words, regions and measures at every step.
 
     Parameters
     ----------
     *runs : Run or sequence of Run
         Recorded runs, of one prompt or of several.
     budget : int
-        Largest number of bytes of maps to send to the browser, before compression. To fit, larger maps are downsampled
-        to a side of 32 or 16 and then steps are omitted; the explorer reports it.
+        Largest number of bytes of the maps of all runs together, before compression. Maps that exceed it are
+        downsampled to a side of 32 or, if necessary, 16; if this is not enough, steps are omitted. A note at the bottom
+        of the explorer states what was reduced.
     **settings
-        Initial settings, such as ``tokens=["car"], layer="down", step=-1``: attributes of `Explorer`.
+        Initial values of attributes of `Explorer`, such as ``tokens=["car"], layer="down", step=-1``.
 
     Returns
     -------
@@ -300,7 +307,7 @@ def explore(*runs: Run | Sequence[Run], budget: int = BUDGET, **settings: Any) -
     SettingError
         No run is given, an argument is not a run, or a setting is invalid.
     RecordingError
-        A run was not recorded.
+        A run was not recorded, or its recording is empty.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Choices of a panel's user for the next run, and the actions that change them, without widgets."""
+"""Choices of a panel's user for the next run, and the actions that change them; nothing here depends on widgets."""
 
 from __future__ import annotations
 
@@ -28,25 +28,29 @@ NUMBERS: dict[str, Callable[[Any], Any]] = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Choices:
-    """Choices for the next run. Each action returns new choices, or the same object if nothing changes.
+    """Choices of a panel's user for the next run.
+
+    Actions, such as `with_method`, return new choices, or the same object if nothing changes. "Method" stands for the
+    guidance method.
 
     Attributes
     ----------
     seed, steps, guidance_scale : int, int, float
-        Numbers as entered; `elakit.widgets.live.next_run.problems` names those out of range.
+        Numbers as entered, which may be out of range (`elakit.widgets.live.next_run.problems` finds those that are).
     text : str
         Text of the prompt, as entered.
     prompt : Prompt or None
-        The parsed prompt; None if the text cannot be parsed.
+        The parsed prompt; None if no text was entered yet, or if it cannot be parsed.
     unreadable : ElakitError or None
-        The error of a text that cannot be parsed; None for other texts.
+        The error that parsing the text raised; None if there was none.
     method : str
         "plain" or a key of `elakit.guidance.METHODS`.
     entries : mapping of str to mapping
-        Entered values by method and option (`elakit.widgets.live.options.entry`); methods that are missing have their
-        defaults.
+        For each method by name, the entries of its options by name (an entry is the content of an option's input field,
+        see `elakit.widgets.live.options.entry`). A method that is not in the mapping has its default options.
     by_hand : mapping of str to region
-        Regions by hand, by label of the entity. The region of a removed entity is kept for the case that it returns.
+        Regions given by hand, by label of the entity. If an entity is removed from the prompt, its region is kept and
+        used again if an entity with the same label returns.
 
     Examples
     --------
@@ -72,9 +76,9 @@ class Choices:
     # -- actions ---------------------------------------------------------------------------------------------------
 
     def with_text(self, text: str, read: Callable[[str], Prompt]) -> Choices:
-        """Set the prompt as text and parse it with `read`.
+        """Set the text of the prompt and parse it with `read`; an error of `read` is kept in `unreadable`.
 
-        Roles that were assigned by clicks are reset, unless the text differs only by its brackets.
+        Roles that were assigned by clicks are reset, unless the text is that of the current prompt without brackets.
         """
         if self.prompt is not None and self.prompt.text == text:
             return self if self.text == text else replace(self, text=text)
@@ -84,7 +88,7 @@ class Choices:
             return replace(self, text=text, prompt=None, unreadable=error)
 
     def with_prompt(self, prompt: Prompt) -> Choices:
-        """Set a parsed prompt, whose text has no brackets."""
+        """Set a parsed prompt; `text` becomes its text, which has no brackets."""
         return replace(self, text=prompt.text, prompt=prompt, unreadable=None)
 
     def with_word_toggled(self, at: int) -> Choices:
@@ -97,7 +101,7 @@ class Choices:
         return self if getattr(self, name) == value else replace(self, **entered)
 
     def with_method(self, name: str) -> Choices:
-        """Choose a method; options that were entered for it before are restored.
+        """Choose a method by name; options that were entered for this method before are restored.
 
         Raises
         ------
@@ -114,12 +118,13 @@ class Choices:
         return self if entered[option] == entry else self._with_entries(method, {**entered, option: entry})
 
     def with_options(self, given: Mapping[str, Any]) -> Choices:
-        """Set some options of the method; the others keep their values.
+        """Set the given options of the chosen method; its other options keep their values.
 
         Raises
         ------
         SettingError
-            The method has no such option, the value has the wrong type, or regions are given, which are drawn instead.
+            The method has no such option, a value has the wrong type, or "regions" is among the options: regions are
+            set with `with_region`.
         """
         if REGIONS in given and self.takes_regions:
             raise SettingError(
@@ -141,22 +146,23 @@ class Choices:
         return self._with_entries(method, options.defaults(METHODS[method]))
 
     def with_guidance(self, guidance: Method) -> Choices:
-        """Choose a method with its options; its regions are ignored, since they belong to the entities of a prompt.
+        """Choose a method and its options, except its regions, which belong to entities of a prompt (`with_region`).
 
         Raises
         ------
         SettingError
-            The method is not among `elakit.guidance.METHODS`.
+            The method is not among `elakit.guidance.METHODS`, or one of its options has the wrong type.
         """
         if METHODS.get(guidance.name) is not type(guidance):
             raise SettingError(
-                f"guidance={guidance!r}: the panel supports {', '.join(METHODS)}, and None for a plain run."
+                f"guidance={guidance!r}: the panel supports {', '.join(METHODS)}, and None for a plain run. Register "
+                "a method of your own under its name, such as elakit.guidance.METHODS['my-method'] = MyMethod."
             )
         given = {name: value for name, value in option_values(guidance).items() if name != REGIONS}
         return self.with_method(guidance.name).with_options(given)
 
     def with_region(self, entity: str | int | Entity, region: Region | None) -> Choices:
-        """Set the region of an entity by hand; None lets the method localize it.
+        """Set the region of an entity by hand; None removes it.
 
         Raises
         ------
@@ -168,7 +174,10 @@ class Choices:
         return self._with_regions({label: checked})
 
     def with_boxes(self, boxes: Sequence[Box | None]) -> Choices:
-        """Set the boxes as shown, one per entity; None removes an entity's box but keeps a mask."""
+        """Set the boxes that the stage shows, one per entity; None removes a box but keeps a mask, which is no box.
+
+        Nothing changes if the number of boxes is not that of the entities.
+        """
         regions = self.regions()
         if len(boxes) != len(regions):
             return self
@@ -183,37 +192,43 @@ class Choices:
         return self._with_regions(changes) if changes else self
 
     def without_regions(self) -> Choices:
-        """Remove all regions by hand."""
+        """Remove the regions by hand of all entities of the prompt."""
         return self._with_regions(dict.fromkeys(self.regions()))
 
     # -- what is chosen ------------------------------------------------------------------------------------------------
 
     @property
     def takes_regions(self) -> bool:
-        """True if the method uses regions by hand."""
+        """True if the chosen method can use regions by hand."""
         return self.method != PLAIN and METHODS[self.method].takes_regions
 
     @property
     def needs_regions(self) -> bool:
-        """True if the method needs a region for each entity."""
+        """True if the chosen method needs a region by hand for each entity."""
         return self.method != PLAIN and METHODS[self.method].needs_regions
 
     def regions(self) -> dict[str, Region | None]:
-        """Region by hand of each entity of the prompt, by label; None if the entity has none."""
+        """Region by hand of each entity of the prompt, by label; None for an entity without one."""
         entities = self.prompt.entities if self.prompt is not None else ()
         return {entity.label: self.by_hand.get(entity.label) for entity in entities}
 
     def layout(self) -> Layout | None:
-        """Regions by hand in the order of the entities, None for an entity without one; None if there is no region."""
+        """Regions by hand in the order of the entities, None for each entity without one; None if no entity has one."""
         regions = tuple(self.regions().values())
         return None if all(region is None for region in regions) else regions
 
     def entries_of(self, method: str) -> Mapping[str, Any]:
-        """Entries for the options of a method."""
+        """Entries of all options of a method, by name of the option: those that were entered, or the defaults."""
         return self.entries[method] if method in self.entries else options.defaults(METHODS[method])
 
     def options(self) -> dict[str, Any]:
-        """Options of the method without its regions."""
+        """Values of the chosen method's options by name, without its regions.
+
+        Raises
+        ------
+        SettingError
+            The text that was entered for an option is not a Python literal.
+        """
         return {} if self.method == PLAIN else options.values(METHODS[self.method], self.entries_of(self.method))
 
     # -- helpers -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Widgets for a method's options: they show what was entered, and report changes."""
+"""Widgets for the options of a guidance method: they show what was entered, and report what the user changes."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from elakit.widgets.live.options import Option, options
 
 
 class Controls:
-    """Widgets for the options of one method.
+    """Widgets for the options of one guidance method.
 
     Parameters
     ----------
     method : type
         Class of the method.
     entries : mapping of str to object
-        Initial entries, as `elakit.widgets.live.options.defaults` returns them.
+        Initial entry of each option, by name, as `elakit.widgets.live.options.defaults` returns them.
     on_entry : callable
-        Called with the name of an option and its entry when the entry changes.
+        Called with the name of an option and its new entry when the entry changes.
     on_defaults : callable
-        Called without arguments when the method's defaults are requested.
+        Called without arguments when the user clicks "Defaults".
 
     Attributes
     ----------
     widgets : dict of str to ipywidgets.Widget
-        One per option.
+        Input field of each option, by name.
     view : ipywidgets.VBox
+        All input fields, and the button "Defaults".
     """
 
     def __init__(
@@ -48,12 +49,12 @@ class Controls:
         self.view = w.VBox([grid, self.back])
 
     def show(self, entries: Mapping[str, Any]) -> None:
-        """Show entries, given by the names of their options."""
+        """Show the entries of all options, given by name of the option."""
         for name, widget in self.widgets.items():
             widget.value = entries[name]
 
     def lock(self, locked: bool) -> None:
-        """Lock or unlock the widgets."""
+        """Lock the input fields against changes, or unlock them."""
         for widget in self.widgets.values():
             widget.disabled = locked
 

@@ -1,4 +1,4 @@
-"""Frames: partial runs in the format that the stage shows, with image, token maps, regions and losses."""
+"""Frames: what a `Stage` shows of a partial or finished run, namely its image, token maps, regions and losses."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from elakit.widgets.shared.quantize import quantize
 
 @dataclass(frozen=True)
 class Frame:
-    """Data sent to the browser after a step.
+    """Data of a run that are sent to the browser after a step.
 
     Attributes
     ----------
     about : dict
-        JSON-compatible: step, steps, image, labels and scales of the maps, losses, verdict.
+        JSON-compatible data, among them the last completed step, the number of steps, the image, labels and scales of
+        the maps, losses of the guided steps, and the judge's verdict.
     maps : bytes
-        One byte per location: the maps in the order of ``about["maps"]``, then the entity of each location (0 for
-        none).
+        One byte per location: the maps in the order of ``about["maps"]``, followed by the number of the entity whose
+        region each location is in (1 for the first entity, 0 for none).
     """
 
     about: dict[str, Any]
@@ -33,7 +34,7 @@ class Frame:
 
 
 def frame(run: Run, step: int, steps: int, *, finished: bool = False) -> Frame:
-    """Frame that shows a run after a step.
+    """Create the frame that shows a run after a step.
 
     Parameters
     ----------
@@ -42,7 +43,7 @@ def frame(run: Run, step: int, steps: int, *, finished: bool = False) -> Frame:
     step, steps : int
         The last completed step, counted from 0, and the number of steps of the run.
     finished : bool
-        True if the image is the final one.
+        True if the run is complete; its frame has the judge's verdict, if there is one.
 
     Returns
     -------
@@ -53,7 +54,7 @@ def frame(run: Run, step: int, steps: int, *, finished: bool = False) -> Frame:
     >>> import elakit
     >>> run = elakit.generate(elakit.load("picture-world"), "a [red car]", steps=1, progress=False)
     >>> shown = frame(run, 0, 1)
-    >>> [each["label"] for each in shown.about["maps"]], len(shown.maps) == 3 * 16 * 16
+    >>> [each["label"] for each in shown.about["maps"]], len(shown.maps) == 3 * 16 * 16  # two maps, and the regions
     (['car', 'red'], True)
     """
     maps, owner = _attention(run)
@@ -86,7 +87,11 @@ def frame(run: Run, step: int, steps: int, *, finished: bool = False) -> Frame:
 
 
 def _attention(run: Run) -> tuple[xr.DataArray, np.ndarray | None]:
-    """Maps (token, y, x) of entities and attributes at the last step, and the entity number per location (y, x)."""
+    """Maps (token, y, x) of entities and attributes at the last step, and the number of the entity at each location.
+
+    The numbers (y, x) are 1 for the region of the first entity and 0 outside every region. They are None, and there are
+    no maps, if no step or no entity was recorded.
+    """
     if run.recording is None or not run.recording.steps:
         return _no_maps(), None
     recording = run.recording.sel(step=-1)

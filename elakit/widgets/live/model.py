@@ -1,7 +1,7 @@
-"""State of a panel: choices for the next run, the run in progress, the data that it shows, and all finished runs.
+"""State of a panel: choices for the next run, the run in progress, the data that the panel shows, and all past runs.
 
-Nothing here depends on widgets. Each method is an action of the user, in the browser or from Python. It changes the
-model, which then calls `on_choices` or `on_run`, so that a view can show the new state.
+Nothing here depends on widgets. The user's actions, in the browser or from Python, are calls of `PanelModel`'s
+functions. They change the model, which then calls `on_choices` or `on_run`, so that a view can show the new state.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class PanelModel:
     choices : Choices
         Choices for the next run.
     session : Session
-        Thread that generates the runs.
+        Session that generates the runs in a background thread.
     runs : list of Run
-        All runs that have ended, in the order in which they ended.
+        All runs in the order in which they ended, including canceled and failed runs with at least one completed step.
     frame : Frame or None
-        Image, maps and losses of the current or the last run, with the verdict on a finished one; None before the first
-        run, and after a change of the prompt.
+        Image, maps and losses of the current or the last run, with the judge's verdict if this run is complete; None
+        before the first preview, and after a change of the prompt.
     error : Exception or None
         Error that the panel shows; None if there is none.
     on_choices : callable
@@ -86,7 +86,9 @@ class PanelModel:
     # -- choices -------------------------------------------------------------------------------------------------------
 
     def enter_text(self, text: str) -> None:
-        """Set the prompt as text and parse it; if the prompt changes, the display of the last run is cleared.
+        """Set the text of the prompt and parse it; if the prompt changes, the display of the last run is cleared.
+
+        A text that cannot be parsed is not refused: its error is in `error`.
 
         Raises
         ------
@@ -97,7 +99,7 @@ class PanelModel:
         self._change_prompt(self.choices.with_text(text, self._read))
 
     def enter_prompt(self, prompt: Prompt) -> None:
-        """Set a parsed prompt; the display of the last run is cleared if it had another one.
+        """Set a parsed prompt; if the prompt changes, the display of the last run is cleared.
 
         Raises
         ------
@@ -108,11 +110,11 @@ class PanelModel:
         self._change_prompt(self.choices.with_prompt(prompt))
 
     def enter_number(self, name: str, value: float) -> None:
-        """Set the seed, the number of steps or the guidance scale; it is checked when a run is started."""
+        """Set "seed", "steps" or "guidance_scale"; the value is checked when a run is started."""
         self.change(self.choices.with_number(name, value))
 
     def choose_method(self, name: str) -> None:
-        """Choose a method; options that were entered for it before are restored.
+        """Choose a guidance method by name; options that were entered for this method before are restored.
 
         Raises
         ------
@@ -122,7 +124,7 @@ class PanelModel:
         self.change(self.choices.with_method(name))
 
     def enter_option(self, method: str, option: str, entry: Any) -> None:
-        """Set the entry for an option of a method; it is checked when a run is started."""
+        """Set the entry (content of the input field) of a method's option; it is checked when a run is started."""
         self.change(self.choices.with_entry(method, option, entry))
 
     def restore_defaults(self, method: str) -> None:
@@ -130,29 +132,31 @@ class PanelModel:
         self.change(self.choices.with_defaults(method))
 
     def toggle_word(self, at: int) -> None:
-        """Make a word an entity, an attribute or neither, in turn; during a run, nothing changes.
+        """Change the role of a word as a click does: from none to entity, to attribute, and back to none.
+
+        During a run nothing changes. See `elakit.widgets.live.words.toggled`.
 
         Raises
         ------
         PromptError
-            The word cannot have another role.
+            No entity would be left, or the tokenizer has no separate token for the word.
         """
         if not self.now.going:
             self.change(self.choices.with_word_toggled(at))
 
     def move_boxes(self, boxes: Sequence[Box | None]) -> None:
-        """Set the boxes after one was drawn, moved or removed."""
+        """Set the boxes of all entities, None for an entity without one, after one was drawn, moved or removed."""
         self.change(self.choices.with_boxes(boxes))
 
     def clear_regions(self, which: int | None = None) -> None:
-        """Remove the region of an entity, counted from 0, or all of them."""
+        """Remove the region by hand of the entity `which`, counted from 0, or for None those of all entities."""
         if which is None:
             self.change(self.choices.without_regions())
         elif 0 <= which < len(self.choices.regions()):
             self.change(self.choices.with_region(which, None))
 
     def change(self, choices: Choices) -> None:
-        """Replace the choices; a run in progress is steered to their regions."""
+        """Replace the choices; if their regions differ, a run in progress is steered to the new ones."""
         before, self.choices = self.choices, choices
         if choices is before:
             return
@@ -167,7 +171,7 @@ class PanelModel:
     # -- the run -------------------------------------------------------------------------------------------------------
 
     def start(self, pause_after: int | None = None) -> None:
-        """Start a run, which pauses after a number of steps if one is given.
+        """Start a run; if `pause_after` is given, the run pauses after this number of steps.
 
         Raises
         ------
@@ -184,12 +188,12 @@ class PanelModel:
         self.session.start(call, pause_after)
 
     def step(self, steps: int = 1) -> None:
-        """Run a number of steps and pause, in the paused run or in a new one.
+        """Resume the paused run, or start a new one if none is paused, and pause after a number of steps.
 
         Raises
         ------
         ElakitError
-            `steps` is less than 1, a run is in progress that is not paused, or a choice is invalid.
+            `steps` is not a whole number of 1 or more, a run that is not paused is in progress, or a choice is invalid.
         """
         steps = whole_number(steps, "steps", 1, owner="step")
         if self.now.state == "paused":
@@ -198,18 +202,18 @@ class PanelModel:
             self.start(steps)
 
     def pause_or_resume(self) -> None:
-        """Pause after the current step, or resume a paused run."""
+        """Resume the run if it is paused; otherwise pause it after the current step."""
         if self.now.state == "paused":
             self.session.resume()
         else:
             self.session.pause()
 
     def cancel(self) -> None:
-        """End the run after the current step."""
+        """End the run after the current step, or at once if it is paused."""
         self.session.cancel()
 
     def refuse(self, error: ElakitError) -> None:
-        """Show the error of an action that was refused."""
+        """Set `error` to that of a refused action, and have the view show it."""
         self.error = error
         self.on_choices()
 

@@ -1,4 +1,4 @@
-"""The next run, derived from the choices: its method and arguments, or the problems that prevent a start."""
+"""The next run, as its choices determine it: its method and arguments, or the problems that prevent its start."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
 
 
 def problems(choices: Choices) -> dict[str, ElakitError]:
-    """Invalid inputs that prevent the start of a run, and their errors.
+    """Errors of the inputs that prevent the start of a run, by input; empty if the run can start.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def problems(choices: Choices) -> dict[str, ElakitError]:
     >>> for name, problem in problems(choices.with_region("car", (0, 0, 0.5, 1))).items():
     ...     print(f"{name}: {problem}")
     seed: seed=-1: must be a whole number from 0 to 9007199254740991.
-    regions: boxdiff needs a region for each entity; missing: bird. Draw them, or use panel.draw().
+    regions: boxdiff needs a region for each entity; missing: bird. Draw a box for ...
     """
     checks: dict[str, Callable[[], object]] = {
         "prompt": partial(_check_prompt, choices),
@@ -53,7 +53,7 @@ def problems(choices: Choices) -> dict[str, ElakitError]:
 
 
 def call(choices: Choices) -> dict[str, Any]:
-    """Arguments of `elakit.generate`, without the pipeline.
+    """Arguments of `elakit.generate` for the next run, by name, without the pipeline.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def call(choices: Choices) -> dict[str, Any]:
 
 
 def guidance(choices: Choices) -> Method | None:
-    """The method with its options and regions; None for a plain run.
+    """The guidance method of the next run, with its options and regions; None for a plain run.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def guidance(choices: Choices) -> Method | None:
 
 
 def guided_steps(choices: Choices) -> list[int]:
-    """Steps that the method will guide, counted from 0; none where the choices are invalid.
+    """Steps that the method will guide, counted from 0; an empty list if the run is plain or a choice is invalid.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ def _check_regions(choices: Choices) -> None:
     if choices.needs_regions and missing:
         raise SettingError(
             f"{choices.method} needs a region for each entity; missing: {', '.join(missing)}. "
-            "Draw them, or use panel.draw()."
+            "Draw a box for each missing one on the image, or call panel.draw(entity, region)."
         )
 
 

@@ -1,4 +1,8 @@
-"""Form for a method's options, derived from the fields and the docstring of its class: entries and their values."""
+"""Form for a guidance method's options, derived from the fields and the docstring of the method's class.
+
+The form has one input field per option. The content of this field is the option's entry: a Python literal as text for
+some kinds of options, the value itself for others.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +26,17 @@ _ENTRY = re.compile(r"^(\w[^:\n]*)[^\n]*\n((?: {4}[^\n]*\n?)*)", re.M)
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a method.
+    """One option of a guidance method.
 
     Attributes
     ----------
     name : str
-        Name, with the part of the method that the option belongs to as prefix: "anchor.step_size".
+        Name of the option, preceded by the part of the method that it belongs to, if any: "anchor.step_size".
     kind : {"number", "integer", "switch", "choice", "text", "value"}
-        Kind of input field. A "value" is a Python literal, such as a number or a tuple, or an empty field for None.
+        Kind of input field. A field for a "value" takes a Python literal as text, such as a number or a tuple, and is
+        empty for None.
     choices : tuple
-        Allowed values of a "choice"; empty for other kinds.
+        Allowed values of an option of the kind "choice"; empty for other kinds.
     default : object
         Default value.
     about : str
@@ -46,7 +51,7 @@ class Option:
 
 
 def options(method: type[Any]) -> tuple[Option, ...]:
-    """Options of a method without its regions, in the order of the dataclass fields.
+    """Options of a method, except its regions, in the order of the dataclass fields.
 
     Parameters
     ----------
@@ -77,7 +82,7 @@ def options(method: type[Any]) -> tuple[Option, ...]:
 
 
 def descriptions(method: type[Any]) -> dict[str, str]:
-    """Description of each parameter in the docstrings of a class and its bases (numpydoc "Parameters").
+    """Descriptions of parameters by name, from the "Parameters" sections of a class and its bases (numpydoc).
 
     Examples
     --------
@@ -99,7 +104,7 @@ def descriptions(method: type[Any]) -> dict[str, str]:
 
 
 def defaults(method: type[Any]) -> dict[str, Any]:
-    """Entries of a form that shows the default options of a method.
+    """Entries of the form, by name of the option, that show the default options of a method.
 
     Examples
     --------
@@ -111,12 +116,14 @@ def defaults(method: type[Any]) -> dict[str, Any]:
 
 
 def entry(method: type[Any], option: Option, value: Any) -> Any:
-    """Entry of a form for the value of an option: a literal as text for a "value", otherwise the value itself.
+    """Entry of the form that shows a value of an option.
+
+    For an option of the kind "value" it is the value as a Python literal, or "" for None; otherwise the value itself.
 
     Raises
     ------
     SettingError
-        The form cannot show the value: it is not of the option's kind.
+        The form cannot show the value, since it is not of the option's kind.
 
     Examples
     --------
@@ -142,18 +149,19 @@ def entry(method: type[Any], option: Option, value: Any) -> Any:
 
 
 def values(method: type[Any], entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a method's options, from what was entered in a form.
+    """Values of a method's options, by name, from the entries of a form.
 
     Parameters
     ----------
     method : type
     entries : mapping of str to object
-        Entry per option, as from `defaults` and `entry`.
+        Entry of each option by name, as `defaults` and `entry` return them or as the user entered them.
 
     Raises
     ------
     SettingError
-        A text is not a Python literal.
+        The text for an option whose default is a number or a tuple is not a Python literal. (For other options, such a
+        text is itself the value.)
 
     Examples
     --------
@@ -165,7 +173,7 @@ def values(method: type[Any], entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kind(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Kind and choices of an option."""
+    """Kind and choices, as in `Option`, of an option whose dataclass field has the type `hint`."""
     alternatives = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         return "choice", alternatives

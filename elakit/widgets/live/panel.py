@@ -23,10 +23,11 @@ _ELA = ELA()
 
 
 class Panel:
-    """Interactive panel that runs a pipeline, shows its attention, and takes regions drawn by hand; made by `live`.
+    """Interactive panel that generates images, shows attention, and takes regions drawn by hand, as `live` returns it.
 
-    Everything that the panel offers is available from Python, too. One run is made at a time, in a separate thread, so
-    that notebook cells can be run meanwhile. A `PanelModel` holds the state, and the widgets are a `PanelView` of it.
+    Everything that the panel offers is available from Python, too. It generates one image at a time, in a separate
+    thread, so that notebook cells can be run meanwhile. A `PanelModel` holds the state, and a `PanelView` has the
+    widgets that show it.
 
     Parameters
     ----------
@@ -70,12 +71,12 @@ class Panel:
 
     @property
     def runs(self) -> list[Run]:
-        """All runs in the order in which they ended, including canceled and failed ones after at least one step."""
+        """All runs in the order in which they ended; canceled and failed ones are included if a step was completed."""
         return self._model.runs
 
     @property
     def error(self) -> Exception | None:
-        """Error that the panel shows, of an invalid prompt, a refused action or a failed run; None if there is none."""
+        """Error that the panel shows: of an invalid prompt, a refused action or a failed run; None if there is none."""
         return self._model.error
 
     @property
@@ -87,7 +88,10 @@ class Panel:
 
     @property
     def prompt(self) -> Prompt | None:
-        """Parsed prompt with its entities; None if the text cannot be parsed. Assign a text or a `Prompt` to set it."""
+        """Parsed prompt; None before one is entered, and if the text cannot be parsed. Assign a text or a `Prompt`.
+
+        An assigned text that cannot be parsed raises no error; see `error`.
+        """
         return self._model.choices.prompt
 
     @prompt.setter
@@ -126,7 +130,7 @@ class Panel:
 
     @property
     def method(self) -> str:
-        """Name of the method: "plain" or a key of `elakit.guidance.METHODS`."""
+        """Name of the guidance method: "plain" or a key of `elakit.guidance.METHODS`."""
         return self._model.choices.method
 
     @method.setter
@@ -135,9 +139,9 @@ class Panel:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options of the method by name. To change some of them, assign a mapping with these.
+        """Options of the guidance method by name, except its regions, which `draw` sets.
 
-        Regions are not among them; see `draw`.
+        Assign a mapping to change the options that it names; the others keep their values.
         """
         return self._model.choices.options()
 
@@ -147,7 +151,7 @@ class Panel:
 
     @property
     def guidance(self) -> Method | None:
-        """Method of the next run, with its options and regions; None for a plain run.
+        """Guidance method of the next run, with its options and regions; None for a plain run.
 
         Raises
         ------
@@ -160,20 +164,25 @@ class Panel:
 
     @property
     def regions(self) -> dict[str, Region]:
-        """Regions by hand, by label: boxes (left, top, right, bottom) as fractions of the image, or masks (y, x)."""
+        """Regions by hand, by label of the entity; entities without one are missing.
+
+        Regions are boxes (left, top, right, bottom) as fractions of the image, or boolean masks (y, x).
+        """
         return {label: region for label, region in self._model.choices.regions().items() if region is not None}
 
     def draw(self, entity: str | int | Entity, region: Region | None) -> None:
         """Set the region of an entity, before a run or during one.
 
-        ELA anchors to it from its next guided step on; other methods use it from the next run on.
+        During a run, a method that can be steered, such as "ela" or "regional-attention", uses it from the next guided
+        step on; any other method that takes regions uses it from the next run on.
 
         Parameters
         ----------
         entity : str, int or Entity
             Label of the entity ("car", "car#2"), its index in the prompt, or the entity itself.
         region : (left, top, right, bottom), ndarray bool (y, x), or None
-            Box as fractions of the image, or mask of any resolution; None lets the method localize the entity.
+            Box as fractions of the image, or mask of any resolution. None removes the region: the method localizes the
+            entity itself, or cannot start if it needs a region for each entity.
 
         Raises
         ------
@@ -183,14 +192,17 @@ class Panel:
         self._model.change(self._model.choices.with_region(entity, region))
 
     def clear(self) -> None:
-        """Remove all regions by hand, so that the method localizes every entity."""
+        """Remove the regions by hand of all entities; see `draw` for an entity without one."""
         self._model.clear_regions()
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> State:
-        """State of the run: "idle", "running", "paused", "done", "canceled" or "failed"."""
+        """State of the current or the last run: "running", "paused", "done", "canceled" or "failed".
+
+        It is "idle" before the first run.
+        """
         return self._session.state
 
     @property
@@ -209,7 +221,7 @@ class Panel:
         self._model.start()
 
     def step(self, steps: int = 1) -> None:
-        """Run a number of steps and pause, in the paused run or in a new one.
+        """Resume the paused run, or start a new one if none is paused, and pause after a number of steps.
 
         Parameters
         ----------
@@ -219,20 +231,21 @@ class Panel:
         Raises
         ------
         ElakitError
-            See `start`; also raised when `steps` is less than 1.
+            `steps` is not a whole number of 1 or more, a run that is not paused is in progress, or a new run cannot be
+            started (see `start`).
         """
         self._model.step(steps)
 
     def pause(self) -> None:
-        """Pause after the current step."""
+        """Pause the run after the current step; no effect if no run is in progress."""
         self._session.pause()
 
     def resume(self) -> None:
-        """Resume the run and continue to its end."""
+        """Resume the paused run, to its end; no effect if no run is paused."""
         self._session.resume()
 
     def cancel(self) -> None:
-        """End the run after the current step; the partial run is kept."""
+        """End the run after the current step, or at once if it is paused; `run` and `runs` keep the partial run."""
         self._session.cancel()
 
     def wait(self, timeout: float | None = None) -> Run | None:
@@ -243,17 +256,18 @@ class Panel:
         Parameters
         ----------
         timeout : float, optional
-            Longest time to wait, in seconds.
+            Longest time to wait, in seconds; by default without limit.
 
         Returns
         -------
         Run or None
-            The finished run; None where it pauses or is still in progress.
+            The run that has ended, partial if it was canceled; None if the run is paused or still in progress, or if
+            there was none.
 
         Raises
         ------
         Exception
-            The error that ended the run; the partial run is in `run`.
+            The error that ended the run. The partial run is in `run`, which is None if no step was completed.
         """
         if self._session.wait(timeout) == "failed":
             assert self._session.error is not None
@@ -294,15 +308,16 @@ def live(
     ----------
     pipe : diffusers.DiffusionPipeline
     prompt : str or Prompt, optional
-        Initial prompt; by default the user enters one.
+        Initial prompt; by default the user enters one. The panel shows the error of a text that cannot be parsed.
     seed : int
-        Initial seed of the noise.
+        Initial value of the seed from which the noise is sampled.
     steps : int, optional
         Initial number of denoising steps; by default the model's.
     guidance_scale : float, optional
         Initial classifier-free guidance scale; by default the model's.
     guidance : Method or None
-        Initial method with its options and regions; by default ELA. None for plain runs.
+        Initial guidance method with its options, by default ELA; None for plain runs. Its regions are assigned to the
+        entities of `prompt`, and are ignored if there is no prompt.
 
     Returns
     -------
@@ -320,14 +335,14 @@ def live(
     >>> import elakit
     >>> pipe, method = elakit.load("picture-world"), elakit.RegionalAttention(start=0)
     >>> panel = elakit.live(pipe, "a [red car] and a [bird]", steps=4, guidance=method)
-    >>> panel.draw("car", (0, 0, 0.5, 1))  # the bird is localized
+    >>> panel.draw("car", (0, 0, 0.5, 1))  # the method chooses the region of the bird
     >>> panel.step(2)
     >>> panel.wait()  # paused
     >>> panel.draw("car", (0.5, 0, 1, 1))
     >>> panel.resume()
     >>> run = panel.wait()
-    >>> regions = run.guidance.regions.values
-    >>> bool(regions[0, 0, 0, 0]), bool(regions[-1, 0, 0, 0])  # whether the car has the upper left corner
+    >>> regions = run.guidance.regions.values  # (step, entity, y, x)
+    >>> bool(regions[0, 0, 0, 0]), bool(regions[-1, 0, 0, 0])  # is the upper left corner the car's: first, last step
     (True, False)
     """
     return Panel(pipe, prompt, seed=seed, steps=steps, guidance_scale=guidance_scale, guidance=guidance)

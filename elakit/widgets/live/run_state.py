@@ -12,24 +12,27 @@ State: TypeAlias = Literal["idle", "running", "paused", "done", "canceled", "fai
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RunState:
-    """State of the current or the last run. Each transition returns a new state, or the same one if it does not apply.
+    """State of the current or the last run.
+
+    The functions from `start` on are transitions. Each returns the next state, or the same object if the transition is
+    not possible in the present state.
 
     Attributes
     ----------
     state : {"idle", "running", "paused", "done", "canceled", "failed"}
-        "idle" before the first run; otherwise the state of the run.
+        "idle" before the first run; "running" or "paused" while a run is in progress; then the way in which it ended.
     made : int
         Number of completed steps.
     left : int or None
-        Number of steps until the run pauses; None if no pause is planned.
+        Number of steps until the run pauses, 0 for a pause after the current step; None if no pause is planned.
     canceling : bool
-        True if the run ends after the current step.
+        True if the user has canceled the run, which then ends after the current step.
     run : Run or None
-        The run that has ended, complete or partial; None until it ends, and after a failure that left no partial run.
+        The run that has ended, complete or partial; None before its end, and after a failure that left no partial run.
     error : Exception or None
         The error that ended the run; None if it did not fail.
     no_preview : Exception or None
-        The error that ended the previews of the run; None if there was none.
+        The error because of which this run shows no more previews; None if there was none.
 
     Examples
     --------
@@ -56,16 +59,16 @@ class RunState:
 
     @property
     def over(self) -> bool:
-        """True when a run has ended."""
+        """True if the last run has ended and none is in progress."""
         return self.state in ("done", "canceled", "failed")
 
     @property
     def pause_due(self) -> bool:
-        """True when the run pauses before its next step."""
+        """True if the run, which is still running, is to pause before its next step."""
         return self.state == "running" and self.left == 0 and not self.canceling
 
     def start(self, pause_after: int | None = None) -> RunState:
-        """Start a new run, which pauses after a number of steps if one is given."""
+        """Start a new run; if `pause_after` is given, the run pauses after this number of steps."""
         return RunState(state="running", left=pause_after)
 
     def step_made(self, step: int) -> RunState:
@@ -81,7 +84,7 @@ class RunState:
         return replace(self, state="paused") if self.pause_due else self
 
     def resume(self, steps: int | None = None) -> RunState:
-        """Resume a paused run, to its end or for a number of steps."""
+        """Resume a paused run, to its end or, if `steps` is given, for this number of steps."""
         return replace(self, state="running", left=steps) if self.state == "paused" else self
 
     def cancel(self) -> RunState:

@@ -1,4 +1,4 @@
-"""Runs in a background thread, one at a time, that can be paused, stepped, steered and canceled."""
+"""Runs in a background thread, one at a time, which can be paused, run step by step, steered and canceled."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ _GUARD = threading.Lock()
 
 
 class Session:
-    """Background runs of a pipeline, one at a time.
+    """Runs of a pipeline in a background thread, one at a time.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
     on_state : callable, optional
-        Called without arguments when `now` has changed, in the thread that changed it.
+        Called without arguments when a run starts, pauses, resumes or ends, in the thread in which this happens.
     on_preview : callable, optional
-        Called in the run's thread with the partial `Run`, the step, and the number of steps: always before a pause, and
-        at other steps as long as previews take at most a quarter of the time.
+        Called in the run's thread with the partial `Run`, the number of its last completed step, counted from 0, and
+        the number of all steps. It is called before each pause and after the last step; after other steps only as often
+        as previews take at most a quarter of the time. After an error in a preview, it is not called again in this run.
 
     Attributes
     ----------
@@ -70,7 +71,10 @@ class Session:
 
     @property
     def state(self) -> State:
-        """State of the run: "idle", "running", "paused", "done", "canceled" or "failed"."""
+        """State of the current or the last run: "running", "paused", "done", "canceled" or "failed".
+
+        It is "idle" before the first run.
+        """
         return self.now.state
 
     @property
@@ -85,16 +89,16 @@ class Session:
 
     @property
     def error(self) -> Exception | None:
-        """The error that ended the last run, if it failed."""
+        """The error that ended the last run; None if it did not fail or a run is in progress."""
         return self.now.error
 
     def start(self, call: dict[str, Any], pause_after: int | None = None) -> None:
-        """Start a run.
+        """Start a run in a thread of its own.
 
         Parameters
         ----------
         call : dict
-            Arguments of `elakit.generate`, without the pipeline.
+            Arguments of `elakit.generate` by name, without the pipeline.
         pause_after : int, optional
             Number of steps after which the run pauses.
 
@@ -119,21 +123,27 @@ class Session:
         self._apply(RunState.pause)
 
     def resume(self, steps: int | None = None) -> None:
-        """Resume a paused run, to its end or for a number of steps; no effect when the run is not paused."""
+        """Resume a paused run, to its end or, if `steps` is given, for this number of steps.
+
+        It has no effect when the run is not paused.
+        """
         if self._apply(lambda now: now.resume(steps)):
             self.on_state()
 
     def cancel(self) -> None:
-        """End the run after the current step; no effect when no run is in progress."""
+        """End the run after the current step, or at once if it is paused; no effect when no run is in progress."""
         self._apply(RunState.cancel)
 
     def steer(self, layout: Layout | None) -> None:
-        """Anchor the run to these regions from its next guided step on (see `Anchors.steer`)."""
+        """Replace the regions by hand of the run in progress from its next guided step on (see `Anchors.steer`).
+
+        The layout has no effect on a run whose method cannot be steered, nor on later runs.
+        """
         with self._changed:
             self._layout, self._steered = layout, True
 
     def wait(self, timeout: float | None = None) -> State:
-        """Wait until the run ends or pauses, and return the state.
+        """Wait until the run ends or pauses, and return its `state`.
 
         Parameters
         ----------
@@ -145,7 +155,7 @@ class Session:
         return self.state
 
     def _apply(self, transition: Callable[[RunState], RunState]) -> bool:
-        """Make a transition; True if it applied."""
+        """Replace `now` by its state after a transition; True if this is another state."""
         with self._changed:
             before, self.now = self.now, transition(self.now)
             if self.now.state == "running":
@@ -189,7 +199,7 @@ class Session:
             return self.now.canceling and not last
 
     def _preview(self, progress: Progress, steps: int, *, always: bool) -> None:
-        """Show the partial run, unless previews take too much of the time."""
+        """Call `on_preview` with the partial run: if `always`, or as long as previews do not take too much time."""
         began = time.monotonic()
         ready, rest = self._pace
         if self.now.no_preview is not None or (began - ready < rest and not always):
@@ -203,7 +213,7 @@ class Session:
         self._pace = now, max(1 / PREVIEWS_PER_SECOND, (now - began) * (1 / PREVIEW_SHARE - 1))
 
     def _partial_run(self) -> Run | None:
-        """The partial run of a failed one; None where no step was completed."""
+        """Run with the steps completed before a failure; None if there are none, or if it cannot be decoded."""
         if self._progress is None:
             return None
         try:
@@ -214,7 +224,7 @@ class Session:
         return run
 
     def _enter(self, transition: Callable[[RunState], RunState]) -> None:
-        """Make a transition; `wait` returns after `on_state` has handled it."""
+        """Make the transition to a pause or an end, call `on_state`, and only then let `wait` return."""
         with self._changed:
             self.now = transition(self.now)
         try:

@@ -18,7 +18,7 @@ SIDE, MARGIN, SCALE = 240, 14, 2
 
 
 def png(run: Run | None, names: Sequence[str], regions: Sequence[Region | None]) -> tuple[bytes, int]:
-    """Image of the run with its attention or, before the first run, of the regions given by hand.
+    """Static image of the middle step of a run with its attention or, if there is no run, of the regions by hand.
 
     Parameters
     ----------

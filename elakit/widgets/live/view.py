@@ -1,7 +1,7 @@
-"""The panel's widgets: they show the model and pass on the user's actions; they hold no state of their own.
+"""The panel's widgets: they show a `PanelModel` and pass the user's actions on to it; they hold no state of their own.
 
 Data flow one way: an event calls an action of the model, the model calls `show` or `show_run`, and these set the
-widgets. Changes that they make are not treated as events.
+widgets. The changes of widgets that `show` and `show_run` make are not treated as events.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from elakit.widgets.live.widgets import Stage, Words
 
 
 class PanelView:
-    """View of a `PanelModel`.
+    """Widgets that show a `PanelModel`.
 
     Parameters
     ----------
     model : PanelModel
     size : (width, height)
-        Size of the images of the pipeline.
+        Size, in pixels, of the images that the pipeline generates.
 
     Attributes
     ----------
@@ -41,15 +41,15 @@ class PanelView:
     text, seed, steps, guidance_scale, method : ipywidgets.Widget
         Fields for the choices of the next run.
     run, hold, step, cancel : ipywidgets.Button
-        Buttons that start, pause or resume, advance and cancel a run.
+        Buttons: `run` starts a run, `hold` pauses or resumes it, `step` makes one step, `cancel` ends the run.
     words : Words
-        Words of the prompt.
+        Words of the prompt, which can be clicked.
     controls : dict of str to Controls
-        Options of each method that was chosen so far.
+        Widgets for the options of each method that was chosen so far, by name of the method.
     stage : Stage
         Image with attention, regions and boxes.
     message, status : ipywidgets.HTML
-        Error, and state of the run.
+        Error that the model reports, and state of the run.
     """
 
     def __init__(self, model: PanelModel, size: tuple[int, int]) -> None:
@@ -114,7 +114,7 @@ class PanelView:
         field.observe(lambda change: act(change["new"]), "value")
 
     def _event(self, action: Callable[..., None]) -> Callable[..., None]:
-        """Handler that calls an action for an event, ignores the view's own changes, and shows the model's errors."""
+        """Event handler that calls an action of the model and shows its error; the view's own changes are ignored."""
 
         def act(*values: Any) -> None:
             if self._showing == get_ident():
@@ -142,7 +142,7 @@ class PanelView:
             self.show_run()
 
     def show_run(self) -> None:
-        """Show the run and the error, in any thread; fields that the user may be editing keep their values."""
+        """Show the run and the error; called in any thread. Fields that the user may be editing keep their values."""
         with self.stage.lock:
             model, now = self._model, self._model.now
             paused, readable = now.state == "paused", model.choices.prompt is not None
@@ -162,7 +162,7 @@ class PanelView:
             self.stage.guide(wording.guidance(model.choices, now))
 
     def _show_options(self) -> None:
-        """Show the options of the method in the accordion, which is hidden for a plain run."""
+        """Show the options of the chosen method in an accordion, which is hidden for a plain run."""
         name = self._model.choices.method
         self._options.layout.display = "none" if name == PLAIN else None
         if name == PLAIN:

@@ -43,7 +43,7 @@ class Words(anywidget.AnyWidget):
         self.on_msg(lambda _widget, message, _buffers: on_click(int(message["click"])))
 
     def show(self, words: Sequence[dict[str, Any]]) -> None:
-        """Show words, as returned by `elakit.widgets.live.words.chips`."""
+        """Show the words of a prompt, each as `elakit.widgets.live.words.chips` describes it."""
         self._words = list(words)
 
     def lock(self, locked: bool) -> None:
@@ -52,27 +52,27 @@ class Words(anywidget.AnyWidget):
 
 
 class Stage(anywidget.AnyWidget):
-    """The image of a run in progress, with attention, regions, and boxes that can be drawn and dragged.
+    """The image of the current or the last run, with attention, regions, and boxes that can be drawn and dragged.
 
     Parameters
     ----------
     size : (width, height)
-        Size of the next images.
+        Size in pixels of the images to come, for the empty stage.
     on_boxes : callable
-        Called with the boxes when one is drawn, moved or removed, in the browser or from Python.
+        Called with all `boxes` when one is drawn, moved or removed, in the browser or from Python.
     on_clear : callable
-        Called with the index of the entity whose region is to be removed, None for all.
+        Called when the user removes regions: with the index of the entity, or None for all entities.
 
     Attributes
     ----------
     lock : RLock
-        Held while the browser's changes are applied; hold it to show something from the run's thread.
+        Held while changes from the browser are applied. The run's thread must hold it while it changes widgets.
     boxes : list of (left, top, right, bottom) or None
-        One per entity, as fractions of the image.
+        One box per entity, as fractions of the image; None for an entity without a box.
     entity : int
-        Index of the entity whose region is drawn next.
+        Index of the entity whose region the user draws next.
     token : str
-        Word whose attention is shown in the large view; "" for the image.
+        Label of the word whose attention lies over the image; "" for the image alone.
     """
 
     _esm = source(SHARED / "maps.js", SHARED / "plot.js", HERE / "stage.js")
@@ -106,17 +106,17 @@ class Stage(anywidget.AnyWidget):
             super().set_state(sync_data)
 
     def show(self, frame: Frame | None) -> None:
-        """Show a run after a step; None clears the stage."""
+        """Show the frame of a run; None clears the stage."""
         with self.lock:
             self._frame = {} if frame is None else {"about": frame.about, "maps": frame.maps}
 
     def guide(self, guidance: dict[str, Any]) -> None:
-        """Show how the method uses regions, as returned by `elakit.widgets.live.wording.guidance`."""
+        """Show the guided steps and the use of regions, as `elakit.widgets.live.wording.guidance` describes them."""
         with self.lock:
             self._guidance = guidance
 
     def name(self, entities: Sequence[tuple[str, str]], regions: Sequence[Box | np.ndarray | None]) -> None:
-        """Show entities, each as (label, color), and their regions."""
+        """Show the entities, each given as (label, color), and the region by hand of each, or None."""
         with self.lock:
             if len(entities) != len(self._entities):
                 self.boxes = []  # the number of boxes is validated against the number of entities
@@ -140,7 +140,7 @@ class Stage(anywidget.AnyWidget):
 
 
 def _outlined(mask: np.ndarray) -> dict[str, Any]:
-    """A mask in the format that the browser outlines."""
+    """A mask for the browser, which outlines it: numbers of rows and columns, at most 32, and values 0 or 1."""
     size = (min(MASK_SIDE, mask.shape[0]), min(MASK_SIDE, mask.shape[1]))
     cells = downscale(mask[None], size)[0]
     return {"rows": size[0], "columns": size[1], "cells": cells.astype(int).ravel().tolist()}

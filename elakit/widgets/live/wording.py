@@ -1,4 +1,4 @@
-"""Texts of a panel about its choices and its run: status line, hints about regions, errors."""
+"""Texts that a panel shows about its choices and its run: status line, hints about regions, errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _STATUS: dict[State, str] = {
 
 
 def status(now: RunState) -> str:
-    """Status line of a run.
+    """Status line of the panel for the state of a run; "" before the first run.
 
     Examples
     --------
@@ -33,7 +33,7 @@ def status(now: RunState) -> str:
 
 
 def message(error: Exception | None) -> str:
-    """Text of an error, preceded by its type unless it is an `ElakitError`; "" for None.
+    """Text of an error, preceded by the error's type unless it is an `ElakitError`; "" if there is no error.
 
     Examples
     --------
@@ -45,7 +45,7 @@ def message(error: Exception | None) -> str:
 
 
 def guidance(choices: Choices, now: RunState) -> dict[str, Any]:
-    """Use of regions by the method, its guided steps and a hint, in the format that `Stage.guide` takes.
+    """Description of the chosen method for `Stage.guide`: how it uses regions, which steps it guides, and a hint.
 
     Examples
     --------
@@ -66,14 +66,14 @@ def guidance(choices: Choices, now: RunState) -> dict[str, Any]:
 
 
 def note(choices: Choices, now: RunState, guided: list[int]) -> str:
-    """Hint about regions for the method and the state of the run.
+    """Hint on the use of regions by the chosen method in the present state of the run; "" if none is needed.
 
     Parameters
     ----------
     choices : Choices
     now : RunState
     guided : list of int
-        Steps that the method guides.
+        Steps that the method guides, counted from 0, as `elakit.widgets.live.next_run.guided_steps` returns them.
     """
     name = method_title(choices.method)
     if not choices.takes_regions:

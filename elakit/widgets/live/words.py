@@ -1,4 +1,4 @@
-"""Roles of a prompt's words, entity or attribute, as a user assigns them by clicking."""
+"""Roles of a prompt's words (entity, attribute or none), as a user assigns them by clicking on the words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ Marks = Mapping[int, Sequence[int]]
 
 
 def marks_of(prompt: Prompt) -> dict[int, tuple[int, ...]]:
-    """Word indices, counted from 0, of each entity's noun (the keys) and of its attributes (the values).
+    """Marks of a prompt: the index of each entity's noun, mapped to the indices of the entity's attributes.
+
+    Indices are those of the words of the prompt, counted from 0.
 
     Examples
     --------
@@ -30,10 +32,11 @@ def marks_of(prompt: Prompt) -> dict[int, tuple[int, ...]]:
 
 
 def toggled(prompt: Prompt, at: int) -> Prompt:
-    """The prompt after a click on a word, which changes its role: none, entity, attribute, and none again.
+    """The prompt after a click on a word, which changes the word's role from none to entity, to attribute, to none.
 
-    An attribute belongs to the next entity, or else to the last entity before it; without another entity the word
-    loses its role. Attributes of a word that is no longer an entity move to another entity by the same rule.
+    An attribute belongs to the next entity after it, or to the last entity before it if none follows. When an entity
+    becomes an attribute, its own attributes pass to other entities by the same rule. The only entity of a prompt cannot
+    be changed.
 
     Parameters
     ----------
@@ -69,13 +72,14 @@ def toggled(prompt: Prompt, at: int) -> Prompt:
 
 
 def marked(prompt: Prompt, marks: Marks) -> Prompt:
-    """Copy of a prompt with the given words as entities and attributes.
+    """Copy of a prompt whose entities and attributes are the marked words.
 
     Parameters
     ----------
     prompt : Prompt
     marks : mapping of int to sequence of int
-        Word indices of the attributes of each entity, in any order, by the word index of its noun.
+        For each entity, the index of its noun, mapped to the indices of its attributes in any order, as `marks_of`
+        returns them.
 
     Raises
     ------
@@ -90,10 +94,11 @@ def marked(prompt: Prompt, marks: Marks) -> Prompt:
 
 
 def chips(prompt: Prompt) -> list[dict[str, object]]:
-    """Words of a prompt for the widget, in order.
+    """All words of a prompt, in order, as dicts for the widget `Words`.
 
-    Each has text (as written), gap (True if a space precedes it), role ("entity", "attribute" or ""), owner (label of
-    its entity, or ""), color (of the entity, or None) and clickable.
+    The keys of each are "text", the word as written; "gap", True if a space precedes it; "role", which is "entity",
+    "attribute" or ""; "owner", the label of the entity to which the word belongs, or ""; "color", that of this entity,
+    or None; and "clickable", True if the word has a letter or digit and at least one token.
 
     Examples
     --------
@@ -126,7 +131,7 @@ def chips(prompt: Prompt) -> list[dict[str, object]]:
 
 
 def _owner(marks: Marks, word: int) -> int | None:
-    """Noun that an attribute belongs to: the next one, or else the last one before it."""
+    """Index of the noun to which an attribute belongs: the next one, or the last one before it; None if none."""
     after = [noun for noun in marks if noun > word]
     return min(after) if after else max(marks, default=None)
 

@@ -1,1 +1,1 @@
-"""Parts shared by the explorer and the live panel: traits, JavaScript, style sheet, color maps and quantized maps."""
+"""Parts that the explorer and the live panel share: errors, JavaScript, style sheet, color maps and quantized maps."""

@@ -8,5 +8,5 @@ SHARED = Path(__file__).parent
 
 
 def source(*paths: Path) -> str:
-    """Contents of several files, one after the other, because widgets cannot import further modules."""
+    """Text of several files, concatenated, because the JavaScript module of a widget cannot import other files."""
     return "".join(path.read_text(encoding="utf-8") for path in paths)

@@ -26,7 +26,7 @@ TABLES = {
 
 
 def lookup(name: str) -> np.ndarray:
-    """Table of the 256 colors of a color map.
+    """The 256 colors of a color map, as a table of red, green and blue.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Attention maps as bytes with one scale per map."""
+"""Attention maps as bytes, with one scale per map: the value that the byte 255 stands for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def quantize(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize maps to bytes, with the value that 255 represents in each map.
+    """Quantize maps to bytes; each map has a scale of its own, the value that the byte 255 stands for.
 
     Parameters
     ----------
@@ -16,7 +16,7 @@ def quantize(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns
     -------
     levels : numpy.ndarray, uint8 (..., y, x)
-        Values divided by their map's scale, from 0 to 255.
+        Bytes from 0 to 255: the values of each map divided by its scale, times 255, rounded.
     scales : numpy.ndarray, float32 (...)
         Largest value of each map; the quantization error is at most 1/510 of it.
 

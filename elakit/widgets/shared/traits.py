@@ -8,4 +8,7 @@ from elakit.errors import SettingError
 
 
 class RefusedError(SettingError, t.TraitError):
-    """Error for an invalid value of a widget's trait; traitlets restores the values that were set together with it."""
+    """Error for an invalid value of a widget's trait.
+
+    As a `TraitError`, it makes traitlets restore the former values of all traits that were being set together.
+    """
