@@ -15,7 +15,7 @@ from elakit.attention import RecordSpec
 from elakit.errors import ModelError, SettingError
 from elakit.guidance import Guide, Method
 from elakit.guidance.metadata import option_values
-from elakit.guidance.method import Encodes, NoiseSearch
+from elakit.guidance.method import Encodes, NoiseSearch, check_method
 from elakit.models import Adapter, adapter_for, default_settings
 from elakit.pipeline import Pipeline
 from elakit.pipeline_call import GuideIf, PipelineCall, Progress, Request
@@ -223,10 +223,8 @@ def _check_arguments(negative_prompt: Any, guidance: Any, guide_if: Any, stop_if
     """Refuse arguments of a wrong kind, before anything is computed."""
     if negative_prompt is not None and not isinstance(negative_prompt, str):
         checks.refuse(negative_prompt, "negative_prompt", "text or None")
-    if guidance is not None and (
-        isinstance(guidance, type) or not all(hasattr(guidance, name) for name in ("loss", "plan", "select"))
-    ):
-        raise SettingError(f"guidance={guidance!r} is not a guidance method; pass an instance, such as elakit.ELA().")
+    if guidance is not None:
+        check_method(guidance)
     for name, function in (("guide_if", guide_if), ("stop_if", stop_if)):
         if function is not None and not callable(function):
             checks.refuse(function, name, "a function that takes an elakit.Progress, or None")

@@ -171,6 +171,9 @@ class ImageGenerator:
             settings["stopped"] = stop_after
         keys = {seed: run_key(prompt, seed, settings, options_of(guidance)) for seed in seeds}
         stored = {} if self.store is None else self.store.read(keys)
+        # images of a remedy are stored with fewer tokens; as images of the method, they are generated again
+        wanted = set((record or RecordSpec()).channels(prompt).labels)
+        stored = {seed: one for seed, one in stored.items() if wanted <= _recorded(one[0])}
         runs = {seed: replace(run, prompt=prompt) for seed, (run, _) in stored.items()}
         seconds = {seed: taken for seed, (_, taken) in stored.items()}
         self.done += len(stored)
@@ -224,3 +227,8 @@ class ImageGenerator:
     def _report(self, more: int, what: str) -> None:
         done = self.done + more
         self._on_progress(done, max(self.total, done), what)
+
+
+def _recorded(run: Run) -> set[str]:
+    """Labels of the tokens whose attention a run recorded."""
+    return set() if run.recording is None else set(run.recording.tokens)

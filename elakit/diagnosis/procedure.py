@@ -16,6 +16,7 @@ from elakit.diagnosis.trials import SHARE, check, guidance_remedy, images_of, tr
 from elakit.errors import ElakitError, OutputError, SettingError
 from elakit.guidance import METHODS, Method, without_regions
 from elakit.guidance.metadata import options_of
+from elakit.guidance.method import check_method
 from elakit.guidance.registry import WITHOUT_REGIONS
 from elakit.models import name_of
 from elakit.pipeline import Pipeline
@@ -160,7 +161,7 @@ def diagnose(
 
 def _method(method: str | Method) -> Method:
     if not isinstance(method, str):
-        return method
+        return check_method(method, "method")
     if method not in METHODS:
         raise SettingError(f"There is no method {method!r}. Choose from {', '.join(WITHOUT_REGIONS)}.")
     chosen: Method = without_regions(method)

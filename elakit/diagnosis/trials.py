@@ -11,6 +11,7 @@ from elakit.diagnosis.remedies import Kind, Remedy, RemedyResult
 from elakit.errors import ElakitError, SettingError
 from elakit.guidance import ELA, METHODS, Method, without_regions
 from elakit.guidance.metadata import options_of
+from elakit.guidance.method import check_method
 from elakit.guidance.registry import WITHOUT_REGIONS
 from elakit.pipeline import Pipeline
 from elakit.prediction import FEATURES, Predictor
@@ -64,7 +65,9 @@ def check(remedies: bool | Sequence[str | Method]) -> tuple[str | Method, ...]:
     for one in chosen:
         if isinstance(one, str) and one in METHODS:
             without_regions(one)
-        elif isinstance(one, str) and one not in OTHERS:
+        elif not isinstance(one, str):
+            check_method(one, "remedy")
+        elif one not in OTHERS:
             raise SettingError(f"There is no remedy {one!r}. Choose from {', '.join((*WITHOUT_REGIONS, *OTHERS))}.")
     return tuple(dict.fromkeys(chosen))
 

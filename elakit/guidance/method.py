@@ -315,3 +315,30 @@ def layers_of_size(
     side = nearest_size((sides[factor] for factor in outer), native) if size is None else size
     factor = min(factor for factor in sides if sides[factor] == side)
     return tuple(layer for layer in layers if layer.factor == factor)
+
+
+def check_method(value: Any, name: str = "guidance") -> Method:
+    """Check that a value is a guidance method, and return it.
+
+    Parameters
+    ----------
+    value : object
+    name : str
+        Name of the argument, for the message.
+
+    Raises
+    ------
+    SettingError
+        The value is the class or the name of a method, or has no loss, plan or selection of layers.
+
+    Examples
+    --------
+    >>> check_method("ela")
+    Traceback (most recent call last):
+    ...
+    elakit.errors.SettingError: guidance='ela' is not a guidance method; pass an instance, such as elakit.ELA().
+    """
+    if isinstance(value, type) or not all(hasattr(value, part) for part in ("loss", "plan", "select", "name")):
+        raise SettingError(f"{name}={value!r} is not a guidance method; pass an instance, such as elakit.ELA().")
+    method: Method = value
+    return method

@@ -211,6 +211,25 @@ def test_a_remedy_that_raises_does_not_stop_the_others(world: Any) -> None:
     assert "broken failed: RuntimeError: out of memory" in summary(found)
 
 
+def test_stored_images_of_a_remedy_become_images_of_the_method_only_with_all_words(world: Any, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"seeds": [0], "steps": 2, "folder": tmp_path / "kept"}
+    before = elakit.diagnose(world, WORLD, remedies=["regional-attention"], **settings)
+    found = elakit.diagnose(world, WORLD, method="regional-attention", **settings)
+    (remedy,) = (one for one in before.remedies if one.remedy.name == "regional-attention")
+    assert "and" not in remedy.runs[0].recording.tokens
+    plain, guided = found.pairs[0].plain, found.pairs[0].guided
+    assert guided.recording.tokens == plain.recording.tokens
+    np.testing.assert_array_equal(np.asarray(guided.image), np.asarray(remedy.runs[0].image))
+
+
+@pytest.mark.parametrize("wrong", [3, elakit.ELA])
+def test_what_is_no_method_is_refused_before_anything_is_generated(world: Any, wrong: Any) -> None:
+    with pytest.raises(SettingError, match="method=.* is not a guidance method; pass an instance"):
+        elakit.diagnose(world, WORLD, method=wrong)
+    with pytest.raises(SettingError, match="remedy=.* is not a guidance method; pass an instance"):
+        elakit.diagnose(world, WORLD, remedies=[wrong])
+
+
 def test_a_failing_search_for_causes_is_reported_and_affects_nothing_else(
     world: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

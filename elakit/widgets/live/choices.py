@@ -12,6 +12,7 @@ from elakit.checks import is_whole, real_number, whole_number
 from elakit.errors import ElakitError, SettingError
 from elakit.guidance import METHODS, Method, option_values
 from elakit.guidance.layout import Box, Layout, Region, check_layout
+from elakit.guidance.method import check_method
 from elakit.prompt import Entity, Prompt
 from elakit.widgets.live import options, words
 from elakit.widgets.live.options import REGIONS
@@ -153,7 +154,7 @@ class Choices:
         SettingError
             The method is not among `elakit.guidance.METHODS`, or one of its options has the wrong type.
         """
-        if METHODS.get(guidance.name) is not type(guidance):
+        if METHODS.get(check_method(guidance).name) is not type(guidance):
             raise SettingError(
                 f"guidance={guidance!r}: the panel supports {', '.join(METHODS)}, and None for a plain run. Register "
                 "a method of your own under its name, such as elakit.guidance.METHODS['my-method'] = MyMethod."
