@@ -191,7 +191,7 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
             check_acts(self, "iterations=1", "until")
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """Layers that the option `layers` selects; by default the middle and the first upward block.
+        """Layers that the option `layers` selects; by default those of `first_blocks`.
 
         Raises
         ------

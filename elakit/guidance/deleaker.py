@@ -22,9 +22,8 @@ Intended differences: the masks are those of an entity's noun, and the changes c
 authors give words by hand, and have no attributes). Minus infinity is -10,000. Maps that are not square are cleaned,
 too, which the released code leaves out. With three or more entities, the cuts of all pairs depend on the layer's
 probabilities before any cut; the released code computes the probabilities again after each pair, so that the order of
-entities matters. In models
-with separate self- and cross-attention (U-Nets, PixArt), which the authors do not treat, masks come from the maps of
-one size, and image-image weakening changes self-attention.
+entities matters. In models with separate self- and cross-attention (U-Nets, PixArt), which the authors do not treat,
+masks come from the maps of one size, and image-image weakening changes self-attention.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def _weights_kept(denoiser: nn.Module) -> AbstractContextManager[Any]:
         raise SettingError(
             "Gradients of a model with layerwise casting cannot be computed with gradient checkpointing, which repeats "
             "parts of a pass after their weights have been cast back to 8 bits. Guide without gradient checkpointing, "
-            "or load the model without layerwise casting."
+            "or without layerwise casting."
         )
     return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda kept: kept)
 

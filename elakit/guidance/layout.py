@@ -71,7 +71,7 @@ def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
 
 @dataclass(frozen=True)
 class NeedsLayout:
-    """Base class of methods that need one region per entity, given before the run; it cannot be steered during the run.
+    """Base class of methods that need one region per entity, given by the user before a run and not changeable in it.
 
     Parameters
     ----------
