@@ -45,22 +45,23 @@ class LatentStep:
     gradient : {"normalized", "raw"}
         Gradient along which the latent moves: scaled to a root mean square of 1 ("normalized"), or not scaled ("raw").
     needed : float, optional
-        Shortfall at or below which an image is not anchored at all, compared at `start`. The shortfall, a
-        column of the trace, is the largest squared share of an entity's attention outside its region, plus 1 minus the
-        lowest of the entities' largest attention inside their regions. None anchors every image. The default was chosen
-        on picture-world, where the shortfall predicts which images fail better than the loss does. On a model with
-        larger shortfalls, every image is anchored.
+        Threshold of the shortfall at the first guided step: an image at or below it is not anchored at all. The
+        shortfall, a column of the trace, is the sum of two values: the largest squared share of any entity's attention
+        outside its region, and 1 minus the smallest of the entities' peaks, where the peak of an entity is its largest
+        attention inside its region. None anchors every image. The default was chosen on picture-world, where the
+        shortfall predicts better than the loss which images fail. A model whose shortfalls all exceed the default has
+        every image anchored.
     enough : float, optional
-        Shortfall at or below which anchoring of an image ends, compared at each later guided step. With None, it does
-        not end early.
+        Threshold of the shortfall at each later guided step: anchoring of an image ends at the first step at which it
+        is at or below this value. With None, anchoring does not end early.
     outside : float
         Weight of the squared share of an entity's attention outside its region. The closest published form is the loss
         of layout guidance (Chen et al., WACV 2024).
     presence : float
         Weight of 1 minus an entity's largest attention inside its region.
     intrusion : float
-        Weight of an entity's mean attention in the regions of the others, divided by the sum of that and its mean
-        attention in its own region.
+        Weight of an entity's intrusion: its mean attention in the regions of the other entities, divided by the sum of
+        this mean and its mean attention in its own region.
     attributes : float
         Weight of the squared share of an attribute's attention outside the region of its entity.
 
@@ -108,18 +109,18 @@ class LatentStep:
             refuse(0, "outside", "above 0 if presence, intrusion and attributes are 0", **own)
 
     def starts_at(self, *, localized: bool) -> float:
-        """Share of the run before anchoring starts: `start`, or its default; parameter as for `plan`."""
+        """Share of the run before anchoring starts: `start` or its default; `localized` is described at `plan`."""
         return (LATE if localized else 0.0) if self.start is None else self.start
 
     def plan(self, steps: int, *, localized: bool) -> list[Update]:
-        """Updates of a run, whose step sizes change linearly from `step_size` to `decay` times that.
+        """Updates of a run; their step sizes change linearly from `step_size` to `decay` times `step_size`.
 
         Parameters
         ----------
         steps : int
             Denoising steps of the run.
         localized : bool
-            Whether the region of any entity is localized instead of given by hand.
+            Whether at least one entity's region is localized in the maps instead of given by hand.
         """
         first, count = round(self.starts_at(localized=localized) * steps), round(self.guided * steps)
         sizes = np.linspace(self.step_size, self.step_size * self.decay, max(count, 1))[:count]
@@ -187,9 +188,9 @@ def peaks(maps: Tensor, regions: Tensor) -> Tensor:
 def shortfall(maps: Tensor, regions: Tensor) -> float:
     """Shortfall of an image, which measures how badly its weakest entities are anchored.
 
-    It is the largest squared `outside_share` of an entity plus 1 minus the smallest of the entities' `peaks`. These are
-    extremes instead of means because one neglected entity makes an image fail. Attributes do not count, so that prompts
-    with and without them have the same scale.
+    It is the sum of the largest squared `outside_share` of any entity, and of 1 minus the smallest of the entities'
+    `peaks`. The two may come from different entities. They are extremes instead of means because one neglected entity
+    makes an image fail. Attributes do not count, so that prompts with and without them have the same scale.
 
     Parameters
     ----------
@@ -200,21 +201,21 @@ def shortfall(maps: Tensor, regions: Tensor) -> float:
     Returns
     -------
     float
-        From 0 (all attention of every entity is in its region, and reaches 1 there) to 2.
+        From 0 (every entity has all its attention in its region, with a peak of 1) to 2.
 
     Examples
     --------
     >>> maps = torch.tensor([[[1.0, 0.0]], [[0.25, 0.25]]])
-    >>> shortfall(maps, torch.tensor([[[True, False]], [[False, True]]]))  # half of the second is outside, its peak .25
+    >>> shortfall(maps, torch.tensor([[[True, False]], [[False, True]]]))  # second: .5^2 + (1 - .25)
     1.0
     """
     return float(outside_share(maps, regions).square().amax() + (1 - peaks(maps, regions)).amax())
 
 
 def intrusion(maps: Tensor, regions: Tensor) -> Tensor:
-    """Mean attention of each map in the other regions, divided by the sum of that and the mean in its own region.
+    """Mean attention of each map in the other regions, divided by the sum of this mean and that in its own region.
 
-    Maps are (n, y, x), and the result is (n,). It is 0 for a map without attention in any region.
+    Maps are (n, y, x), and the result is (n,). The value is 0 for a map without attention in any region.
     """
     areas = regions.sum((1, 2)).clamp_min(1).to(maps.dtype)
     means = torch.einsum("eyx,fyx->ef", maps, regions.to(maps.dtype)) / areas
@@ -224,11 +225,12 @@ def intrusion(maps: Tensor, regions: Tensor) -> Tensor:
 
 
 def confinement(maps: Tensor, masks: np.ndarray, prompt: Prompt, regions: np.ndarray | None = None) -> Loss:
-    """Squared shares of attention outside the masks, for the trace of methods without a loss.
+    """Squared shares of attention outside the masks, which the trace stores for methods that optimize no loss.
 
     Parameters
     ----------
     maps : Tensor, (token, y, x)
+        Attention probabilities.
     masks : ndarray, bool, (entity, y, x)
         Locations at which each entity's words may receive attention.
     prompt : Prompt

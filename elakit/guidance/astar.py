@@ -1,7 +1,8 @@
 """A-STAR: separate the attention of entities, and retain each entity's attention from one step to the next.
 
 Agarwal et al., "A-STAR: Test-time Attention Segregation and Retention for Text-to-image Synthesis", ICCV 2023
-(arXiv:2306.14544), equations 2 to 4. With A_m the map of entity m, and B_m its binarized map of the previous step:
+(arXiv:2306.14544), equations 2 to 4. With A_m the map of entity m, and B_m the binarized map of the same entity at the
+previous step:
 
     L_seg = sum over pairs m > n of  sum_p min(A_m, A_n) / sum_p (A_m + A_n)
     L_ret = sum over m of  1 - sum_p min(A_m, B_m) / sum_p (A_m + B_m)
@@ -33,7 +34,7 @@ from elakit.prompt import Prompt
 
 @dataclass(frozen=True)
 class AStar(ReadsOneSize):
-    """A-STAR (Agarwal et al., ICCV 2023): separate the entities' maps, and retain each from step to step.
+    """A-STAR (Agarwal et al., ICCV 2023): separate the entities' maps, and keep each map similar from step to step.
 
     The module `elakit.guidance.astar` states the equations and all differences from the source.
 
@@ -102,5 +103,5 @@ class AStar(ReadsOneSize):
 
 
 def _overlap(one: Tensor, other: Tensor) -> Tensor:
-    """Sum of minima over sum of both maps, at most 1/2; (n, y, x) -> (n,)."""
+    """Sum of the minima of two maps, divided by the sum of both maps; at most 1/2; (n, y, x) twice -> (n,)."""
     return ratio(torch.minimum(one, other).sum((1, 2)), (one + other).sum((1, 2)))

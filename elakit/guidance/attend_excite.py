@@ -6,12 +6,14 @@ Diffusion Models", ACM Transactions on Graphics 42 (SIGGRAPH 2023), arXiv:2301.1
     A' = smooth(softmax over tokens of 100 A)      L = max over entities s of (1 - max over locations of A'_s)
     z' = z - alpha_i dL/dz                         alpha_i = 20 sqrt(1 - i / (2 (N - 1)))
 
-over the first 25 of 50 steps. At steps 0, 10 and 20 such updates are repeated until the largest attention of every
-entity is at least .05, .5 and .8, at most 20 times; one more update follows. Losses and gradients equal those of the
-official code to rounding, with ``normalize_eot`` too (``tests/parity/test_losses.py``).
+at step i of N, over the first 25 of 50 steps. At steps 0, 10 and 20 such updates are repeated until the largest
+attention of every entity is at least .05, .5 and .8, respectively; at most 20 times at each of these steps. One more
+update follows. Losses and gradients equal those of the official code to rounding, with ``normalize_eot`` too
+(``tests/parity/test_losses.py``).
 
-Our decisions: a noun of several tokens has the mean of their maps (the official code is given one token per noun);
-the schedule is kept in shares of the run's steps; a prompt of fewer than two entities is not guided.
+Our decisions: the map of a noun of several tokens is the mean of their maps (the official code is given one token per
+noun); guided steps and refinements are given as shares of the run's steps; a prompt of fewer than two entities is not
+guided.
 
 The pipeline of diffusers (``StableDiffusionAttendAndExcitePipeline``, 0.42) gives the same losses and updates
 (``tests/guidance/test_attend_excite.py``), except for what we take to be mistakes of its code:
@@ -22,8 +24,8 @@ The pipeline of diffusers (``StableDiffusionAttendAndExcitePipeline``, 0.42) giv
 * refinement drops ``cross_attention_kwargs`` (a LoRA's scale, for one);
 * ``attn_res`` is (16, 16) whatever the size of the image, and computed as (width, height) when None but read as
   (height, width): other sizes find no maps, and images that are not square may be read with wrong rows;
-* its steps and thresholds are counted in steps whatever their number, and steps that are not guided still pay for an
-  unused pass with gradients;
+* its guided steps and refinements are fixed step numbers, whatever the number of steps of the run, and steps that are
+  not guided still pay for an unused pass with gradients;
 * its attention processors stay in the U-Net after an error.
 """
 

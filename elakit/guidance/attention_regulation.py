@@ -8,17 +8,19 @@ grid of centers c (standard deviation sigma = a sixteenth of the map, distance 2
 
     L = mean_k (q90(A_k) - 0.9)^2 + 80 mean_k (mean A_k - min(1, 0.2 n) / n)^2 + 0.09 mean w^2
 
-A_k is the map after the softmax with the addend, q90 its 0.9 quantile over locations, n the number of tokens. Gradient
-descent makes 20 steps of size 100; the addend with the least L is kept, mixed with a quarter of that of the previous
-step, and multiplied by 0.99 to the power of the step. Start-of-text and end-of-text keep the attention that they have
-without the addend, so that the attention of a location sums to more than 1.
+A_k is the map after the softmax with the addend, q90 its 0.9 quantile over locations, n the number of the nouns'
+tokens. Gradient descent makes 20 iterations with step size 100, and keeps the addend with the least L. Three quarters
+of this addend plus a quarter of the one kept at the previous denoising step, multiplied by 0.99 to the power of the
+number of the denoising step (counted from 0), are added to the scores. Start-of-text and end-of-text keep the attention
+that they have without the addend, so that the attention of a location sums to more than 1.
 
 With equal initial weights the addend equals that of the released code to a relative 1e-5
 (``tests/parity/test_scores.py``).
 
-Intended differences: weights start at 0.5, the mean of the released code's random ones, so that a run depends on its
-seed alone; the least L is that of one image, in the released code that of a batch; sigma is at least one location;
-padding that is hidden from the image (T5 in PixArt) is not part of the softmax in L.
+Intended differences: weights start at 0.5, the mean of the random initial weights in the released code, so that a run
+depends on its seed alone; the addend with the least L is chosen for each image (for the whole batch in the released
+code); sigma is at least one location; padding that is hidden from the image (T5 in PixArt) is not part of the softmax
+in L.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ _SIGMAS = 16  # standard deviations per side of a map
 
 @dataclass
 class Addends:
-    """State of Attention Regulation for one image: the addend of each layer in the previous step.
+    """State of Attention Regulation for one image: the addend that each layer kept at the previous step.
 
     Attributes
     ----------
@@ -61,24 +63,27 @@ class Addends:
 class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
     """Attention Regulation (Zhang et al., ECCV 2024), for models with cross-attention layers.
 
-    The module `elakit.guidance.attention_regulation` states the equations and all differences from the source.
+    In each layer and denoising step, gradient descent optimizes an addend to the attention scores of the nouns. The
+    module `elakit.guidance.attention_regulation` states the equations and all differences from the source.
 
     Parameters
     ----------
     step_size : float
         Step size of the gradient descent that optimizes the scores of a layer; 100 in the released code.
     iterations : int
-        Number of steps of the gradient descent in each layer; 20 in the released code.
+        Number of iterations of the gradient descent in each layer and denoising step; 20 in the released code.
     guided : float
         Share of the denoising steps in which scores are optimized, from the first; 25 of 50 in the released code.
     share_weight : float
         Weight of the loss term for each noun's mean attention; 80 in the released code.
     weight_cost : float
-        Weight of the loss term that penalizes large changes of scores; 0.09 in the released code.
+        Weight of the loss term that penalizes large addends; 0.09 in the released code.
     memory : float
-        Share of the previous denoising step's change of scores in that of the present step; 0.25 in the released code.
+        Weight, from 0 to 1, of the previous denoising step's addend in the mixture with that of the present step; 0.25
+        in the released code.
     decay : float
-        Factor by which the change of scores decreases from one denoising step to the next; 0.99 in the released code.
+        Base, from 0 to 1, of the factor ``decay**step`` by which the addend is multiplied at a denoising step, counted
+        from 0; 0.99 in the released code.
     layers, size
         Layers and map size that are regulated; see `elakit.guidance.reading.ReadsOneSize`.
 
@@ -137,7 +142,7 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Addends
     ) -> ScoreEdit:
-        """Edit that optimizes the scores of one image in each layer that is read."""
+        """Edit that optimizes an addend to the scores of one image, in each layer that is read."""
         targets = targets_of(prompt)
         end = end_of_text(prompt)
         kept = tuple(at for at in (prompt.start_index, end) if at is not None)
@@ -164,11 +169,12 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
         return ScoreEdit(change)
 
     def optimize(self, scores: Tensor, targets: Sequence[int], bumps: Tensor, weights: Tensor) -> Tensor:
-        """Addend to the target tokens' scores with the least loss among all iterations.
+        """Addend to the target tokens' scores that has the least loss of all iterations.
 
         Parameters
         ----------
         scores : Tensor, (head, y, x, key)
+            Scores without the addend, before the softmax.
         targets : sequence of int
             Positions of the target tokens among the keys.
         bumps : Tensor, (center, y, x)
@@ -197,7 +203,7 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
         return best
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Addends) -> Loss:
-        """First two terms of L on the mean of the regulated layers, for the trace only: "strength" and "share"."""
+        """First two terms of L for the mean map of the regulated layers, "strength" and "share"; for the trace only."""
         strength, shares = objective(attention.mean[targets_of(prompt)][None])
         terms = {"strength": strength, "share": shares}
         total = strength + self.share_weight * shares

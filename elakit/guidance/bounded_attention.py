@@ -13,22 +13,25 @@ In the first 15 of 50 steps M_s is the region given, and the latent moves along 
 
     L = sum_s 1.5 (1 - cross_s)^2 + 0.5 (1 - self_s)^2,    cross_s and self_s = inside / (inside + n background)
 
-at most 5 times per step, until L / n is at most 0.2, n the number of subjects; the step size falls from 8 to 2.
-"inside" is a sum of attention over heads and the locations of M_s, "background" over those of no region, both averaged
-over the layers of the middle and the first upward block: attention to the words of s and end-of-text in
-cross-attention, to the locations of M_s in self-attention. In these passes words are also visible in the background,
-and end-of-text everywhere.
+at most 5 times per step, until L / n is at most 0.2 (n is the number of subjects); the step size falls from 8 toward 2.
+"inside" is the sum of attention over heads and the locations of M_s, "background" the sum over heads and the locations
+of no region. Both are averaged over the layers of the middle and the first upward block. In cross-attention they sum
+the attention to the words of s and to end-of-text, in self-attention the attention to the locations of M_s. In the
+passes from which this gradient is computed, words are also visible in the background, and end-of-text everywhere.
 
-After these steps the regions are found in the image: at every fifth step the self-attention of all passes so far is
-clustered (three clusters per subject). Each cluster is assigned to the subject whose cross-attention, sharpened and
-restricted to the subject's last region, covers most of the cluster, if the covered share is at least 0.2.
+After the first 15 steps the regions are found in the image: at every fifth of the 50 steps, the mean self-attention of
+all passes so far is clustered (three clusters per subject). The overlap of a cluster and a subject is the
+cross-attention of the subject (sharpened, and restricted to its last region) summed over the cluster, divided by the
+smaller of its sum over all locations and the area of the cluster. Each cluster is assigned to the subject with the
+largest overlap if that is at least 0.2, else to no subject.
 
 On given tensors the loss and the assignment of clusters equal those of the released code
 (``tests/parity/test_scores.py``).
 
-Intended differences: k-means has 10 starts of fixed seeds and 20 iterations, in the released code 100 random starts;
-the words that are hidden everywhere are from a list instead of a tagger; the threshold is that of each image, not of a
-batch. Settings for Stable Diffusion XL in the released code: step sizes 18 and 5, layers of the first upward block.
+Intended differences: k-means has 10 starts with fixed seeds and 20 iterations (100 random starts in the released code);
+the words that are hidden everywhere come from a list instead of a part-of-speech tagger; L / n is compared with 0.2 for
+each image, not for a batch. Settings for Stable Diffusion XL in the released code: step sizes 18 and 5, layers of the
+first upward block.
 """
 
 from __future__ import annotations
@@ -80,7 +83,7 @@ class Bounds:
     masks : ndarray, bool, (entity, y, x), or None
         Regions found by clustering; None as long as the given regions are used.
     cross : Tensor, (entity, location), or None
-        Cross-attention of the nouns, mean over passes and layers; None before the first pass.
+        Cross-attention of the last token of each noun, mean over passes and layers; None before the first pass.
     own : Tensor, (location, location), or None
         Self-attention, mean over passes and layers; None before the first pass.
     passes : int
@@ -100,7 +103,7 @@ class Bounds:
     centers: np.ndarray | None = None
 
     def add(self, attention: Attention, nouns: Sequence[int]) -> None:
-        """Add the attention of a pass, in its layers with the largest maps, to the means; `nouns` are positions."""
+        """Update the means with the layers of a pass that have the largest maps; `nouns` is one position per entity."""
         largest = max(layer.shape[-2:].numel() for layer in attention.cross)
         cross = torch.stack([layer.mean(0) for layer in attention.cross if layer.shape[-2:].numel() == largest]).mean(0)
         own = torch.stack([layer.mean(0) for layer in attention.own if layer.shape[-2:].numel() == largest]).mean(0)
@@ -128,8 +131,8 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
     step_size : float
         Step size at the first guided step; 8 in the released code for Stable Diffusion.
     last_step_size : float
-        Step size after the last guided step, to which the step size changes linearly; 2 in the released code for Stable
-        Diffusion.
+        Value toward which the step size changes linearly; it would be reached one step after the last guided step. 2 in
+        the released code for Stable Diffusion.
     guided : float
         Share of the denoising steps in which the latent moves, from the first; 15 of 50 in the released code. In later
         steps the regions are found by clustering the attention of the image.
@@ -188,7 +191,13 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
             check_acts(self, "iterations=1", "until")
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The middle and first upward block of a U-Net, all layers of another network, or those that match `layers`."""
+        """Layers that the option `layers` selects; by default those of `first_blocks`.
+
+        Raises
+        ------
+        SettingError
+            A layer of the model is not one of plain cross- or self-attention.
+        """
         check_plain(layers, "BoundedAttention")
         return super().select(layers, latent)
 
@@ -197,7 +206,7 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
         return Bounds(steps)
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Edits of scores in all steps, with updates of the latent in the first; none for a prompt with one entity."""
+        """Edits of scores in all steps, and latent steps in the first of them; none for a prompt with one entity."""
         if len(prompt.entities) < 2:
             return []
         count = round(self.guided * len(noise))
@@ -227,7 +236,7 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
         return ScoreEdit(change, layout_masks(self.regions, size, count) if found is None else found)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Bounds) -> Loss:
-        """Loss L; its terms "cross" and "self" are means over entities without their weights."""
+        """Loss L; the trace stores its terms "cross" and "self" as means over entities, without weights."""
         count = len(prompt.entities)
         end = end_of_text(prompt)
         ends = [] if end is None else [end]
@@ -251,12 +260,12 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
         )
 
     def _masks(self, layer: Tensor, count: int) -> Tensor:
-        """Regions given, at the size of a layer's maps."""
+        """Given regions at the size of a layer's maps; bool (entity, y, x)."""
         masks = layout_masks(self.regions, (layer.shape[-2], layer.shape[-1]), count)
         return torch.from_numpy(masks).to(layer.device)
 
     def _refine(self, state: Bounds) -> None:
-        """Regions from the attention of the passes so far."""
+        """Replace the regions of the state by regions clustered from the attention of the passes so far."""
         assert state.cross is not None
         assert state.own is not None
         count = len(state.cross)
@@ -266,7 +275,7 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
 
 
 def shares(seen: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention in each region, and in the background, summed over heads; (entity, head, y, x) -> two (entity,)."""
+    """Sums of attention in each entity's region and in the background; (entity, head, y, x) -> two of (entity,)."""
     background = ~masks.any(0)
     inside = (seen * masks[:, None]).sum((1, 2, 3))
     return inside, (seen * background).sum((1, 2, 3))
@@ -279,7 +288,7 @@ def _beside(layers: Sequence[tuple[Tensor, Tensor]], count: int) -> Tensor:
 
 
 def hidden_words(masks: Tensor, prompt: Prompt, function: Sequence[int], length: int, *, guidance: bool) -> Tensor:
-    """Bias of cross-attention scores, which hides words from locations outside their regions.
+    """Bias of cross-attention scores that hides the words of each entity from locations outside its region.
 
     Parameters
     ----------
@@ -291,8 +300,8 @@ def hidden_words(masks: Tensor, prompt: Prompt, function: Sequence[int], length:
     length : int
         Number of text positions.
     guidance : bool
-        Whether the gradient is computed from the pass; words are then visible in the background, too. In the other
-        passes, end-of-text is hidden in the background.
+        Whether the bias is for a pass from which the gradient is computed. In such a pass words are visible in the
+        background, too. In the other passes, end-of-text is hidden in the background.
 
     Returns
     -------
@@ -312,7 +321,9 @@ def hidden_words(masks: Tensor, prompt: Prompt, function: Sequence[int], length:
 
 
 def hidden_subjects(masks: Tensor) -> Tensor:
-    """Bias of self-attention scores, (location, location): regions of different subjects do not attend to each other.
+    """Bias of self-attention scores, (location, location), that hides regions of different subjects from each other.
+
+    It is -10,000 for two locations in regions of different subjects, else 0.
 
     Examples
     --------
@@ -344,7 +355,7 @@ def clustered(own: Tensor, clusters: int, centers: np.ndarray | None) -> tuple[n
     Parameters
     ----------
     own : Tensor, (location, location)
-        Self-attention from each location (row) to all; each column is first divided by its maximum.
+        Self-attention from each location (row) to all. The function divides each column by its maximum first.
     clusters : int
         Number of clusters.
     centers : ndarray, (cluster, location), or None
@@ -355,6 +366,7 @@ def clustered(own: Tensor, clusters: int, centers: np.ndarray | None) -> tuple[n
     labels : ndarray, int, (location,)
         Cluster of each location.
     centers : ndarray, (cluster, location)
+        Centers of the clusters, from which the next clustering can start.
     """
     features = (own / (own.amax(0, keepdim=True) + _SMALL)).double().cpu().numpy()
     if centers is not None and len(centers) == clusters:
@@ -367,7 +379,7 @@ def clustered(own: Tensor, clusters: int, centers: np.ndarray | None) -> tuple[n
 
 
 def assigned(labels: np.ndarray, cross: Tensor, last: np.ndarray, given: np.ndarray) -> np.ndarray:
-    """Regions that consist of clusters; an entity to which no cluster is assigned keeps its given region.
+    """Region of each entity: the clusters assigned to it, or its given region if there are none.
 
     Parameters
     ----------
@@ -376,7 +388,7 @@ def assigned(labels: np.ndarray, cross: Tensor, last: np.ndarray, given: np.ndar
     cross : Tensor, (entity, location)
         Cross-attention of the nouns.
     last, given : ndarray, bool, (entity, y, x)
-        Regions of the previous clustering, and those given by the user.
+        Regions of the previous clustering (at first the given ones), and the regions given by the user.
 
     Returns
     -------

@@ -2,20 +2,22 @@
 
 Xie et al., "BoxDiff: Text-to-Image Synthesis with Training-Free Box-Constrained Diffusion", ICCV 2023
 (arXiv:2307.10816), and its official code (github.com/showlab/BoxDiff). With A the map of an entity, prepared as in
-Attend-and-Excite, M its region and top(.) the mean over a region's largest values, a fifth of its locations:
+Attend-and-Excite, M its region, and top(.) the mean over the fifth of a region's locations with the largest values:
 
     inner  = 1 - top(A in M)
     outer  = top(A outside M)
-    corner = mean over x of |max_y A - max_y M| within one location of the box's left and right edge; the same for y
+    corner = mean over x of |max_y A - max_y M|, counted as 0 at more than one location from the box's left and right
+             edges, plus the same with x and y exchanged
 
 L is the sum of the three over entities. Step size and guided steps are Attend-and-Excite's. As in the official code's
 default configuration (``refine = True``), updates along the largest inner term alone are repeated at steps 0, 10 and 20
-of 50 until top(A in M) is at least .05, .5 and .8 for every entity, at most 20 times; an update along L follows.
+of 50 until top(A in M) of every entity is at least .05, .5 and .8, respectively, at most 20 times at each of these
+steps; an update along L follows.
 
 Loss and gradient equal those of the official code to rounding (``tests/parity/test_losses.py``). Intended
-differences: a region of fewer than five locations keeps its largest value (none in the official code); masks are used
-as they are, with the edges of their bounding boxes; refinement stops at the pass that meets its goal, where the
-official code takes one more update.
+differences: in a region of fewer than five locations, top(.) is the largest value (the official code uses none);
+regions may also be masks, whose edges are those of their bounding boxes; refinement stops at the pass that meets its
+goal, where the official code takes one more update.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ class BoxDiff(NeedsLayout, ReadsOneSize):
         Share of a region's locations, those with the largest attention, whose mean the loss uses; 0.2 in the official
         code.
     edge : int
-        Number of locations on either side of a box's edge that the corner term uses; 1 in the official code.
+        Number of locations on each side of a box's edge up to which the corner term reaches; 1 in the official code.
     refine : sequence of (float, float, int)
         Refinements, each as (share of the steps at which it takes place, attention inside its region that every entity
         has to reach, largest number of additional updates); () for none.
@@ -137,7 +139,7 @@ class BoxDiff(NeedsLayout, ReadsOneSize):
 
 
 def _top(maps: Tensor, regions: Tensor, share: float) -> Tensor:
-    """Mean over each region's largest values, at least one; 0 for an empty region; (n, y, x) -> (n,)."""
+    """Mean over the `share` of each region's largest values, at least one; 0 if it is empty; (n, y, x) -> (n,)."""
     values = maps.masked_fill(~regions, 0).flatten(1).sort(dim=1, descending=True).values
     counts = (share * regions.sum((1, 2))).long().clamp_min(1)[:, None]
     strongest = torch.arange(values.shape[1], device=maps.device) < counts
@@ -145,7 +147,7 @@ def _top(maps: Tensor, regions: Tensor, share: float) -> Tensor:
 
 
 def _corner(maps: Tensor, masks: np.ndarray, edge: int) -> Tensor:
-    """Difference of the projections of map and mask near the edges of the mask's box; (n, y, x) -> (n,)."""
+    """Corner term of each map: the projections of map and mask, compared near the box's edges; (n, y, x) -> (n,)."""
     left, top, right, bottom = torch.tensor([bounding_box(mask) for mask in masks], device=maps.device).T[..., None]
     regions = torch.from_numpy(masks).to(maps)
     result = maps.new_zeros(len(maps))

@@ -15,7 +15,7 @@ from elakit.guidance.engine import noise_levels
 
 
 class Steps:
-    """Model output and latents that a scheduler received in its last step."""
+    """Record of the model output and latents that a scheduler received in its latest step."""
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
@@ -23,12 +23,12 @@ class Steps:
         self.last: tuple[Tensor, Tensor] | None = None  # output of the model, latents
 
     def predicted(self, step: int) -> Tensor | None:
-        """Clean latents predicted by the last step; None before it, or if the prediction type is unknown.
+        """Clean latents predicted by the latest step; None before the first, or if the prediction type is unknown.
 
         Parameters
         ----------
         step : int
-            Number of the last step, counted from 0.
+            Number of the latest step, counted from 0, which gives the noise level.
         """
         if self.last is None:
             return None
@@ -48,6 +48,7 @@ def watched_steps(scheduler: Any) -> Iterator[Steps]:
     Yields
     ------
     Steps
+        Record that each call of ``scheduler.step`` overwrites.
     """
     steps, plain, had = Steps(scheduler), scheduler.step, "step" in vars(scheduler)
 
@@ -79,7 +80,7 @@ def predicted_clean(scheduler: Any, output: Tensor, latents: Tensor, level: floa
     output : Tensor
         Output of the model, after classifier-free guidance.
     latents : Tensor
-        Latents before the step.
+        Latents before the step, as the scheduler received them.
     level : float
         Ratio of noise to signal of the latents, from `elakit.guidance.engine.noise_levels`.
 

@@ -1,12 +1,14 @@
 """CONFORM: maps of an object and its attributes attract each other, maps of different objects repel each other.
 
 Meral et al., "CONFORM: Contrast is All You Need For High-Fidelity Text-to-Image Diffusion Models", CVPR 2024
-(arXiv:2312.06059), and its official code (github.com/gemlab-vt/CONFORM). The loss is NT-Xent over the maps of all
-tokens, every piece of a word, of this pass and of the last pass of the previous step (`elakit.guidance.contrast`).
-Maps are raw probabilities (the code's notebook switches the softmax over tokens off), smoothed as in Attend-and-Excite.
-Step size and guided steps are Attend-and-Excite's; 20 additional updates are made at steps 0, 10 and 20 of 50, whatever
-the loss is. A class of one map has no pair before the second step; if no class has one, the first step does nothing.
-Loss and gradient equal those of the official code to rounding (``tests/parity/test_losses.py``).
+(arXiv:2312.06059), and its official code (github.com/gemlab-vt/CONFORM). The loss is NT-Xent, a contrastive loss over
+the maps of every token of the entities and attributes, from the present pass and from the last pass of the previous
+step (`elakit.guidance.contrast`). Maps are raw probabilities (the code's notebook switches the softmax over tokens
+off), smoothed as in Attend-and-Excite. Step size and guided steps are Attend-and-Excite's. At each of steps 0, 10 and
+20 of 50, 20 additional updates are made, whatever the loss is. Maps of the same class (an entity with its attributes)
+form pairs. At the first step, which has no previous maps, a class of a single map has no pair; if no class has a pair,
+the latent is not moved. Loss and gradient equal those of the official code to rounding
+(``tests/parity/test_losses.py``).
 
 Intended difference: a prompt of fewer than two entities is not guided.
 """
@@ -41,7 +43,8 @@ class CONFORM(ReadsOneSize):
         Share of the denoising steps that are guided, from the first; 25 of 50 by default in the official code, 30 in
         its notebook.
     refinements : int
-        Number of additional updates after shares 0, 0.2 and 0.4 of the denoising steps; 20 in the official code.
+        Number of additional updates at each of three points, after shares 0, 0.2 and 0.4 of the denoising steps; 20 at
+        each in the official code.
     temperature : float
         Temperature tau of the NT-Xent loss; 0.5 in the official code.
     layers, size
@@ -90,6 +93,6 @@ class CONFORM(ReadsOneSize):
         return schedule(len(noise), self.step_size, guided=self.guided, refine=refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Memory) -> Loss:
-        """NT-Xent loss over the maps of this step and the previous one; its term is "contrast"."""
+        """NT-Xent loss over the maps of this step and the previous one; the trace stores it as the term "contrast"."""
         total = contrast(attention.mean, prompt, step, state, self.temperature)
         return Loss(total, {"contrast": float(total.detach())})

@@ -1,10 +1,11 @@
 """Contrast of attention maps: maps of one entity attract each other, maps of different entities repel each other.
 
-The loss is that of CONFORM (Meral et al., CVPR 2024, arXiv:2312.06059). One class is an entity with its attributes; its
-members are the maps of all their tokens, in this pass and in the last pass of the previous step. NT-Xent, with s the
-cosine of two maps and tau the temperature, is the mean over all ordered pairs (i, p) of one class:
+The loss is that of CONFORM (Meral et al., CVPR 2024, arXiv:2312.06059): NT-Xent, the normalized temperature-scaled
+cross-entropy. Each entity and its attributes form one class. The members of a class are the maps of all its tokens, in
+this pass and in the last pass of the previous step. With s_ij the cosine of maps i and j, and tau the temperature, the
+loss is the mean of the following over all ordered pairs (i, p) of two members of the same class:
 
-    -log( exp(s_ip / tau) / (exp(s_ip / tau) + sum over n of other classes of exp(s_in / tau)) )
+    -log( exp(s_ip / tau) / (exp(s_ip / tau) + sum over maps n of other classes of exp(s_in / tau)) )
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ def contrast(maps: Tensor, prompt: Prompt, step: int, memory: Memory, temperatur
     step : int
         Denoising step, counted from 0.
     memory : Memory
-        Maps of the previous step; those of this step are added.
+        Memory with the maps of the previous step, in which the call stores those of this step.
     temperature : float
+        Temperature tau, above 0.
 
     Returns
     -------
     Tensor, scalar
-        0 if no class has two members (at the first step, with entities of one token), or if there is one class only.
+        0 if there is only one class, or if no class has two members, as at the first step of a prompt whose entities
+        have one token each.
     """
     tokens = [[*entity.token_indices, *entity.attribute_indices] for entity in prompt.entities]
     owners = [i for i, members in enumerate(tokens) for _ in members]
@@ -51,7 +54,7 @@ def contrast(maps: Tensor, prompt: Prompt, step: int, memory: Memory, temperatur
 
 
 def _nt_xent(vectors: Tensor, classes: Tensor, temperature: float) -> Tensor:
-    """NT-Xent; 0 where no class has two members or there is one class only."""
+    """NT-Xent loss of vectors with class numbers; 0 if there is only one class, or no class has two members."""
     vectors = unit(vectors)
     scores = vectors @ vectors.T / temperature
     same = classes[:, None] == classes

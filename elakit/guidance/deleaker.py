@@ -4,24 +4,26 @@ Nothing is optimized: in each layer the attention scores are changed before the 
 probabilities of a layer (mean over heads) and T_i the text tokens of entity i:
 
 - mask of an entity: M_i = {x : m_i(x) > mean(m_i) + std(m_i)}, with m_i(x) the mean of A(x, t) over t in T_i, averaged
-  over all layers and steps so far; it is opened and closed with a square of 3 x 3 locations (closing twice);
+  over all layers and steps so far; the mask is then opened and closed (morphology) with a square of 3 x 3 locations,
+  the closing with two iterations;
 - image-text weakening: scores of x in M_i to the tokens of every other entity become minus infinity;
 - image-text strengthening: scores of x in M_i to T_i are multiplied by 1.2, once for each other entity;
 - image-image weakening: for x in M_i and y in M_j, scores become minus infinity where A(x, y) exceeds mean + std of A
   over M_i x M_j.
 
-Equations and settings are those of the paper and of the code that its authors released for FLUX.1 (Apache-2.0), where
-changes begin in block 18 and averages in block 12 of the 57 blocks of the first of 20 steps, and averages end with step
-12. Here these are shares of steps and layers.
+Equations and settings are those of the paper and of the code that its authors released for FLUX.1 (Apache-2.0). In
+that code, with 20 steps and 57 blocks, averaging begins in block 12 of the first step and ends with step 12, and scores
+are changed from block 18 of the first step on. Here blocks are given as shares of the layers, and the end of averaging
+is given as a share of the steps.
 
 For two entities, probabilities equal those of the released code within 2e-6 (``tests/guidance/test_deleaker.py``).
 
 Intended differences: the masks are those of an entity's noun, and the changes concern its noun and its attributes (the
 authors give words by hand, and have no attributes). Minus infinity is -10,000. Maps that are not square are cleaned,
-too, which the released code leaves out. With three or more entities, cuts of all pairs depend on the layer's own
-probabilities; the released code computes them again after each pair, so that the order of entities matters. In models
-with separate self- and cross-attention (U-Nets, PixArt), which the authors do not treat, masks come from the maps of
-one size, and image-image weakening changes self-attention.
+too, which the released code leaves out. With three or more entities, the cuts of all pairs depend on the layer's
+probabilities before any cut; the released code computes the probabilities again after each pair, so that the order of
+entities matters. In models with separate self- and cross-attention (U-Nets, PixArt), which the authors do not treat,
+masks come from the maps of one size, and image-image weakening changes self-attention.
 """
 
 from __future__ import annotations
@@ -47,7 +49,23 @@ from elakit.prompt import Prompt
 
 @dataclass
 class Leaks:
-    """State of one image: the average of the entities' maps, and the masks of the last layer that was changed."""
+    """State of DeLeaker for one image: the average of the entities' maps, and the latest masks.
+
+    Attributes
+    ----------
+    steps : int
+        Denoising steps of the run.
+    step : int
+        Present step, counted from 0.
+    size : tuple of int
+        (rows, columns) of the maps.
+    maps : Tensor, (entity, location), or None
+        Sum of the entities' maps over layers and steps; None before the first.
+    count : int
+        Number of maps per entity in `maps`.
+    masks : Tensor, bool, (entity, y, x), or None
+        Masks used for the last layer whose scores were changed; None before the first.
+    """
 
     steps: int
     step: int = 0
@@ -69,13 +87,15 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
         Factor by which scores from an entity's mask to its own words are multiplied, once for each other entity; 1 does
         not change them.
     threshold : float
-        Number of standard deviations by which a location of an entity's mask exceeds the mean of the entity's map.
+        Number of standard deviations by which an entity's map must exceed its mean at a location, for the location to
+        be in the entity's mask.
     image_threshold : float
-        Number of standard deviations above the mean from which attention between the masks of two entities is cut.
+        Number of standard deviations by which attention between the masks of two entities must exceed its mean to be
+        cut. Has an effect only if `cut_image` is True.
     cut_text : bool
-        Whether attention from an entity's mask to the words of other entities is cut.
+        Whether attention from an entity's mask to the words of other entities is cut (set to 0).
     cut_image : bool
-        Whether high attention between the masks of different entities is cut.
+        Whether high attention between the masks of different entities is cut (set to 0).
     start : float
         Denoising step, counted from 0, at which scores are first changed. Its fractional part is a share of the
         layers: 0.31 is the first step, after 31% of its layers.
@@ -141,12 +161,12 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Leaks
     ) -> ScoreEdit:
-        """Edit of one image's scores in one step, in all layers."""
+        """Edit of one image's scores in one step, in all layers, which also averages the entities' maps."""
         state.step, state.size = step, size
         return ScoreEdit(lambda site, scores: self._change(site, scores, prompt, state))
 
     def _change(self, site: Site, scores: Scores, prompt: Prompt, state: Leaks) -> Change | None:
-        """Changes of the scores of one layer."""
+        """Change of one layer's scores; None before `start`, or as long as there are no averaged maps."""
         now = state.step + site.position
         logits = scores(masked=True)
         probabilities = logits.softmax(-1)
@@ -164,7 +184,7 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
         return Change(change.clamp(min=NEVER))
 
     def _average(self, probabilities: Tensor, first: int, prompt: Prompt, state: Leaks) -> None:
-        """Add a layer's maps of the entities to their average."""
+        """Add the entities' maps of one layer to their average; `first` is the key of the first text position."""
         if state.maps is not None and state.step >= math.ceil(self.averaged * state.steps):
             return
         mean = probabilities.mean(0)
@@ -183,7 +203,7 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
                 change[:, :, shared] += NEVER * masks[i][:, None]
 
     def _cuts(self, mean: Tensor, masks: Tensor) -> Tensor:
-        """Cuts between the masks of different entities, (h*w, h*w), given the mean attention over heads."""
+        """Bias that cuts attention between masks of different entities; `mean` over heads and result are (h*w, h*w)."""
         cuts = torch.zeros_like(mean)
         for i, j in permutations(range(len(masks)), 2):
             across = masks[i][:, None] & masks[j]
@@ -194,10 +214,10 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
         return cuts
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Leaks) -> Loss:
-        """Attention of the entities' masks to the words of other entities, for the trace only.
+        """Attention from the entities' masks to the nouns of other entities, for the trace only.
 
-        It is the mean attention from one entity's mask to another's noun, averaged over pairs. Before the first masks
-        are computed, the map of an entity is used instead of its mask.
+        It is the mean attention from one entity's mask to another's noun, averaged over ordered pairs. Before the first
+        masks are computed, the mean is weighted by the entity's map instead.
         """
         maps = torch.stack([attention.mean[list(e.token_indices)].mean(0) for e in prompt.entities])
         weights = maps if state.masks is None else state.masks.to(maps)
@@ -209,12 +229,12 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
 
 
 def _above(maps: Tensor, deviations: float) -> Tensor:
-    """Locations that exceed the mean of their map by a number of standard deviations, (entity, n) -> bool."""
+    """Locations where a map exceeds its mean by a number of standard deviations; (entity, n) -> bool (entity, n)."""
     return maps > maps.mean(1, keepdim=True) + deviations * maps.std(1, keepdim=True)
 
 
 def _clean(masks: Tensor) -> Tensor:
-    """Open masks with a square of 3 x 3, then close them with two passes of it; what is outside the map is ignored."""
+    """Open masks with a square of 3 x 3, then close them with two iterations; locations outside the map are ignored."""
     grown = masks[:, None].float()
     for grow in (False, True, True, True, False, False):
         grown = _dilated(grown) if grow else 1 - _dilated(1 - grown)
@@ -226,7 +246,7 @@ def _dilated(masks: Tensor) -> Tensor:
 
 
 def _resized(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks at another size: a location belongs to an entity if at least half of it does."""
+    """Masks at another size; a location is in a mask if the mask covers at least half of it."""
     if tuple(masks.shape[1:]) == size:
         return masks
     return torch.from_numpy(area_mean(masks.cpu().numpy(), size) >= 0.5).to(masks.device)

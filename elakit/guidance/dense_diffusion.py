@@ -1,24 +1,24 @@
 """DenseDiffusion: raise attention scores inside given regions, and lower them outside.
 
 Kim et al., "Dense Text-to-Image Generation with Attention Modulation", ICCV 2023 (arXiv:2308.12964), and its released
-code (github.com/naver-ai/DenseDiffusion, gradio_app.py). s is the score of a location for a key in one head, lowest
-and largest are the extremes of the location's scores, and R is 1 where the key belongs to the location:
+code (github.com/naver-ai/DenseDiffusion, gradio_app.py). With s the score of a location for a key in one head, lowest
+and largest the extremes of the location's scores over all keys, and R = 1 for the keys that belong to the location:
 
     s' = s + w t^5 (1 - a) (largest - s)    where R is 1
     s' = s - w t^5 (1 - a) (s - lowest)     elsewhere
 
 a is the share of the image that the location's region covers, t the timestep as a share of 1000, w is 1 in
 cross-attention and 0.3 in self-attention. In cross-attention R is 1 for the words of the entity whose region the
-location is in, and all other keys (articles, start and end of text) are lowered; in self-attention it is 1 for the
-locations of the same region, the rest of the image being a region without words. Scores change in all layers in the
-first 30% of the steps. In the whole run, the words of each entity have the text states that they have in a
-text of their own.
+location is in, and all other keys (such as start-of-text and end-of-text) are lowered; in self-attention R is 1 for the
+locations of the same region, where the rest of the image is one more region, without words. Scores change in all layers
+in the first 30% of the steps. In the whole run, the words of each entity have the text states that they get when they
+are encoded as a separate text.
 
 Changed scores equal those of the released code to a relative 1e-6
 (``tests/parity/test_scores.py``).
 
-Intended difference: the released code reduces masks to a layer by nearest neighbor, here a box has the locations whose
-centers it contains.
+Intended difference: the released code reduces masks to the size of a layer by nearest neighbor; here a box has the
+locations whose centers it contains.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
     self_strength : float
         Strength of the change of self-attention scores; 0.3 in the released code.
     area : float
-        Degree to which a larger region weakens the change, from 0 (not at all) to 1; 1 in the released code.
+        Degree, from 0 to 1, to which the change is weaker in larger regions: it is multiplied by ``1 - area * a``, with
+        a the share of the image that the region covers; 1 in the released code.
     guided : float
         Share of the denoising steps in which scores change, from the first; 0.3 in the released code.
     layers, size
@@ -110,7 +111,7 @@ class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
         return super().select(layers, latent)
 
     def encode(self, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
-        """Text states of the prompt, in which each entity's words have the states from a separate text."""
+        """Text states of the prompt, with those of each entity's words replaced by the states from a separate text."""
         check_text(adapter, conditioning, "DenseDiffusion")
         states = conditioning.inputs["encoder_hidden_states"].clone()
         for phrase in phrases(adapter, prompt):
@@ -144,13 +145,14 @@ class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
 
 
 def modulation(scores: Tensor, belongs: Tensor, amount: Tensor) -> Tensor:
-    """Bias that moves the score of each key toward the largest or the lowest score at its location.
+    """Bias that moves the score of each key toward the largest or the lowest score at a location.
 
-    Scores of keys that belong to the location move toward the largest, the others toward the lowest.
+    Keys that belong to the location move toward its largest score, the others toward its lowest.
 
     Parameters
     ----------
     scores : Tensor, (head, location, key)
+        Attention scores before the softmax.
     belongs : Tensor, bool, (location, key)
         Whether each key belongs to the location.
     amount : Tensor, (location, 1)
@@ -159,6 +161,7 @@ def modulation(scores: Tensor, belongs: Tensor, amount: Tensor) -> Tensor:
     Returns
     -------
     Tensor, (head, location, key)
+        Bias to be added to the scores.
 
     Examples
     --------
@@ -171,15 +174,16 @@ def modulation(scores: Tensor, belongs: Tensor, amount: Tensor) -> Tensor:
 
 
 def same_region(regions: Tensor) -> Tensor:
-    """True for two locations in the same region; the rest of the image is a region, too. Bool (entity, n) -> (n, n)."""
+    """Pairs of locations in the same region, or both outside all regions; bool (entity, n) -> bool (n, n)."""
     every = torch.cat([regions, ~regions.any(0, keepdim=True)]).float()
     return (every.T @ every) > 0
 
 
 def of_words(regions: Tensor, words: Sequence[Sequence[int]], length: int) -> Tensor:
-    """True for a location and a word if the location is in the region of the word's entity.
+    """Pairs of a location and a text position for which the location is in the region of the word's entity.
 
-    Regions are bool (entity, n), and the result is bool (n, text position).
+    Regions are bool (entity, n), `words` has the text positions of each entity's words, and the result is
+    bool (n, `length`).
     """
     belongs = torch.zeros(regions.shape[1], length, dtype=torch.bool)
     for region, positions in zip(regions, words, strict=True):
@@ -188,9 +192,9 @@ def of_words(regions: Tensor, words: Sequence[Sequence[int]], length: int) -> Te
 
 
 def covered(regions: Tensor) -> Tensor:
-    """Sum of the areas of the regions that contain each location, as fractions of the image; bool (entity, n) -> (n,).
+    """Share of the image covered by the regions that contain each location; bool (entity, n) -> (n,).
 
-    The rest of the image counts as one more region.
+    The areas of regions that overlap at a location are added. The rest of the image counts as one more region.
 
     Examples
     --------

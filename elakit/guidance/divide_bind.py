@@ -9,13 +9,14 @@ With the sharpened and smoothed maps A' and the schedule of Attend-and-Excite:
     TV_s = mean |A'_s(y, x+1) - A'_s(y, x)| + mean over y >= 1 of |A'_s(y, x) - A'_s(last row, x)|
     L = max over entities s of (-TV_s + c JSD(P_r, P_s))
 
-where r is the attribute of s. The second term of TV is the released code's; the paper's total variation compares
-neighboring rows (``variation="repaired"``). P_s is ReLU(x - q max x) + 1e-5 with x = A'_s after a softmax over space
-and q = .3 where TV_s < .1, else .2; P_r is ReLU(y - q max x) + 1e-5, with y the same for A'_r, which is first scaled to
-the maximum of A'_s. P is not normalized again. c is 1, 5 and 10 from steps 0, 10 and 20 of 50. Attributes are read from
-the layers with maps finer than the entities' (64 and 32 rows in Stable Diffusion), subsampled to the entities' size; a
-model without finer maps reads them where it reads the entities. At these three steps, updates are repeated until the
-smallest TV is .05, .2 and .3, at most 50, 20 and 20 times; one more update follows.
+where r is the attribute of s and JSD the Jensen-Shannon divergence. The second term of TV is the released code's; the
+paper's total variation compares neighboring rows (``variation="repaired"``). P_s is ReLU(x - q max x) + 1e-5; x is
+A'_s after a softmax over space, and q is .3 if TV_s < .1, else .2. P_r is ReLU(y - q max x) + 1e-5; y is A'_r, scaled
+to the maximum of A'_s, after a softmax over space. P is not normalized again. c is 1 from step 0, 5 from step 10
+and 10 from step 20 of 50. Attributes are read from the layers with maps finer than the entities' (64 and 32 rows in
+Stable Diffusion), subsampled to the entities' size; in a model without finer maps they are read from the same layers as
+the entities. At steps 0, 10 and 20, updates are repeated until the smallest TV is at least .05, .2 and .3, at most 50,
+20 and 20 times, respectively; one more update follows.
 
 Loss and gradient equal those of the official code to rounding, for both values of `variation`
 (``tests/parity/test_losses.py``). The released total variation is 1.2 to 1.4 times the repaired one on blobs and 1.4
@@ -24,11 +25,11 @@ to 1.6 times on picture-world's maps; the thresholds of refinement belong to the
 
 Intended differences: words of several tokens have the mean of their maps; an entity with several attributes has the
 mean of their divergences (the official code takes one attribute per entity); an attribute with almost no attention is
-scaled up by at most the noun's maximum / 1e-8; the schedule is kept in shares of the run's steps; a prompt of fewer
-than two entities is not guided. What we take to be mistakes of the official code is not kept: refinement compares the
-TV before its latest update, so it takes one update more than needed; the later version does not pass its limit of
-updates on and makes up to 100 at step 0 and 50 later; gradient passes get latents that have not been through the
-scheduler's ``scale_model_input``.
+scaled up by at most the noun's maximum / 1e-8; guided steps and refinements are given as shares of the run's steps; a
+prompt of fewer than two entities is not guided. The official code has three peculiarities that we take to be mistakes
+and do not keep: its refinement compares the TV before its latest update, so it takes one update more than needed; its
+later version does not pass the limit of updates on, and makes up to 100 updates at step 0 and 50 at the later
+refinements; and its gradient passes get latents that have not been through the scheduler's ``scale_model_input``.
 """
 
 from __future__ import annotations
@@ -70,19 +71,19 @@ class DivideAndBind(ReadsOneSize):
     guided : float
         Share of the denoising steps that are guided, from the first; 25 of 50 in the official code.
     binding : sequence of (float, float)
-        Weights of the alignment of attributes, each with the step from which it applies, as a share of all steps; ()
-        for none.
+        Weights of the alignment of attributes, each as (share of the steps after which it applies, weight); () for no
+        alignment.
     refine : sequence of (float, float, int)
         Refinements, each with three values: the step at which it takes place, as a share of all steps; the total
         variation that every entity's map has to reach, on the scale of the official code; and the largest number of
         additional latent steps. () for none.
     variation : {"released", "repaired"}
-        Total variation in the loss: "released" is that of the official code, which compares every other row with
-        the bottom row of the map; "repaired" is that of the paper, which compares neighboring rows. The thresholds of
-        `refine` are then divided by 1.5, the mean ratio of the two.
+        Total variation in the loss: "released" is that of the official code, which compares each row but the first with
+        the last row of the map; "repaired" is that of the paper, which compares neighboring rows. With "repaired", the
+        thresholds of `refine` are divided by 1.5, the mean ratio of the two.
     layers, size
-        Layers and size of the entities' maps, see `elakit.guidance.reading.ReadsOneSize`. Attributes are read from
-        those of `layers` whose maps are finer or, if there are none, from the same layers.
+        Layers and size of the entities' maps; see `elakit.guidance.reading.ReadsOneSize`. Attributes are read from
+        those of `layers` whose maps are finer than the entities' or, if there are none, from the entities' layers.
 
     Raises
     ------
@@ -152,13 +153,15 @@ class DivideAndBind(ReadsOneSize):
         attention : Attention
         prompt : Prompt
         step : int
+            Denoising step, counted from 0.
         state : int
             Number of steps of the run.
 
         Returns
         -------
         Loss
-            Its terms are the unweighted means over entities of "variation" (smaller is worse) and "binding".
+            Its terms are the unweighted means over entities of "variation" (total variation; smaller is worse) and
+            "binding" (divergence of the attributes' maps from the entity's; larger is worse).
         """
         maps, finer = (smooth(word_softmax(mean, prompt.start_index)) for mean in coarse_and_finer(attention.cross))
         entities = torch.stack([maps[list(entity.token_indices)].mean(0) for entity in prompt.entities])
@@ -173,13 +176,13 @@ class DivideAndBind(ReadsOneSize):
         return Loss(total, terms, goal=-float(variation.detach().amin()))
 
     def _weight(self, step: int, steps: int) -> float:
-        """Weight of the binding at a step; 0 before the first share given."""
+        """Weight of the binding at a step; 0 before the first share of steps in `binding`."""
         held = [(share, weight) for share, weight in self.binding if round(share * steps) <= step]
         return max(held)[1] if held else 0.0
 
 
 def coarse_and_finer(layers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean maps of the layers with the smallest maps, and of all other layers, subsampled to the same size.
+    """Mean map of the layers with the smallest maps, and mean map of all other layers, subsampled to the same size.
 
     Parameters
     ----------
@@ -188,7 +191,7 @@ def coarse_and_finer(layers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     Returns
     -------
     coarse, finer : Tensor, (token, y, x)
-        Both are the same if all layers have one size.
+        Means over layers and heads. Both are the same if all layers have maps of one size.
 
     Examples
     --------
@@ -217,6 +220,8 @@ def total_variation(maps: Tensor) -> Tensor:
 def released_variation(maps: Tensor) -> Tensor:
     """Total variation of the official code, which compares each row but the first with the last; (n, y, x) -> (n,).
 
+    Along x it compares neighbors.
+
     Examples
     --------
     >>> released_variation(torch.tensor([[[0.0, 1.0, 0.0], [0.0, 1.0, 3.0], [0.0, 1.0, 0.0]]]))
@@ -226,7 +231,7 @@ def released_variation(maps: Tensor) -> Tensor:
 
 
 def _unbound(noun: Tensor, attributes: list[Tensor], share: float) -> Tensor:
-    """Mean divergence of the attributes' maps from the noun's map, each (y, x); 0 without attributes."""
+    """Mean divergence of the attributes' maps from the noun's, each (y, x); 0 without attributes; `share` is q."""
     if not attributes:
         return noun.new_zeros(())
     words = torch.stack(attributes)

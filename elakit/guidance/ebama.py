@@ -10,13 +10,14 @@ With d = 1 - cosine of two raw maps, and A' = smooth(softmax over tokens of 100 
         - .5 sum over objects s of max over locations of A'_s
 
 where u runs over the prompt's tokens other than the object and its attributes, function words included, and k_s is the
-number of attributes, at least 1: the official code repels once per pair of object and attribute. For words of several
-tokens, d(m, s) is summed over the pieces of m, each with its least similar piece of s; d(s, u) is that of the least
-similar piece of s; A'_s is the map of the first piece. Step size 20 at steps 0 to 25 of 50 (26 steps), no refinement.
+number of attributes, at least 1, because the official code repels once per pair of object and attribute. For words of
+several tokens, d(m, s) is the sum over the tokens of m, each compared with the token of s to which it is least similar;
+d(s, u) is that of the token of s which is least similar to u; A'_s is the map of the first token of s. The step size is
+20 at steps 0 to 25 of 50 (26 steps). There is no refinement.
 
 Loss and gradient equal those of the official code to rounding (``tests/parity/test_losses.py``). Intended
 differences: a prompt of fewer than two entities is not guided; gradient passes get latents that have been through the
-scheduler's ``scale_model_input``.
+scheduler's ``scale_model_input``, which the official code leaves out.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class EBAMA(ReadsOneSize):
         return schedule(len(noise), self.step_size, guided=self.guided, last=1)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Sum of the terms "attract", "repel" and "intensity"; the last is weighted, but not in the trace."""
+        """Sum of "attract", "repel" and the weighted "intensity"; the trace stores "intensity" without its weight."""
         maps = attention.mean
         attract = repel = maps.new_zeros(())
         for entity in prompt.entities:

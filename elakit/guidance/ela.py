@@ -3,11 +3,12 @@
 Zhang et al., "Easing Concept Bleeding in Diffusion via Entity Localization and Anchoring", ICML 2024
 (PMLR 235:58955-58966).
 
-The paper specifies decoder maps at 16 x 16, start-of-text read along with the entities, disjoint regions by
-differentiation and binarization, one loss term per entity, and a small step ``z' = z - alpha * gradient``. It does not
-specify the exact rules, the form of the loss, the guided steps and alpha. This is therefore *our reading of ELA*: what
-the paper does not specify is an option, whose default was chosen by measurements on the built-in model. In the first
-steps, in which the maps are too noisy to localize anything, the entities' maps are only moved apart.
+The paper specifies decoder maps at 16 x 16, the use of start-of-text's map besides those of the entities, disjoint
+regions by differentiation and binarization, one loss term per entity, and a small step ``z' = z - alpha * gradient``.
+It does not specify the exact rules of differentiation and binarization, the form of the loss, the guided steps and
+alpha. This is therefore *our reading of ELA*: whatever the paper leaves open is an option here, with a default chosen
+by measurements on the built-in model. In the first steps, in which the maps are too noisy to localize anything, the
+entities' maps are only moved apart; this part is not in the paper.
 """
 
 from __future__ import annotations
@@ -102,14 +103,14 @@ class ELA:
             object.__setattr__(self, "regions", check_layout(self.regions, "ELA(regions=...)", partial=True))
         if is_complete(self.regions) and self.localize != FromMaps():
             raise SettingError(
-                "ELA(localize=...): must be omitted if all regions are given by hand. Use None for entities that are "
-                "to be localized."
+                "ELA(localize=...): must be omitted if all regions are given by hand. Omit it, or give None in "
+                "`regions` for the entities that are to be localized."
             )
 
         if self.separate not in (Separation(), Separation(step_size=0)) and self._start == 0:
             refuse(
-                self.separate.step_size, "separate.step_size", "left out if anchoring starts at the first step",
-                owner="ELA", hint="It acts only in the steps before anchoring: see `start` of LatentStep.",
+                self.separate, "separate", "left out if anchoring starts at the first step",
+                owner="ELA", hint="To separate first, set anchor=LatentStep(start=...) to a share above 0.",
             )  # fmt: skip
 
         if self.regions is not None:  # what a user asks for is always done
@@ -118,11 +119,11 @@ class ELA:
                 if getattr(self.anchor, option) not in (None, default):
                     refuse(
                         getattr(self.anchor, option), f"anchor.{option}", "left out if regions are given by hand",
-                        owner="ELA", hint="Every image is then guided in all guided steps.",
+                        owner="ELA", hint="With regions, every image is anchored up to the last guided step.",
                     )  # fmt: skip
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The layers of `layers` whose maps have `size`; by default those with the coarsest maps."""
+        """Layers selected by the option `layers` with maps of the option `size`, by default that of the coarsest."""
         chosen = decoder_side_layers(layers, self.layers)
         if self.size is not None:
             return layers_of_size(chosen, latent, self.size, NATIVE_SIZE, "ELA")
@@ -135,18 +136,18 @@ class ELA:
 
     @property
     def _localized(self) -> bool:
-        """True if the region of any entity is localized instead of given by hand."""
+        """True if at least one entity's region is localized instead of given by hand."""
         return not is_complete(self.regions)
 
     @property
     def _start(self) -> float:
-        """Share of the run in which the entities' maps are separated instead of anchored."""
+        """Share of the run before anchoring starts, in which the entities' maps are moved apart."""
         return self.anchor.starts_at(localized=self._localized)
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates of `Separation.plan` and then of `LatentStep.plan`.
+        """Updates of `Separation.plan`, followed by those of `LatentStep.plan`.
 
-        A prompt with one entity is not separated, and not anchored unless its region is given by hand.
+        With a prompt of one entity there is nothing to separate, and the entity is anchored only if `regions` is given.
         """
         if len(prompt.entities) < 2 and self.regions is None:
             return []
@@ -185,6 +186,6 @@ class ELA:
 
 
 def decoder_side_layers(layers: Sequence[AttentionLayer], pattern: str) -> tuple[AttentionLayer, ...]:
-    """Layers that match a pattern, where "up" means all layers of a model without a decoder."""
+    """Layers that match a pattern; if the model has no decoder, the pattern "up" selects all its layers."""
     wanted: Any = decoder_side(layer.place for layer in layers) if pattern == "up" else pattern
     return select_layers(layers, wanted)

@@ -2,10 +2,10 @@
 
 A method defines the layers it reads, its loss and its step sizes (`elakit.guidance.method`); this module does the
 rest in the same way for every method: weights are frozen, fused attention is kept, the network beyond the last layer is
-skipped, loss and gradient are computed in at least float32, and there is no gradient outside the guided steps. It
-enters a pipeline through given latents (before the first step) and its step callback (before every later step), so no
-pipeline's ``__call__`` is copied. Methods that edit attention scores do so through one mechanism
-(`elakit.guidance.holding`), in the pipeline's own passes and in those from which a gradient is taken.
+skipped, loss and gradient are computed in at least float32, and no gradient is computed outside the guided steps. It
+acts on a pipeline through the pipeline's ``latents`` argument (before the first step) and its step callback (before
+every later step), so no pipeline's ``__call__`` is copied. Methods that edit attention scores do so through one
+mechanism (`elakit.guidance.holding`), in the pipeline's own passes and in those from which a gradient is taken.
 """
 
 from __future__ import annotations
@@ -54,24 +54,25 @@ ReadAttention = Callable[[Tensor, Tensor, Conditioning], list[Attention]]
 
 @contextmanager
 def reading(adapter: Adapter, layers: Sequence[AttentionLayer], *, reads_self: bool = False) -> Iterator[ReadAttention]:
-    """Context with a function that runs a conditional pass up to the last layer read, and returns its attention.
+    """Context that gives a function to run a conditional pass up to the last layer read, and to return its attention.
 
-    The attention is differentiable. Compute gradients inside the context, too: with gradient checkpointing the backward
-    pass repeats parts of the forward pass.
+    The attention is differentiable. Gradients must be computed inside the context, too, because with gradient
+    checkpointing the backward pass repeats parts of the forward pass.
 
     Parameters
     ----------
     adapter : Adapter
     layers : sequence of AttentionLayer
-        In forward order.
+        Layers to read, in forward order.
     reads_self : bool
         Whether the self-attention of the layers' blocks is read, too.
 
     Yields
     ------
     callable
-        ``read(latents, timestep, conditioning)`` for latents (n, c, h, w), or packed as the pipeline has them (FLUX),
-        scaled by the scheduler, returns one `Attention` per image; probabilities are float32 or float64.
+        ``read(latents, timestep, conditioning)`` returns one `Attention` per image, with probabilities in float32 or
+        float64. The latents are (n, c, h, w), or packed as the pipeline has them (FLUX), after the scheduler's
+        ``scale_model_input``.
 
     Raises
     ------
@@ -81,8 +82,8 @@ def reading(adapter: Adapter, layers: Sequence[AttentionLayer], *, reads_self: b
     """
     if not layers:
         raise SettingError(
-            "Guidance reads no attention layer: none of the model's layers matches the method's `layers` and `size`. "
-            "Choose others, or leave both out."
+            "Guidance reads no attention layer: none of the model's layers matches the method's options `layers` and "
+            "`size`. Choose other values, or leave both options out."
         )
     beside = adapter.self_layers(layers) if reads_self else ()
     cross: list[Tensor] = []  # per layer, (n, heads, token, y, x)
@@ -121,15 +122,16 @@ def reading(adapter: Adapter, layers: Sequence[AttentionLayer], *, reads_self: b
 def _weights_kept(denoiser: nn.Module) -> AbstractContextManager[Any]:
     """Context in which the backward pass finds weights as the forward pass used them.
 
-    With layerwise casting a layer's weights are stored in 8 bits again as soon as the layer has run, in place of those
-    that it computed with. The graph keeps the latter until the gradient is computed.
+    With layerwise casting, a layer's weights are replaced by their 8-bit form as soon as the layer has run. In the
+    context, autograd keeps the weights with which the layer computed until the gradient is computed.
     """
     if not any(weight.dtype.is_floating_point and weight.dtype.itemsize < 2 for weight in denoiser.parameters()):
         return nullcontext()
     if getattr(denoiser, "is_gradient_checkpointing", False):
         raise SettingError(
             "Gradients of a model with layerwise casting cannot be computed with gradient checkpointing, which repeats "
-            "passes after the weights have been cast back to 8 bits: disable one of the two."
+            "parts of a pass after their weights have been cast back to 8 bits. Guide without gradient checkpointing, "
+            "or without layerwise casting."
         )
     return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda kept: kept)
 
@@ -165,15 +167,16 @@ def gradient(
     states : sequence of n objects, optional
         State of each image, from `Method.begin`; by default those at the start of a run.
     refining : callable, optional
-        ``refining(loss)`` returns True if a step of refinement follows: the gradient is then that of
-        `Loss.refinement`. By default none follows.
+        ``refining(loss)`` returns True for an image whose next latent step belongs to a refinement; the gradient for
+        this image is then that of `Loss.refinement`. By default no step does.
 
     Returns
     -------
     losses : list of Loss
         One per image.
     gradient : Tensor, of the latents' shape
-        In float32 (float64 for float64 latents); images are independent. Zero if no image needs more guidance.
+        In float32 (float64 for float64 latents). The gradient of each image depends on this image alone. All are
+        zero if none of the images needs more guidance.
 
     Raises
     ------
@@ -204,7 +207,7 @@ def _goal(loss: Loss) -> float:
 
 
 def _scaled(adapter: Adapter, latents: Tensor, timestep: Tensor) -> Tensor:
-    """The denoiser's input; flow-matching schedulers do not scale."""
+    """Latents as the denoiser receives them, scaled by the scheduler; flow-matching schedulers do not scale."""
     scale = getattr(adapter.pipe.scheduler, "scale_model_input", None)
     return latents if scale is None else scale(latents, timestep)
 
@@ -255,7 +258,8 @@ def checkpointing(pipe: Pipeline) -> Iterator[None]:
         denoiser.enable_gradient_checkpointing()
     except (AttributeError, ValueError) as error:
         raise SettingError(
-            f"{type(denoiser).__name__} does not support gradient checkpointing: guide without it."
+            f"{type(denoiser).__name__} does not support gradient checkpointing: guide without "
+            "elakit.guidance.checkpointing(...)."
         ) from error
     try:
         yield
@@ -294,7 +298,7 @@ def acts(updates: Sequence[Update]) -> bool:
 
 
 def encoded(method: Method | None, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
-    """Text states of a run: those of a plain run, unless the method changes them."""
+    """Conditioning of a run: that of a plain run, unless the method changes the text states."""
     if isinstance(method, Encodes) and len(prompt.entities) > 1:
         return method.encode(adapter, prompt, conditioning)
     return conditioning
@@ -311,7 +315,7 @@ class Guide:
     prompt : Prompt
     conditioning : Conditioning
     latent : tuple of int
-        (h, w) of the latent.
+        (height, width) of the latent.
     images : int
         Number of images in the batch.
 
@@ -325,7 +329,7 @@ class Guide:
     Raises
     ------
     SettingError
-        The method's `layers` or `size` match no layer of the model.
+        The method's options `layers` and `size` match no layer of the model.
     """
 
     def __init__(
@@ -362,13 +366,13 @@ class Guide:
         return nullcontext() if self.holder is None else self.holder()
 
     def rehearse(self, run: Callable[[Callable[[int], bool]], None]) -> bool:
-        """Let the method observe the first steps of a plain run; return False if it needs none.
+        """Let the method observe the first steps of a plain run; return False, without a run, if it needs none.
 
         Parameters
         ----------
         run : callable
-            ``run(enough)`` runs plain steps from the run's noise. It calls ``enough(step)`` after each step and ends
-            when the result is True.
+            ``run(enough)`` runs plain steps from the run's noise. It calls ``enough(step)`` after each step, counted
+            from 0, and ends when the result is True.
         """
         method = self.method
         if not isinstance(method, Rehearses) or not acts(self.updates):
@@ -390,12 +394,12 @@ class Guide:
         return True
 
     def only(self, needed: Sequence[bool]) -> None:
-        """Guide only the images whose item in `needed` is True, from this step on."""
+        """From the next guided step on, guide only the images whose item in `needed` is True."""
         self.left_alone = {i for i, one in enumerate(needed) if not one}
         self.done |= self.left_alone
 
     def start(self, noise: Tensor, scale: float, timestep: Tensor) -> Tensor:
-        """Initial noise of a run, after the method's search for it, if any, and the latent step before the first step.
+        """Initial noise of a run, changed by the method's search for noise (if any) and by its first latent step.
 
         Parameters
         ----------
@@ -421,7 +425,7 @@ class Guide:
         return noise if moved is latents else moved / scale
 
     def move(self, latents: Tensor, step: int, timestep: Tensor) -> Tensor:
-        """Latents moved for the denoising step that runs next; the same object if they do not move."""
+        """Latents, moved for denoising step `step`, which runs next; the same object if they do not move."""
         update = self.updates[step] if step < len(self.updates) else Update(0.0)
         self.done -= {i for i in self.done - self.left_alone if getattr(self.states[i], "steered", False)}
         pending = [i for i in range(len(latents)) if i not in self.done]
@@ -483,7 +487,7 @@ class Guide:
         return self.holder is not None and self.updates[step].hold and self.holder.held[image] is not None
 
     def _edited(self, step: int, images: Callable[[], Sequence[int]]) -> AbstractContextManager[None]:
-        """Context for gradient passes, in which the step's edits act; `images` gives those of the current pass."""
+        """Context for gradient passes, in which the step's edits act; `images` returns those of the current pass."""
         holder = self.holder
         if holder is None or not self.updates[step].hold:
             return nullcontext()
@@ -500,7 +504,7 @@ class Guide:
         return float(_scaled(self.adapter, torch.ones((), device=latents.device), timestep))
 
     def _change(self, update: Update, gradient: Tensor, unit: float) -> Tensor:
-        """Step of the scheduler's latents z whose size is given for latents of unit variance, u = unit * z.
+        """Amount to subtract from the scheduler's latents z, given a step size for u = unit * z, of unit variance.
 
         Step sizes were chosen for u. dL/du is dL/dz divided by unit, and a step of u divided by unit is one of z.
         """
@@ -508,7 +512,7 @@ class Guide:
         return update.size * (along if update.raw else self.method.direction(along)) / unit
 
     def on_step_end(self, step: int, latents: Tensor) -> Tensor:
-        """Latents moved for the denoising step after `step`, which is counted from 0; to be called when it has run."""
+        """Latents, moved for the step after `step` (counted from 0); to be called when `step` has run."""
         timesteps = self.adapter.pipe.scheduler.timesteps
         self._held(step, timesteps[step])
         following = step + 1
@@ -518,7 +522,7 @@ class Guide:
         return self.move(latents, following, timesteps[following])
 
     def _hold(self, step: int) -> None:
-        """Set the edits of a step about to run."""
+        """Set the edits of the denoising step that runs next."""
         if self.holder is None or self.editor is None:
             return
         held: list[ScoreEdit | None] = [None] * self.images
@@ -532,7 +536,7 @@ class Guide:
         self.holder.hold(held, read=follows and bool(pending))
 
     def _held(self, step: int, timestep: Tensor) -> None:
-        """Add the edited pass of a step to the trace."""
+        """Add a step with edited scores, but without a latent step, to the trace."""
         if self.holder is None:
             return
         for i, one in enumerate(self.holder.held):

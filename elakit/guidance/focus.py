@@ -3,23 +3,23 @@
 Bill, Simsar and Hofmann, "FOCUS: Optimal Control for Multi-Entity World Modeling in Text-to-Image Generation"
 (arXiv:2510.02315, whose first version is "Optimal Control Meets Flow Matching"), and the test-time control of its
 released code (github.com/ericbill21/FOCUS: src/losses.py, src/controller.py, src/sd3/pipeline.py). Maps are those of
-the image's attention to the text in the blocks with two streams, averaged over heads and blocks and blurred with a
-Gaussian of 3 x 3 locations and standard deviation 1. With J the Jensen-Shannon divergence of T distributions divided
-by log T, each map raised to the power of 3 and normalized to a sum of 1:
+the image's attention to the text in the two-stream blocks, averaged over heads and blocks and blurred with a Gaussian
+of 3 x 3 locations and standard deviation 1. J is the Jensen-Shannon divergence of T maps divided by log T, where each
+map is first raised to the power of 3 and normalized to a sum of 1:
 
-    L = 1/2 [mean over entities of several tokens of J(their tokens) + 1 - J(mean map of each entity)]
+    L = 1/2 [mean over entities of several tokens of J(their tokens) + 1 - J(mean maps of the entities)]
 
-The addend lambda 2 (s + e) / (1 - s + e) s * gradient of L is added to the velocity of each step, with s the share of
+The addend lambda * 2 s (s + e) / (1 - s + e) * gradient of L is added to the velocity of each step, with s the share of
 noise (the latent is (1 - s) image + s noise) and e = 0.001. The tokens of an entity are those of its attributes and
 noun.
 
 The divergences equal those of the released code to rounding (``tests/parity/test_scores.py``).
 
-Intended differences: the released code adds the addend to the velocity of the same pass; here the latent moves before
-the pass by the addend times the step's change of s (a difference of second order). For FLUX the released code has the
-opposite sign, which raises L and is taken for an oversight (its Stable Diffusion 3 pipeline has a comment on the sign).
-In models without two-stream blocks, all layers of one map size are read, and s is the standard deviation of the noise
-divided by the sum of those of noise and signal.
+Intended differences: the released code changes the velocity of the pass from which the gradient is taken; here the
+latent is moved before the pass, by the addend times the step's change of s (a difference of second order in the step).
+For FLUX the released code has the opposite sign, which raises L and is taken for an oversight (its Stable Diffusion 3
+pipeline has a comment on the sign). In models without two-stream blocks, all layers of one map size are read, and s is
+the standard deviation of the noise divided by the sum of the standard deviations of noise and signal.
 """
 
 from __future__ import annotations
@@ -90,14 +90,14 @@ class FOCUS(ReadsOneSize):
         check_guided(self)
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """Two-stream blocks of a model that has them, otherwise the layers that match `layers`, of one map size."""
+        """Layers of one map size that the option `layers` selects; "all" selects two-stream blocks if there are any."""
         chosen = select_layers(layers, self.layers)
         if self.layers == "all":
             chosen = tuple(layer for layer in chosen if layer.kind == "joint") or chosen
         return layers_of_size(chosen, latent, self.size, NATIVE_SIZE, "FOCUS")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Step sizes that decrease with the noise; no update if the prompt names only one entity."""
+        """Step sizes that decrease with the share of noise; no update if the prompt names only one entity."""
         if len(prompt.entities) < 2:
             return []
         shares = [noise_share(ratio) for ratio in noise]
@@ -118,7 +118,7 @@ class FOCUS(ReadsOneSize):
 
 
 def divergence(maps: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of maps raised to the power of 3, from 0 (equal) to 1 (disjoint).
+    """Jensen-Shannon divergence of normalized maps raised to the power of 3, from 0 (equal) to 1 (disjoint).
 
     Parameters
     ----------
@@ -144,6 +144,9 @@ def divergence(maps: Tensor) -> Tensor:
 def noise_share(ratio: float) -> float:
     """Share of noise, given the ratio of noise to signal from `elakit.guidance.engine.noise_levels`.
 
+    A ratio above 999 was computed with a signal of 0.001 instead of a smaller one, so the share is 0.001 times the
+    ratio.
+
     Examples
     --------
     >>> noise_share(1.0), noise_share(1000.0)
@@ -153,9 +156,9 @@ def noise_share(ratio: float) -> float:
 
 
 def control(share: float) -> float:
-    """Factor of the gradient in the term that is added to the velocity, without lambda.
+    """Factor of the gradient, without lambda, in the term that is added to the velocity.
 
-    It is 2 (s + e) / (1 - s + e) s, with s the share of noise and e = 0.001.
+    The factor is 2 s (s + e) / (1 - s + e), with s the share of noise and e = 0.001.
 
     Examples
     --------

@@ -20,7 +20,7 @@ from elakit.models import Adapter, AttentionLayer
 
 
 class Holder:
-    """Edits of attention scores during a run, and the attention of each image in its last pass.
+    """Edits of attention scores during a run, and the attention of each image in the latest denoiser call.
 
     Parameters
     ----------
@@ -70,16 +70,16 @@ class Holder:
 
     @property
     def seen(self) -> bool:
-        """True once a pass has been read."""
+        """True as soon as the attention of one pass has been read."""
         return bool(self._read)
 
     def attention(self, image: int) -> Attention:
-        """Attention of an image in its last conditional pass, after the edit, averaged over heads (one head)."""
+        """Attention of an image in the latest conditional pass, after the edit, averaged over heads (one head)."""
         cross, own = (tuple(self._read[layer][image] for layer in some) for some in (self.layers, self.beside))
         return Attention(cross, own)
 
     def hold(self, held: Sequence[ScoreEdit | None], *, read: bool = True) -> None:
-        """Set the edit of each image from the next pass on, and whether attention is read, which takes time."""
+        """Set the edit of each image from the next pass on, and whether attention is read then, which takes time."""
         self.held = list(held)
         self._reads = read
 
@@ -114,12 +114,12 @@ def restriction(
     ----------
     masks : ndarray, bool, (entity, y, x), or callable
         Regions at any resolution; an entity with an empty mask is not restricted. A callable returns the masks for the
-        (rows, columns) of a layer; with it, scores of an entity with an empty mask are lowered everywhere.
+        (rows, columns) of a layer; an entity whose mask it returns as empty has its scores lowered everywhere.
     tokens : sequence of sequence of int
-        Positions of each entity's words.
+        Token positions of each entity's words.
     strength : float
-        Amount subtracted from the scores of an entity's words outside its mask. At a location that is partly outside,
-        the same share of the amount is subtracted.
+        Amount subtracted from the scores of an entity's words outside its mask. If a location of a layer is only partly
+        outside, the amount is multiplied by the share that is outside.
     regions : ndarray, bool, (entity, y, x), optional
         Regions for the trace; by default the masks if they are an array, else none.
     hidden : sequence of int

@@ -6,21 +6,24 @@ timestep, prepared as in Attend-and-Excite, and R_i the smoothed self-attention 
 
     cross    = max over i of (1 - max_p A_i)
     conflict = mean over pairs i < j of sum_p min(R_i, R_j) / sum_p (R_i + R_j)
-    clean    = attention outside the component around the maximum (`elakit.guidance.preprocess.clean_background`)
+    clean    = attention outside the Otsu component of the maximum (`elakit.guidance.preprocess.clean_background`)
 
 *Search.* The initial noise z0 is replaced by z = z0 exp(v / 2) + m. Adam minimizes cross + clean + conflict (without
 conflict while cross is above 0.5) over m and v, which are 0 at first. The KL divergence of N(m, exp v) from N(0, 1),
-averaged over elements, stays at most 0.001. Noise is accepted once cross < 0.2 and conflict < 0.3. Up to 5 rounds have
-10 passes each. The first round starts from the run's noise, and the others from new noise that is computed from it, so
-that a run depends on its seed alone. If no round is accepted, the start with the best score gets 50 more passes.
+averaged over elements, stays at most 0.001. The search ends as soon as noise is accepted, which means cross < 0.2 and
+conflict < 0.3. There are at most 5 rounds of at most 10 passes each. The first round starts from the run's noise, and
+each other round from new random noise whose seed is derived from the run's noise, so that a run depends on its seed
+alone. If no round is accepted, one more round of at most 50 passes starts from the initial noise whose round ended with
+the best score.
 
 *Guidance.* As in the example of the official code, the latents are then updated along the cross term, with the step
 sizes and guided steps of Attend-and-Excite. Refinement at steps 10 and 20 of 50 follows cross + 0.1 clean +
-0.1 alignment + conflict until cross is at most 0.2 and conflict at most 0.3. ``guided=0`` only searches for the noise.
+0.1 alignment + conflict until cross is at most 0.2 and conflict at most 0.3. Alignment is the distance of the maps from
+their running average (`elakit.guidance.preprocess.RunningMaps`). With ``guided=0`` the method only searches for noise.
 
 The terms and their gradients equal those of the official code (``tests/parity/test_losses.py``; the conflict to a
 relative 5e-7, because the official code adds 1e-6 to its denominator). Intended differences: the limit of the KL
-divergence is kept by scaling m and v down, in the official code by more steps of Adam; refinement stops at the pass
+divergence is kept by scaling m and v down (by more steps of Adam in the official code); refinement stops at the pass
 that meets its goal, where the official code takes one more update.
 """
 
@@ -71,7 +74,8 @@ class InitNO(ReadsOneSize):
     iterations : int
         Largest number of passes per initial noise; 10 in the official code.
     last_iterations : int
-        Largest number of passes from the best initial noise if none was accepted; 50 in the official code.
+        Largest number of passes of the last search, which starts from the best initial noise if no noise was accepted
+        before; 50 in the official code.
     stop_cross : float
         Value of the cross term (1 minus the attention of the least attended entity) below which noise is accepted, and
         at which refinement ends; 0.2 in the official code.
@@ -84,10 +88,11 @@ class InitNO(ReadsOneSize):
         Step size alpha at the first step; 20 in the official code. It decreases toward sqrt(1/2) times this value,
         which it reaches at the last step of the run if all steps are guided.
     guided : float
-        Share of the denoising steps that are guided, from the first; 25 of 50 in the official code. 0 only searches for
-        the noise.
+        Share of the denoising steps that are guided, from the first; 25 of 50 in the official code. With 0, the method
+        only searches for the noise.
     refinements : int
-        Largest number of additional updates after shares 0.2 and 0.4 of the denoising steps; 20 in the official code.
+        Largest number of additional updates at each of two points, after shares 0.2 and 0.4 of the denoising steps; 20
+        at each in the official code.
     layers, size
         Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
@@ -132,19 +137,20 @@ class InitNO(ReadsOneSize):
     def search(
         self, noise: Tensor, attend: Callable[[Tensor], Attention], prompt: Prompt
     ) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Noise that is accepted, or the best noise found if none is.
+        """Find initial noise that is accepted; if there is none, return the noise with which the last search ends.
 
         Parameters
         ----------
         noise : Tensor, (1, c, h, w), or packed as the pipeline has it (FLUX)
             Noise of unit variance.
         attend : callable
-            ``attend(noise)`` returns the differentiable attention at the first timestep.
+            ``attend(noise)`` returns the differentiable attention that this noise gives at the first timestep.
         prompt : Prompt
 
         Returns
         -------
         found : Tensor, of the same shape
+            The noise for the run.
         rows : list of dict
             One dictionary per pass with the keys round, iteration, cross, conflict, clean and kl.
         """
@@ -191,7 +197,7 @@ class InitNO(ReadsOneSize):
         number: int,
         rows: list[dict[str, Any]],
     ) -> tuple[Tensor, float, bool]:
-        """One round: the noise it ends with, the score of its last pass, and whether the noise is accepted."""
+        """Run one round; return its last noise, its last score (lower is better), and whether the noise is accepted."""
         mean, log_variance = (torch.zeros_like(start).requires_grad_(True) for _ in range(2))
         adam = torch.optim.Adam([mean, log_variance], lr=self.learning_rate, eps=_ADAM_EPS)
         score = math.inf
@@ -228,7 +234,7 @@ class _Scores:
     entities: Tensor
 
     def objective(self) -> Tensor:
-        """Objective of the search."""
+        """Objective that the search minimizes; it has no conflict term while `cross` is large."""
         total = self.cross + self.clean
         return total + self.conflict if float(self.cross.detach()) <= _GATE else total
 
@@ -250,5 +256,5 @@ def _scores(attention: Attention, prompt: Prompt) -> _Scores:
 
 
 def _divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL divergence of normal noise from unit noise, averaged over elements."""
+    """KL divergence of N(mean, exp(log_variance)) from N(0, 1), averaged over elements."""
     return (mean.detach() ** 2 + log_variance.detach().expm1() - log_variance.detach()).mean() / 2

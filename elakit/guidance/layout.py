@@ -17,7 +17,7 @@ Layout = Sequence[Region | None] | np.ndarray
 
 
 def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
-    """Check a layout: boxes become tuples of numbers, masks must be boolean arrays.
+    """Check a layout of regions given by hand, and return it with its boxes as tuples of floats.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
     who : str
         Name of the class or function that the layout was passed to, for the message.
     partial : bool
-        Whether None is allowed, for an entity without a region.
+        Whether the layout may have None instead of a region, for an entity that is to be localized.
 
     Returns
     -------
@@ -52,7 +52,7 @@ def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
     )
     if isinstance(layout, np.ndarray) and layout.ndim == 3 and layout.dtype == np.bool_:
         if empty := [i for i, mask in enumerate(layout) if not mask.any()]:
-            raise SettingError(f"{who}: mask {empty[0]} is empty: {how}.")
+            raise SettingError(f"{who}: mask {empty[0]} is empty, with no location set to True: {how}.")
         return layout
     try:
         regions = tuple(None if partial and region is None else _region(region) for region in layout)
@@ -61,7 +61,7 @@ def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
     for i, region in enumerate(regions):
         if isinstance(region, np.ndarray):
             if not region.any():
-                raise SettingError(f"{who}: mask {i} is empty: {how}.")
+                raise SettingError(f"{who}: mask {i} is empty, with no location set to True: {how}.")
         elif region is not None and not (
             len(region) == 4 and 0 <= region[0] < region[2] <= 1 and 0 <= region[1] < region[3] <= 1
         ):
@@ -71,7 +71,7 @@ def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
 
 @dataclass(frozen=True)
 class NeedsLayout:
-    """Base class of methods that need a region for each entity, which does not change during the run.
+    """Base class of methods that need one region per entity, given by the user before a run and not changeable in it.
 
     Parameters
     ----------
@@ -118,13 +118,13 @@ def layout_masks(layout: Layout, size: tuple[int, int], entities: int, *, trunca
     Returns
     -------
     ndarray, bool, (entity, y, x)
-        Locations of each box, and locations that each mask covers by more than half; at least one per region. The mask
-        of an entity whose region is None is empty.
+        Locations of each box, or the locations of which a given mask covers more than half; at least one location per
+        region. The mask of an entity whose region is None is empty.
 
     Raises
     ------
     SettingError
-        The number of regions is not that of the entities.
+        The number of regions differs from the number of entities.
 
     Examples
     --------
@@ -133,7 +133,8 @@ def layout_masks(layout: Layout, size: tuple[int, int], entities: int, *, trunca
     """
     if len(layout) != entities:
         raise SettingError(
-            f"The layout has {len(layout)} regions, but the prompt has {entities} entities. Give one region per entity."
+            f"The layout has {len(layout)} regions, but the prompt has {entities} entities. Give one region per "
+            "entity, in the order of the prompt."
         )
     if isinstance(layout, np.ndarray):
         return downscale(layout, size)

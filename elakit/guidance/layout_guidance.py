@@ -5,11 +5,11 @@ guidance), and its official code (github.com/silent-chen/layout-guidance). For e
 upward block with cross-attention, and each token of an entity with region M:
 
     E = mean over heads, tokens, entities and layers of (1 - sum_p A(p) M(p) / sum_p A(p))^2
-    z' = z - 30 sigma^2 * gradient of E, sigma the ratio of noise to signal
+    z' = z - 30 sigma^2 * gradient of E, with sigma the ratio of noise to signal
 
-in the first 10 of 50 steps, at most 5 times per step. As in the official code, the pass that finds E at or below 0.2 is
-still followed by its update, and no later step is guided. Boxes are truncated to whole locations, also as in the
-official code: the column of a corner x is the integer part of x times the number of columns.
+in the first 10 of 50 steps, at most 5 times per step. As in the official code, the first pass in which E is at or below
+0.2 is still followed by an update, which is the last one of the run. Boxes are truncated to whole locations, also as in
+the official code: the column of a corner x is the integer part of x times the number of columns.
 
 The authors' latents are those of the LMS scheduler, signal plus noise of standard deviation sigma. For latents of unit
 variance, which elakit's engine moves, the equivalent step size is 30 sigma^2 / (1 + sigma^2): 30 at the first step of
@@ -46,7 +46,8 @@ class LayoutGuidance(NeedsLayout, ReadsFirstBlocks):
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
         One region per entity, in the order of the prompt: boxes as fractions of the image, or masks; they may overlap.
     step_size : float
-        Step size divided by sigma^2, with sigma the ratio of noise to signal; 30 in the official code.
+        Step size divided by sigma^2, with sigma the ratio of noise to signal, for latents of the official code's scale
+        (see the module); 30 in the official code.
     guided : float
         Share of the denoising steps that are guided, from the first; 10 of 50 in the official code.
     iterations : int
@@ -89,7 +90,7 @@ class LayoutGuidance(NeedsLayout, ReadsFirstBlocks):
         check_whole(self, "iterations", least=1)
 
     def begin(self, prompt: Prompt, steps: int) -> Progress:
-        """State that stores the step at which the threshold was met, initially none."""
+        """Initial state, in which no step has met the threshold."""
         return Progress()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
@@ -102,7 +103,7 @@ class LayoutGuidance(NeedsLayout, ReadsFirstBlocks):
         return [Update(size, self.iterations - 1, self.until) for size in sizes]
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Progress) -> Loss:
-        """Loss E; its term is "outside", and its regions are on the grid of the largest maps."""
+        """Loss E, also stored as the term "outside"; the regions for the trace have the size of the largest maps."""
         tokens = [token for entity in prompt.entities for token in entity.token_indices]
         owners = [i for i, entity in enumerate(prompt.entities) for _ in entity.token_indices]
         # Every entity has the same weight, however many tokens it has.
@@ -123,12 +124,12 @@ class LayoutGuidance(NeedsLayout, ReadsFirstBlocks):
 
 @dataclass
 class Progress:
-    """Step at which an image's loss met the threshold.
+    """State of layout guidance for one image: the first step at which the loss met the threshold `until`.
 
     Attributes
     ----------
     step : int or None
-        Step, counted from 0; None as long as the threshold has not been met.
+        This step, counted from 0; None as long as the threshold has not been met.
     """
 
     step: int | None = None

@@ -1,4 +1,4 @@
-"""Localization part of ELA: rules for regions in attention maps, and the state of the regions in a run."""
+"""Localization part of ELA: rules that find regions in attention maps, and the state of the regions during a run."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class FromMaps:
     Parameters
     ----------
     differentiation : {"argmax", "subtract-max", "subtract-mean", "none"}
-        Scores of an entity at each location, from its map and those of the others: "argmax" is its map where that is
-        the largest, else 0; "subtract-max" and "subtract-mean" are its map minus the largest or the mean of the others,
-        at least 0; "none" is its map.
+        Rule for the score of an entity at each location: "argmax" gives the entity's map where it is the largest of
+        all entities' maps, else 0; "subtract-max" and "subtract-mean" give its map minus the largest or the mean of the
+        others, at least 0; "none" gives its map.
     binarization : {"background", "otsu", "mean-std", "quantile"}
-        Locations of an entity's region: those whose score exceeds `threshold` times the background's attention
-        ("background"), Otsu's threshold of the scores ("otsu"), their mean plus standard deviation ("mean-std"), or
-        their `quantile` ("quantile").
+        Rule for the value that an entity's score must exceed at the locations of its region: `threshold` times the
+        attention of the background ("background"), Otsu's threshold of the entity's scores ("otsu"), their mean plus
+        their standard deviation ("mean-std"), or their quantile `quantile` ("quantile").
     threshold : float, optional
         Share of the background's attention that an entity's score must exceed; .1125 by default. Only for
         ``binarization="background"``.
@@ -50,14 +50,14 @@ class FromMaps:
         (PixArt, FLUX) have no start-of-text; both values then mean end-of-text and padding. Only for
         ``binarization="background"``.
     subtract_pedestal : bool
-        Whether the smallest value of each entity's map is subtracted first.
+        Whether the smallest value of each entity's map is subtracted before differentiation.
     smooth : float
         Standard deviation, in locations, of a Gaussian filter applied to the maps first; 0 switches it off.
     min_area : int, optional
-        Smallest area of a region, in locations; by default 2% of the map.
+        Smallest area of a region, in locations; by default 2% of the map. A smaller region is enlarged to it.
     lock_from : int, optional
-        Denoising step, counted from 0, from which the regions do not change any more. By default they are localized
-        again at every guided step.
+        Denoising step, counted from 0: the regions localized at the first guided step at or after it are kept until the
+        end of the run. By default regions are localized again at every guided step.
 
     Raises
     ------
@@ -164,7 +164,7 @@ class FromMaps:
 class Anchors:
     """State of the regions of one image during a run.
 
-    A change of the state changes the run from the next guided step on.
+    Changing the state, for example through `steer`, takes effect at the next guided step.
 
     Attributes
     ----------
@@ -173,15 +173,15 @@ class Anchors:
     given : layout or None
         Regions given by hand; None if there are none.
     held : ndarray, bool (entity, y, x), or None
-        Regions to which a method restricted attention in the last pass; None if it did not.
+        Regions to which a method restricted attention in the last pass; None if attention was not restricted.
     began : bool
         Whether an anchoring loss has been computed for the image in this run.
     first : int
-        Step at which anchoring starts, counted from 0; in the steps before, maps are moved apart.
+        Step at which anchoring starts, counted from 0; in the steps before it, the entities' maps are moved apart.
     memory : Memory
-        Maps of the previous step, for the loss that moves maps apart.
+        Maps of the previous step, for the loss that moves the entities' maps apart.
     steered : bool
-        Whether regions were changed during the run; the image is then guided again, even if it needed no more guidance.
+        Whether regions were changed during the run. The image is then guided again, even if its guidance had ended.
     """
 
     masks: np.ndarray | None = None
@@ -193,13 +193,13 @@ class Anchors:
     memory: Memory = field(default_factory=Memory)
 
     def steer(self, given: Layout | None) -> None:
-        """Replace the regions given by hand from the next guided step on, and unlock the localized ones.
+        """Replace the regions given by hand, from the next guided step on, and localize all others again.
 
         Parameters
         ----------
         given : layout or None
-            One region per entity, in which None stands for an entity that is to be localized. None instead of a layout
-            localizes all entities.
+            One region per entity, with None for each entity whose region is to be localized. None in place of the
+            whole layout localizes all entities.
 
         Raises
         ------
@@ -229,19 +229,23 @@ def is_complete(given: Layout | None) -> bool:
 
 
 def complete(given: Layout, entities: Tensor, background: Tensor, rule: FromMaps) -> np.ndarray:
-    """Regions given by hand, and localized regions of the other entities in the remaining locations.
+    """Regions of all entities: those given by hand, and the others localized in the remaining locations.
 
     Parameters
     ----------
     given : layout
         One region per entity; None stands for an entity that is localized.
     entities : Tensor, (entity, y, x)
+        Attention of the entities.
     background : Tensor, (y, x)
+        Attention of the background, from `FromMaps.rest`.
     rule : FromMaps
+        Rules by which the other regions are localized.
 
     Returns
     -------
     ndarray, bool, (entity, y, x)
+        Disjoint regions.
     """
     masks = apart(layout_masks(given, (entities.shape[1], entities.shape[2]), len(entities)))
     others = [i for i, region in enumerate(given) if region is None]

@@ -26,7 +26,9 @@ class Memory:
     before: Tensor | None = None
 
     def recall(self, step: int, maps: Tensor) -> Tensor | None:
-        """Return the maps of the previous step (None at the first), and keep the given ones for the next step.
+        """Return the maps of the previous step (None at the first), and keep `maps` for the next step.
+
+        If a step has several passes, the maps of its last pass are kept.
 
         Examples
         --------

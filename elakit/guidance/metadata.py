@@ -1,4 +1,4 @@
-"""Options of guidance methods: their names and values, and methods and code created from values.
+"""Options of guidance methods: their names and values, and the creation of methods, or of code, from values.
 
 A method's options are the fields of its dataclass. If a field is a dataclass itself (a *part*, such as `LatentStep`),
 the part's fields are listed instead, with dotted names: "anchor.step_size".
@@ -23,7 +23,8 @@ class Option:
     Attributes
     ----------
     name : str
-        Dotted name: the part that the option belongs to, if any, and the keyword argument, as in "anchor.step_size".
+        Dotted name: the part that the option belongs to (if any), a dot and the keyword argument, as in
+        "anchor.step_size"; without a part, the keyword argument alone.
     owner : type
         Class that the option is a field of; its docstring describes the option.
     hint : object
@@ -150,7 +151,7 @@ def build(method: type[Any], values: Mapping[str, Any]) -> Any:
     Raises
     ------
     SettingError
-        There is no such option, a required one is missing, or a value is refused.
+        `values` names an option that the method does not have, lacks a required one, or has a value that is refused.
 
     Examples
     --------
@@ -170,7 +171,7 @@ def build(method: type[Any], values: Mapping[str, Any]) -> Any:
             meant = f" Did you mean {near[0]!r}?" if near else ""
             raise SettingError(f"{method.__name__} has no option {name!r}.{meant} Choose from {', '.join(names)}.")
     if missing := [option.name for option in known if option.default is REQUIRED and option.name not in values]:
-        raise SettingError(f"{method.__name__} needs a value for {', '.join(missing)}.")
+        raise SettingError(f"{method.__name__} needs a value for {', '.join(missing)}: add it to the options.")
     own: dict[str, Any] = {}
     parts: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
@@ -193,7 +194,7 @@ def as_code(method: type[Any], values: Mapping[str, Any], module: str = "elakit.
     values : mapping of str to object
         Values by dotted name.
     module : str
-        Module whose classes the code names.
+        Module through which the code refers to the classes.
 
     Returns
     -------

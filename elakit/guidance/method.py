@@ -1,4 +1,4 @@
-"""Interface of guidance methods: a method reads attention, computes a loss, and plans the steps of the latent."""
+"""Interface of guidance methods: a method reads attention, computes a loss, and plans the latent steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from elakit.prompt import Prompt
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention of one image in one denoiser call, differentiable.
+    """Attention maps of one image in one denoiser call, as differentiable tensors.
 
     Attributes
     ----------
@@ -60,7 +60,10 @@ class Attention:
 def _mean(layers: Sequence[Tensor], spatial: int) -> Tensor:
     sizes = {tuple(layer.shape[-spatial:]) for layer in layers}
     if len(sizes) != 1:
-        raise SettingError(f"The layers read by guidance have maps of different sizes: {sorted(sizes)}. Set `size`.")
+        raise SettingError(
+            f"The layers read by guidance have maps of different sizes: {sorted(sizes)}. Set the method's option "
+            "`size`."
+        )
     return torch.stack([layer.mean(0) for layer in layers]).mean(0)
 
 
@@ -77,11 +80,13 @@ class Loss:
     regions : ndarray, bool, (entity, y, x), optional
         Regions of the entities, for the trace; None if the method has none.
     goal : float, optional
-        Value that ends a refinement once it is at most `Update.until`; by default the total.
+        Value that is compared with `Update.until` to end a refinement, which it does if it is at most that; by default
+        the total.
     refinement : Tensor, scalar, optional
-        Loss whose gradient the steps of a refinement follow; by default the total.
+        Loss whose gradient the latent steps of a refinement follow; by default the total.
     enough : bool
-        Whether the image needs no more guidance. It is then not guided from this step on, and costs no gradient passes.
+        Whether the image needs no more guidance. If True, it is not guided from this step on, and needs no further
+        gradient passes.
     """
 
     total: Tensor
@@ -99,17 +104,18 @@ class Update:
     Attributes
     ----------
     size : float
-        Size of each latent step along the method's direction; 0 if the latent does not move.
+        Step size: each latent step subtracts `size` times `Method.direction` from the latent; 0 if it does not move.
     repeats : int
-        Maximum number of latent steps of the refinement, each with a new gradient; 0 for no refinement.
+        Largest number of latent steps of the refinement, each with a new gradient; 0 for no refinement.
     until : float, optional
-        Value of the loss (its `goal`, if it has one) at which refinement ends; by default after `repeats` steps.
+        Value of the loss (of `Loss.goal`, if there is one) at or below which refinement ends. By default it ends after
+        `repeats` latent steps.
     final : bool
-        Whether one latent step follows the refinement, whatever the loss is.
+        Whether one more latent step follows the refinement, whatever the loss is; without refinement, the only one.
     hold : bool
         Whether attention scores are edited in the denoising step (see `EditsScores`).
     raw : bool
-        Whether latent steps follow the raw gradient, whatever the method's `direction` is.
+        Whether latent steps follow the raw gradient instead of the method's `direction`.
     """
 
     size: float
@@ -127,8 +133,8 @@ class ScoreEdit:
     Attributes
     ----------
     change : callable
-        ``change(site, scores)`` returns the change of one layer's scores, or None for no change. It is called as each
-        layer runs, see `elakit.attention.rescoring.rescored`.
+        ``change(site, scores)`` returns the change of one layer's scores, or None for no change. It is called each time
+        a layer runs; see `elakit.attention.rescoring.rescored`.
     regions : ndarray, bool, (entity, y, x), optional
         Regions for the trace; by default those of the loss.
     """
@@ -163,22 +169,23 @@ class Method(Protocol):
     reads_self: ClassVar[bool]
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """Layers that the loss reads, in forward order; `latent` is (height, width) of the latent."""
+        """Layers that the loss reads, of all `layers` and in their order; `latent` is (height, width) of the latent."""
 
     def begin(self, prompt: Prompt, steps: int) -> Any:
-        """State of one image in a run of `steps` steps, such as locked regions; every call of `loss` receives it."""
+        """Initial state of one image in a run of `steps` steps, such as locked regions; each call of `loss` gets it."""
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> Sequence[Update]:
-        """One update per step from the first on; later steps are not guided.
+        """One update per denoising step, from the first on; steps after the last update are not guided.
 
-        `noise` has the ratio of the standard deviations of noise and signal before each step of the run.
+        `noise` has one item per step of the run: the ratio of the standard deviations of noise and signal before that
+        step.
         """
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Any) -> Loss:
         """Loss on the attention of one image at a step, counted from 0; `state` is from `begin`."""
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """Direction of the latent step of one image, such as its raw or normalized gradient."""
+        """Vector of which a multiple is subtracted from one image's latent: its gradient, raw or normalized."""
 
 
 @runtime_checkable
@@ -191,9 +198,9 @@ class EditsScores(Protocol):
         """Edit of one image's scores in one step; None for no edit.
 
         The edit acts in the pipeline's denoiser call and in the passes from which the step's gradient is computed, if
-        there are any (`Site.gradient`). `attention` is that of the previous denoiser call, None before the first one;
-        `size` is (rows, columns) of the maps that are read. `Method.loss` is called afterwards, with the attention of
-        the edited call.
+        there are any (`Site.gradient` is True in these). `attention` is that of the previous denoiser call, None before
+        the first one; `size` is (rows, columns) of the maps that are read. If the step does not move the latent,
+        `Method.loss` is called after the denoiser call, with the attention of the edited call.
         """
 
 
@@ -207,7 +214,7 @@ class Encodes(Protocol):
 
 @runtime_checkable
 class Rehearses(Protocol):
-    """Method that first observes some steps of a plain run; the run then starts again from the same noise.
+    """Method that first observes some steps of a plain run, before the guided run starts from the same noise.
 
     Attributes
     ----------
@@ -220,7 +227,7 @@ class Rehearses(Protocol):
         """Number of plain steps."""
 
     def rehearse(self, passes: Sequence[Attention], prompt: Prompt, state: Any) -> None:
-        """Update the state of one image from the attention of its plain steps.
+        """Change `state`, that of one image, according to the attention of its plain steps.
 
         Each item of `passes` is the attention of one step, averaged over heads, with self-attention if `reads_self`.
         """
@@ -233,10 +240,10 @@ class NoiseSearch(Protocol):
     def search(
         self, noise: Tensor, attend: Callable[[Tensor], Attention], prompt: Prompt
     ) -> tuple[Tensor, Iterable[dict[str, Any]]]:
-        """Initial noise for one image, and one dictionary per trial for the trace.
+        """Find the initial noise for one image; return it, and one dictionary per trial for the trace.
 
-        `noise` is a batch of one, of unit variance, and so is the result. ``attend(noise)`` returns the differentiable
-        attention at the first timestep.
+        `noise` is a batch of one image, of unit variance, and so is the result. ``attend(noise)`` returns the
+        differentiable attention that this noise gives at the first timestep.
         """
 
 
@@ -268,7 +275,7 @@ def editor_of(method: Method, updates: Sequence[Update]) -> EditsScores | None:
 def layers_of_size(
     layers: Sequence[AttentionLayer], latent: tuple[int, int], size: int | None, native: int, who: str
 ) -> tuple[AttentionLayer, ...]:
-    """Layers that a method reads: those whose maps have a given size, or the size nearest to that of the paper.
+    """Layers that a method reads: those with maps of a given size, by default the size nearest to the paper's.
 
     The size of a map is the number of locations along its longer side. It depends on the image: a layer with factor 2
     has maps of 32 x 48 locations for a latent of 64 x 96, so their size is 48. Layers with the same factor have maps of

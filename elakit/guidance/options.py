@@ -17,7 +17,7 @@ def refuse(method: Any, option: str, rule: str) -> NoReturn:
 
 
 def check_acts(method: Any, cause: str, *options: str) -> None:
-    """Refuse options that differ from their defaults although another option gives them no effect.
+    """Refuse options that differ from their defaults although another option makes them ineffective.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ def check_refine(method: Any, goal: str) -> None:
 
 
 def number(method: Any, option: str) -> Any:
-    """Return the value of an option, after a NumPy scalar was converted to a Python number."""
+    """Return the value of an option; if it is a NumPy scalar, first replace it by a Python number in the method."""
     object.__setattr__(method, option, _plain(getattr(method, option)))
     return getattr(method, option)
 

@@ -24,7 +24,7 @@ class Phrase:
     Attributes
     ----------
     positions : tuple of int
-        Positions of the words' tokens in the prompt.
+        Positions of the words' tokens in the prompt's text.
     own : tuple of int
         Positions of the same tokens in the separate text.
     states : Tensor, (1, position, channel)
@@ -43,7 +43,7 @@ class Phrase:
 
 
 def check_text(adapter: Adapter, conditioning: Conditioning, who: str) -> None:
-    """Raise an error unless every layer that reads the text is a plain cross-attention layer.
+    """Refuse models in which text is not read by plain cross-attention layers from one sequence of text states.
 
     Raises
     ------
@@ -106,7 +106,7 @@ def phrase_positions(prompt: Prompt, entity: Entity) -> tuple[int, ...]:
 
 
 def end_of_text(prompt: Prompt) -> int | None:
-    """Position of end-of-text; None if the text ends with its words, because padding precedes them.
+    """Position of end-of-text; None if padding precedes the words, so that the text ends with its last word.
 
     Examples
     --------
@@ -126,25 +126,25 @@ def _phrase(adapter: Adapter, prompt: Prompt, entity: Entity) -> Phrase:
     own = tuple(token.index for token in alone.tokens)
     if len(own) != len(positions):
         raise PromptError(
-            f"The number of tokens of {text!r} must be the same alone as in the prompt, but it is {len(own)} alone and "
-            f"{len(positions)} in {prompt.text!r}. Put spaces around the words of this entity."
+            f"{text!r} has {len(own)} tokens when it is encoded alone, but {len(positions)} in the prompt "
+            f"{prompt.text!r}; the numbers must be equal. Put spaces around the words of this entity."
         )
     inputs = adapter.encode(alone.text, guided=False).inputs
     return Phrase(positions=positions, own=own, states=inputs[STATES], mask=inputs.get(MASKS), start=alone.start_index)
 
 
 def with_text(conditioning: Conditioning, states: Tensor, mask: Tensor | None = None, times: int = 1) -> Conditioning:
-    """Conditioning with other text states.
+    """Conditioning whose text states are replaced by other ones.
 
     Parameters
     ----------
     conditioning : Conditioning
     states : Tensor, (1, position, channel)
     mask : Tensor, (1, position), optional
-        By default the mask that the conditioning has.
+        Attention mask of `states`; by default the conditioning's own.
     times : int
-        Number of times that the negative prompt's text states are repeated, so that they have as many positions as
-        `states`. Equal keys share the attention, so the result of attention is the same.
+        Number of times that the negative prompt's text states occur one after the other, so that they have as many
+        positions as `states`. Equal keys share their attention, so this does not change the result.
 
     Returns
     -------

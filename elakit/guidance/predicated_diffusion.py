@@ -11,8 +11,8 @@ Models", CVPR 2024 (arXiv:2311.16117), and its released code (pipeline_predicate
 A' is the softmax over tokens of 100 times the probabilities, without start-of-text; N and M are the raw maps of noun
 and attribute, each scaled to 0..1. The loss is 0.1 times the mean existence term over nouns, plus the mean
 correspondence term over pairs of noun and attribute, plus 0.3 times the mean separation term over pairs of an attribute
-and another noun. Step sizes are 20 sqrt(1 - i / (2 (N - 1))) over the first 25 of 50 steps, with 5 additional updates
-at the first step.
+and another noun. The step size at step i of n is 20 sqrt(1 - i / (2 (n - 1))) over the first 25 of 50 steps, with 5
+additional updates at the first step.
 
 Intended differences: words of several tokens have the mean of their maps; 1 - N (1 - M) and its like are kept at 1e-6
 or above, so that the loss stays finite in half precision (the released code adds 1e-20); the possession term ("a frog
@@ -56,11 +56,11 @@ class PredicatedDiffusion(ReadsOneSize):
     refinements : int
         Number of additional updates at the first step; 5 in the released code.
     existence : float
-        Weight of the existence term (some location shows the noun), relative to the correspondence of attributes and
-        nouns; 0.1 in the released code.
+        Weight of the existence term (some location shows the noun), relative to the correspondence term, whose weight
+        is 1; 0.1 in the released code.
     separation : float
         Weight of the separation term (no location shows a noun and another noun's attribute), relative to the
-        correspondence of attributes and nouns; 0.3 in the released code.
+        correspondence term, whose weight is 1; 0.3 in the released code.
     layers, size
         Layers and map size that are read; see `elakit.guidance.reading.ReadsOneSize`.
 
@@ -101,7 +101,7 @@ class PredicatedDiffusion(ReadsOneSize):
         return schedule(len(noise), self.step_size, guided=self.guided, refine=[(0.0, None, self.refinements)])
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Weighted sum of "existence", "correspondence" and "separation", which the trace stores without weights."""
+        """Weighted sum of "existence", "correspondence" and "separation"; the trace stores them without weights."""
         maps = attention.mean
         sharp = word_softmax(maps, prompt.start_index)
         nouns = [scaled(maps[list(entity.token_indices)].mean(0)) for entity in prompt.entities]
@@ -173,7 +173,7 @@ def implied(one: Tensor, other: Tensor) -> Tensor:
 
 
 def scaled(attention: Tensor) -> Tensor:
-    """Scale a map to 0..1; a constant map becomes 0.
+    """Scale a map to the range from 0 to 1; a constant map becomes 0 everywhere.
 
     Examples
     --------

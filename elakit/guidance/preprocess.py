@@ -112,7 +112,7 @@ def smooth(maps: Tensor, sigma: float = 0.5) -> Tensor:
 
 
 def quantized_otsu(maps: Tensor) -> np.ndarray:
-    """Otsu masks as in the official code of InitNO and Self-Cross, with the threshold of the map quantized to 8 bits.
+    """Otsu masks as in the official code of InitNO and Self-Cross, with thresholds of maps quantized to 8 bits.
 
     Parameters
     ----------
@@ -122,8 +122,8 @@ def quantized_otsu(maps: Tensor) -> np.ndarray:
     Returns
     -------
     ndarray, bool, (n, y, x)
-        Locations at or above the threshold. As in the official code, the threshold is the highest level of the lower
-        class, so that locations at this level belong to the mask.
+        Locations at or above the threshold. As in the official code, the threshold is the highest gray level of Otsu's
+        lower class, so that locations at this level belong to the mask.
 
     Examples
     --------
@@ -139,8 +139,9 @@ def quantized_otsu(maps: Tensor) -> np.ndarray:
 def clean_background(maps: Tensor) -> Tensor:
     """Clean-background term of InitNO and Self-Cross: attention outside the component that contains the maximum.
 
-    For each map, the component of its Otsu mask (`quantized_otsu`, 4-connected) around the largest value is the
-    foreground. The map contributes its largest background value if that exceeds the smallest foreground value.
+    The foreground of a map is the 4-connected component of its Otsu mask (`quantized_otsu`) that contains the map's
+    largest value; all other locations are background. A map contributes its largest background value if that exceeds
+    its smallest foreground value, else 0. The term is the sum over maps.
 
     Parameters
     ----------
@@ -173,14 +174,14 @@ class RunningMaps:
     Attributes
     ----------
     average : Tensor, (n, y, x), or None
-        0.9 times the previous average plus 0.1 times the latest maps. The average after the first pass is its maps;
-        before it, there is none.
+        0.9 times the previous average plus 0.1 times the latest maps. After the first pass the average equals the maps
+        of that pass; before it, the average is None.
     """
 
     average: Tensor | None = None
 
     def distance(self, maps: Tensor) -> Tensor:
-        """Add maps to the average; return their mean absolute difference from the new average, summed over maps.
+        """Add maps to the average; return the mean absolute difference of each from its new average, summed over maps.
 
         Examples
         --------
@@ -215,8 +216,8 @@ def schedule(
         Squared ratio of the step size at the last step of the run to that at the first; 1 keeps the step size constant.
     refine : sequence of (float, float or None, int)
         Refinements, each with three values: the step at which it takes place, as a share of all steps; the loss at
-        which it ends, or None for no such loss; and its largest number of latent steps. If several refinements fall on
-        one step of a short run, the last one counts.
+        or below which it ends, or None to make all its latent steps; and its largest number of latent steps. If several
+        refinements fall on the same step of a short run, only the last of them takes place.
 
     Returns
     -------

@@ -24,7 +24,8 @@ class ReadsOneSize:
     layers : str
         Layers read: "all", "up" (decoder), "down", "mid" or a name pattern.
     size : int, optional
-        Number of locations along the longer side of the maps read; by default 16, or the nearest that the model has.
+        Number of locations along the longer side of the maps that are read; by default 16, or the nearest that the
+        model has.
     """
 
     layers: str = "all"
@@ -36,7 +37,7 @@ class ReadsOneSize:
     steerable: ClassVar[bool] = False
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """Layers that match `layers` and whose maps have `size`; `latent` is the (height, width) of the latent."""
+        """Layers that the options `layers` and `size` select; `latent` is the (height, width) of the latent."""
         return layers_of_size(select_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, type(self).__name__)
 
     def begin(self, prompt: Prompt, steps: int) -> Any:
@@ -63,7 +64,7 @@ class ReadsFirstBlocks:
     layers: str | None = None
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """The middle and first upward block of a U-Net, all layers of another network, or those that match `layers`."""
+        """Layers that the option `layers` selects; by default those of `first_blocks`."""
         return first_blocks(layers) if self.layers is None else select_layers(layers, self.layers)
 
     def direction(self, gradient: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ class EditsFirstSteps:
     Attributes
     ----------
     guided : float
-        Share of the denoising steps in which scores are edited.
+        Share of the denoising steps in which scores are edited, from the first.
     """
 
     guided: float = 1.0

@@ -4,13 +4,13 @@ This is not ELA: no loss is computed and no latent is moved. In the denoiser's o
 entity's words (noun and attributes) are lowered by `strength` outside its region, in every cross-attention layer.
 
 Both this method and `RegionalPrompter` restrict words to parts of the image in every pass, and by default these parts
-are of equal width. They are different methods:
+are of equal width. The two methods differ in the following:
 
 - Text: in regional attention the image attends to the states of the whole prompt, and words of no entity, start-of-text
   and end-of-text are not restricted. In Regional Prompter each column attends to its entity's words, which are encoded
   without the rest of the prompt, with end-of-text and padding of their own; words of no entity are not read.
-- Strength: regional attention lowers scores by a number (5 by default), which leaves a word exp(-5), or .7%, of its
-  odds outside its region. Regional Prompter hides words.
+- Strength: regional attention lowers scores by a number (5 by default), so that the odds of attention to a word outside
+  its region are multiplied by exp(-5), or .7%. Regional Prompter hides words completely.
 - Regions: regional attention orders the parts as an early step shows the entities, divides a tall image into rows, and
   can take regions from maps or from the user. Regional Prompter has columns in the order of the prompt.
 - Steps: regional attention starts at 8% of the run by default, and restricts the first step only if all regions are
@@ -21,7 +21,7 @@ are of equal width. They are different methods:
 Other related methods. Attention Couple (an extension of a Stable Diffusion web UI) gives regions prompts of their own,
 as Regional Prompter does. SPDiffusion (arXiv:2409.01327) finds a region per entity in the attention maps of two plain
 steps, then runs again with the scores of the other entities' words at minus infinity in each region. DenseDiffusion
-(Kim et al., ICCV 2023) raises scores inside and lowers them outside user masks, in self-attention, too. Regional
+(Kim et al., ICCV 2023) raises scores inside and lowers them outside given masks, in self-attention, too. Regional
 attention keeps the whole prompt and needs one run. It assigns strips to the entities in the order in which an early
 step's maps show them (layout "strips"), localizes regions in the maps (layout "maps"), or takes regions given by hand.
 """
@@ -59,20 +59,21 @@ class RegionalAttention:
     Parameters
     ----------
     layout : {"strips", "maps"}, optional
-        Source of the regions. "strips" (default): strips of equal width in the order in which the maps of an early step
-        show the entities, for the whole run (`elakit.regions.divide`); they suit entities that stand side by side, not
-        one that wears, holds or is inside another. "maps": regions localized in the maps of the previous step
+        Source of the regions. "strips" (default): strips of equal width (`elakit.regions.divide`) in the order in which
+        the maps of an early step show the entities, for the whole run; strips suit entities that stand side by side,
+        not one that wears, holds or is inside another. "maps": regions localized in the maps of the previous step
         (`FromMaps` with its defaults), again at every step. Must be None if regions are given for all entities.
     strength : float
-        Amount subtracted from the scores of an entity's words outside its region; 5 multiplies their odds by .007.
+        Amount subtracted from the scores of an entity's words outside its region; 5 multiplies the odds of attention to
+        these words by .007.
     start : float, optional
         Share of the denoising steps before attention is restricted. By default .08 for "strips", .2 for "maps", and 0
-        if all regions are given by hand. Regions that are not given by hand come from the maps of an earlier step, so
-        with them the first step is never restricted.
+        if all regions are given by hand. Regions that are not given by hand come from the maps of an earlier step;
+        attention is then never restricted in the first step.
     guided : float
-        Share of the denoising steps that are restricted, from `start` on.
+        Share of the denoising steps in which attention is restricted, from `start` on.
     every : int
-        Interval of the restricted steps: 1 restricts each step, n every n-th step.
+        Interval of the steps in which attention is restricted: 1 for each step, n for every n-th step.
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x), optional
         Regions given by hand, in the order of the prompt: boxes as fractions of the image, or masks. A location in two
         regions is assigned to the smaller one. In a sequence, None stands for an entity whose region comes from
@@ -91,7 +92,7 @@ class RegionalAttention:
     Warns
     -----
     UserWarning
-        The image is divided into strips for more than three entities (when a run starts).
+        At the start of a run, if the image is divided into strips for more than three entities.
 
     Examples
     --------
@@ -136,11 +137,11 @@ class RegionalAttention:
             if is_complete(self.regions):
                 refuse(
                     self.layout, "layout", "None if all regions are given by hand", **own,
-                    hint="Use None for entities whose regions come from the layout.",
+                    hint="Leave it out, or give None in `regions` for entities whose regions come from the layout.",
                 )  # fmt: skip
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """Layers that match `layers` and whose maps have `size`; `latent` is the (height, width) of the latent."""
+        """Layers that the options `layers` and `size` select; `latent` is the (height, width) of the latent."""
         return layers_of_size(
             decoder_side_layers(layers, self.layers), latent, self.size, NATIVE_SIZE, "RegionalAttention"
         )
@@ -151,13 +152,13 @@ class RegionalAttention:
             count = len(prompt.entities)
             warnings.warn(
                 f"RegionalAttention: {count} entities get strips of 1/{count} of the image, which may be too narrow "
-                "for them. Use layout='maps', or give regions by hand.",
+                "for them. Use layout='maps', or give regions by hand with regions=[...].",
                 stacklevel=2,
             )
         return Anchors(given=self.regions)
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Steps with restricted attention; none for a prompt with one entity and no region given by hand."""
+        """Edits of scores in the restricted steps; none for a prompt of one entity without regions given by hand."""
         if len(prompt.entities) < 2 and self.regions is None:
             return []
         given = is_complete(self.regions)
@@ -174,7 +175,7 @@ class RegionalAttention:
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Anchors
     ) -> ScoreEdit | None:
-        """Restriction of attention in one step; None if the regions are not known yet."""
+        """Edit that restricts attention in one step; None if the regions are not known yet."""
         if attention is not None:
             masks = self._masks(attention.mean, prompt, state)
         elif state.given is not None and is_complete(state.given):
@@ -192,7 +193,7 @@ class RegionalAttention:
         return confinement(maps, masks, prompt)
 
     def _masks(self, maps: Tensor, prompt: Prompt, state: Anchors) -> np.ndarray:
-        """Regions of the next pass; maps (token, y, x) -> bool (entity, y, x)."""
+        """Regions for the next pass, from the maps of the latest one; (token, y, x) -> bool (entity, y, x)."""
         if state.masks is not None:
             return state.masks
         strips, rule = self.layout != "maps", FromMaps()

@@ -3,14 +3,14 @@
 hako-mikan, sd-webui-regional-prompter (github.com/hako-mikan/sd-webui-regional-prompter, scripts/attention.py), in its
 mode "Attention" with divide mode "Columns", ratios 1,1,..., and neither a base nor a common prompt. Each entity's
 words, "a red car", are encoded on their own. In every cross-attention layer and every step, the locations of column i
-attend to text i, from the left in the order of the prompt. It is the baseline for `RegionalAttention`.
+attend to text i; columns are counted from the left, and texts in the order of the prompt. This method is the baseline
+for `RegionalAttention`; the module `elakit.guidance.regional_attention` lists the differences between the two.
 
-`elakit.guidance.regional_attention` lists the differences from `RegionalAttention`.
-
-In this implementation the prompt's text states are followed by those of each text. Column i sees the words of entity i
-at their positions in the prompt, with the states of text i, and the rest of text i (end-of-text and padding) after the
-prompt. All other positions are hidden, except start-of-text, whose state is the same in all texts. The weights are
-those of an attention to text i alone, and recordings show each word at its position in the prompt.
+In this implementation the text states of the prompt are followed by those of all separate texts. Column i sees the
+words of entity i at their positions in the prompt, with the states of text i, and the rest of text i (end-of-text and
+padding) after the prompt. All other positions are hidden, except start-of-text, whose state is the same in all texts.
+The attention weights are therefore the same as in an attention to text i alone, and recordings show each word at its
+position in the prompt.
 
 Differences from the extension: words of the prompt that belong to no entity are not read, because the prompt is
 not divided by hand; Stable Diffusion XL's pooled text state is that of the whole prompt.
@@ -44,7 +44,7 @@ class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
     Parameters
     ----------
     layers, size
-        Layers and map size of the trace; see `elakit.guidance.reading.ReadsOneSize`. All layers are divided.
+        Layers and map size of the trace; see `elakit.guidance.reading.ReadsOneSize`. The columns act in all layers.
 
     Examples
     --------
@@ -58,21 +58,21 @@ class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
     def encode(self, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
         """Text states of the prompt, followed by those of one separate text per entity.
 
-        In the prompt's part, the words of each entity have the states from the entity's separate text, too.
+        The states of each entity's words in the prompt are replaced by those from the entity's separate text.
         """
         check_text(adapter, conditioning, "RegionalPrompter")
         if len(conditioning.inputs[STATES][0]) != prompt.length:
             raise SettingError(
                 f"RegionalPrompter: the model was given {len(conditioning.inputs[STATES][0])} text positions, and the "
-                f"prompt has {prompt.length}. Parse it again for this pipeline: elakit.parse(prompt, pipe)."
+                f"prompt has {prompt.length}. Parse the prompt again for this pipeline: elakit.parse(text, pipe)."
             )
         states, mask = conditioning.inputs[STATES].clone(), conditioning.inputs.get(MASKS)
         texts = phrases(adapter, prompt)
         first = 0 if prompt.start_index is None else prompt.start_index + 1
         if any(phrase.own != tuple(range(first, first + len(phrase.own))) for phrase in texts):
             raise SettingError(
-                f"RegionalPrompter needs texts that are padded after their words; {adapter.family} pads elsewhere. "
-                "Use another model, or elakit.guidance.RegionalAttention()."
+                f"RegionalPrompter needs a model whose texts are padded after their words; {adapter.family} pads "
+                "elsewhere. Use another model, or elakit.guidance.RegionalAttention()."
             )
         for phrase in texts:
             states[:, list(phrase.positions)] = phrase.states[:, list(phrase.own)].to(states)
@@ -84,7 +84,7 @@ class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: None
     ) -> ScoreEdit:
-        """Edit that lets each column attend to its entity's own text only."""
+        """Edit that restricts each column to the text of its entity."""
         start = prompt.start_index
         first = 0 if start is None else start + 1  # position of a text's first word
         seen: list[tuple[int, ...]] = []
@@ -108,7 +108,7 @@ class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
 
 
 def in_order(prompt: Prompt) -> list[int]:
-    """Index of each entity's column; the columns are in the order of the prompt."""
+    """Index of each entity's column, counted from the left; nouns have columns in their order in the prompt."""
     firsts = [min(entity.token_indices) for entity in prompt.entities]
     return [sorted(firsts).index(first) for first in firsts]
 

@@ -13,8 +13,8 @@ from elakit.errors import SettingError
 class Methods(MutableMapping[str, type[Any]]):
     """Method classes by name, imported at their first use.
 
-    Names can be listed without importing torch. ``METHODS["my-method"] = MyMethod`` makes a method of your own known to
-    sweeps, diagnosis and the live panel.
+    Names can be listed without importing torch. ``METHODS["my-method"] = MyMethod`` registers a method of your own, so
+    that sweeps, diagnosis and the live panel can use it by its name.
     """
 
     def __init__(self, places: dict[str, str]) -> None:
@@ -80,8 +80,8 @@ def method_title(name: str) -> str:
     Parameters
     ----------
     name : str
-        Name in `METHODS`, or any other name. Options or settings may follow it, as in the labels of
-        `elakit.sweep.summary`: "ela(anchor.step_size=0.2)", "ela, steps 20".
+        Name in `METHODS`, or any other name. Options or settings may follow the name, as in the labels
+        "ela(anchor.step_size=0.2)" and "ela, steps 20" of `elakit.sweep.summary`; they are not changed.
 
     Returns
     -------

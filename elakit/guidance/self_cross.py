@@ -65,7 +65,8 @@ class SelfCross(ReadsOneSize):
         Share of the denoising steps that are guided, from the first; 25 of 50 in the official code, 40 for Stable
         Diffusion 2.1.
     refinements : int
-        Largest number of additional updates after shares 0.2 and 0.4 of the denoising steps; 20 in the official code.
+        Largest number of additional updates at each of two points, after shares 0.2 and 0.4 of the denoising steps; 20
+        at each in the official code.
     until : float
         Value of the whole loss at or below which refinement ends; 0.2 in the official code.
     top : int
@@ -131,7 +132,7 @@ class SelfCross(ReadsOneSize):
         return schedule(len(noise), self.step_size, guided=self.guided, refine=refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: RunningMaps) -> Loss:
-        """Whole loss; its terms are "excite" (the cross term), "self_cross" (also while it is gated) and "clean"."""
+        """Whole loss; its terms are "excite" (cross), "self_cross" (overlap, also while left out) and "clean"."""
         entities = entity_maps(attention.mean, prompt)
         cross = (1 - entities.flatten(1).topk(min(self.top, entities[0].numel()), 1).values.mean(1)).amax()
         overlap, clean = _overlap(entities, attention.own_mean), clean_background(entities)
@@ -144,7 +145,7 @@ class SelfCross(ReadsOneSize):
 
 
 def _overlap(entities: Tensor, own: Tensor) -> Tensor:
-    """Mean over i != j of the sum of min(S_j, A_i)."""
+    """Overlap term of the loss: the mean over i != j of the sum over locations of min(S_j, A_i)."""
     masks = torch.from_numpy(quantized_otsu(entities)).to(entities)
     reach = smooth(torch.einsum("nyx,yxuv->nuv", entities * masks, own))
     reach = reach / (reach.sum((1, 2), keepdim=True) + _SMALL)

@@ -21,14 +21,16 @@ class Separation:
     """Separation of ELA: a contrastive loss on the maps, and latent steps in all steps before anchoring.
 
     In the first steps, the attention maps are nearly noise, so that regions localized in them mean little. But what
-    these steps decide cannot be changed later: an entity whose map is a copy of another one's map is often missing in
-    the image. The loss, which is that of CONFORM, needs no regions. This part is ours; the paper does not mention it.
+    these steps decide cannot be changed later: an entity whose map then resembles that of another entity is often
+    missing from the image. The loss is that of CONFORM, which needs no regions. The paper on ELA does not mention
+    separation; it is our addition.
 
     Parameters
     ----------
     step_size : float
-        Size of each latent step along the raw gradient, which is small where the maps of different entities are apart
-        and those of one entity are alike; 20 in CONFORM's official code. 0 switches separation off.
+        Factor of the raw gradient in each latent step; 20 in CONFORM's official code. The gradient, and with it the
+        step, is small if the maps of different entities already differ and those of one entity are alike. 0 switches
+        separation off.
     temperature : float
         Temperature tau of the loss, greater than 0; 0.5 in CONFORM's official code.
 
@@ -78,7 +80,7 @@ class Separation:
         step : int
             Denoising step, counted from 0.
         memory : Memory
-            Maps of the previous step; those of this step are added.
+            Memory with the maps of the previous step, in which the call stores those of this step.
 
         Returns
         -------

@@ -15,10 +15,10 @@ attend to the nouns and attributes of the other entities.
 Regions on given tensors equal those of the released code
 (``tests/parity/test_scores.py``).
 
-Intended differences: all entities are protected, in the released code only those with an attribute; only the
-conditional pass is changed, in the released code also the same positions of the unconditional pass (which are padding
-there); in layers coarser than the maps, which Stable Diffusion XL does not have, a location belongs to a region if most
-of it does; an entity whose map is constant gets no region (the released code divides by zero).
+Intended differences: all entities are protected (in the released code only those with an attribute); only the
+conditional pass is changed (in the released code also the same positions of the unconditional pass, which are padding
+there); in layers coarser than the maps, which Stable Diffusion XL does not have, a location belongs to a region if the
+region covers more than half of it; an entity whose map is constant gets no region (the released code divides by zero).
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ class SPDiffusion(EditsFirstSteps, ReadsOneSize):
     steps : int
         Number of plain steps in which the regions are found, before the run starts again; 2 in the released code.
     cross_threshold : float
-        Cross-attention, scaled to 0..1, above which a location is one of those from which an entity's region grows; 0.9
-        in the released code.
+        Cross-attention to an entity's noun, scaled to 0..1, above which a location belongs to the seed of the entity's
+        region; 0.9 in the released code.
     self_threshold : float
-        Self-attention to those locations, less that of other entities and scaled to 0..1, above which a location is in
-        the region; 0.1 in the released code.
+        Self-attention of a location to the seed, minus its mean self-attention to the seeds of the other entities and
+        scaled to 0..1, above which the location is in the region; 0.1 in the released code.
     guided : float
         Share of the denoising steps in which words are hidden, from the first; all in the released code.
     layers, size
@@ -131,8 +131,8 @@ class SPDiffusion(EditsFirstSteps, ReadsOneSize):
         Returns
         -------
         ndarray, bool, (entity, y, x)
-            Regions of more than two entities may overlap. With two entities whose regions grow from the same locations,
-            both regions are empty.
+            Regions of more than two entities may overlap. If there are two entities with the same seed, both regions
+            are empty.
         """
         height, width = entities.shape[1:]
         flat = own.reshape(height * width, height * width)
@@ -143,7 +143,7 @@ class SPDiffusion(EditsFirstSteps, ReadsOneSize):
         return found
 
     def _seeds(self, entities: Tensor) -> Tensor:
-        """Locations with the largest cross-attention, bool (entity, y, x)."""
+        """Seed of each entity: the locations with the largest cross-attention to its noun; bool (entity, y, x)."""
         inner = torch.zeros_like(entities[0], dtype=torch.bool)
         inner[1:-1, 1:-1] = True
         if not bool(inner.any()):  # maps of less than 3 rows or columns have nothing but a border
@@ -166,12 +166,15 @@ class SPDiffusion(EditsFirstSteps, ReadsOneSize):
             The plain steps have not been read, because the run was not started by `elakit.generate`.
         """
         if state.regions is None:
-            raise SettingError("SPDiffusion finds its regions before the run; use it through elakit.generate.")
+            raise SettingError(
+                "SPDiffusion has no regions yet, because it finds them in plain steps before the run: generate images "
+                "with elakit.generate(..., guidance=...), which runs these steps."
+            )
         words = [(*entity.token_indices, *entity.attribute_indices) for entity in prompt.entities]
         return restriction(partial(_allowed_at, state.regions), words, -NEVER, regions=state.regions)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Protection) -> Loss:
-        """Squared share of attention in other entities' regions, for the trace only; see `confinement`."""
+        """Squared share of each entity's attention in the regions of the others, for the trace; see `confinement`."""
         if state.regions is None:
             self.rehearse(
                 [Attention((attention.mean.detach()[None],), (attention.own_mean.detach()[None],))], prompt, state
@@ -181,10 +184,10 @@ class SPDiffusion(EditsFirstSteps, ReadsOneSize):
 
 
 def _allowed(regions: np.ndarray) -> np.ndarray:
-    """Locations that attend to each entity's words: those outside the regions of the others; bool (entity, y, x)."""
+    """Locations that may attend to each entity's words, outside the others' regions; bool (entity, y, x)."""
     return np.stack([~np.delete(regions, i, axis=0).any(0) for i in range(len(regions))])
 
 
 def _allowed_at(regions: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """`_allowed` at the size of a layer, where a location belongs to a region if most of it does."""
+    """Result of `_allowed` at the size of a layer; a region has the locations of which it covers more than half."""
     return _allowed(area_mean(regions, size) > 0.5)

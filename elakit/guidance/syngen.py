@@ -10,15 +10,16 @@ With each token's map p normalized to sum 1 over space, and D(p, q) = (KL(p||q) 
     L = sum over pairs (noun n, attribute m) of  D(m, n) - 1/2 [mean over u of D(n, u) + mean over u of D(m, u)]
 
 where u runs over the prompt's tokens other than the noun and its attributes, function words included. For words of
-several tokens each divergence is that of the least similar piece, before the mean over u. Step size 20 over the first
-25 of 50 steps, no refinement, no smoothing, no softmax over tokens. A noun without attributes is ignored by default;
-with ``lone_nouns`` it contributes the whole mean of D(n, u), with a minus sign.
+several tokens, the divergence is that of the least similar token, chosen before the mean over u. The step size is 20
+over the first 25 of 50 steps. There is no refinement, no smoothing and no softmax over tokens. A noun without
+attributes is ignored by default; with ``lone_nouns`` it contributes minus the mean of D(n, u), without the factor 1/2.
 
 Loss and gradient equal those of the official code to a relative 5e-7 (``tests/parity/test_losses.py``). Intended
 differences: the pairs are those of `elakit.parse` (or of the brackets); 1e-9 is added to each map, where the official
 code clips distributions at the smallest float; a prompt of fewer than two entities, or without any pair, is not guided.
-Mistakes of the official code are not kept: gradient passes get latents that have not been through the scheduler's
-``scale_model_input``; the first prompt's pairs are used for all later prompts; only the last image of a batch is kept.
+The official code has three mistakes that are not kept: its gradient passes get latents that have not been through the
+scheduler's ``scale_model_input``; it uses the pairs of the first prompt for all later prompts; and it keeps only the
+last image of a batch.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class SynGen(ReadsOneSize):
         return schedule(len(noise), self.step_size, guided=self.guided, last=1)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Sum over pairs of noun and attribute; its terms are "alike" (within a pair) and "unlike" (to other words)."""
+        """Sum of the terms "alike" (divergence within pairs) and "unlike" (minus the divergence from other words)."""
         tokens = [token.index for token in prompt.tokens]
         at = {index: i for i, index in enumerate(tokens)}
         between = divergence(attention.mean[tokens])
@@ -128,7 +129,7 @@ def attribute_words(prompt: Prompt, entity: Entity) -> list[list[int]]:
 
 
 def other_tokens(prompt: Prompt, entity: Entity) -> list[int]:
-    """Positions of the prompt's tokens other than an entity's noun and attributes."""
+    """Positions of the prompt's tokens except those of an entity's noun and attributes."""
     own = {*entity.token_indices, *entity.attribute_indices}
     return [token.index for token in prompt.tokens if token.index not in own]
 
@@ -158,5 +159,5 @@ def divergence(maps: Tensor) -> Tensor:
 
 
 def _apart(between: Tensor, word: list[int], others: list[int]) -> Tensor:
-    """Mean over other tokens of the divergence of a word's least similar piece; 0 without other tokens."""
+    """Mean over other tokens of their divergence from a word's least similar token; 0 without other tokens."""
     return between[word][:, others].amax(0).mean() if others else between.new_zeros(())

@@ -24,14 +24,14 @@ class Trace:
     entities : tuple of str
         Labels of the prompt's entities.
     rows : list of dict
-        One row per step at which the method computed its loss, with the keys step (counted from 0), timestep, step_size
-        (0 if the latent was not moved), loss and the names of its terms; gradient_norm and moved (root mean square of
-        the change of the latent), both for latents of unit variance; refinements (number of latent steps before the
-        last one); seconds (for the whole batch); guided (True if the method moved the latent or edited attention
-        scores; False at the step at which it found that the image needs no more guidance); and skipped (True if the
-        gradient was not finite, so that the latent was not changed).
+        One row per step at which the method computed its loss, with these keys: "step" (counted from 0); "timestep";
+        "step_size" (0 if the latent was not moved); "loss", and one key per term of the loss; "gradient_norm" and
+        "moved" (root mean square of the change of the latent), both for latents of unit variance; "refinements" (number
+        of latent steps of the step's refinement); "seconds" (for the whole batch); "guided" (True if the method moved
+        the latent or edited attention scores; False, for example, at the step at which it found that the image needs no
+        more guidance); and "skipped" (True if the gradient was not finite, so that the last latent step was left out).
     searched : list of dict
-        One row per trial of initial noise, for methods that search for it.
+        One row per trial of initial noise; empty unless the method searches for it.
     """
 
     method: str
@@ -42,7 +42,7 @@ class Trace:
     _regions: dict[int, np.ndarray] = field(default_factory=dict)
 
     def to_frame(self) -> pd.DataFrame:
-        """`rows` as a DataFrame with the index "step"; empty if there are no rows."""
+        """The attribute `rows` as a DataFrame with the index "step"; empty if there are no rows."""
         frame = pd.DataFrame(self.rows)
         return frame.set_index("step") if len(frame) else frame
 
@@ -100,14 +100,14 @@ class Trace:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any], regions: Mapping[int, np.ndarray] | None = None) -> Trace:
-        """Trace from the result of `to_dict`, and its regions.
+        """Trace from the result of `to_dict` and, because that has no regions, from separately stored regions.
 
         Parameters
         ----------
         plain : mapping
             Result of `to_dict`.
         regions : mapping of int to numpy.ndarray, bool (entity, y, x), optional
-            Regions by step, counted from 0.
+            Regions of the entities by step, counted from 0; by default the trace has none.
 
         Raises
         ------

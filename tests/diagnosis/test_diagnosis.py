@@ -224,9 +224,9 @@ def test_stored_images_of_a_remedy_become_images_of_the_method_only_with_all_wor
 
 @pytest.mark.parametrize("wrong", [3, elakit.ELA])
 def test_what_is_no_method_is_refused_before_anything_is_generated(world: Any, wrong: Any) -> None:
-    with pytest.raises(SettingError, match="method=.* is not a guidance method; pass an instance"):
+    with pytest.raises(SettingError, match=r"method=.* is not a guidance method; pass an instance"):
         elakit.diagnose(world, WORLD, method=wrong)
-    with pytest.raises(SettingError, match="remedy=.* is not a guidance method; pass an instance"):
+    with pytest.raises(SettingError, match=r"remedy=.* is not a guidance method; pass an instance"):
         elakit.diagnose(world, WORLD, remedies=[wrong])
 
 

@@ -135,6 +135,6 @@ def test_stored_weights_are_recorded_and_guided_as_they_compute(name: str, how: 
 def test_layerwise_casting_and_gradient_checkpointing_are_not_combined() -> None:
     pipe = tiny_pipeline()
     layerwise(pipe.unet)
-    with checkpointing(pipe), pytest.raises(SettingError, match="disable one of the two"):
+    with checkpointing(pipe), pytest.raises(SettingError, match="or without layerwise casting"):
         elakit.generate(pipe, TEXT, guidance=AttendAndExcite(), **SETTINGS)
     assert {weight.dtype for weight in pipe.unet.parameters()} == {torch.float32, torch.float8_e4m3fn}

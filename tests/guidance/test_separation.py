@@ -109,9 +109,11 @@ def test_separation_follows_the_raw_gradient_and_anchoring_the_normalized_one() 
 def test_a_separation_without_effect_is_refused() -> None:
     with pytest.raises(SettingError, match=r"temperature=0\.2.*step_size=0"):
         Separation(step_size=0, temperature=0.2)
-    with pytest.raises(SettingError, match=r"separate.step_size=10.*anchoring starts at the first step"):
+    with pytest.raises(SettingError, match=r"separate=.*step_size=10.*anchoring starts at the first step"):
         ELA(anchor=LatentStep(start=0), separate=Separation(step_size=10))
-    with pytest.raises(SettingError, match=r"separate.step_size=10.*anchoring starts at the first step"):
+    with pytest.raises(SettingError, match=r"separate=.*step_size=10.*anchoring starts at the first step"):
         ELA(regions=HALVES, separate=Separation(step_size=10))
     with pytest.raises(SettingError, match=r"separate=0\.1.*a Separation, such as Separation"):
         ELA(separate=0.1)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match=r"separate=.*temperature=1.*anchoring starts at the first step"):
+        ELA(anchor=LatentStep(start=0), separate=Separation(temperature=1.0))
