@@ -156,7 +156,7 @@ def _settings(table: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def _options(text: str) -> str:
-    """Options of a method that are not None, from JSON to "name=value, ..."."""
+    """Options of a method that are not None, as text such as "name=value, name=value"; `text` is their JSON."""
     return ", ".join(f"{name}={value}" for name, value in json.loads(text).items() if value is not None)
 
 

@@ -44,7 +44,7 @@ def score(
     device : str, optional
         As in `elakit.load`.
     load : callable
-        Function of the arguments name, model and device that loads a scorer, like `elakit.sweep.load_scorer`.
+        Function of the arguments name, model and device that loads a scorer, like `load_scorer`.
     on_progress : callable, optional
         Function that is called with (images done, images in total) after each image; an image counts once per scorer.
 

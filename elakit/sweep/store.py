@@ -122,8 +122,8 @@ def parsed_prompt(text: str) -> Prompt:
         return Prompt.from_dict(json.loads(text))
     except (TypeError, ValueError, KeyError) as error:
         raise OutputError(
-            "The sweep does not contain the parsed prompts, as sweeps of older releases do not. Run it again in a new "
-            "folder."
+            "The sweep does not contain the parsed prompts, because it was run with an older release. Run it again in "
+            "a new folder with this release."
         ) from error
 
 

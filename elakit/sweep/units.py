@@ -35,7 +35,7 @@ class Unit:
         "plain", or a name in `elakit.guidance.METHODS`.
     options : str
         All options of the method, including defaults, as `elakit.sweep.options.canonical_options` returns them. If a
-        later release changes a default, units that use it are therefore different units.
+        later release changes a default, units that use it therefore get another key and are generated again.
     steps, guidance_scale : optional
         As in `elakit.generate`; None uses the model's default.
     suite : str

@@ -39,8 +39,8 @@ class Workers(Protocol):
 class Pool:
     """Worker processes, started with "spawn".
 
-    A forked process would inherit the state of torch's thread pool but not the threads themselves, because a fork copies
-    only the calling thread, and could wait for them forever.
+    A fork copies only the calling thread. A forked process would therefore inherit the state of torch's thread pool
+    without its threads, and could wait for them forever.
 
     Parameters
     ----------
