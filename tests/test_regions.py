@@ -354,7 +354,7 @@ GOOD = np.ones((2, 3, 4))
         (GOOD, np.ones((4, 3)), {}, r"sot has shape \(4, 3\)"),
         (GOOD[0], None, {"binarization": "otsu"}, r"shape \(3, 4\).*\(entity, y, x\)"),
         (3.0, None, {"binarization": "otsu"}, r"\(entity, y, x\)"),
-        (np.ones((0, 3, 4)), None, {"binarization": "otsu"}, "at least one"),
+        (np.ones((0, 3, 4)), None, {"binarization": "otsu"}, "not empty"),
         (GOOD * np.nan, GOOD[0], {}, "24 of 24 values are NaN"),
         (GOOD, GOOD[0] * np.inf, {}, "sot: 12 of 12 values are NaN or infinite"),
         (-GOOD, GOOD[0], {}, "the lowest value is -1"),
@@ -397,9 +397,9 @@ def test_regions_drawn_by_hand_must_not_overlap():
 
 def test_regions_of_other_entities_or_sizes_are_not_compared(figure):
     cat_frog = localize(figure.maps, figure.sot, entities=["cat", "frog"])
-    with pytest.raises(SettingError, match="compare"):
+    with pytest.raises(SettingError, match="Compare"):
         cat_frog.iou(localize(figure.maps, figure.sot, entities=["cat", "dog"]))
-    with pytest.raises(SettingError, match="resize"):
+    with pytest.raises(SettingError, match="same size"):
         cat_frog.iou(np.ones((2, 8, 8), bool))
 
 

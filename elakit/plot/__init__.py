@@ -1,8 +1,8 @@
 """Plotly figures of runs and of tables.
 
-Every function but `save_animation`, which writes a file, takes runs or a table and returns a
-`plotly.graph_objects.Figure`. Figures are at most 860 pixels wide unless a panel size is given. Words of the prompt are
-escaped, because plotly reads labels as HTML.
+Every function takes runs or a table and returns a `plotly.graph_objects.Figure`; only `save_animation` writes a file
+instead. Figures are at most 860 pixels wide unless a panel size is given. Words of the prompt are escaped, because
+plotly reads labels as HTML.
 """
 
 import lazy_loader

@@ -44,18 +44,20 @@ def agreement(
 ) -> go.Figure:
     """Attention of each entity at several steps compared with the entity's mask in the finished image.
 
-    Each row shows one entity: first the image with the outline of the entity's mask, then for each step the image in
-    gray with the entity's map, the outline, the edge of the map's Otsu mask (dotted) and the map's maximum (dot). The
-    curves below show the measures of agreement (IoU, AUC, pointing) at every step.
+    Each row shows one entity. Its first panel is the image with the outline of the entity's mask. Each further panel
+    shows one step: the image in gray, the entity's attention map over it, the outline, the edge of the map's Otsu mask
+    (dotted) and the map's maximum (dot). The curves below the rows show the measures of agreement (IoU, AUC, pointing)
+    at every step.
 
     Parameters
     ----------
     run : Run
         A recorded run.
     truth : Verdict or DataArray, bool (entity, y, x), optional
-        Mask of each entity, at any resolution; by default that of the judge (``run.verdict``).
+        Mask of each entity in the finished image, at any resolution; by default the masks that the judge found
+        (``run.verdict``).
     steps : int or sequence of int
-        A number of steps, evenly spaced from the first to the last, or the steps, counted from 0.
+        Number of steps to show, evenly spaced from the first to the last, or a list of steps, counted from 0.
     panel : int, optional
         Width of a panel in pixels; by default a row is at most 860 pixels wide.
     title : str, optional
@@ -84,8 +86,8 @@ def agreement(
     if known is None:
         raise SettingError(
             "The built-in judge cannot judge this image: its model is not built in, its prompt has words that the "
-            "judge does not know, or it is black or was withheld by the safety checker. Give truth: a Verdict, or "
-            "masks as a DataArray (entity, y, x)."
+            "judge does not know, or it is black or was withheld by the safety checker. Give truth=..., a Verdict or "
+            "the entities' masks as a boolean DataArray (entity, y, x)."
         )
     maps = run.entity_maps()
     frame = run.measure(known).to_frame()
@@ -145,14 +147,17 @@ def _numbers(frame: pd.DataFrame, step: int, label: str, panel: int) -> str:
 
 
 def _below(made: style.Panels, row: int, column: int, text: str, rows: int, columns: int) -> None:
-    """Add text below a panel, centered."""
+    """Add text below a panel whose map has `rows` by `columns` locations, centered."""
     options: dict[str, Any] = {"yanchor": "top", "yshift": -1, "font": {"size": 11}, "opacity": 0.75}
     if text:
         made.note(row, column, text, (columns - 1) / 2, rows - 0.5, **options)
 
 
 def _outline(mask: np.ndarray, rows: int, columns: int) -> tuple[list[float | None], list[float | None]]:
-    """Edges of a mask as closed lines, in the coordinates of a map with rows and columns; None separates lines."""
+    """Edges of a mask as closed lines, x and y, in the coordinates of a map of `rows` by `columns` locations.
+
+    None separates lines.
+    """
     high, wide = mask.shape
     if max(high, wide) > _TRACED:
         factor = _TRACED / max(high, wide)
@@ -186,7 +191,7 @@ def _draw_outline(
 
 
 def _draw_otsu(made: style.Panels, row: int, column: int, values: np.ndarray, color: str) -> None:
-    """Edge of the locations above Otsu's threshold, along the grid."""
+    """Add the dotted edge of the locations above Otsu's threshold, along the borders of the locations."""
     x: list[float | None] = []
     y: list[float | None] = []
     mask = np.pad(otsu_masks(values), 1)
@@ -204,7 +209,7 @@ def _draw_otsu(made: style.Panels, row: int, column: int, values: np.ndarray, co
 
 
 def _draw_peak(made: style.Panels, row: int, column: int, values: np.ndarray, color: str) -> None:
-    """Dots on the maximum, on each location that shares it; none on a constant map."""
+    """Add a dot on each location with the map's maximum; none on a constant map."""
     peaks = np.argwhere(values == values.max()) if np.ptp(values) > 0 else np.empty((0, 2))
     marker = {"size": 9, "color": color, "line": {"color": "#ffffff", "width": 2}}
     trace = {
@@ -217,7 +222,7 @@ def _draw_peak(made: style.Panels, row: int, column: int, values: np.ndarray, co
 def _draw_curves(
     made: style.Panels, row: int, frame: pd.DataFrame, colors: dict[str, str], chosen: Sequence[int], height: float
 ) -> None:
-    """Plot the measures at every step, side by side in the last row; the steps of the maps are marked."""
+    """Plot each measure at every step, side by side in the last row; dotted lines mark the steps of the maps."""
     inner, whole = made.inner
     width = (inner - (len(_MEASURES) - 1) * _CURVE_GAP) / len(_MEASURES)
     up = [0, max(0.4 * height, height - _HEADING) / whole]

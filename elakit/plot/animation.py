@@ -52,7 +52,8 @@ def save_animation(
     source : {"recording", "guidance"}
         Source of the regions, as in `region_evolution`.
     steps : int or sequence of int, optional
-        A number of steps, evenly spaced from the first to the last, or the steps, counted from 0; by default all.
+        Number of steps to show, evenly spaced from the first to the last, or a list of steps, counted from 0; by
+        default all.
     speed : float
         Steps per second, 0.1 to 50.
     panel : int
@@ -61,7 +62,7 @@ def save_animation(
     Returns
     -------
     Path
-        The file.
+        Path of the file.
 
     Raises
     ------
@@ -129,7 +130,7 @@ def _frame(run: Run, maps: xr.DataArray, regions: xr.DataArray, step: int, panel
 
 
 def _lines(labels: Sequence[str], width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[list[str]]:
-    """Labels of the legend, distributed over lines of a width."""
+    """Labels of the legend, distributed over lines of at most `width` pixels."""
     lines: list[list[str]] = [[]]
     used = 0.0
     for label in labels:
@@ -143,7 +144,7 @@ def _lines(labels: Sequence[str], width: float, font: ImageFont.FreeTypeFont | I
 
 
 def _mask(share: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """Opacities 0 to 1 as a mask of a size, without smoothing."""
+    """Opacities, 0 to 1, as a grayscale image of the given size, enlarged without smoothing."""
     return Image.fromarray(np.rint(255 * np.asarray(share, float)).astype(np.uint8)).resize(
         size, Image.Resampling.NEAREST
     )

@@ -35,7 +35,7 @@ def data_uri(image: Image.Image, most: int | None = None) -> str:
     ----------
     image : PIL.Image.Image
     most : int, optional
-        Largest longer side in pixels, to which a larger image is reduced; by default the size is kept.
+        Maximum length of the longer side in pixels; a larger image is reduced to it. By default the size is kept.
 
     Returns
     -------
@@ -62,7 +62,8 @@ def _encoded(image: Image.Image, kind: str) -> str:
 def figure_uri(image: Image.Image) -> str:
     """Image as a data URI for a figure: small images are enlarged by whole factors, large ones reduced to 512 pixels.
 
-    Images of up to 256 pixels are lossless WebP, which takes a quarter less space than PNG; larger ones are JPEG.
+    After that, images of up to 256 pixels are encoded as lossless WebP, which takes a quarter less space than PNG, and
+    larger ones as JPEG. All numbers of pixels are those of the longer side.
     """
     image = _enlarged(image.convert("RGB")).copy()
     image.thumbnail((512, 512), Image.Resampling.LANCZOS)
@@ -99,7 +100,7 @@ def images(
     panel : int
         Width of an image in pixels.
     names : sequence of str, optional
-        Heading of each image; by default the name of its method, with the seed if a method occurs twice.
+        Heading of each image; by default the name of its method, with the seed if several runs have the same method.
     title : str, optional
         Title, "" for none; by default the prompt of the first run.
 
@@ -110,7 +111,7 @@ def images(
     Raises
     ------
     SettingError
-        No run is given, or the number of names differs from that of the runs.
+        No run is given, or the number of names differs from the number of runs.
 
     Examples
     --------

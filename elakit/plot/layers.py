@@ -30,17 +30,19 @@ def bleeding_by_layer(
     panel: int | None = None,
     title: str | None = None,
 ) -> go.Figure:
-    """A measure of bleeding by layer, from the first (top) to the last; one column per head or per step.
+    """Measure of bleeding as a matrix, with one row per layer, the first at the top, and one column per head or step.
 
     Parameters
     ----------
     table : DataFrame
-        Table with columns layer, head, step, measure and value, and optionally order (of the layers), as
-        `elakit.causes.profile` returns it. The figure shows means over all other columns, such as entity.
+        Table with the columns layer, head, step, measure and value, and optionally order (position of the layer in the
+        network), as `elakit.causes.profile` returns it. Values that differ only in other columns, such as entity, and
+        in the dimension that is not shown (step or head) are averaged.
     measure : str
-        A name in the column measure.
+        Name of a measure in the column "measure".
     across : {"head", "step"}, optional
-        Dimension of the figure's columns; by default "head" if the table has several heads, else "step".
+        Whether the matrix has one column per head or per step; by default "head" if the table has several heads, else
+        "step".
     panel : int, optional
         Width of the matrix in pixels; by default the figure is at most 860 pixels wide.
     title : str, optional
@@ -49,7 +51,7 @@ def bleeding_by_layer(
     Returns
     -------
     plotly.graph_objects.Figure
-        A matrix, with the mean of each layer next to it.
+        Matrix, with the mean of each layer in a separate column at the right.
 
     Raises
     ------
@@ -109,11 +111,11 @@ def bleeding_by_layer(
 
 
 def _chosen(table: pd.DataFrame, measure: str, across: Across | None) -> tuple[pd.DataFrame, Across]:
-    """Rows of a measure in the order of the layers, and the dimension of the columns."""
+    """Rows of the table that have the measure, in the order of the layers, and the dimension that columns show."""
     needed = ("layer", "head", "step", "measure", "value")
     if missing := [name for name in needed if name not in table]:
         raise SettingError(
-            f"bleeding_by_layer: the table lacks these columns: {', '.join(missing)}. Compute it with "
+            f"bleeding_by_layer: the table lacks these columns: {', '.join(missing)}. Compute the table with "
             "elakit.causes.profile(run), where run is a recorded run."
         )
     there = sorted(table["measure"].unique())

@@ -35,7 +35,8 @@ def leakage(
 ) -> go.Figure:
     """Leakage matrix: share of each entity's attention in every region.
 
-    Rows sum to 1; without bleeding every entry of the diagonal is 1.
+    Rows are entities; columns are the entities' regions and the background. Rows sum to 1. Without bleeding, every
+    entry of the diagonal is 1.
 
     Parameters
     ----------
@@ -112,7 +113,10 @@ def leakage(
 
 
 def _matrix(run: Run, attributes: bool) -> xr.DataArray:
-    """Leakage (step, row, region) with coordinate owner (row): the entity whose own region belongs to the row."""
+    """Leakage of entities and, with `attributes`, of attributes, (step, row, region).
+
+    The coordinate "owner" (row) is the entity whose region is the own region of the row.
+    """
     bleeding = run.bleeding
     entities = bleeding.leakage.rename(entity="row")
     parts = [entities.assign_coords(owner=("row", entities.row.values))]
@@ -147,7 +151,7 @@ def _print_values(made: style.Panels, values: np.ndarray, column: int) -> None:
 
 
 def _frame_own(made: style.Panels, matrix: xr.DataArray, column: int) -> None:
-    """Frame the own region of each row in the color of its entity."""
+    """Add a frame around the own region of each row, in the color of the entity."""
     regions = [str(label) for label in matrix.region.values]
     colors = style.entity_colors(regions[:-1])
     for i, owner in enumerate(matrix.owner.values):
@@ -166,15 +170,15 @@ def bleeding_over_steps(
 ) -> go.Figure:
     """Measures of bleeding at every step, averaged over entities; one panel per measure.
 
-    Runs of one method share a color. If a method has several runs, each is a thin line and their mean a thick one. The
-    guided steps are shaded.
+    Runs of one method share a color. If a method has several runs, each is a thin line and their mean is a thick one.
+    The range from the first to the last guided step of all runs is shaded.
 
     Parameters
     ----------
     runs, *others : Run, or a sequence of Run
         Recorded runs.
     measures : sequence of str
-        Names of measures in ``run.bleeding.to_frame()``.
+        Names from the column "measure" of ``run.bleeding.to_frame()``.
     width : int, optional
         Width of a panel in pixels; by default the figure is at most 860 pixels wide.
     height : int
@@ -246,7 +250,7 @@ def _plain_first(name: str) -> tuple[bool, str]:
 
 
 def _curves(run: Run, measures: Sequence[str]) -> pd.DataFrame:
-    """Mean over entities of each measure, (step, measure)."""
+    """Mean over entities of each measure, as a table with one row per step and one column per measure."""
     frame = run.bleeding.to_frame()
     there = list(frame["measure"].unique())
     if missing := [measure for measure in measures if measure not in there]:

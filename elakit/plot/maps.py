@@ -14,7 +14,7 @@ from elakit.plot import style
 
 
 def at_step(values: xr.DataArray, step: int | None) -> tuple[xr.DataArray, str]:
-    """Values at one step or their mean over the steps, with a caption that states which.
+    """Values at one step, or their mean over the steps, and a caption that states which of the two they are.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ def at_step(values: xr.DataArray, step: int | None) -> tuple[xr.DataArray, str]:
     -------
     values : DataArray, (...)
     caption : str
-        "Step 3." or "Mean over the steps."
+        Caption, for example "Step 3." (steps count from 1 here) or "Mean over the steps."
 
     Raises
     ------
@@ -46,14 +46,14 @@ def at_step(values: xr.DataArray, step: int | None) -> tuple[xr.DataArray, str]:
 
 
 def labels_of_one_prompt(labels: Iterable[Iterable[Any]], what: str) -> list[str]:
-    """Labels of the entities of a figure, after a check that all its runs have the same.
+    """Labels of the entities of a figure, after a check that all its runs have the same entities.
 
     Parameters
     ----------
     labels : iterable of iterable
         Labels of each run.
     what : str
-        Name of the figure's function, for the message.
+        Name of the function that makes the figure, for the message.
 
     Returns
     -------
@@ -89,14 +89,14 @@ def tint(values: np.ndarray, largest: float, color: str, label: str, where: str,
     label : str
         Name of the trace.
     where : str
-        Beginning of the text that is shown at the pointer.
+        Beginning of the hover text.
     **more
         Further properties of the trace.
 
     Returns
     -------
     dict
-        Trace as plotly takes it.
+        Trace with the properties that plotly expects.
     """
     return {
         "type": "heatmap",

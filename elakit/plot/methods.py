@@ -28,7 +28,7 @@ _LEVEL = 0.05
 def method_comparison(summary: pd.DataFrame, *, panel: int | None = None, title: str | None = None) -> go.Figure:
     """Comparison of methods with plain generation: shares of right, fixed and broken images, and time.
 
-    Plain generation comes first, the methods follow by their share of right images.
+    Plain generation comes first. The methods follow in descending order of their share of right images.
 
     Parameters
     ----------
@@ -38,12 +38,13 @@ def method_comparison(summary: pd.DataFrame, *, panel: int | None = None, title:
     panel : int, optional
         Width of a panel in pixels; by default the figure is at most 860 pixels wide.
     title : str, optional
-        Title, "" for none; by default the number of methods.
+        Title, "" for none; by default one that states the number of methods, including plain generation.
 
     Returns
     -------
     plotly.graph_objects.Figure
-        Filled dots are methods whose success differs from that of plain generation (``p_holm`` below 0.05).
+        Filled dots are methods whose success differs significantly from that of plain generation (``p_holm`` below
+        0.05), and plain generation itself.
 
     Raises
     ------
@@ -111,13 +112,13 @@ def _is_plain(name: object) -> bool:
 
 
 def _ordered(summary: pd.DataFrame) -> pd.DataFrame:
-    """Plain generation first, then by success; the order is kept if nothing was judged."""
+    """Rows of the summary: plain generation first, then by descending success; unjudged methods keep their order."""
     keys = [(not _is_plain(name), -value) for name, value in summary["success"].fillna(-1).items()]
     return summary.iloc[sorted(range(len(keys)), key=keys.__getitem__)]
 
 
 def _plains(found: pd.DataFrame, plain: list[bool]) -> float | None:
-    """Success of plain generation, if there is exactly one row of it."""
+    """Success of plain generation, if exactly one row is plain generation; else None."""
     values = found["success"].to_numpy(dtype=float)[plain]
     return float(values[0]) if len(values) == 1 and not np.isnan(values[0]) else None
 
@@ -146,7 +147,7 @@ def _dots(
 
 
 def _scale(found: pd.DataFrame, name: str) -> dict[str, Any]:
-    """Axis of a panel: linear for shares, logarithmic for times that differ by more than a factor of 6."""
+    """Axis of a panel: linear for shares, logarithmic for times if one is more than 6 times that of plain."""
     axis: dict[str, Any] = {"gridcolor": style.RULE, "zerolinecolor": style.RULE}
     top = float(np.nanmax([0.0, *found[f"{name}_high"], *found[name]]))
     if name != "seconds":

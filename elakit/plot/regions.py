@@ -33,20 +33,20 @@ def region_evolution(
     panel: int | None = None,
     title: str | None = None,
 ) -> go.Figure:
-    """Regions of the entities at several steps, and those of the last step over the finished image.
+    """Regions of the entities at several steps, and those of the last of these steps over the finished image.
 
     Parameters
     ----------
     run : Run
         A recorded run.
     source : {"recording", "guidance"}
-        Source of the regions: "recording" for regions localized in the recorded maps, "guidance" for the regions that
-        the method used, at the steps of its trace.
+        Source of the regions: "recording" for regions localized in the recorded maps, at the recorded steps;
+        "guidance" for the regions that the guidance method used, at the steps in the trace of the guidance.
     steps : int or sequence of int
-        A number of steps, evenly spaced from the first to the last, or the steps, counted from 0.
+        Number of steps to show, evenly spaced from the first to the last, or a list of steps, counted from 0.
     maps : bool
-        Show the entities' maps in gray below the regions. Each map is divided by its maximum, and the largest value is
-        shown at each location.
+        Show the entities' maps as one gray map below the regions. Each map is divided by its maximum, and each location
+        shows the largest value of all entities.
     image : bool
         Add the finished image with the regions of the last step as an overlay.
     columns : int
@@ -124,7 +124,8 @@ def region_animation(
     source : {"recording", "guidance"}
         Source of the regions, as in `region_evolution`.
     steps : int or sequence of int, optional
-        A number of steps, evenly spaced from the first to the last, or the steps, counted from 0; by default all.
+        Number of steps to show, evenly spaced from the first to the last, or a list of steps, counted from 0; by
+        default all.
     speed : float
         Steps per second.
     panel : int
@@ -135,8 +136,8 @@ def region_animation(
     Returns
     -------
     plotly.graph_objects.Figure
-        Figure with a slider and a play button. A static export shows the first step; `save_animation` writes a file
-        that moves.
+        Figure with a slider and a play button. A static export of it shows only the first step; `save_animation` writes
+        an animation to a file.
 
     Raises
     ------
@@ -218,12 +219,12 @@ def _transport(steps: Sequence[int], speed: float) -> dict[str, Any]:
 
 
 def animated_steps(regions: xr.DataArray, maps: xr.DataArray, steps: int | Sequence[int] | None) -> list[int]:
-    """Steps of an animation: those requested (None for all) of the steps that have regions and recorded maps.
+    """Steps of an animation, selected as in `region_animation` from the steps that have both regions and recorded maps.
 
     Raises
     ------
     SettingError
-        There is no such step, or one that was requested is not among them.
+        No step has both, or a requested step lacks one of them.
     """
     there = [int(step) for step in regions.step.values if step in maps.step.values]
     if not there:
@@ -265,7 +266,10 @@ def chosen_regions(run: Run, source: Source) -> xr.DataArray:
 
 
 def _faint(maps: xr.DataArray, rows: int, cells: int) -> dict[str, Any]:
-    """Maps of the entities at one step as one gray map, 0 to 1."""
+    """Gray heatmap of the largest of the entities' maps at one step, each divided by its maximum.
+
+    It fills the panel, whose axes count the locations of the regions.
+    """
     top = maps.max(("y", "x"))
     strongest = (maps / top.where(top > 0, 1)).max("token").values
     high, wide = strongest.shape

@@ -46,7 +46,7 @@ def escape(text: object) -> str:
 
 
 def shorten(text: str, most: int) -> str:
-    """Text cut to a number of characters, with an ellipsis if some are left out.
+    """Text cut to at most `most` characters; the last one is an ellipsis if some are left out.
 
     Examples
     --------
@@ -73,7 +73,7 @@ def run_name(run: Run) -> str:
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
-    """Names of runs: that of the method, with the seed if a method occurs twice."""
+    """Name of each run: the name of its method, with the seed if several runs have the same method."""
     names = list(map(run_name, runs))
     return [n if names.count(n) == 1 else f"{n}, seed {run.seed}" for n, run in zip(names, runs, strict=True)]
 
@@ -99,7 +99,7 @@ def recorded(run: Run | Recording) -> Recording:
 
 
 def map_size(recording: Recording) -> int:
-    """The recorded map size (longer side) nearest to 16, at which regions and measures are computed."""
+    """Recorded map size (longer side) that is nearest to 16; regions and measures are computed at this size."""
     return nearest_size(max(size) for size in recording.sizes)
 
 
@@ -111,7 +111,7 @@ def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
     there : sequence of int
         Available steps, in order.
     wanted : int or sequence of int
-        A number of steps, or the steps; negative ones count back from the last.
+        Number of steps to show (1 selects the last), or a list of steps; negative ones count back from the last.
 
     Returns
     -------
@@ -120,7 +120,7 @@ def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
     Raises
     ------
     SettingError
-        No step is requested, or one that is not available.
+        There is no available step, no step is requested, or a requested step is not available.
 
     Examples
     --------
@@ -140,7 +140,8 @@ def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
     named = [int(step) if step >= 0 else steps[-1] + 1 + int(step) for step in wanted]
     if missing := [given for given, step in zip(wanted, named, strict=True) if step not in steps]:
         raise SettingError(
-            f"steps={list(wanted)}: not available: {', '.join(map(str, missing))}; the steps are {_span(steps)}."
+            f"steps={list(wanted)}: not available: {', '.join(map(str, missing))}. Choose from {_span(steps)}; "
+            "steps count from 0."
         )
     if not named:
         raise SettingError("steps=[]: give the number of steps to show, at least 1, or a list of steps.")
@@ -159,7 +160,7 @@ _LEAST_WIDTH, _TITLE_LETTER, _CAPTION_LETTER = 320, 10, 6.2
 def wrap(text: str, letters: float, least: int = 8) -> tuple[str, int]:
     """Text with ``<br>`` between its lines, and the number of lines.
 
-    A line has at most `letters` characters, or `least` if that is more.
+    A line has at most `letters` characters, or `least` if that is more; longer words are not divided.
     """
     lines = textwrap.wrap(text, max(least, int(letters)), break_long_words=False, break_on_hyphens=False)
     return "<br>".join(lines), len(lines)
@@ -298,7 +299,7 @@ class Panels:
         self.shapes.append({"xref": across, "yref": down, **options})
 
     def image(self, row: int, column: int, source: str, rows: float, columns: float) -> None:
-        """Add an image (a data URI) below the traces of a panel whose axes count rows and columns of locations."""
+        """Add an image (a data URI) below the traces of a panel whose axes count `rows` by `columns` locations."""
         across, down = self.panel_axes(row, column)
         self.images.append(
             {
@@ -308,7 +309,7 @@ class Panels:
         )  # fmt: skip
 
     def legend(self, names: Sequence[str] = ()) -> None:
-        """Show a horizontal legend at the bottom; space is added for names that need more than one line."""
+        """Show a horizontal legend at the bottom; space is added if `names` do not fit into one line."""
         letters = sum(7 * len(name) + 50 for name in names)
         more = 20 * max(0, int(np.ceil(letters / (self.layout["width"] - 16))) - 1)
         self.layout["height"] += more

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 Scale = Literal["token", "all", "map"]
 
-# Of prompts with more tokens than this, only the words of the entities are shown by default.
+# If more tokens than this are recorded, only start-of-text, the words of the entities and the end mass are shown by
+# default.
 MOST_COLUMNS = 14
 _SHARED: dict[str, tuple[str, str]] = {
     "token": ("maximum<br>of column", "Each column has its own color scale, from 0 to the number above it."),
@@ -51,9 +52,9 @@ def token_maps(
         A recorded run, or its recording.
     tokens : optional
         Tokens as in `Recording.maps` ("entities", "attributes", words). By default all recorded tokens; if there are
-        more than 14, only start-of-text, the words of the entities, and the end mass.
+        more than 14, only start-of-text, the words of the entities, and the sum of end-of-text and padding.
     steps : int or sequence of int
-        A number of steps, evenly spaced from the first to the last, or the steps, counted from 0.
+        Number of steps to show, evenly spaced from the first to the last, or a list of steps, counted from 0.
     layers : str or sequence of str, optional
         Layers to average: "up" (decoder), "down", "mid", "all" or name patterns; by default those of the
         decoder, or all layers of a transformer.
@@ -62,8 +63,8 @@ def token_maps(
     normalize : {None, "sum", "max", "minmax", "tokens", "start"}
         Normalization as in `Recording.maps`; None shows raw probabilities.
     scale : {"token", "all", "map"}
-        Maps that share a color scale: "token" for those of one token (start-of-text is far stronger than the words),
-        "all" for all maps, "map" for a scale of its own for each map.
+        Maps that share a color scale: "token" for the maps of one token at all steps, because start-of-text is far
+        stronger than the words; "all" for all maps; "map" if each map has its own scale.
     colors : str
         Plotly color scale.
     panel : int, optional
@@ -80,7 +81,7 @@ def token_maps(
     SettingError
         An option is invalid, or a step was not recorded.
     RecordingError
-        The run, or a token, layer or size, was not recorded.
+        The run was not recorded, or a token, layer or size was not.
 
     Examples
     --------
@@ -128,7 +129,7 @@ def token_maps(
 
 
 def _default_tokens(recording: Recording, normalize: Normalize) -> tuple[Any, bool]:
-    """Tokens shown by default, and whether words are left out."""
+    """Tokens that are shown by default, and whether some words are left out; None stands for all recorded tokens."""
     if len(recording.tokens) <= MOST_COLUMNS:
         return None, False
     words = {index for e in recording.prompt.entities for index in (*e.attribute_indices, *e.token_indices)}
@@ -157,7 +158,7 @@ def _heatmap(
 
 
 def _color_bar(colors: str, scale: Scale, top: float) -> dict[str, Any]:
-    """Color bar that belongs to no map, because the scales of the maps differ."""
+    """Color bar of the figure; it belongs to an empty trace, because the scales of the maps may differ."""
     ends = ["0", _number(top) if scale == "all" else _SHARED[scale][0]]
     bar = {
         "thickness": 10, "len": 110, "lenmode": "pixels", "x": 1, "xpad": 14, "y": 1, "yanchor": "top", "ypad": 0,
@@ -168,7 +169,7 @@ def _color_bar(colors: str, scale: Scale, top: float) -> dict[str, Any]:
 
 
 def _number(value: float) -> str:
-    """Value with two or three digits."""
+    """Value as text with two or three digits; all digits from 10 on."""
     if value >= 10:
         return f"{value:.0f}"
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"

@@ -1,4 +1,4 @@
-"""Features of a run's attention for the prediction of failures, one row per share of the steps."""
+"""Features of a run's attention for the prediction of failures, computed after several shares of its steps."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from elakit.errors import RecordingError, SettingError
 from elakit.prediction.map_statistics import MAP_STATISTICS, map_statistics
 from elakit.run import Run
 
-# Shares of the steps after which a failure can be predicted.
+# Shares of a run's steps after which a failure can be predicted.
 SHARES = (0.1, 0.2, 0.3, 0.5, 1.0)
 
-# Measures of `elakit.Bleeding.to_frame`, and the function that selects the worst entity or pair.
+# Measures of `elakit.Bleeding.to_frame`, and the function that selects the worst of the entities, pairs or attributes.
 _WORST: dict[str, Callable[..., Any]] = {
     "bleed": np.max,
     "intrusion": np.max,
@@ -52,17 +52,17 @@ FEATURES = (
 
 
 def features(run: Run) -> pd.DataFrame:
-    """Features of a run's attention after each of the shares of its steps in `SHARES`.
+    """Features of a run's attention, from which failures are predicted, after each share of the steps in `SHARES`.
 
     Parameters
     ----------
     run : Run
-        A recorded run. The features of a share use neither the judge nor later steps.
+        A recorded run. The features after a share of the steps use neither the judge nor later steps.
 
     Returns
     -------
-    DataFrame, float
-        One row per share (index "share") that the run has reached; columns `FEATURES`.
+    pandas.DataFrame
+        Numbers, with one row per share that the run has reached (index "share") and the columns `FEATURES`.
 
     Raises
     ------
@@ -73,14 +73,21 @@ def features(run: Run) -> pd.DataFrame:
 
     Notes
     -----
-    If a measure has several values (one per entity, pair or attribute), the worst is used, because one of them suffices
-    to make an image fail; bleed, intrusion and spill are also averaged over entities. The maps are means over the
-    decoder's layers at 16 x 16, or the nearest size. "peak" is the smallest of the maxima of the entities' maps, and
-    "peak_ratio" is "peak" divided by the largest of these maxima. "mass" and "mass_ratio" are the same for the mean
-    attention, "area" and "area_ratio" for the area of the region. "concentration" is the share of a map's attention in
-    the most attended tenth of its locations, the minimum over entities. Each of these is given at the last step
-    ("_last") and as a mean over the steps until then ("_mean"). The remaining features are the statistics of
-    `elakit.prediction.map_statistics` for four sets of maps.
+    "entities" and "attributes" are the numbers of entities and attributes in the prompt.
+
+    The next features are measures of bleeding and of the entities' maps, which are means over the decoder's layers at
+    16 x 16, or the nearest size. If a measure of bleeding has several values (one per entity, pair or attribute), the
+    worst is used, because one bad value suffices to make an image fail; bleed, intrusion and spill are also averaged
+    over entities. "peak" is the smallest of the maxima of the entities' maps, and "peak_ratio" is "peak" divided by the
+    largest of these maxima. "mass" and "mass_ratio" are the same for the mean attention, "area" and "area_ratio" for
+    the area of the region. "concentration" is the share of a map's attention in the most attended tenth of its
+    locations, the minimum over entities. Each of these measures is given at the last step of the share ("_last") and as
+    a mean over all steps until then ("_mean").
+
+    The remaining features are the statistics of `elakit.prediction.map_statistics` for four sets of maps: those of the
+    decoder at the last step ("decoder") and averaged over the second half of the steps until then ("settled"), those of
+    the encoder ("encoder"), and the decoder's maps of the next smaller size ("coarse"). A set that the model or the
+    recording lacks is replaced by "decoder".
 
     Examples
     --------
@@ -113,7 +120,10 @@ def features(run: Run) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Maps of a run: entities (step, entity, y, x), rest (step, y, x), attributes (step, attribute, y, x)."""
+    """Maps of a run: entities (step, entity, y, x), rest (step, y, x), attributes (step, attribute, y, x).
+
+    "rest" is the attention to start-of-text, end-of-text and padding; `owners` has the entity of each attribute.
+    """
 
     entities: np.ndarray
     rest: np.ndarray
@@ -146,7 +156,7 @@ def _grid(recording: Recording, layers: str, size: int) -> _Grid:
 
 
 def _reached(run: Run) -> dict[float, int]:
-    """Position of the last recorded step within each share that the run has reached."""
+    """Index of the last recorded step within each share that the run has reached, by share."""
     assert run.recording is not None
     calls = run.recording.steps
     total = run.recording.tree.attrs.get("expected") or calls[-1] + 1
@@ -161,7 +171,7 @@ def _reached(run: Run) -> dict[float, int]:
 
 
 def _per_step(run: Run) -> pd.DataFrame:
-    """`QUANTITIES`, one row per step."""
+    """Table of the measures `QUANTITIES`, with one row per recorded step."""
     maps = run.entity_maps().values  # (step, entity, y, x)
     regions = run.regions.values
     frame = run.measure().to_frame()

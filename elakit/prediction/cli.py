@@ -15,14 +15,14 @@ app = typer.Typer(
 
 @app.callback()
 def _group() -> None:
-    """Keep ``fit`` a subcommand."""
+    """Keep ``fit`` a subcommand: typer would run the only command of an application without its name."""
 
 
 @app.command("fit")
 def fit(
     sweep: Annotated[Path, typer.Argument(help="Folder of a sweep with judged images (elakit sweep run).")],
     out: Annotated[Path, typer.Option(help="File to write the predictor to.")] = Path("predictor.json"),
-    method: Annotated[str, typer.Option(help="Method whose images are used.")] = "plain",
+    method: Annotated[str, typer.Option(help="Method of the sweep whose images are used.")] = "plain",
 ) -> None:
     """Fit a predictor of failures on a sweep, print its quality on held-out prompts, and write it to a file.
 

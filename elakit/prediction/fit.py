@@ -14,7 +14,7 @@ from elakit.prediction.predictor import OUTCOMES, Predictor, stack
 from elakit.world.vocabulary import NOUNS
 
 FOLDS = 5
-# Fewest judged images that a predictor is fitted on.
+# Smallest number of judged images that a predictor is fitted on.
 LEAST_IMAGES = 10 * FOLDS
 # Inverse strengths of the L2 penalty, chosen by cross-validation.
 PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -29,7 +29,7 @@ BINS = 10
 
 
 class Fit(NamedTuple):
-    """Predictor, its quality, and its predictions for held-out images, as returned by `fit`."""
+    """Result of `fit`: the predictor, a table of its quality, and its predictions for held-out images."""
 
     predictor: Predictor
     quality: pd.DataFrame
@@ -37,37 +37,40 @@ class Fit(NamedTuple):
 
 
 def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
-    """Fit a predictor, which consists of calibrated logistic models, on the images of a sweep.
+    """Fit a predictor of failures (calibrated logistic models) on the images of a sweep.
 
     Parameters
     ----------
     table : DataFrame
         Table of a sweep, from `elakit.sweep.table`.
     method : str
-        Method whose images are used.
+        Method of the sweep whose images are used.
 
     Returns
     -------
     predictor : Predictor
         Predictor fitted on all images.
     quality : DataFrame
-        Quality on held-out images, with the columns share, outcome, by ("predictor" or one of `BASELINES`), auroc (area
-        under the ROC curve), ece (expected calibration error, ten bins), brier (Brier score), rate (of the outcome) and
-        images. Baselines have only auroc. Images with the same nouns are held out together, in `FOLDS` folds; prompts
-        without nouns of picture-world are held out one by one.
+        Quality on held-out images, with one row for each share of the steps, outcome, and predictor or baseline.
+        Columns: share, outcome, by ("predictor" or one of `BASELINES`), auroc (area under the ROC curve), ece (expected
+        calibration error, ten bins), brier (Brier score), rate (share of the images with the outcome) and images
+        (number). For baselines, all columns after auroc are NaN. Images of prompts with the same nouns of picture-world
+        are held out together, in `FOLDS` folds; without such nouns, only images of the same prompt are.
     held_out : DataFrame
-        Predictions for held-out images: columns (outcome, share) with probabilities, and (outcome, "observed").
+        Predictions for the same images, made by models that were fitted without them: one row per image, and the
+        columns (outcome, share) with probabilities and (outcome, "observed") with booleans.
 
     Raises
     ------
     SettingError
-        The sweep has too few judged images, some of its images have no features, or scikit-learn is not installed.
+        The sweep has fewer than `LEAST_IMAGES` judged images of the method, the features of some images are missing or
+        come from another version of elakit, or scikit-learn is not installed.
 
     Notes
     -----
-    Features are standardized, the penalty is chosen by cross-validation over the same folds, and the scores of held-out
-    images are calibrated by a logistic curve (Platt, 1999). For the reported quality, the curve of each fold is fitted
-    on the other folds.
+    Features are standardized for the fit. The L2 penalty is chosen by cross-validation over the same folds. The models
+    are calibrated by a logistic curve (Platt, 1999), which is fitted on the scores of held-out images. For the reported
+    quality, the curve of each fold is fitted on the other folds.
     """
     if importlib.util.find_spec("sklearn") is None:
         raise SettingError("Fitting a predictor needs scikit-learn, which is not installed: pip install 'elakit[fit]'.")
@@ -75,8 +78,8 @@ def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
     if len(rows) < LEAST_IMAGES:
         raise SettingError(
             f"The sweep has {len(rows)} judged images of method {method!r}; at least {LEAST_IMAGES} are needed, and a "
-            "thousand are better. Generate more with the same folder as --out, such as 276 prompts with four seeds: "
-            "elakit sweep run --suite attend-and-excite --methods plain --seeds 0,1,2,3."
+            "thousand are better. Generate more in the folder of the sweep, such as 276 prompts with four seeds: "
+            f"elakit sweep run --out FOLDER --suite attend-and-excite --methods {method} --seeds 0,1,2,3."
         )
     values, groups = stack(list(rows["features"])), np.array([_group(prompt) for prompt in rows["prompt"]])
     truth = {
@@ -111,7 +114,7 @@ def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
 
 
 def confusion(held_out: pd.DataFrame, share: float = 1.0) -> pd.DataFrame:
-    """Confusion matrix of the kinds of failure, over images with exactly one kind.
+    """Confusion matrix of the kinds of failure, for the images with exactly one observed kind.
 
     Parameters
     ----------
@@ -122,9 +125,10 @@ def confusion(held_out: pd.DataFrame, share: float = 1.0) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame, int
-        Numbers of images; rows are observed kinds, columns predicted ones. The predicted kind is the one whose
-        probability is largest relative to its mean over all images. A rare kind would never be the most probable one.
+    pandas.DataFrame
+        Numbers of images: one row per observed kind, one column per predicted kind. The predicted kind is the one whose
+        probability is largest relative to its mean over all images, because by probability alone, a rare kind would
+        never be predicted.
 
     Examples
     --------
@@ -144,7 +148,12 @@ def confusion(held_out: pd.DataFrame, share: float = 1.0) -> pd.DataFrame:
 
 
 def _fit_one(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
-    """Weights and intercept for features that are not standardized, and calibrated held-out probabilities."""
+    """Fit a model on features `x`, outcomes `y` and groups that are held out together.
+
+    Returns weights and intercept for features that are not standardized, and the calibrated probability of each image,
+    predicted by a model that was fitted without it. If there is a single group, or the images outside a fold lack one
+    of the two classes, every probability is the rate of the outcome.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
     from sklearn.model_selection import GroupKFold
@@ -194,7 +203,7 @@ def _quality(probability: np.ndarray, y: np.ndarray) -> dict[str, float]:
 
 
 def expected_calibration_error(probability: np.ndarray, y: np.ndarray, bins: int = BINS) -> float:
-    """Expected calibration error: mean of |predicted probability - observed rate| over bins, weighted by images.
+    """Expected calibration error: mean over bins, weighted by images, of |mean predicted probability - observed rate|.
 
     Parameters
     ----------
@@ -203,7 +212,7 @@ def expected_calibration_error(probability: np.ndarray, y: np.ndarray, bins: int
     y : ndarray, bool, (n,)
         Observed outcomes.
     bins : int
-        Number of bins of equal width from 0 to 1.
+        Number of bins of equal width into which the predicted probabilities, 0 to 1, are sorted.
 
     Returns
     -------

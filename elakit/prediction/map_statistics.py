@@ -1,4 +1,4 @@
-"""Statistics of the attention maps of an image: dominance, margins, spread and compactness of the entities' maps."""
+"""Statistics of the attention maps of an image, such as the maxima, margins and spread of the entities' maps."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.ndimage import label
 
-# Per entity; "others" is the maximum of the other entities' maps at each location, "rest" start, end and padding.
-# An entity wins a location if its map is above the others there.
+# Statistics of each entity; "others" is the maximum of the other entities' maps at each location, "rest" the attention
+# to start-of-text, end-of-text and padding. An entity wins a location if its map is above the others there.
 _OF_ENTITY = (
     "peak",
     "mean",
@@ -26,21 +26,22 @@ _OF_ENTITY = (
     "above_rest",
     "components",  # connected components above two fifths of the range
 )
-# Per image: the two entities that are closest, the rest, and the attribute that is bound worst.
+# Statistics of the image: of the two entities that are closest, of the rest, of the sum of all entities' maps, and of
+# the attribute that is bound worst.
 _OF_IMAGE = ("correlation", "common", "distance", "rest_mean", "rest_min", "joint_components", "bound", "misbound")
 MAP_STATISTICS = (*(f"{name}_{which}" for which in ("min", "max", "first", "last") for name in _OF_ENTITY), *_OF_IMAGE)
 _TINY = 1e-9
 
 
 def map_statistics(entities: np.ndarray, rest: np.ndarray, attributes: np.ndarray, owners: Sequence[int]) -> np.ndarray:
-    """Statistics of the maps of one step, such as their maxima, margins and spread, as features of a predictor.
+    """Statistics of the attention maps of one step, such as maxima, margins and spread, as features of a predictor.
 
     Parameters
     ----------
     entities : ndarray, float, (entity, y, x)
         Raw attention to the entities.
     rest : ndarray, float, (y, x)
-        Attention to start-of-text, end-of-text and padding.
+        Sum of the raw attention to start-of-text, end-of-text and padding.
     attributes : ndarray, float, (attribute, y, x)
         Raw attention to the attributes; may be empty.
     owners : sequence of int
@@ -49,9 +50,25 @@ def map_statistics(entities: np.ndarray, rest: np.ndarray, attributes: np.ndarra
     Returns
     -------
     ndarray, float, (len(MAP_STATISTICS),)
-        Values in the order of `MAP_STATISTICS`. Statistics of single entities are given as minimum, maximum, and the
-        values of the first and the last entity, which a causal text encoder treats differently. Without another entity,
-        an entity has the largest map everywhere.
+        Values in the order of `MAP_STATISTICS`. Each statistic of single entities is given as its minimum and maximum
+        over the entities ("_min", "_max") and as its values for the first and the last entity ("_first", "_last"),
+        which a causal text encoder treats differently. If there is only one entity, it wins every location.
+
+    Notes
+    -----
+    An entity wins a location if its map is above the maps of all other entities there; "lead" is its margin over the
+    largest of them, averaged over the sixteenth of the locations where the margin is largest, and "lead_over_rest" this
+    value relative to the mean of `rest`. "won" is the share of the entity's map, minus its minimum, in the locations
+    that it wins; for "won_scaled", each map is scaled to 0..1 before the winner is determined; "locations_won" is the
+    share of the locations. "spread" is the standard deviation of the location, "top_tenth" the share of the map in its
+    strongest tenth of the locations, and "above_rest" the share of locations where the map is above `rest`.
+    "components" counts connected components above 40% of the map's range.
+
+    "correlation", "common" (overlap of the maps as distributions) and "distance" (of their centers, in units of the
+    image's sides) are those of the two entities that are most similar by the respective statistic. "joint_components"
+    counts components of the sum of all entities' maps. "misbound" is the largest overlap of an attribute with an entity
+    that it does not belong to, and "bound" the smallest margin by which an attribute's overlap with its own entity
+    exceeds that with another one.
 
     Examples
     --------
@@ -112,7 +129,7 @@ def map_statistics(entities: np.ndarray, rest: np.ndarray, attributes: np.ndarra
 
 
 def _share(values: np.ndarray) -> np.ndarray:
-    """Map minus its minimum, as a distribution."""
+    """Map minus its minimum, divided by the sum of the result, so that it is a distribution over locations."""
     above = values - values.min()
     return above / (above.sum() + _TINY)
 

@@ -25,27 +25,31 @@ OUTCOMES = ("failure", "neglect", "mixture", "wrong color")
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """Predictor of failures: a calibrated logistic model for each share of the steps and outcome.
+    """Predictor of failures: one calibrated logistic model for each pair of a share of the steps and an outcome.
+
+    The outcomes are predicted independently, and an image may have several kinds of failure, so the probabilities of
+    one image do not sum to 1.
 
     Attributes
     ----------
     weights : ndarray, float, (share, outcome, feature)
-        Weights for features that are not standardized.
+        Weights of the models, for features as `elakit.prediction.features` returns them (not standardized).
     intercepts : ndarray, float, (share, outcome)
         Intercepts of the models.
     shares : tuple of float
-        Shares of the steps after which a prediction can be made.
+        Shares of a run's steps after which a prediction can be made; 0.3 is the point after 30% of the steps.
     outcomes : tuple of str
         Predicted outcomes: "failure" for any failure, and the kinds "neglect", "mixture" and "wrong color".
     features : tuple of str
-        Names of the features.
+        Names of the features, in the order of the last dimension of `weights`.
     about : dict
-        Data on which the predictor was fitted: model, method, suites, numbers of prompts and images, settings.
+        Description of the images on which the predictor was fitted: model, method, suites, numbers of prompts and
+        images, steps and guidance scale.
 
     Raises
     ------
     SettingError
-        Shapes do not match, or weights or intercepts are NaN or infinite.
+        Shapes do not match, or some weights or intercepts are NaN or infinite.
     """
 
     weights: np.ndarray
@@ -60,36 +64,42 @@ class Predictor:
         if self.weights.shape != wanted or self.intercepts.shape != wanted[:2]:
             raise SettingError(
                 f"weights {self.weights.shape} and intercepts {self.intercepts.shape} do not match "
-                f"{wanted[0]} shares, {wanted[1]} outcomes and {wanted[2]} features."
+                f"{wanted[0]} shares, {wanted[1]} outcomes and {wanted[2]} features. Give weights of shape {wanted} "
+                f"and intercepts of shape {wanted[:2]}."
             )
         for name, values in (("weights", self.weights), ("intercepts", self.intercepts)):
             if bad := int((~np.isfinite(values)).sum()):
                 raise SettingError(
-                    f"{bad} of {values.size} {name} are NaN or infinite; fit the predictor again: elakit predict fit."
+                    f"{bad} of {values.size} {name} are NaN or infinite; fit the predictor again: elakit predict fit "
+                    "SWEEP."
                 )
 
     def predict(self, run: Run | pd.DataFrame) -> pd.DataFrame:
-        """Probability of each outcome, after each share of the steps that the run has reached.
+        """Predict the probability of each outcome, after each share of its steps that the run has reached.
 
         Parameters
         ----------
         run : Run or DataFrame
-            A recorded run, or the result of `features` for it.
+            A recorded run, or the result of `elakit.prediction.features` for it.
 
         Returns
         -------
-        DataFrame, float
-            Probabilities, one row per share and one column per outcome.
+        pandas.DataFrame
+            Probabilities: one row per share (index "share") and one column per outcome. A row does not sum to 1,
+            because an image may have several kinds of failure, and "failure" stands for any of them.
 
         Raises
         ------
         SettingError
-            The features differ from those of the fit, or the prompt names no entity.
+            The columns of the features differ from `Predictor.features`, as they do if the predictor was fitted with
+            another version of elakit; or the prompt names no entity.
         RecordingError
             The run was not recorded, or has no recorded step.
 
         Examples
         --------
+        A predictor whose weights and intercepts are 0 predicts a probability of 0.5 for every outcome:
+
         >>> import elakit
         >>> nothing = Predictor(np.zeros((5, 4, len(FEATURES))), np.zeros((5, 4)))
         >>> run = elakit.generate(elakit.load("picture-world"), "a [cat] and a [lion]", steps=4, progress=False)
@@ -99,7 +109,9 @@ class Predictor:
         table = run if isinstance(run, pd.DataFrame) else features(run)
         if tuple(table.columns) != self.features:
             raise SettingError(
-                "The features differ from those that this predictor was fitted on; fit it again on a new sweep."
+                "The columns of the features differ from the features that this predictor was fitted on. Pass a "
+                "recorded run or the result of elakit.prediction.features; if the predictor comes from another version "
+                "of elakit, fit it again on a new sweep: elakit predict fit SWEEP."
             )
         rows = [self.shares.index(share) for share in table.index]
         scores = np.einsum("sf,sof->so", table.to_numpy(float), self.weights[rows]) + self.intercepts[rows]
@@ -111,15 +123,17 @@ class Predictor:
         Parameters
         ----------
         above : float
-            Probability of the outcome above which a run ends, 0 to 1. A batch ends if all of its images exceed it.
+            Probability of the outcome above which a run ends, 0 to 1. A batch ends only if every one of its images has
+            a higher probability.
         outcome : str
             Predicted outcome, one of `outcomes`.
         after : float
-            Share of the steps after which the prediction is made, one of `shares`.
+            Share of the steps after which the prediction is made, one of `shares`. The run is not ended at other steps.
 
         Returns
         -------
         callable
+            Function of the `Progress` of a run that returns True if the run is to end.
 
         Raises
         ------
@@ -128,6 +142,9 @@ class Predictor:
 
         Examples
         --------
+        A predictor whose weights and intercepts are 0 predicts a probability of 0.5, so the run ends after half of its
+        four steps:
+
         >>> import elakit
         >>> nothing = Predictor(np.zeros((5, 4, len(FEATURES))), np.zeros((5, 4)))
         >>> options = dict(stop_if=nothing.stop_if(above=0.4, after=0.5), steps=4, progress=False)
@@ -149,16 +166,17 @@ class Predictor:
         Parameters
         ----------
         above : float
-            Probability of the outcome above which an image is guided, 0 to 1; each image of a batch is decided
-            separately.
+            Probability of the outcome above which an image is guided, 0 to 1. The decision is made separately for each
+            image of a batch.
         outcome : str
             Predicted outcome, one of `outcomes`.
         after : float
-            Share of the steps after which the prediction is made, one of `shares`.
+            Share of the steps after which the prediction is made, one of `shares`. No image is guided before.
 
         Returns
         -------
         callable
+            Function of the `Progress` of a run that returns which images to guide, or None before the prediction.
 
         Raises
         ------
@@ -167,6 +185,9 @@ class Predictor:
 
         Examples
         --------
+        A predictor whose weights and intercepts are 0 predicts a probability of 0.5. This does not exceed 0.6, so the
+        image is not guided:
+
         >>> import elakit
         >>> nothing = Predictor(np.zeros((5, 4, len(FEATURES))), np.zeros((5, 4)))
         >>> options = dict(guidance=elakit.RegionalAttention(start=0.5), steps=4, progress=False)
@@ -184,7 +205,10 @@ class Predictor:
         return needed
 
     def _asked(self, above: float, outcome: str, after: float) -> Callable[[Progress], list[float] | None]:
-        """Function that returns the probability per image after the last step of a share, and None otherwise."""
+        """Function that predicts the probability of an outcome per image after the share `after` of a run's steps.
+
+        At all other steps it returns None. `above` is checked here, and compared with the probability by the caller.
+        """
         if outcome not in self.outcomes:
             raise SettingError(f"outcome={outcome!r}: choose from {', '.join(self.outcomes)}.")
         if after not in self.shares:
@@ -234,7 +258,7 @@ def load_predictor(path: str | Path | None = None) -> Predictor:
     Raises
     ------
     OutputError
-        The file cannot be read, is not a predictor, or was written by a version of elakit with another format.
+        The file cannot be read, is not a predictor, or has the format of an older or newer version of elakit.
 
     Examples
     --------
@@ -267,17 +291,17 @@ def load_predictor(path: str | Path | None = None) -> Predictor:
 
 
 def stack(rows: Sequence[Any]) -> np.ndarray:
-    """Stack the column "features" of a sweep's table to an array, (image, share, feature).
+    """Stack the values of column "features" of a sweep's table into an array, (image, share, feature).
 
     Raises
     ------
     SettingError
-        Features are missing or come from another version of elakit.
+        There is no image, or the features of an image are missing or come from another version of elakit.
     """
     size = len(SHARES) * len(FEATURES)
     if not len(rows) or any(row is None or len(row) != size for row in rows):
         raise SettingError(
-            "The sweep has no images, or some without features or with features of another version of elakit. Generate "
-            "it again in a new folder: elakit sweep run --out NEW."
+            "The sweep has no images, or the features of some images are missing or come from another version of "
+            "elakit. Generate the sweep again in a new folder: elakit sweep run --out NEW."
         )
     return np.stack([np.asarray(row, float) for row in rows]).reshape(-1, len(SHARES), len(FEATURES))

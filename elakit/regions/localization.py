@@ -75,22 +75,24 @@ def localize(
     quantile : float
         Quantile of an entity's scores that a score must exceed, 0 to 1; only for "quantile".
     normalize : bool
-        Whether every map, `sot` included, is scaled to 0..1 (min-max) first, so that entities are compared by the shape
-        of their maps and not by their strength.
+        Whether every map, `sot` included, is scaled to 0..1 (min-max) before differentiation, so that entities are
+        compared by the shape of their maps and not by their strength.
     subtract_pedestal : bool
-        Whether the smallest value of each entity's map is subtracted first, because attention that a word receives
-        everywhere does not show its location. The maps of the paper's figure, to which the threshold was fitted, are
-        displayed without this pedestal; `elakit.ELA` and `Run.regions` subtract it from recorded maps.
+        Whether the smallest value of each entity's map (its pedestal) is subtracted before differentiation, because
+        attention that a word receives everywhere does not show its location. The maps of the paper's figure, to which
+        the threshold was fitted, are displayed without this pedestal; `elakit.ELA` and `Run.regions` subtract it from
+        recorded maps.
     min_area : int, optional
         Smallest area of a region, in locations. By default 2% of the map, at least one location (5 at 16x16). 0
         switches the floor off, so that an entity may have an empty region. See Notes.
     smooth : float
-        Standard deviation, in locations, of a Gaussian filter applied to all maps first; 0 switches it off.
+        Standard deviation, in locations, of a Gaussian filter that is applied to all maps before anything else; 0
+        switches it off.
     keep_components : int, optional
         Number of connected components kept of each region, the largest ones (8-neighborhood; the earlier in reading
         order on a tie). All are kept by default.
     entities : sequence of str, optional
-        Labels of the entities, each once. By default those of a DataArray's first dimension, else "entity 0",
+        Distinct labels of the entities. By default those of a DataArray's first dimension, else "entity 0",
         "entity 1", ...
 
     Returns
@@ -118,11 +120,12 @@ def localize(
     .996, so in units of SoT's range the raw maps are .312 x cat and 1.022 x frog. The lowest value of SoT is
     lost and taken as 0.
 
-    *Floor.* A region smaller than `min_area` keeps its locations and grows by one location at a time: the free
-    location where the entity's score is highest, then where its map is highest, then the first in reading
-    order. If several regions are too small, the entity with the highest candidate grows first. Only if no
-    location is free are locations taken from regions larger than `min_area`. On maps too small for 2% per entity, the
-    default is an equal share of the map.
+    *Floor.* A region smaller than `min_area` keeps its locations and grows by one location at a time, until it has
+    `min_area` locations. It gets the free location where the entity's score is highest; on a tie, the one of these
+    where the entity's map is highest; on a further tie, the first in reading order. If several regions are too small,
+    the next location goes to the entity whose candidate has the highest score. Only if no location is free are
+    locations taken from regions larger than `min_area`. On maps too small for 2% per entity, the default of `min_area`
+    is an equal share of the map for each entity.
 
     Maps that are constant, zero or equal are allowed. Their regions result from ties and the floor.
 
@@ -152,14 +155,14 @@ def localize(
     _check_options(differentiation, binarization, threshold, quantile, min_area, smooth, keep_components)
     values = as_array(maps, "maps")
     if values.ndim != 3 or 0 in values.shape:
-        raise SettingError(f"maps have shape {values.shape}: give (entity, y, x), at least one of each.")
+        raise SettingError(f"maps have shape {values.shape}: give an array (entity, y, x) that is not empty.")
     names = _names(maps, entities, len(values))
     if len(names) != len(values):
         raise SettingError(f"{len(names)} entity labels for {len(values)} maps: give one label per map.")
     if binarization == "background" and sot is None:
         raise SettingError(
-            'binarization="background" compares with the start-of-text map: pass sot=..., or choose '
-            'binarization="otsu".'
+            'binarization="background" compares the entities\' maps with the start-of-text map: pass it as sot=..., or '
+            'choose another rule, such as binarization="otsu".'
         )
     least = _least_area(min_area, len(values), values[0].size)
 
@@ -168,7 +171,7 @@ def localize(
         background = as_array(sot, "sot")
         if background.shape != values.shape[1:]:
             raise SettingError(
-                f"sot has shape {background.shape}, but each map has {values.shape[1:]}; they must be equal."
+                f"sot has shape {background.shape}, but each map has {values.shape[1:]}. Give maps of one size."
             )
     values, background = rules.prepare(values, background, smooth, normalize, subtract_pedestal)
 
@@ -191,7 +194,8 @@ def localize_steps(maps: xr.DataArray, sot: xr.DataArray | None = None, **option
         Raw probabilities, one map per entity and step, as ``recording.maps("entities")`` returns them. The token
         dimension may also be called entity.
     sot : DataArray, (step, y, x), optional
-        Start-of-text probabilities of the same steps; a token dimension of length one is dropped.
+        Start-of-text probabilities of the same steps and size, as ``recording.maps("<start>")`` returns them; a token
+        dimension of length one is dropped.
     **options
         Options of :func:`localize`.
 
@@ -217,14 +221,20 @@ def localize_steps(maps: xr.DataArray, sot: xr.DataArray | None = None, **option
     maps = steps_first(maps, "maps")
     if sot is not None:
         if not isinstance(sot, xr.DataArray):
-            raise SettingError(f"sot has type {type(sot).__name__}; localize_steps needs a DataArray (step, y, x).")
+            raise SettingError(
+                f"sot has type {type(sot).__name__}; localize_steps needs a DataArray (step, y, x), such as "
+                "run.recording.maps('<start>')."
+            )
         if sot.sizes.get("token") == 1:
             sot = sot.isel(token=0)
         if set(sot.dims) != {"step", "y", "x"}:
-            raise SettingError(f"sot has dimensions {sot.dims}; localize_steps needs (step, y, x).")
+            raise SettingError(
+                f"sot has dimensions {sot.dims}; localize_steps needs (step, y, x). Pass the start-of-text maps of a "
+                "recorded run: run.recording.maps('<start>')."
+            )
         if not np.array_equal(step_labels(sot), step_labels(maps)):
             raise SettingError(
-                f"sot has steps {step_labels(sot)}, but maps have {step_labels(maps)}; give the same steps of both."
+                f"sot has steps {step_labels(sot)}, but maps have {step_labels(maps)}; pass both with the same steps."
             )
     found = [
         localize(maps.isel(step=i), None if sot is None else sot.isel(step=i), **options)
@@ -253,23 +263,28 @@ def steps_first(maps: xr.DataArray, what: str) -> xr.DataArray:
     Raises
     ------
     SettingError
-        The maps are not a DataArray with these dimensions; `what` names them in the message.
+        The maps are not a DataArray with the dimensions step, y, x, and entity or token; `what` is the name of the maps
+        in the message.
     """
     if not isinstance(maps, xr.DataArray):
         raise SettingError(
-            f"{what} are a {type(maps).__name__}; a DataArray with dimensions (step, token, y, x) is needed."
+            f"{what} are a {type(maps).__name__}; a DataArray with dimensions (step, token, y, x) is needed. Pass the "
+            "maps of a recorded run, such as run.recording.maps('entities')."
         )
     if "token" in maps.dims and "entity" not in maps.dims:
         # Coordinates along token other than its labels (token_index) do not describe entities.
         extra = [n for n, c in maps.coords.items() if n == "entity" or ("token" in c.dims and n != "token")]
         maps = maps.drop_vars(extra).rename(token="entity")
     if set(maps.dims) != {"step", "entity", "y", "x"}:
-        raise SettingError(f"{what} have dimensions {maps.dims}; (step, token, y, x) are needed.")
+        raise SettingError(
+            f"{what} have dimensions {maps.dims}; (step, token, y, x) are needed. Pass the maps of a recorded run, "
+            "such as run.recording.maps('entities'), before a step is selected or steps are averaged."
+        )
     return maps.transpose("step", "entity", "y", "x")
 
 
 def step_labels(array: xr.DataArray) -> np.ndarray:
-    """Step coordinate of an array; 0, 1, 2, ... if it has none."""
+    """Values of an array's coordinate "step"; 0, 1, 2, ... if it has none."""
     return np.asarray(array["step"].values)
 
 
@@ -293,7 +308,7 @@ def _names(maps: Any, entities: Sequence[str] | None, count: int) -> tuple[str, 
 
 
 def _least_area(min_area: int | None, count: int, area: int) -> int:
-    """Least area of each of `count` regions on a map with `area` locations."""
+    """Smallest area of a region, in locations: `min_area`, or its default for `count` entities on a map of `area`."""
     if min_area is None:
         if count > area:
             raise SettingError(

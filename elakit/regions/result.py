@@ -20,7 +20,7 @@ class Regions:
     masks : bool array, (entity, y, x)
         True inside the entity's region. No location belongs to two entities.
     scores : float array, (entity, y, x)
-        Differentiated maps that were binarized, in the units of the maps.
+        Scores of each entity's locations, to which the threshold was applied: the maps after differentiation.
     floored : tuple of bool
         True for each entity whose region was smaller than the least area and was enlarged to it.
     entities : tuple of str
@@ -49,7 +49,7 @@ class Regions:
             )
         for what, values in (("floored", self.floored), ("entities", self.entities)):
             if len(values) != len(self.masks):
-                raise SettingError(f"{len(values)} {what} for {len(self.masks)} masks: give one for each.")
+                raise SettingError(f"{what} has {len(values)} entries for {len(self.masks)} masks; give one per mask.")
         check_disjoint(self.masks)
 
     @property
@@ -58,7 +58,7 @@ class Regions:
         return np.asarray(~self.masks.any(axis=0))
 
     def to_xarray(self) -> xr.DataArray:
-        """Masks as a DataArray, bool (entity, y, x), with the coordinate `floored` (entity)."""
+        """`masks` as a DataArray, bool (entity, y, x), with the coordinate `floored` (entity)."""
         return xr.DataArray(
             self.masks,
             dims=("entity", "y", "x"),
@@ -94,16 +94,16 @@ class Regions:
         if isinstance(other, Regions):
             if other.entities != self.entities:
                 raise SettingError(
-                    f"These are regions of {self.entities}, but the others are of {other.entities}: "
-                    "compare regions of the same entities."
+                    f"These regions are of the entities {self.entities}, but the other ones are of {other.entities}. "
+                    "Compare regions of the same entities, in the same order."
                 )
             masks = other.masks
         else:
             masks = np.asarray(other).astype(bool)
         if masks.shape != self.masks.shape:
             raise SettingError(
-                f"Masks of shape {masks.shape} cannot be compared with masks of shape {self.masks.shape}; resize one "
-                "first."
+                f"Masks of shape {masks.shape} cannot be compared with masks of shape {self.masks.shape}. Give masks "
+                "of the same entities and of the same size."
             )
         common = (self.masks & masks).sum(axis=(1, 2))
         either = (self.masks | masks).sum(axis=(1, 2))

@@ -1,4 +1,7 @@
-"""Stages of localization: preparation, differentiation, binarization, components and the floor on area."""
+"""Stages of localization: preparation, differentiation, binarization, components and the floor on area.
+
+`localize` runs them in this order and describes their options.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,11 @@ from elakit.measures.masks import is_constant, otsu_thresholds
 def prepare(
     values: np.ndarray, background: np.ndarray | None, smooth: float, normalize: bool, subtract_pedestal: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Maps of entities (entity, y, x) and background (y, x) after the requested smoothing and scaling."""
+    """Smooth and scale maps of entities (entity, y, x) and background (y, x), and subtract the pedestal, as requested.
+
+    The three steps are applied in this order. The pedestal of a map is its smallest value; it is subtracted from the
+    maps of entities only, not from the background.
+    """
     stack = values if background is None else np.concatenate([values, background[None]])
     if smooth:
         stack = gaussian_filter(stack, sigma=(0, smooth, smooth), mode="reflect")
@@ -27,7 +34,10 @@ def prepare(
 
 
 def differentiate(values: np.ndarray, winner: np.ndarray, how: str) -> np.ndarray:
-    """Nonnegative scores (entity, y, x) of the entities' maps; `winner` marks the largest map at each location."""
+    """Nonnegative scores (entity, y, x) of the entities' maps by a rule `how` of `localize`.
+
+    `winner`, bool (entity, y, x), is True where the map of an entity is the largest.
+    """
     count = len(values)
     if how == "none" or count == 1:
         return values
@@ -44,7 +54,10 @@ def differentiate(values: np.ndarray, winner: np.ndarray, how: str) -> np.ndarra
 def thresholds(
     scores: np.ndarray, background: np.ndarray | None, how: str, threshold: float, quantile: float
 ) -> np.ndarray:
-    """Values that scores must exceed for their locations to be in a region; broadcastable to (entity, y, x)."""
+    """Values that scores must exceed for their locations to be in a region, by a rule `how` of `localize`.
+
+    The result can be broadcast to (entity, y, x).
+    """
     if how == "background":
         assert background is not None  # checked by localize
         return threshold * background[None]
@@ -57,7 +70,7 @@ def thresholds(
 
 
 def largest_components(mask: np.ndarray, keep: int) -> np.ndarray:
-    """Largest connected components of a mask, at most `keep`."""
+    """Mask that keeps only the `keep` largest connected components (8-neighborhood); on a tie, the earlier ones."""
     parts, count = label(mask, connectivity=2, return_num=True)
     if count <= keep:
         return mask
@@ -71,7 +84,7 @@ def fill_to_floor(
 ) -> tuple[np.ndarray, tuple[bool, ...]]:
     """Disjoint regions with at least `least` locations each, and whether each region grew to reach that number.
 
-    The notes of `localize` state the rule.
+    The notes of `localize` state which locations are added.
     """
     count = len(masks)
     held = masks.reshape(count, -1).copy()

@@ -14,22 +14,25 @@ if TYPE_CHECKING:
 
 
 def divide(maps: np.ndarray | torch.Tensor, free: np.ndarray | None = None) -> np.ndarray:
-    """Divide an image into strips of equal width, one per entity, in the order in which the maps show the entities.
+    """Divide an image into strips of equal width, one per entity, ordered by the centers of the entities' maps.
 
     Early in a run, maps do not yet show the outline of an entity, but they show which entity is left of another. Strips
-    divide the longer side of the image; a square image is divided from left to right.
+    divide the longer side of the image, from left to right or from top to bottom; a square image is divided from left
+    to right.
 
     Parameters
     ----------
     maps : array or tensor, (entity, y, x)
-        Raw probabilities; the lowest value of each map is subtracted first.
+        Raw probabilities. The lowest value of each map is subtracted before its center is computed.
     free : bool array, (y, x), optional
-        Locations that are divided; by default all.
+        Locations that are divided among the entities; by default all. If they are not a rectangle, strips have equal
+        numbers of free locations, as far as whole columns (or rows) allow, instead of equal widths.
 
     Returns
     -------
     bool array, (entity, y, x)
-        Every free location is in exactly one mask. With fewer free columns (or rows) than entities, some are empty.
+        Every free location is in exactly one mask. With fewer free columns (or rows) than entities, some masks
+        are empty.
 
     Raises
     ------
@@ -38,7 +41,7 @@ def divide(maps: np.ndarray | torch.Tensor, free: np.ndarray | None = None) -> n
 
     Examples
     --------
-    The lion is a little more to the left, so it gets the left half:
+    The center of the lion's map is farther left, so the lion gets the left half:
 
     >>> cat, lion = [[.2, .2, .3, .3]], [[.1, .4, .1, .1]]
     >>> divide(np.array([cat, lion])).astype(int).tolist()
@@ -46,11 +49,11 @@ def divide(maps: np.ndarray | torch.Tensor, free: np.ndarray | None = None) -> n
     """
     values = as_array(maps, "maps")
     if values.ndim != 3 or 0 in values.shape:
-        raise SettingError(f"maps have shape {values.shape}: give (entity, y, x), at least one of each.")
+        raise SettingError(f"maps have shape {values.shape}: give an array (entity, y, x) that is not empty.")
     wide = values.shape[2] >= values.shape[1]
     open_ = np.ones(values.shape[1:], bool) if free is None else np.asarray(free, bool)
     if open_.shape != values.shape[1:]:
-        raise SettingError(f"free has shape {open_.shape}, but each map has {values.shape[1:]}; they must be equal.")
+        raise SettingError(f"free has shape {open_.shape}, but each map has {values.shape[1:]}. Give equal shapes.")
     if not wide:
         values, open_ = values.swapaxes(1, 2), open_.T
     along = (values - values.min((1, 2), keepdims=True)).sum(1)  # (entity, x)

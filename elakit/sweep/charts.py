@@ -27,15 +27,15 @@ def figures(table: pd.DataFrame) -> dict[str, go.Figure]:
     Returns
     -------
     dict of str to plotly.graph_objects.Figure
-        "success": share of right images per method, with 95% intervals; "failures": shares of images with each kind of
-        failure (an image may have several), with the same intervals; "time": share of right images against generation
-        time relative to plain generation.
+        Three figures. "success": share of right images per method, with 95% intervals. "failures": share of images with
+        each kind of failure per method, with 95% intervals; an image may have several kinds. "time": share of right
+        images per method against its generation time relative to plain generation.
     """
     return summary_figures(summary(table))
 
 
 def summary_figures(found: pd.DataFrame) -> dict[str, go.Figure]:
-    """The same as `figures`, from a table that `elakit.sweep.summary` returned."""
+    """Figures that compare the methods of a sweep, as `figures` does, from the result of `elakit.sweep.summary`."""
     names = [escape(method_title(str(name))) for name in found.index]
     # plotly counts rows from the bottom, and the first row is to be at the top
     rows = {"categoryorder": "array", "categoryarray": names[::-1], "automargin": True}
@@ -72,7 +72,7 @@ def summary_figures(found: pd.DataFrame) -> dict[str, go.Figure]:
 
 
 def _label_positions(x: pd.Series, y: pd.Series) -> list[str]:
-    """Position of each point's label: the side farthest from other points and earlier labels."""
+    """Position of each point's label: the side of the point that is farthest from other points and earlier labels."""
     shifts = {"top center": (0, 0.07), "bottom center": (0, -0.07), "middle right": (0.1, 0), "middle left": (-0.1, 0)}
     points = np.nan_to_num(np.stack([x / max(x.max(), 1e-9), y / max(y.max(), 1e-9)], 1))
     labels: list[np.ndarray] = []

@@ -324,7 +324,7 @@ def _of_shard(units: Sequence[Unit], part: tuple[int, int]) -> list[Unit]:
 
 
 def _methods(text: str, settings: list[str]) -> list[tuple[str, dict[str, Any]]]:
-    """Parse the methods and their options."""
+    """Parse the values of --methods and --set into pairs of a method and its options."""
     chosen: dict[str, dict[str, Any]] = {name.strip(): {} for name in text.split(",") if name.strip()}
     for setting in settings:
         target, equals, value = setting.partition("=")
@@ -335,8 +335,8 @@ def _methods(text: str, settings: list[str]) -> list[tuple[str, dict[str, Any]]]
             raise SettingError(f"--set {setting}: {method!r} is not among --methods {text}. Add it there.")
         if option in chosen[method]:
             raise SettingError(
-                f"--set {setting}: {method}.{option} is set twice. Give one value, and afterwards run the command with "
-                "the other value and the same --out."
+                f"--set {setting}: {method}.{option} is set twice. To compare two values, run the command once for "
+                "each of them with the same --out."
             )
         chosen[method][option] = value_of(value.strip())
     return list(chosen.items())
@@ -357,7 +357,10 @@ def _check_resources(
     lora: str | None,
     local: bool,
 ) -> None:
-    """Refuse what no worker could load, before any starts; folders and devices of other machines are not checked."""
+    """Refuse settings with which no worker could load the models, before any worker starts.
+
+    If workers are on other machines (`local` is False), only the data type is checked.
+    """
     from elakit.models import HUB_ID, check_scheduler, device_named
 
     if local:

@@ -28,17 +28,19 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     -------
     pandas.DataFrame
         One row per method, plain first. If a method was run with several options, or images were generated with several
-        settings, each combination has a row and a label. Unknown values are NaN. Columns:
+        settings, each combination has its own row, whose label names them. Unknown values are NaN. Columns:
 
-        - images, prompts: numbers.
+        - images, prompts: numbers of images and of different prompts.
         - blocked: number of images that the safety checker replaced; they count in no share.
         - success, neglect, mixture, wrong_color: shares of the judged images.
-        - fixed: share of the images wrong without guidance that are right with the method; broken: share of those right
-          without guidance that are wrong with it.
-        - score, seconds: detection score and generation time, relative to plain.
+        - fixed: of the images that are wrong with plain generation, the share that is right with the method from the
+          same noise; broken: of the images that are right with plain generation, the share that is wrong with the
+          method.
+        - score, seconds: detection score and generation time, divided by those of plain generation.
         - the six shares and the two ratios with the suffixes _low and _high: the ends of their bootstrap intervals.
-        - fixed_count, broken_count: numbers of images.
-        - p: McNemar's exact test of success against plain; p_holm: corrected over the methods.
+        - fixed_count, broken_count: numbers of fixed and broken images.
+        - p: p-value of McNemar's exact test of success against plain generation; p_holm: the p-value after Holm's
+          correction for the number of methods.
 
     Notes
     -----
@@ -68,7 +70,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def score_summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean of each column that `elakit.sweep.score` added, by method, with bootstrap intervals over prompts.
+    """Mean of each numeric column that `elakit.sweep.score` added, by method, with bootstrap intervals over prompts.
 
     Parameters
     ----------
@@ -78,8 +80,8 @@ def score_summary(table: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Columns method (its label), score (name of the column), images (number), value, low and high (95% interval).
-        Empty if the sweep has no scores.
+        One row per method and score. Columns: method (its label), score (name of the column), images (number), value
+        (mean), low and high (ends of the 95% interval). Empty if the sweep has no scores.
     """
     own = [name for name in table.columns if name not in SCHEMA.names and name != "label"]
     numeric = [
@@ -106,7 +108,7 @@ def variants(table: pd.DataFrame) -> list[str]:
 
 
 def _filled(table: pd.DataFrame) -> pd.DataFrame:
-    """Add missing columns, and replace missing settings by values that compare equal."""
+    """Add missing columns, and replace missing settings, so that two rows without a setting compare equal."""
     frame = table.reset_index(drop=True).copy()
     for column in (*IMAGE, "options", *SHARES, "score", "seconds", "device", "blocked"):
         if column not in frame:
@@ -132,7 +134,7 @@ def _filled(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_plain(table: pd.DataFrame) -> pd.DataFrame:
-    """Label each image, and join the plain image from the same noise."""
+    """Add the label of each row and, in columns with the suffix _plain, the results of plain from the same noise."""
     frame = _filled(table)
     frame["plain"] = frame["method"] == PLAIN
     frame["label"] = _labels(frame)
@@ -162,14 +164,14 @@ def _labels(frame: pd.DataFrame) -> list[str]:
 
 
 def short(value: Any) -> str:
-    """Setting as text for labels and tables: "default" if it is missing."""
+    """Value of a setting as text for labels and tables: "default" if it is missing."""
     if value == "" or value != value:  # NaN differs from itself
         return "default"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _row(part: pd.DataFrame) -> dict[str, float]:
-    """Compute one row of the summary."""
+    """Compute one row of the summary, from the images of one label."""
     right, before = part["success"], part["success_plain"]
     judged, compared = right.notna(), right.notna() & before.notna() & ~part["plain"]
     columns = {name: (part[name] == 1, judged) for name in SHARES}

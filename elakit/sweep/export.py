@@ -22,7 +22,7 @@ MAX_NAME = 200  # bytes of the prompt in a file name; file systems allow 255 in 
 
 
 def export_images(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Export the kept images of a sweep, one folder per method and setting.
+    """Export the kept images of a sweep, one folder for each combination of a method and its settings.
 
     Each folder contains
 
@@ -43,17 +43,17 @@ def export_images(folder: str | Path, out: str | Path | None = None) -> Path:
     folder : str or Path
         Folder of a sweep that was run with ``keep_images=True``.
     out : str or Path, optional
-        Folder to write, by default ``export`` in the folder. An earlier export is replaced.
+        Folder to write, by default the subfolder ``export`` of `folder`. An earlier export there is replaced.
 
     Returns
     -------
     Path
-        The exported folder.
+        Absolute path of the folder that was written.
 
     Raises
     ------
     OutputError
-        The folder contains no kept image, or `out` cannot be written to, or exists and is not an export.
+        The folder contains no kept image, or `out` cannot be written to, or `out` exists and is not an export.
     """
     folder = Path(folder)
     table = read_table(folder, scores=False)
@@ -76,7 +76,10 @@ def export_images(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def _export_variant(part: pd.DataFrame, place: Path, final: Path) -> None:
-    """Write one folder; the paths in its files are those after the folder is renamed to `final`."""
+    """Write the folder of one method and its settings; files in it refer to images by their paths in `final`.
+
+    `place` is renamed to `final` when the export is complete.
+    """
     (place / "samples").mkdir(parents=True)
     rows, by_seed = [], dict[int, dict[str, str]]()
     ordered = part.sort_values(["prompt", "seed"], kind="stable").to_dict("records")
@@ -102,7 +105,7 @@ _METADATA = (
 
 
 def file_prompt(prompt: str) -> str:
-    """Prompt as part of a file name, without underscores, because T2I-CompBench reads it up to the first one.
+    """Prompt as part of a file name, without underscores: T2I-CompBench reads the prompt up to the first underscore.
 
     Examples
     --------
@@ -114,7 +117,7 @@ def file_prompt(prompt: str) -> str:
 
 
 def _folder_names(variants: Sequence[str]) -> dict[str, str]:
-    """Distinct folder names."""
+    """Folder name of each method with its settings; all names are distinct."""
     names: dict[str, str] = {}
     for variant in variants:
         base = re.sub(r"[^A-Za-z0-9.=-]+", "-", variant).strip("-.")[:80] or "images"

@@ -30,7 +30,8 @@ _lock = Lock()
 def generate_unit(unit: Unit, *, keep_images: bool = False) -> list[dict[str, Any]]:
     """Generate the images of a unit in one batch, judge and measure them.
 
-    The pipeline stays loaded in the process until a unit of another model is generated.
+    The pipeline stays loaded in the process until a unit with another model, or with other options of loading it, is
+    generated.
 
     Parameters
     ----------

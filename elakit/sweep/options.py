@@ -1,4 +1,4 @@
-"""Options of guidance methods as canonical JSON, which identifies a unit of a sweep."""
+"""Options of guidance methods as canonical JSON, which is part of the identity of a unit of a sweep."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def canonical(value: Any) -> str:
 
 
 def canonical_options(method: str, options: Mapping[str, Any]) -> str:
-    """All options of a method, including defaults, as JSON in which equal options give equal text.
+    """All options of a method, including defaults, as JSON text that is the same for equal options.
 
     Parameters
     ----------
     method : str
         "plain" or a name in `elakit.guidance.METHODS`.
     options : mapping of str to object
-        Options that differ from their defaults, and the condition of guidance (the keys of `CONDITION`). "plain" has
-        none.
+        Options that differ from their defaults. The keys "guide_above" and "guide_after" (`CONDITION`) set the
+        condition on which an image is guided. "plain" has no options.
 
     Returns
     -------
@@ -103,7 +103,8 @@ def build_method(method: str, options: Mapping[str, Any]) -> Method:
     method : str
         Name in `elakit.guidance.METHODS`.
     options : mapping of str to object
-        Options by name. Those equal to their defaults keep the type of the default, which JSON may not preserve.
+        Options by name. An option that equals its default keeps the type of the default, which JSON may not
+        preserve.
 
     Returns
     -------
@@ -134,7 +135,7 @@ def sweepable() -> list[str]:
 
 
 def _condition(method: str, options: Mapping[str, Any]) -> dict[str, float]:
-    """Return the options of `CONDITION`: both or neither."""
+    """Return both options of `CONDITION`, with 0.2 as the default of "guide_after", or neither if none is set."""
     given = {name: options[name] for name in CONDITION if name in options}
     if not given:
         return {}

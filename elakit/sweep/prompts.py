@@ -26,7 +26,7 @@ class Benchmark:
     Attributes
     ----------
     name : str
-        Name, as for ``elakit sweep run --suite``.
+        Name, as given to ``elakit sweep run --suite``.
     summary : str
         Contents, in one line.
     source : str
@@ -45,7 +45,7 @@ class Benchmark:
 
     @property
     def command(self) -> str:
-        """Commands that download the file and sweep its prompts."""
+        """Commands, one per line, that download the file and run a sweep over its prompts."""
         file = self.file.rsplit("/", 1)[-1]
         if "huggingface.co/datasets/" in self.source:
             name = self.source.partition("huggingface.co/datasets/")[2]
@@ -109,9 +109,9 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
     Parameters
     ----------
     path : str or Path
-        A text file with one prompt per line; a JSON list of prompts or of objects, or an object of such lists; JSON
-        Lines, CSV, TSV or Parquet; or a folder of Parquet files. Prompts are read from the key or column "prompt",
-        "text" or "caption".
+        A text file with one prompt per line; a JSON list of prompts or of objects, or an object whose values are such
+        lists; JSON Lines, CSV, TSV or Parquet; or a folder of Parquet files. Prompts of objects and tables are read
+        from the first of the keys or columns "prompt", "text" and "caption" that exists.
 
     Returns
     -------
@@ -122,7 +122,7 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
     OutputError
         The file cannot be read, or is not text in UTF-8.
     SettingError
-        The file has no such key or column, or contains no prompt.
+        An object or table has none of these keys or columns, or the file contains no prompt.
 
     Examples
     --------
@@ -157,7 +157,7 @@ def spread(prompts: Sequence[str], count: int | None) -> tuple[str, ...]:
     ----------
     prompts : sequence of str
     count : int, optional
-        None selects all prompts.
+        Largest number of prompts; None selects all.
 
     Returns
     -------
@@ -203,7 +203,7 @@ def _csv(path: Path) -> Iterable[str]:
 def _parquet(path: Path) -> Iterable[str]:
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files:
-        raise SettingError(f"{path} contains no Parquet file. Give a file of prompts.")
+        raise SettingError(f"The folder {path} contains no Parquet file. Give a file of prompts.")
     import pyarrow.parquet
 
     for file in files:
@@ -225,8 +225,8 @@ def _column(names: Sequence[str], path: Path) -> str:
         if name in names:
             return name
     raise SettingError(
-        f"{path} has no column {' or '.join(map(repr, COLUMNS))}; its columns are {', '.join(names)}. Rename the one "
-        "with the prompts."
+        f"{path} has no column {' or '.join(map(repr, COLUMNS))}; its columns are {', '.join(names)}. Rename the "
+        f"column with the prompts to {COLUMNS[0]!r}."
     )
 
 

@@ -1,4 +1,4 @@
-"""Report of a sweep as HTML, as Markdown and, for its numbers, as CSV."""
+"""Report of a sweep as HTML and Markdown, and its numbers as CSV."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write(folder: str | Path, out: str | Path | None = None) -> Path:
     folder : str or Path
         Folder of the sweep.
     out : str or Path, optional
-        Path of the page; by default ``report.html`` in the folder.
+        Path of the page; by default ``report.html`` in `folder`. Another suffix is replaced by ``.html``.
 
     Returns
     -------
@@ -52,7 +52,7 @@ def write(folder: str | Path, out: str | Path | None = None) -> Path:
     Raises
     ------
     OutputError
-        There is no finished unit, or `out` cannot be written.
+        The folder contains no finished unit, or `out` cannot be written.
     """
     table = read_table(folder)
     page = check_path(out if out is not None else Path(folder) / "report.html").with_suffix(".html")
@@ -88,7 +88,7 @@ def write(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def csv_bytes(frame: pd.DataFrame) -> bytes:
-    """Encode a frame as CSV that spreadsheet programs do not read as formulas.
+    """Encode a frame as CSV whose texts spreadsheet programs do not read as formulas.
 
     A text that begins with =, +, -, @, a tab or a carriage return is preceded by an apostrophe.
 
@@ -147,7 +147,7 @@ def _score_cells(scores: pd.DataFrame) -> list[list[str]]:
 
 
 def _settings(table: pd.DataFrame) -> list[tuple[str, str]]:
-    """Settings of the sweep."""
+    """Settings of the sweep, as pairs of a name and the values that occur."""
     rows = [("prompts", str(table["prompt"].nunique())), ("seeds", _listed(table["seed"]))]
     rows += [(name.replace("_", " "), _listed(table[name])) for name in ("suite", *SETTINGS, "device")]
     options = table[["method", "options"]].drop_duplicates().itertuples(index=False)
@@ -156,7 +156,7 @@ def _settings(table: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def _options(text: str) -> str:
-    """Options of a method that are set."""
+    """Options of a method that are not None, as text such as "name=value, name=value"; `text` is their JSON."""
     return ", ".join(f"{name}={value}" for name, value in json.loads(text).items() if value is not None)
 
 

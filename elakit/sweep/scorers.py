@@ -29,14 +29,14 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sample:
-    """An image to score.
+    """Image to score, and what scorers need to know about it.
 
     Attributes
     ----------
     image : PIL.Image.Image
     prompt : Prompt
     plain : PIL.Image.Image or None
-        Plain image from the same noise, if it was kept.
+        Plain image from the same noise, for distances; None if it was not kept.
     path : str
         File of the image.
     """
@@ -57,13 +57,13 @@ class ScorerKind:
     Attributes
     ----------
     name : str
-        Name, as for ``elakit sweep score --scorer``.
+        Name, as given to ``elakit sweep score --scorer``.
     model : str
         Default model: a hub id, or a name that the scorer's package knows. "" if the user must name one.
     summary : str
         Description of the score and its source.
     load : callable
-        Function (name of the model, device) that loads the model and returns the scorer.
+        Function of the model's name and the device that loads the model and returns the scorer.
     """
 
     name: str
@@ -80,7 +80,7 @@ def load_scorer(name: str, model: str | None = None, device: str | None = None) 
     name : str
         A name in `SCORERS`.
     model : str, optional
-        Hub id or folder of the model; by default that of `ScorerKind.model`.
+        Hub id or folder of the model; by default the `ScorerKind.model` of this scorer.
     device : str, optional
         As in `elakit.load`.
 
@@ -92,7 +92,7 @@ def load_scorer(name: str, model: str | None = None, device: str | None = None) 
     Raises
     ------
     SettingError
-        There is no such scorer, or it has no default model.
+        There is no such scorer, or no model is given and the scorer has no default.
     ModelError
         The model or the package cannot be loaded.
 
@@ -108,7 +108,9 @@ def load_scorer(name: str, model: str | None = None, device: str | None = None) 
     kind = SCORERS[name]
     chosen = model or kind.model
     if not chosen:
-        raise SettingError(f"The scorer {name} has no default model. Name one: {name}=MODEL.")
+        raise SettingError(
+            f"The scorer {name} has no default model. Name one: {name}=MODEL, where MODEL is a hub id or a folder."
+        )
     return kind.load(chosen, device_named(device))
 
 
@@ -116,7 +118,7 @@ def load_scorer(name: str, model: str | None = None, device: str | None = None) 
 
 
 def clip(name: str, device: torch.device) -> Scorer:
-    """CLIP image-text similarity of the full prompt, and the minimum over its entities.
+    """CLIP image-text similarity of the image with the full prompt, and the minimum of those with its entities.
 
     Columns: clip_full, clip_min (cosines). Attend-and-Excite (Chefer et al., SIGGRAPH 2023, section 5) reports both,
     averaged over 80 templates of the text; here each text is used as it is, so values are slightly different.
@@ -171,7 +173,7 @@ def _clip_text(model: Any, processor: Any, text: str) -> torch.Tensor:
 
 
 def _texts(prompt: Prompt) -> list[str]:
-    """Prompt and its entities."""
+    """Text of the prompt, followed by the text of each of its entities."""
     return [prompt.text, *(entity.text for entity in prompt.entities)]
 
 
@@ -272,7 +274,7 @@ def dino(name: str, device: torch.device) -> Scorer:
 
 
 def detector(name: str, device: torch.device) -> Scorer:
-    """Verdict of a zero-shot detector of `elakit.judge.detectors`.
+    """Verdict on the image by the zero-shot detector `name`, loaded by `elakit.judge.detectors`.
 
     Columns, as in the sweep's table: detector_success, detector_neglect, detector_mixture, detector_wrong_color,
     detector_present and detector_score.

@@ -33,20 +33,20 @@ def score(
     """Score the kept images of a sweep; `elakit.sweep.table` then contains the scores as columns.
 
     Images that already have a score by the same model are skipped, so an interrupted call is resumed by the next one.
-    Images that the safety checker replaced are not scored.
+    Scores by another model of the same scorer are replaced. Images that the safety checker replaced are not scored.
 
     Parameters
     ----------
     folder : str or Path
         Folder of a sweep that was run with ``keep_images=True``.
     scorers : str or sequence of str
-        Names in `elakit.sweep.SCORERS`, or NAME=MODEL for another model.
+        Names in `elakit.sweep.SCORERS`, or NAME=MODEL for a model other than the default.
     device : str, optional
         As in `elakit.load`.
     load : callable
-        Function (name, model, device) that loads a scorer.
+        Function of the arguments name, model and device that loads a scorer, like `load_scorer`.
     on_progress : callable, optional
-        Called with (images done, images in total) after each image; an image counts once per scorer.
+        Function that is called with (images done, images in total) after each image; an image counts once per scorer.
 
     Returns
     -------
@@ -64,7 +64,7 @@ def score(
     """
     names = [scorers] if isinstance(scorers, str) else list(scorers)
     if not names:
-        raise SettingError("No scorer is given. Name at least one, such as clip.")
+        raise SettingError("No scorer is given. Name at least one of elakit.sweep.SCORERS, such as clip.")
     folder = Path(folder)
     table = read_table(folder, scores=False)
     rows = _samples(folder, table)
@@ -89,7 +89,7 @@ def score(
 
 
 def _samples(folder: Path, table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Key, seed and a function that opens the sample, for each kept image that was not blocked."""
+    """Key, seed and a function that opens the sample, for each kept image that the safety checker did not replace."""
     settings = [name for name in IMAGE if name in table]
 
     def identity(row: Any) -> tuple[Any, ...]:
@@ -129,7 +129,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def _stored(path: Path, model: str) -> dict[tuple[str, int], dict[str, Any]]:
-    """Scores that exist for the same model."""
+    """Scores in a file that were computed by the given model, by key and seed."""
     if not path.exists():
         return {}
     try:

@@ -43,7 +43,7 @@ IDENTITY = (*IMAGE, "method", "options")
 
 @dataclass(frozen=True)
 class Result:
-    """The rows of a finished unit, and its images as PNG by seed if images are kept."""
+    """Rows of a finished unit and, if images are kept, the PNG bytes of each image by its seed."""
 
     rows: pa.Table
     images: dict[int, bytes] = field(default_factory=dict)
@@ -57,24 +57,25 @@ def table(folder: str | Path, scores: bool = True) -> pd.DataFrame:
     folder : str or Path
         Folder of the sweep.
     scores : bool
-        Add the columns of `elakit.sweep.score`.
+        Whether the columns that `elakit.sweep.score` computed are added.
 
     Returns
     -------
     pandas.DataFrame
         An image that two units have in common appears once. Unknown values are missing. Columns:
 
-        - prompt, suite, seed, method, options (JSON).
+        - prompt, suite, seed, method, options (of the method, as JSON).
         - The verdict of the judge: success, neglect, mixture, wrong_color, extra (number of things not asked for),
           present (share of the entities that are in the image), score (mean detection score).
         - blocked: True if the safety checker replaced the image, which is therefore not judged.
         - bleed, intrusion, spill, ruzicka, attribute_bleed: means over steps and entities.
-        - loss_first, loss_last, skipped, refinements: from the trace of the guidance.
+        - loss_first, loss_last: losses in the first and the last row of the trace of the guidance; skipped: number of
+          steps whose gradient was not finite; refinements: number of refinements at all steps.
         - seconds: generation time per image.
         - model, steps, guidance_scale, device, dtype, detector; negative_prompt, height, width, scheduler, lora and
           variant are missing if the default of the model was used.
-        - key (of the unit), parsed (the prompt as JSON, see `parsed_prompt`), features (`elakit.prediction.features` as
-          one list).
+        - key (of the unit), parsed (the parsed prompt as JSON, which `parsed_prompt` reads), features (the table of
+          `elakit.prediction.features` as one list, row by row).
 
     Raises
     ------
@@ -105,7 +106,7 @@ def table(folder: str | Path, scores: bool = True) -> pd.DataFrame:
 
 
 def score_file(folder: Path, scorer: str) -> Path:
-    """Path of the file with the scores of a scorer."""
+    """Path of the file with the scores that a scorer computed, whether or not it exists."""
     return folder / "scores" / f"{scorer}.parquet"
 
 
@@ -115,13 +116,14 @@ def parsed_prompt(text: str) -> Prompt:
     Raises
     ------
     OutputError
-        The text is not a prompt as JSON, as in sweeps of older releases.
+        The text is missing, as in sweeps of older releases, or is not a prompt in JSON.
     """
     try:
         return Prompt.from_dict(json.loads(text))
     except (TypeError, ValueError, KeyError) as error:
         raise OutputError(
-            "The sweep does not contain the parsed prompts. Run it again in a new folder with this release."
+            "The sweep does not contain the parsed prompts, because it was run with an older release. Run it again in "
+            "a new folder with this release."
         ) from error
 
 
@@ -138,7 +140,7 @@ def _with_scores(folder: Path, frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _read(path: Path) -> pa.Table:
-    """Read a unit; columns that an older release did not write are empty."""
+    """Read the file of a unit; columns that are missing because an older release wrote the file are empty."""
     rows = pa.parquet.read_table(path, partitioning=None)
     columns = [
         rows.column(name).cast(kind) if name in rows.column_names else pa.nulls(len(rows), kind)
@@ -190,7 +192,7 @@ def check_folder(folder: str | Path) -> Path:
 
 
 def prepare(folder: str | Path, units: Sequence[Unit]) -> Path:
-    """Create the folder and describe the first sweep written to it in ``sweep.json``.
+    """Create the folder of a sweep, and return its path; ``sweep.json`` in it describes the first sweep written there.
 
     Raises
     ------
@@ -213,18 +215,18 @@ def prepare(folder: str | Path, units: Sequence[Unit]) -> Path:
 
 
 def finished(folder: str | Path, unit: Unit, keep_images: bool = False) -> bool:
-    """True if a folder contains the results of a unit and, with `keep_images`, its images."""
+    """Return True if a folder contains the results of a unit and, with `keep_images`, all its images."""
     done = (Path(folder) / "units" / f"{unit.key}.parquet").exists()
     return done and (not keep_images or all(image_path(folder, unit.key, seed).exists() for seed in unit.seeds))
 
 
 def image_path(folder: str | Path, key: str, seed: int) -> Path:
-    """Path of the image of a unit (by its key) and a seed, whether or not it exists."""
+    """Path of the image that a unit generated from a seed, whether or not it exists; `key` is the unit's key."""
     return Path(folder) / "images" / f"{key}-{seed}.png"
 
 
 def as_result(unit: Unit, rows: Sequence[dict[str, Any]]) -> Result:
-    """Rows of a unit as a table with all columns; columns that a row lacks are empty.
+    """Rows of a unit as a table with all columns, and its images; columns that a row lacks are empty.
 
     Raises
     ------
@@ -260,7 +262,7 @@ def note_failure(folder: Path, unit: Unit, error: str, details: str = "") -> Non
 
 
 def failures(folder: str | Path) -> dict[str, str]:
-    """Errors of the failed units, by key."""
+    """Error message of each failed unit, by the unit's key."""
     return {path.stem: _error(path) for path in sorted((Path(folder) / "failed").glob("*.json"))}
 
 

@@ -36,7 +36,7 @@ class Suite:
     Attributes
     ----------
     name : str
-        Name, as for ``elakit sweep run --suite``.
+        Name, as given to ``elakit sweep run --suite``.
     summary : str
         Rule that the prompts follow, in one line.
     build : callable
@@ -63,7 +63,7 @@ def suite(name: str) -> tuple[str, ...]:
     Raises
     ------
     SettingError
-        There is no such suite; for a public benchmark, the message contains the commands that download it.
+        There is no such suite, or it is a public benchmark; then the message contains the commands that download it.
 
     Examples
     --------
@@ -92,7 +92,7 @@ def _benchmark(*groups: str) -> tuple[str, ...]:
 
 
 def _distinct(name: str, make: Callable[[np.random.Generator, int], str]) -> tuple[str, ...]:
-    """Return `SIZE` distinct prompts; `make` is called with the number of the prompt."""
+    """Return `SIZE` distinct prompts, made by `make` from a random generator and the number of prompts made so far."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     found: dict[str, None] = {}
     while len(found) < SIZE:

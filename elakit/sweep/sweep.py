@@ -39,7 +39,7 @@ class Outcome:
     generated : int
         Number of units that the call finished.
     failed : dict of str to str
-        Errors of the units that failed, by key. The next call tries these units again.
+        Error message of each unit that failed, by the unit's key. The next call tries these units again.
     """
 
     earlier: int
@@ -49,7 +49,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Failure:
-    """An error as text, because an exception may not be loadable in another process."""
+    """Error of a unit as text, because the exception itself may not be loadable in another process."""
 
     error: str
     details: str = ""
@@ -88,16 +88,18 @@ def run(
         `executor`, the number of units submitted at a time; by default all.
     threads : int, optional
         Number of torch threads per worker. By default 1 in processes on this machine; the workers of an `executor`
-        keep theirs.
+        keep their own number.
     shard : (int, int), optional
-        Index, from 1, and number of shards: only the units of this shard are generated. See `elakit.sweep.shard`.
+        Index of a shard, counted from 1, and number of shards: only the units of this shard are generated. See
+        `elakit.sweep.shard`.
     keep_images : bool
         Store every image as PNG in ``images/``. Units that were finished without images are generated again.
     generate : callable
         Function of a unit that returns its rows; the workers must be able to import it. With `keep_images`, it is
         called with ``keep_images=True``.
     on_progress : callable, optional
-        Called with (images done, images in total) at the start and after each unit; failed units count as done.
+        Function that is called with (images done, images in total) at the start and after each unit; images of failed
+        units count as done.
 
     Returns
     -------
@@ -164,7 +166,7 @@ def run(
 def _results(
     units: Iterable[Unit], crew: Workers, generate: Generate, threads: int | None
 ) -> Generator[tuple[Unit, store.Result | _Failure], None, None]:
-    """Yield each unit with its result, as soon as it is available."""
+    """Yield each unit with its result or its failure, as soon as it is available."""
     queue = _Queue(units, crew, partial(_call, generate, threads))
     try:
         while queue.unfinished():
@@ -173,17 +175,18 @@ def _results(
                 yield finished
                 if queue.given_up == GIVEN_UP:
                     raise OutputError(
-                        f"The workers died on {GIVEN_UP} units in a row. Use fewer workers if memory is short. A "
-                        'script that calls run needs `if __name__ == "__main__":`.'
+                        f"The workers died on {GIVEN_UP} units in a row. Use fewer workers if memory is short. In a "
+                        'script, call run inside `if __name__ == "__main__":`.'
                     )
     finally:
         queue.cancel()
 
 
 class _Queue:
-    """Units that wait for a worker or are with one, and those whose worker has died.
+    """Units without a result: those that wait for a worker, those that run, and those whose worker has died.
 
-    Units that were running when a worker died run alone: if a worker dies again, the unit responsible is known.
+    Units that were running when a worker died are repeated one at a time, so that if a worker dies again, the unit
+    responsible is known.
     """
 
     def __init__(
@@ -197,11 +200,11 @@ class _Queue:
         self.broken = False  # a worker has died, and the crew is not replaced yet
 
     def unfinished(self) -> bool:
-        """True as long as a unit has no result."""
+        """Return True as long as any unit has no result."""
         return bool(self.waiting or self.suspects or self.running)
 
     def submit(self) -> None:
-        """Give units to free workers; dead workers are replaced when nothing runs any more."""
+        """Give units to free workers; dead workers are replaced as soon as no unit is running."""
         try:
             if self.broken and not self.running:
                 self.crew.replace()
@@ -218,7 +221,10 @@ class _Queue:
         return not self.running or not (alone or len(self.running) == self.crew.width)
 
     def collect(self) -> Iterator[tuple[Unit, store.Result | _Failure]]:
-        """Wait for a worker, and yield the units that have a result; the others run again."""
+        """Wait until a unit ends, and yield each ended unit with its result or its failure.
+
+        A unit whose worker died is not yielded but repeated, until its worker has died too often.
+        """
         wait(self.running, return_when=FIRST_COMPLETED)
         for future in [each for each in self.running if each.done()]:
             unit = self.running.pop(future)
@@ -238,13 +244,13 @@ class _Queue:
             yield unit, result
 
     def cancel(self) -> None:
-        """Cancel what has not begun."""
+        """Cancel the units that were submitted and have not begun."""
         for future in self.running:
             future.cancel()
 
 
 def _call(generate: Generate, threads: int | None, unit: Unit) -> store.Result | _Failure:
-    """Generate a unit in a worker."""
+    """Generate a unit, in a worker, with the given number of torch threads."""
     if threads is not None:
         _set_threads(threads)
     try:

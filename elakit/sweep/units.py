@@ -34,8 +34,8 @@ class Unit:
     method : str
         "plain", or a name in `elakit.guidance.METHODS`.
     options : str
-        All options of the method, including defaults, as canonical JSON. A default that changes in a later release
-        therefore gives another unit.
+        All options of the method, including defaults, as `elakit.sweep.options.canonical_options` returns them. If a
+        later release changes a default, units that use it therefore get another key and are generated again.
     steps, guidance_scale : optional
         As in `elakit.generate`; None uses the model's default.
     suite : str
@@ -47,7 +47,7 @@ class Unit:
     detector : str, optional
         Detector as in `elakit.judge.detectors.load_detector`; None uses the built-in judge.
     negative_prompt, height, width : optional
-        As in `elakit.generate`. These and the following are part of `key` only where they are set.
+        As in `elakit.generate`. These settings and the ones below are part of `key` only if they are set.
     scheduler, lora, variant : str, optional
         As in `elakit.load`.
 
@@ -106,7 +106,7 @@ class Unit:
         return build_method(self.method, {name: value for name, value in options.items() if name not in CONDITION})
 
     def condition(self) -> dict[str, float] | None:
-        """Arguments of `elakit.prediction.Predictor.guide_if`, "above" and "after"; None if every image is guided."""
+        """Arguments "above" and "after" of `elakit.prediction.Predictor.guide_if`; None if it is not used."""
         options = json.loads(self.options)
         return {name.removeprefix("guide_"): options[name] for name in CONDITION} if CONDITION[0] in options else None
 
@@ -135,7 +135,7 @@ def plan(
     Parameters
     ----------
     prompts : sequence of str, or mapping of str to sequence of str
-        Prompts, or the prompts of each suite by its name.
+        Prompts, or a mapping from the name of each suite to its prompts.
     seeds : sequence of int
         Distinct seeds.
     methods : iterable of str or (str, mapping)
@@ -154,8 +154,8 @@ def plan(
     Raises
     ------
     SettingError
-        There is no prompt, seed or method, `prompts` or `methods` is a single string, a seed is repeated, a number is
-        out of range, or `elakit.sweep.options.canonical_options` refuses an option.
+        There is no prompt, seed or method; `prompts` or `methods` is a single string; a seed is repeated; a number is
+        out of range; or a method is unknown or an option invalid.
 
     Examples
     --------
@@ -239,7 +239,7 @@ def check_prompts(prompts: Any) -> None:
 
 
 def shard(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
-    """Units of one of several shards; together, the shards contain each unit once.
+    """Units of one of several shards, into which a sweep is divided; together, the shards contain each unit once.
 
     Units are assigned in the order of their keys, so every shard has about the same share of each method.
 

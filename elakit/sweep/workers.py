@@ -19,12 +19,12 @@ WAIT = 30  # seconds that a Dask scheduler may take to get its first worker
 
 
 class Workers(Protocol):
-    """The interface between a sweep and its workers."""
+    """Interface between a sweep and its workers; a context manager that ends the workers that it has started."""
 
     width: int | None  # units submitted at a time; None: all
 
     def submit(self, call: Any, *arguments: Any) -> Future[Any]:
-        """Submit a call; `concurrent.futures.BrokenExecutor` is raised if a worker has died."""
+        """Submit a call and return its future; `concurrent.futures.BrokenExecutor` is raised if a worker has died."""
         ...
 
     def replace(self) -> None:
@@ -37,15 +37,18 @@ class Workers(Protocol):
 
 
 class Pool:
-    """Worker processes started with "spawn", because a forked copy of torch's threads hangs.
+    """Worker processes, started with "spawn".
+
+    A fork copies only the calling thread. A forked process would therefore inherit the state of torch's thread pool
+    without its threads, and could wait for them forever.
 
     Parameters
     ----------
     workers : int
         Number of processes.
     gpus : sequence of str
-        Entries of ``CUDA_VISIBLE_DEVICES``, of which each process sees one, in turn. If there are none, every process
-        sees all devices.
+        Entries of ``CUDA_VISIBLE_DEVICES``. Each process sees one GPU: the first process the first entry, the second
+        process the second one, and so on, starting over at the end. Without entries, every process sees all GPUs.
     """
 
     def __init__(self, workers: int, gpus: Sequence[str] = ()) -> None:
@@ -58,7 +61,7 @@ class Pool:
         return self._executor.submit(call, *arguments)
 
     def replace(self) -> None:
-        """Start new workers; the remaining workers of a broken pool are ended."""
+        """End the remaining workers of a broken pool, and start new ones."""
         self._close(at_once=True)
         self._open()
 
@@ -84,13 +87,13 @@ class Pool:
 
 
 class Borrowed:
-    """An executor that the caller started and shuts down.
+    """Workers of an executor that the caller of the sweep has started and shuts down.
 
     Parameters
     ----------
     executor : concurrent.futures.Executor
     width : int, optional
-        Units submitted at a time; by default all.
+        Number of units submitted at a time; by default all.
 
     Raises
     ------
@@ -124,7 +127,7 @@ class Borrowed:
 
 @contextmanager
 def dask_executor(address: str, wait: float = WAIT) -> Iterator[Executor]:
-    """Connect to a Dask scheduler and yield an executor that submits to its workers.
+    """Connect to a Dask scheduler, as a context manager that yields an executor for its workers.
 
     Parameters
     ----------
@@ -199,6 +202,7 @@ def visible_gpus(device: str | None) -> tuple[str, ...]:
     Returns
     -------
     tuple of str
+        Empty if workers need not be distributed, or there is no GPU.
     """
     if device not in (None, "cuda"):
         return ()
@@ -235,7 +239,10 @@ def default_workers(device: str | None, threads: int) -> int:
 
 
 def _prepare(sweep: Connection, started: Any, gpus: tuple[str, ...]) -> None:
-    """Initialize a worker: choose its GPU, leave Ctrl-C to the sweep, and end with the sweep, even if it is killed."""
+    """Initialize a worker: choose its GPU, leave Ctrl-C to the sweep's process, and end when that process ends.
+
+    The worker ends even if the sweep's process is killed, because that closes the other end of `sweep`.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if gpus:
         with started.get_lock():
