@@ -355,5 +355,5 @@ def test_what_is_not_there_is_refused_before_the_run(pipe: Any) -> None:
         edit(pipe, TEXT, Edit("car", layers="double")),
     ):
         pass
-    with pytest.raises(RecordingError, match="no start token"), edit(tiny_flux(), TEXT, Edit("<start>", scale=0)):
+    with pytest.raises(RecordingError, match="no start-of-text"), edit(tiny_flux(), TEXT, Edit("<start>", scale=0)):
         pass
