@@ -110,7 +110,12 @@ class Edit:
         numbers = (steps.start, steps.stop) if isinstance(steps, slice) else _as_sequence(steps)
         for number in numbers:
             if number is not None:
-                whole_number(number, "steps", 0, hint="Calls are counted from the start of the block: 0, 1, 2, ...")
+                whole_number(
+                    number,
+                    "steps",
+                    0,
+                    hint="Denoiser calls are counted from the start of the `with edit(...)` block: 0, 1, 2, ...",
+                )
         if isinstance(steps, slice) and steps.step is not None and steps.step < 1:
             raise SettingError(f"steps={steps}: the stride must be positive. Give a slice such as slice(0, None, 2).")
         if self.region is not None:

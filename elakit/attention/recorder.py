@@ -123,7 +123,7 @@ def record_image(
     seed: int = 0,
     spec: RecordSpec | None = None,
 ) -> Recording:
-    """Record attention for an existing image: add the noise of each chosen step to it, and run the denoiser once.
+    """Record attention for an existing image: for each chosen step, add its noise and run the denoiser once.
 
     Parameters
     ----------

@@ -127,7 +127,7 @@ class Watch:
         self._run, self._of_run = frame, adapter
 
     def _check_text(self, adapter: Adapter, given: Mapping[str, Any]) -> None:
-        """Refuse a run that was called with another prompt than the one to record or to edit."""
+        """Refuse a run whose prompt differs from the one to record or to edit."""
         assert self.prompt is not None
         for name in attended_texts(adapter, given):
             texts = [given[name]] if isinstance(given[name], str) else given[name]

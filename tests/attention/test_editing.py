@@ -325,7 +325,7 @@ def _pipe() -> Any:
         ({"steps": slice(-3, None)}, "counted from the start"),
         ({"steps": 1.5}, "whole number of 0 or more"),
         ({"steps": slice(0, 3, -1)}, "stride"),
-        ({"region": np.ones(4)}, "give \\(y, x\\)"),
+        ({"region": np.ones(4)}, "shape \\(y, x\\)"),
         ({"region": np.full((2, 2), 2.0)}, "outside 0 to 1"),
         ({"region": np.full((2, 2), np.nan)}, "outside 0 to 1"),
         ({"region": xr.DataArray(np.ones((2, 2)), dims=("step", "x"))}, "give y and x only"),
