@@ -24,14 +24,14 @@ def layer_mean(nodes: Sequence[xr.Dataset], channels: Sequence[str], image: int)
     nodes : sequence of xarray.Dataset
         Nodes of a recording, one per map size; their maps are resized to the size of the first node.
     channels : sequence of str
-        Labels along ``token``.
+        Labels along ``token`` of the maps to return, in the order of the result.
     image : int
         Index of the image in the batch.
 
     Returns
     -------
     numpy.ndarray, (step, channel, y, x)
-        float32.
+        The averaged maps, float32, at the size of the first node.
 
     Notes
     -----
@@ -65,14 +65,14 @@ def _node_mean(node: xr.Dataset, channels: Sequence[str], image: int) -> np.ndar
 
 
 def refined(maps: np.ndarray, node: xr.Dataset, image: int, times: int) -> np.ndarray:
-    """Propagate maps along self-attention: each map is multiplied by the self-attention matrix, ``times`` times.
+    """Propagate maps along self-attention: multiply each map by the self-attention matrix, ``times`` times.
 
     Parameters
     ----------
     maps : numpy.ndarray, (step, channel, y, x)
     node : xarray.Dataset
-        Self-attention of the same steps; the mean over its layers and heads is used, with rows normalized to a sum of
-        1.
+        Self-attention of the same steps. The matrix of a step is the mean over its layers and heads; each row, the
+        attention of one location, is normalized to a sum of 1.
     image : int
         Index of the image in the batch.
     times : int
@@ -81,8 +81,8 @@ def refined(maps: np.ndarray, node: xr.Dataset, image: int, times: int) -> np.nd
     Returns
     -------
     numpy.ndarray, (step, channel, y, x)
-        Maps at the size of the self-attention. The value at a location is the mean over the locations that it attends
-        to, weighted by its attention.
+        Maps at the size of the self-attention. Each multiplication replaces the value at a location by the mean of the
+        map over all locations, weighted by the attention that this location pays to them.
 
     References
     ----------
@@ -103,20 +103,21 @@ def refined(maps: np.ndarray, node: xr.Dataset, image: int, times: int) -> np.nd
 
 
 def normalized(maps: np.ndarray, how: Normalize, start: np.ndarray | None) -> np.ndarray:
-    """Normalize each map over space, or divide maps by that of start-of-text.
+    """Normalize each map over space, or divide it by the map of start-of-text.
 
     Parameters
     ----------
     maps : numpy.ndarray, (step, token, y, x)
     how : {None, "sum", "max", "minmax", "tokens", "start"}
-        Normalization, as in `Recording.maps`. None and ``"tokens"``, which is not spatial, return the maps unchanged.
+        Normalization, as in `Recording.maps`. None returns the maps unchanged; so does ``"tokens"``, a softmax over
+        tokens that `Recording.maps` computes itself.
     start : numpy.ndarray, (step, 1, y, x), optional
         Maps of start-of-text, which ``"start"`` requires.
 
     Returns
     -------
     numpy.ndarray, (step, token, y, x)
-        0 where the divisor is 0.
+        The normalized maps; 0 where the divisor is 0.
 
     Examples
     --------

@@ -23,19 +23,20 @@ NEVER = -1e4  # what diffusers adds to hide a position; half precision can repre
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """Arguments of one attention call.
+    """Arguments of one call of `F.scaled_dot_product_attention`.
 
     Attributes
     ----------
     query : torch.Tensor, (rows, heads, queries, d)
+        Queries of each row of the batch, with d channels per head.
     key : torch.Tensor, (rows, heads, keys, d)
-        With grouped queries the keys have fewer heads than the queries.
+        In grouped-query attention, keys and values have fewer heads than the queries.
     value : torch.Tensor, (rows, heads, keys, d)
     mask : torch.Tensor or None
         Numbers that are added to the scores, or booleans that are True where a key is seen; broadcasts to
         (rows, heads, queries, keys). None masks nothing.
     scale : float or None
-        Factor of the scores; None stands for ``1 / sqrt(d)``.
+        Factor of the products of queries and keys; None stands for ``1 / sqrt(d)``.
     """
 
     query: Tensor
@@ -53,7 +54,7 @@ ChangeOf = Callable[[AttentionCall], AttentionCall]
 
 @contextmanager
 def watching(on_call: OnCall) -> Iterator[None]:
-    """Call ``on_call`` with the arguments of each attention call inside the block, including biases of `biasing`."""
+    """Call ``on_call(call)`` before each attention call inside the block; its mask includes the biases of `biasing`."""
     with _Mode(on_call=on_call):
         yield
 
@@ -70,17 +71,21 @@ def biasing(bias_of: BiasOf) -> Iterator[None]:
 
 @contextmanager
 def watching_outputs(on_output: OnOutput) -> Iterator[None]:
-    """Call ``on_output(call, output)`` after each attention call inside the block; biases of `biasing` are included."""
+    """Call ``on_output(call, output)`` after each attention call inside the block.
+
+    The mask of ``call``, and therefore the output, includes the biases of `biasing`.
+    """
     with _Mode(on_output=on_output):
         yield
 
 
 @contextmanager
 def changing(change_of: ChangeOf, on_output: OnOutput) -> Iterator[None]:
-    """Compute ``change_of(call)`` instead of each attention call inside the block; ``on_output`` gets the output.
+    """Replace each attention call inside the block by ``change_of(call)``, and pass the output to ``on_output``.
 
-    Use it around a separate denoiser call: the other context managers of this module, entered outside the block,
-    neither see nor change calls inside it.
+    ``on_output(changed, output)`` is called with the changed call and what it computed. Use the block around a
+    separate denoiser call: context managers of this module that were entered outside it neither see nor change the
+    calls inside it.
     """
     outer, _ACTIVE.modes = _ACTIVE.modes, []
     try:
@@ -99,7 +104,7 @@ _ACTIVE = _Active()
 
 
 class _Mode(TorchFunctionMode):
-    """One watcher or source of changes; the innermost mode handles a call for all of them."""
+    """Torch function mode of one block of this module; the innermost mode handles each call for all open blocks."""
 
     def __init__(
         self,

@@ -65,7 +65,7 @@ class Reader:
         self.seen = None
 
     def before_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read the arguments of a denoiser call that is about to run."""
+        """Read the arguments of a denoiser call that is about to run, and begin its maps if it sees the prompt."""
         self.seen = self.watch.read(args, kwargs)
         if self.seen is not None:
             self.begin(self.seen.call.timestep)
@@ -79,10 +79,11 @@ class Reader:
         return torch.stack([part.mean(-1) for part in values.split(self.counts, dim=-1)], dim=-1)
 
     def compare(self, image: Tensor, concepts: Tensor) -> Tensor:
-        """Compute the maps of ConceptAttention, (rows, concepts, h*w).
+        """Compute the maps of ConceptAttention, (rows, concepts, h*w), from attention outputs.
 
-        Each map is the softmax over the concepts of the dot products between the attention outputs of the image,
-        (rows, h*w, c), and those of the concepts' tokens, (rows, tokens, c), averaged over the tokens of a concept.
+        ``image``, (rows, h*w, c), contains the outputs of the image's locations, and ``concepts``, (rows, tokens, c),
+        those of the concepts' tokens. Their dot products are averaged over the tokens of each concept; the maps are the
+        softmax of these means over the concepts.
         """
         # Scores can be in the hundreds, where bfloat16 has steps of 1 or more; autocast would use half precision, too.
         with torch.autocast(image.device.type, enabled=False):
@@ -90,7 +91,7 @@ class Reader:
         return self.by_concept(scores).softmax(-1).movedim(-1, 1)
 
     def _positions(self, word: str) -> list[int]:
-        """Positions of a concept's tokens in its own encoded text."""
+        """Positions of a concept's tokens in the encoded text that consists of this concept alone."""
         return [token.index for token in parse(f"[{word}]", self.adapter.pipe).tokens]
 
     @torch.no_grad()
@@ -112,7 +113,7 @@ def _text_states(conditioning: Conditioning) -> Tensor:
 
 
 class Cross(Reader):
-    """Reader for cross-attention that is read by hooks: concepts are keys in addition to the tokens of the prompt."""
+    """Reader for cross-attention that is read by hooks: the concepts' tokens are further keys beside the prompt's."""
 
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
         """Start to read the layers."""
@@ -123,7 +124,7 @@ class Cross(Reader):
 
     @torch.no_grad()
     def on_attention(self, layer: AttentionLayer, attend: Attend, size: Size) -> None:
-        """Pass the maps of a layer that has run to `add`."""
+        """Compute the maps of a layer that has just run, and pass them to `add`."""
         if self.seen is None:
             return
         count = sum(self.counts)
@@ -167,14 +168,15 @@ class AtCall(Cross):
 
 def _without_call(layer: AttentionLayer) -> RecordingError:
     return RecordingError(
-        f"Layer {layer.name} ran without calling F.scaled_dot_product_attention, where its attention is read. Set the "
-        "default attention processor and `set_attention_backend('native')` before `map_concepts`."
+        f"Layer {layer.name} ran without calling F.scaled_dot_product_attention, but its attention is read at this "
+        "call. Before `map_concepts`, set the default attention processor of the transformer, and call "
+        "`pipe.transformer.set_attention_backend('native')`."
     )
 
 
 @torch.no_grad()
 def _projected(denoiser: Any, states: Tensor) -> Tensor:
-    """Text states as the keys see them: behind the denoiser's own projection in PixArt and Kolors."""
+    """Text states that the layers project to keys; in PixArt and Kolors, the denoiser's own projection comes first."""
     projection = getattr(denoiser, "caption_projection", None)
     if getattr(denoiser.config, "encoder_hid_dim_type", None) == "text_proj":
         projection = denoiser.encoder_hid_proj
@@ -185,7 +187,10 @@ def _projected(denoiser: Any, states: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Keys and values of the image in one layer of the run's denoiser call, and the outputs of its locations."""
+    """Keys and values of the image in one layer of the run's denoiser call, and the attention outputs of the image.
+
+    The outputs are None in layers that are not read.
+    """
 
     key: Tensor
     value: Tensor
@@ -200,7 +205,7 @@ class TextPass(Reader):
     """
 
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
-        """Place hooks on the layers that are read and on all earlier ones, which the concepts' states pass through."""
+        """Place hooks on the layers that are read, and on all earlier ones: the concepts' states pass through them."""
         self.states = self._states()
         self.chosen = {layer.name for layer in layers}
         every = self.adapter.layers()
@@ -217,7 +222,7 @@ class TextPass(Reader):
         stack.enter_context(watching_outputs(self._keep))
 
     def before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read a denoiser call that is about to run; the concepts' own call inside it is skipped."""
+        """Read a denoiser call of the run that is about to start; the second call, for the concepts, is not read."""
         if self.given is not None:
             return
         self.kept.clear()
@@ -269,7 +274,7 @@ class TextPass(Reader):
             self.kept.clear()
 
     def _join(self, call: AttentionCall) -> AttentionCall:
-        """Join the keys and values of the concepts' text with those of the run's image."""
+        """Replace the image's keys and values in a call of the second pass by those that were kept from the run."""
         if self.inside is None:
             return call
         first, count = self.text
@@ -299,7 +304,7 @@ class Stream(Reader):
     """Reader for FLUX.1 and Stable Diffusion 3: concepts are a second text stream beside the double-stream blocks."""
 
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
-        """Start to read the layers, and those that the concepts pass through before them."""
+        """Start to read the layers; the concepts' stream passes through all double-stream blocks."""
         self.states = self._states()
         chosen = {layer.name for layer in layers}
         for number, block in enumerate(self.denoiser.transformer_blocks):

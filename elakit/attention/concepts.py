@@ -21,7 +21,7 @@ from elakit.prompt import Prompt
 
 
 class ConceptMaps:
-    """Maps of concepts, words that need not be in the prompt, for all runs of a pipeline in one `map_concepts` block.
+    """Maps of concepts (words that need not be in the prompt), from all runs inside one `map_concepts` block.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class ConceptMaps:
         Returns
         -------
         xarray.DataArray, (step, concept, y, x)
-            float32, with the coordinate ``timestep(step)``. ``step`` counts denoiser calls from 0.
+            float32, with the coordinate ``timestep(step)``. ``step`` counts the denoiser calls of the block from 0.
 
         Raises
         ------
@@ -59,7 +59,10 @@ class ConceptMaps:
             Raised when no step was finished, no map has the size, or the batch has no such image.
         """
         if not self._sums:
-            raise RecordingError("No maps of concepts were recorded: no step was finished inside the block.")
+            raise RecordingError(
+                "No maps of concepts were recorded: no step was finished inside the block. Call the pipeline inside "
+                "the `with map_concepts(...)` block."
+            )
         sizes = sorted((one for one in self._sums[0] if size is None or max(one) == size), reverse=True)
         if not sizes:
             there = ", ".join(f"{y}x{x}" for y, x in self._sums[0])
@@ -114,19 +117,21 @@ def map_concepts(
     words : sequence of str
         Concepts: words or short phrases. Families with joint attention (kind "similarity") need at least two.
     layers : str or sequence of str
-        As in `select_layers`. In models that have double-stream blocks, only these are used.
+        Layers to average, as in `select_layers`. In models that have double-stream blocks, only these are used.
 
     Yields
     ------
     ConceptMaps
-        The maps, complete after the block. Their values are not attention of the run, which has no such tokens:
+        The maps, which are complete at the end of the block. Their values are not attention of the run, because the
+        run has no tokens for the concepts:
 
         * cross-attention, kind "probability": the attention that a token of the concept would get if it were
           appended to the prompt, ``exp(s_c) / (sum_t exp(s_t) + exp(s_c))`` with the attention scores ``s_c`` of the
-          concept and ``s_t`` of the prompt's tokens; the mean over heads and over the tokens of a concept;
+          concept and ``s_t`` of the prompt's tokens. It is averaged over the heads and over the tokens of a concept;
         * joint attention, kind "similarity": ConceptAttention. The concepts are a second text that attends to itself
-          and to the image; the map is the softmax over the concepts of the dot product between the attention outputs
-          of a location and of each concept, with the outputs of all heads side by side.
+          and to the image. For each location, the dot products of its attention output with the outputs of the
+          concepts are computed (with the outputs of all heads side by side); the values of the maps are the softmax of
+          these products over the concepts.
 
     Raises
     ------
@@ -134,8 +139,8 @@ def map_concepts(
         Raised when no concept is given, or only one for a family with joint attention; when a concept is empty or
         contains brackets.
     RecordingError
-        Raised when only single-stream blocks are selected in a model that has double-stream blocks; and for the
-        reasons listed in `elakit.record`.
+        Raised when elakit cannot encode prompts for the pipeline's family; when only single-stream blocks are selected
+        in a model that has double-stream blocks; and for the reasons listed in `elakit.record`.
     PromptError
         Raised when the prompt or a concept cannot be parsed.
     ModelError
@@ -169,14 +174,15 @@ def map_concepts(
     if not adapter.encodes:
         raise RecordingError(
             f"Concepts that are not in the prompt cannot be mapped with {adapter.family} yet. Put the words into the "
-            "prompt, and record it."
+            "prompt, and record the run with `elakit.record`."
         )
     words = [words] if isinstance(words, str) else list(words)
     chosen = select_layers(adapter.layers(), layers)
     cross = all(layer.kind == "cross" for layer in chosen)
     if not words or (not cross and len(words) < 2):
         raise SettingError(
-            f"words={words!r}: give at least {'one concept' if cross else 'two concepts'}, such as ['sky', 'tree']."
+            f"words={words!r}: give at least {'one concept' if cross else 'two concepts, which are compared'}, such as "
+            "['sky', 'tree']."
         )
     for word in words:
         if not word.strip() or any(bracket in word for bracket in "[]"):
@@ -195,7 +201,7 @@ def map_concepts(
 def _reader_of(
     adapter: Adapter, chosen: Sequence[AttentionLayer], asked: str | Sequence[str]
 ) -> tuple[type[Reader], Sequence[AttentionLayer]]:
-    """Kind of the computation, and the layers that it reads."""
+    """Class of the reader, and those of the chosen layers that it reads; ``asked`` is quoted in the message."""
     at_call = any(layer.layout is not None for layer in chosen)
     if all(layer.kind == "cross" for layer in chosen):
         return (AtCall if at_call else Cross), chosen

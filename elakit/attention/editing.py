@@ -1,7 +1,8 @@
 """Interventions on attention: changing what the locations of the image attend to, where, when and in which layers.
 
-A change is a bias that is added to the attention scores before the softmax. Hooks pass it through the attention mask
-that layers accept, so no processor is replaced, and a recording contains the changed attention.
+A change is a bias that is added to the attention scores before the softmax. Hooks add it to the layer's attention mask
+or, where the processor ignores masks, to the scores at the attention call. No processor is replaced, and a recording
+contains the changed attention.
 """
 
 from __future__ import annotations
@@ -40,25 +41,27 @@ class Edit:
     Parameters
     ----------
     tokens : str, int, Entity or a sequence of these
-        The tokens that are attended to: a word, label, phrase, entity or position; ``"<start>"``; ``"<end>"`` for
-        end-of-text and padding.
+        The tokens of the prompt to which the attention is changed: a word, label, phrase, entity or position;
+        ``"<start>"`` for start-of-text; ``"<end>"`` for end-of-text and padding.
     scale : float
-        Factor of the tokens' weights before the weights of all tokens are normalized to a sum of 1; that is, its
-        logarithm is added to their logits. 0 masks them, 1 changes nothing.
+        Factor of the tokens' weights before the weights of all tokens are normalized to a sum of 1; that is,
+        ``log(scale)`` is added to the tokens' logits. 0 masks the tokens, 1 changes nothing.
     add : float
         Number from -100 to 100 that is added to the tokens' logits. ``scale=2`` and ``add=math.log(2)`` have the same
         effect.
     like : str, int or Entity, optional
         Another token, whose logits (the mean over its positions if it has several) replace those of ``tokens``: the
-        image then attends to ``tokens`` exactly as to the other token, but still receives their own values. ``like``
-        excludes ``scale`` and ``add``, and requires plain cross-attention (Stable Diffusion 1.x and 2.x, SDXL, Kolors,
-        PixArt).
+        image then attends to ``tokens`` exactly as to the other token, but the values that it receives remain those of
+        ``tokens``. ``like`` excludes ``scale`` and ``add``, and requires plain cross-attention (Stable Diffusion 1.x
+        and 2.x, SDXL, Kolors, PixArt).
     region : array, (y, x), optional
-        Part of the image, at any resolution: booleans, or shares from 0 to 1. Default: everywhere.
+        Part of the image in which the edit acts, as an array of any resolution: booleans that are True inside, or
+        numbers from 0 to 1, the share of each element that lies inside. Default: the whole image.
     steps : int, slice or sequence of int, optional
-        Denoiser calls in which the edit acts, counted from 0 at the start of the block. Default: all.
+        Denoiser calls in which the edit acts, counted from 0 at the start of the block; a second run in the block
+        continues the count. Default: all.
     layers : str or sequence of str
-        As in `select_layers`.
+        Layers in which the edit acts, as in `select_layers`.
 
     Raises
     ------
@@ -67,9 +70,10 @@ class Edit:
 
     Notes
     -----
-    If one attention probability p is changed by the factor f = ``scale * exp(add)``, it becomes
-    ``f p / (1 + (f - 1) p)``. At a location of which the region covers a share r, the factor is ``1 + r (f - 1)``;
-    replaced logits become ``(1 - r)`` times their own plus ``r`` times the other token's.
+    If the weight of one token, whose attention probability is p, is multiplied by f = ``scale * exp(add)``, its
+    probability becomes ``f p / (1 + (f - 1) p)``. At a location of which the region covers a share r, the factor is
+    ``1 + r (f - 1)``. With ``like``, a logit a of ``tokens`` becomes ``(1 - r) a + r b`` there, where b is the logit of
+    the other token.
 
     Examples
     --------
@@ -106,16 +110,24 @@ class Edit:
         numbers = (steps.start, steps.stop) if isinstance(steps, slice) else _as_sequence(steps)
         for number in numbers:
             if number is not None:
-                whole_number(number, "steps", 0, hint="Calls are counted from the start of the run: 0, 1, 2, ...")
+                whole_number(
+                    number,
+                    "steps",
+                    0,
+                    hint="Denoiser calls are counted from the start of the `with edit(...)` block: 0, 1, 2, ...",
+                )
         if isinstance(steps, slice) and steps.step is not None and steps.step < 1:
             raise SettingError(f"steps={steps}: the stride must be positive. Give a slice such as slice(0, None, 2).")
         if self.region is not None:
             region = _region(self.region)
             if region.ndim != 2 or not region.size:
-                raise SettingError(f"region has shape {region.shape}; give (y, x) with at least one location.")
+                raise SettingError(
+                    f"region has shape {region.shape}; give an array of shape (y, x) with at least one element."
+                )
             if not np.isfinite(region).all() or region.min() < 0 or region.max() > 1:
                 raise SettingError(
-                    "region has values that are NaN or outside 0 to 1; give booleans or the share of each location."
+                    "region has values that are NaN or outside 0 to 1; give booleans (True inside the region), or "
+                    "numbers from 0 to 1: the share of each element that lies inside the region."
                 )
 
     @property
@@ -124,7 +136,7 @@ class Edit:
         return self.scale * math.exp(self.add)
 
     def acts(self, call: int) -> bool:
-        """Return whether the edit changes anything in the denoiser call of this number, counted from 0."""
+        """Return whether the edit changes anything in denoiser call number ``call``, counted from 0."""
         if self.factor == 1.0 and self.like is None:
             return False
         if isinstance(self.steps, slice):
@@ -136,13 +148,13 @@ class Edit:
 def edit(pipe: Pipeline, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> Iterator[None]:
     """Change the attention of the runs of ``pipe`` inside the ``with`` block.
 
-    Only rows of a batch that see the prompt are changed, and only the attention of the image's locations. Edits of one
-    block act together, and blocks may be nested. `elakit.record`, inside or outside, records the changed attention. An
-    edit that changes nothing leaves the image the same, bit for bit.
+    Only rows of a batch that see the prompt are changed, and only the attention of the image's locations. The edits of
+    one block, and those of nested blocks, add up. `elakit.record`, inside or outside the block, records the changed
+    attention. An edit that changes nothing leaves the image the same, bit for bit.
 
     Edits act in the pipeline's own denoiser calls. They do not act in the passes in which a guidance method computes
-    gradients or searches for the initial noise: these passes are `paused`, so the method sees the unedited attention,
-    and the numbers of calls in ``steps`` are the same with and without guidance.
+    gradients or searches for the initial noise: these passes run inside `paused`, so the method sees the unedited
+    attention, and ``Edit.steps`` has the same meaning with and without guidance.
 
     Parameters
     ----------
@@ -156,8 +168,8 @@ def edit(pipe: Pipeline, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> 
     Raises
     ------
     RecordingError
-        Raised when the prompt has no such token, or the model no such layer; when ``like`` is given for a layer that is
-        not of plain cross-attention; and for the reasons listed in `elakit.record`.
+        Raised when an edit names a token that is not in the prompt, or a layer that is not in the model; when ``like``
+        is given for a layer that is not of plain cross-attention; and for the reasons listed in `elakit.record`.
     PromptError
         Raised when the prompt cannot be parsed.
     ModelError
@@ -165,8 +177,8 @@ def edit(pipe: Pipeline, prompt: Prompt | str, edits: Edit | Sequence[Edit]) -> 
 
     Notes
     -----
-    An active edit gives the layer an attention mask of (image locations x keys). Attention kernels without masks
-    (flash attention set as a backend) refuse it.
+    An active edit gives the layer an attention mask of shape (image locations, keys). Attention kernels that take no
+    mask, such as flash attention if it is set as the backend, then raise an error of their own.
 
     Examples
     --------
@@ -233,7 +245,10 @@ class _Editor:
             self.calls += 1
 
     def bias(self, layer: AttentionLayer, size: tuple[int, int], text: int, like: Tensor) -> Tensor | None:
-        """Bias of the scores of a layer, (h*w, text positions); None if there is none."""
+        """Bias of a layer's scores in the current call, (h*w, text positions), with the type and device of ``like``.
+
+        None if no edit changes the scores of this layer by ``scale`` or ``add``.
+        """
         acting = tuple(i for i in self.active if layer.name in self.named[i])
         if not acting:
             return None
@@ -249,7 +264,11 @@ class _Editor:
     def replaced(
         self, layer: AttentionLayer, size: tuple[int, int], text: int
     ) -> list[tuple[list[int], list[int], Tensor]]:
-        """Replacements in a layer: positions, the positions that replace them, and the share at each location."""
+        """Replacements of logits in a layer, one for each edit with ``like``.
+
+        Each has the positions of the tokens, the positions whose mean logit replaces theirs, and the share of each
+        location that the region covers, (h*w, 1).
+        """
         found = []
         for i in self.active:
             change = self.edits[i]
@@ -261,13 +280,13 @@ class _Editor:
         return found
 
     def _positions(self, tokens: Any, length: int) -> list[int]:
-        """Positions of tokens in the call in progress; image tokens that follow the text are not padding."""
+        """Positions of tokens in the call in progress; image tokens that follow the text do not count as padding."""
         limit = self.seen.text if self.seen is not None else None
         return _positions(self.prompt, tokens, length if limit is None else min(length, limit))
 
 
 class _LayerHook:
-    """Gives one layer its bias."""
+    """Hooks that add the edits' bias to one layer."""
 
     def __init__(self, editor: _Editor, layer: AttentionLayer) -> None:
         self.editor = editor
@@ -330,7 +349,7 @@ class _LayerHook:
     def _differences(
         self, image: Tensor, words: Tensor, replaced: Sequence[tuple[list[int], list[int], Tensor]]
     ) -> Tensor:
-        """Differences between logits and those of other tokens, (rows x heads, h*w, text).
+        """Bias that replaces logits by those of other tokens: their differences, (rows x heads, h*w, text).
 
         Queries and keys are projected once more, because the layer prepares its mask before it projects them.
         """
@@ -376,7 +395,7 @@ class _LayerHook:
 
 
 class _Pending:
-    """The bias of the layer that is running, for processors that ignore their mask: it is added at the call."""
+    """The bias of the layer that is running, if its processor ignores masks: it is added at the attention call."""
 
     def __init__(self) -> None:
         self.small: Tensor | None = None  # (h*w, text positions)
@@ -403,8 +422,7 @@ class _Pending:
 
 
 def _takes_other_logits(layer: AttentionLayer) -> bool:
-    """Return whether logits of the layer can be replaced: its keys are the text alone, and hooks see its
-    projections."""
+    """Return whether ``like`` is possible in a layer: its keys are the text alone, and hooks see its projections."""
     return layer.kind == "cross" and layer.layout is None
 
 
@@ -441,7 +459,10 @@ def _positions(prompt: Prompt, tokens: Any, length: int) -> list[int]:
     for which in _as_sequence(tokens):
         if which == START:
             if prompt.start_index is None:
-                raise RecordingError("This model's text has no start token; give '<end>' or a word.")
+                raise RecordingError(
+                    "'<start>' cannot be edited, because this model's text encoder has no start-of-text token; give "
+                    "'<end>' or a word of the prompt."
+                )
             found.add(prompt.start_index)
         elif which == END:
             found.update(prompt.end_positions(length))

@@ -1,4 +1,4 @@
-"""Hooks on modules that are removed without a trace, and denoiser passes that hooks ignore."""
+"""Module hooks that leave no trace when they are removed, and denoiser passes that hooks ignore."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class Hooks:
     """Hooks that are placed together and removed together, even after an exception.
 
     A hook is noted before it is placed, so that an interrupt at any moment leaves none behind. It acts only in the
-    thread that placed it (and in the threads that compute gradients): another thread that runs the same module is not
-    affected. A copy of the module (`copy.deepcopy`, `pickle`) gets hooks that do nothing and remove themselves.
+    thread that created the `Hooks` object (and in the threads that compute gradients): another thread that runs the
+    same module is not affected. A copy of the module (`copy.deepcopy`, `pickle`) gets hooks that do nothing and remove
+    themselves at the first call.
 
     Examples
     --------
@@ -79,7 +80,7 @@ _ALONE = _Alone()
 
 @contextmanager
 def alone(hooks: Hooks) -> Iterator[None]:
-    """Suspend the hooks of all other `Hooks` in this thread, for a separate denoiser call inside a call of the run."""
+    """Suspend all hooks in this thread except those of ``hooks``, for a separate denoiser call within a run's call."""
     outer, _ALONE.hooks = _ALONE.hooks, hooks
     try:
         yield
@@ -107,7 +108,7 @@ class _Hook:
 
 
 class _Spent:
-    """A copied hook: it does nothing and removes itself when it is called."""
+    """Copy of a hook: it does nothing and removes itself when it is called."""
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
         _remove(module, self)
@@ -122,8 +123,7 @@ def _remove(module: nn.Module, hook: object) -> None:
 
 
 def _computes_gradients() -> bool:
-    """Return whether this thread computes gradients now; gradient checkpointing then runs parts of the forward pass
-    again."""
+    """Return whether this thread is in a backward pass, where gradient checkpointing runs parts of modules again."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
@@ -132,7 +132,10 @@ _PASSES_OF_OWN: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary
 
 @contextmanager
 def leave_alone(denoiser: nn.Module) -> Iterator[None]:
-    """Exempt the denoiser's passes in this thread from recording and edits inside the block, which may be nested."""
+    """Exempt from recording and edits the denoiser's passes that this thread runs inside the block.
+
+    Blocks may be nested.
+    """
     depth, thread = _PASSES_OF_OWN.setdefault(denoiser, {}), threading.get_ident()
     before = depth.get(thread, 0)
     depth[thread] = before + 1

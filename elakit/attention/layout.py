@@ -28,7 +28,7 @@ Slots: TypeAlias = dict[str, Tensor]  # per node: (image, layer, head, y, x, tok
 
 
 def node_name(size: Size, keys: Keys = "text") -> str:
-    """Name of a node in a recording's tree.
+    """Name of the node in a recording's tree that contains the maps, or the self-attention, of one size.
 
     Examples
     --------
@@ -39,7 +39,7 @@ def node_name(size: Size, keys: Keys = "text") -> str:
 
 
 def location_labels(size: Size) -> list[tuple[str, int]]:
-    """Labels ``"row,column"`` and positions of the locations of a map, which are the keys of self-attention.
+    """Label ``"row,column"`` and position of each location of a map; the locations are the keys of self-attention.
 
     Examples
     --------
@@ -66,10 +66,13 @@ def build_node(
     values : numpy.ndarray or LazyArray, (step, image, layer, head, y, x, token)
         Probabilities: an array in memory, or one that is read when it is used.
     steps : sequence of (call, timestep, sigma)
+        One for each index along ``step``.
     layers : sequence of (name, place, position in the forward pass)
+        One for each index along ``layer``.
     tokens : sequence of (label, token position)
+        One for each index along ``token``.
     heads : {"mean", "all"} or sequence of int
-        Indices of the heads, if only some are kept.
+        Content of the dimension ``head``: the mean over the heads, every head, or the heads with these indices.
     keys : {"text", "image"}
         Keys of the attention: the text (maps), or the image itself (self-attention).
 
@@ -116,6 +119,7 @@ def build_tree(
     Parameters
     ----------
     nodes : mapping of str to xarray.Dataset
+        Nodes, by the names that `node_name` gives.
     prompt : Prompt
     family, model : str
         Names of the model family and of the pipeline's class.
@@ -126,7 +130,7 @@ def build_tree(
     averaged : int
         Number of steps whose mean is kept; 0 if every step is kept.
     frames : int
-        Number of frames of each video, which follow each other along ``image``; 0 for images.
+        Number of frames of each video; all frames follow each other along ``image``. 0 for images.
 
     Returns
     -------
@@ -149,15 +153,16 @@ def build_tree(
 
 @dataclass(frozen=True, kw_only=True)
 class NodeLayout:
-    """One node of a recording, as it is known before the first step.
+    """Shape and labels of one node of a recording, which are known before the first step.
 
     Attributes
     ----------
     shape : tuple of int
-        (image, layer, head, y, x, token).
+        Shape of the values of one step, (image, layer, head, y, x, token).
     layers : sequence of (name, place, position in the forward pass)
     tokens : sequence of (label, position)
     heads : {"mean", "all"} or sequence of int
+        As in `build_node`; so are the other attributes.
     keys : {"text", "image"}
     """
 
@@ -170,12 +175,12 @@ class NodeLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The content of one step of a recording, as it is known before the first step.
+    """Shapes and labels of all values that one step adds to a recording, which are known before the first step.
 
     Attributes
     ----------
     nodes : dict of str to NodeLayout
-        Layout of the values of each map size, by the name of its node in the recording.
+        Layout of each node of the recording, by its name.
     dtype : torch.dtype
         Data type of the stored values.
     about : dict
@@ -192,9 +197,9 @@ class Layout:
         return sum(int(np.prod(node.shape)) for node in self.nodes.values()) * self.dtype.itemsize
 
     def slots(self, dtype: torch.dtype | None = None, **options: Any) -> tuple[Tensor, Slots]:
-        """Allocate memory for one step: a flat tensor, which one copy can move, and a view of it for each node.
+        """Allocate memory for one step: a flat tensor, and for each node a view of its part of that tensor.
 
-        ``options`` are those of `torch.empty`.
+        The flat tensor can be copied to another device at once. ``options`` are passed to `torch.empty`.
         """
         counts = [int(np.prod(node.shape)) for node in self.nodes.values()]
         flat = torch.empty(sum(counts), dtype=dtype or self.dtype, **options)
@@ -204,7 +209,11 @@ class Layout:
     def tree(
         self, values: Mapping[str, np.ndarray | LazyArray], steps: Sequence[Moment], calls: int, averaged: int = 0
     ) -> xr.DataTree:
-        """Build the recording's tree from the values of each node, (step, image, layer, head, y, x, token)."""
+        """Build the recording's tree from the values of each node, (step, image, layer, head, y, x, token).
+
+        ``steps`` has the denoiser call, timestep and sigma of each step; ``calls`` and ``averaged`` are those of
+        `build_tree`.
+        """
         nodes = {}
         for name, array in values.items() if steps else ():
             node = self.nodes[name]
@@ -240,7 +249,7 @@ class LazyArray(BackendArray):
 
 
 class Joined(LazyArray):
-    """Lazy concatenation of arrays along the first dimension; only what is read is copied.
+    """Lazy concatenation of arrays along the first dimension; only the values that are read are copied.
 
     Parameters
     ----------

@@ -39,13 +39,13 @@ def record(
 ) -> Iterator[Recording]:
     """Record the cross-attention of the runs of ``pipe`` inside the ``with`` block.
 
-    The image is the same, bit for bit, as without recording. The probabilities of the conditional half are kept, from a
-    softmax in float32, for each call of the denoiser (one per step with most schedulers; Heun and PNDM make more
-    calls).
+    The image is the same, bit for bit, as without recording. For each call of the denoiser (one per step with most
+    schedulers; Heun and PNDM make more calls), the attention probabilities of the rows that see the prompt (the
+    conditional half in classifier-free guidance) are computed in float32, and kept as ``spec`` selects.
 
-    Rows, attention masks and weights are read from the running call. A run of another pipeline with the same denoiser
-    (`AutoPipelineForImage2Image.from_pipe(pipe)`) and a loop of your own are recorded as they run. Runs in other
-    threads, and runs that a callback starts inside a run, are not recorded.
+    The recording follows what runs, including its attention masks and LoRA weights. Runs of another pipeline with the
+    same denoiser (`AutoPipelineForImage2Image.from_pipe(pipe)`) and denoising loops of your own are recorded, too. Runs
+    in other threads, and runs that a callback starts inside a run, are not recorded.
 
     Parameters
     ----------
@@ -58,15 +58,16 @@ def record(
         layers and steps.
     store : str or pathlib.Path, optional
         Folder of a Zarr store to which each step is written as soon as it is finished, instead of being kept in memory.
-        It must not exist, and appears with the first step; if the run is killed it contains the steps before, for
-        `open_recording` or any other Zarr reader. With ``spec.accumulate`` it is written at the end.
+        The folder must not exist; it is created with the first step. If the run is killed, the store contains the
+        steps that had been written, and `open_recording` or any other Zarr reader can read them. With
+        ``spec.accumulate`` the store is written at the end of the block.
 
     Yields
     ------
     Recording
         The recording, which grows with the run and is complete at the end of the block. After an error it contains the
-        finished calls. Several runs in one block follow each other in it; they must have the same size and number of
-        images. With a store, its values stay on disk until they are used.
+        finished calls. Several runs in one block follow each other along ``step``; they must have the same size and
+        number of images. With a store, the values stay on disk until they are used.
 
     Raises
     ------
@@ -122,7 +123,7 @@ def record_image(
     seed: int = 0,
     spec: RecordSpec | None = None,
 ) -> Recording:
-    """Record attention for an existing image: add the noise of chosen steps to it, and run the denoiser once for each.
+    """Record attention for an existing image: for each chosen step, add its noise and run the denoiser once.
 
     Parameters
     ----------
@@ -131,21 +132,22 @@ def record_image(
     prompt : Prompt or str
         Description of the image.
     image : PIL.Image.Image
-        Image to record. Its height and width must be multiples that the model allows, and should be a size that the
-        model was trained on.
+        Image to record. Its height and width must be multiples of the number that the model requires (the error
+        message names it), and should be a size that the model was trained on.
     at : sequence of int
-        Steps of the schedule, counted from 0; early steps have more noise.
+        Steps of the schedule whose noise is added, counted from 0; early steps have more noise.
     steps : int
-        Length of the schedule.
+        Number of steps in the schedule.
     seed : int
-        Seed of the noise, which is the same at all steps.
+        Seed of the noise. The same noise, scaled to its level, is used at all steps.
     spec : RecordSpec, optional
         Selection of what is kept; default as in `record`.
 
     Returns
     -------
     Recording
-        One denoiser call per element of ``at``, in their order: call i has the timestep of step ``at[i]``.
+        One denoiser call per element of ``at``, in the same order: ``step=i`` of the recording has the timestep of step
+        ``at[i]`` of the schedule.
 
     Raises
     ------
@@ -199,7 +201,7 @@ def record_image(
 
 @contextmanager
 def _recorded(recorder: _Recorder) -> Iterator[Recording]:
-    """Record what runs inside the block."""
+    """Record the denoiser calls inside the block with a recorder."""
     denoiser = recorder.adapter.denoiser
     if denoiser in _ACTIVE:
         raise RecordingError(
@@ -220,13 +222,14 @@ def _recorded(recorder: _Recorder) -> Iterator[Recording]:
 
 @contextmanager
 def paused(pipe: Pipeline) -> Iterator[None]:
-    """Exempt the denoiser's passes inside the block from recording and edits, such as passes of your own guidance.
+    """Exempt the denoiser's passes inside the block, such as those of your own guidance, from recording and edits.
 
-    Paused calls are not counted, so that a guided run has the same call numbers as a plain one.
+    These passes are not counted, so that a guided run has the same call numbers as a plain one.
 
     Parameters
     ----------
     pipe : diffusers.DiffusionPipeline
+        Pipeline whose denoiser is recorded or edited.
 
     Raises
     ------
@@ -302,7 +305,7 @@ class _Recorder:
         elif shape != self._shape:
             raise RecordingError(
                 f"The recording began with {_shape_text(*self._shape)}, and this call has {_shape_text(*shape)}. "
-                "Record runs of different shape in separate blocks."
+                "Record runs that differ in size or number of images in separate `with record(...)` blocks."
             )
         self._call = seen
         self._keeps = self.spec.keeps(self.calls, self.expected)
@@ -330,9 +333,9 @@ class _Recorder:
             kept = kept.unflatten(2, (max(self._call.call.frames, 1), *size)).movedim(2, 1).flatten(0, 1)
             if kept.shape != slot.shape:
                 raise RecordingError(
-                    f"Layer {layer.name} has maps (image, head, y, x, token) of {tuple(kept.shape)}, but "
-                    f"{tuple(slot.shape)} were planned from {_shape_text(*self._shape or (0, 0, size))}. Leave it out "
-                    "with RecordSpec(layers=...), and please report it."
+                    f"Layer {layer.name} has maps of shape {tuple(kept.shape)} (image, head, y, x, token), but for "
+                    f"{_shape_text(*self._shape or (0, 0, size))} elakit expected {tuple(slot.shape)}. Leave the layer "
+                    "out with RecordSpec(layers=...), and please report this error."
                 )
             layers = self._averaged.get(node)
             if layers is None:
@@ -352,7 +355,7 @@ class _Recorder:
     # -- storage -------------------------------------------------------------------------------------------------
 
     def _begin(self, adapter: Adapter, images: int, frames: int, latent: Size) -> None:
-        """Plan at the first call, before the denoiser computes anything."""
+        """Plan the recording at the first call of the block, before the denoiser computes anything."""
         self.expected = self.expected or _expected_calls(adapter.pipe)
         kept = sum(self.spec.keeps(call, self.expected) for call in range(self.expected or 1))
         maps = images * max(frames, 1)
@@ -372,7 +375,7 @@ class _Recorder:
         return list(self.adapter.self_layers(layers)) if resolution.keys == "image" else layers
 
     def _open_sink(self, kept: Tensor) -> Sink:
-        """Create the sink when the first values show on which device they are."""
+        """Return the sink; it is created with the first values ``kept``, which show the device that it needs."""
         if self._sink is None:
             assert self._plan is not None
             layout = self._layout(self._plan)
@@ -435,11 +438,14 @@ class _Recorder:
         self._kept += 1
 
     def tree(self) -> xr.DataTree:
-        """Return the finished calls so far."""
+        """Return the recording's tree with the calls that are finished so far."""
         return self._empty() if self._sink is None else self._sink.tree(self.calls)
 
     def finish(self) -> xr.DataTree:
-        """Return all finished calls; the recorder is not used afterwards."""
+        """Return the recording's tree with all finished calls, and write it if the store does not contain it yet.
+
+        The recorder is not used afterwards.
+        """
         self.watch.close()
         sink, self._slots = self._sink, None
         if self.store is None or isinstance(sink, (ZarrStore, Staging)):
@@ -453,7 +459,7 @@ class _Recorder:
 
 
 def _selected_heads(probabilities: Tensor, heads: Any) -> Tensor:
-    """Reduce (images, heads, ...) to the heads to keep."""
+    """Reduce probabilities, (images, heads, ...), to the heads to keep or to their mean."""
     if isinstance(heads, str):
         return probabilities.mean(1, keepdim=True) if heads == "mean" else probabilities
     # One by one: an index would have to be copied to the device.

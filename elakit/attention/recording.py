@@ -38,8 +38,8 @@ class Recording:
     ``token_index(token)`` (position in the text encoder's sequence; -1 for ``"<end>"``).
 
     ``"<start>"`` is start-of-text and ``"<end>"`` the summed mass of end-of-text and padding. Encoders without a
-    start-of-text token, such as T5, have no ``"<start>"``. If every word is kept, the tokens of a location sum to 1 (in
-    joint attention, to the share that the text receives).
+    start-of-text token, such as T5, have no ``"<start>"``. If every word is kept, the probabilities of all tokens at a
+    location sum to 1 (in joint attention, to the share of attention that the text receives).
 
     A mean over steps (``RecordSpec(accumulate=True)``) is stored as one step, with the number of the last call and the
     means of timestep and sigma.
@@ -95,7 +95,7 @@ class Recording:
 
     @property
     def decoder(self) -> str:
-        """Value of ``layers`` that selects the decoder in `maps`: "up", or "all" for a transformer, which has none."""
+        """Value of ``layers`` that selects the decoder in `maps`: "up"; for transformers, which have none, "all"."""
         return decoder_side(layer.place for layer in self._layers())
 
     @property
@@ -110,7 +110,7 @@ class Recording:
 
     @property
     def nbytes(self) -> int:
-        """Size of the recorded probabilities in bytes, including self-attention."""
+        """Size of all recorded probabilities in bytes, including those of self-attention."""
         return sum(node["probability"].nbytes for node in (*self.nodes(), *self.nodes("image")))
 
     def nodes(self, keys: Keys = "text") -> tuple[xr.Dataset, ...]:
@@ -162,9 +162,10 @@ class Recording:
         tokens : str, int, Entity or a sequence of these, optional
             ``"entities"`` for the noun of each entity, labeled as the entity; ``"attributes"`` for each attribute word;
             or words, labels, phrases, entities and positions, as `Prompt.find` takes them. The maps of the tokens of
-            one word, phrase or entity are averaged. Default: every recorded token, separately.
+            one word, phrase or entity are averaged. Default: every recorded token, separately (with
+            ``normalize="tokens"``, only those of words).
         layers : str or sequence of str
-            As in `select_layers`.
+            Layers to average, as in `select_layers`.
         size : int or sequence of int, optional
             Use only maps whose longer side is one of these. Default: all, resized to the largest.
         steps : int, slice or sequence of int, optional
@@ -172,15 +173,16 @@ class Recording:
             call. Default: all.
         normalize : {None, "sum", "max", "minmax", "tokens", "start"}
             None: raw probability. ``"sum"``, ``"max"``: each map is divided by its sum or maximum over space.
-            ``"minmax"``: each map is scaled to the range from 0 to 1; a constant map becomes zero. ``"tokens"``: the
-            softmax of 100 x the maps over all words of the prompt; Attend-and-Excite does the same over all tokens but
-            start-of-text. ``"start"``: each map is divided by that of start-of-text, which T5 does not have.
+            ``"minmax"``: each map is scaled to the range from 0 to 1; a constant map becomes zero. ``"tokens"``: at
+            each location, the probabilities are multiplied by 100 and replaced by their softmax over the tokens of all
+            words; Attend-and-Excite takes this softmax over all tokens but start-of-text. ``"start"``: each map is
+            divided by the map of start-of-text, a token that encoders such as T5 do not have.
         image : int
             Index of the image, or of the video, in the batch.
         refine : int
-            Number of times that the maps are propagated along the recorded self-attention
-            (``RecordSpec(self_attention=16)``), at its size and before they are normalized. It sharpens maps, because
-            locations of one object attend to each other.
+            Number of times that the maps are multiplied by the recorded self-attention
+            (``RecordSpec(self_attention=16)``) before they are normalized; 0 leaves them unchanged. This sharpens maps,
+            because locations of one object attend to each other. Refined maps have the size of the self-attention.
 
         Returns
         -------
@@ -247,7 +249,7 @@ class Recording:
         )
 
     def _groups(self, tokens: Any, normalize: Normalize) -> list[_Group]:
-        """Groups of channels that become one map each."""
+        """Groups of recorded tokens; the maps of each group are averaged to one map."""
         if tokens is None:
             kept = self._all_words() if normalize == "tokens" else self.tokens
             return [_Group(label, (label,)) for label in kept]
@@ -260,7 +262,10 @@ class Recording:
             single = isinstance(tokens, str | Entity) or is_whole(tokens)
             groups = [self._group(prompt, which) for which in ([tokens] if single else tokens)]
         if not groups:
-            raise RecordingError(f"tokens={tokens!r} names nothing in the prompt {prompt.text!r}; give words of it.")
+            raise RecordingError(
+                f"tokens={tokens!r} names nothing in the prompt {prompt.text!r}. Give words of the prompt; 'entities' "
+                "and 'attributes' need a prompt that has some."
+            )
         groups = list({group.label: group for group in groups}.values())
         if normalize == "tokens":
             others = {channel for group in groups for channel in group.channels} - set(self._all_words())
@@ -301,7 +306,7 @@ class Recording:
             raise RecordingError(f"{error} Recorded: {', '.join(self.tokens)}.") from error
 
     def _channels(self, indices: Sequence[int], which: Any) -> tuple[str, ...]:
-        """Labels of token positions; `RecordingError` for positions that were not kept."""
+        """Labels of token positions; `RecordingError`, which names ``which``, for positions that were not kept."""
         node = self._first()
         pairs = zip(node["token_index"].values, node["token"].values, strict=True)
         by_index = {int(i): str(label) for i, label in pairs}
@@ -309,7 +314,7 @@ class Recording:
         if missing:
             raise RecordingError(
                 f"{which!r} was not recorded (token position {', '.join(map(str, missing))}). Recorded: "
-                f"{', '.join(self.tokens)}. Record it with RecordSpec(tokens=...)."
+                f"{', '.join(self.tokens)}. Choose one of these, or record the run again with RecordSpec(tokens=...)."
             )
         return tuple(by_index[i] for i in indices)
 
@@ -329,7 +334,8 @@ class Recording:
         Parameters
         ----------
         layers : str or sequence of str
-            As in `select_layers`, if the layers were kept separately (``SelfAttention(each_layer=True)``).
+            Layers to average, as in `select_layers`, if each layer was kept (``SelfAttention(each_layer=True)``).
+            Otherwise only their mean was recorded, and ``"all"`` selects it.
         steps : int, slice or sequence of int, optional
             As in `maps`.
         image : int
@@ -375,7 +381,7 @@ class Recording:
     def frame(self, number: int) -> Recording:
         """Select one frame of each video; the result is a recording of images, for figures and measures.
 
-        It has no self-attention, because elakit does not record the self-attention of videos.
+        The result has no self-attention, because elakit does not record the self-attention of videos.
 
         Parameters
         ----------
@@ -409,7 +415,7 @@ class Recording:
         head: Any = None,
         image: int | Sequence[int] | None = None,
     ) -> Recording:
-        """Select a part of the recording by labels; every dimension is kept.
+        """Select a part of the recording by labels; a dimension with a single selected label is kept.
 
         In self-attention, only steps and images are selected.
 
@@ -418,7 +424,7 @@ class Recording:
         step, layer, size
             As ``steps``, ``layers`` and ``size`` in `maps`.
         token : str, int, Entity or a sequence of these, optional
-            As ``tokens`` in `maps`; start-of-text and the end mass are only selected if they are named.
+            As ``tokens`` in `maps`. If it is given, ``"<start>"`` and ``"<end>"`` are only selected if it names them.
         head : int or sequence of int, optional
             Indices of heads that were kept separately.
         image : int or sequence of int, optional
@@ -468,7 +474,8 @@ class Recording:
         Raises
         ------
         RecordingError
-            Raised when another dimension is given, or a position does not exist.
+            Raised when another dimension is given, when a position does not exist, or when ``image`` is given for a
+            recording of videos.
         """
         indexers: dict[str, Any] = {}
         for dimension, where in positions.items():
@@ -535,7 +542,7 @@ class Recording:
         return Recording(tree)
 
     def _places(self, image: int) -> range:
-        """Positions along ``image`` that belong to an image, or to a video."""
+        """Positions along the dimension ``image`` of one image, or of all frames of one video."""
         every = max(self.frames, 1)
         images = self._first().sizes["image"] // every
         if not -images <= image < images:
@@ -558,12 +565,13 @@ class Recording:
         Returns
         -------
         pathlib.Path
-            The store.
+            Path of the store.
 
         Raises
         ------
         OutputError
-            Raised when the path already exists, unless it is a recording to overwrite, or cannot be written to.
+            Raised when the path cannot be written to, or already exists (except for a recording that ``overwrite``
+            replaces).
         """
         return save_tree(self.tree, path, overwrite)
 
@@ -628,7 +636,10 @@ class Recording:
     def _self_node(self) -> xr.Dataset:
         for node in self.nodes("image"):
             return node
-        raise RecordingError("No self-attention was recorded; record it with RecordSpec(self_attention=16).")
+        raise RecordingError(
+            "No self-attention was recorded. Record the run again with RecordSpec(self_attention=16), where 16 is the "
+            "longer side of the maps."
+        )
 
     def _first(self) -> xr.Dataset:
         nodes = self.nodes()
@@ -689,7 +700,10 @@ def open_recording(path: str | Path) -> Recording:
     """
     source = Path(path).expanduser()
     if not source.exists():
-        raise OutputError(f"No recording at {source}: the path does not exist.")
+        raise OutputError(
+            f"No recording at {source}: the path does not exist. Give a folder written by `Recording.save` or "
+            "`record(..., store=...)`."
+        )
     if not is_recording(source):
         raise RecordingError(
             f"{source} is not a recording; give a folder written by `Recording.save` or `record(..., store=...)`."
@@ -708,7 +722,7 @@ def _calls(steps: int | slice | Sequence[int], there: Sequence[int]) -> list[int
         chosen = set(range(last + 1)[steps])
         calls = [call for call in there if call in chosen]
         if not calls:
-            raise RecordingError(f"No recorded step in {steps}; there are {_ranges(there)}.")
+            raise RecordingError(f"No step of {steps} was recorded; there are {_ranges(there)}.")
         return calls
     wanted = [steps] if is_whole(steps) else list(steps)
     # A negative number that counts past the first step stays as it is, for the message.
@@ -726,5 +740,5 @@ def _positions(dimension: str, wanted: Any, there: list[Any]) -> list[int]:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """``"0-4, 10, 15"``."""
+    """Numbers as text, in which ranges of consecutive numbers are joined: ``"0-4, 10, 15"``."""
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs(numbers))

@@ -1,10 +1,10 @@
 """Changes of attention scores that are computed as each layer runs, in all layers of all families.
 
-`elakit.attention.edit` adds what is known before a run. Here a function is called for each layer and each image of a
-pass, and returns what is added to the layer's scores before the softmax. It may compute this from the scores
-themselves. The change goes through the attention mask of layers of plain cross- and self-attention; in all others it is
-added at the attention call (`elakit.attention.calls.biasing`). No processor is replaced, and a recording contains the
-changed attention.
+`elakit.attention.edit` adds a bias that is known before the run. Here a function is called for each layer and each
+image of a pass, and returns the bias that is added to the layer's scores before the softmax; the function may compute
+it from the scores. In layers of plain cross- and self-attention the bias is added to the attention mask; in all other
+layers it is added at the attention call (`elakit.attention.calls.biasing`). No processor is replaced, and a recording
+contains the changed attention.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ class Scores(Protocol):
 
 @dataclass(frozen=True)
 class Change:
-    """Change of a layer's scores in one image.
+    """Change of a layer's scores for one image.
 
     Attributes
     ----------
     bias : Tensor, (head or 1, h*w, keys)
         Numbers that are added to the scores before the softmax.
     kept : tuple of int
-        Keys whose weights stay what they were without the bias, so that the weights of a location no longer sum to 1.
-        A recording shows the weights before this correction. It is possible in layers of plain cross- and
-        self-attention only.
+        Positions of keys whose attention weights stay what they were without the bias, so that the weights of a
+        location no longer sum to 1. A recording shows the weights before this correction. Only layers of plain cross-
+        and self-attention can keep weights.
     unconditional : bool
-        Whether the rows that do not see the prompt get the bias, too.
+        Whether the bias is also added in the rows of this image that do not see the prompt.
     keys : slice, optional
-        Keys to which the bias applies. Default: all keys of the layer.
+        Keys of the layer to which the last dimension of ``bias`` belongs. Default: all keys.
     """
 
     bias: Tensor
@@ -86,7 +86,7 @@ class Site:
     read : bool
         Whether the layer is in the ``read`` argument of `rescored`.
     gradient : bool
-        Whether the pass is one of guidance itself, from which a gradient is taken.
+        True in a pass in which guidance computes a gradient, False in a pass of the pipeline.
     """
 
     layer: AttentionLayer
@@ -122,12 +122,13 @@ def rescored(
         Layers to change, among those of `changeable_layers`.
     change_of : callable
         Function that is called as ``change_of(site, scores)`` when a layer runs, for each image of the batch, and
-        returns a `Change` or None. ``scores()`` computes the scores of the image's row that sees the prompt. Where all
-        calls return None, the pass is unchanged, bit for bit.
+        returns a `Change` or None. ``scores()`` computes the scores of the image's row that sees the prompt. If all
+        calls in a pass return None, the pass is unchanged, bit for bit.
     read : sequence of AttentionLayer
-        Layers whose `Site.read` is True.
+        Layers whose attention the method reads. They are marked for ``change_of``: their `Site.read` is True.
     gradient : bool
-        True changes the passes of guidance itself, all of whose rows see the prompt, instead of those of the pipeline.
+        False changes the passes of the pipeline; True those in which guidance computes gradients instead (passes inside
+        `elakit.attention.paused`, all of whose rows see the prompt).
 
     Raises
     ------
@@ -172,7 +173,8 @@ def rescored(
 def changeable_layers(adapter: Adapter) -> tuple[AttentionLayer, ...]:
     """Layers whose scores `rescored` can change: those in which the image attends to the text or to itself.
 
-    They are in forward order. In joint attention they are the same layers; linear self-attention (Sana) has no scores.
+    The layers are in forward order. In joint attention, one layer does both. Layers of linear self-attention (Sana) are
+    not included, because they have no scores.
 
     Examples
     --------
@@ -185,7 +187,7 @@ def changeable_layers(adapter: Adapter) -> tuple[AttentionLayer, ...]:
 
 
 def check_plain(layers: Sequence[AttentionLayer], who: str) -> None:
-    """Refuse layers that are not of plain cross- or self-attention, for methods that can change no others.
+    """Refuse layers that are not of plain cross- or self-attention, for a method that can only change such layers.
 
     Parameters
     ----------
@@ -213,7 +215,7 @@ def _is_plain(layer: AttentionLayer) -> bool:
 
 
 def _beside(adapter: Adapter, layer: AttentionLayer) -> tuple[AttentionLayer, ...]:
-    """Self-attention layer beside a layer of cross-attention, if it has probabilities."""
+    """Self-attention layer in the block of a cross-attention layer; empty if it does not exist or has no scores."""
     if layer.kind != "cross":
         return ()
     try:
@@ -223,7 +225,7 @@ def _beside(adapter: Adapter, layer: AttentionLayer) -> tuple[AttentionLayer, ..
 
 
 def _positions(adapter: Adapter) -> dict[str, float]:
-    """Share of the denoiser's layers before each layer, by name."""
+    """Share of the denoiser's layers that run before each layer, by the name of the layer."""
     every = adapter.layers()
     return {
         each.name: nth / len(every) for nth, layer in enumerate(every) for each in (layer, *_beside(adapter, layer))
@@ -231,7 +233,7 @@ def _positions(adapter: Adapter) -> dict[str, float]:
 
 
 class _Running:
-    """The pass in progress: its rows, those that see the prompt, and the layer whose attention call is awaited."""
+    """State of the pass in progress: its rows, those that see the prompt, the layer whose attention call is awaited."""
 
     def __init__(self, adapter: Adapter, change_of: ChangeOf, gradient: bool) -> None:
         self.adapter = adapter
@@ -296,7 +298,7 @@ class _Changed:
         return None
 
     def forget(self) -> None:
-        """Forget the last call; until then a tap reads its bias, in whatever order hooks were placed."""
+        """Discard the bias of the layer's last call, which is kept so long because a tap's hooks may run later."""
         self.missing = None
         LATE_SCORES.pop(self.layer.module, None)
 
@@ -307,8 +309,9 @@ class _Changed:
             return None
         if awaited is self:
             raise RecordingError(
-                f"Layer {self.layer.name} ran without calling F.scaled_dot_product_attention, where its scores are "
-                "changed. Set the default attention processor and `set_attention_backend('native')` before the run."
+                f"Layer {self.layer.name} ran without calling F.scaled_dot_product_attention, but its scores are "
+                "changed at this call. Before the run, set the default attention processor of the denoiser (the "
+                "pipeline's `unet` or `transformer`), and call its `set_attention_backend('native')`."
             )
         return None if missing is None else output + missing
 
@@ -331,7 +334,7 @@ class _Changed:
         return changes
 
     def _bias(self, changes: dict[int, Change], like: Tensor, queries: int, keys: int, image: int) -> Tensor:
-        """Bias of a batch, (row, head or 1, query, key); `image` is the first of the image's queries."""
+        """Bias of a batch, (row, head or 1, query, key); `image` is the position of the image's first query."""
         running = self.running
         assert running.rows is not None
         first, past, _ = running.rows.indices(running.batch)
@@ -346,7 +349,7 @@ class _Changed:
     # -- plain cross- and self-attention, through the mask ---------------------------------------------------------
 
     def _masked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Arguments of the layer with the change in its mask; None if nothing changes."""
+        """Arguments of the layer, (args, kwargs), with the bias in the attention mask; None if nothing changes."""
         image = argument(args, kwargs, 0, "hidden_states")
         words = argument(args, kwargs, 1, "encoder_hidden_states")
         words = words[0] if isinstance(words, tuple) else words  # an IP-Adapter comes in a tuple
@@ -375,7 +378,11 @@ class _Changed:
         return args, {**kwargs, "attention_mask": attention_mask}
 
     def _scores(self, image: Tensor, keys: Tensor) -> Tensor:
-        """Scores of one row, (head, h*w, keys); queries and keys are projected once more, as masks come first."""
+        """Scores of one row, (head, h*w, keys).
+
+        Queries and keys are projected once more, because the mask is an argument of the layer and must be known before
+        the layer projects them.
+        """
         module: Any = self.layer.module
         if self.layer.reads != "image" and getattr(module, "norm_cross", None):
             keys = module.norm_encoder_hidden_states(keys[None])[0]
@@ -389,7 +396,7 @@ class _Changed:
         return scores
 
     def _keep(self, row: int, image: Tensor, keys: Tensor, change: Change, bias: Tensor, scores: Tensor) -> None:
-        """Note what the kept weights of a row add to the layer's output."""
+        """Compute the correction of the layer's output in one row that makes the weights of the kept keys unchanged."""
         module: Any = self.layer.module
         kept = list(change.kept)
         differences = (scores.softmax(-1) - (scores + bias[row]).softmax(-1))[..., kept]
@@ -424,7 +431,7 @@ class _Changed:
         return bias
 
     def _parts(self, keys: int) -> tuple[slice | None, slice | None, int]:
-        """Text keys, image keys, and the first of the image's queries."""
+        """Keys that are text, keys that are locations of the image, and the position of the image's first query."""
         locations = math.prod(self.size)
         if self.layout is not None:
             start, count = self.layout.text

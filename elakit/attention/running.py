@@ -1,7 +1,7 @@
 """Identification of the denoiser calls that belong to a recorded or edited run, and of their rows that see the prompt.
 
-They are determined from the call itself: from the pipeline whose ``__call__`` is running, which need not be the one
-that was given to `record`; in a loop without a pipeline, from the text states that the denoiser receives.
+Both are determined when the denoiser is called: from the pipeline whose ``__call__`` is running, which need not be the
+one that was given to `record`; in a loop without a pipeline, from the text states that the denoiser receives.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class SeenCall:
     Attributes
     ----------
     call : Call
+        Batch size, timestep and latent size of the call.
     rows : slice
         Rows of the batch that see the prompt.
     adapter : Adapter
@@ -53,8 +54,8 @@ class SeenCall:
 class Watch:
     """Recognizer of the denoiser calls of one run, or of several runs that follow each other.
 
-    It ignores guidance's own passes, passes in other threads, and runs inside a run (an image that a callback generates
-    with the same denoiser).
+    It ignores passes inside `elakit.attention.paused`, such as those of guidance, passes in other threads, and runs
+    inside a run (an image that a callback generates with the same denoiser).
 
     Parameters
     ----------
@@ -126,7 +127,7 @@ class Watch:
         self._run, self._of_run = frame, adapter
 
     def _check_text(self, adapter: Adapter, given: Mapping[str, Any]) -> None:
-        """Refuse a run of another prompt."""
+        """Refuse a run whose prompt differs from the one to record or to edit."""
         assert self.prompt is not None
         for name in attended_texts(adapter, given):
             texts = [given[name]] if isinstance(given[name], str) else given[name]
@@ -134,8 +135,8 @@ class Watch:
                 if text != self.prompt.text and not _same_tokens(adapter, text, self.prompt.text):
                     raise RecordingError(
                         f"{type(adapter.pipe).__name__} was called with {name}={text!r}, but the prompt to record or "
-                        f"to edit is {self.prompt.text!r}: its tokens would get the labels of other words. Call the "
-                        "pipeline with `prompt.text`, and give each prompt a block of its own."
+                        f"to edit is {self.prompt.text!r}: the tokens of the run would get the labels of other words. "
+                        "Call the pipeline with `prompt.text`, and give each prompt a `with` block of its own."
                     )
 
     def _check_rows(self, states: Tensor) -> None:
@@ -152,7 +153,7 @@ class Watch:
         if len(states) > 1 and not self._agree(states, states[:1]).all():
             raise RecordingError(
                 "The rows of the batch have different text states, so they have different prompts; their tokens would "
-                "get the labels of one prompt. Give each prompt a block of its own."
+                "get the labels of one prompt. Run the pipeline once per prompt, each in a `with` block of its own."
             )
 
     # -- loops without a pipeline ------------------------------------------------------------------------------------
@@ -178,8 +179,8 @@ class Watch:
         """Rows whose text states are those of the prompt."""
         if states is None:
             raise RecordingError(
-                f"A loop without the pipeline cannot be recorded with {self.adapter.family}, because its text states "
-                "cannot be compared with the prompt. Call the pipeline."
+                f"A loop that calls the denoiser itself cannot be recorded or edited with {self.adapter.family}, "
+                "because the text states that it passes cannot be compared with the prompt. Call the pipeline instead."
             )
         where = self._agree(states, self._prompt_states(states)).nonzero().flatten().tolist()
         assert self.prompt is not None
@@ -204,11 +205,13 @@ class Watch:
             try:
                 states = self.adapter.encode(self.prompt.text, guided=False).inputs.get("encoder_hidden_states")
             except (ModelError, AttributeError) as error:
-                raise RecordingError(f"Denoiser calls outside pipe(...) cannot be recorded: {error}") from error
+                raise RecordingError(
+                    f"Denoiser calls outside pipe(...) cannot be recorded or edited; call the pipeline instead. {error}"
+                ) from error
             if not isinstance(states, Tensor):
                 raise RecordingError(
-                    f"Denoiser calls outside pipe(...) cannot be recorded with {self.adapter.family}. "
-                    "Call the pipeline."
+                    f"Denoiser calls outside pipe(...) cannot be recorded or edited with {self.adapter.family}. Call "
+                    "the pipeline instead."
                 )
             self._expected = states
         return self._expected.to(like.device)
@@ -236,7 +239,10 @@ class Watch:
 
 
 def attended_texts(adapter: Adapter, given: Mapping[str, Any]) -> list[str]:
-    """Names of the arguments of a pipeline's call whose text the image attends to."""
+    """Names of the arguments of a pipeline's call, ``given``, that contain the texts to which the image attends.
+
+    In FLUX.1, for example, this is ``prompt_2`` if it is given, and ``prompt`` otherwise.
+    """
     groups: Sequence[Sequence[str]] = getattr(adapter, "text_arguments", (("prompt",), ("prompt_2",), ("prompt_3",)))
     found = (next((name for name in group if given.get(name) is not None), None) for group in groups)
     return [name for name in found if name is not None]
@@ -256,7 +262,10 @@ def _same_tokens(adapter: Adapter, text: str, other: str) -> bool:
 
 
 def _running(denoiser: nn.Module) -> Any:
-    """Calls of pipelines with this denoiser that are running in this thread, the innermost first."""
+    """Yield the frame and the pipeline of each pipeline call with this denoiser that is running in this thread.
+
+    The innermost call comes first.
+    """
     from diffusers import DiffusionPipeline  # already imported by the code that made the denoiser
 
     frame: FrameType | None = sys._getframe(1)

@@ -1,4 +1,7 @@
-"""Destinations of the finished steps of a recording: memory, a running mean, or a store on disk (`zarr_store`)."""
+"""Destinations of the finished steps of a recording: memory, a running mean, or a store on disk (`zarr_store`).
+
+For each step, the recorder calls ``reserve``, writes the values into the tensors of ``slots``, and calls ``commit``.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +26,16 @@ class Sink(Protocol):
         """Make room for step number ``step``, counted from 0; `RecordingError` if the budget does not allow it."""
 
     def slots(self) -> Slots:
-        """Return the tensors that receive the values of the next step."""
+        """Return the tensors into which the values of the next step are to be written, by the names of their nodes."""
 
     def commit(self, moment: Moment) -> None:
         """Accept the values in the slots as the recording's next step. An interrupt leaves earlier steps unchanged."""
 
     def tree(self, calls: int) -> xr.DataTree:
-        """Return the tree of the accepted steps; ``calls`` is the number of finished denoiser calls."""
+        """Return the recording's tree with the steps so far; ``calls`` is the number of finished denoiser calls."""
 
     def finish(self, calls: int) -> xr.DataTree:
-        """Return the tree of all steps; the sink is not used afterwards."""
+        """Return the recording's tree with all steps; the sink is not used afterwards."""
 
 
 class Memory:
@@ -80,7 +83,7 @@ class Memory:
         self._add(room)
 
     def slots(self) -> Slots:
-        """Return the part of the arrays that belongs to the next step."""
+        """Return the parts of the arrays into which the values of the next step are to be written."""
         step = len(self._steps)
         block = next(i for i in reversed(range(len(self._starts))) if self._starts[i] <= step)
         return {name: values[step - self._starts[block]] for name, values in self._blocks[block].items()}
@@ -90,7 +93,7 @@ class Memory:
         self._steps.append(moment)
 
     def tree(self, calls: int) -> xr.DataTree:
-        """Return a view of the arrays (a copy if they are not on the host)."""
+        """Return the recording's tree, whose values are views of the arrays (copies if these are not on the host)."""
         values: dict[str, Any] = {}
         for name in self.layout.nodes:
             parts = [
@@ -103,7 +106,7 @@ class Memory:
         return self.layout.tree(values, self._steps, calls)
 
     def finish(self, calls: int) -> xr.DataTree:
-        """Return the arrays; after a copy to the host, those on the device are freed."""
+        """Return the recording's tree; arrays that are not on the host are copied there and freed."""
         tree = self.tree(calls)
         if self.device.type != "cpu":
             self._blocks.clear()
@@ -130,18 +133,18 @@ class RunningMean:
         """Do nothing: a mean always has room."""
 
     def slots(self) -> Slots:
-        """Return the tensors that receive the next step before it is added."""
+        """Return the tensors into which the next step's values are to be written; `commit` adds them to the sum."""
         return self._slots
 
     def commit(self, moment: Moment) -> None:
-        """Add the step to the sum."""
+        """Add the values in the slots to the sum over the steps."""
         total, moments = self._state
         torch.add(total, self._step, out=self._spare)
         self._state = (self._spare, (*moments, moment))
         self._spare = total
 
     def tree(self, calls: int) -> xr.DataTree:
-        """Return the mean of the steps so far, as one step."""
+        """Return a tree with a single step, the mean of the steps so far; ``calls`` as in `Sink.tree`."""
         total, moments = self._state
         if not moments:
             return self.layout.tree({}, (), calls)
@@ -161,10 +164,10 @@ class RunningMean:
 class Staging:
     """Sink that passes the steps of an accelerator on to a sink on the host, without making the accelerator wait.
 
-    A step is assembled in one buffer on the device and copied to pinned memory in one copy, which is queued behind the
-    work of the step. The step is passed on after the next one has been queued; by then, the copy has usually arrived. A
-    run that is killed may therefore leave one step fewer on disk than it had finished; a run that ends in an error does
-    not.
+    The values of a step are collected in one buffer on the device. One copy of the buffer to pinned memory on the host
+    is queued behind the work of the step. The step is passed on to the sink on the host when the copy of the next step
+    has been queued; by then, its own copy has usually arrived, and until then it is "in transit". A run that is killed
+    may therefore leave one step fewer on disk than it had finished; a run that ends in an error does not.
 
     Parameters
     ----------
@@ -183,15 +186,15 @@ class Staging:
         self._count = 0
 
     def reserve(self, step: int) -> None:
-        """Make room in the sink; steps in transit are counted in ``step``."""
+        """Make room in the sink on the host for step number ``step``; steps in transit are included in this number."""
         self._sink.reserve(step)
 
     def slots(self) -> Slots:
-        """Return the buffer on the device."""
+        """Return the tensors into which the next step is to be written: views of the buffer on the device."""
         return self._slots
 
     def commit(self, moment: Moment) -> None:
-        """Send the step to the host, and pass the previous one on to the sink."""
+        """Queue the copy of the step to the host, and pass the previous step on to the sink on the host."""
         flat, host = self._hosts[self._count % 2]
         flat.copy_(self._flat, non_blocking=self._cuda)
         arrived = None
@@ -212,20 +215,19 @@ class Staging:
             self._sink.commit(moment)
 
     def tree(self, calls: int) -> xr.DataTree:
-        """Return all steps, including those in transit."""
+        """Pass the steps in transit on to the sink on the host, and return its tree; ``calls`` as in `Sink.tree`."""
         self._hand_on(leave=0)
         return self._sink.tree(calls)
 
     def finish(self, calls: int) -> xr.DataTree:
-        """Wait for the steps in transit and return all steps."""
+        """Pass the steps in transit on to the sink on the host, and return its final tree."""
         self._hand_on(leave=0)
         return self._sink.finish(calls)
 
 
 def over_budget(layout: Layout, step: int, limit: int) -> RecordingError:
-    """Error of a run with more calls than expected, whose recording would exceed the memory budget of the spec."""
+    """Build the error for a run with more calls than expected, whose recording would exceed the budget of the spec."""
     return RecordingError(
-        f"This denoiser call would bring the recording to {readable_bytes((step + 1) * layout.step_bytes)} and past "
-        f"its budget, which has room for {limit} steps. Raise RecordSpec(budget=...), or keep fewer steps, layers or "
-        "tokens."
+        f"This denoiser call would bring the recording to {readable_bytes((step + 1) * layout.step_bytes)}, but its "
+        f"budget has room for {limit} steps. Raise RecordSpec(budget=...), or keep fewer steps, layers or tokens."
     )

@@ -22,7 +22,7 @@ _BYTES = {"float32": 4, "float16": 2}
 
 
 class NamedLayer(Protocol):
-    """A layer, of which only the name and the place are known."""
+    """An object with the name and the place of a layer, such as an `AttentionLayer`."""
 
     @property
     def name(self) -> str:
@@ -55,7 +55,7 @@ def select_layers(layers: Sequence[L], pattern: str | Sequence[str] = "all") -> 
     Raises
     ------
     RecordingError
-        Raised when a pattern matches no layer, or no pattern is given; the message lists the names.
+        Raised when a pattern matches no layer (the message lists the names), or no pattern is given.
 
     Examples
     --------
@@ -109,7 +109,8 @@ class Channels:
     indices : tuple of int
         Positions of these tokens in the encoder's sequence; -1 for ``"<end>"``, which is a sum.
     rest : tuple of (int, int or None)
-        Ranges (first position, position after the last) that ``"<end>"`` sums: end-of-text and padding.
+        Ranges (first position, position after the last) that ``"<end>"`` sums: end-of-text and padding. None as the
+        second element stands for the end of the sequence.
     """
 
     labels: tuple[str, ...]
@@ -118,18 +119,18 @@ class Channels:
 
     @property
     def named(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """The labels, and the positions."""
+        """``labels`` and ``indices``."""
         return self.labels, self.indices
 
     def gather(self, probabilities: Tensor, text: int | None = None) -> Tensor:
-        """Keep the selected columns; (..., key positions) -> (..., len(labels)).
+        """Select the columns to keep, and sum those of ``"<end>"``; (..., key positions) -> (..., len(labels)).
 
         Parameters
         ----------
         probabilities : torch.Tensor
             Attention to the text.
         text : int, optional
-            Number of positions that are text; positions after them are not kept. Default: all.
+            Number of positions that are text; later positions are ignored. Default: all.
 
         Raises
         ------
@@ -148,7 +149,7 @@ class Channels:
         if positions <= needed:
             raise RecordingError(
                 f"The run attends to {positions} text positions, but the prompt to record needs {needed + 1}. "
-                "Parse the prompt with the pipeline that you run, and pass its text."
+                "Parse the prompt with the pipeline that you run, and call the pipeline with `prompt.text`."
             )
         # Slices of neighboring columns, because an index would have to be copied to the device.
         columns = [probabilities[..., first : last + 1] for first, last in runs(self.indices[:-1])]
@@ -243,11 +244,12 @@ class Plan:
 class SelfAttention:
     """Selection of the self-attention that a recording keeps: the attention among the locations of one map size.
 
-    Self-attention takes (h*w)^2 numbers per step, layer and head: 131 kB at 16 x 16 and 2 MB at 32 x 32 in float16.
+    Self-attention takes (h*w)^2 numbers per step, image, layer and head: 131 kB at 16 x 16 and 2 MB at 32 x 32 in
+    float16.
 
     Stable Diffusion, SDXL and PixArt have separate layers for it, next to those that attend to the text. In joint
-    attention (Stable Diffusion 3, FLUX), it is the attention of the same layers to the keys of the image, whose rows
-    sum to the share of attention that the image receives.
+    attention (Stable Diffusion 3, FLUX), the layers that attend to the text also attend to the image; the values of a
+    location then sum to the share of its attention that the image receives.
 
     Parameters
     ----------
@@ -294,27 +296,29 @@ class RecordSpec:
         labels such as ``"red#2"``, phrases or positions. Start-of-text (if the encoder has one) and the summed mass of
         end-of-text and padding are always kept in addition.
     layers : str or sequence of str
-        As in `select_layers`.
+        Layers to keep, as in `select_layers`.
     sizes : int or sequence of int, optional
         Longer sides of the maps to keep. Default: all sizes.
     heads : {"mean", "all"} or sequence of int
         The mean over the heads of a layer, every head, or the heads with these indices, counted from 0.
     steps : slice or int, optional
-        Denoiser calls to keep: a slice of their numbers, counted from 0, or an integer n for every n-th call. Default:
-        all.
+        Denoiser calls to keep: a slice of their numbers, counted from 0, or an integer n for every n-th call (0, n,
+        2n, ...). Default: all.
     self_attention : int or SelfAttention, optional
         Self-attention to keep in addition. A number is the longer side of its maps; it keeps the mean over the heads
         and the selected layers of that size, which ``maps(refine=...)`` uses. Default: none.
     dtype : {"float16", "float32"}
         Type of the stored values; probabilities are always computed, and maps averaged, in float32. float16 keeps
-        three significant digits of a probability above 0.00006, and multiples of 0.00000006 below.
+        three significant digits of probabilities above 0.00006, and rounds smaller ones to multiples of 0.00000006.
     accumulate : bool
         True keeps only the mean over the steps, as one step whose timestep and sigma are means, too.
     device : {"cpu", "model"}
         Memory that keeps the steps during the run: "cpu" is that of the host, to which each step is copied
-        asynchronously; "model" is that of the model's device. Means are always computed on the model's device.
+        asynchronously; "model" is that of the model's device. The mean of ``accumulate=True`` is always computed on the
+        model's device.
     budget : int
-        Largest size of a recording in bytes, by default 1 GiB; a larger recording is refused before the run.
+        Largest size of a recording in bytes, by default 1 GiB; a larger recording is refused before the first denoiser
+        call runs.
 
     Raises
     ------
@@ -375,12 +379,12 @@ class RecordSpec:
         return (self.sizes,) if is_whole(self.sizes) else None if self.sizes is None else tuple(self.sizes)
 
     def keeps(self, call: int, calls: int | None) -> bool:
-        """Return whether a denoiser call, counted from 0, is kept.
+        """Return whether a denoiser call is kept.
 
         Parameters
         ----------
         call : int
-            Number of the call.
+            Number of the call, counted from 0.
         calls : int or None
             Number of calls of the whole run; None if it is unknown.
 
@@ -451,7 +455,7 @@ class RecordSpec:
             Number of denoiser calls: ``num_inference_steps`` with most schedulers, one more with PNDM, nearly twice as
             many with Heun.
         height, width : int, optional
-            Size of the image in pixels; by default the model's.
+            Size of the image in pixels; by default, the default size of the model.
         images : int
             Number of images in the batch or, for a video, number of frames of its latent.
 
@@ -485,7 +489,7 @@ class RecordSpec:
         kept: int,
         images: int,
     ) -> Plan:
-        """Return the plan for given layers.
+        """Return the content and size of a recording of given layers, as `plan` does for a pipeline.
 
         Parameters
         ----------
@@ -497,7 +501,7 @@ class RecordSpec:
         kept : int
             Number of denoiser calls that are kept.
         images : int
-            Number of images in the batch.
+            Number of images in the batch or, for videos, number of all their frames.
 
         Returns
         -------
@@ -547,7 +551,7 @@ class RecordSpec:
     def _of_self(
         self, own: SelfAttention, layers: Sequence[AttentionLayer], latent: tuple[int, int], count: int
     ) -> Resolution:
-        """The part of the plan that belongs to self-attention, ``count`` times per step and image."""
+        """The part of the plan that belongs to self-attention; ``count`` is the number of steps x images to keep."""
         by_size = _by_size(select_layers(layers, own.layers or self.layers), latent)
         size = next((size for size in by_size if max(size) == own.size), None)
         if size is None:

@@ -55,12 +55,12 @@ def tap(layers: Sequence[AttentionLayer], on_attention: OnAttention) -> Iterator
     layers : sequence of AttentionLayer
         Layers to read.
     on_attention : callable
+        Function that is called with the layer, a function ``attend``, and the size (h, w) of the layer's maps.
         ``attend(rows)`` returns the probabilities of a slice of the batch, (rows, heads, h*w, keys), as `probabilities`
         computes them, gradients included; for a video, (rows, heads, frames*h*w, keys). Keys are the text positions, or
         the locations of the image if ``layer.reads`` is "image". In cross-attention, ``attend(rows, more)`` appends
         further keys: text states (tokens, channels), or keys (1, heads, tokens, d) if the layer has a ``layout``.
-        ``attend`` must be called before ``on_attention`` returns. ``(h, w)`` is the size of the layer's maps. An error
-        that ``on_attention`` raises ends the pass.
+        ``attend`` must be called before ``on_attention`` returns. An error that ``on_attention`` raises ends the pass.
 
     Raises
     ------
@@ -71,13 +71,13 @@ def tap(layers: Sequence[AttentionLayer], on_attention: OnAttention) -> Iterator
 
     Notes
     -----
-    In a layer of kind "cross" the keys are the text, or the image, and each row sums to 1. In joint attention (kinds
-    "joint" and "single": Stable Diffusion 3, FLUX) image and text are keys side by side: the softmax is over both, the
-    columns of one of them are returned, and rows sum to its share of the attention.
+    In a layer of kind "cross" the keys are the text, or the image, and the probabilities of a location sum to 1. In
+    joint attention (kinds "joint" and "single": Stable Diffusion 3, FLUX) image and text are keys of the same softmax.
+    ``attend`` returns the columns of the keys that ``layer.reads`` names, so that the probabilities of a location sum
+    to the share of attention that these keys receive.
 
     Hooks are placed on the projections that the layers have on entry: load LoRA weights and fuse projections before
-    you enter the block.
-    All hooks are removed on exit, also after an error.
+    you enter the block. All hooks are removed on exit, also after an error.
 
     Examples
     --------
@@ -114,7 +114,7 @@ def check_processor(layer: AttentionLayer) -> None:
     Raises
     ------
     RecordingError
-        Raised when the processor's class is defined elsewhere.
+        Raised when the processor is defined outside the package diffusers.
     """
     processor = getattr(layer.module, "processor", None)
     processor = processor if isinstance(processor, FunctionType) else type(processor)
@@ -128,7 +128,7 @@ def check_processor(layer: AttentionLayer) -> None:
 
 
 class _Tap:
-    """Projections of one layer on their way through a pass."""
+    """Reader of one layer: it keeps the projected queries and keys of a pass until the layer has run."""
 
     _reading: ClassVar[bool] = False  # true while a tap itself applies the norms of a layer
 
@@ -250,7 +250,7 @@ class _Tap:
         return probabilities(query, key, columns, mask=mask, scale=self._scale)
 
     def _project(self, states: Tensor) -> Tensor:
-        """Keys of text states (tokens, channels), (1, tokens, heads, d)."""
+        """Project text states, (tokens, channels), to the layer's keys, (1, tokens, heads, d)."""
         module: Any = self.layer.module
         states = states.unsqueeze(0)
         states = module.norm_encoder_hidden_states(states) if module.norm_cross else states
@@ -265,13 +265,13 @@ class _Tap:
         return getattr(self.layer.module, "scale", None)
 
     def _normed(self, part: str, x: Tensor) -> Tensor:
-        """Apply the layer's normalization of each head if the layer did; (rows, n, heads, d) -> same shape."""
+        """Normalize projected queries or keys, (rows, n, heads, d), per head if the layer did so in this pass."""
         norm: Any = getattr(self.layer.module, _NORMS[part], None)
         return norm(x) if part in self.normed else x
 
 
 def scores_mask(mask: Tensor | None, layer: AttentionLayer, batch: int, keys: int) -> Tensor | None:
-    """Bring an attention mask to (rows or 1, heads or 1, queries or 1, keys), as the layer's processor uses it.
+    """Reshape an attention mask to (rows or 1, heads or 1, queries or 1, keys), as the layer's processor reads it.
 
     Parameters
     ----------
@@ -327,7 +327,7 @@ def _to_all(captured: Sequence[_Capture]) -> OnCall:
 
 
 class _Capture:
-    """The attention call of one layer whose queries and keys are read where attention is computed."""
+    """Reader of one layer at its attention call: it keeps the arguments of the call until the layer has run."""
 
     def __init__(self, layer: AttentionLayer, on_attention: OnAttention) -> None:
         assert layer.layout is not None
@@ -351,7 +351,7 @@ class _Capture:
         self.running, self.call = True, None
 
     def see(self, call: AttentionCall) -> None:
-        """Keep the first attention call of the layer; later ones are those to an image prompt."""
+        """Keep the first attention call of the layer; in later calls it attends to an image prompt (IP-Adapter)."""
         if self.running and self.call is None:
             self.call = call
 
@@ -359,8 +359,9 @@ class _Capture:
         self.running = False
         if self.call is None:
             raise RecordingError(
-                f"Layer {self.layer.name} ran without calling F.scaled_dot_product_attention, where its attention is "
-                "read. Set the default attention processor and `set_attention_backend('native')` before the recording."
+                f"Layer {self.layer.name} ran without calling F.scaled_dot_product_attention, but its attention is "
+                "read at this call. Before the recording, set the default attention processor of the transformer, and "
+                "call `pipe.transformer.set_attention_backend('native')`."
             )
         try:
             self.on_attention(self.layer, self.attend, self.layout.size)
@@ -424,14 +425,15 @@ def probabilities(
     Parameters
     ----------
     query : torch.Tensor, (B, n, heads, d)
+        n queries of each of B rows, with d channels per head.
     key : torch.Tensor, (B, keys, heads, d)
     columns : slice, optional
-        Keys to return; default: all.
+        Keys whose probabilities are returned; default: all.
     mask : torch.Tensor, (B or 1, 1 or heads, 1 or n, keys), optional
         Numbers that are added to the scores before the softmax, or booleans that are True where a key is seen. The
         dimension of the heads may be missing.
     scale : float, optional
-        Factor of the scores; default ``1 / sqrt(d)``.
+        Factor of the products of queries and keys; default ``1 / sqrt(d)``.
 
     Returns
     -------

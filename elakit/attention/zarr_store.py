@@ -1,16 +1,16 @@
 """Recordings on disk: a Zarr store that grows with the run, and strict reading of such a store.
 
 A store is an ordinary Zarr store (version 2), readable with `xarray.open_datatree` or any other Zarr reader. It has one
-group per map size, with the arrays that `Recording` describes.
+group per map size (and one for self-attention), with the arrays that `Recording` describes.
 
-Why this module writes and reads the files itself, and does not leave it to zarr-python:
+Reasons why this module writes and reads the files itself instead of using zarr-python:
 
 * **A killed run must leave a valid store.** A step belongs to the store once the consolidated metadata, one small file,
-  has been replaced; it is replaced last, after every value of the step is on disk, and each file is written under
-  another name and renamed. zarr-python resizes an array (metadata first) and then writes its chunks, array by array, so
-  a process that is killed in between leaves arrays of different lengths, or steps without values.
-* **A missing file must be an error.** For Zarr a missing chunk is a chunk of fill values; a damaged recording would
-  read as attention of zero.
+  has been replaced. This file is replaced last, after all values of the step have been written, and each file is
+  written under another name and then renamed. zarr-python resizes an array (metadata first) and then writes its chunks,
+  array by array, so a process that is killed in between leaves arrays of different lengths, or steps without values.
+* **A missing file must be an error.** Zarr reads a missing chunk as fill values, so a part of a damaged recording would
+  look like attention of zero.
 * **Opening must not run code.** Zarr metadata names the codecs of an array, and some codecs (pickle) execute what they
   decode. Here everything but Blosc and the types f, i and U is refused before a byte is decoded.
 """
@@ -65,7 +65,7 @@ class ZarrStore:
     ----------
     layout : Layout
     path : pathlib.Path
-        Folder of the store. It must not exist; it is written, complete, with the first step.
+        Folder of the store. It must not exist; the first step creates it, complete with all metadata.
     limit : int
         Number of steps that the budget allows.
     """
@@ -84,11 +84,11 @@ class ZarrStore:
             raise over_budget(self.layout, step, self._limit)
 
     def slots(self) -> Slots:
-        """Return the tensors of the step in memory."""
+        """Return the tensors, in memory, into which the values of the next step are to be written."""
         return self._slots
 
     def commit(self, moment: Moment) -> None:
-        """Write the step, then the metadata that makes it part of the store."""
+        """Write the values of the step, then the metadata that makes the step a part of the store."""
         if not self._steps:
             values = {name: _array(slot)[None] for name, slot in self._slots.items()}
             write_whole(self.layout.tree(values, [moment], moment[0] + 1), self.path, step_chunk=1)
@@ -120,11 +120,11 @@ class ZarrStore:
         self._metadata = metadata
 
     def tree(self, calls: int) -> xr.DataTree:
-        """Return the store as it is now, opened lazily."""
+        """Return the tree of the store as it is now; its values stay on disk until they are used."""
         return open_tree(self.path) if self._steps else self.layout.tree({}, (), calls)
 
     def finish(self, calls: int) -> xr.DataTree:
-        """Write the number of calls, and open the store."""
+        """Write the number of finished denoiser calls to the store, and return its tree."""
         if not self._metadata:
             if self.path.exists():  # someone else took the path in the meantime, which has raised an error
                 return self.layout.tree({}, (), calls)
@@ -148,7 +148,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def is_recording(path: Path) -> bool:
-    """Return whether a folder contains a recording, of this or an earlier format."""
+    """Return whether a folder is a recording of the current or an earlier format."""
     try:
         found = json.loads((path / ".zattrs").read_text(encoding="utf-8-sig")).get("format")
         return isinstance(found, str) and found.startswith("elakit recording ")
@@ -162,8 +162,8 @@ def open_tree(path: Path) -> xr.DataTree:
     Raises
     ------
     RecordingError
-        Raised when a file is missing or damaged, or another version of elakit wrote the recording; the message names
-        the file. Also raised when values are used after the folder has been deleted or replaced.
+        Raised when a file is missing or damaged (the message names it), or another version of elakit wrote the
+        recording. Also raised later, when values are used after the folder has been deleted or replaced.
     """
     metadata = _read_json(path / ".zmetadata")
     try:
@@ -183,7 +183,7 @@ def open_tree(path: Path) -> xr.DataTree:
 
 
 def _root_attributes(attributes: Any, path: Path) -> dict[str, Any]:
-    """Attributes of the whole recording, checked."""
+    """Check the attributes of the whole recording, and return them."""
     file = path / ".zmetadata"
     if attributes["format"] != FORMAT:
         raise RecordingError(
@@ -226,7 +226,7 @@ def _open_node(path: Path, name: str, described: Mapping[str, Any]) -> xr.Datase
 
 
 def _check_text(values: np.ndarray, stored: _StoredArray) -> None:
-    """Refuse text that is not Unicode here; later, when it is used, the error would not name the file."""
+    """Refuse labels that are not valid Unicode when they are read; an error at their use would not name the file."""
     codes = np.ascontiguousarray(values).view(np.uint32)
     wrong = (codes > sys.maxunicode) | ((codes >= 0xD800) & (codes <= 0xDFFF))
     if wrong.any():
@@ -235,15 +235,16 @@ def _check_text(values: np.ndarray, stored: _StoredArray) -> None:
 
 
 class _StoredArray(LazyArray):
-    """One array of a store; only its first two dimensions have more than one chunk.
+    """One array of a store, which is divided into chunks along its first two dimensions only.
 
     Parameters
     ----------
     store : pathlib.Path
+        Folder of the store.
     name : str
         Path of the array in the store.
     described : mapping
-        Its Zarr metadata.
+        Zarr metadata of the array (the content of its ``.zarray``).
     """
 
     def __init__(self, store: Path, name: str, described: Mapping[str, Any]) -> None:
@@ -271,7 +272,7 @@ class _StoredArray(LazyArray):
         self._check_files()
 
     def _identify(self) -> tuple[int, int, int]:
-        """A fingerprint of the store, which changes when its folder is replaced (not when the store grows)."""
+        """Fingerprint of the store, which changes when its folder is replaced, but not when the store grows."""
         try:
             found = os.stat(self._store / ".zgroup")
         except OSError as error:
@@ -307,13 +308,13 @@ class _StoredArray(LazyArray):
         return values
 
     def whole(self) -> np.ndarray:
-        """Read an array of one dimension."""
+        """Return all values of an array of one dimension."""
         (length,), (chunk,) = self.shape, self._chunks
         parts = [self._chunk((nth,)) for nth in range(-(-length // chunk))]
         return np.concatenate(parts)[:length] if parts else np.empty(0, self.dtype)
 
     def file_of(self, position: int) -> Path:
-        """File that contains a value of an array of one dimension."""
+        """File of the chunk that contains the value at a position of an array of one dimension."""
         return self._folder / _chunk_name((position // self._chunks[0],))
 
     def _chunk(self, place: tuple[int, ...]) -> np.ndarray:
@@ -408,12 +409,14 @@ def save_tree(tree: xr.DataTree, path: str | Path, overwrite: bool) -> Path:
 
 
 def write_whole(tree: xr.DataTree, target: Path, step_chunk: int | None = None, replace: bool = False) -> None:
-    """Write a store completely or not at all: under another name, which is then changed to ``target``.
+    """Write a store completely or not at all: it is written under another name, then renamed to ``target``.
 
     Parameters
     ----------
     tree : xarray.DataTree
+        Tree of the recording.
     target : pathlib.Path
+        Folder of the store.
     step_chunk : int, optional
         Number of steps per file. Default: as many as fit into 4 MB.
     replace : bool
@@ -424,7 +427,7 @@ def write_whole(tree: xr.DataTree, target: Path, step_chunk: int | None = None, 
 
 
 def _write_tree(tree: xr.DataTree, path: Path, step_chunk: int | None) -> None:
-    """Write all files of a store (Zarr version 2, whose text arrays are standardized)."""
+    """Write all files of a store, in Zarr version 2, because that version standardizes arrays of text."""
     described: dict[str, Any] = {".zgroup": {"zarr_format": 2}, ".zattrs": dict(tree.attrs)}
     for group, child in tree.children.items():
         node = child.to_dataset()
@@ -466,7 +469,7 @@ def _chunks(variable: xr.Variable, step_chunk: int | None) -> tuple[int, ...]:
 
 
 def _write_array(folder: Path, variable: xr.Variable, chunks: tuple[int, ...]) -> None:
-    """Write every chunk of an array; only the first two dimensions have more than one."""
+    """Write all chunks of an array, which is divided into chunks along its first two dimensions only."""
     folder.mkdir(parents=True)
     counts = [-(-side // chunk) for side, chunk in zip(variable.shape, chunks, strict=True)]
     for place in np.ndindex(*counts):

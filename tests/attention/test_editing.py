@@ -325,7 +325,7 @@ def _pipe() -> Any:
         ({"steps": slice(-3, None)}, "counted from the start"),
         ({"steps": 1.5}, "whole number of 0 or more"),
         ({"steps": slice(0, 3, -1)}, "stride"),
-        ({"region": np.ones(4)}, "give \\(y, x\\)"),
+        ({"region": np.ones(4)}, "shape \\(y, x\\)"),
         ({"region": np.full((2, 2), 2.0)}, "outside 0 to 1"),
         ({"region": np.full((2, 2), np.nan)}, "outside 0 to 1"),
         ({"region": xr.DataArray(np.ones((2, 2)), dims=("step", "x"))}, "give y and x only"),
@@ -355,5 +355,5 @@ def test_what_is_not_there_is_refused_before_the_run(pipe: Any) -> None:
         edit(pipe, TEXT, Edit("car", layers="double")),
     ):
         pass
-    with pytest.raises(RecordingError, match="no start token"), edit(tiny_flux(), TEXT, Edit("<start>", scale=0)):
+    with pytest.raises(RecordingError, match="no start-of-text"), edit(tiny_flux(), TEXT, Edit("<start>", scale=0)):
         pass
