@@ -45,10 +45,10 @@ class Progress:
     runs : callable
         ``runs()`` returns the runs in their present state, as a list of one `Run` per image. The images are decoded
         from the latents, which are noisy before the end; recordings and traces contain the steps so far. Measures,
-        regions, figures and features can be computed from these runs as from finished ones. With ``runs(decode=False)``, the VAE
-        decoder is not called, and the images are blank. With ``runs(predicted=True)``, the images are decoded from the
-        clean latents that the step predicts, and so show what the final image will be like; if the prediction type of
-        the scheduler is unknown, they are decoded from the latents themselves.
+        regions, figures and features can be computed from these runs as from finished ones. With
+        ``runs(decode=False)``, the VAE decoder is not called, and the images are blank. With ``runs(predicted=True)``,
+        the images are decoded from the clean latents that the step predicts, and show what the final image will be
+        like; if the scheduler's prediction type is unknown, they are decoded from the latents themselves.
     states : sequence
         State of the guidance method for each image, as the method's ``begin`` returned it; empty for a plain run. With
         ELA, each state is an `elakit.guidance.Anchors`, whose method ``steer(regions)`` sets the regions for the

@@ -1,8 +1,8 @@
 """Other wordings of a prompt: its entities in brackets, in reverse order, or joined by "next to".
 
 Each entity keeps its noun and its attributes, and is marked by brackets. Brackets cannot mark an entity whose
-attributes follow its noun, as in "a car that is red". For such a prompt, `swapped` and `next_to` join only the entities,
-such as "a [red car]", and drop all other words.
+attributes follow its noun, as in "a car that is red". For such a prompt, `swapped` and `next_to` join only the
+entities, such as "a [red car]", and drop all other words.
 """
 
 from __future__ import annotations
