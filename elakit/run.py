@@ -152,7 +152,7 @@ class Run:
 
         Parameters
         ----------
-        truth : Verdict or xarray.DataArray, bool (entity, y, x), optional
+        truth : Verdict or xarray.DataArray of bool, (entity, y, x), optional
             Location of each entity in the image: a verdict, or masks of the whole image at any resolution, empty for an
             absent entity. None computes only measures that need no image.
 
