@@ -9,8 +9,8 @@ Four steps::
 
 Images are shuffled and numbered; sheets show number and prompt, but neither the method nor the judge's verdict, which
 is computed afterward. The same labels can therefore be compared with another judge. ``benchmarks/audits`` holds the
-labels of earlier audits. To measure self-agreement, label some images again, and run
-``python -m benchmarks.audit repeat FIRST SECOND``.
+labels of earlier audits. To measure a person's agreement with themselves, label some images again, and compare the two
+label files with ``python -m benchmarks.audit repeat FIRST SECOND``.
 
 The judge's thresholds can be chosen on labels that it was not trained on, never on those of the audit:
 ``python -m benchmarks.audit thresholds FOLDER...``.
@@ -127,7 +127,8 @@ def kappa(first: Flags, second: Flags) -> float:
     Returns
     -------
     float
-        1 for full agreement, 0 for agreement by chance; NaN if both raters always give the same answer.
+        1 for full agreement, 0 for agreement by chance; NaN if both raters answer every question with yes, or every one
+        with no.
 
     References
     ----------
@@ -147,7 +148,7 @@ def kappa(first: Flags, second: Flags) -> float:
 def kappa_interval(
     first: Flags, second: Flags, groups: Sequence[str] | None = None, samples: int = 2000
 ) -> tuple[float, float]:
-    """95% bootstrap interval of `kappa`, resampling images, or groups of images such as those of one prompt."""
+    """95% bootstrap interval of `kappa` over images or, with `groups`, over groups such as the images of one prompt."""
     a, b = np.asarray(first, bool), np.asarray(second, bool)
     position = np.unique(groups, return_inverse=True)[1] if groups is not None else np.arange(len(a))
     members = [np.flatnonzero(position == i) for i in range(position.max() + 1)]
@@ -159,7 +160,7 @@ def kappa_interval(
 
 
 def columns(first: Sequence[Label], second: Sequence[Label]) -> list[str]:
-    """Rows of a Markdown table: accuracy and kappa of two raters for every column of the labels.
+    """Rows of a Markdown table: share of equal answers, and kappa, of two raters in every column of the labels.
 
     Parameters
     ----------
@@ -188,12 +189,12 @@ def columns(first: Sequence[Label], second: Sequence[Label]) -> list[str]:
 
 
 def agreement(by_eye: Sequence[bool], by_judge: Sequence[bool], groups: Sequence[str] | None = None) -> list[str]:
-    """Rows of a Markdown table: accuracy, kappa, precision of both verdicts, and the confusion matrix.
+    """Rows of a Markdown table: accuracy, kappa, precision of the verdicts right and wrong, and the confusion matrix.
 
     Parameters
     ----------
     by_eye, by_judge : sequence of bool
-        True for each image that is right.
+        True for each image that is right, by eye and according to the judge.
     groups : sequence of str, optional
         Group of each image, such as its prompt. Intervals are then bootstrap intervals over groups, because images of
         one prompt are alike.
@@ -215,7 +216,7 @@ def agreement(by_eye: Sequence[bool], by_judge: Sequence[bool], groups: Sequence
 
 
 def _share_of(what: str, hits: np.ndarray, among: np.ndarray, groups: Sequence[str] | None, bar: str) -> str:
-    """The share of hits among some of the images, with an interval over groups if there are groups."""
+    """Row of a table: share of `hits` in the images that `among` selects, with an interval, over groups if given."""
     count, total = int((hits & among).sum()), int(among.sum())
     if groups is None or total == 0:
         return _share(what, count, total, bar)
@@ -244,7 +245,7 @@ def draw(
 ) -> None:
     """Generate images, number them in random order, and write sheets and an empty label file.
 
-    The images are kept as they are made: after an interruption, the same command continues.
+    Finished images are kept: after an interruption, the same command generates the missing ones.
     """
     if not 0 <= first_seed < 1000:
         raise SettingError(f"The first seed is {first_seed}; audits use seeds from 0 to 999.")
@@ -291,11 +292,13 @@ def plan(
     Parameters
     ----------
     pairs, singles : int
-        Number of prompts with two entities, each for every method, and of prompts with one entity, without guidance.
+        Number of prompts with two entities, each of which is generated with every method; and number of prompts with
+        one entity, which are generated without guidance.
     methods : sequence of str
         "plain" and names in `elakit.guidance.METHODS`.
     first_seed : int
-        Seed of the first prompt; the next ones follow, below 1,000.
+        Seed of the first prompt with one entity and of the first with two. The next prompts have the next seeds; 999 is
+        followed by `first_seed`.
     """
     jobs = [(prompt, "plain", seed) for prompt, seed in chosen_prompts(single_prompts(), singles, first_seed)]
     jobs += [
@@ -323,7 +326,7 @@ def single_prompts() -> list[str]:
 
 
 def chosen_prompts(prompts: Sequence[str], count: int, first_seed: int) -> list[tuple[str, int]]:
-    """Some prompts, chosen at random without repetition, each with a seed of its own below 1,000."""
+    """Choose prompts at random, without repetition, and give them the seeds from `first_seed` to 999, repeatedly."""
     rng = np.random.default_rng((first_seed, len(prompts)))
     chosen = rng.choice(len(prompts), min(count, len(prompts)), replace=False)
     return [(prompts[int(p)], first_seed + i % (1000 - first_seed)) for i, p in enumerate(chosen)]
@@ -365,14 +368,16 @@ def agree(
     """Compare the labels with the verdicts that `judge` wrote."""
     found, verdicts = read_labels(labels or folder / "labels.csv"), read_verdicts(folder / "verdicts.csv")
     if unknown := set(found) - set(verdicts):
-        raise SettingError(f"The labels name images that are not in {folder}: {sorted(unknown)[:5]}.")
+        raise SettingError(
+            f"The labels name images that are not in {folder}: {sorted(unknown)[:5]}. Give the folder of these labels."
+        )
     if not found:
         raise SettingError(f"No image is labeled yet. Fill in {labels or folder / 'labels.csv'}.")
     for number, label in found.items():
         if len(label.nameable) != len(verdicts[number].label.nameable):
             raise SettingError(
                 f"Image {number} shows {verdicts[number].prompt!r}: {len(verdicts[number].label.nameable)} entities, "
-                f"but {len(label.nameable)} are labeled."
+                f"but {len(label.nameable)} are labeled. Correct the row of this image in the label file."
             )
     singles = {number: label for number, label in found.items() if len(label.nameable) == 1}
     pairs = {number: label for number, label in found.items() if number not in singles}
@@ -425,11 +430,11 @@ def repeat(
         Path, typer.Argument(help="Labels of some of the same images, made without a look at the first.")
     ],
 ) -> None:
-    """Compare two sets of labels of the same images: the ceiling for the agreement with any judge."""
+    """Compare two sets of labels of the same images; their agreement is the ceiling for that with any judge."""
     one, two = read_labels(first), read_labels(second)
     both = [number for number in two if number in one]
     if not both:
-        raise SettingError(f"No image is labeled in both {first} and {second}. Label some images of the one again.")
+        raise SettingError(f"No image is labeled in both {first} and {second}. Label some images of one file again.")
     for name, chosen in (
         ("pairs", [n for n in both if len(one[n].nameable) == 2]),
         ("single things", [n for n in both if len(one[n].nameable) == 1]),
@@ -446,10 +451,10 @@ def thresholds(
         Path | None, typer.Option(help="Folder of a trained model, whose judge/ is used. Default: the built-in model.")
     ] = None,
 ) -> None:
-    """Compare thresholds of the judge on labeled images of pairs, which it must not have been trained on.
+    """Compare thresholds of the judge on labeled images of pairs on which it was not trained.
 
-    The kappa of the best thresholds is too high as an estimate, because they were chosen on the same images. The audit,
-    whose images have other seeds, measures the judge with them.
+    The kappa of the best thresholds is too high as an estimate, because they were chosen on the same images. To
+    estimate it, set these thresholds and repeat the audit, whose images have other seeds.
     """
     images = [one for folder in folders for one in development_images(folder) if len(one.label.nameable) == 2]
     if not images:
@@ -494,7 +499,7 @@ def _part(hits: np.ndarray) -> str:
 
 
 def development_images(folder: Path) -> list[LabeledImage]:
-    """Labeled images of a folder, all of whose seeds are for development.
+    """Labeled images of a folder, all of which must have development seeds, that is, seeds below those of the audit.
 
     Parameters
     ----------
@@ -503,7 +508,7 @@ def development_images(folder: Path) -> list[LabeledImage]:
     Raises
     ------
     SettingError
-        As in `elakit.judge.labels.read_images`, or the folder has images of the audit's seeds.
+        As in `elakit.judge.labels.read_images`, or the folder has images with seeds of the audit.
     """
     path = folder / "key.json"
     for number, made in read_key(path, ("seed",)).items():

@@ -6,7 +6,7 @@ Two steps, with labels in between::
     (look at work/models/sheets, fill in work/models/labels.csv as for benchmarks.audit)
     python -m benchmarks.audit_models compare work/models
 
-Sheets and label file do not tell which model generated an image. Half of the prompts have one entity, half have two.
+Sheets and label file do not show which model generated an image. Half of the prompts have one entity, half have two.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def draw(
 ) -> None:
     """Generate images with both models, number them in random order, and write sheets and an empty label file.
 
-    After an interruption, the same command continues.
+    After an interruption, the same command generates the missing images.
     """
     if (folder / "labels.csv").exists():
         raise SettingError(f"{folder} already contains labels. Choose another folder, or move labels.csv away.")
@@ -81,11 +81,13 @@ def draw(
 
 @app.command()
 def compare(folder: Folder) -> None:
-    """Print how many things are nameable and how many images are right with each model, and what differs."""
+    """Print how many things are nameable and how many images are right with each model, and test the differences."""
     key = read_key(folder / "key.json", ("seed", "model"), "Run `draw` first.")
     labels = read_labels(folder / "labels.csv")
     if unknown := set(labels) - set(key):
-        raise SettingError(f"The labels name images that are not in {folder}: {sorted(unknown)[:5]}.")
+        raise SettingError(
+            f"The labels name images that are not in {folder}: {sorted(unknown)[:5]}. Give the folder of these labels."
+        )
     seen: dict[tuple[str, int], dict[str, Label]] = {}
     for number, label in labels.items():
         made = key[number]
@@ -104,7 +106,7 @@ def compare(folder: Folder) -> None:
 
 
 def _row(what: str, outcomes: list[list[bool]]) -> None:
-    """Print shares with Wilson intervals, and how often only one of the models succeeds."""
+    """Print a row: the share of successes of each model with its interval, and how often only one model succeeds."""
     if not outcomes:
         return
     table = np.array(outcomes)

@@ -7,7 +7,8 @@ image is right, and right runs whose image was replaced by that of another promp
 is not.
 
 Thresholds are chosen (``--split calibrate``) on other pairs of nouns and other seeds than those of the report. Run
-``draw`` first, which stores each run in ``work/benchmarks/causes`` when it is complete. The same command resumes it.
+``draw`` first, which stores each run in ``work/benchmarks/causes`` when it is complete. If ``draw`` is interrupted, the
+same command resumes it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ app = typer.Typer(help=without_markup(__doc__), no_args_is_help=True)
 
 @dataclass(frozen=True)
 class Truth:
-    """Planted cause: its kind, the entity that it affects, and the entity or token that causes it."""
+    """Planted cause: its kind, the affected entity, and the other entity and token that it comes from; "" for none."""
 
     kind: str
     entity: str = ""
@@ -70,8 +71,8 @@ class Plant:
     colored : bool
         True if both entities need a color of their own.
     make : callable
-        Function of a pipeline and a right run that returns the context in which the run is repeated with the cause, and
-        the planted cause.
+        Function of a pipeline and a run whose image is right. It returns a context, in which the run is repeated to
+        plant the cause, and the planted cause.
     """
 
     name: str
@@ -163,7 +164,7 @@ def state_replaced(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
 
 
 def state_leaked(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """The second noun has the text state that it has with the first entity's color."""
+    """The second noun has the text state that it has in a prompt with the first entity's color, "a red bird"."""
     a, b, _, _ = _parts(run)
     painted = state(pipe, f"a {a.attributes[0]} {b.noun}", b.noun)
     change = states(pipe, b.noun, lambda own: painted, beside=a.attributes[0])
@@ -171,7 +172,7 @@ def state_leaked(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
 
 
 def state_mixed(pipe: Any, run: elakit.Run) -> tuple[Any, Truth]:
-    """The second noun's text state is mixed with the one that it has with the first entity's color."""
+    """The second noun's text state is the mean of its own and that of the first entity's color."""
     a, b, _, _ = _parts(run)
     color = state(pipe, run.prompt.text, a.attributes[0])
     change = states(pipe, b.noun, lambda own: (own + color) / 2, beside=a.attributes[0])
@@ -196,7 +197,7 @@ PLANTS = (
 
 
 def state(pipe: Any, text: str, word: str) -> torch.Tensor:
-    """Return the text state of a word, (channels,)."""
+    """Return the text state of a word in a text, (channels,)."""
     (position,) = elakit.parse(f"[{text}]" if "[" not in text else text, pipe).find(word)
     return adapter_for(pipe).encode(text, guided=False).inputs["encoder_hidden_states"][0, position].clone()
 
@@ -205,7 +206,7 @@ def state(pipe: Any, text: str, word: str) -> torch.Tensor:
 def states(
     pipe: Any, word: str, change: Callable[[torch.Tensor], torch.Tensor], beside: str | None = None
 ) -> Iterator[None]:
-    """Replace the text state of a word in texts that also contain the word `beside`."""
+    """Context in which `change` replaces the text state of a word in all texts, or in those that contain `beside`."""
 
     def number(one: str) -> int:
         (found,) = pipe.tokenizer(one, add_special_tokens=False)["input_ids"]
@@ -233,7 +234,10 @@ def _label(prompt: Prompt, position: int) -> str:
 
 
 def prompts(split: str) -> Iterator[tuple[bool, str]]:
-    """Yield prompts of a split, alternately with and without colors; no pair of nouns is in both splits."""
+    """Yield (True if it has colors, prompt) for the prompts of a split; no pair of nouns is in both splits.
+
+    Prompts with and without colors alternate.
+    """
     rng = np.random.default_rng(20)
     pairs = list(itertools.combinations(NOUNS, 2))
     rng.shuffle(pairs)
@@ -268,7 +272,7 @@ def draw(split: Split = "report") -> None:
 
 
 def _draw(pipe: Any, text: str, colored: bool, seeds: range, folder: Path) -> None:
-    """Generate one prompt: the first seed whose image is right, unchanged and with every planted cause."""
+    """Generate a prompt with the first seed whose image is right: one run without and one with each planted cause."""
     drawn = (elakit.generate(pipe, text, seed=seed, progress=False) for seed in seeds)
     right = next((run for run in drawn if run.verdict.success), None)
     if right is not None:
@@ -298,7 +302,10 @@ class Case:
 
     @property
     def right(self) -> bool:
-        """True if the first reported cause is the planted one, in kind, affected entity and source."""
+        """True if the first reported cause has the kind, the affected entity and the source of the planted one.
+
+        Without a planted cause, it is True if no cause is reported.
+        """
         if self.named is None or not self.truth.kind:
             return self.named is None and not self.truth.kind
         truth, named = self.truth, self.named

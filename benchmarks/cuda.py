@@ -1,7 +1,7 @@
 """Cost of recording and guidance on an NVIDIA GPU, on pipelines with random weights: ``python -m benchmarks.cuda``.
 
-Prints seconds, the ratio to the plain run and extra peak memory of recorded and guided runs in the shapes of SD 1.5 and
-SDXL. Without a GPU it prints that there is none and ends.
+Prints the seconds of recorded and guided runs in the shapes of SD 1.5 and SDXL, their ratio to those of the plain run,
+and the extra peak memory. Without a GPU it prints that there is none and ends.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Shape:
     Attributes
     ----------
     steps, layers : int
-        Numbers of steps and of layers, which are distributed over the map sizes and over encoder and decoder.
+        Number of steps; and number of layers, of which each map size has the same share, half of it in the decoder.
     sides : tuple of int
         Sides of the maps, in locations.
     heads : int
@@ -134,7 +134,7 @@ def _recording(
     guided: bool,
     ratio: float,
 ) -> elakit.Recording:
-    """Return probabilities: a softmax over tokens of blobs, noise and a strong start-of-text."""
+    """Return a recording: the softmax over tokens of logits that are blobs, noise and a constant for start-of-text."""
     labels = ["<start>", *(token.label for token in prompt.tokens), "<end>"]
     indices = [0, *(token.index for token in prompt.tokens), -1]
     owner = [_owner(prompt, index) for index in indices]

@@ -1,7 +1,7 @@
 """Images of every figure for the docs: ``python -m benchmarks.gallery`` writes docs/gallery/*.png.
 
-The runs are generated with picture-world. The small sweep that the comparison of methods needs is stored in ``--sweep``
-and resumed if it exists. Chromium renders the plotly figures.
+The runs are generated with picture-world. The comparison of methods needs a small sweep, which is stored in the folder
+``--sweep`` and resumed if it exists. Chromium renders the plotly figures.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def kept_bytes(run: Callable[[], Any], weights: torch.nn.Module) -> int:
 
 
 class Operations(TorchDispatchMode):
-    """Floating-point operations of matrix products, convolutions and attention, as torch counts them."""
+    """Context in which `total` counts the floating-point operations of matrix products, convolutions and attention."""
 
     total = 0
 
@@ -75,7 +75,7 @@ class Operations(TorchDispatchMode):
 
 
 def of_diffusers(pipe: Any) -> Any:
-    """Attend-and-Excite pipeline of diffusers, with the components of a pipeline."""
+    """Attend-and-Excite pipeline of diffusers, with the components of another pipeline."""
     parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
     theirs: Any = StableDiffusionAttendAndExcitePipeline(**parts, requires_safety_checker=False)
     theirs.set_progress_bar_config(disable=True)
@@ -89,7 +89,7 @@ class Cost:
     Attributes
     ----------
     guided, unguided : int
-        Additional operations of a guided step, and of a step that is not guided.
+        Operations that guidance adds to a guided step, and to a step of the same run that is not guided.
     kept : int
         Bytes kept for the backward pass.
     """
@@ -99,14 +99,14 @@ class Cost:
     kept: int
 
     def ratio(self, step: int) -> float:
-        """Operations of a run with half of its steps guided, relative to a plain run; `step` counts a plain step."""
+        """Operations of a run with half of its steps guided, relative to a plain run of `step` operations per step."""
         return 1 + (self.guided + self.unguided) / 2 / step
 
 
 def costs(tiny: bool = False, size: int = 512) -> tuple[int, dict[str, Cost]]:
     """Operations of a plain step, and the cost of each kind of guidance, in single precision; nothing is computed.
 
-    The sum of squares of the maps stands for ELA's loss, whose own operations are negligible.
+    The sum of squares of the maps takes the place of ELA's loss, whose own operations are negligible.
     """
     pipe = pipeline(False, True, "cpu", torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True):

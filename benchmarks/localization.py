@@ -48,10 +48,11 @@ class Figure:
 def load_figure(folder: Path = PAPER) -> Figure:
     """Read the digitized figure and restore the raw scale of its maps.
 
-    Every map is displayed with its minimum and maximum scaled to 0 and 1. The attention at a location sums to 1 over
-    the tokens, so the map of start-of-text is a constant minus the raw maps of the entities (other words receive hardly
-    any attention). Least squares on the displayed maps therefore gives, with reversed sign, the raw range of each
-    entity's map in units of the range of start-of-text. The raw minima are unknown and taken as 0.
+    In the figure, each map is scaled so that its minimum is 0 and its maximum is 1. The attention at a location sums to
+    1 over the tokens, so the raw map of start-of-text is a constant minus the raw maps of the entities (other words
+    receive hardly any attention). A least-squares fit of the scaled map of start-of-text to the scaled maps of the
+    entities therefore gives, with reversed sign, the raw range of each entity's map in units of the range of
+    start-of-text. The raw minima are unknown and taken as 0.
     """
 
     def read(name: str) -> np.ndarray:
@@ -67,7 +68,7 @@ def load_figure(folder: Path = PAPER) -> Figure:
 
 
 def meeting(figure: Figure, differentiation: Differentiation, step: float = 0.0005) -> list[tuple[float, float]]:
-    """Intervals of the background threshold in which both IoUs reach those in `BAR`."""
+    """Intervals of the background threshold, tested at multiples of `step`, in which both IoUs reach those in `BAR`."""
     runs: list[tuple[float, float]] = []
     for k in range(40, 600):
         t = k * step

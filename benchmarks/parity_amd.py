@@ -104,12 +104,12 @@ def capture_of(name: str, pipe: Any) -> Any:
 
 
 def relation_of(name: str) -> str:
-    """Name of the attention of the image to the text in attention-map-diffusers."""
+    """Name that attention-map-diffusers has for the attention of the image to the text in a family."""
     return RELATIONS.get(name, "image->text")
 
 
 def compare(name: str, side: int, steps: int, repeats: int) -> tuple[float, list[str]]:
-    """Largest difference between the maps of a family, and its other columns."""
+    """Largest difference between the two packages' maps of a family, and its other columns in the table."""
     make, call = FAMILIES[name]
     if "image" in call:  # Kontext computes the image's size from its area
         call = call | {"max_area": side**2}
@@ -157,7 +157,7 @@ def compare(name: str, side: int, steps: int, repeats: int) -> tuple[float, list
 
 
 def largest_difference(pipe: Any, prompt: Any, recording: Any, records: list[Any]) -> float:
-    """Largest difference between the maps, over steps, the layers that both read, heads, locations and words."""
+    """Largest difference between both packages' maps, over steps, layers that both read, heads, locations and words."""
     of_layer: dict[str, list[Any]] = defaultdict(list)
     for one in records:
         of_layer[one.layer_id.partition(".")[2]].append(one.data)

@@ -1,7 +1,8 @@
 """Numbers in the card of picture-world: ``python -m benchmarks.picture_world all``, or one of its parts.
 
-Every part prints rows of a Markdown table with 95% Wilson intervals. Verdicts on generated images are kept in
-``work/benchmarks``, so that an interrupted part is resumed; ``--fresh`` generates all images again.
+The parts print rows of a Markdown table, with 95% Wilson intervals of shares; ``sheet`` and ``scenes`` write an image.
+Verdicts on generated images are kept in ``work/benchmarks``, so that an interrupted part is resumed; ``--fresh``
+generates all images again.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ app = typer.Typer(help=without_markup(__doc__), no_args_is_help=True)
 
 
 def show(what: str, hits: Any, bar: str = "") -> None:
-    """Print a row of the table: the share of true values in `hits`, with its interval."""
+    """Print a row of the table: the share of true values in `hits`, its interval, and the share to reach, `bar`."""
     hits = np.asarray(hits, bool)
     low, high = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
     print(f"| {what} | {hits.mean():.3f} ({low:.3f} to {high:.3f}, n = {len(hits)}) | {bar} |", flush=True)
@@ -71,7 +72,10 @@ def test_world() -> World:
 
 
 def right(scene: Scene, image: Image.Image, pipe: Any) -> tuple[bool, list[tuple[str | None, str | None]]]:
-    """True if the judge finds exactly the entities of a scene in their colors, and the (requested, found) colors."""
+    """Return True if the judge finds exactly the entities of a scene in their colors; and pairs of colors.
+
+    There is one pair (requested, found) for each entity that has a color and is found.
+    """
     verdict = judge(image, elakit.parse(" and ".join(f"a [{e.subject.words}]" for e in scene.entities), pipe))
     colors = [(c, verdict.colors[e]) for e, c in verdict.asked.items() if c and verdict.present[e]]
     return verdict.success and not verdict.extra, colors
@@ -91,9 +95,9 @@ def vae(
     ] = None,
     out: Out = Path("work/benchmarks"),
 ) -> None:
-    """Measure the autoencoder: PSNR of crops around things, and the judge's classes before and after it.
+    """Measure the autoencoder: PSNR of crops around things, and whether the judge finds the same classes after it.
 
-    Crops are of things whose longer side is 25 to 50% of the scene's; a sheet of them is written, too.
+    Crops show things whose longer side is 25 to 50% of the scene's; a sheet of crops is written, too.
     """
     shipped = data_path("picture-world", "vae")
     paths = {"autoencoder": folder or shipped} | ({"compared": against} if against else {})
@@ -157,7 +161,7 @@ def _classes(seen: np.ndarray) -> set[int]:
 
 @app.command("judge")
 def judge_(scenes: Scenes = 1000) -> None:
-    """Measure the judge on new scenes, drawings of unseen artists, colors, hybrids and unrecognizable shapes."""
+    """Measure the judge: entities and colors in new scenes and by unseen artists, hybrids, unrecognizable shapes."""
     pipe, world = elakit.load("picture-world"), test_world()
     rng = np.random.default_rng(9_000_000)
     whole, colors = of_judge([sample(world, rng) for _ in range(scenes)], pipe)
@@ -222,7 +226,7 @@ def verdicts(
     neutral: bool = False,
     scale: float = GUIDANCE_SCALE,
 ) -> list[dict]:
-    """Verdicts for every prompt and seed; those in the file of an earlier run are reused."""
+    """Verdicts on the images of every prompt and seed; verdicts in the file of an earlier run are reused."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / (f"{name}.jsonl" if scale == GUIDANCE_SCALE else f"{name}-scale-{scale:g}.jsonl")
     if fresh:
@@ -282,7 +286,7 @@ def of_sweep(folder: Path) -> list[dict]:
 def draw(
     pipe: Any, jobs: list[tuple[str, int]], neutral: bool = False, scale: float = GUIDANCE_SCALE
 ) -> list[Image.Image]:
-    """Generate images of (prompt, seed); `neutral` gives end-of-text and padding the states of an empty prompt."""
+    """Generate an image per (prompt, seed); `neutral` gives end-of-text and padding the states of an empty prompt."""
     prompts = [prompt for prompt, _ in jobs]
     tokens = pipe.tokenizer([*prompts, ""], padding="max_length", return_tensors="pt").input_ids
     states = pipe.text_encoder(tokens).last_hidden_state
@@ -354,7 +358,7 @@ def pairs(
 
 @app.command()
 def layout(seeds: Seeds = SEEDS, out: Out = Path("work/benchmarks"), fresh: Fresh = False, every: Every = 1) -> None:
-    """Measure the layout of right plain images of "a X and a Y": things side by side, or one above the other."""
+    """Measure the layout of right images of "a X and a Y": shares with things side by side and above each other."""
     prompts = [prompt for prompt in benchmark_prompts()[::every] if " and " in prompt]
     rows = [r for r in verdicts("pairs", prompts, range(seeds), out, fresh) if r["success"] and r["shift"]]
     steep = np.array([abs(r["shift"][1]) / max(1e-6, abs(r["shift"][0])) for r in rows])
@@ -377,7 +381,7 @@ def three(seeds: Seeds = SEEDS, out: Out = Path("work/benchmarks"), fresh: Fresh
 
 @app.command()
 def words(seeds: Seeds = SEEDS, out: Out = Path("work/benchmarks"), fresh: Fresh = False, every: Every = 1) -> None:
-    """Measure images whose end-of-text and padding have the states of an empty prompt, so that only words matter."""
+    """Measure images of pairs as they are, and with end-of-text and padding of an empty prompt (only words matter)."""
     prompts = benchmark_prompts()[::every]
     plain = verdicts("pairs", prompts, range(seeds), out, fresh)
     neutral = verdicts("neutral", prompts, range(seeds), out, fresh, neutral=True)
@@ -407,7 +411,7 @@ def attention(
 
 @app.command()
 def cost(images: Annotated[int, typer.Option(help="Number of images of each kind, in turn.")] = 5) -> None:
-    """Measure the time of a recorded image and of an image without recording, and peak memory of the process."""
+    """Measure the time of an image with and without recording, and the peak memory of the process."""
     pipe = elakit.load("picture-world")
     pipe.set_progress_bar_config(disable=True)
     draw(pipe, [("a cat", 0)])

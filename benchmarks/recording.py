@@ -38,13 +38,13 @@ app = typer.Typer(add_completion=False)
 
 
 def pipeline(sdxl: bool, thin: bool, device: str, dtype: torch.dtype) -> Any:
-    """Build `shapes.pipeline` with the tokenizer of picture-world and the length of CLIP."""
+    """Build `shapes.pipeline` with a tokenizer like picture-world's and CLIP's length of 77 tokens."""
     return shapes.pipeline(sdxl, thin, device, dtype, train_tokenizer(1024, 77))
 
 
 @dataclass
 class Row:
-    """Measurements of one kind of recording: seconds, CPU seconds and peak bytes of each run, bytes per step, note."""
+    """Measurements of one kind of run: seconds, CPU seconds and peak bytes of each run, bytes per step, a remark."""
 
     name: str
     around: Callable[[], AbstractContextManager[Any]]
@@ -66,7 +66,7 @@ def capture(pipe: Any) -> AbstractContextManager[Any] | None:
 
 
 def difference(recording: elakit.Recording, captured: Any) -> float:
-    """Compute the largest difference between two packages' head means, over all layers, steps and words."""
+    """Compute the largest difference between both packages' means over heads, over all layers, steps and words."""
     worst = 0.0
     where = {str(name): node for node in recording.nodes() for name in node["layer"].values}
     records = list(captured.compute())

@@ -32,7 +32,7 @@ PROMPT = "a red car and a blue bird"
 
 
 def spelling_tokenizer() -> Any:
-    """Build a CLIP tokenizer of letters: DAAM keeps all 77 positions, whatever the tokens are."""
+    """Build a CLIP tokenizer whose tokens are letters. It suffices, since DAAM keeps all 77 positions of any text."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +43,7 @@ def spelling_tokenizer() -> Any:
 
 @dataclass
 class Row:
-    """Measurements of one kind of run: seconds, CPU seconds, peak bytes and latents of each, and bytes kept in one."""
+    """Measurements of one kind of run: seconds, CPU seconds, peak bytes and latents per run; bytes that a run keeps."""
 
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)

@@ -1,9 +1,9 @@
 """Replace the weights of picture-world: ``python -m benchmarks.replace_weights install MODEL``, and then ``run``.
 
 ``install`` copies a trained model, or its judge, to data/picture-world. ``run`` repeats the commands whose results
-depend on the weights and are stored in the repository. A finished command is not repeated while the weights are the
-same, so that the same call resumes an interrupted one. docs/developing/replacing-the-weights.md lists what no command
-does: prose, constants, and labels by eye.
+depend on the weights and are stored in the repository. A finished task is not repeated while the weights are the same,
+so that the same call resumes an interrupted one. docs/developing/replacing-the-weights.md lists what must be updated by
+hand: prose, constants, and labels by eye.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Task:
     ----------
     name : str
     what : str
-        The result, for the list.
+        Description of the result, which the command ``list`` prints.
     commands : tuple of str
         Commands that run one after another in the root of the repository. ``{work}`` stands for the working folder;
         ``python`` and ``elakit`` are those of the running interpreter.

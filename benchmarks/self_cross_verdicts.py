@@ -10,7 +10,7 @@ guidance, for the prompts of Attend-and-Excite and 65 seeds (Qiu et al., CVPR 20
 The definitions are those of `docs/evidence.md`. An image is right if both entities appear, the answer to each question
 about an attribute is yes, and the image shows no mixture of both. Whether an entity is well formed is not counted.
 "Fixed" and "broken" compare images of one prompt and one seed with and without guidance. Intervals are 95% bootstrap
-intervals over prompts. Images without an answer to each question are left out.
+intervals over prompts. Images for which the answer to any question is missing are left out.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def outcome(answers: dict[str, bool], attributes: tuple[str, ...]) -> dict[str, 
     Parameters
     ----------
     answers : dict
-        Answer to each question.
+        Answer to each question, by its name.
     attributes : tuple of str
-        Questions about attributes.
+        Names of the questions about attributes; the answer to each must be yes.
 
     Examples
     --------
@@ -69,7 +69,9 @@ def outcome(answers: dict[str, bool], attributes: tuple[str, ...]) -> dict[str, 
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """Outcomes of all images, one row per image, with the outcome of the plain image of the same prompt and seed.
+    """Outcomes of all images, one row per image.
+
+    The column plain_right states whether the image without guidance of the same prompt and seed is right.
 
     Parameters
     ----------

@@ -55,10 +55,10 @@ def unet(sdxl: bool, thin: bool) -> UNet2DConditionModel:
 
 
 def _fill(net: torch.nn.Module) -> None:
-    """Give a network on the meta device weights that are views of one tensor, so that SDXL fits into little memory.
+    """Fill a network on the meta device with weights: views of one tensor, so that SDXL fits into little memory.
 
-    Queries and keys of cross-attention get large weights of their own: with uniform attention any two recorders would
-    agree.
+    Only the queries and keys of cross-attention have large weights of their own, because any two recorders would agree
+    on uniform attention.
     """
     shared = 0.02 * torch.randn(max(weight.numel() for weight in net.parameters()))
     for path, module in net.named_modules():
@@ -121,7 +121,7 @@ def pipeline(sdxl: bool, thin: bool, device: str, dtype: torch.dtype, tokenizer:
 
 
 def host_memory(name: str) -> int:
-    """Return VmRSS or VmHWM of this process in bytes; 0 without /proc."""
+    """Return the memory of this process in bytes, at present (VmRSS) or at its peak (VmHWM); 0 without /proc."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -130,7 +130,10 @@ def host_memory(name: str) -> int:
 
 
 def timed(device: str, run: Callable[[], Any]) -> tuple[float, int]:
-    """Return seconds, and peak memory above that before the run: of the GPU on cuda, else of the process (Linux)."""
+    """Return the seconds of a run, and the bytes by which its peak memory exceeds the memory before it.
+
+    The memory is that of the GPU on cuda, otherwise that of the process (on Linux).
+    """
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.synchronize()

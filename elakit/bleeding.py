@@ -45,19 +45,19 @@ class Bleeding:
 
     Attributes
     ----------
-    leakage : DataArray, float (step, entity, region)
-        Leakage matrix of each step, the share of each entity's attention in each region. The last region is
-        "background" ("rest of the image" if an entity is called background). Rows sum to 1.
-    attribute_leakage : DataArray, float (step, attribute, region), or None
-        Leakage matrix of the attributes, in the regions of the entities, with the coordinate `owner` (attribute); None
-        without attributes.
+    leakage : DataArray of float, (step, entity, region)
+        Leakage matrix of each step: the share of each entity's attention in each region. The last region is
+        "background" ("rest of the image" if an entity has the label "background"). Rows sum to 1.
+    attribute_leakage : DataArray of float, (step, attribute, region), or None
+        Share of each attribute's attention in each region of the entities. The coordinate `owner` names the entity to
+        which each attribute belongs. None without attributes.
     frame : DataFrame
-        The table that :meth:`to_frame` copies.
-    truth_leakage : DataArray, float (step, entity, region), or None
-        Leakage matrix with the entities' masks in the finished image as regions; None if the image was not judged.
-    attribute_truth_leakage : DataArray, float (step, attribute, region), or None
-        Leakage matrix of the attributes with these masks as regions; None without attributes, or if the image was not
-        judged.
+        The table of which :meth:`to_frame` returns a copy.
+    truth_leakage : DataArray of float, (step, entity, region), or None
+        The same as `leakage`, with the entities' masks in the finished image as regions; None if :func:`measure` was
+        called without `truth`.
+    attribute_truth_leakage : DataArray of float, (step, attribute, region), or None
+        The same as `attribute_leakage`, with these masks as regions; None without attributes or without `truth`.
     """
 
     leakage: xr.DataArray
@@ -72,9 +72,10 @@ class Bleeding:
         Returns
         -------
         DataFrame
-            Columns step (counted from 0), measure, entity, other, value. `entity` is the label of the entity or
-            attribute that is measured, `other` that of the region, entity or owner (the entity of an attribute) with
-            which it is compared; both are "" for a measure that has none.
+            One row per step and value of a measure. Columns step (counted from 0), measure, entity, other, value.
+            `entity` is the label of the entity or attribute that is measured. `other` is the label of what it is
+            compared with: a region, an entity, or the owner, which is the entity of an attribute. A column that a
+            measure does not need contains "".
 
             ====================================  =============  ======  ===============
             measure                               entity         other   range
@@ -100,9 +101,9 @@ class Bleeding:
 
             Regions include "background". IoU, Dice and overlap coefficient compare the Otsu masks of two maps; the
             other measures of pairs compare the maps as distributions. The measures whose names contain "truth", and
-            pointing, compare attention with the finished image, and are absent if it was not judged. For an entity that
-            is not in the image, truth_iou, truth_auc and pointing are NaN and the leakage onto it is 0. If an entity
-            fills the image, its truth_auc is NaN.
+            pointing, compare attention with the finished image; they are absent if :func:`measure` was called without
+            `truth`. For an entity that is not in the image, truth_iou, truth_auc and pointing are NaN, and the
+            truth_leakage onto it is 0. If an entity fills the image, its truth_auc is NaN.
         """
         return self.frame.copy()
 
@@ -112,12 +113,13 @@ class Bleeding:
         Returns
         -------
         DataFrame
-            Columns measure, entity, other, value; NaN where a measure is NaN at every step.
+            Columns measure, entity, other, value, as in :meth:`to_frame`. A mean leaves out the steps at which the
+            measure is NaN; it is NaN if there are no others.
         """
         return self.frame.groupby(["measure", "entity", "other"], sort=False, as_index=False)["value"].mean()
 
     def _tables(self) -> list[tuple[str, pd.DataFrame]]:
-        """Titled tables of means over steps, with one row per entity, pair or attribute."""
+        """Pairs (title, table) of tables with means over the steps, one row per entity, pair or attribute."""
         overall = self.overall()
         entities = list(self.leakage["entity"].values)
 
@@ -178,24 +180,25 @@ def measure(
     end: xr.DataArray | None = None,
     truth: Verdict | xr.DataArray | None = None,
 ) -> Bleeding:
-    """Measure the bleeding of a run at every step.
+    """Measure the bleeding in the attention maps of a run, at every step.
 
     Parameters
     ----------
     maps : DataArray, (step, token, y, x)
         Raw attention to the entities, as ``recording.maps("entities")`` returns it. The labels along token are those of
         the entities.
-    regions : DataArray, bool (step, entity, y, x), or (entity, y, x) for every step, or Regions
-        Disjoint regions of the same entities, at the size of the maps.
+    regions : Regions, or DataArray of bool, (step, entity, y, x) or (entity, y, x)
+        Disjoint regions of the same entities, at the size of the maps. Regions without the dimension `step` are used at
+        every step.
     attributes : DataArray, (step, token, y, x), optional
         Raw attention to the attributes, with their labels along token.
     owners : mapping of str to str, optional
-        Label of the entity to which each attribute belongs, by label of the attribute; required with `attributes`.
+        The entity to which each attribute belongs, both as labels: ``{"red": "car"}``. Required with `attributes`.
     start, end : DataArray, (step,), optional
-        Attention on start-of-text, and on end-of-text with padding, as means over the locations, 0 to 1.
-    truth : Verdict or DataArray, bool (entity, y, x), optional
-        Mask of each entity in the finished image, at any resolution, according to a judge; empty for an entity that is
-        absent. With it, attention is also compared with the image.
+        Attention to start-of-text, and summed attention to end-of-text and padding: means over the locations, 0 to 1.
+    truth : Verdict or DataArray of bool, (entity, y, x), optional
+        Mask of each entity in the finished image, at any resolution, according to a judge; the mask of an absent entity
+        is empty. With it, attention is also compared with the image.
 
     Returns
     -------
@@ -208,14 +211,15 @@ def measure(
 
     Notes
     -----
-    Regions do not overlap, so the overlap of masks is computed on masks of another kind: each map binarized with Otsu's
-    threshold. The overlap of maps is computed on distributions, so that it compares their locations and not their
-    strength.
+    Regions never overlap. IoU, Dice and overlap coefficient therefore compare other masks: each map binarized with
+    Otsu's threshold. The other measures of pairs compare maps that are normalized to sum to 1, so that they depend on
+    where the maps are strong, not on how strong they are.
 
     With `truth`, truth_iou, truth_auc and pointing are :func:`elakit.measures.agreement.agreement_iou`,
     :func:`~elakit.measures.agreement.auc` and :func:`~elakit.measures.agreement.pointing_game` of each map and the
-    entity's mask, resampled to the maps' grid by :func:`~elakit.measures.masks.downscale`; truth_leakage and
-    attribute_truth_leakage are :func:`elakit.measures.leakage.truth_leakage`, which uses the masks at full resolution.
+    entity's mask, which :func:`~elakit.measures.masks.downscale` resamples to the maps' grid. The results of
+    :func:`elakit.measures.leakage.truth_leakage`, which uses the masks at full resolution, are truth_leakage and
+    attribute_truth_leakage.
 
     Examples
     --------
@@ -291,15 +295,15 @@ def measure(
 
 
 def truth_masks(truth: Verdict | xr.DataArray, entities: Sequence[str], size: tuple[int, int]) -> np.ndarray:
-    """Masks of the entities in the image, in the entities' order, checked against the maps.
+    """Masks of the entities in the finished image, in the order of `entities`, checked for the maps' aspect ratio.
 
     Parameters
     ----------
-    truth : Verdict or DataArray, bool (entity, y, x)
+    truth : Verdict or DataArray of bool, (entity, y, x)
         Masks at any resolution; the mask of an entity that is not in the image is empty. Any object with the attributes
         `masks` and `entities` is read like a Verdict.
     entities : sequence of str
-        Labels of the entities.
+        Labels of the entities of the maps.
     size : (int, int)
         Rows and columns of the maps; their aspect ratio must be the image's, up to rounding.
 
@@ -310,7 +314,8 @@ def truth_masks(truth: Verdict | xr.DataArray, entities: Sequence[str], size: tu
     Raises
     ------
     SettingError
-        `truth` has another type or other entities, masks are not boolean, or the image has another aspect ratio.
+        `truth` has another type or other entities, masks have values other than 0 and 1, or the image has another
+        aspect ratio.
 
     Examples
     --------
@@ -326,7 +331,10 @@ def truth_masks(truth: Verdict | xr.DataArray, entities: Sequence[str], size: tu
             'dims=("entity", "y", "x"), coords={"entity": labels}).'
         )
     if set(truth.dims) != {"entity", "y", "x"}:
-        raise SettingError(f"truth has dimensions {truth.dims}; (entity, y, x) are needed: an image has no steps.")
+        raise SettingError(
+            f"truth has dimensions {truth.dims}; (entity, y, x) are needed: give one mask per entity of the finished "
+            "image, without steps."
+        )
     default = [f"entity {i}" for i in range(truth.sizes["entity"])]
     labels = [str(label) for label in truth["entity"].values] if "entity" in truth.coords else default
     if sorted(labels) != sorted(entities):
@@ -348,14 +356,14 @@ def truth_masks(truth: Verdict | xr.DataArray, entities: Sequence[str], size: tu
 
 
 class _Table:
-    """Collects measures and joins them to the tidy table."""
+    """Collects measures and joins them into the tidy table."""
 
     def __init__(self, steps: np.ndarray) -> None:
         self.steps = steps
         self.parts: list[pd.DataFrame] = []
 
     def add(self, name: str, keys: list[tuple[str, str]], values: np.ndarray) -> None:
-        """Add the values (step, len(keys)) of a measure; each key is (entity, other)."""
+        """Add the values of a measure, of shape (step, len(keys)); each key is a pair (entity, other)."""
         count = len(keys)
         if not count:
             return
@@ -412,7 +420,8 @@ def _add_attributes(
         )
     if attributes.shape[-2:] != values.shape[-2:]:
         raise SettingError(
-            f"attributes have size {attributes.shape[-2:]}, but maps have {values.shape[-2:]}; give both at one size."
+            f"attributes have size {attributes.shape[-2:]}, but maps have {values.shape[-2:]}; give both at one size, "
+            "for instance with the same `size` in recording.maps."
         )
     if missing := [word for word in words if word not in (owners or {})]:
         raise SettingError(
@@ -454,7 +463,7 @@ def _add_agreement(table: _Table, names: list[str], values: np.ndarray, seen: np
 
 
 def _add_truth_leakage(table: _Table, leak: xr.DataArray, values: np.ndarray, seen: np.ndarray) -> xr.DataArray:
-    """Leakage of entities or attributes, with the masks of the image as regions."""
+    """Add the leakage of entities or attributes, with the masks of the image as regions, and return its matrix."""
     matrix = truth_leakage(values, seen)
     name = str(leak.name).replace("leakage", "truth_leakage")
     rows, regions = (leak[leak.dims[i]].values.tolist() for i in (1, 2))
@@ -463,16 +472,18 @@ def _add_truth_leakage(table: _Table, leak: xr.DataArray, values: np.ndarray, se
 
 
 def _regions_of(regions: xr.DataArray | Regions, names: list[str], steps: np.ndarray) -> np.ndarray:
-    """Masks (entity, y, x) or (step, entity, y, x), in the order of `names`."""
+    """Masks of the regions, (entity, y, x) or (step, entity, y, x), with the entities in the order of `names`."""
     if isinstance(regions, Regions):
         regions = regions.to_xarray()
     if not isinstance(regions, xr.DataArray):
         raise SettingError(
-            f"regions are a {type(regions).__name__}; give Regions, or a DataArray (step, entity, y, x)."
+            f"regions have type {type(regions).__name__}; give Regions or a DataArray (step, entity, y, x), such as "
+            "elakit.regions.localize_steps(maps) returns."
         )
     if set(regions.dims) not in ({"step", "entity", "y", "x"}, {"entity", "y", "x"}):
         raise SettingError(
-            f"regions have dimensions {regions.dims}; (step, entity, y, x) or (entity, y, x) are needed."
+            f"regions have dimensions {regions.dims}; (step, entity, y, x) or (entity, y, x) are needed, such as "
+            "elakit.regions.localize_steps(maps) returns."
         )
     found = _labels(regions, "regions")
     if sorted(found) != sorted(names):
@@ -498,7 +509,7 @@ def _labels(array: xr.DataArray, what: str) -> list[str]:
 
 
 def _rest_label(names: list[str]) -> str:
-    """Label of the last region: "background", or another one if an entity has that name ("a white background")."""
+    """Label of the last region: "background", or "rest of the image" if an entity has the label "background"."""
     return BACKGROUND if BACKGROUND not in names else "rest of the image"
 
 

@@ -23,7 +23,7 @@ MAX_SEED = 2**63 - 1
 
 
 def is_whole(value: Any) -> TypeIs[int]:
-    """True for an integer of Python or NumPy, False for other values and booleans.
+    """True for an integer of Python or NumPy; False for any other value, and for True and False.
 
     Examples
     --------
@@ -47,7 +47,7 @@ def whole_number(
     low, high : int, optional
         Smallest and largest allowed value, both included; None means no bound.
     owner : str
-        Class or function that the setting belongs to, for the message: ``SynGen(iterations=0)``.
+        Class or function that the setting belongs to, for the message: "SynGen" for ``SynGen(iterations=0)``.
     hint : str
         Sentence about the next step, added to the message.
 
@@ -272,7 +272,7 @@ def seeds(values: Any, name: str = "seed", *, distinct: bool = False) -> list[in
     name : str
         Name of the setting, for the message.
     distinct : bool
-        Whether a seed that is given twice is refused.
+        True refuses seeds that occur more than once.
 
     Returns
     -------
@@ -281,7 +281,8 @@ def seeds(values: Any, name: str = "seed", *, distinct: bool = False) -> list[in
     Raises
     ------
     SettingError
-        There is no seed, one is not a whole number from 0 to 2**63 - 1, or one is repeated and `distinct` is True.
+        There is no seed, a seed is not a whole number from 0 to 2**63 - 1, or `distinct` is True and a seed is
+        repeated.
 
     Examples
     --------
@@ -307,7 +308,7 @@ def seeds(values: Any, name: str = "seed", *, distinct: bool = False) -> list[in
 
 
 def refuse(value: Any, name: str, rule: str, *, owner: str = "", hint: str = "") -> NoReturn:
-    """Raise the error for a setting, such as ``steps=0: must be a whole number of 1 or more.``
+    """Raise the error for a wrong setting, with a message such as "steps=0: must be a whole number of 1 or more."
 
     Parameters
     ----------
@@ -318,9 +319,9 @@ def refuse(value: Any, name: str, rule: str, *, owner: str = "", hint: str = "")
     rule : str
         Allowed values, as the end of a sentence that starts with "must be".
     owner : str
-        Class or function that the setting belongs to.
+        Class or function that the setting belongs to; "" for none.
     hint : str
-        Sentence about the next step.
+        Sentence about the next step, added to the message.
 
     Raises
     ------
@@ -355,7 +356,7 @@ def _number(value: float) -> str:
 
 
 def _shown(value: Any, length: int = 80) -> str:
-    """Value as text for a message, shortened; NumPy scalars as Python numbers."""
+    """Text of a value for a message, cut to `length` characters; NumPy scalars are shown as Python numbers."""
     import numpy as np
 
     if isinstance(value, np.generic):

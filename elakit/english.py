@@ -180,8 +180,9 @@ def phrases(doc: Any) -> tuple[Phrase, ...]:
     * the setting: a phrase that follows "in", "at", "on", "by", "inside", "outside", "within", "across", "through" or
       "during", has the article "the" or none, and has no adjective ("in the library", "on Mars", "at night"). A phrase
       with "a", "an", a number or an adjective remains an entity ("on a chair", "in the red box");
-    * words that relate objects: "in front of", "to the left of", "right of", "on top of", and a bare name after a
-      phrase that is not an entity ("in the style of Dali").
+    * words that relate objects: "in front of", "to the left of", "right of", "on top of";
+    * a proper name without an article after "of", if the phrase before "of" is not an entity: "Dali" in "in the style
+      of Dali".
 
     The attributes of a noun are the adjectives, participles and parts of a compound before it, and the adjectives that
     follow it with "is", "painted" and similar verbs. Articles, numbers and adverbs are not attributes.
@@ -213,7 +214,7 @@ def phrases(doc: Any) -> tuple[Phrase, ...]:
 
 
 def _cut(tokens: Sequence[Any]) -> Iterator[tuple[int, int]]:
-    """Yield the (start, end) tokens, the end excluded, of each noun phrase."""
+    """Yield the range (start, end) of the token indices of each noun phrase, the end excluded."""
     relations = _relations(tokens)
     at = 0
     while at < len(tokens):
@@ -244,7 +245,7 @@ class _State(NamedTuple):
     tokens : sequence of spacy.tokens.Token
         All tokens of the caption.
     at : int
-        Index of the token to decide about.
+        Index of the token that a rule decides about.
     first : int
         Index of the first token of the phrase after its article.
     article : bool
@@ -282,7 +283,7 @@ def _hyphen(state: _State) -> _Verdict | None:
 
 
 def _joined_adjectives(state: _State) -> _Verdict | None:
-    """A conjunction before the noun joins adjectives: "a red and white car"."""
+    """A conjunction or comma before the noun joins adjectives, as in "a red and white car", or ends the phrase."""
     if state.named or not state.begun or not (state.token.pos_ == "CCONJ" or state.token.text == ","):
         return None
     return _Verdict.JOINED if _joins_adjectives(state.tokens, state.at) else _Verdict.OUTSIDE
@@ -304,7 +305,10 @@ def _next_to(state: _State) -> _Verdict | None:
 
 
 def _after_article(state: _State) -> _Verdict | None:
-    """Words after an article belong to its phrase up to the noun: "can" in "a red can", "rose" in "a blue rose"."""
+    """Words between an article and the end of its noun belong to the phrase, even if they are tagged as verbs.
+
+    Examples are "can" in "a red can" and "rose" in "a blue rose".
+    """
     if not state.article or state.named:
         return None
     shut = _CLOSING if state.begun else _NEVER_FIRST
@@ -313,7 +317,7 @@ def _after_article(state: _State) -> _Verdict | None:
 
 
 def _after_noun(state: _State) -> _Verdict | None:
-    """A noun is followed by further nouns, or by an adjective with a noun: "fire hydrant", "toy red car"."""
+    """After a noun, further nouns belong to the phrase, and so do adjectives before a noun: "toy red car"."""
     if not state.named:
         return None
     fits = _is_noun(state.token) or (_is_adjective(state.token) and _noun_follows(state.tokens, state.at))
@@ -349,7 +353,7 @@ RULES: tuple[Callable[[_State], _Verdict | None], ...] = (
 def _end_of_phrase(
     tokens: Sequence[Any], first: int, article: bool, relations: frozenset[int] = frozenset()
 ) -> int | None:
-    """Return the end of the phrase whose words start at `first`; None if no phrase starts there."""
+    """Return the index after the last token of the phrase that starts at `first`; None if no phrase starts there."""
     named = False
     stop = None
     for at in range(first, len(tokens)):
@@ -371,10 +375,10 @@ def _end_of_phrase(
 
 
 def _relations(tokens: Sequence[Any]) -> frozenset[int]:
-    """Return the indices of the words that relate two objects, from the preposition to "of".
+    """Return the indices of the words that relate two objects, from the preposition, if any, to "of".
 
-    Found are "left of", "on top of", "on the left side of", "to the right-hand side of" and the like. A side with an
-    article of its own that no preposition precedes is an object: "the top of a mountain".
+    Such words are "left of", "on top of", "on the left side of" and "to the right-hand side of". In "the top of a
+    mountain", by contrast, "the top" is an object, because it has an article and no preposition precedes it.
     """
     found: set[int] = set()
     for at in range(1, len(tokens)):
@@ -415,7 +419,7 @@ def _noun_follows(tokens: Sequence[Any], at: int) -> bool:
 
 
 def _joins_adjectives(tokens: Sequence[Any], at: int) -> bool:
-    """Tell the "and" of "a red and white car" from the one of "an orange and a car"."""
+    """Return True for the "and" of "a red and white car", and False for that of "an orange and a car"."""
     following = next((i for i in range(at + 1, len(tokens)) if tokens[i].pos_ != "CCONJ"), None)
     if following is None or tokens[following].pos_ in _CLOSING:
         return False
@@ -423,7 +427,7 @@ def _joins_adjectives(tokens: Sequence[Any], at: int) -> bool:
 
 
 def _relates(tokens: Sequence[Any], at: int) -> bool:
-    """Recognize the "next" of "next to" and the "close" of "close to"."""
+    """Return True for the "next" of "next to" and the "close" of "close to"."""
     return tokens[at].pos_ in ("ADJ", "ADV") and at + 1 < len(tokens) and tokens[at + 1].lower_ == "to"
 
 
@@ -460,7 +464,7 @@ def _is_entity(tokens: Sequence[Any], start: int, stop: int, after_dropped: bool
 
 
 def _is_place(tokens: Sequence[Any], start: int, stop: int) -> bool:
-    """Recognize a part of the image, "the top left corner" or "the lower half", and the "right" of "to its right"."""
+    """Return True for a part of the image, such as "the top left corner", and for the "right" of "to its right"."""
     words = [token.lower_ for token in tokens[start:stop]]
     if words[0] == "the" and len(words) > 2:
         return _PLACES.issuperset(words[1:])

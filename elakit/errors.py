@@ -28,7 +28,7 @@ class OutputError(ElakitError, OSError):
 
 
 def clause(error: object) -> str:
-    """Message of an error without its final period, to be embedded in a sentence.
+    """Message of an error without its final period, so that it can be a part of a sentence.
 
     Parameters
     ----------

@@ -37,7 +37,7 @@ def write_file(path: str | Path, content: bytes, *, sync: bool = True) -> Path:
     content : bytes
     sync : bool
         Whether to wait until the content is on the disk. False is faster, but a power failure may then leave an
-        incomplete file; it is meant for files of which a run writes hundreds.
+        incomplete file. Use False where hundreds of files are written.
 
     Returns
     -------
@@ -76,7 +76,7 @@ def write_file(path: str | Path, content: bytes, *, sync: bool = True) -> Path:
 
 @contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
-    """Context in which a library writes a file to a temporary path, which then replaces the final one.
+    """Context for libraries that write a file themselves: they write to a temporary path, which is renamed at the end.
 
     If the body of the ``with`` statement raises an error, the final path does not change.
 
@@ -88,7 +88,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     Yields
     ------
     pathlib.Path
-        Temporary path with the final file name, which some formats store.
+        Path in a temporary folder. Its file name is the final one, because some formats store the name in the file.
 
     Raises
     ------
@@ -170,13 +170,13 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> Path:
     OutputError
         The file cannot be written.
     TypeError
-        The value contains an object that JSON cannot represent.
+        The value contains an object of another type.
     """
     return write_text(path, json.dumps(value, indent=indent, default=_plain))
 
 
 def _plain(value: Any) -> Any:
-    """Plain value of a NumPy scalar or a path, for JSON."""
+    """Convert a NumPy scalar or a path to a value that JSON can represent."""
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
@@ -255,11 +255,11 @@ def read_json(path: str | Path, limit: int = MAX_TEXT_BYTES) -> Any:
 
 @contextmanager
 def replace_folder(folder: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
-    """Context in which a temporary folder is filled, which then becomes the final folder, completely or not at all.
+    """Context that yields a temporary folder to fill, and renames it to its final name when it is complete.
 
-    After the body of the ``with`` statement, an existing folder is renamed aside, the new folder is renamed to its
-    final name, and then the old folder is deleted. If anything fails, the old folder is restored. Temporary folders are
-    next to the final one and have unique hidden names, so an interrupted call never blocks a later one.
+    After the body of the ``with`` statement, an existing folder is renamed to a hidden name, the new folder is renamed
+    to its final name, and then the old folder is deleted. If anything fails, the old folder is restored. Temporary
+    folders are next to the final one and have unique hidden names, so an interrupted call never blocks a later one.
 
     Parameters
     ----------
@@ -277,7 +277,7 @@ def replace_folder(folder: str | Path, *, overwrite: bool = True) -> Iterator[Pa
     Raises
     ------
     OutputError
-        The folder cannot be written or renamed, or it exists and `overwrite` is False.
+        The folder cannot be written or renamed, or it exists, is not empty, and `overwrite` is False.
 
     Examples
     --------
@@ -314,9 +314,9 @@ def replace_folder(folder: str | Path, *, overwrite: bool = True) -> Iterator[Pa
 
 
 def _swap(new: Path, target: Path, aside: list[Path]) -> None:
-    """Rename an existing folder aside and the new one to its place; on any failure undo the first step.
+    """Rename an existing folder to a hidden name, and the new one to `target`; on failure, restore the existing one.
 
-    Folders that remain aside, to be deleted, are appended to `aside`.
+    The hidden paths of replaced folders, which the caller deletes, are appended to `aside`.
     """
     try:
         for attempt in range(_ATTEMPTS):
@@ -341,7 +341,7 @@ def _swap(new: Path, target: Path, aside: list[Path]) -> None:
 
 
 def _rename(new: Path, target: Path) -> None:
-    """Rename a new folder to its place; refuse to replace what another process put there meanwhile."""
+    """Rename a new folder to `target`; refuse to replace anything but an empty folder."""
     try:
         os.rename(new, target)
     except OSError as error:
@@ -358,11 +358,12 @@ def leftovers(folder: str | Path) -> list[Path]:
     Parameters
     ----------
     folder : str or pathlib.Path
+        Final folder of that call.
 
     Returns
     -------
     list of pathlib.Path
-        Hidden folders that were renamed aside, with complete content; empty if there are none.
+        Hidden folders with the complete content of earlier versions; empty if there are none.
     """
     target = Path(folder)
     start = f".{target.name[:_NAME]}."
@@ -431,7 +432,7 @@ _NAME = 40
 
 
 def _sibling(target: Path, suffix: str) -> Path:
-    """Unique hidden path in the same folder."""
+    """Unique hidden path next to `target`, which ends with `suffix`."""
     return target.parent / f".{target.name[:_NAME]}.{uuid.uuid4().hex[:12]}.{suffix}"
 
 
@@ -443,7 +444,7 @@ def unwritable(path: Path, error: Exception) -> OutputError:
 
 
 def _reason(error: BaseException) -> str:
-    """Short reason of a failed file operation."""
+    """Short reason why a file operation failed, as a part of a sentence."""
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return "the name is too long for the file system"
     return clause((isinstance(error, OSError) and error.strerror) or error)

@@ -89,10 +89,10 @@ def generate(
 ) -> Run | list[Run]:
     """Generate an image, or one image per seed in a batch, with recorded attention and, if requested, guidance.
 
-    The noise depends on the seed alone: a guided run starts from the plain run's noise, and a plain run produces the
-    image of ``pipe(prompt, generator=torch.Generator().manual_seed(seed))`` (with PixArt, Sana and HunyuanDiT, without
-    resolution binning). In a batch, each image is guided by its own loss; an image of a batch differs from the single
-    image only by floating-point rounding.
+    The noise depends on the seed alone. A guided run starts from the plain run's noise, and a plain run produces the
+    image of ``pipe(prompt, generator=torch.Generator().manual_seed(seed))`` (for PixArt, Sana and HunyuanDiT, of this
+    call with ``use_resolution_binning=False``). In a batch, each image is guided by its own loss, and differs only by
+    floating-point rounding from the image that its seed gives alone.
 
     Parameters
     ----------
@@ -112,14 +112,14 @@ def generate(
     height, width : int, optional
         Size of the image in pixels; by default the model's.
     negative_prompt : str, optional
-        Negative prompt for classifier-free guidance, without which it has no effect. FLUX.1 and FLUX.2 refuse it.
+        Negative prompt. It has an effect only with classifier-free guidance. FLUX.1 and FLUX.2 refuse it.
     guidance : Method, optional
         A guidance method, for example ``elakit.ELA()``; None generates without guidance.
     guide_if : callable, optional
         Function that decides which images are guided, such as ``elakit.prediction.load_predictor().guide_if()``. It is
         called with the `Progress` after each step until it returns True, False, or a list with one of these per image;
-        None postpones the decision. No image is guided before the decision, and images with the answer False are never
-        guided. Default: all images are guided from the start.
+        returning None postpones the decision. No image is guided before the decision, and images with the answer False
+        are never guided. Default: all images are guided from the start.
     record : bool or RecordSpec
         True records the attention to the prompt's words in every step and layer, averaged over heads; False records
         nothing; a `RecordSpec` selects what is recorded.
@@ -139,7 +139,7 @@ def generate(
     Returns
     -------
     Run, or list of Run
-        A list if `seed` is a sequence.
+        A list with one run per seed if `seed` is a sequence.
 
     Raises
     ------
@@ -247,7 +247,7 @@ def _takes_image(adapter: Adapter, call: Mapping[str, Any]) -> bool:
 
 
 def _call_arguments(adapter: Adapter, call: Mapping[str, Any] | None, guidance: Method | None) -> dict[str, Any]:
-    """Check the further arguments of the pipeline's call."""
+    """Check the argument `call` of `generate`, and return it as a dictionary."""
     kind = type(adapter.pipe).__name__
     if call is not None and not isinstance(call, Mapping):
         checks.refuse(call, "call", 'a dictionary of arguments of the pipeline, such as {"strength": 0.6}')
@@ -278,7 +278,7 @@ def _call_arguments(adapter: Adapter, call: Mapping[str, Any] | None, guidance: 
 
 
 def _check_possible(request: Request) -> None:
-    """Refuse what the pipeline cannot do: predicted images where it takes an image, gradients of inference tensors."""
+    """Refuse predicted images if the pipeline takes an image, and guidance if its weights are inference tensors."""
     pipe = request.adapter.pipe
     if request.predicted and request.takes_image:
         raise SettingError(
@@ -293,7 +293,7 @@ def _check_possible(request: Request) -> None:
 
 @contextmanager
 def _normal_mode() -> Iterator[None]:
-    """Leave `torch.inference_mode`, in which guidance would have no gradient; nothing changes outside of it."""
+    """Context without `torch.inference_mode`, in which guidance would have no gradient; no effect if it is off."""
     if not torch.is_inference_mode_enabled():
         yield
         return
@@ -302,7 +302,7 @@ def _normal_mode() -> Iterator[None]:
 
 
 def _warn_if_inactive(guide: Guide, steps: int) -> None:
-    """Warn when a method acts at no step of a run, as with one or two steps, although none of its switches is 0."""
+    """Warn when a method acts at no step of a run, as with one or two steps, although no option switches it off."""
     acts = any(update.size or update.hold for update in guide.updates) or isinstance(guide.method, NoiseSearch)
     switches = ("step_size", "strength", "guided")
     off = any(name.endswith(switches) and value == 0 for name, value in option_values(guide.method).items())
@@ -317,7 +317,7 @@ def _warn_if_inactive(guide: Guide, steps: int) -> None:
 
 
 def _warn_if_skipped(runs: Sequence[Run]) -> None:
-    """Warn when a gradient was NaN or infinite, so that a step was not guided."""
+    """Warn when steps were not guided because their gradients were NaN or infinite."""
     skipped = {run.seed: run.guidance.skipped for run in runs if run.guidance is not None and run.guidance.skipped}
     if skipped:
         counts = ", ".join(f"{count} of seed {seed}" for seed, count in skipped.items())

@@ -32,8 +32,9 @@ def step_name(index: int, total: int | None = None) -> str:
     index : int
         Coordinate of the step in arrays and tables, counted from 0.
     total : int, optional
-        Number of steps of the run. The name omits it if it is None, or smaller than the number of the step (arrays
-        count denoiser calls, and a scheduler such as Heun makes two per step).
+        Number of steps of the run. The name is "step 5" without a total if `total` is None, or smaller than the number
+        of the step. Indices exceed the number of steps with a scheduler such as Heun, because arrays count denoiser
+        calls, and Heun makes two per step.
 
     Returns
     -------

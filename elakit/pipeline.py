@@ -9,11 +9,12 @@ if TYPE_CHECKING:
 
 
 class Pipeline(Protocol):
-    """A diffusers pipeline of any supported family, as functions of elakit take it.
+    """A diffusers pipeline of any supported family, as elakit's functions accept it.
 
-    Only what diffusers declares for every pipeline is part of this type, so that type checkers accept the classes of
-    diffusers, which register their components (``unet`` or ``transformer``, text encoders, ``vae``, ``scheduler``)
-    when they are created. Adapters see the components through `SupportedPipeline` and narrower types.
+    This type declares only what diffusers declares for every pipeline, so that type checkers accept the pipelines of
+    diffusers. Components (``unet`` or ``transformer``, text encoders, ``vae``, ``scheduler``) are not declared in
+    their classes, but set when a pipeline is created. Adapters use the components through `SupportedPipeline` and its
+    subclasses.
 
     Examples
     --------
@@ -62,7 +63,7 @@ class UNetPipeline(SupportedPipeline, Protocol):
     unet: Any
 
     def get_guidance_scale_embedding(self, *args: Any, **kwargs: Any) -> Any:
-        """Guidance scale as an input of a guidance-distilled U-Net."""
+        """Embedding of the guidance scale, which a guidance-distilled U-Net takes as an input."""
 
 
 class TransformerPipeline(SupportedPipeline, Protocol):
@@ -80,10 +81,10 @@ class PackedPipeline(TransformerPipeline, Protocol):
         """Pack latents, (n, c, h, w), into patches, (n, patches, 4c)."""
 
     def _unpack_latents(self, *args: Any) -> torch.Tensor:
-        """Unpack patches into latents."""
+        """Unpack patches into latents; the inverse of `_pack_latents`."""
 
 
 class HasTokenizer(Protocol):
-    """Any object with a CLIP tokenizer, which suffices to parse a prompt, because parsing runs no model."""
+    """Any object with a CLIP tokenizer. It suffices to parse a prompt, because parsing runs no model."""
 
     tokenizer: Any

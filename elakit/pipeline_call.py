@@ -43,16 +43,16 @@ class Progress:
     latents : torch.Tensor
         Latents in the pipeline's format, one row per image.
     runs : callable
-        Function that returns the runs in their present state as a list of `Run`, one per image: ``runs()``. The images
-        are decoded from the latents, which are noisy before the end; recordings and traces contain the steps so far.
-        Measures, regions, figures and features can be computed from them as from a finished `Run`.
-        ``runs(decode=False)`` does not call the VAE decoder, and the images are blank. ``runs(predicted=True)`` decodes
-        the clean latents that the step predicts, which show what the image will be; with a scheduler whose prediction
-        type is unknown, it decodes the latents themselves.
+        ``runs()`` returns the runs in their present state, as a list of one `Run` per image. The images are decoded
+        from the latents, which are noisy before the end; recordings and traces contain the steps so far. Measures,
+        regions, figures and features can be computed from these runs as from finished ones. With
+        ``runs(decode=False)``, the VAE decoder is not called, and the images are blank. With ``runs(predicted=True)``,
+        the images are decoded from the clean latents that the step predicts, and show what the final image will be
+        like; if the scheduler's prediction type is unknown, they are decoded from the latents themselves.
     states : sequence
         State of the guidance method for each image, as the method's ``begin`` returned it; empty for a plain run. With
-        ELA these are `elakit.guidance.Anchors`, and ``anchors.steer(regions)`` sets the regions for the following
-        steps.
+        ELA, each state is an `elakit.guidance.Anchors`, whose method ``steer(regions)`` sets the regions for the
+        following steps.
     """
 
     step: int
@@ -66,14 +66,14 @@ GuideIf = Callable[[Progress], bool | Sequence[bool] | None]
 
 
 class _Stopped(Exception):
-    """Ends a pipeline's call after a step."""
+    """Raised to end a pipeline's call after the step at which ``stop_if`` returned True."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
 
 
 class _Rehearsed(Exception):
-    """Ends a rehearsal."""
+    """Raised to end a rehearsal (see `_rehearse`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,8 @@ class PipelineCall:
     request : Request
     prompt : Prompt
     height, width : int
-        Requested size of the image in pixels, by default the model's; an input image may have another size.
+        Requested size of the image in pixels, by default the model's. If the call takes an input image, the result may
+        have the size of that image instead.
     settings : dict
         `Run.settings` so far.
     arguments : dict
@@ -175,11 +176,12 @@ class PipelineCall:
         return arguments | {"height": self.height, "width": self.width, "latents": noise}
 
     def run(self) -> tuple[Sequence[Image.Image], Sequence[bool] | None]:
-        """Call the pipeline, recorded and guided.
+        """Call the pipeline, with the recording and the guidance of the request.
 
         Returns
         -------
         images : sequence of PIL.Image.Image
+            One image per seed.
         replaced : sequence of bool or None
             Whether the safety checker replaced each image; None if the pipeline has none.
         """
@@ -208,7 +210,7 @@ class PipelineCall:
         return images, replaced
 
     def _start_guidance(self, guide: Guide) -> None:
-        """Rehearse the first steps for a method that requires it, and move the noise for the first step."""
+        """Rehearse the first steps if the method requires it, and let the method change the initial noise."""
         if guide.rehearse(lambda enough: _rehearse(self.pipe, self.arguments, self.generators, enough)):
             self.adapter.set_timesteps(self.request.steps, self.height, self.width)  # the run starts again
         if self.request.guide_if is None:
@@ -216,7 +218,7 @@ class PipelineCall:
             self.arguments["latents"] = guide.start(self.arguments["latents"], self._noise_scale, first)
 
     def _after_step(self, step: int, latents: Tensor) -> Tensor:
-        """Pass the progress to ``stop_if`` and ``guide_if``, and move the latents for the next step."""
+        """Pass the progress to ``stop_if`` and ``guide_if``, and return the latents, which guidance may have moved."""
         request, guide = self.request, self.guide
         if request.predicted:
             self._kept.append(self._images(step, latents, predicted=True))
@@ -269,9 +271,9 @@ class PipelineCall:
         ]
 
     def collect(self, images: Sequence[Image.Image], replaced: Sequence[bool] | None) -> list[Run]:
-        """Finished runs, from the result of `run`.
+        """Finished runs, from the images and flags that `run` returned.
 
-        If the request has ``guide_if``, ``settings["guided"]`` of a run is True if its image was to be guided.
+        If the request has ``guide_if``, ``settings["guided"]`` of each run is the decision for its image.
         """
         runs = self._runs(images, replaced)
         if self.guide is not None and self.request.guide_if is not None:
@@ -281,7 +283,7 @@ class PipelineCall:
 
 
 def _listed(call: Mapping[str, Any]) -> str:
-    """Further arguments as text: with their values if these are numbers or text, otherwise by name only."""
+    """Further arguments of the call as text: "name=value" for numbers and text, otherwise the name only."""
     plain = str | int | float | bool | None
     return ", ".join(f"{name}={value!r}" if isinstance(value, plain) else name for name, value in call.items())
 
@@ -289,7 +291,7 @@ def _listed(call: Mapping[str, Any]) -> str:
 def _rehearse(
     pipe: Pipeline, arguments: Mapping[str, Any], generators: Sequence[torch.Generator], enough: Callable[[int], bool]
 ) -> None:
-    """Make the first steps of a plain run, and set the generators back."""
+    """Run plain steps until ``enough(step)`` returns True, and restore the states of the random generators."""
     before = [generator.get_state() for generator in generators]
 
     def after(step: int, latents: Tensor) -> Tensor:

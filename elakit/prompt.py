@@ -44,18 +44,18 @@ class Entity:
     Attributes
     ----------
     text : str
-        The words that name the object, "a red car".
+        The words that name the object: "a red car", or what is inside the brackets if the prompt has any.
     noun : str
         The last of these words, "car".
     attributes : tuple of str
         Words that describe the object, ("red",).
     token_indices : tuple of int
-        Positions of the noun's tokens.
+        Positions of the noun's tokens among all text positions that the denoiser attends to, counted from 0.
     attribute_indices : tuple of int
         Positions of the tokens of all attributes, in the order of the text.
     label : str
-        Unique name: the noun, or "car#1" and "car#2" if the word occurs more than once in the prompt. A noun that is
-        spelled like a reserved label is numbered, too: "background#1".
+        Unique name: the noun in lower case, or "car#1" and "car#2" if the word occurs more than once in the prompt. A
+        noun that is spelled like a reserved label is always numbered: "background#1".
 
     Examples
     --------
@@ -88,16 +88,16 @@ class Prompt:
     end_index : int
         Position of the first end-of-text token.
     length : int
-        Number of positions that the denoiser attends to, including padding: 77 for CLIP; for T5 the default of the
-        pipeline.
+        Number of text positions that the denoiser attends to, including padding: 77 for CLIP; for T5 the pipeline's
+        default.
     start_index : int or None
         Position of start-of-text; None if there is none (T5).
     ends : tuple of (int, int or None)
-        Half-open ranges (start, end) of end-of-text and padding; an end of None means up to the last position. Empty
-        stands for one range, all positions from `end_index` on. There are two ranges in Stable Diffusion 3, which reads
-        the prompt with CLIP and with T5, and if padding precedes the text.
+        Half-open ranges (start, end) of end-of-text and padding; an end of None means up to the last position. An empty
+        tuple stands for one range, from `end_index` to the last position. There are two ranges if two text encoders
+        read the prompt (CLIP and T5 in Stable Diffusion 3), or if padding precedes the text.
     borders : tuple of int
-        Character positions at which brackets divide words of a script without spaces between words.
+        Positions in `text` at which a bracket split a word; empty unless the script has no spaces between words.
 
     Examples
     --------
@@ -118,7 +118,10 @@ class Prompt:
 
     @cached_property
     def words(self) -> tuple[Span, ...]:
-        """Words and symbols of the text, as half-open ranges (start, end) of characters; `Token.word` indexes these."""
+        """Words and symbols of the text, as half-open ranges (start, end) of characters.
+
+        `Token.word` is an index into this tuple.
+        """
         return split_words(self.text, self.borders)
 
     @cached_property
@@ -132,8 +135,8 @@ class Prompt:
         Parameters
         ----------
         length : int, optional
-            Number of text positions of the run, if it differs from the prompt's (``max_sequence_length``). Default:
-            the `length` of the prompt.
+            Number of text positions in the run, for a call of the pipeline with another ``max_sequence_length`` than
+            its default. Default: the `length` of the prompt.
 
         Returns
         -------
@@ -156,14 +159,15 @@ class Prompt:
         Parameters
         ----------
         which : str, int or Entity
-            A word ("car"), the label of a word, a token or an entity ("red#2", "giraffe/1", "car@t5"), consecutive
-            words ("red car"), an `Entity` of this prompt, which stands for its noun, or a position. Case does not
-            matter. If the model reads the prompt twice (Stable Diffusion 3), a word has tokens in both sequences.
+            A word ("car"); the label of a word, a token or an entity ("red#2", "giraffe/1", "car@t5"); consecutive
+            words ("red car"); an `Entity` of this prompt, which stands for its noun; or a position. Case does not
+            matter.
 
         Returns
         -------
         tuple of int
-            Positions in the text encoder's sequence.
+            Positions of the tokens among all text positions that the denoiser attends to. If two text encoders read the
+            prompt (Stable Diffusion 3), a word has tokens in the sequences of both.
 
         Raises
         ------
@@ -187,7 +191,8 @@ class Prompt:
         if is_whole(which):
             if not 0 <= which < self.length:
                 raise PromptError(
-                    f"Position {which} is outside the text encoder's sequence. Give 0 to {self.length - 1}."
+                    f"Position {which} is outside the text encoder's sequence. Give a position from 0 to "
+                    f"{self.length - 1}."
                 )
             return (int(which),)
         if not isinstance(which, str):
@@ -211,8 +216,9 @@ class Prompt:
     def matches(self, pipe: Pipeline | HasTokenizer) -> bool:
         """Return True if a pipeline's tokenizer splits the text into the tokens of this prompt, at the same positions.
 
-        A prompt that was parsed for another family of models does not match: "car" is at position 3 in CLIP and at
-        position 2 in T5. `parse` returns the prompt for the new pipeline, with the same entities.
+        A prompt that was parsed for another family of models does not match: the first token of a prompt is at position
+        1 in CLIP and at position 0 in T5. ``parse(prompt, pipe)`` returns the prompt with the positions of the new
+        pipeline and the same entities.
 
         Parameters
         ----------
@@ -281,7 +287,10 @@ class Prompt:
 
 
 class _Marked(NamedTuple):
-    """An entity before its tokens are known: its characters, the index of its noun and those of its attributes."""
+    """An entity before its tokens are known: its span of characters, and the indices of its noun and attributes.
+
+    The indices are those in `Prompt.words`.
+    """
 
     span: Span
     noun: int
@@ -292,22 +301,24 @@ def parse(text: str | Prompt, pipe: Pipeline | HasTokenizer, nlp: Any = None) ->
     """Read the entities of a prompt and find their tokens.
 
     Entities are the noun phrases of the text; `elakit.english.phrases` lists the exceptions, such as "a photo of" and
-    the setting "in the library". Brackets override this: exactly the bracketed words are entities, the last word of
-    each is its noun, the others are its attributes, and no spaCy model is needed. Punctuation, numbers, emoji and the
-    weights of other tools, as in "(red car:1.3)", are neither nouns nor attributes.
+    the setting "in the library". Brackets override this: each pair of brackets encloses one entity, and the text
+    outside of brackets names none. The last word in the brackets is the noun, and the others are its attributes, except
+    articles, "and" and "or". No spaCy model is needed then. Punctuation, numbers, emoji and weights in the syntax of
+    other tools, as in "(red car:1.3)", are neither nouns nor attributes.
 
-    In scripts that write words without spaces (Chinese, Japanese, Thai), brackets may enclose a part of a line of
-    characters. The enclosed characters are one word, the noun, unless spaces divide them.
+    In scripts that write words without spaces (Chinese, Japanese, Thai), brackets may begin and end anywhere in a line.
+    The characters that they enclose count as one word, the noun, unless spaces divide them into several words.
 
     Parameters
     ----------
     text : str or Prompt
-        The prompt. A parsed prompt is returned unchanged if it matches `pipe`; otherwise its tokens are found again for
-        `pipe`, with the same entities.
+        The prompt. A parsed prompt is returned unchanged if it matches `pipe` (see `Prompt.matches`); otherwise it is
+        returned with the same entities and the tokens of `pipe`.
     pipe : diffusers.DiffusionPipeline or object
         A pipeline, or any object with a ``tokenizer``.
     nlp : spacy.language.Language, optional
-        A loaded spaCy pipeline. Default: spaCy's small English model. Unused if the text has brackets.
+        A loaded spaCy pipeline that finds the noun phrases. Default: spaCy's small English model. Unused if the text
+        has brackets.
 
     Returns
     -------
@@ -317,8 +328,9 @@ def parse(text: str | Prompt, pipe: Pipeline | HasTokenizer, nlp: Any = None) ->
     ------
     PromptError
         Raised when the text is empty, too long for the text encoder or names no entity; when it has letters of a
-        script other than Latin and no brackets; when its brackets are unbalanced, nested, empty, or split a word; when
-        it contains a special token, an unpaired surrogate, or a textual inversion with several vectors.
+        script other than Latin, without brackets or `nlp`; when its brackets are unbalanced, nested, empty, or split a
+        word; when the tokenizer has no token for a noun; or when the text contains a special token, an unpaired
+        surrogate, or a textual inversion with several vectors.
     ModelError
         Raised when `pipe` has no tokenizer, when its tokenizer cannot be aligned to words or has no maximum length, or
         when no spaCy model is installed.
@@ -342,7 +354,9 @@ def parse(text: str | Prompt, pipe: Pipeline | HasTokenizer, nlp: Any = None) ->
     if isinstance(text, Prompt):
         return text if text.matches(pipe) else _for_pipeline(text, pipe)
     if not isinstance(text, str):
-        raise PromptError(f"A prompt is a string, not {type(text).__name__}: {text!r}.")
+        raise PromptError(
+            f"A prompt is a string or an elakit.Prompt, not {type(text).__name__}: {text!r}. Give a string."
+        )
     plain, brackets = _read_brackets(text)
     borders = tuple(sorted({at for span, _ in brackets for at in span if may_split(plain, at)}))
     words = split_words(plain, borders)
@@ -411,7 +425,7 @@ def _read_tokens(text: str, words: Sequence[Span], labels: Sequence[str], pipe: 
 def _positions(
     found: Tokens,
 ) -> tuple[tuple[Token, ...], int, int, int | None, tuple[tuple[int, int | None], ...]]:
-    """Return tokens, end index, length, start index and ends, as a `Prompt` keeps them."""
+    """Return tokens, end_index, length, start_index and ends, with the meanings of these attributes of `Prompt`."""
     ends = found.ends if len(found.ends) > 1 else ()
     return found.tokens, found.ends[0][0], found.length, found.start, ends
 
@@ -463,7 +477,11 @@ def _check_text(text: str, pipe: Pipeline | HasTokenizer, tokenizer: Any) -> Non
 
 
 def _read_brackets(text: str) -> tuple[str, list[tuple[Span, int]]]:
-    """Return the text without brackets, and for each bracket its span there and its original position (from 1)."""
+    """Return the text without brackets, and what each pair of brackets enclosed, as (span, position).
+
+    The span is that of the enclosed characters in the text without brackets. The position is that of the opening
+    bracket in the original text, counted from 1.
+    """
     plain: list[str] = []
     found: list[tuple[Span, int]] = []
     opened = None
@@ -522,9 +540,9 @@ def _in_english(text: str, words: Sequence[Span], nlp: Any) -> list[_Marked]:
 
 
 def _without_markup(text: str, span: Span) -> Span:
-    """Return the span after a parenthesis that it does not close, and with the end of a textual inversion.
+    """Cut a span to what follows a "(" that it does not close, and extend it by the ">" of a textual inversion.
 
-    "a (red car" becomes "red car"; "a <cat-toy" becomes "a <cat-toy>".
+    The span of "a (red car" becomes that of "red car", and the span of "a <cat-toy" that of "a <cat-toy>".
     """
     first, last = span
     if text[last : last + 1] == ">" and text.rfind("<", first, last) > text.rfind(">", first, last):

@@ -1,6 +1,8 @@
 """Other wordings of a prompt: its entities in brackets, in reverse order, or joined by "next to".
 
-Each entity keeps its noun and its attributes, and is marked by brackets.
+Each entity keeps its noun and its attributes, and is marked by brackets. Brackets cannot mark an entity whose
+attributes follow its noun, as in "a car that is red". For such a prompt, `swapped` and `next_to` join only the
+entities, such as "a [red car]", and drop all other words.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ _LISTING = re.compile(r"\s*(?:,?\s*(?:and|&|\+)|,)\s*", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class _Phrase:
-    """Position of an entity in the text: with its article, and the part that goes into brackets."""
+    """Two spans of an entity in the text: `span` includes its article, and `inside` is what the brackets enclose."""
 
     span: Span
     inside: Span
@@ -37,8 +39,8 @@ def entity_spans(prompt: Prompt) -> list[tuple[int, int, str]]:
     Returns
     -------
     list of (int, int, str)
-        For each entity that is found in the text: the positions of its first character and of the one after its
-        last character, and its label.
+        (start, end, label) of each entity that is found in the text: the positions of its first character and of the
+        character after its last one, and its label.
     """
     found, at = [], 0
     for entity in prompt.entities:
@@ -60,7 +62,7 @@ def bracketed(prompt: Prompt) -> str:
     Returns
     -------
     str
-        The text with brackets; without them if brackets cannot mark an entity, as in "a car that is red".
+        The text with brackets; the unchanged text if brackets cannot mark one of the entities.
 
     Examples
     --------
@@ -88,7 +90,7 @@ def swapped(prompt: Prompt) -> str | None:
     Returns
     -------
     str or None
-        The text with brackets; None if the order makes no difference.
+        The text with brackets; None if its words are those of the prompt.
 
     Examples
     --------
@@ -104,7 +106,7 @@ def swapped(prompt: Prompt) -> str | None:
 
 
 def next_to(prompt: Prompt) -> str | None:
-    """Return the prompt with "next to" wherever it only lists its entities with "and" or a comma.
+    """Return the prompt with "next to" in place of each "and" or comma that joins two entities.
 
     Parameters
     ----------
@@ -113,7 +115,7 @@ def next_to(prompt: Prompt) -> str | None:
     Returns
     -------
     str or None
-        The text with brackets; None if the prompt contains no such list.
+        The text with brackets; None if its words are those of the prompt, as when it has no such "and" or comma.
 
     Examples
     --------
@@ -130,7 +132,7 @@ def next_to(prompt: Prompt) -> str | None:
 
 
 def _joined(prompt: Prompt, named: Sequence[str], gaps: Sequence[str]) -> str | None:
-    """Put entities and gaps together; return None if the words are the same as in the prompt."""
+    """Join the entities and the texts between them; return None if the words are those of the prompt."""
     opens = not gaps[0].strip() and prompt.text.lstrip()[:1].isupper()
     parts = [_lowered(name) if opens else name for name in named]
     text = "".join(gap + part for gap, part in zip(gaps, [*parts, ""], strict=True))
@@ -141,7 +143,7 @@ def _joined(prompt: Prompt, named: Sequence[str], gaps: Sequence[str]) -> str | 
 
 
 def _parts(prompt: Prompt) -> tuple[list[str], list[str]]:
-    """Return each entity in brackets with its article, and the text before, between and after the entities."""
+    """Return the entities, each in brackets with its article, and the texts before, between and after them."""
     found = _phrases(prompt)
     if found is None:  # Words elsewhere in the text belong to an entity, so only the entities themselves are kept.
         vowels = any(word.lower() == "an" for word in prompt.text.split())
@@ -182,7 +184,10 @@ def _phrases(prompt: Prompt) -> list[_Phrase] | None:
 
 
 def _inside(text: str, words: Sequence[Span], entity: Entity) -> Span | None:
-    """Return the span of the last words of an entity's text that are its attributes and its noun, and nothing else."""
+    """Return the span from an entity's first attribute to its noun; None if it contains other words.
+
+    Articles, "and", "or" and words without a letter are allowed between them.
+    """
     wanted = [*entity.attributes, entity.noun]
     for first in range(len(words)):
         inside = [text[slice(*span)] for span in words[first:]]

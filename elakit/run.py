@@ -40,33 +40,35 @@ MAX_REGION_BYTES = 2**29
 
 @dataclass(repr=False)
 class Run:
-    """A generated image with its attention.
+    """A generated image with its prompt, its settings and its recorded attention.
 
     Attributes
     ----------
     image : PIL.Image.Image
         The generated image.
     prompt : Prompt
+        The prompt, with its entities and tokens.
     seed : int
         Seed of the initial noise.
     settings : dict
         Settings by name: model, variant, lora, scheduler, steps, guidance_scale, height, width, negative_prompt and
-        method (None for a plain run). Further names are "call" (other arguments of the pipeline's call, as text),
-        "stopped" (number of completed steps of a run that ``stop_if`` ended) and "guided" (decision of ``guide_if``).
+        method (None for a plain run). Some runs have further settings: "call" (other arguments of the pipeline's call,
+        as text), "stopped" (number of completed steps, if ``stop_if`` ended the run) and "guided" (True if ``guide_if``
+        decided that the image was to be guided).
     recording : Recording or None
         Recorded attention; None if the run was not recorded.
     guidance : Trace or None
-        Trace of guidance; None for a plain run.
+        Losses, regions and other values of each guided step; None for a plain run.
     nsfw : bool
         True if the pipeline's safety checker replaced the image; such an image is not judged.
     predicted : tuple of PIL.Image.Image or None
-        Image that each step predicts; None if the run was generated without ``predicted=True``, or if the
-        safety checker replaced its image.
+        For each step, the image decoded from the clean latents that the step predicts; None if the run was generated
+        without ``predicted=True``, or if the safety checker replaced its image.
 
     Raises
     ------
     RecordingError
-        Raised when the recording is of videos.
+        Raised when `recording` is the recording of a video.
 
     Examples
     --------
@@ -150,7 +152,7 @@ class Run:
 
         Parameters
         ----------
-        truth : Verdict or xarray.DataArray, bool (entity, y, x), optional
+        truth : Verdict or xarray.DataArray of bool, (entity, y, x), optional
             Location of each entity in the image: a verdict, or masks of the whole image at any resolution, empty for an
             absent entity. None computes only measures that need no image.
 
@@ -199,7 +201,8 @@ class Run:
         Raises
         ------
         OutputError
-            Raised when the folder exists, unless it is a run to overwrite, or cannot be written.
+            Raised when the folder cannot be written, or already exists and is not a run that `overwrite` allows to
+            replace.
         """
         folder = Path(folder)
         if os.path.lexists(folder) and not (overwrite and os.path.isfile(folder / "run.json")):
@@ -238,7 +241,7 @@ class Run:
         return self.recording
 
     def _maps(self, tokens: str | Sequence[str]) -> xr.DataArray:
-        """Mean maps of the analyzed layers at the analyzed size."""
+        """Maps of tokens, averaged over the layers and at the size that `entity_maps` describes."""
         recording = self._recorded()
         return recording.maps(tokens, recording.decoder, nearest_size(max(size) for size in recording.sizes))
 
@@ -333,8 +336,9 @@ def compare(runs: Sequence[Run]) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row for each measure, entity and other, which are the index (see `Bleeding.to_frame`). One column for each
-        run, named ``"plain (seed 7)"``, or ``"plain (seed 7)#2"`` for the second run with the same method and seed.
+        One row per combination of measure, entity and other, which form the index; `Bleeding.to_frame` explains them.
+        One column per run, named ``"plain (seed 7)"``, or ``"plain (seed 7)#2"`` for the second run with the same
+        method and seed.
 
     Raises
     ------
@@ -361,9 +365,10 @@ def compare(runs: Sequence[Run]) -> pd.DataFrame:
 
 @contextmanager
 def _intact(path: Path) -> Iterator[None]:
-    """Report everything that goes wrong while a file is read as a damaged file.
+    """Context for reading a file, which turns every error into an OutputError that calls the file damaged.
 
-    What a library raises for damaged data is not documented (zlib, zipfile, PIL and zarr raise a dozen kinds).
+    It catches all exceptions, because libraries do not document what they raise for damaged data: zlib, zipfile, PIL
+    and zarr raise a dozen kinds.
     """
     try:
         yield
@@ -381,7 +386,7 @@ def _intact(path: Path) -> Iterator[None]:
 
 
 def _check_format(table: Any, folder: Path) -> None:
-    """Refuse a run that was written in another layout."""
+    """Refuse a run whose files have the layout of another version of elakit."""
     if not isinstance(table, dict):
         raise ValueError("it is not a JSON object")
     found = table.get("format", 1)
@@ -397,7 +402,7 @@ def _check_format(table: Any, folder: Path) -> None:
 
 
 def _check_types(seed: Any, settings: Any, nsfw: Any, parts: Any) -> None:
-    """Refuse values of run.json that cannot be those of a run."""
+    """Refuse values in run.json whose types are wrong."""
     if type(seed) is not int or not isinstance(settings, dict) or not isinstance(nsfw, bool):
         raise ValueError("seed, settings or nsfw has the wrong type")
     if not (isinstance(parts, list) and all(isinstance(name, str) for name in parts)):
@@ -408,7 +413,7 @@ def _check_types(seed: Any, settings: Any, nsfw: Any, parts: Any) -> None:
 
 
 def _read_trace(folder: Path, traced: Any) -> Trace:
-    """Trace of guidance from its entry in run.json, with its regions if there is a file of them."""
+    """Trace of guidance from its entry in run.json, with the regions from regions.npz if that file exists."""
     masks: dict[int, np.ndarray] = {}
     if os.path.exists(folder / "regions.npz"):
         with _intact(folder / "regions.npz"):
@@ -428,7 +433,7 @@ def _read_image(path: Path) -> Image.Image:
 
 
 def _read_regions(path: Path) -> dict[int, np.ndarray]:
-    """Regions by step; sizes are checked in the headers before anything is decompressed."""
+    """Masks of the regions by step; array sizes are checked in the headers before anything is decompressed."""
     with zipfile.ZipFile(path) as archive:
         for name in ("masks.npy", "steps.npy"):
             with archive.open(name) as file:

@@ -31,7 +31,7 @@ def seed_list(values: Any, name: str = "seeds") -> list[int]:
     Raises
     ------
     SettingError
-        The value is a single number or no sequence, is empty or too long, or a seed in it is repeated or out of range.
+        The value is not a sequence, is empty or has more than 10,000 seeds, or a seed is repeated or out of range.
 
     Examples
     --------
@@ -55,11 +55,12 @@ def seed_list(values: Any, name: str = "seeds") -> list[int]:
 
 
 def parse_seeds(text: str, name: str = "--seeds") -> list[int]:
-    """Read seeds and inclusive ranges of seeds that are separated by commas.
+    """Read a comma-separated list of seeds and of ranges of seeds, which include both ends.
 
     Parameters
     ----------
     text : str
+        List such as "0-3,8".
     name : str
         Name of the option, for the message.
 
@@ -96,7 +97,7 @@ def parse_seeds(text: str, name: str = "--seeds") -> list[int]:
 
 
 def format_seeds(seeds: Sequence[int]) -> str:
-    """Text from which `parse_seeds` reads the same seeds.
+    """Write seeds as a text from which `parse_seeds` reads the same seeds.
 
     Parameters
     ----------
@@ -105,7 +106,7 @@ def format_seeds(seeds: Sequence[int]) -> str:
     Returns
     -------
     str
-        Three or more consecutive seeds are written as a range.
+        Comma-separated list, in which three or more consecutive seeds are a range.
 
     Examples
     --------
@@ -127,4 +128,4 @@ def _shown(count: int) -> str:
 
 def _check_count(count: int, name: str) -> None:
     if count > MAX_SEEDS:
-        raise SettingError(f"{name} has {count:,} seeds; at most {MAX_SEEDS:,} are allowed.")
+        raise SettingError(f"{name} has {count:,} seeds; at most {MAX_SEEDS:,} are allowed. Give fewer.")

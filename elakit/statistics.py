@@ -25,7 +25,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     Returns
     -------
     (float, float)
-        Lower and upper end; (0, 1) without any trial.
+        Lower and upper end; (0, 1) if `n` is 0.
 
     Raises
     ------
@@ -58,12 +58,12 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
 
 
 class Interval(NamedTuple):
-    """Value with its confidence interval, as returned by `bootstrap`.
+    """Value of a statistic with its confidence interval, as returned by `bootstrap`.
 
     Attributes
     ----------
     value, low, high : float or ndarray, (columns,)
-        Value, lower end and upper end.
+        The statistic, and the lower and upper end of its interval.
     """
 
     value: Any
@@ -80,7 +80,7 @@ def bootstrap(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap interval of a mean or of a ratio of sums, which resamples whole groups.
+    """Percentile bootstrap interval of a mean or of a ratio of sums, computed by resampling whole groups of rows.
 
     Images of one prompt are more alike than images of different prompts, so an interval over images must resample
     prompts, each with all of its images.
@@ -104,8 +104,8 @@ def bootstrap(
     Returns
     -------
     Interval
-        Value, lower end, upper end: numbers for one-dimensional input, otherwise arrays with one entry per column.
-        NaN where the sum of the denominators is not positive.
+        Numbers for one-dimensional input, otherwise arrays with one entry per column. NaN where the sum of the
+        denominators is not positive.
 
     Raises
     ------
@@ -158,7 +158,7 @@ def bootstrap(
 
 
 def mcnemar(fixed: int, broken: int) -> float:
-    """Exact two-sided McNemar test of paired outcomes, for example first without and then with a method.
+    """Exact two-sided McNemar test of paired outcomes, such as those of images without and with a method.
 
     Parameters
     ----------
@@ -199,7 +199,7 @@ def mcnemar(fixed: int, broken: int) -> float:
 
 
 def holm(p_values: Any) -> np.ndarray:
-    """Holm's step-down correction of p values for the number of tests.
+    """Correct p values for the number of tests with Holm's step-down procedure.
 
     Parameters
     ----------
@@ -244,7 +244,7 @@ def _level(level: Any) -> float:
 
 
 def _sum_by(array: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """Sum of the rows of each group, (groups, columns)."""
+    """Sum of the rows of each group, (groups, columns); `position` is the index of each row's group."""
     sums = np.zeros((position.max() + 1, array.shape[1]))
     np.add.at(sums, position, array)
     return sums

@@ -45,7 +45,7 @@ class Token:
     Attributes
     ----------
     index : int
-        Position in the sequence that the denoiser attends to.
+        Position among all text positions that the denoiser attends to, counted from 0.
     text : str
         The part of the prompt that the token covers.
     label : str
@@ -77,21 +77,22 @@ class TextSequence:
         Name of the sequence, such as "clip" or "t5".
     tokenizer : transformers tokenizer
     offset : int
-        Position of the first token among all positions that the denoiser attends to.
+        Position of the first token of this sequence among the positions of all sequences; 0 for the first sequence.
     length : int
-        Number of positions, including padding.
+        Number of positions of this sequence, including padding.
     read : callable
-        Function that returns the text which the pipeline passes to the tokenizer for a prompt, of the same length
-        (PixArt lowercases it). Default: the prompt itself.
+        Function of the prompt that returns the text which the pipeline passes to the tokenizer. Both texts have the
+        same number of characters; PixArt, for example, lowercases the prompt. Default: the prompt itself.
     before, after : str
         Text that the pipeline puts around the prompt, such as a chat template.
     dropped : int
-        Number of leading tokens whose states the pipeline removes (those of a template).
+        Number of leading tokens, those of a template, whose text states the pipeline removes.
     padding : {"right", "left"}
         The side on which the tokenizer pads. With "left", the positions of tokens are valid only for runs that pad to
         the same number of positions.
     multiple : int or None
-        With padding on the left, the tokenizer pads to the next multiple of this number; None means to `length`.
+        With padding on the left, the tokenizer pads to the next multiple of this number of tokens. None: it pads to
+        `length`.
     specials : bool
         True if the tokenizer adds special tokens, False if they are in a chat template.
     """
@@ -127,7 +128,7 @@ def split_words(text: str, borders: Iterable[int] = ()) -> tuple[Span, ...]:
     Returns
     -------
     tuple of (int, int)
-        Start and end of each word or group of symbols in characters, the end excluded.
+        For each word or group of symbols, the positions of its first character and of the one after its last.
 
     Examples
     --------
@@ -158,7 +159,7 @@ def split_words(text: str, borders: Iterable[int] = ()) -> tuple[Span, ...]:
 
 
 def may_split(text: str, at: int) -> bool:
-    """Return True if a bracket may divide a text before character `at`: its script writes words without spaces.
+    """Return True if a bracket before character `at` may split a word, because the script has no spaces between words.
 
     Examples
     --------
@@ -171,7 +172,7 @@ def may_split(text: str, at: int) -> bool:
 
 
 def word_of(label: str) -> str:
-    """Return the word in the label of a word: the label without its number.
+    """Return the word that the label of a word stands for: the label without "#" and the number.
 
     Examples
     --------
@@ -184,15 +185,21 @@ def word_of(label: str) -> str:
 def token_title(label: str) -> str:
     """Name of a token in sentences and figures: the label of a word, or the name of a special token.
 
+    In a recording, "<end>" is the summed attention of end-of-text and all padding, which every recording contains. A
+    recording of all tokens contains these positions one by one, too: "<eot>" is end-of-text alone, and "<pad/3>" is the
+    third padding position.
+
     Parameters
     ----------
     label : str
-        Label in recordings.
+        Label along the dimension `token` of a recording.
 
     Examples
     --------
-    >>> token_title("red#2"), token_title("<start>"), token_title("<end>"), token_title("<pad/3>")
-    ('red#2', 'start-of-text', 'end-of-text and padding', 'padding 3')
+    >>> token_title("red#2"), token_title("<start>")
+    ('red#2', 'start-of-text')
+    >>> token_title("<end>"), token_title("<eot>"), token_title("<pad/3>")
+    ('end-of-text and padding', 'end-of-text', 'padding 3')
     """
     if padding := re.fullmatch(r"<pad/(\d+)>", label):
         return f"padding {padding[1]}"
@@ -204,6 +211,8 @@ def sequence_of(label: str) -> str:
 
     Examples
     --------
+    The last label is that of the first token of the symbol "@", and names no sequence:
+
     >>> sequence_of("car@t5"), sequence_of("giraffe/1@clip"), sequence_of("car"), sequence_of("@/1")
     ('t5', 'clip', '', '')
     """
@@ -212,7 +221,7 @@ def sequence_of(label: str) -> str:
 
 
 def label_words(text: str, words: Sequence[Span]) -> tuple[str, ...]:
-    """Return a unique label for each word: "car", or "red#1" and "red#2" if the word occurs twice.
+    """Return a unique label for each word, in lower case: "car", or "red#1" and "red#2" if the word occurs twice.
 
     Words that are spelled like a reserved label, such as "background", are numbered even if they occur once.
 
@@ -256,7 +265,7 @@ class Tokens:
     tokens : tuple of Token
         Tokens of words, in the order of their positions.
     start : int or None
-        Position of start-of-text; None if the first sequence has none (T5).
+        Position of start-of-text in the first sequence; None if that sequence has none (T5).
     ends : tuple of (int, int or None)
         Half-open ranges (start, end) of end-of-text and padding of all sequences; an end of None means up to the last
         position.
@@ -273,8 +282,8 @@ class Tokens:
 def tokenize(text: str, words: Sequence[Span], labels: Sequence[str], sequences: Sequence[TextSequence]) -> Tokens:
     """Find the tokens of all words of a prompt.
 
-    With one sequence, tokens are labeled like their words. With several, the label also names the sequence: "car@clip",
-    "car@t5".
+    The label of a token is that of its word, followed by "/1", "/2" and so on if the word has several tokens. If there
+    are several sequences, the name of the token's sequence follows: "car@clip", "car@t5".
 
     Parameters
     ----------
@@ -283,7 +292,7 @@ def tokenize(text: str, words: Sequence[Span], labels: Sequence[str], sequences:
     words : sequence of (int, int)
         Words of the text, as `split_words` returns them.
     labels : sequence of str
-        Label of each word, as `label_words` returns them.
+        Labels of the words, as `label_words` returns them.
     sequences : sequence of TextSequence
 
     Returns
@@ -293,8 +302,8 @@ def tokenize(text: str, words: Sequence[Span], labels: Sequence[str], sequences:
     Raises
     ------
     PromptError
-        Raised when the prompt has more tokens than the longest sequence takes. Shorter sequences see only the beginning
-        of the prompt.
+        Raised when the prompt has more tokens than fit into the longest sequence. If it fits into the longest one only,
+        the other sequences contain the beginning of the prompt, without an error.
     ModelError
         Raised when tokens cannot be aligned to words.
     """
@@ -359,7 +368,10 @@ def _has_start(sequence: TextSequence, text: str) -> bool:
 def _align_by_offsets(
     text: str, words: Sequence[Span], sequence: TextSequence
 ) -> tuple[int, list[tuple[int, int, str]]] | None:
-    """Return the number of tokens and (index, word, piece) for the tokens of words; None without usable offsets."""
+    """Return the number of all tokens, and (index, index of the word, text) of each token that belongs to a word.
+
+    Returns None if the tokenizer reports no usable offsets.
+    """
     if not getattr(sequence.tokenizer, "is_fast", False):
         return None
     encoded = sequence.tokenized(text, return_offsets_mapping=True, return_special_tokens_mask=True)
@@ -383,7 +395,7 @@ def _align_by_offsets(
 
 
 def _align_by_words(text: str, words: Sequence[Span], sequence: TextSequence) -> tuple[int, list[tuple[int, int, str]]]:
-    """Return the same as `_align_by_offsets` for a tokenizer without offsets, by encoding each word separately."""
+    """Encode each word separately, for tokenizers without offsets; return the same as `_align_by_offsets`."""
     tokenizer = sequence.tokenizer
     whole = list(sequence.tokenized(text)["input_ids"])
     alone: list[tuple[int, int]] = []
@@ -395,9 +407,9 @@ def _align_by_words(text: str, words: Sequence[Span], sequence: TextSequence) ->
     start = next((at for at in starts if bare and whole[at] == bare[0] and whole[at : at + len(bare)] == bare), None)
     if start is None:
         raise ModelError(
-            f"{type(tokenizer).__name__} reports no usable character offsets, and it splits {_shortened(text)!r} "
-            "differently from its single words, so tokens cannot be assigned to words. Load the fast tokenizer of this "
-            "model (AutoTokenizer with use_fast=True)."
+            f"{type(tokenizer).__name__} reports no usable character offsets, and it splits {_shortened(text)!r} into "
+            "other tokens than its words one by one, so tokens cannot be assigned to words. Load the fast tokenizer of "
+            "this model (AutoTokenizer with use_fast=True)."
         )
     several = Counter(at for at, _ in alone)
     name = getattr(tokenizer, "convert_ids_to_tokens", None)
@@ -408,12 +420,12 @@ def _align_by_words(text: str, words: Sequence[Span], sequence: TextSequence) ->
 
 
 def _unmarked(piece: str) -> str:
-    """Return a piece without the marks of byte-pair encoding (last piece of a word) and WordPiece (later pieces)."""
+    """Return a piece of a word without the marks "</w>" (last piece in byte-pair encoding) and "##" (WordPiece)."""
     return piece.removesuffix("</w>").removeprefix("##")
 
 
 def encoder_length(pipe: Pipeline | HasTokenizer, tokenizer: Any) -> int:
-    """Return the number of positions that a pipeline's text encoder takes.
+    """Return the largest number of tokens, special tokens included, that a pipeline's text encoder takes.
 
     Raises
     ------
@@ -424,5 +436,8 @@ def encoder_length(pipe: Pipeline | HasTokenizer, tokenizer: Any) -> int:
     if length is None or length > 10**6:  # tokenizers report a huge number if they have no limit
         length = getattr(getattr(getattr(pipe, "text_encoder", None), "config", None), "max_position_embeddings", None)
     if length is None:
-        raise ModelError("The tokenizer has no maximum length. Set pipe.tokenizer.model_max_length (77 for CLIP).")
+        raise ModelError(
+            "Neither the tokenizer nor the text encoder's configuration states a maximum length. Set "
+            "pipe.tokenizer.model_max_length (77 for CLIP)."
+        )
     return int(length)

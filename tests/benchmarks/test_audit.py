@@ -100,7 +100,7 @@ def test_two_sets_of_labels_are_compared_column_by_column(tmp_path: Path) -> Non
     assert "| hybrid | 1 of 2 (0.500) |" in result.output
     assert "| right | 1 of 2 (0.500) |" in result.output
     again.write_text(HEADER + "\n9,1,1,,,0,0\n")
-    with pytest.raises(SettingError, match="Label some images of the one again"):
+    with pytest.raises(SettingError, match="Label some images of one file again"):
         audit.repeat(first, again)
 
 
