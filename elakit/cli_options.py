@@ -19,8 +19,8 @@ PROMPT = (
     r'Prompt, such as "a cat and a lion". Brackets, which are optional, mark entities: "a \[red car] and a \[bird]".'
 )
 PROMPTS_FILE = (
-    "text with one prompt per line, or JSON, JSON Lines, CSV, TSV or Parquet with the key or column `prompt`, `text` or "
-    "`caption`"
+    "text with one prompt per line, or JSON, JSON Lines, CSV, TSV or Parquet with the key or column `prompt`, `text` "
+    "or `caption`"
 )
 Prompt = Annotated[str, typer.Argument(help=PROMPT)]
 Model = Annotated[str, typer.Option(help="picture-world (built in), a folder, or a hub id such as org/model.")]
