@@ -111,7 +111,7 @@ def read_verdicts(path: Path) -> dict[int, Judged]:
         seed = row.cells["seed"]
         if not re.fullmatch("[0-9]{1,18}", seed):
             name = f"{path}, line {row.line}: seed"
-            checks.refuse(seed, name, "a whole number of 0 or more", hint="Run `judge` again.")
+            checks.refuse(seed, name, "a whole number, 0 or more", hint="Run `judge` again.")
         verdicts[number] = Judged(row.cells["prompt"], row.cells["method"], int(seed), row.label)
     return verdicts
 

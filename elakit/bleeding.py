@@ -252,7 +252,7 @@ def measure(
     names = _labels(maps, "maps")
     steps = step_labels(maps)
     if not len(steps):
-        raise SettingError("maps have no step; record at least one full step.")
+        raise SettingError("maps contain no complete step; record at least one.")
     masks = _regions_of(regions, names, steps)
     values = maps.values
     matrix = leakage(values, masks)

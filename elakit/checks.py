@@ -68,7 +68,7 @@ def whole_number(
     >>> whole_number(2.5, "steps", 1)
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: steps=2.5: must be a whole number of 1 or more.
+    elakit.errors.SettingError: steps=2.5: must be a whole number, 1 or more.
     """
     if not is_whole(value) or not _within(value, low, high):
         if isinstance(value, float) and value.is_integer():
@@ -308,7 +308,7 @@ def seeds(values: Any, name: str = "seed", *, distinct: bool = False) -> list[in
 
 
 def refuse(value: Any, name: str, rule: str, *, owner: str = "", hint: str = "") -> NoReturn:
-    """Raise the error for a wrong setting, with a message such as "steps=0: must be a whole number of 1 or more."
+    """Raise the error for a wrong setting, with a message such as "steps=0: must be a whole number, 1 or more."
 
     Parameters
     ----------
@@ -347,8 +347,8 @@ def _bounds(low: float | None, high: float | None) -> str:
     if low is not None and high is not None:
         return f" from {_number(low)} to {_number(high)}"
     if low is not None:
-        return f" of {_number(low)} or more"
-    return "" if high is None else f" of {_number(high)} or less"
+        return f", {_number(low)} or more"
+    return "" if high is None else f", {_number(high)} or less"
 
 
 def _number(value: float) -> str:

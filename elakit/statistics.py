@@ -30,7 +30,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     Raises
     ------
     SettingError
-        `n` is not a whole number of 0 or more, `successes` is not one from 0 to `n`, or `level` is not between 0 and 1.
+        `n` is not a whole number, 0 or more, `successes` is not one from 0 to `n`, or `level` is not between 0 and 1.
 
     References
     ----------
@@ -176,7 +176,7 @@ def mcnemar(fixed: int, broken: int) -> float:
     Raises
     ------
     SettingError
-        A count is not a whole number of 0 or more.
+        A count is not a whole number, 0 or more.
 
     References
     ----------

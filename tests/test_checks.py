@@ -48,7 +48,7 @@ def test_an_unbounded_number_is_finite() -> None:
     assert checks.real_number(-5, "shift") == -5.0
     with pytest.raises(SettingError, match=r"must be a finite number\."):
         checks.real_number(float("inf"), "shift")
-    with pytest.raises(SettingError, match=r"must be a finite number of 0 or more\."):
+    with pytest.raises(SettingError, match=r"must be a finite number, 0 or more\."):
         checks.real_number(float("inf"), "shift", 0)
 
 

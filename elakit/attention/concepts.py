@@ -88,7 +88,7 @@ class ConceptMaps:
         )
 
     def begin(self, timestep: float) -> None:
-        """Begin the maps of a denoiser call with this timestep."""
+        """Start collecting the maps of a new denoiser call, whose timestep is given."""
         self._timesteps.append(timestep)
         self._sums.append({})
 

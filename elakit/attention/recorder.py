@@ -275,7 +275,9 @@ class _Recorder:
             try:
                 self.layers += adapter.self_layers(beside)
             except ModelError as error:
-                raise RecordingError(f"self_attention={spec.self_attention} cannot be kept: {error}") from error
+                raise RecordingError(
+                    f"self_attention={spec.self_attention}: this self-attention cannot be recorded: {error}"
+                ) from error
         self.calls = 0
         self.expected = calls
         self._kept = 0  # calls handed to the sink

@@ -98,7 +98,7 @@ class DiagnosisData:
 
     @property
     def judged(self) -> bool:
-        """True if the images of all pairs were judged."""
+        """True if both images of every pair (plain and guided) were judged."""
         return all(pair.outcome is not None for pair in self.pairs)
 
     @property

@@ -225,7 +225,7 @@ def intrusion(maps: Tensor, regions: Tensor) -> Tensor:
 
 
 def confinement(maps: Tensor, masks: np.ndarray, prompt: Prompt, regions: np.ndarray | None = None) -> Loss:
-    """Squared shares of attention outside the masks, which the trace stores for methods that optimize no loss.
+    """Loss that the trace stores for methods that optimize none: squared shares of attention outside the masks.
 
     Parameters
     ----------
@@ -235,12 +235,13 @@ def confinement(maps: Tensor, masks: np.ndarray, prompt: Prompt, regions: np.nda
         Locations at which each entity's words may receive attention.
     prompt : Prompt
     regions : ndarray, bool, (entity, y, x), optional
-        Regions of the entities for the trace; by default the masks.
+        Regions that the trace stores with the loss, which they do not change; by default the masks.
 
     Returns
     -------
     Loss
-        Sum of the terms "outside" (mean over entities) and "attributes" (mean over attribute tokens).
+        Sum of the terms "outside" (squared share of each entity's attention outside its mask, mean over entities) and
+        "attributes" (the same for each attribute token and the mask of its entity, mean over these tokens).
     """
     inside = torch.from_numpy(masks).to(maps.device)
     terms = {

@@ -41,8 +41,8 @@ class AStar(ReadsOneSize):
     Parameters
     ----------
     step_size : float
-        Step size alpha at the first step. It decreases toward sqrt(1/2) times this value, which it reaches at the last
-        step of the run if all steps are guided. The paper gives no value; 20 is that of Attend-and-Excite.
+        Step size alpha at the first step. It decreases over the run, from this value at the first step to sqrt(1/2)
+        times this value at the last. The paper gives no value; 20 is that of Attend-and-Excite.
     guided : float
         Share of the denoising steps that are guided, from the first; all in the paper.
     segregation : float

@@ -162,7 +162,7 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
     >>> BoundedAttention([(0, 0, 0.5, 1), (0.5, 0, 1, 1)], clusters=0)
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: BoundedAttention(clusters=0): must be a whole number of 1 or more.
+    elakit.errors.SettingError: BoundedAttention(clusters=0): must be a whole number, 1 or more.
     """
 
     step_size: float = 8.0

@@ -66,8 +66,8 @@ class DivideAndBind(ReadsOneSize):
     Parameters
     ----------
     step_size : float
-        Step size alpha at the first step; 20 in the official code. It decreases toward sqrt(1/2) times this value,
-        which it reaches at the last step of the run if all steps are guided.
+        Step size alpha at the first step; 20 in the official code. It decreases over the run, from this value at the
+        first step to sqrt(1/2) times this value at the last.
     guided : float
         Share of the denoising steps that are guided, from the first; 25 of 50 in the official code.
     binding : sequence of (float, float)

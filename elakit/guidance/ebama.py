@@ -66,7 +66,7 @@ class EBAMA(ReadsOneSize):
     >>> EBAMA(intensity=-1)
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: EBAMA(intensity=-1): must be a finite number of 0 or more.
+    elakit.errors.SettingError: EBAMA(intensity=-1): must be a finite number, 0 or more.
     """
 
     step_size: float = STEP_SIZE

@@ -76,7 +76,7 @@ class FOCUS(ReadsOneSize):
     >>> FOCUS(strength=-1)
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: FOCUS(strength=-1): must be a finite number of 0 or more.
+    elakit.errors.SettingError: FOCUS(strength=-1): must be a finite number, 0 or more.
     """
 
     strength: float = 4.0

@@ -85,8 +85,8 @@ class InitNO(ReadsOneSize):
     max_kl : float
         Largest KL divergence of the noise from the standard normal distribution; 0.001 in the official code.
     step_size : float
-        Step size alpha at the first step; 20 in the official code. It decreases toward sqrt(1/2) times this value,
-        which it reaches at the last step of the run if all steps are guided.
+        Step size alpha at the first step; 20 in the official code. It decreases over the run, from this value at the
+        first step to sqrt(1/2) times this value at the last.
     guided : float
         Share of the denoising steps that are guided, from the first; 25 of 50 in the official code. With 0, the method
         only searches for the noise.
@@ -108,7 +108,7 @@ class InitNO(ReadsOneSize):
     >>> InitNO(rounds=0)
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: InitNO(rounds=0): must be a whole number of 1 or more.
+    elakit.errors.SettingError: InitNO(rounds=0): must be a whole number, 1 or more.
     """
 
     learning_rate: float = 0.01

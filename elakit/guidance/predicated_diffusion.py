@@ -49,8 +49,8 @@ class PredicatedDiffusion(ReadsOneSize):
     Parameters
     ----------
     step_size : float
-        Step size alpha at the first step; 20 in the released code. It decreases toward sqrt(1/2) times this value,
-        which it reaches at the last step of the run if all steps are guided.
+        Step size alpha at the first step; 20 in the released code. It decreases over the run, from this value at the
+        first step to sqrt(1/2) times this value at the last.
     guided : float
         Share of the denoising steps that are guided, from the first; 25 of 50 in the released code.
     refinements : int
@@ -76,7 +76,7 @@ class PredicatedDiffusion(ReadsOneSize):
     >>> PredicatedDiffusion(existence=-1)
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: PredicatedDiffusion(existence=-1): must be a finite number of 0 or more.
+    elakit.errors.SettingError: PredicatedDiffusion(existence=-1): must be a finite number, 0 or more.
     """
 
     step_size: float = STEP_SIZE

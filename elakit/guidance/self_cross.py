@@ -59,8 +59,8 @@ class SelfCross(ReadsOneSize):
     Parameters
     ----------
     step_size : float
-        Step size alpha at the first step; 20 in the official code. It decreases toward sqrt(1/2) times this value,
-        which it reaches at the last step of the run if all steps are guided.
+        Step size alpha at the first step; 20 in the official code. It decreases over the run, from this value at the
+        first step to sqrt(1/2) times this value at the last.
     guided : float
         Share of the denoising steps that are guided, from the first; 25 of 50 in the official code, 40 for Stable
         Diffusion 2.1.
@@ -94,7 +94,7 @@ class SelfCross(ReadsOneSize):
     >>> SelfCross(weight=-1)
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: SelfCross(weight=-1): must be a finite number of 0 or more.
+    elakit.errors.SettingError: SelfCross(weight=-1): must be a finite number, 0 or more.
     """
 
     step_size: float = STEP_SIZE

@@ -91,7 +91,7 @@ class SPDiffusion(EditsFirstSteps, ReadsOneSize):
     >>> SPDiffusion(steps=0)
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: SPDiffusion(steps=0): must be a whole number of 1 or more.
+    elakit.errors.SettingError: SPDiffusion(steps=0): must be a whole number, 1 or more.
     """
 
     steps: int = 2

@@ -68,7 +68,7 @@ class SynGen(ReadsOneSize):
     >>> SynGen(step_size=-1)
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: SynGen(step_size=-1): must be a finite number of 0 or more.
+    elakit.errors.SettingError: SynGen(step_size=-1): must be a finite number, 0 or more.
     """
 
     step_size: float = STEP_SIZE

@@ -520,7 +520,7 @@ def _check_model(model: Any, *kinds: str) -> None:
 def _check_shares(**settings: float) -> None:
     for name, value in settings.items():
         if not 0 <= value <= 1:
-            raise SettingError(f"{name} is {value}; it must be a number from 0 to 1.")
+            raise SettingError(f"{name} is {value!r}; it must be a number from 0 to 1.")
 
 
 def _check_query(query: str) -> None:

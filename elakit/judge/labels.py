@@ -163,7 +163,7 @@ def read_rows(path: Path, columns: tuple[str, ...] = COLUMNS, hint: str = _WRITE
     ------
     SettingError
         The file cannot be read, has other columns, contains a label that is neither 0 nor 1 or an image number that is
-        not a whole number of 1 or more, has a row that is filled in only in part, or has two rows for the same image.
+        not a whole number, 1 or more, has a row that is filled in only in part, or has two rows for the same image.
     """
     try:
         reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
@@ -241,7 +241,7 @@ def read_key(path: Path, needed: Collection[str] = (), hint: str = _WRITE) -> di
     Raises
     ------
     SettingError
-        The file cannot be read, is not a JSON object, or has an image number that is not a whole number of 1 or more,
+        The file cannot be read, is not a JSON object, or has an image number that is not a whole number, 1 or more,
         or an entry without a prompt or without one of the keys in `needed`.
 
     Examples

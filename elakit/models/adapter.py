@@ -512,7 +512,7 @@ class Adapter(Protocol):
         """
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:
-        """Latents of an image in the pipeline's format, as a batch of one row; the inverse of `decode`."""
+        """Encode an image as latents in the form of `noise`, with batch size 1; `decode` reverses it approximately."""
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Arguments that make the pipeline's call replace the latents by ``move(step, latents)`` after each step.

@@ -20,7 +20,8 @@ def at_step(values: xr.DataArray, step: int | None) -> tuple[xr.DataArray, str]:
     ----------
     values : DataArray, (step, ...)
     step : int, optional
-        One step, counted from 0 (negative numbers count back from the last); None takes the mean over all steps.
+        Number of a recorded denoising step, counted from 0; -1 is the last recorded step, -2 the one before it. None
+        takes the mean over all recorded steps.
 
     Returns
     -------

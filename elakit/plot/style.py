@@ -129,7 +129,7 @@ def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
     """
     steps = [int(step) for step in there]
     if not steps:
-        raise SettingError("There is no step to show: record at least one full step.")
+        raise SettingError("There is no complete step to show; record at least one.")
     if isinstance(wanted, bool) or (is_whole(wanted) and wanted < 1):
         raise SettingError(f"steps={wanted!r}: give the number of steps to show, at least 1, or a list of steps.")
     if is_whole(wanted):

@@ -241,7 +241,7 @@ def localize_steps(maps: xr.DataArray, sot: xr.DataArray | None = None, **option
         for i in range(maps.sizes["step"])
     ]
     if not found:
-        raise SettingError("maps have no step; record at least one full step.")
+        raise SettingError("maps contain no complete step; record at least one.")
     along_step = {name: c for name, c in maps.coords.items() if c.dims == ("step",)}
     along_space = {name: c for name, c in maps.coords.items() if c.dims and set(c.dims) <= {"y", "x"}}
     return xr.DataArray(

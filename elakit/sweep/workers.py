@@ -93,7 +93,8 @@ class Borrowed:
     ----------
     executor : concurrent.futures.Executor
     width : int, optional
-        Number of units submitted at a time; by default all.
+        Largest number of units (one prompt, one method and a batch of seeds) that are submitted and not yet finished;
+        by default all are submitted at once.
 
     Raises
     ------

@@ -323,7 +323,7 @@ def _pipe() -> Any:
         ({"tokens": None}, "tokens is None; give a word"),
         ({"steps": -1}, "counted from the start"),
         ({"steps": slice(-3, None)}, "counted from the start"),
-        ({"steps": 1.5}, "whole number of 0 or more"),
+        ({"steps": 1.5}, "whole number, 0 or more"),
         ({"steps": slice(0, 3, -1)}, "stride"),
         ({"region": np.ones(4)}, "shape \\(y, x\\)"),
         ({"region": np.full((2, 2), 2.0)}, "outside 0 to 1"),

@@ -172,7 +172,7 @@ def test_a_panel_without_a_prompt_asks_for_one() -> None:
 
 def test_a_typed_number_out_of_range_starts_no_run(model: PanelModel) -> None:
     model.enter_number("guidance_scale", -1.0)
-    assert attempt(model, model.start) == "guidance_scale=-1.0: must be a finite number of 0 or more."
+    assert attempt(model, model.start) == "guidance_scale=-1.0: must be a finite number, 0 or more."
     assert model.now.state == "idle"
     model.enter_number("guidance_scale", 2.0)
     assert model.error is None

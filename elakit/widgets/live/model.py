@@ -193,7 +193,7 @@ class PanelModel:
         Raises
         ------
         ElakitError
-            `steps` is not a whole number of 1 or more, a run that is not paused is in progress, or a choice is invalid.
+            `steps` is not a whole number, 1 or more, a run that is not paused is in progress, or a choice is invalid.
         """
         steps = whole_number(steps, "steps", 1, owner="step")
         if self.now.state == "paused":

@@ -179,7 +179,8 @@ class Panel:
         Parameters
         ----------
         entity : str, int or Entity
-            Label of the entity ("car", "car#2"), its index in the prompt, or the entity itself.
+            Label of the entity ("car", "car#2"), its number among the entities of the prompt, counted from 0, or the
+            entity itself.
         region : (left, top, right, bottom), ndarray bool (y, x), or None
             Box as fractions of the image, or mask of any resolution. None removes the region: the method localizes the
             entity itself, or cannot start if it needs a region for each entity.
@@ -231,7 +232,7 @@ class Panel:
         Raises
         ------
         ElakitError
-            `steps` is not a whole number of 1 or more, a run that is not paused is in progress, or a new run cannot be
+            `steps` is not a whole number, 1 or more, a run that is not paused is in progress, or a new run cannot be
             started (see `start`).
         """
         self._model.step(steps)
