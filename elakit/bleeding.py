@@ -332,8 +332,8 @@ def truth_masks(truth: Verdict | xr.DataArray, entities: Sequence[str], size: tu
         )
     if set(truth.dims) != {"entity", "y", "x"}:
         raise SettingError(
-            f"truth has dimensions {truth.dims}; (entity, y, x) are needed: give one mask per entity of the finished "
-            "image, without steps."
+            f"truth has dimensions {truth.dims}; (entity, y, x) are needed, because an image has no steps: give one "
+            "mask per entity of the finished image."
         )
     default = [f"entity {i}" for i in range(truth.sizes["entity"])]
     labels = [str(label) for label in truth["entity"].values] if "entity" in truth.coords else default
