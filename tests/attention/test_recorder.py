@@ -547,7 +547,7 @@ def test_a_prompt_parsed_for_another_encoder_is_read_again(pipe: Any) -> None:
         ({"dtype": "int8"}, "one of 'float32', 'float16'"),
         ({"budget": 0}, "whole number, 1 or more"),
         ({"budget": float("nan")}, "whole number, 1 or more"),
-        ({"budget": 1e9}, "an integer of 1 or more, not a float"),
+        ({"budget": 1e9}, "an integer, 1 or more, not a float"),
         ({"accumulate": "no"}, "True or False"),
         ({"steps": 0}, "every n-th call"),
         ({"steps": slice(None, None, -1)}, "stride"),
