@@ -268,7 +268,7 @@ def _call_arguments(adapter: Adapter, call: Mapping[str, Any] | None, guidance: 
             )
         if name not in accepted:
             allowed = [known for known in accepted if known not in (*_OWN, "self", "kwargs")]
-            checks.choice(name, "a key of call", allowed)
+            checks.choice(name, "key in call", allowed)
     if takes_image and call.get("image") is None:
         raise SettingError(
             f'{kind} needs an image: elakit.generate(pipe, prompt, call={{"image": ...}}). To keep full control, call '

@@ -187,7 +187,8 @@ def token_title(label: str) -> str:
 
     In a recording, "<end>" is the summed attention of end-of-text and all padding, which every recording contains. A
     recording of all tokens contains these positions one by one, too: "<eot>" is end-of-text alone, and "<pad/3>" is the
-    third padding position.
+    third padding position. If the text has two ranges of end-of-text and padding (see `Prompt.ends`), labels of the
+    second one contain its number: "<eot#2>" and "<pad#2/3>".
 
     Parameters
     ----------
@@ -200,9 +201,13 @@ def token_title(label: str) -> str:
     ('red#2', 'start-of-text')
     >>> token_title("<end>"), token_title("<eot>"), token_title("<pad/3>")
     ('end-of-text and padding', 'end-of-text', 'padding 3')
+    >>> token_title("<eot#2>"), token_title("<pad#2/3>")
+    ('end-of-text of range 2', 'padding 3 of range 2')
     """
-    if padding := re.fullmatch(r"<pad/(\d+)>", label):
-        return f"padding {padding[1]}"
+    if special := re.fullmatch(r"<(?:pad(?:#(\d+))?/(\d+)|eot#(\d+))>", label):
+        pad_range, position, eot_range = special.groups()
+        title = f"padding {position}" if position else "end-of-text"
+        return f"{title} of range {pad_range or eot_range}" if pad_range or eot_range else title
     return _SPECIAL_TITLES.get(label, label)
 
 
