@@ -90,7 +90,7 @@ def swapped(prompt: Prompt) -> str | None:
     Returns
     -------
     str or None
-        The text with brackets; None if its words are those of the prompt.
+        The new text, with its entities in brackets; None if its words are the same as those of the prompt.
 
     Examples
     --------
@@ -115,7 +115,8 @@ def next_to(prompt: Prompt) -> str | None:
     Returns
     -------
     str or None
-        The text with brackets; None if its words are those of the prompt, as when it has no such "and" or comma.
+        The new text, with its entities in brackets; None if its words are the same as those of the prompt, for example
+        because the prompt has no such "and" or comma.
 
     Examples
     --------

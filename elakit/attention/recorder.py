@@ -276,7 +276,7 @@ class _Recorder:
                 self.layers += adapter.self_layers(beside)
             except ModelError as error:
                 raise RecordingError(
-                    f"self_attention={spec.self_attention}: this self-attention cannot be recorded: {error}"
+                    f"The self-attention of self_attention={spec.self_attention} cannot be recorded: {error}"
                 ) from error
         self.calls = 0
         self.expected = calls

@@ -312,8 +312,8 @@ def scores_mask(mask: Tensor | None, layer: AttentionLayer, batch: int, keys: in
         mask = mask.reshape((1,) * (4 - mask.ndim) + shape)
     if not fits or len(mask) not in (1, batch):
         raise RecordingError(
-            f"Layer {layer.name} was given an attention mask of shape {shape}, which does not fit {batch} rows and "
-            f"{keys} keys. Give one of shape ({batch}, {keys}), or ({batch}, 1, 1, {keys})."
+            f"Layer {layer.name} was given an attention mask of shape {shape}, which does not fit a batch of "
+            f"{batch} and {keys} keys. Give the denoiser a mask of shape ({batch}, {keys}) or ({batch}, 1, 1, {keys})."
         )
     return mask
 

@@ -124,7 +124,7 @@ class ZarrStore:
         return open_tree(self.path) if self._steps else self.layout.tree({}, (), calls)
 
     def finish(self, calls: int) -> xr.DataTree:
-        """Write the number of finished denoiser calls to the store, and return its tree."""
+        """Write the number of finished denoiser calls to the store, and return the recording's tree."""
         if not self._metadata:
             if self.path.exists():  # someone else took the path in the meantime, which has raised an error
                 return self.layout.tree({}, (), calls)

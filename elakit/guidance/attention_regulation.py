@@ -142,7 +142,7 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Addends
     ) -> ScoreEdit:
-        """Edit that optimizes an addend to the scores of one image, in each layer that is read."""
+        """Return the edit that, in each layer that is read, optimizes an addend to the scores of one image."""
         targets = targets_of(prompt)
         end = end_of_text(prompt)
         kept = tuple(at for at in (prompt.start_index, end) if at is not None)

@@ -155,7 +155,7 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
             check_acts(self, "cut_image=False", "image_threshold")
 
     def begin(self, prompt: Prompt, steps: int) -> Leaks:
-        """State of an image at the start of a run."""
+        """What the method keeps for one image during a run, as it is before the first step."""
         return Leaks(steps)
 
     def hold(

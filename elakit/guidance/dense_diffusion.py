@@ -121,7 +121,7 @@ class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: None
     ) -> ScoreEdit:
-        """Edit that raises scores inside the given regions, and lowers them elsewhere."""
+        """Return the edit that raises scores inside the given regions, and lowers them elsewhere."""
         words = [phrase_positions(prompt, entity) for entity in prompt.entities]
 
         def change(site: Site, scores: Scores) -> Change | None:

@@ -131,7 +131,7 @@ class ELA:
         return tuple(layer for layer in chosen if layer.factor == coarsest)
 
     def begin(self, prompt: Prompt, steps: int) -> Anchors:
-        """State of an image at the start of a run."""
+        """What the method keeps for one image during a run, as it is before the first step."""
         return Anchors(given=self.regions, first=round(self._start * steps))
 
     @property

@@ -156,9 +156,10 @@ def noise_share(ratio: float) -> float:
 
 
 def control(share: float) -> float:
-    """Factor of the gradient, without lambda, in the term that is added to the velocity.
+    """Return the number by which the loss's gradient is multiplied before it is added to the velocity.
 
-    The factor is 2 s (s + e) / (1 - s + e), with s the share of noise and e = 0.001.
+    The option `strength` (lambda in the paper) is a further factor. The number is 2 s (s + e) / (1 - s + e), with s the
+    share of noise and e = 0.001.
 
     Examples
     --------

@@ -62,8 +62,8 @@ def check_guided(method: Any) -> None:
 def check_refine(method: Any, goal: str) -> None:
     """Refuse a ``refine`` that is not a sequence of (share, number, whole number); convert lists to tuples."""
     rule = (
-        f"a sequence of (share of the steps, {goal}, largest number of updates): a number from 0 to 1, a finite number, "
-        "0 or more, and a whole number, 0 or more, such as ((0.0, 0.05, 20),)"
+        f"a sequence of (share of the steps, {goal}, largest number of updates): a number from 0 to 1, a finite "
+        "number, 0 or more, and a whole number, 0 or more, such as ((0.0, 0.05, 20),)"
     )
     try:
         entries = tuple((_plain(share), _plain(least), _plain(most)) for share, least, most in method.refine)

@@ -147,7 +147,7 @@ class RegionalAttention:
         )
 
     def begin(self, prompt: Prompt, steps: int) -> Anchors:
-        """State of an image at the start of a run."""
+        """What the method keeps for one image during a run, as it is before the first step."""
         if self.regions is None and self.layout != "maps" and len(prompt.entities) > MOST_STRIPS:
             count = len(prompt.entities)
             warnings.warn(
@@ -175,7 +175,7 @@ class RegionalAttention:
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Anchors
     ) -> ScoreEdit | None:
-        """Edit that restricts attention in one step; None if the regions are not known yet."""
+        """Return the edit that restricts attention in one step; None if the regions are not known yet."""
         if attention is not None:
             masks = self._masks(attention.mean, prompt, state)
         elif state.given is not None and is_complete(state.given):

@@ -37,14 +37,15 @@ from elakit.prompt import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
-    """Regional Prompter with equal columns (hako-mikan), for models with cross-attention layers.
+    """Regional Prompter (by hako-mikan) with columns of equal width, for models with cross-attention layers.
 
     The module `elakit.guidance.regional_prompter` states the source and all differences from it.
 
     Parameters
     ----------
     layers, size
-        Layers and map size of the trace; see `elakit.guidance.reading.ReadsOneSize`. The columns act in all layers.
+        Layers and map size that are read for the trace of a run; see `elakit.guidance.reading.ReadsOneSize`. They do
+        not change the image: the columns act in all layers.
 
     Examples
     --------
@@ -84,7 +85,7 @@ class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: None
     ) -> ScoreEdit:
-        """Edit that restricts each column to the text of its entity."""
+        """Return the edit that restricts each column to the text of its entity."""
         start = prompt.start_index
         first = 0 if start is None else start + 1  # position of a text's first word
         seen: list[tuple[int, ...]] = []

@@ -158,7 +158,7 @@ class SPDiffusion(EditsFirstSteps, ReadsOneSize):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Protection
     ) -> ScoreEdit:
-        """Edit that hides each entity's words in the regions of the others.
+        """Return the edit that hides each entity's words in the regions of the others.
 
         Raises
         ------

@@ -63,7 +63,8 @@ def suite(name: str) -> tuple[str, ...]:
     Raises
     ------
     SettingError
-        There is no such suite, or it is a public benchmark; then the message contains the commands that download it.
+        There is no such suite. If the name is that of a public benchmark, which elakit does not contain, the message
+        has the commands that download it and run a sweep on its file.
 
     Examples
     --------

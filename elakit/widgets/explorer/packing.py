@@ -93,7 +93,10 @@ class Source:
 
 @dataclass
 class Buffer:
-    """Scales and bytes collected for the browser, which finds each added part by the position that `add` returns."""
+    """Maps collected for the browser: their values as bytes, and the scales that turn the bytes back into values.
+
+    The browser finds the bytes of each map by the position that `add` returns, and its scales by that of `add_scales`.
+    """
 
     scales: list[np.ndarray] = field(default_factory=list)
     parts: list[np.ndarray] = field(default_factory=list)
