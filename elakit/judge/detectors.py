@@ -306,7 +306,14 @@ class ClipSegSegmenter:
         -------
         ndarray, float32 in [0, 1], (noun, y, x)
             At the size of the image.
+
+        Raises
+        ------
+        PromptError
+            `nouns` is a single string, or empty.
         """
+        if isinstance(nouns, str) or not nouns:
+            raise PromptError(f"nouns={nouns!r}: give a list of one or more nouns, such as ['cat', 'lion'].")
         texts = [self.query.replace("{noun}", noun) for noun in nouns]
         length = self.model.config.text_config.max_position_embeddings
         inputs = self.processor(

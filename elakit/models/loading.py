@@ -93,6 +93,8 @@ def load(
         if dtype not in _DTYPES:
             raise SettingError(f"dtype={dtype!r}: choose from {', '.join(_DTYPES)}.")
         dtype = _DTYPES[dtype]
+    elif not isinstance(dtype, torch.dtype):
+        raise SettingError(f"dtype={dtype!r}: choose from {', '.join(_DTYPES)}.")
     index = read_index(source)
     _check_index(str(name), index)
     kind = None if scheduler is None else _scheduler_class(index, scheduler)

@@ -438,6 +438,12 @@ def test_each_component_of_the_strongest_noun_is_a_thing(answering):
     assert (30, 20, 32, 22) in [t.box for t in speck(Image.new("RGB", (64, 64)), ["cat", "dog"])]
 
 
+@pytest.mark.parametrize("nouns", ["cat", []])
+def test_scores_of_a_single_text_or_of_nothing_are_refused(answering, nouns):
+    with pytest.raises(PromptError, match=r"give a list of one or more nouns"):
+        answering("clipseg", lambda _: None).scores(Image.new("RGB", (32, 32)), nouns)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_clipseg_masks_lie_on_the_painted_rectangle(answering, size):
     box = (size[0] // 8, size[1] // 4, size[0] // 2, size[1] // 2)

@@ -220,7 +220,12 @@ def test_a_damaged_folder_says_so(copy: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "part"),
-    [({"device": "gpu"}, "'gpu'"), ({"device": "cuda:99"}, "cuda:99"), ({"dtype": "int8"}, "float32, float16")],
+    [
+        ({"device": "gpu"}, "'gpu'"),
+        ({"device": "cuda:99"}, "cuda:99"),
+        ({"dtype": "int8"}, "float32, float16"),
+        ({"dtype": 16}, "dtype=16: choose from float32"),
+    ],
 )
 def test_devices_and_precisions_that_do_not_exist(folder: Path, options: dict[str, Any], part: str) -> None:
     if torch.cuda.is_available() and "device" in options and "cuda" in options["device"]:
