@@ -217,7 +217,7 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Bounds
     ) -> ScoreEdit:
-        """Return the edit that keeps attention in the given regions or, after the guided steps, in the found clusters."""
+        """Return the edit that keeps attention in the given regions or, after the guided steps, in clusters."""
         if attention is not None:
             state.add(attention, [entity.token_indices[-1] for entity in prompt.entities])
         first = round(self.guided * state.steps)
