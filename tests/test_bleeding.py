@@ -230,7 +230,7 @@ def test_arguments_that_do_not_match_are_refused():
         (lambda: measure(maps, late), "same steps"),
         (lambda: measure(maps, regions.assign_coords(entity=["cat", "dog"])), "same entities"),
         (lambda: measure(maps, regions.isel(x=slice(2))), "Resize"),
-        (lambda: measure(maps.isel(step=slice(0)), regions.isel(step=slice(0))), "no step"),
+        (lambda: measure(maps.isel(step=slice(0)), regions.isel(step=slice(0))), "no complete step"),
         (lambda: measure(maps, regions, attributes), "no owner"),
         (lambda: measure(maps, regions, attributes, {**owners, "green": "toad"}), r"\['toad'\]"),
         (lambda: measure(maps, regions, attributes.isel(step=[0]), owners), "same steps"),

@@ -466,8 +466,8 @@ def test_finding_the_words_of_a_token_does_not_read_all_words():
     [
         ("", "empty"),
         (" \n", "empty"),
-        (None, "a string, not NoneType"),
-        (["a cat"], "a string, not list"),
+        (None, "a string or an elakit.Prompt, not NoneType"),
+        (["a cat"], "a string or an elakit.Prompt, not list"),
         ("running quickly", r"No entity found in 'running quickly'. Mark the entities with brackets"),
         ("a cat <|endoftext|>", "reads as a boundary"),
         ("a \ud800 cat", "Character 3"),

@@ -350,7 +350,7 @@ GOOD = np.ones((2, 3, 4))
 @pytest.mark.parametrize(
     ("maps", "sot", "options", "says"),
     [
-        (GOOD, None, {}, 'pass sot=..., or choose binarization="otsu"'),
+        (GOOD, None, {}, 'pass it as sot=..., or choose another rule, such as binarization="otsu"'),
         (GOOD, np.ones((4, 3)), {}, r"sot has shape \(4, 3\)"),
         (GOOD[0], None, {"binarization": "otsu"}, r"shape \(3, 4\).*\(entity, y, x\)"),
         (3.0, None, {"binarization": "otsu"}, r"\(entity, y, x\)"),
@@ -411,7 +411,7 @@ def test_steps_that_do_not_belong_together_are_refused():
         localize_steps(maps, xr.DataArray(np.ones((3, 3, 4)), dims=("step", "y", "x")))
     with pytest.raises(SettingError, match="dimensions"):
         localize_steps(maps.isel(step=0), binarization="otsu")
-    with pytest.raises(SettingError, match="no step"):
+    with pytest.raises(SettingError, match="no complete step"):
         localize_steps(maps.isel(step=slice(0, 0)), binarization="otsu")
 
 

@@ -155,7 +155,7 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
             check_acts(self, "cut_image=False", "image_threshold")
 
     def begin(self, prompt: Prompt, steps: int) -> Leaks:
-        """What the method keeps for one image during a run, as it is before the first step."""
+        """Values that the method keeps for one image during a run, as they are before its first step."""
         return Leaks(steps)
 
     def hold(

@@ -131,7 +131,7 @@ class ELA:
         return tuple(layer for layer in chosen if layer.factor == coarsest)
 
     def begin(self, prompt: Prompt, steps: int) -> Anchors:
-        """What the method keeps for one image during a run, as it is before the first step."""
+        """Values that the method keeps for one image during a run, as they are before its first step."""
         return Anchors(given=self.regions, first=round(self._start * steps))
 
     @property

@@ -147,7 +147,7 @@ class RegionalAttention:
         )
 
     def begin(self, prompt: Prompt, steps: int) -> Anchors:
-        """What the method keeps for one image during a run, as it is before the first step."""
+        """Values that the method keeps for one image during a run, as they are before its first step."""
         if self.regions is None and self.layout != "maps" and len(prompt.entities) > MOST_STRIPS:
             count = len(prompt.entities)
             warnings.warn(

@@ -88,7 +88,7 @@ def descriptions(method: type[Any]) -> dict[str, str]:
     --------
     >>> from elakit.guidance import SynGen
     >>> descriptions(SynGen)["size"]
-    'Number of locations along the longer side of the maps read; by default 16, or the nearest that the model has.'
+    'Number of locations along the longer side of the maps that are read; by default 16, or the nearest that ...'
     """
     found: dict[str, str] = {}
     for each in reversed(method.__mro__[:-1]):
