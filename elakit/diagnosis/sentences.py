@@ -210,11 +210,15 @@ def _attention(diagnosis: DiagnosisData) -> list[str]:
     table = measure_table(diagnosis)
     before, after = (float(table["bleed", run].mean()) for run in ("plain", "guided"))
     fell = int((table["bleed", "guided"] < table["bleed", "plain"]).sum())
-    return [
+    said = [
         f"On average, {before:.0%} of an entity's attention lies outside its own region without guidance, and "
         f"{after:.0%} with {method}. The share is lower with {method} for {fell} of {count} "
         f"{plural('seed', count)}."
     ]
+    acted = sum(pair.was_guided for pair in diagnosis.pairs)
+    if acted < count:
+        said.append(f"{method} acted for {acted} of {count} seeds; for each other seed, both images are identical.")
+    return said
 
 
 def _uncertainty(diagnosis: DiagnosisData) -> list[str]:

@@ -112,6 +112,17 @@ def test_only_options_that_acted_are_listed() -> None:
     assert all(f"ELA: {name}" in text for name in listed)
 
 
+def test_changed_options_are_listed_and_those_without_effect_are_not() -> None:
+    names = dict(acting_options(diagnosis()))
+    assert {"separate.step_size", "separate.temperature", "anchor.step_size"} <= set(names)
+    off = dict(acting_options(diagnosis(**{"separate.step_size": 0.0})))
+    assert off["separate.step_size"] == "0.0"
+    assert "separate.temperature" not in off
+    given = dict(acting_options(diagnosis(regions=[(0, 0, 0.5, 1), (0.5, 0, 1, 1)])))
+    assert "regions" in given
+    assert not any(name.startswith(("localize", "separate", "anchor.needed", "anchor.enough")) for name in given)
+
+
 def explained(*causes: Cause, failures: tuple[Failure, ...]) -> Diagnosis:
     runs = tiny_runs()
     findings = Findings(runs[0].prompt, (0, 1), True, failures, causes)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tiny_diagnosis import diagnosis
 import elakit
 from elakit.diagnosis import Diagnosis, report
 from elakit.diagnosis.report import views
+from elakit.diagnosis.report.page import _settings, percents
 from elakit.errors import OutputError
 from elakit.prompt import parse
 
@@ -61,7 +63,8 @@ def test_the_summary_is_on_the_page(found: Diagnosis, page: str) -> None:
     assert said[0] == "Without guidance, 2 of 4 images show everything the prompt asks for. With ELA, 2 of 4 do."
     assert said[1] == "ELA fixed 1 image (seed 0) and broke 1 image (seed 1)."
     text = Page(page).text
-    assert all(sentence in text for sentence in said)
+    assert all(percents(sentence) in text for sentence in said)
+    assert "without guidance lies between 15% and 85% (95% interval)" in text
     assert "car: green instead of red" in text
     assert "bird: missing" in text
 
@@ -130,6 +133,42 @@ def test_images_that_need_no_guidance_are_named_as_the_reason() -> None:
     )
     page = Page(report.render(found))
     assert "Regions used by ELA" not in page.text
+
+
+def test_method_and_judge_are_introduced(page: str) -> None:
+    text = Page(page).text
+    assert text.index("ELA (Entity Localization and Anchoring)") < text.index("Without guidance, 2 of 4 images")
+    assert text.count("The judge, a network that decides what each finished image shows,") == 1
+    assert "The judge" not in Page(report.render(diagnosis())).text
+
+
+def test_cards_say_where_the_method_did_not_act() -> None:
+    found = diagnosis(seeds=2, judged="nnnn")
+    idle = replace(found.pairs[1], guided=found.pairs[1].plain)
+    mixed = replace(found, pairs=(found.pairs[0], idle))
+    assert [views.card(mixed, pair).label for pair in mixed.pairs] == ["both wrong", "both wrong: ELA did not act"]
+    assert any(said.startswith("ELA acted for 1 of 2 seeds;") for said in report.summary(mixed))
+    assert not any("ELA acted for" in said for said in report.summary(found))
+    assert "both wrong: ELA did not act" in Page(report.render(mixed)).text
+
+
+def test_the_table_of_all_measures_names_the_owner_of_an_attribute(page: str) -> None:
+    text = Page(page).text
+    assert "red (of car)" in text
+    assert "red (of car) · bird" in text
+    assert "red · car" not in text
+
+
+def test_a_step_that_needed_no_more_guidance_is_not_counted_as_guided() -> None:
+    found = diagnosis()
+    trace = found.pairs[0].guided.guidance
+    assert trace is not None
+    rows = [{"step": step, "moved": 0.1 * (step < 3), "guided": step < 3, "skipped": False} for step in (1, 2, 3)]
+    trace.rows[:] = rows
+    settings = dict(_settings(found))
+    assert settings["steps in which ELA moved the latent"] == "2 to 3 (2 per image)"
+    trace.rows[1]["moved"] = 0
+    assert "steps in which ELA acted" in dict(_settings(found))
 
 
 # --- isolation ---------------------------------------------------------------------------------

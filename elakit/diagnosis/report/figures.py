@@ -43,42 +43,59 @@ def figures(diagnosis: DiagnosisData, example: Pair) -> list[Figure]:
     made = [
         _figure(
             "attention", "Attention of each entity", plot.entity_maps(plain, other, title=""),
-            "The image and, for each entity, the image in gray with the entity's attention over it in color. Maps "
-            "that cover the same area indicate bleeding.",
+            "The image and, for each entity, the image in gray with the entity's attention over it in color "
+            "(mean over all steps). An entity bleeds where its attention lies outside its own region, which the next "
+            "figure shows.",
         ),
         _figure(
             "regions-plain", "Regions without guidance", plot.region_evolution(plain, title=""),
-            "Regions of the entities over the steps, localized by comparing the entities' maps, which are shown in "
-            "gray.",
+            "Regions of the entities at several steps, localized by comparing the entities' maps of this run, which "
+            "are shown in gray. The measures use these regions.",
         ),
-        _figure("regions-guided", f"Regions with {method}", plot.region_evolution(other, title=""), ""),
+        _figure(
+            "regions-guided", f"Regions with {method}", plot.region_evolution(other, title=""),
+            f"Regions at several steps, localized in the same way in the maps of the run with {method}. They serve "
+            "only to measure this run.",
+        ),
     ]  # fmt: skip
     if example.was_guided and trace is not None and trace.regions is not None:
         made.append(
             _figure(
                 "anchors", f"Regions used by {method}", plot.region_evolution(other, source="guidance", title=""),
-                describe_regions(trace),
+                f"These are the regions of {method} itself; the measures do not use them. {describe_regions(trace)}",
             )
         )  # fmt: skip
     made += [
         _figure(
             "leakage", "Leakage", plot.leakage(plain, other, attributes=attributes, title=""),
             "Each row is the attention of one entity" + (" or one attribute" if attributes else "") + ", each column a "
-            "region. Values outside the frames are leakage.",
+            "region. A frame marks an entity's "
+            + ("or attribute's " if attributes else "") + "own region; the values outside the frames are attention "
+            "that leaks.",
         ),
         _figure(
             "steps", "Bleeding over the steps",
             plot.bleeding_over_steps([run for pair in diagnosis.pairs for run in (pair.plain, pair.guided)], title=""),
-            "All seeds." if len(diagnosis.pairs) > 1 else "",
+            "Mean over the entities at each step."
+            + (" A thin line shows one seed, a thick line the mean of all seeds." if len(diagnosis.pairs) > 1 else ""),
         ),
         _figure(
             "tokens-plain", "Token maps without guidance", plot.token_maps(plain, title=""),
-            "Attention to each word of the prompt, from the first step to the last.",
+            _tokens("without guidance"),
         ),
-        _figure("tokens-guided", f"Token maps with {method}", plot.token_maps(other, title=""), ""),
+        _figure(
+            "tokens-guided", f"Token maps with {method}", plot.token_maps(other, title=""), _tokens(f"with {method}"),
+        ),
     ]  # fmt: skip
     # Without any guided step both runs are identical and shown once.
     return [figure for figure in made if example.was_guided or not figure.key.endswith("-guided")]
+
+
+def _tokens(run: str) -> str:
+    return (
+        f"Attention to each word of the prompt {run}. Each row is one step, and the rows are spaced evenly from the "
+        "first step to the last; none is a mean over steps."
+    )
 
 
 def describe_regions(trace: Trace) -> str:

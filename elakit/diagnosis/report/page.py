@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ from elakit.files import check_path, write_text
 from elakit.guidance import Trace, method_title
 from elakit.numbering import step_number
 from elakit.plot.style import entity_colors
+
+# Methods whose title is an abbreviation that the page spells out.
+SPELLED_OUT = {"ela": "Entity Localization and Anchoring"}
+# Measures of an attribute alone, without another entity or region.
+OF_ATTRIBUTE = ("attribute_bleed", "attribute_intrusion", "attribute_spill", "attribute_margin")
+_RANGE = re.compile(r"(95% interval|lies between) (\d+) (to|and) (\d+%)")
 
 
 def render(diagnosis: DiagnosisData, command: str = "") -> str:
@@ -63,6 +70,7 @@ def render(diagnosis: DiagnosisData, command: str = "") -> str:
             marked=views.marked(diagnosis.prompt),
             colors=entity_colors([entity.label for entity in diagnosis.prompt.entities]),
             method=method_title(diagnosis.method),
+            introduction=_introduction(diagnosis),
             statements=statements(diagnosis),
             judged=diagnosis.judged,
             tiles=_tiles(diagnosis, table),
@@ -125,7 +133,32 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["number"] = lambda value: "–" if pd.isna(value) else f"{value:.3f}"
+    environment.filters["percents"] = percents
     return environment
+
+
+def percents(sentence: str) -> str:
+    """Put a percent sign after both ends of an interval.
+
+    Examples
+    --------
+    >>> percents("The share lies between 0 and 32% (95% interval).")
+    'The share lies between 0% and 32% (95% interval).'
+    """
+    return _RANGE.sub(r"\1 \2% \3 \4", sentence)
+
+
+def _introduction(diagnosis: DiagnosisData) -> str:
+    method = method_title(diagnosis.method)
+    if spelled := SPELLED_OUT.get(diagnosis.method):
+        method = f"{method} ({spelled})"
+    said = f"This report compares images without guidance with images guided by {method}."
+    if diagnosis.judged:
+        said += (
+            " The judge, a network that decides what each finished image shows, finds an image right if every entity "
+            "is present, separate, and in the color that the prompt gives."
+        )
+    return said
 
 
 def _tiles(diagnosis: DiagnosisData, table: pd.DataFrame) -> list[tuple[str, str]]:
@@ -171,15 +204,27 @@ def _details(example: Pair) -> list[dict[str, Any]]:
     both = [run.bleeding.overall() for run in (example.plain, example.guided)]
     keys = ["measure", "entity", "other"]
     merged = both[0].merge(both[1], on=keys, suffixes=("_plain", "_guided"))
+    bound = merged[merged["measure"] == "attribute_margin"]
+    owners = dict(zip(bound["entity"], bound["other"], strict=True))
     return [
         {
             "measure": str(row["measure"]),
-            "about": " · ".join(part for part in (row["entity"], row["other"]) if part),
+            "about": _about(row, owners),
             "plain": float(row["value_plain"]),
             "guided": float(row["value_guided"]),
         }
         for row in merged.to_dict("records")
     ]
+
+
+def _about(row: Mapping[str, Any], owners: Mapping[str, str]) -> str:
+    """Label of a row of the table of all measures, such as "car · bird" or "green (of apple) · bird"."""
+    first, other = row["entity"], row["other"]
+    if str(row["measure"]).startswith("attribute_") and first in owners:
+        # a measure of an attribute alone names its owner as the other
+        alone = row["measure"] in OF_ATTRIBUTE
+        first, other = f"{first} (of {owners[first]})", "" if alone else other
+    return " · ".join(part for part in (first, other) if part)
 
 
 def _meanings(measures: Iterable[str]) -> list[tuple[str, str]]:
@@ -212,7 +257,7 @@ def _settings(diagnosis: DiagnosisData) -> list[tuple[str, str]]:
         layers = "decoder layers" if recording.decoder == "up" else "all layers"
         rows.append(("maps measured", f"{maps.sizes['y']} × {maps.sizes['x']}, mean over {layers} and heads"))
     traces = [each.guided.guidance for each in diagnosis.pairs if each.guided.guidance is not None]
-    rows.append(("guided steps", _guided_steps(traces)))
+    rows.append((_guided_heading(method_title(diagnosis.method), traces), _guided_steps(traces)))
     if skipped := sum(trace.skipped for trace in traces):
         rows.append(("skipped steps", f"{skipped} (the gradient was not finite)"))
     others = sum(len(one.runs) for one in diagnosis.remedies if one.remedy.name != diagnosis.method)
@@ -221,27 +266,50 @@ def _settings(diagnosis: DiagnosisData) -> list[tuple[str, str]]:
 
 
 def acting_options(diagnosis: DiagnosisData) -> list[tuple[str, str]]:
-    """Options of the method that had an effect, as names and values.
+    """Options of the method that were changed or had an effect, as names and values.
 
-    Options that are unset, zero or off are left out, and so are the options of localization if regions were given by
-    hand, and those of attributes if the prompt has none. The list is empty if no step was guided.
+    Of the options with their defaults, those that are unset, zero or off are left out, and so are those that had no
+    effect in this run. If no step was guided, only changed options are listed.
     """
-    if not any(pair.was_guided for pair in diagnosis.pairs):
-        return []
-    idle = []
-    if diagnosis.options.get("regions") is not None:
-        idle.append("localize")
-    if not any(entity.attributes for entity in diagnosis.prompt.entities):
-        idle.append("attributes")
+    different = commands.changed(diagnosis.method, diagnosis.options) or {}
+    guided = any(pair.was_guided for pair in diagnosis.pairs)
+    idle = _idle(diagnosis)
     return [
         (name, str(value))
         for name, value in diagnosis.options.items()
-        if value is not None and not _is_off(value) and not set(idle) & set(name.split("."))
+        if name in different
+        or (guided and value is not None and not _is_off(value) and not idle & {name, *name.split(".")})
     ]
+
+
+def _idle(diagnosis: DiagnosisData) -> set[str]:
+    """Options, and parts such as "separate", that had no effect in the run."""
+    idle = set()
+    if not any(entity.attributes for entity in diagnosis.prompt.entities):
+        idle.add("attributes")
+    if (regions := diagnosis.options.get("regions")) is not None:
+        idle |= {"anchor.needed", "anchor.enough"}
+        if all(region is not None for region in regions):
+            idle.add("localize")
+    if diagnosis.method == "ela":
+        traces = [pair.guided.guidance for pair in diagnosis.pairs if pair.guided.guidance is not None]
+        terms = {term for trace in traces for row in trace.rows for term in row}
+        if "contrast" not in terms:
+            idle.add("separate")
+        if "shortfall" not in terms:
+            idle |= {"anchor", "localize"}
+    return idle
 
 
 def _is_off(value: Any) -> bool:
     return isinstance(value, bool | int | float) and not value
+
+
+def _guided_heading(method: str, traces: Sequence[Trace]) -> str:
+    """Name of the setting with the guided steps; some methods edit attention scores instead of moving the latent."""
+    acted = [row for trace in traces for row in trace.rows if row["step"] in trace.guided]
+    what = "moved the latent" if acted and all(row["moved"] > 0 for row in acted) else "acted"
+    return f"steps in which {method} {what}"
 
 
 def _guided_steps(traces: Sequence[Trace]) -> str:

@@ -9,6 +9,7 @@ from elakit.diagnosis import commands
 from elakit.diagnosis.data import DiagnosisData, Pair
 from elakit.diagnosis.remedies import RemedyResult, bleed
 from elakit.diagnosis.sentences import first_step, layer_name, plural, steps_of
+from elakit.diagnosis.trials import SHARE
 from elakit.guidance import method_title
 from elakit.judge import Verdict
 from elakit.plot.image_figures import data_uri
@@ -62,6 +63,7 @@ class Card:
 
     seed: int
     outcome: str | None
+    label: str  # the outcome in words, and whether the method did not act; "" if there is nothing to say
     plain: Image
     guided: Image
     predicted: str
@@ -122,10 +124,22 @@ def card(diagnosis: DiagnosisData, pair: Pair, size: int = THUMBNAIL) -> Card:
     return Card(
         seed=pair.seed,
         outcome=pair.outcome,
+        label=_label(diagnosis, pair),
         plain=image(pair.plain, pair.plain_verdict, "plain", size),
         guided=image(pair.guided, pair.guided_verdict, method_title(diagnosis.method), size),
-        predicted="" if probability is None else f"predicted probability of failure: {probability:.0%}",
+        predicted=""
+        if probability is None
+        else f"probability of failure, predicted by elakit's failure predictor from the attention in the first "
+        f"{SHARE:.0%} of the steps: {probability:.0%}",
     )
+
+
+def _label(diagnosis: DiagnosisData, pair: Pair) -> str:
+    both = {"right": "both right", "wrong": "both wrong"}
+    said = [both.get(pair.outcome, pair.outcome)] if pair.outcome is not None else []
+    if not pair.was_guided:
+        said.append(f"{method_title(diagnosis.method)} did not act")
+    return ": ".join(said)
 
 
 def image(run: Run, verdict: Verdict | None, name: str, size: int, what: str = "") -> Image:
