@@ -285,7 +285,7 @@ def test_each_process_on_cuda_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPat
     assert train.process_devices("cpu", 2) == (torch.device("cpu"),) * 2
     for device, processes, owned in (("cuda", 3, 2), ("cuda:1", 2, 1), ("mps", 2, 1)):
         with pytest.raises(
-            SettingError, match=f"each process needs a GPU of its own, and --device {device} has {owned}"
+            SettingError, match=f"each process needs a GPU of its own, and --device {device} gives {owned}"
         ):
             train.process_devices(device, processes)
 
