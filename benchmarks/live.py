@@ -20,12 +20,12 @@ import lab
 
 CELLS = (
     'import elakit\n\npipe = elakit.load("picture-world")',
-    'panel = elakit.live(pipe, "a bear and a blue clock", seed=0)\npanel',
+    'panel = elakit.live(pipe, "a green apple and a red car", seed=0)\npanel',
 )
 # A few guided steps with both boxes.
 STEPS = """panel.options = {"anchor.guided": 0.6}
-panel.draw("bear", (0.5, 0.25, 0.97, 0.95))
-panel.draw("clock", (0.04, 0.05, 0.46, 0.6))
+panel.draw("apple", (0.05, 0.15, 0.48, 0.75))
+panel.draw("car", (0.5, 0.35, 0.97, 0.9))
 panel.step(11)
 panel.wait()"""
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
