@@ -21,6 +21,7 @@ from elakit.diagnosis.measures import BY_SEED, MEANINGS, measure_table
 from elakit.diagnosis.report import views
 from elakit.diagnosis.report.figures import figures
 from elakit.diagnosis.sentences import plural, statements, unexplained
+from elakit.diagnosis.trials import SHARE
 from elakit.files import check_path, write_text
 from elakit.guidance import Trace, method_title
 from elakit.numbering import step_number
@@ -78,6 +79,7 @@ def render(diagnosis: DiagnosisData, command: str = "") -> str:
             causes=views.causes(diagnosis),
             unexplained=unexplained(diagnosis),
             remedies=views.rows(diagnosis),
+            predicted=f"{SHARE:.0%}" if diagnosis.predicted else "",
             cards=[views.card(diagnosis, pair) for pair in diagnosis.pairs],
             example=views.card(diagnosis, example, views.LARGE),
             why=_why_example(diagnosis, example),

@@ -9,7 +9,6 @@ from elakit.diagnosis import commands
 from elakit.diagnosis.data import DiagnosisData, Pair
 from elakit.diagnosis.remedies import RemedyResult, bleed
 from elakit.diagnosis.sentences import first_step, layer_name, plural, steps_of
-from elakit.diagnosis.trials import SHARE
 from elakit.guidance import method_title
 from elakit.judge import Verdict
 from elakit.plot.image_figures import data_uri
@@ -127,10 +126,7 @@ def card(diagnosis: DiagnosisData, pair: Pair, size: int = THUMBNAIL) -> Card:
         label=_label(diagnosis, pair),
         plain=image(pair.plain, pair.plain_verdict, "plain", size),
         guided=image(pair.guided, pair.guided_verdict, method_title(diagnosis.method), size),
-        predicted=""
-        if probability is None
-        else f"probability of failure, predicted by elakit's failure predictor from the attention in the first "
-        f"{SHARE:.0%} of the steps: {probability:.0%}",
+        predicted="" if probability is None else f"predicted probability of failure: {probability:.0%}",
     )
 
 
