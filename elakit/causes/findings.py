@@ -72,7 +72,7 @@ class Failure:
     Examples
     --------
     >>> print(Failure("wrong attribute", "car", "apple", "green", seeds=(0, 2), of=4))
-    In 2 of 4 images, the car is green, the color that the prompt gives the apple. (95% interval 15 to 85%)
+    In 2 of 4 images, the car is green, the color that the prompt gives the apple. (95% interval 15% to 85%)
     """
 
     kind: FailureKind
@@ -133,7 +133,7 @@ class Failure:
         if self.layers:
             where.append(f"visible first in {self.layers[0]}")
         low, high = self.interval
-        return f"{self.sentence} ({'; '.join([f'95% interval {100 * low:.0f} to {high:.0%}', *where])})"
+        return f"{self.sentence} ({'; '.join([f'95% interval {low:.0%} to {high:.0%}', *where])})"
 
 
 @dataclass(frozen=True)

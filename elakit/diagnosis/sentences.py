@@ -98,7 +98,7 @@ def failure_sentence(found: Failure, steps: int) -> str:
         Number of denoising steps.
     """
     low, high = found.interval
-    details = [f"95% interval {100 * low:.0f} to {high:.0%}"]
+    details = [f"95% interval {low:.0%} to {high:.0%}"]
     if found.step is not None:
         details.append(first_step(found.step, steps))
     if found.layers:
@@ -227,7 +227,7 @@ def _uncertainty(diagnosis: DiagnosisData) -> list[str]:
         low, high = diagnosis.interval
         said.append(
             f"With {count} {plural('seed', count)}, the share of right images without guidance lies between "
-            f"{100 * low:.0f} and {high:.0%} (95% interval)."
+            f"{low:.0%} and {high:.0%} (95% interval)."
         )
         if len(diagnosis.remedies) > 1 and diagnosis.best is not None and count < ENOUGH:
             said.append(
@@ -258,7 +258,7 @@ def _result(diagnosis: DiagnosisData, best: RemedyResult) -> str:
     low, high = best.interval
     are = "is" if best.right == 1 else "are"
     said = (
-        f"{best.right} of {count} {plural('image', count)} {are} right (95% interval {100 * low:.0f} to {high:.0%}) "
+        f"{best.right} of {count} {plural('image', count)} {are} right (95% interval {low:.0%} to {high:.0%}) "
         f"instead of {diagnosis.right} of {count}, at {time}"
     )
     return said if not best.broken else f"{said}; it broke {len(best.broken)} of {diagnosis.right} right images"

@@ -92,6 +92,11 @@ class ELA:
     needs_regions: ClassVar[bool] = False
     steerable: ClassVar[bool] = True
     reads_self: ClassVar[bool] = False
+    # a term of the loss, and the parts that had no effect in a run without it
+    parts_of_terms: ClassVar[dict[str, tuple[str, ...]]] = {
+        "contrast": ("separate",),
+        "shortfall": ("anchor", "localize"),
+    }
 
     def __post_init__(self) -> None:
         for option, kind in (("localize", FromMaps), ("anchor", LatentStep), ("separate", Separation)):

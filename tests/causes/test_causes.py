@@ -274,7 +274,7 @@ def test_printed_failures_name_the_interval() -> None:
     findings = Findings(
         elakit.parse(PROMPT, pipe()), (0, 1), True, (Failure("missing", "car", seeds=(1,), of=2, step=3),)
     )
-    assert "(95% interval 9 to 91%; from step 4)" in str(findings)
+    assert "(95% interval 9% to 91%; from step 4)" in str(findings)
 
 
 def test_findings_without_causes() -> None:

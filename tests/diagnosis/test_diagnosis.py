@@ -112,7 +112,7 @@ def test_the_best_remedy_is_named_with_numbers_and_failed_ones_are_reported(runs
     assert found.best is best
     fix = found.to_dict()["statements"]["remedy"]
     assert fix[0] == (
-        "The only remedy that could be tried is ELA: 3 of 4 images are right (95% interval 30 to 95%) instead of 2 of "
+        "The only remedy that could be tried is ELA: 3 of 4 images are right (95% interval 30% to 95%) instead of 2 of "
         "4, at 1.5 times the generation time."
     )
     assert fix[1] == "SynGen failed: no memory"
@@ -139,7 +139,7 @@ def test_failures_and_causes_are_stated(runs: list[Run]) -> None:
     found_dict = diagnosis_of(best, [best], findings).to_dict()["statements"]
     assert found_dict["failures"] == [
         'In 2 of 4 images, the bird is missing, and the attention in its region goes to "car" '
-        "(95% interval 15 to 85%; first visible in the attention at step 2 of 2; earliest in up block 1, "
+        "(95% interval 15% to 85%; first visible in the attention at step 2 of 2; earliest in up block 1, "
         "attention 0)."
     ]
     assert found_dict["causes"] == ["The car takes the bird's place."]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +22,7 @@ from elakit.diagnosis.report.figures import figures
 from elakit.diagnosis.sentences import plural, statements, unexplained
 from elakit.diagnosis.trials import SHARE
 from elakit.files import check_path, write_text
-from elakit.guidance import Trace, method_title
+from elakit.guidance import METHODS, Trace, method_title
 from elakit.numbering import step_number
 from elakit.plot.style import entity_colors
 
@@ -31,7 +30,6 @@ from elakit.plot.style import entity_colors
 SPELLED_OUT = {"ela": "Entity Localization and Anchoring"}
 # Measures of an attribute alone, without another entity or region.
 OF_ATTRIBUTE = ("attribute_bleed", "attribute_intrusion", "attribute_spill", "attribute_margin")
-_RANGE = re.compile(r"(95% interval|lies between) (\d+) (to|and) (\d+%)")
 
 
 def render(diagnosis: DiagnosisData, command: str = "") -> str:
@@ -135,19 +133,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["number"] = lambda value: "–" if pd.isna(value) else f"{value:.3f}"
-    environment.filters["percents"] = percents
     return environment
-
-
-def percents(sentence: str) -> str:
-    """Put a percent sign after both ends of an interval.
-
-    Examples
-    --------
-    >>> percents("The share lies between 0 and 32% (95% interval).")
-    'The share lies between 0% and 32% (95% interval).'
-    """
-    return _RANGE.sub(r"\1 \2% \3 \4", sentence)
 
 
 def _introduction(diagnosis: DiagnosisData) -> str:
@@ -293,13 +279,11 @@ def _idle(diagnosis: DiagnosisData) -> set[str]:
         idle |= {"anchor.needed", "anchor.enough"}
         if all(region is not None for region in regions):
             idle.add("localize")
-    if diagnosis.method == "ela":
-        traces = [pair.guided.guidance for pair in diagnosis.pairs if pair.guided.guidance is not None]
-        terms = {term for trace in traces for row in trace.rows for term in row}
-        if "contrast" not in terms:
-            idle.add("separate")
-        if "shortfall" not in terms:
-            idle |= {"anchor", "localize"}
+    traces = [pair.guided.guidance for pair in diagnosis.pairs if pair.guided.guidance is not None]
+    terms = {term for trace in traces for row in trace.rows for term in row}
+    for term, parts in getattr(METHODS.get(diagnosis.method), "parts_of_terms", {}).items():
+        if term not in terms:
+            idle.update(parts)
     return idle
 
 

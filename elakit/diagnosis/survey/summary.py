@@ -176,11 +176,11 @@ def _statements(
     judged = done[done["right"].notna()]
     if len(judged):
         right, of = int(judged["right"].sum()), int(judged["images"].sum())
-        low, high = (round(100 * end) for end in wilson(right, of))
+        low, high = wilson(right, of)
         all_right = int((judged["right"] == judged["images"]).sum())
         said.append(
             f"Without guidance, {right} of {of} images of {_prompts(len(judged))} show everything the prompt asks for "
-            f"(95% interval {low} to {high}%). All images are right for {all_right} of {_prompts(len(judged))}."
+            f"(95% interval {low:.0%} to {high:.0%}). All images are right for {all_right} of {_prompts(len(judged))}."
         )
         fails = judged[judged["right"] < judged["images"]]
         if len(fails):
