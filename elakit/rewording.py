@@ -7,6 +7,7 @@ entities, such as "a [red car]", and drop all other words.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from elakit.tokens import Span, touching
 _NO_ATTRIBUTE = ARTICLES | {"and", "or"}
 # Text that only lists entities, and can therefore be replaced.
 _LISTING = re.compile(r"\s*(?:,?\s*(?:and|&|\+)|,)\s*", re.IGNORECASE)
+# Words and signs between two entities of a list, whatever else stands there.
+_SEPARATOR = re.compile(r"\band\b|[&+,]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,17 @@ def next_to(prompt: Prompt) -> str | None:
     >>> next_to(elakit.parse("a [bear] on a [chair]", pipe)) is None
     True
     """
+    if not _lists(prompt):
+        return None
     named, gaps = _parts(prompt)
     between = [" next to " if _LISTING.fullmatch(gap) else gap for gap in gaps[1:-1]]
     return _joined(prompt, named, [gaps[0], *between, gaps[-1]])
+
+
+def _lists(prompt: Prompt) -> bool:
+    """True if the text has an "and" or a comma between two of its entities."""
+    spans = entity_spans(prompt)
+    return any(_SEPARATOR.search(prompt.text[a[1] : b[0]]) for a, b in itertools.pairwise(spans))
 
 
 def _joined(prompt: Prompt, named: Sequence[str], gaps: Sequence[str]) -> str | None:

@@ -73,6 +73,13 @@ def test_an_adjective_after_the_noun_stays_with_its_entity(world: Any) -> None:
     assert bracketed(prompt) == prompt.text  # no bracket can say that red belongs to the car
     assert swapped(prompt) == "a [bird] and a [red car]"
     assert described(parse(swapped(prompt) or "", world)) == described(prompt)[::-1]
+    assert next_to(prompt) == "a [red car] next to a [bird]"
+
+
+def test_entities_that_are_not_listed_are_not_put_next_to_each_other(world: Any) -> None:
+    prompt = parse("a car that is red on a chair", world)
+    assert described(prompt) == [("car", ("red",)), ("chair", ())]
+    assert next_to(prompt) is None
 
 
 subjects = st.lists(

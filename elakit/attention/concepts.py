@@ -31,9 +31,10 @@ class ConceptMaps:
         Kind of the values: "probability" in cross-attention, "similarity" in joint attention; see `map_concepts`.
     """
 
-    def __init__(self, concepts: Sequence[str], kind: str) -> None:
+    def __init__(self, concepts: Sequence[str], kind: str, layers: int) -> None:
         self.concepts = tuple(concepts)
         self.kind = kind
+        self._layers = layers  # a denoiser call with fewer maps was interrupted
         self._timesteps: list[float] = []
         self._sums: list[dict[Size, tuple[np.ndarray, int]]] = []  # per step and size: sum over layers, their number
 
@@ -51,29 +52,42 @@ class ConceptMaps:
         Returns
         -------
         xarray.DataArray, (step, concept, y, x)
-            float32, with the coordinate ``timestep(step)``. ``step`` counts the denoiser calls of the block from 0.
+            float32, with the coordinate ``timestep(step)``. ``step`` counts the denoiser calls of the block from 0,
+            without a call that was interrupted.
 
         Raises
         ------
         RecordingError
-            Raised when no step was finished, no map has the size, or the batch has no such image.
+            Raised when no step was finished, no map has the size, the batch has no such image, or the block contains
+            pipeline calls with different numbers of images.
         """
-        if not self._sums:
+        calls = [
+            (timestep, found)
+            for timestep, found in zip(self._timesteps, self._sums, strict=True)
+            if sum(count for _, count in found.values()) == self._layers
+        ]
+        if not calls:
             raise RecordingError(
                 "No maps of concepts were recorded: no step was finished inside the block. Call the pipeline inside "
                 "the `with map_concepts(...)` block."
             )
-        sizes = sorted((one for one in self._sums[0] if size is None or max(one) == size), reverse=True)
+        sizes = sorted((one for one in calls[0][1] if size is None or max(one) == size), reverse=True)
         if not sizes:
-            there = ", ".join(f"{y}x{x}" for y, x in self._sums[0])
+            there = ", ".join(f"{y}x{x}" for y, x in calls[0][1])
             raise RecordingError(
                 f"No maps have size {size}. Give the longer side of one of the recorded maps: {there}."
             )
-        images = len(self._sums[0][sizes[0]][0])
+        batches = {len(total) for _, found in calls for total, _ in found.values()}
+        if len(batches) > 1:
+            raise RecordingError(
+                f"The runs in the block have different numbers of images ({', '.join(map(str, sorted(batches)))}). Use "
+                "one `with map_concepts(...)` block for each call of the pipeline."
+            )
+        images = batches.pop()
         if not -images <= image < images:
             raise RecordingError(f"Image {image} was not recorded; give an index from 0 to {images - 1}.")
         steps = []
-        for found in self._sums:
+        for _, found in calls:
             layers = sum(found[one][1] for one in sizes)
             steps.append(sum(resize(found[one][0][image], sizes[0]) for one in sizes) / np.float32(layers))
         return xr.DataArray(
@@ -81,7 +95,7 @@ class ConceptMaps:
             dims=("step", "concept", "y", "x"),
             coords={
                 "step": np.arange(len(steps)),
-                "timestep": ("step", self._timesteps),
+                "timestep": ("step", [timestep for timestep, _ in calls]),
                 "concept": list(self.concepts),
             },
             name=f"concept {self.kind}",
@@ -187,8 +201,8 @@ def map_concepts(
     for word in words:
         if not word.strip() or any(bracket in word for bracket in "[]"):
             raise SettingError(f"words contains {word!r}; give words or short phrases without brackets, such as 'sky'.")
-    found = ConceptMaps(words, "probability" if cross else "similarity")
     kind, read = _reader_of(adapter, chosen, layers)
+    found = ConceptMaps(words, "probability" if cross else "similarity", len(read))
     reader = kind(adapter, prompt, words, found.begin, found.add)
     with ExitStack() as stack:
         stack.callback(reader.close)

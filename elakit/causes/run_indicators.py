@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from math import isfinite
 from statistics import mean, median
 from typing import Any, NamedTuple
 
@@ -134,9 +135,11 @@ def _visible(indicator: Indicator | None) -> tuple[float, float]:
 
 
 def _clearest(found: Mapping[Any, Sequence[tuple[float, float]]]) -> tuple[Any, ...]:
-    """Up to `MOST` keys where the indicator is strong enough, the earliest first; of equally early ones, the strongest.
+    """Up to `MOST` layers or heads, the earliest first; of equally early ones, the strongest.
 
-    `found` has the results of `_visible` for each layer or head, one per run.
+    Only those count in which the indicator is strong enough on average, and becomes visible in at least half of the
+    runs. `found` has the results of `_visible` for each layer or head, one per run.
     """
     ranks = {key: (median(since for since, _ in each), -mean(s for _, s in each)) for key, each in found.items()}
-    return tuple(sorted((key for key, (_, minus) in ranks.items() if minus <= -LEAST), key=ranks.__getitem__)[:MOST])
+    seen = (key for key, (since, minus) in ranks.items() if isfinite(since) and minus <= -LEAST)
+    return tuple(sorted(seen, key=ranks.__getitem__)[:MOST])

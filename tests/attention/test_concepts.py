@@ -124,3 +124,29 @@ def test_what_cannot_be_mapped_is_refused() -> None:
         found.maps(size=16)
     with pytest.raises(RecordingError, match="Image 3 was not recorded"):
         found.maps(image=3)
+
+
+def test_an_interrupted_denoiser_call_is_left_out() -> None:
+    pipe = tiny_pipeline()
+    with map_concepts(pipe, TEXT, ["dog"]) as whole:
+        draw(pipe)
+    calls = []
+
+    def interrupt(*_: Any) -> None:
+        calls.append(0)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    pipe.unet.mid_block.register_forward_pre_hook(interrupt)
+    with map_concepts(pipe, TEXT, ["dog"]) as found, pytest.raises(KeyboardInterrupt):
+        draw(pipe)
+    np.testing.assert_array_equal(found.maps(), whole.maps().isel(step=[0]))
+
+
+def test_batches_of_different_sizes_do_not_share_a_block() -> None:
+    pipe = tiny_pipeline()
+    with map_concepts(pipe, TEXT, ["dog"]) as found:
+        draw(pipe)
+        draw(pipe, num_images_per_prompt=2)
+    with pytest.raises(RecordingError, match=r"different numbers of images \(1, 2\)"):
+        found.maps()
