@@ -19,6 +19,7 @@ from elakit.errors import SettingError
 from elakit.resources import data_path
 
 ARTISTS = ("fluent-3d", "fluent-flat", "noto", "noto-v1", "own")
+VIEWS = ("body", "face")
 MARGIN = 2  # transparent pixels kept around a drawing, so that rotating it cuts nothing off
 
 

@@ -16,9 +16,10 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
+from elakit import checks
 from elakit.errors import SettingError
 from elakit.measures.masks import bounding_box
-from elakit.world.art import ARTISTS, Drawing, drawings, rasterize
+from elakit.world.art import ARTISTS, VIEWS, Drawing, drawings, rasterize
 from elakit.world.backgrounds import KINDS, background
 from elakit.world.layouts import (
     FOUR_LAYOUTS,
@@ -169,12 +170,13 @@ class World:
     SettingError
         The shares of `entities` or of `layouts` do not add up to 1, or one of them is negative; there are more than
         four shares of `entities`; a layout is unknown or its share larger than `LARGEST_LAYOUT`; `single_sizes` is not
-        a range of sizes; `most_drawings` is below 1; or `mirrored` is outside [0, 1].
+        a range of sizes; `size` or `most_drawings` is not a whole number, 1 or more; a probability, another share or
+        `shadow` is outside [0, 1]; or an artist, a view or a kind of background is unknown.
     """
 
     size: int = 128
     artists: tuple[str, ...] = ARTISTS
-    views: tuple[str, ...] = ("body", "face")
+    views: tuple[str, ...] = VIEWS
     most_drawings: int = 100
     mirrored: float = 0.5
     entities: tuple[float, ...] = (0.4, 0.4, 0.15, 0.05)
@@ -211,10 +213,15 @@ class World:
                 f"single_sizes is {list(self.single_sizes)}; give the smallest and the largest size of the entity "
                 "in a scene with one entity, as shares of the scene's side (above 0, at most 1), such as [0.25, 0.85]."
             )
-        if self.most_drawings < 1:
-            raise SettingError(f"most_drawings is {self.most_drawings}; give a number of drawings, at least 1.")
-        if not 0 <= self.mirrored <= 1:
-            raise SettingError(f"mirrored is {self.mirrored}; give a probability from 0 to 1.")
+        for setting in ("size", "most_drawings"):
+            checks.whole_number(getattr(self, setting), setting, 1, owner="World")
+        for setting in ("mirrored", "free_captions", "stated", "held_out", "natural", "shadow"):
+            checks.share(getattr(self, setting), setting, owner="World")
+        for setting, allowed in (("artists", ARTISTS), ("views", VIEWS), ("backgrounds", KINDS)):
+            if isinstance(chosen := getattr(self, setting), str) or not chosen:
+                checks.refuse(chosen, setting, f"a list of one or more of {', '.join(allowed)}", owner="World")
+            for one in chosen:
+                checks.choice(one, setting, allowed, owner="World")
         if unknown := set(self.layouts) - set(PAIR_LAYOUTS):
             named = ", ".join(map(repr, sorted(unknown)))
             raise SettingError(f"Unknown layout {named} in layouts. Choose from {', '.join(PAIR_LAYOUTS)}.")
