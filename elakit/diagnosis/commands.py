@@ -65,13 +65,14 @@ def command(diagnosis: DiagnosisData) -> str:
     Returns
     -------
     str
-        Command line; "" if the options of ``elakit diagnose`` cannot express the diagnosis, because its method is your
-        own or one of the method's options has a value that cannot be written as text.
+        Command line; "" if the options of ``elakit diagnose`` cannot express the diagnosis, because `elakit.load`
+        cannot load its model, its method is your own, or one of the method's options has a value that cannot be written
+        as text.
     """
     settings = diagnosis.pairs[0].plain.settings
     seeds = [pair.seed for pair in diagnosis.pairs]
     options = _set(diagnosis.method, changed(diagnosis.method, diagnosis.options))
-    if options is None:
+    if options is None or not _loads(settings):
         return ""
     remedies = _remedies(diagnosis)
     words = ["elakit", "diagnose", bracketed(diagnosis.prompt), "--seeds", format_seeds(seeds)]
@@ -94,7 +95,8 @@ def reproduce(result: RemedyResult) -> dict[str, str]:
     dict of str to str
         "code" reproduces all images; as in the result of `code`, ``...`` marks the place of your own pipeline or
         method. "command" reproduces one image: the first that is right, or the first if none is. Both are "" if the
-        remedy has no images, and "command" is "" if the options of ``elakit run`` cannot express the remedy.
+        remedy has no images, and "command" is "" if the options of ``elakit run`` cannot express the remedy, or
+        `elakit.load` cannot load the model.
     """
     if not result.runs:
         return {"code": "", "command": ""}
@@ -137,6 +139,8 @@ def _remedy_code(result: RemedyResult) -> str:
 
 def _remedy_command(result: RemedyResult) -> str:
     remedy, run = result.remedy, result.runs[_shown(result)]
+    if not _loads(run.settings):
+        return ""
     words = ["elakit", "run", bracketed(remedy.prompt), "--seed", str(run.seed)]
     if remedy.method is not None:
         own = changed(remedy.method, remedy.options)
@@ -164,9 +168,15 @@ def _are_boxes(regions: Any) -> bool:
     )
 
 
+def _loads(settings: Mapping[str, Any]) -> bool:
+    """True if the model is one that `elakit.load` can load: a built-in model, a hub id or an existing folder."""
+    model = str(settings.get("model"))
+    return model in EMBEDDED or bool(HUB_ID.fullmatch(model)) or Path(model).is_dir()
+
+
 def _loading(settings: Mapping[str, Any]) -> list[str]:
     model = str(settings.get("model"))
-    if model in EMBEDDED or HUB_ID.fullmatch(model) or Path(model).is_dir():
+    if _loads(settings):
         given = "".join(f", {name}={value!r}" for name, value in _loaded(settings).items())
         return [f"pipe = elakit.load({model!r}{given})"]
     return [f"pipe = ...  # replace ... by your own pipeline ({model}), which elakit.load cannot load"]

@@ -401,9 +401,10 @@ def load_detector(
             "'google/owlv2-base-patch16-ensemble'."
         )
     if sam is not None and not isinstance(sam, Sam):
-        if (sam_kind := _model_type(sam)) != "sam":
-            raise ModelError(f"sam is {str(sam)!r}, a {sam_kind!r} model; give a SAM such as 'facebook/sam-vit-base'.")
-        sam = Sam(*_load(sam, "SamModel", chosen, dtype))
+        example = "facebook/sam-vit-base"
+        if (sam_kind := _model_type(sam, example, "SAM")) != "sam":
+            raise ModelError(f"sam is {str(sam)!r}, a {sam_kind!r} model; give a SAM such as {example!r}.")
+        sam = Sam(*_load(sam, "SamModel", chosen, dtype, "SAM"))
     if sam is not None:
         options["masks"] = sam
     return adapter(*_load(name, class_name, chosen, dtype), **options)
@@ -535,34 +536,34 @@ def _check_query(query: str) -> None:
         raise SettingError(f"query is {query!r}; it must contain '{{noun}}', which is replaced by the noun.")
 
 
-def _model_type(name: str | Path) -> str:
+def _model_type(name: str | Path, example: str = "google/owlv2-base-patch16-ensemble", what: str = "Detector") -> str:
     """Family of a checkpoint from its config alone, so that a wrong one is refused before weights are downloaded."""
     if not Path(name).is_dir() and not (isinstance(name, str) and HUB_ID.fullmatch(name)):
-        raise ModelError(
-            f"Detector {str(name)!r} is neither a folder nor a hub id such as 'google/owlv2-base-patch16-ensemble'."
-        )
+        raise ModelError(f"{what} {str(name)!r} is neither a folder nor a hub id such as {example!r}.")
     try:
         kind = PreTrainedConfig.get_config_dict(str(name))[0].get("model_type")
     except (OSError, ValueError) as error:
-        raise _unavailable(name, first_line(error)) from error
+        raise _unavailable(name, first_line(error), what) from error
     if not isinstance(kind, str):
-        raise _unavailable(name, "its config.json is missing or has no model_type.")
+        raise _unavailable(name, "its config.json is missing or has no model_type.", what)
     return kind
 
 
-def _load(name: str | Path, class_name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load(
+    name: str | Path, class_name: str, device: torch.device, dtype: torch.dtype, what: str = "Detector"
+) -> tuple[Any, Any]:
     try:
         processor = AutoProcessor.from_pretrained(str(name), trust_remote_code=False)
         model = getattr(transformers, class_name).from_pretrained(str(name), use_safetensors=True, dtype=dtype)
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError, ImportError) as error:
         # Damaged and incomplete checkpoints raise many kinds of errors; the cause is attached.
-        raise _unavailable(name, first_line(error)) from error
+        raise _unavailable(name, first_line(error), what) from error
     return model.to(device), processor
 
 
-def _unavailable(name: str | Path, why: str) -> ModelError:
+def _unavailable(name: str | Path, why: str, what: str) -> ModelError:
     return ModelError(
-        f"Detector {str(name)!r} could not be loaded: {why} It must contain a config, a processor and safetensors "
+        f"{what} {str(name)!r} could not be loaded: {why} It must contain a config, a processor and safetensors "
         f"weights. Without network access, download it elsewhere (`hf download {name}`) and give its folder."
     )
 

@@ -153,6 +153,7 @@ def _scale(found: pd.DataFrame, name: str) -> dict[str, Any]:
     if name != "seconds":
         return {**axis, "tickformat": ".0%", "range": [-0.03, min(1.0, top * 1.1) + 0.03], "nticks": 5}
     if top > 6:
-        ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500) if t < 1.5 * top]
-        return {**axis, "type": "log", "range": [np.log10(0.8), np.log10(top * 1.2)], "tickvals": ticks}
+        ticks = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if t < 1.5 * top]
+        low = float(np.nanmin([1.0, *found[f"{name}_low"], *found[name]]))
+        return {**axis, "type": "log", "range": [np.log10(low * 0.8), np.log10(top * 1.2)], "tickvals": ticks}
     return {**axis, "range": [0, max(top, 1.0) * 1.1], "nticks": 5}

@@ -392,14 +392,19 @@ def test_a_diagnosis_contains_the_code_and_command_that_reproduce_it(world: Any)
 
 def test_code_says_where_to_put_a_pipeline_and_a_method_of_your_own(runs: list[Run]) -> None:
     best = tried(runs, "nnyy", "ynyy")
-    own = [
-        replace(pair, plain=replace(pair.plain, settings=pair.plain.settings | {"model": "MyPipeline"}))
-        for pair in diagnosis_of(best, [best]).pairs
-    ]
+    own, loaded = (
+        [
+            replace(pair, plain=replace(pair.plain, settings=pair.plain.settings | {"model": model}))
+            for pair in diagnosis_of(best, [best]).pairs
+        ]
+        for model in ("MyPipeline", "picture-world")
+    )
     text = code(replace(diagnosis_of(best, [best]), method="my-method", options={}, pairs=own))
     compile(text, "code", "exec")
     assert "pipe = ...  # replace ... by your own pipeline (MyPipeline), which elakit.load cannot load" in text
     assert "    method=...,  # replace ... by your own method 'my-method'\n" in text
+    assert command(replace(diagnosis_of(best, [best]), pairs=loaded))
+    assert command(replace(diagnosis_of(best, [best]), pairs=own)) == ""
 
 
 def test_the_command_writes_a_page_json_and_the_runs(

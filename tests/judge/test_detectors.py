@@ -605,6 +605,8 @@ def test_unsupported_models_are_refused_with_the_supported_families(parts, folde
 def test_errors_of_missing_parts_name_the_next_step(folders, tmp_path, parts):
     with pytest.raises(ModelError, match="neither a folder nor a hub id"):
         load_detector("owlv2")
+    with pytest.raises(ModelError, match=r"SAM 'vit-base' is neither .* such as 'facebook/sam-vit-base'"):
+        load_detector(folders / "owlv2", sam="vit-base")
     with pytest.raises(ModelError, match=r"no-such/detector.*hf download no-such/detector"):
         load_detector("no-such/detector")
     with pytest.raises(ModelError, match="has no model_type"):

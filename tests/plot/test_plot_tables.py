@@ -132,6 +132,14 @@ def test_methods_stand_in_the_order_of_what_they_get_right_below_plain() -> None
     assert [shape.x0 for shape in figure.layout.shapes] == [0.5, 1]  # what plain gets right, and its time
 
 
+def test_a_method_faster_than_plain_is_inside_the_logarithmic_axis() -> None:
+    table = method_table()
+    table.loc[table["method"] == "ela", "seconds"] = 0.6  # 0.3 times as long as plain, beside one of 10 times
+    axis = plot.method_comparison(sweep.summary(table)).layout.xaxis4
+    assert axis.type == "log"
+    assert axis.range[0] < np.log10(0.3)
+
+
 def test_whiskers_end_at_the_intervals() -> None:
     summary = sweep.summary(method_table())
     success = plot.method_comparison(summary).data[0]
