@@ -295,7 +295,9 @@ def measure(
 
 
 def truth_masks(truth: Verdict | xr.DataArray, entities: Sequence[str], size: tuple[int, int]) -> np.ndarray:
-    """Masks of the entities in the finished image, in the order of `entities`, checked for the maps' aspect ratio.
+    """Masks of the entities in the finished image, in the order of `entities` and at the resolution of `truth`.
+
+    Labels and aspect ratio of the masks are checked against those of the maps.
 
     Parameters
     ----------
@@ -305,11 +307,13 @@ def truth_masks(truth: Verdict | xr.DataArray, entities: Sequence[str], size: tu
     entities : sequence of str
         Labels of the entities of the maps.
     size : (int, int)
-        Rows and columns of the maps; their aspect ratio must be the image's, up to rounding.
+        Rows and columns of the maps; their aspect ratio must be the image's, up to rounding. The masks are not resized
+        to this size.
 
     Returns
     -------
     bool array, (entity, y, x)
+        The masks, with the rows and columns of `truth`.
 
     Raises
     ------
@@ -356,7 +360,10 @@ def truth_masks(truth: Verdict | xr.DataArray, entities: Sequence[str], size: tu
 
 
 class _Table:
-    """Collects measures and joins them into the tidy table."""
+    """Collects the measures of a run as rows of one tidy table; `Bleeding.to_frame` lists the columns of this table.
+
+    `steps` are the numbers of the steps, counted from 0.
+    """
 
     def __init__(self, steps: np.ndarray) -> None:
         self.steps = steps
@@ -463,7 +470,25 @@ def _add_agreement(table: _Table, names: list[str], values: np.ndarray, seen: np
 
 
 def _add_truth_leakage(table: _Table, leak: xr.DataArray, values: np.ndarray, seen: np.ndarray) -> xr.DataArray:
-    """Add the leakage of entities or attributes, with the masks of the image as regions, and return its matrix."""
+    """Add the leakage into the entities' masks in the finished image to the table, and return the leakage.
+
+    Parameters
+    ----------
+    table : _Table
+        Table to which the values are added, as "truth_leakage" or "attribute_truth_leakage".
+    leak : DataArray, (step, entity or attribute, region)
+        `Bleeding.leakage` or `Bleeding.attribute_leakage`: the leakage into the regions. Only its name, dimensions and
+        labels are used.
+    values : ndarray, (step, entity or attribute, y, x)
+        Attention to the entities or attributes of `leak`.
+    seen : bool array, (entity, y, x)
+        Mask of each entity in the finished image, from `truth_masks`. The masks take the place of the regions.
+
+    Returns
+    -------
+    DataArray, (step, entity or attribute, region)
+        `Bleeding.truth_leakage` or `Bleeding.attribute_truth_leakage`.
+    """
     matrix = truth_leakage(values, seen)
     name = str(leak.name).replace("leakage", "truth_leakage")
     rows, regions = (leak[leak.dims[i]].values.tolist() for i in (1, 2))
@@ -472,7 +497,21 @@ def _add_truth_leakage(table: _Table, leak: xr.DataArray, values: np.ndarray, se
 
 
 def _regions_of(regions: xr.DataArray | Regions, names: list[str], steps: np.ndarray) -> np.ndarray:
-    """Masks of the regions, (entity, y, x) or (step, entity, y, x), with the entities in the order of `names`."""
+    """Check the regions, and return them as an array with the entities in the order of `names`.
+
+    Parameters
+    ----------
+    regions : Regions, or DataArray of bool, (step, entity, y, x) or (entity, y, x)
+    names : list of str
+        Labels of the entities, which the regions must have, too.
+    steps : ndarray, (step,)
+        Numbers of the steps of the maps. Regions with the dimension `step` must have the same steps.
+
+    Returns
+    -------
+    ndarray, (step, entity, y, x) or (entity, y, x)
+        The array has the dimension `step` only if the given regions have it.
+    """
     if isinstance(regions, Regions):
         regions = regions.to_xarray()
     if not isinstance(regions, xr.DataArray):

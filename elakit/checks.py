@@ -1,6 +1,6 @@
 """Validators of settings: each returns the value as plain Python, or raises an error that names the allowed values.
 
-They accept NumPy scalars. They refuse NaN and infinity, and booleans instead of numbers.
+They accept NumPy scalars. Where a number is expected, they refuse NaN, infinity, True and False.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def whole_number(
     owner : str
         Class or function that the setting belongs to, for the message: "SynGen" for ``SynGen(iterations=0)``.
     hint : str
-        Sentence about the next step, added to the message.
+        Advice to the user, as a sentence that is added to the end of the message; "" adds none.
 
     Returns
     -------
@@ -92,7 +92,7 @@ def real_number(
     owner : str
         Class or function that the setting belongs to, for the message.
     hint : str
-        Sentence about the next step, added to the message.
+        Advice to the user, as a sentence that is added to the end of the message; "" adds none.
 
     Returns
     -------
@@ -131,7 +131,7 @@ def share(value: Any, name: str, *, owner: str = "", hint: str = "") -> float:
     owner : str
         Class or function that the setting belongs to, for the message.
     hint : str
-        Sentence about the next step, added to the message.
+        Advice to the user, as a sentence that is added to the end of the message; "" adds none.
 
     Returns
     -------
@@ -163,7 +163,7 @@ def choice(value: Any, name: str, allowed: Collection[T], *, owner: str = "", hi
     owner : str
         Class or function that the setting belongs to, for the message.
     hint : str
-        Sentence about the next step, added to the message.
+        Advice to the user, as a sentence that is added to the end of the message; "" adds none.
 
     Returns
     -------
@@ -207,7 +207,7 @@ def boolean(value: Any, name: str, *, owner: str = "", hint: str = "") -> bool:
     owner : str
         Class or function that the setting belongs to, for the message.
     hint : str
-        Sentence about the next step, added to the message.
+        Advice to the user, as a sentence that is added to the end of the message; "" adds none.
 
     Returns
     -------
@@ -321,7 +321,7 @@ def refuse(value: Any, name: str, rule: str, *, owner: str = "", hint: str = "")
     owner : str
         Class or function that the setting belongs to; "" for none.
     hint : str
-        Sentence about the next step, added to the message.
+        Advice to the user, as a sentence that is added to the end of the message; "" adds none.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The command ``elakit doctor``: versions, devices, the language model, and the memory that a model needs."""
+"""The command ``elakit doctor``: versions, devices, the spaCy model, and the memory for a diffusion model's weights."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Captions are short and rarely full sentences, but spaCy's small model was trained on sentences: it reads "a blue rose"
 as a subject and a verb. An article, however, always opens a noun phrase, whatever tags the following words have.
-Phrases are therefore cut from articles and tags by a table of rules (`RULES`), which tolerates a wrong tag.
-Dependencies are used only for adjectives that follow the noun ("the car in the yard is red").
+A table of rules (`RULES`) therefore decides from articles and tags which words belong to a phrase; the rules tolerate
+a wrong tag. Dependencies are used only for adjectives that follow the noun ("the car in the yard is red").
 """
 
 from __future__ import annotations
@@ -153,9 +153,14 @@ def _no_reader(reason: str) -> str:
 
 
 def plain_english(text: str) -> str:
-    """Replace markup, emoji and symbols by spaces and commas, so that spaCy reads words only.
+    """Replace prompt syntax, emoji and symbols by spaces and commas, so that spaCy reads words only.
 
-    The length stays the same, so that positions in the result are positions in the text.
+    Each replaced character becomes one space or one comma, so that positions in the result are positions in the text.
+
+    - Spaces replace LoRA tags, the brackets and the weight of "(red car:1.3)", double brackets, plus and minus signs
+      after a word, and the angle brackets of a textual inversion ("<cat-toy>").
+    - Commas replace everything else that separates phrases: other round brackets, braces, "|", symbols such as "=" and
+      "*", arrows, and emoji.
 
     Examples
     --------
@@ -232,13 +237,15 @@ def _cut(tokens: Sequence[Any]) -> Iterator[tuple[int, int]]:
 
 
 class _Verdict(Enum):
+    """Decision of one of the `RULES` about a word: does it belong to the phrase that is being read?"""
+
     INSIDE = "the word belongs to the phrase"
     JOINED = "the word only joins others, such as the hyphen of a compound; it cannot end the phrase"
     OUTSIDE = "the phrase has ended before the word"
 
 
 class _State(NamedTuple):
-    """Position of the scan within a phrase.
+    """A word that a rule decides about, and the phrase that is being read.
 
     Attributes
     ----------
@@ -273,41 +280,45 @@ class _State(NamedTuple):
 
 
 def _relation(state: _State) -> _Verdict | None:
-    """A relation ends a phrase: "right of", "on top of"."""
+    """Return OUTSIDE for a word that relates objects, as in "right of" and "on top of", otherwise None."""
     return _Verdict.OUTSIDE if state.at in state.relations else None
 
 
 def _hyphen(state: _State) -> _Verdict | None:
-    """A hyphen joins the words of a compound: "close-up", "red-haired"."""
+    """Return JOINED for a hyphen between the words of a compound, such as "close-up", otherwise None."""
     return _Verdict.JOINED if state.begun and _is_hyphen(state.token) else None
 
 
 def _joined_adjectives(state: _State) -> _Verdict | None:
-    """A conjunction or comma before the noun joins adjectives, as in "a red and white car", or ends the phrase."""
+    """Decide about a conjunction or a comma before the noun; return None for all other words.
+
+    JOINED if it joins adjectives, as in "a red and white car", otherwise OUTSIDE.
+    """
     if state.named or not state.begun or not (state.token.pos_ == "CCONJ" or state.token.text == ","):
         return None
     return _Verdict.JOINED if _joins_adjectives(state.tokens, state.at) else _Verdict.OUTSIDE
 
 
 def _after_hyphen(state: _State) -> _Verdict | None:
-    """A word after a hyphen belongs to the phrase, whatever its tag."""
+    """Return INSIDE for a word after a hyphen, whatever its tag, otherwise None."""
     return _Verdict.INSIDE if state.begun and _is_hyphen(state.tokens[state.at - 1]) else None
 
 
 def _known_compound(state: _State) -> _Verdict | None:
-    """The last word of a known compound belongs to the phrase, whatever its tag: "fire hydrant"."""
+    """Return INSIDE for the last word of a known compound, such as "fire hydrant", whatever its tag, otherwise None."""
     return _Verdict.INSIDE if state.begun and _ends_compound(state.tokens, state.at) else None
 
 
 def _next_to(state: _State) -> _Verdict | None:
-    """The "next" of "next to" and the "close" of "close to" end a phrase."""
+    """Return OUTSIDE for the "next" of "next to" and the "close" of "close to", otherwise None."""
     return _Verdict.OUTSIDE if state.begun and _relates(state.tokens, state.at) else None
 
 
 def _after_article(state: _State) -> _Verdict | None:
-    """Words between an article and the end of its noun belong to the phrase, even if they are tagged as verbs.
+    """Decide about a word of a phrase that has an article and no noun yet; return None for other words.
 
-    Examples are "can" in "a red can" and "rose" in "a blue rose".
+    INSIDE even for words that are tagged as verbs, such as "can" in "a red can" and "rose" in "a blue rose". OUTSIDE
+    for another article, and for words that end a phrase, such as prepositions.
     """
     if not state.article or state.named:
         return None
@@ -317,7 +328,10 @@ def _after_article(state: _State) -> _Verdict | None:
 
 
 def _after_noun(state: _State) -> _Verdict | None:
-    """After a noun, further nouns belong to the phrase, and so do adjectives before a noun: "toy red car"."""
+    """Decide about a word of a phrase that already has a noun; return None for other words.
+
+    INSIDE for a further noun, and for an adjective right before a noun, as in "toy red car"; otherwise OUTSIDE.
+    """
     if not state.named:
         return None
     fits = _is_noun(state.token) or (_is_adjective(state.token) and _noun_follows(state.tokens, state.at))
@@ -325,7 +339,10 @@ def _after_noun(state: _State) -> _Verdict | None:
 
 
 def _without_article(state: _State) -> _Verdict | None:
-    """Without an article, nouns, adjectives, numbers and participles before a noun belong to the phrase."""
+    """Decide about a word of a phrase that has no article and no noun yet.
+
+    INSIDE for a noun, an adjective or a number, and for a participle right before a noun; otherwise OUTSIDE.
+    """
     token = state.token
     if _is_noun(token) or _is_adjective(token) or token.pos_ == "NUM":
         return _Verdict.INSIDE
@@ -419,7 +436,7 @@ def _noun_follows(tokens: Sequence[Any], at: int) -> bool:
 
 
 def _joins_adjectives(tokens: Sequence[Any], at: int) -> bool:
-    """Return True for the "and" of "a red and white car", and False for that of "an orange and a car"."""
+    """Return True for the "and" of "a red and white car", and False for the "and" of "an orange and a car"."""
     following = next((i for i in range(at + 1, len(tokens)) if tokens[i].pos_ != "CCONJ"), None)
     if following is None or tokens[following].pos_ in _CLOSING:
         return False
@@ -493,7 +510,10 @@ def _describe(tokens: Sequence[Any], start: int, stop: int) -> Phrase:
 
 
 def _predicates(noun: Any) -> Iterator[Any]:
-    """Yield the adjectives that the parse relates to a noun: "the car in the yard is red"."""
+    """Yield the adjectives that the parse relates to a noun by a verb: "red" in "the car in the yard is red".
+
+    The adjectives before the noun, as in "a red car", are not yielded.
+    """
     verbs = [child for child in noun.children if child.dep_ in ("relcl", "acl")]
     if noun.dep_ in ("nsubj", "nsubjpass"):
         verbs.append(noun.head)
@@ -505,7 +525,10 @@ def _predicates(noun: Any) -> Iterator[Any]:
 
 
 def _predicates_after(tokens: Sequence[Any], at: int) -> Iterator[Any]:
-    """Yield the adjectives of "a car that is red" and "a bird painted blue", whatever the parse."""
+    """Yield the adjectives after a noun, as in "a car that is red" and "a bird painted blue", whatever the parse.
+
+    `at` is the index of the first token after the noun.
+    """
     if at < len(tokens) and tokens[at].lower_ in ("that", "which", "who"):
         at += 1
     verb = at

@@ -126,8 +126,8 @@ def replace_file(path: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> Path:
     r"""Write a text file in UTF-8, completely or not at all; an existing file is replaced.
 
-    Characters that UTF-8 cannot represent (lone surrogates, from bytes of a command line that are not valid text) are
-    written as escapes such as ``\udcff``.
+    Characters that UTF-8 cannot represent (lone surrogates) are written as escapes such as ``\udcff``. Python creates
+    such characters from invalid bytes, for example in the arguments of a command line.
 
     Parameters
     ----------
@@ -353,17 +353,18 @@ def _rename(new: Path, target: Path) -> None:
 
 
 def leftovers(folder: str | Path) -> list[Path]:
-    """Find replaced versions of a folder that an interrupted call of `replace_folder` has left next to it.
+    """Find the hidden folders in which an interrupted call of `replace_folder` has left earlier versions of a folder.
 
     Parameters
     ----------
     folder : str or pathlib.Path
-        Final folder of that call.
+        Final folder of the interrupted call.
 
     Returns
     -------
     list of pathlib.Path
-        Hidden folders with the complete content of earlier versions; empty if there are none.
+        Hidden folders next to `folder`; empty if there are none. Each has the content of one earlier version, which is
+        incomplete if its deletion was interrupted.
     """
     target = Path(folder)
     start = f".{target.name[:_NAME]}."
@@ -432,7 +433,7 @@ _NAME = 40
 
 
 def _sibling(target: Path, suffix: str) -> Path:
-    """Unique hidden path next to `target`, which ends with `suffix`."""
+    """Unique path in the folder of `target`, with a hidden name that ends with a period and `suffix`."""
     return target.parent / f".{target.name[:_NAME]}.{uuid.uuid4().hex[:12]}.{suffix}"
 
 

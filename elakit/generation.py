@@ -1,4 +1,4 @@
-"""Generation: arguments of `generate`, their checks and its warnings; `elakit.pipeline_call` calls the pipeline."""
+"""The function `generate`, with checks of the arguments and warnings; `elakit.pipeline_call` calls the pipeline."""
 
 from __future__ import annotations
 
@@ -149,8 +149,8 @@ def generate(
     PromptError
         Raised when the prompt cannot be parsed.
     ModelError
-        Raised when the pipeline's family is not supported, or supports recording only; with guidance, also when the
-        pipeline was loaded within `torch.inference_mode`.
+        Raised when the pipeline's family is not supported, or when it works with `elakit.record` but not with this
+        function. With guidance, also raised when the pipeline was loaded within `torch.inference_mode`.
     RecordingError
         Raised when the run cannot be recorded, for the reasons listed in `elakit.record`.
 
@@ -278,7 +278,10 @@ def _call_arguments(adapter: Adapter, call: Mapping[str, Any] | None, guidance: 
 
 
 def _check_possible(request: Request) -> None:
-    """Refuse predicted images if the pipeline takes an image, and guidance if its weights are inference tensors."""
+    """Refuse the option `predicted` if the pipeline takes an image; refuse guidance if gradients are impossible.
+
+    Gradients are impossible if the pipeline was loaded within `torch.inference_mode`.
+    """
     pipe = request.adapter.pipe
     if request.predicted and request.takes_image:
         raise SettingError(
@@ -293,7 +296,10 @@ def _check_possible(request: Request) -> None:
 
 @contextmanager
 def _normal_mode() -> Iterator[None]:
-    """Context without `torch.inference_mode`, in which guidance would have no gradient; no effect if it is off."""
+    """Context that switches `torch.inference_mode` off, because guidance cannot compute gradients in that mode.
+
+    Inside the context, `torch.no_grad` applies instead. If inference mode is not on, the context has no effect.
+    """
     if not torch.is_inference_mode_enabled():
         yield
         return

@@ -12,9 +12,9 @@ class Pipeline(Protocol):
     """A diffusers pipeline of any supported family, as elakit's functions accept it.
 
     This type declares only what diffusers declares for every pipeline, so that type checkers accept the pipelines of
-    diffusers. Components (``unet`` or ``transformer``, text encoders, ``vae``, ``scheduler``) are not declared in
-    their classes, but set when a pipeline is created. Adapters use the components through `SupportedPipeline` and its
-    subclasses.
+    diffusers. The classes of pipelines do not declare their components (``unet`` or ``transformer``, text encoders,
+    ``vae``, ``scheduler``), which are set when a pipeline is created. Adapters use the components through
+    `SupportedPipeline` and its subclasses.
 
     Examples
     --------
@@ -85,6 +85,6 @@ class PackedPipeline(TransformerPipeline, Protocol):
 
 
 class HasTokenizer(Protocol):
-    """Any object with a CLIP tokenizer. It suffices to parse a prompt, because parsing runs no model."""
+    """Any object with a CLIP tokenizer; this is all that `elakit.parse` needs, because parsing runs no model."""
 
     tokenizer: Any

@@ -73,7 +73,7 @@ class _Stopped(Exception):
 
 
 class _Rehearsed(Exception):
-    """Raised to end a rehearsal (see `_rehearse`)."""
+    """Raised to end the plain steps that `_rehearse` runs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +210,11 @@ class PipelineCall:
         return images, replaced
 
     def _start_guidance(self, guide: Guide) -> None:
-        """Rehearse the first steps if the method requires it, and let the method change the initial noise."""
+        """Let the guidance method observe some plain steps if it needs them, and change the initial noise.
+
+        The plain steps start from the noise of the run; the run itself then starts again from its first step. The noise
+        is not changed if the request has ``guide_if``.
+        """
         if guide.rehearse(lambda enough: _rehearse(self.pipe, self.arguments, self.generators, enough)):
             self.adapter.set_timesteps(self.request.steps, self.height, self.width)  # the run starts again
         if self.request.guide_if is None:
@@ -283,7 +287,10 @@ class PipelineCall:
 
 
 def _listed(call: Mapping[str, Any]) -> str:
-    """Further arguments of the call as text: "name=value" for numbers and text, otherwise the name only."""
+    """Text that lists the arguments in ``call``, which `elakit.generate` passes on to the pipeline.
+
+    An argument whose value is a number, text, True, False or None is listed as "name=value", any other as "name".
+    """
     plain = str | int | float | bool | None
     return ", ".join(f"{name}={value!r}" if isinstance(value, plain) else name for name, value in call.items())
 
@@ -291,7 +298,10 @@ def _listed(call: Mapping[str, Any]) -> str:
 def _rehearse(
     pipe: Pipeline, arguments: Mapping[str, Any], generators: Sequence[torch.Generator], enough: Callable[[int], bool]
 ) -> None:
-    """Run plain steps until ``enough(step)`` returns True, and restore the states of the random generators."""
+    """Run plain steps until ``enough(step)`` returns True, then restore the states of the random generators.
+
+    A guidance method observes these steps before the run, which starts again from the same noise.
+    """
     before = [generator.get_state() for generator in generators]
 
     def after(step: int, latents: Tensor) -> Tensor:

@@ -566,7 +566,7 @@ def names_something(word: str) -> bool:
 
 
 def _not_latin(text: str) -> str:
-    """Return the first letter of a script other than Latin, or an empty string."""
+    """Return the first letter of the text that belongs to a script other than Latin; "" if there is none."""
     for character in text:
         if not character.isascii() and unicodedata.category(character).startswith("L"):
             name = unicodedata.name(character, "")

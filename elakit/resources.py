@@ -1,4 +1,8 @@
-"""Paths of the shipped data and notebooks: inside an installed package, or next to it in a checkout."""
+"""Paths of the shipped data and notebooks.
+
+An installed package contains them in ``elakit/_data`` and ``elakit/_notebooks``. A checkout of the repository has the
+folders ``data`` and ``notebooks`` at its root.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Other wordings of a prompt: its entities in brackets, in reverse order, or joined by "next to".
 
-Each entity keeps its noun and its attributes, and is marked by brackets. Brackets cannot mark an entity whose
-attributes follow its noun, as in "a car that is red". For such a prompt, `swapped` and `next_to` join only the
-entities, such as "a [red car]", and drop all other words.
+Each entity keeps its noun and its attributes, and the new wording marks each entity by brackets. Brackets cannot be
+inserted into a prompt in which an attribute follows its noun, as in "a car that is red and a bird". `bracketed` returns
+such a prompt unchanged. `swapped` and `next_to` write its entities again, with the attributes first, and drop all other
+words: "a [bird] and a [red car]", "a [red car] next to a [bird]".
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def bracketed(prompt: Prompt) -> str:
     Returns
     -------
     str
-        The text with brackets; the unchanged text if brackets cannot mark one of the entities.
+        The text with brackets; the unchanged text if brackets cannot mark one of the entities, such as "a car that is
+        red".
 
     Examples
     --------
@@ -93,7 +95,8 @@ def swapped(prompt: Prompt) -> str | None:
     Returns
     -------
     str or None
-        The new text, with its entities in brackets; None if its words are the same as those of the prompt.
+        The new text, with its entities in brackets; None if its words have the same order as in the prompt, for example
+        because the prompt has only one entity.
 
     Examples
     --------
@@ -118,8 +121,8 @@ def next_to(prompt: Prompt) -> str | None:
     Returns
     -------
     str or None
-        The new text, with its entities in brackets; None if its words are the same as those of the prompt, for example
-        because the prompt has no such "and" or comma.
+        The new text, with its entities in brackets; None if it has the words of the prompt in the same order, for
+        example because the prompt has no such "and" or comma.
 
     Examples
     --------
@@ -144,7 +147,10 @@ def _lists(prompt: Prompt) -> bool:
 
 
 def _joined(prompt: Prompt, named: Sequence[str], gaps: Sequence[str]) -> str | None:
-    """Join the entities and the texts between them; return None if the words are those of the prompt."""
+    """Join the entities, `named`, with the texts before, between and after them, `gaps`.
+
+    Return None if the result has the words of the prompt in the same order.
+    """
     opens = not gaps[0].strip() and prompt.text.lstrip()[:1].isupper()
     parts = [_lowered(name) if opens else name for name in named]
     text = "".join(gap + part for gap, part in zip(gaps, [*parts, ""], strict=True))
@@ -155,7 +161,7 @@ def _joined(prompt: Prompt, named: Sequence[str], gaps: Sequence[str]) -> str | 
 
 
 def _parts(prompt: Prompt) -> tuple[list[str], list[str]]:
-    """Return the entities, each in brackets with its article, and the texts before, between and after them."""
+    """Return the entities, each written like "a [red car]", and the texts before, between and after them."""
     found = _phrases(prompt)
     if found is None:  # Words elsewhere in the text belong to an entity, so only the entities themselves are kept.
         vowels = any(word.lower() == "an" for word in prompt.text.split())

@@ -143,18 +143,19 @@ class Run:
     def bleeding(self) -> Bleeding:
         """Measures of bleeding, per step and overall, as ``run.measure(run.verdict)`` computes them.
 
-        For a judged image they include the agreement of attention with the image.
+        If the image was judged, the measures include the agreement of attention with the image.
         """
         return self.measure(self.verdict)
 
     def measure(self, truth: Verdict | xr.DataArray | None = None) -> Bleeding:
-        """Measure bleeding in the recorded attention and, if masks of the entities are given, its agreement with them.
+        """Measure bleeding in the recorded attention; with `truth`, also compare the attention with the finished image.
 
         Parameters
         ----------
         truth : Verdict or xarray.DataArray of bool, (entity, y, x), optional
-            Location of each entity in the image: a verdict, or masks of the whole image at any resolution, empty for an
-            absent entity. None computes only measures that need no image.
+            A verdict, or one mask per entity, True where the entity is in the image. Each mask covers the whole image,
+            at any resolution; the mask of an absent entity is False everywhere. None computes only the measures that
+            need no image.
 
         Returns
         -------
@@ -165,7 +166,7 @@ class Run:
         RecordingError
             Raised when the run was not recorded.
         SettingError
-            Raised when `truth` has other entities, or an aspect ratio that differs from that of the image.
+            Raised when `truth` has other entities than the prompt, or another aspect ratio than the image.
         """
         mass = self._special_maps().mean(("y", "x"))
         available = mass.token.values.tolist()
@@ -272,7 +273,7 @@ def open_run(folder: str | Path) -> Run:
     Raises
     ------
     OutputError
-        Raised when the folder is not a run, is damaged, or was written by another version of elakit.
+        Raised when the folder is not a run, is damaged, or has the format of an older or newer version of elakit.
     RecordingError
         Raised when the run's recording is damaged.
 
@@ -336,9 +337,10 @@ def compare(runs: Sequence[Run]) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row per combination of measure, entity and other, which form the index; `Bleeding.to_frame` explains them.
-        One column per run, named ``"plain (seed 7)"``, or ``"plain (seed 7)#2"`` for the second run with the same
-        method and seed.
+        One row per value. The levels of the index are "measure" (name of the measure), "entity" (label of the measured
+        entity or attribute) and "other" (label of the region or entity with which it is compared, or ""), as in
+        `Bleeding.to_frame`. One column per run, named by method and seed: "plain (seed 7)", or "plain (seed 7)#2" for
+        the second run with the same method and seed.
 
     Raises
     ------

@@ -20,11 +20,13 @@ def keep_images(model: dict[str, Any], **_: Any) -> None:
     Parameters
     ----------
     model : dict
-        Contents model of Jupyter Server, whose notebook is changed in place. Files of other types and widgets without
-        an image are not changed.
+        Contents model of Jupyter Server. If it contains a notebook, the notebook is changed in place. A widget without
+        an image is not replaced.
 
     Examples
     --------
+    `WIDGET` and `IMAGE` are the MIME types of a widget and of its image:
+
     >>> output = {"output_type": "display_data", "data": {WIDGET: {"model_id": "1"}, IMAGE: "iVBORw0KGgo="}}
     >>> keep_images({"type": "notebook", "content": {"cells": [{"cell_type": "code", "outputs": [output]}]}})
     >>> list(output["data"])

@@ -20,7 +20,7 @@ def seed_list(values: Any, name: str = "seeds") -> list[int]:
     Parameters
     ----------
     values : sequence of int
-        One to 10,000 seeds; a range or a one-dimensional array is also accepted.
+        One to 10,000 distinct seeds, each from 0 to 2**63 - 1; a range or a one-dimensional array is also accepted.
     name : str
         Name of the setting, for the message.
 
@@ -31,7 +31,8 @@ def seed_list(values: Any, name: str = "seeds") -> list[int]:
     Raises
     ------
     SettingError
-        The value is not a sequence, is empty or has more than 10,000 seeds, or a seed is repeated or out of range.
+        The value is not a sequence, is empty or has more than 10,000 seeds; or a seed is repeated or is not a whole
+        number from 0 to 2**63 - 1.
 
     Examples
     --------
@@ -72,7 +73,7 @@ def parse_seeds(text: str, name: str = "--seeds") -> list[int]:
     ------
     SettingError
         The text has another form, a range ends before it starts, there are more than 10,000 seeds, or a seed is
-        repeated or out of range.
+        repeated or exceeds 2**63 - 1.
 
     Examples
     --------

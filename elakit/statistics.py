@@ -30,7 +30,8 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     Raises
     ------
     SettingError
-        `n` is not a whole number, 0 or more, `successes` is not one from 0 to `n`, or `level` is not between 0 and 1.
+        `n` is not a whole number of at least 0, `successes` is not a whole number from 0 to `n`, or `level` is not
+        between 0 and 1.
 
     References
     ----------
@@ -176,7 +177,7 @@ def mcnemar(fixed: int, broken: int) -> float:
     Raises
     ------
     SettingError
-        A count is not a whole number, 0 or more.
+        A count is not a whole number of at least 0.
 
     References
     ----------

@@ -116,7 +116,11 @@ class TextSequence:
 
 
 def split_words(text: str, borders: Iterable[int] = ()) -> tuple[Span, ...]:
-    """Split a text into words and punctuation; adjacent symbols stay together.
+    """Split a text into words and groups of symbols.
+
+    A word consists of letters and digits, and of hyphens between them ("red-haired"). An English ending with its
+    apostrophe ("'s", "'t", "'re") is a word of its own. The name of a textual inversion ("<cat-toy>") is one word.
+    Adjacent punctuation marks and other symbols ("?!") are one group.
 
     Parameters
     ----------

@@ -70,6 +70,7 @@ def refined(maps: np.ndarray, node: xr.Dataset, image: int, times: int) -> np.nd
     Parameters
     ----------
     maps : numpy.ndarray, (step, channel, y, x)
+        Maps of any size; they are first resized to the size of ``node``.
     node : xarray.Dataset
         Self-attention of the same steps. The matrix of a step is the mean over its layers and heads; each row, the
         attention of one location, is normalized to a sum of 1.
@@ -81,8 +82,8 @@ def refined(maps: np.ndarray, node: xr.Dataset, image: int, times: int) -> np.nd
     Returns
     -------
     numpy.ndarray, (step, channel, y, x)
-        Maps at the size of the self-attention. Each multiplication replaces the value at a location by the mean of the
-        map over all locations, weighted by the attention that this location pays to them.
+        Maps at the size of ``node``. Each multiplication replaces the value at a location by the mean of the map over
+        all locations, weighted by the attention that this location pays to them.
 
     References
     ----------
@@ -109,8 +110,8 @@ def normalized(maps: np.ndarray, how: Normalize, start: np.ndarray | None) -> np
     ----------
     maps : numpy.ndarray, (step, token, y, x)
     how : {None, "sum", "max", "minmax", "tokens", "start"}
-        Normalization, as in `Recording.maps`. None returns the maps unchanged; so does ``"tokens"``, a softmax over
-        tokens that `Recording.maps` computes itself.
+        Normalization, as in `Recording.maps`. None returns the maps unchanged, and so does ``"tokens"``,
+        because `Recording.maps` itself computes this softmax over tokens.
     start : numpy.ndarray, (step, 1, y, x), optional
         Maps of start-of-text, which ``"start"`` requires.
 

@@ -61,8 +61,9 @@ def watching(on_call: OnCall) -> Iterator[None]:
 
 @contextmanager
 def biasing(bias_of: BiasOf) -> Iterator[None]:
-    """Add ``bias_of(call)`` to the scores of each attention call inside the block; None adds nothing.
+    """Add the tensor ``bias_of(call)`` to the scores of each attention call inside the block.
 
+    The tensor broadcasts to (rows, heads, queries, keys). If ``bias_of`` returns None, the call is unchanged.
     `watching` sees the biased call, whichever of the two blocks is the outer one.
     """
     with _Mode(bias_of=bias_of):
@@ -104,7 +105,11 @@ _ACTIVE = _Active()
 
 
 class _Mode(TorchFunctionMode):
-    """Torch function mode of one block of this module; the innermost mode handles each call for all open blocks."""
+    """Torch function mode of one block of this module.
+
+    Each attention call is handled once, by the mode of the innermost open block, which applies the functions of all
+    open blocks. Inside a `changing` block, only this block and the blocks inside it count as open.
+    """
 
     def __init__(
         self,

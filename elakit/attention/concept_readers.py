@@ -176,7 +176,11 @@ def _without_call(layer: AttentionLayer) -> RecordingError:
 
 @torch.no_grad()
 def _projected(denoiser: Any, states: Tensor) -> Tensor:
-    """Text states that the layers project to keys; in PixArt and Kolors, the denoiser's own projection comes first."""
+    """Text states as the attention layers receive them, before the layers project them to keys.
+
+    A denoiser of PixArt or Kolors projects the states once before all layers; this projection is applied here. For
+    other denoisers, the given states are returned.
+    """
     projection = getattr(denoiser, "caption_projection", None)
     if getattr(denoiser.config, "encoder_hid_dim_type", None) == "text_proj":
         projection = denoiser.encoder_hid_proj
@@ -301,10 +305,14 @@ def _by_row(output: Tensor) -> Tensor:
 
 
 class Stream(Reader):
-    """Reader for FLUX.1 and Stable Diffusion 3: concepts are a second text stream beside the double-stream blocks."""
+    """Reader for FLUX.1 and Stable Diffusion 3, in which hooks compute states of the concepts block by block.
+
+    After each double-stream block of the run, a hook computes what the block would do with the concepts as its text:
+    they attend to each other and to the image. The block itself computes the same as without the hook.
+    """
 
     def place(self, layers: Sequence[AttentionLayer], hooks: Hooks, stack: ExitStack) -> None:
-        """Start to read the layers; the concepts' stream passes through all double-stream blocks."""
+        """Start to read the layers; the states of the concepts are computed in all double-stream blocks."""
         self.states = self._states()
         chosen = {layer.name for layer in layers}
         for number, block in enumerate(self.denoiser.transformer_blocks):

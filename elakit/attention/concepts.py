@@ -117,7 +117,7 @@ class ConceptMaps:
 def map_concepts(
     pipe: Pipeline, prompt: Prompt | str, words: Sequence[str], *, layers: str | Sequence[str] = "all"
 ) -> Iterator[ConceptMaps]:
-    """Map concepts that need not be in the prompt onto the images of the runs inside the ``with`` block.
+    """Compute maps of concepts, words that need not be in the prompt, for the runs inside the ``with`` block.
 
     The image is the same, bit for bit, as without the block: the concepts attend to the image, and the image does not
     attend to them.
@@ -162,9 +162,10 @@ def map_concepts(
 
     Notes
     -----
-    In FLUX.1 and Stable Diffusion 3, the second text is computed alongside the blocks. Other families with joint
-    attention keep the keys, values and outputs of the image until the denoiser call ends, and then run the denoiser a
-    second time with the concepts as its text and one patch (in Qwen-Image, one row of patches) as its image.
+    In FLUX.1 and Stable Diffusion 3, the states of the second text are computed by a hook on each double-stream block.
+    Other families with joint attention keep the keys, values and outputs of the image until the denoiser call ends, and
+    then run the denoiser a second time with the concepts as its text and one patch (in Qwen-Image, one row of patches)
+    as its image.
     ConceptAttention was published for double-stream blocks; in families that have single-stream blocks only
     (Z-Image, Lumina 2, CogView3-Plus, CogView4) the definition is the same, with the projections that image and text
     share.
@@ -215,7 +216,11 @@ def map_concepts(
 def _reader_of(
     adapter: Adapter, chosen: Sequence[AttentionLayer], asked: str | Sequence[str]
 ) -> tuple[type[Reader], Sequence[AttentionLayer]]:
-    """Class of the reader, and those of the chosen layers that it reads; ``asked`` is quoted in the message."""
+    """Class of the reader of concepts, and the layers of ``chosen`` that it reads.
+
+    In a model with double-stream blocks, only layers of these blocks are read. If ``chosen`` contains none, a
+    `RecordingError` is raised that quotes ``asked``, the user's selection of layers.
+    """
     at_call = any(layer.layout is not None for layer in chosen)
     if all(layer.kind == "cross" for layer in chosen):
         return (AtCall if at_call else Cross), chosen

@@ -245,9 +245,11 @@ class _Editor:
             self.calls += 1
 
     def bias(self, layer: AttentionLayer, size: tuple[int, int], text: int, like: Tensor) -> Tensor | None:
-        """Bias of a layer's scores in the current call, (h*w, text positions), with the type and device of ``like``.
+        """Bias of a layer's scores in the current call, from the options ``scale`` and ``add`` of the edits.
 
-        None if no edit changes the scores of this layer by ``scale`` or ``add``.
+        The result has the shape (h*w, ``text``), where ``size`` is the (h, w) of the layer's maps and ``text`` the
+        number of text positions. Its type and device are those of the tensor ``like``, which is not the option
+        `Edit.like`. None if no edit changes the scores of this layer by ``scale`` or ``add``.
         """
         acting = tuple(i for i in self.active if layer.name in self.named[i])
         if not acting:
@@ -266,8 +268,8 @@ class _Editor:
     ) -> list[tuple[list[int], list[int], Tensor]]:
         """Replacements of logits in a layer, one for each edit with ``like``.
 
-        Each has the positions of the tokens, the positions whose mean logit replaces theirs, and the share of each
-        location that the region covers, (h*w, 1).
+        Each replacement is a tuple of the positions whose logits are replaced, the positions whose mean logit replaces
+        them, and the share of each location that the region covers, (h*w, 1).
         """
         found = []
         for i in self.active:
@@ -349,7 +351,10 @@ class _LayerHook:
     def _differences(
         self, image: Tensor, words: Tensor, replaced: Sequence[tuple[list[int], list[int], Tensor]]
     ) -> Tensor:
-        """Bias that replaces logits by those of other tokens: their differences, (rows x heads, h*w, text).
+        """Bias that replaces the logits of some tokens by the logits of other tokens, (rows x heads, h*w, text).
+
+        The bias of a token is its new logit minus its old one, times the share of the location that the region covers.
+        It is 0 in rows that do not see the prompt. ``replaced`` is the result of `_Editor.replaced`.
 
         Queries and keys are projected once more, because the layer prepares its mask before it projects them.
         """

@@ -44,17 +44,19 @@ class Hooks:
         self.remove()
 
     def before(self, module: nn.Module, act: Callable[..., Any], *, first: bool = False) -> None:
-        """Call ``act(module, args, kwargs)`` before each call of the module; with ``first``, before its other hooks.
+        """Call ``act(module, args, kwargs)`` before each call of the module.
 
-        If ``act`` returns (args, kwargs), they replace those of the call.
+        With ``first``, ``act`` is called before the other hooks of the module. If ``act`` returns (args, kwargs), they
+        replace the arguments of the module's call.
         """
         hook = self._note(module, act)
         module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
 
     def after(self, module: nn.Module, act: Callable[..., Any], *, always: bool = False) -> None:
-        """Call ``act(module, args, kwargs, output)`` after each call; with ``always``, also if it raised an error.
+        """Call ``act(module, args, kwargs, output)`` after each call of the module.
 
-        If ``act`` returns anything but None, it replaces the output. After an error, the output is None.
+        If ``act`` returns anything but None, this value replaces the module's output. With ``always``, ``act`` is also
+        called if the module raised an error; ``output`` is then None.
         """
         hook = self._note(module, act)
         module.register_forward_hook(hook, with_kwargs=True, always_call=always)
@@ -132,9 +134,9 @@ _PASSES_OF_OWN: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary
 
 @contextmanager
 def leave_alone(denoiser: nn.Module) -> Iterator[None]:
-    """Exempt from recording and edits the denoiser's passes that this thread runs inside the block.
+    """Make recording and edits ignore the denoiser's passes inside the block.
 
-    Blocks may be nested.
+    Only passes in the thread that entered the block are ignored. Blocks may be nested.
     """
     depth, thread = _PASSES_OF_OWN.setdefault(denoiser, {}), threading.get_ident()
     before = depth.get(thread, 0)
@@ -146,5 +148,5 @@ def leave_alone(denoiser: nn.Module) -> Iterator[None]:
 
 
 def is_left_alone(denoiser: nn.Module) -> bool:
-    """Return whether `leave_alone` exempts the current pass of this thread from recording and edits."""
+    """Return whether recording and edits ignore the current pass of this thread, because of `leave_alone`."""
     return _PASSES_OF_OWN.get(denoiser, {}).get(threading.get_ident(), 0) > 0

@@ -160,10 +160,13 @@ class NodeLayout:
     shape : tuple of int
         Shape of the values of one step, (image, layer, head, y, x, token).
     layers : sequence of (name, place, position in the forward pass)
-    tokens : sequence of (label, position)
+        One for each index along ``layer``.
+    tokens : sequence of (label, token position)
+        One for each index along ``token``.
     heads : {"mean", "all"} or sequence of int
-        As in `build_node`; so are the other attributes.
+        Content of the dimension ``head``: the mean over the heads, every head, or the heads with these indices.
     keys : {"text", "image"}
+        Keys of the attention: the text (maps), or the image itself (self-attention).
     """
 
     shape: tuple[int, ...]

@@ -43,9 +43,10 @@ def record(
     schedulers; Heun and PNDM make more calls), the attention probabilities of the rows that see the prompt (the
     conditional half in classifier-free guidance) are computed in float32, and kept as ``spec`` selects.
 
-    The recording follows what runs, including its attention masks and LoRA weights. Runs of another pipeline with the
-    same denoiser (`AutoPipelineForImage2Image.from_pipe(pipe)`) and denoising loops of your own are recorded, too. Runs
-    in other threads, and runs that a callback starts inside a run, are not recorded.
+    The recording contains the attention that the denoiser computes in the run, with its attention masks and LoRA
+    weights. Runs of another pipeline with the same denoiser (`AutoPipelineForImage2Image.from_pipe(pipe)`) and
+    denoising loops of your own are recorded, too. Runs in other threads, and runs that a callback starts inside a run,
+    are not recorded.
 
     Parameters
     ----------
@@ -123,7 +124,7 @@ def record_image(
     seed: int = 0,
     spec: RecordSpec | None = None,
 ) -> Recording:
-    """Record attention for an existing image: for each chosen step, add its noise and run the denoiser once.
+    """Record attention for an existing image: for each chosen step, add noise of its level and run the denoiser once.
 
     Parameters
     ----------
@@ -135,11 +136,11 @@ def record_image(
         Image to record. Its height and width must be multiples of the number that the model requires (the error
         message names it), and should be a size that the model was trained on.
     at : sequence of int
-        Steps of the schedule whose noise is added, counted from 0; early steps have more noise.
+        Steps of the schedule, counted from 0, whose noise levels are used; early steps have more noise.
     steps : int
         Number of steps in the schedule.
     seed : int
-        Seed of the noise. The same noise, scaled to its level, is used at all steps.
+        Seed of the noise. The same noise is used at all steps, scaled to the noise level of each step.
     spec : RecordSpec, optional
         Selection of what is kept; default as in `record`.
 
@@ -222,7 +223,7 @@ def _recorded(recorder: _Recorder) -> Iterator[Recording]:
 
 @contextmanager
 def paused(pipe: Pipeline) -> Iterator[None]:
-    """Exempt the denoiser's passes inside the block, such as those of your own guidance, from recording and edits.
+    """Make recording and edits ignore the denoiser's passes inside the block, such as those of your own guidance.
 
     These passes are not counted, so that a guided run has the same call numbers as a plain one.
 
@@ -377,7 +378,7 @@ class _Recorder:
         return list(self.adapter.self_layers(layers)) if resolution.keys == "image" else layers
 
     def _open_sink(self, kept: Tensor) -> Sink:
-        """Return the sink; it is created with the first values ``kept``, which show the device that it needs."""
+        """Return the sink; if there is none yet, create it for the device of ``kept``, the first values to store."""
         if self._sink is None:
             assert self._plan is not None
             layout = self._layout(self._plan)

@@ -686,7 +686,8 @@ def open_recording(path: str | Path) -> Recording:
     OutputError
         Raised when nothing exists at the path.
     RecordingError
-        Raised when the folder is not a recording, or a file of it is missing or damaged.
+        Raised when the folder is not a recording, a file of it is missing or damaged, or the recording has the format
+        of an older or newer version of elakit.
 
     Examples
     --------

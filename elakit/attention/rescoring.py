@@ -47,9 +47,10 @@ class Change:
     bias : Tensor, (head or 1, h*w, keys)
         Numbers that are added to the scores before the softmax.
     kept : tuple of int
-        Positions of keys whose attention weights stay what they were without the bias, so that the weights of a
-        location no longer sum to 1. A recording shows the weights before this correction. Only layers of plain cross-
-        and self-attention can keep weights.
+        Positions of keys whose attention weights are to remain what they are without the bias. The softmax over all
+        keys would change them, so the output of the layer is corrected afterwards; with this correction, the weights of
+        a location no longer sum to 1. A recording does not contain the correction: it shows the softmax of the biased
+        scores for all keys. Only layers of plain cross- and self-attention can keep weights.
     unconditional : bool
         Whether the bias is also added in the rows of this image that do not see the prompt.
     keys : slice, optional
@@ -127,8 +128,8 @@ def rescored(
     read : sequence of AttentionLayer
         Layers whose attention the method reads. They are marked for ``change_of``: their `Site.read` is True.
     gradient : bool
-        False changes the passes of the pipeline; True those in which guidance computes gradients instead (passes inside
-        `elakit.attention.paused`, all of whose rows see the prompt).
+        False changes the passes of the pipeline. True changes only the passes in which guidance computes gradients:
+        passes inside `elakit.attention.paused`, in which all rows see the prompt.
 
     Raises
     ------
@@ -187,7 +188,7 @@ def changeable_layers(adapter: Adapter) -> tuple[AttentionLayer, ...]:
 
 
 def check_plain(layers: Sequence[AttentionLayer], who: str) -> None:
-    """Refuse layers that are not of plain cross- or self-attention, for a method that can only change such layers.
+    """Refuse layers other than plain cross- and self-attention layers, for a method that can only change these.
 
     Parameters
     ----------
@@ -233,7 +234,7 @@ def _positions(adapter: Adapter) -> dict[str, float]:
 
 
 class _Running:
-    """State of the pass in progress: its rows, those that see the prompt, the layer whose attention call is awaited."""
+    """State of the pass in progress: batch size, time, rows that see the prompt, layer whose attention call is next."""
 
     def __init__(self, adapter: Adapter, change_of: ChangeOf, gradient: bool) -> None:
         self.adapter = adapter
@@ -298,7 +299,11 @@ class _Changed:
         return None
 
     def forget(self) -> None:
-        """Discard the bias of the layer's last call, which is kept so long because a tap's hooks may run later."""
+        """Discard the bias and the correction of the layer's last call.
+
+        This is not done as soon as the layer has run, because the hooks that read its attention
+        (`elakit.attention.taps`) need the bias, and may run after the hooks of this object.
+        """
         self.missing = None
         LATE_SCORES.pop(self.layer.module, None)
 
@@ -396,7 +401,11 @@ class _Changed:
         return scores
 
     def _keep(self, row: int, image: Tensor, keys: Tensor, change: Change, bias: Tensor, scores: Tensor) -> None:
-        """Compute the correction of the layer's output in one row that makes the weights of the kept keys unchanged."""
+        """Compute the correction of the layer's output in one row, and store it in ``self.missing``.
+
+        The correction gives the kept keys (`Change.kept`) the weights that they have without the bias. ``scores`` are
+        those of the row without the bias, (head, h*w, keys).
+        """
         module: Any = self.layer.module
         kept = list(change.kept)
         differences = (scores.softmax(-1) - (scores + bias[row]).softmax(-1))[..., kept]

@@ -239,9 +239,10 @@ class Watch:
 
 
 def attended_texts(adapter: Adapter, given: Mapping[str, Any]) -> list[str]:
-    """Names of the arguments of a pipeline's call, ``given``, that contain the texts to which the image attends.
+    """Names of the arguments that contain the texts to which the image attends, in a call of a pipeline.
 
-    In FLUX.1, for example, this is ``prompt_2`` if it is given, and ``prompt`` otherwise.
+    ``given`` has the arguments of the call by name. In FLUX.1, for example, the result is ``["prompt_2"]`` if this
+    argument is given, and ``["prompt"]`` otherwise. It is empty if the call has text states instead of texts.
     """
     groups: Sequence[Sequence[str]] = getattr(adapter, "text_arguments", (("prompt",), ("prompt_2",), ("prompt_3",)))
     found = (next((name for name in group if given.get(name) is not None), None) for group in groups)

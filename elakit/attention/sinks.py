@@ -165,9 +165,10 @@ class Staging:
     """Sink that passes the steps of an accelerator on to a sink on the host, without making the accelerator wait.
 
     The values of a step are collected in one buffer on the device. One copy of the buffer to pinned memory on the host
-    is queued behind the work of the step. The step is passed on to the sink on the host when the copy of the next step
-    has been queued; by then, its own copy has usually arrived, and until then it is "in transit". A run that is killed
-    may therefore leave one step fewer on disk than it had finished; a run that ends in an error does not.
+    is queued behind the work of the step. From then on, the step is "in transit". It is passed on to the sink on the
+    host when the copy of the next step has been queued; if the copy of the earlier step has not arrived by then, which
+    is rare, the host waits for it. A run that is killed may therefore leave one step fewer on disk than it had
+    finished; a run that ends in an error does not.
 
     Parameters
     ----------

@@ -168,7 +168,7 @@ class Resolution:
     layers : tuple of str
         Names of the layers; for self-attention, names of the layers that attend to the text in the same blocks.
     heads : int
-        Number of heads that are kept; 1 if their mean is kept.
+        Number of heads that are kept of each layer; 1 if their mean is kept.
     bytes : int
         Size of these maps in bytes, for the whole recording.
     keys : {"text", "image"}
@@ -305,8 +305,9 @@ class RecordSpec:
         Denoiser calls to keep: a slice of their numbers, counted from 0, or an integer n for every n-th call (0, n,
         2n, ...). Default: all.
     self_attention : int or SelfAttention, optional
-        Self-attention to keep in addition. A number is the longer side of its maps; it keeps the mean over the heads
-        and the selected layers of that size, which ``maps(refine=...)`` uses. Default: none.
+        Self-attention to keep in addition. A number n stands for ``SelfAttention(size=n)``: among the selected layers,
+        those whose maps have a longer side of n are averaged over layers and heads, and one mean is kept per step and
+        image. ``maps(refine=...)`` uses this mean. Default: none.
     dtype : {"float16", "float32"}
         Type of the stored values; probabilities are always computed, and maps averaged, in float32. float16 keeps
         three significant digits of probabilities above 0.00006, and rounds smaller ones to multiples of 0.00000006.
@@ -614,7 +615,11 @@ def _check_heads(heads: Any) -> None:
 
 
 def _heads_of(heads: Any, size: tuple[int, int], members: Sequence[AttentionLayer]) -> int:
-    """Number of heads that are kept of the layers of one size."""
+    """Number of heads to keep per layer, for the layers ``members``, whose maps have one size; 1 for the mean.
+
+    A `RecordingError` is raised if a layer lacks one of the heads, or if all heads are to be kept and the layers differ
+    in their number.
+    """
     if heads == "mean":
         return 1
     counts = {layer.heads for layer in members}

@@ -59,8 +59,10 @@ def tap(layers: Sequence[AttentionLayer], on_attention: OnAttention) -> Iterator
         ``attend(rows)`` returns the probabilities of a slice of the batch, (rows, heads, h*w, keys), as `probabilities`
         computes them, gradients included; for a video, (rows, heads, frames*h*w, keys). Keys are the text positions, or
         the locations of the image if ``layer.reads`` is "image". In cross-attention, ``attend(rows, more)`` appends
-        further keys: text states (tokens, channels), or keys (1, heads, tokens, d) if the layer has a ``layout``.
-        ``attend`` must be called before ``on_attention`` returns. An error that ``on_attention`` raises ends the pass.
+        further keys. ``more`` are text states (tokens, channels), which the layer projects to keys; if the layer is
+        read at its attention call (`AttentionLayer.layout` is not None, as in Sana and HunyuanDiT), ``more`` are keys
+        (1, heads, tokens, d). ``attend`` must be called before ``on_attention`` returns. An error that ``on_attention``
+        raises ends the pass.
 
     Raises
     ------

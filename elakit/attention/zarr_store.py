@@ -162,8 +162,8 @@ def open_tree(path: Path) -> xr.DataTree:
     Raises
     ------
     RecordingError
-        Raised when a file is missing or damaged (the message names it), or another version of elakit wrote the
-        recording. Also raised later, when values are used after the folder has been deleted or replaced.
+        Raised when a file is missing or damaged (the message names it), or the recording has the format of an older or
+        newer version of elakit. Also raised later, when values are used after the folder has been deleted or replaced.
     """
     metadata = _read_json(path / ".zmetadata")
     try:
@@ -226,7 +226,10 @@ def _open_node(path: Path, name: str, described: Mapping[str, Any]) -> xr.Datase
 
 
 def _check_text(values: np.ndarray, stored: _StoredArray) -> None:
-    """Refuse labels that are not valid Unicode when they are read; an error at their use would not name the file."""
+    """Raise a `RecordingError` that names the file if labels are not valid Unicode.
+
+    Labels are checked when a recording is opened, because an error at a later use would not name the file.
+    """
     codes = np.ascontiguousarray(values).view(np.uint32)
     wrong = (codes > sys.maxunicode) | ((codes >= 0xD800) & (codes <= 0xDFFF))
     if wrong.any():

@@ -30,7 +30,8 @@ def find(pipe: Pipeline, runs: Sequence[Run]) -> Findings:
     Returns
     -------
     Findings
-        Failures with their frequency, and causes with their confidence; ``print`` shows them as text.
+        Failures with their frequency, and causes with their confidence; ``print`` shows them as text. The kinds of
+        failures are listed in `elakit.causes.FAILURE_KINDS`, the kinds of causes in `elakit.causes.CAUSE_KINDS`.
 
     Raises
     ------
@@ -50,12 +51,13 @@ def find(pipe: Pipeline, runs: Sequence[Run]) -> Findings:
     fail: in the decoder, or in all layers of a transformer. A cause is reported if its indicator lies clearly outside
     the values that are usual in right images (calibrated on picture-world) and if it explains one of the failures. A
     noun outside the vocabulary of a built-in model, or one that the tokenizer of another model splits, is always
-    reported. The confidence in a cause is lower if another cause can bring it about, if only some of the failing runs
-    show it, and if right images of the same prompt show it.
+    reported. The confidence in a cause is reduced if another cause may have led to this cause, if only some of the
+    failing runs show the cause, and if right images of the same prompt show the cause, too.
 
     Examples
     --------
-    The attention to the bird's noun is set to zero:
+    The attention to the noun "bird" is set to zero. The failure is then that the bird is missing, and the cause is that
+    the denoiser ignores the token "bird":
 
     >>> import elakit
     >>> from elakit.attention import Edit, edit
@@ -108,9 +110,16 @@ def _wrong(reading: RunIndicators, judged: bool) -> set[Observation]:
 def _failures(
     readings: Sequence[RunIndicators], wrong: Sequence[set[Observation]], judged: bool
 ) -> tuple[Failure, ...]:
-    """Failures with the seeds of their runs, the most frequent first; `wrong` has the failures of each reading.
+    """Failures of all runs, the most frequent first; equally frequent failures are in the order of `FAILURE_KINDS`.
 
-    Equally frequent failures are in the order of `FAILURE_KINDS`.
+    Parameters
+    ----------
+    readings : sequence of RunIndicators
+        Indicators of each run.
+    wrong : sequence of set of Observation
+        Failures of each run, in the order of `readings`.
+    judged : bool
+        True if a judge found the failures, False if they are suspected from the attention.
     """
 
     def order(what: Observation) -> tuple[int, Observation]:
@@ -142,7 +151,15 @@ def _failures(
 
 
 def _shown(reading: RunIndicators, what: Observation) -> Indicator | None:
-    """The strongest indicator of a failure in the attention of a run; None if none has a strength above 0."""
+    """Indicator that shows a failure most strongly; None if no indicator of the failure has a strength above 0.
+
+    Parameters
+    ----------
+    reading : RunIndicators
+        Indicators in the attention of the run that fails.
+    what : Observation
+        The failure.
+    """
     kinds = SHOWS[what.kind]
     fitting = [
         indicator
@@ -155,7 +172,10 @@ def _shown(reading: RunIndicators, what: Observation) -> Indicator | None:
 
 
 def _with_onset(readings: Sequence[RunIndicators], cause: Cause) -> Cause:
-    """Copy of a cause with the step and layers where it is first visible; one in the text encoder is unchanged."""
+    """Copy of a cause with the step and the layers in which the cause is first visible in the attention.
+
+    A cause in the text encoder is returned unchanged, and so is a cause that no run in `readings` shows.
+    """
     key = cause.kind, cause.entity, cause.other, cause.token
     showing = [reading for reading in readings if reading.run.seed in cause.seeds and key in reading.indicators]
     if not showing or cause.in_text_encoder:

@@ -25,8 +25,11 @@ NOTHING = 1e-9
 class Maps:
     """Attention maps of a prompt's words at one size, and numbers derived from them.
 
-    Maps are raw probabilities, float64. In shapes and formulas, e and f are entities and a is an attribute. A value
-    that is averaged over the map of an entity is a mean over the locations, weighted by `freed`.
+    Maps are raw probabilities, float64. In shapes and formulas, e and f are entities and a is an attribute.
+
+    Below, "averaged over the map of e" means a weighted mean over the locations. The function `freed` computes the
+    weights, which are large where the map of e is strong. The spatial distribution of an entity is its map minus the
+    minimum, normalized to a sum of 1.
 
     Attributes
     ----------
@@ -79,7 +82,7 @@ class Maps:
 
     @cached_property
     def start_held(self) -> np.ndarray:
-        """Attention to start-of-text, divided by that to start-of-text and entity e together, (step, e).
+        """Attention to start-of-text, divided by the attention to start-of-text and entity e together, (step, e).
 
         This share is averaged over the map of e.
         """
@@ -92,11 +95,11 @@ class Maps:
 
     @cached_property
     def astray(self) -> np.ndarray:
-        """Attention to attribute a at the locations of f, compared with that at the entity it describes, (step, a, f).
+        """Share of entity f in the attention to attribute a at f and at the entity that a describes, (step, a, f).
 
-        With A(f) the attention to the attribute averaged over the map of f, and A(own) that averaged over the map of
-        the entity that the attribute describes, the value is A(f) / (A(f) + A(own)): .5 if both are equal, 1 if the
-        attribute is attended to only at the locations of f.
+        The value is A(f) / (A(f) + A(own)). A(f) is the attention to the attribute, averaged over the map of f. A(own)
+        is the attention to the attribute, averaged over the map of the entity that the attribute describes. The value
+        is .5 if A(f) and A(own) are equal, and 1 if the attribute is attended to only at the locations of f.
         """
         there = np.stack([mean_attention(self.entities, each) for each in np.moveaxis(self.attributes, 1, 0)], axis=1)
         own = np.take_along_axis(there, np.array(self.owners, int).reshape(1, -1, 1), axis=-1)
@@ -104,7 +107,7 @@ class Maps:
 
     @cached_property
     def attribute_held(self) -> np.ndarray:
-        """Attention to attribute a, divided by that to a and entity f together, (step, a, f).
+        """Attention to attribute a, divided by the attention to a and entity f together, (step, a, f).
 
         This share is averaged over the map of f.
         """
@@ -183,11 +186,12 @@ def spatial_distribution(maps: np.ndarray) -> np.ndarray:
 
 
 def freed(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
-    """Weights of the locations of each map without the effect of a rival token; they sum to 1, (step, entity, y, x).
+    """Weights of the locations for a mean over the map of each entity; they sum to 1, (step, entity, y, x).
 
-    Attention sums to 1 over the tokens, so without the rival a map A would be A / (1 - rival). The weights are the
-    square of its spatial distribution, normalized again, so that the few locations where a map is strong count more
-    than the many where it is weak.
+    The weights are computed as if a rival token took no attention from the entity. Attention sums to 1 over the tokens,
+    so without the rival a map A would be B = A / (1 - rival). The weights are the square of the spatial distribution of
+    B (see `spatial_distribution`), normalized to a sum of 1. Because of the square, the few locations where B is large
+    count more than the many where B is small.
 
     Parameters
     ----------
@@ -200,7 +204,7 @@ def freed(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
 
 
 def held_by(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
-    """Attention to a rival token, divided by that to the rival and an entity together, averaged over the entity's map.
+    """Share of a rival token in the attention to the rival and an entity, averaged over the entity's map.
 
     Parameters
     ----------
@@ -212,12 +216,13 @@ def held_by(maps: np.ndarray, rival: np.ndarray) -> np.ndarray:
     Returns
     -------
     ndarray, (step, entity)
-        Mean of this share over the locations, weighted by `freed`: 1 if only the rival is attended to, .5 if the rival
-        and the entity are attended to equally, 0 if only the entity or neither of them is.
+        Mean of rival / (rival + map) over the locations, with the weights that `freed` returns: 1 if only the rival is
+        attended to, .5 if the rival and the entity are attended to equally, 0 if only the entity is attended to, or
+        neither.
 
     Examples
     --------
-    One step, two entities and two locations; the map of the second entity is equal to that of the rival:
+    One step, two entities and two locations; the map of the second entity is equal to the map of the rival:
 
     >>> held_by(np.array([[[[0.0, 0.2]], [[0.5, 0.6]]]]), np.array([[[0.5, 0.6]]])).round(2).tolist()
     [[0.75, 0.5]]
@@ -258,7 +263,7 @@ def parted(density: np.ndarray) -> float:
     Parameters
     ----------
     density : ndarray, (y, x)
-        A spatial distribution; its scale does not matter.
+        A spatial distribution, as `spatial_distribution` returns it; its scale does not matter.
 
     Returns
     -------
@@ -268,9 +273,12 @@ def parted(density: np.ndarray) -> float:
     Notes
     -----
     Parts are the connected components, including diagonal neighbors, of the locations at which the squared density
-    exceeds a quarter of its maximum. The weight of a part is its sum of the squared density. The result is the weight
-    of the second largest part, divided by that of the largest, times the distance of their centers, divided by half the
-    longer side (at most 1).
+    exceeds a quarter of its maximum. The weight of a part is its sum of the squared density. The result is the product
+    of two factors for the two heaviest parts:
+
+    - the smaller weight, divided by the larger weight;
+    - the distance between the centers of the parts, divided by half the longer side of the map, or 1 if this is more
+      than 1.
 
     Examples
     --------
@@ -300,15 +308,20 @@ def swaps(maps: np.ndarray) -> np.ndarray:
     -------
     ndarray, (step, e, f)
         Positive if each of the two entities is where the other one was, negative if one or both of them are closer to
-        their former place. With O(e, f) the overlap of the new map of e and the former map of f, the value is the
-        smaller of O(e, f) - O(e, e) and O(f, e) - O(f, f). The former map is the mean over the w steps before this
-        step, the new map the mean over this step and the w - 1 after it, where w is an eighth of all steps, at least 1.
-        The value is 0 at the first and last steps, at which one of these means lacks steps.
+        their former place.
+
+    Notes
+    -----
+    The value is the smaller of O(e, f) - O(e, e) and O(f, e) - O(f, f), where O(e, f) is the Ruzicka similarity of the
+    new map of e and the former map of f. With w an eighth of the number of steps, rounded down but at least 1, the
+    former map is the mean spatial distribution over the w steps before this step. The new map is the mean over this
+    step and the w - 1 steps after it. The value is 0 at the first w steps and at the last w - 1 steps, where steps for
+    these means are missing.
 
     Examples
     --------
-    Two maps exchange places at the third of four steps. At the second and the fourth they stay in place, and the first
-    has no former map:
+    Two maps exchange places at the third of four steps. Four steps give w = 1, so only the first step has no former
+    map. At the second and the fourth step, both maps stay in place:
 
     >>> left, right = [[1.0, 0.0]], [[0.0, 1.0]]
     >>> swaps(np.array([[left, right], [left, right], [right, left], [right, left]]))[:, 0, 1].tolist()

@@ -50,12 +50,14 @@ def seen(verdict: Verdict, prompt: Prompt) -> set[Observation]:
     Parameters
     ----------
     verdict : Verdict
+        Verdict of the judge on the image.
     prompt : Prompt
+        Prompt of the image.
 
     Notes
     -----
-    An entity is duplicated if the image shows more objects of its noun than the prompt asks for; that alone does not
-    make an image wrong.
+    An entity is duplicated if the image shows more objects of its kind, such as cats, than the prompt asks for.
+    Duplication alone does not make an image wrong.
     """
     found: set[Observation] = set()
     nouns = verdict.nouns

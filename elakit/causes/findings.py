@@ -145,7 +145,7 @@ class Cause:
     kind : str
         One of `CAUSE_KINDS`; ``docs/causes.md`` describes each.
     entity : str
-        Label of the affected entity. If an attribute is misplaced, it is the entity that the attribute describes.
+        Label of the affected entity; for a misplaced attribute, of the entity that the attribute describes.
     other : str
         Label of the other entity: the one whose noun or attribute interferes, or the one that receives a misplaced
         attribute; "" if there is none.
@@ -301,7 +301,13 @@ def _kind(token: str) -> str:
 
 
 def with_current_kinds(findings: Mapping[str, Any]) -> dict[str, Any]:
-    """Result of `Findings.to_dict` in this or an earlier version, with the present names of the kinds of failures.
+    """Copy of a result of `Findings.to_dict`, in which old names of kinds of failures are replaced by current names.
+
+    Parameters
+    ----------
+    findings : mapping
+        Result of `Findings.to_dict` from this or an earlier version of elakit. Earlier versions used the name "spill"
+        for the kind "duplicated".
 
     Examples
     --------

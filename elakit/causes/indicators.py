@@ -112,8 +112,9 @@ class Indicator:
     def since(self) -> int | None:
         """Position in `series` from which the indicator is visible; None if it never is.
 
-        It is visible from the first step at which its strength is above 0 and from which on this holds for at least 80%
-        of the steps up to the last one. A swap is visible from the first step with a strength above 0.
+        The indicator is visible from the first step that meets two conditions: the strength is above 0 at this step,
+        and at 80% or more of the steps from this step to the last one. A swap (measure "swap") is visible from the
+        first step with a strength above 0.
         """
         visible = np.array([SCALES[self.measure](value) > 0 for value in self.series], bool)
         if self.measure == "swap":
@@ -125,7 +126,7 @@ class Indicator:
 
 
 def of_text(states: States) -> Iterator[Indicator]:
-    """Indicators of causes in the text states of a prompt's nouns, of any strength."""
+    """All indicators of causes in the text states of a prompt's nouns, including indicators with a strength of 0."""
     names = states.entities
     for i, entity in enumerate(names):
         yield Indicator(
@@ -160,7 +161,7 @@ def of_maps(
     covered: np.ndarray | None = None,
     kinds: Collection[CauseKind] = CAUSE_KINDS,
 ) -> Iterator[Indicator]:
-    """Indicators of causes in the attention of a run, a layer or a head, of any strength.
+    """Indicators of causes in the attention of a run, a layer or a head, including indicators with a strength of 0.
 
     Parameters
     ----------

@@ -123,10 +123,11 @@ def without_duplicates(causes: Iterable[Cause], failures: Sequence[Failure]) -> 
 
 
 def ranked(causes: Sequence[Cause]) -> list[Cause]:
-    """Causes, the most likely first; the confidence in a cause is reduced if another cause can bring it about.
+    """Causes, the most likely first; the confidence in a cause is reduced if another cause may have led to this cause.
 
-    A cause can bring about those of a later kind in `ORDER` that involve one of its entities. It reduces their
-    confidence by 80% times its strength. Equally likely causes are in the order of `ORDER`.
+    Cause A may have led to cause B if A and B concern the same entity and the kind of A precedes the kind of B in
+    `ORDER`. For each such A, the confidence in B is multiplied by 1 - 0.8 s, where s is the strength of A. Causes with
+    the same confidence are in the order of `ORDER`.
     """
     found = []
     for cause in causes:

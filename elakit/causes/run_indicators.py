@@ -53,9 +53,22 @@ class RunIndicators:
         return self._indicators(read(self.recording, self.recording.decoder))
 
     def part(self, layer: str, head: int | None, kind: CauseKind) -> dict[Key, Indicator]:
-        """The strongest indicator of each cause of a kind in one layer and head; None is the mean over the heads.
+        """The strongest indicator of each cause in one layer, or in one head of a layer.
 
-        Indicators of other kinds are included if they are fast to compute, as in `of_maps`.
+        Parameters
+        ----------
+        layer : str
+            Name of the layer.
+        head : int or None
+            Index of the head; None for the mean over the heads.
+        kind : str
+            Kind of cause that is needed. Other kinds are included, too, except "region split", "regions swap" and
+            "attribute misplaced", which are slow to compute.
+
+        Returns
+        -------
+        dict of Key to Indicator
+            Indicators by `Indicator.key`.
         """
         if (layer, head, kind) not in self._parts:
             recording = self.recording if head is None else self.recording.sel(layer=layer, head=head)
@@ -74,7 +87,7 @@ class RunIndicators:
 
 
 class Onset(NamedTuple):
-    """Step, layers and heads where an indicator is first visible.
+    """Step, layers and heads in which an indicator is first visible.
 
     Attributes
     ----------
@@ -92,7 +105,7 @@ class Onset(NamedTuple):
 
 
 def onset(readings: Sequence[RunIndicators], key: Key) -> Onset:
-    """Step, layers and heads where the indicators of a cause are first visible in several runs.
+    """Step, layers and heads in which a cause is first visible, summarized over several runs.
 
     Parameters
     ----------
@@ -105,7 +118,7 @@ def onset(readings: Sequence[RunIndicators], key: Key) -> Onset:
     -------
     Onset
         The step is the median over the runs in which the cause stays visible (see `Indicator.since`), and None if
-        there is no such run.
+        there is no such run. Layers and heads are ordered by their medians, the earliest first.
     """
     since = [
         step
@@ -129,16 +142,25 @@ def _since(reading: RunIndicators, indicator: Indicator) -> int | None:
 
 
 def _visible(indicator: Indicator | None) -> tuple[float, float]:
-    """Position of the step from which an indicator is visible (infinite if it never is), and its strength."""
+    """Position of the step from which an indicator is visible, and the strength of the indicator.
+
+    The position is infinite if the indicator is None or never visible; the strength of None is 0.
+    """
     position = None if indicator is None else indicator.since()
     return float("inf") if position is None else float(position), 0.0 if indicator is None else indicator.strength
 
 
 def _clearest(found: Mapping[Any, Sequence[tuple[float, float]]]) -> tuple[Any, ...]:
-    """Up to `MOST` layers or heads, the earliest first; of equally early ones, the strongest.
+    """Up to `MOST` layers or heads in which an indicator is visible earliest, the earliest first.
 
-    Only those count in which the indicator is strong enough on average, and becomes visible in at least half of the
-    runs. `found` has the results of `_visible` for each layer or head, one per run.
+    Layers or heads are left out if the mean strength over the runs is less than `LEAST`, or if the indicator is never
+    visible in half of the runs or more. The others are ordered by the median position of the first visible step; if the
+    medians are equal, the larger mean strength comes first.
+
+    Parameters
+    ----------
+    found : mapping
+        For each layer or head, the results of `_visible`, one per run.
     """
     ranks = {key: (median(since for since, _ in each), -mean(s for _, s in each)) for key, each in found.items()}
     seen = (key for key, (since, minus) in ranks.items() if isfinite(since) and minus <= -LEAST)

@@ -60,12 +60,13 @@ class States:
     length : tuple of float
         Norm of each noun's state, divided by the median norm of the states of all tokens of the prompt's words.
     alike : ndarray, (entity, entity)
-        Cosine similarity of the nouns' states after the mean state of these tokens is subtracted: 1 for equal states,
-        about 0 for unrelated ones.
+        Cosine similarity of the nouns' states: 1 for equal states, about 0 for unrelated ones. The mean state of all
+        tokens of the prompt's words is subtracted first.
     leaks : tuple of Leak
         Leakage of each attribute into the noun of each other entity.
     pieces : tuple of int
-        Number of tokens of each noun; if the pipeline has several text encoders, the smallest of their numbers.
+        Number of tokens of each noun; if the pipeline has several tokenizers, the smallest number that one of them
+        gives.
     """
 
     entities: tuple[str, ...]
@@ -101,7 +102,7 @@ def text_states(pipe: Pipeline, prompt: Prompt) -> States:
 
     Examples
     --------
-    In picture-world, the state of "bird" contains the earlier word "red"; that of "car" cannot contain a later word:
+    In picture-world, the state of "bird" contains the earlier word "red". The state of "car" contains no later word:
 
     >>> import elakit
     >>> pipe = elakit.load("picture-world")
@@ -170,7 +171,10 @@ class _Encoder:
 
 
 def _marked(prompt: Prompt, entity: Entity, without: int | None = None) -> str:
-    """Text of the prompt with brackets around the noun of an entity, and without the word of the index `without`."""
+    """Text of the prompt with brackets around the noun of an entity.
+
+    `without` is the index of a word in `Prompt.words` that is left out of the text; None leaves out no word.
+    """
     spans = prompt.words
     noun = next(token.word for token in prompt.tokens if token.index in entity.token_indices)
     text = prompt.text
@@ -181,5 +185,8 @@ def _marked(prompt: Prompt, entity: Entity, without: int | None = None) -> str:
 
 
 def _pieces(prompt: Prompt, entity: Entity) -> int:
-    """Number of tokens of a noun; with several text encoders (Stable Diffusion 3), the smallest of their numbers."""
+    """Number of tokens of an entity's noun.
+
+    If the pipeline has several tokenizers (Stable Diffusion 3), this is the smallest number that one of them gives.
+    """
     return min(Counter(sequence_of(t.label) for t in prompt.tokens if t.index in entity.token_indices).values())

@@ -67,7 +67,7 @@ def command(diagnosis: DiagnosisData) -> str:
     str
         Command line; "" if the options of ``elakit diagnose`` cannot express the diagnosis, because `elakit.load`
         cannot load its model, its method is your own, or one of the method's options has a value that cannot be written
-        as text.
+        on a command line.
     """
     settings = diagnosis.pairs[0].plain.settings
     seeds = [pair.seed for pair in diagnosis.pairs]
@@ -155,7 +155,10 @@ def _remedy_command(result: RemedyResult) -> str:
 
 
 def _set(method: str, options: Mapping[str, Any] | None) -> list[str] | None:
-    """Command-line words ``--set METHOD.OPTION=VALUE``; None if `options` is None or a value cannot be text."""
+    """Command-line words ``--set METHOD.OPTION=VALUE`` that set the options of a method, two words per option.
+
+    None if `options` is None, or if the command line cannot read one of the values back from its text.
+    """
     if options is None or any(value_of(str(value)) != value for value in options.values()):
         return None
     return [word for name, value in options.items() for word in ("--set", f"{method}.{name}={value}")]
@@ -227,20 +230,26 @@ def _settings(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _remedies(diagnosis: DiagnosisData) -> list[str]:
-    """Names of the remedies other than the method: those of `DEFAULT` in its order, then the others."""
+    """Names of the remedies other than the method: first the names in `DEFAULT`, in that order, then the others."""
     names = [result.remedy.name for result in diagnosis.remedies if result.remedy.name != diagnosis.method]
     order: Sequence[str] = [*DEFAULT, *(name for name in names if name not in DEFAULT)]
     return [name for name in order if name in names]
 
 
 def _method(name: str, options: Mapping[str, Any]) -> str:
-    """Method as an argument in Python code, with the comma after it: its name if all options have their defaults."""
+    """Guidance method as an argument in Python code, followed by a comma.
+
+    The code is the name, such as ``'ela',``, if all options have their defaults; otherwise it is the result of `_call`.
+    """
     different = changed(name, options)
     return f"{name!r}," if different == {} else _call(name, different or {})
 
 
 def _call(name: str, options: Mapping[str, Any]) -> str:
-    """Method with its options as an argument in Python code, with the comma after it; ``...`` for your own method."""
+    """Call that creates a guidance method, as an argument in Python code: ``elakit.guidance.ELA(size=8),``.
+
+    The code ends with a comma. For a method that is not in `METHODS`, it is ``...,`` with a comment.
+    """
     if name not in METHODS:
         return f"...,  # replace ... by your own method {name!r}"
     return f"{as_code(METHODS[name], options)},"

@@ -26,9 +26,14 @@ OnProgress = Callable[[int, int, str], object]
 def typical_seconds(seconds: Collection[float]) -> float:
     """Lower median of generation times; 0 if there are none.
 
-    The first image of a process takes several times as long as the others. A mean would include it and make the time of
-    plain images too long, and thus the costs of the remedies, which are relative to that time, too low. With a single
-    image, this cannot be avoided.
+    The first image of a process takes several times as long as the others. A mean would include this image and
+    overestimate the time of plain images. The costs of the remedies, which are relative to the time of plain images,
+    would then be underestimated. With a single image, this cannot be avoided.
+
+    Parameters
+    ----------
+    seconds : collection of float
+        Generation time of each image in seconds.
 
     Examples
     --------
@@ -147,7 +152,7 @@ class ImageGenerator:
         what : str
             Name of the current activity, which `on_progress` receives.
         record : RecordSpec, optional
-            Attention to record; by default that to the prompt's words, at every step and layer.
+            Attention to record; by default the attention to the prompt's words, at every step and layer.
         stop_after : int, optional
             Number of steps after which each run ends early; by default all steps are run.
 

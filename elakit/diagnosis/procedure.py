@@ -66,8 +66,9 @@ def diagnose(
     steps, guidance_scale, negative_prompt, height, width : optional
         As in `elakit.generate`.
     predictor : Predictor, optional
-        Predictor of failures, by which the remedy "another-seed" also chooses seeds; by default the included predictor
-        if it was fitted on this model.
+        Predictor of failures; by default the included one if it was fitted on this model. The predictor has two uses:
+        it predicts the failures of the plain images (`Diagnosis.predicted`), and the remedy "another-seed" chooses
+        seeds by its predictions.
     batch : int, optional
         Largest number of seeds per batch. By default all seeds for a built-in model, and 1 for other models. Images of
         a batch differ from single images only by rounding.
@@ -84,8 +85,8 @@ def diagnose(
     Raises
     ------
     SettingError
-        `seeds` is not a list of distinct seeds, the method or a remedy is unknown or needs regions, or a setting is
-        outside its range.
+        `seeds` is not a list of distinct seeds; the method or a remedy is unknown; a method given by name requires
+        regions from the user, such as "boxdiff"; or a setting is outside its range.
     PromptError
         The prompt names no entity, or is too long for the text encoder.
     ModelError
@@ -101,7 +102,7 @@ def diagnose(
     >>> found.pairs[0].seed, found.judged
     (3, True)
 
-    The results of the remedies include that of the method:
+    The results of the remedies include the result of the method:
 
     >>> found = elakit.diagnose(pipe, "a [cat] and a [lion]", seeds=[0], steps=2, remedies=["swapped", "regions"])
     >>> sorted(result.remedy.name for result in found.remedies)

@@ -74,8 +74,8 @@ class RemedyResult:
         Runs of the remedy, one per run in `plain`, in the same order; the seeds are the same, too, except for
         "another-seed". Empty if the remedy failed or was not tried.
     seconds : float
-        Generation time per image in seconds, as in `elakit.diagnosis.generation.Batch`; for "another-seed" it includes
-        the candidates of the image. NaN if nothing was generated.
+        Generation time per image in seconds, as in `elakit.diagnosis.generation.Batch`. For "another-seed", the time
+        also includes the first steps of all `candidates` for the image. NaN if nothing was generated.
     cost : float
         `seconds`, divided by the generation time of a plain image; NaN if nothing was generated.
     status : {"tried", "failed", "not tried"}
@@ -84,8 +84,8 @@ class RemedyResult:
         Error of a failed remedy, or the reason why it was not tried; "" otherwise.
     candidates : tuple of dict
         Seeds from which the remedy "another-seed" chose: one dictionary per seed with the keys "seed", "score" and
-        "chosen". Each plain run has an equal number of candidates, in the order of `plain`; of these, the one with
-        the lowest score is chosen. Empty for other remedies.
+        "chosen" (bool). Every plain run has the same number of candidates, and for each plain run the candidate with
+        the lowest score is chosen. The candidates for the first run in `plain` come first. Empty for other remedies.
     chosen_by : str
         Score by which "another-seed" chose: "predicted probability of failure" or "bleeding"; "" for other remedies.
     """
@@ -122,12 +122,18 @@ class RemedyResult:
 
     @property
     def fixed(self) -> tuple[int, ...]:
-        """Seeds of the plain images that are wrong while the remedy's image in their place is right."""
+        """Seeds of the plain images that are wrong, while the corresponding images of the remedy are right.
+
+        The image of ``plain[i]`` corresponds to the image of ``runs[i]``. Empty if the images were not judged.
+        """
         return self._changed(False)
 
     @property
     def broken(self) -> tuple[int, ...]:
-        """Seeds of the plain images that are right while the remedy's image in their place is wrong."""
+        """Seeds of the plain images that are right, while the corresponding images of the remedy are wrong.
+
+        The image of ``plain[i]`` corresponds to the image of ``runs[i]``. Empty if the images were not judged.
+        """
         return self._changed(True)
 
     @property
@@ -190,10 +196,11 @@ class RemedyResult:
 def ranked(results: Iterable[RemedyResult]) -> tuple[RemedyResult, ...]:
     """Results of remedies, best first.
 
-    Judged results come first, those with the highest share of right images in front. If the shares are equal, the
-    result with fewer broken images comes first; if these are equal, too, the one with the lower cost. Results that were
-    not judged follow, those with the least bleeding in front; if it is equal, the one with the lower cost. Failed
-    remedies, and then those that were not tried, come last.
+    1. Judged results come first, sorted by the share of right images (highest first), then by the number of broken
+       images (lowest first), then by the cost (lowest first).
+    2. Results that were not judged follow, sorted by bleeding (lowest first), then by the cost (lowest first).
+    3. Remedies that failed come next.
+    4. Remedies that were not tried come last.
 
     Parameters
     ----------

@@ -50,7 +50,7 @@ def check(remedies: bool | Sequence[str | Method]) -> tuple[str | Method, ...]:
     Raises
     ------
     SettingError
-        There is no such remedy, or it is a method that needs regions.
+        There is no such remedy, or a method given by name requires regions from the user, such as "boxdiff".
 
     Examples
     --------
@@ -139,7 +139,7 @@ def build_remedy(which: str | Method, prompt: Prompt, pipe: Pipeline) -> Remedy:
     NotApplicable
         The remedy does not apply to the prompt.
     SettingError
-        The remedy is a method that needs regions.
+        `which` is the name of a method that requires regions from the user, such as "boxdiff".
     PromptError
         The reworded prompt is too long for the text encoder.
     """
@@ -193,13 +193,13 @@ def try_remedy(
     generator : ImageGenerator
         Generator that made the plain runs.
     plain : sequence of Run
-        Runs without guidance with which those of the remedy are compared. Every remedy except "another-seed" uses their
-        seeds.
+        Runs without guidance with which the runs of the remedy are compared. Every remedy except "another-seed" uses
+        the same seeds.
     plain_seconds : float
-        Generation time of a plain image in seconds, by which that of the remedy is divided (`RemedyResult.cost`).
+        Generation time of a plain image in seconds. `RemedyResult.cost` is relative to this time.
     predictor : Predictor, optional
-        Predictor of failures, by which "another-seed" chooses seeds. Without one that is `usable` for the model, it
-        chooses the seeds whose runs bleed least.
+        Predictor of failures, by which the remedy "another-seed" chooses seeds. If the predictor is None, or not
+        `usable` for the model, the remedy chooses the seeds whose runs bleed least.
 
     Returns
     -------
@@ -250,9 +250,10 @@ def _other_seeds(
     plain_seconds: float,
     predictor: Predictor | None,
 ) -> RemedyResult:
-    """Run `CANDIDATES` new seeds per plain run for `SHARE` of the steps, and the one with the lowest score to the end.
+    """For each plain run, choose one of `CANDIDATES` new seeds, and generate the image of the chosen seed.
 
-    The score is the predicted probability of failure or, without a usable predictor, bleeding.
+    Each candidate is run for `SHARE` of the steps. The candidate with the lowest score is chosen. The score is the
+    predicted probability of failure or, without a usable predictor, the bleeding.
     """
     count = len(plain)
     first = max(run.seed for run in plain) + 1

@@ -45,15 +45,15 @@ class LatentStep:
     gradient : {"normalized", "raw"}
         Gradient along which the latent moves: scaled to a root mean square of 1 ("normalized"), or not scaled ("raw").
     needed : float, optional
-        Threshold of the shortfall at the first guided step: an image at or below it is not anchored at all. The
-        shortfall, a column of the trace, is the sum of two values: the largest squared share of any entity's attention
-        outside its region, and 1 minus the smallest of the entities' peaks, where the peak of an entity is its largest
-        attention inside its region. None anchors every image. The default was chosen on picture-world, where the
-        shortfall predicts better than the loss which images fail. A model whose shortfalls all exceed the default has
-        every image anchored.
+        Threshold of the shortfall at the first guided step: an image with a shortfall at or below this value is not
+        anchored at all. The shortfall, a column of the trace, is the sum of two values: the largest squared share of
+        any entity's attention outside its region, and 1 minus the smallest of the entities' peaks, where the peak of an
+        entity is its largest attention inside its region. None anchors every image. The default was chosen on
+        picture-world, where the shortfall predicts better than the loss which images fail. If all shortfalls of a model
+        exceed the default, every image is anchored.
     enough : float, optional
-        Threshold of the shortfall at each later guided step: anchoring of an image ends at the first step at which it
-        is at or below this value. With None, anchoring does not end early.
+        Threshold of the shortfall at each later guided step: if the shortfall is at or below this value, anchoring of
+        the image ends, and the latent does not move at this step either. With None, anchoring does not end early.
     outside : float
         Weight of the squared share of an entity's attention outside its region. The closest published form is the loss
         of layout guidance (Chen et al., WACV 2024).
@@ -235,7 +235,7 @@ def confinement(maps: Tensor, masks: np.ndarray, prompt: Prompt, regions: np.nda
         Locations at which each entity's words may receive attention.
     prompt : Prompt
     regions : ndarray, bool, (entity, y, x), optional
-        Regions that the trace stores with the loss, which they do not change; by default the masks.
+        Regions that the trace stores; by default the masks. The loss does not depend on the regions.
 
     Returns
     -------

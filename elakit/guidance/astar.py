@@ -84,7 +84,10 @@ class AStar(ReadsOneSize):
         return Memory()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """One update before each guided step; none if the prompt names only one entity."""
+        """One update before each guided step; none if the prompt names only one entity.
+
+        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
+        """
         return schedule(len(noise), self.step_size, guided=self.guided) if len(prompt.entities) > 1 else []
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Memory) -> Loss:

@@ -22,8 +22,10 @@ The pipeline of diffusers (``StableDiffusionAttendAndExcitePipeline``, 0.42) giv
   LMS and others whose input is scaled;
 * refinement compares the threshold with the loss before its latest step, so it takes one step more than needed;
 * refinement drops ``cross_attention_kwargs`` (a LoRA's scale, for one);
-* ``attn_res`` is (16, 16) whatever the size of the image, and computed as (width, height) when None but read as
-  (height, width): other sizes find no maps, and images that are not square may be read with wrong rows;
+* its argument ``attn_res``, the size of the maps that are read, is (16, 16) by default, whatever the size of the
+  image, so that no maps are found at most sizes other than 512 x 512 pixels;
+* ``attn_res=None`` computes this size as (width, height), but the maps are read as (height, width): the rows are wrong
+  if the image is not square;
 * its guided steps and refinements are fixed step numbers, whatever the number of steps of the run, and steps that are
   not guided still pay for an unused pass with gradients;
 * its attention processors stay in the U-Net after an error.
@@ -56,8 +58,8 @@ class AttendAndExcite(ReadsOneSize):
     guided : float
         Share of the denoising steps that are guided, from the first; 25 of 50 in the official code.
     refine : sequence of (float, float, int)
-        Refinements, each as (share of the steps at which it takes place, value that the maximum of every entity's map
-        has to reach, largest number of additional updates); () for none.
+        Refinements, each with three values: the step at which it takes place, as a share of all steps; the value that
+        the maximum of every entity's map has to reach; and the largest number of additional updates. () for none.
     normalize_eot : bool
         Whether end-of-text and padding are left out of the softmax over tokens. The official code does so for Stable
         Diffusion 2.x and not for 1.x.
@@ -94,11 +96,17 @@ class AttendAndExcite(ReadsOneSize):
         check_flag(self, "normalize_eot")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Decreasing step sizes with refinement; no update if the prompt names only one entity."""
+        """Updates with decreasing step sizes, and refinements at some steps; none if the prompt names only one entity.
+
+        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
+        """
         return excitation(len(noise), prompt, self.step_size, guided=self.guided, refine=self.refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """1 minus the largest attention of the least attended entity; the term "neglect" is the mean over entities."""
+        """Neglect of the most neglected entity; the trace stores the mean over all entities as the term "neglect".
+
+        The neglect of an entity is 1 minus the maximum of its sharpened and smoothed map (`entity_maps`).
+        """
         maps = entity_maps(attention.mean, prompt, normalize_eot=self.normalize_eot)
         neglect = 1 - maps.amax((1, 2))
         return Loss(neglect.amax(), {"neglect": float(neglect.detach().mean())})

@@ -133,7 +133,8 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
         Raises
         ------
         SettingError
-            A selected layer is not one of plain cross-attention.
+            A selected layer is not plain cross-attention, but for example joint attention (FLUX), or it is read at the
+            attention call (Sana, HunyuanDiT).
         """
         chosen = super().select(layers, latent)
         check_plain(chosen, "AttentionRegulation")
@@ -142,7 +143,10 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Addends
     ) -> ScoreEdit:
-        """Return the edit that, in each layer that is read, optimizes an addend to the scores of one image."""
+        """Return the edit that, in each layer that is read, optimizes an addend to the scores of one image.
+
+        `attention` and `size` are not used.
+        """
         targets = targets_of(prompt)
         end = end_of_text(prompt)
         kept = tuple(at for at in (prompt.start_index, end) if at is not None)
@@ -169,7 +173,10 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
         return ScoreEdit(change)
 
     def optimize(self, scores: Tensor, targets: Sequence[int], bumps: Tensor, weights: Tensor) -> Tensor:
-        """Addend to the target tokens' scores that has the least loss of all iterations.
+        """Optimize an addend to the target tokens' scores by gradient descent; return the addend of the best iteration.
+
+        The best iteration is the one with the least loss ``strength + share_weight * share + weight_cost * square``.
+        Strength and share are the results of `objective`, and square is the mean square of the Gaussians' weights.
 
         Parameters
         ----------
@@ -185,6 +192,7 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
         Returns
         -------
         Tensor, (head, y, x, target)
+            Addend, the weighted sum of the Gaussians.
         """
         best, least = torch.zeros_like(scores[..., : len(targets)]), float("inf")
         index = torch.tensor(targets, device=scores.device)
@@ -203,7 +211,10 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
         return best
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Addends) -> Loss:
-        """First two terms of L for the mean map of the regulated layers, "strength" and "share"; for the trace only."""
+        """Loss for the trace only: the term "strength", plus `share_weight` times the term "share".
+
+        The two terms are those of `objective`, for the mean maps of the regulated layers.
+        """
         strength, shares = objective(attention.mean[targets_of(prompt)][None])
         terms = {"strength": strength, "share": shares}
         total = strength + self.share_weight * shares
@@ -216,7 +227,10 @@ def targets_of(prompt: Prompt) -> list[int]:
 
 
 def objective(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """First two terms of the loss: squared deviations of the maps' 0.9 quantiles and means from their goals.
+    """First two terms of the loss: squared deviations of each map's 0.9 quantile and mean from their goals.
+
+    The goal of the 0.9 quantile over locations is 0.9, too. The goal of the mean is min(1, 0.2 n) / n, with n the
+    number of targets. Both terms are means over heads and targets.
 
     Parameters
     ----------
@@ -225,7 +239,8 @@ def objective(maps: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns
     -------
-    quantile, share : Tensor, scalar
+    strength, share : Tensor, scalar
+        Terms of the quantiles and of the means.
 
     Examples
     --------
@@ -239,7 +254,20 @@ def objective(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gaussians(size: tuple[int, int]) -> Tensor:
-    """Gaussians around the centers of a grid, (center, y, x); none if the map is too small for a center.
+    """Gaussians around the centers of a regular grid, each with the value 1 at its center.
+
+    The standard deviation sigma is 1/16 of the map's longer side, rounded down, but at least one location. Rows and
+    columns of the centers are 2 sigma, 4 sigma and so on, up to the border of the map.
+
+    Parameters
+    ----------
+    size : tuple of int
+        (rows, columns) of the map.
+
+    Returns
+    -------
+    Tensor, (center, y, x)
+        Its first dimension has length 0 if the map is too small for a center.
 
     Examples
     --------

@@ -9,21 +9,22 @@ the settings of Stable Diffusion). In all layers and passes, with M_s the region
     self-attention    locations of M_s do not attend to locations of other subjects, in the conditional and the
                       unconditional pass
 
-In the first 15 of 50 steps M_s is the region given, and the latent moves along the raw gradient of
+In the first 15 of 50 steps, M_s is the given region of s, and the latent also moves along the negative raw gradient of
 
     L = sum_s 1.5 (1 - cross_s)^2 + 0.5 (1 - self_s)^2,    cross_s and self_s = inside / (inside + n background)
 
-at most 5 times per step, until L / n is at most 0.2 (n is the number of subjects); the step size falls from 8 toward 2.
-"inside" is the sum of attention over heads and the locations of M_s, "background" the sum over heads and the locations
-of no region. Both are averaged over the layers of the middle and the first upward block. In cross-attention they sum
-the attention to the words of s and to end-of-text, in self-attention the attention to the locations of M_s. In the
-passes from which this gradient is computed, words are also visible in the background, and end-of-text everywhere.
+at most 5 times per step, with n the number of subjects. The first update at which L / n is at most 0.2 is still made,
+and is the last one of its step. The step size falls from 8 toward 2. "inside" is the sum of attention over heads and
+the locations of M_s, "background" the sum over heads and the locations of no region. Both are averaged over the layers
+of the middle block and of the first upward block with cross-attention. In cross-attention they sum the attention to the
+words of s and to end-of-text, in self-attention the attention to the locations of M_s. In the passes from which this
+gradient is computed, words are also visible in the background, and end-of-text everywhere.
 
-After the first 15 steps the regions are found in the image: at every fifth of the 50 steps, the mean self-attention of
-all passes so far is clustered (three clusters per subject). The overlap of a cluster and a subject is the
-cross-attention of the subject (sharpened, and restricted to its last region) summed over the cluster, divided by the
-smaller of its sum over all locations and the area of the cluster. Each cluster is assigned to the subject with the
-largest overlap if that is at least 0.2, else to no subject.
+After the first 15 steps the regions are found in the image: at every fifth step, the mean self-attention of all passes
+so far is clustered (three clusters per subject). Let c be the cross-attention of a subject, sharpened and
+set to 0 outside the subject's last region. The overlap of a cluster and the subject is the sum of c over the cluster,
+divided by the sum of c over all locations or by the area of the cluster, whichever is smaller. Each cluster is assigned
+to the subject with the largest overlap if this overlap is at least 0.2, else to no subject.
 
 On given tensors the loss and the assignment of clusters equal those of the released code
 (``tests/parity/test_scores.py``).
@@ -103,7 +104,10 @@ class Bounds:
     centers: np.ndarray | None = None
 
     def add(self, attention: Attention, nouns: Sequence[int]) -> None:
-        """Update the means with the layers of a pass that have the largest maps; `nouns` is one position per entity."""
+        """Include the attention of one more pass in the means; `nouns` has one text position per entity.
+
+        Only those layers of the pass are used that have the largest maps.
+        """
         largest = max(layer.shape[-2:].numel() for layer in attention.cross)
         cross = torch.stack([layer.mean(0) for layer in attention.cross if layer.shape[-2:].numel() == largest]).mean(0)
         own = torch.stack([layer.mean(0) for layer in attention.own if layer.shape[-2:].numel() == largest]).mean(0)
@@ -139,7 +143,8 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
     iterations : int
         Largest number of updates per step; 5 in the released code.
     until : float
-        Loss per entity at or below which an update is the last one of its step; 0.2 in the released code.
+        Threshold of the loss per entity: the first update at which the loss is at or below it is still made, and is the
+        last one of its step; 0.2 in the released code.
     cross : float
         Weight of cross-attention in the loss; 1.5 in the released code.
     own : float
@@ -191,12 +196,13 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
             check_acts(self, "iterations=1", "until")
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """Layers that the option `layers` selects; by default those of `first_blocks`.
+        """Layers that the option `layers` selects; by default those of the middle and the first upward block.
 
         Raises
         ------
         SettingError
-            A layer of the model is not one of plain cross- or self-attention.
+            The model has layers that are not plain cross-attention, such as joint attention (FLUX), or that are read at
+            the attention call (Sana, HunyuanDiT).
         """
         check_plain(layers, "BoundedAttention")
         return super().select(layers, latent)
@@ -206,7 +212,11 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
         return Bounds(steps)
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Edits of scores in all steps, and latent steps in the first of them; none for a prompt with one entity."""
+        """Updates that edit scores in all steps, and also move the latent in a share `guided` of them, from the first.
+
+        There is no update if the prompt names only one entity. `noise` holds the ratio of noise to signal before each
+        denoising step; only the number of steps is used.
+        """
         if len(prompt.entities) < 2:
             return []
         count = round(self.guided * len(noise))
@@ -217,7 +227,11 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Bounds
     ) -> ScoreEdit:
-        """Return the edit that keeps attention in the given regions or, after the guided steps, in clusters."""
+        """Return the edit that keeps attention in the given regions or, after the guided steps, in clusters.
+
+        `attention` is that of the previous denoiser call, None before the first one; `size` is (rows, columns) of the
+        maps that are read.
+        """
         if attention is not None:
             state.add(attention, [entity.token_indices[-1] for entity in prompt.entities])
         first = round(self.guided * state.steps)
@@ -260,7 +274,10 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
         )
 
     def _masks(self, layer: Tensor, count: int) -> Tensor:
-        """Given regions at the size of a layer's maps; bool (entity, y, x)."""
+        """Given regions at the size of a layer's maps; bool (entity, y, x).
+
+        `layer` is the attention of the layer, (..., y, x); `count` is the number of entities.
+        """
         masks = layout_masks(self.regions, (layer.shape[-2], layer.shape[-1]), count)
         return torch.from_numpy(masks).to(layer.device)
 
@@ -275,14 +292,21 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
 
 
 def shares(seen: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of attention in each entity's region and in the background; (entity, head, y, x) -> two of (entity,)."""
+    """Sums of attention over heads and locations: inside each entity's region, and in the background; each (entity,).
+
+    `seen` is the attention to each entity, (entity, head, y, x); `masks` are the regions, bool (entity, y, x).
+    """
     background = ~masks.any(0)
     inside = (seen * masks[:, None]).sum((1, 2, 3))
     return inside, (seen * background).sum((1, 2, 3))
 
 
 def _beside(layers: Sequence[tuple[Tensor, Tensor]], count: int) -> Tensor:
-    """Mean over entities of (1 - inside / (inside + n background))^2, with means over layers; 1 without attention."""
+    """Mean over entities of (1 - inside / (inside + count * background))^2; an entity without attention counts as 1.
+
+    `layers` has a pair (inside, background) per layer, each (entity,), from `shares`; the formula uses their means over
+    layers. `count` is the number of entities.
+    """
     inside, background = (torch.stack(list(part)).mean(0) for part in zip(*layers, strict=True))
     return (1 - ratio(inside, inside + count * background)).square().mean()
 
@@ -336,12 +360,14 @@ def hidden_subjects(masks: Tensor) -> Tensor:
 
 
 def function_words(prompt: Prompt) -> list[int]:
-    """Positions of articles, prepositions, conjunctions, pronouns and numerals that belong to no entity.
+    """Positions of the tokens of function words: articles, prepositions, conjunctions, pronouns and numerals.
+
+    A function word that is the noun or an attribute of an entity is left out.
 
     Examples
     --------
     >>> import elakit
-    >>> function_words(elakit.parse("a [bear] and a [clock]", elakit.load("picture-world")))
+    >>> function_words(elakit.parse("a [bear] and a [clock]", elakit.load("picture-world")))  # a, and, a
     [1, 3, 4]
     """
     named = {i for entity in prompt.entities for i in (*entity.token_indices, *entity.attribute_indices)}
@@ -379,7 +405,13 @@ def clustered(own: Tensor, clusters: int, centers: np.ndarray | None) -> tuple[n
 
 
 def assigned(labels: np.ndarray, cross: Tensor, last: np.ndarray, given: np.ndarray) -> np.ndarray:
-    """Region of each entity: the clusters assigned to it, or its given region if there are none.
+    """Assign each cluster to an entity, and return the region of each entity: all its clusters together.
+
+    Let c be the cross-attention of an entity, sharpened to values from 0 to 1, and set to 0 outside the entity's region
+    in `last`. The overlap of a cluster and the entity is the sum of c over the cluster, divided by the sum of c over
+    all locations or by the number of locations in the cluster, whichever is smaller. A cluster is assigned to the
+    entity with the largest overlap if this overlap is at least 0.2, else to no entity. An entity without a cluster gets
+    its given region, which is removed from the other regions.
 
     Parameters
     ----------

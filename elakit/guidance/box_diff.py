@@ -2,7 +2,7 @@
 
 Xie et al., "BoxDiff: Text-to-Image Synthesis with Training-Free Box-Constrained Diffusion", ICCV 2023
 (arXiv:2307.10816), and its official code (github.com/showlab/BoxDiff). With A the map of an entity, prepared as in
-Attend-and-Excite, M its region, and top(.) the mean over the fifth of a region's locations with the largest values:
+Attend-and-Excite, M its region, and top(.) the mean of the largest 20% of the values in a region:
 
     inner  = 1 - top(A in M)
     outer  = top(A outside M)
@@ -69,8 +69,8 @@ class BoxDiff(NeedsLayout, ReadsOneSize):
     edge : int
         Number of locations on each side of a box's edge up to which the corner term reaches; 1 in the official code.
     refine : sequence of (float, float, int)
-        Refinements, each as (share of the steps at which it takes place, attention inside its region that every entity
-        has to reach, largest number of additional updates); () for none.
+        Refinements, each with three values: the step at which it takes place, as a share of all steps; the attention
+        inside its region that every entity has to reach; and the largest number of additional updates. () for none.
     normalize_eot : bool
         Whether end-of-text and padding are left out of the softmax over tokens. The official code does so for Stable
         Diffusion 2.x and not for 1.x.
@@ -113,7 +113,10 @@ class BoxDiff(NeedsLayout, ReadsOneSize):
         check_flag(self, "normalize_eot")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Decreasing step sizes with refinement; no update if the prompt names only one entity."""
+        """Updates with decreasing step sizes, and refinements at some steps; none if the prompt names only one entity.
+
+        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
+        """
         return excitation(len(noise), prompt, self.step_size, guided=self.guided, refine=self.refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: Any) -> Loss:
@@ -139,7 +142,10 @@ class BoxDiff(NeedsLayout, ReadsOneSize):
 
 
 def _top(maps: Tensor, regions: Tensor, share: float) -> Tensor:
-    """Mean over the `share` of each region's largest values, at least one; 0 if it is empty; (n, y, x) -> (n,)."""
+    """Mean of the largest values of each map in its region; (n, y, x) -> (n,); 0 for an empty region.
+
+    The number of these values is `share` times the number of locations in the region, rounded down, but at least one.
+    """
     values = maps.masked_fill(~regions, 0).flatten(1).sort(dim=1, descending=True).values
     counts = (share * regions.sum((1, 2))).long().clamp_min(1)[:, None]
     strongest = torch.arange(values.shape[1], device=maps.device) < counts

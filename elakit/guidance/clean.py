@@ -1,4 +1,4 @@
-"""Clean latents that a denoising step predicts, from the output that a pipeline passes to its scheduler."""
+"""Prediction of clean latents at a denoising step, from the output that a pipeline passes to its scheduler."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from elakit.guidance.engine import noise_levels
 
 
 class Steps:
-    """Record of the model output and latents that a scheduler received in its latest step."""
+    """The model output and the latents that a scheduler received in its latest step."""
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
@@ -23,12 +23,12 @@ class Steps:
         self.last: tuple[Tensor, Tensor] | None = None  # output of the model, latents
 
     def predicted(self, step: int) -> Tensor | None:
-        """Clean latents predicted by the latest step; None before the first, or if the prediction type is unknown.
+        """Clean latents predicted at the latest step; None before the first step, or if the prediction type is unknown.
 
         Parameters
         ----------
         step : int
-            Number of the latest step, counted from 0, which gives the noise level.
+            Latest step, counted from 0; it determines the noise level.
         """
         if self.last is None:
             return None
@@ -48,7 +48,7 @@ def watched_steps(scheduler: Any) -> Iterator[Steps]:
     Yields
     ------
     Steps
-        Record that each call of ``scheduler.step`` overwrites.
+        Model output and latents of the latest step; each call of ``scheduler.step`` overwrites them.
     """
     steps, plain, had = Steps(scheduler), scheduler.step, "step" in vars(scheduler)
 
@@ -72,7 +72,7 @@ def watched_steps(scheduler: Any) -> Iterator[Steps]:
 
 
 def predicted_clean(scheduler: Any, output: Tensor, latents: Tensor, level: float) -> Tensor | None:
-    """Clean latents from the output of the model, according to the scheduler's prediction type.
+    """Compute the clean latents that a model output predicts, according to the scheduler's prediction type.
 
     Parameters
     ----------

@@ -85,7 +85,10 @@ class CONFORM(ReadsOneSize):
         return Memory()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Decreasing step sizes with refinement; no update if the prompt names only one entity."""
+        """Updates with decreasing step sizes, and refinements at some steps; none if the prompt names only one entity.
+
+        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
+        """
         if len(prompt.entities) < 2:
             return []
         # The loss is 0 only where there is no pair to compare: then the extra passes are skipped.

@@ -49,7 +49,7 @@ from elakit.prompt import Prompt
 
 @dataclass
 class Leaks:
-    """State of DeLeaker for one image: the average of the entities' maps, and the latest masks.
+    """State of DeLeaker for one image: the sum and number of the entities' maps so far, and the latest masks.
 
     Attributes
     ----------
@@ -60,11 +60,11 @@ class Leaks:
     size : tuple of int
         (rows, columns) of the maps.
     maps : Tensor, (entity, location), or None
-        Sum of the entities' maps over layers and steps; None before the first.
+        Sum of the entities' maps over layers and steps; None before the first map is added.
     count : int
         Number of maps per entity in `maps`.
     masks : Tensor, bool, (entity, y, x), or None
-        Masks used for the last layer whose scores were changed; None before the first.
+        Masks used for the latest layer whose scores were changed; None before the first such layer.
     """
 
     steps: int
@@ -87,11 +87,12 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
         Factor by which scores from an entity's mask to its own words are multiplied, once for each other entity; 1 does
         not change them.
     threshold : float
-        Number of standard deviations by which an entity's map must exceed its mean at a location, for the location to
-        be in the entity's mask.
+        Number of standard deviations by which an entity's map at a location must exceed the mean of the map, for the
+        location to be in the entity's mask.
     image_threshold : float
-        Number of standard deviations by which attention between the masks of two entities must exceed its mean to be
-        cut. Has an effect only if `cut_image` is True.
+        Number of standard deviations by which the attention from a location in one entity's mask to a location in
+        another's must exceed the mean attention between the two masks to be cut. Has an effect only if `cut_image` is
+        True.
     cut_text : bool
         Whether attention from an entity's mask to the words of other entities is cut (set to 0).
     cut_image : bool
@@ -161,12 +162,15 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Leaks
     ) -> ScoreEdit:
-        """Edit of one image's scores in one step, in all layers, which also averages the entities' maps."""
+        """Return the edit that changes one image's scores in all layers, and adds the entities' maps to `state.maps`.
+
+        `attention` is not used; `size` is (rows, columns) of the maps that are read.
+        """
         state.step, state.size = step, size
         return ScoreEdit(lambda site, scores: self._change(site, scores, prompt, state))
 
     def _change(self, site: Site, scores: Scores, prompt: Prompt, state: Leaks) -> Change | None:
-        """Change of one layer's scores; None before `start`, or as long as there are no averaged maps."""
+        """Change of one layer's scores; None before `start`, or if no maps have been added up yet."""
         now = state.step + site.position
         logits = scores(masked=True)
         probabilities = logits.softmax(-1)
@@ -184,7 +188,10 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
         return Change(change.clamp(min=NEVER))
 
     def _average(self, probabilities: Tensor, first: int, prompt: Prompt, state: Leaks) -> None:
-        """Add the entities' maps of one layer to their average; `first` is the key of the first text position."""
+        """Add the entities' maps of one layer to their sum, unless the share `averaged` of the steps is over.
+
+        `probabilities` is (head, h*w, key); `first` is the key of the first text position.
+        """
         if state.maps is not None and state.step >= math.ceil(self.averaged * state.steps):
             return
         mean = probabilities.mean(0)
@@ -203,7 +210,22 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
                 change[:, :, shared] += NEVER * masks[i][:, None]
 
     def _cuts(self, mean: Tensor, masks: Tensor) -> Tensor:
-        """Bias that cuts attention between masks of different entities; `mean` over heads and result are (h*w, h*w)."""
+        """Bias that cuts high attention between the masks of different entities: -10,000 where it is cut, else 0.
+
+        Attention between two masks is high if it exceeds the mean attention between them by more than `image_threshold`
+        standard deviations. Pairs of locations with an attention of 0 do not count in mean and standard deviation.
+
+        Parameters
+        ----------
+        mean : Tensor, (h*w, h*w)
+            Self-attention from each location (row) to all, averaged over heads.
+        masks : Tensor, bool, (entity, h*w)
+            Mask of each entity.
+
+        Returns
+        -------
+        Tensor, (h*w, h*w)
+        """
         cuts = torch.zeros_like(mean)
         for i, j in permutations(range(len(masks)), 2):
             across = masks[i][:, None] & masks[j]

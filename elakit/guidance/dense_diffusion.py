@@ -1,8 +1,9 @@
 """DenseDiffusion: raise attention scores inside given regions, and lower them outside.
 
 Kim et al., "Dense Text-to-Image Generation with Attention Modulation", ICCV 2023 (arXiv:2308.12964), and its released
-code (github.com/naver-ai/DenseDiffusion, gradio_app.py). With s the score of a location for a key in one head, lowest
-and largest the extremes of the location's scores over all keys, and R = 1 for the keys that belong to the location:
+code (github.com/naver-ai/DenseDiffusion, gradio_app.py). Let s be the score of a location for a key in one head. Let
+"lowest" and "largest" be the extremes of the location's scores over all keys, and R = 1 for the keys that belong to the
+location. Then the changed score is:
 
     s' = s + w t^5 (1 - a) (largest - s)    where R is 1
     s' = s - w t^5 (1 - a) (s - lowest)     elsewhere
@@ -105,13 +106,14 @@ class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
         Raises
         ------
         SettingError
-            A layer of the model is not one of plain cross-attention.
+            The model has layers that are not plain cross-attention, such as joint attention (FLUX), or that are read at
+            the attention call (Sana, HunyuanDiT).
         """
         check_plain(layers, "DenseDiffusion")
         return super().select(layers, latent)
 
     def encode(self, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
-        """Text states of the prompt, with those of each entity's words replaced by the states from a separate text."""
+        """Text states of the prompt, in which each entity's words have the states of a text of these words alone."""
         check_text(adapter, conditioning, "DenseDiffusion")
         states = conditioning.inputs["encoder_hidden_states"].clone()
         for phrase in phrases(adapter, prompt):
@@ -121,7 +123,10 @@ class DenseDiffusion(NeedsLayout, EditsFirstSteps, ReadsOneSize):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: None
     ) -> ScoreEdit:
-        """Return the edit that raises scores inside the given regions, and lowers them elsewhere."""
+        """Return the edit that raises scores inside the given regions, and lowers them elsewhere.
+
+        `attention` is not used; `size` is (rows, columns) of the maps that are read.
+        """
         words = [phrase_positions(prompt, entity) for entity in prompt.entities]
 
         def change(site: Site, scores: Scores) -> Change | None:

@@ -2,7 +2,8 @@
 
 Li, Keuper, Zhang and Khoreva, "Divide & Bind Your Attention for Improved Generative Semantic Nursing", BMVC 2023,
 arXiv:2307.10864, and its official code (github.com/boschresearch/Divide-and-Bind), checked against
-divide_and_bind/pipeline_divide_and_bind.py, its later version beside it, utils/ptp_utils.py and utils/test_utils.py.
+divide_and_bind/pipeline_divide_and_bind.py, divide_and_bind/pipeline_divide_and_bind_latest.py (a later version of the
+same pipeline), utils/ptp_utils.py and utils/test_utils.py.
 
 With the sharpened and smoothed maps A' and the schedule of Attend-and-Excite:
 
@@ -28,7 +29,7 @@ mean of their divergences (the official code takes one attribute per entity); an
 scaled up by at most the noun's maximum / 1e-8; guided steps and refinements are given as shares of the run's steps; a
 prompt of fewer than two entities is not guided. The official code has three peculiarities that we take to be mistakes
 and do not keep: its refinement compares the TV before its latest update, so it takes one update more than needed; its
-later version does not pass the limit of updates on, and makes up to 100 updates at step 0 and 50 at the later
+later version ignores the given limits of updates, and makes up to 100 updates at step 0 and 50 at the later
 refinements; and its gradient passes get latents that have not been through the scheduler's ``scale_model_input``.
 """
 
@@ -78,9 +79,9 @@ class DivideAndBind(ReadsOneSize):
         variation that every entity's map has to reach, on the scale of the official code; and the largest number of
         additional latent steps. () for none.
     variation : {"released", "repaired"}
-        Total variation in the loss: "released" is that of the official code, which compares each row but the first with
-        the last row of the map; "repaired" is that of the paper, which compares neighboring rows. With "repaired", the
-        thresholds of `refine` are divided by 1.5, the mean ratio of the two.
+        Total variation in the loss: "released" is that of the official code, which compares the last row of the map
+        with each row from the second on; "repaired" is that of the paper, which compares neighboring rows. With
+        "repaired", the thresholds of `refine` are divided by 1.5, the mean ratio of the two.
     layers, size
         Layers and size of the entities' maps; see `elakit.guidance.reading.ReadsOneSize`. Attributes are read from
         those of `layers` whose maps are finer than the entities' or, if there are none, from the entities' layers.
@@ -138,7 +139,10 @@ class DivideAndBind(ReadsOneSize):
         return steps
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Decreasing step sizes with refinement; no update if the prompt names only one entity."""
+        """Updates with decreasing step sizes, and refinements at some steps; none if the prompt names only one entity.
+
+        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
+        """
         if len(prompt.entities) < 2:
             return []
         scale = _THRESHOLD_SCALE[self.variation]
@@ -207,7 +211,7 @@ def coarse_and_finer(layers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def total_variation(maps: Tensor) -> Tensor:
-    """Mean absolute difference of neighbors along x plus that along y; (n, y, x) -> (n,).
+    """Mean absolute difference of neighbors along x, plus the same along y; (n, y, x) -> (n,).
 
     Examples
     --------
@@ -218,20 +222,26 @@ def total_variation(maps: Tensor) -> Tensor:
 
 
 def released_variation(maps: Tensor) -> Tensor:
-    """Total variation of the official code, which compares each row but the first with the last; (n, y, x) -> (n,).
+    """Total variation as in the official code, which compares rows with the last row; (n, y, x) -> (n,).
 
-    Along x it compares neighbors.
+    It is the mean absolute difference of neighbors along x, plus the mean absolute difference between the last row and
+    each row from the second on. The last row, which differs from itself by 0, counts in the second mean.
 
     Examples
     --------
-    >>> released_variation(torch.tensor([[[0.0, 1.0, 0.0], [0.0, 1.0, 3.0], [0.0, 1.0, 0.0]]]))
+    >>> released_variation(torch.tensor([[[0.0, 1.0, 0.0], [0.0, 1.0, 3.0], [0.0, 1.0, 0.0]]]))  # 7 / 6 + 3 / 6
     tensor([1.6667])
     """
     return maps.diff(dim=2).abs().mean((1, 2)) + (maps[:, 1:] - maps[:, -1:]).abs().mean((1, 2))
 
 
 def _unbound(noun: Tensor, attributes: list[Tensor], share: float) -> Tensor:
-    """Mean divergence of the attributes' maps from the noun's, each (y, x); 0 without attributes; `share` is q."""
+    """Mean divergence of the attributes' maps from the noun's map, each (y, x); 0 without attributes.
+
+    Each attribute's map is scaled to the maximum of the noun's map. Then each map is replaced by its softmax over
+    locations. From each softmax, `share` times the maximum of the noun's softmax is subtracted, and negative results
+    become 0. The divergence is that of Jensen and Shannon.
+    """
     if not attributes:
         return noun.new_zeros(())
     words = torch.stack(attributes)

@@ -81,7 +81,10 @@ class EBAMA(ReadsOneSize):
         check_guided(self)
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Equal step sizes; no update if the prompt names only one entity."""
+        """Updates with equal step sizes; none if the prompt names only one entity.
+
+        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
+        """
         if len(prompt.entities) < 2:
             return []
         return schedule(len(noise), self.step_size, guided=self.guided, last=1)

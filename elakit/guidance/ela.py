@@ -55,9 +55,10 @@ class ELA:
         Layers that are read: "up" (decoder; all layers of a model that has none, such as PixArt, Stable Diffusion 3 and
         FLUX), "down", "mid", "double", "single", "all" or a name pattern.
     size : int, optional
-        Number of locations along the longer side of the maps that are read. By default that of the coarsest maps of
-        `layers`: 16 in Stable Diffusion 1.5 at 512 pixels, as in the paper, and 8 in picture-world. The coarsest maps
-        show best whether an entity is in its region, and the gradient pass can end at the last of their layers.
+        Number of locations along the longer side of the maps that are read. By default the coarsest maps of `layers`
+        are read: 16 locations in Stable Diffusion 1.5 at 512 pixels, as in the paper, and 8 in picture-world. The
+        coarsest maps show best whether an entity is in its region, and the gradient pass can end at the last of their
+        layers.
 
     Raises
     ------
@@ -128,7 +129,7 @@ class ELA:
                     )  # fmt: skip
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """Layers selected by the option `layers` with maps of the option `size`, by default that of the coarsest."""
+        """Layers that the options `layers` and `size` select; if `size` is None, the layers with the coarsest maps."""
         chosen = decoder_side_layers(layers, self.layers)
         if self.size is not None:
             return layers_of_size(chosen, latent, self.size, NATIVE_SIZE, "ELA")
@@ -153,6 +154,7 @@ class ELA:
         """Updates of `Separation.plan`, followed by those of `LatentStep.plan`.
 
         With a prompt of one entity there is nothing to separate, and the entity is anchored only if `regions` is given.
+        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
         """
         if len(prompt.entities) < 2 and self.regions is None:
             return []

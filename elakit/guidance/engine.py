@@ -54,10 +54,10 @@ ReadAttention = Callable[[Tensor, Tensor, Conditioning], list[Attention]]
 
 @contextmanager
 def reading(adapter: Adapter, layers: Sequence[AttentionLayer], *, reads_self: bool = False) -> Iterator[ReadAttention]:
-    """Context that gives a function to run a conditional pass up to the last layer read, and to return its attention.
+    """Context that yields a function, which runs a conditional denoiser call and returns the attention of `layers`.
 
-    The attention is differentiable. Gradients must be computed inside the context, too, because with gradient
-    checkpointing the backward pass repeats parts of the forward pass.
+    The call ends at the last of `layers`. The attention is differentiable. Gradients must be computed inside the
+    context, too, because with gradient checkpointing the backward pass repeats parts of the forward pass.
 
     Parameters
     ----------
@@ -366,7 +366,9 @@ class Guide:
         return nullcontext() if self.holder is None else self.holder()
 
     def rehearse(self, run: Callable[[Callable[[int], bool]], None]) -> bool:
-        """Let the method observe the first steps of a plain run; return False, without a run, if it needs none.
+        """Run the plain steps that the method observes before the guided run; return True if there are any.
+
+        If the method observes no plain steps, `run` is not called.
 
         Parameters
         ----------
@@ -487,7 +489,10 @@ class Guide:
         return self.holder is not None and self.updates[step].hold and self.holder.held[image] is not None
 
     def _edited(self, step: int, images: Callable[[], Sequence[int]]) -> AbstractContextManager[None]:
-        """Context for gradient passes, in which the step's edits act; `images` returns those of the current pass."""
+        """Context for gradient passes, in which the edits of attention scores of a step act, too.
+
+        ``images()`` returns the indices of the images in the current pass.
+        """
         holder = self.holder
         if holder is None or not self.updates[step].hold:
             return nullcontext()
@@ -504,9 +509,10 @@ class Guide:
         return float(_scaled(self.adapter, torch.ones((), device=latents.device), timestep))
 
     def _change(self, update: Update, gradient: Tensor, unit: float) -> Tensor:
-        """Amount to subtract from the scheduler's latents z, given a step size for u = unit * z, of unit variance.
+        """Amount to subtract from the scheduler's latents z, whose scaled form u = unit * z has unit variance.
 
-        Step sizes were chosen for u. dL/du is dL/dz divided by unit, and a step of u divided by unit is one of z.
+        `gradient` is with respect to z, but the step size is for u. The gradient is therefore divided by `unit`, which
+        gives the gradient with respect to u. The resulting change of u is divided by `unit` to give the change of z.
         """
         along = gradient / unit
         return update.size * (along if update.raw else self.method.direction(along)) / unit

@@ -97,7 +97,11 @@ class FOCUS(ReadsOneSize):
         return layers_of_size(chosen, latent, self.size, NATIVE_SIZE, "FOCUS")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Step sizes that decrease with the share of noise; no update if the prompt names only one entity."""
+        """Updates whose step size is ``strength * control(s)`` times the decrease of s in the step.
+
+        s is the share of noise before the step. There is no update if the prompt names only one entity. `noise` holds
+        the ratio of noise to signal before each denoising step.
+        """
         if len(prompt.entities) < 2:
             return []
         shares = [noise_share(ratio) for ratio in noise]
@@ -118,7 +122,9 @@ class FOCUS(ReadsOneSize):
 
 
 def divergence(maps: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of normalized maps raised to the power of 3, from 0 (equal) to 1 (disjoint).
+    """Jensen-Shannon divergence of maps, divided by log n, so that it is from 0 (equal maps) to 1 (disjoint maps).
+
+    Each map is first raised to the power of 3, and then normalized to a sum of 1.
 
     Parameters
     ----------
@@ -142,10 +148,19 @@ def divergence(maps: Tensor) -> Tensor:
 
 
 def noise_share(ratio: float) -> float:
-    """Share of noise, given the ratio of noise to signal from `elakit.guidance.engine.noise_levels`.
+    """Share of noise in a latent: ratio / (1 + ratio) up to a ratio of 999, ratio / 1000 above.
 
-    A ratio above 999 was computed with a signal of 0.001 instead of a smaller one, so the share is 0.001 times the
-    ratio.
+    In flow matching, a ratio above 999 belongs to a signal below 0.001. `elakit.guidance.engine.noise_levels` then
+    divides the noise by 0.001 instead of the signal, so the ratio is 1000 times the share of noise.
+
+    Parameters
+    ----------
+    ratio : float
+        Ratio of noise to signal (standard deviations), from `elakit.guidance.engine.noise_levels`.
+
+    Returns
+    -------
+    float
 
     Examples
     --------

@@ -20,17 +20,19 @@ from elakit.models import Adapter, AttentionLayer
 
 
 class Holder:
-    """Edits of attention scores during a run, and the attention of each image in the latest denoiser call.
+    """Hooks that edit attention scores in a run's denoiser calls and store the attention of the latest call.
+
+    The hooks act inside ``with holder():``. `hold` sets the edits, `attention` returns what is stored.
 
     Parameters
     ----------
     adapter : Adapter
     layers : sequence of AttentionLayer
-        Layers whose attention is read; the scores of all layers can be changed.
+        Layers whose attention is stored. Scores are edited in these and in all other layers that have scores.
     images : int
         Number of images in the batch.
     reads_self : bool
-        Whether the self-attention of the layers' blocks is read, too.
+        Whether the self-attention of the layers' blocks is stored, too.
     """
 
     def __init__(
@@ -74,17 +76,28 @@ class Holder:
         return bool(self._read)
 
     def attention(self, image: int) -> Attention:
-        """Attention of an image in the latest conditional pass, after the edit, averaged over heads (one head)."""
+        """Attention of an image in the latest denoiser call that was read, with the edited scores.
+
+        It is the attention of the conditional half. It is averaged over heads: the head dimension has length 1.
+        """
         cross, own = (tuple(self._read[layer][image] for layer in some) for some in (self.layers, self.beside))
         return Attention(cross, own)
 
     def hold(self, held: Sequence[ScoreEdit | None], *, read: bool = True) -> None:
-        """Set the edit of each image from the next pass on, and whether attention is read then, which takes time."""
+        """Set the score edits of the following denoiser calls, and whether attention is read in these calls.
+
+        Parameters
+        ----------
+        held : sequence of ScoreEdit or None
+            One item per image; None for no edit.
+        read : bool
+            Whether attention is read. Reading takes time.
+        """
         self.held = list(held)
         self._reads = read
 
     def change(self, image: int, site: Site, scores: Scores) -> Change | None:
-        """Change of one layer's scores for an image; None if its scores are not edited."""
+        """Change of an image's scores in the layer that `site` describes; None for no change."""
         held = self.held[image]
         return None if held is None else held.change(site, scores)
 
@@ -113,8 +126,9 @@ def restriction(
     Parameters
     ----------
     masks : ndarray, bool, (entity, y, x), or callable
-        Regions at any resolution; an entity with an empty mask is not restricted. A callable returns the masks for the
-        (rows, columns) of a layer; an entity whose mask it returns as empty has its scores lowered everywhere.
+        Region of each entity. An array may have any resolution, and an empty mask in it means that the entity has no
+        region and is not restricted. A callable gets the (rows, columns) of a layer and returns masks of this size. An
+        empty mask from a callable means that the scores of the entity's words are lowered at every location.
     tokens : sequence of sequence of int
         Token positions of each entity's words.
     strength : float

@@ -11,10 +11,11 @@ timestep, prepared as in Attend-and-Excite, and R_i the smoothed self-attention 
 *Search.* The initial noise z0 is replaced by z = z0 exp(v / 2) + m. Adam minimizes cross + clean + conflict (without
 conflict while cross is above 0.5) over m and v, which are 0 at first. The KL divergence of N(m, exp v) from N(0, 1),
 averaged over elements, stays at most 0.001. The search ends as soon as noise is accepted, which means cross < 0.2 and
-conflict < 0.3. There are at most 5 rounds of at most 10 passes each. The first round starts from the run's noise, and
-each other round from new random noise whose seed is derived from the run's noise, so that a run depends on its seed
-alone. If no round is accepted, one more round of at most 50 passes starts from the initial noise whose round ended with
-the best score.
+conflict < 0.3. There are at most 5 rounds of at most 10 passes each. The first round starts from the run's noise. Every
+later round starts from new random noise, whose seed is derived from the run's noise, so that a run depends on its seed
+alone. If no round ends with accepted noise, the initial noise of the round with the lowest score is the start of one
+more round, of at most 50 passes. The score of a round is cross + conflict at its last pass, with 1 in place of conflict
+if cross is above 0.5.
 
 *Guidance.* As in the example of the official code, the latents are then updated along the cross term, with the step
 sizes and guided steps of Attend-and-Excite. Refinement at steps 10 and 20 of 50 follows cross + 0.1 clean +
@@ -172,14 +173,21 @@ class InitNO(ReadsOneSize):
         return RunningMaps()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Decreasing step sizes with refinement; no update if the prompt names only one entity."""
+        """Updates with decreasing step sizes, and refinements at some steps; none if the prompt names only one entity.
+
+        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
+        """
         if len(prompt.entities) < 2:
             return []
         refine = [(share, 1.0, self.refinements) for share in REFINED[1:]]
         return schedule(len(noise), self.step_size, guided=self.guided, refine=refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: RunningMaps) -> Loss:
-        """Cross term ("excite" in the trace); the terms "conflict" and "clean" are part of the refinement loss only."""
+        """Loss of the guided steps, which is the cross term ("excite" in the trace).
+
+        The latent steps of refinement follow another loss: cross + conflict + 0.1 clean + 0.1 alignment. The search for
+        initial noise does not use this method.
+        """
         scores = _scores(attention, prompt)
         refinement = scores.cross + 0.1 * scores.clean + 0.1 * state.distance(scores.entities) + scores.conflict
         terms = {"excite": float(scores.cross.detach()), "conflict": float(scores.conflict.detach())}
@@ -197,7 +205,30 @@ class InitNO(ReadsOneSize):
         number: int,
         rows: list[dict[str, Any]],
     ) -> tuple[Tensor, float, bool]:
-        """Run one round; return its last noise, its last score (lower is better), and whether the noise is accepted."""
+        """Run one round of the search.
+
+        Parameters
+        ----------
+        start : Tensor
+            Initial noise of the round.
+        attend, prompt
+            The same as for `search`.
+        iterations : int
+            Largest number of passes.
+        number : int
+            Number of the round, counted from 0, which is written to `rows`.
+        rows : list of dict
+            List to which one dictionary per pass is appended; `search` describes the keys.
+
+        Returns
+        -------
+        noise : Tensor
+            Accepted noise, or else the noise after the last update.
+        score : float
+            Cross + conflict at the last pass, with 1 in place of conflict if cross is above 0.5; lower is better.
+        accepted : bool
+            Whether cross and conflict are below their thresholds.
+        """
         mean, log_variance = (torch.zeros_like(start).requires_grad_(True) for _ in range(2))
         adam = torch.optim.Adam([mean, log_variance], lr=self.learning_rate, eps=_ADAM_EPS)
         score = math.inf
@@ -234,7 +265,7 @@ class _Scores:
     entities: Tensor
 
     def objective(self) -> Tensor:
-        """Objective that the search minimizes; it has no conflict term while `cross` is large."""
+        """Objective that the search minimizes: cross + clean, plus conflict if cross is at most 0.5."""
         total = self.cross + self.clean
         return total + self.conflict if float(self.cross.detach()) <= _GATE else total
 

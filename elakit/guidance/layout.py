@@ -71,7 +71,7 @@ def check_layout(layout: Any, who: str, *, partial: bool = False) -> Layout:
 
 @dataclass(frozen=True)
 class NeedsLayout:
-    """Base class of methods that need one region per entity, given by the user before a run and not changeable in it.
+    """Base class of methods that require one region per entity; regions cannot be changed during a run.
 
     Parameters
     ----------
@@ -112,14 +112,16 @@ def layout_masks(layout: Layout, size: tuple[int, int], entities: int, *, trunca
     entities : int
         Number of entities in the prompt.
     truncate : bool
-        Whether the corners of a box are truncated to whole locations. By default a box has the locations whose center
-        it contains.
+        Rule for the locations of a box. By default, they are the locations whose center lies in the box. If True, the
+        corners are rounded down: the columns are int(left * columns) to int(right * columns) - 1, and rows likewise. A
+        box that is empty after rounding follows the default rule.
 
     Returns
     -------
     ndarray, bool, (entity, y, x)
-        Locations of each box, or the locations of which a given mask covers more than half; at least one location per
-        region. The mask of an entity whose region is None is empty.
+        Locations of each region. A box in which no location's center lies has the location that contains the center of
+        the box. A given mask has the locations of which it covers more than half, or else the location of which it
+        covers most. The mask of an entity whose region is None is empty.
 
     Raises
     ------
@@ -150,7 +152,7 @@ def _on_grid(region: Region | None, size: tuple[int, int], truncate: bool) -> np
 
 
 def _truncated(box: Box, size: tuple[int, int]) -> np.ndarray:
-    """Locations of a box whose corners are truncated to whole locations; bool (y, x)."""
+    """Locations of a box whose corners are rounded down, or those of `_inside` if there are none; bool (y, x)."""
     rows, columns = size
     inside = np.zeros(size, bool)
     inside[int(box[1] * rows) : int(box[3] * rows), int(box[0] * columns) : int(box[2] * columns)] = True
@@ -182,7 +184,7 @@ def apart(masks: np.ndarray) -> np.ndarray:
 
 
 def _inside(box: Box, size: tuple[int, int]) -> np.ndarray:
-    """Locations whose center lies in a box, or else the one that contains the box's center; bool (y, x)."""
+    """Locations whose center lies in a box, or else the location that contains the box's center; bool (y, x)."""
     rows, columns = ((np.arange(n) + 0.5) / n for n in size)
     inside = ((rows >= box[1]) & (rows <= box[3]))[:, None] & ((columns >= box[0]) & (columns <= box[2]))
     if not inside.any():

@@ -1,22 +1,26 @@
 """Layout guidance: move the attention of each entity into the region given for it, head by head.
 
 Chen et al., "Training-Free Layout Control with Cross-Attention Guidance", WACV 2024 (arXiv:2304.03373; its backward
-guidance), and its official code (github.com/silent-chen/layout-guidance). For each head of the middle and the first
-upward block with cross-attention, and each token of an entity with region M:
+guidance), and its official code (github.com/silent-chen/layout-guidance). A is the attention map of one token of an
+entity in one head, and M the region of the entity. The layers are those of the middle block and of the first upward
+block with cross-attention:
 
     E = mean over heads, tokens, entities and layers of (1 - sum_p A(p) M(p) / sum_p A(p))^2
     z' = z - 30 sigma^2 * gradient of E, with sigma the ratio of noise to signal
 
-in the first 10 of 50 steps, at most 5 times per step. As in the official code, the first pass in which E is at or below
-0.2 is still followed by an update, which is the last one of the run. Boxes are truncated to whole locations, also as in
-the official code: the column of a corner x is the integer part of x times the number of columns.
+The latent z is updated in the first 10 of 50 steps, at most 5 times per step. As in the official code, the first pass
+in which E is at or below 0.2 is still followed by an update, which is the last one of the run. The corners of boxes are
+rounded down to whole locations, also as in the official code: the column of a corner x is the integer part of x times
+the number of columns.
 
 The authors' latents are those of the LMS scheduler, signal plus noise of standard deviation sigma. For latents of unit
-variance, which elakit's engine moves, the equivalent step size is 30 sigma^2 / (1 + sigma^2): 30 at the first step of
-Stable Diffusion, not 6000. The authors let the user choose the tokens of an entity; here they are those of its noun.
+variance, which elakit's engine moves, the equivalent step size is 30 sigma^2 / (1 + sigma^2). At the first step of
+Stable Diffusion, where sigma is about 14, this is about 30, and 30 sigma^2 is about 6000. The authors let the user
+choose the tokens of an entity; here they are those of its noun.
 
 E and its gradient equal those of the official code to rounding (``tests/parity/test_losses.py``). Intended
-difference: a box that contains no whole location keeps the one at its center (in the official code it is empty).
+difference: a box that is empty after rounding has the locations whose center lies in it, or else the location at its
+own center (in the official code it stays empty).
 """
 
 from __future__ import annotations
@@ -46,14 +50,15 @@ class LayoutGuidance(NeedsLayout, ReadsFirstBlocks):
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x)
         One region per entity, in the order of the prompt: boxes as fractions of the image, or masks; they may overlap.
     step_size : float
-        Step size divided by sigma^2, with sigma the ratio of noise to signal, for latents of the official code's scale
-        (see the module); 30 in the official code.
+        Number c in the step size c sigma^2 / (1 + sigma^2), with sigma the ratio of noise to signal. The official code
+        has c = 30 and a step size of c sigma^2, because its latents are not scaled to unit variance.
     guided : float
         Share of the denoising steps that are guided, from the first; 10 of 50 in the official code.
     iterations : int
         Largest number of updates per step; 5 in the official code.
     until : float
-        Loss at or below which an update is the last one of the run; 0.2 in the official code.
+        Threshold of the loss. As soon as the loss is at or below it, one last update follows, and guidance ends for the
+        rest of the run; 0.2 in the official code.
     layers : str, optional
         Layers that are read: "up", "down", "mid", "all" or a name pattern; by default the middle block and the first
         upward block that has cross-attention, and all layers of a model without such blocks (PixArt, Stable Diffusion
@@ -94,7 +99,10 @@ class LayoutGuidance(NeedsLayout, ReadsFirstBlocks):
         return Progress()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Up to `iterations` updates before each guided step; none if the prompt names only one entity."""
+        """Up to `iterations` updates before each guided step; none if the prompt names only one entity.
+
+        `noise` holds the ratio of noise to signal before each denoising step.
+        """
         if len(prompt.entities) < 2:
             return []
         count = round(self.guided * len(noise))

@@ -34,12 +34,12 @@ class FromMaps:
         all entities' maps, else 0; "subtract-max" and "subtract-mean" give its map minus the largest or the mean of the
         others, at least 0; "none" gives its map.
     binarization : {"background", "otsu", "mean-std", "quantile"}
-        Rule for the value that an entity's score must exceed at the locations of its region: `threshold` times the
-        attention of the background ("background"), Otsu's threshold of the entity's scores ("otsu"), their mean plus
-        their standard deviation ("mean-std"), or their quantile `quantile` ("quantile").
+        Rule for the threshold above which an entity's score puts a location in the entity's region: `threshold` times
+        the attention of the background at the same location ("background"), Otsu's threshold of the entity's scores
+        ("otsu"), their mean plus their standard deviation ("mean-std"), or their quantile `quantile` ("quantile").
     threshold : float, optional
-        Share of the background's attention that an entity's score must exceed; .1125 by default. Only for
-        ``binarization="background"``.
+        Share of the background's attention at a location that an entity's score there must exceed; .1125 by default.
+        Only for ``binarization="background"``.
     quantile : float, optional
         Quantile of an entity's scores above which locations are in its region; .8 by default. Only for
         ``binarization="quantile"``.

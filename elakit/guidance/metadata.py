@@ -1,4 +1,4 @@
-"""Options of guidance methods: their names and values, and the creation of methods, or of code, from values.
+"""Options of guidance methods: functions that list their names and values, create a method, or write its code.
 
 A method's options are the fields of its dataclass. If a field is a dataclass itself (a *part*, such as `LatentStep`),
 the part's fields are listed instead, with dotted names: "anchor.step_size".
@@ -187,12 +187,14 @@ def build(method: type[Any], values: Mapping[str, Any]) -> Any:
 def as_code(method: type[Any], values: Mapping[str, Any], module: str = "elakit.guidance") -> str:
     """Python code that creates a method from option values by dotted name.
 
+    The arguments are in the order of `values`, but parts, such as ``anchor=...`` for "anchor.step_size", come last.
+
     Parameters
     ----------
     method : type
         Class of a guidance method, a dataclass.
     values : mapping of str to object
-        Values by dotted name.
+        Values by dotted name. Options that are left out keep their defaults.
     module : str
         Module through which the code refers to the classes.
 

@@ -80,8 +80,8 @@ class Loss:
     regions : ndarray, bool, (entity, y, x), optional
         Regions of the entities, for the trace; None if the method has none.
     goal : float, optional
-        Value that is compared with `Update.until` to end a refinement, which it does if it is at most that; by default
-        the total.
+        Value that is compared with `Update.until`: refinement ends as soon as `goal` is at most `until`. By default
+        `total` is compared.
     refinement : Tensor, scalar, optional
         Loss whose gradient the latent steps of a refinement follow; by default the total.
     enough : bool
@@ -104,14 +104,16 @@ class Update:
     Attributes
     ----------
     size : float
-        Step size: each latent step subtracts `size` times `Method.direction` from the latent; 0 if it does not move.
+        Step size: each latent step subtracts `size` times `Method.direction` from the latent. 0 if the latent is not
+        moved.
     repeats : int
         Largest number of latent steps of the refinement, each with a new gradient; 0 for no refinement.
     until : float, optional
         Value of the loss (of `Loss.goal`, if there is one) at or below which refinement ends. By default it ends after
         `repeats` latent steps.
     final : bool
-        Whether one more latent step follows the refinement, whatever the loss is; without refinement, the only one.
+        Whether one more latent step follows the refinement, whatever the loss is. Without refinement, this latent step
+        is the only one before the denoising step.
     hold : bool
         Whether attention scores are edited in the denoising step (see `EditsScores`).
     raw : bool
@@ -185,7 +187,11 @@ class Method(Protocol):
         """Loss on the attention of one image at a step, counted from 0; `state` is from `begin`."""
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """Vector of which a multiple is subtracted from one image's latent: its gradient, raw or normalized."""
+        """Direction of a latent step: `Update.size` times this vector is subtracted from one image's latent.
+
+        `gradient` is the gradient of the loss with respect to this latent, scaled to unit variance. Methods return the
+        gradient itself, or normalize it.
+        """
 
 
 @runtime_checkable
@@ -277,13 +283,13 @@ def layers_of_size(
 ) -> tuple[AttentionLayer, ...]:
     """Layers that a method reads: those with maps of a given size, by default the size nearest to the paper's.
 
-    The size of a map is the number of locations along its longer side. It depends on the image: a layer with factor 2
-    has maps of 32 x 48 locations for a latent of 64 x 96, so their size is 48. Layers with the same factor have maps of
-    the same size.
+    The size of a map is the number of locations along its longer side: the longer side of the latent divided by the
+    layer's `factor`. For a latent of 64 x 96, a layer with factor 2 has maps of 32 x 48 locations, so their size is 48.
 
-    By default the middle block alone is never read: at 768 pixels, the maps of Stable Diffusion 2.x have 96, 48 and 24
-    rows in the downward and upward blocks and 12 in the middle one, and the authors' code reads the five layers with 24
-    rows.
+    The default size is chosen among the sizes in the downward and upward blocks of a U-Net. The middle block is read
+    only if its maps have the chosen size, or if `layers` has no other layers. For example, the maps of Stable Diffusion
+    2.x at 768 pixels have sizes 96, 48 and 24 in the downward and upward blocks and 12 in the middle block. The default
+    for `native` 16 is then 24, as in the authors' code, although 12 is nearer to 16.
 
     Parameters
     ----------

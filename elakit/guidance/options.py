@@ -60,7 +60,19 @@ def check_guided(method: Any) -> None:
 
 
 def check_refine(method: Any, goal: str) -> None:
-    """Refuse a ``refine`` that is not a sequence of (share, number, whole number); convert lists to tuples."""
+    """Refuse a ``refine`` that is not a sequence of (share, value, count); convert lists to tuples.
+
+    The share, from 0 to 1, is that of the denoising steps after which a refinement takes place. The value, a finite
+    number of 0 or more, is what the refinement has to reach. The count, a whole number, is its largest number of
+    updates. No two entries may have the same share.
+
+    Parameters
+    ----------
+    method : Method
+        Method with an option ``refine``.
+    goal : str
+        Name of the value for the message, such as "largest attention to reach".
+    """
     rule = (
         f"a sequence of (share of the steps, {goal}, largest number of updates): a number from 0 to 1, a finite "
         "number, 0 or more, and a whole number, 0 or more, such as ((0.0, 0.05, 20),)"
@@ -78,7 +90,10 @@ def check_refine(method: Any, goal: str) -> None:
 
 
 def number(method: Any, option: str) -> Any:
-    """Return the value of an option; if it is a NumPy scalar, first replace it by a Python number in the method."""
+    """Return the value of an option; a NumPy scalar is first converted to a Python number.
+
+    The converted number replaces the NumPy scalar in the field of `method`.
+    """
     object.__setattr__(method, option, _plain(getattr(method, option)))
     return getattr(method, option)
 

@@ -43,13 +43,19 @@ class Phrase:
 
 
 def check_text(adapter: Adapter, conditioning: Conditioning, who: str) -> None:
-    """Refuse models in which text is not read by plain cross-attention layers from one sequence of text states.
+    """Check that a model reads one sequence of text states, and reads it in plain cross-attention layers only.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    conditioning : Conditioning
+    who : str
+        Name of the method that needs such a model, for the message.
 
     Raises
     ------
     SettingError
-        The model has other layers, such as joint attention, or no single sequence of text states; the message names the
-        method `who`.
+        The model has other layers, such as joint attention, or does not take its text as one sequence of text states.
     """
     plain = all(layer.kind == "cross" and layer.layout is None for layer in adapter.layers())
     if not plain or STATES not in conditioning.inputs or _CALL[STATES] not in conditioning.call:
@@ -82,13 +88,18 @@ def phrases(adapter: Adapter, prompt: Prompt) -> list[Phrase]:
 
 
 def phrase_positions(prompt: Prompt, entity: Entity) -> tuple[int, ...]:
-    """Positions of the tokens of an entity's words, including its article and other words between them.
+    """Positions in the prompt of all tokens of an entity's phrase, such as "a red and white car".
+
+    The phrase goes from the first to the last of the entity's words, and includes the words between these. An article
+    directly before the first word belongs to the phrase, even if it is outside the entity's brackets.
 
     Examples
     --------
+    Position 0 is start-of-text:
+
     >>> import elakit
-    >>> prompt = elakit.parse("a bear and a [blue clock]", elakit.load("picture-world"))
-    >>> phrase_positions(prompt, prompt.entities[0])
+    >>> prompt = elakit.parse("a [bear] and a [blue clock]", elakit.load("picture-world"))
+    >>> phrase_positions(prompt, prompt.entities[1])
     (4, 5, 6)
     """
     word_of = {token.index: token.word for token in prompt.tokens}
@@ -134,17 +145,19 @@ def _phrase(adapter: Adapter, prompt: Prompt, entity: Entity) -> Phrase:
 
 
 def with_text(conditioning: Conditioning, states: Tensor, mask: Tensor | None = None, times: int = 1) -> Conditioning:
-    """Conditioning whose text states are replaced by other ones.
+    """Copy of a conditioning with other text states for the prompt.
 
     Parameters
     ----------
     conditioning : Conditioning
     states : Tensor, (1, position, channel)
+        New text states of the prompt.
     mask : Tensor, (1, position), optional
-        Attention mask of `states`; by default the conditioning's own.
+        Attention mask of `states`; by default the mask in `conditioning` stays.
     times : int
-        Number of times that the negative prompt's text states occur one after the other, so that they have as many
-        positions as `states`. Equal keys share their attention, so this does not change the result.
+        Number of copies of the negative prompt's text states that are concatenated along the positions. The caller
+        chooses it so that the negative prompt has as many positions as `states`. Copies do not change the prediction
+        for the negative prompt, because they divide the attention of the original position among them.
 
     Returns
     -------

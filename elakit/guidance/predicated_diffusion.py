@@ -94,7 +94,10 @@ class PredicatedDiffusion(ReadsOneSize):
         check_whole(self, "refinements")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Decreasing step sizes with refinement at the first step; no update if the prompt names only one entity."""
+        """Updates with decreasing step sizes, the first with a refinement; none if the prompt names only one entity.
+
+        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
+        """
         if len(prompt.entities) < 2:
             return []
         # `None` sets no goal: all extra updates are made
@@ -129,7 +132,8 @@ class PredicatedDiffusion(ReadsOneSize):
 def existence(attention: Tensor) -> Tensor:
     """Loss for the statement "some location shows the word".
 
-    It is -log(1 - g), with g the geometric mean of 1 - attention over locations.
+    The loss is -log(1 - g), with g the geometric mean of 1.0001 - attention over locations. The 0.0001 avoids log(0);
+    for the same reason 1 - g is at least 1e-6.
 
     Parameters
     ----------
@@ -150,14 +154,17 @@ def existence(attention: Tensor) -> Tensor:
 
 
 def implied(one: Tensor, other: Tensor) -> Tensor:
-    """Loss for the statement "each location that shows one word shows the other word".
+    """Loss for the statement "each location that shows word P also shows word Q".
 
-    It is the mean of -log(1 - one (1 - other)) over locations.
+    The loss is the mean of -log(1 - p (1 - q)) over locations, with p and q the attention to P and Q. The argument of
+    the logarithm is at least 1e-6.
 
     Parameters
     ----------
-    one, other : Tensor, (y, x)
-        Attention to the words, 0 to 1.
+    one : Tensor, (y, x)
+        Attention to P, 0 to 1.
+    other : Tensor, (y, x)
+        Attention to Q, 0 to 1.
 
     Returns
     -------

@@ -83,15 +83,15 @@ def word_softmax(maps: Tensor, start: int | None = 0, end: int | None = None) ->
 def smooth(maps: Tensor, sigma: float = 0.5) -> Tensor:
     """Gaussian smoothing with a 3 x 3 kernel and reflected edges.
 
-    The weights are those of the official code, exp(-(d / (2 sigma))^2) at distance d. Its sigma of 0.5 is therefore a
-    standard deviation of 0.707 locations.
+    As in the official code of Attend-and-Excite, the weight at distance d is exp(-(d / (2 sigma))^2), and the nine
+    weights are divided by their sum. The default sigma of 0.5 is therefore a standard deviation of 0.707 locations.
 
     Parameters
     ----------
     maps : Tensor, (n, y, x)
         Maps of at least 2 x 2 locations.
     sigma : float
-        Width as the official code defines it.
+        Width in the formula above: the standard deviation in locations, divided by the square root of 2.
 
     Returns
     -------
@@ -211,7 +211,7 @@ def schedule(
     step_size : float
         Step size at the first step; at step i it is ``step_size * sqrt(1 - (1 - last) i / (steps - 1))``.
     guided : float
-        Share of the steps that are guided, from the first.
+        Share of the steps that are guided, from the first; 0.5 by default.
     last : float
         Squared ratio of the step size at the last step of the run to that at the first; 1 keeps the step size constant.
     refine : sequence of (float, float or None, int)
@@ -226,7 +226,7 @@ def schedule(
 
     Examples
     --------
-    >>> updates = schedule(10, 20.0, refine=[(0.0, 0.95, 20), (0.2, 0.5, 20)])
+    >>> updates = schedule(10, 20.0, guided=0.5, refine=[(0.0, 0.95, 20), (0.2, 0.5, 20)])
     >>> [round(u.size, 2) for u in updates], [u.until for u in updates]
     ([20.0, 19.44, 18.86, 18.26, 17.64], [0.95, None, 0.5, None, None])
     """
@@ -251,8 +251,9 @@ def excitation(
         See `schedule`.
     prompt : Prompt
     refine : sequence of (float, float, int)
-        Refinements, each as (share of the steps at which it takes place, attention that every entity has to reach,
-        largest number of its updates). The loss of a refinement is 1 minus the attention of the least attended entity.
+        Refinements, each with three values: the step at which it takes place, as a share of all steps; the attention
+        that every entity has to reach; and the largest number of latent steps in the refinement. The loss is 1 minus
+        the attention of the least attended entity, so `Update.until` is 1 minus the attention to reach.
 
     Returns
     -------
@@ -263,8 +264,8 @@ def excitation(
     --------
     >>> import elakit
     >>> prompt = elakit.parse("a [red car] and a [bird]", elakit.load("picture-world"))
-    >>> [update.until for update in excitation(10, prompt, 20.0, guided=0.3, refine=[(0.2, 0.5, 20)])]
-    [None, None, 0.5]
+    >>> [update.until for update in excitation(10, prompt, 20.0, guided=0.3, refine=[(0.2, 0.75, 20)])]
+    [None, None, 0.25]
     """
     if len(prompt.entities) < 2:
         return []

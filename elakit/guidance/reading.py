@@ -22,7 +22,7 @@ class ReadsOneSize:
     Parameters
     ----------
     layers : str
-        Layers read: "all", "up" (decoder), "down", "mid" or a name pattern.
+        Layers read: "all" (default), "up" (decoder), "down", "mid" or a name pattern.
     size : int, optional
         Number of locations along the longer side of the maps that are read; by default 16, or the nearest that the
         model has.
@@ -64,7 +64,7 @@ class ReadsFirstBlocks:
     layers: str | None = None
 
     def select(self, layers: Sequence[AttentionLayer], latent: tuple[int, int]) -> tuple[AttentionLayer, ...]:
-        """Layers that the option `layers` selects; by default those of `first_blocks`."""
+        """Layers that the option `layers` selects; by default those of the middle and the first upward block."""
         return first_blocks(layers) if self.layers is None else select_layers(layers, self.layers)
 
     def direction(self, gradient: Tensor) -> Tensor:
@@ -84,14 +84,23 @@ class EditsFirstSteps:
     guided: float = 1.0
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """One edit of scores for each of the first steps; none for a prompt with one entity."""
+        """One edit of scores for each of the first steps; none for a prompt with one entity.
+
+        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
+        """
         if len(prompt.entities) < 2:
             return []
         return [Update(0.0, hold=True)] * round(self.guided * len(noise))
 
 
 def first_blocks(layers: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
-    """Layers of the middle and the first upward block of a U-Net; all layers of another network."""
+    """Layers of the middle block and of the first upward block with cross-attention; all layers without such blocks.
+
+    Parameters
+    ----------
+    layers : sequence of AttentionLayer
+        All cross-attention layers of a model, in forward order.
+    """
     block = next((_block(layer) for layer in layers if layer.place == "up"), None)
     return tuple(layer for layer in layers if layer.place == "mid" or _block(layer) == block) or tuple(layers)
 

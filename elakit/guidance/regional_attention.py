@@ -67,13 +67,14 @@ class RegionalAttention:
         Amount subtracted from the scores of an entity's words outside its region; 5 multiplies the odds of attention to
         these words by .007.
     start : float, optional
-        Share of the denoising steps before attention is restricted. By default .08 for "strips", .2 for "maps", and 0
+        Share of the denoising steps before the first restricted step. By default .08 for "strips", .2 for "maps", and 0
         if all regions are given by hand. Regions that are not given by hand come from the maps of an earlier step;
         attention is then never restricted in the first step.
     guided : float
-        Share of the denoising steps in which attention is restricted, from `start` on.
+        Length of the part of the run in which attention is restricted, as a share of all denoising steps. This part
+        begins at `start`, and ends at `start` + `guided` or at the end of the run; 1 (default) restricts to the end.
     every : int
-        Interval of the steps in which attention is restricted: 1 for each step, n for every n-th step.
+        Interval of the restricted steps in this part: 1 (default) for each step, n for every n-th step.
     regions : sequence of (left, top, right, bottom), or ndarray, bool, (entity, y, x), optional
         Regions given by hand, in the order of the prompt: boxes as fractions of the image, or masks. A location in two
         regions is assigned to the smaller one. In a sequence, None stands for an entity whose region comes from
@@ -158,7 +159,10 @@ class RegionalAttention:
         return Anchors(given=self.regions)
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Edits of scores in the restricted steps; none for a prompt of one entity without regions given by hand."""
+        """Edits of scores in the restricted steps; none for a prompt of one entity without regions given by hand.
+
+        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
+        """
         if len(prompt.entities) < 2 and self.regions is None:
             return []
         given = is_complete(self.regions)
@@ -175,7 +179,11 @@ class RegionalAttention:
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Anchors
     ) -> ScoreEdit | None:
-        """Return the edit that restricts attention in one step; None if the regions are not known yet."""
+        """Return the edit that restricts attention in one step; None if the regions are not known yet.
+
+        `attention` is that of the previous denoiser call, None before the first one; `size` is (rows, columns) of the
+        maps that are read.
+        """
         if attention is not None:
             masks = self._masks(attention.mean, prompt, state)
         elif state.given is not None and is_complete(state.given):

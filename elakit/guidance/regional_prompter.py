@@ -1,16 +1,18 @@
 """Regional Prompter with equal columns: each column of the image attends to the text of its own entity alone.
 
-hako-mikan, sd-webui-regional-prompter (github.com/hako-mikan/sd-webui-regional-prompter, scripts/attention.py), in its
-mode "Attention" with divide mode "Columns", ratios 1,1,..., and neither a base nor a common prompt. Each entity's
-words, "a red car", are encoded on their own. In every cross-attention layer and every step, the locations of column i
-attend to text i; columns are counted from the left, and texts in the order of the prompt. This method is the baseline
-for `RegionalAttention`; the module `elakit.guidance.regional_attention` lists the differences between the two.
+hako-mikan, sd-webui-regional-prompter (github.com/hako-mikan/sd-webui-regional-prompter, scripts/attention.py), an
+extension of a Stable Diffusion web UI. Its settings here are the mode "Attention", the divide mode "Columns", ratios
+1,1,... (columns of equal width), no base prompt (a text for the whole image), and no common prompt (a text added to
+that of every column). Each entity's words, "a red car", are encoded on their own. In every cross-attention layer and
+every step, the locations of column i attend to text i; columns are counted from the left, and texts in the order of the
+prompt. This method is the baseline for `RegionalAttention`; the module `elakit.guidance.regional_attention` lists the
+differences between the two.
 
-In this implementation the text states of the prompt are followed by those of all separate texts. Column i sees the
-words of entity i at their positions in the prompt, with the states of text i, and the rest of text i (end-of-text and
-padding) after the prompt. All other positions are hidden, except start-of-text, whose state is the same in all texts.
-The attention weights are therefore the same as in an attention to text i alone, and recordings show each word at its
-position in the prompt.
+In this implementation the text states of the prompt are followed by those of all separate texts. The states of each
+entity's words in the prompt are replaced by those from the entity's separate text. Column i attends to the words of
+entity i in the prompt, to end-of-text and padding of text i after the prompt, and to start-of-text, whose state is the
+same in all texts. All other positions are hidden from column i. The attention weights are therefore the same as in an
+attention to text i alone, and recordings show each word at its position in the prompt.
 
 Differences from the extension: words of the prompt that belong to no entity are not read, because the prompt is
 not divided by hand; Stable Diffusion XL's pooled text state is that of the whole prompt.
@@ -59,7 +61,8 @@ class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
     def encode(self, adapter: Adapter, prompt: Prompt, conditioning: Conditioning) -> Conditioning:
         """Text states of the prompt, followed by those of one separate text per entity.
 
-        The states of each entity's words in the prompt are replaced by those from the entity's separate text.
+        The separate text of an entity consists of the entity's words alone. In the states of the prompt, these words
+        have the states that they have in the separate text.
         """
         check_text(adapter, conditioning, "RegionalPrompter")
         if len(conditioning.inputs[STATES][0]) != prompt.length:
@@ -85,7 +88,10 @@ class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
     def hold(
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: None
     ) -> ScoreEdit:
-        """Return the edit that restricts each column to the text of its entity."""
+        """Return the edit that restricts each column to the text of its entity.
+
+        `attention` is not used; `size` is (rows, columns) of the maps that are read.
+        """
         start = prompt.start_index
         first = 0 if start is None else start + 1  # position of a text's first word
         seen: list[tuple[int, ...]] = []
@@ -115,7 +121,7 @@ def in_order(prompt: Prompt) -> list[int]:
 
 
 def columns(size: tuple[int, int], count: int) -> np.ndarray:
-    """Masks that divide a map into columns of equal width, whose borders are truncated to whole locations.
+    """Masks that divide a map into columns of equal width, with borders rounded down to whole locations.
 
     Parameters
     ----------

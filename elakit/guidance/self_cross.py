@@ -125,14 +125,17 @@ class SelfCross(ReadsOneSize):
         return RunningMaps()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Decreasing step sizes with refinement; no update if the prompt names only one entity."""
+        """Updates with decreasing step sizes, and refinements at some steps; none if the prompt names only one entity.
+
+        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
+        """
         if len(prompt.entities) < 2:
             return []
         refine = [(share, self.until, self.refinements) for share in REFINED[1:]]
         return schedule(len(noise), self.step_size, guided=self.guided, refine=refine)
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: RunningMaps) -> Loss:
-        """Whole loss; its terms are "excite" (cross), "self_cross" (overlap, also while left out) and "clean"."""
+        """Loss L, with the terms "excite" (cross), "self_cross" (overlap, even if L leaves it out) and "clean"."""
         entities = entity_maps(attention.mean, prompt)
         cross = (1 - entities.flatten(1).topk(min(self.top, entities[0].numel()), 1).values.mean(1)).amax()
         overlap, clean = _overlap(entities, attention.own_mean), clean_background(entities)
@@ -145,7 +148,22 @@ class SelfCross(ReadsOneSize):
 
 
 def _overlap(entities: Tensor, own: Tensor) -> Tensor:
-    """Overlap term of the loss: the mean over i != j of the sum over locations of min(S_j, A_i)."""
+    """Overlap of one entity's self-attention S_j and another entity's map A_i, averaged over all pairs i != j.
+
+    The overlap of a pair is the sum over locations of min(S_j, A_i). S_j is the sum of the self-attention of the
+    locations in the Otsu mask of A_j, weighted with A_j, smoothed, and normalized to a sum of 1.
+
+    Parameters
+    ----------
+    entities : Tensor, (entity, y, x)
+        Maps A of all entities, from `entity_maps`. If they have more than 16 rows, they are normalized to a sum of 1.
+    own : Tensor, (y, x, y, x)
+        Self-attention from each location (first y, x) to all locations (last y, x).
+
+    Returns
+    -------
+    Tensor, scalar
+    """
     masks = torch.from_numpy(quantized_otsu(entities)).to(entities)
     reach = smooth(torch.einsum("nyx,yxuv->nuv", entities * masks, own))
     reach = reach / (reach.sum((1, 2), keepdim=True) + _SMALL)

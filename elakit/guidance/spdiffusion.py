@@ -72,8 +72,9 @@ class SPDiffusion(EditsFirstSteps, ReadsOneSize):
         Cross-attention to an entity's noun, scaled to 0..1, above which a location belongs to the seed of the entity's
         region; 0.9 in the released code.
     self_threshold : float
-        Self-attention of a location to the seed, minus its mean self-attention to the seeds of the other entities and
-        scaled to 0..1, above which the location is in the region; 0.1 in the released code.
+        Score of a location for an entity above which the location is in the entity's region; 0.1 in the released code.
+        With S the location's self-attention to an entity's seed, scaled to 0..1, the score is the entity's S minus the
+        mean S of the other entities. Negative scores count as 0, and the scores are scaled to 0..1 again.
     guided : float
         Share of the denoising steps in which words are hidden, from the first; all in the released code.
     layers, size
@@ -159,6 +160,8 @@ class SPDiffusion(EditsFirstSteps, ReadsOneSize):
         self, attention: Attention | None, size: tuple[int, int], prompt: Prompt, step: int, state: Protection
     ) -> ScoreEdit:
         """Return the edit that hides each entity's words in the regions of the others.
+
+        `attention` and `size` are not used.
 
         Raises
         ------

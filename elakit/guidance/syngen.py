@@ -9,10 +9,11 @@ With each token's map p normalized to sum 1 over space, and D(p, q) = (KL(p||q) 
 
     L = sum over pairs (noun n, attribute m) of  D(m, n) - 1/2 [mean over u of D(n, u) + mean over u of D(m, u)]
 
-where u runs over the prompt's tokens other than the noun and its attributes, function words included. For words of
-several tokens, the divergence is that of the least similar token, chosen before the mean over u. The step size is 20
-over the first 25 of 50 steps. There is no refinement, no smoothing and no softmax over tokens. A noun without
-attributes is ignored by default; with ``lone_nouns`` it contributes minus the mean of D(n, u), without the factor 1/2.
+where u runs over the prompt's tokens other than the noun and its attributes, function words included. If a word has
+several tokens, D is the largest of the divergences of its tokens. For D(n, u) and D(m, u) the largest one is taken for
+each u, before the mean over u. The step size is 20 over the first 25 of 50 steps. There is no refinement, no smoothing
+and no softmax over tokens. A noun without attributes is ignored by default; with ``lone_nouns`` it contributes minus
+the mean of D(n, u), without the factor 1/2.
 
 Loss and gradient equal those of the official code to a relative 5e-7 (``tests/parity/test_losses.py``). Intended
 differences: the pairs are those of `elakit.parse` (or of the brackets); 1e-9 is added to each map, where the official
@@ -85,7 +86,11 @@ class SynGen(ReadsOneSize):
             refuse(self, "lone_nouns", "True or False")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Equal step sizes; no update if the prompt names only one entity, or (without `lone_nouns`) no attribute."""
+        """Updates with equal step sizes; none if the prompt names only one entity.
+
+        Unless `lone_nouns` is True, there is also no update if the prompt names no attribute.
+        `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
+        """
         paired = self.lone_nouns or any(entity.attribute_indices for entity in prompt.entities)
         if len(prompt.entities) < 2 or not paired:
             return []
@@ -159,5 +164,17 @@ def divergence(maps: Tensor) -> Tensor:
 
 
 def _apart(between: Tensor, word: list[int], others: list[int]) -> Tensor:
-    """Mean over other tokens of their divergence from a word's least similar token; 0 without other tokens."""
+    """Mean divergence of a word from other tokens; 0 without other tokens.
+
+    The divergence from one other token is the largest of those between this token and the tokens of the word.
+
+    Parameters
+    ----------
+    between : Tensor, (token, token)
+        Divergence of each pair of tokens, from `divergence`.
+    word : list of int
+        Rows of `between` that belong to the tokens of the word.
+    others : list of int
+        Columns of `between` that belong to the other tokens.
+    """
     return between[word][:, others].amax(0).mean() if others else between.new_zeros(())

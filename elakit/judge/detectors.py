@@ -1,7 +1,8 @@
-"""Zero-shot detectors and segmenters from Hugging Face transformers, to judge images of other models and photographs.
+"""Zero-shot detectors and segmenters from Hugging Face transformers, for images that picture-world did not generate.
 
-Each detector is a callable that takes an image and nouns and returns things, as the built-in judge does. Each follows
-the post-processing that the model's authors published.
+picture-world has a built-in judge. The detectors are for images of all other models, and for photographs. Each detector
+is a callable that takes an image and nouns and returns things, as the built-in judge does. Each follows the
+post-processing that the model's authors published.
 """
 
 from __future__ import annotations
@@ -344,7 +345,7 @@ def load_detector(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Detector:
-    """Load a detector for real images.
+    """Load a detector for images of all models other than picture-world, and for photographs.
 
     Weights must be safetensors, and code in a checkpoint is never executed.
 
@@ -454,7 +455,23 @@ def mark_coinciding(things: Sequence[Thing], iou: float = 0.9) -> list[Thing]:
 def _things(
     rgb: Image.Image, nouns: list[str], scores: torch.Tensor, corners: torch.Tensor, nms: float, sam: Sam | None
 ) -> list[Thing]:
-    """Things in the boxes (n, 4), in pixels, that non-maximum suppression keeps, with hybrids, masks and colors."""
+    """Things in those boxes that non-maximum suppression keeps, with hybrids marked, in descending order of score.
+
+    Parameters
+    ----------
+    rgb : PIL.Image.Image
+        Image in RGB.
+    nouns : list of str
+        Noun of each box.
+    scores : Tensor, (box,)
+        Score of each box for its noun.
+    corners : Tensor, (box, 4)
+        (left, top, right, bottom) of each box, in pixels.
+    nms : float
+        IoU threshold of non-maximum suppression among the boxes of one noun.
+    sam : Sam or None
+        Model that predicts the mask of the thing in each box. If None, the mask is the whole box.
+    """
     sides = [rgb.width, rgb.height, rgb.width, rgb.height]
     boxes = np.clip(np.rint(corners.cpu().numpy()), 0, sides).astype(int)
     confidence = scores.cpu().numpy()

@@ -5,13 +5,14 @@
     image,first_nameable,first_color,second_nameable,second_color,hybrid,extra
     17,1,1,1,0,0,0
 
-All values are 1 (true) or 0 (false). ``*_nameable``: a person who has not read the prompt would name the thing as the
-prompt does. ``*_color``: the thing has the color that the prompt asks for; if the prompt asks for none, the value is 1
-unless the thing clearly took the color of the other one. ``hybrid``: two things are fused. ``extra``: a nameable thing
-was not asked for, or appears more often than asked for. If the prompt names a single entity, the columns of the second
-one are empty. A row in which only the number is filled in is not labeled yet and is skipped by the readers. An image is
-right by eye if every entity is nameable and has its color and nothing is fused, which is also the judge's definition of
-success.
+``image`` is the number of the image. The values of all other columns are 1 (true) or 0 (false). ``first`` and
+``second`` are the first and the second entity of the prompt. ``*_nameable``: a person who has not read the prompt would
+name the entity as the prompt does. ``*_color``: the entity has the color that the prompt asks for; if the prompt asks
+for none, the value is 1 unless the entity clearly took the color of the other entity. ``hybrid``: two things are fused.
+``extra``: a nameable thing was not asked for, or appears more often than asked for. If the prompt names a single
+entity, ``second_nameable`` and ``second_color`` are empty. A row in which all columns but ``image`` are empty is not
+labeled yet and is skipped by the readers. An image is right by eye if every entity is nameable and has its color and
+nothing is fused, which is also the judge's definition of success.
 
 **Folder of labeled images**: ``labels.csv``, ``images/`` (``0017.png`` or another format) and ``key.json``, an object
 with the prompt of each image and how it was made: ``{"17": {"prompt": "a cat and a dog", "seed": 100}}``.
@@ -45,14 +46,21 @@ _WRITE = "Write the file with `python -m benchmarks.audit` first, or give anothe
 
 @dataclass(frozen=True)
 class Label:
-    """Label of one image, given by a person or by the judge; the module's docstring defines the values.
+    """Label of one image, given by a person or by the judge.
 
     Attributes
     ----------
-    nameable, color : tuple of bool
-        One value for each of the one or two entities.
-    hybrid, extra : bool
-        Values for the image.
+    nameable : tuple of bool
+        One value for each of the prompt's one or two entities. True if a person who has not read the prompt would name
+        the thing in the image as the prompt does.
+    color : tuple of bool
+        One value for each entity. True if the entity has the color that the prompt asks for. If the prompt asks for no
+        color, True unless the entity clearly took the color of the other entity.
+    hybrid : bool
+        True if two things in the image are fused.
+    extra : bool
+        True if the image has a nameable thing that the prompt does not ask for, or more things of one noun than the
+        prompt asks for.
 
     Examples
     --------
@@ -73,7 +81,10 @@ class Label:
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """Faults of the image, each one of `FAULTS`; a wrong color counts only for a nameable entity."""
+        """Faults of the image, out of "not nameable", "wrong color" and "hybrid".
+
+        A wrong color counts only for a nameable entity.
+        """
         miscolored = any(seen and not color for seen, color in zip(self.nameable, self.color, strict=True))
         found = (not all(self.nameable), miscolored, self.hybrid)
         return tuple(name for name, wrong in zip(FAULTS, found, strict=True) if wrong)
@@ -90,7 +101,11 @@ class Label:
         )
 
     def values(self) -> list[str]:
-        """Values of the columns after the first one, in the order of `COLUMNS`."""
+        """Values of the label as a label file contains them: "1" for True, "0" for False.
+
+        The six values are the first entity's `nameable` and `color`, the second entity's `nameable` and `color`,
+        `hybrid` and `extra`. Without a second entity, its two values are empty strings.
+        """
         entities = [value for pair in zip(self.nameable, self.color, strict=True) for value in pair]
         return ["" if value is None else str(int(value)) for value in (*entities, None, None)[:4]] + [
             str(int(self.hybrid)),
@@ -124,7 +139,7 @@ def read_labels(path: Path) -> dict[int, Label]:
     Returns
     -------
     dict of int to Label
-        Labels by the number of the image; rows that are not filled in are left out.
+        Labels by the number of the image. A row in which only the number of the image is filled in is left out.
 
     Raises
     ------
@@ -144,26 +159,29 @@ def read_labels(path: Path) -> dict[int, Label]:
 
 
 def read_rows(path: Path, columns: tuple[str, ...] = COLUMNS, hint: str = _WRITE) -> dict[int, Row]:
-    """Read a label file, which may have additional columns.
+    """Read the rows of a label file.
 
     Parameters
     ----------
     path : Path
     columns : tuple of str
-        All columns that the file must have, in this order. They include those in `COLUMNS`.
+        Names of all columns of the file, in their order. They must include the columns of a label file, which are the
+        default: ``image``, ``first_nameable``, ``first_color``, ``second_nameable``, ``second_color``, ``hybrid`` and
+        ``extra``.
     hint : str
         Sentence that ends the error message if the file cannot be read: what the user can do.
 
     Returns
     -------
     dict of int to Row
-        Rows by the number of the image; rows that are not filled in are left out.
+        Rows by the number of the image. A row in which no column of the label is filled in is left out.
 
     Raises
     ------
     SettingError
-        The file cannot be read, has other columns, contains a label that is neither 0 nor 1 or an image number that is
-        not a whole number, 1 or more, has a row that is filled in only in part, or has two rows for the same image.
+        The file cannot be read, or its columns are not exactly `columns`. The number of an image is not a whole number
+        of at least 1, or two rows have the same number. A value of a label is neither 0 nor 1, or is missing; only the
+        two columns of a second entity may be empty.
     """
     try:
         reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
@@ -241,8 +259,8 @@ def read_key(path: Path, needed: Collection[str] = (), hint: str = _WRITE) -> di
     Raises
     ------
     SettingError
-        The file cannot be read, is not a JSON object, or has an image number that is not a whole number, 1 or more,
-        or an entry without a prompt or without one of the keys in `needed`.
+        The file cannot be read or is not a JSON object, the number of an image is not a whole number of at least 1, or
+        an entry lacks the prompt or one of the keys in `needed`.
 
     Examples
     --------
@@ -276,7 +294,9 @@ def read_key(path: Path, needed: Collection[str] = (), hint: str = _WRITE) -> di
 
 
 def named_nouns(prompt: str) -> tuple[str, ...]:
-    """Nouns of the things that a prompt names: the last word of each part after a split at "and" and at "with".
+    """Nouns of the things that a prompt names.
+
+    The words "and" and "with" divide the prompt into parts; the noun of a part is its last word.
 
     Parameters
     ----------
@@ -296,7 +316,10 @@ def named_nouns(prompt: str) -> tuple[str, ...]:
 
 
 def find_image(folder: Path, number: int) -> Path | None:
-    """Path of the image with a number in a folder of labeled images; None if there is no such file."""
+    """Path of the image that has the given number in a folder of labeled images; None if there is no such file.
+
+    The file of image 17 is ``images/0017.png`` in the folder, or has the ending of another format.
+    """
     return next(iter(sorted((folder / "images").glob(f"{number:04d}.*"))), None)
 
 
@@ -325,7 +348,7 @@ def read_images(folder: Path) -> list[LabeledImage]:
     Parameters
     ----------
     folder : Path
-        Folder of labeled images, as the module's docstring defines it.
+        Folder with ``labels.csv`` (the label file), ``key.json`` (the prompt of each image) and ``images/``.
 
     Returns
     -------
@@ -335,8 +358,9 @@ def read_images(folder: Path) -> list[LabeledImage]:
     Raises
     ------
     SettingError
-        ``labels.csv`` or ``key.json`` is missing or malformed, a labeled image is missing, the number of labeled
-        entities differs from that of the prompt, or a prompt names a noun that picture-world does not know.
+        ``labels.csv`` or ``key.json`` is missing or malformed, a labeled image is missing in ``key.json`` or
+        ``images/``, a label does not have as many entities as the prompt of its image, or a prompt names a noun that
+        picture-world does not know.
     """
     path = folder / "labels.csv"
     rows, key = read_rows(path), read_key(folder / "key.json")

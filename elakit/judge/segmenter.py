@@ -46,7 +46,8 @@ class Segmenter(nn.Module):
     channels : tuple of int
         Number of channels at 1/2, 1/4, 1/8, ... of the image's side.
     outputs : int
-        ``CLASSES + 2``, or ``CLASSES + 1`` for a judge without an output for unrecognizable shapes.
+        Number of logits per pixel. By default 27: one for the background, one for each of the 24 nouns of
+        picture-world, one for hybrids and one for unrecognizable shapes. A judge without the last one has 26.
     """
 
     def __init__(self, channels: tuple[int, ...] = CHANNELS, outputs: int = CLASSES + 2) -> None:
@@ -69,8 +70,8 @@ class Segmenter(nn.Module):
         Returns
         -------
         Tensor, (n, outputs, h, w)
-            Logits of the background, of the nouns in the order of ``NOUNS``, of a hybrid, and, if the network has this
-            output, of an unrecognizable shape.
+            Logits of the background, of the nouns in the order of `elakit.world.vocabulary.NOUNS`, of a hybrid, and, if
+            the network has this output, of an unrecognizable shape.
         """
         return F.interpolate(self.halved(images), size=images.shape[-2:], mode="bilinear", align_corners=False)
 
@@ -120,9 +121,10 @@ class Seen:
     Attributes
     ----------
     classes : ndarray of int, (n, size, size)
-        Most probable class of each pixel: 0 for background, else 1 + index in ``NOUNS``.
+        Most probable class of each pixel: 0 for the background, or 1 plus the index of the noun in
+        `elakit.world.vocabulary.NOUNS`.
     probabilities : ndarray, float32, (n, 25, size, size)
-        Probability of each class.
+        Probability of each class: the background and the 24 nouns.
     mixed : ndarray, float32, (n, size, size)
         Probability that the pixel belongs to a hybrid.
     unrecognizable : ndarray, float32, (n, size, size)
@@ -142,15 +144,16 @@ class Component:
     Attributes
     ----------
     thing : Thing
-        The component as a recognizable thing that is not a hybrid; `decide` corrects both.
+        The component as a thing with the default values of `mixed_with` (empty) and `recognizable` (True). `decide`
+        returns a copy of the thing with the final values.
     mixed, unrecognizable : float
         Mean over the component's pixels of the probability that the pixel belongs to a hybrid (`mixed`), and that it
         belongs to an unrecognizable shape (`unrecognizable`).
     second : str
-        The second most probable noun.
+        The second most probable noun of the component.
     blobs : frozenset of int
-        Numbers of the connected regions of non-background pixels, of whatever class, in which the component lies. Two
-        components that have a number in common are connected.
+        Index of the blob that contains the component, as a set of one element. A blob is a connected region of pixels
+        that are not background, whatever their classes. Two components in the same blob are connected.
     """
 
     thing: Thing
@@ -272,14 +275,15 @@ def decide(
     components : sequence of Component
         All components of an image.
     mixed, unrecognizable : float
-        Thresholds. A component is part of a hybrid if its attribute `mixed` is larger than the threshold of this name,
-        and unrecognizable if its attribute `unrecognizable` is.
+        Thresholds for the attributes `mixed` and `unrecognizable` of each component. A component whose `mixed` exceeds
+        its threshold is part of a hybrid. A component whose `unrecognizable` exceeds its threshold is unrecognizable.
 
     Returns
     -------
     list of Thing
-        One thing per component, in the same order. A part of a hybrid is mixed with the nouns of the other parts of
-        hybrids to which it is connected; if there are none, with its own second most probable noun.
+        One thing per component, in the same order. If a component is part of a hybrid, the attribute `mixed_with` of
+        its thing contains the nouns of all components that are connected to it, are also part of a hybrid, and have
+        another noun. If there is no such component, `mixed_with` contains the component's second most probable noun.
     """
     things = []
     for one in components:
@@ -303,7 +307,7 @@ def decide(
 
 
 def _components(classes: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Connected components of one class each, the largest first: pairs of class and mask."""
+    """Pairs (class, mask) of the connected components of each class except the background, the largest first."""
     found: list[tuple[int, np.ndarray]] = []
     for value in np.unique(classes[classes > 0]):
         labeled, count = label(classes == value, return_num=True, connectivity=2)
@@ -312,7 +316,11 @@ def _components(classes: np.ndarray) -> list[tuple[int, np.ndarray]]:
 
 
 def _without_specks(classes: np.ndarray) -> np.ndarray:
-    """Copy of the classes in which each speck, from the smallest on, takes the class of the largest one it touches."""
+    """Copy of `classes`, the class of each pixel, in which each speck takes the class of a larger component.
+
+    A component is a speck if its area is less than the share ``SPECK`` of the area of the largest component within two
+    pixels of it. The speck takes the class of this largest component.
+    """
     classes = classes.copy()
     found = _components(classes)
     for i in range(len(found) - 1, 0, -1):

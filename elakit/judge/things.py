@@ -63,5 +63,9 @@ class Detector(Protocol):
     """Callable that finds things in an image: the built-in judge, or one of `elakit.judge.detectors`."""
 
     def __call__(self, image: Image.Image, nouns: Sequence[str]) -> list[Thing]:
-        """Find things in an image: an open-vocabulary detector those of `nouns`, the built-in judge those it knows."""
+        """Find things in an image.
+
+        An open-vocabulary detector searches for the given nouns. The built-in judge ignores `nouns`, and searches for
+        all nouns of picture-world.
+        """
         ...

@@ -30,7 +30,8 @@ class Verdict:
     entities : tuple of str
         Labels of the prompt's entities, which are the keys of the dicts below.
     present : dict of str to bool
-        True for each entity that is in the image, possibly as part of a hybrid.
+        True for each entity that has a recognizable thing of its noun in the image, possibly as part of a hybrid. One
+        thing does not stand for several entities of the same noun.
     colors : dict of str to str or None
         Most frequent color of each entity's pixels; None if the entity is absent. For a multicolored thing, this is
         only one of its colors. `right_color` compares the color with the prompt.
@@ -78,9 +79,10 @@ class Verdict:
 
     @property
     def extra(self) -> tuple[str, ...]:
-        """Nouns of things that the prompt does not ask for, or not as often; a noun is repeated for each such thing.
+        """Nouns of the surplus things: those that the prompt does not ask for, or beyond the number that it asks for.
 
-        Hybrids and unrecognizable shapes do not count.
+        A noun is repeated for each surplus thing: if the prompt asks for one cat and the image has three cats and a
+        dog, "cat" occurs twice and "dog" once. Parts of hybrids and unrecognizable shapes do not count.
         """
         found = Counter(thing.noun for thing in self.things if thing.recognizable and not thing.mixed_with)
         return tuple((found - Counter(self.nouns.values())).elements())
@@ -89,10 +91,10 @@ class Verdict:
     def right_color(self) -> dict[str, bool]:
         """True for each entity that is present and has no wrong color.
 
-        If the prompt names a color for an entity, only that color is right. Otherwise a color is wrong only if the
-        prompt names it for another entity and it is unusual for the noun: for "a bird and a red chair", a red bird is
-        wrong and a green one is right. Usual colors are known only for the nouns of picture-world; for other nouns
-        every color is right.
+        If the prompt names a color for an entity, every other color is wrong. If it names none, a color is wrong only
+        if the prompt names this color for another entity and the color is unusual for the noun: for "a bird and a red
+        chair", a red bird is wrong and a green bird is right. Usual colors are known only for the nouns of
+        picture-world. An entity with another noun, for which the prompt names no color, has no wrong color.
         """
         return {e: self.present[e] and not self._miscolored(e) for e in self.entities}
 
@@ -100,7 +102,8 @@ class Verdict:
     def failures(self) -> tuple[str, ...]:
         """Kinds of failure in the image: "neglect", "mixture" and "wrong color".
 
-        An entity is neglected if it is absent and not part of a hybrid; a mixture is a hybrid.
+        An entity is neglected if it is not `present` and its noun is not among the nouns of a hybrid in `mixtures`. A
+        mixture is a hybrid. A wrong color counts only for an entity that is present.
         """
         fused = {noun for mixture in self.mixtures for noun in mixture}
         missing = any(not self.present[e] and self.nouns.get(e) not in fused for e in self.entities)
@@ -124,7 +127,7 @@ class Verdict:
         return usual is not None and seen in others and seen not in usual
 
     def findings(self) -> tuple[tuple[str, bool], ...]:
-        """Statements about each entity and each hybrid, each paired with True if it agrees with the prompt.
+        """Pairs (statement, bool) for each entity and each hybrid; the bool is True if the statement fits the prompt.
 
         A color is stated only if the prompt names one for the entity, or if the entity took another entity's color. If
         an entity is absent and the image has an unrecognizable shape, the shape is stated as well.
@@ -269,10 +272,11 @@ def judge(image: Image.Image, prompt: Prompt, detector: Detector | None = None) 
 def _assign(
     masks: np.ndarray, colors: list[str | None], things: list[Thing], owners: list[int], prompt: Prompt
 ) -> None:
-    """Enter the masks and colors of the entities of one noun, whose indices are `owners`, from the things of this noun.
+    """Assign the things of one noun to the entities of this noun, by changing `masks` and `colors` in place.
 
-    A single entity gets all things. Otherwise each entity gets one: first the entities with a color in the prompt, a
-    thing in this color if there is one. Whole things are preferred to parts of hybrids, and large ones to small ones.
+    `owners` contains the indices of the entities. A single entity gets all things: its mask is their union. Each of
+    several entities gets one thing. The entities for which the prompt names a color get theirs first, if possible a
+    thing in this color. Whole things are preferred to parts of hybrids, and large things to small ones.
     """
     things = sorted(things, key=lambda thing: (bool(thing.mixed_with), -thing.area))
     if len(owners) == 1:

@@ -53,8 +53,8 @@ def as_array(values: Any, name: str) -> np.ndarray:
     Raises
     ------
     SettingError
-        Values are not numbers, masked, NaN, infinite or negative; or a DataArray has only one of the dimensions y and
-        x, or several of entity, token, attribute, region and thing.
+        Some values are masked, NaN, infinite, negative or not numbers. Or a DataArray has only one of the dimensions y
+        and x, or has both and more than one of entity, token, attribute, region and thing.
 
     Examples
     --------
@@ -249,7 +249,9 @@ def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def nearest_size(sizes: Iterable[int], target: int = 16) -> int:
-    """Size, among those available, whose ratio to a target is nearest to 1; the smaller one on a tie.
+    """Size, among those available, that differs from a target by the smallest factor; the smaller size on a tie.
+
+    The factor is size / target or target / size, whichever is larger.
 
     The published methods read attention at 16 x 16 for images of 512 x 512 pixels, so regions and measures are computed
     at the size nearest to 16.
@@ -272,7 +274,7 @@ def nearest_size(sizes: Iterable[int], target: int = 16) -> int:
 
     Examples
     --------
-    24 is 1.5 times the target; 8 and 32 differ from it by the same factor of 2:
+    24 is 1.5 times the target of 16. Both 8 and 32 differ from the target by the factor 2:
 
     >>> nearest_size([8, 24, 64]), nearest_size([8, 32])
     (24, 8)
@@ -284,7 +286,11 @@ def nearest_size(sizes: Iterable[int], target: int = 16) -> int:
 
 
 def _named(values: xr.DataArray, name: str) -> np.ndarray:
-    """Values of a DataArray, transposed to (..., y, x) with the dimension of `_LISTS` that it has directly before y."""
+    """Values of a DataArray that has the dimensions y and x, transposed to (..., y, x); otherwise its values as given.
+
+    If the DataArray also has one of the dimensions in `_LISTS` (entity, token, attribute, region, thing), this one is
+    moved directly before y. A `SettingError` is raised if it has several of them, or only one of y and x.
+    """
     spatial = [dim for dim in ("y", "x") if dim in values.dims]
     if len(spatial) == 1:
         raise SettingError(f"{name} have dimensions {values.dims}; both y and x are needed, or neither.")
@@ -295,14 +301,21 @@ def _named(values: xr.DataArray, name: str) -> np.ndarray:
 
 
 def _shared_lengths(old: int, new: int) -> np.ndarray:
-    """Overlap of `new` and `old` equal intervals of one line, (new, old), in units of 1 / (new * old) of the line."""
+    """Overlaps of the intervals of two divisions of the same line, one into `new` and one into `old` equal intervals.
+
+    The result, (new, old), has the length that each new interval shares with each old one. A length of 1 is the part
+    1 / (new * old) of the line.
+    """
     olds, news = np.arange(old) * new, np.arange(new)[:, None] * old
     return np.clip(np.minimum(news + old, olds + new) - np.maximum(news, olds), 0, None).astype(np.float64)
 
 
 @lru_cache(maxsize=64)
 def _weights(old: int, new: int) -> np.ndarray:
-    """Weight of each old interval in the value of each new one, (new, old); rows sum to 1."""
+    """Weights that resize a line of `old` values to `new` values, (new, old); each row sums to 1.
+
+    The weights are those of an area-weighted mean if the line shrinks, and of linear interpolation otherwise.
+    """
     if new < old:
         return _shared_lengths(old, new) / old
     centers = ((np.arange(new) + 0.5) * (old / new) - 0.5).clip(0, old - 1)

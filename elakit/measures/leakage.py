@@ -105,7 +105,8 @@ def truth_leakage(maps: Any, masks: Any) -> np.ndarray:
 
     Examples
     --------
-    Four locations over an image of eight pixels; the cat fills one and a half of them, the frog the last one:
+    Four locations cover an image of eight pixels, two pixels per location. The cat fills three pixels, which are one
+    and a half locations, and the frog fills the last location:
 
     >>> cat, frog = [[6., 2., 1., 1.]], [[0., 0., 4., 1.]]
     >>> truth_leakage([cat, frog], [[[1, 1, 1, 0, 0, 0, 0, 0]], [[0, 0, 0, 0, 0, 0, 1, 1]]])

@@ -158,9 +158,10 @@ def stacked_rows(pipe: Pipeline, batch: int, guided: bool) -> slice:
 
 
 def scheduler_timestep(pipe: SupportedPipeline, wanted: float) -> float:
-    """Timestep of the scheduler that is nearest to ``wanted``, a timestep that the model's precision has rounded.
+    """Timestep of the scheduler that is nearest to ``wanted``.
 
-    It is ``wanted`` itself if the scheduler has no timesteps yet.
+    ``wanted`` is a timestep of the scheduler after rounding to the model's precision. It is returned unchanged if the
+    scheduler has no timesteps yet.
 
     Examples
     --------
@@ -175,11 +176,17 @@ def scheduler_timestep(pipe: SupportedPipeline, wanted: float) -> float:
 
 
 class Remediable(str):
-    """Reason to refuse a pipeline that states how to make it a supported one; the error shows no other reason."""
+    """Text of the reason why a pipeline is refused, which states how to turn the pipeline into a supported one.
+
+    The `ModelError` for the pipeline shows this reason and no other.
+    """
 
 
 class OtherKind(str):
-    """Reason to refuse a pipeline that only states its kind; errors show it if no family has a more specific one."""
+    """Text of the reason why a family refuses a pipeline of another kind, such as "it has no U-Net".
+
+    The `ModelError` for the pipeline shows such reasons only if no family has a reason that is not an `OtherKind`.
+    """
 
 
 def modular(pipe: Pipeline) -> str | None:
@@ -284,8 +291,8 @@ class AttentionLayer:
     text_first : bool
         With "joint" and "single", whether the text precedes the image in the sequence of keys.
     takes_mask : bool
-        Whether the attention processor applies an ``attention_mask``. If it does, `elakit.attention.edit` passes its
-        bias as this mask; otherwise it adds the bias at the attention call.
+        Whether the attention processor applies an ``attention_mask``. `elakit.attention.edit` adds a bias to the
+        attention scores: if True, by passing the bias as this mask; if False, at the attention call.
     reads : {"text", "image"}
         Keys whose attention is read: the text, or the image's own locations (self-attention).
     grid : callable
@@ -293,9 +300,9 @@ class AttentionLayer:
         the layer's maps.
     layout : callable, optional
         Function that is called with the arguments of ``block``, ``layout(args, kwargs)``, and returns a `Layout`. A
-        layer that has one is read and biased where it calls `torch.nn.functional.scaled_dot_product_attention`, not by
-        hooks on its projections. It is needed by layers that do more between projection and softmax than the hooks can
-        read, and requires ``takes_mask=False``.
+        layer with a ``layout`` is read and biased where it calls `torch.nn.functional.scaled_dot_product_attention`,
+        not by hooks on its projections. Layers that do more between projection and softmax than the hooks can read
+        need a ``layout``. A ``layout`` requires ``takes_mask=False``.
     """
 
     name: str
@@ -328,7 +335,7 @@ class Call:
         False for a pass of the pipeline that does not see the prompt (FLUX's negative prompt), or that sees it through
         a reduced network (skip-layer guidance of Stable Diffusion 3). Such a call is neither recorded nor counted.
     frames : int
-        In a video, the number of frames for which a layer has maps; 0 for images.
+        In a video, the number of frames for which a layer has maps. It is 0 for images (`Layout.frames` is then 1).
     """
 
     batch: int
@@ -422,7 +429,7 @@ class Adapter(Protocol):
 
     @property
     def pipe(self) -> SupportedPipeline:
-        """The pipeline; a family that uses more than all pipelines have declares a narrower type."""
+        """The pipeline. A family that uses members which `SupportedPipeline` lacks declares a subclass as the type."""
 
     @classmethod
     def refusal(cls, pipe: Pipeline) -> str | None:
@@ -438,7 +445,12 @@ class Adapter(Protocol):
 
     @property
     def encodes(self) -> bool:
-        """True if prompts can be encoded; otherwise the family can be recorded and edited only."""
+        """True if the adapter can encode prompts.
+
+        Otherwise calls of the pipeline can be recorded (`elakit.record`) and edited (`elakit.attention.edit`), but
+        everything that needs `encode` is refused: `elakit.generate`, guidance, `elakit.attention.record_image` and
+        `elakit.attention.map_concepts`.
+        """
 
     def is_current(self) -> bool:
         """True if the pipeline has not changed since it was adapted: same denoiser, not compiled."""
@@ -474,9 +486,10 @@ class Adapter(Protocol):
     ) -> Conditioning:
         """Encode a prompt as the pipeline does.
 
-        ``guided`` states whether the result contains the negative prompt, for classifier-free guidance (FLUX.1 never
-        has one). ``size`` is the (height, width) of the image in pixels, by default the model's. ``guidance_scale``,
-        by default that of the pipeline's call, matters only where it is an input of the model, and to Z-Image.
+        ``text`` is the prompt, and ``negative`` the negative prompt. ``guided`` states whether the result contains the
+        negative prompt, for classifier-free guidance. FLUX.1, distilled FLUX.2 models and Z-Image ignore ``guided``.
+        ``size`` is the (height, width) of the image in pixels, by default the model's. ``guidance_scale``, by default
+        that of the pipeline's call, matters only to models that receive it as an input, and to Z-Image.
         """
 
     def denoise(
@@ -490,7 +503,12 @@ class Adapter(Protocol):
         """
 
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
-        """Layers that read self-attention, one for each of the given layers; `ModelError` if a block has none."""
+        """Self-attention layers, one for each of the given layers.
+
+        ``beside`` contains layers that `layers` returns. For a cross-attention layer, the result contains the
+        self-attention layer of the same block. For a layer with joint attention, it contains the layer itself with
+        ``reads="image"``. Raise a `ModelError` if there is no such self-attention.
+        """
 
     def noise(self, generator: torch.Generator, height: int, width: int) -> torch.Tensor:
         """Initial noise of unit variance for one image, in the form in which the pipeline takes ``latents``.
@@ -512,7 +530,10 @@ class Adapter(Protocol):
         """
 
     def encode_image(self, image: Image.Image) -> torch.Tensor:
-        """Encode an image as latents in the form of `noise`, with batch size 1; `decode` reverses it approximately."""
+        """Encode an image as latents in the form of `noise`, with batch size 1.
+
+        `decode` returns the image approximately. For FLUX.2, the latents must be packed before decoding.
+        """
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:
         """Arguments that make the pipeline's call replace the latents by ``move(step, latents)`` after each step.

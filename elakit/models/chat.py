@@ -26,19 +26,20 @@ def chat_sequence(
     Parameters
     ----------
     name : str
-        Name of the sequence.
+        Name of the sequence, such as "chat".
     tokenizer : transformers tokenizer or processor
     render : callable
         Function, ``render(prompt)``, that returns the text to tokenize: the template with the prompt in it.
     length : int
-        Number of positions, including padding.
+        Largest number of positions that the denoiser sees. The ``dropped`` tokens do not count; padding does, if
+        ``padded`` is True.
     dropped : int
         Number of leading tokens whose states the pipeline discards.
     specials : bool
         Whether the tokenizer adds special tokens to the text.
     padded : bool
-        Whether the states of padding reach the denoiser. If they do and the tokenizer pads on the left, the tokens come
-        after the padding.
+        Whether the text is padded to ``length`` positions and the denoiser sees the padding. If True, the padding is on
+        the side on which the tokenizer pads.
 
     Returns
     -------

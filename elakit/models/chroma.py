@@ -12,7 +12,10 @@ from elakit.tokens import TextSequence
 
 
 class ChromaPipeline(PackedPipeline, Protocol):
-    """Members of the family's pipelines that the adapter uses in addition to those of `PackedPipeline`."""
+    """Typing protocol of a Chroma pipeline.
+
+    It adds to `PackedPipeline` the other members that the adapter `Chroma` uses.
+    """
 
     def _prepare_latent_image_ids(self, *args: Any) -> Any: ...
 
@@ -22,9 +25,13 @@ class ChromaPipeline(PackedPipeline, Protocol):
 class Chroma(Flux):
     """Adapter of Chroma pipelines.
 
-    The mask of the sequence is 0 for padding of the text, except its first token, and otherwise 1. The blocks add the
-    product of its values at query and key to the attention scores. Layers are read at the attention call, which
-    receives these products. The negative prompt has a denoiser call of its own, which is not recorded.
+    The attention mask has the value 0 for each padding token of the text except the first one, and 1 for all other
+    positions of text and image. The model uses the mask in an unusual way: to each attention score, it adds the product
+    of the mask's values at query and key, so that padding is attended to less, but not excluded. Layers are read at
+    the attention call, which receives these products.
+
+    With classifier-free guidance, the pipeline makes a second denoiser call for the negative prompt. That call is not
+    recorded.
 
     Parameters
     ----------

@@ -19,7 +19,8 @@ class CogView4(SeparateNegative, Float32Latents):
     """Adapter of CogView4 pipelines.
 
     The text comes first in the sequence. The pipeline pads it on the left to a multiple of 16 tokens, and the image
-    attends to the padding as well. Guidance is a second denoiser call, with the negative prompt, which is not recorded.
+    attends to the padding as well. With classifier-free guidance, the pipeline makes a second denoiser call for the
+    negative prompt. That call is not recorded.
 
     Parameters
     ----------

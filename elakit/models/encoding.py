@@ -49,7 +49,12 @@ class PromptEncoder:
 
     @property
     def encodes(self) -> bool:
-        """True if prompts can be encoded; otherwise the family can be recorded and edited only."""
+        """True if the adapter can encode prompts.
+
+        Otherwise calls of the pipeline can be recorded (`elakit.record`) and edited (`elakit.attention.edit`), but
+        everything that needs `encode` is refused: `elakit.generate`, guidance, `elakit.attention.record_image` and
+        `elakit.attention.map_concepts`.
+        """
         return type(self)._encode is not PromptEncoder._encode
 
     @torch.no_grad()
@@ -70,9 +75,9 @@ class PromptEncoder:
         negative : str, optional
             Negative prompt, for classifier-free guidance.
         guided : bool
-            True if classifier-free guidance is used; otherwise the result has no states of a negative prompt. Two kinds
-            of families ignore it: FLUX.1 and FLUX.2 dev, whose guidance scale is an input of the model, and Z-Image,
-            which uses guidance at every scale above 0.
+            True if classifier-free guidance is used. If False, the result has no states of a negative prompt. Some
+            families ignore ``guided``: with FLUX.1 and distilled FLUX.2 models, the result never has these states; with
+            Z-Image, it has them at every guidance scale above 0.
         size : tuple of int, optional
             (height, width) of the image in pixels, by default the model's. Only some denoisers receive it (SDXL).
         guidance_scale : float, optional
@@ -86,9 +91,9 @@ class PromptEncoder:
         Raises
         ------
         SettingError
-            Raised when a negative prompt is given to a family without one (FLUX.1, FLUX.2).
+            Raised when ``negative`` is given with FLUX.1 or FLUX.2, for which elakit encodes no negative prompt.
         ModelError
-            Raised when the family can be recorded and edited only.
+            Raised when the family does not support encoding; see `encodes`.
         """
         return self._encode(
             PromptInput(

@@ -32,7 +32,10 @@ _CONTROL = ("controlnet_block_samples", "controlnet_single_block_samples")
 
 
 class FluxPipeline(PackedPipeline, Protocol):
-    """Members of the family's pipelines that the adapter uses in addition to those of `PackedPipeline`."""
+    """Typing protocol of a FLUX.1 pipeline.
+
+    It adds to `PackedPipeline` the other members that the adapter `Flux` uses.
+    """
 
     tokenizer_2: Any
 
@@ -47,8 +50,9 @@ class Flux(SeparateNegative):
     image and text attend to each other in one softmax, so that the attention of a location to the text sums to less
     than 1.
 
-    Guidance is distilled into the model: every row of a batch sees the prompt. With a negative prompt the pipeline
-    makes a second denoiser call, which is not recorded.
+    Classifier-free guidance is distilled into the model: every row of a batch sees the prompt. If the pipeline is
+    called with a negative prompt and with ``true_cfg_scale`` above 1, it makes a second denoiser call for the negative
+    prompt. That call is not recorded. `encode` refuses negative prompts.
 
     In Kontext pipelines the sequence continues with the patches of the input image; they are keys like all others, and
     the maps are those of the generated image.
@@ -150,7 +154,11 @@ class Flux(SeparateNegative):
         )
 
     def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
-        """Arguments of the denoiser with other text states and one patch; see `TransformerAdapter.text_call`."""
+        """Arguments of a denoiser call by name: ``given``, with ``states`` as the text and one patch as the image.
+
+        `elakit.attention.map_concepts` makes this call, and replaces the keys and values of the patch by those of the
+        whole image in the run's own call. ``states`` and ``positions`` are those of `TransformerAdapter.text_call`.
+        """
         latents = given["hidden_states"]
         given |= {
             "hidden_states": latents[:, :1],
@@ -171,7 +179,10 @@ class Flux(SeparateNegative):
         return self._t5_length()
 
     def _timestep(self, given: torch.Tensor) -> float:
-        """The scheduler's timestep, from the ``given`` one: a thousandth of it, rounded to the model's precision."""
+        """The scheduler's timestep, found from ``given``, the number that the model receives.
+
+        ``given`` is the scheduler's timestep divided by 1000 and rounded to the model's precision.
+        """
         if (current := getattr(self.pipe, "_current_timestep", None)) is not None:
             return float(current)
         return scheduler_timestep(self.pipe, float(given) * 1000)

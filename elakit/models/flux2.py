@@ -19,9 +19,10 @@ from elakit.tokens import TextSequence
 
 
 class Flux2Pipeline(TransformerPipeline, Protocol):
-    """Members of the family's pipelines that the adapter uses in addition to those of `TransformerPipeline`.
+    """Typing protocol of a FLUX.2 pipeline.
 
-    Klein pipelines have no ``system_message``.
+    It adds to `TransformerPipeline` the other members that the adapter `Flux2` uses. Klein pipelines have no
+    ``system_message``.
     """
 
     default_sample_size: int
@@ -46,8 +47,8 @@ class Flux2(Flux):
     of the feed-forward network. Input images follow the generated image in the sequence; the maps are those of the
     generated image.
 
-    FLUX.2 dev is guidance-distilled: every row sees the prompt. Klein pipelines whose model is not distilled guide by a
-    second denoiser call with an empty prompt, which is not recorded.
+    FLUX.2 dev is guidance-distilled: every row of a batch sees the prompt. A Klein model that is not distilled uses
+    classifier-free guidance: the pipeline makes a second denoiser call with an empty prompt. That call is not recorded.
 
     Parameters
     ----------
@@ -88,7 +89,7 @@ class Flux2(Flux):
         return is_a(self.pipe, "Flux2KleinPipeline", "Flux2KleinInpaintPipeline")
 
     def text(self) -> tuple[TextSequence, ...]:
-        """One sequence with the tokens of the chat, including its template and padding."""
+        """One sequence: the language model's chat template with the prompt in it, followed or preceded by padding."""
         if self._klein:
 
             def render(prompt: str) -> str:
@@ -111,7 +112,7 @@ class Flux2(Flux):
         return (chat_sequence("chat", self.pipe.tokenizer, render, length=self._t5_length(), specials=self._klein),)
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states, positions of text and image, and the guidance scale where it is an input."""
+        """Text states, positions of text and image, and, for FLUX.2 dev, the guidance scale."""
         if prompt.negative:
             raise SettingError(
                 f"negative_prompt={prompt.negative!r}: {self.family} pipelines have no negative prompt. Leave it out."
@@ -191,7 +192,11 @@ class Flux2(Flux):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from packed latents, (n, patches, 4c), which may be those of an unfinished run."""
+        """Images decoded from packed latents, (n, patches, 4c), which may be those of an unfinished run.
+
+        The pipeline's call keeps its latents in this form. The results of `noise` and `encode_image`, (1, 4c, h, w),
+        must be packed first, with the pipeline's ``_pack_latents``.
+        """
         pipe, vae = self.pipe, self.pipe.vae
         ids = self._image_ids(height, width).expand(len(latents), -1, -1)
         unpacked = pipe._unpack_latents_with_ids(latents, ids)

@@ -18,7 +18,10 @@ _BERT, _T5 = 77, 256
 
 
 class HunyuanDiTPipeline(TransformerPipeline, Protocol):
-    """Members of the family's pipelines that the adapter uses in addition to those of `TransformerPipeline`."""
+    """Typing protocol of a HunyuanDiT pipeline.
+
+    It adds to `TransformerPipeline` the other members that the adapter `HunyuanDiT` uses.
+    """
 
     tokenizer_2: Any
 

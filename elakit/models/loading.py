@@ -193,7 +193,11 @@ def _downloaded(source: str, variant: str | None) -> Path:
 
 
 def _check_weight_files(name: str, folder: Path) -> None:
-    """Refuse an index of sharded weights that names other files than safetensors in its own folder."""
+    """Raise a `ModelError` if an index of sharded weights names a wrong file.
+
+    A file is wrong if it is not a safetensors file, or not in the same folder as the index. ``folder`` is the folder of
+    the pipeline, which contains the folders of its components. ``name`` names the model in the message.
+    """
     for path in sorted(folder.glob("*/*.safetensors.index*.json")):
         try:
             files = set(json.loads(path.read_text(encoding="utf-8-sig"))["weight_map"].values())
@@ -210,7 +214,11 @@ def _check_weight_files(name: str, folder: Path) -> None:
 
 
 def _built(name: str, folder: Path, index: Mapping[str, Any], dtype: torch.dtype, variant: str | None) -> Any:
-    """Pipeline built from its components; raise a `ModelError` if weights of one are missing or were not used."""
+    """Build a pipeline from the components in its folder.
+
+    Raise a `ModelError` if a component cannot be loaded, lacks weights, or has weights in its files that its
+    architecture does not know. ``index`` is the content of ``model_index.json``.
+    """
     diffusers = import_diffusers()
     parts: dict[str, Any] = {}
     tokenizers: dict[str, Any] = {}
@@ -320,9 +328,10 @@ def _variants(folder: Path, variant: str | None) -> str:
 def _quiet(embedded: bool) -> Iterator[None]:
     """Silence progress bars, and messages that the libraries log at every load although nothing is wrong.
 
-    transformers warns about image processors that need torchvision and are not used here. diffusers warns about
-    built-in models, whose autoencoder is an ``AutoencoderTiny``; it is silenced only if ``embedded`` is True. Missing
-    weights do not go unnoticed, because `_component` reports them.
+    transformers warns about image processors that need torchvision and are not used here. diffusers warns about the
+    autoencoder of built-in models, an ``AutoencoderTiny``. Warnings of diffusers are silenced only if ``embedded`` is
+    True, that is, if a built-in model is loaded. Missing weights do not go unnoticed, because `_component` reports
+    them.
     """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -11,7 +11,10 @@ from elakit.tokens import TextSequence
 
 
 class LTXVideoPipeline(VideoPipeline, Protocol):
-    """Members of the family's pipelines that the adapter uses in addition to those of `VideoPipeline`."""
+    """Typing protocol of an LTX-Video pipeline.
+
+    It adds to `VideoPipeline` the other members that the adapter `LTXVideo` uses.
+    """
 
     vae_spatial_compression_ratio: int
 

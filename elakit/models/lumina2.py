@@ -16,7 +16,10 @@ from elakit.tokens import TextSequence
 
 
 class Lumina2Pipeline(TransformerPipeline, Protocol):
-    """Members of the family's pipelines that the adapter uses in addition to those of `TransformerPipeline`."""
+    """Typing protocol of a Lumina 2 pipeline.
+
+    It adds to `TransformerPipeline` the other members that the adapter `Lumina2` uses.
+    """
 
     system_prompt: str
 
@@ -25,8 +28,8 @@ class Lumina2(SeparateNegative):
     """Adapter of Lumina 2 pipelines.
 
     The sequence consists of the text without padding, then the image. Several query heads share one key head
-    (grouped-query attention). The pipeline puts a system message before the prompt. Guidance is a second denoiser call,
-    with the negative prompt, which is not recorded.
+    (grouped-query attention). The pipeline puts a system message before the prompt. With classifier-free guidance, it
+    makes a second denoiser call for the negative prompt. That call is not recorded.
 
     Parameters
     ----------
@@ -58,7 +61,10 @@ class Lumina2(SeparateNegative):
         return Layout(self._grid(args, kwargs), text, (0, text))
 
     def read_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """Batch size, scheduler's timestep and latent size of a call, which receives a time instead; see `_given`."""
+        """Batch size, timestep and latent size of a call of the transformer.
+
+        The timestep is the scheduler's. It is found from the time, 0 (noise) to 1 (image), that the model receives.
+        """
         latents = argument(args, kwargs, 0, "hidden_states")
         given = float(torch.as_tensor(argument(args, kwargs, 1, "timestep")).flatten()[0])
         return Call(
@@ -69,7 +75,11 @@ class Lumina2(SeparateNegative):
         )
 
     def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
-        """Arguments of the denoiser with other text states and one patch; see `TransformerAdapter.text_call`."""
+        """Arguments of a denoiser call by name: ``given``, with ``states`` as the text and one patch as the image.
+
+        `elakit.attention.map_concepts` makes this call, and replaces the keys and values of the patch by those of the
+        whole image in the run's own call. ``states`` and ``positions`` are those of `TransformerAdapter.text_call`.
+        """
         given = super()._with_text(given, states, positions)
         mask = given["encoder_attention_mask"]
         return given | {"encoder_attention_mask": mask.new_ones(len(mask), len(states))}

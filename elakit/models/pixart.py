@@ -16,7 +16,10 @@ from elakit.tokens import TextSequence
 
 
 class PixArtPipeline(TransformerPipeline, Protocol):
-    """Members of the family's pipelines that the adapter uses in addition to those of `TransformerPipeline`."""
+    """Typing protocol of a PixArt pipeline.
+
+    It adds to `TransformerPipeline` the other members that the adapter `PixArt` uses.
+    """
 
     def _text_preprocessing(self, *args: Any, **kwargs: Any) -> list[str]: ...
 
@@ -73,7 +76,7 @@ class PixArt(TransformerAdapter):
         )
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states with the mask of their padding, and the image size where the model takes it."""
+        """Text states with the mask of their padding; if the model takes it as an input, also the size of the image."""
         embeds, mask, negative_embeds, negative_mask = self.pipe.encode_prompt(
             prompt.text,
             prompt.guided,

@@ -19,7 +19,10 @@ from elakit.tokens import TextSequence
 
 
 class QwenImagePipeline(PackedPipeline, Protocol):
-    """Members of the family's pipelines that the adapter uses in addition to those of `PackedPipeline`."""
+    """Typing protocol of a Qwen-Image pipeline.
+
+    It adds to `PackedPipeline` the other members that the adapter `QwenImage` uses.
+    """
 
     tokenizer_max_length: int
     prompt_template_encode: str
@@ -29,9 +32,9 @@ class QwenImagePipeline(PackedPipeline, Protocol):
 class QwenImage(SeparateNegative):
     """Adapter of Qwen-Image pipelines (text-to-image, img2img, inpainting, ControlNet).
 
-    The denoiser sees the text states of a chat that contains the prompt, without those of its system message.
-    Guidance is a second denoiser call, with the negative prompt, which is not recorded; the pipeline's name for the
-    guidance scale is ``true_cfg_scale``.
+    The denoiser sees the text states of a chat that contains the prompt, without those of its system message. With
+    classifier-free guidance, the pipeline makes a second denoiser call for the negative prompt. That call is not
+    recorded. The pipeline's argument for the classifier-free guidance scale is ``true_cfg_scale``.
 
     Parameters
     ----------
@@ -78,7 +81,13 @@ class QwenImage(SeparateNegative):
         )
 
     def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
-        """Arguments with other text states and one row of patches; see `TransformerAdapter.text_call`."""
+        """Arguments of a denoiser call by name: ``given``, with ``states`` as the text and a few patches as the image.
+
+        The image is one row of patches, as many as along the longer side of the image in ``given``.
+        `elakit.attention.map_concepts` makes this call, and replaces the keys and values of the row by those of the
+        whole image in the run's own call. ``states`` is that of `TransformerAdapter.text_call`; ``positions`` is not
+        used.
+        """
         latents, side = given["hidden_states"], max(self._grid((), given))
         given |= {
             # Rotary positions of the text begin behind those of the longer side of the image.
@@ -97,7 +106,7 @@ class QwenImage(SeparateNegative):
         return side, side
 
     def text(self) -> tuple[TextSequence, ...]:
-        """One sequence with the tokens of the chat, without those of its system message."""
+        """One sequence: the language model's chat template with the prompt in it, without the system message."""
         return (
             chat_sequence(
                 "chat",

@@ -14,7 +14,10 @@ from elakit.tokens import TextSequence
 
 
 class StableDiffusion3Pipeline(TransformerPipeline, Protocol):
-    """Members of the family's pipelines that the adapter uses in addition to those of `TransformerPipeline`."""
+    """Typing protocol of a Stable Diffusion 3 pipeline.
+
+    It adds to `TransformerPipeline` the other members that the adapter `StableDiffusion3` uses.
+    """
 
     tokenizer_max_length: int
     tokenizer_3: Any

@@ -13,7 +13,10 @@ from elakit.pipeline import Pipeline, UNetPipeline
 
 
 class XLPipeline(UNetPipeline, Protocol):
-    """Members of the family's pipelines that the adapter uses in addition to those of `UNetPipeline`."""
+    """Typing protocol of an SDXL pipeline.
+
+    It adds to `UNetPipeline` the other members that the adapter `StableDiffusionXL` uses.
+    """
 
     def _get_add_time_ids(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
 
@@ -41,7 +44,10 @@ class StableDiffusionXL(UNetAdapter):
         return first if first is not None else getattr(pipe, "tokenizer_2", None)
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states of both encoders, the pooled state of the second one and the size of the image."""
+        """Text states of both encoders, the pooled state of the second encoder, and the size of the image.
+
+        For a guidance-distilled U-Net, the result also contains the guidance scale.
+        """
         device = self.pipe._execution_device
         embeds, negative_embeds, pooled, negative_pooled = self.pipe.encode_prompt(
             prompt.text,

@@ -27,7 +27,10 @@ class StableDiffusion(UNetAdapter):
     two_encoders: ClassVar[bool] = False
 
     def _encode(self, prompt: PromptInput) -> Conditioning:
-        """Text states from the pipeline's ``encode_prompt``, and the guidance scale where the U-Net takes it."""
+        """Text states from the pipeline's ``encode_prompt``.
+
+        For a guidance-distilled U-Net, the result also contains the guidance scale.
+        """
         negative = prompt.negative if prompt.guided else None
         embeds, negative_embeds = self.pipe.encode_prompt(
             prompt.text, self.pipe._execution_device, 1, prompt.guided, negative_prompt=negative

@@ -42,7 +42,8 @@ class TransformerAdapter(PromptEncoder):
     """Base of the families with a transformer.
 
     For recording, a family describes its layers and its text. For `elakit.generate` and guidance, it also encodes
-    prompts (``_encode``) and converts the scheduler's timestep to the number that its model receives (``_given``).
+    prompts (``_encode``) and converts the scheduler's timestep to the number that the transformer receives
+    (``_given``).
 
     Parameters
     ----------
@@ -112,10 +113,16 @@ class TransformerAdapter(PromptEncoder):
     def _layers_at_call(
         self, stack: str, attention: str, place: Place, kind: Kind = "cross", *, text_first: bool = False
     ) -> tuple[AttentionLayer, ...]:
-        """One layer for each block of a stack, read where it calls the attention function; see `AttentionLayer.layout`.
+        """One layer for each block of a list, read at its attention call; see `AttentionLayer.layout`.
 
-        ``stack`` is the denoiser's attribute with the list of blocks, ``attention`` that of a block with its attention
-        module.
+        Parameters
+        ----------
+        stack : str
+            Name of the denoiser's attribute that contains the list of blocks.
+        attention : str
+            Name of the attribute of each block that contains its attention module.
+        place, kind, text_first
+            Attributes of each `AttentionLayer`.
         """
         return tuple(
             AttentionLayer(
@@ -229,16 +236,17 @@ class TransformerAdapter(PromptEncoder):
     ) -> dict[str, Any]:
         """Arguments of a given denoiser call, by name, with other text states and only one patch of the image.
 
-        `elakit.attention.map_concepts` makes a call with them to read the attention outputs of the text. Only families
-        with joint attention whose layers are read where they call the attention function (`AttentionLayer.layout`) need
-        this method.
+        `elakit.attention.map_concepts` calls the denoiser with these arguments to read the attention outputs of the
+        text. Only families with joint attention whose layers are read at their attention call (`AttentionLayer.layout`)
+        need this method.
 
         Parameters
         ----------
         states : torch.Tensor, (tokens, channels)
             Text states that replace those of the given call, the same for all rows.
         positions : sequence of int
-            Position of each token in the text that it was encoded in.
+            Position of the token of each state, counted from 0 in the text from which the state was encoded, which is
+            not the text of the given call. States from several texts may have the same position.
         args, kwargs : sequence, mapping
             Arguments of the given denoiser call.
         rows : slice
@@ -247,11 +255,16 @@ class TransformerAdapter(PromptEncoder):
         Returns
         -------
         dict of str to Any
+            Keyword arguments for a call of the denoiser with the chosen rows only.
         """
         return self._with_text(self._of_rows(args, kwargs, rows), states, positions)
 
     def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
-        """Arguments of the denoiser by name: those ``given``, with other text states and one patch; see `text_call`."""
+        """Arguments of a denoiser call by name: ``given``, with ``states`` as the text and one patch as the image.
+
+        `elakit.attention.map_concepts` makes this call, and replaces the keys and values of the patch by those of the
+        whole image in the run's own call. ``states`` and ``positions`` are those of `text_call`.
+        """
         latents = given["hidden_states"]
         return given | {
             "hidden_states": latents[..., : self._patch, : self._patch],

@@ -201,7 +201,10 @@ class UNetAdapter(PromptEncoder):
         return self.denoiser(latents, timestep, **conditioning.rows(len(latents), latents.dtype), return_dict=False)[0]
 
     def _distilled(self, guidance_scale: float | None) -> dict[str, Any]:
-        """Guidance scale as an argument of a guidance-distilled U-Net (latent consistency); empty for other U-Nets."""
+        """Argument ``timestep_cond`` of a guidance-distilled U-Net (latent consistency); empty for other U-Nets.
+
+        Its value is the embedding of ``guidance_scale``; None stands for the default scale of the pipeline's call.
+        """
         width = self.pipe.unet.config.time_cond_proj_dim
         if width is None:
             return {}

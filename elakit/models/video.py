@@ -1,4 +1,7 @@
-"""Base of the families that generate videos: a map for each frame of the latent. They are recorded and edited only."""
+"""Base of the families that generate videos, whose layers have a map for each frame.
+
+Runs of these families can be recorded and edited. `elakit.generate` and guidance methods do not support them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from elakit.pipeline import TransformerPipeline
 
 
 class VideoPipeline(TransformerPipeline, Protocol):
-    """Members of video pipelines that their adapters use in addition to those of `TransformerPipeline`."""
+    """Typing protocol of a video pipeline.
+
+    It adds to `TransformerPipeline` the other members that all adapters of videos use.
+    """
 
     vae_scale_factor_spatial: int
 
@@ -39,7 +45,11 @@ class VideoAdapter(TransformerAdapter):
         return None
 
     def _latent(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int, int]:
-        """Number of frames that layers have maps of, and rows and columns of the latent, in a call of the denoiser."""
+        """Number of frames, and rows and columns of the latent, in a call of the denoiser.
+
+        The frames are those for which a layer has maps: if patches extend over several frames of the latent, these
+        count as one. Rows and columns are those before the latent is divided into patches.
+        """
         raise NotImplementedError
 
     def _grid(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:

@@ -24,7 +24,8 @@ _TWO = (
 class Wan(SeparateNegative, VideoAdapter):
     """Adapter of Wan text-to-video pipelines with one transformer (Wan 2.1, Wan 2.2 TI2V-5B).
 
-    Guidance is a second denoiser call, with the negative prompt, which is not recorded.
+    With classifier-free guidance, the pipeline makes a second denoiser call for the negative prompt. That call is not
+    recorded.
 
     Parameters
     ----------

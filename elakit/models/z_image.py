@@ -28,8 +28,8 @@ class ZImage(TransformerAdapter):
     """Adapter of Z-Image pipelines.
 
     The sequence consists of the image, then the text, each padded to a multiple of 32 positions. Padding of the text
-    counts as end-of-text. With classifier-free guidance, a batch is ``[conditional..., unconditional...]``. Guidance is
-    on at every scale above 0.
+    counts as end-of-text. With classifier-free guidance, which the pipeline uses at every scale above 0, a batch is
+    ``[conditional..., unconditional...]``.
 
     Parameters
     ----------
@@ -75,11 +75,18 @@ class ZImage(TransformerAdapter):
         )
 
     def conditional_rows(self, batch: int) -> slice:
-        """Rows that see the prompt: the first n, where n texts of the latest call are not negative prompts."""
+        """Rows that see the prompt: the first n rows of the batch.
+
+        n is the number of texts in the latest denoiser call that are not negative prompts.
+        """
         return slice(0, min(batch, getattr(self, "_conditional", batch)))
 
     def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
-        """Arguments of the denoiser with other text states and one patch; see `TransformerAdapter.text_call`."""
+        """Arguments of a denoiser call by name: ``given``, with ``states`` as the text and one patch as the image.
+
+        `elakit.attention.map_concepts` makes this call, and replaces the keys and values of the patch by those of the
+        whole image in the run's own call. ``states`` and ``positions`` are those of `TransformerAdapter.text_call`.
+        """
         patches = [image[..., : self._patch, : self._patch] for image in given["x"]]
         return given | {"x": patches, "cap_feats": [states.to(patches[0].dtype)] * len(patches)}
 
@@ -88,7 +95,10 @@ class ZImage(TransformerAdapter):
         return 1024, 1024  # of the pipeline's call; the model has no size of its own
 
     def text(self) -> tuple[TextSequence, ...]:
-        """One sequence with the tokens of the chat; the tokenizer's padding does not reach the denoiser."""
+        """One sequence with the tokens of the prompt in the model's chat template, including the template.
+
+        The tokenizer's padding does not reach the denoiser.
+        """
 
         def render(prompt: str) -> str:
             chat = [{"role": "user", "content": prompt}]

@@ -147,7 +147,10 @@ def _numbers(frame: pd.DataFrame, step: int, label: str, panel: int) -> str:
 
 
 def _below(made: style.Panels, row: int, column: int, text: str, rows: int, columns: int) -> None:
-    """Add text below a panel whose map has `rows` by `columns` locations, centered."""
+    """Add centered text below a panel, which shows a map of `rows` x `columns` locations.
+
+    `row` and `column` give the place of the panel in the figure, counted from 1.
+    """
     options: dict[str, Any] = {"yanchor": "top", "yshift": -1, "font": {"size": 11}, "opacity": 0.75}
     if text:
         made.note(row, column, text, (columns - 1) / 2, rows - 0.5, **options)

@@ -29,13 +29,14 @@ SAVED: dict[str, dict[str, Any]] = {
 
 
 def data_uri(image: Image.Image, most: int | None = None) -> str:
-    """Image as a data URI: PNG if its longer side is at most 256 pixels, else JPEG.
+    """Image as a data URI: PNG if the longer side of the encoded image is at most 256 pixels, else JPEG.
 
     Parameters
     ----------
     image : PIL.Image.Image
     most : int, optional
-        Maximum length of the longer side in pixels; a larger image is reduced to it. By default the size is kept.
+        Maximum length of the longer side in pixels, to which a larger image is reduced before it is encoded. By default
+        the size is kept.
 
     Returns
     -------
@@ -60,10 +61,11 @@ def _encoded(image: Image.Image, kind: str) -> str:
 
 
 def figure_uri(image: Image.Image) -> str:
-    """Image as a data URI for a figure: small images are enlarged by whole factors, large ones reduced to 512 pixels.
+    """Image as a data URI for a figure, enlarged if it is small and reduced if it is large.
 
-    After that, images of up to 256 pixels are encoded as lossless WebP, which takes a quarter less space than PNG, and
-    larger ones as JPEG. All numbers of pixels are those of the longer side.
+    All numbers of pixels are those of the longer side. An image of up to 128 pixels is enlarged by the largest whole
+    factor that gives at most 256 pixels; an image of more than 512 pixels is reduced to 512. If the result has at most
+    256 pixels, it is encoded as lossless WebP, which takes a quarter less space than PNG, otherwise as JPEG.
     """
     image = _enlarged(image.convert("RGB")).copy()
     image.thumbnail((512, 512), Image.Resampling.LANCZOS)
@@ -71,7 +73,11 @@ def figure_uri(image: Image.Image) -> str:
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
-    """Enlarge small images by whole factors, because browsers smooth the images of plotly figures."""
+    """Enlarge an image of up to 128 pixels by the largest whole factor that gives at most 256; return others unchanged.
+
+    The pixels are those of the longer side. Browsers smooth the images of plotly figures, so that without this, the
+    pixels of small images would be blurred.
+    """
     factor = LOSSLESS_SIDE // max(image.size)
     if factor < 2:
         return image

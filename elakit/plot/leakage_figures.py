@@ -115,7 +115,7 @@ def leakage(
 def _matrix(run: Run, attributes: bool) -> xr.DataArray:
     """Leakage of entities and, with `attributes`, of attributes, (step, row, region).
 
-    The coordinate "owner" (row) is the entity whose region is the own region of the row.
+    The coordinate "owner" (row) is the entity of the row: the entity itself, or the entity that has the attribute.
     """
     bleeding = run.bleeding
     entities = bleeding.leakage.rename(entity="row")
@@ -151,7 +151,10 @@ def _print_values(made: style.Panels, values: np.ndarray, column: int) -> None:
 
 
 def _frame_own(made: style.Panels, matrix: xr.DataArray, column: int) -> None:
-    """Add a frame around the own region of each row, in the color of the entity."""
+    """Add a frame around one entry of each row: the share in the region of the row's entity ("owner" in `_matrix`).
+
+    The frame has the color of this entity. `column` is the column of the panel, counted from 1.
+    """
     regions = [str(label) for label in matrix.region.values]
     colors = style.entity_colors(regions[:-1])
     for i, owner in enumerate(matrix.owner.values):

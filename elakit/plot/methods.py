@@ -147,7 +147,11 @@ def _dots(
 
 
 def _scale(found: pd.DataFrame, name: str) -> dict[str, Any]:
-    """Axis of a panel: linear for shares, logarithmic for times if one is more than 6 times that of plain."""
+    """Axis of the panel of column `name`: linear for shares; linear or logarithmic for "seconds".
+
+    The values of "seconds" are durations divided by the duration of plain generation. Their axis is logarithmic if a
+    value, or the upper end of its interval, is above 6.
+    """
     axis: dict[str, Any] = {"gridcolor": style.RULE, "zerolinecolor": style.RULE}
     top = float(np.nanmax([0.0, *found[f"{name}_high"], *found[name]]))
     if name != "seconds":

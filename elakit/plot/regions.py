@@ -136,8 +136,8 @@ def region_animation(
     Returns
     -------
     plotly.graph_objects.Figure
-        Figure with a slider and a play button. A static export of it shows only the first step; `save_animation` writes
-        an animation to a file.
+        Figure with a slider, a play button, and one frame per step, whose name is the step, counted from 0. A static
+        export of the figure shows only the first step; `save_animation` writes an animation to a file.
 
     Raises
     ------
@@ -172,7 +172,7 @@ def region_animation(
     made.image(1, 2, figure_uri(run.image), rows, cells)
 
     def traces(step: int) -> list[tuple[int, dict[str, Any]]]:
-        """Panels and traces, in the same order at every step."""
+        """Traces of one step, each with the column of its panel, counted from 1; in the same order at every step."""
         below = _faint(maps.sel(step=step), rows, cells)
         masks = {label: regions.sel(step=step, entity=label).values for label in entities}
         over = [
@@ -266,9 +266,10 @@ def chosen_regions(run: Run, source: Source) -> xr.DataArray:
 
 
 def _faint(maps: xr.DataArray, rows: int, cells: int) -> dict[str, Any]:
-    """Gray heatmap of the largest of the entities' maps at one step, each divided by its maximum.
+    """Gray heatmap of the entities' maps at one step: each location has the largest of their values there.
 
-    It fills the panel, whose axes count the locations of the regions.
+    Each map is first divided by its maximum. The heatmap fills a panel whose axes count the locations of the regions:
+    `rows` along y and `cells` along x.
     """
     top = maps.max(("y", "x"))
     strongest = (maps / top.where(top > 0, 1)).max("token").values

@@ -274,7 +274,7 @@ class Panels:
         self.notes.append({"text": text, "showarrow": False, "x": x, "y": y, "xref": across, "yref": down, **options})
 
     def over(self, row: int, column: int, text: str) -> None:
-        """Add a heading above a panel, centered."""
+        """Add a centered heading above a panel."""
         across, down = self.panel_axes(row, column)
         self.notes.append(
             {
@@ -284,7 +284,7 @@ class Panels:
         )  # fmt: skip
 
     def beside(self, row: int, column: int, text: str) -> None:
-        """Add text to the left of a panel, vertically centered."""
+        """Add vertically centered text to the left of a panel."""
         across, down = self.panel_axes(row, column)
         self.notes.append(
             {

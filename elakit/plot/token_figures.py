@@ -169,7 +169,13 @@ def _color_bar(colors: str, scale: Scale, top: float) -> dict[str, Any]:
 
 
 def _number(value: float) -> str:
-    """Value as text with two or three digits; all digits from 10 on."""
+    """Value as text: from 10 on a whole number, from 0.1 on with two decimals, otherwise with two significant digits.
+
+    Examples
+    --------
+    >>> _number(12.34), _number(1.234), _number(0.01234)
+    ('12', '1.23', '0.012')
+    """
     if value >= 10:
         return f"{value:.0f}"
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"

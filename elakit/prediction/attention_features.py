@@ -62,7 +62,8 @@ def features(run: Run) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Numbers, with one row per share that the run has reached (index "share") and the columns `FEATURES`.
+        Numbers, with one row per share that the run has reached (index "share") and the columns `FEATURES`. A share of
+        the steps is rounded up to whole steps: of four steps, the share 0.1 is the first step.
 
     Raises
     ------
@@ -75,19 +76,19 @@ def features(run: Run) -> pd.DataFrame:
     -----
     "entities" and "attributes" are the numbers of entities and attributes in the prompt.
 
-    The next features are measures of bleeding and of the entities' maps, which are means over the decoder's layers at
-    16 x 16, or the nearest size. If a measure of bleeding has several values (one per entity, pair or attribute), the
-    worst is used, because one bad value suffices to make an image fail; bleed, intrusion and spill are also averaged
-    over entities. "peak" is the smallest of the maxima of the entities' maps, and "peak_ratio" is "peak" divided by the
-    largest of these maxima. "mass" and "mass_ratio" are the same for the mean attention, "area" and "area_ratio" for
-    the area of the region. "concentration" is the share of a map's attention in the most attended tenth of its
-    locations, the minimum over entities. Each of these measures is given at the last step of the share ("_last") and as
-    a mean over all steps until then ("_mean").
+    The next features are measures of bleeding and measures of the entities' maps. The maps are means over the decoder's
+    layers at 16 x 16, or the nearest size. If a measure of bleeding has several values (one per entity, pair or
+    attribute), the worst is used, because one bad value suffices to make an image fail; bleed, intrusion and spill are
+    also averaged over entities. "peak" is the smallest of the maxima of the entities' maps, and "peak_ratio" is "peak"
+    divided by the largest of these maxima. "mass" and "mass_ratio" are the same for the mean attention, "area" and
+    "area_ratio" for the area of the region. "concentration" is the share of a map's attention in the most attended
+    tenth of its locations, the minimum over entities. Each of these measures is given at the last step of the share
+    ("_last") and as a mean over all steps until then ("_mean").
 
-    The remaining features are the statistics of `elakit.prediction.map_statistics` for four sets of maps: those of the
-    decoder at the last step ("decoder") and averaged over the second half of the steps until then ("settled"), those of
-    the encoder ("encoder"), and the decoder's maps of the next smaller size ("coarse"). A set that the model or the
-    recording lacks is replaced by "decoder".
+    The remaining features are the statistics of `elakit.prediction.map_statistics` for four sets of maps. Three sets
+    are maps at the last step of the share: the decoder's maps ("decoder"), the encoder's maps ("encoder"), and the
+    decoder's maps of the next smaller size ("coarse"). The fourth set is the mean of the decoder's maps over the second
+    half of the steps until then ("settled"). A set that the model or the recording lacks is replaced by "decoder".
 
     Examples
     --------

@@ -15,7 +15,7 @@ app = typer.Typer(
 
 @app.callback()
 def _group() -> None:
-    """Keep ``fit`` a subcommand: typer would run the only command of an application without its name."""
+    """Keep the command name ``fit``: typer expects no name if an application has one command and no callback."""
 
 
 @app.command("fit")

@@ -39,6 +39,8 @@ class Fit(NamedTuple):
 def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
     """Fit a predictor of failures (calibrated logistic models) on the images of a sweep.
 
+    The result is a named tuple, `Fit`, with the three fields below.
+
     Parameters
     ----------
     table : DataFrame
@@ -54,20 +56,22 @@ def fit(table: pd.DataFrame, method: str = "plain") -> Fit:
         Quality on held-out images, with one row for each share of the steps, outcome, and predictor or baseline.
         Columns: share, outcome, by ("predictor" or one of `BASELINES`), auroc (area under the ROC curve), ece (expected
         calibration error, ten bins), brier (Brier score), rate (share of the images with the outcome) and images
-        (number). For baselines, all columns after auroc are NaN. Images of prompts with the same nouns of picture-world
-        are held out together, in `FOLDS` folds; without such nouns, only images of the same prompt are.
+        (number). For baselines, all columns after auroc are NaN.
     held_out : DataFrame
-        Predictions for the same images, made by models that were fitted without them: one row per image, and the
+        Predictions for all images, each by a model that was fitted without the image: one row per image, and the
         columns (outcome, share) with probabilities and (outcome, "observed") with booleans.
 
     Raises
     ------
     SettingError
         The sweep has fewer than `LEAST_IMAGES` judged images of the method, the features of some images are missing or
-        come from another version of elakit, or scikit-learn is not installed.
+        are not those of this version of elakit, or scikit-learn is not installed.
 
     Notes
     -----
+    Images are held out in `FOLDS` folds. Two images are in the same fold if their prompts have the same picture-world
+    nouns (`elakit.world.vocabulary.NOUNS`), or, for prompts without such nouns, if they have the same prompt.
+
     Features are standardized for the fit. The L2 penalty is chosen by cross-validation over the same folds. The models
     are calibrated by a logistic curve (Platt, 1999), which is fitted on the scores of held-out images. For the reported
     quality, the curve of each fold is fitted on the other folds.
@@ -238,6 +242,9 @@ def _auroc(score: np.ndarray, y: np.ndarray) -> float:
 
 
 def _group(prompt: str) -> str:
-    """Group of a prompt for cross-validation: prompts with the same nouns are held out together."""
+    """Group of a prompt for cross-validation: all its picture-world nouns, or the prompt if it has none.
+
+    Prompts of one group are held out together.
+    """
     words = {word.strip(".,").lower() for word in prompt.replace("[", " ").replace("]", " ").split()}
     return " ".join(sorted(words & set(NOUNS))) or prompt

@@ -13,7 +13,7 @@ _OF_ENTITY = (
     "peak",
     "mean",
     "log_peak",
-    "won",  # share of the map, minus its minimum, in the locations that the entity wins
+    "won",  # share of the map (after its minimum is subtracted) in the locations that the entity wins
     "won_scaled",  # the same with each map scaled to a maximum of 1
     "locations_won",
     "lead",  # mean margin over the others in the sixteenth of the locations where it is largest
@@ -45,30 +45,48 @@ def map_statistics(entities: np.ndarray, rest: np.ndarray, attributes: np.ndarra
     attributes : ndarray, float, (attribute, y, x)
         Raw attention to the attributes; may be empty.
     owners : sequence of int
-        Index of the entity that each attribute belongs to.
+        Index of the entity to which each attribute belongs.
 
     Returns
     -------
     ndarray, float, (len(MAP_STATISTICS),)
         Values in the order of `MAP_STATISTICS`. Each statistic of single entities is given as its minimum and maximum
         over the entities ("_min", "_max") and as its values for the first and the last entity ("_first", "_last"),
-        which a causal text encoder treats differently. If there is only one entity, it wins every location.
+        which a causal text encoder treats differently.
 
     Notes
     -----
-    An entity wins a location if its map is above the maps of all other entities there; "lead" is its margin over the
-    largest of them, averaged over the sixteenth of the locations where the margin is largest, and "lead_over_rest" this
-    value relative to the mean of `rest`. "won" is the share of the entity's map, minus its minimum, in the locations
-    that it wins; for "won_scaled", each map is scaled to 0..1 before the winner is determined; "locations_won" is the
-    share of the locations. "spread" is the standard deviation of the location, "top_tenth" the share of the map in its
-    strongest tenth of the locations, and "above_rest" the share of locations where the map is above `rest`.
-    "components" counts connected components above 40% of the map's range.
+    An entity wins a location if its map is above the maps of all other entities there; a single entity wins every
+    location. The distribution of a map is the map minus its minimum, divided by the sum of the result. The center of a
+    map is the mean location, weighted by the distribution. The overlap of two maps is the sum, over the locations, of
+    the smaller value of their distributions. Distances are in units of the image's sides.
 
-    "correlation", "common" (overlap of the maps as distributions) and "distance" (of their centers, in units of the
-    image's sides) are those of the two entities that are most similar by the respective statistic. "joint_components"
-    counts components of the sum of all entities' maps. "misbound" is the largest overlap of an attribute with an entity
-    that it does not belong to, and "bound" the smallest margin by which an attribute's overlap with its own entity
-    exceeds that with another one.
+    Statistics of each entity:
+
+    * "peak", "mean", "log_peak": maximum of the map, mean of the map, and logarithm of the maximum;
+    * "won": sum of the map's distribution over the locations that the entity wins;
+    * "won_scaled": the same sum, but each map is scaled to 0..1 before the winner of a location is determined;
+    * "locations_won": share of the locations that the entity wins;
+    * "lead": margin of the map over the largest of the other maps, averaged over the sixteenth of the locations (at
+      least four) where this margin is largest; the maximum of the map if there is only one entity;
+    * "lead_over_rest": "lead" divided by the mean of `rest`;
+    * "peak_won", "peak_lost": maximum of the map in the locations that the entity wins, and in all others;
+    * "spread": root mean square distance of the locations from the center, weighted by the distribution;
+    * "entropy": entropy of the distribution, in nats;
+    * "top_tenth": sum of the distribution over the tenth of the locations where it is largest;
+    * "above_rest": share of the locations where the map is above `rest`;
+    * "components": number of connected components of the locations above 40% of the map's range.
+
+    Statistics of the image; the first three are those of the two entities that are most similar by the statistic:
+
+    * "correlation": correlation of the two maps;
+    * "common": overlap of the two maps;
+    * "distance": distance between the centers of the two maps;
+    * "rest_mean", "rest_min": mean and minimum of `rest`;
+    * "joint_components": number of connected components of the locations where the sum of all entities' maps is above
+      40% of its maximum;
+    * "bound": smallest margin by which an attribute's overlap with its own entity exceeds its overlap with another one;
+    * "misbound": largest overlap of an attribute with an entity to which it does not belong.
 
     Examples
     --------

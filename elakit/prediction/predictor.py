@@ -91,8 +91,8 @@ class Predictor:
         Raises
         ------
         SettingError
-            The columns of the features differ from `Predictor.features`, as they do if the predictor was fitted with
-            another version of elakit; or the prompt names no entity.
+            The columns of the features differ from `Predictor.features`, for example because the predictor was fitted
+            with another version of elakit; or the prompt names no entity.
         RecordingError
             The run was not recorded, or has no recorded step.
 
@@ -291,12 +291,19 @@ def load_predictor(path: str | Path | None = None) -> Predictor:
 
 
 def stack(rows: Sequence[Any]) -> np.ndarray:
-    """Stack the values of column "features" of a sweep's table into an array, (image, share, feature).
+    """Stack the features of several images into an array, (image, share, feature).
+
+    Parameters
+    ----------
+    rows : sequence
+        Values of the column "features" of a sweep's table, one per image: the rows of `elakit.prediction.features` one
+        after the other, as one sequence of numbers; None if the features are missing.
 
     Raises
     ------
     SettingError
-        There is no image, or the features of an image are missing or come from another version of elakit.
+        There is no image, or the features of an image are missing or have another number than in this version of
+        elakit.
     """
     size = len(SHARES) * len(FEATURES)
     if not len(rows) or any(row is None or len(row) != size for row in rows):

@@ -66,12 +66,13 @@ def localize(
         that is the largest, else 0; "subtract-max" and "subtract-mean" give its map minus the largest or the mean of
         the others, at least 0; "none" gives its map. With one entity, all four give its map.
     binarization : {"background", "otsu", "mean-std", "quantile"}
-        Rule for the locations of an entity's region: those whose score exceeds `threshold` times `sot` ("background"),
-        Otsu's threshold of the entity's scores ("otsu"), their mean plus standard deviation ("mean-std"), or their
-        `quantile` ("quantile"). A location that passes for two entities is assigned to the one with the larger map, or
-        to the first of them on a tie. With "background", "argmax" and "none" are therefore the same rule.
+        Rule for the locations of an entity's region: those whose score exceeds `threshold` times the value of `sot` at
+        the same location ("background"), Otsu's threshold of the entity's scores ("otsu"), their mean plus standard
+        deviation ("mean-std"), or their `quantile` ("quantile"). A location that passes for two entities is assigned to
+        the one with the larger map, or to the first of them on a tie. With "background", "argmax" and "none" are
+        therefore the same rule.
     threshold : float
-        Share of `sot` that a score must exceed, 0 or more; only for "background".
+        Share of `sot` that a score must exceed, 0 or more, by default 0.1125; only for "background".
     quantile : float
         Quantile of an entity's scores that a score must exceed, 0 to 1; only for "quantile".
     normalize : bool
@@ -89,8 +90,8 @@ def localize(
         Standard deviation, in locations, of a Gaussian filter that is applied to all maps before anything else; 0
         switches it off.
     keep_components : int, optional
-        Number of connected components kept of each region, the largest ones (8-neighborhood; the earlier in reading
-        order on a tie). All are kept by default.
+        Number of connected components (8-neighborhood) to keep in each region: the largest ones, and on a tie those
+        that come first in reading order. All are kept by default.
     entities : sequence of str, optional
         Distinct labels of the entities. By default those of a DataArray's first dimension, else "entity 0",
         "entity 1", ...
@@ -115,10 +116,11 @@ def localize(
     figure, and no rule that considers one location at a time reproduces it exactly.
     ``python -m benchmarks.localization`` prints the agreement of every rule.
 
-    The figure displays each map scaled to 0..1. Its raw scale is restored by a regression: attention sums to
-    1 over the tokens, and the displayed maps indeed satisfy SoT = .995 - .312 cat - 1.022 frog with R^2 =
-    .996, so in units of SoT's range the raw maps are .312 x cat and 1.022 x frog. The lowest value of SoT is
-    lost and taken as 0.
+    The figure displays each map scaled to 0..1; a regression restores the scale of the raw maps. Attention sums
+    to 1 over the tokens, so the start-of-text map (SoT) is low where the maps of the entities are high. For the
+    displayed maps, the regression gives SoT = .995 - .312 cat - 1.022 frog, with R^2 = .996. In units of SoT's
+    range, the raw maps are therefore .312 x cat and 1.022 x frog. The lowest raw value of SoT cannot be restored,
+    and is taken as 0.
 
     *Floor.* A region smaller than `min_area` keeps its locations and grows by one location at a time, until it has
     `min_area` locations. It gets the free location where the entity's score is highest; on a tie, the one of these

@@ -70,7 +70,10 @@ def thresholds(
 
 
 def largest_components(mask: np.ndarray, keep: int) -> np.ndarray:
-    """Mask that keeps only the `keep` largest connected components (8-neighborhood); on a tie, the earlier ones."""
+    """Mask that keeps only the `keep` largest connected components (8-neighborhood).
+
+    On a tie, the components that come first in reading order are kept.
+    """
     parts, count = label(mask, connectivity=2, return_num=True)
     if count <= keep:
         return mask

@@ -72,7 +72,10 @@ def summary_figures(found: pd.DataFrame) -> dict[str, go.Figure]:
 
 
 def _label_positions(x: pd.Series, y: pd.Series) -> list[str]:
-    """Position of each point's label: the side of the point that is farthest from other points and earlier labels."""
+    """Position of each point's label, as plotly names it: "top center", "middle left" and so on.
+
+    A label is placed on the side of its point on which the label is farthest from other points and earlier labels.
+    """
     shifts = {"top center": (0, 0.07), "bottom center": (0, -0.07), "middle right": (0.1, 0), "middle left": (-0.1, 0)}
     points = np.nan_to_num(np.stack([x / max(x.max(), 1e-9), y / max(y.max(), 1e-9)], 1))
     labels: list[np.ndarray] = []

@@ -399,7 +399,7 @@ def _command() -> str:
 
 
 def _executor(address: str | None) -> AbstractContextManager[Any]:
-    """Executor on the workers of a Dask scheduler; None without an address."""
+    """Context that yields an executor on the workers of a Dask scheduler, or None if `address` is None."""
     from elakit.sweep.workers import dask_executor
 
     return nullcontext() if address is None else dask_executor(address)

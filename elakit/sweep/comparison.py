@@ -36,7 +36,9 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         - fixed: of the images that are wrong with plain generation, the share that is right with the method from the
           same noise; broken: of the images that are right with plain generation, the share that is wrong with the
           method.
-        - score, seconds: detection score and generation time, divided by those of plain generation.
+        - score: confidence of the judge in the things that it finds in an image; seconds: generation time per image.
+          Both are ratios: the mean over the method's images, divided by the mean over the plain images from the same
+          noise.
         - the six shares and the two ratios with the suffixes _low and _high: the ends of their bootstrap intervals.
         - fixed_count, broken_count: numbers of fixed and broken images.
         - p: p-value of McNemar's exact test of success against plain generation; p_holm: the p-value after Holm's
@@ -80,8 +82,9 @@ def score_summary(table: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row per method and score. Columns: method (its label), score (name of the column), images (number), value
-        (mean), low and high (ends of the 95% interval). Empty if the sweep has no scores.
+        One row per method and score. Columns: method (the label of its rows, see `variants`), score (name of the
+        column), images (number of images with this score), value (mean), low and high (ends of the 95% interval). Empty
+        if the sweep has no scores.
     """
     own = [name for name in table.columns if name not in SCHEMA.names and name != "label"]
     numeric = [
@@ -103,7 +106,10 @@ def score_summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def variants(table: pd.DataFrame) -> list[str]:
-    """Label of each row of a table: the method, with the options and settings that differ between its rows."""
+    """Label of each row of a sweep's table: the method, its varying options, and the varying settings.
+
+    An option varies if it differs between rows of the same method; a setting varies if it differs between any two rows.
+    """
     return _labels(_filled(table))
 
 

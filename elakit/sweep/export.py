@@ -26,8 +26,9 @@ def export_images(folder: str | Path, out: str | Path | None = None) -> Path:
 
     Each folder contains
 
-    - ``samples/PROMPT_NNNNNN.png``: the layout that the evaluation scripts of T2I-CompBench read. Underscores and
-      slashes in a prompt become spaces, and prompts of more than 200 bytes are shortened.
+    - ``samples/PROMPT_NNNNNN.png``: the layout that the evaluation scripts of T2I-CompBench read. PROMPT is the prompt,
+      in which underscores, slashes and other characters unsuitable for file names become spaces, cut to 200 bytes.
+      NNNNNN numbers the images of the folder from 000000, in the order of prompts and seeds.
     - ``geneval2.json``, ``geneval2-seed3.json``, ...: the path of the image of each prompt, for
       ``--image_filepath_data`` of GenEval 2. There is one file per seed; the one without a seed in its name is for the
       lowest seed.
@@ -136,7 +137,11 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _text(parsed: Any, prompt: str) -> str:
-    """Text that the model read: the prompt without the brackets that mark entities."""
+    """Text that the model read: the prompt without the brackets that mark entities.
+
+    `parsed` is the parsed prompt as JSON, as in the column "parsed" of the sweep's table. If it is missing, `prompt` is
+    returned unchanged.
+    """
     return prompt if pd.isna(parsed) else parsed_prompt(parsed).text
 
 

@@ -38,8 +38,10 @@ def canonical_options(method: str, options: Mapping[str, Any]) -> str:
     method : str
         "plain" or a name in `elakit.guidance.METHODS`.
     options : mapping of str to object
-        Options that differ from their defaults. The keys "guide_above" and "guide_after" (`CONDITION`) set the
-        condition on which an image is guided. "plain" has no options.
+        Options of the method that differ from their defaults. Two more keys restrict guidance to images that are likely
+        to fail. With "guide_above", a probability from 0 to 1, an image is guided only if its predicted probability of
+        failure exceeds this value. "guide_after", which requires "guide_above", is the share of the steps after which
+        the included predictor makes the prediction: 0.1, 0.2 (default), 0.3, 0.5 or 1. "plain" has no options.
 
     Returns
     -------
@@ -48,7 +50,8 @@ def canonical_options(method: str, options: Mapping[str, Any]) -> str:
     Raises
     ------
     SettingError
-        The method is unknown or needs regions, it has no such option, or an option has an invalid value.
+        The method is unknown or needs regions, it has no such option, an option has an invalid value, or "guide_after"
+        is set without "guide_above".
 
     Examples
     --------
@@ -135,7 +138,10 @@ def sweepable() -> list[str]:
 
 
 def _condition(method: str, options: Mapping[str, Any]) -> dict[str, float]:
-    """Return both options of `CONDITION`, with 0.2 as the default of "guide_after", or neither if none is set."""
+    """Return the checked options "guide_above" and "guide_after"; empty if neither is set.
+
+    If only "guide_above" is set, "guide_after" is 0.2, a share of the steps. "guide_after" alone is refused.
+    """
     given = {name: options[name] for name in CONDITION if name in options}
     if not given:
         return {}

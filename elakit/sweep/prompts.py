@@ -151,13 +151,13 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
 
 
 def spread(prompts: Sequence[str], count: int | None) -> tuple[str, ...]:
-    """Select at most `count` prompts, evenly spaced and including the first and the last.
+    """Select at most `count` prompts, evenly spaced from the first to the last.
 
     Parameters
     ----------
     prompts : sequence of str
     count : int, optional
-        Largest number of prompts; None selects all.
+        Largest number of prompts; 1 selects the first prompt, None selects all.
 
     Returns
     -------

@@ -1,8 +1,8 @@
 """Scorers of kept images: CLIP, BLIP, VQAScore, perceptual distances and zero-shot detectors, loaded by name.
 
 A scorer computes columns of the sweep's table from one image, its prompt and, for distances, the plain image from the
-same noise. Models are loaded through classes of transformers, or by the package of the benchmark; elakit contains no
-weights of scorers.
+same noise. Models are loaded with transformers; VQAScore and LPIPS need the packages t2v_metrics and lpips. elakit
+contains no weights of scorers.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ScorerKind:
     summary : str
         Description of the score and its source.
     load : callable
-        Function of the model's name and the device that loads the model and returns the scorer.
+        Function that loads the model and returns the scorer; its arguments are the name of the model and the device.
     """
 
     name: str
@@ -118,10 +118,11 @@ def load_scorer(name: str, model: str | None = None, device: str | None = None) 
 
 
 def clip(name: str, device: torch.device) -> Scorer:
-    """CLIP image-text similarity of the image with the full prompt, and the minimum of those with its entities.
+    """Load the CLIP model `name`, and return a scorer of the similarity between an image and its prompt.
 
-    Columns: clip_full, clip_min (cosines). Attend-and-Excite (Chefer et al., SIGGRAPH 2023, section 5) reports both,
-    averaged over 80 templates of the text; here each text is used as it is, so values are slightly different.
+    Columns: clip_full, the cosine of the image and the full prompt; clip_min, the smallest cosine of the image and the
+    text of an entity. Attend-and-Excite (Chefer et al., SIGGRAPH 2023, section 5) reports both, averaged over 80
+    templates of the text; here each text is used as it is, so values are slightly different.
     """
     model, processor = _load(transformers.CLIPModel, transformers.CLIPProcessor, name, device)
 
@@ -134,10 +135,11 @@ def clip(name: str, device: torch.device) -> Scorer:
 
 
 def caption(name: str, device: torch.device) -> Scorer:
-    """CLIP text-text similarity of the prompt and a BLIP caption of the image (Attend-and-Excite, section 5).
+    """Load BLIP and CLIP, and return a scorer that compares the prompt with a caption of the image.
 
-    Columns: caption (text), caption_similarity (cosine). `name` is a BLIP captioning model, or "BLIP|CLIP" to name the
-    CLIP model, too.
+    Columns: caption, the text that BLIP generates for the image; caption_similarity, the cosine of CLIP's embeddings of
+    the prompt and the caption (Attend-and-Excite, section 5). `name` is a BLIP captioning model, or "BLIP|CLIP" to name
+    the CLIP model, too.
     """
     blip_name, _, clip_name = name.partition("|")
     blip, blip_processor = _load(
@@ -181,10 +183,11 @@ def _texts(prompt: Prompt) -> list[str]:
 
 
 def blip_vqa(name: str, device: torch.device) -> Scorer:
-    """BLIP-VQA: product over the entities of the probability that "ENTITY?" is answered with yes rather than no.
+    """Load the BLIP model `name` for visual question answering, and return a scorer that asks for each entity.
 
-    Column: blip_vqa (0 to 1). T2I-CompBench (Huang et al., NeurIPS 2023, section 4.1) asks for the noun phrases of the
-    prompt; here these are the entities with their attributes.
+    Column: blip_vqa, the product over the entities of the probability that "ENTITY?" is answered with yes rather than
+    no, 0 to 1. T2I-CompBench (Huang et al., NeurIPS 2023, section 4.1) asks for the noun phrases of the prompt; here
+    these are the entities with their attributes.
     """
     model, processor = _load(transformers.BlipForQuestionAnswering, transformers.BlipProcessor, name, device)
     yes, no = (processor.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("yes", "no"))
@@ -215,7 +218,10 @@ def blip_vqa(name: str, device: torch.device) -> Scorer:
 
 
 def vqascore(name: str, device: torch.device) -> Scorer:
-    """VQAScore (Lin et al., ECCV 2024) of the full prompt, by the authors' package t2v_metrics; column vqascore."""
+    """Load the model `name` with the package t2v_metrics, and return a scorer that computes VQAScore.
+
+    Column: vqascore, the score of the image and the full prompt (Lin et al., ECCV 2024, by the authors' package).
+    """
     package = _package("t2v_metrics", "pip install t2v-metrics")
     model = package.VQAScore(model=name, device=str(device))
 
@@ -231,9 +237,10 @@ def vqascore(name: str, device: torch.device) -> Scorer:
 
 
 def lpips(name: str, device: torch.device) -> Scorer:
-    """LPIPS distance to the plain image from the same noise (Zhang et al., CVPR 2018), by the package lpips.
+    """Load the network `name` with the package lpips, and return a scorer of the distance to the plain image.
 
-    Column: lpips; None without a plain image.
+    Column: lpips, the LPIPS distance (Zhang et al., CVPR 2018) to the plain image from the same noise; None without a
+    plain image.
     """
     model = _package("lpips", "pip install lpips").LPIPS(net=name).to(device)
 
@@ -251,9 +258,10 @@ def lpips(name: str, device: torch.device) -> Scorer:
 
 
 def dino(name: str, device: torch.device) -> Scorer:
-    """Cosine distance of DINO features (class token) to the plain image from the same noise.
+    """Load the DINO model `name`, and return a scorer of the distance to the plain image.
 
-    Column: dino_distance; None without a plain image.
+    Column: dino_distance, the cosine distance between the class tokens of the image and of the plain image from the
+    same noise; None without a plain image.
     """
     model, processor = _load(transformers.AutoModel, transformers.AutoImageProcessor, name, device)
 
@@ -274,10 +282,10 @@ def dino(name: str, device: torch.device) -> Scorer:
 
 
 def detector(name: str, device: torch.device) -> Scorer:
-    """Verdict on the image by the zero-shot detector `name`, loaded by `elakit.judge.detectors`.
+    """Load the zero-shot detector `name` with `elakit.judge.detectors`, and return a scorer that judges an image.
 
-    Columns, as in the sweep's table: detector_success, detector_neglect, detector_mixture, detector_wrong_color,
-    detector_present and detector_score.
+    Columns: detector_success, detector_neglect, detector_mixture, detector_wrong_color, detector_present and
+    detector_score. "detector_success" has the meaning of "success" in the sweep's table, and so on.
     """
     find = load_detector(name, device=str(device))
 

@@ -89,7 +89,10 @@ def score(
 
 
 def _samples(folder: Path, table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Key, seed and a function that opens the sample, for each kept image that the safety checker did not replace."""
+    """Return one dict for each kept image that the safety checker did not replace.
+
+    The keys are "key" (of the image's unit), "seed", and "sample" (a function that opens the image's `Sample`).
+    """
     settings = [name for name in IMAGE if name in table]
 
     def identity(row: Any) -> tuple[Any, ...]:
@@ -129,7 +132,10 @@ def _open(path: Path) -> Image.Image:
 
 
 def _stored(path: Path, model: str) -> dict[tuple[str, int], dict[str, Any]]:
-    """Scores in a file that were computed by the given model, by key and seed."""
+    """Read a file of scores, and return the rows that `model` computed; empty if the file does not exist.
+
+    The result has one row per image, by the pair (key of the image's unit, seed).
+    """
     if not path.exists():
         return {}
     try:

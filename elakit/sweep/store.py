@@ -50,7 +50,7 @@ class Result:
 
 
 def table(folder: str | Path, scores: bool = True) -> pd.DataFrame:
-    """Read the table of a sweep: one row per image, in an order that does not depend on when each was generated.
+    """Read the table of a sweep: one row per image, sorted by suite, prompt, seed, settings, method and options.
 
     Parameters
     ----------
@@ -65,8 +65,9 @@ def table(folder: str | Path, scores: bool = True) -> pd.DataFrame:
         An image that two units have in common appears once. Unknown values are missing. Columns:
 
         - prompt, suite, seed, method, options (of the method, as JSON).
-        - The verdict of the judge: success, neglect, mixture, wrong_color, extra (number of things not asked for),
-          present (share of the entities that are in the image), score (mean detection score).
+        - The verdict of the judge: success, neglect, mixture, wrong_color, extra (number of things that the prompt does
+          not ask for), present (share of the entities that are in the image), score (mean confidence of the judge in
+          the things that it finds in the image, 0 to 1).
         - blocked: True if the safety checker replaced the image, which is therefore not judged.
         - bleed, intrusion, spill, ruzicka, attribute_bleed: means over steps and entities.
         - loss_first, loss_last: losses in the first and the last row of the trace of the guidance; skipped: number of

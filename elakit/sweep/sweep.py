@@ -84,8 +84,8 @@ def run(
         access to the folder. By default, processes are started on this machine; they import the script that calls this
         function, so the call must be inside ``if __name__ == "__main__":``.
     workers : int, optional
-        Number of processes: by default one per GPU, or the number of processors divided by `threads`. With an
-        `executor`, the number of units submitted at a time; by default all.
+        Number of processes: by default one per GPU or, without a GPU, the number of CPU cores divided by `threads`.
+        With an `executor`, the number of units submitted at a time; by default all.
     threads : int, optional
         Number of torch threads per worker. By default 1 in processes on this machine; the workers of an `executor`
         keep their own number.

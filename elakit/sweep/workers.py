@@ -242,7 +242,9 @@ def default_workers(device: str | None, threads: int) -> int:
 def _prepare(sweep: Connection, started: Any, gpus: tuple[str, ...]) -> None:
     """Initialize a worker: choose its GPU, leave Ctrl-C to the sweep's process, and end when that process ends.
 
-    The worker ends even if the sweep's process is killed, because that closes the other end of `sweep`.
+    The sweep's process holds the other end of the pipe `sweep`. When that process ends, even if it is killed, the pipe
+    is closed, and the worker ends, too. `started` is a shared integer, the number of workers started so far. It selects
+    the worker's entry of `gpus`, starting over at the end.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if gpus:

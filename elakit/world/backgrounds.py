@@ -89,7 +89,12 @@ def background(
 def _two_planes(
     kind: str, tone: np.ndarray, other: np.ndarray, x: np.ndarray, y: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Background with an upper and a lower part: "ground", "wall" (with a skirting board), or "hills" under a sky."""
+    """Background with an upper part in the color `tone` and a lower part in the color `other`, slightly darkened.
+
+    `kind` names the border between the parts: a straight line ("ground"), a straight line below a skirting board
+    ("wall"), or a wavy line ("hills"). Colors are RGB in [0, 1], (3,). `x` and `y` are the coordinates of the pixels as
+    shares of the side, (size, size, 1). The result has the shape (size, size, 3).
+    """
     size, below = len(y), other * rng.uniform(0.82, 0.95)
     line = np.full_like(x, rng.uniform(0.55, 0.75))
     if kind == "hills":
@@ -104,7 +109,10 @@ def _two_planes(
 
 
 def _pattern(kind: str, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Pattern of the kind "stripes", "tiles" or "dots": values from 0 to 1, with edges about one pixel wide."""
+    """Pattern of the kind "stripes", "tiles" or "dots": values from 0 to 1, with edges about one pixel wide.
+
+    `x` and `y` are the coordinates of the pixels as shares of the side, (size, size, 1); the result has this shape.
+    """
     count, size = int(rng.integers(3, 7)), len(y)
     sharp = size / count / 4
     if kind == "stripes":

@@ -71,10 +71,11 @@ def posed(place: Place, rng: np.random.Generator, mirrored: float = 0.5) -> Plac
 
 
 def fits(layout: str, first: str, second: str) -> bool:
-    """True if two nouns, in this order, can have a layout of pairs.
+    """True if two things can be placed in a layout; the arguments are one of `PAIR_LAYOUTS` and the things' nouns.
 
-    Only two layouts restrict the nouns: "worn" requires an animal and a thing that animals wear, "on" a thing and a
-    support on which it can stand.
+    Only two layouts restrict the nouns. "worn" requires an animal as the first noun, and a thing that animals
+    wear as the second. "on" requires a thing that can stand on a support as the first noun, and a support as the
+    second.
 
     Examples
     --------
@@ -206,8 +207,21 @@ def worn_places(
 def group_places(layout: str, count: int, rng: np.random.Generator, mirrored: float = 0.5) -> list[Place] | None:
     """Random places for three or four things in a layout; which thing gets which place is random, too.
 
-    `mirrored` is the probability that a thing is mirrored. The result is None if the layout is "free" and no places
-    apart from each other were found.
+    Parameters
+    ----------
+    layout : str
+        A key of `THREE_LAYOUTS` or of `FOUR_LAYOUTS`.
+    count : int
+        Number of things: 3 or 4.
+    rng : numpy.random.Generator
+    mirrored : float
+        Probability that a thing is mirrored.
+
+    Returns
+    -------
+    list of Place, or None
+        One place per thing. None if the layout is "free" and 200 random trials did not yield enough places that hardly
+        overlap.
     """
     if layout == "free":
         places: list[Place] = []
@@ -250,9 +264,10 @@ def relation_of(first: np.ndarray, second: np.ndarray) -> str | None:
     Returns
     -------
     str or None
-        "left of", "right of", "above" or "below" if the bounding boxes are apart in one direction (where they may
-        overlap by a tenth of the smaller extent) and the centers differ by at most half as much in the other direction
-        as in this one; else None.
+        "left of" or "right of" if the centers of the bounding boxes are farther apart horizontally than vertically,
+        otherwise "above" or "below". None if, in this direction, the boxes overlap by more than a tenth of the smaller
+        box's extent. None also if the centers' distance in the other direction is more than half of their distance in
+        this direction.
 
     Examples
     --------
@@ -315,6 +330,9 @@ def _anywhere(scale: float, rng: np.random.Generator) -> Place:
 
 
 def _inside(x: float, y: float, scale: float) -> Place:
-    """Place of this size inside the image whose center is nearest to (x, y)."""
+    """Place of the size `scale` inside the scene, with its center as near to (x, y) as possible.
+
+    All values are shares of the scene's side, as in `Place`.
+    """
     margin = scale / 2
     return Place(float(np.clip(x, margin, 1 - margin)), float(np.clip(y, margin, 1 - margin)), float(scale))

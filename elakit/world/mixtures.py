@@ -1,9 +1,9 @@
 """Hybrids of two things, composed with ground truth as training examples for the judge.
 
-Generated images fuse entities in many ways. Four of them are composed here: one thing painted over the other
+Generated images fuse entities in many ways. Four of these ways are composed here: one thing painted over the other
 ("overlaid"), one seen through the other ("blended"), half of each ("halves"), and the colors and texture of one inside
-the outline of the other ("filled"). A mixture is a hybrid or, for comparison, two things that are not fused although
-one is partly in front of the other ("occluded").
+the outline of the other ("filled"). For comparison, images without a hybrid are composed as well: one thing is partly
+in front of the other, and the two are not fused ("occluded"). A `Mixture` holds an image of any of the five kinds.
 """
 
 from __future__ import annotations

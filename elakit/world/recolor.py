@@ -252,6 +252,6 @@ def _hue_distance(hue: np.ndarray, other: float) -> np.ndarray:
 
 
 def _ramp(x: np.ndarray, zero: float, one: float) -> np.ndarray:
-    """Smooth step from 0 at `zero` to 1 at `one`, in either direction."""
+    """Smooth transition from 0 at `zero` to 1 at `one`, constant on either side; it falls with x if `zero` > `one`."""
     t = ((x - zero) / (one - zero)).clip(0, 1)
     return t * t * (3 - 2 * t)

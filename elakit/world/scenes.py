@@ -63,7 +63,15 @@ CONVERSE = {
 
 @dataclass(frozen=True)
 class Subject:
-    """An entity of a caption: its noun, and its color, or None if it keeps the colors of the drawing."""
+    """An entity of a caption.
+
+    Attributes
+    ----------
+    noun : str
+        One of `elakit.world.vocabulary.NOUNS`.
+    color : str or None
+        One of `elakit.world.vocabulary.COLORS`; None if the entity has the colors of its drawing.
+    """
 
     noun: str
     color: str | None = None
@@ -87,7 +95,7 @@ class SceneEntity:
     box : tuple of int
         (left, top, right, bottom) of the visible pixels; right and bottom are exclusive.
     mask : ndarray, bool, (size, size)
-        Visible pixels, which are covered by this entity and by no other one in front of it.
+        Pixels at which the entity is visible, that is, not hidden by another entity in front of it.
     """
 
     subject: Subject
@@ -151,11 +159,11 @@ class World:
     layouts : mapping of str to float
         Shares of the layouts of pairs; they add up to 1, and none is larger than `LARGEST_LAYOUT`.
     free_captions : float
-        Share of the captions in one of `FREE_WORDINGS`, among those that state no relation; the others are worded as in
-        the benchmark, "a red car and a bird". A caption of three or four entities is a list with a probability of at
-        least 0.6.
+        Probability that a caption has one of the `FREE_WORDINGS`, chosen at random. Otherwise, it is worded as in the
+        benchmark, "a red car and a bird". Captions that state a relation have neither wording. If there are three or
+        four entities, the chosen wording is afterward replaced by "list" with a probability of 0.6.
     stated : float
-        Share of the captions that state the relation, among those of pairs with a clear relation.
+        Probability that the caption states the relation, for pairs with a clear relation.
     held_out : float
         Share of noun pairs that no scene shows together.
     natural : float
@@ -274,8 +282,9 @@ def caption(
     correct_article : bool
         True writes "an" before a vowel; False always writes "a", as the benchmark does.
     wording : str
-        "and" (the wording of the benchmark) or one of `FREE_WORDINGS`. "bare" leaves the articles out, "picture"
-        begins with "a picture of", and "list" writes commas instead of all but the last "and".
+        "and" (the wording of the benchmark) or one of `FREE_WORDINGS`. "next to", "beside" and "with" replace the first
+        "and". "list" replaces every "and" except the last by a comma. "picture" begins the caption with "a picture of".
+        "bare" leaves the articles out.
     relation : str, optional
         Relation of the first subject to the second, a key of `RELATION_WORDS`. If it is given, the caption states it,
         and `wording` has no effect.
@@ -507,8 +516,20 @@ def _places(
 def _visible(layers: list[np.ndarray], order: list[int], layout: str) -> np.ndarray | None:
     """Masks of the visible pixels, in the order of the subjects; None if the placement is not acceptable.
 
-    It is not if a thing is covered too much, if the rear thing of the layout "occluded" is hardly covered, or if two
-    things of the layout "worn" or "on" do not touch.
+    A placement is not acceptable if a thing is covered too much, if the rear thing in the layout "occluded" is hardly
+    covered, or if the two things in the layout "worn" or "on" do not touch.
+
+    Parameters
+    ----------
+    layers : list of ndarray, (size, size, 4)
+        Layer of each subject, as `sprite_layer` returns it.
+    order : list of int
+        Indices of the subjects, from the rearmost to the foremost.
+    layout : str
+
+    Returns
+    -------
+    ndarray, bool, (n, size, size), or None
     """
     whole = np.stack([layer[..., 3] > 0.5 for layer in layers])
     masks = whole.copy()

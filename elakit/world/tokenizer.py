@@ -31,12 +31,14 @@ _OTHER_WORDS = (
 def train_tokenizer(vocabulary: int, positions: int) -> CLIPTokenizer:
     """CLIP tokenizer learned from the words of picture-world and a few everyday words.
 
+    If the vocabulary is large enough, each of these words is one token. Any other word is split into smaller pieces.
+
     Parameters
     ----------
     vocabulary : int
         Largest number of tokens in the vocabulary; 512 of them stand for single bytes.
     positions : int
-        Number of tokens of an encoded prompt, including start-of-text and end-of-text.
+        Largest number of tokens of an encoded prompt, including start-of-text and end-of-text (``model_max_length``).
 
     Returns
     -------
@@ -47,7 +49,7 @@ def train_tokenizer(vocabulary: int, positions: int) -> CLIPTokenizer:
     >>> tokenizer = train_tokenizer(1024, 24)
     >>> tokenizer.tokenize("a Red car")
     ['a</w>', 'red</w>', 'car</w>']
-    >>> len(tokenizer("zyx")["input_ids"]) > 3
+    >>> len(tokenizer("zyx")["input_ids"]) > 3  # start-of-text, more than one piece, end-of-text
     True
     """
     merges = _merges(dict.fromkeys((*NOUNS, *COLORS, *_OTHER_WORDS.split())), vocabulary - 514)

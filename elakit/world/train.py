@@ -50,8 +50,9 @@ def main(
 ) -> None:
     """Train picture-world in four stages: vae, decoder, denoiser and judge.
 
-    The first two train the autoencoder and then its decoder alone; the third trains the denoiser together with the text
-    encoder. The stage decoder runs only if the setting ``polish`` is not 0.
+    The stage vae trains the autoencoder. The stage decoder trains the VAE decoder further on ``polish`` images, with a
+    fixed VAE encoder; it is skipped if the setting ``polish`` is 0. The stage denoiser trains the denoiser together
+    with the text encoder. The stage judge trains the judge.
     """
     stages = set(STAGES if stage == "all" else stage.split(","))
     if unknown := stages - set(STAGES):
@@ -87,6 +88,18 @@ def main(
 
 def process_devices(device: str | None, processes: int) -> tuple[torch.device, ...]:
     """Device of each of several processes: the same CPU for all, or a GPU of its own for each.
+
+    Parameters
+    ----------
+    device : str or None
+        Name such as "cpu" or "cuda"; None means CUDA where it is available, otherwise the CPU.
+    processes : int
+        Number of processes.
+
+    Returns
+    -------
+    tuple of torch.device
+        One device per process.
 
     Raises
     ------

@@ -254,10 +254,10 @@ def _settings(diagnosis: DiagnosisData) -> list[tuple[str, str]]:
 
 
 def acting_options(diagnosis: DiagnosisData) -> list[tuple[str, str]]:
-    """Options of the method that were changed or had an effect, as names and values.
+    """Options of the guidance method that were changed or had an effect, as pairs (name, value as text).
 
-    Of the options with their defaults, those that are unset, zero or off are left out, and so are those that had no
-    effect in this run. If no step was guided, only changed options are listed.
+    An option that differs from its default is always listed. An option with its default value is listed if at least one
+    image was guided, the value is not None, zero or False, and the option had an effect in at least one guided run.
     """
     different = commands.changed(diagnosis.method, diagnosis.options) or {}
     guided = any(pair.was_guided for pair in diagnosis.pairs)
@@ -271,7 +271,10 @@ def acting_options(diagnosis: DiagnosisData) -> list[tuple[str, str]]:
 
 
 def _idle(diagnosis: DiagnosisData) -> set[str]:
-    """Options, and parts such as "separate", that had no effect in the run."""
+    """Names of options that had no effect in any guided run of the diagnosis.
+
+    A name such as "separate" stands for all options that begin with it, such as "separate.step_size".
+    """
     idle = set()
     if not any(entity.attributes for entity in diagnosis.prompt.entities):
         idle.add("attributes")
@@ -292,7 +295,18 @@ def _is_off(value: Any) -> bool:
 
 
 def _guided_heading(method: str, traces: Sequence[Trace]) -> str:
-    """Name of the setting with the guided steps; some methods edit attention scores instead of moving the latent."""
+    """Name of the row that lists the guided steps, in the table of settings.
+
+    It is "steps in which ELA moved the latent" if the method moved the latent at every guided step. Otherwise it is
+    "steps in which ELA acted"; some methods edit attention scores and do not move the latent.
+
+    Parameters
+    ----------
+    method : str
+        Display name of the method, such as "ELA".
+    traces : sequence of Trace
+        Traces of the guided runs.
+    """
     acted = [row for trace in traces for row in trace.rows if row["step"] in trace.guided]
     what = "moved the latent" if acted and all(row["moved"] > 0 for row in acted) else "acted"
     return f"steps in which {method} {what}"

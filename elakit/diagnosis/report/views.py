@@ -45,7 +45,10 @@ EVIDENCE = {
 
 @dataclass(frozen=True)
 class Image:
-    """An image with the judge's findings, each a text and True if the prompt asks for what it states."""
+    """An image with the judge's findings.
+
+    Each finding is a pair (statement, bool); the bool is True if the statement agrees with the prompt.
+    """
 
     uri: str
     alt: str

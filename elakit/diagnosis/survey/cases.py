@@ -29,7 +29,9 @@ SMALL = 96
 
 @dataclass(frozen=True)
 class Case(Unit):
-    """One prompt of a survey, with the settings of its diagnosis: a unit of a sweep that also has remedies.
+    """One prompt of a survey, with the settings of its diagnosis.
+
+    A case has all fields of `elakit.sweep.units.Unit` (a prompt, its seeds, a method and settings), and two more.
 
     Attributes
     ----------
@@ -156,8 +158,8 @@ def diagnose_case(case: Case, folder: str) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        Rows that describe the guided images, one per seed, as the units of a sweep have them; "success" is None if
-        the image was not judged.
+        One row per seed, which describes the guided image. The keys are those of `Case.labels`, "seed", "steps",
+        "guidance_scale" and "success" (True if the image is right; None if it was not judged).
     """
     found = diagnose(
         _pipeline(case.model, **case.loading()),
@@ -209,10 +211,11 @@ def read_case(path: Path) -> dict[str, Any]:
 
 
 def _images(found: Diagnosis) -> dict[str, str]:
-    """Data URIs of a plain image ("plain") and, if there is a best remedy, of its image in that place ("best").
+    """Data URIs of the two images that represent a diagnosis on the summary page: "plain" and "best".
 
-    The plain image is one that the best remedy fixed; if there is none, one that was not judged right; otherwise the
-    first.
+    "plain" is the first plain image that the best remedy fixed. If there is none, "plain" is the first plain image that
+    was not judged right. If all are right, "plain" is the first plain image. "best" is the image of the best remedy
+    that corresponds to "plain" (see `RemedyResult.runs`); the key is absent if there is no best remedy.
     """
     wrong = [i for i, run in enumerate(found.plain) if run.verdict is None or not run.verdict.success]
     best = found.best

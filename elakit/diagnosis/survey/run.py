@@ -61,8 +61,8 @@ def diagnose_many(
     seeds : sequence of int
         Distinct seeds of each prompt.
     workers : int, optional
-        Number of processes; by default one per GPU, or the number of processors. The processes import the script that
-        calls this function, so the call must be inside ``if __name__ == "__main__":``.
+        Number of processes; by default one per GPU or, without a GPU, one per CPU core. The processes import the script
+        that calls this function, so the call must be inside ``if __name__ == "__main__":``.
     on_progress : callable, optional
         Called with (prompts done, prompts in total) at the start and after each prompt.
     **settings
@@ -100,9 +100,9 @@ def diagnose_many(
 
 
 def _forget_incomplete(folder: Path, cases: Sequence[Case]) -> None:
-    """Remove the units of cases whose results or page are missing, or whose results are damaged.
+    """Delete the file in ``units/`` of each case whose results or page are missing, or whose results are damaged.
 
-    Such cases are diagnosed again.
+    The file marks the case as finished. Without the file, the case is diagnosed again.
     """
     for case in cases:
         unit = folder / "units" / f"{case.key}.parquet"

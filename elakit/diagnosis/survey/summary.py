@@ -52,7 +52,7 @@ def table(folder: str | Path, order: Sequence[str] = ()) -> pd.DataFrame:
         - images, right, rate, low, high, bleed: numbers of all and of right plain images, the share of right ones with
           its 95% interval, and the mean bleeding;
         - failures, failure: kinds of all failures, separated by semicolons, and the most frequent one as a sentence;
-        - causes, cause: kind of the most likely cause, and the same cause as a sentence;
+        - causes, cause: kind of the most likely cause only, and the same cause as a sentence;
         - best, title, best_right, best_rate, best_low, best_high, fixed, broken, cost: the best remedy, as in
           `Diagnosis.remedies_frame`; missing if none did better than plain generation;
         - seconds, page: time of the diagnosis, and path of the page in the folder;
@@ -208,7 +208,11 @@ def _prompts(count: int) -> str:
 
 
 def _failures(done: pd.DataFrame) -> list[_Share]:
-    """Number of prompts in which each kind of failure occurs, and for which each cause is the most likely."""
+    """Rows of the chart of failures and causes on the page.
+
+    There is one row per kind of failure, with the number of prompts in which the failure occurs. Then there is one row
+    per kind of cause, with the number of prompts for which the cause is the most likely one.
+    """
     counts = Counter(kind for kinds in done["failures"].dropna() for kind in set(kinds.split("; ")) if kind)
     causes = done.groupby("causes")["prompt"].count() if len(done) else pd.Series(dtype=int)
     shares = [

@@ -171,7 +171,10 @@ def _label(prompt: Prompt, tokens: Sequence[Token]) -> str:
 
 
 def _owners(prompt: Prompt, indices: Sequence[int]) -> tuple[int | None, int | None]:
-    """Index of the entity whose noun has the token indices, and of the one whose attribute has them; None if none."""
+    """Index of the entity whose noun has one of the token indices, and index of the entity whose attribute has one.
+
+    Each of the two is None if there is no such entity.
+    """
     nouns = [i for i, entity in enumerate(prompt.entities) if set(indices) & set(entity.token_indices)]
     owners = [i for i, entity in enumerate(prompt.entities) if set(indices) & set(entity.attribute_indices)]
     return (nouns[0] if nouns else None), (owners[0] if owners else None)
@@ -299,12 +302,16 @@ def _line_name(measure: str, entity: str, other: str, colors: dict[str, str]) ->
 
 
 def _number(value: float, digits: int) -> float | None:
-    """A rounded number for JSON; None if it is not finite."""
+    """A number for JSON, rounded to `digits` decimal places; None if the number is not finite."""
     return round(float(value), digits) if np.isfinite(value) else None
 
 
 def _choices(about: Sequence[dict[str, Any]], steps: list[int]) -> dict[str, list[Any]]:
-    """Valid values of the traits of `Explorer` that have a list of choices, by name; "tokens" is also for `token`."""
+    """Valid values of the traits of `Explorer` that have a list of choices, by name of the trait.
+
+    The entry "tokens" holds for the trait `token`, too. `about` has the data of each run, as `_run_data` returns them.
+    `steps` are the steps that can be chosen.
+    """
     layers = [layer for run in about for layer in run["layers"]]
     places = dict.fromkeys(layer["place"] for layer in layers)
     labels = dict.fromkeys(word["label"] for run in about for word in run["words"])
@@ -323,13 +330,20 @@ def _choices(about: Sequence[dict[str, Any]], steps: list[int]) -> dict[str, lis
 
 
 def _default_tokens(about: Sequence[dict[str, Any]]) -> list[str]:
-    """Labels of the nouns of all runs' entities; the first word of the first run if no noun was recorded."""
+    """Labels of the nouns of all runs' entities; the first word of the first run if no noun was recorded.
+
+    `about` has the data of each run, as `_run_data` returns them.
+    """
     nouns = dict.fromkeys(word["label"] for run in about for word in run["words"] if word["entity"] is not None)
     return list(nouns) or [about[0]["words"][0]["label"]]
 
 
 def _default_maps(about: Sequence[dict[str, Any]], recording: Recording) -> tuple[str, int | None]:
-    """Layers and map size from which `recording`'s regions are localized; "all" or None if a run lacks such maps."""
+    """Default layers and map size of the explorer: those from which the regions of `recording` are localized.
+
+    If a run has no maps in these layers, the layers are "all". If a run has no maps of this size in the layers, the
+    size is None. `about` has the data of each run, as `_run_data` returns them.
+    """
     layer, size = recording.decoder, style.map_size(recording)
     if any(not sizes_of(run["layers"], layer) for run in about):
         layer = "all"
@@ -337,7 +351,9 @@ def _default_maps(about: Sequence[dict[str, Any]], recording: Recording) -> tupl
 
 
 def sizes_of(layers: Sequence[dict[str, Any]], layer: str) -> set[int]:
-    """Map sizes of the layers that a setting selects: "all", a part of the network such as "mid", or a layer's name.
+    """Map sizes of the layers that `layer` selects: "all", a part of the network such as "mid", or a layer's name.
+
+    `layers` are the descriptions that `pack` returns.
 
     Examples
     --------

@@ -37,7 +37,7 @@ class Fit:
     side : int or None
         Maps whose longer side is larger are downsampled to this longer side by area means; None keeps all sizes.
     share : float
-        Share of the steps that is kept. They are evenly spaced and include the first and the last step.
+        Share of the steps that is kept. The kept steps are evenly spaced and include the first and the last step.
     """
 
     side: int | None = None
@@ -58,6 +58,9 @@ class Fit:
 
     def positions(self, steps: int) -> list[int]:
         """Positions, counted from 0, of the steps that are kept of a recording with `steps` steps.
+
+        The number of kept steps is `share` x `steps`, rounded down, but at least the first and the last step are kept.
+        The positions are evenly spaced from the first step to the last, and rounded to whole numbers.
 
         Examples
         --------
@@ -95,7 +98,8 @@ class Source:
 class Buffer:
     """Maps collected for the browser: their values as bytes, and the scales that turn the bytes back into values.
 
-    The browser finds the bytes of each map by the position that `add` returns, and its scales by that of `add_scales`.
+    The browser finds the bytes of each map at the position that `add` returns, and the map's scales at the position
+    that `add_scales` returns.
     """
 
     scales: list[np.ndarray] = field(default_factory=list)
@@ -108,7 +112,7 @@ class Buffer:
         return at
 
     def add(self, values: np.ndarray) -> int:
-        """Add bytes; return the position of the first of them, counted from the end of all scales."""
+        """Add bytes; return the index of the first of them among the bytes of all calls of `add`."""
         at = sum(part.size for part in self.parts)
         self.parts.append(np.ravel(values).astype(np.uint8, copy=False))
         return at
@@ -128,8 +132,9 @@ class Buffer:
 def fit_to(sources: Sequence[Source], budget: int) -> Fit:
     """Weakest reduction that keeps maps within a budget.
 
-    Map sides are limited to 32; if this is not enough, to 16; if this is not enough either, steps are omitted, too. At
-    least the first and the last step of each recording are kept, even if they exceed the budget.
+    Maps within the budget are not reduced. Otherwise the longer side of each map is limited to 32 or, if this is not
+    enough, to 16. If the maps still exceed the budget, steps are omitted, too. At least the first and the last step of
+    each recording are kept, even if they exceed the budget.
 
     Parameters
     ----------
@@ -163,7 +168,8 @@ def pack(source: Source, fit: Fit, buffer: Buffer) -> list[dict[str, Any]]:
     list of dict
         One per layer, in forward order. The keys are "name"; "short", a short name; "place", the part of the network;
         "recorded", the rows and columns as recorded; "size", the larger of these; "rows" and "columns", as sent;
-        "heads"; and "at" and "scales", the positions in the buffer that `Buffer.add` and `Buffer.add_scales` returned.
+        "heads", the indices of the recorded heads, or ["mean"] if only their mean was recorded; and "at" and "scales",
+        the positions in the buffer that `Buffer.add` and `Buffer.add_scales` returned.
     """
     found = []
     for node in source.nodes:

@@ -105,7 +105,12 @@ def _paste(canvas: Image.Image, image: Image.Image, column: int, y: int, height:
 def _outline(
     canvas: Image.Image, run: Run, step: int, column: int, y: int, height: int, colors: dict[str, str]
 ) -> None:
-    """Draw the edges of the regions at a step, each inside its region, so that adjacent edges are both visible."""
+    """Outline the regions of a step on one image of a row.
+
+    Each outline lies inside its region, so that the outlines of adjacent regions are both visible. `column` is the
+    index of the image in its row. `y` is the upper edge of the image and `height` its height, in pixels of the display
+    size.
+    """
     regions = run.regions.sel(step=step)
     corner = (_MARGIN + column * (_PANEL + _GAP)) * _SCALE, y * _SCALE
     size = _PANEL * _SCALE, height * _SCALE

@@ -47,7 +47,7 @@ class Explorer(anywidget.AnyWidget):
     """Widget that shows runs side by side in a notebook, as `explore` returns it.
 
     Every setting can be read and set from Python, and follows what the user does in the browser. An invalid value
-    raises a `SettingError` that lists the valid ones.
+    raises a `RefusedError`, which is a `SettingError`; its message lists the valid values.
 
     Parameters
     ----------
@@ -62,19 +62,22 @@ class Explorer(anywidget.AnyWidget):
     ----------
     step : int
         Step that the run with the most steps shows: a denoiser call, counted from 0; negative numbers count from the
-        end. Each other run shows the step that is nearest to the same fraction of its own steps.
+        end. Each other run shows the step that is nearest to the same fraction of its own steps. Default: the middle
+        step.
     tokens : list of str
-        Labels of the words shown as thumbnails below each image ("car", "red#2", "<start>", "<end>").
+        Labels of the words shown as thumbnails below each image ("car", "red#2", "<start>", "<end>"). Default: the
+        nouns of all entities.
     token : str
-        Label of the word in the large view; it is added to `tokens` if missing. A run whose prompt lacks the word shows
-        the entity with the same index in its own prompt.
+        Label of the word in the large view; it is added to `tokens` if missing. If it is the noun of the n-th entity of
+        one prompt and another run's prompt lacks it, that run shows the n-th entity of its own prompt. Default: the
+        first of `tokens`.
     layer : str
         "all", a part of the network ("down", "mid" or "up" of a U-Net; "double", "single" or "block" of a transformer)
-        or the name of a layer. Maps of several layers are averaged.
+        or the name of a layer. Maps of several layers are averaged. Default: "up" for a U-Net, "all" for a transformer.
     size : int or None
         Map size, the number of locations along the longer side; None averages over all sizes. If the layers
         that a new `layer` selects have no maps of this size, `size` changes to their only size, or to None if they have
-        several.
+        several. Default: the recorded size nearest to 16.
     head : int or "mean"
         Index of the head whose maps are shown in every layer, if the heads were recorded separately
         (``RecordSpec(heads="all")``); "mean" for the mean over the heads.
@@ -85,13 +88,13 @@ class Explorer(anywidget.AnyWidget):
         True for one color scale for all runs, steps and tokens, False for one per map.
     measure : str
         Name of the measure that is plotted over the steps, from the column "measure" of ``run.bleeding.to_frame()``;
-        leakage and other matrices are not offered. "" if no measure is available.
+        leakage and other matrices are not offered. Default: "bleed". "" if no measure is available.
     regions : bool
         True to outline the entities' regions.
     predicted : bool
-        True to lay the attention over the image that the step predicts, if a run was generated with
-        ``predicted=True``; False, and for any other run, to lay it over the finished image. Default: True if at least
-        one run has predicted images.
+        True to lay the attention over the image that the step predicts, False to lay it over the finished image. A run
+        that was generated without ``predicted=True`` always shows the finished image. Default: True if at least one run
+        has predicted images.
     opacity : float
         Opacity of the attention overlay, 0 to 1.
     smooth : bool
@@ -305,12 +308,15 @@ def explore(*runs: Run | Sequence[Run], budget: int = BUDGET, **settings: Any) -
     Raises
     ------
     SettingError
-        No run is given, an argument is not a run, or a setting is invalid.
+        No run is given, an argument is not a run, or a setting is invalid. An invalid value of a setting raises
+        `RefusedError`, a subclass.
     RecordingError
         A run was not recorded, or its recording is empty.
 
     Examples
     --------
+    The step is given; the other attributes have their defaults:
+
     >>> import elakit
     >>> run = elakit.generate(elakit.load("picture-world"), "a [cat] and a [lion]", steps=2, progress=False)
     >>> explorer = elakit.explore(run, step=-1)

@@ -50,16 +50,22 @@ class Choices:
         For each method by name, the entries of its options by name (an entry is the content of an option's input field,
         see `elakit.widgets.live.options.entry`). A method that is not in the mapping has its default options.
     by_hand : mapping of str to region
-        Regions given by hand, by label of the entity. If an entity is removed from the prompt, its region is kept and
-        used again if an entity with the same label returns.
+        Regions given by hand, by label of the entity. A region is a box (left, top, right, bottom) as fractions of the
+        image, or a boolean mask (y, x). If an entity is removed from the prompt, its region is kept and used again if
+        an entity with the same label returns.
 
     Examples
     --------
+    The car gets the left half of the image as its region:
+
     >>> import elakit
     >>> prompt = elakit.parse("a [red car] and a [bird]", elakit.load("picture-world"))
     >>> choices = Choices(seed=0, steps=4, guidance_scale=3.0).with_prompt(prompt).with_method("boxdiff")
     >>> choices.with_region("car", (0, 0, 0.5, 1)).regions()
     {'car': (0.0, 0.0, 0.5, 1.0), 'bird': None}
+
+    The word with the index 1, "red", is an attribute; a click on it removes it from the attributes of the car:
+
     >>> choices.with_word_toggled(1).prompt.entities[0].attributes
     ()
     """
@@ -79,7 +85,8 @@ class Choices:
     def with_text(self, text: str, read: Callable[[str], Prompt]) -> Choices:
         """Set the text of the prompt and parse it with `read`; an error of `read` is kept in `unreadable`.
 
-        Roles that were assigned by clicks are reset, unless the text is that of the current prompt without brackets.
+        If the text equals ``prompt.text``, which has no brackets, the prompt is kept, with the entities and attributes
+        that the user has assigned by clicking on words. With any other text, these assignments are lost.
         """
         if self.prompt is not None and self.prompt.text == text:
             return self if self.text == text else replace(self, text=text)
@@ -93,7 +100,15 @@ class Choices:
         return replace(self, text=prompt.text, prompt=prompt, unreadable=None)
 
     def with_word_toggled(self, at: int) -> Choices:
-        """Change the role of a word (see `elakit.widgets.live.words.toggled`)."""
+        """Change the role of the word with the index `at`, counted from 0: from none to entity, to attribute, to none.
+
+        See `elakit.widgets.live.words.toggled`. Nothing changes if there is no prompt.
+
+        Raises
+        ------
+        PromptError
+            No entity would be left, or the tokenizer has no separate token for the word.
+        """
         return self if self.prompt is None else replace(self, prompt=words.toggled(self.prompt, at))
 
     def with_number(self, name: str, value: float) -> Choices:
@@ -163,7 +178,9 @@ class Choices:
         return self.with_method(guidance.name).with_options(given)
 
     def with_region(self, entity: str | int | Entity, region: Region | None) -> Choices:
-        """Set the region of an entity by hand; None removes it.
+        """Set the region that is given by hand for an entity; None removes this region.
+
+        `entity` is the label of the entity, its index counted from 0, or the `Entity` itself.
 
         Raises
         ------
@@ -175,9 +192,10 @@ class Choices:
         return self._with_regions({label: checked})
 
     def with_boxes(self, boxes: Sequence[Box | None]) -> Choices:
-        """Set the boxes that the stage shows, one per entity; None removes a box but keeps a mask, which is no box.
+        """Take over the boxes that the user has drawn on the image, one per entity; None removes the box of an entity.
 
-        Nothing changes if the number of boxes is not that of the entities.
+        A box replaces a mask that was given for the entity; None keeps the mask. Nothing changes if the number of boxes
+        differs from the number of entities.
         """
         regions = self.regions()
         if len(boxes) != len(regions):
@@ -193,28 +211,31 @@ class Choices:
         return self._with_regions(changes) if changes else self
 
     def without_regions(self) -> Choices:
-        """Remove the regions by hand of all entities of the prompt."""
+        """Remove the regions that were given by hand for the entities of the prompt."""
         return self._with_regions(dict.fromkeys(self.regions()))
 
     # -- what is chosen ------------------------------------------------------------------------------------------------
 
     @property
     def takes_regions(self) -> bool:
-        """True if the chosen method can use regions by hand."""
+        """True if the chosen method can use regions given by hand."""
         return self.method != PLAIN and METHODS[self.method].takes_regions
 
     @property
     def needs_regions(self) -> bool:
-        """True if the chosen method needs a region by hand for each entity."""
+        """True if the chosen method needs a region given by hand for each entity."""
         return self.method != PLAIN and METHODS[self.method].needs_regions
 
     def regions(self) -> dict[str, Region | None]:
-        """Region by hand of each entity of the prompt, by label; None for an entity without one."""
+        """Region given by hand for each entity of the prompt, by label of the entity; None where no region is given."""
         entities = self.prompt.entities if self.prompt is not None else ()
         return {entity.label: self.by_hand.get(entity.label) for entity in entities}
 
     def layout(self) -> Layout | None:
-        """Regions by hand in the order of the entities, None for each entity without one; None if no entity has one."""
+        """Regions given by hand, in the order of the entities, with None for each entity without a region.
+
+        None instead of the whole layout if no entity has a region.
+        """
         regions = tuple(self.regions().values())
         return None if all(region is None for region in regions) else regions
 

@@ -87,10 +87,16 @@ def frame(run: Run, step: int, steps: int, *, finished: bool = False) -> Frame:
 
 
 def _attention(run: Run) -> tuple[xr.DataArray, np.ndarray | None]:
-    """Maps (token, y, x) of entities and attributes at the last step, and the number of the entity at each location.
+    """Maps and regions of a run at its last recorded step.
 
-    The numbers (y, x) are 1 for the region of the first entity and 0 outside every region. They are None, and there are
-    no maps, if no step or no entity was recorded.
+    Returns
+    -------
+    maps : DataArray (token, y, x)
+        Maps of the entities, followed by the maps of their attributes. The array has no tokens, and the shape
+        (0, 1, 1), if no step or no entity was recorded.
+    owner : ndarray, uint8, (y, x), or None
+        0 at the locations outside every region, 1 in the region of the first entity, 2 in the region of the second,
+        and so on. None if no step or no entity was recorded.
     """
     if run.recording is None or not run.recording.steps:
         return _no_maps(), None

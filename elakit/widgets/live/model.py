@@ -59,8 +59,8 @@ class PanelModel:
     (None, 'PromptError')
     >>> model.enter_text("a [cat]")
     >>> model.step(2)
-    >>> model.session.wait(), model.frame.about["step"], model.error
-    ('paused', 1, None)
+    >>> model.session.wait(), model.now.made, model.error  # `made` is the number of completed steps
+    ('paused', 2, None)
     >>> model.cancel()
     >>> model.session.wait(), len(model.runs)
     ('canceled', 1)
@@ -80,7 +80,7 @@ class PanelModel:
 
     @property
     def now(self) -> RunState:
-        """State of the current or the last run."""
+        """State of the current or the last run; before the first run, ``now.state`` is "idle"."""
         return self.session.now
 
     # -- choices -------------------------------------------------------------------------------------------------------
@@ -134,7 +134,8 @@ class PanelModel:
     def toggle_word(self, at: int) -> None:
         """Change the role of a word as a click does: from none to entity, to attribute, and back to none.
 
-        During a run nothing changes. See `elakit.widgets.live.words.toggled`.
+        `at` is the index of the word among the words of the prompt, counted from 0. During a run, nothing changes. See
+        `elakit.widgets.live.words.toggled` for the entity that an attribute then belongs to.
 
         Raises
         ------
@@ -145,11 +146,18 @@ class PanelModel:
             self.change(self.choices.with_word_toggled(at))
 
     def move_boxes(self, boxes: Sequence[Box | None]) -> None:
-        """Set the boxes of all entities, None for an entity without one, after one was drawn, moved or removed."""
+        """Set the boxes of all entities; the stage calls this after a box was drawn, moved or removed.
+
+        `boxes` has one item per entity: (left, top, right, bottom) as fractions of the image, or None for an entity
+        without a box.
+        """
         self.change(self.choices.with_boxes(boxes))
 
     def clear_regions(self, which: int | None = None) -> None:
-        """Remove the region by hand of the entity `which`, counted from 0, or for None those of all entities."""
+        """Remove the region that was given by hand for an entity.
+
+        `which` is the number of the entity, counted from 0; None removes the regions of all entities.
+        """
         if which is None:
             self.change(self.choices.without_regions())
         elif 0 <= which < len(self.choices.regions()):
@@ -193,7 +201,7 @@ class PanelModel:
         Raises
         ------
         ElakitError
-            `steps` is not a whole number, 1 or more, a run that is not paused is in progress, or a choice is invalid.
+            `steps` is not a whole number of at least 1, a run is in progress and not paused, or a choice is invalid.
         """
         steps = whole_number(steps, "steps", 1, owner="step")
         if self.now.state == "paused":

@@ -104,7 +104,9 @@ def descriptions(method: type[Any]) -> dict[str, str]:
 
 
 def defaults(method: type[Any]) -> dict[str, Any]:
-    """Entries of the form, by name of the option, that show the default options of a method.
+    """Entries that show the default values of a method's options in the form, by name of the option.
+
+    A field that takes a Python literal shows the default None as "" (see `entry`).
 
     Examples
     --------
@@ -160,8 +162,8 @@ def values(method: type[Any], entries: Mapping[str, Any]) -> dict[str, Any]:
     Raises
     ------
     SettingError
-        The text for an option whose default is a number or a tuple is not a Python literal. (For other options, such a
-        text is itself the value.)
+        The entry of an option of the kind "value" is not a Python literal, although the option's default is a number or
+        a tuple. If the default is neither, the entry itself becomes the value, such as "up" for the layers.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The panel: a prompt, a method with its options, regions by hand, and a run that can be watched and steered."""
+"""The panel: a prompt, a method with its options, regions given by hand, and a run that can be watched and steered."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _ELA = ELA()
 
 
 class Panel:
-    """Interactive panel that generates images, shows attention, and takes regions drawn by hand, as `live` returns it.
+    """Interactive panel that generates images, shows attention, and takes regions drawn by hand; `live` opens a panel.
 
-    Everything that the panel offers is available from Python, too. It generates one image at a time, in a separate
-    thread, so that notebook cells can be run meanwhile. A `PanelModel` holds the state, and a `PanelView` has the
-    widgets that show it.
+    Everything that the panel offers is available from Python, too. The panel generates one image at a time, in a
+    separate thread, so that notebook cells can be run meanwhile. A `PanelModel` holds the state, and a `PanelView` has
+    the widgets that show the state.
 
     Parameters
     ----------
@@ -164,7 +164,7 @@ class Panel:
 
     @property
     def regions(self) -> dict[str, Region]:
-        """Regions by hand, by label of the entity; entities without one are missing.
+        """Regions that were given by hand, by label of the entity; the dict has no key for an entity without a region.
 
         Regions are boxes (left, top, right, bottom) as fractions of the image, or boolean masks (y, x).
         """
@@ -193,7 +193,7 @@ class Panel:
         self._model.change(self._model.choices.with_region(entity, region))
 
     def clear(self) -> None:
-        """Remove the regions by hand of all entities; see `draw` for an entity without one."""
+        """Remove all regions that were given by hand, as ``draw(entity, None)`` does for one entity."""
         self._model.clear_regions()
 
     # -- the run ---------------------------------------------------------------------------------------------------
@@ -208,7 +208,11 @@ class Panel:
 
     @property
     def run(self) -> Run | None:
-        """The last run, complete or partial; None while one is in progress."""
+        """The last run after its end, complete or partial.
+
+        None before the first run, while a run is in progress (running or paused), and after a failed run if no step was
+        completed or the image cannot be decoded.
+        """
         return self._session.run
 
     def start(self) -> None:
@@ -232,7 +236,7 @@ class Panel:
         Raises
         ------
         ElakitError
-            `steps` is not a whole number, 1 or more, a run that is not paused is in progress, or a new run cannot be
+            `steps` is not a whole number of at least 1, a run is in progress and not paused, or a new run cannot be
             started (see `start`).
         """
         self._model.step(steps)
@@ -268,7 +272,7 @@ class Panel:
         Raises
         ------
         Exception
-            The error that ended the run. The partial run is in `run`, which is None if no step was completed.
+            The error that ended the run. The partial run, if there is one, is in `run`.
         """
         if self._session.wait(timeout) == "failed":
             assert self._session.error is not None

@@ -24,7 +24,8 @@ class RunState:
     made : int
         Number of completed steps.
     left : int or None
-        Number of steps until the run pauses, 0 for a pause after the current step; None if no pause is planned.
+        Number of steps that are still to be completed before the run pauses; each completed step lowers it by 1. With
+        0, which `pause` sets, the run pauses as soon as the current step is completed. None if no pause is planned.
     canceling : bool
         True if the user has canceled the run, which then ends after the current step.
     run : Run or None

@@ -1,4 +1,4 @@
-"""Runs in a background thread, one at a time, which can be paused, run step by step, steered and canceled."""
+"""A session generates runs in a background thread, one at a time. They can be paused, stepped, steered and canceled."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GUARD = threading.Lock()
 
 
 class Session:
-    """Runs of a pipeline in a background thread, one at a time.
+    """Session that generates runs of a pipeline in a background thread, one at a time.
 
     Parameters
     ----------
@@ -34,13 +34,14 @@ class Session:
         Called without arguments when a run starts, pauses, resumes or ends, in the thread in which this happens.
     on_preview : callable, optional
         Called in the run's thread with the partial `Run`, the number of its last completed step, counted from 0, and
-        the number of all steps. It is called before each pause and after the last step; after other steps only as often
-        as previews take at most a quarter of the time. After an error in a preview, it is not called again in this run.
+        the number of all steps. It is called before each pause and after the last step. It is called after another step
+        only if the last call was at least 0.1 seconds ago and previews take at most a quarter of the run's time. After
+        an error in a preview, it is not called again in this run.
 
     Attributes
     ----------
     now : RunState
-        State of the current or the last run.
+        State of the current or the last run; before the first run, ``now.state`` is "idle".
 
     Examples
     --------
@@ -50,7 +51,7 @@ class Session:
     >>> session.wait(), session.made
     ('paused', 1)
     >>> session.cancel()
-    >>> session.wait(), session.run.settings["stopped"]
+    >>> session.wait(), session.run.settings["stopped"]  # "stopped" is the number of completed steps
     ('canceled', 1)
     """
 
@@ -84,7 +85,11 @@ class Session:
 
     @property
     def run(self) -> Run | None:
-        """The last run, complete or partial; None while one is in progress."""
+        """The last run after its end, complete or partial.
+
+        None before the first run, while a run is in progress (running or paused), and after a failed run if no step was
+        completed or the image cannot be decoded.
+        """
         return self.now.run
 
     @property
@@ -135,9 +140,11 @@ class Session:
         self._apply(RunState.cancel)
 
     def steer(self, layout: Layout | None) -> None:
-        """Replace the regions by hand of the run in progress from its next guided step on (see `Anchors.steer`).
+        """Replace the regions given by hand in the run in progress, from its next guided step on.
 
-        The layout has no effect on a run whose method cannot be steered, nor on later runs.
+        `layout` has one region per entity, with None for each entity whose region the method is to localize. None
+        instead of a whole layout localizes all entities (see `Anchors.steer`). The layout has no effect on a run whose
+        method cannot be steered, nor on later runs.
         """
         with self._changed:
             self._layout, self._steered = layout, True
@@ -155,7 +162,7 @@ class Session:
         return self.state
 
     def _apply(self, transition: Callable[[RunState], RunState]) -> bool:
-        """Replace `now` by its state after a transition; True if this is another state."""
+        """Apply a transition to `now`; True if the transition was possible, which makes `now` a new object."""
         with self._changed:
             before, self.now = self.now, transition(self.now)
             if self.now.state == "running":
@@ -199,7 +206,11 @@ class Session:
             return self.now.canceling and not last
 
     def _preview(self, progress: Progress, steps: int, *, always: bool) -> None:
-        """Call `on_preview` with the partial run: if `always`, or as long as previews do not take too much time."""
+        """Call `on_preview` with the partial run after a step, unless previews take too much of the run's time.
+
+        `progress` is the state of the run after the step, and `steps` is the number of all steps. If `always` is True,
+        the time does not matter. After an error in a preview, `on_preview` is not called again in this run.
+        """
         began = time.monotonic()
         ready, rest = self._pace
         if self.now.no_preview is not None or (began - ready < rest and not always):
@@ -213,7 +224,7 @@ class Session:
         self._pace = now, max(1 / PREVIEWS_PER_SECOND, (now - began) * (1 / PREVIEW_SHARE - 1))
 
     def _partial_run(self) -> Run | None:
-        """Run with the steps completed before a failure; None if there are none, or if it cannot be decoded."""
+        """The failed run with its completed steps; None if no step was completed, or the image cannot be decoded."""
         if self._progress is None:
             return None
         try:

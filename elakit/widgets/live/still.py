@@ -18,7 +18,7 @@ SIDE, MARGIN, SCALE = 240, 14, 2
 
 
 def png(run: Run | None, names: Sequence[str], regions: Sequence[Region | None]) -> tuple[bytes, int]:
-    """Static image of the middle step of a run with its attention or, if there is no run, of the regions by hand.
+    """Static image of the middle step of a run with its attention or, without a run, of the regions given by hand.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ def png(run: Run | None, names: Sequence[str], regions: Sequence[Region | None])
     names : sequence of str
         Labels of the entities.
     regions : sequence of region or None
-        Region by hand of each entity, None for an entity without one.
+        Region given by hand for each entity; None for an entity without a region.
 
     Returns
     -------

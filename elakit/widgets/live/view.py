@@ -1,7 +1,7 @@
 """The panel's widgets: they show a `PanelModel` and pass the user's actions on to it; they hold no state of their own.
 
-Data flow one way: an event calls an action of the model, the model calls `show` or `show_run`, and these set the
-widgets. The changes of widgets that `show` and `show_run` make are not treated as events.
+Changes go in one direction: an event calls an action of the model, the model calls `show` or `show_run`, and these
+functions set the widgets. Changes of widgets by `show` and `show_run` are not treated as events.
 """
 
 from __future__ import annotations

@@ -116,7 +116,16 @@ class Stage(anywidget.AnyWidget):
             self._guidance = guidance
 
     def name(self, entities: Sequence[tuple[str, str]], regions: Sequence[Box | np.ndarray | None]) -> None:
-        """Show the entities, each given as (label, color), and the region by hand of each, or None."""
+        """Set the names of the entities and their colors, and show their regions.
+
+        Parameters
+        ----------
+        entities : sequence of (str, str)
+            Label and color of each entity, the color as in "#E69F00".
+        regions : sequence of region or None
+            Region given by hand for each entity: a box (left, top, right, bottom) as fractions of the image, or a
+            boolean mask (y, x). None for an entity without a region.
+        """
         with self.lock:
             if len(entities) != len(self._entities):
                 self.boxes = []  # the number of boxes is validated against the number of entities
@@ -140,7 +149,11 @@ class Stage(anywidget.AnyWidget):
 
 
 def _outlined(mask: np.ndarray) -> dict[str, Any]:
-    """A mask for the browser, which outlines it: numbers of rows and columns, at most 32, and values 0 or 1."""
+    """Reduce a mask to at most 32 rows and 32 columns for the browser, which draws the outline of the mask.
+
+    The keys of the result are "rows" and "columns", the numbers of rows and columns, and ``"cells"``, a list of the
+    mask's values, 0 or 1, row by row.
+    """
     size = (min(MASK_SIDE, mask.shape[0]), min(MASK_SIDE, mask.shape[1]))
     cells = downscale(mask[None], size)[0]
     return {"rows": size[0], "columns": size[1], "cells": cells.astype(int).ravel().tolist()}

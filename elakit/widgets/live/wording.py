@@ -45,13 +45,26 @@ def message(error: Exception | None) -> str:
 
 
 def guidance(choices: Choices, now: RunState) -> dict[str, Any]:
-    """Description of the chosen method for `Stage.guide`: how it uses regions, which steps it guides, and a hint.
+    """Description of the chosen method for `Stage.guide`.
+
+    Parameters
+    ----------
+    choices : Choices
+    now : RunState
+
+    Returns
+    -------
+    dict
+        "takes" and "needs" are True if the method can use regions given by hand, and if it needs them. "note" is a hint
+        on the use of regions, as `note` returns it. "quiet" is a text to show while there is no loss. "guided" lists
+        the steps that the method guides, counted from 0, and "steps" is the number of all steps. "state" is the state
+        of the run, as in `RunState`.
 
     Examples
     --------
-    >>> shown = guidance(Choices(seed=0, steps=4, guidance_scale=3.0), RunState())
-    >>> shown["takes"], shown["note"].partition(";")[0]
-    (False, 'A plain run takes no regions')
+    >>> shown = guidance(Choices(seed=0, steps=4, guidance_scale=3.0), RunState())  # plain, and before the first run
+    >>> shown["takes"], shown["guided"], shown["state"]
+    (False, [], 'idle')
     """
     guided = next_run.guided_steps(choices)
     return {

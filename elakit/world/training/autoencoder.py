@@ -26,8 +26,8 @@ NEW_CHANNELS = 3.0  # factor on the initial strength of the latent channels that
 def build(config: Config) -> Any:
     """Untrained autoencoder with the architecture of a configuration.
 
-    ``AutoencoderTiny`` has no group norm, which would discard the overall color of an image in narrow layers, and would
-    make crops differ from whole images.
+    ``AutoencoderTiny`` has no group norm. A group norm would discard the overall color of an image in narrow layers,
+    and would make crops differ from whole images.
     """
     settings = config.vae
     widths = (settings.width,) * len(settings.encoder_blocks)
@@ -44,9 +44,9 @@ def grow(model: Any, old: Any) -> None:
     """Copy the weights of an autoencoder to a larger one of the same width; new parts have little effect at first.
 
     New latent channels are appended to the old ones, and the decoder ignores them at first. New residual blocks follow
-    the old ones of the same resolution and are the identity at first. The encoder's output in a new channel starts
-    `NEW_CHANNELS` times as strong as the initialization makes it, about as strong as in trained channels; if it were
-    weaker, it would be lost in the noise on the latents.
+    the old ones of the same resolution and are the identity at first. The random weights with which the encoder
+    computes a new latent channel are multiplied by the factor `NEW_CHANNELS`. The new channel is then about as strong
+    as the trained ones; if it were weaker, it would be lost in the noise on the latents.
 
     Parameters
     ----------
@@ -68,10 +68,11 @@ def grow(model: Any, old: Any) -> None:
 
 
 def _runs(layers: Any) -> list[list[Any]]:
-    """Split the layers of an encoder or decoder into runs of residual blocks and single other layers.
+    """Split the layers of an encoder or decoder into lists, each with one layer or with successive residual blocks.
 
-    There is a run, possibly an empty one, before, between and after the other layers, so that networks with different
-    numbers of blocks are split into equally many parts.
+    Each layer that is not a residual block is in a list of its own. Before and after each of these lists there is a
+    list of residual blocks, which may be empty. Networks with different numbers of blocks are therefore split into
+    equally many lists.
     """
     others = [-1, *(i for i, layer in enumerate(layers) if not hasattr(layer, "conv")), len(layers)]
     runs: list[list[Any]] = []

@@ -65,16 +65,16 @@ class DenoiserSettings:
     """Settings of the U-Net, and of the diffusion training of U-Net and text encoder.
 
     The training uses `samples` images in batches of `batch` per process. Before it, the model is trained on `close_ups`
-    images of single things with half the side of a scene, which are several times as fast to train on. The training
-    begins with `first_scenes` different scenes; whenever each of them has been seen `reuse` times on average, `chunk`
-    more are composed, up to `scenes`. The learning rate rises for `warmup` steps, is constant until the share
-    `decay_from` of the steps is done, and then falls to zero; `average` is the decay of the moving average of the
-    weights. `min_snr` is the upper bound of the signal-to-noise ratio in the weights of the loss (min-SNR), and
-    `least_weight` the lower bound of these weights where there is more noise than signal: there the model decides what
-    is where. `drop_text` is the share of captions that are replaced by the empty text, and `neutral_end` the share of
-    captions whose end-of-text states are replaced by those of the empty text. `outlines` is the weight of an auxiliary
-    loss, the prediction of the noun at each location from features of the U-Net's decoder. `compiled` runs the U-Net
-    through ``torch.compile``, which needs a C++ compiler on a CPU.
+    images that have half the side of a scene and show a single thing each; training on them is several times as fast.
+    The training begins with `first_scenes` different scenes; whenever each of them has been seen `reuse` times on
+    average, `chunk` more are composed, up to `scenes`. The learning rate rises for `warmup` steps, is constant until
+    the share `decay_from` of the steps is done, and then falls to zero; `average` is the decay of the moving average of
+    the weights. `min_snr` is the upper bound of the signal-to-noise ratio in the weights of the loss (min-SNR).
+    `least_weight` is the lower bound of these weights at the timesteps with more noise than signal, at which the model
+    decides where the things are. `drop_text` is the share of captions that are replaced by the empty text, and
+    `neutral_end` the share of captions whose end-of-text states are replaced by those of the empty text. `outlines` is
+    the weight of an auxiliary loss, the prediction of the noun at each location from features of the U-Net's decoder.
+    `compiled` runs the U-Net through ``torch.compile``, which needs a C++ compiler on a CPU.
     """
 
     channels: tuple[int, ...]
@@ -111,12 +111,14 @@ class JudgeSettings:
 
     The training uses `samples` images in batches of `batch`. They are sampled from `scenes` composed scenes and some
     generated images. `mixtures`, `occluded`, `spoiled` and `empty` are the shares of the composed scenes that show a
-    hybrid, a thing partly behind another, an unrecognizable shape, and only a background. Because generated images are
-    less exact than composed ones without being hybrids, a share `rebuilt` of the composed scenes is passed through the
-    autoencoder; another share, `redrawn`, gets noise that the last steps of the denoiser remove, unless a shape in them
-    is unrecognizable. The generated images are `drawn` images of single things and `unfinished` unrecognizable images,
-    for which generation was stopped after the first few steps. `labels` names folders in elakit's data with generated
-    images that were labeled by eye. Each batch contains `labeled` of these images in addition to its `batch` others.
+    hybrid, a thing partly behind another, an unrecognizable shape, and only a background. Generated images are less
+    exact than composed ones, which does not make them hybrids. So that the judge learns this, a share `rebuilt` of the
+    composed scenes is passed through the autoencoder. To another share, `redrawn`, noise is added, which the last steps
+    of the denoiser remove; scenes with an unrecognizable shape in this share are not changed. There are two kinds of
+    generated images. `drawn` is the number of images of single things. `unfinished` is the number of images in which
+    nothing can be recognized, because generation was stopped after the first few steps. `labels` names folders in
+    elakit's data with generated images that were labeled by eye. Each batch contains `labeled` of these images in
+    addition to its `batch` others.
     """
 
     channels: tuple[int, ...]

@@ -276,9 +276,10 @@ def loss_weights(signal: Tensor, min_snr: float, least: float) -> Tensor:
 
 
 def close_up(config: Config) -> Config:
-    """Settings of the first part of the training: images of half the side, each with a single thing that fills it.
+    """Settings of the first part of the training, which uses images with half the side of a scene.
 
-    In pixels, these things are as large as small things in whole scenes, and training on them costs a fraction.
+    Each image shows a single thing, which fills most of the image. In pixels, these things are as large as small things
+    in whole scenes. Training on the smaller images takes a fraction of the time.
 
     Examples
     --------

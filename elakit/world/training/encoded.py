@@ -65,8 +65,9 @@ class GrowingScenes:
 
     A training of millions of samples needs many scenes, and composing them all first would take hours. The training
     begins with a few chunks, and the next one is composed whenever each scene has been seen ``config.denoiser.reuse``
-    times on average. The chunk of a given number has the same scenes in every run. If several processes train together,
-    each composes and uses chunks of its own.
+    times on average. Chunks are numbered, and the number of a chunk is the seed of its scenes. A chunk therefore has
+    the same scenes whenever it is composed with the same settings. If several processes train together, each composes
+    and uses chunks of its own.
 
     Parameters
     ----------
@@ -99,7 +100,7 @@ class GrowingScenes:
         self._ahead: dict[int, Future[Composed]] = {}
 
     def count(self, samples: int) -> int:
-        """Number of scenes in use after training on `samples` samples, summed over the processes."""
+        """Number of scenes in use after training on `samples` samples; both numbers are totals over all processes."""
         settings = self._config.denoiser
         wanted = max(settings.first_scenes, samples // settings.reuse)
         return min(settings.scenes, -(-wanted // settings.chunk) * settings.chunk)
@@ -107,7 +108,7 @@ class GrowingScenes:
     def batch(self, samples: int, size: int) -> Encoded:
         """Random batch of `size` scenes among those in use by this process after training on `samples` samples.
 
-        Torch's global random generator chooses the scenes.
+        `samples` is the total over all processes. Torch's global random generator chooses the scenes.
         """
         chunk = self._config.denoiser.chunk
         count = -(-self.count(samples) // (chunk * self._world)) * chunk
@@ -133,7 +134,10 @@ class GrowingScenes:
         return self._folder / f"{number:04d}.pt"
 
     def _composed(self, number: int) -> Composed:
-        """Compose the chunk with a number, unless a worker did so in advance; have workers compose the next ones."""
+        """Scenes of the chunk that has the number `number`, composed now or, by a worker, in advance.
+
+        If there are workers, they are given the next chunks to compose.
+        """
         settings = self._config.denoiser
         size = min(settings.chunk, settings.scenes)
         side = self._config.world.size // 2 ** (len(self._config.vae.encoder_blocks) - 1)

@@ -58,19 +58,19 @@ class Examples:
     images : ndarray, uint8, (n, size, size, 3)
     classes : ndarray, uint8, (n, size, size)
         Class of each pixel: 0 for the background, 1 + index in ``NOUNS`` for a thing, ``UNCERTAIN`` where the class is
-        not known. In composed images, these are the pixels of unrecognizable shapes and those at which a hybrid shows
-        two things about equally; in generated images, these are all pixels.
+        not known. In composed images, the class is not known in unrecognizable shapes, and where a hybrid shows two
+        things about equally. In generated images, it is not known at any pixel.
     mixed : ndarray, bool, (n, size, size)
         True for the pixels of a hybrid; all False in generated images.
     spoiled : ndarray, bool, (n, size, size)
         True for the pixels of a composed unrecognizable shape; all False in generated images.
     captions : list of str
-        Caption of each image; "" for composed images with an unrecognizable shape or without things, and for unfinished
-        images.
+        Caption of each image; "" for composed images with an unrecognizable shape or without things, and for generated
+        images in which nothing can be recognized.
     nouns : ndarray, uint8, (n,)
-        Kind of each image: 0 for a composed image; 1 + the noun's index in ``NOUNS`` for a generated image of a single
-        thing; ``UNFINISHED`` for a generated image in which nothing can be recognized, because generation was stopped
-        after the first few steps (see `draw_unfinished`).
+        1 + the noun's index in ``NOUNS`` for a generated image of a single thing; ``UNFINISHED`` for a generated image
+        in which nothing can be recognized, because generation was stopped after the first few steps (see
+        `draw_unfinished`); 0 for a composed image.
     """
 
     images: np.ndarray
@@ -84,13 +84,17 @@ class Examples:
 def unseen(drawing: Drawing) -> bool:
     """True if a drawing is kept out of the training of the judge, so that the judge can be tested with it.
 
-    Drawings are kept out only for nouns that were drawn by at least ``LEAST_ARTISTS`` artists: those by the first of
-    ``UNSEEN_ARTISTS`` who drew the noun.
+    For each noun that was drawn by at least ``LEAST_ARTISTS`` artists, the drawings by one artist are kept out: the
+    first of ``UNSEEN_ARTISTS`` who drew the noun. For other nouns, no drawing is kept out.
 
     Examples
     --------
-    >>> [d.artist for d in drawings("crown") if unseen(d)], [d.artist for d in drawings("bench") if unseen(d)]
-    (['noto-v1'], [])
+    >>> UNSEEN_ARTISTS, LEAST_ARTISTS
+    (('noto-v1', 'fluent-flat'), 3)
+    >>> {d.artist: unseen(d) for d in drawings("crown")}
+    {'noto': False, 'noto-v1': True, 'fluent-flat': False, 'fluent-3d': False}
+    >>> {d.artist: unseen(d) for d in drawings("bench")}
+    {'own': False}
     """
     artists = {d.artist for d in drawings(drawing.noun)}
     first = next((artist for artist in UNSEEN_ARTISTS if artist in artists), None)
@@ -243,8 +247,9 @@ def draw_singles(pipe: StableDiffusionPipeline, count: int, steps: int = REDRAW_
 def draw_unfinished(pipe: StableDiffusionPipeline, count: int) -> Examples:
     """Generate unrecognizable images by stopping after the first few steps.
 
-    The number of steps is a random one in ``UNFINISHED_STEPS``, out of ``REDRAW_STEPS``. The denoiser's prediction of
-    the noise-free latents at the last of them is decoded.
+    Only the first few of ``REDRAW_STEPS`` denoising steps are done. Their number is sampled for each batch of 64
+    images, from the smallest to the largest number in ``UNFINISHED_STEPS``. The image is decoded from the noise-free
+    latents that the denoiser predicts in the last of these first steps.
 
     Parameters
     ----------
@@ -395,7 +400,10 @@ def train_judge(
 
 
 def _moved_alone(images: Tensor) -> Tensor:
-    """Images without ground truth per pixel, mirrored at random, disturbed and moved like the others, in [-1, 1]."""
+    """Mirror labeled images at random, and disturb and move them as composed images are (see `_disturb` and `_move`).
+
+    `images` is uint8, (n, 3, h, w). The result is float32 of the same shape, mostly in [-1, 1].
+    """
     n, _, height, width = images.shape
     nothing = torch.zeros(n, height, width, dtype=torch.long)
     flipped = torch.where(torch.rand(n, 1, 1, 1) < 0.5, images.flip(-1), images)
@@ -440,8 +448,8 @@ def redraw(
     captions : list of str
     pipe : StableDiffusionPipeline
     steps : tuple of int
-        Smallest and largest number of denoising steps, out of ``REDRAW_STEPS``. A random number between them, both
-        included, is used for all images.
+        Smallest and largest number of denoising steps, which are the last of ``REDRAW_STEPS`` steps. One random number
+        in this range, both ends included, is used for all images.
     seed : int
 
     Returns
@@ -510,7 +518,11 @@ def _disturb(images: Tensor) -> Tensor:
 
 
 def _move(images: Tensor, target: Tensor, marks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn, stretch, shear and bend half of the images with their ground truth, as other artists draw other shapes."""
+    """Turn, stretch, shear and bend a random half of the images, together with their ground truth.
+
+    The results imitate the shapes that other artists would draw. `target` is the class of each pixel, (n, h, w).
+    `marks` is other ground truth per pixel, such as the masks of hybrids, (n, c, h, w).
+    """
     n = len(images)
     moved = torch.rand(n) < 0.5
     angle = torch.randn(n) * 0.15

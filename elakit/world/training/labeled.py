@@ -36,8 +36,8 @@ class Labeled:
     nameable : Tensor, bool, (n, 2)
         True if a person would name the entity as the prompt does.
     hybrid, extra : Tensor, bool, (n,)
-        `hybrid` is True if two things are fused; `extra` is True if there are things that the prompt does not ask for,
-        or more of them than it asks for.
+        `hybrid` is True if two things are fused. `extra` is True if the image shows a thing that the prompt does not
+        name, or shows a named thing more often than the prompt asks.
     """
 
     images: Tensor

@@ -3,9 +3,9 @@
 If there are no residual blocks at the highest resolutions, the first layers of the encoder and the last ones of the
 decoder are convolutions with nothing nonlinear between them. Moreover, upsampling to twice the size followed by a
 convolution equals four convolutions of the smaller image, one for each phase (even or odd row and column) of the larger
-one. Composing the kernels of such layers first takes 1.7 times fewer multiplications than applying the layers one by
-one. Values and gradients are those of the separate layers, except in a frame a few pixels wide at the border of the
-image, where the separate layers pad their inputs.
+one. Merging the kernels of such layers before they are applied reduces the number of multiplications by a factor of
+1.7, compared with applying the layers one by one. Values and gradients are those of the separate layers, except in a
+frame a few pixels wide at the border of the image, where the separate layers pad their inputs.
 """
 
 from __future__ import annotations

@@ -91,11 +91,14 @@ class Schedule:
         return math.ceil(self.samples / self.images_per_step)
 
     def rate(self, step: int) -> float:
-        """Learning rate at a step.
+        """Learning rate at a step, counted from 1.
+
+        It rises linearly during the warm-up, is then constant, and falls to zero along a cosine after the share
+        `decay_from` of the steps.
 
         Examples
         --------
-        >>> s = Schedule(samples=1000, batch=1, learning_rate=1.0, warmup=100)
+        >>> s = Schedule(samples=1000, batch=1, learning_rate=1.0, warmup=100, decay_from=0.5)
         >>> s.rate(50), s.rate(400), round(s.rate(1000), 6)
         (0.5, 1.0, 0.0)
         """
