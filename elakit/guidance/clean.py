@@ -108,6 +108,9 @@ def predicted_clean(scheduler: Any, output: Tensor, latents: Tensor, level: floa
     kind = getattr(scheduler.config, "prediction_type", None)
     flow = kind == "flow_prediction" or getattr(scheduler.config, "use_flow_sigmas", False)
     output, latents = output.float(), latents.float()
+    if hasattr(scheduler, "precondition_outputs"):  # EDM: the output is scaled and added to the latents
+        clean: Tensor = scheduler.precondition_outputs(latents, output, level)
+        return clean
     if flow or (kind is None and hasattr(scheduler, "sigmas") and not hasattr(scheduler, "alphas_cumprod")):
         return latents - level / (1 + level) * output
     signal = (1 + level**2) ** -0.5

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from elakit.attention import paused
 from elakit.attention.rescoring import rescored
 from elakit.attention.taps import Attend, tap
-from elakit.errors import SettingError
+from elakit.errors import ModelError, SettingError
 from elakit.guidance.holding import Holder
 from elakit.guidance.metadata import options_of
 from elakit.guidance.method import (
@@ -43,6 +43,9 @@ from elakit.prompt import Prompt
 
 # fp16 gradients of a loss of order one underflow; scaling by a power of two is exact
 _FP16_SCALE = 256.0
+# smallest signal by which noise is divided
+LEAST_SIGNAL = 2**-12  # diffusion; as in the sigmas of diffusers' Euler scheduler at a signal of 0
+LEAST_FLOW_SIGNAL = 1e-3
 
 
 class _Enough(Exception):
@@ -272,6 +275,22 @@ def checkpointing(pipe: Pipeline) -> Iterator[None]:
 def noise_levels(scheduler: Any) -> list[float]:
     """Ratio of noise to signal (standard deviations) at each timestep of a scheduler whose timesteps are set.
 
+    Where there is hardly any signal, the noise is divided by a least signal instead, so that the ratio is finite: 0.001
+    in flow matching, and 1/4096 in diffusion, as in diffusers' own sigmas for a terminal signal-to-noise ratio of 0.
+
+    Parameters
+    ----------
+    scheduler : diffusers.SchedulerMixin
+
+    Returns
+    -------
+    list of float
+
+    Raises
+    ------
+    ModelError
+        The scheduler has neither sigmas nor the cumulative products of its alphas.
+
     Examples
     --------
     >>> from diffusers import DDIMScheduler
@@ -281,15 +300,22 @@ def noise_levels(scheduler: Any) -> list[float]:
     [9.49, 1.46, 0.01]
     """
     timesteps = scheduler.timesteps
+    if hasattr(scheduler, "precondition_outputs"):  # EDM: signal 1, noise sigma
+        return [float(sigma) for sigma in scheduler.sigmas[: len(timesteps)]]
     alphas = getattr(scheduler, "alphas_cumprod", None)
-    if alphas is None and not hasattr(scheduler, "sigmas"):  # IPNDM names the two parts betas and alphas
+    if alphas is None and not hasattr(scheduler, "sigmas") and hasattr(scheduler, "alphas"):  # IPNDM: noise in betas
         parts = zip(scheduler.betas[: len(timesteps)], scheduler.alphas[: len(timesteps)], strict=True)
-        return [float(noise / signal.clamp_min(1e-3)) for noise, signal in parts]
+        return [float(noise / signal.clamp_min(LEAST_FLOW_SIGNAL)) for noise, signal in parts]
+    if alphas is None and not hasattr(scheduler, "sigmas"):
+        raise ModelError(
+            f"The noise of {type(scheduler).__name__} is not known, so guidance cannot be planned with it. Replace the "
+            "pipeline's scheduler, for example with elakit.load(model, scheduler='DDIMScheduler')."
+        )
     if alphas is None or getattr(scheduler.config, "use_flow_sigmas", False):
         # Flow matching: signal 1 - sigma, noise sigma.
-        return [float(s / (1 - s).clamp_min(1e-3)) for s in scheduler.sigmas[: len(timesteps)]]
+        return [float(s / (1 - s).clamp_min(LEAST_FLOW_SIGNAL)) for s in scheduler.sigmas[: len(timesteps)]]
     kept = alphas[timesteps.round().long().cpu().clamp(0, len(alphas) - 1)]
-    return [float(((1 - a) / a).sqrt()) for a in kept]
+    return [float((1 - a).sqrt() / a.sqrt().clamp_min(LEAST_SIGNAL)) for a in kept]
 
 
 def acts(updates: Sequence[Update]) -> bool:

@@ -148,10 +148,11 @@ def divergence(maps: Tensor) -> Tensor:
 
 
 def noise_share(ratio: float) -> float:
-    """Share of noise in a latent: ratio / (1 + ratio) up to a ratio of 999, ratio / 1000 above.
+    """Share of noise in a latent: ratio / (1 + ratio) up to a ratio of 999, ratio / 1000 above, but at most 1.
 
     In flow matching, a ratio above 999 belongs to a signal below 0.001. `elakit.guidance.engine.noise_levels` then
-    divides the noise by 0.001 instead of the signal, so the ratio is 1000 times the share of noise.
+    divides the noise by 0.001 instead of the signal, so the ratio is 1000 times the share of noise. A ratio above 1000
+    occurs only in diffusion with almost no signal.
 
     Parameters
     ----------
@@ -164,10 +165,10 @@ def noise_share(ratio: float) -> float:
 
     Examples
     --------
-    >>> noise_share(1.0), noise_share(1000.0)
-    (0.5, 1.0)
+    >>> noise_share(1.0), noise_share(1000.0), noise_share(4096.0)
+    (0.5, 1.0, 1.0)
     """
-    return ratio * 1e-3 if ratio > _CLAMPED else ratio / (1 + ratio)
+    return min(ratio * 1e-3, 1.0) if ratio > _CLAMPED else ratio / (1 + ratio)
 
 
 def control(share: float) -> float:

@@ -12,9 +12,12 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LMSDiscreteScheduler,
+    SCMScheduler,
     StableDiffusionImg2ImgPipeline,
 )
 from PIL import Image
@@ -22,7 +25,7 @@ from tiny import tiny_flux, tiny_pipeline
 from tiny_families import tiny_cogview3_plus
 
 import elakit
-from elakit.errors import SettingError
+from elakit.errors import ModelError, SettingError
 from elakit.guidance.clean import predicted_clean, watched_steps
 from elakit.guidance.engine import noise_levels
 
@@ -62,6 +65,40 @@ def test_it_is_what_the_scheduler_predicts(make: Any, kind: str) -> None:
         scale = float(step.pred_original_sample.abs().max())
         assert float((found - step.pred_original_sample).abs().max()) < 2e-3 * scale
         latents = step.prev_sample
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("make", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
+def test_schedulers_that_scale_the_output_predict_the_same(make: Any, kind: str) -> None:
+    """EDM, as in Playground 2.5, a Stable Diffusion XL pipeline."""
+    scheduler = make(prediction_type=kind)
+    scheduler.set_timesteps(4)
+    levels = noise_levels(scheduler)
+    assert levels[0] == pytest.approx(scheduler.config.sigma_max)
+    latents, output = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    for level, sigma in zip(levels, scheduler.sigmas, strict=False):
+        found = predicted_clean(scheduler, output, latents * sigma, level)
+        torch.testing.assert_close(found, scheduler.precondition_outputs(latents * sigma, output, sigma))
+
+
+@pytest.mark.parametrize("make", [DDIMScheduler, EulerDiscreteScheduler])
+def test_a_first_step_of_pure_noise_has_a_finite_level(make: Any) -> None:
+    scheduler = make(rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction")
+    scheduler.set_timesteps(4)
+    levels = noise_levels(scheduler)
+    assert levels[0] == pytest.approx(4096, rel=1e-3)
+    assert levels == sorted(levels, reverse=True)
+    latents, output = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    latents = latents * float(scheduler.init_noise_sigma)
+    found = predicted_clean(scheduler, output, latents, levels[0])
+    torch.testing.assert_close(found, -output, atol=5e-3, rtol=0)  # there is no signal to be added
+
+
+def test_a_scheduler_whose_noise_is_not_known_is_refused() -> None:
+    scheduler = SCMScheduler()
+    scheduler.set_timesteps(2)
+    with pytest.raises(ModelError, match=r"SCMScheduler is not known.*scheduler='DDIMScheduler'"):
+        noise_levels(scheduler)
 
 
 def test_flow_matching_and_solvers_recover_the_clean_latents() -> None:
