@@ -76,6 +76,9 @@ SHEET, SIDE = (4, 3), 256  # images per row and column of a sheet, and their sid
 
 Flags = Sequence[bool] | np.ndarray
 Folder = Annotated[Path, typer.Argument(help="Folder of the audit.")]
+Model = Annotated[
+    Path | None, typer.Option(help="Folder of a trained model, whose judge/ is used. Default: the built-in model.")
+]
 
 app = typer.Typer(help=without_markup(__doc__), no_args_is_help=True)
 
@@ -345,16 +348,17 @@ def sheet(images: Sequence[tuple[int, str, Image.Image]]) -> Image.Image:
 
 
 @app.command("judge")
-def judge_images(folder: Folder = Path("work/audit")) -> None:
-    """Judge the images with the judge of this checkout, and write verdicts.csv."""
+def judge_images(folder: Folder = Path("work/audit"), model: Model = None) -> None:
+    """Judge the images with the judge of this checkout or of another model, and write verdicts.csv."""
     key = read_key(folder / "key.json", ("method", "seed"), "Run `draw` first.")
     pipe = elakit.load("picture-world")
+    detector = None if model is None else lambda seen, _: decide(find_components(seen, model))
     rows, different = [], set()
     for number, made in tqdm(key.items(), unit="image", leave=False):
         prompt = elakit.parse(made["prompt"], pipe)
         image = open_image(find_image(folder, number) or folder / "images" / f"{number:04d}.png")
         different.add(image.tobytes())
-        verdict = Label.of(judge(image, prompt), prompt)
+        verdict = Label.of(judge(image, prompt, detector), prompt)
         rows.append((number, *(made[name] for name in ORIGIN[1:]), *verdict.values()))
     write_rows(folder / "verdicts.csv", (*ORIGIN, *COLUMNS[1:]), rows)
     print(f"{len(rows)} verdicts on {len(different)} different images in {folder / 'verdicts.csv'}.")
@@ -447,9 +451,7 @@ def repeat(
 @app.command()
 def thresholds(
     folders: Annotated[list[Path], typer.Argument(help="Folders of labeled images, with seeds below 800.")],
-    model: Annotated[
-        Path | None, typer.Option(help="Folder of a trained model, whose judge/ is used. Default: the built-in model.")
-    ] = None,
+    model: Model = None,
 ) -> None:
     """Compare thresholds of the judge on labeled images of pairs on which it was not trained.
 

@@ -55,7 +55,7 @@ def draw(
     ]
     pairs = [(prompt, seed, model) for prompt, seed in asked for model in ("first", "second")]
     jobs = [pairs[i] for i in np.random.default_rng(FIRST_SEED).permutation(len(pairs))]
-    sources = {"first": str(first.resolve()), "second": str(second.resolve())}
+    sources = {"first": first.as_posix(), "second": second.as_posix()}  # as given, without the machine's folders
     key = {
         str(n): {"prompt": prompt, "seed": seed, "model": model, "source": sources[model]}
         for n, (prompt, seed, model) in enumerate(jobs, 1)

@@ -360,9 +360,12 @@ def truth_masks(truth: Verdict | xr.DataArray, entities: Sequence[str], size: tu
 
 
 class _Table:
-    """Collects the measures of a run as rows of one tidy table; `Bleeding.to_frame` lists the columns of this table.
+    """Collects the measures of a run as rows of one tidy table, whose columns `Bleeding.to_frame` lists.
 
-    `steps` are the numbers of the steps, counted from 0.
+    Parameters
+    ----------
+    steps : ndarray, int
+        Numbers of the denoising steps, counted from 0.
     """
 
     def __init__(self, steps: np.ndarray) -> None:

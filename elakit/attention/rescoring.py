@@ -339,7 +339,11 @@ class _Changed:
         return changes
 
     def _bias(self, changes: dict[int, Change], like: Tensor, queries: int, keys: int, image: int) -> Tensor:
-        """Bias of a batch, (row, head or 1, query, key); `image` is the position of the image's first query."""
+        """Bias that is added to the attention scores of a batch: a tensor with the axes row, head, query and key.
+
+        There is only one head if all changes are the same for all heads. `image` is the position of the image's first
+        query.
+        """
         running = self.running
         assert running.rows is not None
         first, past, _ = running.rows.indices(running.batch)

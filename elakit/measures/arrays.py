@@ -301,10 +301,15 @@ def _named(values: xr.DataArray, name: str) -> np.ndarray:
 
 
 def _shared_lengths(old: int, new: int) -> np.ndarray:
-    """Overlaps of the intervals of two divisions of the same line, one into `new` and one into `old` equal intervals.
+    """Lengths that `new` equal intervals of a line share with `old` equal intervals of the same line, (new, old).
 
-    The result, (new, old), has the length that each new interval shares with each old one. A length of 1 is the part
-    1 / (new * old) of the line.
+    The line has the length new * old, so all lengths are whole numbers.
+
+    Examples
+    --------
+    >>> _shared_lengths(3, 2)  # on a line of length 6: old intervals of length 2, new ones of length 3
+    array([[2., 1., 0.],
+           [0., 1., 2.]])
     """
     olds, news = np.arange(old) * new, np.arange(new)[:, None] * old
     return np.clip(np.minimum(news + old, olds + new) - np.maximum(news, olds), 0, None).astype(np.float64)

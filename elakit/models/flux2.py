@@ -192,12 +192,13 @@ class Flux2(Flux):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, height: int, width: int) -> list[Image.Image]:
-        """Images decoded from packed latents, (n, patches, 4c), which may be those of an unfinished run.
+        """Images decoded from latents, which may be those of an unfinished run.
 
-        The pipeline's call keeps its latents in this form. The results of `noise` and `encode_image`, (1, 4c, h, w),
-        must be packed first, with the pipeline's ``_pack_latents``.
+        The latents are in the form of `noise`, (n, 4c, h, w), or packed, (n, patches, 4c), as the pipeline's call keeps
+        them.
         """
         pipe, vae = self.pipe, self.pipe.vae
+        latents = pipe._pack_latents(latents) if latents.ndim == 4 else latents
         ids = self._image_ids(height, width).expand(len(latents), -1, -1)
         unpacked = pipe._unpack_latents_with_ids(latents, ids)
         mean, spread = self._statistics(unpacked)

@@ -151,7 +151,10 @@ def _condition(method: str, options: Mapping[str, Any]) -> dict[str, float]:
             f"{method}.{CONDITION[1]} is set without {method}.{CONDITION[0]}, the probability above which an image is "
             f"guided. Set {method}.{CONDITION[0]} too, for example to 0.2."
         )
-    return {CONDITION[1]: 0.2} | given
+    given = {CONDITION[1]: 0.2} | given
+    from elakit.prediction import SHARES
+
+    return given | {CONDITION[1]: checks.choice(given[CONDITION[1]], f"{method}.{CONDITION[1]}", SHARES)}
 
 
 def _as_tuples(value: Any) -> Any:

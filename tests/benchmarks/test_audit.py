@@ -15,6 +15,7 @@ from elakit.errors import SettingError
 from elakit.judge.labels import COLUMNS, Label
 from elakit.judge.segmenter import Component
 from elakit.judge.things import Thing
+from elakit.resources import data_path
 from elakit.world.scenes import Subject, World, compose
 
 HEADER = ",".join(COLUMNS)
@@ -136,6 +137,9 @@ def test_images_are_compared_with_the_judge_of_today(tmp_path: Path) -> None:
     assert judged.exit_code == 0, judged.output
     assert "3 verdicts on 2 different images" in judged.output
     assert (tmp_path / "verdicts.csv").read_text().splitlines()[1] == "1,a lion and a green apple,plain,0,1,1,1,1,0,0"
+    verdicts = (tmp_path / "verdicts.csv").read_bytes()
+    by_folder = CliRunner().invoke(audit.app, ["judge", str(tmp_path), "--model", str(data_path("picture-world"))])
+    assert (by_folder.exit_code, (tmp_path / "verdicts.csv").read_bytes()) == (0, verdicts)
     result = CliRunner().invoke(audit.app, ["agree", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "single things: nameable by eye | 1.000" in result.output

@@ -193,6 +193,7 @@ def test_a_unit_may_guide_only_images_that_are_likely_to_fail() -> None:
     for options, said in (
         ({"guide_above": 2}, "guide_above=2: must be a number from 0 to 1"),
         ({"guide_after": 0.3}, "too"),
+        ({"guide_above": 0.2, "guide_after": 0.25}, "guide_after=0.25: .* 0.1, 0.2, 0.3, 0.5, 1.0"),
     ):
         with pytest.raises(SettingError, match=said):
             canonical_options("ela", options)

@@ -269,6 +269,12 @@ def imports(file: Path) -> set[str]:
     return found
 
 
+def test_the_status_says_whether_a_failed_run_is_kept() -> None:
+    assert wording.status(RunState(state="failed")) == "Failed; no partial run could be kept."
+    kept: Any = object()
+    assert wording.status(RunState(state="failed", run=kept)) == "Failed; the partial run is kept."
+
+
 def test_the_model_imports_neither_widgets_nor_the_view() -> None:
     folder = Path(elakit.widgets.live.__file__).parent
     todo, seen = ["model"], set()

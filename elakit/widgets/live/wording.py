@@ -28,6 +28,8 @@ def status(now: RunState) -> str:
     >>> status(RunState().start())
     'Generating…'
     """
+    if now.state == "failed" and now.run is None:
+        return "Failed; no partial run could be kept."
     preview = "" if now.no_preview is None else f" No preview could be shown: {now.no_preview}"
     return _STATUS[now.state] + preview
 
