@@ -158,9 +158,8 @@ def _check_folder(out: Path, overwrite: bool) -> None:
     """Refuse, before anything is loaded, a folder that a run cannot be saved to."""
     parent = files.check_path(out / "run.json" if os.path.isdir(out) else out, "run", "run").parent
     if os.path.lexists(out) and not (overwrite and os.path.isfile(out / "run.json")):
-        raise OutputError(
-            f"--out {out} already exists. Choose another folder. If it is a run, --overwrite replaces it."
-        )
+        replace = "Replace this run with --overwrite, or choose" if os.path.isfile(out / "run.json") else "Choose"
+        raise OutputError(f"--out {out} already exists. {replace} another folder.")
     if not os.access(parent, os.W_OK):
         raise OutputError(f"--out {out}: {parent} is not writable. Choose another folder.")
 

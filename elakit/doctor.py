@@ -143,8 +143,8 @@ def memory(model: str) -> str:
         raise ModelError(f"--model {model}: there are no safetensors weights in {folder}. Give a pipeline's folder.")
     half, full = 2 * weights / 2**30, 4 * weights / 2**30
     return (
-        f"{weights / 1e6:,.1f} million parameters: {half:.2f} GiB in float16, {full:.2f} GiB in float32, without "
-        "activations, gradients of guidance and a recording."
+        f"{weights / 1e6:,.1f} million parameters: {half:.2f} GiB in float16, {full:.2f} GiB in float32. Activations, "
+        "gradients of guidance and recordings need additional memory."
     )
 
 

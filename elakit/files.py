@@ -181,7 +181,10 @@ def _plain(value: Any) -> Any:
         return str(value)
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         return value.item()
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r}")
+    raise TypeError(
+        f"{value!r} cannot be written as JSON, because it is of type {type(value).__name__}. Convert it to numbers, "
+        "text, lists and dictionaries."
+    )
 
 
 def read_text(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:

@@ -17,6 +17,7 @@ from elakit.guidance import Guide, Method
 from elakit.guidance.metadata import option_values
 from elakit.guidance.method import Encodes, NoiseSearch, check_method
 from elakit.models import Adapter, adapter_for, default_settings
+from elakit.numbering import number_of, plural
 from elakit.pipeline import Pipeline
 from elakit.pipeline_call import GuideIf, PipelineCall, Progress, Request
 from elakit.prompt import Prompt
@@ -215,7 +216,12 @@ def generate(
         runs = prepared.collect(images, replaced)
     _warn_if_skipped(runs)
     if hidden := [run.seed for run in runs if run.nsfw]:
-        warnings.warn(f"The safety checker replaced the images of seeds {hidden}; they are not judged.", stacklevel=2)
+        warnings.warn(
+            f"The safety checker replaced the {plural('image', len(hidden))} of {plural('seed', len(hidden))} "
+            f"{', '.join(map(str, hidden))}. Replaced images are not judged. Load the pipeline with "
+            "safety_checker=None, or choose other seeds.",
+            stacklevel=2,
+        )
     return runs[0] if checks.is_whole(seed) else runs
 
 
@@ -229,7 +235,9 @@ def _check_arguments(negative_prompt: Any, guidance: Any, guide_if: Any, stop_if
         if function is not None and not callable(function):
             checks.refuse(function, name, "a function that takes an elakit.Progress, or None")
     if guide_if is not None and guidance is None:
-        raise SettingError("guide_if selects images to guide, but guidance is None. Give one, such as elakit.ELA().")
+        raise SettingError(
+            "guide_if selects images to guide, but guidance is None. Give a method, such as guidance=elakit.ELA()."
+        )
     if guide_if is not None and isinstance(guidance, Encodes):
         raise SettingError(
             f"guide_if cannot be used with {type(guidance).__name__}, which changes the text embeddings before the "
@@ -311,13 +319,15 @@ def _warn_if_inactive(guide: Guide, steps: int) -> None:
     """Warn when a method acts at no step of a run, as with one or two steps, although no option switches it off."""
     acts = any(update.size or update.hold for update in guide.updates) or isinstance(guide.method, NoiseSearch)
     switches = ("step_size", "strength", "guided")
-    off = any(name.endswith(switches) and value == 0 for name, value in option_values(guide.method).items())
+    options = option_values(guide.method)
+    off = any(name.endswith(switches) and value == 0 for name, value in options.items())
     if not acts and not off:
-        entities = "one entity" if len(guide.prompt.entities) == 1 else f"{len(guide.prompt.entities)} entities"
+        shares = [f"a larger {name}, " for name, value in options.items() if name.endswith("guided") and value != 1]
         warnings.warn(
-            f"{guide.method.name} acts at none of the {steps} steps of this run with {entities}: the image is the one "
-            "without guidance. Use more steps, a larger guided share of them, or a prompt that gives the method "
-            "something to bind (two entities; for syngen, attributes).",
+            f"{guide.method.name} acts at no step of this run ({number_of(steps, 'step')}, "
+            f"{number_of(len(guide.prompt.entities), 'entity')}), so the image is the same as without guidance. Use "
+            f"more steps, {''.join(shares)}or a prompt that gives the method something to bind (two entities; for "
+            "syngen, attributes).",
             stacklevel=3,
         )
 
@@ -326,10 +336,10 @@ def _warn_if_skipped(runs: Sequence[Run]) -> None:
     """Warn when steps were not guided because their gradients were NaN or infinite."""
     skipped = {run.seed: run.guidance.skipped for run in runs if run.guidance is not None and run.guidance.skipped}
     if skipped:
-        counts = ", ".join(f"{count} of seed {seed}" for seed, count in skipped.items())
+        counts = ", ".join(f"{number_of(count, 'step')} of seed {seed}" for seed, count in skipped.items())
         warnings.warn(
-            f"These steps were not guided, because the gradient of {runs[0].label}'s loss was NaN or infinite: "
-            f"{counts}. `run.guidance.to_frame()` marks them as skipped. In half precision, load the model in float32; "
-            "in a method of your own, check the loss for divisions by zero.",
+            f"Some steps were not guided, because the gradient of {runs[0].label}'s loss was NaN or infinite: "
+            f"{counts}. `run.guidance.to_frame()` marks them as skipped. If the model was loaded in half precision, "
+            "load it in float32; in a method of your own, check the loss for divisions by zero.",
             stacklevel=3,
         )

@@ -1,6 +1,8 @@
-"""Numbers and names of steps in text and figures, which count from 1; arrays and arguments count from 0."""
+"""Numbers in text: steps, which count from 1 in text and figures and from 0 in arrays, counted things, and indices."""
 
 from __future__ import annotations
+
+import re
 
 
 def step_number(index: int) -> int:
@@ -48,3 +50,36 @@ def step_name(index: int, total: int | None = None) -> str:
     """
     number = step_number(index)
     return f"step {number}" if total is None or total < number else f"step {number} of {total}"
+
+
+def plural(word: str, count: int) -> str:
+    """The form of a word for a count: the plural, unless the count is 1.
+
+    Examples
+    --------
+    >>> plural("image", 1), plural("image", 0), plural("entity", 2), plural("key", 2)
+    ('image', 'images', 'entities', 'keys')
+    """
+    return word if count == 1 else f"{re.sub('(?<![aeiou])y$', 'ie', word)}s"
+
+
+def number_of(count: int, word: str) -> str:
+    """A count with its word.
+
+    Examples
+    --------
+    >>> number_of(1, "region"), number_of(2, "region")
+    ('1 region', '2 regions')
+    """
+    return f"{count} {plural(word, count)}"
+
+
+def an_index(count: int) -> str:
+    """The allowed indices of a number of things, for a message that says "give ...".
+
+    Examples
+    --------
+    >>> an_index(4), an_index(1)
+    ('an index from 0 to 3', 'index 0, the only one')
+    """
+    return f"an index from 0 to {count - 1}" if count > 1 else "index 0, the only one"

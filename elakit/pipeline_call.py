@@ -23,6 +23,7 @@ from elakit.guidance import Guide, Method
 from elakit.guidance.clean import Steps, watched_steps
 from elakit.guidance.engine import encoded
 from elakit.models import Adapter, Conditioning, adapter_for, loaded_with, name_of
+from elakit.numbering import number_of
 from elakit.pipeline import Pipeline
 from elakit.prompt import Prompt, parse
 from elakit.run import Run
@@ -334,6 +335,7 @@ def _one_each(answer: bool | Sequence[bool], images: int) -> list[bool]:
     answers = [bool(answer)] * images if isinstance(answer, bool | np.bool_) else [bool(one) for one in answer]
     if len(answers) != images:
         raise SettingError(
-            f"guide_if gave {len(answers)} answers for {images} images; give True, False, or one answer per image."
+            f"guide_if gave {number_of(len(answers), 'answer')} for {number_of(images, 'image')}; give True, False, or "
+            "one answer per image."
         )
     return answers

@@ -27,6 +27,7 @@ from elakit.guidance import FromMaps, Trace
 from elakit.judge import Verdict, is_black, judge, knows
 from elakit.measures.arrays import nearest_size
 from elakit.models import EMBEDDED
+from elakit.numbering import number_of, plural
 from elakit.prompt import Prompt
 from elakit.regions import localize_steps
 
@@ -90,8 +91,8 @@ class Run:
     def __post_init__(self) -> None:
         if self.recording is not None and self.recording.frames:
             raise RecordingError(
-                f"A run has one image, but the recording is of videos of {self.recording.frames} frames. Give one "
-                "frame and its maps, `recording.frame(0)`."
+                f"A run has one image, but the recording is of videos of {number_of(self.recording.frames, 'frame')}. "
+                "Give one frame and its maps, `recording.frame(0)`."
             )
 
     @property
@@ -253,7 +254,8 @@ class Run:
 
     def __repr__(self) -> str:
         text = self.prompt.text if len(self.prompt.text) <= 60 else f"{self.prompt.text[:59]}…"
-        parts = [repr(text), f"seed={self.seed}", self.label, f"{self.settings.get('steps')} steps"]
+        steps: Any = self.settings.get("steps")
+        parts = [repr(text), f"seed={self.seed}", self.label, f"{steps} {plural('step', steps)}"]
         parts.append(f"{self.image.width} x {self.image.height} pixels")
         parts.append("recorded" if self.recording is not None else "not recorded")
         return f"Run({', '.join(parts)}{', hidden by the safety checker' if self.nsfw else ''})"
@@ -291,7 +293,7 @@ def open_run(folder: str | Path) -> Run:
         aside = files.leftovers(folder)
         kept = f" An interrupted save kept the replaced run in {aside[-1]}; rename it to {folder}." if aside else ""
         raise OutputError(
-            f"{folder} contains no elakit run: there is no run.json. Give a folder written by `run.save(...)`.{kept}"
+            f"{folder} contains no elakit run: there is no run.json. Give a folder written by `Run.save`.{kept}"
         )
     table = files.read_json(folder / "run.json")
     with _intact(folder / "run.json"):
@@ -405,13 +407,18 @@ def _check_format(table: Any, folder: Path) -> None:
 
 def _check_types(seed: Any, settings: Any, nsfw: Any, parts: Any) -> None:
     """Refuse values in run.json whose types are wrong."""
-    if type(seed) is not int or not isinstance(settings, dict) or not isinstance(nsfw, bool):
-        raise ValueError("seed, settings or nsfw has the wrong type")
-    if not (isinstance(parts, list) and all(isinstance(name, str) for name in parts)):
-        raise ValueError("parts has the wrong type")
+    rules = {
+        "seed": ("a whole number", type(seed) is int),
+        "settings": ("an object", isinstance(settings, dict)),
+        "nsfw": ("true or false", isinstance(nsfw, bool)),
+        "parts": ("a list of text", isinstance(parts, list) and all(isinstance(name, str) for name in parts)),
+    }
+    for name, (rule, fits) in rules.items():
+        if not fits:
+            raise ValueError(f"{name} is not {rule}")
     for name, value in settings.items():
         if not isinstance(value, str | int | float | bool | None):
-            raise ValueError(f"the setting {name} has the wrong type")
+            raise ValueError(f"the setting {name} is not text, a number, true, false or null")
 
 
 def _read_trace(folder: Path, traced: Any) -> Trace:
@@ -451,5 +458,8 @@ def _read_regions(path: Path) -> dict[int, np.ndarray]:
     with np.load(path, allow_pickle=False) as arrays:
         masks, steps = arrays["masks"], arrays["steps"]
     if masks.ndim != 4 or masks.dtype != bool or steps.shape != masks.shape[:1]:
-        raise ValueError("its arrays are not masks (step, entity, y, x) with one step number each")
+        raise ValueError(
+            "masks must be booleans of shape (step, entity, y, x) and steps one number per step, but masks are "
+            f"{masks.dtype} of shape {masks.shape}, and steps have shape {steps.shape}"
+        )
     return dict(zip(steps.tolist(), masks, strict=True))

@@ -10,6 +10,7 @@ import numpy as np
 
 from elakit import checks
 from elakit.errors import SettingError
+from elakit.numbering import number_of
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -138,7 +139,8 @@ def bootstrap(
         labels = np.asarray(groups)
         if labels.shape != (len(parts),):
             raise SettingError(
-                f"groups have shape {labels.shape} for {len(parts)} rows: give labels of shape ({len(parts)},)."
+                f"groups have shape {labels.shape} for {number_of(len(parts), 'row')}: give labels of shape "
+                f"({len(parts)},)."
             )
         position = np.unique(labels, return_inverse=True)[1].reshape(-1)
         parts, wholes = (_sum_by(array, position) for array in (parts, wholes))
@@ -229,7 +231,9 @@ def holm(p_values: Any) -> np.ndarray:
     p = np.asarray(p_values, dtype=float).reshape(-1)
     made = np.flatnonzero(~np.isnan(p))
     if ((p[made] < 0) | (p[made] > 1)).any():
-        raise SettingError(f"p_values={p[made].tolist()}: must be numbers from 0 to 1, or NaN for tests not made.")
+        raise SettingError(
+            f"p_values={p[made].tolist()}: must be numbers from 0 to 1, or NaN for tests that were not performed."
+        )
     order = made[np.argsort(p[made], kind="stable")]
     corrected = np.full(len(p), np.nan)
     corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)

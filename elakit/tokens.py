@@ -17,6 +17,7 @@ from operator import itemgetter
 from typing import Any, Literal, TypeAlias
 
 from elakit.errors import ModelError, PromptError
+from elakit.numbering import number_of
 from elakit.pipeline import HasTokenizer, Pipeline
 
 Span: TypeAlias = tuple[int, int]  # start and end (excluded) in characters
@@ -334,8 +335,8 @@ def tokenize(text: str, words: Sequence[Span], labels: Sequence[str], sequences:
             words_lost = text[words[lost[0]][0] : words[lost[-1]][1]]
             raise PromptError(
                 f"The prompt has {len(pieces)} tokens, but the text encoder takes {sequence.length - special} "
-                f"({sequence.length} including {special} special tokens). It would lose {_shortened(words_lost)!r}. "
-                "Shorten the prompt."
+                f"({sequence.length} including {number_of(special, 'special token')}). The prompt would lose "
+                f"{_shortened(words_lost)!r}. Shorten the prompt."
             )
         pieces = [piece for piece in pieces if piece[0] < sequence.length - closing]
         shift = _left_padding(sequence, total)
@@ -416,9 +417,9 @@ def _align_by_words(text: str, words: Sequence[Span], sequence: TextSequence) ->
     start = next((at for at in starts if bare and whole[at] == bare[0] and whole[at : at + len(bare)] == bare), None)
     if start is None:
         raise ModelError(
-            f"{type(tokenizer).__name__} reports no usable character offsets, and it splits {_shortened(text)!r} into "
-            "other tokens than its words one by one, so tokens cannot be assigned to words. Load the fast tokenizer of "
-            "this model (AutoTokenizer with use_fast=True)."
+            f"{type(tokenizer).__name__} reports no usable character offsets, and the tokens of {_shortened(text)!r} "
+            "differ from the tokens of its separate words, so tokens cannot be assigned to words. Load the fast "
+            "tokenizer of this model (AutoTokenizer with use_fast=True)."
         )
     several = Counter(at for at, _ in alone)
     name = getattr(tokenizer, "convert_ids_to_tokens", None)

@@ -189,7 +189,7 @@ def test_weights_loaded_in_inference_mode_cannot_be_guided() -> None:
 
 def test_a_run_of_too_few_steps_for_guidance_says_so() -> None:
     pipe = tiny_pipeline()
-    with pytest.warns(UserWarning, match="syngen acts at none of the 1 steps"):
+    with pytest.warns(UserWarning, match=r"no step of this run \(1 step, 2 entities\).* a larger guided, or"):
         run = generate(pipe, PAIR, steps=1, guidance=SynGen(guided=0.4), progress=False)
     assert np.array_equal(np.asarray(run.image), np.asarray(generate(pipe, PAIR, steps=1, progress=False).image))
     with warnings.catch_warnings():
@@ -208,7 +208,7 @@ def test_images_that_the_safety_checker_replaced_are_reported_and_not_judged(tmp
         return image, [False, True]
 
     pipe.run_safety_checker = second_is_flagged
-    with pytest.warns(UserWarning, match=r"replaced the images of seeds \[6\]; they are not judged"):
+    with pytest.warns(UserWarning, match="replaced the image of seed 6. Replaced images are not judged"):
         runs = generate(pipe, PAIR, seed=[5, 6], steps=2, progress=False)
     assert [run.nsfw for run in runs] == [False, True]
     for run in runs:
@@ -308,9 +308,9 @@ def test_a_image_that_is_never_said_to_need_guidance_is_the_plain_one() -> None:
         run = generate(pipe, PAIR, seed=3, steps=3, guidance=ela, guide_if=lambda _, a=answer: a, progress=False)
         assert np.array_equal(np.asarray(run.image), np.asarray(plain.image))
         assert run.settings["guided"] is False
-    with pytest.raises(SettingError, match=r"Give one, such as elakit.ELA\(\)"):
+    with pytest.raises(SettingError, match=r"Give a method, such as guidance=elakit.ELA\(\)"):
         generate(pipe, PAIR, guide_if=lambda _: True)
-    with pytest.raises(SettingError, match="2 answers for 1 images"):
+    with pytest.raises(SettingError, match="2 answers for 1 image;"):
         generate(pipe, PAIR, steps=2, guidance=ela, guide_if=lambda _: [True, False], progress=False)
 
 

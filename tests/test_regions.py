@@ -376,7 +376,7 @@ GOOD = np.ones((2, 3, 4))
         (GOOD, GOOD[0], {"min_area": 7}, "Give at most 6"),
         (np.ones((5, 2, 2)), np.ones((2, 2)), {}, "5 entities"),
         (GOOD, GOOD[0], {"keep_components": 0}, "keep_components=0"),
-        (GOOD, GOOD[0], {"entities": ["cat"]}, "1 entity labels for 2 maps"),
+        (GOOD, GOOD[0], {"entities": ["cat"]}, "entities has 1 entry for 2 maps"),
         (GOOD, GOOD[0], {"entities": ["cat", "cat"]}, "occur more than once"),
         (GOOD, GOOD[0], {"entities": "cat"}, r"such as \['cat'\]"),
     ],
@@ -389,7 +389,7 @@ def test_wrong_input_names_the_value_and_the_remedy(maps, sot, options, says):
 def test_regions_drawn_by_hand_must_not_overlap():
     masks = np.zeros((2, 2, 2), bool)
     masks[:, 0, 0] = True
-    with pytest.raises(SettingError, match="1 locations belong to more than one region"):
+    with pytest.raises(SettingError, match="1 location belongs to more than one region"):
         Regions(masks, masks.astype(float), (False, False), ("cat", "frog"))
     with pytest.raises(SettingError, match="booleans"):
         Regions(masks.astype(float), masks.astype(float), (False, False), ("cat", "frog"))

@@ -16,6 +16,7 @@ from elakit.attention.spec import select_layers
 from elakit.errors import RecordingError, SettingError
 from elakit.measures.arrays import resize
 from elakit.models import Adapter, AttentionLayer, adapter_for
+from elakit.numbering import an_index
 from elakit.pipeline import Pipeline
 from elakit.prompt import Prompt
 
@@ -75,7 +76,7 @@ class ConceptMaps:
         if not sizes:
             there = ", ".join(f"{y}x{x}" for y, x in calls[0][1])
             raise RecordingError(
-                f"No maps have size {size}. Give the longer side of one of the recorded maps: {there}."
+                f"size={size}: no maps of this size were recorded. Give the longer side of recorded maps: {there}."
             )
         batches = {len(total) for _, found in calls for total, _ in found.values()}
         if len(batches) > 1:
@@ -85,7 +86,7 @@ class ConceptMaps:
             )
         images = batches.pop()
         if not -images <= image < images:
-            raise RecordingError(f"Image {image} was not recorded; give an index from 0 to {images - 1}.")
+            raise RecordingError(f"image={image} was not recorded; give {an_index(images)}.")
         steps = []
         for _, found in calls:
             layers = sum(found[one][1] for one in sizes)

@@ -95,14 +95,15 @@ class Edit:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.scale) and self.scale >= 0):
-            raise SettingError(f"scale is {self.scale}; give a finite number of 0 (masks) or more (1 changes nothing).")
+            raise SettingError(f"scale is {self.scale}; give a finite number, 0 or more (0 masks, 1 changes nothing).")
         if not -100 <= self.add <= 100:
             raise SettingError(
                 f"add is {self.add}; give a number from -100 to 100 (0 changes nothing), or scale=0 to mask."
             )
         if self.like is not None and not (self.scale == 1 and self.add == 0):
             raise SettingError(
-                f"like={self.like!r} with scale or add: an edit either replaces logits or changes them. Give two edits."
+                f"like={self.like!r} with scale={self.scale} and add={self.add}: an edit either replaces logits by "
+                "those of another token (like) or adjusts them (scale, add). Give two edits."
             )
         if not isinstance(self.tokens, str | Entity) and not is_whole(self.tokens) and not self.tokens:
             raise SettingError(f"tokens is {self.tokens!r}; give a word of the prompt, an entity or a position.")

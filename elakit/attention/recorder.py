@@ -26,6 +26,7 @@ from elakit.checks import seed as seed_of
 from elakit.checks import whole_number
 from elakit.errors import ModelError, RecordingError, SettingError
 from elakit.models import Adapter, AttentionLayer, adapter_for
+from elakit.numbering import number_of, plural
 from elakit.pipeline import Pipeline, SupportedPipeline
 from elakit.prompt import Prompt, parse
 
@@ -276,9 +277,7 @@ class _Recorder:
             try:
                 self.layers += adapter.self_layers(beside)
             except ModelError as error:
-                raise RecordingError(
-                    f"The self-attention of self_attention={spec.self_attention} cannot be recorded: {error}"
-                ) from error
+                raise RecordingError(f"self_attention={spec.self_attention} cannot be recorded: {error}") from error
         self.calls = 0
         self.expected = calls
         self._kept = 0  # calls handed to the sink
@@ -470,7 +469,7 @@ def _selected_heads(probabilities: Tensor, heads: Any) -> Tensor:
 
 
 def _shape_text(images: int, frames: int, latent: Size) -> str:
-    what = f"video{'s' * (images > 1)} of {frames} frames" if frames else f"image{'s' * (images > 1)}"
+    what = f"{plural('video', images)} of {number_of(frames, 'frame')}" if frames else plural("image", images)
     return f"{images} {what} of {size_name(latent)} latents"
 
 

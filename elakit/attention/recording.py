@@ -19,6 +19,7 @@ from elakit.attention.zarr_store import is_recording, open_tree, save_tree
 from elakit.checks import is_whole
 from elakit.errors import OutputError, RecordingError, SettingError
 from elakit.models.adapter import decoder_side
+from elakit.numbering import an_index, number_of, plural
 from elakit.prompt import Entity, Prompt
 
 
@@ -313,8 +314,9 @@ class Recording:
         missing = [i for i in indices if i not in by_index]
         if missing:
             raise RecordingError(
-                f"{which!r} was not recorded (token position {', '.join(map(str, missing))}). Recorded: "
-                f"{', '.join(self.tokens)}. Choose one of these, or record the run again with RecordSpec(tokens=...)."
+                f"{which!r} was not recorded ({plural('token position', len(missing))} "
+                f"{', '.join(map(str, missing))}). Recorded: {', '.join(self.tokens)}. Choose one of these, or record "
+                "the run again with RecordSpec(tokens=...)."
             )
         return tuple(by_index[i] for i in indices)
 
@@ -365,8 +367,7 @@ class Recording:
         wanted = calls if steps is None else _calls(steps, calls)
         node = node.isel(step=_positions("step", wanted, calls))
         if not -node.sizes["image"] <= image < node.sizes["image"]:
-            count = node.sizes["image"]
-            raise RecordingError(f"Image {image} was not recorded; give an index from 0 to {count - 1}.")
+            raise RecordingError(f"image={image} was not recorded; give {an_index(node.sizes['image'])}.")
         size = _size(node)
         values = node["probability"].isel(image=image).values.mean((1, 2), dtype=np.float32)
         return xr.DataArray(
@@ -396,7 +397,7 @@ class Recording:
         self._first()
         if not -self.frames <= number < self.frames:
             there = (
-                f"the recording has frames 0 to {self.frames - 1}"
+                f"give {an_index(self.frames)}"
                 if self.frames
                 else "the recording is of images, not of videos; use it as it is"
             )
@@ -486,8 +487,8 @@ class Recording:
                 )
             if dimension == "image" and self.frames:
                 raise RecordingError(
-                    "The frames of videos follow each other along image; select a video with sel(image=...), and a "
-                    "frame with frame(...)."
+                    f"isel(image={where}) cannot select videos, because the dimension 'image' has all frames of all "
+                    "videos. Select a video with sel(image=...), and a frame with frame(...)."
                 )
             indexers[dimension] = [where] if is_whole(where) else where
         try:
@@ -497,7 +498,7 @@ class Recording:
             return self._with(nodes | own)
         except IndexError as error:
             asked = ", ".join(f"{name}={where}" for name, where in positions.items())
-            there = ", ".join(f"{self._first().sizes[name]} positions along {name}" for name in indexers)
+            there = ", ".join(f"{number_of(self._first().sizes[name], 'position')} along {name}" for name in indexers)
             raise RecordingError(
                 f"isel({asked}): a position is outside the recording, which has {there}. Positions count from 0; "
                 "negative ones count from the end."
@@ -512,10 +513,11 @@ class Recording:
             wanted = {size} if is_whole(size) else set(size)
             there = {max(_size(node)) for node in nodes}
             if not wanted or wanted - there:
+                missing = ", ".join(map(str, sorted(wanted - there)))
+                reason = f"no maps of size {missing} were recorded" if missing else "no size is selected"
                 raise RecordingError(
-                    f"size {', '.join(map(str, sorted(wanted - there))) or '(an empty list)'} was not recorded; "
-                    f"there are {', '.join(node.attrs['size'] for node in nodes)}. Give the longer side, such as "
-                    f"{max(there)}."
+                    f"size={size}: {reason}. Give the longer side of recorded maps: "
+                    f"{', '.join(node.attrs['size'] for node in nodes)}."
                 )
             nodes = [node for node in nodes if max(_size(node)) in wanted]
         chosen = []
@@ -530,7 +532,10 @@ class Recording:
                 for layer in node["layer"].values
                 if str(layer) in names
             )
-            raise RecordingError(f"The selected layers have no maps of size {size}; their sizes are: {elsewhere}.")
+            raise RecordingError(
+                f"size={size}: the selected layers have no maps of this size. Give the longer side of their maps, or "
+                f"select other layers: {elsewhere}."
+            )
         if steps is not None:
             calls = _calls(steps, self.steps)
             chosen = [node.isel(step=_positions("step", calls, list(self.steps))) for node in chosen]
@@ -546,7 +551,7 @@ class Recording:
         every = max(self.frames, 1)
         images = self._first().sizes["image"] // every
         if not -images <= image < images:
-            raise RecordingError(f"Image {image} was not recorded; give an index from 0 to {images - 1}.")
+            raise RecordingError(f"image={image} was not recorded; give {an_index(images)}.")
         first = image % images * every
         return range(first, first + every)
 
@@ -608,7 +613,7 @@ class Recording:
         rows = [
             ("steps", kept + cut),
             (
-                f"videos of {self.frames} frames" if self.frames else "images",
+                f"videos of {number_of(self.frames, 'frame')}" if self.frames else "images",
                 str(nodes[0].sizes["image"] // max(self.frames, 1)),
             ),
             ("tokens", " ".join(self.tokens)),
@@ -617,7 +622,7 @@ class Recording:
             places: dict[str, int] = {}
             for place in node["place"].values:
                 places[str(place)] = places.get(str(place), 0) + 1
-            heads = "head mean" if str(node["head"].values[0]) == "mean" else f"{node.sizes['head']} heads"
+            heads = "head mean" if str(node["head"].values[0]) == "mean" else number_of(node.sizes["head"], "head")
             layers = ", ".join(f"{n} {place}" for place, n in places.items())
             rows.append(
                 (
@@ -723,7 +728,7 @@ def _calls(steps: int | slice | Sequence[int], there: Sequence[int]) -> list[int
         chosen = set(range(last + 1)[steps])
         calls = [call for call in there if call in chosen]
         if not calls:
-            raise RecordingError(f"No step of {steps} was recorded; there are {_ranges(there)}.")
+            raise RecordingError(f"step={steps} selects no recorded step; {_choices(there)}.")
         return calls
     wanted = [steps] if is_whole(steps) else list(steps)
     # A negative number that counts past the first step stays as it is, for the message.
@@ -733,11 +738,15 @@ def _calls(steps: int | slice | Sequence[int], there: Sequence[int]) -> list[int
 def _positions(dimension: str, wanted: Any, there: list[Any]) -> list[int]:
     missing = [each for each in wanted if each not in there]
     if missing or not len(wanted):
-        listed = _ranges(there) if all(map(is_whole, there)) else ", ".join(there)
-        raise RecordingError(
-            f"No {dimension} {', '.join(map(str, missing)) or '(empty list)'} in the recording; there are {listed}."
-        )
+        shown = ", ".join(map(str, missing))
+        reason = "was not recorded" if missing else f"selects no recorded {dimension}"
+        raise RecordingError(f"{dimension}={shown if len(missing) == 1 else f'[{shown}]'} {reason}; {_choices(there)}.")
     return [there.index(each) for each in wanted]
+
+
+def _choices(there: Sequence[Any]) -> str:
+    listed = _ranges(there) if all(map(is_whole, there)) else ", ".join(there)
+    return f"choose from {listed}" if len(there) > 1 else f"only {listed} was recorded"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

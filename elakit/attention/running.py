@@ -179,8 +179,8 @@ class Watch:
         """Rows whose text states are those of the prompt."""
         if states is None:
             raise RecordingError(
-                f"A loop that calls the denoiser itself cannot be recorded or edited with {self.adapter.family}, "
-                "because the text states that it passes cannot be compared with the prompt. Call the pipeline instead."
+                f"A loop of your own that calls the denoiser cannot be recorded or edited with {self.adapter.family}, "
+                "because the text states of these calls cannot be compared with the prompt. Call the pipeline instead."
             )
         where = self._agree(states, self._prompt_states(states)).nonzero().flatten().tolist()
         assert self.prompt is not None

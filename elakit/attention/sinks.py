@@ -15,6 +15,7 @@ from torch import Tensor
 from elakit.attention.layout import Joined, Layout, Moment, Slots
 from elakit.attention.spec import readable_bytes
 from elakit.errors import RecordingError
+from elakit.numbering import number_of
 
 
 class Sink(Protocol):
@@ -230,5 +231,6 @@ def over_budget(layout: Layout, step: int, limit: int) -> RecordingError:
     """Build the error for a run with more calls than expected, whose recording would exceed the budget of the spec."""
     return RecordingError(
         f"This denoiser call would bring the recording to {readable_bytes((step + 1) * layout.step_bytes)}, but its "
-        f"budget has room for {limit} steps. Raise RecordSpec(budget=...), or keep fewer steps, layers or tokens."
+        f"budget has room for {number_of(limit, 'step')}. Raise RecordSpec(budget=...), or keep fewer steps, layers "
+        "or tokens."
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from elakit.checks import boolean, choice, is_whole, whole_number
 from elakit.errors import PromptError, RecordingError, SettingError
 from elakit.models import AttentionLayer, adapter_for
+from elakit.numbering import number_of
 from elakit.pipeline import Pipeline
 from elakit.prompt import Prompt, parse
 
@@ -185,7 +186,7 @@ class Resolution:
     averaged: bool = False
 
     def __str__(self) -> str:
-        layers = f"{len(self.layers)} layer{'s' * (len(self.layers) > 1)}"
+        layers = number_of(len(self.layers), "layer")
         heads = "head mean" if self.heads == 1 else f"{self.heads} heads"
         what = "self-attention at " if self.keys == "image" else ""
         return (
@@ -232,10 +233,11 @@ class Plan:
         return self.bytes if self.accumulate else self.bytes // max(self.steps, 1)
 
     def __str__(self) -> str:
-        steps = f"mean of {self.steps} steps" if self.accumulate else f"{self.steps} steps"
+        steps = f"{'mean of ' * self.accumulate}{number_of(self.steps, 'step')}"
         lines = [
-            f"{readable_bytes(self.bytes)} (budget: {readable_bytes(self.budget)}): {steps} x {self.images} "
-            f"image{'s' * (self.images > 1)} x {len(self.tokens)} tokens ({' '.join(self.tokens)}) in {self.dtype}"
+            f"{readable_bytes(self.bytes)} (budget: {readable_bytes(self.budget)}): {steps} x "
+            f"{number_of(self.images, 'image')} x {number_of(len(self.tokens), 'token')} ({' '.join(self.tokens)}) "
+            f"in {self.dtype}"
         ]
         return "\n  ".join(lines + [str(resolution) for resolution in self.resolutions])
 
@@ -520,8 +522,8 @@ class RecordSpec:
         for side in wanted or ():
             if side not in there:
                 raise RecordingError(
-                    f"No selected layer has maps of size {side}; for this image they have "
-                    f"{', '.join(map(size_name, sorted(by_size, reverse=True)))}; give the longer side of one of these."
+                    f"sizes={self.sizes}: for this image, the selected layers have no maps of size {side}. Give the "
+                    f"longer side of their maps: {', '.join(map(size_name, sorted(by_size, reverse=True)))}."
                 )
         steps = min(kept, 1) if self.accumulate else kept
         resolutions = []
@@ -557,8 +559,8 @@ class RecordSpec:
         size = next((size for size in by_size if max(size) == own.size), None)
         if size is None:
             raise RecordingError(
-                f"self_attention is {own.size}, but the selected layers have maps of "
-                f"{', '.join(map(size_name, sorted(by_size, reverse=True)))}; give the longer side of one of these."
+                f"self_attention={own.size}: for this image, the selected layers have no maps of size {own.size}. Give "
+                f"the longer side of their maps: {', '.join(map(size_name, sorted(by_size, reverse=True)))}."
             )
         names = tuple(layer.name for layer in by_size[size])
         heads = _heads_of(own.heads, size, by_size[size])
@@ -626,8 +628,9 @@ def _heads_of(heads: Any, size: tuple[int, int], members: Sequence[AttentionLaye
     if not isinstance(heads, str):
         if max(heads) >= min(counts):
             raise RecordingError(
-                f"Some layers of size {size_name(size)} have no head {max(heads)}: they have {min(counts)} heads (0 to "
-                f"{min(counts) - 1}). List heads that all layers have, or select other layers."
+                f"heads={list(heads)}: some layers of size {size_name(size)} have only "
+                f"{number_of(min(counts), 'head')}, counted from 0. List heads that all layers have, or select other "
+                "layers."
             )
         return len(heads)
     if len(counts) > 1:

@@ -123,9 +123,10 @@ def check_processor(layer: AttentionLayer) -> None:
     if processor is not type(None) and not processor.__module__.startswith("diffusers."):
         raise RecordingError(
             f"Layer {layer.name} has the attention processor {processor.__module__}.{processor.__qualname__}, which is "
-            "not from diffusers: it may change attention scores in a way that cannot be read. Set one of diffusers, "
-            "such as `pipe.unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor2_0())`, and "
-            "change scores with `elakit.attention.edit`."
+            "not from diffusers: it may change attention scores in a way that cannot be read. Set a processor from "
+            "diffusers, for example with "
+            "`pipe.unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor2_0())`, and change "
+            "scores with `elakit.attention.edit`."
         )
 
 
@@ -193,10 +194,10 @@ class _Tap:
         needed = {"query", "key"} | ({"text_key"} if self.layer.kind == "joint" else set())
         if missing := needed - self.parts.keys():
             raise RecordingError(
-                f"Layer {self.layer.name} ran without its projections being seen ({', '.join(sorted(missing))}): its "
-                f"{type(getattr(self.layer.module, 'processor', None)).__name__} cannot be read, or projections were "
-                "fused or replaced inside the recording. Fuse or replace them before it, or set the default attention "
-                "processor."
+                f"Layer {self.layer.name} ran, but elakit did not see its projections ({', '.join(sorted(missing))}): "
+                f"its {type(getattr(self.layer.module, 'processor', None)).__name__} cannot be read, or projections "
+                "were fused or replaced inside the recording. Fuse or replace projections before the recording, or set "
+                "the default attention processor."
             )
         try:
             self.on_attention(self.layer, self.attend, self.size)

@@ -254,15 +254,19 @@ class _StoredArray(LazyArray):
         self._store = store
         self._folder = store / name
         file = self._folder / ".zarray"
-        dtype = _DTYPE.fullmatch(str(described["dtype"]))
         compressor = described["compressor"]
-        plain = described["zarr_format"] == 2 and described["order"] == "C" and not described["filters"]
-        if dtype is None or not plain or not isinstance(compressor, dict) or compressor.get("id") != "blosc":
+        rules = {
+            "zarr_format": ("2", described["zarr_format"] == 2),
+            "dtype": ("numbers (f, i) or text (U)", _DTYPE.fullmatch(str(described["dtype"])) is not None),
+            "order": ("'C'", described["order"] == "C"),
+            "filters": ("None", not described["filters"]),
+            "compressor": ("Blosc", isinstance(compressor, dict) and compressor.get("id") == "blosc"),
+        }
+        wrong = [f"{key} is {described[key]!r}, not {rule}" for key, (rule, fits) in rules.items() if not fits]
+        if wrong:
             raise RecordingError(
-                f"{file} describes an array of Zarr format {described['zarr_format']!r}, type {described['dtype']!r} "
-                f"and order {described['order']!r} with filters {described['filters']!r} and compressor "
-                f"{compressor!r}. A recording has format 2, numbers (f, i) or text (U), order 'C', no filters and "
-                "Blosc; anything else is not decoded, because some codecs run code. Record the run again."
+                f"{file} describes an array that no recording has: {'; '.join(wrong)}. The array is not decoded, "
+                "because some codecs run code. Record the run again."
             )
         self.dtype = np.dtype(str(described["dtype"]))
         self.shape, self._chunks = (tuple(described[key]) for key in ("shape", "chunks"))

@@ -32,8 +32,9 @@ def sentence(cause: Cause) -> str:
             )
         case "text leakage":
             return (
-                f'The text encoder mixes "{token}", an attribute of the {other}, into "{entity}": its embedding lies '
-                f'{n.get("leak", 0):.0%} of the way to that of "{word_of(token)} {word_of(entity)}".'
+                f'The text encoder mixes "{token}", an attribute of the {other}, into "{entity}": "{token}" moves the '
+                f'text embedding of "{entity}" {n.get("leak", 0):.0%} of the way toward the embedding of '
+                f'"{word_of(token)} {word_of(entity)}".'
             )
         case "token ignored":
             why = "its text embedding is close to zero" if "length" in n else "it receives almost no attention"
@@ -41,7 +42,7 @@ def sentence(cause: Cause) -> str:
         case "start-of-text competition":
             return (
                 f"In the region of the {entity}, attention goes to the start-of-text token rather than to the noun "
-                f"({n.get('start_held', 0):.0%} of what the two receive)."
+                f"(the start-of-text token receives {n.get('start_held', 0):.0%} of the attention to these two)."
             )
         case "regions swap":
             when = "during the run" if cause.step is None else f"at {step_name(cause.step)}"

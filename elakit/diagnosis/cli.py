@@ -30,6 +30,7 @@ from elakit.cli_options import (
 )
 from elakit.errors import SettingError
 from elakit.guidance.registry import METHODS, NEED_REGIONS, WITHOUT_REGIONS
+from elakit.numbering import number_of
 from elakit.seeds import parse_seeds
 
 
@@ -183,8 +184,7 @@ def _diagnose_one(
         bar.label = "done"
         bar.update(100 - bar.pos)
     path = report.write(found, target, shlex.join(["elakit", *sys.argv[1:]]))
-    count = len(found.pairs)
-    typer.echo(f'"{found.prompt.text}", {count} seed{"s" * (count > 1)}, {found.seconds:.0f} s')
+    typer.echo(f'"{found.prompt.text}", {number_of(len(found.pairs), "seed")}, {found.seconds:.0f} s')
     for sentence in report.summary(found):
         typer.echo(sentence)
     if json_out is not None:
@@ -208,10 +208,12 @@ def _diagnose_many(file: Path, out: Path, **settings: Any) -> None:
     except KeyboardInterrupt:
         typer.echo(f"Interrupted. Finished prompts are in {out}. Resume with\n  {command}", err=True)
         raise typer.Exit(130) from None
-    typer.echo(f"{survey.earlier + survey.diagnosed} of {len(texts)} prompts are diagnosed.")
+    ready = survey.earlier + survey.diagnosed
+    typer.echo(f"{ready} of {number_of(len(texts), 'prompt')} {'is' if ready == 1 else 'are'} diagnosed.")
     for prompt, error in list(survey.failed.items())[:5]:
         typer.echo(f"{prompt!r} failed: {error.splitlines()[0]}", err=True)
     typer.echo(f"Summary: {survey.page}")
     if survey.failed:
-        typer.echo(f"{len(survey.failed)} of {len(texts)} prompts failed. Try them again with\n  {command}", err=True)
+        failed = f"{len(survey.failed)} of {number_of(len(texts), 'prompt')} failed"
+        typer.echo(f"{failed}. Try {'it' if len(survey.failed) == 1 else 'them'} again with\n  {command}", err=True)
         raise typer.Exit(1)

@@ -10,7 +10,7 @@ from elakit.diagnosis.data import DiagnosisData, Outcome, explains
 from elakit.diagnosis.measures import measure_table
 from elakit.diagnosis.remedies import RemedyResult, bleed
 from elakit.guidance import method_title
-from elakit.numbering import step_name
+from elakit.numbering import plural, step_name
 
 # Number of failures and causes in the summary; the report lists all.
 MOST = 3
@@ -56,11 +56,6 @@ def statements(diagnosis: DiagnosisData) -> dict[str, list[str]]:
         "attention": _attention(diagnosis),
         "uncertainty": _uncertainty(diagnosis),
     }
-
-
-def plural(word: str, count: int) -> str:
-    """The word for a count: with an s, unless the count is 1."""
-    return word if count == 1 else f"{word}s"
 
 
 def layer_name(name: str) -> str:

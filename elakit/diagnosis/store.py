@@ -98,7 +98,7 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(
-            f"{folder} contains no finished diagnosis ({clause(error)}). Give a folder written by `found.save(...)` or "
+            f"{folder} contains no finished diagnosis ({clause(error)}). Give a folder written by `Diagnosis.save` or "
             "`elakit diagnose --keep`. To resume an interrupted diagnosis, run it again with the same folder."
         ) from error
 

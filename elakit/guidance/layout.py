@@ -10,6 +10,7 @@ import numpy as np
 
 from elakit.errors import SettingError
 from elakit.measures.masks import downscale
+from elakit.numbering import number_of
 
 Box = tuple[float, float, float, float]
 Region = Box | np.ndarray
@@ -135,8 +136,8 @@ def layout_masks(layout: Layout, size: tuple[int, int], entities: int, *, trunca
     """
     if len(layout) != entities:
         raise SettingError(
-            f"The layout has {len(layout)} regions, but the prompt has {entities} entities. Give one region per "
-            "entity, in the order of the prompt."
+            f"The layout has {number_of(len(layout), 'region')}, but the prompt has {number_of(entities, 'entity')}. "
+            "Give one region per entity, in the order of the prompt."
         )
     if isinstance(layout, np.ndarray):
         return downscale(layout, size)

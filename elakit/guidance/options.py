@@ -30,7 +30,7 @@ def check_acts(method: Any, cause: str, *options: str) -> None:
     defaults = {each.name: each.default for each in fields(method)}
     for option in options:
         if getattr(method, option) != defaults[option]:
-            refuse(method, option, f"left out with {cause}, which gives it no effect")
+            refuse(method, option, f"left out, because it has no effect with {cause}")
 
 
 def check_numbers(method: Any, *options: str) -> None:
@@ -85,7 +85,9 @@ def check_refine(method: Any, goal: str) -> None:
         if not (is_number(share, most=1) and is_number(least) and checks.is_whole(most) and most >= 0):
             refuse(method, "refine", rule)
     if len({share for share, _, _ in entries}) < len(entries):
-        refuse(method, "refine", "a sequence that names each share of the steps once")
+        example = "such as ((0.0, 0.05, 20), (0.2, 0.1, 20))"
+        refuse(method, "refine", f"a sequence of (share of the steps, {goal}, largest number of updates) in which no "
+               f"share occurs twice, {example}")  # fmt: skip
     object.__setattr__(method, "refine", entries)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from elakit.english import ARTICLES
 from elakit.errors import PromptError, SettingError
 from elakit.models import Adapter, Conditioning
+from elakit.numbering import number_of
 from elakit.prompt import Entity, Prompt, parse
 from elakit.tokens import split_words
 
@@ -137,7 +138,7 @@ def _phrase(adapter: Adapter, prompt: Prompt, entity: Entity) -> Phrase:
     own = tuple(token.index for token in alone.tokens)
     if len(own) != len(positions):
         raise PromptError(
-            f"{text!r} has {len(own)} tokens when it is encoded alone, but {len(positions)} in the prompt "
+            f"{text!r} has {number_of(len(own), 'token')} when it is encoded alone, but {len(positions)} in the prompt "
             f"{prompt.text!r}; the numbers must be equal. Put spaces around the words of this entity."
         )
     inputs = adapter.encode(alone.text, guided=False).inputs

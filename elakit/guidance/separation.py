@@ -63,7 +63,7 @@ class Separation:
         if real_number(self.temperature, "temperature", 0, **own) == 0:
             refuse(self.temperature, "temperature", "a finite number above 0", **own)
         if self.step_size == 0 and self.temperature != TEMPERATURE:
-            refuse(self.temperature, "temperature", "left out with step_size=0, which gives it no effect", **own)
+            refuse(self.temperature, "temperature", "left out, because it has no effect with step_size=0", **own)
 
     def plan(self, steps: int) -> list[Update]:
         """Updates of the first `steps` steps of a run, all of the same size."""

@@ -131,10 +131,17 @@ class Trace:
             isinstance(row, dict) and {"step", "skipped"} <= set(row) for row in rows
         )
         named = isinstance(entities, list) and all(isinstance(entity, str) for entity in entities)
-        if not (steps and named and isinstance(method, str) and isinstance(options, dict)):
-            raise ValueError("the trace of guidance has values of the wrong type")
-        if not (isinstance(searched, list) and all(isinstance(row, dict) for row in searched)):
-            raise ValueError("the trace of guidance has values of the wrong type")
+        tried = isinstance(searched, list) and all(isinstance(row, dict) for row in searched)
+        rules = {
+            "method": ("text", isinstance(method, str)),
+            "options": ("an object", isinstance(options, dict)),
+            "entities": ("a list of text", named),
+            "rows": ("a list of objects with step and skipped", steps),
+            "searched": ("a list of objects", tried),
+        }
+        for name, (rule, fits) in rules.items():
+            if not fits:
+                raise ValueError(f"{name} of the trace of guidance is not {rule}")
         return cls(
             method=method,
             options=options,

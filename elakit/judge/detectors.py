@@ -25,6 +25,7 @@ from elakit.errors import ModelError, PromptError, SettingError
 from elakit.judge.color import name_color
 from elakit.judge.things import Detector, Thing
 from elakit.models import HUB_ID, device_named, first_line
+from elakit.numbering import number_of
 
 __all__ = ["ClipSegSegmenter", "GroundingDinoDetector", "OwlDetector", "Sam", "load_detector", "mark_coinciding"]
 
@@ -203,9 +204,10 @@ class GroundingDinoDetector:
         inputs = self.processor(images=rgb, text=text, return_tensors="pt")
         spans = self._spans(inputs["input_ids"][0].tolist())
         if len(inputs["input_ids"][0]) > self.model.config.max_text_len:
+            remedy = "Shorten the noun." if len(asked) == 1 else "Divide the nouns among several calls."
             raise SettingError(
-                f"{len(asked)} nouns have {len(inputs['input_ids'][0])} tokens; the detector reads at most "
-                f"{self.model.config.max_text_len}. Split the nouns over several calls."
+                f"nouns: {number_of(len(asked), 'noun')} with {len(inputs['input_ids'][0])} tokens; the detector reads "
+                f"at most {self.model.config.max_text_len}. {remedy}"
             )
         outputs = self.model(**_ready(inputs, self.model))
         tokens = outputs.logits[0].float().sigmoid()  # (box, token)

@@ -33,6 +33,7 @@ from PIL import Image
 from elakit import checks
 from elakit.errors import OutputError, SettingError, clause
 from elakit.files import read_json, read_text
+from elakit.numbering import number_of
 from elakit.world.vocabulary import NOUNS
 
 if TYPE_CHECKING:
@@ -202,8 +203,8 @@ def read_rows(path: Path, columns: tuple[str, ...] = COLUMNS, hint: str = _WRITE
     for line, values in table[1:]:
         if len(values) != len(columns):
             raise SettingError(
-                f"{path}, line {line}: {len(values)} values ({', '.join(map(repr, values[:20]))}); there must be "
-                f"{len(columns)}, one for each of {', '.join(columns)}. Correct the line."
+                f"{path}, line {line} has {number_of(len(values), 'value')} ({', '.join(map(repr, values[:20]))}); it "
+                f"must have {len(columns)}, one for each of {', '.join(columns)}. Correct the line."
             )
         cells = {name: value.strip() for name, value in zip(columns, values, strict=True)}
         number = _number(cells["image"], f"{path}, line {line}: image")
@@ -368,7 +369,7 @@ def read_images(folder: Path) -> list[LabeledImage]:
     for number, row in rows.items():
         where = f"{path}, line {row.line}"
         if number not in key:
-            known = f"one of the {len(key)} images in {folder / 'key.json'}"
+            known = f"the number of an image in {folder / 'key.json'}"
             checks.refuse(number, f"{where}: image", known, hint="Correct the number, or delete the row.")
         prompt = key[number]["prompt"]
         nouns = named_nouns(prompt)
@@ -380,9 +381,10 @@ def read_images(folder: Path) -> list[LabeledImage]:
                 hint=f"Delete the image's row in {path}.",
             )
         if len(nouns) != len(row.label.nameable):
+            labeled = number_of(len(row.label.nameable), "entity")
             raise SettingError(
-                f"{where}: {len(row.label.nameable)} entities are labeled, but the prompt {prompt!r} has {len(nouns)}. "
-                "Correct the row: the columns of the second entity are empty for single things."
+                f"{where} has labels of {labeled}, but the prompt {prompt!r} has {len(nouns)}. Correct the row: leave "
+                f"{COLUMNS[3]} and {COLUMNS[4]} empty if the prompt has one entity, and fill them in if it has two."
             )
         image = find_image(folder, number)
         if image is None:

@@ -15,6 +15,7 @@ import xarray as xr
 
 from elakit.checks import is_whole
 from elakit.errors import SettingError, clause
+from elakit.numbering import number_of
 
 __all__ = [
     "area_mean",
@@ -65,7 +66,7 @@ def as_array(values: Any, name: str) -> np.ndarray:
     >>> as_array([0.5, float("nan")], "maps")
     Traceback (most recent call last):
     ...
-    elakit.errors.SettingError: maps: 1 of 2 values are NaN or infinite; all must be finite ...
+    elakit.errors.SettingError: maps: 1 of 2 values is NaN or infinite; all must be finite ...
     """
     if isinstance(values, xr.DataArray):
         values = _named(values, name)
@@ -74,8 +75,8 @@ def as_array(values: Any, name: str) -> np.ndarray:
     parts = values if isinstance(values, list | tuple) else [values]
     if masked := sum(int(np.ma.getmaskarray(part).sum()) for part in parts if isinstance(part, np.ma.MaskedArray)):
         raise SettingError(
-            f"{name}: {masked} values are masked, and measures cannot skip them; "
-            "fill them first, for instance with values.filled(0)."
+            f"{name}: {number_of(masked, 'value')} {'is' if masked == 1 else 'are'} masked, and measures cannot skip "
+            "masked values; fill them first, for instance with values.filled(0)."
         )
     try:
         array = np.array(values, dtype=np.float64)
@@ -83,8 +84,8 @@ def as_array(values: Any, name: str) -> np.ndarray:
         raise SettingError(f"{name} cannot be read as an array of numbers: {clause(error)}.") from None
     if bad := int((~np.isfinite(array)).sum()):
         raise SettingError(
-            f"{name}: {bad} of {array.size} values are NaN or infinite; all must be finite"
-            " (half precision may have overflowed: try dtype float32)."
+            f"{name}: {bad} of {number_of(array.size, 'value')} {'is' if bad == 1 else 'are'} NaN or infinite; all "
+            "must be finite (half precision may have overflowed: try dtype float32)."
         )
     if array.size and array.min() < 0:
         raise SettingError(
@@ -134,7 +135,8 @@ def broadcast(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         a, b = np.broadcast_arrays(a, b)
     except ValueError:
         raise SettingError(
-            f"leading dimensions {a.shape[:-2]} and {b.shape[:-2]} do not match: each must be the same in both, or 1."
+            f"The leading dimensions of two arrays must match, not {a.shape[:-2]} and {b.shape[:-2]}. Give each "
+            "dimension the same length in both arrays, or the length 1 in one of them."
         ) from None
     return a, b
 
@@ -210,7 +212,7 @@ def area_mean(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if 0 in values.shape[-2:]:
         raise SettingError(f"masks have shape {values.shape}; the shape must be (..., y, x) with at least one pixel.")
     if len(size) != 2 or not all(is_whole(side) and side >= 1 for side in size):
-        raise SettingError(f"size={size!r}; give rows and columns, whole numbers of at least 1.")
+        raise SettingError(f"size={size!r}; give rows and columns, two whole numbers, 1 or more.")
     down, across = (_shared_lengths(old, int(new)) for old, new in zip(values.shape[-2:], size, strict=True))
     # Whole numbers up to the division, so that exactly half stays half.
     total: np.ndarray = down @ values.astype(np.float64) @ across.T

@@ -16,6 +16,7 @@ from elakit.errors import SettingError
 from elakit.measures.arrays import area_mean, as_array, as_masks, distribution, same_size
 from elakit.measures.masks import check_disjoint
 from elakit.measures.overlap import ruzicka
+from elakit.numbering import an_index, number_of
 
 __all__ = ["Binding", "attribute_overlap", "binding", "bleed", "intrusion", "leakage", "spill", "truth_leakage"]
 
@@ -247,7 +248,7 @@ def binding(attributes: Any, entities: Any, owners: Sequence[int]) -> Binding:
     -1.0
     """
     overlap = attribute_overlap(attributes, entities)
-    index = _owners(owners, *overlap.shape[-2:])
+    index = _owners(("owners", "attribute", "entity"), owners, *overlap.shape[-2:])
     own = overlap[..., np.arange(len(index)), index]
     others = np.where(np.arange(overlap.shape[-1]) == index[:, None], 0.0, overlap)
     other = others.max(axis=-1)
@@ -315,18 +316,19 @@ def _own(matrix: Any, own: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray
     if own is None:
         if rows != columns - 1:
             raise SettingError(
-                f"The matrix has {rows} rows and {columns - 1} regions, so the own region of a row is not known. Give "
-                "the index of each row's region, own=[...]."
+                f"The matrix has {number_of(rows, 'row')} and {number_of(columns - 1, 'region')}, so it is not known "
+                "which region is a row's own. Give the index of each row's region, own=[...]."
             )
         return values, np.arange(rows)
-    return values, _owners(own, rows, columns - 1)
+    return values, _owners(("own", "row", "region"), own, rows, columns - 1)
 
 
-def _owners(owners: Sequence[int], rows: int, count: int) -> np.ndarray:
+def _owners(names: tuple[str, str, str], owners: Sequence[int], rows: int, count: int) -> np.ndarray:
     index = np.asarray(owners)
     if index.shape != (rows,) or index.dtype.kind not in "iu" or ((index < 0) | (index >= count)).any():
+        name, row, owner = names
         raise SettingError(
-            f"owners {list(owners)} do not fit: give {rows} indices from 0 to {count - 1}, one per row, of the entity "
-            "or region that the row belongs to."
+            f"{name}={list(owners)}: give the index of each {row}'s {owner}: a list of length {rows} with "
+            f"{an_index(count)} for each {row}."
         )
     return index

@@ -9,6 +9,7 @@ from skimage.filters import threshold_otsu
 
 from elakit.errors import SettingError
 from elakit.measures.arrays import area_mean, as_array, as_masks
+from elakit.numbering import number_of
 
 __all__ = ["bounding_box", "check_disjoint", "coverage", "downscale", "is_constant", "otsu_masks", "otsu_thresholds"]
 
@@ -68,8 +69,8 @@ def check_disjoint(masks: np.ndarray) -> None:
     """Raise SettingError if two of the masks (..., region, y, x) overlap."""
     if shared := int((masks.sum(axis=-3) > 1).sum()):
         raise SettingError(
-            f"{shared} locations belong to more than one region; regions must be disjoint. Assign each location to one "
-            "region at most."
+            f"{number_of(shared, 'location')} {'belongs' if shared == 1 else 'belong'} to more than one region; "
+            "regions must be disjoint. Assign each location to one region at most."
         )
 
 

@@ -13,12 +13,18 @@ from PIL import Image
 from torch import nn
 
 from elakit.errors import ModelError
+from elakit.numbering import number_of
 from elakit.pipeline import Pipeline, SupportedPipeline
 from elakit.tokens import TextSequence
 
 Place = Literal["down", "mid", "up", "double", "single", "block"]
 Kind = Literal["cross", "joint", "single"]
 Grid = Callable[[Sequence[Any], Mapping[str, Any]], tuple[int, int]]
+# Next step in the errors of `self_layers`.
+WITHOUT_SELF = (
+    "Leave out RecordSpec(self_attention=...), or guide with a method that reads no self-attention, such as "
+    "elakit.ELA()."
+)
 
 
 def argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
@@ -149,9 +155,10 @@ def stacked_rows(pipe: Pipeline, batch: int, guided: bool) -> slice:
     parts = 1 + guided + bool(getattr(pipe, "do_perturbed_attention_guidance", False))
     if batch % parts:
         raise ModelError(
-            f"The denoiser was called with {batch} rows, which cannot be divided into the {parts} passes of equal size "
-            f"that {type(pipe).__name__} stacks in one batch at its current guidance scale. If your own code makes "
-            "this call, make it inside `with elakit.attention.paused(pipe):`."
+            f"The denoiser was called with {number_of(batch, 'row')}, but {type(pipe).__name__} stacks {parts} passes "
+            f"in one batch at its current guidance scale, so the number of rows must be a multiple of {parts}. If your "
+            "own code makes this call, make it inside `with elakit.attention.paused(pipe):`; otherwise report this "
+            "error."
         )
     images = batch // parts
     return slice(guided * images, (guided + 1) * images)

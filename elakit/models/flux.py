@@ -127,10 +127,11 @@ class Flux(SeparateNegative):
             rows, columns = (generated[:, 1:3].amax(0) + 1).int().tolist()
             patches = argument(args, kwargs, 0, "hidden_states").shape[1]
             if rows * columns != len(generated) or patches != len(flat):
+                of_all = f"{len(flat)} positions for {patches} image patches"
+                of_one = f"{len(generated)} positions for an image of {rows} x {columns} patches"
                 raise ModelError(
-                    f"The transformer was called with {patches} image patches, but img_ids has {len(flat)} positions, "
-                    f"{len(generated)} of them for an image of {rows} x {columns} patches. Call the pipeline with one "
-                    "image size."
+                    f"img_ids has {of_one if patches == len(flat) else of_all}; each patch must have one position. "
+                    "Call the pipeline instead of its transformer, with one height and width for all images."
                 )
             self._seen = ids, (rows, columns)
         return self._seen[1]

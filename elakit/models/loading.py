@@ -20,6 +20,7 @@ from elakit.models.dispatch import adapter_for, refuse_index
 from elakit.models.embedded import EMBEDDED
 from elakit.models.library import import_diffusers
 from elakit.models.source import first_line, locate, read_index, unavailable
+from elakit.numbering import number_of, plural
 from elakit.pipeline import Pipeline
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -82,8 +83,8 @@ def load(
     device = device_named(device)
     if variant is not None and (not isinstance(variant, str) or not variant.replace("_", "").isalnum()):
         raise SettingError(
-            f"variant={variant!r}: give the part of the names of the weight files that states the variant (letters, "
-            "digits and underscores), such as 'fp16' for model.fp16.safetensors, or None."
+            f"variant={variant!r}: give the name of the variant as in the names of the weight files, such as 'fp16' "
+            "for model.fp16.safetensors (letters, digits and underscores only), or None."
         )
     source = locate(name)
     embedded = str(name) in EMBEDDED
@@ -291,8 +292,7 @@ def _component(name: str, part: str, kind: Any, folder: Path, dtype: torch.dtype
         found = sorted(key for key in keys if not key.endswith(_COMPUTED))
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            plural = "weight" if len(found) == 1 else "weights"
-            faults.append(f"{len(found)} {plural} {what} ({', '.join(found[:3])}{more})")
+            faults.append(f"{number_of(len(found), 'weight')} {what} ({', '.join(found[:3])}{more})")
     if faults:
         raise ModelError(
             f"The {part} of model {name!r} ({kind.__name__}) does not fit its files: {'; '.join(faults)}. Download or "
@@ -320,7 +320,7 @@ def _variants(folder: Path, variant: str | None) -> str:
     names = [path.name.removesuffix(".safetensors").split(".") for path in folder.glob("*/*.safetensors")]
     known = sorted({parts[1].split("-")[0] for parts in names if len(parts) > 1})
     if known and variant not in known:
-        return f"Its folder has the variants {', '.join(known)}: pass variant={known[0]!r}. "
+        return f"Its folder has the {plural('variant', len(known))} {', '.join(known)}: pass variant={known[0]!r}. "
     return ""
 
 

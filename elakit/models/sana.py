@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from elakit.errors import ModelError, PromptError
-from elakit.models.adapter import AttentionLayer, Call, Conditioning, Layout, argument, call_default
+from elakit.models.adapter import WITHOUT_SELF, AttentionLayer, Call, Conditioning, Layout, argument, call_default
 from elakit.models.encoding import PromptInput
 from elakit.models.passes import Float32Latents
 from elakit.tokens import TextSequence
@@ -105,7 +105,4 @@ class Sana(Float32Latents):
 
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
         """Raise a `ModelError`: self-attention of Sana is linear and has no probabilities."""
-        raise ModelError(
-            f"{self.family} has linear self-attention, which has no attention maps. Leave out the option or method "
-            "that reads self-attention."
-        )
+        raise ModelError(f"{self.family} has linear self-attention, which has no attention maps. {WITHOUT_SELF}")

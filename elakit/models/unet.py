@@ -13,6 +13,7 @@ from torch import nn
 from elakit.checks import is_whole
 from elakit.errors import ModelError, SettingError
 from elakit.models.adapter import (
+    WITHOUT_SELF,
     AttentionLayer,
     Call,
     Conditioning,
@@ -285,10 +286,7 @@ def self_layer(denoiser: nn.Module, beside: AttentionLayer) -> AttentionLayer:
     except AttributeError:
         module = None
     if not is_a(module, "Attention") or module.is_cross_attention:
-        raise ModelError(
-            f"There is no self-attention layer in the block of {beside.name}. Leave out the option or method that "
-            "reads self-attention."
-        )
+        raise ModelError(f"There is no self-attention layer in the block of {beside.name}. {WITHOUT_SELF}")
     return replace(beside, name=name, heads=module.heads, module=module, reads="image")
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from elakit.errors import ModelError
-from elakit.models.adapter import AttentionLayer, Call, argument, call_default
+from elakit.models.adapter import WITHOUT_SELF, AttentionLayer, Call, argument, call_default
 from elakit.models.transformer import TransformerAdapter
 from elakit.models.unet import check_sides
 from elakit.pipeline import TransformerPipeline
@@ -39,8 +39,8 @@ class VideoAdapter(TransformerAdapter):
     def _refusal_of_relative(cls, pipeline: str) -> str | None:
         if pipeline not in cls.pipelines:
             return (
-                f"it takes more than a text prompt, and of the pipelines of {cls.family} only "
-                f"{', '.join(cls.pipelines)} is supported"
+                f"it takes more than a text prompt, and {cls.family} is supported with "
+                f"{' and '.join(cls.pipelines)} only"
             )
         return None
 
@@ -88,6 +88,6 @@ class VideoAdapter(TransformerAdapter):
     def self_layers(self, beside: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
         """Raise a `ModelError`, because the self-attention of a video is among the locations of all frames."""
         raise ModelError(
-            f"The self-attention of {self.family} is among the locations of all frames, which is not supported. Leave "
-            "out the option or method that reads self-attention."
+            f"The self-attention of {self.family} is among the locations of all frames, which is not supported. "
+            f"{WITHOUT_SELF}"
         )

@@ -85,9 +85,9 @@ def agreement(
     known = run.verdict if truth is None else truth
     if known is None:
         raise SettingError(
-            "The built-in judge cannot judge this image: its model is not built in, its prompt has words that the "
-            "judge does not know, or it is black or was withheld by the safety checker. Give truth=..., a Verdict or "
-            "the entities' masks as a boolean DataArray (entity, y, x)."
+            "The built-in judge cannot judge this image. It judges images of the built-in models whose prompts have "
+            "only nouns and colors that it knows, unless the image is black or was replaced by the safety checker. "
+            "Give truth=..., a Verdict or the entities' masks as a boolean DataArray (entity, y, x)."
         )
     maps = run.entity_maps()
     frame = run.measure(known).to_frame()

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from PIL import Image
 
 from elakit.errors import SettingError
+from elakit.numbering import number_of
 from elakit.plot import style
 from elakit.plot.maps import at_step, labels_of_one_prompt, tint
 
@@ -129,7 +130,9 @@ def images(
     if not runs:
         raise SettingError("images: there is no run to show. Pass one, such as the result of elakit.generate.")
     if names is not None and len(names) != len(runs):
-        raise SettingError(f"names has {len(names)} entries for {len(runs)} runs; give one per run.")
+        raise SettingError(
+            f"names has {number_of(len(names), 'entry')} for {number_of(len(runs), 'run')}; give one per run."
+        )
     across = min(max(1, columns), len(runs))
     down = -(-len(runs) // across)
     ratio = max(run.image.height / run.image.width for run in runs)

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from elakit.errors import SettingError
-from elakit.numbering import step_number
+from elakit.numbering import plural, step_number
 from elakit.plot import style
 from elakit.plot.maps import at_step, labels_of_one_prompt
 
@@ -258,7 +258,8 @@ def _curves(run: Run, measures: Sequence[str]) -> pd.DataFrame:
     there = list(frame["measure"].unique())
     if missing := [measure for measure in measures if measure not in there]:
         raise SettingError(
-            f"measures={list(measures)}: there is no measure {', '.join(missing)}; choose from {', '.join(there)}."
+            f"measures={list(measures)}: unknown {plural('measure', len(missing))} {', '.join(missing)}; choose from "
+            f"{', '.join(there)}."
         )
     if not measures:
         raise SettingError(f"measures=[]: choose at least one of {', '.join(there)}.")

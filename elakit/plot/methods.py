@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from elakit.errors import SettingError
 from elakit.guidance import method_title
+from elakit.numbering import number_of
 from elakit.plot import style
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def method_comparison(summary: pd.DataFrame, *, panel: int | None = None, title:
     panel = panel or int((style.WIDTH - left - 24 - 28 * (len(_PANELS) - 1)) / len(_PANELS))
     made = style.Panels(
         1, len(_PANELS), width=panel, height=row * len(found), gap=(28, 0), margin=(left, 24, 44, 34),
-        title=style.escape(f"{len(found)} methods compared" if title is None else title),
+        title=style.escape(f"{number_of(len(found), 'method')} compared" if title is None else title),
         caption="Whiskers: 95% intervals over prompts. Filled dots: success differs from plain generation (p < 0.05, "
         "McNemar test with Holm's correction).",
     )  # fmt: skip

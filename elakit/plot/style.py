@@ -14,6 +14,7 @@ from elakit.checks import is_whole
 from elakit.errors import RecordingError, SettingError
 from elakit.guidance import method_title
 from elakit.measures.arrays import nearest_size
+from elakit.numbering import an_index, number_of
 
 if TYPE_CHECKING:
     from elakit.attention import Recording
@@ -89,8 +90,8 @@ def recorded(run: Run | Recording) -> Recording:
     if not hasattr(run, "recording"):
         if run.frames:
             raise RecordingError(
-                f"This is a recording of videos of {run.frames} frames, and figures show one frame. Give "
-                f"`recording.frame(0)`, or another frame up to {run.frames - 1}."
+                f"This is a recording of videos of {number_of(run.frames, 'frame')}, and figures show one frame. "
+                f"Select it with `recording.frame(...)`: give {an_index(run.frames)}."
             )
         return run
     if run.recording is None:
@@ -131,7 +132,7 @@ def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
     if not steps:
         raise SettingError("There is no complete step to show; record at least one.")
     if isinstance(wanted, bool) or (is_whole(wanted) and wanted < 1):
-        raise SettingError(f"steps={wanted!r}: give the number of steps to show, at least 1, or a list of steps.")
+        raise SettingError(f"steps={wanted!r}: give the number of steps to show, 1 or more, or a list of steps.")
     if is_whole(wanted):
         if wanted == 1:
             return steps[-1:]
@@ -144,12 +145,12 @@ def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
             "steps count from 0."
         )
     if not named:
-        raise SettingError("steps=[]: give the number of steps to show, at least 1, or a list of steps.")
+        raise SettingError("steps=[]: give the number of steps to show, 1 or more, or a list of steps.")
     return named
 
 
 def _span(steps: Sequence[int]) -> str:
-    whole = list(steps) == list(range(steps[0], steps[-1] + 1))
+    whole = len(steps) > 1 and list(steps) == list(range(steps[0], steps[-1] + 1))
     return f"{steps[0]} to {steps[-1]}" if whole else ", ".join(map(str, steps))
 
 

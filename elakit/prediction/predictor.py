@@ -12,6 +12,7 @@ import pandas as pd
 
 from elakit.errors import OutputError, SettingError, clause
 from elakit.files import read_json, write_json
+from elakit.numbering import number_of
 from elakit.pipeline_call import GuideIf, Progress
 from elakit.prediction.attention_features import FEATURES, SHARES, features
 from elakit.resources import data_path
@@ -64,14 +65,15 @@ class Predictor:
         if self.weights.shape != wanted or self.intercepts.shape != wanted[:2]:
             raise SettingError(
                 f"weights {self.weights.shape} and intercepts {self.intercepts.shape} do not match "
-                f"{wanted[0]} shares, {wanted[1]} outcomes and {wanted[2]} features. Give weights of shape {wanted} "
-                f"and intercepts of shape {wanted[:2]}."
+                f"{number_of(wanted[0], 'share')}, {number_of(wanted[1], 'outcome')} and "
+                f"{number_of(wanted[2], 'feature')}. Give weights of shape {wanted} and intercepts of shape "
+                f"{wanted[:2]}."
             )
         for name, values in (("weights", self.weights), ("intercepts", self.intercepts)):
             if bad := int((~np.isfinite(values)).sum()):
                 raise SettingError(
-                    f"{bad} of {values.size} {name} are NaN or infinite; fit the predictor again: elakit predict fit "
-                    "SWEEP."
+                    f"{bad} of {values.size} {name} {'is' if bad == 1 else 'are'} NaN or infinite; fit the predictor "
+                    "again: elakit predict fit SWEEP."
                 )
 
     def predict(self, run: Run | pd.DataFrame) -> pd.DataFrame:

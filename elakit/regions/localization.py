@@ -16,6 +16,7 @@ import xarray as xr
 from elakit import checks
 from elakit.errors import SettingError
 from elakit.measures.arrays import as_array
+from elakit.numbering import number_of
 from elakit.regions import rules
 from elakit.regions.result import Regions
 
@@ -160,7 +161,9 @@ def localize(
         raise SettingError(f"maps have shape {values.shape}: give an array (entity, y, x) that is not empty.")
     names = _names(maps, entities, len(values))
     if len(names) != len(values):
-        raise SettingError(f"{len(names)} entity labels for {len(values)} maps: give one label per map.")
+        raise SettingError(
+            f"entities has {number_of(len(names), 'entry')} for {number_of(len(values), 'map')}; give one per map."
+        )
     if binarization == "background" and sot is None:
         raise SettingError(
             'binarization="background" compares the entities\' maps with the start-of-text map: pass it as sot=..., or '
@@ -314,13 +317,14 @@ def _least_area(min_area: int | None, count: int, area: int) -> int:
     if min_area is None:
         if count > area:
             raise SettingError(
-                f"{count} entities cannot have disjoint regions on a map of {area} locations. Use larger maps."
+                f"{count} entities cannot have disjoint regions on a map of {number_of(area, 'location')}. Use larger "
+                "maps."
             )
         return min(max(1, round(FLOOR * area)), area // count)
     if min_area * count > area:
         raise SettingError(
-            f"min_area={min_area} for {count} entities needs {min_area * count} locations, but the map has {area}. "
-            f"Give at most {area // count}."
+            f"min_area={min_area} for {number_of(count, 'entity')} needs {min_area * count} locations, but the map has "
+            f"{area}. Give at most {area // count}."
         )
     return min_area
 

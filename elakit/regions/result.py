@@ -9,6 +9,7 @@ import xarray as xr
 
 from elakit.errors import SettingError
 from elakit.measures.masks import check_disjoint
+from elakit.numbering import number_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,10 @@ class Regions:
             )
         for what, values in (("floored", self.floored), ("entities", self.entities)):
             if len(values) != len(self.masks):
-                raise SettingError(f"{what} has {len(values)} entries for {len(self.masks)} masks; give one per mask.")
+                raise SettingError(
+                    f"{what} has {number_of(len(values), 'entry')} for {number_of(len(self.masks), 'mask')}; give one "
+                    "per mask."
+                )
         check_disjoint(self.masks)
 
     @property
@@ -112,7 +116,7 @@ class Regions:
     def __repr__(self) -> str:
         height, width = self.masks.shape[1:]
         parts = [
-            f"{name} {mask.sum()} location{'' if mask.sum() == 1 else 's'}{' (floor)' if floored else ''}"
+            f"{name} {number_of(mask.sum(), 'location')}{' (floor)' if floored else ''}"
             for name, mask, floored in zip(self.entities, self.masks, self.floored, strict=True)
         ]
         return f"Regions({height}x{width}: {', '.join(parts)}, background {self.background.sum()})"

@@ -29,6 +29,7 @@ from elakit.cli_options import (
     value_of,
 )
 from elakit.errors import ModelError, SettingError
+from elakit.numbering import number_of
 from elakit.seeds import parse_seeds
 
 if TYPE_CHECKING:
@@ -180,20 +181,17 @@ def run(
                 on_progress=lambda done, _: bar.update(done - bar.n),
             )
     except KeyboardInterrupt:
-        typer.echo(
-            f"Interrupted: {_kept(mine, out, keep_images)} of {total} images are in {out}. Resume with\n  {_command()}",
-            err=True,
-        )
+        typer.echo(f"Interrupted: {_stored(mine, out, keep_images, total)}. Resume with\n  {_command()}", err=True)
         raise typer.Exit(130) from None
     report = shlex.join(["elakit", "sweep", "report", str(out)])
-    typer.echo(f"{_kept(mine, out, keep_images)} of {total} images are in {out}. Summarize them with\n  {report}")
+    typer.echo(f"{_stored(mine, out, keep_images, total)}. Summarize the sweep with\n  {report}")
     if keep_images and _kept(mine, out, keep_images):
         from elakit.sweep import export_images
 
         typer.echo(f"The images and their metadata are exported to {export_images(out)}.")
     if outcome.failed:
         count, error = len(outcome.failed), next(iter(outcome.failed.values())).splitlines()[0]
-        typer.echo(f"{count} unit{'s' * (count > 1)} failed; the first error is\n  {error}", err=True)
+        typer.echo(f"{number_of(count, 'unit')} failed; the first error is\n  {error}", err=True)
         typer.echo(f"All errors are in {out / 'failed'}. Try again with\n  {_command()}", err=True)
         raise typer.Exit(1)
 
@@ -392,6 +390,11 @@ def _kept(units: Sequence[Unit], folder: Path, keep_images: bool) -> int:
     from elakit.sweep.store import finished
 
     return _images([unit for unit in units if finished(folder, unit, keep_images)])
+
+
+def _stored(units: Sequence[Unit], folder: Path, keep_images: bool, total: int) -> str:
+    kept = _kept(units, folder, keep_images)
+    return f"{kept} of {number_of(total, 'image')} {'is' if kept == 1 else 'are'} in {folder}"
 
 
 def _command() -> str:

@@ -64,8 +64,9 @@ def canonical_options(method: str, options: Mapping[str, Any]) -> str:
     """
     if method == PLAIN:
         if options:
+            are = "is" if len(options) == 1 else "are"
             raise SettingError(
-                f"plain has no options, but {', '.join(options)} is set. Set options of a method instead."
+                f"plain has no options, but {', '.join(options)} {are} set. Set options of a method instead."
             )
         return "{}"
     from elakit.guidance.metadata import build, method_options, options_of

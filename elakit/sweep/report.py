@@ -110,10 +110,12 @@ def _notes(table: pd.DataFrame, failed: int) -> list[str]:
     if failed:
         notes.append(f"{failed} failed {'unit is' if failed == 1 else 'units are'} not included. Run the sweep again.")
     if blocked := int(table["blocked"].fillna(False).sum()):
-        notes.append(f"The safety checker replaced {blocked} of {len(table)} images. They are not judged.")
+        they = "It is" if blocked == 1 else "They are"
+        notes.append(f"The safety checker replaced {blocked} of {len(table)} images. {they} not judged.")
     unjudged = int(table["success"].isna().sum()) - blocked
     if unjudged:
-        notes.append(f"{unjudged} of {len(table)} images were not judged: pass --detector to judge them.")
+        were, them = ("was", "it") if unjudged == 1 else ("were", "them")
+        notes.append(f"{unjudged} of {len(table)} images {were} not judged: pass --detector to judge {them}.")
     return notes
 
 

@@ -18,6 +18,7 @@ import pyarrow.parquet
 
 from elakit.errors import OutputError, SettingError, clause
 from elakit.files import read_json, write_file, write_json
+from elakit.numbering import number_of, plural
 from elakit.prompt import Prompt
 from elakit.sweep.units import OPTIONAL, Unit
 
@@ -96,9 +97,11 @@ def table(folder: str | Path, scores: bool = True) -> pd.DataFrame:
         except (pa.ArrowException, OSError, ValueError) as error:
             broken[path.name] = (str(error).splitlines() or [""])[0]
     if broken:
+        named = ", ".join(f"{name} ({reason})" for name, reason in broken.items())
         raise OutputError(
-            f"{len(broken)} of {len(paths)} units in {folder / 'units'} cannot be read: {', '.join(broken)} "
-            f"({next(iter(broken.values()))}). Delete these files and run the sweep again to generate the units again."
+            f"{len(broken)} of {number_of(len(paths), 'unit')} in {folder / 'units'} cannot be read: {named}. Delete "
+            f"{'this file' if len(broken) == 1 else 'these files'} and run the sweep again to generate the "
+            f"{plural('unit', len(broken))} again."
         )
     kinds = {_INTEGER: pd.Int64Dtype(), _BOOLEAN: pd.BooleanDtype()}
     frame: pd.DataFrame = pa.concat_tables(tables).to_pandas(types_mapper=kinds.get)

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from elakit.errors import SettingError
+from elakit.numbering import plural
 from elakit.resources import data_path
 
 ARTISTS = ("fluent-3d", "fluent-flat", "noto", "noto-v1", "own")
@@ -91,7 +92,7 @@ def drawings(noun: str, artists: tuple[str, ...] = ARTISTS) -> tuple[Drawing, ..
         raise SettingError(f"picture-world has no drawing of {noun!r}. Its nouns: {', '.join(index)}.")
     if unknown := set(artists) - set(ARTISTS):
         named = ", ".join(map(repr, sorted(unknown)))
-        raise SettingError(f"Unknown artist {named}. Choose from {', '.join(ARTISTS)}.")
+        raise SettingError(f"Unknown {plural('artist', len(unknown))} {named}. Choose from {', '.join(ARTISTS)}.")
     every = tuple(_drawing(noun, row) for row in index[noun])
     return tuple(d for d in every if d.artist in artists) or every
 

@@ -19,6 +19,7 @@ from scipy.ndimage import binary_dilation
 from elakit import checks
 from elakit.errors import SettingError
 from elakit.measures.masks import bounding_box
+from elakit.numbering import plural
 from elakit.world.art import ARTISTS, VIEWS, Drawing, drawings, rasterize
 from elakit.world.backgrounds import KINDS, background
 from elakit.world.layouts import (
@@ -213,8 +214,9 @@ class World:
         shares = self.entities
         if not 1 <= len(shares) <= MOST_ENTITIES or not abs(sum(shares) - 1) <= 1e-6 or min(shares) < 0:
             raise SettingError(
-                f"entities is {list(shares)}; give the shares of scenes with one, two, ... entities, one to "
-                f"{MOST_ENTITIES} numbers from 0 to 1 that add up to 1, such as [0.4, 0.4, 0.15, 0.05]."
+                f"entities is {list(shares)}; give one to {MOST_ENTITIES} numbers from 0 to 1 that add up to 1: the "
+                "share of scenes with one entity, the share with two entities, and so on, such as "
+                "[0.4, 0.4, 0.15, 0.05]."
             )
         if len(self.single_sizes) != 2 or not 0 < self.single_sizes[0] <= self.single_sizes[1] <= 1:
             raise SettingError(
@@ -232,7 +234,9 @@ class World:
                 checks.choice(one, setting, allowed, owner="World")
         if unknown := set(self.layouts) - set(PAIR_LAYOUTS):
             named = ", ".join(map(repr, sorted(unknown)))
-            raise SettingError(f"Unknown layout {named} in layouts. Choose from {', '.join(PAIR_LAYOUTS)}.")
+            raise SettingError(
+                f"Unknown {plural('layout', len(unknown))} {named} in layouts. Choose from {', '.join(PAIR_LAYOUTS)}."
+            )
         values = list(self.layouts.values())
         if not abs(sum(values) - 1) <= 1e-6 or min(values) < 0 or max(values) > LARGEST_LAYOUT:
             raise SettingError(

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates, zoom
 
 from elakit.errors import SettingError
+from elakit.numbering import plural
 from elakit.world.backgrounds import background
 from elakit.world.layouts import Place, posed
 from elakit.world.scenes import World, blend, mean_color, sample_subjects, sprite_layer, sprite_of
@@ -72,7 +73,9 @@ def sample_spoiled(world: World, rng: np.random.Generator, kinds: tuple[str, ...
     """
     if unknown := set(kinds) - set(KINDS):
         named = ", ".join(map(repr, sorted(unknown)))
-        raise SettingError(f"Unknown kind of unrecognizable shape {named}. Choose from {', '.join(KINDS)}.")
+        raise SettingError(
+            f"Unknown {plural('kind', len(unknown))} of unrecognizable shape {named}. Choose from {', '.join(KINDS)}."
+        )
     kind, beside = str(rng.choice(kinds)), bool(rng.random() < 0.5)
     subjects = sample_subjects(World(entities=(0, 1), held_out=0, natural=world.natural), rng)[: 1 + beside]
     sprites = [sprite_of(subject, world, rng) for subject in subjects]

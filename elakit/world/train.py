@@ -15,6 +15,7 @@ import typer
 from elakit.cli_options import Device, one_line_errors
 from elakit.errors import SettingError
 from elakit.models import device_named
+from elakit.numbering import number_of
 from elakit.world.training.autoencoder import psnr, train_autoencoder, train_decoder
 from elakit.world.training.config import Config, read_config
 from elakit.world.training.data import cached_crowds, compose_scenes
@@ -56,8 +57,9 @@ def main(
     """
     stages = set(STAGES if stage == "all" else stage.split(","))
     if unknown := stages - set(STAGES):
+        kind = "is not a stage" if len(unknown) == 1 else "are not stages"
         raise typer.BadParameter(
-            f"{', '.join(sorted(unknown))} is not a stage; choose from {', '.join(STAGES)}, all.", param_hint="--stage"
+            f"{', '.join(sorted(unknown))} {kind}; choose from {', '.join(STAGES)}, all.", param_hint="--stage"
         )
     settings = read_config(config)
     devices = process_devices(device, processes)
@@ -117,8 +119,8 @@ def process_devices(device: str | None, processes: int) -> tuple[torch.device, .
     free = torch.cuda.device_count() if chosen == torch.device("cuda") else 1
     if processes > free:
         raise SettingError(
-            f"--processes {processes}: each process needs a GPU of its own, and --device {chosen} gives {free}. Use "
-            f"--processes {free}, or --device cpu."
+            f"--processes {processes}: each process needs a GPU of its own, and --device {chosen} gives "
+            f"{number_of(free, 'GPU')}. Use --processes {free}, or --device cpu."
         )
     return tuple(torch.device("cuda", rank) for rank in range(processes))
 

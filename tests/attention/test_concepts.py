@@ -122,7 +122,7 @@ def test_what_cannot_be_mapped_is_refused() -> None:
         draw(pipe)
     with pytest.raises(RecordingError, match="recorded maps: 8x8, 4x4"):
         found.maps(size=16)
-    with pytest.raises(RecordingError, match="Image 3 was not recorded"):
+    with pytest.raises(RecordingError, match="image=3 was not recorded; give index 0, the only one"):
         found.maps(image=3)
 
 

@@ -200,7 +200,7 @@ def test_layers_and_heads_of_self_attention_are_selected(pipe: Any, prompt: Prom
     np.testing.assert_allclose(mean.maps("car", refine=1, size=8), whole.maps("car", refine=1, size=8), atol=1e-5)
     with pytest.raises(RecordingError, match="No layer matches 'mid'"):
         whole.self_attention("mid")
-    with pytest.raises(RecordingError, match="No head 5"):
+    with pytest.raises(RecordingError, match="head=5 was not recorded"):
         whole.self_attention(head=5)
     for wrong in ({"size": 0}, {"size": 8, "heads": []}, {"size": 8, "each_layer": 1}):
         with pytest.raises(SettingError):

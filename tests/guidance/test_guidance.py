@@ -188,7 +188,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(monkeypatch: pytes
 
     monkeypatch.setattr("elakit.guidance.engine.gradient", broken)
     plain = generate(pipe, PAIR, seed=2, steps=4, progress=False)
-    with pytest.warns(UserWarning, match="not guided.* ela's loss was NaN or infinite: 2 of seed 2"):
+    with pytest.warns(UserWarning, match="not guided.* ela's loss was NaN or infinite: 2 steps of seed 2"):
         ela = generate(
             pipe, PAIR, seed=2, steps=4, guidance=ELA(anchor=LatentStep(guided=0.5), separate=OFF), progress=False
         )
@@ -257,7 +257,7 @@ def test_a_misspelled_option_is_refused() -> None:
 def test_a_run_too_short_for_a_method_is_reported(method: Any) -> None:
     """Distilled models take one step, where most methods guide none."""
     pipe = tiny_pipeline()
-    with pytest.warns(UserWarning, match=f"{method.name} acts at none of the 1 steps"):
+    with pytest.warns(UserWarning, match=f"{method.name} acts at no step of this run \\(1 step, 2 entities\\)"):
         generate(pipe, PAIR, steps=1, guidance=method, record=False, progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -401,7 +401,7 @@ def test_a_layout_that_is_none_is_refused_with_an_example(layout: Any, part: str
 
 
 def test_a_layout_needs_a_region_for_each_entity() -> None:
-    with pytest.raises(SettingError, match="1 regions, but the prompt has 2 entities"):
+    with pytest.raises(SettingError, match="1 region, but the prompt has 2 entities"):
         generate(tiny_pipeline(), PAIR, steps=2, guidance=ELA(regions=[(0, 0, 1, 1)]), progress=False)
 
 

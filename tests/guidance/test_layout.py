@@ -17,5 +17,5 @@ from elakit.guidance import BoxDiff, LayoutGuidance
 def test_a_layout_has_to_be_given_and_to_fit_the_prompt(kind: Any) -> None:
     with pytest.raises(TypeError, match="regions"):
         kind()
-    with pytest.raises(SettingError, match="1 regions, but the prompt has 2 entities"):
+    with pytest.raises(SettingError, match="1 region, but the prompt has 2 entities"):
         generate(tiny_pipeline(), PAIR, steps=2, guidance=kind(HALVES[:1], guided=1), record=False, progress=False)

@@ -57,7 +57,7 @@ def test_masks_and_boxes_may_be_mixed(pipe: Any, prompt: Prompt) -> None:
     assert halves(run.guidance.regions.values[0]) == (True, True)
     with pytest.raises(SettingError, match="mask 0 is empty"):
         ELA(regions=[~(mask | True), RIGHT])
-    with pytest.raises(SettingError, match="1 regions, but the prompt has 2 entities"):
+    with pytest.raises(SettingError, match="1 region, but the prompt has 2 entities"):
         draw(pipe, prompt, ELA(regions=[None]))
 
 

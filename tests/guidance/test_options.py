@@ -51,7 +51,7 @@ def test_step_sizes_and_guided_shares_out_of_range_are_named(name: str, option: 
         ("attend-and-excite", {"refine": ((0.0, 0.05),)}, "refine=.*largest attention to reach"),
         ("attend-and-excite", {"refine": ((2.0, 0.05, 20),)}, "refine=.*share of the steps"),
         ("attend-and-excite", {"refine": ((0.0, 0.05, 2.5),)}, "refine=.*largest number of updates"),
-        ("attend-and-excite", {"refine": ((0.0, 0.05, 20), (0.0, 0.5, 20))}, "refine=.*once"),
+        ("attend-and-excite", {"refine": ((0.0, 0.05, 20), (0.0, 0.5, 20))}, "refine=.*no share occurs twice"),
         ("attention-regulation", {"iterations": 0}, "iterations=0"),
         ("attention-regulation", {"memory": 2}, "memory=2"),
         ("attention-regulation", {"decay": -1}, "decay=-1"),

@@ -111,9 +111,12 @@ def test_a_value_that_is_neither_0_nor_1_is_named_with_its_line(
         ("²,1,1,,,0,0", "line 2: image='²': must be a whole number"),
         (f"{'9' * 5000},1,1,,,0,0", "line 2: image='999"),
         (",1,1,,,0,0", "line 2: image='': must be a whole number"),
-        ("1,1,1,,,0,0,1", "line 2: 8 values ('1', '1', '1', '', '', '0', '0', '1'); there must be 7, one for each of"),
-        ("1,1,1,0,0", "line 2: 5 values ('1', '1', '1', '0', '0'); there must be 7"),
-        ("1;1;1;;;0;0", "line 2: 1 values ('1;1;1;;;0;0'); there must be 7"),
+        (
+            "1,1,1,,,0,0,1",
+            "line 2 has 8 values ('1', '1', '1', '', '', '0', '0', '1'); it must have 7, one for each of",
+        ),
+        ("1,1,1,0,0", "line 2 has 5 values ('1', '1', '1', '0', '0'); it must have 7"),
+        ("1;1;1;;;0;0", "line 2 has 1 value ('1;1;1;;;0;0'); it must have 7"),
         ('1,1,"1,,,0,0', "line 2: unexpected end of data; the file must be CSV with commas. Correct the line."),
         (
             "1,1,1,1,1,0,0\n2,1,1,,,0,0\n01,1,1,1,1,0,0",
@@ -197,11 +200,11 @@ def test_labeled_images_have_their_file_and_their_prompt(tmp_path: Path) -> None
         (
             "a cat",
             "3,1,1,,,0,0",
-            r"labels.csv, line 2: image=3: must be one of the 2 images in .*key.json. Corr",
+            r"labels.csv, line 2: image=3: must be the number of an image in .*key.json. Corr",
         ),
         ("a cat", "2,1,1,,,0,0", r"labels.csv, line 2: .*images has no image 2; its name must be 0002.png, .*Restore"),
-        ("a cat", "1,1,1,0,0,0,0", "line 2: 2 entities are labeled, but the prompt 'a cat' has 1. Correct the row"),
-        ("a cat and a bowl", "1,1,1,,,0,0", "line 2: 1 entities are labeled, but .* has 2. Correct the row"),
+        ("a cat", "1,1,1,0,0,0,0", "line 2 has labels of 2 entities, but the prompt 'a cat' has 1. Correct the row"),
+        ("a cat and a bowl", "1,1,1,,,0,0", "line 2 has labels of 1 entity, but .* has 2. Correct the row"),
         ("a zebra", "1,1,1,,,0,0", "key.json, image 1, prompt 'a zebra': noun='zebra': must be one of 'cat', .*Delete"),
     ],
 )

@@ -147,7 +147,7 @@ def test_special_tokens_have_short_headings_in_narrow_columns(plain: Run) -> Non
     ("options", "error", "said"),
     [
         ({"scale": "row"}, SettingError, "'token', 'all' or 'map'"),
-        ({"steps": 0}, SettingError, "at least 1"),
+        ({"steps": 0}, SettingError, "1 or more"),
         ({"steps": [3, 99]}, SettingError, "99"),
         ({"tokens": "zebra"}, RecordingError, "zebra"),
         ({"size": 7}, RecordingError, "7"),

@@ -156,7 +156,7 @@ def test_a_sweep_with_too_few_images_or_without_features_is_refused() -> None:
         ({"format": 1}, r"older version of elakit.*elakit predict fit"),
         ({"format": 99}, r"newer version of elakit.*Install"),
         ({"format": None}, "older version"),
-        ({"shares": [0.1]}, r"not a valid predictor .*do not match 1 shares"),
+        ({"shares": [0.1]}, r"not a valid predictor .*do not match 1 share,"),
         ({"about": ...}, "not a valid predictor"),
         ({"weights": [[[float("nan")] * len(FEATURES)] * len(OUTCOMES)] * len(SHARES)}, "weights are NaN or infinite"),
     ],
@@ -178,7 +178,7 @@ def test_the_shipped_predictor_has_the_current_features() -> None:
 
 def test_weights_that_are_not_finite_are_refused() -> None:
     shape = (len(SHARES), len(OUTCOMES))
-    with pytest.raises(SettingError, match="1 of 20 intercepts are NaN or infinite"):
+    with pytest.raises(SettingError, match="1 of 20 intercepts is NaN or infinite"):
         Predictor(np.zeros((*shape, len(FEATURES))), np.where(np.arange(20).reshape(shape) == 3, np.nan, 0.0))
 
 

@@ -10,9 +10,8 @@ from markupsafe import Markup
 
 from elakit import plot
 from elakit.diagnosis.data import DiagnosisData, Pair
-from elakit.diagnosis.sentences import plural
 from elakit.guidance import Trace, method_title
-from elakit.numbering import step_name
+from elakit.numbering import plural, step_name
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,8 @@ def describe_regions(trace: Trace) -> str:
     if trace.options.get("regions") is not None:
         source = "These regions were given by hand"
     elif np.array_equal(masks, np.broadcast_to(masks[:1], masks.shape)):
-        source = f"These regions were determined once and are the same in all {len(steps)} steps that used them"
+        used = "were used in one step" if len(steps) == 1 else f"are the same in all {len(steps)} steps that used them"
+        source = f"These regions were determined once and {used}"
     else:
         same = next(i for i in range(len(steps)) if (masks[i:] == masks[i]).all())
         source = "These regions were localized again in each step that used them"
@@ -130,7 +130,8 @@ def describe_regions(trace: Trace) -> str:
     if moved == 0:
         acted = "Attention was changed within the denoiser's calls; the latent was not moved."
     else:
-        share = f"each of these {moved} steps" if moved == len(guided) else f"{moved} of these {len(guided)} steps"
+        these = "this step" if moved == 1 else f"each of these {moved} steps"
+        share = these if moved == len(guided) else f"{moved} of these {len(guided)} steps"
         acted = f"The latent was moved down the gradient of the loss in {share}."
     if not unused or trace.skipped:
         return f"{began}{source}. {acted}"

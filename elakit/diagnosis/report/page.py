@@ -19,11 +19,11 @@ from elakit.diagnosis.data import DiagnosisData, Pair
 from elakit.diagnosis.measures import BY_SEED, MEANINGS, measure_table
 from elakit.diagnosis.report import views
 from elakit.diagnosis.report.figures import figures
-from elakit.diagnosis.sentences import plural, statements, unexplained
+from elakit.diagnosis.sentences import statements, unexplained
 from elakit.diagnosis.trials import SHARE
 from elakit.files import check_path, write_text
 from elakit.guidance import METHODS, Trace, method_title
-from elakit.numbering import step_number
+from elakit.numbering import plural, step_number
 from elakit.plot.style import entity_colors
 
 # Methods whose title is an abbreviation that the page spells out.

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from elakit.diagnosis import commands
 from elakit.diagnosis.data import DiagnosisData, Pair
 from elakit.diagnosis.remedies import RemedyResult, bleed
-from elakit.diagnosis.sentences import first_step, layer_name, plural, steps_of
+from elakit.diagnosis.sentences import first_step, layer_name, steps_of
 from elakit.guidance import method_title
 from elakit.judge import Verdict
+from elakit.numbering import plural
 from elakit.plot.image_figures import data_uri
 from elakit.prompt import Prompt
 from elakit.rewording import entity_spans

@@ -18,10 +18,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from elakit.causes.findings import with_current_kinds
 from elakit.diagnosis.report.views import Bar
-from elakit.diagnosis.sentences import plural
 from elakit.diagnosis.survey.cases import read_case
 from elakit.errors import OutputError
 from elakit.files import read_json, write_file, write_text
+from elakit.numbering import number_of
 from elakit.statistics import wilson
 from elakit.sweep.report import csv_bytes
 
@@ -194,7 +194,7 @@ def _statements(
     if len(failed):
         said.append(f"{_prompts(len(failed))} could not be diagnosed; the errors are listed below.")
     if unreadable:
-        said.append(f"{len(unreadable)} {plural('file', len(unreadable))} in cases/ cannot be read; see below.")
+        said.append(f"{number_of(len(unreadable), 'file')} in cases/ cannot be read; see below.")
     if waiting:
         said.append(
             f"{_prompts(len(waiting))} {'is' if len(waiting) == 1 else 'are'} not diagnosed yet. Run the same command "
@@ -204,7 +204,7 @@ def _statements(
 
 
 def _prompts(count: int) -> str:
-    return f"{count} {plural('prompt', count)}"
+    return number_of(count, "prompt")
 
 
 def _failures(done: pd.DataFrame) -> list[_Share]:

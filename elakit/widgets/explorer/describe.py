@@ -381,7 +381,8 @@ def _notes(sources: Sequence[Source], fit: Fit) -> list[str]:
     steps = max(source.nodes[0].sizes["step"] for source in sources)
     if len(fit.positions(steps)) < steps:
         kept = len(fit.positions(steps))
-        notes.append(f"To limit the size, only {kept} of {steps} steps are included, evenly spaced.")
+        are = "is" if kept == 1 else "are"
+        notes.append(f"To limit the size, only {kept} of {steps} steps {are} included, evenly spaced.")
     if notes:
         notes.append("Raise the limit with elakit.explore(..., budget=...).")
     return notes

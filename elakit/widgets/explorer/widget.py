@@ -14,6 +14,7 @@ import traitlets as t
 from elakit.attention import Recording
 from elakit.checks import is_whole, whole_number
 from elakit.errors import RecordingError, SettingError
+from elakit.numbering import number_of, plural
 from elakit.run import Run
 from elakit.widgets.explorer import page, still
 from elakit.widgets.explorer.describe import describe, sizes_of
@@ -133,7 +134,8 @@ class Explorer(anywidget.AnyWidget):
     def __init__(self, *runs: Run, budget: int = BUDGET, **settings: Any) -> None:
         if unknown := sorted(settings.keys() - set(SETTINGS)):
             raise SettingError(
-                f"explore() has no setting {', '.join(unknown)}; its settings are {', '.join(SETTINGS)}."
+                f"explore() has no {plural('setting', len(unknown))} {', '.join(unknown)}; its settings are "
+                f"{', '.join(SETTINGS)}."
             )
         budget = whole_number(budget, "budget", 1, hint=f"Give a number of bytes, such as {BUDGET}.")
         self._runs = _checked(runs)
@@ -188,9 +190,9 @@ class Explorer(anywidget.AnyWidget):
         if isinstance(value, bool) or value not in there:
             if name == "measure" and not there and value == "":
                 return value
-            raise RefusedError(
-                f"{name}={value!r}: choose one of {', '.join(map(repr, there)) or '(no value is available)'}."
-            )
+            listed = ", ".join(map(repr, there))
+            rule = f"choose one of {listed}" if there else f"these runs have no {name}s; leave {name} out"
+            raise RefusedError(f"{name}={value!r}: {rule}.")
         return value
 
     @t.validate("step")
@@ -273,7 +275,8 @@ class Explorer(anywidget.AnyWidget):
     def __repr__(self) -> str:
         names = ", ".join(f"{run['name']} (seed {run['seed']})" for run in self._meta["runs"])
         steps, layers = len(self._meta["choices"]["step"]), len(self._meta["runs"][0]["layers"])
-        return f"Explorer of {names}: {steps} steps, {layers} layers, {len(self._maps) / 1e6:.2f} MB of maps"
+        counts = f"{number_of(steps, 'step')}, {number_of(layers, 'layer')}"
+        return f"Explorer of {names}: {counts}, {len(self._maps) / 1e6:.2f} MB of maps"
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """MIME bundle of the widget, with a static image for viewers without widgets, such as GitHub."""

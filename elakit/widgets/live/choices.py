@@ -13,6 +13,7 @@ from elakit.errors import ElakitError, SettingError
 from elakit.guidance import METHODS, Method, option_values
 from elakit.guidance.layout import Box, Layout, Region, check_layout
 from elakit.guidance.method import check_method
+from elakit.numbering import plural
 from elakit.prompt import Entity, Prompt
 from elakit.widgets.live import options, words
 from elakit.widgets.live.options import REGIONS
@@ -151,7 +152,9 @@ class Choices:
         there = {} if kind is None else {option.name: option for option in options.options(kind)}
         if unknown := sorted(given.keys() - there.keys()):
             known = f"its options are {', '.join(there)}" if there else "it has no options"
-            raise SettingError(f"{self.method} has no option {', '.join(map(repr, unknown))}; {known}.")
+            raise SettingError(
+                f"{self.method} has no {plural('option', len(unknown))} {', '.join(map(repr, unknown))}; {known}."
+            )
         if kind is None or not given:
             return self
         entries = {name: options.entry(kind, there[name], value) for name, value in given.items()}

@@ -9,6 +9,7 @@ from typing import Any
 from elakit.guidance import ELA, Method
 from elakit.guidance.layout import Region
 from elakit.models import adapter_for, default_settings
+from elakit.numbering import number_of
 from elakit.pipeline import Pipeline
 from elakit.prompt import Entity, Prompt, parse
 from elakit.run import Run
@@ -286,7 +287,8 @@ class Panel:
 
     def __repr__(self) -> str:
         text = self.prompt.text if self.prompt is not None else self._model.choices.text
-        return f"Panel of {text!r}, {self.method}, seed {self.seed}, {self.state}, {len(self.runs)} runs"
+        count = number_of(len(self.runs), "run")
+        return f"Panel of {text!r}, {self.method}, seed {self.seed}, {self.state}, {count}"
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """MIME bundle of the widget, with a static image for viewers without widgets, such as GitHub."""

@@ -14,6 +14,7 @@ import traitlets as t
 from elakit.errors import SettingError
 from elakit.guidance.layout import Box, check_layout
 from elakit.measures.masks import downscale
+from elakit.numbering import number_of
 from elakit.widgets.live.frames import Frame
 from elakit.widgets.shared.assets import SHARED, source
 from elakit.widgets.shared.colors import TABLES
@@ -139,7 +140,8 @@ class Stage(anywidget.AnyWidget):
         boxes = proposal["value"]
         if boxes and len(boxes) != len(self._entities):
             raise RefusedError(
-                f"boxes: expected one box or None for each of the {len(self._entities)} entities, got {len(boxes)}."
+                f"boxes has {number_of(len(boxes), 'entry')} for {number_of(len(self._entities), 'entity')}; give one "
+                "per entity, a box or None."
             )
         try:
             checked = check_layout(boxes, "boxes", partial=True)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from elakit.errors import SettingError
 from elakit.files import replace_file
+from elakit.numbering import number_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -158,7 +159,7 @@ def train(
         state = torch.load(path, weights_only=True)
         if state["images_per_step"] != schedule.images_per_step:
             raise SettingError(
-                f"{path} was trained with {state['images_per_step']} images per step, and this run has "
+                f"{path} was trained with {number_of(state['images_per_step'], 'image')} per step, and this run has "
                 f"{schedule.images_per_step}, so it cannot be resumed at the right step. Use the batch size and the "
                 "number of processes of the earlier run, or another folder."
             )
