@@ -43,7 +43,7 @@ from elakit.sweep.cli import app as sweep
 REGIONS = (
     "One box per entity, in the order of the prompt: left,top,right,bottom as fractions of the image, separated by "
     f'semicolons, such as "0,0,0.5,1;0.5,0,1,1". Required by {", ".join(NEED_REGIONS)}; optional for '
-    f"{', '.join(TAKE_REGIONS)}."
+    f"{', '.join(TAKE_REGIONS)}. Other methods take no regions."
 )
 
 app = typer.Typer(

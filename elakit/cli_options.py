@@ -16,7 +16,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 # backslashes, because rich, which renders the help, would take the brackets for markup
 PROMPT = (
-    r'Prompt, such as "a cat and a lion". Brackets, which are optional, mark entities: "a \[red car] and a \[bird]".'
+    r'Prompt, such as "a cat and a lion". Its entities are found with spaCy, or marked by brackets, and then only '
+    r'these are used: "a \[red car] and a \[bird]".'
 )
 PROMPTS_FILE = (
     "text with one prompt per line, or JSON, JSON Lines, CSV, TSV or Parquet with the key or column `prompt`, `text` "
@@ -24,7 +25,12 @@ PROMPTS_FILE = (
 )
 Prompt = Annotated[str, typer.Argument(help=PROMPT)]
 Model = Annotated[str, typer.Option(help="picture-world (built in), a folder, or a hub id such as org/model.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, or one GPU such as cuda:1. Default: cuda if available.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu, cuda (with several workers: all GPUs), or one GPU such as cuda:1. Default: cuda if available."
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(

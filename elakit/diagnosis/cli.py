@@ -44,10 +44,11 @@ def diagnose(
     remedies: Annotated[
         str,
         typer.Option(
-            help="Further remedies, which are tried unless all images without guidance are judged right: none, all "
-            "(conform, ebama, another-seed, swapped, next-to, regions), or comma-separated names. Another guidance "
-            "method and regions (ELA with one box per entity, placed side by side) guide the images; another-seed, "
-            "swapped (entities in the opposite order) and next-to (“next to” instead of “and”) do not."
+            help="Remedies to try besides --method: none, all (the first six of the following), or comma-separated "
+            "names. conform, ebama: these methods. regions: ELA with one box per entity, placed side by side. "
+            "another-seed: other seeds, of which the most promising is chosen (see --predictor). swapped: entities in "
+            "the opposite order. next-to: “next to” instead of “and”. Any other name that --method takes is a remedy, "
+            "too. No remedy is tried if all plain images are judged right."
         ),
     ] = "all",
     options: Options = None,
@@ -65,8 +66,9 @@ def diagnose(
     predictor: Annotated[
         Path | None,
         typer.Option(
-            help="Predictor of failures, which chooses the seeds of another-seed: a file written by `elakit predict "
-            "fit`. Default: the included one, for picture-world only."
+            help="Predictor of failures with which the remedy another-seed chooses seeds: a file written by `elakit "
+            "predict fit`. Default: for picture-world the included one; for other models none, and the seeds whose "
+            "attention bleeds least are chosen."
         ),
     ] = None,
     out: Annotated[
@@ -95,14 +97,18 @@ def diagnose(
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Number of worker processes with --prompts. Default: one per GPU; without a GPU, one per CPU core."
+            help="Number of worker processes with --prompts. Default: one per GPU that is used; on the CPU, one per "
+            "core."
         ),
     ] = None,
 ) -> None:
     """Report how often images of a prompt fail, why, and which remedy fixes them.
 
-    Each seed is generated twice from the same noise: without guidance, and with --method.
-    Images of models other than picture-world are measured, but not judged.
+    Each seed is generated twice from the same noise: plain, and with --method.
+    Plain means without a guidance method; --scale applies to both.
+
+    Only images of picture-world are judged. For other models, the report
+    compares measures of attention.
 
     Example: elakit diagnose "a cat and a lion" --seeds 0-7 --out report.html
     """

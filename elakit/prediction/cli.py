@@ -20,7 +20,12 @@ def _group() -> None:
 
 @app.command("fit")
 def fit(
-    sweep: Annotated[Path, typer.Argument(help="Folder of a sweep with judged images (elakit sweep run).")],
+    sweep: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a sweep (elakit sweep run) of picture-world, or of another model with --detector."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="File to write the predictor to.")] = Path("predictor.json"),
     method: Annotated[str, typer.Option(help="Method of the sweep whose images are used.")] = "plain",
 ) -> None:

@@ -22,7 +22,6 @@ from elakit.cli_options import (
     Negative,
     Scale,
     Scheduler,
-    Seeds,
     Steps,
     Variant,
     Width,
@@ -50,12 +49,15 @@ def run(
         list[str] | None,
         typer.Option(
             "--suite",
-            help="Name of a suite of prompts, see `elakit sweep suites`. Can be repeated. Default without --prompts: "
-            "the suite attend-and-excite.",
+            help="Name of a suite of prompts, see `elakit sweep suites`. Can be repeated, and combined with "
+            "--prompts. Default if neither is given: attend-and-excite, the prompts of that paper.",
         ),
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help=f"File of prompts: {PROMPTS_FILE}.")] = None,
-    seeds: Seeds = "1,3",
+    seeds: Annotated[
+        str,
+        typer.Option(help="Seeds and ranges of seeds, separated by commas, such as 0-3. The default is two seeds."),
+    ] = "1,3",
     methods: Annotated[str, typer.Option(help="Comma-separated methods, see `elakit sweep methods`.")] = "plain,ela",
     options: Annotated[
         list[str] | None,
@@ -63,12 +65,15 @@ def run(
             "--set",
             help="Option of a method as METHOD.OPTION=VALUE, such as ela.anchor.step_size=0.2; `elakit sweep methods` "
             "lists the options. Can be repeated. "
-            "With METHOD.guide_above=0.2, the method guides only images whose probability of failure exceeds 0.2, "
-            "as the included predictor predicts it.",
+            "METHOD.guide_above=0.2, for picture-world and only in sweeps, lets the method guide only images for which "
+            "the included predictor of failures gives a probability above 0.2.",
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Use at most this many prompts per suite or file, evenly spaced.")
+        int | None,
+        typer.Option(
+            help="Number of prompts that are taken, at even intervals, from each suite or file. Default: all."
+        ),
     ] = None,
     batch: Annotated[
         int | None, typer.Option(help="Generate at most this many seeds of a prompt per batch. Default: all seeds.")
@@ -89,9 +94,9 @@ def run(
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Number of worker processes. Default: one per GPU; without a GPU, the number of CPU cores divided by "
-            "--threads. With --dask: the largest number of units (one prompt, one method and a batch of seeds) in "
-            "progress at a time; by default there is no limit."
+            help="Number of worker processes. Default: one per GPU that is used; on the CPU, the number of cores "
+            "divided by --threads. With --dask: the largest number of units (one prompt, one method and a batch of "
+            "seeds) in progress at a time; by default there is no limit."
         ),
     ] = None,
     threads: Annotated[
@@ -124,7 +129,8 @@ def run(
 ) -> None:
     """Generate images of many prompts with several methods, judge the images, and measure their attention.
 
-    All methods start from the same noise for the same prompt and seed; "plain" is generation without guidance.
+    All methods start from the same noise for the same prompt and seed.
+    The method "plain" is generation without a guidance method.
 
     Run the same command again to resume an interrupted sweep.
 
@@ -286,7 +292,7 @@ def export(
 
 @app.command("suites")
 def list_suites() -> None:
-    """List the included suites of prompts, and further benchmarks, which you download first."""
+    """List the included suites of prompts, and further benchmarks, whose files you download and give to --prompts."""
     from elakit.sweep import BENCHMARKS, SUITES
 
     for each in SUITES.values():
@@ -299,13 +305,14 @@ def list_suites() -> None:
 
 @app.command("methods")
 def list_methods() -> None:
-    """List the methods that a sweep can run, with the options that --set of `elakit sweep run` takes."""
+    """List all methods with the options that --set takes, and mark those that need --regions of `elakit run`."""
     from elakit.guidance import METHODS, method_options
     from elakit.sweep.options import sweepable
 
-    for name in sweepable():
+    for name in dict.fromkeys((*sweepable(), *METHODS)):
         options = ", ".join(option.name for option in method_options(METHODS[name])) if name in METHODS else ""
-        typer.echo(f"{name:22s} {options}".rstrip())
+        mark = "" if name in sweepable() else "(needs regions, not in sweeps) "
+        typer.echo(f"{name:22s} {mark}{options}".rstrip())
 
 
 def _shard(text: str) -> tuple[int, int]:
