@@ -25,7 +25,6 @@ from elakit.bleeding import Bleeding, measure
 from elakit.errors import ElakitError, OutputError, RecordingError, clause
 from elakit.guidance import FromMaps, Trace
 from elakit.judge import Verdict, is_black, judge, knows
-from elakit.measures.arrays import nearest_size
 from elakit.models import EMBEDDED
 from elakit.numbering import number_of, plural
 from elakit.prompt import Prompt
@@ -104,7 +103,8 @@ class Run:
         """Raw attention maps of the entities, (step, token, y, x), from which regions and measures are computed.
 
         They are means over the decoder's layers, or over all layers if the model has no decoder (PixArt, Stable
-        Diffusion 3, FLUX), at the recorded size nearest to 16 x 16. ``token`` has the labels of the entities.
+        Diffusion 3, FLUX), at the size nearest to 16 x 16 that these layers have. ``token`` has the labels of the
+        entities.
 
         Raises
         ------
@@ -245,7 +245,7 @@ class Run:
     def _maps(self, tokens: str | Sequence[str]) -> xr.DataArray:
         """Maps of tokens, averaged over the layers and at the size that `entity_maps` describes."""
         recording = self._recorded()
-        return recording.maps(tokens, recording.decoder, nearest_size(max(size) for size in recording.sizes))
+        return recording.maps(tokens, recording.decoder, recording.usual_size())
 
     def _special_maps(self) -> xr.DataArray:
         """Maps of start-of-text, if the text encoder has it, and of end-of-text with padding."""

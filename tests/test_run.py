@@ -16,11 +16,13 @@ import pytest
 from PIL import Image
 from tiny import tiny_pipeline
 
+import elakit
 from elakit import files
 from elakit.attention import open_recording
 from elakit.errors import ElakitError, OutputError, RecordingError
 from elakit.generation import generate
 from elakit.guidance import ELA
+from elakit.prediction.attention_features import features
 from elakit.run import FORMAT, Run, compare, open_run
 
 PAIR = "a [red car] and a [blue bird]"
@@ -104,6 +106,26 @@ def test_runs_are_compared_measure_by_measure() -> None:
     bleed = runs[0].bleeding.to_frame().query("measure == 'bleed' and entity == 'car'")["value"].mean()
     assert table.loc[("bleed", "car", ""), "plain (seed 1)"] == pytest.approx(bleed)
     assert compare([*runs, runs[1]]).columns.tolist() == ["plain (seed 1)", "ela (seed 1)", "ela (seed 1)#2"]
+
+
+def test_maps_of_the_middle_block_alone_do_not_set_the_size() -> None:
+    """As in Stable Diffusion 1 and 2 at 768 pixels: the maps nearest to 16 x 16 are not in the decoder."""
+    coarse = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    run = generate(tiny_pipeline(**coarse), PAIR, steps=2, height=96, width=96, progress=False)
+    assert run.recording is not None
+    assert run.recording.sizes == ((24, 24), (12, 12))
+    assert run.recording.usual_size() == 24
+    assert run.recording.usual_size("mid") == 12
+    assert run.entity_maps().shape[-2:] == run.regions.shape[-2:] == (24, 24)
+    assert run.bleeding.to_frame()["value"].notna().any()
+    for layers, size in ((None, 24), ("mid", 12)):
+        (first, *_) = elakit.plot.token_maps(run, layers=layers).data
+        assert np.shape(first.z) == (size, size)
+    features(run)
+    assert elakit.explore(run).size == 24
 
 
 def test_regions_without_a_recording_say_what_to_do() -> None:

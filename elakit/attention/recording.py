@@ -18,6 +18,7 @@ from elakit.attention.spec import START, find_tokens, readable_bytes, runs, sele
 from elakit.attention.zarr_store import is_recording, open_tree, save_tree
 from elakit.checks import is_whole
 from elakit.errors import OutputError, RecordingError, SettingError
+from elakit.measures.arrays import nearest_size
 from elakit.models.adapter import decoder_side
 from elakit.numbering import an_index, number_of, plural
 from elakit.prompt import Entity, Prompt
@@ -108,6 +109,37 @@ class Recording:
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Sizes of the recorded maps, (rows, columns), largest first."""
         return tuple(_size(node) for node in self.nodes())
+
+    def sizes_of(self, layers: str | Sequence[str]) -> tuple[tuple[int, int], ...]:
+        """Sizes of the maps of layers, (rows, columns), largest first.
+
+        Parameters
+        ----------
+        layers : str or sequence of str
+            As in `select_layers`.
+
+        Raises
+        ------
+        RecordingError
+            Raised when the recording has no such layer, or is empty.
+        """
+        return tuple(_size(node) for node in self._select(layers=layers, size=None, steps=None))
+
+    def usual_size(self, layers: str | Sequence[str] | None = None) -> int:
+        """Longer side nearest to 16 among the maps of layers; the maps of entities and their regions have this size.
+
+        Parameters
+        ----------
+        layers : str or sequence of str, optional
+            As in `select_layers`; by default `decoder`. At 768 x 768 pixels, Stable Diffusion 1 and 2 have maps of
+            12 x 12 in the middle block only, and the size is 24, that of the decoder's coarsest maps.
+
+        Raises
+        ------
+        RecordingError
+            Raised when the recording has no such layer, or is empty.
+        """
+        return nearest_size(max(size) for size in self.sizes_of(self.decoder if layers is None else layers))
 
     @property
     def nbytes(self) -> int:

@@ -13,7 +13,6 @@ import plotly.graph_objects as go
 from elakit.checks import is_whole
 from elakit.errors import RecordingError, SettingError
 from elakit.guidance import method_title
-from elakit.measures.arrays import nearest_size
 from elakit.numbering import an_index, number_of
 
 if TYPE_CHECKING:
@@ -97,11 +96,6 @@ def recorded(run: Run | Recording) -> Recording:
     if run.recording is None:
         raise RecordingError("This run was not recorded; generate it with record=True to see its attention.")
     return run.recording
-
-
-def map_size(recording: Recording) -> int:
-    """Recorded map size (longer side) that is nearest to 16; regions and measures are computed at this size."""
-    return nearest_size(max(size) for size in recording.sizes)
 
 
 def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:

@@ -59,7 +59,8 @@ def token_maps(
         Layers to average: "up" (decoder), "down", "mid", "all" or name patterns; by default those of the
         decoder, or all layers of a transformer.
     size : int, optional
-        Number of locations along the longer side of the maps; by default the recorded size nearest to 16.
+        Number of locations along the longer side of the maps; by default the size of `layers` nearest to
+        16.
     normalize : {None, "sum", "max", "minmax", "tokens", "start"}
         Normalization as in `Recording.maps`; None shows raw probabilities.
     scale : {"token", "all", "map"}
@@ -99,8 +100,9 @@ def token_maps(
     if tokens is None:
         wanted, left_out = _default_tokens(recording, normalize)
         caption += " Words outside the entities are left out." if left_out else ""
-    size = style.map_size(recording) if size is None else size
-    maps = recording.maps(wanted, layers or recording.decoder, size, steps=chosen, normalize=normalize)
+    layers = layers or recording.decoder
+    size = recording.usual_size(layers) if size is None else size
+    maps = recording.maps(wanted, layers, size, steps=chosen, normalize=normalize)
     labels = [str(label) for label in maps.token.values]
     height, width = maps.sizes["y"], maps.sizes["x"]
     panel = panel or int(np.clip((style.WIDTH - 150) / len(labels) - 6, 46, 110))

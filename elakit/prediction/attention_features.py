@@ -137,7 +137,7 @@ def _grids(run: Run) -> dict[str, _Grid]:
     recording = run.recording
     assert recording is not None
     size = max(run.entity_maps().shape[-2:])
-    coarse = max((max(each) for each in recording.sizes if max(each) < size), default=size)
+    coarse = max((max(each) for each in recording.sizes_of(recording.decoder) if max(each) < size), default=size)
     wanted = {"decoder": (recording.decoder, size), "encoder": ("down", size), "coarse": (recording.decoder, coarse)}
     found = {}
     for name, (layers, side) in wanted.items():

@@ -344,7 +344,7 @@ def _default_maps(about: Sequence[dict[str, Any]], recording: Recording) -> tupl
     If a run has no maps in these layers, the layers are "all". If a run has no maps of this size in the layers, the
     size is None. `about` has the data of each run, as `_run_data` returns them.
     """
-    layer, size = recording.decoder, style.map_size(recording)
+    layer, size = recording.decoder, recording.usual_size()
     if any(not sizes_of(run["layers"], layer) for run in about):
         layer = "all"
     return layer, size if all(size in sizes_of(run["layers"], layer) for run in about) else None
