@@ -79,7 +79,12 @@ class _Rehearsed(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Arguments of `generate` after their checks, with the model's default steps and guidance scale filled in."""
+    """Arguments of `generate` after their checks, with the model's default steps and guidance scale filled in.
+
+    Two fields are not arguments of `generate`: ``adapter`` is the adapter of the pipeline, and ``takes_image`` is True
+    if the pipeline's call requires an image or was given one. ``seeds`` has all seeds, also if there is only one.
+    ``record`` is None if nothing is recorded. ``predicted`` is True if the image that each step predicts is kept.
+    """
 
     adapter: Adapter
     prompt: str | Prompt

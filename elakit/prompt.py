@@ -88,8 +88,8 @@ class Prompt:
     end_index : int
         Position of the first end-of-text token.
     length : int
-        Number of text positions that the denoiser attends to, including padding: 77 for CLIP; for T5 the pipeline's
-        default.
+        Number of text positions that the denoiser attends to, including padding: 77 for CLIP; for most other text
+        encoders, such as T5, the default of the pipeline's argument ``max_sequence_length``.
     start_index : int or None
         Position of start-of-text; None if there is none (T5).
     ends : tuple of (int, int or None)

@@ -216,7 +216,11 @@ def _is_plain(layer: AttentionLayer) -> bool:
 
 
 def _beside(adapter: Adapter, layer: AttentionLayer) -> tuple[AttentionLayer, ...]:
-    """Self-attention layer in the block of a cross-attention layer; empty if it does not exist or has no scores."""
+    """Self-attention layer in the block of a cross-attention layer; empty if there is none.
+
+    The result is also empty if the self-attention is linear and therefore has no scores, or if ``layer`` is not a
+    cross-attention layer.
+    """
     if layer.kind != "cross":
         return ()
     try:

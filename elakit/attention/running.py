@@ -241,7 +241,7 @@ class Watch:
 def attended_texts(adapter: Adapter, given: Mapping[str, Any]) -> list[str]:
     """Names of the arguments that contain the texts to which the image attends, in a call of a pipeline.
 
-    ``given`` has the arguments of the call by name. In FLUX.1, for example, the result is ``["prompt_2"]`` if this
+    ``given`` has the arguments of the call, by name. In FLUX.1, for example, the result is ``["prompt_2"]`` if this
     argument is given, and ``["prompt"]`` otherwise. It is empty if the call has text states instead of texts.
     """
     groups: Sequence[Sequence[str]] = getattr(adapter, "text_arguments", (("prompt",), ("prompt_2",), ("prompt_3",)))

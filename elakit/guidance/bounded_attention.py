@@ -152,8 +152,9 @@ class BoundedAttention(NeedsLayout, ReadsFirstBlocks):
     clusters : int
         Number of clusters per entity from which regions are found after the guided steps; 3 in the released code.
     layers : str, optional
-        Layers that the loss reads: "up", "down", "mid", "all" or a name pattern; by default the middle block and the
-        first upward block with cross-attention (all layers of PixArt). Attention is bounded in all layers.
+        Layers that the loss reads: "up", "down", "mid", "all" or a glob on layer names such as "up_blocks.1.*". By
+        default the middle block and the first upward block with cross-attention (all layers of PixArt). Attention is
+        bounded in all layers.
 
     Raises
     ------

@@ -108,8 +108,8 @@ class DeLeaker(EditsFirstSteps, ReadsOneSize):
     guided : float
         Share of the denoising steps in which scores are changed, from the first.
     layers : str
-        Layers that are read for the trace: "all", "up" (decoder), "down", "mid" or a name pattern. Their map size is
-        that of the masks; scores of all layers are changed.
+        Layers that are read for the trace: "all", "up" (decoder), "down", "mid" or a glob on layer names such as
+        "up_blocks.1.*". Their map size is that of the masks; scores of all layers are changed.
     size : int, optional
         Number of locations along the longer side of the maps that give the masks; by default 16, or the nearest that
         the model has.

@@ -11,13 +11,15 @@ With the sharpened and smoothed maps A' and the schedule of Attend-and-Excite:
     L = max over entities s of (-TV_s + c JSD(P_r, P_s))
 
 where r is the attribute of s and JSD the Jensen-Shannon divergence. The second term of TV is the released code's; the
-paper's total variation compares neighboring rows (``variation="repaired"``). P_s is ReLU(x - q max x) + 1e-5; x is
-A'_s after a softmax over space, and q is .3 if TV_s < .1, else .2. P_r is ReLU(y - q max x) + 1e-5; y is A'_r, scaled
-to the maximum of A'_s, after a softmax over space. P is not normalized again. c is 1 from step 0, 5 from step 10
-and 10 from step 20 of 50. Attributes are read from the layers with maps finer than the entities' (64 and 32 rows in
-Stable Diffusion), subsampled to the entities' size; in a model without finer maps they are read from the same layers as
-the entities. At steps 0, 10 and 20, updates are repeated until the smallest TV is at least .05, .2 and .3, at most 50,
-20 and 20 times, respectively; one more update follows.
+paper's total variation compares neighboring rows (``variation="repaired"``). A'_r is first scaled to the maximum of
+A'_s. With u_s the softmax over space of A'_s, and u_r the softmax over space of the scaled A'_r,
+
+    P_s = ReLU(u_s - q max u_s) + 1e-5,    P_r = ReLU(u_r - q max u_s) + 1e-5,    q = .3 if TV_s < .1, else .2
+
+P is not normalized again. c is 1 from step 0, 5 from step 10 and 10 from step 20 of 50. Attributes are read from the
+layers with maps finer than the entities' (64 and 32 rows in Stable Diffusion), subsampled to the entities' size; in a
+model without finer maps they are read from the same layers as the entities. At steps 0, 10 and 20, updates are repeated
+until the smallest TV is at least .05, .2 and .3, at most 50, 20 and 20 times, respectively; one more update follows.
 
 Loss and gradient equal those of the official code to rounding, for both values of `variation`
 (``tests/parity/test_losses.py``). The released total variation is 1.2 to 1.4 times the repaired one on blobs and 1.4

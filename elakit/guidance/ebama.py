@@ -11,9 +11,9 @@ With d = 1 - cosine of two raw maps, and A' = smooth(softmax over tokens of 100 
 
 where u runs over the prompt's tokens other than the object and its attributes, function words included, and k_s is the
 number of attributes, at least 1, because the official code repels once per pair of object and attribute. For words of
-several tokens, d(m, s) is the sum over the tokens of m, each compared with the token of s to which it is least similar;
-d(s, u) is that of the token of s which is least similar to u; A'_s is the map of the first token of s. The step size is
-20 at steps 0 to 25 of 50 (26 steps). There is no refinement.
+several tokens, d(m, s) is the sum over the tokens t of m of the largest d(t, s') among the tokens s' of s; d(s, u) is
+the largest d(s', u) among the tokens s' of s; A'_s is the map of the first token of s. The step size is 20 at steps 0
+to 25 of 50 (26 steps). There is no refinement.
 
 Loss and gradient equal those of the official code to rounding (``tests/parity/test_losses.py``). Intended
 differences: a prompt of fewer than two entities is not guided; gradient passes get latents that have been through the

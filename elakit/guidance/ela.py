@@ -53,7 +53,7 @@ class ELA:
         remaining locations. By default all entities are localized.
     layers : str
         Layers that are read: "up" (decoder; all layers of a model that has none, such as PixArt, Stable Diffusion 3 and
-        FLUX), "down", "mid", "double", "single", "all" or a name pattern.
+        FLUX), "down", "mid", "double", "single", "all" or a glob on layer names such as "up_blocks.1.*".
     size : int, optional
         Number of locations along the longer side of the maps that are read. By default the coarsest maps of `layers`
         are read: 16 locations in Stable Diffusion 1.5 at 512 pixels, as in the paper, and 8 in picture-world. The

@@ -7,7 +7,10 @@ the image's attention to the text in the two-stream blocks, averaged over heads 
 of 3 x 3 locations and standard deviation 1. J is the Jensen-Shannon divergence of T maps divided by log T, where each
 map is first raised to the power of 3 and normalized to a sum of 1:
 
-    L = 1/2 [mean over entities of several tokens of J(their tokens) + 1 - J(mean maps of the entities)]
+    L = 1/2 [C + 1 - J(mean maps of the entities)]
+
+C is the mean of J(maps of the entity's tokens) over the entities that have more than one token, or 0 if there are none.
+The mean map of an entity is the mean of the maps of its tokens.
 
 The addend lambda * 2 s (s + e) / (1 - s + e) * gradient of L is added to the velocity of each step, with s the share of
 noise (the latent is (1 - s) image + s noise) and e = 0.001. The tokens of an entity are those of its attributes and

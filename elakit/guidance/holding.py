@@ -28,7 +28,8 @@ class Holder:
     ----------
     adapter : Adapter
     layers : sequence of AttentionLayer
-        Layers whose attention is stored. Scores are edited in these and in all other layers that have scores.
+        Layers whose attention is stored. Scores are edited in all layers in which the image attends to the text or to
+        itself. Layers of linear self-attention (Sana) have no scores and are not edited.
     images : int
         Number of images in the batch.
     reads_self : bool

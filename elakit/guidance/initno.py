@@ -75,8 +75,8 @@ class InitNO(ReadsOneSize):
     iterations : int
         Largest number of passes per initial noise; 10 in the official code.
     last_iterations : int
-        Largest number of passes of the last search, which starts from the best initial noise if no noise was accepted
-        before; 50 in the official code.
+        Largest number of passes of one more search; 50 in the official code. This search takes place only if no noise
+        was accepted before. It starts from the initial noise whose search ended with the lowest score.
     stop_cross : float
         Value of the cross term (1 minus the attention of the least attended entity) below which noise is accepted, and
         at which refinement ends; 0.2 in the official code.

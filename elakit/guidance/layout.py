@@ -121,8 +121,9 @@ def layout_masks(layout: Layout, size: tuple[int, int], entities: int, *, trunca
     -------
     ndarray, bool, (entity, y, x)
         Locations of each region. A box in which no location's center lies has the location that contains the center of
-        the box. A given mask has the locations of which it covers more than half, or else the location of which it
-        covers most. The mask of an entity whose region is None is empty.
+        the box. If a region is a mask, its locations are those that the mask covers by more than half; if there are
+        none, its only location is the one with the largest covered share. The mask of an entity whose region is None
+        is empty.
 
     Raises
     ------
@@ -185,7 +186,10 @@ def apart(masks: np.ndarray) -> np.ndarray:
 
 
 def _inside(box: Box, size: tuple[int, int]) -> np.ndarray:
-    """Locations whose center lies in a box, or else the location that contains the box's center; bool (y, x)."""
+    """Locations whose center lies in a box; if there are none, the location that contains the box's center.
+
+    The result is a bool array (y, x).
+    """
     rows, columns = ((np.arange(n) + 0.5) / n for n in size)
     inside = ((rows >= box[1]) & (rows <= box[3]))[:, None] & ((columns >= box[0]) & (columns <= box[2]))
     if not inside.any():

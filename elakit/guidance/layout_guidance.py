@@ -10,8 +10,8 @@ block with cross-attention:
 
 The latent z is updated in the first 10 of 50 steps, at most 5 times per step. As in the official code, the first pass
 in which E is at or below 0.2 is still followed by an update, which is the last one of the run. The corners of boxes are
-rounded down to whole locations, also as in the official code: the column of a corner x is the integer part of x times
-the number of columns.
+rounded down to whole locations, also as in the official code: a corner at the fraction x of the width is at column
+int(x * columns).
 
 The authors' latents are those of the LMS scheduler, signal plus noise of standard deviation sigma. For latents of unit
 variance, which elakit's engine moves, the equivalent step size is 30 sigma^2 / (1 + sigma^2). At the first step of
@@ -19,8 +19,8 @@ Stable Diffusion, where sigma is about 14, this is about 30, and 30 sigma^2 is a
 choose the tokens of an entity; here they are those of its noun.
 
 E and its gradient equal those of the official code to rounding (``tests/parity/test_losses.py``). Intended
-difference: a box that is empty after rounding has the locations whose center lies in it, or else the location at its
-own center (in the official code it stays empty).
+difference: a box that is empty after rounding has the locations whose center lies in it; if there are none, it has the
+location at its own center (in the official code the box stays empty).
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class LayoutGuidance(NeedsLayout, ReadsFirstBlocks):
         Threshold of the loss. As soon as the loss is at or below it, one last update follows, and guidance ends for the
         rest of the run; 0.2 in the official code.
     layers : str, optional
-        Layers that are read: "up", "down", "mid", "all" or a name pattern; by default the middle block and the first
-        upward block that has cross-attention, and all layers of a model without such blocks (PixArt, Stable Diffusion
-        3, FLUX).
+        Layers that are read: "up", "down", "mid", "all" or a glob on layer names such as "up_blocks.1.*". By default
+        the middle block and the first upward block that has cross-attention; in a model without these blocks (PixArt,
+        Stable Diffusion 3, FLUX), all layers.
 
     Raises
     ------

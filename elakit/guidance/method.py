@@ -189,8 +189,8 @@ class Method(Protocol):
     def direction(self, gradient: Tensor) -> Tensor:
         """Direction of a latent step: `Update.size` times this vector is subtracted from one image's latent.
 
-        `gradient` is the gradient of the loss with respect to this latent, scaled to unit variance. Methods return the
-        gradient itself, or normalize it.
+        The latent is scaled to unit variance, and `gradient` is the gradient of the loss with respect to this scaled
+        latent. Methods return the gradient itself, or normalize it.
         """
 
 

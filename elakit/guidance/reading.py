@@ -22,7 +22,7 @@ class ReadsOneSize:
     Parameters
     ----------
     layers : str
-        Layers read: "all" (default), "up" (decoder), "down", "mid" or a name pattern.
+        Layers read: "all" (default), "up" (decoder), "down", "mid" or a glob on layer names such as "up_blocks.1.*".
     size : int, optional
         Number of locations along the longer side of the maps that are read; by default 16, or the nearest that the
         model has.
@@ -56,9 +56,9 @@ class ReadsFirstBlocks:
     Parameters
     ----------
     layers : str, optional
-        Layers read: "up", "down", "mid", "all" or a name pattern; by default the middle block and the first upward
-        block that has cross-attention, and all layers of a model without such blocks (PixArt, Stable Diffusion 3,
-        FLUX).
+        Layers read: "up", "down", "mid", "all" or a glob on layer names such as "up_blocks.1.*". By default the
+        middle block and the first upward block that has cross-attention; in a model without these blocks (PixArt,
+        Stable Diffusion 3, FLUX), all layers.
     """
 
     layers: str | None = None
@@ -94,7 +94,9 @@ class EditsFirstSteps:
 
 
 def first_blocks(layers: Sequence[AttentionLayer]) -> tuple[AttentionLayer, ...]:
-    """Layers of the middle block and of the first upward block with cross-attention; all layers without such blocks.
+    """Layers of the middle block and of the first upward block with cross-attention.
+
+    If the model has neither of these blocks, the result contains all layers.
 
     Parameters
     ----------

@@ -6,9 +6,10 @@ entity's words (noun and attributes) are lowered by `strength` outside its regio
 Both this method and `RegionalPrompter` restrict words to parts of the image in every pass, and by default these parts
 are of equal width. The two methods differ in the following:
 
-- Text: in regional attention the image attends to the states of the whole prompt, and words of no entity, start-of-text
-  and end-of-text are not restricted. In Regional Prompter each column attends to its entity's words, which are encoded
-  without the rest of the prompt, with end-of-text and padding of their own; words of no entity are not read.
+- Text: in regional attention the image attends to the states of the whole prompt. Start-of-text, end-of-text and words
+  that belong to no entity are not restricted. In Regional Prompter each column attends to its entity's words, which are
+  encoded without the rest of the prompt, with end-of-text and padding of their own; words that belong to no entity are
+  not read.
 - Strength: regional attention lowers scores by a number (5 by default), so that the odds of attention to a word outside
   its region are multiplied by exp(-5), or .7%. Regional Prompter hides words completely.
 - Regions: regional attention orders the parts as an early step shows the entities, divides a tall image into rows, and
@@ -81,7 +82,7 @@ class RegionalAttention:
         `layout`, in the remaining locations. By default all regions come from `layout`.
     layers : str
         Layers whose maps are read: "up" (decoder; all layers of a model that has none), "down", "mid", "double",
-        "single", "all" or a name pattern. Attention is restricted in all layers.
+        "single", "all" or a glob on layer names such as "up_blocks.1.*". Attention is restricted in all layers.
     size : int, optional
         Number of locations along the longer side of the maps read; by default 16, or the nearest that the model has.
 

@@ -15,6 +15,11 @@ class Methods(MutableMapping[str, type[Any]]):
 
     Names can be listed without importing torch. ``METHODS["my-method"] = MyMethod`` registers a method of your own, so
     that sweeps, diagnosis and the live panel can use it by its name.
+
+    Parameters
+    ----------
+    places : dict of str to str
+        Method name -> ``"module:Class"``, where the module is in `elakit.guidance`; for example ``"ela": "ela:ELA"``.
     """
 
     def __init__(self, places: dict[str, str]) -> None:

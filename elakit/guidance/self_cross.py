@@ -151,12 +151,13 @@ def _overlap(entities: Tensor, own: Tensor) -> Tensor:
     """Overlap of one entity's self-attention S_j and another entity's map A_i, averaged over all pairs i != j.
 
     The overlap of a pair is the sum over locations of min(S_j, A_i). S_j is the sum of the self-attention of the
-    locations in the Otsu mask of A_j, weighted with A_j, smoothed, and normalized to a sum of 1.
+    locations in the Otsu mask of A_j, weighted with A_j, smoothed, and normalized to a sum of 1. If the maps have more
+    than 16 rows, this function normalizes A_i to a sum of 1 before it takes the minimum.
 
     Parameters
     ----------
     entities : Tensor, (entity, y, x)
-        Maps A of all entities, from `entity_maps`. If they have more than 16 rows, they are normalized to a sum of 1.
+        Maps A of all entities, from `entity_maps`.
     own : Tensor, (y, x, y, x)
         Self-attention from each location (first y, x) to all locations (last y, x).
 

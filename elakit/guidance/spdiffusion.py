@@ -132,8 +132,8 @@ class SPDiffusion(EditsFirstSteps, ReadsOneSize):
         Returns
         -------
         ndarray, bool, (entity, y, x)
-            Regions of more than two entities may overlap. If there are two entities with the same seed, both regions
-            are empty.
+            Regions of three or more entities may overlap. If the prompt has exactly two entities, and both have the
+            same seed, both regions are empty.
         """
         height, width = entities.shape[1:]
         flat = own.reshape(height * width, height * width)
@@ -192,5 +192,5 @@ def _allowed(regions: np.ndarray) -> np.ndarray:
 
 
 def _allowed_at(regions: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Result of `_allowed` at the size of a layer; a region has the locations of which it covers more than half."""
+    """Result of `_allowed` at the size of a layer; a location belongs to a region that covers more than half of it."""
     return _allowed(area_mean(regions, size) > 0.5)

@@ -556,7 +556,11 @@ def _check_query(query: str) -> None:
 
 
 def _model_type(name: str | Path, example: str = "google/owlv2-base-patch16-ensemble", what: str = "Detector") -> str:
-    """Family of a checkpoint from its config alone, so that a wrong one is refused before weights are downloaded."""
+    """Family (``model_type``) of a checkpoint, read from its config, before any weights are downloaded.
+
+    The callers refuse a family that they do not support. ``name`` is a folder or a hub id. The text of the `ModelError`
+    for a model that cannot be found or read has ``what`` as the kind of model and ``example`` as a valid hub id.
+    """
     if not Path(name).is_dir() and not (isinstance(name, str) and HUB_ID.fullmatch(name)):
         raise ModelError(f"{what} {str(name)!r} is neither a folder nor a hub id such as {example!r}.")
     try:

@@ -39,8 +39,9 @@ class Verdict:
         Color that the prompt names for each entity; None if it names none.
     masks : ndarray, bool, (entity, y, x)
         Mask of each entity, at the size of the image: the union of all recognizable things of its noun. If several
-        entities have the same noun, each gets one of these things: if possible one in the color that the prompt names
-        for the entity, otherwise the largest that is left.
+        entities have the same noun, each gets one of these things. Entities for which the prompt names a color choose
+        first, and take a thing in this color if one is left. Otherwise an entity takes the largest whole thing that is
+        left or, if only parts of hybrids are left, the largest of them.
     leak : dict of str to float
         Share of each entity's pixels in a color that the prompt names for another entity and not for this one, 0 to 1;
         0 if the entity is absent.

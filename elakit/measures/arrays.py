@@ -129,7 +129,10 @@ def same_size(a: np.ndarray, b: np.ndarray) -> None:
 
 
 def broadcast(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Broadcast the leading dimensions of two arrays (..., y, x); raise SettingError if their shapes do not match."""
+    """Broadcast the leading dimensions of two arrays (..., y, x).
+
+    Raise SettingError if the sizes (y, x) differ, or if the leading dimensions cannot be broadcast.
+    """
     same_size(a, b)
     try:
         a, b = np.broadcast_arrays(a, b)
@@ -288,10 +291,11 @@ def nearest_size(sizes: Iterable[int], target: int = 16) -> int:
 
 
 def _named(values: xr.DataArray, name: str) -> np.ndarray:
-    """Values of a DataArray that has the dimensions y and x, transposed to (..., y, x); otherwise its values as given.
+    """Values of a DataArray, transposed to (..., y, x) if it has the dimensions y and x, and in the given order if not.
 
-    If the DataArray also has one of the dimensions in `_LISTS` (entity, token, attribute, region, thing), this one is
-    moved directly before y. A `SettingError` is raised if it has several of them, or only one of y and x.
+    If the DataArray has y, x and one of the dimensions in `_LISTS` (entity, token, attribute, region, thing), this one
+    is moved directly before y. A `SettingError` is raised if the DataArray has y, x and several dimensions in `_LISTS`,
+    or only one of y and x.
     """
     spatial = [dim for dim in ("y", "x") if dim in values.dims]
     if len(spatial) == 1:

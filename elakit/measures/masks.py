@@ -138,8 +138,8 @@ def downscale(masks: Any, size: tuple[int, int]) -> np.ndarray:
     Returns
     -------
     bool array, (..., rows, columns)
-        A mask that covers no location by more than half keeps the location that it covers most (on a tie, the first in
-        reading order), so the result is empty only if the mask is.
+        A mask that covers no location by more than half keeps the location with the largest covered share (on a tie,
+        the first in reading order), so the result is empty only if the mask is.
 
     Raises
     ------

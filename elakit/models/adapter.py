@@ -117,7 +117,11 @@ def encoded(pipe: SupportedPipeline, image: Image.Image) -> torch.Tensor:
 
 
 def call_default(pipe: Pipeline, name: str) -> Any:
-    """Default of an argument of a pipeline's ``__call__``."""
+    """Default of an argument of a pipeline's ``__call__``.
+
+    If the argument has no default, ``inspect.Parameter.empty`` is returned. If the call has no such argument, a
+    ``KeyError`` is raised.
+    """
     return inspect.signature(type(pipe).__call__).parameters[name].default
 
 
@@ -436,7 +440,11 @@ class Adapter(Protocol):
 
     @property
     def pipe(self) -> SupportedPipeline:
-        """The pipeline. A family that uses members which `SupportedPipeline` lacks declares a subclass as the type."""
+        """The pipeline.
+
+        An adapter that uses members of its pipeline that `SupportedPipeline` lacks annotates this property with a
+        subclass of `SupportedPipeline` that has these members.
+        """
 
     @classmethod
     def refusal(cls, pipe: Pipeline) -> str | None:
@@ -539,7 +547,7 @@ class Adapter(Protocol):
     def encode_image(self, image: Image.Image) -> torch.Tensor:
         """Encode an image as latents in the form of `noise`, with batch size 1.
 
-        `decode` returns the image approximately. For FLUX.2, the latents must be packed before decoding.
+        From these latents, `decode` returns the image up to the autoencoder's error.
         """
 
     def on_step(self, move: Callable[[int, torch.Tensor], torch.Tensor]) -> dict[str, Any]:

@@ -107,9 +107,10 @@ def refuse_index(what: str, index: Mapping[str, Any]) -> None:
 def unsupported(what: str, reasons: Sequence[str]) -> ModelError:
     """Error for a pipeline of no supported family.
 
-    ``what`` names the pipeline in the message, and ``reasons`` has the reason of each family to refuse it. The message
-    states how to make the pipeline a supported one, if that is possible. Otherwise it states why the closest families
-    do not fit or, if none is close, why each family does not fit, and lists the supported families.
+    ``what`` names the pipeline in the message, and ``reasons`` has the reason of each family to refuse the pipeline. If
+    a reason is a `Remediable`, which states how to make the pipeline a supported one, the message has this reason
+    alone. Otherwise the message has all reasons that are not an `OtherKind` (a pipeline of another kind); if there are
+    none, it has all reasons. The supported families follow.
     """
     if remedy := next((reason for reason in reasons if isinstance(reason, Remediable)), None):
         return ModelError(f"{what} is not supported as it is: {remedy}.")

@@ -112,7 +112,10 @@ class Flux(SeparateNegative):
 
     @property
     def _captured(self) -> bool:
-        """True if layers are read at the attention call: in Kontext the sequence contains more than text and image."""
+        """True for Kontext, whose layers are read at the attention call.
+
+        The sequence of Kontext has the patches of the input image after those of the generated image.
+        """
         return "Kontext" in type(self.pipe).__name__
 
     @property
@@ -155,10 +158,11 @@ class Flux(SeparateNegative):
         )
 
     def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
-        """Arguments of a denoiser call by name: ``given``, with ``states`` as the text and one patch as the image.
+        """Arguments of a denoiser call, by name: ``given``, with ``states`` as the text and one patch as the image.
 
-        `elakit.attention.map_concepts` makes this call, and replaces the keys and values of the patch by those of the
-        whole image in the run's own call. ``states`` and ``positions`` are those of `TransformerAdapter.text_call`.
+        `elakit.attention.map_concepts` makes this second call after the run's own. In each layer of the second call, it
+        replaces the patch's keys and values by those of the whole image, which it kept from the run's own call.
+        ``states`` and ``positions`` are those of `TransformerAdapter.text_call`.
         """
         latents = given["hidden_states"]
         given |= {
@@ -176,7 +180,7 @@ class Flux(SeparateNegative):
 
     @property
     def text_limit(self) -> int:
-        """Largest number of text positions; FLUX Redux appends image tokens to them."""
+        """Largest number of text positions, without the image tokens that FLUX Redux appends to the text."""
         return self._t5_length()
 
     def _timestep(self, given: torch.Tensor) -> float:

@@ -303,7 +303,11 @@ def _component(name: str, part: str, kind: Any, folder: Path, dtype: torch.dtype
 
 
 def _typed(kind: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Argument of ``from_pretrained`` for the precision; diffusers called it ``torch_dtype`` before 0.36."""
+    """Argument of ``kind.from_pretrained`` that sets the precision, as a dictionary {name: ``dtype``}.
+
+    ``kind`` is the class of a pipeline or of one of its components. The name is "dtype"; only for classes of diffusers
+    before 0.36 it is "torch_dtype".
+    """
     if kind.__module__.startswith("diffusers."):
         return {_dtype_argument(): dtype}
     return {"dtype": dtype}

@@ -75,10 +75,11 @@ class Lumina2(SeparateNegative):
         )
 
     def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
-        """Arguments of a denoiser call by name: ``given``, with ``states`` as the text and one patch as the image.
+        """Arguments of a denoiser call, by name: ``given``, with ``states`` as the text and one patch as the image.
 
-        `elakit.attention.map_concepts` makes this call, and replaces the keys and values of the patch by those of the
-        whole image in the run's own call. ``states`` and ``positions`` are those of `TransformerAdapter.text_call`.
+        `elakit.attention.map_concepts` makes this second call after the run's own. In each layer of the second call, it
+        replaces the patch's keys and values by those of the whole image, which it kept from the run's own call.
+        ``states`` and ``positions`` are those of `TransformerAdapter.text_call`.
         """
         given = super()._with_text(given, states, positions)
         mask = given["encoder_attention_mask"]

@@ -81,12 +81,12 @@ class QwenImage(SeparateNegative):
         )
 
     def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
-        """Arguments of a denoiser call by name: ``given``, with ``states`` as the text and a few patches as the image.
+        """Arguments of a denoiser call, by name: ``given``, with ``states`` as the text and few patches as the image.
 
-        The image is one row of patches, as many as along the longer side of the image in ``given``.
-        `elakit.attention.map_concepts` makes this call, and replaces the keys and values of the row by those of the
-        whole image in the run's own call. ``states`` is that of `TransformerAdapter.text_call`; ``positions`` is not
-        used.
+        The number of patches is that along the longer side of the image in ``given``. `elakit.attention.map_concepts`
+        makes this second call after the run's own. In each layer of the second call, it replaces the patches' keys and
+        values by those of the whole image, which it kept from the run's own call. ``states`` is that of
+        `TransformerAdapter.text_call`; ``positions`` is not used.
         """
         latents, side = given["hidden_states"], max(self._grid((), given))
         given |= {

@@ -69,7 +69,11 @@ class StableDiffusionXL(UNetAdapter):
     def _added(
         self, embeds: torch.Tensor, pooled: torch.Tensor, size: tuple[int, int] | None, config: Any
     ) -> dict[str, torch.Tensor]:
-        """Value of ``added_cond_kwargs`` for the U-Net: the pooled text state, and the size and crop of the image."""
+        """Value of ``added_cond_kwargs`` for the U-Net: the pooled text state, and the size and crop of the image.
+
+        ``size`` is the (height, width) of the image in pixels; None stands for the model's default size. ``config`` is
+        the configuration of the second text encoder; None if the pipeline has none.
+        """
         size = size or self.default_size()
         time_ids = self.pipe._get_add_time_ids(
             size,

@@ -260,10 +260,11 @@ class TransformerAdapter(PromptEncoder):
         return self._with_text(self._of_rows(args, kwargs, rows), states, positions)
 
     def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
-        """Arguments of a denoiser call by name: ``given``, with ``states`` as the text and one patch as the image.
+        """Arguments of a denoiser call, by name: ``given``, with ``states`` as the text and one patch as the image.
 
-        `elakit.attention.map_concepts` makes this call, and replaces the keys and values of the patch by those of the
-        whole image in the run's own call. ``states`` and ``positions`` are those of `text_call`.
+        `elakit.attention.map_concepts` makes this second call after the run's own. In each layer of the second call, it
+        replaces the patch's keys and values by those of the whole image, which it kept from the run's own call.
+        ``states`` and ``positions`` are those of `text_call`.
         """
         latents = given["hidden_states"]
         return given | {
@@ -272,7 +273,7 @@ class TransformerAdapter(PromptEncoder):
         }
 
     def _of_rows(self, args: Sequence[Any], kwargs: Mapping[str, Any], rows: slice) -> dict[str, Any]:
-        """Arguments of a denoiser call by name, restricted to some rows of the batch."""
+        """Arguments of a denoiser call, by name, restricted to some rows of the batch."""
         names = list(inspect.signature(type(self.denoiser).forward).parameters)[1:]
         given = dict(zip(names, args, strict=False)) | dict(kwargs)
         batch = len(given[names[0]])

@@ -82,10 +82,11 @@ class ZImage(TransformerAdapter):
         return slice(0, min(batch, getattr(self, "_conditional", batch)))
 
     def _with_text(self, given: dict[str, Any], states: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
-        """Arguments of a denoiser call by name: ``given``, with ``states`` as the text and one patch as the image.
+        """Arguments of a denoiser call, by name: ``given``, with ``states`` as the text and one patch as the image.
 
-        `elakit.attention.map_concepts` makes this call, and replaces the keys and values of the patch by those of the
-        whole image in the run's own call. ``states`` and ``positions`` are those of `TransformerAdapter.text_call`.
+        `elakit.attention.map_concepts` makes this second call after the run's own. In each layer of the second call, it
+        replaces the patch's keys and values by those of the whole image, which it kept from the run's own call.
+        ``states`` and ``positions`` are those of `TransformerAdapter.text_call`.
         """
         patches = [image[..., : self._patch, : self._patch] for image in given["x"]]
         return given | {"x": patches, "cap_feats": [states.to(patches[0].dtype)] * len(patches)}

@@ -57,7 +57,8 @@ def agreement(
         Mask of each entity in the finished image, at any resolution; by default the masks that the judge found
         (``run.verdict``).
     steps : int or sequence of int
-        Number of steps to show, evenly spaced from the first to the last, or a list of steps, counted from 0.
+        Number of steps to show, evenly spaced from the first to the last (all if the run has fewer), or a list of
+        steps, counted from 0.
     panel : int, optional
         Width of a panel in pixels; by default a row is at most 860 pixels wide.
     title : str, optional
@@ -180,7 +181,7 @@ def _outline(mask: np.ndarray, rows: int, columns: int) -> tuple[list[float | No
 def _draw_outline(
     made: style.Panels, row: int, column: int, outline: tuple[list[float | None], list[float | None]], label: str
 ) -> None:
-    # A white line below the black one makes it visible on every image.
+    # A white line behind the black one makes it visible on every image.
     for color, width in (("#ffffff", 4.5), ("#000000", 1.8)):
         made.add(
             row,

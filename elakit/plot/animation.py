@@ -52,8 +52,8 @@ def save_animation(
     source : {"recording", "guidance"}
         Source of the regions, as in `region_evolution`.
     steps : int or sequence of int, optional
-        Number of steps to show, evenly spaced from the first to the last, or a list of steps, counted from 0; by
-        default all.
+        Number of steps to show, evenly spaced from the first to the last (all if there are fewer), or a list of
+        steps, counted from 0; by default all.
     speed : float
         Steps per second, 0.1 to 50.
     panel : int

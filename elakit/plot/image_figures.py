@@ -107,7 +107,8 @@ def images(
     panel : int
         Width of an image in pixels.
     names : sequence of str, optional
-        Heading of each image; by default the name of its method, with the seed if several runs have the same method.
+        Heading of each image; by default "plain" or the display name of its method, such as "ELA", with the seed if
+        several runs have the same name.
     title : str, optional
         Title, "" for none; by default the prompt of the first run.
 

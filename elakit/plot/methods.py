@@ -34,8 +34,9 @@ def method_comparison(summary: pd.DataFrame, *, panel: int | None = None, title:
     Parameters
     ----------
     summary : DataFrame
-        One row per method, as `elakit.sweep.summary` returns it: columns success, fixed, broken and seconds, each also
-        with the suffixes _low and _high (whiskers), and optionally p_holm.
+        One row per method, as `elakit.sweep.summary` returns it. success, fixed and broken are shares, 0 to 1. seconds
+        is the generation time divided by that of plain generation. Each of these columns is also needed with the
+        suffixes _low and _high, the ends of the whiskers. p_holm is optional.
     panel : int, optional
         Width of a panel in pixels; by default the figure is at most 860 pixels wide.
     title : str, optional

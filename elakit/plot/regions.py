@@ -43,10 +43,11 @@ def region_evolution(
         Source of the regions: "recording" for regions localized in the recorded maps, at the recorded steps;
         "guidance" for the regions that the guidance method used, at the steps in the trace of the guidance.
     steps : int or sequence of int
-        Number of steps to show, evenly spaced from the first to the last, or a list of steps, counted from 0.
+        Number of steps to show, evenly spaced from the first to the last (all if there are fewer), or a list of
+        steps, counted from 0.
     maps : bool
-        Show the entities' maps as one gray map below the regions. Each map is divided by its maximum, and each location
-        shows the largest value of all entities.
+        Show the entities' maps in gray behind the regions, except over the finished image. Each map is divided by its
+        maximum, and each location shows the largest value of all entities.
     image : bool
         Add the finished image with the regions of the last step as an overlay.
     columns : int
@@ -124,8 +125,8 @@ def region_animation(
     source : {"recording", "guidance"}
         Source of the regions, as in `region_evolution`.
     steps : int or sequence of int, optional
-        Number of steps to show, evenly spaced from the first to the last, or a list of steps, counted from 0; by
-        default all.
+        Number of steps to show, evenly spaced from the first to the last (all if there are fewer), or a list of
+        steps, counted from 0; by default all.
     speed : float
         Steps per second.
     panel : int

@@ -68,12 +68,12 @@ def entity_colors(entities: Sequence[str]) -> dict[str, str]:
 
 
 def run_name(run: Run) -> str:
-    """Name of a run in figures: "plain", or the title of its method."""
+    """Name of a run in figures: "plain", or the display name of its method, such as "ELA" for "ela"."""
     return method_title(run.label)
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
-    """Name of each run: the name of its method, with the seed if several runs have the same method."""
+    """Name of each run in figures, as `run_name` returns it, with the seed if several runs have the same name."""
     names = list(map(run_name, runs))
     return [n if names.count(n) == 1 else f"{n}, seed {run.seed}" for n, run in zip(names, runs, strict=True)]
 
@@ -106,7 +106,8 @@ def pick_steps(there: Sequence[int], wanted: int | Sequence[int]) -> list[int]:
     there : sequence of int
         Available steps, in order.
     wanted : int or sequence of int
-        Number of steps to show (1 selects the last), or a list of steps; negative ones count back from the last.
+        Number of steps to show (1 selects the last; all steps if fewer are available), or a list of steps; negative
+        steps count back from the last.
 
     Returns
     -------
@@ -241,7 +242,15 @@ class Panels:
         self.layout[down.replace("y", "yaxis")] = {"domain": span_y, "anchor": across, **y}
 
     def map_axes(self, row: int, column: int, rows: float, columns: float) -> None:
-        """Set the axes of a panel that shows a map: y downwards, no ticks, square locations."""
+        """Set the axes of a panel that shows a map or an image: y downwards, no ticks, square locations.
+
+        Parameters
+        ----------
+        row, column : int
+            Position of the panel, counted from 1.
+        rows, columns : float
+            Numbers of rows and columns of locations in the map, or of pixels in the image.
+        """
         bare: dict[str, Any] = {
             "showgrid": False, "zeroline": False, "showticklabels": False, "ticks": "", "constrain": "domain",
             "showline": True, "mirror": True, "linewidth": 1, "linecolor": RULE,
@@ -294,7 +303,17 @@ class Panels:
         self.shapes.append({"xref": across, "yref": down, **options})
 
     def image(self, row: int, column: int, source: str, rows: float, columns: float) -> None:
-        """Add an image (a data URI) below the traces of a panel whose axes count `rows` by `columns` locations."""
+        """Add an image to a panel, behind its traces, so that the image fills the axes set by `map_axes`.
+
+        Parameters
+        ----------
+        row, column : int
+            Position of the panel, counted from 1.
+        source : str
+            Data URI of the image.
+        rows, columns : float
+            Height and width of the image in units of the axes: the same values as for `map_axes`.
+        """
         across, down = self.panel_axes(row, column)
         self.images.append(
             {
@@ -304,7 +323,11 @@ class Panels:
         )  # fmt: skip
 
     def legend(self, names: Sequence[str] = ()) -> None:
-        """Show a horizontal legend at the bottom; space is added if `names` do not fit into one line."""
+        """Show a horizontal legend of the traces at the bottom.
+
+        `names` are the names of the traces in the legend. They only serve to estimate its width: the figure becomes
+        higher if they do not fit into one line. With the default, the figure keeps its height.
+        """
         letters = sum(7 * len(name) + 50 for name in names)
         more = 20 * max(0, int(np.ceil(letters / (self.layout["width"] - 16))) - 1)
         self.layout["height"] += more

@@ -54,10 +54,11 @@ def token_maps(
         Tokens as in `Recording.maps` ("entities", "attributes", words). By default all recorded tokens; if there are
         more than 14, only start-of-text, the words of the entities, and the sum of end-of-text and padding.
     steps : int or sequence of int
-        Number of steps to show, evenly spaced from the first to the last, or a list of steps, counted from 0.
+        Number of steps to show, evenly spaced from the first to the last (all if the run has fewer), or a list of
+        steps, counted from 0.
     layers : str or sequence of str, optional
-        Layers to average: "up" (decoder), "down", "mid", "all" or name patterns; by default those of the
-        decoder, or all layers of a transformer.
+        Layers to average: "up" (decoder), "down", "mid", "all", a glob on layer names such as "up_blocks.1.*", or a
+        list of these; by default the layers of the decoder, or all layers of a transformer.
     size : int, optional
         Number of locations along the longer side of the maps; by default the size of `layers` nearest to
         16.

@@ -43,23 +43,23 @@ def map_statistics(entities: np.ndarray, rest: np.ndarray, attributes: np.ndarra
     rest : ndarray, float, (y, x)
         Sum of the raw attention to start-of-text, end-of-text and padding.
     attributes : ndarray, float, (attribute, y, x)
-        Raw attention to the attributes; may be empty.
+        Raw attention to the attributes; may be empty, of shape (0, y, x).
     owners : sequence of int
         Index of the entity to which each attribute belongs.
 
     Returns
     -------
     ndarray, float, (len(MAP_STATISTICS),)
-        Values in the order of `MAP_STATISTICS`. Each statistic of single entities is given as its minimum and maximum
-        over the entities ("_min", "_max") and as its values for the first and the last entity ("_first", "_last"),
-        which a causal text encoder treats differently.
+        Values in the order of `MAP_STATISTICS`. A statistic that is computed for each entity has four values: its
+        minimum and maximum over the entities ("_min", "_max"), and its values for the first and the last entity of the
+        prompt ("_first", "_last"), which a causal text encoder treats differently.
 
     Notes
     -----
-    An entity wins a location if its map is above the maps of all other entities there; a single entity wins every
-    location. The distribution of a map is the map minus its minimum, divided by the sum of the result. The center of a
-    map is the mean location, weighted by the distribution. The overlap of two maps is the sum, over the locations, of
-    the smaller value of their distributions. Distances are in units of the image's sides.
+    An entity wins a location if its map is above the maps of all other entities there. If there is only one entity, it
+    wins every location. The distribution of a map is the map minus its minimum, divided by the sum of the result. The
+    center of a map is the mean location, weighted by the distribution. The overlap of two maps is the sum, over the
+    locations, of the smaller value of their distributions. Distances are in units of the image's sides.
 
     Statistics of each entity:
 
@@ -79,14 +79,16 @@ def map_statistics(entities: np.ndarray, rest: np.ndarray, attributes: np.ndarra
 
     Statistics of the image; the first three are those of the two entities that are most similar by the statistic:
 
-    * "correlation": correlation of the two maps;
-    * "common": overlap of the two maps;
-    * "distance": distance between the centers of the two maps;
+    * "correlation": correlation of the two maps; -1 if there is only one entity;
+    * "common": overlap of the two maps; 0 if there is only one entity;
+    * "distance": distance between the centers of the two maps; 1 if there is only one entity;
     * "rest_mean", "rest_min": mean and minimum of `rest`;
     * "joint_components": number of connected components of the locations where the sum of all entities' maps is above
       40% of its maximum;
-    * "bound": smallest margin by which an attribute's overlap with its own entity exceeds its overlap with another one;
-    * "misbound": largest overlap of an attribute with an entity to which it does not belong.
+    * "bound": smallest margin by which an attribute's overlap with its own entity exceeds its overlap with any other
+      entity; 1 if there are no attributes;
+    * "misbound": largest overlap of an attribute with an entity to which it does not belong; 0 if there are no
+      attributes, or only one entity.
 
     Examples
     --------

@@ -77,7 +77,9 @@ class Predictor:
                 )
 
     def predict(self, run: Run | pd.DataFrame) -> pd.DataFrame:
-        """Predict the probability of each outcome, after each share of its steps that the run has reached.
+        """Predict the probability of each outcome of a run, at several points of the run.
+
+        The points are the shares of the run's steps in `Predictor.shares`, as far as the run has reached them.
 
         Parameters
         ----------
@@ -178,7 +180,8 @@ class Predictor:
         Returns
         -------
         callable
-            Function of the `Progress` of a run that returns which images to guide, or None before the prediction.
+            Function of the `Progress` of a run. At the step of the prediction it returns a list with one bool per
+            image, True for each image to guide. At all other steps it returns None.
 
         Raises
         ------
@@ -207,9 +210,10 @@ class Predictor:
         return needed
 
     def _asked(self, above: float, outcome: str, after: float) -> Callable[[Progress], list[float] | None]:
-        """Function that predicts the probability of an outcome per image after the share `after` of a run's steps.
+        """Function that predicts the probability of an outcome after the share `after` of a run's steps.
 
-        At all other steps it returns None. `above` is checked here, and compared with the probability by the caller.
+        The function returns a list with one probability per image at the step of the prediction, and None at all other
+        steps. `above` is checked here, and compared with the probabilities by the caller.
         """
         if outcome not in self.outcomes:
             raise SettingError(f"outcome={outcome!r}: choose from {', '.join(self.outcomes)}.")

@@ -1,4 +1,4 @@
-"""Localization of entities: attention maps to one region per entity.
+"""Localization of entities: computation of one region per entity from the entities' attention maps.
 
 Four stages, each an option of :func:`localize`: *differentiation* compares the maps of the entities with each other,
 *binarization* decides which locations are strong enough, small components may be removed, and a *floor* on the area

@@ -19,7 +19,14 @@ WAIT = 30  # seconds that a Dask scheduler may take to get its first worker
 
 
 class Workers(Protocol):
-    """Interface between a sweep and its workers; a context manager that ends the workers that it has started."""
+    """Interface between a sweep and its workers; a context manager that ends the workers that it has started.
+
+    Attributes
+    ----------
+    width : int or None
+        Largest number of units (one prompt, one method and a batch of seeds) that are submitted and not yet finished;
+        None if all are submitted at once.
+    """
 
     width: int | None  # units submitted at a time; None: all
 

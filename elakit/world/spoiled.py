@@ -137,7 +137,11 @@ def _spoil(layer: np.ndarray, kind: str, place: Place, rng: np.random.Generator)
 
 
 def _warped(layer: np.ndarray, strength: float, side: float, rng: np.random.Generator) -> np.ndarray:
-    """A layer bent by a smooth random field of shifts with a standard deviation of about `strength * side` pixels."""
+    """A layer, (size, size, 4), bent by a smooth random field of shifts.
+
+    The shifts have a standard deviation of about `strength * side` pixels. `side` is the longest side of the drawing in
+    the layer, in pixels.
+    """
     size = len(layer)
     knots = int(np.clip(round(5 * size / side), 5, 16))
     shift = strength * side * rng.normal(0, 1, (2, knots, knots))
@@ -147,6 +151,9 @@ def _warped(layer: np.ndarray, strength: float, side: float, rng: np.random.Gene
 
 
 def _noise(size: int, side: float, rng: np.random.Generator) -> np.ndarray:
-    """Smooth noise of unit variance with about four bumps across a drawing."""
+    """Smooth noise of mean 0 and variance 1, (size, size), with about four bumps per `side` pixels.
+
+    `side` is the longest side of the drawing for which the noise is used, in pixels.
+    """
     field = gaussian_filter(rng.normal(0, 1, (size, size)), max(1.5, side / 9), mode="wrap")
     return (field - field.mean()) / field.std()

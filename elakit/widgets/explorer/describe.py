@@ -270,7 +270,8 @@ def _measures(
     """Lines of the plot of each measure over the steps, by measure; empty if no measure is available.
 
     Each line has name, color (None without an entity), second (color of the other entity of a pair, or None) and values
-    (one per step, None where the value is missing or not finite).
+    (one per step, None where the value is missing or not finite). `colors` has the color of each entity, by its label.
+    If no measure is available, a note on the reason is added to `notes`, unless `notes` already has one.
     """
     try:
         frame = run.bleeding.to_frame()
@@ -339,10 +340,11 @@ def _default_tokens(about: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _default_maps(about: Sequence[dict[str, Any]], recording: Recording) -> tuple[str, int | None]:
-    """Default layers and map size of the explorer: those from which the regions of `recording` are localized.
+    """Default values of `Explorer.layer` and `Explorer.size`, which select the maps that `Run.regions` uses.
 
-    If a run has no maps in these layers, the layers are "all". If a run has no maps of this size in the layers, the
-    size is None. `about` has the data of each run, as `_run_data` returns them.
+    The layer is "up" if `recording` is of a U-Net, else "all"; it is also "all" if a run has no maps in the decoder.
+    The size is the map size of `recording` nearest to 16, or None if a run has no maps of this size in these layers.
+    `recording` is that of the run with the most steps. `about` has the data of each run, as `_run_data` returns them.
     """
     layer, size = recording.decoder, recording.usual_size()
     if any(not sizes_of(run["layers"], layer) for run in about):

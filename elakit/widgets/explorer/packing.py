@@ -98,8 +98,8 @@ class Source:
 class Buffer:
     """Maps collected for the browser: their values as bytes, and the scales that turn the bytes back into values.
 
-    The browser finds the bytes of each map at the position that `add` returns, and the map's scales at the position
-    that `add_scales` returns.
+    `add` stores the bytes of all maps of a layer and returns their position. `add_scales` stores the scales of these
+    maps, one per map, and returns their position. Regions are stored by `add`, without scales.
     """
 
     scales: list[np.ndarray] = field(default_factory=list)

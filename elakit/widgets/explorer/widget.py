@@ -74,11 +74,12 @@ class Explorer(anywidget.AnyWidget):
         first of `tokens`.
     layer : str
         "all", a part of the network ("down", "mid" or "up" of a U-Net; "double", "single" or "block" of a transformer)
-        or the name of a layer. Maps of several layers are averaged. Default: "up" for a U-Net, "all" for a transformer.
+        or the name of a layer. Maps of several layers are averaged. Default: "up" for a U-Net, "all" for a transformer
+        or if a run has no maps in "up".
     size : int or None
         Map size, the number of locations along the longer side; None averages over all sizes. If the layers
         that a new `layer` selects have no maps of this size, `size` changes to their only size, or to None if they have
-        several. Default: the recorded size nearest to 16.
+        several. Default: the recorded size nearest to 16, or None if a run has no maps of this size.
     head : int or "mean"
         Index of the head whose maps are shown in every layer, if the heads were recorded separately
         (``RecordSpec(heads="all")``); "mean" for the mean over the heads.

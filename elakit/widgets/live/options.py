@@ -33,8 +33,9 @@ class Option:
     name : str
         Name of the option, preceded by the part of the method that it belongs to, if any: "anchor.step_size".
     kind : {"number", "integer", "switch", "choice", "text", "value"}
-        Kind of input field. A field for a "value" takes a Python literal as text, such as a number or a tuple, and is
-        empty for None.
+        Kind of input field, by the type of the option: "number" for float, "integer" for int, "switch" for bool,
+        "choice" for a list of allowed values, "text" for str, and "value" for any other type, such as a tuple or a
+        number that may be None. A field for a "value" takes a Python literal as text, and is empty for None.
     choices : tuple
         Allowed values of an option of the kind "choice"; empty for other kinds.
     default : object
@@ -153,6 +154,10 @@ def entry(method: type[Any], option: Option, value: Any) -> Any:
 def values(method: type[Any], entries: Mapping[str, Any]) -> dict[str, Any]:
     """Values of a method's options, by name, from the entries of a form.
 
+    The entry of an option of the kind "value" is a text. "" becomes None, and a Python literal becomes its value. Any
+    other text, such as "up" for the layers, is kept as it is, unless the option's default is a number or a tuple. The
+    entries of options of other kinds are the values themselves.
+
     Parameters
     ----------
     method : type
@@ -162,8 +167,8 @@ def values(method: type[Any], entries: Mapping[str, Any]) -> dict[str, Any]:
     Raises
     ------
     SettingError
-        The entry of an option of the kind "value" is not a Python literal, although the option's default is a number or
-        a tuple. If the default is neither, the entry itself becomes the value, such as "up" for the layers.
+        The entry of an option of the kind "value" is neither "" nor a Python literal, and the option's default is a
+        number or a tuple.
 
     Examples
     --------

@@ -57,10 +57,10 @@ def guidance(choices: Choices, now: RunState) -> dict[str, Any]:
     Returns
     -------
     dict
-        "takes" and "needs" are True if the method can use regions given by hand, and if it needs them. "note" is a hint
-        on the use of regions, as `note` returns it. "quiet" is a text to show while there is no loss. "guided" lists
-        the steps that the method guides, counted from 0, and "steps" is the number of all steps. "state" is the state
-        of the run, as in `RunState`.
+        "takes" is True if the method can use regions given by hand. "needs" is True if the method needs a region given
+        by hand for each entity. "note" is a hint on the use of regions, as `note` returns it. "quiet" is a text to show
+        while there is no loss. "guided" lists the steps that the method guides, counted from 0, and "steps" is the
+        number of all steps. "state" is the state of the run, as in `RunState`.
 
     Examples
     --------

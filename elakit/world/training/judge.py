@@ -481,6 +481,9 @@ def _batches(rows: np.ndarray, what: str) -> Iterator[np.ndarray]:
 def _restyle(images: Tensor, target: Tensor) -> Tensor:
     """Make some images look like the work of another artist: other hues, other tones, flat colors, dark outlines.
 
+    `images` is float32, (n, 3, h, w), in [-1, 1]. `target` is the class of each pixel, (n, h, w); the outlines are
+    added where it changes. All other changes affect the whole image, background included.
+
     The judge should recognize things by their shape. Without this, it could rely on colors, because animals mostly have
     their natural ones in training, and on style, because not every artist drew every noun.
     """
