@@ -182,7 +182,8 @@ def _remedy(diagnosis: DiagnosisData) -> list[str]:
             if equal:
                 names = [one.remedy.title for one in equal[:MOST]]
                 more = [f"{len(equal) - MOST} more"] if len(equal) > MOST else []
-                said.append(f"The same number of images is right with {_listed([*names, *more])}.")
+                times = f", at {equal[0].cost:.1f} times the generation time" if len(equal) == 1 else ""
+                said.append(f"The same number of images is right with {_listed([*names, *more])}{times}.")
     failed = [one for one in diagnosis.remedies if one.status == "failed"]
     said += [f"{one.remedy.title} failed: {one.why}" for one in failed]
     return said
@@ -205,10 +206,14 @@ def _attention(diagnosis: DiagnosisData) -> list[str]:
     table = measure_table(diagnosis)
     before, after = (float(table["bleed", run].mean()) for run in ("plain", "guided"))
     fell = int((table["bleed", "guided"] < table["bleed", "plain"]).sum())
+    shares = (
+        f"{before:.0%} of an entity's attention lies outside its own region, both without guidance and with {method}"
+        if abs(before - after) < 0.005  # rounding must not make a difference of it
+        else f"{before:.0%} of an entity's attention lies outside its own region without guidance, and {after:.0%} "
+        f"with {method}"
+    )
     said = [
-        f"On average, {before:.0%} of an entity's attention lies outside its own region without guidance, and "
-        f"{after:.0%} with {method}. The share is lower with {method} for {fell} of {count} "
-        f"{plural('seed', count)}."
+        f"On average, {shares}. The share is lower with {method} for {fell} of {count} {plural('seed', count)}.",
     ]
     acted = sum(pair.was_guided for pair in diagnosis.pairs)
     if acted < count:

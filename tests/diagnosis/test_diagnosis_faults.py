@@ -78,9 +78,11 @@ def test_steps_that_separate_are_not_said_to_use_regions() -> None:
     used = trace([[1, 0]], [0.1])  # step 3 of 3
     for step in (0, 1):
         used.rows.insert(step, {"step": step, "moved": 0.05, "skipped": False, "guided": True, "contrast": 1.1})
-    assert describe_regions(used).startswith("In 2 steps before, the entities' maps were moved apart. These")
+    assert describe_regions(used).startswith(
+        "In the first 2 steps, the entities' maps were moved apart, without regions."
+    )
     used.rows[-1] |= {"guided": False, "moved": 0}
-    assert describe_regions(used).endswith("the image needed no more guidance, so that its regions were not used.")
+    assert describe_regions(used).endswith("guidance ended. No region was used to guide this image.")
 
 
 def test_screen_readers_are_told_which_remedy_made_an_image() -> None:

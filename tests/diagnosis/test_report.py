@@ -132,7 +132,7 @@ def test_images_that_need_no_guidance_are_named_as_the_reason() -> None:
         for said in report.summary(found)
     )
     page = Page(report.render(found))
-    assert "Regions used by ELA" not in page.text
+    assert "Regions found by ELA" not in page.text
 
 
 def test_method_and_judge_are_introduced(page: str) -> None:

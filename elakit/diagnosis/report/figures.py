@@ -11,7 +11,7 @@ from markupsafe import Markup
 from elakit import plot
 from elakit.diagnosis.data import DiagnosisData, Pair
 from elakit.guidance import Trace, method_title
-from elakit.numbering import plural, step_name
+from elakit.numbering import step_name
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def figures(diagnosis: DiagnosisData, example: Pair) -> list[Figure]:
     if example.was_guided and trace is not None and trace.regions is not None:
         made.append(
             _figure(
-                "anchors", f"Regions used by {method}", plot.region_evolution(other, source="guidance", title=""),
+                "anchors", f"Regions found by {method}", plot.region_evolution(other, source="guidance", title=""),
                 f"These are the regions of {method} itself; the measures do not use them. {describe_regions(trace)}",
             )
         )  # fmt: skip
@@ -109,11 +109,14 @@ def describe_regions(trace: Trace) -> str:
     with_regions = {int(step) for step in trace.regions.step.values}
     guided = [step for step in trace.guided if step in with_regions]
     before = sum("contrast" in row and row["moved"] > 0 for row in trace.rows)
-    began = f"In {before} {plural('step', before)} before, the entities' maps were moved apart. " if before else ""
+    first = f"the first {before} steps" if before > 1 else "the first step"
+    began = f"In {first}, the entities' maps were moved apart, without regions. " if before else ""
     unused = sorted(with_regions - set(guided))
     if not guided:
-        ended = f"At {step_name(unused[-1])}, the image needed no more guidance, so that its regions were not used."
-        return f"{began}{ended}"
+        return (
+            f"{began}At {step_name(unused[-1])}, the regions shown here were localized, and each entity was found to "
+            "be in its region, so that guidance ended. No region was used to guide this image."
+        )
     regions = trace.regions.sel(step=guided)
     steps, masks = [int(step) for step in regions.step.values], regions.values
     if trace.options.get("regions") is not None:

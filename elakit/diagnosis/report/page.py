@@ -140,11 +140,15 @@ def _introduction(diagnosis: DiagnosisData) -> str:
     method = method_title(diagnosis.method)
     if spelled := SPELLED_OUT.get(diagnosis.method):
         method = f"{method} ({spelled})"
-    said = f"This report compares images without guidance with images guided by {method}."
+    said = (
+        f"This report compares plain images with images guided by {method}. Plain images are generated without a "
+        "guidance method; classifier-free guidance is the same in both."
+    )
     if diagnosis.judged:
         said += (
             " The judge, a network that decides what each finished image shows, finds an image right if every entity "
-            "is present, separate, and in the color that the prompt gives."
+            "is present, not fused with another one, and in the color that the prompt gives. Extra copies of an entity "
+            "are reported, but do not make an image wrong."
         )
     return said
 
@@ -166,7 +170,7 @@ def _tiles(diagnosis: DiagnosisData, table: pd.DataFrame) -> list[tuple[str, str
     for measure, heading, _ in BY_SEED[: 1 if tiles else 2]:
         if measure in table:
             before, after = (table[measure, run].mean() for run in ("plain", "guided"))
-            tiles.append((f"{before:.2f} → {after:.2f}", f"mean {heading}, plain → {method}"))
+            tiles.append((f"{before:.3f} → {after:.3f}", f"mean {heading}, plain → {method}"))
     if not diagnosis.judged:
         tiles.insert(0, (str(count), f"{plural('seed', count)}, each plain and with {method}"))
     return tiles
