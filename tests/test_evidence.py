@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from elakit.guidance import METHODS
 from elakit.resources import data_path
 
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
@@ -29,6 +30,15 @@ BY_KIND = {
     "regional attention right": "right",
     "fixed": "fixed",
     "broken": "broken",
+}
+
+TUNED = {
+    "method": "method",
+    "best point": "options",
+    "right": "right",
+    "fixed": "fixed",
+    "broken": "broken",
+    "right minus broken images": "right_minus_broken",
 }
 
 
@@ -66,4 +76,18 @@ def test_the_file_has_the_table_of_the_page(file: str, columns: dict[str, str]) 
         page["plain_right"] = notes[1].fillna(page["right"][0])
     pd.testing.assert_frame_equal(
         saved[sorted(saved)], page[sorted(page)], check_dtype=False, obj=f"{file} and the page: copy the page's figures"
+    )
+
+
+def test_the_page_has_the_best_point_of_each_tuned_method() -> None:
+    points, page = pd.read_csv(data_path("evidence", "tuned.csv")), table(TUNED)
+    assert (points.groupby("method").size() == 6).all()
+    best = (
+        points.sort_values("right_minus_broken", ascending=False, kind="stable").groupby("method", sort=False).head(1)
+    )
+    best["method"] = [METHODS[name].title for name in best["method"]]
+    rows = page[page["method"] != "plain"]
+    rows = rows.assign(options=rows["options"].str.replace("`", ""))
+    pd.testing.assert_frame_equal(
+        rows.sort_values("method", ignore_index=True), best.sort_values("method", ignore_index=True)[list(rows)]
     )
