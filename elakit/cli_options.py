@@ -84,7 +84,11 @@ def one_line_errors(program: str) -> Iterator[None]:
 
 
 def without_markup(docstring: str) -> str:
-    """Text of a docstring for a help page, without the markup of reStructuredText.
+    """Text of a docstring for a help page, with less markup of reStructuredText.
+
+    Double backquotes become single ones, ``**`` is removed, and a double colon at the end of a line becomes a single
+    one. A line break before a letter, a backquote or an opening parenthesis becomes a space, because help pages wrap
+    lines themselves. Blank lines, indented lines and list items keep their line breaks.
 
     Examples
     --------

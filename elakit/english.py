@@ -237,7 +237,11 @@ def _cut(tokens: Sequence[Any]) -> Iterator[tuple[int, int]]:
 
 
 class _Verdict(Enum):
-    """Decision of one of the `RULES` about a word: does it belong to the phrase that is being read?"""
+    """Decision of one of the `RULES` about a word.
+
+    INSIDE: the word belongs to the phrase that is being read. JOINED: the word belongs to the phrase only if a word
+    after it does, such as the hyphen of a compound. OUTSIDE: the phrase has ended before the word.
+    """
 
     INSIDE = "the word belongs to the phrase"
     JOINED = "the word only joins others, such as the hyphen of a compound; it cannot end the phrase"

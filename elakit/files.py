@@ -27,8 +27,9 @@ _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # another process has w
 def write_file(path: str | Path, content: bytes, *, sync: bool = True) -> Path:
     """Write a file completely or not at all; an existing file is replaced.
 
-    The content is written to a temporary file with a unique name in the same folder, which is then renamed. A process
-    that is killed leaves the old file, and at most one hidden ``.part`` file, which does not affect later calls.
+    The content is first written to a temporary file with a unique name in the same folder. This file is then renamed to
+    `path`. A process that is killed leaves the old file, and at most one hidden ``.part`` file, which does not affect
+    later calls.
 
     Parameters
     ----------

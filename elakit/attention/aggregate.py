@@ -110,8 +110,8 @@ def normalized(maps: np.ndarray, how: Normalize, start: np.ndarray | None) -> np
     ----------
     maps : numpy.ndarray, (step, token, y, x)
     how : {None, "sum", "max", "minmax", "tokens", "start"}
-        Normalization, as in `Recording.maps`. None returns the maps unchanged, and so does ``"tokens"``,
-        because `Recording.maps` itself computes this softmax over tokens.
+        Normalization, as in `Recording.maps`. None and ``"tokens"`` return the maps unchanged. ``"tokens"`` stands for
+        a softmax over tokens, which `Recording.maps` has already computed before it calls this function.
     start : numpy.ndarray, (step, 1, y, x), optional
         Maps of start-of-text, which ``"start"`` requires.
 

@@ -360,7 +360,24 @@ class Stream(Reader):
 
 
 def _concept_attention(layer: AttentionLayer, concept: Tensor, image: Tensor, rotary: Any) -> Tensor:
-    """Attention outputs of concepts, which attend to each other and to the image; (rows, tokens, channels)."""
+    """Attention outputs of concepts in one layer, in which the concepts attend to each other and to the image.
+
+    Parameters
+    ----------
+    layer : AttentionLayer
+        Joint attention of a double-stream block. Its projections compute queries, keys and values here.
+    concept : Tensor, (rows, tokens, channels)
+        Hidden states of the concepts' tokens, after the block's first norm.
+    image : Tensor, (rows, h*w, channels)
+        Hidden states of the image alone, after the block's first norm.
+    rotary : tuple of Tensor or None
+        Rotary embedding (cos, sin) of text and image; None if the model has none.
+
+    Returns
+    -------
+    Tensor, (rows, tokens, channels)
+        Outputs of all heads side by side, before the output projection.
+    """
     module: Any = layer.module
 
     def heads(x: Tensor, norm: nn.Module | None = None) -> Tensor:

@@ -70,10 +70,10 @@ class Edit:
 
     Notes
     -----
-    If the weight of one token, whose attention probability is p, is multiplied by f = ``scale * exp(add)``, its
-    probability becomes ``f p / (1 + (f - 1) p)``. At a location of which the region covers a share r, the factor is
-    ``1 + r (f - 1)``. With ``like``, a logit a of ``tokens`` becomes ``(1 - r) a + r b`` there, where b is the logit of
-    the other token.
+    Let ``p`` be the attention probability of one token. If the token's weight is multiplied by
+    ``f = scale * exp(add)``, the probability becomes ``f p / (1 + (f - 1) p)``. At a location of which the region
+    covers a share ``r``, the factor is ``1 + r (f - 1)`` instead of ``f``. With ``like``, let ``x`` be the logit of
+    ``tokens`` at this location, and ``y`` the logit of the other token. Then ``x`` becomes ``(1 - r) x + r y``.
 
     Examples
     --------

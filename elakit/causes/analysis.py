@@ -49,10 +49,11 @@ def find(pipe: Pipeline, runs: Sequence[Run]) -> Findings:
 
     If a run fails, causes are searched for in the states of the text encoder, and in the attention of the runs that
     fail: in the decoder, or in all layers of a transformer. A cause is reported if its indicator lies clearly outside
-    the values that are usual in right images (calibrated on picture-world) and if it explains one of the failures. A
-    noun outside the vocabulary of a built-in model, or one that the tokenizer of another model splits, is always
-    reported. The confidence in a cause is reduced if another cause may have led to this cause, if only some of the
-    failing runs show the cause, and if right images of the same prompt show the cause, too.
+    the values that are usual in right images (calibrated on picture-world) and if it explains one of the failures. The
+    cause "ambiguous word" is reported even if no run fails. In runs of a built-in model, this cause is a noun outside
+    the model's vocabulary. In runs of any other model, this cause is a noun that the tokenizer splits. The confidence
+    in a cause is reduced if another cause may have led to this cause, if only some of the failing runs show the cause,
+    and if right images of the same prompt show the cause, too.
 
     Examples
     --------

@@ -76,7 +76,10 @@ class Maps:
 
     @cached_property
     def held(self) -> np.ndarray:
-        """Attention to f, divided by the attention to e and f together, averaged over the map of e, (step, e, f)."""
+        """Attention to entity f, divided by the attention to entities e and f together, (step, e, f).
+
+        This share is averaged over the map of e.
+        """
         others = [held_by(self.entities, self.entities[:, f]) for f in range(self.entities.shape[1])]
         return np.stack(others, axis=-1)
 
@@ -95,7 +98,7 @@ class Maps:
 
     @cached_property
     def astray(self) -> np.ndarray:
-        """Share of entity f in the attention to attribute a at f and at the entity that a describes, (step, a, f).
+        """Degree to which each attribute is attended to at entity f instead of at its own entity, (step, attribute, f).
 
         The value is A(f) / (A(f) + A(own)). A(f) is the attention to the attribute, averaged over the map of f. A(own)
         is the attention to the attribute, averaged over the map of the entity that the attribute describes. The value
@@ -107,7 +110,7 @@ class Maps:
 
     @cached_property
     def attribute_held(self) -> np.ndarray:
-        """Attention to attribute a, divided by the attention to a and entity f together, (step, a, f).
+        """Attention to attribute a, divided by the attention to attribute a and entity f together, (step, a, f).
 
         This share is averaged over the map of f.
         """

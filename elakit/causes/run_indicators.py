@@ -153,9 +153,9 @@ def _visible(indicator: Indicator | None) -> tuple[float, float]:
 def _clearest(found: Mapping[Any, Sequence[tuple[float, float]]]) -> tuple[Any, ...]:
     """Up to `MOST` layers or heads in which an indicator is visible earliest, the earliest first.
 
-    Layers or heads are left out if the mean strength over the runs is less than `LEAST`, or if the indicator is never
-    visible in half of the runs or more. The others are ordered by the median position of the first visible step; if the
-    medians are equal, the larger mean strength comes first.
+    A layer or head is left out if the mean strength over the runs is less than `LEAST`. It is also left out if at least
+    half of the runs never show the indicator. The others are ordered by the median position of the first visible step;
+    if the medians are equal, the larger mean strength comes first.
 
     Parameters
     ----------

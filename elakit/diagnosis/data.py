@@ -78,7 +78,8 @@ class DiagnosisData:
     findings : Findings or None
         Failures in the plain images and their causes; None if the search for them failed.
     remedies : tuple of RemedyResult
-        Results of all remedies, best first, including the method.
+        Results of the method and of the remedies, best first. If all plain images are judged right, only the result of
+        the method.
     predicted : dict of int to float
         Probability that the plain image of a seed fails, by seed, as predicted after 30% of its steps; empty without
         a predictor for the model, or if the prediction failed.

@@ -61,8 +61,9 @@ def diagnose(
         Remedies to try in addition to `method`. True stands for `elakit.diagnosis.DEFAULT`, False for none. A sequence
         contains names of methods, methods with options, "another-seed" (the most promising of several other seeds),
         "swapped" (entities in the opposite order), "next-to" ("next to" instead of "and"), or "regions" (ELA with one
-        box per entity). None of them is tried if all images without guidance are judged right. An exception in one
-        remedy is reported in its result and does not affect the others.
+        box per entity). If all images without guidance are judged right, no remedy is tried, and `Diagnosis.remedies`
+        contains only the result of `method`. An exception in one remedy is reported in its result and does not affect
+        the others.
     steps, guidance_scale, negative_prompt, height, width : optional
         As in `elakit.generate`.
     predictor : Predictor, optional

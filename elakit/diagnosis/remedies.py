@@ -79,7 +79,8 @@ class RemedyResult:
     cost : float
         `seconds`, divided by the generation time of a plain image; NaN if nothing was generated.
     status : {"tried", "failed", "not tried"}
-        "failed" if an exception was raised; "not tried" if the remedy does not apply to the prompt.
+        "failed" if an exception was raised; "not tried" if the remedy does not apply to the prompt. If all plain images
+        are judged right, `elakit.diagnose` tries no remedy, and then the remedies have no result at all.
     why : str
         Error of a failed remedy, or the reason why it was not tried; "" otherwise.
     candidates : tuple of dict

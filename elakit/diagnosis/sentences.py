@@ -79,7 +79,20 @@ def steps_of(diagnosis: DiagnosisData) -> int:
 
 
 def first_step(step: int, steps: int) -> str:
-    """Phrase for the first step (counted from 0) in which something is visible."""
+    """Phrase for the first step at which a failure or a cause is visible in the attention.
+
+    Parameters
+    ----------
+    step : int
+        Coordinate of the step in arrays and tables, counted from 0. The phrase counts from 1.
+    steps : int
+        Number of denoising steps of the run.
+
+    Examples
+    --------
+    >>> first_step(0, 25)
+    'first visible in the attention at step 1 of 25'
+    """
     return f"first visible in the attention at {step_name(step, steps)}"
 
 

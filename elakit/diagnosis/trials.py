@@ -107,7 +107,7 @@ def side_by_side(entities: int) -> tuple[tuple[float, float, float, float], ...]
 
 
 def guidance_remedy(guidance: Method, prompt: Prompt) -> Remedy:
-    """Remedy that generates the same prompt with guidance, from the same noise as without."""
+    """Remedy that generates images of the same prompt with guidance, from the noise of the plain images."""
     return Remedy(
         name=guidance.name,
         kind="guidance",

@@ -49,8 +49,8 @@ class LatentStep:
         anchored at all. The shortfall, a column of the trace, is the sum of two values: the largest squared share of
         any entity's attention outside its region, and 1 minus the smallest of the entities' peaks, where the peak of an
         entity is its largest attention inside its region. None anchors every image. The default was chosen on
-        picture-world, where the shortfall predicts better than the loss which images fail. If all shortfalls of a model
-        exceed the default, every image is anchored.
+        picture-world, where the shortfall predicts failing images better than the loss does. If all shortfalls of a
+        model exceed the default, every image is anchored.
     enough : float, optional
         Threshold of the shortfall at each later guided step: if the shortfall is at or below this value, anchoring of
         the image ends, and the latent does not move at this step either. With None, anchoring does not end early.

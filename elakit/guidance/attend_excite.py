@@ -6,9 +6,9 @@ Diffusion Models", ACM Transactions on Graphics 42 (SIGGRAPH 2023), arXiv:2301.1
     A' = smooth(softmax over tokens of 100 A)      L = max over entities s of (1 - max over locations of A'_s)
     z' = z - alpha_i dL/dz                         alpha_i = 20 sqrt(1 - i / (2 (N - 1)))
 
-at step i of N, over the first 25 of 50 steps. At steps 0, 10 and 20 such updates are repeated until the largest
-attention of every entity is at least .05, .5 and .8, respectively; at most 20 times at each of these steps. One more
-update follows. Losses and gradients equal those of the official code to rounding, with ``normalize_eot`` too
+at step i of N, over the first 25 of 50 steps. The update is repeated at steps 0, 10 and 20 until the largest attention
+of every entity is at least .05, .5 and .8, respectively; at most 20 times at each of these steps. One more update
+follows. Losses and gradients equal those of the official code to rounding, with ``normalize_eot`` too
 (``tests/parity/test_losses.py``).
 
 Our decisions: the map of a noun of several tokens is the mean of their maps (the official code is given one token per

@@ -133,8 +133,8 @@ class AttentionRegulation(EditsFirstSteps, ReadsOneSize):
         Raises
         ------
         SettingError
-            A selected layer is not plain cross-attention, but for example joint attention (FLUX), or it is read at the
-            attention call (Sana, HunyuanDiT).
+            A selected layer has another kind of attention than plain cross-attention, such as joint attention (FLUX),
+            or a selected layer is read at the attention call (Sana, HunyuanDiT).
         """
         chosen = super().select(layers, latent)
         check_plain(chosen, "AttentionRegulation")

@@ -4,7 +4,7 @@ Dahary et al., "Be Yourself: Bounded Attention for Multi-Subject Text-to-Image G
 (arXiv:2403.16990), and its released code (github.com/omer11a/bounded-attention, bounded_attention.py, and run_sd.py for
 the settings of Stable Diffusion). In all layers and passes, with M_s the region of subject s:
 
-    cross-attention   the words of s are hidden outside M_s; articles, prepositions and conjunctions are hidden
+    cross-attention   the words of s are hidden outside M_s; function words (see `function_words`) are hidden
                       everywhere, and end-of-text is hidden in the background
     self-attention    locations of M_s do not attend to locations of other subjects, in the conditional and the
                       unconditional pass
@@ -21,10 +21,11 @@ words of s and to end-of-text, in self-attention the attention to the locations 
 gradient is computed, words are also visible in the background, and end-of-text everywhere.
 
 After the first 15 steps the regions are found in the image: at every fifth step, the mean self-attention of all passes
-so far is clustered (three clusters per subject). Let c be the cross-attention of a subject, sharpened and
-set to 0 outside the subject's last region. The overlap of a cluster and the subject is the sum of c over the cluster,
-divided by the sum of c over all locations or by the area of the cluster, whichever is smaller. Each cluster is assigned
-to the subject with the largest overlap if this overlap is at least 0.2, else to no subject.
+so far is clustered (three clusters per subject). Let A be the cross-attention of a subject, and c its sharpened form:
+sigmoid(10 (A / max A - 0.2)), scaled linearly to the range from 0 to 1, and set to 0 outside the subject's last region.
+The overlap of a cluster and the subject is the sum of c over the cluster, divided by the sum of c over all locations or
+by the area of the cluster, whichever is smaller. Each cluster is assigned to the subject with the largest overlap if
+this overlap is at least 0.2, else to no subject.
 
 On given tensors the loss and the assignment of clusters equal those of the released code
 (``tests/parity/test_scores.py``).
@@ -361,9 +362,10 @@ def hidden_subjects(masks: Tensor) -> Tensor:
 
 
 def function_words(prompt: Prompt) -> list[int]:
-    """Positions of the tokens of function words: articles, prepositions, conjunctions, pronouns and numerals.
+    """Positions of the tokens of function words, which are listed in `FUNCTION_WORDS`.
 
-    A function word that is the noun or an attribute of an entity is left out.
+    They are articles, prepositions, conjunctions, pronouns, numerals, and the words "left", "right", "top" and
+    "bottom". A function word that is the noun or an attribute of an entity is left out.
 
     Examples
     --------
@@ -408,11 +410,12 @@ def clustered(own: Tensor, clusters: int, centers: np.ndarray | None) -> tuple[n
 def assigned(labels: np.ndarray, cross: Tensor, last: np.ndarray, given: np.ndarray) -> np.ndarray:
     """Assign each cluster to an entity, and return the region of each entity: all its clusters together.
 
-    Let c be the cross-attention of an entity, sharpened to values from 0 to 1, and set to 0 outside the entity's region
-    in `last`. The overlap of a cluster and the entity is the sum of c over the cluster, divided by the sum of c over
-    all locations or by the number of locations in the cluster, whichever is smaller. A cluster is assigned to the
-    entity with the largest overlap if this overlap is at least 0.2, else to no entity. An entity without a cluster gets
-    its given region, which is removed from the other regions.
+    Let A be the cross-attention of an entity, and c its sharpened form: sigmoid(10 (A / max A - 0.2)), scaled linearly
+    to the range from 0 to 1, and set to 0 outside the entity's region in `last`. The overlap of a cluster and the
+    entity is the sum of c over the cluster, divided by the sum of c over all locations or by the number of locations in
+    the cluster, whichever is smaller. A cluster is assigned to the entity with the largest overlap if this overlap is
+    at least 0.2, else to no entity. An entity without a cluster gets its given region, which is removed from the other
+    regions.
 
     Parameters
     ----------

@@ -6,8 +6,8 @@ Attend-and-Excite, M its region, and top(.) the mean of the largest 20% of the v
 
     inner  = 1 - top(A in M)
     outer  = top(A outside M)
-    corner = mean over x of |max_y A - max_y M|, counted as 0 at more than one location from the box's left and right
-             edges, plus the same with x and y exchanged
+    corner = mean over x of |max_y A - max_y M|, counted as 0 where x is farther than one location from both the left
+             and the right edge of the box, plus the same with x and y exchanged
 
 L is the sum of the three over entities. Step size and guided steps are Attend-and-Excite's. As in the official code's
 default configuration (``refine = True``), updates along the largest inner term alone are repeated at steps 0, 10 and 20

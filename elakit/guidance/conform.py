@@ -4,10 +4,10 @@ Meral et al., "CONFORM: Contrast is All You Need For High-Fidelity Text-to-Image
 (arXiv:2312.06059), and its official code (github.com/gemlab-vt/CONFORM). The loss is NT-Xent, a contrastive loss over
 the maps of every token of the entities and attributes, from the present pass and from the last pass of the previous
 step (`elakit.guidance.contrast`). Maps are raw probabilities (the code's notebook switches the softmax over tokens
-off), smoothed as in Attend-and-Excite. Step size and guided steps are Attend-and-Excite's. At each of steps 0, 10 and
-20 of 50, 20 additional updates are made, whatever the loss is. Maps of the same class (an entity with its attributes)
-form pairs. At the first step, which has no previous maps, a class of a single map has no pair; if no class has a pair,
-the latent is not moved. Loss and gradient equal those of the official code to rounding
+off), smoothed as in Attend-and-Excite. Step size and guided steps are Attend-and-Excite's. In a run of 50 steps, twenty
+additional updates are made at each of the steps 0, 10 and 20, whatever the loss is. Maps of the same class (an entity
+with its attributes) form pairs. At the first step, which has no previous maps, a class of a single map has no pair; if
+no class has a pair, the latent is not moved. Loss and gradient equal those of the official code to rounding
 (``tests/parity/test_losses.py``).
 
 Intended difference: a prompt of fewer than two entities is not guided.

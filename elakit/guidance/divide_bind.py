@@ -18,8 +18,8 @@ A'_s. With u_s the softmax over space of A'_s, and u_r the softmax over space of
 
 P is not normalized again. c is 1 from step 0, 5 from step 10 and 10 from step 20 of 50. Attributes are read from the
 layers with maps finer than the entities' (64 and 32 rows in Stable Diffusion), subsampled to the entities' size; in a
-model without finer maps they are read from the same layers as the entities. At steps 0, 10 and 20, updates are repeated
-until the smallest TV is at least .05, .2 and .3, at most 50, 20 and 20 times, respectively; one more update follows.
+model without finer maps they are read from the same layers as the entities. The update is repeated at steps 0, 10 and
+20 until the smallest TV is at least .05, .2 and .3, at most 50, 20 and 20 times, respectively; one more update follows.
 
 Loss and gradient equal those of the official code to rounding, for both values of `variation`
 (``tests/parity/test_losses.py``). The released total variation is 1.2 to 1.4 times the repaired one on blobs and 1.4

@@ -62,11 +62,23 @@ class Image:
 
 @dataclass(frozen=True)
 class Card:
-    """The plain and the guided image of a seed, for the template."""
+    """The plain and the guided image of a seed, for the template.
+
+    Attributes
+    ----------
+    seed : int
+    outcome : {"fixed", "broken", "right", "wrong"} or None
+        `Pair.outcome`; None if the images are not judged.
+    label : str
+        The outcome in words, and a note if the method did not act; "" if there is nothing to say.
+    plain, guided : Image
+    predicted : str
+        Predicted probability of failure as a phrase; "" if there is no prediction.
+    """
 
     seed: int
     outcome: str | None
-    label: str  # the outcome in words, and whether the method did not act; "" if there is nothing to say
+    label: str
     plain: Image
     guided: Image
     predicted: str
@@ -83,11 +95,40 @@ class Bar:
 
 @dataclass(frozen=True)
 class Row:
-    """A remedy, or plain generation, with its images."""
+    """A remedy, or plain generation, with its images.
+
+    Attributes
+    ----------
+    title : str
+        Name of the remedy, or "Plain".
+    what : str
+        Description of the change, in one sentence.
+    rank : int or None
+        Place among the remedies that were tried, counted from 1; None for plain generation and for remedies that failed
+        or were not tried.
+    best : bool
+        Whether the report marks the remedy as the best.
+    status : {"tried", "failed", "not tried"}
+    why : str
+        Error of a failed remedy, or the reason why it was not tried; "" otherwise.
+    score : str
+        Number of right images, such as "3 of 4 right". If images are not judged, the mean bleeding, such as
+        "bleed 0.41", or "–" if the bleeding is NaN. "" without images.
+    bar : Bar or None
+        Share of right images with its interval; None if images are not judged.
+    facts : tuple of str
+        Short phrases, such as "2 fixed" and "time × 1.8".
+    images : tuple of Image
+        The first images, at most `MAX_IMAGES`.
+    more : int
+        Number of further images, which are not shown.
+    code, command : str
+        Python code and command line that reproduce the images, from `commands.reproduce`; "" if there is none.
+    """
 
     title: str
     what: str
-    rank: int | None = None  # None for plain generation
+    rank: int | None = None
     best: bool = False
     status: str = "tried"
     why: str = ""
@@ -95,14 +136,28 @@ class Row:
     bar: Bar | None = None
     facts: tuple[str, ...] = ()
     images: tuple[Image, ...] = ()
-    more: int = 0  # number of images that are not shown
+    more: int = 0
     code: str = ""
     command: str = ""
 
 
 @dataclass(frozen=True)
 class Reason:
-    """A failure or a cause with its evidence."""
+    """A failure or a cause with its evidence.
+
+    Attributes
+    ----------
+    text : str
+        Sentence that states the failure or the cause.
+    kind : str
+        Kind of the failure or the cause.
+    bar : Bar or None
+        Frequency of a failure with its interval; None for a cause.
+    facts : tuple of str
+        Short phrases, such as "seeds 0, 3" or "confidence 80%".
+    evidence : tuple of (str, str)
+        Name and value of each number that supports a cause; empty for a failure.
+    """
 
     text: str
     kind: str
