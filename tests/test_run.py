@@ -109,7 +109,7 @@ def test_runs_are_compared_measure_by_measure() -> None:
 
 
 def test_maps_of_the_middle_block_alone_do_not_set_the_size() -> None:
-    """As in Stable Diffusion 1 and 2 at 768 pixels: the maps nearest to 16 x 16 are not in the decoder."""
+    """At 768 pixels, the maps of Stable Diffusion 1 and 2 that are nearest to 16 x 16 are not in the decoder."""
     coarse = {
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
