@@ -54,7 +54,10 @@ ChangeOf = Callable[[AttentionCall], AttentionCall]
 
 @contextmanager
 def watching(on_call: OnCall) -> Iterator[None]:
-    """Call ``on_call(call)`` before each attention call inside the block; its mask includes the biases of `biasing`."""
+    """Run ``on_call`` before each attention call inside the block, with the `AttentionCall` as its argument.
+
+    The mask of the `AttentionCall` includes the biases of `biasing`.
+    """
     with _Mode(on_call=on_call):
         yield
 

@@ -304,8 +304,8 @@ class Recording:
             others = {channel for group in groups for channel in group.channels} - set(self._all_words())
             if others:
                 raise RecordingError(
-                    f"normalize='tokens' is a softmax over words, but tokens includes {', '.join(sorted(others))}. "
-                    "Choose words only, or another normalization."
+                    f"normalize='tokens' is a softmax over words, but the argument `tokens` includes "
+                    f"{', '.join(sorted(others))}. Give only words in `tokens`, or use another normalization."
                 )
         return groups
 

@@ -25,11 +25,11 @@ NOTHING = 1e-9
 class Maps:
     """Attention maps of a prompt's words at one size, and numbers derived from them.
 
-    Maps are raw probabilities, float64. In shapes and formulas, e and f are entities and a is an attribute.
+    Maps are raw probabilities, float64.
 
-    Below, "averaged over the map of e" means a weighted mean over the locations. The function `freed` computes the
-    weights, which are large where the map of e is strong. The spatial distribution of an entity is its map minus the
-    minimum, normalized to a sum of 1.
+    The docstrings of the properties use these terms: e and f are entities, and a is an attribute. "Averaged over the
+    map of e" means a weighted mean over the locations, with the weights of `freed`, which are large where the map of e
+    is strong. The spatial distribution of an entity is its map minus the minimum, normalized to a sum of 1.
 
     Attributes
     ----------

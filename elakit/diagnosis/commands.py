@@ -93,10 +93,10 @@ def reproduce(result: RemedyResult) -> dict[str, str]:
     Returns
     -------
     dict of str to str
-        "code" reproduces all images; as in the result of `code`, ``...`` marks the place of your own pipeline or
-        method. "command" reproduces one image: the first that is right, or the first if none is. Both are "" if the
-        remedy has no images, and "command" is "" if the options of ``elakit run`` cannot express the remedy, or
-        `elakit.load` cannot load the model.
+        The value of "code" is Python code that reproduces all images; ``...`` in it marks the place of your own
+        pipeline or method. The value of "command" is a command line that reproduces one image: the first that is right,
+        or the first if none is. Both values are "" if the remedy has no images. "command" is also "" if the options of
+        ``elakit run`` cannot express the remedy, or `elakit.load` cannot load the model.
     """
     if not result.runs:
         return {"code": "", "command": ""}

@@ -84,7 +84,7 @@ class AStar(ReadsOneSize):
         return Memory()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """One update before each guided step; none if the prompt names only one entity.
+        """One update before each guided step; no update for a prompt of one entity.
 
         `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
         """

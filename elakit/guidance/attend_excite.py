@@ -96,7 +96,7 @@ class AttendAndExcite(ReadsOneSize):
         check_flag(self, "normalize_eot")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates with decreasing step sizes, and refinements at some steps; none if the prompt names only one entity.
+        """Updates with decreasing step sizes, and refinements at some steps; no update for a prompt of one entity.
 
         `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
         """

@@ -81,7 +81,7 @@ class EBAMA(ReadsOneSize):
         check_guided(self)
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates with equal step sizes; none if the prompt names only one entity.
+        """Updates with equal step sizes; no update for a prompt of one entity.
 
         `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
         """

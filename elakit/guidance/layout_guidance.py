@@ -99,7 +99,7 @@ class LayoutGuidance(NeedsLayout, ReadsFirstBlocks):
         return Progress()
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Up to `iterations` updates before each guided step; none if the prompt names only one entity.
+        """Up to `iterations` updates before each guided step; no update for a prompt of one entity.
 
         `noise` holds the ratio of noise to signal before each denoising step.
         """

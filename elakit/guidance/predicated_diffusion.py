@@ -94,7 +94,7 @@ class PredicatedDiffusion(ReadsOneSize):
         check_whole(self, "refinements")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates with decreasing step sizes, the first with a refinement; none if the prompt names only one entity.
+        """Updates with decreasing step sizes, the first with a refinement; no update for a prompt of one entity.
 
         `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
         """

@@ -258,7 +258,7 @@ def excitation(
     Returns
     -------
     list of Update
-        One per guided step; none if the prompt names only one entity.
+        One per guided step; an empty list for a prompt with only one entity.
 
     Examples
     --------

@@ -108,7 +108,7 @@ class RegionalPrompter(EditsFirstSteps, ReadsOneSize):
         )  # fmt: skip
 
     def loss(self, attention: Attention, prompt: Prompt, step: int, state: None) -> Loss:
-        """Squared share of attention outside the columns, for the trace only; see `confinement`."""
+        """Squared share of each entity's attention outside its own column, for the trace only; see `confinement`."""
         maps = attention.mean
         ranks = in_order(prompt)
         return confinement(maps, columns((maps.shape[1], maps.shape[2]), len(ranks))[ranks], prompt)

@@ -86,7 +86,7 @@ class SynGen(ReadsOneSize):
             refuse(self, "lone_nouns", "True or False")
 
     def plan(self, noise: Sequence[float], prompt: Prompt) -> list[Update]:
-        """Updates with equal step sizes; none if the prompt names only one entity.
+        """Updates with equal step sizes; no update for a prompt of one entity.
 
         Unless `lone_nouns` is True, there is also no update if the prompt names no attribute.
         `noise` holds the ratio of noise to signal before each denoising step; only the number of steps is used.
