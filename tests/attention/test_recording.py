@@ -190,7 +190,7 @@ def test_steps_are_chosen_by_call_number() -> None:
         ({"tokens": 5}, ["position 5", "Recorded: <start>"]),
         ({"tokens": []}, ["names nothing"]),
         ({"layers": "decoder"}, ["a.down", "b.mid", "c.up"]),
-        ({"size": 16}, ["4x6, 2x3", "such as 6"]),
+        ({"size": 16}, ["no maps of size 16", "longer side of recorded maps: 4x6, 2x3"]),
         ({"layers": "mid", "size": 6}, ["b.mid (2x3)"]),
         ({"image": 2}, ["from 0 to 1"]),
     ],

@@ -257,7 +257,7 @@ def test_runs_that_cannot_be_compared_are_refused(plain: Run) -> None:
     for function in (plot.leakage, plot.bleeding_over_steps):
         with pytest.raises(SettingError, match="there is no run to show"):
             function([])
-    with pytest.raises(SettingError, match=r"no measure iou; choose from .*bleed"):
+    with pytest.raises(SettingError, match=r"unknown measure iou; choose from .*bleed"):
         plot.bleeding_over_steps(alone, measures=["iou"])
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 import elakit
 from elakit.errors import OutputError, SettingError
+from elakit.guidance.registry import NEED_REGIONS
 from elakit.sweep import BENCHMARKS, generation, plan, read_prompts, report, run, store, suite, summary, table
 from elakit.sweep.units import Unit
 
@@ -174,7 +175,9 @@ def test_every_method_that_is_listed_can_be_planned(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "sweep", "methods") == 0
-    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines if "(needs regions" in line} == set(NEED_REGIONS)
+    listed = [line.split()[0] for line in lines if "(needs regions" not in line]
     assert listed[0] == "plain"
     assert {"ela", "regional-attention", "attend-and-excite"} <= set(listed)
     units = plan(["a cat"], [1], listed)
