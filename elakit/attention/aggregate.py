@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
+from elakit.errors import RecordingError
 from elakit.measures.arrays import resize
 
 Normalize = Literal["sum", "max", "minmax", "tokens", "start"] | None
@@ -33,6 +34,11 @@ def layer_mean(nodes: Sequence[xr.Dataset], channels: Sequence[str], image: int)
     numpy.ndarray, (step, channel, y, x)
         The averaged maps, float32, at the size of the first node.
 
+    Raises
+    ------
+    RecordingError
+        A node lacks one of the labels.
+
     Notes
     -----
     Layers of one size are averaged before they are resized, so that one map per size, step and token is resized,
@@ -50,6 +56,11 @@ def layer_mean(nodes: Sequence[xr.Dataset], channels: Sequence[str], image: int)
 def _node_mean(node: xr.Dataset, channels: Sequence[str], image: int) -> np.ndarray:
     """Mean over the layers and heads of one node; (step, channel, y, x), float32."""
     labels = [str(token) for token in node["token"].values]
+    if missing := [channel for channel in channels if channel not in labels]:
+        raise RecordingError(
+            f"The recording is damaged: its maps of {node.attrs['size']} have no token {missing[0]!r}, which other "
+            "maps have. Record the run again, or select maps of one size."
+        )
     where = [labels.index(channel) for channel in channels]
     together = where == list(range(where[0], where[0] + len(where)))
     columns = slice(where[0], where[-1] + 1) if together else where  # a view, where a list would copy

@@ -196,6 +196,18 @@ def test_labels_that_are_not_unicode_are_refused_by_file(folder: Path, code: int
         read(folder)
 
 
+def test_a_label_that_only_one_size_of_maps_has_is_refused(folder: Path) -> None:
+    """One flipped bit makes another word of a label."""
+    name = min(folder.glob("*/token/0"))  # of the smallest maps
+    stored = json.loads((name.parent / ".zarray").read_text())
+    codec = numcodecs.get_codec(stored["compressor"])
+    labels = np.frombuffer(codec.decode(name.read_bytes()), np.uint32).copy()
+    labels[labels == ord("a")] = ord("q")
+    name.write_bytes(codec.encode(labels))
+    with pytest.raises(RecordingError, match=r"damaged: its maps of \w+ have no token '.*a.*', which other maps have"):
+        open_recording(folder).maps("entities")
+
+
 def test_values_are_read_lazily_in_every_order(folder: Path) -> None:
     """Selections of steps, images, layers and locations agree with those of the array in memory."""
     rng: Any = np.random.default_rng(0)
