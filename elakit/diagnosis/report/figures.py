@@ -114,8 +114,8 @@ def describe_regions(trace: Trace) -> str:
     unused = sorted(with_regions - set(guided))
     if not guided:
         return (
-            f"{began}At {step_name(unused[-1])}, the regions shown here were localized, and each entity was found to "
-            "be in its region, so that guidance ended. No region was used to guide this image."
+            f"{began}At {step_name(unused[-1])}, the regions shown here were localized, and the image was found to "
+            "need no more guidance. No region was used to guide this image."
         )
     regions = trace.regions.sel(step=guided)
     steps, masks = [int(step) for step in regions.step.values], regions.values
