@@ -7,16 +7,24 @@ Two steps, with labels in between::
     python -m benchmarks.audit_models compare work/models
 
 Sheets and label file do not show which model generated an image. Half of the prompts have one entity, half have two.
+
+No model can generate things that are easier to name than those of the scenes it learns from. ``limit`` takes the place
+of ``draw`` to measure this limit: its images are composed scenes (first), and the same scenes encoded and decoded by an
+autoencoder (second).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 import typer
+from diffusers import AutoencoderTiny
+from PIL import Image
 from tqdm.auto import tqdm
 
 import elakit
@@ -29,11 +37,17 @@ from elakit.judge.labels import Label, read_key, read_labels
 from elakit.models import EMBEDDED
 from elakit.statistics import mcnemar, wilson
 from elakit.sweep import suite
+from elakit.world.scenes import Subject, compose
+from elakit.world.training.config import read_config
 
 FIRST_SEED = 900
+Draw = Callable[[str, int], Image.Image]  # image of a prompt and a seed
 Folder = Annotated[Path, typer.Argument(help="Folder of the comparison.")]
 
 app = typer.Typer(help=without_markup(__doc__), no_args_is_help=True)
+
+
+Prompts = Annotated[int, typer.Option(min=1, help="Number of prompts with one entity, and of those with two.")]
 
 
 @app.command()
@@ -41,21 +55,62 @@ def draw(
     folder: Folder,
     first: Annotated[Path, typer.Argument(help="Folder of a pipeline.")],
     second: Annotated[Path, typer.Argument(help="Folder of another pipeline.")],
-    prompts: Annotated[int, typer.Option(min=1, help="Number of prompts with one entity, and of those with two.")] = 48,
+    prompts: Prompts = 48,
 ) -> None:
     """Generate images with both models, number them in random order, and write sheets and an empty label file.
 
     After an interruption, the same command generates the missing images.
     """
+    usual = EMBEDDED["picture-world"]
+    options = {"steps": usual.steps, "guidance_scale": usual.guidance_scale}
+
+    def images_of(source: Path) -> Draw:
+        pipe = elakit.load(source)
+        return lambda prompt, seed: generate(pipe, prompt, seed=seed, record=False, progress=False, **options).image
+
+    sources = {"first": first.as_posix(), "second": second.as_posix()}  # as given, without the machine's folders
+    _draw_mixed(folder, prompts, sources, {"first": lambda: images_of(first), "second": lambda: images_of(second)})
+
+
+@app.command()
+def limit(
+    folder: Folder,
+    vae: Annotated[Path, typer.Option(help="Folder of the autoencoder.")] = Path("data/picture-world/vae"),
+    config: Annotated[Path | None, typer.Option(help="TOML file of a training. Default: the built-in model's.")] = None,
+    prompts: Prompts = 48,
+) -> None:
+    """Compose a scene for each prompt, also encode and decode it, and write mixed sheets and an empty label file."""
+    world, pipe = read_config(config).world, elakit.load("picture-world")
+
+    def composed(prompt: str, seed: int) -> Image.Image:
+        entities = elakit.parse(prompt, pipe).entities
+        subjects = tuple(Subject(entity.noun, next(iter(entity.attributes), None)) for entity in entities)
+        return Image.fromarray(compose(subjects, world, np.random.default_rng(seed)).image)
+
+    def rebuilt_by(model: AutoencoderTiny) -> Draw:
+        def rebuilt(prompt: str, seed: int) -> Image.Image:
+            pixels = torch.from_numpy(np.array(composed(prompt, seed))).permute(2, 0, 1)[None] / 127.5 - 1
+            with torch.no_grad():
+                seen = model.decode(model.encode(pixels).latents).sample[0].clamp(-1, 1)
+            return Image.fromarray(((seen.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
+
+        return rebuilt
+
+    sources = {"first": "scenes", "second": vae.as_posix()}
+    makers = {"first": lambda: composed, "second": lambda: rebuilt_by(AutoencoderTiny.from_pretrained(vae).eval())}
+    _draw_mixed(folder, prompts, sources, makers)
+
+
+def _draw_mixed(folder: Path, count: int, sources: dict[str, str], makers: dict[str, Callable[[], Draw]]) -> None:
+    """Make two images per prompt and write them in random order; existing images are kept."""
     if (folder / "labels.csv").exists():
         raise SettingError(f"{folder} already contains labels. Choose another folder, or move labels.csv away.")
     asked = [
-        *chosen_prompts(single_prompts(), prompts, FIRST_SEED),
-        *chosen_prompts(suite("attend-and-excite"), prompts, FIRST_SEED),
+        *chosen_prompts(single_prompts(), count, FIRST_SEED),
+        *chosen_prompts(suite("attend-and-excite"), count, FIRST_SEED),
     ]
     pairs = [(prompt, seed, model) for prompt, seed in asked for model in ("first", "second")]
     jobs = [pairs[i] for i in np.random.default_rng(FIRST_SEED).permutation(len(pairs))]
-    sources = {"first": first.as_posix(), "second": second.as_posix()}  # as given, without the machine's folders
     key = {
         str(n): {"prompt": prompt, "seed": seed, "model": model, "source": sources[model]}
         for n, (prompt, seed, model) in enumerate(jobs, 1)
@@ -65,16 +120,14 @@ def draw(
     (folder / "images").mkdir(parents=True, exist_ok=True)
     write_file(folder / "key.json", json.dumps(key, indent=1).encode())
     paths = [folder / "images" / f"{number:04d}.png" for number in range(1, len(jobs) + 1)]
-    usual = EMBEDDED["picture-world"]
-    for name, source in (("first", first), ("second", second)):
-        pipe = elakit.load(source)
+    for name, maker in makers.items():
+        make = maker()
         chosen = [
             (path, prompt, seed) for path, (prompt, seed, model) in zip(paths, jobs, strict=True) if model == name
         ]
         for path, prompt, seed in tqdm(chosen, desc=name, unit="image"):
             if not path.exists():
-                options = {"steps": usual.steps, "guidance_scale": usual.guidance_scale}
-                save_image(generate(pipe, prompt, seed=seed, record=False, progress=False, **options).image, path)
+                save_image(make(prompt, seed), path)
     write_sheets(folder, [prompt for prompt, _, _ in jobs], paths)
     print(f"{len(jobs)} images in {folder}. Look at {folder / 'sheets'} and fill in {folder / 'labels.csv'}.")
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from benchmarks import audit_models
@@ -60,3 +62,18 @@ def test_images_of_both_models_are_mixed_and_their_labels_compared(tmp_path: Pat
 def test_a_comparison_that_was_not_drawn_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="Run `draw` first"):
         audit_models.compare(tmp_path)
+
+
+def test_the_scenes_themselves_show_what_a_model_can_reach_at_most(tmp_path: Path) -> None:
+    command = ["limit", str(tmp_path), "--prompts", "1", "--vae", str(EMBEDDED["picture-world"].path / "vae")]
+    drawn = CliRunner().invoke(audit_models.app, command)
+    assert drawn.exit_code == 0, drawn.output
+    key = json.loads((tmp_path / "key.json").read_text())
+    assert sorted(row["model"] for row in key.values()) == ["first", "first", "second", "second"]
+    images = {
+        (row["prompt"], row["model"]): np.asarray(Image.open(tmp_path / "images" / f"{int(n):04d}.png"), float)
+        for n, row in key.items()
+    }
+    for prompt in {row["prompt"] for row in key.values()}:
+        error = np.square(images[prompt, "first"] - images[prompt, "second"]).mean()
+        assert 0 < error < 255**2 / 10**2.2  # the same scene, but not the same pixels: above 22 dB
