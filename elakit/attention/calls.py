@@ -148,6 +148,9 @@ class _Mode(TorchFunctionMode):
             mask=named.get("attn_mask"),
             scale=named.get("scale"),
         )
+        if named.get("is_causal"):
+            call = replace(call, mask=_causal(call))
+        given = call.mask
         for mode in _ACTIVE.modes:
             if mode.change_of is not None:
                 call = mode.change_of(call)
@@ -155,10 +158,9 @@ class _Mode(TorchFunctionMode):
             if bias is not None:
                 bias = bias.to(call.query.dtype)
                 call = replace(call, mask=bias if call.mask is None else bias + additive(call.mask, bias.dtype))
-        named |= {"query": call.query, "key": call.key, "value": call.value, "attn_mask": call.mask}
-        if call.mask is None and named.get("is_causal"):
-            sides = call.query.shape[-2], call.key.shape[-2]
-            call = replace(call, mask=torch.ones(sides, dtype=torch.bool, device=call.query.device).tril())
+        named |= {"query": call.query, "key": call.key, "value": call.value}
+        if call.mask is not given:  # which includes what is_causal hides
+            named |= {"attn_mask": call.mask, "is_causal": False}
         for mode in _ACTIVE.modes:
             if mode.on_call is not None:
                 mode.on_call(call)
@@ -167,6 +169,15 @@ class _Mode(TorchFunctionMode):
             if mode.on_output is not None:
                 mode.on_output(call, output)
         return output
+
+
+def _causal(call: AttentionCall) -> Tensor:
+    """Mask of a call with which each query also sees only the keys up to its own position."""
+    sides = call.query.shape[-2], call.key.shape[-2]
+    past = torch.ones(sides, dtype=torch.bool, device=call.query.device).tril()
+    if call.mask is None:
+        return past
+    return call.mask & past if call.mask.dtype == torch.bool else call.mask + additive(past, call.mask.dtype)
 
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")

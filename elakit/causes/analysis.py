@@ -36,7 +36,7 @@ def find(pipe: Pipeline, runs: Sequence[Run]) -> Findings:
     Raises
     ------
     SettingError
-        There is no run, or the runs have different prompts.
+        There is no run, the runs have different prompts, or two runs have the same seed.
     RecordingError
         A run was not recorded, or was recorded without the tokens of its entities and their attributes.
     ModelError
@@ -74,6 +74,11 @@ def find(pipe: Pipeline, runs: Sequence[Run]) -> Findings:
         raise SettingError("No run is given; generate some: elakit.generate(pipe, prompt, seed=[0, 1, 2, 3]).")
     if len({run.prompt.text for run in runs}) > 1:
         raise SettingError("The runs have different prompts; give runs of one prompt with different seeds.")
+    seeds = [run.seed for run in runs]
+    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise SettingError(
+            f"Several runs have the seed {twice[0]}; give one run per seed, such as the plain runs alone."
+        )
     prompt = runs[0].prompt
     readings = [RunIndicators(run) for run in runs]
     judged = all(run.verdict is not None for run in runs)

@@ -240,8 +240,12 @@ class Findings:
 
     @property
     def failing(self) -> tuple[int, ...]:
-        """Seeds of the runs with a failure."""
-        return tuple(seed for seed in self.seeds if any(seed in failure.seeds for failure in self.failures))
+        """Seeds of the runs with a failure of another kind than "duplicated", which alone makes no image wrong."""
+        return self._with("missing", "fused", "wrong attribute", "lost attribute")
+
+    def _with(self, *kinds: FailureKind) -> tuple[int, ...]:
+        found = [failure for failure in self.failures if failure.kind in kinds]
+        return tuple(seed for seed in self.seeds if any(seed in failure.seeds for failure in found))
 
     @property
     def unexplained(self) -> tuple[Failure, ...]:
@@ -254,15 +258,23 @@ class Findings:
 
     @property
     def verdict(self) -> str:
-        """One or two sentences: the number of images that fail, and the most likely cause, if one was found."""
+        """One or two sentences: the number of images that fail, and the most likely cause, if one was found.
+
+        If images only show an entity too often, their number is stated instead.
+        """
         count, failing = len(self.seeds), len(self.failing)
+        cause = next((cause for cause in self.causes if cause.explains), None)
+        why = cause.sentence if cause is not None else "No cause was found."
+        if not failing and (copies := len(self._with("duplicated"))):
+            return (
+                f"No image fails, but {copies} of {count} image{'s' * (count > 1)} show{'s' * (copies == 1)} an entity "
+                f"more often than the prompt asks for. {why}"
+            )
         if not failing:
             source = "in the images" if self.judged else "in the attention (the images were not judged)"
             return f"No failure was found {source} of {count} seed{'s' * (count > 1)}."
         what = f"{failing} of {count} image{'s' * (count > 1)}"
         probably = "" if self.judged else "probably "
-        cause = next((cause for cause in self.causes if cause.explains), None)
-        why = cause.sentence if cause is not None else "No cause was found."
         return f"{what} {probably}fail{'s' * (failing == 1)}. {why}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -106,7 +106,8 @@ def without_duplicates(causes: Iterable[Cause], failures: Sequence[Failure]) -> 
     missing: dict[str, int] = {}
     for failure in failures:
         if failure.kind in ("missing", "fused"):
-            missing[failure.entity] = missing.get(failure.entity, 0) + failure.count
+            for entity in (failure.entity, failure.other) if failure.kind == "fused" else (failure.entity,):
+                missing[entity] = missing.get(entity, 0) + failure.count
 
     def rank(cause: Cause) -> tuple[float, int, float]:
         return round(cause.strength, 1), missing.get(cause.entity, 0), -cause.evidence.get("presence", 1.0)

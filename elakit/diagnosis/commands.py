@@ -9,7 +9,7 @@ from typing import Any
 
 from elakit.cli_options import value_of
 from elakit.diagnosis.data import DiagnosisData
-from elakit.diagnosis.remedies import RemedyResult
+from elakit.diagnosis.remedies import Remedy, RemedyResult
 from elakit.diagnosis.trials import DEFAULT
 from elakit.errors import ElakitError
 from elakit.files import read_json
@@ -47,7 +47,7 @@ def code(diagnosis: DiagnosisData) -> str:
             f"    {bracketed(diagnosis.prompt)!r},",
             f"    seeds={seeds},",
             f"    method={_method(diagnosis.method, diagnosis.options)}",
-            *([f"    remedies={remedies!r},"] if remedies else []),
+            *_remedies_argument(remedies),
             *_generation(settings),
             ")",
             'report.write(found, "report.html")',
@@ -66,8 +66,8 @@ def command(diagnosis: DiagnosisData) -> str:
     -------
     str
         Command line; "" if the options of ``elakit diagnose`` cannot express the diagnosis, because `elakit.load`
-        cannot load its model, its method is your own, or one of the method's options has a value that cannot be written
-        on a command line.
+        cannot load its model, its method is your own, one of the method's options has a value that cannot be written on
+        a command line, or a remedy is your own method or a method with changed options.
     """
     settings = diagnosis.pairs[0].plain.settings
     seeds = [pair.seed for pair in diagnosis.pairs]
@@ -75,11 +75,14 @@ def command(diagnosis: DiagnosisData) -> str:
     if options is None or not _loads(settings):
         return ""
     remedies = _remedies(diagnosis)
+    if any(_different(one) != {} for one in remedies):
+        return ""
+    names = [one.name for one in remedies]
     words = ["elakit", "diagnose", bracketed(diagnosis.prompt), "--seeds", format_seeds(seeds)]
     words += ["--method", diagnosis.method] if diagnosis.method != "ela" else []
     words += options
-    if remedies != list(DEFAULT):
-        words += ["--remedies", ",".join(remedies) if remedies else "none"]
+    if names != list(DEFAULT):
+        words += ["--remedies", ",".join(names) if names else "none"]
     return shlex.join([*words, *_settings(settings)])
 
 
@@ -229,11 +232,31 @@ def _settings(settings: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _remedies(diagnosis: DiagnosisData) -> list[str]:
-    """Names of the remedies other than the method: first the names in `DEFAULT`, in that order, then the others."""
-    names = [result.remedy.name for result in diagnosis.remedies if result.remedy.name != diagnosis.method]
-    order: Sequence[str] = [*DEFAULT, *(name for name in names if name not in DEFAULT)]
-    return [name for name in order if name in names]
+def _remedies(diagnosis: DiagnosisData) -> list[Remedy]:
+    """Remedies other than the method: first those in `DEFAULT`, in that order, then the others."""
+    tried = {one.remedy.name: one.remedy for one in diagnosis.remedies if one.remedy.name != diagnosis.method}
+    return [tried[name] for name in (*DEFAULT, *(name for name in tried if name not in DEFAULT)) if name in tried]
+
+
+def _different(remedy: Remedy) -> dict[str, Any] | None:
+    """Options of a remedy that its name does not imply; None if the remedy is a method that elakit does not know."""
+    return changed(remedy.name, remedy.options) if remedy.kind == "guidance" else {}
+
+
+def _remedies_argument(remedies: Sequence[Remedy]) -> list[str]:
+    """Lines of code that pass remedies to `elakit.diagnose`; no line if there are none."""
+    if not remedies:
+        return []
+    if all(_different(one) == {} for one in remedies):
+        return [f"    remedies={[one.name for one in remedies]!r},"]
+    return [
+        "    remedies=[",
+        *(
+            f"        {_method(one.name, one.options)}" if one.kind == "guidance" else f"        {one.name!r},"
+            for one in remedies
+        ),
+        "    ],",
+    ]
 
 
 def _method(name: str, options: Mapping[str, Any]) -> str:

@@ -160,10 +160,15 @@ class DiagnosisData:
     def example(self) -> Pair:
         """Pair that the report shows in detail.
 
-        It is the pair whose plain run bleeds most, among the fixed pairs or, if none is fixed, among all pairs.
+        Fixed pairs are preferred, then pairs whose plain image has the most frequent failure, then those whose plain
+        run bleeds more.
         """
-        fixed = [pair for pair in self.pairs if pair.outcome == "fixed"]
-        return max(fixed or self.pairs, key=lambda pair: bleed([pair.plain]))
+        frequent = self.failures[0].seeds if self.failures else ()
+
+        def order(pair: Pair) -> tuple[bool, bool, float]:
+            return pair.outcome == "fixed", pair.seed in frequent, bleed([pair.plain])
+
+        return max(self.pairs, key=order)
 
     def to_frame(self) -> pd.DataFrame:
         """Table of the seeds: the outcome, and mean measures of the plain and the guided run.

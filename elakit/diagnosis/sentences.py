@@ -228,6 +228,12 @@ def _attention(diagnosis: DiagnosisData) -> list[str]:
     said = [
         f"On average, {shares}. The share is lower with {method} for {fell} of {count} {plural('seed', count)}.",
     ]
+    if "attribute_intrusion" in table:
+        before, after = (float(table["attribute_intrusion", run].mean()) for run in ("plain", "guided"))
+        said.append(
+            f"{before:.0%} of an attribute's attention lies in the regions of other entities without guidance, and "
+            f"{after:.0%} with {method}."
+        )
     acted = sum(pair.was_guided for pair in diagnosis.pairs)
     if acted < count:
         said.append(f"{method} acted for {acted} of {count} seeds; for each other seed, both images are identical.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from math import ceil, sqrt
 
@@ -108,10 +109,11 @@ def side_by_side(entities: int) -> tuple[tuple[float, float, float, float], ...]
 
 def guidance_remedy(guidance: Method, prompt: Prompt) -> Remedy:
     """Remedy that generates images of the same prompt with guidance, from the noise of the plain images."""
+    summary = inspect.getdoc(type(guidance)) or ""
     return Remedy(
         name=guidance.name,
         kind="guidance",
-        what="The same prompt and noise, with guidance.",
+        what=" ".join(["The same prompt and noise, with guidance.", *summary.splitlines()[:1]]),
         prompt=prompt,
         method=guidance.name,
         options=options_of(guidance),

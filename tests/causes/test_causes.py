@@ -190,6 +190,32 @@ def test_a_failure_without_a_cause_says_so() -> None:
     assert found.failing == (1, 2)
 
 
+def test_copies_of_an_entity_alone_make_no_image_fail() -> None:
+    copies = Failure("duplicated", "cat", seeds=(3,), of=2)
+    found = Findings(elakit.parse("a [cat] and a [lion]", pipe()), (3, 5), True, (copies,))
+    assert found.failing == ()
+    assert found.verdict == (
+        "No image fails, but 1 of 2 images shows an entity more often than the prompt asks for. No cause was found."
+    )
+    also = replace(found, failures=(copies, Failure("missing", "lion", seeds=(5,), of=2)))
+    assert (also.failing, also.verdict) == ((5,), "1 of 2 images fails. No cause was found.")
+
+
+def test_runs_of_the_same_seed_are_refused() -> None:
+    runs = right_runs()
+    with pytest.raises(SettingError, match="Several runs have the seed 1; give one run per seed"):
+        find(pipe(), [*runs, runs[0]])
+
+
+def test_both_fused_entities_count_when_one_of_two_equal_causes_is_chosen() -> None:
+    causes = [
+        Cause("captured", first, other, strength=0.9, evidence={"presence": 0.5})
+        for first, other in (("cat", "lion"), ("lion", "cat"))
+    ]
+    failures = [Failure("fused", "cat", "lion", seeds=(1, 2), of=4), Failure("missing", "lion", seeds=(3,), of=4)]
+    assert [cause.entity for cause in without_duplicates(causes, failures)] == ["lion"]
+
+
 def test_right_images_need_no_cause() -> None:
     runs = [replace(run) for run in right_runs()]
     for run in runs:

@@ -25,7 +25,7 @@ from elakit.diagnosis.report import views
 from elakit.diagnosis.trials import CANDIDATES, check, side_by_side
 from elakit.errors import OutputError, SettingError
 from elakit.generation import generate
-from elakit.guidance import ELA
+from elakit.guidance import ELA, AttendAndExcite, SynGen
 from elakit.judge import Verdict
 from elakit.prediction import FEATURES, OUTCOMES, SHARES, Predictor
 from elakit.run import Run
@@ -390,6 +390,23 @@ def test_a_diagnosis_contains_the_code_and_command_that_reproduce_it(world: Any)
     assert "remedies=['swapped']" in code(found)
     assert "--seeds 2,5 " in command(elakit.diagnose(world, WORLD, seeds=[2, 5], steps=1))
     assert check(True) == DEFAULT
+
+
+def test_remedies_with_options_are_reproduced_with_them(world: Any) -> None:
+    class Own(SynGen):
+        name = "own"
+
+    remedies = ["swapped", AttendAndExcite(step_size=3.0), SynGen(), Own()]
+    found = elakit.diagnose(world, WORLD, seeds=[0], steps=2, remedies=remedies)
+    lines = [line.strip() for line in code(found).splitlines()]
+    start = lines.index("remedies=[")
+    assert sorted(lines[start + 1 : lines.index("],")]) == [
+        "'swapped',",
+        "'syngen',",
+        "...,  # replace ... by your own method 'own'",
+        "elakit.guidance.AttendAndExcite(step_size=3.0),",
+    ]
+    assert command(found) == ""  # the command line names remedies, without options
 
 
 def test_code_says_where_to_put_a_pipeline_and_a_method_of_your_own(runs: list[Run]) -> None:

@@ -167,8 +167,10 @@ def _tiles(diagnosis: DiagnosisData, table: pd.DataFrame) -> list[tuple[str, str
         else:
             tiles.append((f"{best.right} of {len(best.runs)}", f"right with the best remedy: {best.remedy.title}"))
             tiles.append((f"{len(best.fixed)} / {len(best.broken)}", "fixed / broken by the best remedy"))
-    for measure, heading, _ in BY_SEED[: 1 if tiles else 2]:
-        if measure in table:
+    # where the prompt gives attributes, they bleed most often
+    more = ["attribute_intrusion"] if "attribute_intrusion" in table else [] if tiles else ["intrusion"]
+    for measure, heading, _ in BY_SEED:
+        if measure in ["bleed", *more] and measure in table:
             before, after = (table[measure, run].mean() for run in ("plain", "guided"))
             tiles.append((f"{before:.3f} → {after:.3f}", f"mean {heading}, plain → {method}"))
     if not diagnosis.judged:
@@ -177,18 +179,18 @@ def _tiles(diagnosis: DiagnosisData, table: pd.DataFrame) -> list[tuple[str, str
 
 
 def _why_example(diagnosis: DiagnosisData, example: Pair) -> str:
-    if len(diagnosis.pairs) == 1:
+    count = len(diagnosis.pairs)
+    if count == 1:
         return ""
-    if example.outcome == "fixed":
-        others = diagnosis.count("fixed") > 1
-        return (
-            f"Of the {diagnosis.count('fixed')} fixed seeds, the one with the highest bleed without guidance."
-            if others
-            else ("The only fixed seed.")
-        )
-    none = f"{method_title(diagnosis.method)} fixed no seed; " if diagnosis.judged else ""
-    said = f"{none}this is the seed with the highest bleed without guidance."
-    return said[:1].upper() + said[1:]
+    fixed = diagnosis.count("fixed")
+    if fixed == 1:
+        return "The only fixed seed."
+    frequent = bool(diagnosis.failures) and example.seed in diagnosis.failures[0].seeds
+    which = f"Of the {fixed} fixed seeds" if fixed else f"Of the {count} seeds"
+    if frequent:
+        which += ", of which this report prefers those with the most frequent failure"
+    none = f"{method_title(diagnosis.method)} fixed no seed. " if diagnosis.judged and not fixed else ""
+    return f"{none}{which}, the one with the highest bleed without guidance."
 
 
 def _details(example: Pair) -> list[dict[str, Any]]:
