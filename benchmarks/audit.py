@@ -59,6 +59,7 @@ from elakit.judge.labels import (
     read_rows,
 )
 from elakit.judge.segmenter import MIXED, UNRECOGNIZABLE, decide, find_components
+from elakit.numbering import number_of
 from elakit.statistics import bootstrap, wilson
 from elakit.sweep import suite
 from elakit.sweep.units import Unit
@@ -378,10 +379,11 @@ def agree(
     if not found:
         raise SettingError(f"No image is labeled yet. Fill in {labels or folder / 'labels.csv'}.")
     for number, label in found.items():
-        if len(label.nameable) != len(verdicts[number].label.nameable):
+        shown = verdicts[number]
+        if len(label.nameable) != len(shown.label.nameable):
             raise SettingError(
-                f"Image {number} shows {verdicts[number].prompt!r}: {len(verdicts[number].label.nameable)} entities, "
-                f"but {len(label.nameable)} are labeled. Correct the row of this image in the label file."
+                f"Image {number} shows {shown.prompt!r}: {number_of(len(shown.label.nameable), 'entity')}, but its row "
+                f"has labels for {len(label.nameable)}. Correct the row of this image in the label file."
             )
     singles = {number: label for number, label in found.items() if len(label.nameable) == 1}
     pairs = {number: label for number, label in found.items() if number not in singles}

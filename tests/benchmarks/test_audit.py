@@ -149,7 +149,7 @@ def test_images_are_compared_with_the_judge_of_today(tmp_path: Path) -> None:
     labels(tmp_path, "3,1,1,1,1,0,1")
     wrong = CliRunner().invoke(audit.app, ["agree", str(tmp_path)])
     assert isinstance(wrong.exception, SettingError)
-    assert "1 entities, but 2 are labeled" in str(wrong.exception)
+    assert "1 entity, but its row has labels for 2." in str(wrong.exception)
 
 
 def test_thresholds_are_compared_on_one_prediction_per_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
