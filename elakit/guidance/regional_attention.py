@@ -150,11 +150,12 @@ class RegionalAttention:
 
     def begin(self, prompt: Prompt, steps: int) -> Anchors:
         """Values that the method keeps for one image during a run, as they are before its first step."""
-        if self.regions is None and self.layout != "maps" and len(prompt.entities) > MOST_STRIPS:
-            count = len(prompt.entities)
+        count = len(prompt.entities) if self.regions is None else sum(region is None for region in self.regions)
+        if self.layout != "maps" and count > MOST_STRIPS:
+            space = "the image" if self.regions is None else "what the given regions leave of the image"
             warnings.warn(
-                f"RegionalAttention: {count} entities get strips of 1/{count} of the image, which may be too narrow "
-                "for them. Use layout='maps', or give regions by hand with regions=[...].",
+                f"RegionalAttention: {count} entities get strips of 1/{count} of {space}, which may be too narrow for "
+                "them. Use layout='maps', or give regions by hand with regions=[...].",
                 stacklevel=2,
             )
         return Anchors(given=self.regions)

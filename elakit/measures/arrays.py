@@ -111,10 +111,10 @@ def as_masks(values: Any, name: str) -> np.ndarray:
     Parameters and errors are those of :func:`as_array`; values other than 0 and 1 are refused, too.
     """
     masks = as_array(values, name)
-    if masks.ndim < 2 or ((masks != 0) & (masks != 1)).any():
+    if masks.ndim < 2 or 0 in masks.shape[-2:] or ((masks != 0) & (masks != 1)).any():
         raise SettingError(
-            f"{name} of shape {masks.shape} must be boolean masks (..., y, x), with values 0 and 1 only; binarize maps "
-            "first, for instance with elakit.measures.masks.otsu_masks."
+            f"{name} of shape {masks.shape} must be boolean masks (..., y, x), not empty and with values 0 and 1 only; "
+            "binarize maps first, for instance with elakit.measures.masks.otsu_masks."
         )
     return masks.astype(bool)
 
@@ -213,7 +213,9 @@ def area_mean(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     [[2.0, 2.0]]
     """
     if 0 in values.shape[-2:]:
-        raise SettingError(f"masks have shape {values.shape}; the shape must be (..., y, x) with at least one pixel.")
+        raise SettingError(
+            f"The values have shape {values.shape}; the shape must be (..., y, x) with at least one pixel."
+        )
     if len(size) != 2 or not all(is_whole(side) and side >= 1 for side in size):
         raise SettingError(f"size={size!r}; give rows and columns, two whole numbers, 1 or more.")
     down, across = (_shared_lengths(old, int(new)) for old, new in zip(values.shape[-2:], size, strict=True))

@@ -71,7 +71,7 @@ def bleeding_by_layer(
     matrix = part.pivot_table(index="layer", columns=across, values="value", aggfunc="mean", sort=True).loc[layers]
     means = part.groupby("layer")["value"].mean().loc[layers]
     count = matrix.shape[1]
-    labels = _labels(part, layers)
+    labels = _labels(layers)
     left = 24 + 6.6 * max(map(len, labels))
     width = panel or int(np.clip(46 * count, 240, min(620, style.WIDTH - 60 - 62 - left)))
     low, high = float(np.nanmin(matrix.values)), float(np.nanmax(matrix.values))
@@ -131,7 +131,7 @@ def _chosen(table: pd.DataFrame, measure: str, across: Across | None) -> tuple[p
     return part, across
 
 
-def _labels(part: pd.DataFrame, layers: list[str]) -> list[str]:
+def _labels(layers: list[str]) -> list[str]:
     """Short names of layers: encoder, middle or decoder, and the numbers in which their names differ."""
     places = [next((words for name, words in _PLACES.items() if layer.startswith(name)), "") for layer in layers]
     if not all(places):
